@@ -1,0 +1,293 @@
+"""The network: a Vision Transformer encoder, the MAE decoder, and how both are saved and loaded.
+
+Shapes used everywhere
+    B batch   S image side   p patch side   g = S/p patches a side   N = g*g patches   K kept   M = N-K masked
+    D encoder width   W decoder width   H heads   P = p*p*3 numbers in a patch, ordered (row, column, colour)
+
+The encoder sees the K kept patches only; the decoder gets them back with mask tokens in the other M places and predicts
+the pixels of those (He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377).
+Parameter names are those of the public MAE checkpoints, so that a file can be exchanged in both directions.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from kernels.gather import MEAN, STD, masked_patch_gather
+from plumbing import UserError, save_safetensors
+
+SIZES = {  # width, depth, heads of the encoder; image and patch side, width of the decoder that go with it
+    "tiny":  dict(dim=256, depth=8,  heads=4,  image_size=96,  patch_size=8,  decoder_dim=128),
+    "small": dict(dim=384, depth=12, heads=6,  image_size=128, patch_size=16, decoder_dim=256),
+    "base":  dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
+}  # fmt: skip
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for q, k, v (B, H, N, d); exact everywhere.
+
+    A GPU wins with the fused kernel, which never writes the (N, N) probabilities. A CPU does not at the lengths of an
+    MAE: there two plain matrix products were faster (results/LOG.md, "attention on a CPU").
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+    def cls_attention(self, x):
+        """Probabilities with which the CLS token looks at every patch: x (B, 1+N, D) -> (B, H, N).
+
+        A fused attention returns no probabilities, so the one row that is needed is computed again.
+        """
+        B, N, D = x.shape
+        q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        scores = (q[:, :, :1] @ k.transpose(-2, -1)).float() * (D // self.heads) ** -0.5  # (B, H, 1, 1+N)
+        return scores.softmax(-1)[:, :, 0, 1:]
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(dim, side):
+    """Fixed 2-D sine-cosine positions, (1, 1 + side*side, dim); row 0 is the CLS token's and is zero.
+
+    The first half of the numbers encodes the column, the second the row, each as [sin, cos] of
+    position * 10000^(-k / (dim/4)), k = 0 .. dim/4 - 1 (Vaswani et al. 2017, in two dimensions as in MAE).
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim / 4))
+    angle = torch.arange(side, dtype=torch.float32)[:, None] * omega  # (side, dim/4)
+    one_axis = torch.cat([angle.sin(), angle.cos()], 1)  # (side, dim/2)
+    column = one_axis[None, :].expand(side, -1, -1)
+    row = one_axis[:, None].expand(-1, side, -1)
+    positions = torch.cat([column, row], 2).reshape(1, side * side, dim)
+    return torch.cat([torch.zeros(1, 1, dim), positions], 1)
+
+
+def init_weights(module):
+    """Xavier uniform for every matrix, the patch embedding included; biases 0; LayerNorm stays at 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """The encoder. It takes patches, not images, so that what is masked never reaches it."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads):
+        super().__init__()
+        self.patch_size = patch_size
+        self.side = image_size // patch_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(patch_size * patch_size * 3, dim)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(dim, self.side))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, patches, ids):
+        """patches (B, K, P) that stand at places ids (B, K) -> tokens (B, 1+K, D)."""
+        x = self.patch_embed["proj"](patches) + self.pos_embed[0, 1:][ids]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls.to(x.dtype), x], 1)
+
+    def forward(self, patches, ids):
+        """patches (B, K, P), ids (B, K) -> normalised tokens (B, 1+K, D), the CLS token first."""
+        x = self.embed(patches, ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def all_patches(self, view):
+        """view u8 (B, S, S, 3) -> every patch (B, N, P) and its place (B, N): nothing masked."""
+        ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
+        return masked_patch_gather(view, ids, self.patch_size), ids
+
+    def features(self, view):
+        """view u8 (B, S, S, 3), nothing masked -> tokens (B, 1+N, D)."""
+        return self(*self.all_patches(view))
+
+    def cls_attention(self, view):
+        """view u8 (B, S, S, 3) -> attention of CLS to the patches in the last block, (B, H, N)."""
+        x = self.embed(*self.all_patches(view))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.blocks[-1].attn.cls_attention(self.blocks[-1].norm1(x))
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of the masked patches from the encoder's tokens; thrown away after pre-training."""
+
+    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth):
+        super().__init__()
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
+        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation of a patch, for pictures only
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent, ids_keep, ids_mask):
+        """latent (B, 1+K, D) -> pred (B, M, P) and stats (B, M, 2) of the masked patches, in the order of ids_mask.
+
+        The papers' code puts the tokens back into image order first. Attention does not depend on the order of its
+        tokens, only on the positions that were added to them: we append the mask tokens and save two gathers,
+        and the masked patches are then simply the last M rows. stats gives no gradient to the rest of the network.
+        """
+        pos = self.decoder_pos_embed[0]
+        x = self.decoder_embed(latent)
+        visible = x + torch.cat([pos[:1].expand(len(x), 1, -1), pos[1:][ids_keep]], 1)
+        hidden = self.mask_token + pos[1:][ids_mask]
+        x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+N, W)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = self.decoder_norm(x[:, -ids_mask.shape[1] :])  # (B, M, W)
+        return self.decoder_pred(x), self.stats_head(x.detach())
+
+
+class MAE(nn.Module):
+    """Encoder and decoder. `config` is what its constructor was called with: it travels in every file we write."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth):
+        super().__init__()
+        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
+                           decoder_dim=decoder_dim, decoder_depth=decoder_depth)  # fmt: skip
+        check_config(**self.config)
+        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
+        self.decoder = Decoder(image_size // patch_size, patch_size, dim, decoder_dim, decoder_depth)
+
+    def forward(self, patches, ids_keep, ids_mask):
+        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""
+        return self.decoder(self.encoder(patches, ids_keep), ids_keep, ids_mask)
+
+
+def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
+    if image_size < 1 or patch_size < 1 or image_size % patch_size:
+        fits = [p for p in (4, 6, 8, 12, 14, 16, 32) if image_size % p == 0]
+        raise UserError(f"--image-size {image_size} is not a multiple of --patch-size {patch_size}; "
+                        f"patch sizes that divide it: {', '.join(map(str, fits)) or 'none of the usual'}")  # fmt: skip
+    if dim % heads or dim % 4:
+        raise UserError(f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
+    if decoder_dim < 32 or decoder_dim % 32:
+        raise UserError(f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads")
+
+
+# ---- patches back to pixels ----------------------------------------------------------------------------------------
+
+
+def to_pixels(pred, stats=None):
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), predicted mean and log deviation, undo norm_pix."""
+    if stats is not None:
+        pred = pred * stats[..., 1:].exp() + stats[..., :1]
+    std, mean = (torch.tensor(x, device=pred.device).repeat(pred.shape[2] // 3) for x in (STD, MEAN))
+    return ((pred * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def put_patches(view, ids, patches):
+    """A copy of view u8 (B, S, S, 3) with patches u8 (B, M, P) at places ids (B, M)."""
+    B, S = view.shape[:2]
+    p = math.isqrt(patches.shape[2] // 3)
+    out = view.clone().view(B, S // p, p, S // p, 3 * p)
+    out[torch.arange(B, device=view.device)[:, None], ids // (S // p), :, ids % (S // p)] = patches.unflatten(2, (p, 3 * p))
+    return out.view(B, S, S, 3)
+
+
+# ---- files: runs/NAME/model.safetensors, public names and shapes, the configuration in the header ------------------
+
+
+def public_weights(model):
+    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), the picture head left out."""
+    weights = {name.split(".", 1)[1]: w.detach() for name, w in model.state_dict().items() if "stats_head" not in name}
+    p, kernel = model.config["patch_size"], weights["patch_embed.proj.weight"]
+    weights["patch_embed.proj.weight"] = kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
+    return weights
+
+
+def own_weights(weights):
+    """Public weights -> ours: the patch embedding's (D, 3, p, p) becomes the matrix (D, p*p*3)."""
+    kernel = weights["patch_embed.proj.weight"]
+    return weights | {"patch_embed.proj.weight": kernel.permute(0, 2, 3, 1).flatten(1).contiguous()}
+
+
+def save_model(model, path, about):
+    """Write the weights for everybody else; `about` (a plain dict: run, step, data) joins the header."""
+    header = {"animask": json.dumps({"config": model.config, **about})}
+    save_safetensors({k: v.cpu().contiguous() for k, v in public_weights(model).items()}, path, header)
+
+
+def load_encoder(path):
+    """runs/NAME, or a model.safetensors that `save_model` wrote -> the ViT in eval mode, and its image size."""
+    path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"no encoder at {path}: python pretrain.py --out {path.parent} makes one")
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})["animask"])
+            weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a file, not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        raise UserError(f"{path} is not a whole AniMask model ({problem}); give a folder runs/NAME of pretrain.py") from None
+    c = header["config"]
+    encoder = ViT(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"])
+    load_exactly(encoder, {k: w for k, w in own_weights(weights).items() if not is_decoder(k)}, path)
+    return encoder.eval(), c["image_size"]
+
+
+def is_decoder(name):
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def load_exactly(module, weights, path):
+    """Load weights into module; anything missing, left over or of another shape is an error that names it."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{k} {tuple(weights[k].shape)} against {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
+              if weights[k].shape != own[k].shape]  # fmt: skip
+    if missing or extra or shapes:
+        some = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for what, names in (("missing", missing), ("left over", extra), ("other shape", shapes)) if names]
+        raise UserError(f"{path} does not fit this model; " + "; ".join(some))  # fmt: skip
+    module.load_state_dict(weights)

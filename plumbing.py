@@ -1,0 +1,242 @@
+"""What stands around every training loop, written once: the user's mistakes, the machine, files, optimizer, log, checkpoint.
+
+Plain functions, no trainer: a stage's loop stays in the stage, where it can be read. Imports nothing of ours.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+class UserError(Exception):
+    """A mistake of the user: one line with the value and the mend. The stage prints it and exits with status 2."""
+
+
+def cli(main):
+    """Run a stage's main; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, yes in there.items() if yes))
+    if not there.get(name.split(":")[0]):
+        raise UserError(f"--device {name} is not on this machine; there is: {', '.join(k for k, y in there.items() if y)}")
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """"auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "this CPU multiplies it about three times as fast as fp32"
+    return torch.float32, f"bf16 is not known to be faster on this {device.type}"
+
+
+def machine(device):
+    """A line about the machine for logs and results."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, python {platform.python_version()}"
+
+
+def peak_memory_mb(device):
+    """Most memory held so far in MB: of the GPU on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def catch_signals():
+    """-> a list that a first Ctrl-C or SIGTERM fills, for the loop to look at between steps; a second one interrupts."""
+    asked = []
+
+    def note(number, _):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return asked
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """with atomic(path) as temporary: write there; it takes path's place whole, or not at all (fsync, then rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(f"could not write {path} ({free:.0f} MB free): {problem}; what stood there before is whole") from problem
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(tensors, path, header):
+    """Write {name: contiguous CPU tensor} and a header {str: str}, atomically."""
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+def save_state(state, path):
+    """Write a checkpoint of tensors and plain values, atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        torch.save(state, f)
+
+
+def load_state(path):
+    """Read what `save_state` wrote. Never unpickles code: a file that holds anything but tensors and values is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
+        reason = str(problem).splitlines()[0][:100]
+        raise UserError(f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out") from None
+
+
+# ---- optimizer and schedule ----------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
+    """AdamW; biases, LayerNorms and tokens (all that is 1-D in meaning) are not decayed. Fused: one pass over memory."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.ndim < 2 or n.endswith("_token")]
+    decayed = [p for n, p in named if not (p.ndim < 2 or n.endswith("_token"))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lr_at(step, total, warmup, peak):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+# ---- log -----------------------------------------------------------------------------------------------------------
+
+
+def read_log(path):
+    """log.jsonl -> list of rows; a last line that was cut by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_log(path, step):
+    """Drop the rows after `step`: the state alone decides where a resumed run stands."""
+    rows = [row for row in read_log(path) if row["step"] <= step]
+    with atomic(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_log(path, also="", config=None):
+    """-> write(**row): appends one JSON line, and repeats its numbers to "tensorboard" and "wandb" where asked."""
+    file, sinks = open(path, "a"), []
+    for name in filter(None, also.split(",")):
+        sinks.append(extra_sink(name, Path(path).parent, config))
+
+    def write(**row):
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        for sink in sinks:
+            sink({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+
+    return write
+
+
+def extra_sink(name, out, config):
+    """"tensorboard" or "wandb" -> sink(numbers, step). Neither is a requirement: they are imported when asked for."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out)
+            return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(project="animask", name=out.name, dir=out, config=config)
+            return lambda numbers, step: run.log(numbers, step=step)
+    except ImportError as problem:
+        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
+    raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
+
+
+class Stopwatch:
+    """How much of the time a loop waits for its data."""
+
+    def __init__(self):
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def timed(self, items):
+        """Iterate over items, adding up the time that each takes to come."""
+        items, done = iter(items), object()
+        while True:
+            asked = time.perf_counter()
+            item = next(items, done)
+            self.waited += time.perf_counter() - asked
+            if item is done:
+                return
+            yield item
+
+    def share(self):
+        """-> (share of the time spent waiting, seconds) since the last call."""
+        now = time.perf_counter()
+        share, seconds = self.waited / max(1e-9, now - self.since), now - self.since
+        self.waited, self.since = 0.0, now
+        return share, seconds
+
+
+class Pacer:
+    """When to write the next checkpoint: so rarely that they cost at most 1 % of the run, but every 10 minutes."""
+
+    def __init__(self):
+        self.last, self.cost = time.perf_counter(), 0.0
+
+    def due(self):
+        return time.perf_counter() - self.last > min(100 * self.cost, 600)
+
+    def time(self, save):
+        began = time.perf_counter()
+        save()
+        self.last = time.perf_counter()
+        self.cost = self.last - began

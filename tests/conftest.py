@@ -1,0 +1,65 @@
+"""What the tests share: the repository on the path, a way to run a stage as a user does, a small data set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def stage(*words, cwd, check=None, **more):
+    """Run `python STAGE ...` in the folder cwd -> the finished process, its text captured."""
+    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **more)
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def refused(done):
+    """The one line with which a stage refuses bad input."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
+    """A folder per class of small noisy PNGs with a class colour."""
+    rng = np.random.default_rng(seed)
+    for c in range(classes):
+        folder = Path(root) / f"class{c}"
+        folder.mkdir(parents=True, exist_ok=True)
+        colour = rng.integers(0, 256, 3)
+        for i in range(each):
+            pixels = np.clip(colour + rng.normal(0, 40, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"illust{i // 2}_{i % 2}.png")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A packed data set of 3 classes, 32 px: the path of its folder."""
+    base = tmp_path_factory.mktemp("small")
+    draw_folder(base / "images", each=40)
+    stage("data.py", base / "images", "--out", base / "packed", "--size", 32, cwd=base, check=0)
+    return base / "packed"
+
+
+def shared_file(name):
+    """A file of ../shared/data, or skip: those images can't be given away with the code."""
+    path = SHARED / name
+    if not path.exists():
+        assert not os.environ.get("CI"), f"{path} must be there in CI"
+        pytest.skip(f"{path} is not here: this test needs the development data")
+    return path
