@@ -1,6 +1,6 @@
 """Which patches are hidden: every strategy, and the one sampler. Tensors in, tensors out.
 
-A strategy is a function that returns one priority per patch, (B, N), noise included: the higher, the sooner it is masked.
+A strategy is a function that returns one priority per patch, (B, N), noise included: the higher, the sooner masked.
 The sampler turns priorities into an exact count by a stable argsort. To write your own, add a function and its name in
 STRATEGIES; its keyword parameters can then be set from the command line: --mask mine:beta=2
 
@@ -84,7 +84,7 @@ def log_attention(patches):
 
 
 def show_some(priority, M, share, noise):
-    """Of the M patches with the highest priority show round(share * M), the ones with the lowest noise: they go last."""
+    """Of the M patches with the highest priority show round(share * M), those with the lowest noise: they go last."""
     count = min(round(share * M), priority.shape[1] - M)
     if count == 0:
         return priority
@@ -103,13 +103,13 @@ def kept(N, ratio):
     """How many of N patches stay visible at this ratio: int(N * (1 - ratio)), as in MAE."""
     K = int(N * (1 - ratio) + 1e-9)
     if not 0 < ratio < 1 or not 0 < K < N:
-        raise ValueError(f"--ratio {ratio:g} of {N} patches leaves {max(0, min(N, K))} visible and "
-                         f"{N - max(0, min(N, K))} masked; both must be at least 1: choose between 0 and 1, .75 is usual")  # fmt: skip
+        raise ValueError(f"--ratio {ratio:g} of {N} patches leaves {K} visible and {N - K} masked; "
+                         "both must be at least 1, and .75 is usual")  # fmt: skip
     return K
 
 
 def parse_ratio(text):
-    """"0.75" -> (.75, .75); ".5:.9", from the first epoch to the last, -> (.5, .9)."""
+    """ "0.75" -> (.75, .75); ".5:.9", from the first epoch to the last, -> (.5, .9)."""
     try:
         first, last = [float(x) for x in (text.split(":") * 2)[:2]] if text.count(":") < 2 else [None] * 2
         if 0 < first < 1 and 0 < last < 1:
@@ -120,7 +120,7 @@ def parse_ratio(text):
 
 
 def parse_mask(text):
-    """"attn_high:beta=2,start=.2" -> ("attn_high", {"beta": 2.0, "start": .2}); what is unknown is a ValueError."""
+    """ "attn_high:beta=2,start=.2" -> ("attn_high", {"beta": 2.0, "start": .2}); what is unknown is a ValueError."""
     name, _, given = text.partition(":")
     if name not in STRATEGIES:
         close = difflib.get_close_matches(name, STRATEGIES, 1, 0.3)

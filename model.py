@@ -49,7 +49,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
+        q, k, v = (
+            self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # 3 x (B, H, N, d)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
     def cls_attention(self, x):
@@ -163,10 +165,14 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation of a patch, for pictures only
+        self.stats_head = nn.Linear(
+            decoder_dim, 2
+        )  # ours: mean and log deviation of a patch, for pictures only
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -210,9 +216,13 @@ def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
         raise UserError(f"--image-size {image_size} is not a multiple of --patch-size {patch_size}; "
                         f"patch sizes that divide it: {', '.join(map(str, fits)) or 'none of the usual'}")  # fmt: skip
     if dim % heads or dim % 4:
-        raise UserError(f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
+        raise UserError(
+            f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}"
+        )
     if decoder_dim < 32 or decoder_dim % 32:
-        raise UserError(f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads")
+        raise UserError(
+            f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads"
+        )
 
 
 # ---- patches back to pixels ----------------------------------------------------------------------------------------
@@ -231,7 +241,9 @@ def put_patches(view, ids, patches):
     B, S = view.shape[:2]
     p = math.isqrt(patches.shape[2] // 3)
     out = view.clone().view(B, S // p, p, S // p, 3 * p)
-    out[torch.arange(B, device=view.device)[:, None], ids // (S // p), :, ids % (S // p)] = patches.unflatten(2, (p, 3 * p))
+    out[torch.arange(B, device=view.device)[:, None], ids // (S // p), :, ids % (S // p)] = patches.unflatten(
+        2, (p, 3 * p)
+    )
     return out.view(B, S, S, 3)
 
 
@@ -240,7 +252,11 @@ def put_patches(view, ids, patches):
 
 def public_weights(model):
     """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), the picture head left out."""
-    weights = {name.split(".", 1)[1]: w.detach() for name, w in model.state_dict().items() if "stats_head" not in name}
+    weights = {
+        name.split(".", 1)[1]: w.detach()
+        for name, w in model.state_dict().items()
+        if "stats_head" not in name
+    }
     p, kernel = model.config["patch_size"], weights["patch_embed.proj.weight"]
     weights["patch_embed.proj.weight"] = kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     return weights
@@ -269,7 +285,9 @@ def load_encoder(path):
             header = json.loads((f.metadata() or {})["animask"])
             weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
-        raise UserError(f"{path} is not a whole AniMask model ({problem}); give a folder runs/NAME of pretrain.py") from None
+        raise UserError(
+            f"{path} is not a whole AniMask model ({problem}); give a folder runs/NAME of pretrain.py"
+        ) from None
     c = header["config"]
     encoder = ViT(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"])
     load_exactly(encoder, {k: w for k, w in own_weights(weights).items() if not is_decoder(k)}, path)
@@ -287,7 +305,10 @@ def load_exactly(module, weights, path):
     shapes = [f"{k} {tuple(weights[k].shape)} against {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
               if weights[k].shape != own[k].shape]  # fmt: skip
     if missing or extra or shapes:
-        some = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                for what, names in (("missing", missing), ("left over", extra), ("other shape", shapes)) if names]
+        some = [
+            f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for what, names in (("missing", missing), ("left over", extra), ("other shape", shapes))
+            if names
+        ]
         raise UserError(f"{path} does not fit this model; " + "; ".join(some))  # fmt: skip
     module.load_state_dict(weights)

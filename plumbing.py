@@ -1,9 +1,10 @@
-"""What stands around every training loop, written once: the user's mistakes, the machine, files, optimizer, log, checkpoint.
+"""What stands around every training loop, written once: mistakes, the machine, files, optimizer, log, checkpoint.
 
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read. Imports nothing of ours.
 """
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -11,10 +12,12 @@ import platform
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -39,22 +42,28 @@ def cli(main):
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError."""
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, yes in there.items() if yes))
     if not there.get(name.split(":")[0]):
-        raise UserError(f"--device {name} is not on this machine; there is: {', '.join(k for k, y in there.items() if y)}")
+        raise UserError(
+            f"--device {name} is not on this machine; there is: {', '.join(k for k, y in there.items() if y)}"
+        )
     return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """"auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
+    """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
+        return (
+            (torch.bfloat16, "this GPU multiplies it fast")
+            if fast
+            else (torch.float32, "this GPU has no fast bf16")
+        )
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "this CPU multiplies it about three times as fast as fp32"
     return torch.float32, f"bf16 is not known to be faster on this {device.type}"
@@ -63,7 +72,17 @@ def pick_dtype(name, device):
 def machine(device):
     """A line about the machine for logs and results."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device.type} {where}, {torch.get_num_threads()} threads, torch {torch.__version__}, python {platform.python_version()}"
+    software = f"torch {torch.__version__}, python {platform.python_version()}"
+    return f"{device.type} {where}, {torch.get_num_threads()} threads, {software}"
+
+
+def commit():
+    """The commit that this code is at, with a + if files were changed since: results name it."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "no git"
 
 
 def peak_memory_mb(device):
@@ -75,7 +94,7 @@ def peak_memory_mb(device):
 
 
 def catch_signals():
-    """-> a list that a first Ctrl-C or SIGTERM fills, for the loop to look at between steps; a second one interrupts."""
+    """-> a list that a first Ctrl-C or SIGTERM fills, to be looked at between steps; a second one interrupts."""
     asked = []
 
     def note(number, _):
@@ -104,7 +123,9 @@ def atomic(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise UserError(f"could not write {path} ({free:.0f} MB free): {problem}; what stood there before is whole") from problem
+        raise UserError(
+            f"could not write {path} ({free:.0f} MB free): {problem}; what stood there before is whole"
+        ) from problem
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -115,6 +136,14 @@ def save_safetensors(tensors, path, header):
         save_file(tensors, temporary, header)
 
 
+def save_csv(path, rows):
+    """Write rows (dicts with the same keys) as CSV, atomically."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save_state(state, path):
     """Write a checkpoint of tensors and plain values, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as f:
@@ -122,19 +151,21 @@ def save_state(state, path):
 
 
 def load_state(path):
-    """Read what `save_state` wrote. Never unpickles code: a file that holds anything but tensors and values is refused."""
+    """Read what `save_state` wrote. Never unpickles code: a file with anything but tensors and values is refused."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         reason = str(problem).splitlines()[0][:100]
-        raise UserError(f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out") from None
+        raise UserError(
+            f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out"
+        ) from None
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW; biases, LayerNorms and tokens (all that is 1-D in meaning) are not decayed. Fused: one pass over memory."""
+    """AdamW in one fused pass; biases, LayerNorms and tokens (all that is 1-D in meaning) are not decayed."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [p for n, p in named if p.ndim < 2 or n.endswith("_token")]
     decayed = [p for n, p in named if not (p.ndim < 2 or n.endswith("_token"))]
@@ -149,6 +180,13 @@ def lr_at(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def seeded(*numbers):
+    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring numbers."""
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
 # ---- log -----------------------------------------------------------------------------------------------------------
 
 
@@ -161,22 +199,18 @@ def read_log(path):
     return rows
 
 
-def cut_log(path, step):
-    """Drop the rows after `step`: the state alone decides where a resumed run stands."""
-    rows = [row for row in read_log(path) if row["step"] <= step]
+def open_log(path, step, also="", config=None):
+    """-> write(**row): appends one JSON line, and repeats its numbers to "tensorboard" and "wandb" where asked.
+
+    Rows after `step` are dropped first: the checkpoint alone decides where a resumed run stands.
+    """
+    sinks = [extra_sink(name, Path(path).parent, config) for name in filter(None, also.split(","))]
     with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def open_log(path, also="", config=None):
-    """-> write(**row): appends one JSON line, and repeats its numbers to "tensorboard" and "wandb" where asked."""
-    file, sinks = open(path, "a"), []
-    for name in filter(None, also.split(",")):
-        sinks.append(extra_sink(name, Path(path).parent, config))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
 
     def write(**row):
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
         for sink in sinks:
             sink({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
 
@@ -184,7 +218,7 @@ def open_log(path, also="", config=None):
 
 
 def extra_sink(name, out, config):
-    """"tensorboard" or "wandb" -> sink(numbers, step). Neither is a requirement: they are imported when asked for."""
+    """ "tensorboard" or "wandb" -> sink(numbers, step). Neither is a requirement: they are imported when asked for."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -197,7 +231,9 @@ def extra_sink(name, out, config):
             run = wandb.init(project="animask", name=out.name, dir=out, config=config)
             return lambda numbers, step: run.log(numbers, step=step)
     except ImportError as problem:
-        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
+        raise UserError(
+            f"--log {name} needs a package that is not installed ({problem}): pip install {name}"
+        ) from None
     raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
 
 

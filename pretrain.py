@@ -19,55 +19,106 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 import kernels
+import loader
 import mask as masking
 import plumbing
+from evaluate import draw_reconstructions, knn, masked_mse, mean_tokens, thumbnails
 from kernels.gather import masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, patch_error, reconstruction_loss, stats_loss
-from lab import metrics, plot
-from model import MAE, SIZES, load_encoder, load_exactly, put_patches, save_model, to_pixels
+from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from lab import plot
+from model import MAE, SIZES, load_encoder, load_exactly, put_patches, save_model
 from plumbing import UserError
 
-EVAL_RATIO = 0.75  # of the fixed random mask under which every run is evaluated, whatever it trains with
-EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most so many are evaluated in a run; probe.py takes them all
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOG_EVERY = 10  # steps
 EMA = 0.996  # of the teacher; rises to 1 by half a cosine
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add("--data", default="datasets/toon", metavar="DIR", help="packed dataset, or a folder or zip of images (default: the demo set)")
+    add(
+        "--data",
+        default="datasets/toon",
+        metavar="DIR",
+        help="packed dataset, or a folder or zip of images (default: the demo set)",
+    )
     add("--out", metavar="DIR", help="run folder (default: runs/ and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=SIZES, help="default: small on a GPU, tiny on a CPU")
-    add("--image-size", type=int, metavar="PX", help="side of a view in pixels (default: per model, 96 to 128)")
-    add("--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)")
+    add(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="side of a view in pixels (default: per model, 96 to 128)",
+    )
+    add(
+        "--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)"
+    )
     add("--decoder-dim", type=int, metavar="W", help="width of the decoder (default: per model, 128 or 256)")
     add("--decoder-depth", type=int, default=2, metavar="N", help="blocks of the decoder")
     add = parser.add_argument_group("mask and loss").add_argument
-    add("--mask", default="random", metavar="NAME[:key=value,...]", help=f"one of {', '.join(masking.STRATEGIES)}")
-    add("--ratio", default="0.75", metavar="R", help="share of patches hidden; .5:.9 is a schedule over the run")
-    add("--teacher", default="self", metavar="self|PATH", help="whose attention guides the mask: the run's own average, or a run's")
-    add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a perfectly flat patch in the loss; 1 is plain MAE")
+    add(
+        "--mask",
+        default="random",
+        metavar="NAME[:key=value,...]",
+        help=f"one of {', '.join(masking.STRATEGIES)}",
+    )
+    add(
+        "--ratio",
+        default="0.75",
+        metavar="R",
+        help="share of patches hidden; .5:.9 is a schedule over the run",
+    )
+    add(
+        "--teacher",
+        default="self",
+        metavar="self|PATH",
+        help="whose attention guides the mask: the run's own average, or a run's",
+    )
+    add(
+        "--flat-weight",
+        type=float,
+        default=0.1,
+        metavar="W",
+        help="weight of a perfectly flat patch in the loss; 1 is plain MAE",
+    )
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the data (default: per device)")
     add("--batch-size", type=int, metavar="B", help="images for one optimizer step (default: per device)")
-    add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N parts that fit in memory")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split each batch into N parts that fit in memory",
+    )
     add("--blr", type=float, default=2e-3, metavar="LR", help="base learning rate: lr = blr * batch / 256")
     add("--warmup", type=float, default=0.1, metavar="SHARE", help="share of the run in which the rate rises")
-    add("--min-crop", type=float, default=0.4, metavar="AREA", help="smallest share of an image that a crop shows")
+    add(
+        "--min-crop",
+        type=float,
+        default=0.4,
+        metavar="AREA",
+        help="smallest share of an image that a crop shows",
+    )
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that evaluations look at")
-    add("--eval-every", type=int, metavar="EPOCHS", help="epochs between evaluations (default: a quarter of the run, at most 10)")
+    add(
+        "--eval-every",
+        type=int,
+        metavar="EPOCHS",
+        help="epochs between evaluations (default: a quarter of the run, at most 10)",
+    )
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -96,11 +147,20 @@ def check(args):
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, low, high in (("flat_weight", 0, 1), ("warmup", 0, 1), ("min_crop", 0.01, 1), ("blr", 1e-9, 10)):
+    for name, low, high in (
+        ("flat_weight", 0, 1),
+        ("warmup", 0, 1),
+        ("min_crop", 0.01, 1),
+        ("blr", 1e-9, 10),
+    ):
         if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}"
+            )
     if args.batch_size % args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size} can't be split into --accumulate {args.accumulate} equal parts")
+        raise UserError(
+            f"--batch-size {args.batch_size} can't be split into --accumulate {args.accumulate} equal parts"
+        )
     try:
         strategy, params = masking.parse_mask(args.mask)
         ratios = masking.parse_ratio(args.ratio)
@@ -123,7 +183,12 @@ def use_impl(name, device):
 
 
 def run_name(args, folder):
-    words = [folder.name, args.model, args.mask.replace(":", "-").replace(",", "-"), args.ratio.replace(":", "-")]
+    words = [
+        folder.name,
+        args.model,
+        args.mask.replace(":", "-").replace(",", "-"),
+        args.ratio.replace(":", "-"),
+    ]
     words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
@@ -145,15 +210,14 @@ def open_run(out, config, resume):
         raise UserError(f"{out}/state.pt is not a checkpoint of pretrain.py; choose another --out")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
-        raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
+        raise UserError(
+            f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it"
+        )
     if not resume:
-        raise UserError(f"{out} already holds this run, at step {state['step']}; add --resume to go on, or choose another --out")
+        raise UserError(
+            f"{out} already holds this run, at step {state['step']}; add --resume to go on, or choose another --out"
+        )
     return state
-
-
-def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 # ---- the teacher: attention maps of the whole training set, made rarely ---------------------------------------------
@@ -176,20 +240,22 @@ def write_attention(teacher, image_size, images, path, autocast):
     n, device = len(images), teacher.cls_token.device
 
     def chunks():
-        views = data.whole_views(images, torch.arange(n), image_size, device)
-        for _, view in tqdm(views, "attention", math.ceil(n / data.CHUNK), leave=False, disable=None):
+        views = loader.whole_views(images, torch.arange(n), image_size, device)
+        for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
             with autocast():
-                yield teacher.cls_attention(view).mean(1).unflatten(1, (teacher.side, -1)).half().cpu().numpy()
+                yield (
+                    teacher.cls_attention(view).mean(1).unflatten(1, (teacher.side, -1)).half().cpu().numpy()
+                )
 
-    data.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16")
-    return data.open_tensors(path)["attn"]
+    loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16")
+    return loader.open_tensors(path)["attn"]
 
 
 def attention_of(maps, rows, boxes, flip, side, device):
     """Cached maps of these rows, cropped and flipped as the images were: (B, side*side); all equal before the first."""
     if maps is None:
         return torch.ones(len(rows), side * side, device=device)
-    return data.view_maps(torch.from_numpy(maps[rows.numpy()]).to(device), boxes, flip, side).flatten(1)
+    return loader.view_maps(torch.from_numpy(maps[rows.numpy()]).to(device), boxes, flip, side).flatten(1)
 
 
 @torch.no_grad()
@@ -198,77 +264,6 @@ def update_teacher(teacher, encoder, t):
     momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
     for slow, fast in zip(teacher.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
-
-
-# ---- evaluation and pictures ---------------------------------------------------------------------------------------
-
-
-def spread(n, most):
-    """At most `most` of n rows, evenly spread."""
-    return torch.linspace(0, n - 1, min(n, most)).long()
-
-
-def predict(model, view, noise, autocast):
-    """Hide EVAL_RATIO of view u8 (B, S, S, 3) by noise (B, N) -> pred (B, M, P), stats (B, M, 2), ids_mask (B, M)."""
-    N, p = noise.shape[1], model.config["patch_size"]
-    ids_keep, ids_mask = masking.sample(noise.to(view.device), masking.kept(N, EVAL_RATIO))
-    with autocast():
-        pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
-    return pred.float(), stats.float(), ids_mask
-
-
-@torch.no_grad()
-def masked_mse(model, split, norm_pix, autocast):
-    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
-    rows, c = spread(len(split["images"]), EVAL_IMAGES), model.config
-    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
-    errors = []
-    views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
-    for (_, view), own_noise in zip(views, noise, strict=True):
-        pred, _, ids_mask = predict(model, view, own_noise, autocast)
-        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], norm_pix).cpu())
-    return torch.cat(errors).mean().item()
-
-
-@torch.no_grad()
-def mean_tokens(encoder, image_size, autocast, split, rows):
-    """-> (n, D) fp32: the mean of the patch tokens of whole images."""
-    features = []
-    for _, view in data.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
-        with autocast():
-            features.append(encoder.features(view)[:, 1:].float().mean(1).cpu())
-    return torch.cat(features)
-
-
-def thumbnails(split, rows):
-    return metrics.thumbnails(torch.from_numpy(split["images"][rows.numpy()]), 4)
-
-
-def knn(features, train, held):
-    """kNN Top-1 in percent of the evaluation images among the training images; features(split, rows) -> (n, D)."""
-    bank, queries = spread(len(train["images"]), BANK_IMAGES), spread(len(held["images"]), EVAL_IMAGES)
-    share = metrics.knn_top1(features(train, bank), train["labels"][bank], features(held, queries), held["labels"][queries])
-    return 100 * share
-
-
-def evaluate(model, train, held, norm_pix, autocast):
-    """-> {"val_mse", "knn"}; knn in percent, where both splits have labels."""
-    row = {"val_mse": masked_mse(model, held, norm_pix, autocast)}
-    if data.has_labels(train) and data.has_labels(held):
-        tokens = functools.partial(mean_tokens, model.encoder, model.config["image_size"], autocast)
-        row["knn"] = knn(tokens, train, held)
-    return row
-
-
-@torch.no_grad()
-def draw_reconstructions(model, split, norm_pix, autocast, path):
-    """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
-    rows, c = spread(len(split["images"]), 8), model.config
-    _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
-    pred, stats, ids_mask = predict(model, view, masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)), autocast)
-    pixels, empty = to_pixels(pred, stats if norm_pix else None), torch.full_like(view, plot.GRAY)
-    seen = put_patches(view, ids_mask, torch.full_like(pixels, plot.GRAY))
-    plot.reconstructions(path, view, seen, put_patches(empty, ids_mask, pixels), put_patches(view, ids_mask, pixels), EVAL_RATIO)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -286,9 +281,15 @@ def main():
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    model = MAE(args.image_size, args.patch_size, **size, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)
+    model = MAE(
+        args.image_size,
+        args.patch_size,
+        **size,
+        decoder_dim=args.decoder_dim,
+        decoder_depth=args.decoder_depth,
+    )
     folder = data.dataset_folder(args.data, args.image_size)
-    train, held = data.open_split(folder, "train"), data.open_split(folder, args.eval_on)
+    train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
     config = config_of(args, folder) | {"images": len(train["images"])}
     state = open_run(out, config, args.resume)
@@ -305,7 +306,9 @@ def main():
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
     guided = strategy in masking.NEEDS
     frozen = guided and args.teacher != "self"
-    teacher, teacher_size = (load_encoder(args.teacher) if frozen else (copy.deepcopy(model.encoder), S)) if guided else (None, S)
+    teacher, teacher_size = (
+        (load_encoder(args.teacher) if frozen else (copy.deepcopy(model.encoder), S)) if guided else (None, S)
+    )
     teacher = teacher.to(device).requires_grad_(False) if guided else None
     looks = [] if not guided else [0] if frozen else looks_at(args.epochs, params.get("start", masking.START))
 
@@ -316,18 +319,16 @@ def main():
         if guided and not frozen:
             load_exactly(teacher, state["teacher"], out / "state.pt")
         step, seconds, maps_file = state["step"], state["seconds"], state["maps"]
-        maps = data.open_tensors(out / maps_file)["attn"] if maps_file else None
-    plumbing.cut_log(out / "log.jsonl", step if state else -1)
-    log = plumbing.open_log(out / "log.jsonl", args.log, config)
+        maps = loader.open_tensors(out / maps_file)["attn"] if maps_file else None
+    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config)
 
-    print(f"machine  {plumbing.machine(device)}")
-    print(f"         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")
-    print(f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images of "
-          f"{train['images'].shape[1]} px, {len(train['header']['classes'])} classes")  # fmt: skip
-    print(f"model    {args.model}: {sum(w.numel() for w in clipped) / 1e6:.1f} M parameters, {S} px = {N} patches of {p} px, "
-          f"{masking.kept(N, ratios[0])} visible")  # fmt: skip
-    print(f"run      {out}: {args.mask}, {args.epochs} epochs of {per_epoch} steps of {B} images, learning rate {peak_lr:.2g}"
-          + (f"; going on from step {step}" if state else ""))  # fmt: skip
+    print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")
+    print(f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
+          f"{len(train['header']['classes'])} classes")  # fmt: skip
+    print(f"model    {args.model}: {sum(w.numel() for w in clipped) / 1e6:.1f} M parameters, {S} px in {N} patches of "
+          f"{p} px, {masking.kept(N, ratios[0])} of them visible")  # fmt: skip
+    print(f"run      {out}: {args.mask}, {args.epochs} epochs of {per_epoch} steps of {B} images, "
+          f"learning rate {peak_lr:.2g}" + (f"; going on from step {step}" if state else ""))  # fmt: skip
 
     def clock():
         return seconds + time.perf_counter() - began
@@ -341,18 +342,21 @@ def main():
             old.unlink()
 
     def report():
-        row = {"step": step, "epoch": step / per_epoch} | evaluate(model, train, held, norm_pix, autocast)
+        row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
+        text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
+        if loader.has_labels(train) and loader.has_labels(held):
+            row["knn"] = knn(functools.partial(mean_tokens, model.encoder, S, autocast), train, held)
+            text += f", kNN Top-1 {row['knn']:.1f} %"
         if step == 0 and "knn" in row:
             row["knn_thumbnail"] = knn(thumbnails, train, held)
+            text += f" untrained; 4x4 thumbnails have {row['knn_thumbnail']:.1f} %"
+        tqdm.write(text)
         log(**row, seconds=round(clock(), 2))
-        tqdm.write(f"epoch {step / per_epoch:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
-                   + (f", kNN Top-1 {row['knn']:.1f} %" if "knn" in row else "")
-                   + (f" untrained ({row['knn_thumbnail']:.1f} % by 4x4 thumbnails)" if "knn_thumbnail" in row else ""))  # fmt: skip
 
     asked, began = plumbing.catch_signals(), time.perf_counter()
     if step == 0:
         report()
-    images = data.resident(train, device)
+    images = loader.resident(train, device)
     waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
     bar = tqdm(total=total, initial=step, unit="step", disable=None)
 
@@ -360,14 +364,14 @@ def main():
         if epoch in looks and step == epoch * per_epoch:
             maps_file = f"attn-{step:08d}.safetensors"
             maps = write_attention(teacher, teacher_size, train["images"], out / maps_file, autocast)
-        order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in waiting.timed(data.batches(images, order, B, device, start=step % per_epoch)):
+        order = loader.epoch_order(len(images), args.seed, epoch)
+        for rows, batch in waiting.timed(loader.batches(images, order, B, device, start=step % per_epoch)):
             # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch
             t = step / total
-            draws = seeded(args.seed, epoch, step)
-            boxes, flip = data.draw_boxes(B, draws, args.min_crop)
+            draws = plumbing.seeded(args.seed, epoch, step)
+            boxes, flip = loader.draw_boxes(B, draws, args.min_crop)
             noise = masking.gumbel_noise(B, N, draws).to(device)
-            view = data.view_images(batch, boxes, flip, S)  # u8 (B, S, S, 3)
+            view = loader.view_images(batch, boxes, flip, S)  # u8 (B, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
             patches = {"masked": N - K}
             if guided:
@@ -381,7 +385,9 @@ def main():
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
                 with autocast():
                     pred, stats = net(tokens, ids_keep[part], ids_mask[part])
-                error = reconstruction_loss(pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
+                error = reconstruction_loss(
+                    pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum
+                )
                 (error + stats_loss(stats, view[part], ids_mask[part], p) / args.accumulate).backward()
                 loss = loss + error.detach()
 
@@ -402,12 +408,13 @@ def main():
                 now, losses = torch.stack(losses).cpu(), []
                 if not now.isfinite().all():
                     first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
-                    raise UserError(f"the loss is not finite at step {first}; {out}/state.pt keeps the last good state. "
-                                    f"A smaller --blr (now {args.blr:g}) or --dtype fp32 mends it most often")  # fmt: skip
+                    raise UserError(f"the loss is not finite at step {first}; {out}/state.pt keeps the last good "
+                                    f"state. Try a smaller --blr than {args.blr:g}, or --dtype fp32")  # fmt: skip
                 share, spent = waiting.share()
                 log(step=step, epoch=round(step / per_epoch, 4), loss=now[:, 0].mean().item(), lr=group["lr"],
-                    grad_norm=now[:, 1].mean().item(), images_per_s=round(len(now) * B / spent, 1), data_wait=round(share, 5),
-                    memory_mb=round(plumbing.peak_memory_mb(device)), seconds=round(clock(), 2))  # fmt: skip
+                    grad_norm=now[:, 1].mean().item(), images_per_s=round(len(now) * B / spent, 1),
+                    data_wait=round(share, 5), memory_mb=round(plumbing.peak_memory_mb(device)),
+                    seconds=round(clock(), 2))  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
                 if step % (per_epoch * args.eval_every) == 0 or step == total:
                     report()
@@ -424,7 +431,9 @@ def main():
     name = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     if total and "view" in locals():
         guide = patches["attn"][:8].unflatten(1, (S // p, -1)) if guided else None
-        seen = put_patches(view[:8], ids_mask[:8], torch.full((min(8, B), N - K, 3 * p * p), plot.GRAY, dtype=torch.uint8))
+        seen = put_patches(
+            view[:8], ids_mask[:8], torch.full((min(8, B), N - K, 3 * p * p), plot.GRAY, dtype=torch.uint8)
+        )
         plot.masks(out / "masks.png", view[:8], seen, guide, f"What the last batch hid: {name}")
     save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
     plot.curves(out / "curves.png", plumbing.read_log(out / "log.jsonl"), args.eval_on, name)

@@ -3,7 +3,7 @@
     out[b, j, (r, q, c)] = (view[b, y*p + r, x*p + q, c] / 255 - mean[c]) / std[c],   (y, x) = divmod(ids[b, j], g)
 
 Bytes: reads K/N of the uint8 view, writes B*K*P numbers of the compute dtype. The obvious way (normalise the whole
-view, cut it into patches, index them) writes and reads the whole view in floating point twice before it drops three quarters.
+view, cut it into patches, index them) moves the whole view in floating point twice, then drops three quarters.
 
 The result feeds a plain matrix product with the patch embedding; a patch flattens to (row, column, colour).
 """

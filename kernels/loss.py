@@ -57,7 +57,9 @@ def patch_error(pred, view, ids, patch, norm_pix=True):
     return (pred.float() - target).square().mean(2)
 
 
-def reconstruction_loss(pred, view, ids_mask, patch, weight=None, norm_pix=True, weight_sum=None, impl="auto"):
+def reconstruction_loss(
+    pred, view, ids_mask, patch, weight=None, norm_pix=True, weight_sum=None, impl="auto"
+):
     """pred (B, M, P), view u8 (B, S, S, 3), ids_mask (B, M) -> scalar sum(w e) / sum(w), differentiable in pred.
 
     weight (B, M) is a plain tensor, 1 if None: another weighting is three lines in your script.

@@ -11,8 +11,8 @@ import torch
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 GRAY = 128  # a hidden patch
-plt.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
-                 "savefig.dpi": 150, "text.color": INK, "axes.labelcolor": INK, "figure.constrained_layout.use": True}  # fmt: skip
+plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, "figure.constrained_layout.use": True}
 
 
 def save(figure, path):
@@ -37,12 +37,16 @@ def image_grid(path, title, rows):
 def reconstructions(path, original, seen, predicted, pasted, ratio):
     """Four lines of u8 (n, S, S, 3): the original, what the model saw, what it predicted, both together."""
     title = f"Reconstruction of images it never trained on, {ratio:.0%} hidden at random"
-    image_grid(path, title, [("original", original), ("seen", seen), ("predicted", predicted), ("pasted", pasted)])
+    image_grid(
+        path, title, [("original", original), ("seen", seen), ("predicted", predicted), ("pasted", pasted)]
+    )
 
 
 def masks(path, view, seen, guide, title):
     """view, seen u8 (n, S, S, 3) and, where there is one, the map that guided the mask, (n, g, g)."""
-    image_grid(path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)])
+    image_grid(
+        path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)]
+    )
 
 
 def curves(path, rows, split, title):

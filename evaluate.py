@@ -1,0 +1,88 @@
+"""Quick looks at a model while it trains: masked error, kNN and reconstructions. probe.py is the thorough measure.
+
+Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
+"""
+
+
+import torch
+
+import loader
+import mask as masking
+import plumbing
+from kernels.gather import masked_patch_gather
+from kernels.loss import patch_error
+from lab import metrics, plot
+from model import put_patches, to_pixels
+
+EVAL_RATIO = 0.75  # of the fixed mask
+EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most so many are looked at
+
+
+def spread(n, most):
+    """At most `most` of n rows, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+def predict(model, view, noise, autocast):
+    """Hide EVAL_RATIO of view u8 (B, S, S, 3) by noise (B, N) -> pred (B, M, P), stats (B, M, 2), ids_mask (B, M)."""
+    N, p = noise.shape[1], model.config["patch_size"]
+    ids_keep, ids_mask = masking.sample(noise.to(view.device), masking.kept(N, EVAL_RATIO))
+    with autocast():
+        pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
+    return pred.float(), stats.float(), ids_mask
+
+
+@torch.no_grad()
+def masked_mse(model, split, norm_pix, autocast):
+    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
+    rows, c = spread(len(split["images"]), EVAL_IMAGES), model.config
+    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0)).split(loader.CHUNK)
+    errors = []
+    views = loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
+    for (_, view), own_noise in zip(views, noise, strict=True):
+        pred, _, ids_mask = predict(model, view, own_noise, autocast)
+        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], norm_pix).cpu())
+    return torch.cat(errors).mean().item()
+
+
+@torch.no_grad()
+def mean_tokens(encoder, image_size, autocast, split, rows):
+    """-> (n, D) fp32: the mean of the patch tokens of whole images."""
+    features = []
+    for _, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
+        with autocast():
+            features.append(encoder.features(view)[:, 1:].float().mean(1).cpu())
+    return torch.cat(features)
+
+
+def thumbnails(split, rows):
+    return metrics.thumbnails(torch.from_numpy(split["images"][rows.numpy()]), 4)
+
+
+def knn(features, train, held):
+    """kNN Top-1 in percent of the evaluation images among the training images; features(split, rows) -> (n, D)."""
+    bank, queries = spread(len(train["images"]), BANK_IMAGES), spread(len(held["images"]), EVAL_IMAGES)
+    share = metrics.knn_top1(
+        features(train, bank), train["labels"][bank], features(held, queries), held["labels"][queries]
+    )
+    return 100 * share
+
+
+@torch.no_grad()
+def draw_reconstructions(model, split, norm_pix, autocast, path):
+    """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
+    rows, c = spread(len(split["images"]), 8), model.config
+    _, view = next(loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
+    pred, stats, ids_mask = predict(
+        model, view, masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0)), autocast
+    )
+    pixels, empty = to_pixels(pred, stats if norm_pix else None), torch.full_like(view, plot.GRAY)
+    seen = put_patches(view, ids_mask, torch.full_like(pixels, plot.GRAY))
+    plot.reconstructions(
+        path,
+        view,
+        seen,
+        put_patches(empty, ids_mask, pixels),
+        put_patches(view, ids_mask, pixels),
+        EVAL_RATIO,
+    )

@@ -1,0 +1,187 @@
+"""What feeds every stage: packed files opened as memory maps, batches read ahead, and views cut on the device.
+
+A split is a dict of arrays that stay in their file: a batch is copied out of the page cache, so memory does not grow
+with the data set, and there are no worker processes: one thread reads ahead.
+A view is a crop, flipped or not and resized, made by two matrix products; maps and masks go through the same two.
+"""
+
+import contextlib
+import json
+import math
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing import UserError, atomic
+
+DTYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16}  # as safetensors names them
+CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
+
+
+# ---- reading: a split is a dict of arrays that stay in the file ----------------------------------------------------
+
+
+def open_tensors(path):
+    """A safetensors file -> {name: memory map} and, as "header", the "animask" entry of its header."""
+    try:
+        with open(path, "rb") as f:
+            room = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(min(room, 2**30)))
+        tensors = {"header": json.loads(entries.pop("__metadata__")["animask"])}
+        for name, e in entries.items():
+            tensors[name] = np.memmap(
+                path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"])
+            )
+    except (OSError, ValueError, KeyError, OverflowError) as problem:
+        reason = " ".join(str(problem).split())[:80]
+        raise UserError(
+            f"{path} is not a whole file of AniMask ({reason}); remove it and make it again"
+        ) from None
+    return tensors
+
+
+def open_split(folder, name):
+    """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header"; "fg", "parts"}."""
+    path = Path(folder) / f"{name}.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; python data.py IMAGES --out {folder} makes it")
+    split = open_tensors(path)
+    if "images" not in split:
+        raise UserError(f"{path} holds no images; python data.py IMAGES --out {folder} makes it")
+    return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
+
+
+def write_rows(path, name, chunks, shape, dtype, header=None):
+    """Stream chunks (b, ...) of one tensor of this whole shape into a safetensors file."""
+    count = math.prod(shape) * DTYPES[dtype]().itemsize
+    entry = {name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, count]}}
+    head = json.dumps({"__metadata__": {"animask": json.dumps(header or {})}} | entry).encode()
+    head = head.ljust(-(-len(head) // 8) * 8)
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for chunk in chunks:
+            f.write(np.ascontiguousarray(chunk).data)
+
+
+def has_labels(split):
+    return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
+
+
+# ---- the loader: one prefetch thread, no worker processes ----------------------------------------------------------
+
+
+def resident(split, device):
+    """The images as one tensor on a GPU if they fit in a quarter of its free memory, else the memory map as it is."""
+    if device.type != "cuda" or split["images"].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return split["images"]
+    return torch.from_numpy(np.asarray(split["images"])).to(device)
+
+
+def take(images, index, device):
+    """Rows index (i64, CPU) of a memory map or resident tensor -> u8 (B, S, S, 3) on device."""
+    if isinstance(images, torch.Tensor):
+        return images[index.to(device)]
+    batch = torch.from_numpy(images[index.numpy()])
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
+
+def epoch_order(n, seed, epoch):
+    """The order of the images in an epoch: the same for every strategy with this seed."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
+
+
+def batches(images, order, batch_size, device, start=0):
+    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out."""
+    chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
+    return prefetch((index, take(images, index, device)) for index in chunks)
+
+
+def prefetch(items, depth=2):
+    """Iterate over items, a thread making the next `depth` of them meanwhile."""
+    ready, done, stop = queue.Queue(depth), object(), threading.Event()
+
+    def work():
+        try:
+            for item in items:
+                while not stop.is_set():
+                    with contextlib.suppress(queue.Full):
+                        ready.put(item, timeout=0.1)
+                        break
+                if stop.is_set():
+                    return
+            ready.put(done)
+        except Exception as problem:
+            ready.put(problem)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (item := ready.get()) is not done:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
+
+
+# ---- views: crop, flip and resize as two matrix products -----------------------------------------------------------
+
+
+def draw_boxes(n, generator, min_area):
+    """Random resized crops: boxes (n, 4) = top, left, height, width in [0, 1], and flips (n,) bool, drawn on the CPU.
+
+    Area uniform in [min_area, 1], aspect log-uniform in [3/4, 4/3], as in He et al. 2021.
+    """
+    u = torch.rand(5, n, generator=generator)
+    area, aspect = min_area + (1 - min_area) * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
+    height, width = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    return torch.stack([u[2] * (1 - height), u[3] * (1 - width), height, width], 1), u[4] < 0.5
+
+
+def full_boxes(n):
+    """The whole image, unflipped: what evaluation and teachers look at."""
+    return torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
+
+
+def resampling_matrix(start, length, n_in, n_out):
+    """(B,) start and length of a crop in [0, 1] -> (B, n_out, n_in): row i holds the weights of output pixel i.
+
+    A triangle filter as wide as the reduction (antialiased linear, the same as Pillow's BILINEAR); rows sum to 1.
+    """
+    step = length * n_in / n_out  # input pixels for one output pixel, (B,)
+    centre = (start * n_in)[:, None] + (torch.arange(n_out, device=start.device) + 0.5) * step[:, None] - 0.5
+    distance = torch.arange(n_in, device=start.device) - centre[:, :, None]  # (B, n_out, n_in)
+    weight = (1 - distance.abs() / step.clamp(min=1)[:, None, None]).clamp(min=0)
+    return weight / weight.sum(2, keepdim=True)
+
+
+def view_matrices(boxes, flip, n_in, n_out):
+    """boxes (B, 4), flip (B,) -> Wy (B, n_out, n_in), Wx (B, n_in, n_out): view = Wy @ image @ Wx."""
+    Wy = resampling_matrix(boxes[:, 0], boxes[:, 2], n_in, n_out)
+    Wx = resampling_matrix(boxes[:, 1], boxes[:, 3], n_in, n_out)
+    Wx = torch.where(flip[:, None, None], Wx.flip(1), Wx)
+    return Wy, Wx.transpose(1, 2)
+
+
+def view_images(images, boxes, flip, side):
+    """images u8 (B, S, S, 3) -> views u8 (B, side, side, 3) on the same device: what the kernels read."""
+    B, S = images.shape[:2]
+    Wy, Wx = view_matrices(boxes.to(images.device), flip.to(images.device), S, side)
+    rows = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
+    view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, side*3, side)
+    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # the kernels read patch rows of 3p bytes
+    return view.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def view_maps(maps, boxes, flip, side):
+    """maps (B, G, G) of the whole images -> the same crops of them, fp32 (B, side, side): they follow the images."""
+    Wy, Wx = view_matrices(boxes.to(maps.device), flip.to(maps.device), maps.shape[-1], side)
+    return Wy @ maps.float() @ Wx
+
+
+def whole_views(images, rows, side, device):
+    """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in order."""
+    for index in rows.split(CHUNK):
+        yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)

@@ -1,0 +1,315 @@
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw_folder, refused, shared_file, stage
+from PIL import Image
+from safetensors import safe_open
+
+import data
+import loader
+from plumbing import UserError
+
+
+def pack(source, out, *more, **kw):
+    return stage("data.py", source, "--out", out, *more, cwd=out.parent, **kw)
+
+
+def keys_of(out, split):
+    return loader.open_split(out, split)["header"]["keys"]
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_per_class_is_split_by_class_and_read_by_safetensors(tmp_path):
+    draw_folder(tmp_path / "images", classes=3, each=20)
+    pack(tmp_path / "images", tmp_path / "out", "--size", 24, check=0)
+    counts = {}
+    for split in ("train", "val", "test"):
+        with safe_open(tmp_path / "out" / f"{split}.safetensors", "pt") as f:
+            images, labels = f.get_tensor("images"), f.get_tensor("labels")
+            header = json.loads(f.metadata()["animask"])
+        assert images.dtype == torch.uint8 and images.shape[1:] == (24, 24, 3)
+        for key, label in zip(header["keys"], labels.tolist(), strict=True):
+            assert key.startswith(header["classes"][label] + "/")
+        counts[split] = Counter(labels.tolist())
+    assert counts == {"train": {0: 14, 1: 14, 2: 14}, "val": {0: 2, 1: 2, 2: 2}, "test": {0: 4, 1: 4, 2: 4}}
+
+
+def test_same_input_same_bytes_and_another_seed_another_split(tmp_path):
+    draw_folder(tmp_path / "images")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pack(tmp_path / "images", tmp_path / name, "--size", 16, "--seed", seed, check=0)
+    read = {n: (tmp_path / n / "train.safetensors").read_bytes() for n in "abc"}
+    assert read["a"] == read["b"] != read["c"]
+
+
+def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
+    draw_folder(tmp_path / "images")
+    shutil.make_archive(
+        tmp_path / "images", "zip", tmp_path, "images"
+    )  # wrapped in one folder, as zips often are
+    for source, out in (("images", "a"), ("images.zip", "b")):
+        pack(tmp_path / source, tmp_path / out, "--size", 16, check=0)
+    a, b = (loader.open_split(tmp_path / n, "train") for n in "ab")
+    assert a["header"]["classes"] == b["header"]["classes"] == ["class0", "class1", "class2"]
+    assert sorted(x.tobytes() for x in a["images"]) and len(a["images"]) == len(b["images"])
+    assert Counter(a["labels"].tolist()) == Counter(b["labels"].tolist())
+
+
+def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
+    for split, each in (("train", 20), ("test", 4)):
+        draw_folder(tmp_path / "images" / split, classes=2, each=each)
+    pack(tmp_path / "images", tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
+    got = {s: keys_of(tmp_path / "out", s) for s in ("train", "dev", "val", "test")}
+    assert all(k.startswith("train/") for s in ("train", "dev", "val") for k in got[s])
+    assert all(k.startswith("test/") for k in got["test"]) and len(got["test"]) == 8
+    assert len(got["val"]) == 4 and len(got["dev"]) == 8 and len(got["train"]) == 28
+    assert loader.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1"]
+
+
+def test_groups_never_cross_splits(tmp_path):
+    draw_folder(tmp_path / "images", classes=3, each=30)
+    pack(tmp_path / "images", tmp_path / "out", "--size", 16, "--group-by", "^(illust[0-9]+)_", check=0)
+    groups = {
+        s: set(loader.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")
+    }
+    assert sum(len(g) for g in groups.values()) == len(set.union(*groups.values())) == 15
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    draw_folder(tmp_path / "images", classes=1)
+    pack(tmp_path / "images" / "class0", tmp_path / "out", "--size", 16, check=0)
+    split = loader.open_split(tmp_path / "out", "train")
+    assert (split["labels"] == -1).all() and split["header"]["classes"] == [] and not loader.has_labels(split)
+
+
+def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[8:24, 8:24] = (200, 10, 10, 255)
+    (tmp_path / "images").mkdir()
+    for i in range(10):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    pack(tmp_path / "images", tmp_path / "out", "--size", 32, check=0)
+    split = loader.open_split(tmp_path / "out", "train")
+    assert split["fg"].shape == (7, 32, 32)
+    assert (split["fg"][0] == pixels[..., 3]).all()
+    assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (
+        split["images"][0, 2, 2] == data.PAPER
+    ).all()
+
+
+def test_broken_files_are_skipped_counted_and_named(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=3, each=30)
+    whole = (root / "class0" / "illust0_0.png").read_bytes()
+    (root / "class0" / "illust0_0.png").write_bytes(whole[:200])
+    done = pack(root, tmp_path / "out", "--size", 16, check=0)
+    assert "skipped 1" in done.stdout and "class0/illust0_0.png" in done.stdout
+    splits = [loader.open_split(tmp_path / "out", s) for s in ("train", "val", "test")]
+    assert sum(len(s["images"]) for s in splits) == 89 and sum(s["header"]["skipped"] for s in splits) == 1
+    for s in splits:  # what comes after a gap still stands beside its own label
+        for key, image, label in zip(s["header"]["keys"], s["images"], s["labels"], strict=True):
+            assert key.startswith(f"class{label}/")
+            truth = Image.open(root / key).convert("RGB")
+            assert np.abs(np.asarray(truth).mean((0, 1)) - image.mean((0, 1))).max() < 12
+
+
+@pytest.mark.parametrize(
+    "what", ["absent", "empty", "text", "zip_of_nothing", "half_broken", "split", "size", "group", "twice"]
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
+    source, more = tmp_path / "images", []
+    if what != "absent":
+        draw_folder(source, classes=1)
+    if what == "empty":
+        shutil.rmtree(source)
+        source.mkdir()
+    if what == "text":
+        source = tmp_path / "x.txt"
+        source.write_text("hello")
+    if what == "zip_of_nothing":
+        source = tmp_path / "x.zip"
+        with zipfile.ZipFile(source, "w") as z:
+            z.writestr("readme.txt", "hello")
+    if what == "half_broken":
+        for i in range(3):
+            (source / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
+    more += {"split": ["--split", ".5,.1"], "size": ["--size", "0"], "group": ["--group-by", "("]}.get(
+        what, []
+    )
+    if what == "twice":
+        pack(source, tmp_path / "out", "--size", 16, check=0)
+        before = (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns
+    line = refused(pack(source, tmp_path / "out", *more))
+    says = {
+        "absent": "does not exist",
+        "empty": "no image found",
+        "text": "neither a folder",
+        "zip_of_nothing": "no image found",
+        "half_broken": "more than 5 %",
+        "split": "--split .5,.1",
+        "size": "--size 0",
+        "group": "--group-by (",
+        "twice": "packed already",
+    }
+    assert says[what] in line
+    if what == "twice":
+        assert (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns == before
+    else:
+        assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_a_packed_file_that_was_cut_is_refused(tmp_path):
+    draw_folder(tmp_path / "images")
+    pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    path = tmp_path / "out" / "train.safetensors"
+    whole = path.read_bytes()
+    for part in (whole[:-100], whole[:50], b"", b"\xff" * 64):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match="not a whole file"):
+            loader.open_split(tmp_path / "out", "train")
+
+
+def test_the_shared_faces_pack_whole(tmp_path):
+    """The shared faces pack whole, by illustration, with nothing lost."""
+    pack(
+        shared_file("faces20.zip"),
+        tmp_path / "out",
+        "--size",
+        32,
+        "--group-by",
+        "^[^_]+",
+        "--dev",
+        ".1",
+        check=0,
+    )
+    splits = {s: loader.open_split(tmp_path / "out", s) for s in ("train", "dev", "val")}
+    assert {s: len(x["images"]) for s, x in splits.items()}["val"] == 1749
+    assert len(splits["train"]["images"]) + len(splits["dev"]["images"]) == 8076
+    groups = [set(x["header"]["groups"]) for x in splits.values()]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert len(splits["train"]["header"]["classes"]) == 20
+
+
+# ---- views and loader ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.25, 0.125, 0.5, 0.75), (0.1, 0.2, 0.61, 0.7)])
+@pytest.mark.parametrize("side", [24, 64, 96])
+def test_views_are_pillows_antialiased_linear_crops(box, side):
+    smooth = np.asarray(Image.effect_noise((8, 8), 90).resize((64, 64), Image.Resampling.BICUBIC))
+    image = np.stack([smooth, smooth[::-1], smooth.T], 2)
+    top, left, height, width = (64 * x for x in box)
+    truth = Image.fromarray(image).resize(
+        (side, side), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
+    )
+    for flip in (False, True):
+        view = loader.view_images(
+            torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side
+        )[0].numpy()
+        off = np.abs((view[:, ::-1] if flip else view).astype(int) - np.asarray(truth))
+        assert (
+            off.max() <= 3 and off.mean() < 0.35
+        )  # Pillow reads up to half a pixel beyond the box; we never do
+
+
+def test_a_map_follows_crop_and_flip():
+    """A hot patch of the map and the bright square that it stands for end in the same place of the view."""
+    draws = torch.Generator().manual_seed(0)
+    boxes, flip = loader.draw_boxes(64, draws, 0.4)
+    image, heat = torch.zeros(64, 96, 96, 3, dtype=torch.uint8), torch.zeros(64, 12, 12)
+    image[:, 40:48, 56:64], heat[:, 5, 7] = 255, 1.0
+    bright = (
+        loader.view_images(image, boxes, flip, 96)
+        .float()[..., 0]
+        .view(64, 12, 8, 12, 8)
+        .mean((2, 4))
+        .flatten(1)
+    )
+    hot = loader.view_maps(heat, boxes, flip, 12).flatten(1)
+    seen = bright.amax(1) > 64  # the crop may have cut it off
+    assert seen.sum() > 40 and flip[seen].any() and not flip[seen].all()
+    y, x = (torch.stack([m.argmax(1) // 12, m.argmax(1) % 12]) for m in (bright, hot))
+    assert ((y - x).abs()[:, seen] <= 1).all()
+    centre = [(m[seen] * (torch.arange(144) % 12)).sum(1) / m[seen].sum(1) for m in (bright, hot)]
+    assert (centre[0] - centre[1]).abs().max() < 0.75
+
+
+def test_boxes_lie_inside_and_show_at_least_the_least():
+    boxes, flip = loader.draw_boxes(5000, torch.Generator().manual_seed(0), 0.4)
+    assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 1 + 1e-6).all()
+    area = boxes[:, 2] * boxes[:, 3]
+    assert area.min() > 0.39 and 0.65 < area.mean() < 0.71 and 0.47 < flip.float().mean() < 0.53
+
+
+def test_batches_cover_an_epoch_once_and_start_anywhere():
+    images = np.arange(50, dtype=np.uint8).repeat(12).reshape(50, 2, 2, 3)
+    order = loader.epoch_order(50, seed=3, epoch=1)
+    cpu = torch.device("cpu")
+    whole = list(loader.batches(images, order, 8, cpu))
+    assert len(whole) == 6 and len(set(torch.cat([i for i, _ in whole]).tolist())) == 48
+    assert all(torch.equal(batch[:, 0, 0, 0], index.to(torch.uint8)) for index, batch in whole)
+    rest = list(loader.batches(images, order, 8, cpu, start=4))
+    assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
+    assert not torch.equal(order, loader.epoch_order(50, seed=3, epoch=2))
+
+
+def test_an_error_in_the_prefetch_thread_reaches_the_loop():
+    def items():
+        yield 1
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        list(loader.prefetch(items()))
+
+
+def test_memory_does_not_grow_with_the_data_set(tmp_path):
+    """One epoch over a packed file of 3 GB, sparse on disk: anonymous memory stays where it was."""
+    n, side = 65536, 128
+    header = json.dumps(
+        {
+            "__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
+            "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, n * side * side * 3]},
+            "labels": {
+                "dtype": "I64",
+                "shape": [n],
+                "data_offsets": [n * side * side * 3, n * (side * side * 3 + 8)],
+            },
+        }
+    )
+    header = header.encode().ljust(1024)
+    with open(tmp_path / "train.safetensors", "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + n * (side * side * 3 + 8))
+    code = """if True:
+        import sys, torch, loader
+        def anonymous_mb():
+            return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+        split = loader.open_split(sys.argv[1], "train")
+        order = loader.epoch_order(len(split["images"]), 0, 0)
+        before, most = anonymous_mb(), 0
+        for i, (index, batch) in enumerate(loader.batches(split["images"], order, 128, torch.device("cpu"))):
+            most = max(most, anonymous_mb()) if i % 32 == 0 else most
+        print(most - before)"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc, which only Linux has")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
+
+
+def test_decoding_keeps_the_short_side_and_the_centre():
+    picture = np.zeros((40, 80, 3), np.uint8)
+    picture[:, :20], picture[:, 20:60], picture[:, 60:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    image = data.decode(file.getvalue(), 40, fg=False)["images"]
+    assert image.shape == (40, 40, 3) and (image == (0, 255, 0)).all()

@@ -1,0 +1,259 @@
+"""pretrain.py as a user runs it, in a subprocess, on a small packed set; and what its loop promises."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, draw_folder, refused, stage
+
+import loader
+import mask as masking
+import plumbing
+import pretrain
+
+QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
+
+
+def train(small, out, *more, **kw):
+    return stage("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, **kw)
+
+
+def weights(out):
+    return torch.load(out / "state.pt", weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """One uninterrupted attn_high run, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train(small, out, "--mask", "attn_high:start=.3", check=0)
+
+
+def test_a_run_writes_what_its_docstring_says(finished):
+    out, done = finished
+    assert {p.name for p in out.iterdir()} - {"attn-00000010.safetensors"} == {
+        "state.pt", "model.safetensors", "log.jsonl", "curves.png", "recon.png", "masks.png"}  # fmt: skip
+    rows = plumbing.read_log(out / "log.jsonl")
+    steps = [r for r in rows if "loss" in r]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(
+        steps[0]
+    )
+    held = [r for r in rows if "val_mse" in r]
+    assert (
+        held[-1]["val_mse"] < held[0]["val_mse"] and held[0]["knn_thumbnail"] > 0 and held[-1]["step"] == 20
+    )
+    assert "untrained" in done.stdout and "model.safetensors" in done.stdout and done.stderr == ""
+
+
+def test_same_seed_same_weights_and_another_seed_others(small, finished, tmp_path):
+    train(small, tmp_path / "again", "--mask", "attn_high:start=.3", check=0)
+    assert same(weights(finished[0]), weights(tmp_path / "again"))
+    train(small, tmp_path / "other", "--mask", "attn_high:start=.3", "--seed", 1, check=0)
+    assert not same(weights(finished[0]), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
+    """Killed several times, at moments that nobody chose, and resumed: the weights are those of the whole run."""
+    out = tmp_path / "killed"
+    command = [
+        sys.executable,
+        str(ROOT / "pretrain.py"),
+        "--data",
+        small,
+        "--out",
+        out,
+        *QUICK,
+        "--mask",
+        "attn_high:start=.3",
+    ]
+    stops = 0
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [str(w) for w in [*command, "--resume"]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if attempt < 3:
+            wait_for_a_step(process, out, more_than=attempt * 5)
+            process.send_signal(how)
+        text, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        stops += 1
+        assert "Traceback" not in errors
+        if how != signal.SIGKILL:
+            assert "--resume" in text and process.returncode == 128 + how
+            torch.load(out / "state.pt", weights_only=True)
+    assert stops >= 2 and process.returncode == 0
+    assert same(weights(finished[0]), weights(out))
+    assert [r["step"] for r in plumbing.read_log(out / "log.jsonl") if "val_mse" in r] == [
+        r["step"] for r in plumbing.read_log(finished[0] / "log.jsonl") if "val_mse" in r
+    ]
+
+
+def wait_for_a_step(process, out, more_than):
+    """Until the log holds a step beyond `more_than`, or the run has ended."""
+    while process.poll() is None:
+        rows = plumbing.read_log(out / "log.jsonl")
+        if rows and rows[-1]["step"] > more_than:
+            return
+        time.sleep(0.02)
+
+
+def test_accumulation_changes_nothing_but_rounding(small, finished, tmp_path):
+    """The weights of the loss are summed over the whole batch, so its parts may be any number."""
+    losses = {}
+    for parts in (1, 4):
+        out = tmp_path / f"parts{parts}"
+        train(small, out, "--dtype", "fp32", "--accumulate", parts, check=0)
+        losses[parts] = [r["loss"] for r in plumbing.read_log(out / "log.jsonl") if "loss" in r]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[4]), rtol=1e-3, atol=0)
+
+
+def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):
+    """Record what every step looks at, under random and under attn_high: only the masks may differ."""
+    seen = {}
+    for name in ("random", "attn_high:start=0"):
+        seen[name] = {"view": [], "keep": []}
+        patched(monkeypatch, loader, "view_images", seen[name]["view"])
+        patched(monkeypatch, masking, "sample", seen[name]["keep"])
+        words = ["pretrain.py", "--data", small, "--out", tmp_path / name.replace(":", "-"), *QUICK, "--mask", name]
+        monkeypatch.setattr(sys, "argv", [str(w) for w in words])
+        pretrain.main()
+        monkeypatch.undo()
+    a, b = seen["random"], seen["attn_high:start=0"]
+    views = [[v for v in x["view"] if v.shape[0] == 16] for x in (a, b)]
+    assert len(views[0]) == len(views[1]) == 20 and all(
+        torch.equal(x, y) for x, y in zip(*views, strict=True)
+    )
+    assert any(not torch.equal(x[0], y[0]) for x, y in zip(a["keep"][1:], b["keep"][1:], strict=False))
+
+
+def patched(monkeypatch, module, name, record):
+    plain = getattr(module, name)
+
+    def noted(*args):
+        record.append(plain(*args))
+        return record[-1]
+
+    monkeypatch.setattr(module, name, noted)
+
+
+def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
+    draw_folder(tmp_path / "pictures", classes=1, each=40)
+    done = stage("pretrain.py", "--data", tmp_path / "pictures" / "class0", *QUICK, cwd=tmp_path, check=0)
+    assert (tmp_path / "datasets" / "class0" / "train.safetensors").exists()
+    assert "kNN" not in done.stdout and len(list((tmp_path / "runs").glob("class0-*/model.safetensors"))) == 1
+
+
+def test_a_finished_run_teaches_another(small, finished, tmp_path):
+    done = train(
+        small, tmp_path / "pupil", "--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8", check=0
+    )
+    assert "masked MSE" in done.stdout
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--ratio", "1"], "--ratio 1"), (["--ratio", "0"], "--ratio 0"), (["--ratio", ".99"], "16 patches"),
+    (["--patch-size", 7], "--image-size 32 is not a multiple of --patch-size 7"),
+    (["--mask", "atn_high"], "did you mean attn_high"), (["--mask", "attn_high:gamma=1"], "no parameter 'gamma'"),
+    (["--epochs", 0], "--epochs 0"), (["--batch-size", 16, "--accumulate", 3], "--accumulate 3"),
+    (["--flat-weight", 2], "--flat-weight 2"), (["--impl", "triton"], "--impl triton"),
+    (["--device", "mps"], "--device mps"), (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
+    (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
+    (["--eval-on", "dev"], "dev.safetensors does not exist")])  # fmt: skip
+def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
+    assert says in refused(train(small, tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_not_ours(small, finished, tmp_path):
+    out = tmp_path / "out"
+    for content in (b"", b"hello", (finished[0] / "state.pt").read_bytes()[:-1000]):
+        out.mkdir(exist_ok=True)
+        (out / "state.pt").write_bytes(content)
+        assert "can't be read" in refused(train(small, out, "--resume"))
+        assert (out / "state.pt").read_bytes() == content
+    torch.save({"weights": torch.zeros(3)}, out / "state.pt")
+    assert "not a checkpoint of pretrain.py" in refused(train(small, out, "--resume"))
+    shutil.copy(finished[0] / "model.safetensors", tmp_path / "cut.safetensors")
+    os.truncate(tmp_path / "cut.safetensors", 5000)
+    line = refused(
+        train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", tmp_path / "cut.safetensors")
+    )
+    assert "cut.safetensors is not a whole" in line
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_unrun(small, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "hacked"),)
+
+    (tmp_path / "out").mkdir()
+    torch.save({"config": Hostile()}, tmp_path / "out" / "state.pt")
+    refused(train(small, tmp_path / "out", "--resume"))
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_folder_with_a_run_is_left_alone(small, finished):
+    before = (finished[0] / "state.pt").read_bytes()
+    assert "--resume" in refused(train(small, finished[0], "--mask", "attn_high:start=.3"))
+    line = refused(train(small, finished[0], "--mask", "random", "--seed", 5, "--resume"))
+    assert "mask attn_high:start=.3 (now random)" in line and "seed 0 (now 5)" in line
+    assert (finished[0] / "state.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(small, tmp_path):
+    """The first save fits, a limit on the size of files makes the next ones fail half-way, as a full disk does."""
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "pretrain.py", "--data", small, "--out", out, *QUICK]
+    stopped = subprocess.Popen([str(w) for w in command], stdout=subprocess.DEVNULL)
+    wait_for_a_step(stopped, out, 0)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.wait(60)
+    before = (out / "state.pt").read_bytes()
+
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    line = refused(train(small, out, "--resume", preexec_fn=small_files))
+    assert "could not write" in line and "state.pt" in line
+    assert (out / "state.pt").read_bytes() == before and not list(out.glob(".*tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path):
+    code = """if True:
+        import sys, plumbing, pretrain
+        plain, calls = pretrain.reconstruction_loss, []
+        def broken(*args, **kw):
+            calls.append(1)
+            return plain(*args, **kw) * (float("nan") if len(calls) == 13 else 1)
+        pretrain.reconstruction_loss = broken
+        plumbing.cli(pretrain.main)"""
+    words = [str(w) for w in ["--data", small, "--out", tmp_path / "out", *QUICK]]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert "not finite at step 13" in refused(done)
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
+    assert state["step"] < 13 and all(w.isfinite().all() for w in state["model"].values())
+
+
+def test_log_rows_are_json(finished):
+    for line in (finished[0] / "log.jsonl").read_text().splitlines():
+        assert json.loads(line)["seconds"] >= 0

@@ -1,0 +1,96 @@
+"""The drawn data set: deterministic, well-formed, and not to be told by its thumbnails."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lab import toon
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """576 items of 48 characters, in random order, and their drawings at half the usual size."""
+    items = toon.plan(576)
+    items = [items[i] for i in np.random.default_rng(0).permutation(len(items))]
+    return items, [toon.draw(item, 64) for item in items]
+
+
+def test_draw_is_deterministic_and_well_formed():
+    for item in toon.plan(6, 6):
+        a, b = toon.draw(item, 128), toon.draw(dict(item), 128)
+        assert all(np.array_equal(a[k], b[k]) for k in ("image", "fg", "parts"))
+        assert (a["tags"], a["style"]) == (b["tags"], b["style"])
+        assert a["image"].shape == (128, 128, 3) and a["fg"].shape == a["parts"].shape == (128, 128)
+        assert {a[k].dtype for k in ("image", "fg", "parts")} == {np.dtype("uint8")}
+        assert a["tags"] and all(isinstance(t, str) and t for t in a["tags"])
+        assert set(a["style"]) == {"palette", "line", "shading"}
+    assert not np.array_equal(*(toon.draw(item)["image"] for item in toon.plan(2, 1)))
+
+
+def test_alpha_and_parts_agree():
+    drawn = [toon.draw(item) for item in toon.plan(48)]
+    fg, figure = np.stack([d["fg"] for d in drawn]), np.stack([d["parts"] for d in drawn]) > 0
+    assert np.where(figure, fg > 200, fg < 60).mean() > .98           # the rest is the antialiased rim
+    assert (figure == (fg >= 128)).mean() > .995
+
+
+def test_every_part_occurs(sample):
+    seen = [set(np.unique(d["parts"])) for d in sample[1]]
+    assert set().union(*seen) == set(range(len(toon.PARTS)))
+    always = {toon.PARTS.index(part) for part in ("background", "hair", "face", "eyes", "clothes")}
+    assert np.mean([always <= ids for ids in seen]) > .97
+
+
+def test_every_picture_shows_figure_and_background(sample):
+    share = np.array([(d["parts"] > 0).mean() for d in sample[1]])
+    assert share.min() > .2 and share.max() < .95
+
+
+@pytest.mark.parametrize("characters", (6, 24, 48, 96))
+def test_cast_shares_every_value_and_tells_everybody_apart(characters):
+    people = toon.cast(characters)
+    assert people == toon.cast(characters) and len({p["name"] for p in people}) == characters
+    for attribute, values in toon.ATTRIBUTES.items():
+        counts = Counter(p[attribute] for p in people)
+        assert set(counts) <= set(values) and min(counts.values()) >= 2, attribute
+        if characters >= 48:
+            assert set(counts) == set(values) and max(counts.values()) < .7 * characters, attribute
+    differ = [sum(p[a] != q[a] for a in toon.ATTRIBUTES) for i, p in enumerate(people) for q in people[:i]]
+    assert min(differ) >= 3
+
+
+def test_wardrobe_is_complete():
+    behind = {a + " behind" for a in toon.ATTRIBUTES["accessory"]} & set(toon.DRAWINGS)
+    names = {name.removesuffix(" behind") for name in behind} | set(toon.DRAWINGS)
+    for attribute in ("hair_style", "fringe", "ahoge", "mark", "glasses", "accessory", "outfit"):
+        assert {v for v in toon.ATTRIBUTES[attribute] if not v.startswith("no_")} <= names
+    assert {f"{style} locks" for style in toon.ATTRIBUTES["hair_style"]} <= names
+    assert {f"{mouth} mouth" for _, _, mouth, _ in toon.MOODS.values()} <= names
+    assert {"hand", *toon.FOOD, *(sign for *_, sign in toon.MOODS.values() if sign)} <= names
+
+
+def test_plan_is_balanced_or_long_tailed():
+    items = toon.plan(2400)
+    assert set(Counter(item["label"] for item in items).values()) == {50}
+    assert len({item["key"] for item in items}) == 2400 and items == toon.plan(2400)
+    assert all(item["key"].startswith(item["who"]["name"] + "/") for item in items)
+    sizes = [n for _, n in sorted(Counter(item["label"] for item in toon.plan(2400, tail=1.2)).items())]
+    assert sum(sizes) == 2400 and len(sizes) == 48 and min(sizes) >= 5
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[-1]
+
+
+def thumbnails(drawn, k):
+    """-> (n, 3 k k) standardised block means and a constant."""
+    images = np.stack([d["image"] for d in drawn]).astype(float)
+    x = images.reshape(len(images), k, images.shape[1] // k, k, -1, 3).mean((2, 4)).reshape(len(images), -1)
+    return np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
+
+
+def test_identity_is_not_in_the_thumbnail(sample):
+    items, drawn = sample
+    x, y, cut = thumbnails(drawn, 4), np.array([item["label"] for item in items]), 400
+    gram, target = x[:cut].T @ x[:cut], x[:cut].T @ np.eye(48)[y[:cut]]
+    for strength in (1, 10, 100):
+        guess = (x[cut:] @ np.linalg.solve(gram + strength * np.eye(len(gram)), target)).argmax(1)
+        assert (guess == y[cut:]).mean() < .6
