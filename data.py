@@ -33,6 +33,7 @@ from plumbing import UserError, atomic, cli
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev", "test": "test"}
+TOON_SHARES = (0.7, 0.15, 0.15)
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
@@ -43,14 +44,9 @@ def open_source(path):
     """A folder or zip -> (keys, read): the images' paths inside it, sorted, and a function key -> bytes."""
     path = Path(path)
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist; give a folder or a zip of images, or the word toon for the demo set"
-        )
+        raise UserError(f"{path} does not exist; give a folder or a zip of images, or the word toon for the demo set")
     if path.is_dir():
-        keys, read = (
-            [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()],
-            folder_reader(path),
-        )
+        keys, read = ([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], folder_reader(path))
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         keys, read = [i.filename for i in archive.infolist() if not i.is_dir()], archive.read
@@ -58,9 +54,7 @@ def open_source(path):
         raise UserError(f"{path} is neither a folder nor a whole zip archive")
     keys = sorted(k for k in keys if is_image(k))
     if not keys:
-        raise UserError(
-            f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders"
-        )
+        raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
     return keys, read
 
 
@@ -70,19 +64,13 @@ def folder_reader(root):
 
 def is_image(key):
     """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not one."""
-    return Path(key).suffix.lower() in SUFFIXES and not any(
-        part.startswith((".", "__")) for part in key.split("/")
-    )
+    return Path(key).suffix.lower() in SUFFIXES and not any(part.startswith((".", "__")) for part in key.split("/"))
 
 
 def split_and_class(keys):
     """Paths -> [(split or None, class or None)]: [wrapper/][train|val|test/][class/]anything.png."""
     parts = [key.split("/")[:-1] for key in keys]
-    while (
-        all(len(p) > 1 for p in parts)
-        and len({p[0] for p in parts}) == 1
-        and parts[0][0].lower() not in SPLITS
-    ):
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0].lower() not in SPLITS:
         parts = [p[1:] for p in parts]  # a zip often wraps everything in one folder
     given = all(p and p[0].lower() in SPLITS for p in parts)
     if given:
@@ -142,14 +130,10 @@ def decode(data, size, fg):
     """
     with Image.open(io.BytesIO(data)) as img:
         if img.format == "JPEG":
-            img.draft(
-                "RGB", (size * 2, size * 2)
-            )  # decodes at a fraction of the size, never below twice ours
+            img.draft("RGB", (size * 2, size * 2))  # decodes at a fraction of the size, never below twice ours
         img = img.convert("RGBA" if has_alpha(img) else "RGB")
     scale = size / min(img.size)
-    img = img.resize(
-        [max(size, round(side * scale)) for side in img.size], Image.Resampling.BICUBIC, reducing_gap=2.0
-    )
+    img = img.resize([max(size, round(side * scale)) for side in img.size], Image.Resampling.BICUBIC, reducing_gap=2.0)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     img = img.crop((left, top, left + size, top + size))
     alpha = img.getchannel("A") if img.mode == "RGBA" else Image.new("L", img.size, 255)
@@ -165,10 +149,7 @@ def any_alpha(keys, read):
     """Do the images carry the figure's mask? Looks at the headers of up to 64 of them, evenly spread."""
     some, found = keys[:: max(1, len(keys) // 64)], 0
     for key in some:
-        with (
-            contextlib.suppress(Exception),
-            Image.open(io.BytesIO(read(key))) as img,
-        ):  # a broken one is named later
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(read(key))) as img:  # a broken one is named later
             found += has_alpha(img)
     return found * 2 > len(some)
 
@@ -179,9 +160,7 @@ def decoded(keys, read, size, fg):
     def one(key):
         try:
             return decode(read(key), size, fg)
-        except (
-            Exception
-        ) as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
+        except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
             return problem
 
     with ThreadPoolExecutor() as pool:
@@ -192,9 +171,7 @@ def decoded(keys, read, size, fg):
 def drawn(items, size):
     """The demo set: yield (key, row) of lab/toon.py's items, drawn by a process per core (drawing holds the GIL)."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for item, row in zip(
-            items, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True
-        ):
+        for item, row in zip(items, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
             yield item["key"], {"images": row["image"], "fg": row["fg"], "parts": row["parts"]}
 
 
@@ -209,9 +186,7 @@ def write_split(path, rows, planes, size, keys, labels, groups, about):
     """
     shape = {p: (size, size, 3) if p == "images" else (size, size) for p in planes}
     stride = {p: math.prod(shape[p]) for p in planes}
-    room = (
-        len(header_json(keys, groups, about, [])) + 2**17
-    )  # and space for the reasons of a hundred skipped files
+    room = len(header_json(keys, groups, about, [])) + 2**17  # and space for the reasons of a hundred skipped files
     starts = [8 + room + len(keys) * before for before in np.cumsum([0, *stride.values()]).tolist()]
     kept, skipped = [], []
     with atomic(path) as temporary, open(temporary, "w+b") as f:
@@ -224,9 +199,7 @@ def write_split(path, rows, planes, size, keys, labels, groups, about):
                 f.write(np.ascontiguousarray(row[p]).data)
             kept.append(key)
         check_skipped(path, skipped, len(keys))
-        f.seek(
-            close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(planes, starts, strict=False)])
-        )
+        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(planes, starts, strict=False)]))
         f.write(np.array([labels[k] for k in kept], "<i8").tobytes())
         f.truncate()
         f.seek(0)
@@ -309,14 +282,7 @@ def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=
         own = [k for k, s in zip(keys, splits, strict=True) if s == split]
         bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
         skipped = write_split(
-            Path(out) / f"{split}.safetensors",
-            bar,
-            planes,
-            size,
-            own,
-            labels,
-            groups,
-            about | {"split": split},
+            Path(out) / f"{split}.safetensors", bar, planes, size, own, labels, groups, about | {"split": split}
         )
         lost = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
         print(f"{out}/{split}.safetensors: {len(own) - len(skipped)} images of {size} px, {len(names)} classes{lost}")
@@ -332,7 +298,7 @@ def dataset_folder(data, image_size=128):
         return path
     if path.name == "toon" and not path.exists():
         print(f"drawing the demo set into {path} (once)")
-        pack("toon", path)
+        pack("toon", path, shares=TOON_SHARES)
         return path
     out = Path("datasets") / path.stem
     if not (out / "train.safetensors").exists():
@@ -350,28 +316,20 @@ def parse_shares(text):
     except ValueError:
         shares = []
     if len(shares) != 3 or min(shares, default=0) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
-        raise UserError(
-            f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2"
-        )
+        raise UserError(f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2")
     return shares
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", help="folder or zip of images, or the word toon for the demo set")
-    parser.add_argument(
-        "--out", help="folder for the packed splits (default: datasets/ and the name of PATH)"
-    )
+    parser.add_argument("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     parser.add_argument("--size", type=int, default=128, help="side of the packed images in pixels")
     parser.add_argument(
         "--split", default=".7,.1,.2", help="shares of train,val,test where the source has no such folders"
     )
-    parser.add_argument(
-        "--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1"
-    )
-    parser.add_argument(
-        "--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'"
-    )
+    parser.add_argument("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
+    parser.add_argument("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the drawn demo set")
     args = parser.parse_args()
     out = args.out or f"datasets/{Path(args.path).stem}"

@@ -3,7 +3,7 @@
 Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
 """
 
-
+import numpy as np
 import torch
 
 import loader
@@ -46,17 +46,24 @@ def masked_mse(model, split, norm_pix, autocast):
 
 
 @torch.no_grad()
-def mean_tokens(encoder, image_size, autocast, split, rows):
-    """-> (n, D) fp32: the mean of the patch tokens of whole images."""
+def pooled_tokens(encoder, image_size, autocast, split, rows):
+    """-> (n, 2D) fp32: the largest and the smallest value of each feature over the patches of whole images.
+
+    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it:
+    results/LOG.md, "what a kNN should look at".
+    """
     features = []
     for _, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
         with autocast():
-            features.append(encoder.features(view)[:, 1:].float().mean(1).cpu())
+            tokens = encoder.features(view)[:, 1:].float()
+        features.append(torch.cat([tokens.amax(1), tokens.amin(1)], 1).cpu())
     return torch.cat(features)
 
 
-def thumbnails(split, rows):
-    return metrics.thumbnails(torch.from_numpy(split["images"][rows.numpy()]), 4)
+def thumbnails(split, rows=None, side=4):
+    """The control: what colour alone tells, (n, side*side*3)."""
+    images = split["images"] if rows is None else split["images"][rows.numpy()]
+    return metrics.thumbnails(torch.from_numpy(np.array(images)), side)
 
 
 def knn(features, train, held):
@@ -79,10 +86,5 @@ def draw_reconstructions(model, split, norm_pix, autocast, path):
     pixels, empty = to_pixels(pred, stats if norm_pix else None), torch.full_like(view, plot.GRAY)
     seen = put_patches(view, ids_mask, torch.full_like(pixels, plot.GRAY))
     plot.reconstructions(
-        path,
-        view,
-        seen,
-        put_patches(empty, ids_mask, pixels),
-        put_patches(view, ids_mask, pixels),
-        EVAL_RATIO,
+        path, view, seen, put_patches(empty, ids_mask, pixels), put_patches(view, ids_mask, pixels), EVAL_RATIO
     )

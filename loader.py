@@ -32,14 +32,10 @@ def open_tensors(path):
             entries = json.loads(f.read(min(room, 2**30)))
         tensors = {"header": json.loads(entries.pop("__metadata__")["animask"])}
         for name, e in entries.items():
-            tensors[name] = np.memmap(
-                path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"])
-            )
+            tensors[name] = np.memmap(path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"]))
     except (OSError, ValueError, KeyError, OverflowError) as problem:
         reason = " ".join(str(problem).split())[:80]
-        raise UserError(
-            f"{path} is not a whole file of AniMask ({reason}); remove it and make it again"
-        ) from None
+        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it and make it again") from None
     return tensors
 
 

@@ -22,6 +22,7 @@ from kernels.gather import MEAN, STD, masked_patch_gather
 from plumbing import UserError, save_safetensors
 
 SIZES = {  # width, depth, heads of the encoder; image and patch side, width of the decoder that go with it
+    "nano":  dict(dim=192, depth=4,  heads=3,  image_size=96,  patch_size=8,  decoder_dim=128),
     "tiny":  dict(dim=256, depth=8,  heads=4,  image_size=96,  patch_size=8,  decoder_dim=128),
     "small": dict(dim=384, depth=12, heads=6,  image_size=128, patch_size=16, decoder_dim=256),
     "base":  dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
@@ -49,9 +50,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, H, N, d)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
     def cls_attention(self, x):
@@ -112,6 +111,17 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def shrink_branches(blocks):
+    """Scale what each branch adds to the residual stream by 1/sqrt(2 depth), as GPT-2 does (Radford et al. 2019).
+
+    Not in MAE, which warms up for 40 epochs. Runs of minutes gain: results/LOG.md, "the demo recipe".
+    """
+    with torch.no_grad():
+        for block in blocks:
+            block.attn.proj.weight.mul_((2 * len(blocks)) ** -0.5)
+            block.mlp.fc2.weight.mul_((2 * len(blocks)) ** -0.5)
+
+
 class ViT(nn.Module):
     """The encoder. It takes patches, not images, so that what is masked never reaches it."""
 
@@ -125,6 +135,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
+        shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, patches, ids):
@@ -165,15 +176,12 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth)
-        )
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(
-            decoder_dim, 2
-        )  # ours: mean and log deviation of a patch, for pictures only
+        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation of a patch, for pictures only
         self.apply(init_weights)
+        shrink_branches(self.decoder_blocks)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent, ids_keep, ids_mask):
@@ -216,13 +224,9 @@ def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
         raise UserError(f"--image-size {image_size} is not a multiple of --patch-size {patch_size}; "
                         f"patch sizes that divide it: {', '.join(map(str, fits)) or 'none of the usual'}")  # fmt: skip
     if dim % heads or dim % 4:
-        raise UserError(
-            f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}"
-        )
+        raise UserError(f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}")
     if decoder_dim < 32 or decoder_dim % 32:
-        raise UserError(
-            f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads"
-        )
+        raise UserError(f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads")
 
 
 # ---- patches back to pixels ----------------------------------------------------------------------------------------
@@ -252,11 +256,7 @@ def put_patches(view, ids, patches):
 
 def public_weights(model):
     """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), the picture head left out."""
-    weights = {
-        name.split(".", 1)[1]: w.detach()
-        for name, w in model.state_dict().items()
-        if "stats_head" not in name
-    }
+    weights = {name.split(".", 1)[1]: w.detach() for name, w in model.state_dict().items() if "stats_head" not in name}
     p, kernel = model.config["patch_size"], weights["patch_embed.proj.weight"]
     weights["patch_embed.proj.weight"] = kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
     return weights
@@ -292,6 +292,14 @@ def load_encoder(path):
     encoder = ViT(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"])
     load_exactly(encoder, {k: w for k, w in own_weights(weights).items() if not is_decoder(k)}, path)
     return encoder.eval(), c["image_size"]
+
+
+def untrained_like(encoder, seed=0):
+    """An encoder of the same shape as it was before it learned anything: the control of every feature."""
+    torch.manual_seed(seed)
+    block, p = encoder.blocks[0], encoder.patch_size
+    dim, heads = encoder.cls_token.shape[2], block.attn.heads
+    return ViT(encoder.side * p, p, dim, len(encoder.blocks), heads).eval()
 
 
 def is_decoder(name):

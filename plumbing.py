@@ -59,11 +59,7 @@ def pick_dtype(name, device):
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (
-            (torch.bfloat16, "this GPU multiplies it fast")
-            if fast
-            else (torch.float32, "this GPU has no fast bf16")
-        )
+        return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, "this CPU multiplies it about three times as fast as fp32"
     return torch.float32, f"bf16 is not known to be faster on this {device.type}"
@@ -79,9 +75,7 @@ def machine(device):
 def commit():
     """The commit that this code is at, with a + if files were changed since: results name it."""
     here = Path(__file__).parent
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True
-    )
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
     return done.stdout.strip() or "no git"
 
 
@@ -136,6 +130,14 @@ def save_safetensors(tensors, path, header):
         save_file(tensors, temporary, header)
 
 
+def read_csv(path):
+    """-> list of dicts; none where there is no file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
 def save_csv(path, rows):
     """Write rows (dicts with the same keys) as CSV, atomically."""
     with atomic(path) as temporary, open(temporary, "w", newline="") as f:
@@ -155,7 +157,7 @@ def load_state(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
-        reason = str(problem).splitlines()[0][:100]
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
         raise UserError(
             f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out"
         ) from None
@@ -182,9 +184,7 @@ def lr_at(step, total, warmup, peak):
 
 def seeded(*numbers):
     """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring numbers."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    )
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 # ---- log -----------------------------------------------------------------------------------------------------------
@@ -231,9 +231,7 @@ def extra_sink(name, out, config):
             run = wandb.init(project="animask", name=out.name, dir=out, config=config)
             return lambda numbers, step: run.log(numbers, step=step)
     except ImportError as problem:
-        raise UserError(
-            f"--log {name} needs a package that is not installed ({problem}): pip install {name}"
-        ) from None
+        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
     raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
 
 

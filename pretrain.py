@@ -27,7 +27,7 @@ import kernels
 import loader
 import mask as masking
 import plumbing
-from evaluate import draw_reconstructions, knn, masked_mse, mean_tokens, thumbnails
+from evaluate import draw_reconstructions, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from lab import plot
@@ -36,89 +36,42 @@ from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOG_EVERY = 10  # steps
+DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few large ones (results/LOG.md)
+    "cpu": dict(model="nano", epochs=32, batch_size=32, blr=8e-3),
+    "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4),
+}
 EMA = 0.996  # of the teacher; rises to 1 by half a cosine
 
 
+# fmt: off
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add(
-        "--data",
-        default="datasets/toon",
-        metavar="DIR",
-        help="packed dataset, or a folder or zip of images (default: the demo set)",
-    )
+    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
     add("--out", metavar="DIR", help="run folder (default: runs/ and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     add = parser.add_argument_group("network").add_argument
-    add("--model", choices=SIZES, help="default: small on a GPU, tiny on a CPU")
-    add(
-        "--image-size",
-        type=int,
-        metavar="PX",
-        help="side of a view in pixels (default: per model, 96 to 128)",
-    )
-    add(
-        "--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)"
-    )
+    add("--model", choices=SIZES, help="default: small on a GPU, nano on a CPU")
+    add("--image-size", type=int, metavar="PX", help="side of a view in pixels (default: per model, 96 or 128)")
+    add("--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)")
     add("--decoder-dim", type=int, metavar="W", help="width of the decoder (default: per model, 128 or 256)")
     add("--decoder-depth", type=int, default=2, metavar="N", help="blocks of the decoder")
     add = parser.add_argument_group("mask and loss").add_argument
-    add(
-        "--mask",
-        default="random",
-        metavar="NAME[:key=value,...]",
-        help=f"one of {', '.join(masking.STRATEGIES)}",
-    )
-    add(
-        "--ratio",
-        default="0.75",
-        metavar="R",
-        help="share of patches hidden; .5:.9 is a schedule over the run",
-    )
-    add(
-        "--teacher",
-        default="self",
-        metavar="self|PATH",
-        help="whose attention guides the mask: the run's own average, or a run's",
-    )
-    add(
-        "--flat-weight",
-        type=float,
-        default=0.1,
-        metavar="W",
-        help="weight of a perfectly flat patch in the loss; 1 is plain MAE",
-    )
+    add("--mask", default="random", metavar="NAME[:key=value,...]", help=f"one of {', '.join(masking.STRATEGIES)}")
+    add("--ratio", default="0.75", metavar="R", help="share of patches hidden; .5:.9 is a schedule over the run")
+    add("--teacher", default="self", metavar="self|PATH", help="whose attention guides: its own average, or a run")
+    add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="passes over the data (default: per device)")
     add("--batch-size", type=int, metavar="B", help="images for one optimizer step (default: per device)")
-    add(
-        "--accumulate",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split each batch into N parts that fit in memory",
-    )
-    add("--blr", type=float, default=2e-3, metavar="LR", help="base learning rate: lr = blr * batch / 256")
+    add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N parts that fit in memory")
+    add("--blr", type=float, metavar="LR", help="base learning rate: lr = blr * batch / 256 (default: per device)")
     add("--warmup", type=float, default=0.1, metavar="SHARE", help="share of the run in which the rate rises")
-    add(
-        "--min-crop",
-        type=float,
-        default=0.4,
-        metavar="AREA",
-        help="smallest share of an image that a crop shows",
-    )
+    add("--min-crop", type=float, default=0.4, metavar="AREA", help="smallest share of an image that a crop shows")
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that evaluations look at")
-    add(
-        "--eval-every",
-        type=int,
-        metavar="EPOCHS",
-        help="epochs between evaluations (default: a quarter of the run, at most 10)",
-    )
+    add("--eval-every", type=int, metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -126,19 +79,16 @@ def parse_args():
     add("--impl", default="auto", choices=["auto", "torch", "triton"], help="of the two kernels")
     add("--compile", action="store_true", help="torch.compile the network")
     return parser.parse_args()
+# fmt: on
 
 
 def fill_defaults(args, device, dtype):
-    """What was not given depends on the model, and that on the machine."""
+    """What was not given depends on the machine, and the sizes on the model."""
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    args.model = args.model or ("tiny" if device.type == "cpu" else "small")
-    size = SIZES[args.model]
-    args.image_size = size["image_size"] if args.image_size is None else args.image_size
-    args.patch_size = size["patch_size"] if args.patch_size is None else args.patch_size
-    args.decoder_dim = size["decoder_dim"] if args.decoder_dim is None else args.decoder_dim
-    args.epochs = (20 if device.type == "cpu" else 200) if args.epochs is None else args.epochs
-    args.batch_size = (64 if device.type == "cpu" else 512) if args.batch_size is None else args.batch_size
-    args.eval_every = min(10, max(1, args.epochs // 4)) if args.eval_every is None else args.eval_every
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
+    size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
+    vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
 
 
 def check(args):
@@ -147,16 +97,9 @@ def check(args):
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, low, high in (
-        ("flat_weight", 0, 1),
-        ("warmup", 0, 1),
-        ("min_crop", 0.01, 1),
-        ("blr", 1e-9, 10),
-    ):
+    for name, low, high in (("flat_weight", 0, 1), ("warmup", 0, 1), ("min_crop", 0.01, 1), ("blr", 1e-9, 10)):
         if not low <= getattr(args, name) <= high:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}"
-            )
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
     if args.batch_size % args.accumulate:
         raise UserError(
             f"--batch-size {args.batch_size} can't be split into --accumulate {args.accumulate} equal parts"
@@ -183,12 +126,7 @@ def use_impl(name, device):
 
 
 def run_name(args, folder):
-    words = [
-        folder.name,
-        args.model,
-        args.mask.replace(":", "-").replace(",", "-"),
-        args.ratio.replace(":", "-"),
-    ]
+    words = [folder.name, args.model, args.mask.replace(":", "-").replace(",", "-"), args.ratio.replace(":", "-")]
     words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
@@ -210,9 +148,7 @@ def open_run(out, config, resume):
         raise UserError(f"{out}/state.pt is not a checkpoint of pretrain.py; choose another --out")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
-        raise UserError(
-            f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it"
-        )
+        raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
     if not resume:
         raise UserError(
             f"{out} already holds this run, at step {state['step']}; add --resume to go on, or choose another --out"
@@ -243,9 +179,7 @@ def write_attention(teacher, image_size, images, path, autocast):
         views = loader.whole_views(images, torch.arange(n), image_size, device)
         for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
             with autocast():
-                yield (
-                    teacher.cls_attention(view).mean(1).unflatten(1, (teacher.side, -1)).half().cpu().numpy()
-                )
+                yield (teacher.cls_attention(view).mean(1).unflatten(1, (teacher.side, -1)).half().cpu().numpy())
 
     loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16")
     return loader.open_tensors(path)["attn"]
@@ -282,11 +216,7 @@ def main():
     torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
     model = MAE(
-        args.image_size,
-        args.patch_size,
-        **size,
-        decoder_dim=args.decoder_dim,
-        decoder_depth=args.decoder_depth,
+        args.image_size, args.patch_size, **size, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth
     )
     folder = data.dataset_folder(args.data, args.image_size)
     train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
@@ -345,7 +275,7 @@ def main():
         row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
         text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
         if loader.has_labels(train) and loader.has_labels(held):
-            row["knn"] = knn(functools.partial(mean_tokens, model.encoder, S, autocast), train, held)
+            row["knn"] = knn(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
             text += f", kNN Top-1 {row['knn']:.1f} %"
         if step == 0 and "knn" in row:
             row["knn_thumbnail"] = knn(thumbnails, train, held)
@@ -381,13 +311,12 @@ def main():
             # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
             weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (B, M)
             weight_sum, loss = weight.sum(), 0.0
-            for part in torch.arange(B).chunk(args.accumulate):
+            for i in range(0, B, B // args.accumulate):
+                part = slice(i, i + B // args.accumulate)
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
                 with autocast():
                     pred, stats = net(tokens, ids_keep[part], ids_mask[part])
-                error = reconstruction_loss(
-                    pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum
-                )
+                error = reconstruction_loss(pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
                 (error + stats_loss(stats, view[part], ids_mask[part], p) / args.accumulate).backward()
                 loss = loss + error.detach()
 

@@ -48,9 +48,7 @@ def epoch(split, batch_size, number):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--images", type=int, default=65536, help="images in the file (65536 of 128 px are 3.2 GB)"
-    )
+    parser.add_argument("--images", type=int, default=65536, help="images in the file (65536 of 128 px are 3.2 GB)")
     parser.add_argument("--side", type=int, default=128, help="their side in pixels")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--out", default="results/bench_data.csv")

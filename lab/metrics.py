@@ -16,6 +16,18 @@ def knn_top1(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     return (votes.argmax(1) == labels).float().mean().item()
 
 
+def ridge_top1(train, train_labels, held, held_labels, penalty):
+    """Share right in [0, 1] of ridge regression onto one-hot labels: features (n, D) standardised, closed form.
+
+    W = (Z^T Z + penalty I)^-1 Z^T Y (Hoerl and Kennard 1970): the linear probe that has no training loop.
+    """
+    mean, std = train.double().mean(0), train.double().std(0) + 1e-6
+    Z, Y = (train - mean) / std, torch.nn.functional.one_hot(train_labels).double()
+    W = torch.linalg.solve(Z.T @ Z + penalty * torch.eye(Z.shape[1], dtype=Z.dtype), Z.T @ (Y - Y.mean(0)))
+    scores = (held - mean) / std @ W + Y.mean(0)
+    return (scores.argmax(1) == held_labels).double().mean().item()
+
+
 def thumbnails(images, side):
     """images u8 (n, S, S, 3) -> (n, side*side*3) in [-.5, .5]: the mean colour of each of side x side cells.
 

@@ -37,16 +37,12 @@ def image_grid(path, title, rows):
 def reconstructions(path, original, seen, predicted, pasted, ratio):
     """Four lines of u8 (n, S, S, 3): the original, what the model saw, what it predicted, both together."""
     title = f"Reconstruction of images it never trained on, {ratio:.0%} hidden at random"
-    image_grid(
-        path, title, [("original", original), ("seen", seen), ("predicted", predicted), ("pasted", pasted)]
-    )
+    image_grid(path, title, [("original", original), ("seen", seen), ("predicted", predicted), ("pasted", pasted)])
 
 
 def masks(path, view, seen, guide, title):
     """view, seen u8 (n, S, S, 3) and, where there is one, the map that guided the mask, (n, g, g)."""
-    image_grid(
-        path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)]
-    )
+    image_grid(path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)])
 
 
 def curves(path, rows, split, title):

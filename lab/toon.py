@@ -409,7 +409,7 @@ def tones(who, rng):
     """-> {tone: (colour, colour at the tips or None, part or None)}: this picture's colours."""
     hair, skin = jitter(HAIR[who["hair_colour"]], rng), jitter(SKIN, rng, 3, .15, .03)
     tips = jitter(light(hair, rng.choice([0, .5])), rng, 12, .1, .02)
-    cloth = jitter(CLOTH[pick(rng, CLOTH, who["clothes_colour"], .3)], rng)
+    cloth = jitter(CLOTH[pick(rng, CLOTH, who["clothes_colour"], .1)], rng)
     trim = pick(rng, (WHITE, light(cloth), shade(cloth, 1.6)))
     by_part = {     # part: {tone: colour or (colour, colour at the tips)}
         "hair": {"hair": (hair, tips), "back": (shade(hair, .8), shade(tips, .8))},
@@ -619,12 +619,12 @@ def scene(who, rng):
     s.mood, s.blush, s.sway, *s.gaze = pick(rng, MOODS), pick(rng, (0, 1, 2)), *rng.normal(0, (.02, .07, .07))
     s.openness, s.brow, s.mouth, sign = MOODS[s.mood]
     s.openness, s.sign = s.openness[::rng.choice([-1, 1])], pick(rng, [sign], "", .5)
-    s.held, s.at, s.bubble = pick(rng, ("hand", *FOOD), "", .86), rng.normal(0, .05, 2), rng.random() < .06
+    s.held, s.at, s.bubble = pick(rng, ("hand", *FOOD), "", .9), rng.normal(0, .05, 2), rng.random() < .06
     s.outfit = pick(rng, ATTRIBUTES["outfit"], who["outfit"], .4)
-    s.backdrop = pick(rng, ("simple_background", "gradient_background", *PATTERNS))
+    s.backdrop = pick(rng, ("gradient_background", *PATTERNS), "simple_background", .4)
     s.yaw, s.nod, s.roll = np.clip(rng.normal(0, (.3, .15, .1)), -.55, .55)
-    s.scale, (s.flip, s.sun), s.facing = rng.uniform(.41, .51), rng.choice([-1, 1], 2), np.sign(s.yaw)
-    s.centre = rng.normal((.5, .53 if who["accessory"] + " behind" in DRAWINGS else .49), .03)  # for ears
+    s.scale, (s.flip, s.sun), s.facing = rng.uniform(.42, .60), rng.choice([-1, 1], 2), np.sign(s.yaw)
+    s.centre = rng.normal((.5, .53 if who["accessory"] + " behind" in DRAWINGS else .49), (.08, .05))  # for ears
     s.palette = str(rng.choice(list(GRADES), p=(.36, .26, .16, .1, .07, .05)))
     s.line, s.shading = pick(rng, LINES), pick(rng, ("cel", "soft"), "flat", .1)
     return s
@@ -663,8 +663,8 @@ def finish(c, s, rng, size):
     if s.shading == "soft":                                             # a little bloom
         glow = image.filter(ImageFilter.GaussianBlur(size / 40))
         image = Image.blend(image, ImageChops.screen(image, glow), .18)
-    warm, fall = rng.normal(0, .05), 1 + s.sun * np.linspace(-.09, .09, size)[None, :, None]
-    lit = np.asarray(image) * fall * (rng.uniform(.88, 1.12) * np.array([1 + warm, 1, 1 - warm]))
+    lamp, fall = rng.normal(1, .05, 3), 1 + s.sun * np.linspace(-.09, .09, size)[None, :, None]  # coloured light
+    lit = np.asarray(image) * fall * (rng.uniform(.85, 1.12) * lamp)
     alpha, picked = parts.point([0] + [255] * 255).reduce(SS), np.array(parts)[SS // 2::SS, SS // 2::SS]
     return {"image": np.uint8(np.clip(lit + .5, 0, 255)), "fg": np.array(alpha), "parts": picked.copy()}
 

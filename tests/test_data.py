@@ -54,9 +54,7 @@ def test_same_input_same_bytes_and_another_seed_another_split(tmp_path):
 
 def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
     draw_folder(tmp_path / "images")
-    shutil.make_archive(
-        tmp_path / "images", "zip", tmp_path, "images"
-    )  # wrapped in one folder, as zips often are
+    shutil.make_archive(tmp_path / "images", "zip", tmp_path, "images")  # wrapped in one folder, as zips often are
     for source, out in (("images", "a"), ("images.zip", "b")):
         pack(tmp_path / source, tmp_path / out, "--size", 16, check=0)
     a, b = (loader.open_split(tmp_path / n, "train") for n in "ab")
@@ -79,9 +77,7 @@ def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
 def test_groups_never_cross_splits(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=30)
     pack(tmp_path / "images", tmp_path / "out", "--size", 16, "--group-by", "^(illust[0-9]+)_", check=0)
-    groups = {
-        s: set(loader.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")
-    }
+    groups = {s: set(loader.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")}
     assert sum(len(g) for g in groups.values()) == len(set.union(*groups.values())) == 15
 
 
@@ -102,9 +98,7 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     split = loader.open_split(tmp_path / "out", "train")
     assert split["fg"].shape == (7, 32, 32)
     assert (split["fg"][0] == pixels[..., 3]).all()
-    assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (
-        split["images"][0, 2, 2] == data.PAPER
-    ).all()
+    assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (split["images"][0, 2, 2] == data.PAPER).all()
 
 
 def test_broken_files_are_skipped_counted_and_named(tmp_path):
@@ -142,9 +136,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
     if what == "half_broken":
         for i in range(3):
             (source / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
-    more += {"split": ["--split", ".5,.1"], "size": ["--size", "0"], "group": ["--group-by", "("]}.get(
-        what, []
-    )
+    more += {"split": ["--split", ".5,.1"], "size": ["--size", "0"], "group": ["--group-by", "("]}.get(what, [])
     if what == "twice":
         pack(source, tmp_path / "out", "--size", 16, check=0)
         before = (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns
@@ -180,17 +172,7 @@ def test_a_packed_file_that_was_cut_is_refused(tmp_path):
 
 def test_the_shared_faces_pack_whole(tmp_path):
     """The shared faces pack whole, by illustration, with nothing lost."""
-    pack(
-        shared_file("faces20.zip"),
-        tmp_path / "out",
-        "--size",
-        32,
-        "--group-by",
-        "^[^_]+",
-        "--dev",
-        ".1",
-        check=0,
-    )
+    pack(shared_file("faces20.zip"), tmp_path / "out", "--size", 32, "--group-by", "^[^_]+", "--dev", ".1", check=0)
     splits = {s: loader.open_split(tmp_path / "out", s) for s in ("train", "dev", "val")}
     assert {s: len(x["images"]) for s, x in splits.items()}["val"] == 1749
     assert len(splits["train"]["images"]) + len(splits["dev"]["images"]) == 8076
@@ -212,13 +194,11 @@ def test_views_are_pillows_antialiased_linear_crops(box, side):
         (side, side), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
     )
     for flip in (False, True):
-        view = loader.view_images(
-            torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side
-        )[0].numpy()
+        view = loader.view_images(torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side)[
+            0
+        ].numpy()
         off = np.abs((view[:, ::-1] if flip else view).astype(int) - np.asarray(truth))
-        assert (
-            off.max() <= 3 and off.mean() < 0.35
-        )  # Pillow reads up to half a pixel beyond the box; we never do
+        assert off.max() <= 3 and off.mean() < 0.35  # Pillow reads up to half a pixel beyond the box; we never do
 
 
 def test_a_map_follows_crop_and_flip():
@@ -227,13 +207,7 @@ def test_a_map_follows_crop_and_flip():
     boxes, flip = loader.draw_boxes(64, draws, 0.4)
     image, heat = torch.zeros(64, 96, 96, 3, dtype=torch.uint8), torch.zeros(64, 12, 12)
     image[:, 40:48, 56:64], heat[:, 5, 7] = 255, 1.0
-    bright = (
-        loader.view_images(image, boxes, flip, 96)
-        .float()[..., 0]
-        .view(64, 12, 8, 12, 8)
-        .mean((2, 4))
-        .flatten(1)
-    )
+    bright = loader.view_images(image, boxes, flip, 96).float()[..., 0].view(64, 12, 8, 12, 8).mean((2, 4)).flatten(1)
     hot = loader.view_maps(heat, boxes, flip, 12).flatten(1)
     seen = bright.amax(1) > 64  # the crop may have cut it off
     assert seen.sum() > 40 and flip[seen].any() and not flip[seen].all()
@@ -278,11 +252,7 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
         {
             "__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
             "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, n * side * side * 3]},
-            "labels": {
-                "dtype": "I64",
-                "shape": [n],
-                "data_offsets": [n * side * side * 3, n * (side * side * 3 + 8)],
-            },
+            "labels": {"dtype": "I64", "shape": [n], "data_offsets": [n * side * side * 3, n * (side * side * 3 + 8)]},
         }
     )
     header = header.encode().ljust(1024)

@@ -23,12 +23,7 @@ def test_every_strategy_hides_exactly_as_many(name, N, ratio):
     K = masking.kept(N, ratio)
     priority = masking.STRATEGIES[name](patches_of(5, N, N - K), noise_of(5, N), 1.0)
     keep, hidden = masking.sample(priority, K)
-    assert (
-        keep.shape == (5, K)
-        and hidden.shape == (5, N - K)
-        and keep.is_contiguous()
-        and hidden.is_contiguous()
-    )
+    assert keep.shape == (5, K) and hidden.shape == (5, N - K) and keep.is_contiguous() and hidden.is_contiguous()
     assert torch.equal(torch.cat([keep, hidden], 1).sort(1).values, torch.arange(N).expand(5, N))
 
 
@@ -105,7 +100,5 @@ def test_write_your_own_in_three_lines(monkeypatch):
 
     monkeypatch.setitem(masking.STRATEGIES, "mine", mine)
     name, params = masking.parse_mask("mine:beta=3")
-    keep, hidden = masking.sample(
-        masking.STRATEGIES[name](patches_of(2, 36, 27), noise_of(2, 36), 0.5, **params), 9
-    )
+    keep, hidden = masking.sample(masking.STRATEGIES[name](patches_of(2, 36, 27), noise_of(2, 36), 0.5, **params), 9)
     assert hidden.shape == (2, 27)

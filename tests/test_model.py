@@ -12,15 +12,7 @@ from plumbing import UserError
 def small_mae(**changes):
     torch.manual_seed(0)
     return M.MAE(
-        **{
-            "image_size": 32,
-            "patch_size": 8,
-            "dim": 64,
-            "depth": 3,
-            "heads": 4,
-            "decoder_dim": 32,
-            "decoder_depth": 2,
-        }
+        **{"image_size": 32, "patch_size": 8, "dim": 64, "depth": 3, "heads": 4, "decoder_dim": 32, "decoder_depth": 2}
         | changes
     )
 
@@ -40,12 +32,7 @@ def test_sincos_positions_follow_the_formula():
     for row, column, k in [(0, 0, 0), (2, 3, 1), (4, 1, 7)]:
         omega = 10000 ** (-k / (D / 4))
         here = positions[1 + row * side + column]
-        expected = [
-            math.sin(column * omega),
-            math.cos(column * omega),
-            math.sin(row * omega),
-            math.cos(row * omega),
-        ]
+        expected = [math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega)]
         found = here[[k, D // 4 + k, D // 2 + k, 3 * D // 4 + k]]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
@@ -111,15 +98,8 @@ def test_public_names_shapes_and_convolution(tmp_path):
         f"decoder_blocks.{i}.{n}" for i in range(2) for n in block
     }
     assert set(public) == names
-    assert public["pos_embed"].shape == (1, 17, 64) and public["patch_embed.proj.weight"].shape == (
-        64,
-        3,
-        8,
-        8,
-    )
-    image = (view.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    assert public["pos_embed"].shape == (1, 17, 64) and public["patch_embed.proj.weight"].shape == (64, 3, 8, 8)
+    image = (view.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     theirs = F.conv2d(image, public["patch_embed.proj.weight"], public["patch_embed.proj.bias"], stride=8)
     patches, _ = mae.encoder.all_patches(view)
     ours = mae.encoder.patch_embed["proj"](patches)
@@ -146,9 +126,7 @@ def test_a_file_that_does_not_fit_is_refused_with_both_sides(tmp_path):
     weights = dict(mae.encoder.state_dict())
     weights["other"] = weights.pop("norm.bias")
     weights["norm.weight"] = torch.zeros(5)
-    with pytest.raises(
-        UserError, match=r"missing: norm.bias.*left over: other.*norm.weight \(5,\) against \(64,\)"
-    ):
+    with pytest.raises(UserError, match=r"missing: norm.bias.*left over: other.*norm.weight \(5,\) against \(64,\)"):
         M.load_exactly(mae.encoder, weights, "file")
 
 

@@ -46,13 +46,9 @@ def test_a_run_writes_what_its_docstring_says(finished):
         "state.pt", "model.safetensors", "log.jsonl", "curves.png", "recon.png", "masks.png"}  # fmt: skip
     rows = plumbing.read_log(out / "log.jsonl")
     steps = [r for r in rows if "loss" in r]
-    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(
-        steps[0]
-    )
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
     held = [r for r in rows if "val_mse" in r]
-    assert (
-        held[-1]["val_mse"] < held[0]["val_mse"] and held[0]["knn_thumbnail"] > 0 and held[-1]["step"] == 20
-    )
+    assert held[-1]["val_mse"] < held[0]["val_mse"] and held[0]["knn_thumbnail"] > 0 and held[-1]["step"] == 20
     assert "untrained" in done.stdout and "model.safetensors" in done.stdout and done.stderr == ""
 
 
@@ -81,10 +77,7 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
     stops = 0
     for attempt in range(6):
         process = subprocess.Popen(
-            [str(w) for w in [*command, "--resume"]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [str(w) for w in [*command, "--resume"]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         if attempt < 3:
             wait_for_a_step(process, out, more_than=attempt * 5)
@@ -136,9 +129,7 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
         monkeypatch.undo()
     a, b = seen["random"], seen["attn_high:start=0"]
     views = [[v for v in x["view"] if v.shape[0] == 16] for x in (a, b)]
-    assert len(views[0]) == len(views[1]) == 20 and all(
-        torch.equal(x, y) for x, y in zip(*views, strict=True)
-    )
+    assert len(views[0]) == len(views[1]) == 20 and all(torch.equal(x, y) for x, y in zip(*views, strict=True))
     assert any(not torch.equal(x[0], y[0]) for x, y in zip(a["keep"][1:], b["keep"][1:], strict=False))
 
 
@@ -160,9 +151,7 @@ def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
 
 
 def test_a_finished_run_teaches_another(small, finished, tmp_path):
-    done = train(
-        small, tmp_path / "pupil", "--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8", check=0
-    )
+    done = train(small, tmp_path / "pupil", "--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8", check=0)
     assert "masked MSE" in done.stdout
 
 
@@ -194,9 +183,7 @@ def test_files_that_are_not_ours(small, finished, tmp_path):
     assert "not a checkpoint of pretrain.py" in refused(train(small, out, "--resume"))
     shutil.copy(finished[0] / "model.safetensors", tmp_path / "cut.safetensors")
     os.truncate(tmp_path / "cut.safetensors", 5000)
-    line = refused(
-        train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", tmp_path / "cut.safetensors")
-    )
+    line = refused(train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", tmp_path / "cut.safetensors"))
     assert "cut.safetensors is not a whole" in line
 
 

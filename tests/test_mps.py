@@ -1,0 +1,143 @@
+"""Would a training step run on Apple's GPUs? There is none here, but torch ships its own table of who has a kernel.
+
+torchgen/packaged/ATen/native/native_functions.yaml, in every wheel, names for each ATen operator the devices that have
+a kernel (a Linux build's live dispatcher can't say: MPS kernels are compiled on macOS only). A step of MAE, from the
+bytes of the images to the optimizer, runs here on the CPU under a mode that sees every operator. One without an MPS
+kernel must be made of others, and then those are looked at instead.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchgen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import loader
+import mask as masking
+import model as M
+import plumbing
+import pretrain
+from kernels.gather import masked_patch_gather
+from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+
+COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd)
+
+
+@functools.cache
+def table():
+    """{"mm.out": {"CPU", "MPS", ...}}; "-> name" stands for the operator whose kernels this one uses."""
+    path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    kernels = {}
+    for entry in path.read_text().split("\n- func: ")[1:]:
+        keys = re.findall(r"^    ([A-Z]\w*(?:, \w+)*):", entry, re.M)  # "    CPU, CUDA, MPS: mm_out"
+        delegate = re.findall(r"^  structured_delegate: (\S+)", entry, re.M)
+        kernels[entry.split("(")[0]] = {k for line in keys for k in line.split(", ")} | {f"-> {d}" for d in delegate}
+    return kernels
+
+
+def kernels_for(name):
+    """Operator "mm" or "add.Tensor" -> the dispatch keys that have a kernel of it."""
+    keys = table().get(name, set())
+    return keys.union(*(kernels_for(k[3:]) for k in keys if k.startswith("-> ")))
+
+
+class OperatorLog(TorchDispatchMode):
+    """Notes every operator that MPS has to have, and every dtype. What is composed of others is opened up."""
+
+    def __init__(self):
+        super().__init__()
+        self.missing, self.seen, self.dtypes = set(), set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").removesuffix(".default")
+        keys = kernels_for(name) if func.namespace == "aten" else set()
+        self.seen.add(func.name())
+        composed = [key for key in COMPOSED if func.has_kernel_for_dispatch_key(key)]
+        if "MPS" in keys or name == "detach":  # which computes nothing
+            out = func(*args, **(kwargs or {}))
+        elif composed:  # opened up; ours too, they are made of ATen's
+            with self:
+                out = func._op_dk(composed[0], *args, **(kwargs or {}))
+        else:
+            self.missing.add(name)
+            out = func(*args, **(kwargs or {}))
+        self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        self.dtypes |= {x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.dtype)}
+        return out
+
+
+def training_step(log):
+    """The body of pretrain.py's loop on one batch: what is done on the device, and nothing that is drawn on the CPU."""
+    torch.manual_seed(0)
+    model = M.MAE(image_size=32, patch_size=8, dim=64, depth=2, heads=2, decoder_dim=32, decoder_depth=1)
+    teacher, optimizer = M.MAE(**model.config).encoder.requires_grad_(False), plumbing.make_optimizer(model, 1e-3, 0.05)
+    images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), plumbing.seeded(0)
+    boxes, flip = loader.draw_boxes(4, draws, 0.4)
+    noise = masking.gumbel_noise(4, 16, draws)
+    with log, sdpa_kernel(SDPBackend.MATH):
+        view = loader.view_images(images, boxes, flip, 32)
+        attention = teacher.cls_attention(view).mean(1).unflatten(1, (4, 4)).half()
+        patches = {"masked": 12, "attn": loader.view_maps(attention, boxes, flip, 4).flatten(1)}
+        for strategy in masking.STRATEGIES.values():
+            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 1.0), 4)
+        weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
+        pred, stats = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
+        error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum())
+        (error / 2 + stats_loss(stats, view, ids_mask, 8)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        pretrain.update_teacher(teacher, model.encoder, 0.5)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """model.attention takes two matrix products on a CPU; any other device gets the fused call, here its plain form."""
+    monkeypatch.setattr(M, "attention", F.scaled_dot_product_attention)
+
+
+def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
+    log = OperatorLog()
+    training_step(log)
+    assert not log.missing
+    assert torch.float64 not in log.dtypes  # MPS has none
+    # and it was a whole step: the encoder, our operator and what it is made of, the backward, the optimizer
+    assert {"aten::addmm", "aten::_softmax", "aten::native_layer_norm_backward", "animask::reconstruction_loss",
+            "aten::index_select", "aten::linalg_vector_norm", "aten::_fused_adamw_", "aten::lerp_.Scalar"} <= log.seen
+    assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")  # what stands there for the plain form
+
+
+@pytest.mark.parametrize("name, intruder", [
+    ("_linalg_svd", lambda x: torch.linalg.svd(x)), ("_linalg_eigh", lambda x: torch.linalg.eigh(x @ x.T)),
+    ("_upsample_bilinear2d_aa_backward", lambda x: F.interpolate(
+        x[None, None].clone().requires_grad_(), size=(3, 3), mode="bilinear", antialias=True).sum().backward()),
+    ("linalg_lstsq", lambda x: torch.linalg.lstsq(x, x)), ("mode", lambda x: x.mode()),
+    ("poisson", lambda x: torch.poisson(x)),
+])  # fmt: skip
+def test_an_operator_that_mps_lacks_is_seen(name, intruder):
+    log = OperatorLog()
+    with log:
+        intruder(torch.rand(5, 5))
+    assert any(name in missing for missing in log.missing), log.missing
+
+
+def test_float64_is_seen():
+    log = OperatorLog()
+    with log:
+        torch.ones(3).mul(2.0)
+    assert not log.missing and torch.float64 not in log.dtypes
+    with log:
+        torch.ones(3).double()
+    assert torch.float64 in log.dtypes
+
+
+def test_the_table_is_read_rightly():
+    assert "MPS" in kernels_for("mm") and "MPS" not in table()["mm"]  # through structured_delegate: mm.out
+    assert {"CPU", "MPS"} <= kernels_for("index_select") and "MPS" not in kernels_for("poisson")
+    assert len(table()) > 2000 and sum("MPS" in keys for keys in table().values()) > 300
