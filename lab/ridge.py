@@ -21,10 +21,13 @@ PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 @torch.no_grad()
 def mean_tokens(encoder, image_size, split):
-    """-> (n, D) fp32: the mean of the patch tokens of all whole images of a split, in fp32."""
-    rows = torch.arange(len(split["images"]))
-    views = loader.whole_views(split["images"], rows, image_size, torch.device("cpu"))
-    return torch.cat([encoder.features(view)[:, 1:].mean(1) for _, view in views])
+    """-> (n, D) fp32: the mean of the patch tokens of all whole images of a split."""
+    device, rows, features = torch.device("cpu"), torch.arange(len(split["images"])), []
+    dtype, _ = plumbing.pick_dtype("auto", device)
+    for _, view in loader.whole_views(split["images"], rows, image_size, device):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            features.append(encoder.features(view)[:, 1:].float().mean(1))
+    return torch.cat(features)
 
 
 def chosen_ridge(features, splits):
