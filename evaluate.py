@@ -75,16 +75,18 @@ def knn(features, train, held):
     return 100 * share
 
 
+def hide(view, ids, patch):
+    """view u8 (B, S, S, 3) with patches ids (B, M) painted gray."""
+    return put_patches(view, ids, view.new_full((*ids.shape, 3 * patch * patch), plot.GRAY))
+
+
 @torch.no_grad()
 def draw_reconstructions(model, split, norm_pix, autocast, path):
     """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
     rows, c = spread(len(split["images"]), 8), model.config
     _, view = next(loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
-    pred, stats, ids_mask = predict(
-        model, view, masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0)), autocast
-    )
-    pixels, empty = to_pixels(pred, stats if norm_pix else None), torch.full_like(view, plot.GRAY)
-    seen = put_patches(view, ids_mask, torch.full_like(pixels, plot.GRAY))
-    plot.reconstructions(
-        path, view, seen, put_patches(empty, ids_mask, pixels), put_patches(view, ids_mask, pixels), EVAL_RATIO
-    )
+    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0))
+    pred, stats, ids_mask = predict(model, view, noise, autocast)
+    pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
+    predicted = put_patches(torch.full_like(view, plot.GRAY), ids_mask, pixels)
+    plot.reconstructions(path, view, seen, predicted, put_patches(view, ids_mask, pixels), EVAL_RATIO)

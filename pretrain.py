@@ -27,11 +27,11 @@ import kernels
 import loader
 import mask as masking
 import plumbing
-from evaluate import draw_reconstructions, knn, masked_mse, pooled_tokens, thumbnails
+from evaluate import draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from lab import plot
-from model import MAE, SIZES, load_encoder, load_exactly, put_patches, save_model
+from model import MAE, SIZES, load_encoder, load_exactly, save_model
 from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
@@ -101,9 +101,7 @@ def check(args):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
     if args.batch_size % args.accumulate:
-        raise UserError(
-            f"--batch-size {args.batch_size} can't be split into --accumulate {args.accumulate} equal parts"
-        )
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}")
     try:
         strategy, params = masking.parse_mask(args.mask)
         ratios = masking.parse_ratio(args.ratio)
@@ -150,9 +148,8 @@ def open_run(out, config, resume):
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
         raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
     if not resume:
-        raise UserError(
-            f"{out} already holds this run, at step {state['step']}; add --resume to go on, or choose another --out"
-        )
+        raise UserError(f"{out} already holds this run, at step {state['step']}; "
+                        "add --resume to go on, or choose another --out")  # fmt: skip
     return state
 
 
@@ -179,7 +176,8 @@ def write_attention(teacher, image_size, images, path, autocast):
         views = loader.whole_views(images, torch.arange(n), image_size, device)
         for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
             with autocast():
-                yield (teacher.cls_attention(view).mean(1).unflatten(1, (teacher.side, -1)).half().cpu().numpy())
+                attention = teacher.cls_attention(view).mean(1)  # (B, N)
+            yield attention.unflatten(1, (teacher.side, -1)).half().cpu().numpy()
 
     loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16")
     return loader.open_tensors(path)["attn"]
@@ -215,9 +213,8 @@ def main():
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    model = MAE(
-        args.image_size, args.patch_size, **size, decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth
-    )
+    model = MAE(args.image_size, args.patch_size, **size,
+                decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
     folder = data.dataset_folder(args.data, args.image_size)
     train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
@@ -226,6 +223,8 @@ def main():
 
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
     B = min(args.batch_size, len(train["images"]) // args.accumulate * args.accumulate)
+    if B == 0:
+        raise UserError(f"{folder} has {len(train['images'])} training images, --accumulate needs {args.accumulate}")
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
@@ -236,11 +235,9 @@ def main():
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
     guided = strategy in masking.NEEDS
     frozen = guided and args.teacher != "self"
-    teacher, teacher_size = (
-        (load_encoder(args.teacher) if frozen else (copy.deepcopy(model.encoder), S)) if guided else (None, S)
-    )
-    teacher = teacher.to(device).requires_grad_(False) if guided else None
-    looks = [] if not guided else [0] if frozen else looks_at(args.epochs, params.get("start", masking.START))
+    teacher, teacher_size = load_encoder(args.teacher) if frozen else (copy.deepcopy(model.encoder), S)
+    teacher.to(device).requires_grad_(False)
+    looks = [0] if frozen else looks_at(args.epochs, params.get("start", masking.START))
 
     step, seconds, maps, maps_file = 0, 0.0, None, None
     if state:
@@ -287,11 +284,11 @@ def main():
     if step == 0:
         report()
     images = loader.resident(train, device)
-    waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
+    waiting, losses, last_save, view = plumbing.Stopwatch(), [], plumbing.Pacer(), None
     bar = tqdm(total=total, initial=step, unit="step", disable=None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if epoch in looks and step == epoch * per_epoch:
+        if guided and epoch in looks and step == epoch * per_epoch:
             maps_file = f"attn-{step:08d}.safetensors"
             maps = write_attention(teacher, teacher_size, train["images"], out / maps_file, autocast)
         order = loader.epoch_order(len(images), args.seed, epoch)
@@ -333,7 +330,8 @@ def main():
 
             # log, evaluate, save
             losses.append(torch.stack([loss, norm]))
-            if step % LOG_EVERY == 0 or step % per_epoch == 0 or asked:
+            stop = list(asked)  # looked at once a step: a signal that comes meanwhile is for the next
+            if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
                 now, losses = torch.stack(losses).cpu(), []
                 if not now.isfinite().all():
                     first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
@@ -347,22 +345,20 @@ def main():
                 bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
                 if step % (per_epoch * args.eval_every) == 0 or step == total:
                     report()
-                if asked or step == total or last_save.due():
+                if stop or step == total or last_save.due():
                     last_save.time(save)
                     waiting.share()
-            if asked:
+            if stop:
                 bar.close()
-                print(f"stopped by {asked[0].name} at step {step}, saved; go on with:\n  python {shlex.join(sys.argv)}"
+                print(f"stopped by {stop[0].name} at step {step}, saved; go on with:\n  python {shlex.join(sys.argv)}"
                       + ("" if args.resume else " --resume"))  # fmt: skip
-                sys.exit(128 + asked[0])
+                sys.exit(128 + stop[0])
     bar.close()
 
     name = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
-    if total and "view" in locals():
+    if view is not None:  # None where a finished run was resumed: its picture is there
         guide = patches["attn"][:8].unflatten(1, (S // p, -1)) if guided else None
-        seen = put_patches(
-            view[:8], ids_mask[:8], torch.full((min(8, B), N - K, 3 * p * p), plot.GRAY, dtype=torch.uint8)
-        )
+        seen = hide(view[:8], ids_mask[:8], p)
         plot.masks(out / "masks.png", view[:8], seen, guide, f"What the last batch hid: {name}")
     save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
     plot.curves(out / "curves.png", plumbing.read_log(out / "log.jsonl"), args.eval_on, name)

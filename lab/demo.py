@@ -42,7 +42,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="results/demo.json", help="where the figures go")
     args = parser.parse_args()
-    result = {"command": "python -m lab.demo", "machine": plumbing.machine(torch.device("cpu")), "commit": plumbing.commit()}
+    result = {"command": "python -m lab.demo", "machine": plumbing.machine(torch.device("cpu"))}
+    result["commit"] = plumbing.commit()
     with tempfile.TemporaryDirectory() as folder:
         for mask in ("attn_high", "random"):  # the first also draws the demo set
             out = Path(folder) / "runs" / mask
