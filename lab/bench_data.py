@@ -1,7 +1,7 @@
 """How fast the loader hands out images, and how much memory it takes: python -m lab.bench_data
 
-Writes results/bench_data.csv. The packed file is made of zeros (sparse on disk), so that any machine can hold it;
-it is read once before the clock starts: what is measured is the way out of a warm page cache.
+Writes results/bench_data.csv. The packed file is made of noise and really written; it is read once before the clock
+starts: what is measured is the way out of a warm page cache.
 """
 
 import argparse
@@ -11,14 +11,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-import data
+import loader
 import plumbing
 
 
-def sparse_split(folder, n, side):
-    """A packed train split of n black images that takes no space on the disk."""
+def noisy_split(folder, n, side):
+    """A packed train split of n images of noise."""
     count = n * side * side * 3
     entries = {"__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
                "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, count]},
@@ -26,8 +27,11 @@ def sparse_split(folder, n, side):
     head = json.dumps(entries).encode().ljust(1024)
     with open(Path(folder) / "train.safetensors", "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        f.truncate(8 + len(head) + count + 8 * n)
-    return data.open_split(folder, "train")
+        noise = np.random.default_rng(0).integers(0, 256, 2**26, dtype=np.uint8)
+        for at in range(0, count, len(noise)):
+            f.write(noise[: min(len(noise), count - at)].data)
+        f.write(bytes(8 * n))
+    return loader.open_split(folder, "train")
 
 
 def anonymous_mb():
@@ -38,9 +42,9 @@ def anonymous_mb():
 
 def epoch(split, batch_size, number):
     """One shuffled epoch -> (images a second, most anonymous memory in MB)."""
-    order, most, count = data.epoch_order(len(split["images"]), 0, number), 0.0, 0
+    order, most, count = loader.epoch_order(len(split["images"]), 0, number), 0.0, 0
     began = time.perf_counter()
-    for i, (index, _) in enumerate(data.batches(split["images"], order, batch_size, torch.device("cpu"))):
+    for i, (index, _) in enumerate(loader.batches(split["images"], order, batch_size, torch.device("cpu"))):
         count += len(index)
         most = max(most, anonymous_mb()) if i % 64 == 0 else most
     return count / (time.perf_counter() - began), most
@@ -54,7 +58,7 @@ def main():
     parser.add_argument("--out", default="results/bench_data.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        split = sparse_split(folder, args.images, args.side)
+        split = noisy_split(folder, args.images, args.side)
         before = anonymous_mb()
         epoch(split, args.batch_size, 0)  # warms the page cache
         rates, memory = zip(*[epoch(split, args.batch_size, i) for i in (1, 2, 3)], strict=True)
