@@ -33,7 +33,7 @@ def open_tensors(path):
         tensors = {"header": json.loads(entries.pop("__metadata__")["animask"])}
         for name, e in entries.items():
             tensors[name] = np.memmap(path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"]))
-    except (OSError, ValueError, KeyError, OverflowError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         reason = " ".join(str(problem).split())[:80]
         raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it and make it again") from None
     return tensors
@@ -73,7 +73,10 @@ def resident(split, device):
     """The images as one tensor on a GPU if they fit in a quarter of its free memory, else the memory map as it is."""
     if device.type != "cuda" or split["images"].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return split["images"]
-    return torch.from_numpy(np.asarray(split["images"])).to(device)
+    images = torch.empty(split["images"].shape, dtype=torch.uint8, device=device)
+    for i in range(0, len(images), 4096):
+        images[i : i + 4096] = torch.from_numpy(np.array(split["images"][i : i + 4096]))
+    return images
 
 
 def take(images, index, device):
