@@ -1,87 +1,57 @@
 """Stage 0: pack images into one tensor file per split.
 
-    python data.py PATH --out datasets/NAME          PATH: a folder or zip of images, or the word toon (the demo set)
+    python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images, or the word toon
+    python data.py --show datasets/NAME         a sheet of what was packed; of images not yet packed, of the two crops
 
-Reads:  a folder per class, or a flat folder without labels, or a zip of either; with or without train/val/test folders
+Reads:  whatever lab/sources.py can read: folders and archives with a folder per class, tables, published data sets
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
-        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the figure's opacity, and
-        parts u8 (n, S, S). The header holds, as JSON, classes, keys, groups, what was skipped, and how it was made.
+        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the figure's opacity,
+        parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
+        The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
-Packing streams: memory does not grow with the set. loader.py reads these files.
+Packing streams: memory does not grow with the pictures. loader.py reads these files.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import random
 import re
-import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from lab import toon
+from lab import duplicates, sources, toon
+from lab.decode import any_alpha, decode
 from loader import open_split
 from plumbing import UserError, atomic, cli
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev", "test": "test"}
 TOON_SHARES = (0.7, 0.15, 0.15)
-PAPER = (255, 255, 255)  # the flat colour under a transparent picture
+CROPS = ("centre", "figure")
+MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
 
 
-# ---- sources: where the images are, and what their paths say -------------------------------------------------------
+# ---- who goes where: groups and splits -----------------------------------------------------------------------------
 
 
-def open_source(path):
-    """A folder or zip -> (keys, read): the images' paths inside it, sorted, and a function key -> bytes."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a folder or a zip of images, or the word toon for the demo set")
-    if path.is_dir():
-        keys, read = ([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], folder_reader(path))
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        keys, read = [i.filename for i in archive.infolist() if not i.is_dir()], archive.read
-    else:
-        raise UserError(f"{path} is neither a folder nor a whole zip archive")
-    keys = sorted(k for k in keys if is_image(k))
-    if not keys:
-        raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
-    return keys, read
+def group_of(record, pattern):
+    """What a split must not tear apart: the REGEX's first group in the file's stem, else what the source says."""
+    match = pattern and pattern.search(Path(record.key).stem)
+    return (match.group(1) if match.groups() else match.group(0)) if match else record.group or record.key
 
 
-def folder_reader(root):
-    return lambda key: (root / key).read_bytes()
-
-
-def is_image(key):
-    """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not one."""
-    return Path(key).suffix.lower() in SUFFIXES and not any(part.startswith((".", "__")) for part in key.split("/"))
-
-
-def split_and_class(keys):
-    """Paths -> [(split or None, class or None)]: [wrapper/][train|val|test/][class/]anything.png."""
-    parts = [key.split("/")[:-1] for key in keys]
-    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0].lower() not in SPLITS:
-        parts = [p[1:] for p in parts]  # a zip often wraps everything in one folder
-    given = all(p and p[0].lower() in SPLITS for p in parts)
-    if given:
-        return [(SPLITS[p[0].lower()], p[1] if len(p) > 1 else None) for p in parts]
-    return [(None, p[0] if p else None) for p in parts]
-
-
-def group_of(key, pattern):
-    """What must not be torn apart by a split: the REGEX's first group in the file's stem, or else the whole path."""
-    match = pattern and pattern.search(Path(key).stem)
-    return (match.group(1) if match.groups() else match.group(0)) if match else key
+def join_groups(records, pattern, pairs):
+    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its whole group."""
+    first = {}
+    names = [group_of(r, pattern) for r in records]
+    named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
+    roots = duplicates.join(len(records), named + pairs)
+    return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
 
 
 def deal(rows, shares, seed):
@@ -120,98 +90,70 @@ def assign_splits(given, rows, shares, dev, seed):
     return splits
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------------
+# ---- streams of rows --------------------------------------------------------------------------------------------
 
 
-def decode(data, size, fg):
-    """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}: short side to S, centre square.
+def worked(records, fetch, work):
+    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
 
-    A transparent image is resized with its colours weighted by its alpha (Pillow does that), then laid on PAPER.
-    """
-    with Image.open(io.BytesIO(data)) as img:
-        if img.format == "JPEG":
-            img.draft("RGB", (size * 2, size * 2))  # decodes at a fraction of the size, never below twice ours
-        img = img.convert("RGBA" if has_alpha(img) else "RGB")
-    scale = size / min(img.size)
-    img = img.resize([max(size, round(side * scale)) for side in img.size], Image.Resampling.BICUBIC, reducing_gap=2.0)
-    left, top = (img.width - size) // 2, (img.height - size) // 2
-    img = img.crop((left, top, left + size, top + size))
-    alpha = img.getchannel("A") if img.mode == "RGBA" else Image.new("L", img.size, 255)
-    flat = Image.composite(img.convert("RGB"), Image.new("RGB", img.size, PAPER), alpha)
-    return {"images": np.asarray(flat)} | ({"fg": np.asarray(alpha)} if fg else {})
-
-
-def has_alpha(img):
-    return img.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in img.info
-
-
-def any_alpha(keys, read):
-    """Do the images carry the figure's mask? Looks at the headers of up to 64 of them, evenly spread."""
-    some, found = keys[:: max(1, len(keys) // 64)], 0
-    for key in some:
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(read(key))) as img:  # a broken one is named later
-            found += has_alpha(img)
-    return found * 2 > len(some)
-
-
-def decoded(keys, read, size, fg):
-    """Yield (key, row or the exception), in order, two threads or more at work: Pillow decodes outside the GIL."""
-
-    def one(key):
+    def one(item):
+        record, load = item
         try:
-            return decode(read(key), size, fg)
+            return record, work(record, load())
         except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
-            return problem
+            return record, problem
 
+    items = iter(fetch(records))
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(keys), 256):  # in chunks, so that results never pile up in memory
-            yield from zip(keys[i : i + 256], pool.map(one, keys[i : i + 256]), strict=True)
+        while some := list(islice(items, 64)):  # in chunks, so that results never pile up in memory
+            yield from pool.map(one, some)
 
 
-def drawn(items, size):
-    """The demo set: yield (key, row) of lab/toon.py's items, drawn by a process per core (drawing holds the GIL)."""
+def drawn(records, size):
+    """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for item, row in zip(items, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
-            yield item["key"], {"images": row["image"], "fg": row["fg"], "parts": row["parts"]}
+        items = [r.place for r in records]
+        for r, row in zip(records, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
+            style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
+            yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
 
 
-def write_split(path, rows, planes, size, keys, labels, groups, about):
-    """Stream rows (key, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
+def write_split(path, rows, dims, records, labels, about):
+    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
 
-    The file is a header, then images, fg, parts, labels. Room for all keys is laid out first and every row goes
+    The file is a header, then images, fg, parts, ..., labels. Room for all keys is laid out first and every row goes
     straight to its place; if some were skipped, the later planes move up at the end; the header comes last.
+    dims is {plane: shape of one row}.
     """
-    shape = {p: (size, size, 3) if p == "images" else (size, size) for p in planes}
-    stride = {p: math.prod(shape[p]) for p in planes}
-    room = len(header_json(keys, groups, about, [])) + 2**17  # and space for the reasons of a hundred skipped files
-    starts = [8 + room + len(keys) * before for before in np.cumsum([0, *stride.values()]).tolist()]
+    stride = {p: math.prod(dims[p]) for p in dims}
+    room = len(header_json(records, about, [])) * 9 // 8 + 2**17  # quotes grow; reasons for a hundred skipped files
+    starts = [8 + room + len(records) * before for before in np.cumsum([0, *stride.values()]).tolist()]
     kept, skipped = [], []
     with atomic(path) as temporary, open(temporary, "w+b") as f:
-        for key, row in rows:
+        for record, row in rows:
             if isinstance(row, Exception):
-                skipped.append((key, " ".join(str(row).split())[:100] or type(row).__name__))
+                skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
                 continue
-            for p, start in zip(planes, starts, strict=False):
+            for p, start in zip(dims, starts, strict=False):
                 f.seek(start + len(kept) * stride[p])
                 f.write(np.ascontiguousarray(row[p]).data)
-            kept.append(key)
-        check_skipped(path, skipped, len(keys))
-        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(planes, starts, strict=False)]))
-        f.write(np.array([labels[k] for k in kept], "<i8").tobytes())
+            kept.append(record)
+        check_skipped(path, skipped, len(records))
+        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(dims, starts, strict=False)]))
+        f.write(np.array([labels[r.label] for r in kept], "<i8").tobytes())
         f.truncate()
         f.seek(0)
-        metadata = header_json(kept, groups, about, skipped)
-        f.write(file_header(room, metadata, shape, len(kept)))
+        f.write(file_header(room, header_json(kept, about, skipped), dims, len(kept)))
     return skipped
 
 
-def header_json(keys, groups, about, skipped):
+def header_json(records, about, skipped):
     """The "animask" entry of the header; groups are written only where they are not the keys themselves."""
-    torn = any(groups[k] != k for k in keys)
-    return json.dumps(about | {"keys": keys, "groups": [groups[k] for k in keys] if torn else None,
+    torn = any(r.group != r.key for r in records)
+    return json.dumps(about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
                                "skipped": len(skipped), "skipped_first": skipped[:100]})  # fmt: skip
 
 
@@ -234,58 +176,150 @@ def close_gaps(f, spans):
     return end
 
 
-def file_header(room, metadata, shape, n):
+def file_header(room, metadata, dims, n):
     """The head of a safetensors file: its length (u64), then JSON, padded with spaces to `room` bytes."""
     entries, at = {"__metadata__": {"animask": metadata}}, 0
-    for name, dtype, dims, width in [*[(p, "U8", s, 1) for p, s in shape.items()], ("labels", "I64", (), 8)]:
-        size = n * math.prod(dims) * width
-        entries[name] = {"dtype": dtype, "shape": [n, *dims], "data_offsets": [at, at + size]}
+    for name, dtype, shape, width in [*[(p, "U8", s, 1) for p, s in dims.items()], ("labels", "I64", (), 8)]:
+        size = n * math.prod(shape) * width
+        entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [at, at + size]}
         at += size
-    return room.to_bytes(8, "little") + json.dumps(entries).encode().ljust(room)
+    head = json.dumps(entries).encode()
+    assert len(head) <= room
+    return room.to_bytes(8, "little") + head.ljust(room)
 
 
-def find_images(path, size, group_by):
-    """PATH -> keys, [(split or None, class or None)], groups {key: group}, planes, and stream(keys) of decoded rows."""
-    keys, read = open_source(path)
+def open_images(path, size, crop, margin, boxes):
+    """PATH -> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
+    records, fetch, notes = sources.find(path)
+    if boxes:
+        records = sources.with_boxes(records, boxes)
+    fg = any_alpha(records, fetch)
+    dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
+    work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
+    return records, notes, dims, fetch, lambda some: worked(some, fetch, work)
+
+
+def open_toon(size, seed):
+    """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
+    items = toon.plan(seed=seed)
+    records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
+    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
+    return records, [], dims, None, lambda some: drawn(some, size)
+
+
+def near_duplicates(records, fetch, dedupe):
+    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
+    if dedupe == "off" or fetch is None:
+        return [], []
+    thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
+    rows = worked(records, fetch, lambda r, data: duplicates.thumbnail(data))
+    for i, (_, row) in enumerate(tqdm(rows, "looking for copies", len(records), unit="img", disable=None)):
+        if not isinstance(row, Exception):
+            thumbs[i] = row
+    pairs = duplicates.pairs(thumbs)
+    return pairs, duplicates.report(records, pairs)
+
+
+def drop_copies(records, pairs):
+    """Of each near-duplicate group one record stays: of the last split that has one, so that train loses the copies."""
+    order = ("test", "val", "dev", "train", None)
+    roots, best = duplicates.join(len(records), pairs), {}
+    for i, root in enumerate(roots):
+        rank = order.index(records[i].split)
+        best[root] = min(best.get(root, (9, 0)), (rank, i))
+    return sorted(i for _, i in best.values())
+
+
+def large_enough(records, least):
+    """Records of classes with at least `least` images, and a note on the rest; least 0 keeps all."""
+    count = Counter(r.label for r in records)
+    kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
+    if not kept:
+        raise UserError(f"--min-per-class {least} leaves nothing: the largest class has {max(count.values())} images")
+    lost = sum(1 for label, n in count.items() if label is not None and n < least)
+    gone = len(records) - len(kept)
+    return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
+
+
+def add_tags(records, dims, stream):
+    """The vocabulary (most frequent first, MOST_TAGS at most), and dims and stream with a multi-hot plane "tags"."""
+    count = Counter(t for r in records for t in r.tags)
+    words = sorted(count, key=lambda t: (-count[t], t))[:MOST_TAGS]
+    column = {t: i for i, t in enumerate(words)}
+
+    def tagged(some):
+        for r, row in stream(some):
+            if not isinstance(row, Exception):
+                row["tags"] = np.zeros(len(words), np.uint8)
+                row["tags"][[column[t] for t in r.tags if t in column]] = 1
+            yield r, row
+
+    return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
+
+
+def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
+         boxes=None, least=0, dedupe="group"):  # fmt: skip
+    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
+    pattern = compiled(group_by)
+    is_toon = str(path) == "toon"
+    records, notes, dims, fetch, stream = (
+        open_toon(size, seed) if is_toon else open_images(path, size, crop, margin, boxes)
+    )
+    pairs, told = near_duplicates(records, fetch, dedupe)
+    if dedupe == "drop":
+        stay = drop_copies(records, pairs)
+        told.append(f"{len(records) - len(stay)} copies dropped")
+        records, pairs = [records[i] for i in stay], []
+    records = join_groups(records, pattern, pairs)
+    records, few = large_enough(records, least)
+    splits = assign_splits(
+        [r.split for r in records], [(r.label, r.group) for r in records],
+        dict(zip(("train", "val", "test"), shares, strict=True)), dev, seed
+    )  # fmt: skip
+    records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
+    words, dims, stream = add_tags(records, dims, stream)
+    classes = sorted({r.label for r in records if r.label is not None})
+    about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
+             "split_shares": shares, "dev": dev, "group_by": group_by, "crop": crop, "margin": margin,
+             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told + few + crossing(records),
+             "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
+    print("\n".join(about["notes"]), end="\n" * bool(about["notes"]))
+    write_all(out, records, classes, dims, stream, about)
+
+
+def crossing(records):
+    """A warning where the source's own splits tear a group apart: those are kept as published."""
+    splits = defaultdict(set)
+    for r in records:
+        splits[r.group].add(r.split)
+    torn = sum(len(s) > 1 for s in splits.values())
+    return [f"{torn} groups cross the splits that the source gives; --dedupe drops the copies"] if torn else []
+
+
+def write_all(out, records, classes, dims, stream, about):
+    """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
+    labels = {name: i for i, name in enumerate(classes)} | {None: -1}
+    written = []
     try:
-        pattern = re.compile(group_by) if group_by else None
+        for split in sorted({r.split for r in records}, key=["test", "val", "dev", "train"].index):
+            own = [r for r in records if r.split == split]
+            path = Path(out) / f"{split}.safetensors"
+            bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
+            skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
+            written.append(path)
+            lost = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{lost}")
+    except BaseException:
+        for path in written:
+            path.unlink()
+        raise
+
+
+def compiled(group_by):
+    try:
+        return re.compile(group_by) if group_by else None
     except re.error as problem:
         raise UserError(f"--group-by {group_by} is not a regular expression: {problem}") from None
-    planes = ("images", "fg") if any_alpha(keys, read) else ("images",)
-    groups = {k: group_of(k, pattern) for k in keys}
-    return keys, split_and_class(keys), groups, planes, lambda some: decoded(some, read, size, "fg" in planes)
-
-
-def find_toon(size, seed):
-    """The same for the demo set, which is drawn instead of decoded."""
-    items = {item["key"]: item for item in toon.plan(seed=seed)}
-    found = [(None, key.split("/")[0]) for key in items]
-    stream = lambda some: drawn([items[k] for k in some], size)  # noqa: E731
-    return list(items), found, {k: k for k in items}, ("images", "fg", "parts"), stream
-
-
-def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=None):
-    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
-    keys, found, groups, planes, stream = (
-        find_toon(size, seed) if str(path) == "toon" else find_images(path, size, group_by)
-    )
-    classes = {k: c for k, (_, c) in zip(keys, found, strict=True)}
-    names = sorted({c for c in classes.values() if c is not None})
-    labels = {k: names.index(c) if c is not None else -1 for k, c in classes.items()}
-    rows = [(classes[k], groups[k]) for k in keys]
-    splits = assign_splits(
-        [s for s, _ in found], rows, dict(zip(("train", "val", "test"), shares, strict=True)), dev, seed
-    )
-    about = {"format": 1, "source": str(path), "classes": names, "size": size,
-             "split_seed": seed, "split_shares": shares, "dev": dev, "group_by": group_by}  # fmt: skip
-    for split in sorted(set(splits), key=["train", "dev", "val", "test"].index):
-        own = [k for k, s in zip(keys, splits, strict=True) if s == split]
-        bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
-        skipped = write_split(
-            Path(out) / f"{split}.safetensors", bar, planes, size, own, labels, groups, about | {"split": split}
-        )
-        lost = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-        print(f"{out}/{split}.safetensors: {len(own) - len(skipped)} images of {size} px, {len(names)} classes{lost}")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -320,27 +354,70 @@ def parse_shares(text):
     return shares
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="folder or zip of images, or the word toon for the demo set")
-    parser.add_argument("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
-    parser.add_argument("--size", type=int, default=128, help="side of the packed images in pixels")
-    parser.add_argument(
-        "--split", default=".7,.1,.2", help="shares of train,val,test where the source has no such folders"
-    )
-    parser.add_argument("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
-    parser.add_argument("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the drawn demo set")
-    args = parser.parse_args()
-    out = args.out or f"datasets/{Path(args.path).stem}"
+def check(args):
+    """UserErrors for values that no packing can go on with."""
     if not 8 <= args.size <= 4096:
         raise UserError(f"--size {args.size} is not a side between 8 and 4096 pixels")
     if not 0 <= args.dev < 1:
         raise UserError(f"--dev {args.dev} is not a share in [0, 1)")
+    if not 0 <= args.margin <= 2:
+        raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
+    if args.path == "-" and not args.out:
+        raise UserError("a list on standard input has no name; give --out datasets/NAME")
+
+
+def show(args, out):
+    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
+    from lab import plot  # matplotlib takes a second to load: only when a picture is asked for
+
+    if (Path(args.path) / "train.safetensors").exists():
+        names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
+        path = Path(args.path) / "sheet.png"
+        plot.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+    else:
+        records, fetch, _ = sources.find(args.path)
+        records = sources.with_boxes(records, args.boxes) if args.boxes else records
+        rows = {crop: [] for crop in CROPS}
+        both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
+        for _, pictures in worked(records[:: math.ceil(len(records) / 12)], fetch, both):
+            if isinstance(pictures, list):
+                for crop, picture in zip(CROPS, pictures, strict=True):
+                    rows[crop].append(picture)
+        if not rows["centre"]:
+            raise UserError(f"none of the images of {args.path} that were tried can be read")
+        path = Path(f"{out}_crops.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot.image_grid(path, "What --crop keeps", [(f"--crop {c}", np.stack(p)) for c, p in rows.items()])
+    print(f"{path} written")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
+    add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
+    add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
+    add("--size", type=int, default=128, help="side of the packed images in pixels")
+    add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
+    add("--margin", type=float, default=0.1, help="room around the figure, as a share of it on each side")
+    add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
+    add("--split", default=".7,.1,.2", help="shares of train,val,test where the source does not give the splits")
+    add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
+    add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
+    add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
+        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")
+    add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
+    add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
+    args = parser.parse_args()
+    check(args)
+    out = args.out or f"datasets/{Path(args.path).name.split('.')[0]}"
+    if args.show:
+        return show(args, out)
     if (Path(out) / "train.safetensors").exists():
         raise UserError(f"{out} is packed already; give another --out, or remove it first")
-    pack(args.path, out, args.size, parse_shares(args.split), args.dev, args.seed, args.group_by)
-    print(f"next: python pretrain.py --data {out}")
+    pack(args.path, out, args.size, parse_shares(args.split), args.dev, args.seed, args.group_by, args.crop,
+         args.margin, args.boxes, args.min_per_class, args.dedupe)  # fmt: skip
+    print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ WHITE, INK, WATER, SKIN, MOUTH = (235, .02, 1), (262, .45, .24), (200, .3, 1), (
 GRADES = {"natural": (1, 1, 0), "vivid": (1.2, 1.02, 0), "pastel": (.6, .85, .17), "muted": (.7, .94, .02),
           "dusk": (.9, .84, 0), "monochrome": (.03, .95, .03)}     # saturation times, value times, value plus
 LINES = {"fine": (.013, None), "bold": (.021, None), "dark": (.016, INK)}  # width, colour if not a local one
+STRATA = {"palette": tuple(GRADES), "line": tuple(LINES), "shading": ("flat", "cel", "soft")}
 SS = 4                      # supersampling: everything is drawn four times too large and then reduced
 
 # ---- who is in the data set --------------------------------------------------------------------------------
@@ -680,14 +681,22 @@ def tags(s):
     words += [word for word, holds in also.items() if holds]
     return sorted({word for word in words if word and not word.startswith("no_")})
 
+def style(s):
+    """-> the strata of the stress tests: which palette, line and shading this picture was drawn in."""
+    return {"palette": s.palette, "line": s.line, "shading": s.shading}
+
+def describe(item):
+    """What draw() will say of an item, without drawing it -> {tags, style}."""
+    s = scene(item["who"], np.random.default_rng(item["seed"]))
+    return {"tags": tags(s), "style": style(s)}
+
 def draw(item, size=128):
     """An item of a plan -> {image u8 (size, size, 3), fg u8 and parts u8 (size, size), tags, style}."""
     rng = np.random.default_rng(item["seed"])
     s = scene(item["who"], rng)
     c = Canvas(backdrop(s.backdrop, s.palette, rng, size * SS), s)
     draw_figure(c, s)
-    style = {"palette": s.palette, "line": s.line, "shading": s.shading}
-    return finish(c, s, rng, size) | {"tags": tags(s), "style": style}
+    return finish(c, s, rng, size) | {"tags": tags(s), "style": style(s)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,0 +1,127 @@
+"""Near-duplicates: planted copies are found, strangers are not joined, and no group crosses a split."""
+
+import io
+import json
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import shared_file, stage
+from PIL import Image
+
+import loader
+from lab import duplicates, toon
+
+KINDS = ("reencoded", "resized", "cropped", "recoloured")
+
+
+def copy(picture, kind, rng):
+    """The picture as a site might hand it out again. Cropped: up to 8 % off each side; recoloured: hue turned."""
+    w, h = picture.size
+    if kind == "resized":
+        return picture.resize((round(w * 0.6), round(h * 0.55)))
+    if kind == "cropped":
+        left, top, right, bottom = rng.uniform(0, 0.08, 4)
+        return picture.crop((round(left * w), round(top * h), round(w - right * w), round(h - bottom * h)))
+    if kind == "recoloured":
+        hsv = np.asarray(picture.convert("HSV")).astype(int)
+        hsv[..., 0] += rng.integers(30, 226)
+        return Image.fromarray((hsv % 256).astype(np.uint8), "HSV").convert("RGB")
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=40)
+    return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+
+
+def thumbnail(picture):
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return duplicates.thumbnail(file.getvalue())
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """240 drawn faces, and of the first 60 a copy of each kind -> thumbnails (480, 32, 32), source of each (480)."""
+    rng = np.random.default_rng(0)
+    items = [toon.plan(2400)[i] for i in rng.permutation(2400)[:240]]
+    faces = [Image.fromarray(toon.draw(item, 96)["image"]) for item in items]
+    copies = [copy(face, kind, rng) for kind in KINDS for face in faces[:60]]
+    return np.stack([thumbnail(p) for p in faces + copies]), np.r_[np.arange(240), np.tile(np.arange(60), len(KINDS))]
+
+
+def test_planted_copies_are_found_and_strangers_are_not(planted):
+    thumbs, source = planted
+    pairs = duplicates.pairs(thumbs)
+    roots = np.array(duplicates.join(len(thumbs), pairs))
+    for k, kind in enumerate(KINDS):
+        recall = np.mean(roots[240 + 60 * k : 300 + 60 * k] == roots[:60])
+        assert recall >= (0.9 if kind == "recoloured" else 1), f"{kind}: {recall:.2f}"
+    assert all(source[i] == source[j] for i, j in pairs)
+    assert all(i < j for i, j in pairs) and pairs == sorted(set(pairs))
+
+
+def test_blank_and_broken_pictures_are_nobodys_copies():
+    assert duplicates.pairs(np.zeros((40, 32, 32), np.uint8)) == []
+    assert duplicates.pairs(np.full((2, 32, 32), 200, np.uint8)) == []
+    assert duplicates.pairs(np.zeros((0, 32, 32), np.uint8)) == []
+
+
+def test_join_takes_groups_together():
+    assert duplicates.join(6, [(4, 5), (1, 4), (0, 2)]) == [0, 1, 0, 3, 1, 1]
+    assert duplicates.join(3, []) == [0, 1, 2]
+
+
+def plant(root, faces=40, seed=1):
+    """A folder of drawn faces of two classes; the first ten have two copies, which lie in the other class's folder."""
+    rng = np.random.default_rng(seed)
+    for i, item in enumerate(toon.plan(2400)[:: 2400 // faces][:faces]):
+        face = Image.fromarray(toon.draw(item, 64)["image"])
+        for name, picture in {"": face, "b": copy(face, "cropped", rng), "c": copy(face, "resized", rng)}.items():
+            folder = root / ("even" if (i % 2 == 0) == (name == "") else "odd")
+            folder.mkdir(parents=True, exist_ok=True)
+            if name == "" or i < 10:
+                picture.save(folder / f"{i}{name}.png")
+    return root
+
+
+def keys(out, split):
+    return [key.split("/")[-1] for key in loader.open_split(out, split)["header"]["keys"]]
+
+
+def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path):
+    root = plant(tmp_path / "images")
+    said = {}
+    for mode in ("group", "drop", "off"):
+        said[mode] = stage("data.py", root, "--out", tmp_path / mode, "--size", 16, "--dedupe", mode, cwd=tmp_path,
+                           check=0).stdout  # fmt: skip
+    where = {key: s for s in ("train", "val", "test") for key in keys(tmp_path / "group", s)}
+    assert len(where) == 60 and len(set(where.values())) == 3
+    assert all(where[f"{i}.png"] == where[f"{i}b.png"] == where[f"{i}c.png"] for i in range(10))
+    assert "10 groups of 30 images; 10 hold several classes; 3 x " in said["group"]
+    count = Counter(key.strip("bc.png") for s in ("train", "val", "test") for key in keys(tmp_path / "drop", s))
+    assert set(count.values()) == {1} and len(count) == 40 and "20 copies dropped" in said["drop"]
+    assert "near-duplicates" not in said["off"]
+
+
+def test_given_splits_are_kept_but_reported_and_dedupe_takes_the_copy_out_of_train(tmp_path):
+    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[::100]]
+    for split, some in (("train", faces), ("val", faces[:3]), ("test", faces[3:5])):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for i, face in enumerate(some):
+            face.save(tmp_path / "images" / split / f"{i}.jpg", quality=60 if split == "train" else 90)
+    for mode in ("group", "drop"):
+        done = stage("data.py", tmp_path / "images", "--out", tmp_path / mode, "--size", 16, "--dedupe", mode,
+                     cwd=tmp_path, check=0)  # fmt: skip
+        assert ("5 groups cross the splits" in done.stdout) == (mode == "group")
+    assert [len(keys(tmp_path / "group", s)) for s in ("train", "val", "test")] == [24, 3, 2]
+    assert [len(keys(tmp_path / "drop", s)) for s in ("train", "val", "test")] == [19, 3, 2]
+
+
+def test_on_real_fan_art_joins_are_copies(tmp_path):
+    """Faces of one class: near-duplicates hardly ever join two characters; strangers would in 19 of 20 pairs."""
+    with zipfile.ZipFile(shared_file("faces20.zip")) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("val/") and n.endswith(".webp"))
+        thumbs = np.stack([duplicates.thumbnail(archive.read(n)) for n in names])
+    pairs = duplicates.pairs(thumbs)
+    same_class = [names[i].split("/")[1] == names[j].split("/")[1] for i, j in pairs]
+    assert len(pairs) >= 5 and np.mean(same_class) > 0.9, json.dumps([len(pairs), float(np.mean(same_class))])
