@@ -121,7 +121,7 @@ def candidates(thumbs, most=16):
 
     At most `most` pictures of one key are looked at: pictures almost blank share it by the thousand.
     """
-    wholes = np.concatenate([frequencies(t, FULL) for _, t in chunks(thumbs)])
+    wholes = np.concatenate([np.zeros((0, BITS), np.float32), *(frequencies(t, FULL) for _, t in chunks(thumbs))])
     hashes, built = packed(wholes > 0), list(zip(tables(len(thumbs)), lookups(wholes), strict=True))
     for w, window in enumerate(WINDOWS):
         for start, some in chunks(thumbs):

@@ -1,0 +1,355 @@
+"""Each layout as a tiny made-up fixture: its records, what is refused, what is skipped and counted."""
+
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import types
+import unicodedata
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, draw_folder, refused, stage
+from PIL import Image
+
+import loader
+from lab import decode, sources
+from plumbing import UserError
+
+
+def png(colour=(200, 30, 30), size=(24, 24), seed=0):
+    noise = np.random.default_rng(seed).normal(0, 30, (size[1], size[0], 3))
+    file = io.BytesIO()
+    Image.fromarray(np.uint8(np.clip(noise + colour, 0, 255))).save(file, "PNG")
+    return file.getvalue()
+
+
+def lay(root, names):
+    """Write a different picture (or the given bytes) under each name."""
+    for i, (name, content) in enumerate((n, None) if isinstance(n, str) else n for n in names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(seed=i) if content is None else content)
+    return root
+
+
+def told(path):
+    """{key: (label, split)} of a source, after every picture's bytes were fetched and found to be a picture."""
+    records, fetch, _ = sources.find(path)
+    loaded = [(r, Image.open(io.BytesIO(load())).size) for r, load in fetch(records)]
+    assert [r for r, _ in loaded] == records and {size for _, size in loaded} == {(24, 24)}
+    return {r.key: (r.label, r.split) for r in records}
+
+
+NAMES = ["train/初音ミク/1.png", "train/Éclair/2.png", "test/初音ミク/3.png"]
+TOLD = {"train/初音ミク/1.png": ("初音ミク", "train"), "train/Éclair/2.png": ("Éclair", "train"),
+        "test/初音ミク/3.png": ("初音ミク", "test")}  # fmt: skip
+
+
+def make_tar(path, root, mode, prefix=""):
+    with tarfile.open(path, mode) as tar:
+        tar.add(root, prefix or ".")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
+def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
+    root = lay(tmp_path / "set", [unicodedata.normalize("NFD", n) for n in NAMES] + [("train/readme.txt", b"hello")])
+    path = root
+    if kind == "zip":
+        path = tmp_path / "set.zip"
+        with zipfile.ZipFile(path, "w") as z:
+            for file in sorted(root.rglob("*.*")):
+                z.write(file, file.relative_to(root))
+    elif kind != "folder":
+        path = make_tar(tmp_path / f"set.{kind}", root, "w:gz" if kind == "tar.gz" else "w")
+    assert told(path) == TOLD  # names come composed, however they were stored
+
+
+def test_a_tar_packs_like_its_folder_and_leaves_nothing_behind(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=2, each=20)
+    make_tar(tmp_path / "images.tar.gz", root, "w:gz", "images")
+    for source, out in ((root, "a"), (tmp_path / "images.tar.gz", "b")):
+        stage("data.py", source, "--out", tmp_path / out, "--size", 16, "--seed", 3, cwd=tmp_path, check=0)
+    splits = [[loader.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
+    pixels = [sorted((int(y), im.tobytes()) for s in some for y, im in zip(s["labels"], s["images"], strict=True))
+              for some in splits]  # fmt: skip
+    assert pixels[0] == pixels[1] and len(pixels[0]) == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "images", "images.tar.gz"]
+
+
+def test_old_zip_names_are_read_as_utf8_or_japanese():
+    for code, name in (("utf-8", "初音ミク/1.png"), ("cp932", "初音ミク/1.png"), ("cp437", "é/1.png")):
+        info = zipfile.ZipInfo(name.encode(code).decode("cp437"))
+        assert sources.zip_name(info) == name
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("header", [True, False])
+def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
+    lay(tmp_path, ["a/1.png", "a/2.png", "b 3.png"])
+    rows = [("a/1.png", "ミク", "train", "smile 1girl"), ("a/2.png", "", "valid", ""), ("b 3.png", "x", "test", "hat")]
+    if header:
+        rows = [("label", "path", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
+    table = tmp_path / f"list.{suffix}"
+    table.write_text("".join(("," if suffix == "csv" else "\t").join(r) + "\n" for r in rows))
+    assert told(table) == {"a/1.png": ("ミク", "train"), "a/2.png": (None, "val"), "b 3.png": ("x", "test")}
+    assert [r.tags for r in sources.find(table)[0]] == [("smile", "1girl"), (), ("hat",)]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("a.png,x,nowhere\n", "line 1: split 'nowhere' is unknown"),
+     ("a.png,x,train\nb.png,y\n", "1 of 2 rows have no split"),
+     ("a.png,x\na.png,x,train,t,more\n", "line 2 is not path,label,split,tags"), (",x\n", "line 1 is not path"),
+     ("", "no image found")],
+)  # fmt: skip
+def test_a_wrong_table_is_one_line(tmp_path, text, says):
+    (tmp_path / "list.csv").write_text(text)
+    assert says in refused(stage("data.py", "list.csv", "--out", "out", cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_is_not_text_is_one_line(tmp_path):
+    (tmp_path / "list.csv").write_bytes(b"a.png,\xff\xfe\n")
+    with pytest.raises(UserError, match="not a table in UTF-8"):
+        sources.find(tmp_path / "list.csv")
+
+
+def test_a_list_on_standard_input(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=2, each=10)
+    names = "\n".join(str(p.relative_to(tmp_path)) for p in sorted(root.rglob("*.png"), reverse=True)) + "\nx.txt\n"
+    stage("data.py", "-", "--out", "out", "--size", 16, cwd=tmp_path, check=0, input=names)
+    header = loader.open_split(tmp_path / "out", "train")["header"]
+    assert header["classes"] == ["class0", "class1"] and len(header["keys"]) == 14
+    assert "give --out" in refused(stage("data.py", "-", cwd=tmp_path, input=names))
+    assert "no image found" in refused(stage("data.py", "-", "--out", "no", cwd=tmp_path, input=""))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_dafre_keeps_its_published_splits(tmp_path, turned):
+    lay(tmp_path / "faces", ["0159/263159.jpg", "0933/194933.jpg", "0001/1001.jpg"])
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    rows = (("train", 0, "0159/263159.jpg"), ("val", 1, "0933/194933.jpg"), ("test", 0, "0001/1001.jpg"))
+    for split, i, name in rows:
+        (labels / f"{split}.csv").write_text(f"{name},{i}\n" if turned else f"class_id,dir\n{i},{name}\n")
+    (labels / "classid_classname.csv").write_text("0,hatsune_miku\n1,初音\n")
+    assert told(tmp_path) == {"0159/263159.jpg": ("hatsune_miku", "train"), "0933/194933.jpg": ("初音", "val"),
+                              "0001/1001.jpg": ("hatsune_miku", "test")}  # fmt: skip
+    (labels / "val.csv").write_text("1,2,3\n4,5,6\n")
+    with pytest.raises(UserError, match="line 2 is not class_id,path"):
+        sources.find(tmp_path)
+    (tmp_path / "faces").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="neither faces/ nor fullMin256/"):
+        sources.find(tmp_path)
+
+
+def test_icartoonface_gives_identities_and_boxes(tmp_path):
+    names = [f"personai_icartoonface_rectrain_0000{k}/x_{k}.jpg" for k in (0, 1)]
+    lay(tmp_path / "icartoonface_rectrain", names)
+    (tmp_path / "icartoonface_rectrain_det.txt").write_text("".join(f"{n}\t2\t3\t20\t21\n" for n in names))
+    assert {k: v[0] for k, v in told(tmp_path).items()} == {n: n.split("/")[0] for n in names}
+    assert sources.find(tmp_path)[0][0].box == (2, 3, 20, 21)
+    (tmp_path / "icartoonface_rectrain_det.txt").write_text(f"{names[0]}\t20\t3\t2\t21\n")
+    with pytest.raises(UserError, match="line 1 is not path x1 y1 x2 y2"):
+        sources.find(tmp_path)
+
+
+def test_moeimouto_loses_its_running_numbers(tmp_path):
+    root = tmp_path / "animeface-character-dataset"
+    lay(root, ["thumb/000_hatsune_miku/face_1_2_3.png", "thumb/001_kinomoto_sakura/face_4_5_6.png",
+               ("thumb/000_hatsune_miku/color.csv", b"face_1_2_3.png,1,2,3,4,5,6\n"), ("README", b"")])  # fmt: skip
+    for path in (root, tmp_path):
+        assert {v[0] for v in told(path).values()} == {"hatsune_miku", "kinomoto_sakura"}
+
+
+POSTS = [{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile", "category": "0"}]},
+         {"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159},
+         {"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"},
+         {"id": 999, "tag_string": "not_downloaded"}]  # fmt: skip
+
+
+def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
+    lay(tmp_path, ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg", "8.png"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS) + "{broken\n")
+    for path in (tmp_path, tmp_path / "metadata.jsonl"):
+        records, _, notes = sources.find(path)
+        assert {r.key: (r.label, r.group, r.tags) for r in records} == {
+            "512px/0159/263159.jpg": ("miku", "263159", ("smile",)),
+            "images/ab/ab12.jpg": ("rin", "263159", ("smile", "hat")),
+            "8.png": (None, "8", ("smile",))}  # fmt: skip
+        assert notes == ["1 lines of the metadata have no picture here", "1 lines are no JSON objects"]
+    (tmp_path / "metadata.jsonl").write_text("[1, 2]\nhello\n")
+    with pytest.raises(UserError, match="2 lines are no JSON objects"):
+        sources.find(tmp_path)
+
+
+def test_the_readmes_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(from datasets import.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
+    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    (folder,) = tmp_path.iterdir()
+    assert set(told(folder).values()) == {(None, None)} and len(told(folder)) == 3
+
+
+# ---- what is refused, and what is skipped --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png"])
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_names_that_lead_out_of_an_archive_are_refused(tmp_path, name, kind):
+    path = tmp_path / f"set.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("fine.png", png())
+            z.writestr(zipfile.ZipInfo(name), png())
+    else:
+        with tarfile.open(path, "w:gz") as tar:
+            for n in ("fine.png", name):
+                info = tarfile.TarInfo(n)
+                info.size = len(png())
+                tar.addfile(info, io.BytesIO(png()))
+    line = refused(stage("data.py", path, "--out", "out", cwd=tmp_path))
+    assert "leads out of it" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_a_cut_tar_is_refused(tmp_path, kind):
+    root = draw_folder(tmp_path / "images", classes=2, each=10)
+    path = make_tar(tmp_path / f"set.{kind}", root, "w:gz" if kind == "tar.gz" else "w")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "not a whole tar" in refused(stage("data.py", path, "--out", "out", cwd=tmp_path))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_links_are_followed_but_never_round_in_circles(tmp_path):
+    lay(tmp_path / "else", ["rin/1.png"])
+    lay(tmp_path / "set", ["miku/1.png"])
+    os.symlink(tmp_path / "else" / "rin", tmp_path / "set" / "rin")
+    os.symlink(tmp_path / "set", tmp_path / "set" / "miku" / "loop")
+    os.symlink(tmp_path / "set" / "miku", tmp_path / "else" / "rin" / "round")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "set" / "miku" / "dead.png")
+    keys = set(told(tmp_path / "set"))
+    assert {"miku/1.png", "rin/1.png"} <= keys and len(keys) <= 4
+
+
+def test_names_that_differ_in_case_are_told_and_doubles_counted(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z, pytest.warns(UserWarning):
+        for i, name in enumerate(["Miku/1.png", "miku/1.png", "rin/1.png", "rin/1.png"]):
+            z.writestr(name, png(seed=i))
+    records, _, notes = sources.find(tmp_path / "set.zip")
+    assert [r.key for r in records] == ["Miku/1.png", "miku/1.png", "rin/1.png"]
+    assert notes == ["1 names came twice; the first of each is kept",
+                     "classes that differ only in case are kept apart: Miku and miku"]  # fmt: skip
+
+
+def test_min_per_class_leaves_small_classes_out(tmp_path):
+    draw_folder(tmp_path / "images", classes=3, each=12)
+    lay(tmp_path / "images", [f"rare/{i}.png" for i in range(5)])
+    done = stage("data.py", "images", "--out", "out", "--size", 16, "--min-per-class", 6, cwd=tmp_path, check=0)
+    assert "5 images left out: 1 classes have fewer than 6" in done.stdout
+    assert loader.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1", "class2"]
+    line = refused(stage("data.py", "images", "--out", "no", "--min-per-class", 13, cwd=tmp_path))
+    assert "--min-per-class 13" in line and not (tmp_path / "no").exists()
+
+
+def saved(image, kind, **more):
+    file = io.BytesIO()
+    image.save(file, kind, **more)
+    return file.getvalue()
+
+
+def odd_files():
+    """One picture, red above blue, in every odd way -> {name: bytes}."""
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20], pixels[20:] = (255, 0, 0), (0, 0, 255)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees to see it upright
+    gray = np.where(pixels[..., :1] > 0, 60000, 15000).astype(np.uint16)[..., 0]
+    return {
+        "exif.jpg": saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95),
+        "palette.png": saved(image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        "cmyk.jpg": saved(image.convert("CMYK"), "JPEG", quality=95),
+        "animated.gif": saved(image, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 40))]),
+        "deep.png": saved(Image.fromarray(gray), "PNG"),
+        "gray.jpg": saved(image.convert("L"), "JPEG", quality=95),
+    }
+
+
+@pytest.mark.parametrize("name", odd_files())
+def test_odd_files_are_decoded_upright_in_rgb(name):
+    got = decode.decode(odd_files()[name], 20, fg=False)["images"].astype(int)
+    top, bottom = got[:9].mean((0, 1)), got[11:].mean((0, 1))
+    want = {"deep.png": ([233] * 3, [58] * 3), "gray.jpg": ([76] * 3, [29] * 3)}.get(name, ([255, 0, 0], [0, 0, 255]))
+    assert np.abs(top - want[0]).max() < 12 and np.abs(bottom - want[1]).max() < 12, (top, bottom)
+
+
+def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=2, each=40)
+    bomb = saved(Image.new("1", (30000, 30000)), "PNG")  # a hundred kilobytes that unpack to 900 megapixels
+    whole = saved(Image.effect_noise((64, 64), 60), "JPEG")
+    lay(root, [("class0/bomb.png", bomb), ("class1/cut.jpg", whole[: len(whole) // 2]), ("class1/empty.png", b"")])
+    done = stage("data.py", root, "--out", "out", "--size", 16, "--split", "1,0,0", cwd=tmp_path, check=0)
+    header = loader.open_split(tmp_path / "out", "train")["header"]
+    skipped = dict(header["skipped_first"])
+    assert set(skipped) == {"class0/bomb.png", "class1/cut.jpg", "class1/empty.png"} and header["skipped"] == 3
+    assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
+
+
+def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
+    for split, each in (("train", 20), ("test", 10)):
+        draw_folder(tmp_path / "images" / split, classes=2, each=each)
+    for i in range(4):
+        (tmp_path / "images" / "train" / "class0" / f"illust{i}_0.png").write_bytes(b"no picture")
+    assert "more than 5 %" in refused(stage("data.py", "images", "--out", "out", "--size", 16, cwd=tmp_path))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+# ---- tags, strata, the crop ----------------------------------------------------------------------------------------
+
+
+def test_tags_are_multi_hot_with_their_vocabulary(tmp_path):
+    lay(tmp_path, [f"{i}.png" for i in range(20)])
+    rows = [f"{i}.png,c{i % 2},,{'smile hat' if i % 2 else 'smile'}" for i in range(20)]
+    (tmp_path / "list.csv").write_text("path,label,split,tags\n" + "\n".join(rows))
+    stage("data.py", "list.csv", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+    split = loader.open_split(tmp_path / "out", "train")
+    assert split["header"]["tags"] == ["smile", "hat"] and split["tags"].shape == (len(split["images"]), 2)
+    assert (split["tags"][:, 0] == 1).all() and (split["tags"][:, 1] == split["labels"].numpy()).all()
+
+
+def figure(centre, size=(120, 80)):
+    """A blob on a two-coloured ground, around a centre."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.where((y < size[1] // 2)[..., None], (120, 190, 240), (130, 200, 120)).astype(np.uint8)
+    pixels[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 16**2] = (230, 60, 90)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("by", ["colours", "alpha", "box"])
+@pytest.mark.parametrize("centre", [(24, 40), (96, 40), (60, 30)])
+def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
+    image = figure(centre)
+    box = (centre[0] - 16, centre[1] - 16, centre[0] + 16, centre[1] + 16) if by == "box" else None
+    if by == "alpha":
+        red = np.asarray(image)[..., 0] > 200
+        image.putalpha(Image.fromarray(np.uint8(red * 255)))
+    got = decode.decode(saved(image, "PNG"), 40, by == "alpha", box, "figure", 0.1)
+    y, x = np.nonzero(got["images"][..., 0] > 200) if by != "alpha" else np.nonzero(got["fg"] > 128)
+    assert abs(y.mean() - 19.5) < 3 and abs(x.mean() - 19.5) < 3
+    assert 0.3 < len(y) / 1600 < 0.8  # pi/4/1.2^2 = .55 with the margin asked for
+
+
+def test_a_boxes_file_of_another_set_is_one_line(tmp_path):
+    draw_folder(tmp_path / "images")
+    (tmp_path / "boxes.txt").write_text("other.png 1 2 3 4\n")
+    line = refused(stage("data.py", "images", "--out", "out", "--boxes", "boxes.txt", "--crop", "figure", cwd=tmp_path))
+    assert "--boxes boxes.txt names none" in line
