@@ -80,7 +80,7 @@ def knn(axis, held):
 
 
 def dataset_sheet(path, name, splits, classes=6, each=10):
-    """splits: {name: open split}. Pictures by class, figure and parts laid over some, class sizes, what was skipped."""
+    """splits: {name: open split}. Pictures by class; figure and parts laid over some; class sizes; what was skipped."""
     train = splits["train"]
     header, images, labels = train["header"], train["images"], train["labels"].numpy()
     over = [p for p in ("fg", "parts") if p in train]
