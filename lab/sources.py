@@ -90,7 +90,7 @@ def nfc(text):
 def is_image(name):
     """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not one."""
     stem, suffix = os.path.splitext(name)
-    return suffix.lower() in SUFFIXES and not any(part.startswith((".", "__")) for part in name.split("/"))
+    return suffix.lower() in SUFFIXES and not any(p.startswith((".", "__")) and p not in ("..", ".") for p in name.split("/"))
 
 
 def split_and_class(keys):
