@@ -1,21 +1,26 @@
-"""How fast the loader hands out images, and how much memory it takes: python -m lab.bench_data
+"""How fast images are packed and handed out, and how much memory that takes: python -m lab.bench_data [--pack 2000]
 
-Writes results/bench_data.csv. The packed file is made of noise and really written; it is read once before the clock
-starts: what is measured is the way out of a warm page cache.
+Without --pack: the loader, into results/bench_data.csv. With it: data.py on so many generated JPEGs of 512 px, and the
+opening of a table of a million rows, into results/bench_pack.csv. For the loader the packed file is made of noise and
+really written; it is read once before the clock starts: what is measured is the way out of a warm page cache.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import loader
 import plumbing
+from lab import toon
 
 
 def noisy_split(folder, n, side):
@@ -50,13 +55,78 @@ def epoch(split, batch_size, number):
     return count / (time.perf_counter() - began), most
 
 
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def draw_jpegs(folder, n, side=512):
+    """n different JPEGs of drawn faces, quality 90, 30 to 60 kB each: 40 faces, each shifted and turned in hue."""
+    faces = [Image.fromarray(toon.draw(item, side)["image"]).convert("HSV") for item in toon.plan(40, 40)]
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        pixels = np.roll(np.asarray(faces[i % 40]), rng.integers(0, side, 2), (0, 1)).copy()
+        pixels[..., 0] += np.uint8(rng.integers(256))
+        path = Path(folder) / f"class{i % 40}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels, "HSV").convert("RGB").save(path, quality=90)
+    return Path(folder)
+
+
+WATCHED = """
+import sys, threading, time, data
+from lab import sources
+from lab.bench_data import anonymous_mb
+def look():
+    while True:
+        most[0] = max(most[0], anonymous_mb() - base)
+        time.sleep(0.05)
+base, most, began = anonymous_mb(), [0.0], time.perf_counter()
+threading.Thread(target=look, daemon=True).start()
+CODE
+seconds = time.perf_counter() - began
+time.sleep(0.1)
+print("@", seconds, most[0])
+"""
+
+
+def timed(code, *words):
+    """Run Python code of one line in a process of its own -> (seconds it took, most anonymous memory in MB)."""
+    whole = WATCHED.replace("CODE", code)
+    done = subprocess.run([sys.executable, "-c", whole, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise plumbing.UserError(done.stderr.strip().splitlines()[-1])
+    return tuple(float(x) for x in done.stdout.split("@")[1].split())
+
+
+def pack_rows(n):
+    """Rows of results: packing n and n/2 images with and without looking for copies; a table of a million rows."""
+    code = "data.pack(sys.argv[1], sys.argv[2], size=128, dedupe=sys.argv[3])"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, count in (("half", n // 2), ("all", n)):
+            images = draw_jpegs(Path(folder) / name, count)
+            for dedupe in ("off", "group"):
+                seconds, mb = timed(code, images, Path(folder) / f"{name}_{dedupe}", dedupe)
+                yield {"what": f"pack, --dedupe {dedupe}", "images": count, "seconds": round(seconds, 1),
+                       "images_per_s": round(count / seconds), "anonymous_mb_added": round(mb)}  # fmt: skip
+        table = Path(folder) / "million.csv"
+        table.write_text("".join(f"faces/{i % 1000:04d}/{i}.jpg,character_{i % 3000}\n" for i in range(10**6)))
+        seconds, mb = timed("found = sources.find(sys.argv[1])", table)
+        yield {"what": "open a csv", "images": 10**6, "seconds": round(seconds, 1),
+               "images_per_s": round(10**6 / seconds), "anonymous_mb_added": round(mb)}  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=65536, help="images in the file (65536 of 128 px are 3.2 GB)")
     parser.add_argument("--side", type=int, default=128, help="their side in pixels")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--out", default="results/bench_data.csv")
+    parser.add_argument("--pack", type=int, metavar="N", help="measure packing of N JPEGs of 512 px instead")
+    parser.add_argument("--out", help="default: results/bench_data.csv, with --pack results/bench_pack.csv")
     args = parser.parse_args()
+    about = {"machine": plumbing.machine(torch.device("cpu")), "commit": plumbing.commit()}
+    if args.pack:
+        rows = [row | about for row in pack_rows(args.pack)]
+        plumbing.save_csv(args.out or "results/bench_pack.csv", rows)
+        return print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         split = noisy_split(folder, args.images, args.side)
         before = anonymous_mb()
@@ -64,8 +134,8 @@ def main():
         rates, memory = zip(*[epoch(split, args.batch_size, i) for i in (1, 2, 3)], strict=True)
     row = {"images": args.images, "side": args.side, "file_gb": round(args.images * args.side**2 * 3 / 1e9, 2),
            "images_per_s": round(statistics.median(rates)), "anonymous_mb_added": round(max(memory) - before, 1),
-           "machine": plumbing.machine(torch.device("cpu")), "commit": plumbing.commit()}  # fmt: skip
-    plumbing.save_csv(args.out, [row])
+           **about}  # fmt: skip
+    plumbing.save_csv(args.out or "results/bench_data.csv", [row])
     print(", ".join(f"{k} {v}" for k, v in row.items()))
 
 

@@ -20,7 +20,7 @@ SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
 BITS = FREQUENCIES**2 - 1  # without the mean
 MOST_BITS = 14  # of 63 that may differ; copies differ in up to 12, unrelated pictures in 31 on average
 WAVES_ALIKE = 0.7  # cosine of the 63 whitened frequencies
-LINES_ALIKE = 0.75  # correlation of edges; see tests/test_duplicates.py and results for recall and false joins
+LINES_ALIKE, HOPE = 0.75, 0.4  # correlation of edges that makes a copy, and that makes a window worth moving
 FULL = np.array([0.0, 0.0, 1.0, 1.0])  # a window: top, left, height, width as shares of the picture
 CROPS = [(s, y, x) for s in (0.95, 0.9) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
 WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CROPS])
@@ -199,9 +199,10 @@ def pairs(thumbs):
     joined = set()
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
-        hope = alike(thumbs, i, j, WINDOWS[w]) > LINES_ALIKE - 0.25
-        i, j, w = i[hope], j[hope], w[hope]
-        same = fitted(thumbs, i, j, WINDOWS[w]) > LINES_ALIKE if len(i) else np.zeros(0, bool)
+        score = alike(thumbs, i, j, WINDOWS[w])
+        near = np.nonzero((score > HOPE) & (score <= LINES_ALIKE))[0]  # a better window may still lift these
+        score[near] = fitted(thumbs, i[near], j[near], WINDOWS[w[near]])
+        same = score > LINES_ALIKE
         joined |= {(min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist(), strict=True)}
     return sorted(joined)
 

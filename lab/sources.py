@@ -90,7 +90,8 @@ def nfc(text):
 def is_image(name):
     """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not one."""
     stem, suffix = os.path.splitext(name)
-    return suffix.lower() in SUFFIXES and not any(p.startswith((".", "__")) and p not in ("..", ".") for p in name.split("/"))
+    hidden = any(part.startswith((".", "__")) and part not in (".", "..") for part in name.split("/"))
+    return suffix.lower() in SUFFIXES and not hidden
 
 
 def split_and_class(keys):
