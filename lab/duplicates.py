@@ -74,7 +74,7 @@ def cut(thumbs, windows):
 def edges(pictures):
     """(m, 32, 32) -> (m, 1024): square root of the gradient's length, mean 0 and norm 1."""
     dy, dx = np.gradient(pictures.astype(np.float32), axis=(1, 2))
-    e = np.sqrt(np.hypot(dy, dx)).reshape(len(pictures), -1)
+    e = np.sqrt(np.hypot(dy, dx)).reshape(len(pictures), SIDE * SIDE)
     e -= e.mean(1, keepdims=True)
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 GRAY = 128  # a hidden patch
@@ -103,6 +104,9 @@ def dataset_sheet(path, name, splits, classes=6, each=10):
     class_sizes(left, splits)
     right.axis("off")
     right.text(0, 1, "\n".join(about_lines(splits)), va="top", fontsize=9, linespacing=1.5, transform=right.transAxes)
+    if "parts" in over and header.get("parts"):
+        patches = [Patch(fc=c, ec=INK, lw=0.5, label=p) for p, c in zip(header["parts"], PART_COLOURS, strict=False)]
+        right.legend(handles=patches, ncols=4, loc="lower left", frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -149,8 +153,9 @@ def class_sizes(axis, splits):
     for (split, count), colour in zip(counts.items(), (BLUE, ORANGE, GREEN, PINK), strict=False):
         axis.bar(np.arange(n) + 1, count[order], 0.9 if n < 100 else 1.0, bottom, color=colour, label=split)
         bottom += count[order]
-    axis.set(title="Class sizes", xlabel="class, by size", ylabel="images", xlim=(0.4, n + 0.6))
-    axis.legend(frameon=False, fontsize=9)
+    axis.set(xlabel="class, by size", ylabel="images", xlim=(0.4, n + 0.6))
+    axis.set_title("Class sizes", loc="left")
+    axis.legend(frameon=False, fontsize=9, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 def about_lines(splits):

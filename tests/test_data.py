@@ -13,8 +13,9 @@ from conftest import ROOT, draw_folder, refused, shared_file, stage
 from PIL import Image
 from safetensors import safe_open
 
+import data
 import loader
-from lab import decode
+from lab import decode, toon
 from plumbing import UserError
 
 
@@ -180,6 +181,36 @@ def test_the_shared_faces_pack_whole(tmp_path):
     groups = [set(x["header"]["groups"]) for x in splits.values()]
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     assert len(splits["train"]["header"]["classes"]) == 20
+
+
+def test_the_demo_set_records_tags_and_strata(tmp_path):
+    records, _, dims, _, stream = data.open_toon(32, 0)
+    words, dims, stream = data.add_tags(records, dims, stream)
+    for record, row in stream(records[::800]):
+        truth = toon.draw(record.place, 32)
+        assert {w for w, on in zip(words, row["tags"], strict=True) if on} == set(truth["tags"])
+        assert [v[i] for v, i in zip(toon.STRATA.values(), row["style"], strict=True)] == list(truth["style"].values())
+        assert {p: row[p].shape for p in dims} == dims
+    assert len(words) == len(set(words)) > 80
+
+
+def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=3, each=20)
+    line = refused(stage("data.py", "--show", tmp_path / "none", cwd=tmp_path))
+    assert "does not exist" in line
+    stage("data.py", "--show", root, "--margin", ".2", cwd=tmp_path, check=0)
+    pack(root, tmp_path / "out", "--size", 16, check=0)
+    stage("data.py", "--show", tmp_path / "out", cwd=tmp_path, check=0)
+    for picture in (tmp_path / "datasets" / "images_crops.png", tmp_path / "out" / "sheet.png"):
+        assert min(Image.open(picture).size) > 300 and np.asarray(Image.open(picture)).std() > 10
+    assert not (tmp_path / "datasets" / "images").exists()
+
+
+@pytest.mark.parametrize("flags", [["--margin", "-1"], ["--crop", "nose"], ["--dedupe", "maybe"]])
+def test_wrong_flags_exit_with_2_and_write_nothing(tmp_path, flags):
+    draw_folder(tmp_path / "images")
+    done = pack(tmp_path / "images", tmp_path / "out", *flags)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
 # ---- views and loader ----------------------------------------------------------------------------------------------
