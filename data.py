@@ -241,6 +241,12 @@ def compiled(group_by):
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+def default_out(path):
+    """images/ -> datasets/images; set.tar.gz -> datasets/set."""
+    name = Path(path).resolve().name
+    return Path("datasets") / (name if Path(path).is_dir() else name.split(".")[0])
+
+
 def dataset_folder(data, image_size=128):
     """What --data names -> a packed folder: drawn (the demo set) or packed (images) first where it is not one yet."""
     path = Path(data)
@@ -250,7 +256,7 @@ def dataset_folder(data, image_size=128):
         print(f"drawing the demo set into {path} (once)")
         pack("toon", path, shares=TOON_SHARES)
         return path
-    out = Path("datasets") / path.stem
+    out = default_out(path)
     if not (out / "train.safetensors").exists():
         pack(path, out, max(128, image_size))
     elif open_split(out, "train")["header"]["source"] != str(data):
@@ -326,7 +332,7 @@ def main():
     add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
     args = parser.parse_args()
     check(args)
-    out = args.out or f"datasets/{Path(args.path).name.split('.')[0]}"
+    out = args.out or default_out(args.path)
     if args.show:
         return show(args, out)
     if (Path(out) / "train.safetensors").exists():
