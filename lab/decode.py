@@ -92,7 +92,8 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
 
     A transparent image is resized with its colours weighted by its alpha (Pillow does that), then laid on PAPER.
     """
-    img, scale = open_image(data, size * (2 if crop == "centre" else 4))
+    least = 2 * size if crop == "centre" else 4 * size if box is None else 2**15  # a box may be small
+    img, scale = open_image(data, least)
     if crop == "figure":
         box = [scale * x for x in box] if box else figure_box(img)
     area = square(img, box if crop == "figure" else None, margin)

@@ -9,12 +9,13 @@ copy; where its lines are, does not. What two pictures of one character share is
 Pictures come as gray thumbnails u8 (n, 32, 32) on disk: memory is about 300 bytes a picture, and work about n log n.
 """
 
-import io
 import tempfile
 from collections import Counter
 
 import numpy as np
 from PIL import Image
+
+from lab.decode import PAPER, open_image
 
 SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
 BITS = FREQUENCIES**2 - 1  # without the mean
@@ -28,9 +29,10 @@ WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CRO
 
 def thumbnail(data):
     """Bytes of an image file -> gray u8 (32, 32), JPEGs are decoded at a fraction of their size."""
-    with Image.open(io.BytesIO(data)) as img:
-        img.draft("L", (2 * SIDE, 2 * SIDE))
-        return np.asarray(img.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0))
+    img = open_image(data, 2 * SIDE)[0].resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    if img.mode == "RGBA":  # the copy may have been flattened
+        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
+    return np.asarray(img.convert("L"))
 
 
 def storage(n):

@@ -66,6 +66,13 @@ def test_blank_and_broken_pictures_are_nobodys_copies():
     assert duplicates.pairs(np.zeros((0, 32, 32), np.uint8)) == []
 
 
+def test_a_transparent_picture_and_its_flattened_copy_are_one():
+    drawn = [toon.draw(item, 96) for item in toon.plan(2400)[::600]]
+    clear = [Image.fromarray(np.dstack([d["image"], d["fg"]])) for d in drawn]
+    flat = [Image.alpha_composite(Image.new("RGBA", c.size, "white"), c).convert("RGB") for c in clear]
+    assert duplicates.pairs(np.stack([thumbnail(p) for p in clear + flat])) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
 def test_join_takes_groups_together():
     assert duplicates.join(6, [(4, 5), (1, 4), (0, 2)]) == [0, 1, 0, 3, 1, 1]
     assert duplicates.join(3, []) == [0, 1, 2]
