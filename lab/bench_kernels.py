@@ -23,6 +23,7 @@ from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss
 
 GPU_CASES = dict(batch=(256, 1024, 4096), size=(128, 224), patch=(8, 16), ratio=(0.5, 0.75, 0.9))
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")  # Okabe and Ito's
 CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 
 
@@ -229,14 +230,16 @@ def draw(rows, path, about):
             ms, low, high = ([r[key] for r in own] for key in ("ms", "ms_20", "ms_80"))
             error = [[m - x for m, x in zip(ms, low, strict=True)], [x - m for m, x in zip(ms, high, strict=True)]]
             at = [cases.index((r["batch"], r["size"], r["patch"], r["ratio"])) for r in own]
-            ax.errorbar(at, ms, error, fmt="o", ms=4, label=name)
+            ax.errorbar(at, ms, error, fmt="o", ms=6, label=name, color=COLOURS[names.index(name)])
         ax.set_xticks(range(len(cases)), [f"{b} x {s}/{p}, {r}" for b, s, p, r in cases], rotation=90, fontsize=7)
-        ax.set(yscale="log", title=operation, ylabel="ms")
+        ax.set(yscale="log", title=operation)
         ax.margins(x=0.2)
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
-    axes[0].legend(frameon=False)
-    fig.suptitle(f"batch x pixels/patch, ratio: {about['machine']}", fontsize=8)
+        ax.yaxis.set_minor_formatter("")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("milliseconds, 20 % to 80 %")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    fig.suptitle(f"Time by batch x pixels/patch, ratio; {about['machine']}", fontsize=9)
     fig.savefig(path, dpi=120)
 
 
