@@ -145,9 +145,9 @@ def open_images(path, size, crop, margin, boxes):
     return records, notes, dims, fetch, lambda some: worked(some, fetch, work)
 
 
-def open_toon(size, seed):
+def open_toon(size, seed, tail=0.0):
     """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
-    items = toon.plan(seed=seed)
+    items = toon.plan(seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
     return records, [], dims, None, lambda some: drawn(some, size)
@@ -183,12 +183,12 @@ def add_tags(records, dims, stream):
 
 
 def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
-         boxes=None, least=0, dedupe="group"):  # fmt: skip
+         boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
     pattern = compiled(group_by)
     is_toon = str(path) == "toon"
     records, notes, dims, fetch, stream = (
-        open_toon(size, seed) if is_toon else open_images(path, size, crop, margin, boxes)
+        open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
     )
     pairs, told = near_duplicates(records, fetch, dedupe)
     if dedupe == "drop":
@@ -205,7 +205,7 @@ def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=
     words, dims, stream = add_tags(records, dims, stream)
     classes = sorted({r.label for r in records if r.label is not None})
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
-             "split_shares": shares, "dev": dev, "group_by": group_by, "crop": crop, "margin": margin,
+             "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
              "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told + few + crossing(records),
              "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
     print("\n".join(about["notes"]), end="\n" * bool(about["notes"]))
@@ -252,7 +252,7 @@ def dataset_folder(data, image_size=128):
     path = Path(data)
     if (path / "train.safetensors").exists():
         return path
-    if path.name == "toon" and not path.exists():
+    if path.name == "toon" and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):  # or cut short
         print(f"drawing the demo set into {path} (once)")
         pack("toon", path, shares=TOON_SHARES)
         return path
@@ -284,6 +284,8 @@ def check(args):
         raise UserError(f"--dev {args.dev} is not a share in [0, 1)")
     if not 0 <= args.margin <= 2:
         raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
+    if not 0 <= args.tail <= 5 or (args.tail and args.path != "toon"):
+        raise UserError(f"--tail {args.tail:g} must lie between 0 and 5, and is for the demo set: python data.py toon")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
 
@@ -329,6 +331,7 @@ def main():
     add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
         help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")
     add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
+    add("--tail", type=float, default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
     add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
     args = parser.parse_args()
     check(args)
@@ -338,7 +341,7 @@ def main():
     if (Path(out) / "train.safetensors").exists():
         raise UserError(f"{out} is packed already; give another --out, or remove it first")
     pack(args.path, out, args.size, parse_shares(args.split), args.dev, args.seed, args.group_by, args.crop,
-         args.margin, args.boxes, args.min_per_class, args.dedupe)  # fmt: skip
+         args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
     print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
 
 

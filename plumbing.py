@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
 
 
 class UserError(Exception):
@@ -83,6 +87,8 @@ def peak_memory_mb(device):
     """Most memory held so far in MB: of the GPU on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

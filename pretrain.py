@@ -274,6 +274,8 @@ def main():
         if loader.has_labels(train) and loader.has_labels(held):
             row["knn"] = knn(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
             text += f", kNN Top-1 {row['knn']:.1f} %"
+        elif step == 0:
+            text += "; no kNN: that needs two classes or more, and labels on all images"
         if step == 0 and "knn" in row:
             row["knn_thumbnail"] = knn(thumbnails, train, held)
             text += f" untrained; 4x4 thumbnails have {row['knn_thumbnail']:.1f} %"

@@ -315,3 +315,22 @@ def test_decoding_keeps_the_short_side_and_the_centre():
     Image.fromarray(picture).save(file, "PNG")
     image = decode.decode(file.getvalue(), 40, fg=False)["images"]
     assert image.shape == (40, 40, 3) and (image == (0, 255, 0)).all()
+
+
+def test_the_demo_set_can_be_long_tailed():
+    records, *_ = data.open_toon(16, 0, 1.2)
+    sizes = sorted(Counter(r.label for r in records).values())
+    assert sizes[0] >= 5 and sizes[-1] > 20 * sizes[0] and len(sizes) == 48
+
+
+def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
+    """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone counts."""
+    calls = []
+    monkeypatch.setattr(data, "pack", lambda *args, **kw: calls.append(args))
+    for name in ("test.safetensors", ".val.safetensors.123.tmp"):
+        (tmp_path / "toon").mkdir(exist_ok=True)
+        (tmp_path / "toon" / name).write_bytes(b"half")
+        assert data.dataset_folder(tmp_path / "toon") == tmp_path / "toon"
+    (tmp_path / "toon" / "train.safetensors").write_bytes(b"whole")
+    data.dataset_folder(tmp_path / "toon")
+    assert [c[0] for c in calls] == ["toon", "toon"]
