@@ -42,6 +42,10 @@ def open_tensors(path):
 def open_split(folder, name):
     """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header"; "fg", "parts"}."""
     path = Path(folder) / f"{name}.safetensors"
+    there = sorted(p.stem for p in Path(folder).glob("*.safetensors"))
+    if there and name not in there:
+        raise UserError(f"{folder} has no split {name}, only {', '.join(there)}; --eval-on chooses another, "
+                        "data.py --split and --dev make them")  # fmt: skip
     if not path.exists():
         raise UserError(f"{path} does not exist; python data.py IMAGES --out {folder} makes it")
     split = open_tensors(path)

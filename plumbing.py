@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 try:
@@ -114,26 +115,29 @@ def catch_signals():
 def atomic(path):
     """with atomic(path) as temporary: write there; it takes path's place whole, or not at all (fsync, then rename)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise UserError(
-            f"could not write {path} ({free:.0f} MB free): {problem}; what stood there before is whole"
-        ) from problem
+    except OSError as problem:
+        free = shutil.disk_usage(next(p for p in path.resolve().parents if p.is_dir())).free / 2**20
+        raise UserError(f"could not write {path} ({free:.0f} MB free): {problem}; "
+                        "what stood there before is whole") from problem  # fmt: skip
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_safetensors(tensors, path, header):
     """Write {name: contiguous CPU tensor} and a header {str: str}, atomically."""
     with atomic(path) as temporary:
-        save_file(tensors, temporary, header)
+        try:
+            save_file(tensors, temporary, header)
+        except SafetensorError as problem:
+            raise OSError(str(problem)) from problem
 
 
 def read_csv(path):
@@ -155,7 +159,10 @@ def save_csv(path, rows):
 def save_state(state, path):
     """Write a checkpoint of tensors and plain values, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as problem:  # what torch makes of a full disk
+            raise OSError(str(problem).splitlines()[0]) from problem
 
 
 def load_state(path):

@@ -93,13 +93,15 @@ def fill_defaults(args, device, dtype):
 
 def check(args):
     """Every mistake that can be seen before anything is read or written."""
-    at_least_one = ("decoder_depth", "epochs", "batch_size", "accumulate", "eval_every")
+    at_least_one = ("image_size", "patch_size", "decoder_depth", "epochs", "batch_size", "accumulate", "eval_every")
     for name in at_least_one:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     for name, low, high in (("flat_weight", 0, 1), ("warmup", 0, 1), ("min_crop", 0.01, 1), ("blr", 1e-9, 10)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
+    if args.seed < 0 or not args.data:
+        raise UserError(f"--seed {args.seed} must be 0 or more" if args.seed < 0 else "--data is empty: give a folder")
     if args.batch_size % args.accumulate:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}")
     try:

@@ -168,10 +168,19 @@ def test_a_finished_run_teaches_another(small, finished, tmp_path):
     (["--flat-weight", 2], "--flat-weight 2"), (["--impl", "triton"], "--impl triton"),
     (["--device", "mps"], "--device mps"), (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
     (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
-    (["--eval-on", "dev"], "dev.safetensors does not exist")])  # fmt: skip
+    (["--eval-on", "dev"], "has no split dev, only test, train, val"), (["--patch-size", 0], "--patch-size 0"),
+    (["--seed", -1], "--seed -1"), (["--data", ""], "--data is empty")])  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
     assert says in refused(train(small, tmp_path / "out", *words))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_left_alone(small, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        done = stage("pretrain.py", "--data", small, "--out", out, *QUICK, cwd=tmp_path)
+        assert "could not write" in refused(done)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_files_that_are_not_ours(small, finished, tmp_path):
