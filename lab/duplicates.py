@@ -6,7 +6,8 @@ tables of short keys; 2. candidates whose hashes differ in few bits and whose fr
 themselves must lie on each other: correlation of edge strength, best window searched. Colours change in a recoloured
 copy; where its lines are, does not. What two pictures of one character share is not enough for step 3.
 
-Pictures come as gray thumbnails u8 (n, 32, 32) on disk: memory is about 300 bytes a picture, and work about n log n.
+Pictures come as gray thumbnails u8 (n, 32, 32) on disk; matching took 5 KB of memory a picture (57 MB for 10,000:
+results/bench_pack.csv), and its work grows about as n log n.
 """
 
 import tempfile
