@@ -45,18 +45,23 @@ def masked_mse(model, split, norm_pix, autocast):
     return torch.cat(errors).mean().item()
 
 
-@torch.no_grad()
-def pooled_tokens(encoder, image_size, autocast, split, rows):
-    """-> (n, 2D) fp32: the largest and the smallest value of each feature over the patches of whole images.
+def extremes(tokens):
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over the patches.
 
     What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it:
     results/LOG.md, "what a kNN should look at".
     """
+    return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
+
+
+@torch.no_grad()
+def pooled_tokens(encoder, image_size, autocast, split, rows, pool=extremes):
+    """-> (n, D) or (n, 2D) fp32 on the CPU: pool((B, N, D)) of the patch tokens of whole images."""
     features = []
     for _, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
         with autocast():
             tokens = encoder.features(view)[:, 1:].float()
-        features.append(torch.cat([tokens.amax(1), tokens.amin(1)], 1).cpu())
+        features.append(pool(tokens).cpu())
     return torch.cat(features)
 
 

@@ -282,15 +282,14 @@ def load_encoder(path):
         raise UserError(f"no encoder at {path}: python pretrain.py --out {path.parent} makes one")
     try:
         with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["animask"])
-            weights = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a file, not a dict)
+            c = json.loads((f.metadata() or {})["animask"])["config"]
+            weights = own_weights({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
         raise UserError(
             f"{path} is not a whole AniMask model ({problem}); give a folder runs/NAME of pretrain.py"
         ) from None
-    c = header["config"]
     encoder = ViT(c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"])
-    load_exactly(encoder, {k: w for k, w in own_weights(weights).items() if not is_decoder(k)}, path)
+    load_exactly(encoder, {k: w for k, w in weights.items() if not is_decoder(k)}, path)
     return encoder.eval(), c["image_size"]
 
 

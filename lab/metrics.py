@@ -22,7 +22,7 @@ def ridge_top1(train, train_labels, held, held_labels, penalty):
     W = (Z^T Z + penalty I)^-1 Z^T Y (Hoerl and Kennard 1970): the linear probe that has no training loop.
     """
     mean, std = train.double().mean(0), train.double().std(0) + 1e-6
-    Z, Y = (train - mean) / std, torch.nn.functional.one_hot(train_labels).double()
+    Z, Y = (train - mean) / std, F.one_hot(train_labels).double()
     W = torch.linalg.solve(Z.T @ Z + penalty * torch.eye(Z.shape[1], dtype=Z.dtype), Z.T @ (Y - Y.mean(0)))
     scores = (held - mean) / std @ W + Y.mean(0)
     return (scores.argmax(1) == held_labels).double().mean().item()

@@ -12,22 +12,19 @@ import torch
 
 import loader
 import plumbing
-from evaluate import thumbnails
+from evaluate import pooled_tokens, thumbnails
 from lab import metrics
 from model import load_encoder, untrained_like
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 
-@torch.no_grad()
 def mean_tokens(encoder, image_size, split):
     """-> (n, D) fp32: the mean of the patch tokens of all whole images of a split."""
-    device, rows, features = torch.device("cpu"), torch.arange(len(split["images"])), []
-    dtype, _ = plumbing.pick_dtype("auto", device)
-    for _, view in loader.whole_views(split["images"], rows, image_size, device):
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            features.append(encoder.features(view)[:, 1:].float().mean(1))
-    return torch.cat(features)
+    dtype, _ = plumbing.pick_dtype("auto", torch.device("cpu"))
+    autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+    rows = torch.arange(len(split["images"]))
+    return pooled_tokens(encoder, image_size, autocast, split, rows, pool=lambda tokens: tokens.mean(1))
 
 
 def chosen_ridge(features, splits):
