@@ -66,3 +66,7 @@ def load_exactly(module, weights, path):
         ]
         raise UserError(f"{path} does not fit this model; " + "; ".join(some))  # fmt: skip
     module.load_state_dict(weights)
+
+
+def init_from(model, path):  # placeholder until helper B's
+    raise UserError("--init: not yet")
