@@ -27,11 +27,12 @@ import kernels
 import loader
 import mask as masking
 import plumbing
+from checkpoints import load_encoder, load_exactly, save_model
 from evaluate import draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from lab import plot
-from model import MAE, SIZES, load_encoder, load_exactly, save_model
+from model import MAE, SIZES
 from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0

@@ -12,9 +12,10 @@ import torch
 
 import loader
 import plumbing
+from checkpoints import load_encoder
 from evaluate import pooled_tokens, thumbnails
 from lab import metrics
-from model import load_encoder, untrained_like
+from model import untrained_like
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 

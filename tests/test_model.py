@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints as C
 import model as M
 from kernels.gather import MEAN, STD, masked_patch_gather
 from plumbing import UserError
@@ -87,7 +88,7 @@ def test_cls_attention_is_the_last_blocks_row():
 def test_public_names_shapes_and_convolution(tmp_path):
     """The names of the public MAE checkpoints; the exported patch embedding is theirs: a convolution over (c, p, q)."""
     mae, view = small_mae(), some_view()
-    public = M.public_weights(mae)
+    public = C.public_weights(mae)
     block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
              "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
              "mlp.fc2.bias"]  # fmt: skip
@@ -108,26 +109,26 @@ def test_public_names_shapes_and_convolution(tmp_path):
 
 def test_saved_encoder_gives_the_same_features(tmp_path):
     mae, view = small_mae().eval(), some_view()
-    M.save_model(mae, tmp_path / "model.safetensors", {"step": 3})
-    encoder, image_size = M.load_encoder(tmp_path)
+    C.save_model(mae, tmp_path / "model.safetensors", {"step": 3})
+    encoder, image_size = C.load_encoder(tmp_path)
     assert image_size == 32
     assert torch.equal(encoder.features(view), mae.encoder.features(view))
 
 
 def test_a_file_that_does_not_fit_is_refused_with_both_sides(tmp_path):
     mae = small_mae()
-    M.save_model(mae, tmp_path / "model.safetensors", {})
+    C.save_model(mae, tmp_path / "model.safetensors", {})
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.safetensors").write_text("not a model")
     for name in ("cut", "text", "absent"):
         with pytest.raises(UserError, match=name):
-            M.load_encoder(tmp_path / f"{name}.safetensors")
+            C.load_encoder(tmp_path / f"{name}.safetensors")
     weights = dict(mae.encoder.state_dict())
     weights["other"] = weights.pop("norm.bias")
     weights["norm.weight"] = torch.zeros(5)
     with pytest.raises(UserError, match=r"missing: norm.bias.*left over: other.*norm.weight \(5,\) against \(64,\)"):
-        M.load_exactly(mae.encoder, weights, "file")
+        C.load_exactly(mae.encoder, weights, "file")
 
 
 def test_pixels_survive_the_round_trip():
