@@ -220,7 +220,7 @@ def lora_from(name, base, A, B, config, parts, folder):
     if A.shape != (rank, base.in_features) or B.shape != (base.out_features, rank):
         raise UserError(f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B {tuple(B.shape)} "
                         f"against rank {rank} and a layer of {base.in_features} to {base.out_features}")  # fmt: skip
-    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     parts, of = (parts, 3) if parts and name.endswith("attn.qkv") else ([0], 1)
     r, width = rank // len(parts), base.out_features // of

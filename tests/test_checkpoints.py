@@ -235,7 +235,7 @@ def test_export_for_timm_has_its_names_and_shapes(tmp_path):
     theirs.load_state_dict(load_file(out), strict=True)
     view = some_view(B=1, S=224)
     with torch.no_grad():
-        close(theirs.forward_features(pixels(view)), C.load_encoder(tmp_path, 224)[0].features(view), 1e-4)
+        close(theirs.forward_features(pixels(view)), C.load_encoder(tmp_path, 224)[0].features(view), 3e-5)
 
 
 def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
@@ -372,6 +372,8 @@ def changed(weights, **changes):
     ({"blocks__1__norm1__bias": torch.zeros(3)}, ROUGH_HEADS, r"norm1.bias \(3,\) against \(64,\)"),
     ({"blocks__99999999__norm1__bias": torch.zeros(64)}, ROUGH_HEADS, "missing"),
     ({"pos_embed": torch.zeros(1, 19, 64)}, ROUGH_HEADS, "19 positions"),
+    ({"pos_embed": torch.zeros(17, 64)}, ROUGH_HEADS, "not cls_token, pos_embed"),
+    ({"patch_embed__proj__weight": torch.zeros(64, 1, 8, 8)}, ROUGH_HEADS, r"patch embedding \(64, 1, 8, 8\)"),
     ({"norm__bias": None}, {"hidden_size": 32}, "64 wide, config.json beside it says 32"),
     ({}, {"hidden_act": "quick_gelu"}, "quick_gelu"), ({}, {"num_attention_heads": 5}, "5 heads"),
     ({"dist_token": torch.zeros(1, 1, 64)}, ROUGH_HEADS, "left over: dist_token")])  # fmt: skip
