@@ -286,9 +286,6 @@ def export(source, to, out=None, image_size=None):
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
-    adapter = (source / ADAPTER[1]).exists()
-    if adapter != (to == "merged"):
-        raise UserError(f"{source} holds {'an' if adapter else 'no'} adapter: --to merged is for one, and comes first")
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})

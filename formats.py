@@ -219,10 +219,15 @@ def read_checkpoint(path):
 
     facts: image_size, patch_size, dim, depth, heads, norm_eps; where they are known norm_pix and decoder_heads.
     """
-    path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+    given = Path(path)
+    path = given / "model.safetensors" if given.is_dir() else given
+    if not path.exists() and (given / "adapter_config.json").exists():
+        raise UserError(
+            f"{given} holds only an adapter: python model.py export {given} --to merged makes it an encoder"
+        )
     if not path.exists():
-        raise UserError(f"no encoder at {path}: python pretrain.py --out {path.parent} makes one")
+        run = given.parent if given.suffix else given
+        raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
     loaded, header = read_tensors(path)
     weights, facts = our_names(loaded, path), facts_beside(path, header)
     check_facts(facts, weights, path)
@@ -254,7 +259,10 @@ def hf_config(facts, decoder_dim, decoder_depth):
 
 
 def save_hf(weights, facts, folder):
-    """Write model.safetensors, config.json and preprocessor_config.json, weights with a convolution -> how to load."""
+    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
+
+    Its norm_pix_loss has no floor under a patch's deviation, ours has (kernels/loss.py): the loss differs by that.
+    """
     depth, size = count_blocks(weights, "decoder_blocks"), facts["image_size"]
     table, renamed = hf_names(facts["depth"], depth), {}
     for name, w in weights.items():

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, refused, stage
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,6 @@ from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import reconstruction_loss
 from plumbing import UserError
 
-transformers = pytest.importorskip("transformers")
 TINY = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 HF = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "image_size": 32,
       "patch_size": 8, "attn_implementation": "eager"}  # fmt: skip
@@ -105,6 +105,9 @@ def test_our_mae_is_a_hugging_face_mae(tmp_path):
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     check_pretraining(ours, theirs.eval(), some_view())
+    back = M.MAE(**ours.config)
+    C.init_from(back, folder)
+    assert all(torch.equal(w, C.public_weights(ours)[k]) for k, w in C.public_weights(back).items())
     vit, info = transformers.ViTModel.from_pretrained(
         folder, add_pooling_layer=False, attn_implementation="eager", output_loading_info=True
     )
@@ -248,7 +251,7 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     written, expected = load_file(tmp_path / "mae.safetensors"), C.public_weights(mae)
     assert written.keys() == expected.keys() and all(torch.equal(written[k], expected[k]) for k in written)
     line = refused(stage("model.py", "export", tmp_path, "--to", "merged", cwd=ROOT))
-    assert "holds no adapter" in line
+    assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
         with pytest.raises(UserError, match="what is read"):
             C.export(tmp_path, "hf", out)
