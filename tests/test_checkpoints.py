@@ -309,6 +309,21 @@ def test_half_a_decoder_is_refused(tmp_path):
     torch.save({"model": weights}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="missing: decoder.decoder_norm.bias"):
         C.init_from(small_mae(heads=1), tmp_path / "x.pth")
+    for to in ("mae", "timm", "hf"):
+        with pytest.raises(UserError, match="missing: decoder_norm.bias"):
+            C.export(tmp_path / "x.pth", to)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_loading_leaves_the_seed_and_the_training_alone(tmp_path):
+    C.save_model(small_mae(), tmp_path / "model.safetensors", {})
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    encoder, _ = C.load_encoder(tmp_path)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(w.requires_grad and not w.is_meta for w in encoder.parameters()) and not encoder.training
+    encoder.train().features(some_view()).sum().backward()
 
 
 def test_resized_positions_keep_what_is_smooth():
