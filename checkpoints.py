@@ -138,9 +138,11 @@ def init_from(model, path):
         size = next((s for s, c in SIZES.items() if all(c[k] == facts[k] for k in keys[:3])), None)
         mend = f"give --model {size} --patch-size {facts['patch_size']}" if size else "no --model has that shape"
         raise UserError(f"--init {path} has {there}, this run {here}; {mend}")
-    decoder = any(is_decoder(k) for k in weights)
+    decoder = "decoder_dim" in own and count_blocks(weights, "decoder_blocks") > 0  # SimMIM's one layer starts anew
     if decoder:
         check_decoder(weights, facts, own, path)
+    else:
+        weights = {k: w for k, w in weights.items() if not is_decoder(k)}
     weights, _ = at_size(weights, facts, own["image_size"], path)
     taken = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
     kept = {k: w for k, w in model.state_dict().items()

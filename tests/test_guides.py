@@ -12,6 +12,7 @@ import torch
 from conftest import refused, stage
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import evaluate
 import guides
@@ -19,6 +20,7 @@ import loader
 import mask as masking
 import plumbing
 import pretrain
+from formats import is_decoder
 from model import ViT
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
@@ -190,16 +192,43 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
         assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
 
 
-def test_pre_train_on_public_weights_then_teach(figures, tmp_path, monkeypatch, capsys):
-    """The two steps for a foreign teacher: --init adapts it to these images, --teacher lets it guide."""
+def as_dino(run_folder, path):
+    """A run's encoder in the format of DINO's full checkpoints: a student, and a teacher with prefixes and a head."""
+    weights = {k: w for k, w in load_file(f"{run_folder}/model.safetensors").items() if not is_decoder(k)}
+    teacher = {"module.backbone." + k: w for k, w in weights.items()} | {"module.head.mlp.0.weight": torch.zeros(4, 4)}
+    student = {k: torch.zeros_like(w) for k, w in teacher.items()}
+    torch.save({"student": student, "teacher": teacher, "epoch": 7}, path)
+
+
+def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
+    """--init dino.pth adapts it to these images, --teacher lets what came of it guide."""
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
+    as_dino("first", "dino.pth")
+    Path("config.json").write_text('{"num_attention_heads": 1}')
+    run(monkeypatch, "--data", figures, *QUICK, "--init", "dino.pth", "--out", "adapted")
+    assert "dino.pth: encoder, the decoder starts anew" in capsys.readouterr().out
+    for words in (
+        ["--teacher", "dino.pth"],
+        ["--teacher", "adapted"],
+        ["--teacher", "adapted", "--attention", "received"],
+    ):
+        out = f"pupil{len(words)}-{words[1]}"
+        run(monkeypatch, "--data", figures, *QUICK, "--mask", "attn_high:beta=2", *words, "--out", out)
+        assert f"attention of {words[1]}" in capsys.readouterr().out
+        assert (Path(out) / "attn-00000000.safetensors").exists()
+
+
+def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
+    run(monkeypatch, "--data", figures, *QUICK, "--mask", "simmim", "--init", "first", "--out", "simmim")
+    run(monkeypatch, "--data", figures, *QUICK, "--init", "simmim", "--out", "back")
+    assert capsys.readouterr().out.count("the decoder starts anew") == 2
     run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
     assert "first: encoder and decoder" in capsys.readouterr().out
     rows = [[r for r in plumbing.read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
     assert rows[1][0]["val_mse"] == pytest.approx(rows[0][-1]["val_mse"], rel=0.02)  # it goes on where that one ended
-    run(monkeypatch, "--data", figures, *QUICK, "--mask", "attn_high", "--teacher", "adapted", "--out", "pupil")
-    assert "attention of adapted" in capsys.readouterr().out
 
 
 # ---- which maps ----------------------------------------------------------------------------------------------------
