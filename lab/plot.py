@@ -47,16 +47,17 @@ def reconstructions(path, original, seen, predicted, pasted, ratio):
 
 
 def masks(path, view, seen, guide, title):
-    """view, seen u8 (n, S, S, 3) and, where there is one, the map that guided the mask, (n, g, g)."""
-    image_grid(path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)])
+    """view, seen u8 (n, S, S, 3); guide {name: (n, g, g)}, the map that guided the mask, or {}."""
+    image_grid(path, title, [("view", view), *guide.items(), ("seen", seen)])
 
 
 def curves(path, rows, split, title):
-    """Rows of log.jsonl -> training loss, validation error and kNN Top-1 (with its controls) by epoch."""
+    """Rows of log.jsonl -> training loss, validation error, kNN Top-1 (with its controls) and attention, by epoch."""
     loss = [r for r in rows if "loss" in r]
     held = [r for r in rows if "val_mse" in r]
-    has_knn = any("knn" in r for r in held)
-    figure, axes = plt.subplots(1, 2 + has_knn, figsize=(3.4 * (2 + has_knn), 3.2))
+    has_knn, has_parts = any("knn" in r for r in held), any("attention_on" in r for r in held)
+    panels = 2 + has_knn + has_parts
+    figure, axes = plt.subplots(1, panels, figsize=(3.4 * panels, 3.2))
     figure.suptitle(title)
     axes[0].plot([r["epoch"] for r in loss], [r["loss"] for r in loss], color=BLUE)
     axes[0].set(title="Training loss", xlabel="epoch", ylabel="weighted masked error")
@@ -64,7 +65,21 @@ def curves(path, rows, split, title):
     axes[1].set(title=f"Masked error on {split}", xlabel="epoch", ylabel="mean squared error, fixed mask")
     if has_knn:
         knn(axes[2], held)
+    if has_parts:
+        attention_on(axes[-1], [r for r in held if "attention_on" in r])
     save(figure, path)
+
+
+def attention_on(axis, held):
+    """How much more attention each part gets than its area, by epoch; only where the data knows the parts."""
+    names, marks = ("eyes", "mouth", "hair", "face", "background"), ("o-", "s-", "^-", "v--", "x:")
+    for name, mark, colour in zip(names, marks, (BLUE, PINK, ORANGE, GREEN, INK), strict=True):
+        points = [(r["epoch"], r["attention_on"][name]) for r in held if name in r["attention_on"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), mark, color=colour, label=name, markersize=4)
+    axis.axhline(1, color=INK, lw=0.8)
+    axis.set(title="Attention over area", xlabel="epoch", ylabel="share of attention / share of area")
+    axis.legend(frameon=False, fontsize=9)
 
 
 def knn(axis, held):

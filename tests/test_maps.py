@@ -185,7 +185,7 @@ def test_same_command_same_bytes(small, run, made, tmp_path):
 
 def test_rows_are_in_the_order_of_the_images(small, made):
     train = loader.open_split(small, "train")
-    found = saliency.coarse(torch.from_numpy(train["images"][5:7])) * 255
+    found = saliency.coarse(torch.from_numpy(np.array(train["images"][5:7]))) * 255
     assert np.abs(loader.open_map(made, "saliency", train)[5:7] - found.numpy()).max() <= 1
 
 

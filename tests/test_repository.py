@@ -13,9 +13,8 @@ from conftest import ROOT, stage
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
-OURS = {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "mask", "saliency", "kernels", "lab"} | {
-    s[:-3] for s in STAGES
-}
+OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask",
+                                   "saliency", "guides", "kernels", "lab"}  # fmt: skip
 
 
 def imports(path):
