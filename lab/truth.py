@@ -188,9 +188,9 @@ def main():
     args = parser.parse_args()
     images, figure, parts = true_set(data.dataset_folder(args.data), args.split)
     encoder, size = load_encoder(args.run)
-    name = Path(args.data).name
+    name = f"{Path(args.data).name} {args.split}"
     rows, found = measure_figure(name, images, figure, encoder, size)
-    for K in (6, len(toon.PARTS) + 3):
+    for K in (6, 12):
         rows += measure_parts(name, images, parts, figure, encoder, size, len(toon.PARTS), K)
     sets = [(f, g) for f in FRAMINGS for g in GROUNDS] if args.portraits else []
     for framing, ground in tqdm(sets, "portraits", disable=None):
