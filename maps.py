@@ -84,8 +84,9 @@ def tokens_of(images, rows, encoder, image_size, device):
     for index in rows.split(loader.CHUNK):
         batch = loader.take(images, index, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            tokens = encoder.features(loader.view_images(batch, *loader.full_boxes(len(index)), image_size))
-        yield batch, tokens[:, 1:].float()
+            view = loader.view_images(batch, *loader.full_boxes(len(index)), image_size)
+            tokens = saliency.last_tokens(encoder, view)
+        yield batch, tokens
 
 
 def mean_of_places(stream):
@@ -96,12 +97,12 @@ def mean_of_places(stream):
     return (total / count).float()
 
 
-def fit_parts(stream, figure_of, K):
+def fit_parts(stream, figure_of, place, K):
     """A codebook (K, D) for the whole data set: k-means over the figures' patches of a sample of images."""
     chosen = []
     for images, tokens in stream:
         figure = figure_of(images, tokens)
-        chosen.append(saliency.relative_to_figure(tokens, figure)[figure])
+        chosen.append(saliency.relative_to_figure(tokens, figure, place)[figure])
     points = torch.cat(chosen)
     if len(points) < K:
         raise UserError(f"--parts {K} are more than the {len(points)} patches of figure that were found")
@@ -128,18 +129,20 @@ def refined_rows(stream, place):
         yield as_bytes(saliency.refined(images, tokens, place))
 
 
-def part_rows(stream, figure_of, centres, side):
+def part_rows(stream, figure_of, place, centres, side):
     for images, tokens in stream:
-        yield saliency.parts_of(tokens, figure_of(images, tokens), centres).unflatten(1, (side, -1)).cpu().numpy()
+        yield (
+            saliency.parts_of(tokens, figure_of(images, tokens), place, centres).unflatten(1, (side, -1)).cpu().numpy()
+        )
 
 
 def as_bytes(probability):
     return (probability * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def figure_mask(images, tokens, place, side):
-    """Which patches are figure, (B, N) bool: by the refined map, or by the coarse one where place is None."""
-    chance = saliency.coarse(images) if place is None else saliency.refined(images, tokens, place)
+def figure_mask(images, tokens, place, quality, side):
+    """Which patches are figure, (B, N) bool."""
+    chance = saliency.refined(images, tokens, place) if quality == "refined" else saliency.coarse(images)
     return saliency.to_patches(chance, side) > 0.5
 
 
@@ -155,12 +158,12 @@ def rows_of_map(args, images, device):
     if args.map == "parts" and not 1 <= args.parts <= min(encoder.side**2, 255):
         raise UserError(f"--parts {args.parts} must lie between 1 and the {encoder.side**2} patches of {args.run}")
     stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device)
-    place = mean_of_places(stream(some)) if args.quality == "refined" else None
+    place = mean_of_places(stream(some))
     if args.map == "saliency":
         return saliency.GRID, "U8", refined_rows(stream(every), place)
-    figure_of = functools.partial(figure_mask, place=place, side=encoder.side)
-    return encoder.side, "U8", part_rows(stream(every), figure_of, fit_parts(stream(some), figure_of, args.parts),
-                                         encoder.side)  # fmt: skip
+    figure_of = functools.partial(figure_mask, place=place, quality=args.quality, side=encoder.side)
+    centres = fit_parts(stream(some), figure_of, place, args.parts)
+    return encoder.side, "U8", part_rows(stream(every), figure_of, place, centres, encoder.side)
 
 
 # ---- the sheet ------------------------------------------------------------------------------------------------------

@@ -15,20 +15,8 @@ import mask as masking
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
-OURS = {
-    "data",
-    "loader",
-    "evaluate",
-    "plumbing",
-    "model",
-    "checkpoints",
-    "formats",
-    "guides",
-    "saliency",
-    "mask",
-    "kernels",
-    "lab",
-} | {s[:-3] for s in STAGES}
+OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask",
+                                   "saliency", "guides", "kernels", "lab"}  # fmt: skip
 
 
 def imports(path):
@@ -64,7 +52,7 @@ def test_every_stage_says_what_it_reads_and_writes(script):
 
 
 def test_who_imports_whom():
-    alone = [*(ROOT / "kernels").glob("*.py"), *(ROOT / f"{name}.py" for name in ("mask", "plumbing", "saliency"))]
+    alone = [*(ROOT / "kernels").glob("*.py"), ROOT / "mask.py", ROOT / "saliency.py", ROOT / "plumbing.py"]
     alone += [ROOT / "lab" / f"{name}.py" for name in ("toon", "metrics", "plot")]
     for path in alone:
         allowed = {"kernels", "kernels.choose_impl", "kernels.gather"} if path.parent.name == "kernels" else set()
