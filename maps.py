@@ -87,7 +87,12 @@ def tokens_of(images, rows, encoder, image_size, device):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             view = loader.view_images(batch, *loader.full_boxes(len(index)), image_size)
             tokens = saliency.last_tokens(encoder, view)
-        yield batch, tokens
+        yield batch.to(home(device)), tokens.to(home(device))
+
+
+def home(device):
+    """Where saliency.py computes: Metal has no eigh, and no pooling to a grid that does not divide the picture."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def mean_of_places(stream):
@@ -115,7 +120,7 @@ def fit_parts(stream, figure_of, place, K):
 
 def coarse_rows(images, rows, device):
     for index in rows.split(loader.CHUNK):
-        yield as_bytes(saliency.coarse(loader.take(images, index, device)))
+        yield as_bytes(saliency.coarse(loader.take(images, index, home(device))))
 
 
 def refined_rows(stream, place):
@@ -167,7 +172,7 @@ def rows_of_map(args, images, device):
 
 def draw_sheet(path, name, images, maps, parts):
     """images u8 (n, S, S, 3), maps (n, g, g) of them: what the strategies that need this map hide, and the controls."""
-    g = 12 if name == "saliency" else maps.shape[-1]
+    g = 12 if name == "saliency" else maps.shape[-1]  # as with the demo's network; saliency has no encoder's grid
     known = {NEEDED_AS[name]: known_of(name, maps, g, parts)}
     guided = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[name]]
     shuffled = {key: value.roll(1, 0) for key, value in known.items()}
