@@ -3,9 +3,10 @@
     python probe.py runs/NAME                     # on the data that the run was trained on
     python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1 --data datasets/X     # and is A better than B?
 
-Reads:  runs/NAME (model.safetensors, log.jsonl), datasets/NAME (train, val; choices are made on dev, or a tenth of train)
+Reads:  runs/NAME (model.safetensors, log.jsonl), datasets/NAME (train, val; choices are made on dev, or on a tenth
+        of train)
 Writes: runs/NAME/ probe.json, features.safetensors, attention.png, patches.png, neighbours.png, scatter.png,
-        confusion.png; beside the runs controls-DIGEST.safetensors (untrained encoder and thumbnails, for all runs alike);
+        confusion.png; beside the run controls-DIGEST.safetensors (untrained encoder and thumbnails, for all runs);
         of several runs compare/ compare.md, compare.json, curves.png
 
 The headline is fixed before any number is seen: logistic regression on the mean patch token, Top-1 on val. All poolings
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 import loader
 import plumbing
 from checkpoints import load_encoder
+from evaluate import spread
 from lab import compare, features, figures, heads, metrics
 from model import untrained_like
 from plumbing import UserError
@@ -50,8 +52,8 @@ def parse_args():
     add("--blocks", action="store_true", help="also the mean token after each block")
     add("--snapshots", action="store_true", help="also a ridge probe of each runs/NAME/snapshots/encoder-EPOCH")
     add = parser.add_argument_group("comparison and efficiency").add_argument
-    add("--threshold", type=float, metavar="PERCENT", help="kNN Top-1 to reach (default: untrained + 90 %% of the gain\n"
-        "of the reference)")
+    add("--threshold", type=float, metavar="PERCENT", help="kNN Top-1 to reach in the run's log\n"
+        "(default: untrained + 90 %% of the gain of --reference)")
     add("--reference", metavar="RUN", help="run of the threshold (default: the first with random masks, else itself)")
     add("--claim", type=float, default=0.0, metavar="POINTS", help="a difference is supported if it is at least this")
     add("--out", metavar="DIR", help="where a comparison goes (default: compare/ beside the first run)")
@@ -84,7 +86,7 @@ def config_of(run):
         return {}
 
 
-def open_task(folder, split):
+def open_task(folder, split, seed):
     """Data, labels, and what is fitted, chosen on and reported: one dict, the same for every set of features."""
     parts = features.open_parts(folder, split)
     rows, choose, choose_in = features.hold_out(parts)
@@ -97,11 +99,14 @@ def open_task(folder, split):
         if lost := [header["classes"][c] for c in labels[split].unique() if counts[c] == 0]:
             raise UserError(f"{folder}: {split} has classes that train has not ({', '.join(map(str, lost[:4]))}); "
                             "pack it again: python data.py IMAGES --min-per-class 10")  # fmt: skip
-        task["counts"] = counts
+        task["counts"], asked = counts, labels[split]
+        drawn = {f"{w}-way {s}-shot": metrics.draw_episodes(labels["train"], asked, w, s, plumbing.seeded(seed, w, s))
+                 for w, s in FEW_SHOT}  # fmt: skip
+        task["episodes"] = {name: e for name, e in drawn.items() if e is not None}
     return task
 
 
-# ---- numbers: each function takes a set of features {split: (V, n, D)} ------------------------------------------------
+# ---- numbers: each function takes a set of features {split: (V, n, D)} ---------------------------------------------
 
 
 def logistic_scores(found, task):
@@ -123,15 +128,13 @@ def linear_scores(found, task, seed):
     return scores(found[task["held"]][0])[best], heads.RATES[best]
 
 
-def episodes(found, task, seed):
-    """-> {"5-way 1-shot": {"mean", "half"}, ...}: examples from train, questions from the held split."""
-    result, (bank, held) = {}, (found["train"][0], found[task["held"]][0])
-    for ways, shots in FEW_SHOT:
-        accuracy = metrics.few_shot(bank, task["labels"]["train"], held, task["labels"][task["held"]], ways, shots,
-                                    plumbing.seeded(seed, ways, shots))  # fmt: skip
-        if accuracy is not None:
-            half = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
-            result[f"{ways}-way {shots}-shot"] = {"mean": accuracy.mean().item(), "half": half}
+def few_shot(found, task):
+    """-> {"5-way 1-shot": {"mean", "half"}, ...}: mean of 600 episodes and half of its 95 % interval."""
+    result = {}
+    for name, (examples, questions) in task["episodes"].items():
+        accuracy = metrics.few_shot(found["train"][0], found[task["held"]][0], examples, questions)
+        half = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
+        result[name] = {"mean": accuracy.mean().item(), "half": half}
     return result
 
 
@@ -145,7 +148,7 @@ def measure(found, task, seed):
     row = {head: metrics.classification(s, labels, task["counts"]) for head, s in scores.items()}
     row["logistic"]["C"], row["linear"]["rate"] = chosen["C"], chosen["rate"]
     row["retrieval"] = metrics.retrieval(found[task["held"]][0], labels, task["groups"][task["held"]])
-    row["few_shot"] = episodes(found, task, seed)
+    row["few_shot"] = few_shot(found, task)
     return row, {head: s.argmax(1) == labels for head, s in scores.items()}
 
 
@@ -155,7 +158,7 @@ def chance(task):
     often = task["counts"].double().expand(len(labels), -1)
     share = torch.bincount(labels, minlength=classes).double() / len(labels)
     guess = metrics.classification(often, labels, task["counts"])
-    few = {f"{w}-way {s}-shot": {"mean": 1 / w} for w, s in FEW_SHOT if w <= classes}
+    few = {name: {"mean": 1 / int(name.split("-")[0])} for name in task["episodes"]}
     return {"logistic": guess, "linear": guess, "knn": guess, "few_shot": few,
             "retrieval": {"map": share.square().sum().item(), "recall1": share.square().sum().item(),
                           "recall5": 1 - ((1 - share) ** 5 * share).sum().item()}}  # fmt: skip
@@ -164,9 +167,8 @@ def chance(task):
 def ridge_scores(found, task):
     """-> (Top-1 in percent on the held split, the penalty chosen on dev): the probe in one formula, for snapshots."""
     fit, choose, classes = task["fit"], task["choose"], len(task["names"])
-    x, dev, held = heads.standardise(
-        found["train"][0][fit], found[task["choose_in"]][0][choose], found[task["held"]][0]
-    )
+    dev = found[task["choose_in"]][0][choose]
+    x, dev, held = heads.standardise(found["train"][0][fit], dev, found[task["held"]][0])
     fits = {p: heads.ridge(x, task["labels"]["train"][fit], classes, p) for p in heads.PENALTIES}
     truth = task["labels"][task["choose_in"]][choose]
     best = max(fits, key=lambda p: metrics.topk(dev @ fits[p][0] + fits[p][1], truth, 1))
@@ -251,21 +253,26 @@ def efficiency_line(found, how):
 
 def draw(home, name, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png."""
-    split, device = task["parts"][task["held"]], encoder.cls_token.device
-    rows = torch.linspace(0, len(split["images"]) - 1, min(8, len(split["images"]))).long()
-    view = next(loader.whole_views(split["images"], rows, size, device))[1]
-    figures.attention_sheet(home / "attention.png", encoder, view[:5], f"Attention of CLS in the last block: {name}")
+    split, train, labels = task["parts"][task["held"]], task["parts"]["train"], task["labels"]
+    rows = spread(len(split["images"]), loader.CHUNK)
+    view = next(loader.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
+    few = spread(len(rows), 8)
+    figures.attention_sheet(
+        home / "attention.png", encoder, view[few[:5]], f"Attention of CLS in the last block: {name}"
+    )
+    view = torch.cat([view[few], view])
     figures.patch_sheet(home / "patches.png", encoder, view, f"Patch tokens, principal components as colours: {name}")
-    train, labels = task["parts"]["train"], task["labels"]
-    right = (lambda i, j: bool(labels[task["held"]][rows[i]] == labels["train"][j])) if task["labelled"] else (
-        lambda i, j: None)  # fmt: skip
-    bank, queries = found["mean"]["train"][0], found["mean"][task["held"]][0][rows]
+    rows = rows[few[:6]]
+    bank, held = found["mean"]["train"][0], found["mean"][task["held"]][0]
+    alike = labels[task["held"]][rows][:, None] == labels["train"] if task["labelled"] else None  # (6, n)
+    right = lambda i, j: None if alike is None else bool(alike[i, j])  # noqa: E731
     pictures = lambda index: train["images"][index.numpy()]  # noqa: E731
-    figures.neighbours(home / "neighbours.png", queries, bank, pictures, split["images"][rows.numpy()], right,
-                       f"{task['held']} pictures and their nearest in train, cosine of mean tokens: {name}")  # fmt: skip
+    title = f"{task['held']} pictures and their nearest in train, cosine of mean tokens: {name}"
+    figures.neighbours(home / "neighbours.png", held[rows], bank, pictures, split["images"][rows.numpy()], right, title)
     if task["labelled"]:
-        figures.scatter(home / "scatter.png", bank, labels["train"], found["mean"][task["held"]][0],
-                        labels[task["held"]], task["names"], f"{task['held']}, mean token, 8 largest classes: {name}")  # fmt: skip
+        title = f"{task['held']}, mean token, 8 largest classes: {name}"
+        truth = labels[task["held"]]
+        figures.scatter(home / "scatter.png", bank, labels["train"], held, truth, task["names"], title)
 
 
 # ---- one run, and several ------------------------------------------------------------------------------------------
@@ -285,10 +292,11 @@ def probe(run, args, task, autocast, device, threshold, controls):
     config = config_of(run)
     report = {"command": f"python probe.py {shlex.join(sys.argv[1:])}", "machine": plumbing.machine(device),
               "commit": plumbing.commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
-              "dtype": args.dtype, "views": args.views, "images": {k: len(v) for k, v in task["labels"].items()}}  # fmt: skip
+              "dtype": args.dtype, "views": args.views,
+              "images": {k: len(v) for k, v in task["labels"].items()}}  # fmt: skip
     if not task["labelled"]:
-        print(f"{run}: no numbers, they need two classes or more and a label on every image of train and {args.split}; "
-              "attention.png, patches.png and neighbours.png were drawn")  # fmt: skip
+        print(f"{run}: no numbers, they need two classes or more and a label on every image of train and "
+              f"{args.split}; attention.png, patches.png and neighbours.png were drawn")  # fmt: skip
         return write(home, report) | {"right": {}}
     began = time.perf_counter()
     rows, right = {}, {}
@@ -369,7 +377,7 @@ def main():
     dtype, _ = plumbing.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    task, threshold, controls = open_task(data, args.split), threshold_of(args), {}
+    task, threshold, controls = open_task(data, args.split, args.seed), threshold_of(args), {}
     print(f"data     {data}: {args.split}, {len(task['labels'][args.split]):,} images, {len(task['names'])} classes")
     reports = []
     for run in args.runs:

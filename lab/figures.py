@@ -52,14 +52,16 @@ def attention_sheet(path, encoder, view, title):
 
 def sheet(path, title, names, rows):
     """rows of pictures u8 (S, S, 3) and maps (g, g), under column names; each map has its own scale, dark is low."""
-    figure, axes = plt.subplots(len(rows), len(names), figsize=(1.15 * len(names), 1.2 * len(rows) + 0.7))
+    figure, axes = plt.subplots(
+        len(rows), len(names), figsize=(1.15 * len(names), 1.17 * len(rows) + 0.6), squeeze=False
+    )
     figure.suptitle(title)
-    for line, pictures in zip(np.atleast_2d(axes), rows, strict=True):
+    for line, pictures in zip(axes, rows, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, cmap="viridis", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    for axis, name in zip(np.atleast_2d(axes)[0], names, strict=True):
+    for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=9)
     save(figure, path)
 
@@ -78,18 +80,22 @@ def principal(x, k):
 @torch.no_grad()
 def patch_colours(encoder, view):
     """view u8 (B, S, S, 3) -> (B, g, g, 3) in [0, 1]: three principal components of all patch tokens as red, green,
-    blue, each from its 1 % to its 99 % quantile. Alike colours, in one picture or two, are alike tokens."""
+    blue, each from its 1 % to its 99 % quantile. Alike colours, in one picture or two, are alike tokens.
+
+    What tokens at one place share over all pictures is taken off first: else the components show the place alone.
+    """
     tokens = encoder.features(view)[:, 1:].float().cpu()
-    parts = principal(tokens.flatten(0, 1), 3)
+    parts = principal((tokens - tokens.mean(0)).flatten(0, 1), 3)
     low, high = torch.quantile(parts, torch.tensor([0.01, 0.99], dtype=parts.dtype), dim=0)
     colours = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colours.view(len(view), encoder.side, encoder.side, 3)
 
 
-def patch_sheet(path, encoder, view, title):
+def patch_sheet(path, encoder, view, title, shown=8):
+    """The first pictures of view and their tokens as colours; all of view gives the components."""
     colours = (patch_colours(encoder, view) * 255).round().to(torch.uint8).numpy()
-    lines = (view.cpu().numpy(), colours)
-    figure, axes = plt.subplots(2, len(view), figsize=(1.15 * len(view) + 0.9, 3.1))
+    lines, shown = (view[:shown].cpu().numpy(), colours[:shown]), min(shown, len(view))
+    figure, axes = plt.subplots(2, shown, figsize=(1.15 * shown + 0.9, 3.1), squeeze=False)
     figure.suptitle(title)
     for line, name, pictures in zip(axes, ("picture", "tokens"), lines, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
@@ -163,13 +169,13 @@ def neighbours(path, queries, bank, images, query_images, right, title):
     right(query, row) -> True, False, or None where nothing is known of the class: the colour of the frame.
     """
     similarity, nearest = (F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T).topk(8, dim=1)
-    figure, axes = plt.subplots(len(queries), 9, figsize=(10.2, 1.25 * len(queries) + 0.6))
+    figure, axes = plt.subplots(len(queries), 9, figsize=(10.2, 1.32 * len(queries) + 0.6), squeeze=False)
     figure.suptitle(title)
-    for i, line in enumerate(np.atleast_2d(axes)):
+    for i, line in enumerate(axes):
         line[0].imshow(query_images[i])
         for j, (axis, picture) in enumerate(zip(line[1:], images(nearest[i]), strict=True)):
             axis.imshow(picture)
-            axis.set_title(f"{similarity[i, j]:.2f}", fontsize=8, pad=2)
+            axis.set_xlabel(f"{similarity[i, j]:.2f}", fontsize=8, labelpad=2)
             frame(axis, right(i, int(nearest[i, j])))
         for axis in line:
             axis.set(xticks=[], yticks=[])

@@ -54,32 +54,41 @@ def average_precision(right):
     return (hits / ranks * right).sum(1) / right.sum(1)
 
 
-def few_shot(bank, bank_labels, queries, labels, ways, shots, generator, episodes=600, asked=15):
-    """Accuracy of each episode, (episodes,): `ways` classes, `shots` examples each from bank, `asked` from queries.
+def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, asked=15):
+    """-> examples (episodes, ways, shots) in the bank and questions (episodes, ways, asked) among those to be named.
 
-    Nearest centroid by cosine (Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot
-    Classification"); features are centred on the bank's mean first. Examples and questions come from different splits,
-    so no illustration is on both sides. None where too few classes have enough images.
+    Where a class has fewer than `asked` questions the rest are -1. None where too few classes have enough images.
+    Examples and questions come from different splits: no illustration is on both sides.
     """
-    centre = bank.float().mean(0)
-    bank, queries = F.normalize(bank.float() - centre, dim=1), F.normalize(queries.float() - centre, dim=1)
-    own = {int(c): ((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()}
-    able = [c for c, (examples, questions) in own.items() if len(examples) >= shots and len(questions)]
+    own = [((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()]
+    able = [(e, q) for e, q in own if len(e) >= shots and len(q)]
     if len(able) < ways:
         return None
+    examples = torch.empty(episodes, ways, shots, dtype=torch.long)
+    questions = torch.full((episodes, ways, asked), -1)
+    for i in range(episodes):
+        for j, c in enumerate(torch.randperm(len(able), generator=generator)[:ways].tolist()):
+            own_examples, own_questions = able[c]
+            examples[i, j] = own_examples[torch.randperm(len(own_examples), generator=generator)[:shots]]
+            count = min(asked, len(own_questions))
+            questions[i, j, :count] = own_questions[torch.randperm(len(own_questions), generator=generator)[:count]]
+    return examples, questions
 
-    def some(rows, count):
-        return rows[torch.randperm(len(rows), generator=generator)[:count]]
 
-    result = []
-    for _ in range(episodes):
-        chosen = [able[i] for i in torch.randperm(len(able), generator=generator)[:ways]]
-        centroids = torch.stack([bank[some(own[c][0], shots)].mean(0) for c in chosen])
-        questions = [some(own[c][1], asked) for c in chosen]
-        truth = torch.repeat_interleave(torch.arange(ways), torch.tensor([len(q) for q in questions]))
-        found = (queries[torch.cat(questions)] @ F.normalize(centroids, dim=1).T).argmax(1)
-        result.append((found == truth).double().mean())
-    return torch.stack(result)
+def few_shot(bank, queries, examples, questions):
+    """Accuracy of each episode, (episodes,), by nearest centroid in cosine; bank (n, D), queries (Q, D) of two splits.
+
+    Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot Classification"; features are
+    centred on the bank's mean first.
+    """
+    centre, result = bank.float().mean(0), []
+    bank, queries = F.normalize(bank.float() - centre, dim=1), F.normalize(queries.float() - centre, dim=1)
+    for e, q in zip(examples.split(20), questions.split(20), strict=True):
+        centroids = F.normalize(bank[e].mean(2), dim=2)  # (E, ways, D)
+        found = (queries[q].flatten(1, 2) @ centroids.transpose(1, 2)).argmax(2).view(q.shape)
+        right = (found == torch.arange(q.shape[1])[:, None]) & (q >= 0)
+        result.append(right.sum((1, 2)).double() / (q >= 0).sum((1, 2)))
+    return torch.cat(result)
 
 
 # ---- classification ------------------------------------------------------------------------------------------------
