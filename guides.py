@@ -166,7 +166,7 @@ def open_maps(need, where, folder, train):
         if not has_truth:
             raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
                             f"python maps.py --data {folder} --map {name} makes maps without")  # fmt: skip
-        return train[need], len(train["header"].get("parts", [])), f"the true {TRUTH[need]} of {folder}"
+        return train[need], len(train["header"].get("parts") or []), f"the true {TRUTH[need]} of {folder}"
     maps = loader.open_map(path, name, train)
     about = loader.open_tensors(maps.filename)["header"]
     how = [about[key] for key in ("quality", "source", "by") if about.get(key)]

@@ -247,7 +247,8 @@ def robustness(path, report, sweeps, title):
     sides = [r["side"] for r in report["resolution"]]
     rest[1].plot(sides, [r["top1"] for r in report["resolution"]], "o-", color=BLUE)
     rest[1].set(title="resolution", xlabel="side of the view, px", xscale="log")
-    rest[1].set_xticks(sides[:: max(1, len(sides) // 4)], [str(s) for s in sides[:: max(1, len(sides) // 4)]])
+    some = [s for i, s in enumerate(sides) if i == 0 or s > 1.3 * sides[i - 1]]
+    rest[1].set_xticks(some, [str(s) for s in some])
     rest[1].minorticks_off()
     for axis in rest[2:]:
         axis.axis("off")
@@ -270,8 +271,8 @@ def parts(path, report, title):
         axis.bar(at + shift, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
     axis.axhline(report["clean"], color=INK, ls="--", lw=1, label="clean")
     axis.axhline(report["chance"], color=INK, ls=":", lw=1, label="chance")
-    axis.set_xticks(at, [f"{n}\n{100 * report['parts'][n]['area']:.1f} % of picture" for n in names], fontsize=9)
-    axis.set(title=title, ylabel="Top-1, %", ylim=(0, None))
+    axis.set_xticks(at, [f"{n}\n{100 * report['parts'][n]['area']:.1f} %" for n in names], fontsize=9)
+    axis.set(title=title, xlabel="part, and its share of the picture", ylabel="Top-1, %", ylim=(0, None))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
     save(figure, path)
 
