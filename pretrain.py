@@ -62,7 +62,8 @@ def parse_args():
     add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
-    add("--attention", default="cls", choices=guides.SOURCES, help="of the CLS token, of all, or unusual tokens")
+    add("--attention", choices=guides.SOURCES,
+        help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
         help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
     add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
@@ -95,6 +96,7 @@ def fill_defaults(args, device, dtype):
     vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
+    args.attention = args.attention or guides.usual_source(args.teacher)
     args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
@@ -140,7 +142,7 @@ def run_name(args, folder):
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
     words += [] if args.init is None else ["from-" + Path(args.init).name]
-    words += [] if args.attention == "cls" else [args.attention]
+    words += [] if args.attention == guides.usual_source(args.teacher) else [args.attention]
     words += [] if args.maps == "auto" else [Path(args.maps).name]
     return "-".join([*words, f"s{args.seed}"])
 
