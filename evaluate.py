@@ -89,12 +89,10 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     """
     rows, names = spread(len(split["images"]), 256), split["header"]["parts"]
     mass, area = torch.zeros(len(names)), torch.zeros(len(names))
-    for index, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
-        with autocast():
-            attention = encoder.patch_attention(view, source).mean(1).float().cpu()  # (B, N)
-        boxes, flip = loader.full_boxes(len(index))
-        share = guides.cut("parts", split["parts"], index, boxes, flip, encoder.side, "cpu", len(names))  # (B, N, P)
-        mass += torch.einsum("bn,bnp->p", attention / attention.sum(1, keepdim=True), share)
+    for index, attention in guides.attention(encoder, image_size, split["images"], rows, source, autocast):
+        whole = loader.full_boxes(len(index))
+        share = guides.cut("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
+        mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
         area += share.mean(1).sum(0)
     return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import guides
 import loader
 import mask as masking
 import plumbing
@@ -48,8 +49,8 @@ def parse_args():
     )
     add(
         "--source",
-        choices=["cls", "received"],
-        help="attention that CLS pays to a patch, or that it receives from all (default: cls)",
+        choices=guides.SOURCES,
+        help="attention of CLS to a patch, of all patches to it, or how unusual its token is (default: cls)",
     )
     add("--parts", type=int, metavar="K", help="parts of the figure, beside the background (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
@@ -117,13 +118,6 @@ def fit_parts(stream, figure_of, place, K):
 # ---- the three maps: each yields chunks of rows, in the order of the images -----------------------------------------
 
 
-@torch.no_grad()
-def attention_rows(images, rows, encoder, image_size, source, device):
-    for _, view in loader.whole_views(images, rows, image_size, device):
-        attention = encoder.patch_attention(view, source).mean(1)  # (B, N)
-        yield attention.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
-
-
 def coarse_rows(images, rows, device):
     for index in rows.split(loader.CHUNK):
         yield as_bytes(saliency.coarse(loader.take(images, index, home(device))))
@@ -159,7 +153,9 @@ def rows_of_map(args, images, device):
     encoder, size = load_encoder(args.run)
     encoder.to(device)
     if args.map == "attn":
-        return encoder.side, "F16", attention_rows(images, every, encoder, size, args.source, device)
+        dtype, _ = plumbing.pick_dtype("auto", device)
+        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        return encoder.side, "F16", guides.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and not 1 <= args.parts <= min(encoder.side**2, 255):
         raise UserError(f"--parts {args.parts} must lie between 1 and the {encoder.side**2} patches of {args.run}")
     stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device)

@@ -78,8 +78,8 @@ def attention_on(axis, held):
         if points:
             axis.plot(*zip(*points, strict=True), mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
-    axis.set(title="Attention over area", xlabel="epoch", ylabel="share of attention / share of area")
-    axis.legend(frameon=False, fontsize=9)
+    axis.set(title="Where the teacher looks", xlabel="epoch", ylabel="attention / area, shares")
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def knn(axis, held):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, stage
+from conftest import ROOT, refused, stage
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -229,6 +230,21 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(figures, tmp_p
     assert "first: encoder and decoder" in capsys.readouterr().out
     rows = [[r for r in plumbing.read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
     assert rows[1][0]["val_mse"] == pytest.approx(rows[0][-1]["val_mse"], rel=0.02)  # it goes on where that one ended
+
+
+def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
+    """Its code is put into mask.py's place, named in STRATEGIES, and trains."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    exec(code, vars(masking))
+    monkeypatch.setitem(masking.STRATEGIES, "middle", masking.middle)
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
+    assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
+    priority = masking.middle({}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5)
+    often = torch.zeros(64).scatter_add_(0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32))
+    assert often.view(8, 8)[3:5, 3:5].min() > 2 * often.view(8, 8)[0].max()
 
 
 # ---- which maps ----------------------------------------------------------------------------------------------------

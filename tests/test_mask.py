@@ -229,16 +229,3 @@ def test_diversity_and_entropy_name_a_collapse():
     assert masking.diversity(masking.sample(noise_of(512, 64), 16)[1], 64) == pytest.approx(1, abs=0.02)
     score = torch.rand(8, 64)
     assert masking.entropy(score, 0.0) == pytest.approx(1) and masking.entropy(score, 50.0) < 0.2
-
-
-# ---- the exercise of the README ------------------------------------------------------------------------------------
-
-
-def test_write_your_own_in_three_lines(monkeypatch):
-    def mine(patches, noise, t, beta=1.0):
-        return masking.guided(patches["attn"], beta, noise)
-
-    monkeypatch.setitem(masking.STRATEGIES, "mine", mine)
-    name, params = masking.parse_mask("mine:beta=3")
-    keep, hidden = masking.sample(masking.STRATEGIES[name](patches_of(2, 36, 27), noise_of(2, 36), 0.5, **params), 9)
-    assert hidden.shape == (2, 27)

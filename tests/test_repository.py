@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import ROOT, stage
 
+import mask as masking
+
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
@@ -75,6 +77,14 @@ def test_the_readmes_numbers_stand_in_results():
             assert any(abs(value - k) <= 0.5000001 * 10**-digits for k in known), (
                 f"{number} of {cells[0]!r} is not in its file"
             )
+
+
+def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
+    with open(ROOT / "results" / "bench_masks.csv") as file:
+        cost = {r["mask"]: float(r["over_random_percent"]) for r in csv.DictReader(file) if r["model"] == "nano"}
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M))
+    assert set(table) == set(masking.STRATEGIES)
+    assert {name: abs(float(x)) for name, x in table.items()} == {name: abs(cost[name]) for name in table}
 
 
 def test_results_name_their_machine_and_commit():
