@@ -30,12 +30,13 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("name", corruptions.SWEEPS)
-def test_every_level_spoils_more_and_repeats_itself(images, name):
+def test_every_corruption_spoils_and_repeats_itself(images, name):
     spoil, levels, _, headline = corruptions.SWEEPS[name]
     found = [spoil(images, level, torch.Generator().manual_seed(0)) for level in levels]
     assert all(x.shape == images.shape and x.dtype == torch.uint8 for x in found) and headline in levels
     assert torch.equal(found[0], spoil(images, levels[0], torch.Generator().manual_seed(0)))
-    assert all(apart(x, images) > 0.1 for x in found)
+    strength = [apart(x, images) for x in found]
+    assert max(strength) > 0.5 and (name not in ("cutout", "blur", "jpeg") or strength == sorted(strength))
 
 
 def test_cutout_has_the_area_that_was_asked(images):
