@@ -139,9 +139,10 @@ def classification(scores, labels, counts):
     """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1]."""
     classes = len(counts)
     table = confusion(scores.argmax(1), labels, classes)
+    own = [None if r != r else r for r in recalls(table).tolist()]
     return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(table),
             **by_frequency(table, counts), "frequency_correlation": frequency_correlation(table, counts),
-            "per_class": recalls(table).tolist(), "confusion": table.tolist()}  # fmt: skip
+            "per_class": own, "confusion": table.tolist()}  # fmt: skip
 
 
 # ---- learning curves -----------------------------------------------------------------------------------------------
