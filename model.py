@@ -252,13 +252,14 @@ class LoRA(nn.Module):
 
     def __init__(self, base, r, alpha, dropout=0.0, parts=(0,), of=1):
         super().__init__()
-        self.base, self.scale, self.parts, self.of = base.requires_grad_(False), alpha / r, tuple(parts), of
+        self.base, self.scale, self.parts, self.of = base, alpha / r, tuple(parts), of
         self.dropout, self.merged = nn.Dropout(dropout), False
         like = {"device": base.weight.device, "dtype": torch.float32}
         self.A = nn.Parameter(torch.empty(len(parts), r, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(len(parts), base.out_features // of, r, **like))
         for part in self.A:
             nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        self.train(base.training)  # or the dropout of an adapter put on an encoder in eval mode would be at work
 
     def factors(self):
         """-> A (n*r, in) and B (out, n*r) of all n parts at once: the As on top of each other, the Bs on a diagonal."""
@@ -349,3 +350,10 @@ def put_patches(view, ids, patches):
         2, (p, 3 * p)
     )
     return out.view(B, S, S, 3)
+
+
+if __name__ == "__main__":  # python model.py export ...
+    import checkpoints
+    import plumbing
+
+    plumbing.cli(checkpoints.main)

@@ -1,10 +1,13 @@
 """LoRA: it starts as nothing, trains alone, merges exactly, and what is in a file is what `peft` makes of it."""
 
+import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import checkpoints as C
 import model as M
 from plumbing import UserError
 
@@ -29,7 +32,7 @@ def adapted(r=4, seed=0, **options):
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit, view = small_vit(), small_vit(), some_view()
     weights = M.add_lora(vit, 4, dropout=0.1)
-    assert torch.equal(vit.features(view), plain.features(view))
+    assert torch.equal(vit.features(view), plain.features(view)) and not vit.blocks[0].attn.qkv.dropout.training
     vit.train().features(view).square().mean().backward()
     trained = {name for name, w in vit.named_parameters() if w.grad is not None}
     assert len(weights) == len(trained) == 2 * 2 * 4 and all(n.endswith((".A", ".B")) for n in trained)
@@ -101,3 +104,114 @@ def test_bad_options_are_refused(options, says):
 def test_two_adapters_are_refused():
     with pytest.raises(UserError, match="already"):
         M.add_lora(adapted())
+
+
+# ---- adapter files, and the `peft` library -------------------------------------------------------------------------
+
+
+def peft_model(vit, folder):
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(vit, folder).eval()
+
+
+def made_by_peft(folder, seed=5, **options):
+    """An adapter that peft made on our encoder -> its features."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    net = peft.get_peft_model(small_vit(), peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | options)).eval()
+    for name, weight in net.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    net.save_pretrained(folder)
+    return net.base_model.model.features(some_view())
+
+
+@pytest.mark.parametrize("targets", [tuple(M.TARGETS), ("q", "v"), ("v",), ("k", "o", "fc2")])
+def test_peft_loads_ours_with_the_same_output(tmp_path, targets):
+    vit, view = adapted(r=4, alpha=6, dropout=0.1, targets=targets), some_view()
+    C.save_adapter(vit, tmp_path, "runs/x")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    fused = [t for t in targets if t in "qkv"]
+    if len(fused) < len(targets):
+        assert (config["r"], config["lora_alpha"]) == (4, 6)
+        assert config["rank_pattern"] == ({"attn.qkv": 4 * len(fused)} if len(fused) > 1 else {})
+    net = peft_model(small_vit(), tmp_path)
+    torch.testing.assert_close(net.base_model.model.features(view), vit.features(view), rtol=0, atol=1e-5)
+    assert (vit.features(view) - small_vit().features(view)).abs().max() > 0.1
+    back = small_vit()
+    weights = C.load_adapter(back, tmp_path)
+    assert torch.equal(back.features(view), vit.features(view)) and all(w.requires_grad for w in weights)
+    pairs = zip(weights, [w for w in vit.parameters() if w.requires_grad], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # q, k and v are apart again: training can go on
+
+
+@pytest.mark.parametrize("options", [
+    {"target_modules": ["qkv"]}, {"target_modules": ["attn.qkv", "attn.proj", "fc1", "fc2"], "use_rslora": True},
+    {"target_modules": r".*\.1\.mlp\.fc[12]"}, {"target_modules": "all-linear"},
+    {"target_modules": ["qkv", "fc1"], "rank_pattern": {"fc1": 2}, "alpha_pattern": {r"blocks\.1\.attn\.qkv": 3}},
+    {"target_modules": ["fc2"], "layers_to_transform": [1], "layers_pattern": "blocks"}])  # fmt: skip
+def test_what_peft_made_loads_here(tmp_path, options):
+    expected = made_by_peft(tmp_path / "theirs", **options)
+    vit = small_vit()
+    C.load_adapter(vit, tmp_path / "theirs")
+    torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-5)
+    C.save_adapter(vit, tmp_path / "again", "runs/x")  # and back to peft, whatever its ranks are
+    net = peft_model(small_vit(), tmp_path / "again")
+    torch.testing.assert_close(net.base_model.model.features(some_view()), expected, rtol=0, atol=1e-5)
+
+
+def test_merged_export_is_an_encoder_of_ours(tmp_path):
+    C.save_encoder(small_vit(), tmp_path / "base.safetensors", {})
+    base, _ = C.load_encoder(tmp_path / "base.safetensors", image_size=48)
+    for weight in M.add_lora(base, 4):
+        torch.nn.init.normal_(weight, std=0.05)
+    C.save_adapter(base, tmp_path / "run", tmp_path / "base.safetensors")
+    out, _ = C.export(tmp_path / "run", "merged")
+    encoder, size = C.load_encoder(out)
+    assert size == 48 and not M.lora_layers(encoder)
+    torch.testing.assert_close(encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="--to merged"):
+        C.export(tmp_path / "run", "timm")
+
+
+@pytest.mark.parametrize("other, says", [
+    ({"dim": 128}, r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) against rank 4 and a layer of 128 to 128"),
+    ({"depth": 1}, "blocks.1.attn.proj, blocks.1.attn.qkv, .*encoder of 1 blocks"),
+    ({"seed": 7}, "is for runs/x, fingerprint")])  # fmt: skip
+def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
+    C.save_adapter(adapted(), tmp_path, "runs/x")
+    vit = small_vit(**other)
+    with pytest.raises(UserError, match=says):
+        C.load_adapter(vit, tmp_path)
+    assert not M.lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"r": 8}, "against rank 8"), ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"),
+    ({"bias": "all"}, "bias=all"), ({"modules_to_save": ["norm"]}, "modules_to_save")])  # fmt: skip
+def test_adapters_of_another_rank_or_kind_are_refused(tmp_path, change, says):
+    C.save_adapter(adapted(), tmp_path, "runs/x")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=says):
+        C.load_adapter(small_vit(), tmp_path)
+
+
+def test_adapter_files_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="has no adapter"):
+        C.load_adapter(small_vit(), tmp_path)
+    C.save_adapter(adapted(), tmp_path, "runs/x")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"hello")
+    with pytest.raises(UserError, match="adapter_model.safetensors is not a whole"):
+        C.load_adapter(small_vit(), tmp_path)
+    save_file(
+        {"base_model.model.vit.layer.0.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match="missing: .*lora_B.weight"):
+        C.load_adapter(small_vit(), tmp_path)
+    for vit in (small_vit(), adapted()):
+        if M.lora_layers(vit):
+            M.merge_lora(vit)
+        with pytest.raises(ValueError):
+            C.save_adapter(vit, tmp_path / "new", "runs/x")
+    assert not (tmp_path / "new").exists()

@@ -13,7 +13,7 @@ from conftest import ROOT, stage
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
-OURS = {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "mask", "kernels", "lab"} | {
+OURS = {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask", "kernels", "lab"} | {
     s[:-3] for s in STAGES
 }
 
