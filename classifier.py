@@ -8,7 +8,6 @@ norm without parameters, as in the linear probe of MAE (He et al. 2021) and in B
 arXiv:1903.07071).
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import loader
 import plumbing
-from checkpoints import load_encoder, load_exactly, save_model
+from checkpoints import fingerprint, load_adapter, load_encoder, load_exactly
 from plumbing import UserError, save_safetensors
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
@@ -110,6 +109,17 @@ class Classifier(nn.Module):
         return self.head(embedding, labels) if self.config["head"] in MARGINS else self.head(embedding)
 
 
+@torch.no_grad()
+def settle(neck, pooled):
+    """Give the neck the mean and variance of whole pictures (n, D).
+
+    In training it averaged over its last few hundred batches, of pictures that were cropped and in part hidden.
+    """
+    if isinstance(neck, nn.BatchNorm1d):
+        neck.running_mean.copy_(pooled.mean(0))
+        neck.running_var.copy_(pooled.var(0))
+
+
 # ---- features of whole images ------------------------------------------------------------------------------------
 
 
@@ -143,23 +153,6 @@ def cached_features(net, folder, splits, S, autocast, path):
 
 
 # ---- files: runs/NAME/head.safetensors, beside the adapter (lora) or the whole encoder (full) -----------------------
-
-
-def fingerprint(module):
-    """16 hex digits that change with any weight: which encoder an adapter or a head belongs to."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def save_encoder(encoder, path, about):
-    """A lone encoder as an AniMask model file, for load_encoder."""
-    holder, p = nn.Module(), encoder.patch_size
-    holder.encoder = encoder
-    holder.config = {"image_size": encoder.side * p, "patch_size": p, "dim": encoder.cls_token.shape[2],
-                     "depth": len(encoder.blocks), "heads": encoder.blocks[0].attn.heads}  # fmt: skip
-    save_model(holder, path, about)
 
 
 def save_head(net, classes, path, about):

@@ -30,23 +30,9 @@ import data
 import loader
 import mask as masking
 import plumbing
-from checkpoints import load_encoder, load_exactly
-from classifier import (
-    HEADS,
-    MARGINS,
-    POOLS,
-    Classifier,
-    cached_features,
-    calibrate,
-    fingerprint,
-    gallery_rows,
-    pooled_of,
-    read_safetensors,
-    save_encoder,
-    save_gallery,
-    save_head,
-    stamps,
-)
+from checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
+from classifier import HEADS, MARGINS, POOLS, Classifier, cached_features, calibrate, gallery_rows, pooled_of
+from classifier import read_safetensors, save_gallery, save_head, settle, stamps
 from kernels.gather import masked_patch_gather
 from lab import mistakes
 from labelled import epoch_rows, open_rows
@@ -118,7 +104,8 @@ def parse_args():
 def check(args):
     """Fill what depends on the method; every mistake that can be seen before anything is read or written."""
     given = {k: v for k, v in vars(args).items() if v is not None}
-    vars(args).update({"augment": args.method != "linear", "data": None} | DEFAULTS[args.method] | given)
+    usual = DEFAULTS[args.method] | ({"layer_decay": 1.0} if args.from_scratch else {})
+    vars(args).update({"augment": args.method != "linear", "data": None} | usual | given)
     for name in ("epochs", "batch_size", "seeds", "r"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
@@ -235,7 +222,7 @@ def config_of(args, seed, mark):
 
 def build(args, seed, classes, device):
     """-> the classifier with only what `--method` trains left trainable, image size, fingerprint of its base."""
-    encoder, S = load_encoder(args.encoder)
+    encoder, S = load_encoder(args.encoder, args.image_size)
     if args.from_scratch:
         encoder = untrained_like(encoder, seed)
     mark = fingerprint(encoder)
@@ -398,9 +385,12 @@ def run(args, seed, out, device, dtype):
 
     # the best epoch by dev, judged on pictures that decided nothing
     load_trained(net, best["weights"], trained, out / "state.pt")
-    dev_seen, seen = looked_at(dev_name, dev, dev_rows), looked_at(args.eval_on, held, held_rows, "reported split")
+    net.eval()
     shown = gallery_rows(labels, train_rows)
-    gallery = looked_at("train", train, shown, "gallery")[1]
+    whole = bank["train"][shown] if bank else pooled_of(net, train, shown, S, autocast, "gallery")
+    settle(net.neck, whole)
+    dev_seen, seen = looked_at(dev_name, dev, dev_rows), looked_at(args.eval_on, held, held_rows, "reported split")
+    gallery = net.neck(whole.to(device)).cpu()
     about = {"method": args.method, "base": str(args.encoder), "fingerprint": mark, "image_size": S, "data": args.data,
              "packed_size": train["images"].shape[1],
              "commit": plumbing.commit(), "machine": plumbing.machine(device)}  # fmt: skip
@@ -410,7 +400,7 @@ def run(args, seed, out, device, dtype):
     keys = [train["header"]["keys"][i] for i in shown.tolist()]
     save_gallery(out / "gallery.safetensors", gallery, labels[shown], names, keys, threshold)
     if args.method == "lora":
-        save_adapter(net.encoder.cpu(), out, args.encoder)
+        save_adapter(net.encoder, out, args.encoder)
     if args.method == "full" or args.from_scratch:
         about["fingerprint"] = fingerprint(net.encoder)
         save_encoder(net.encoder, out / "model.safetensors", {"step": step, "run": config})
@@ -454,6 +444,7 @@ def main():
     dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}")
+    load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
     args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
     base = Path(args.out or f"runs/{run_name(args)}")
     seeds = range(args.seed, args.seed + args.seeds)

@@ -15,6 +15,7 @@ finetune_lora.py calibrated a face is unknown.
 import argparse
 import functools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse_args():
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # pictures may stand before and after flags
 # fmt: on
 
 
@@ -91,7 +92,7 @@ def pictures(paths, size, crop, problems):
             records, fetch = open_pictures(path)
             for record, row in data.worked(records, fetch, lambda r, b: decode(b, size, False, r.box, crop)["images"]):
                 if isinstance(row, Exception):
-                    reason = " ".join(str(row).split())[:100] or type(row).__name__
+                    reason = re.sub(r" <.*?>", "", " ".join(str(row).split()))[:100] or type(row).__name__
                     problems.append((record.key, f"{record.key} is not a picture that can be read: {reason}"))
                 else:
                     yield record.key, row
