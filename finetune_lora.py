@@ -31,8 +31,21 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
-from classifier import HEADS, MARGINS, POOLS, Classifier, cached_features, calibrate, gallery_rows, pooled_of
-from classifier import read_safetensors, save_gallery, save_head, settle, stamps
+from classifier import (
+    HEADS,
+    MARGINS,
+    POOLS,
+    Classifier,
+    cached_features,
+    calibrate,
+    gallery_rows,
+    pooled_of,
+    read_safetensors,
+    save_gallery,
+    save_head,
+    settle,
+    stamps,
+)
 from kernels.gather import masked_patch_gather
 from lab import mistakes
 from labelled import epoch_rows, open_rows
