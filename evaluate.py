@@ -6,6 +6,7 @@ Everything here is the same for every run, whatever it trains with: whole images
 import numpy as np
 import torch
 
+import guides
 import loader
 import mask as masking
 import plumbing
@@ -78,6 +79,24 @@ def knn(features, train, held):
         features(train, bank), train["labels"][bank], features(held, queries), held["labels"][queries]
     )
     return 100 * share
+
+
+@torch.no_grad()
+def attention_by_part(encoder, image_size, autocast, split, source="cls"):
+    """Where attention goes in images with true parts -> {part: its share of the attention over its share of the area}.
+
+    1 is no preference. Parts that no image has are left out.
+    """
+    rows, names = spread(len(split["images"]), 256), split["header"]["parts"]
+    mass, area = torch.zeros(len(names)), torch.zeros(len(names))
+    for index, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
+        with autocast():
+            attention = encoder.patch_attention(view, source).mean(1).float().cpu()  # (B, N)
+        boxes, flip = loader.full_boxes(len(index))
+        share = guides.cut("parts", split["parts"], index, boxes, flip, encoder.side, "cpu", len(names))  # (B, N, P)
+        mass += torch.einsum("bn,bnp->p", attention / attention.sum(1, keepdim=True), share)
+        area += share.mean(1).sum(0)
+    return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 
 
 def hide(view, ids, patch):

@@ -6,6 +6,7 @@ A view is a crop, flipped or not and resized, made by two matrix products; maps 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import queue
@@ -64,6 +65,44 @@ def write_rows(path, name, chunks, shape, dtype, header=None):
         f.write(len(head).to_bytes(8, "little") + head)
         for chunk in chunks:
             f.write(np.ascontiguousarray(chunk).data)
+
+
+# ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
+
+
+def fingerprint(split):
+    """What tells one packed split from another: 12 hex characters of a hash of its header (names, provenance)."""
+    return hashlib.blake2b(json.dumps(split["header"], sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def map_file(folder, name, split):
+    """maps/NAME, "saliency", split -> maps/NAME/saliency.safetensors, or saliency-val.safetensors of split val."""
+    own = split["header"].get("split", "train")
+    return Path(folder) / f"{name}{'' if own == 'train' else '-' + own}.safetensors"
+
+
+def open_map(path, name, split):
+    """The map `name` of this split's images -> memory map (n, g, g): f16 attention, u8 saliency or u8 parts.
+
+    path is the file, or the folder that holds it under its usual name. A file that is missing, or made for another
+    data set, of another kind, length or grid, is a UserError with the command that makes the right one.
+    """
+    path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
+    folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
+    mend = f"python maps.py --data {folder} --map {name}" + ("" if own == "train" else f" --split {own}")
+    if not path.exists():
+        raise UserError(f"no {name} maps at {path}: {mend} --out {path.parent} makes them")
+    tensors, n = open_tensors(path), len(split["images"])
+    about, grid = tensors["header"], tensors["header"].get("grid")
+    if about.get("map") != name or name not in tensors:
+        wrong = f"maps of {about.get('map')}, not of {name}"
+    elif about.get("data_digest") != fingerprint(split):
+        wrong = f"maps of another data set ({about.get('data')} {about.get('split')}), or of this one packed otherwise"
+    elif tensors[name].shape != (n, grid, grid):
+        wrong = f"maps of shape {tensors[name].shape}, not {(n, grid, grid)}"
+    else:
+        return tensors[name]
+    raise UserError(f"{path} holds {wrong}; {mend} --out OTHER makes those of {folder}")
 
 
 def has_labels(split):

@@ -50,15 +50,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
-    def cls_attention(self, x):
-        """Probabilities with which the CLS token looks at every patch: x (B, 1+N, D) -> (B, H, N).
+    def probabilities(self, x, queries):
+        """Who looks at what: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries` of its rows, fp32.
 
-        A fused attention returns no probabilities, so the one row that is needed is computed again.
+        A fused attention returns no probabilities, so the rows that are needed are computed again.
         """
         B, N, D = x.shape
         q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        scores = (q[:, :, :1] @ k.transpose(-2, -1)).float() * (D // self.heads) ** -0.5  # (B, H, 1, 1+N)
-        return scores.softmax(-1)[:, :, 0, 1:]
+        scores = (q[:, :, :queries] @ k.transpose(-2, -1)).float() * (D // self.heads) ** -0.5
+        return scores.softmax(-1)
 
 
 class MLP(nn.Module):
@@ -157,12 +157,18 @@ class ViT(nn.Module):
         """view u8 (B, S, S, 3), nothing masked -> tokens (B, 1+N, D)."""
         return self(*self.all_patches(view))
 
-    def cls_attention(self, view):
-        """view u8 (B, S, S, 3) -> attention of CLS to the patches in the last block, (B, H, N)."""
+    def patch_attention(self, view, source="cls"):
+        """view u8 (B, S, S, 3) -> attention to each patch in the last block, (B, H, N) fp32.
+
+        source "cls": from the CLS token, as in DINO and AttMask; "received": from all patches, their mean over i of
+        A_ij, which also says something where nothing was trained through the CLS token, as in an MAE.
+        """
         x = self.embed(*self.all_patches(view))
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attn.cls_attention(self.blocks[-1].norm1(x))
+        last = self.blocks[-1]
+        A = last.attn.probabilities(last.norm1(x), 1 if source == "cls" else x.shape[1])
+        return A[:, :, 0, 1:] if source == "cls" else A[:, :, 1:, 1:].mean(2)
 
 
 class Decoder(nn.Module):
@@ -213,6 +219,70 @@ class MAE(nn.Module):
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""
         return self.decoder(self.encoder(patches, ids_keep), ids_keep, ids_mask)
+
+
+class LinearDecoder(nn.Module):
+    """What SimMIM has instead of a decoder: a mask token that the encoder sees, and one linear layer to pixels."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pred = nn.Linear(dim, patch_size * patch_size * 3)
+        self.stats_head = nn.Linear(dim, 2)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+class SimMIM(nn.Module):
+    """The baseline whose encoder also sees the masked places, as mask tokens (Xie et al. 2021, arXiv:2111.09886).
+
+    Same interface as MAE; the encoder works on all N tokens instead of K, which is what MAE saves.
+    """
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, **_):
+        super().__init__()
+        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
+        check_config(**self.config, decoder_dim=32)
+        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
+        self.decoder = LinearDecoder(patch_size, dim)
+
+    def forward(self, patches, ids_keep, ids_mask):
+        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""
+        x = self.encoder.embed(patches, ids_keep)
+        hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]
+        x = torch.cat([x, hidden.to(x.dtype)], 1)  # attention does not mind the order: see Decoder
+        for block in self.encoder.blocks:
+            x = block(x)
+        x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
+        return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach())
+
+
+class LossPredictor(nn.Module):
+    """Guesses from a view which patches will be hard to predict: one small block over all of them.
+
+    It guides the mask "learned", in the manner of HPM (Wang et al. 2023), and shares nothing with the encoder.
+    """
+
+    def __init__(self, side, patch_size, dim=64):
+        super().__init__()
+        self.embed = nn.Linear(patch_size * patch_size * 3, dim)
+        self.register_buffer("positions", sincos_positions(dim, side)[:, 1:])
+        self.block = Block(dim, dim // 32)
+        self.score = nn.Linear(dim, 1)
+        self.apply(init_weights)
+
+    def forward(self, patches):
+        """patches (B, N, P), all of a view's -> a score (B, N), higher where a greater loss is expected."""
+        return self.score(self.block(self.embed(patches) + self.positions))[..., 0]
+
+
+def ranking_loss(score, error):
+    """score, error (B, M): log loss of saying for every pair of patches which one has the greater error; a scalar.
+
+    Only the order counts, because errors shrink while the model learns (HPM, Wang et al. 2023, arXiv:2304.05919).
+    """
+    harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
+    return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
 
 
 def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):

@@ -2,18 +2,17 @@
 
     python pretrain.py --mask attn_high --ratio 0.75
 
-Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first)
+Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first);
+        maps/NAME for the masks that need figure or parts (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the next stages),
-        log.jsonl, curves.png, recon.png, masks.png
+        log.jsonl, curves.png, recon.png, masks.png, and snapshots/ if asked
 
 Everything random is drawn on the CPU from (seed, epoch, step): two strategies with one seed see the same images in the
 same order with the same crops, and a run that was killed and resumed ends with the same bits as one that was not.
 """
 
 import argparse
-import copy
 import functools
-import math
 import shlex
 import sys
 import time
@@ -23,16 +22,17 @@ import torch
 from tqdm import tqdm
 
 import data
+import guides
 import kernels
 import loader
 import mask as masking
 import plumbing
-from checkpoints import load_encoder, load_exactly, save_model
-from evaluate import draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
+from checkpoints import init_from, load_exactly, save_model
+from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 from lab import plot
-from model import MAE, SIZES
+from model import MAE, SIZES, SimMIM
 from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
@@ -41,7 +41,6 @@ DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few
     "cpu": dict(model="nano", epochs=32, batch_size=32, blr=8e-3),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4),
 }
-EMA = 0.996  # of the teacher; rises to 1 by half a cosine
 
 
 # fmt: off
@@ -57,10 +56,15 @@ def parse_args():
     add("--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)")
     add("--decoder-dim", type=int, metavar="W", help="width of the decoder (default: per model, 128 or 256)")
     add("--decoder-depth", type=int, default=2, metavar="N", help="blocks of the decoder")
+    add("--init", metavar="PATH", help="start from these weights: a run, or a checkpoint of MAE or DINO")
     add = parser.add_argument_group("mask and loss").add_argument
     add("--mask", default="random", metavar="NAME[:key=value,...]", help=f"one of {', '.join(masking.STRATEGIES)}")
-    add("--ratio", default="0.75", metavar="R", help="share of patches hidden; .5:.9 is a schedule over the run")
-    add("--teacher", default="self", metavar="self|PATH", help="whose attention guides: its own average, or a run")
+    add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
+    add("--teacher", default="self", metavar="self|maps|PATH",
+        help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
+    add("--attention", default="cls", choices=["cls", "received"], help="from the CLS token, or from all patches")
+    add("--maps", default="auto", metavar="auto|truth|DIR",
+        help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
     add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add = parser.add_argument_group("training").add_argument
@@ -73,6 +77,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that evaluations look at")
     add("--eval-every", type=int, metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
+    add("--every", type=int, default=0, metavar="EPOCHS", help="keep the weights so often, in snapshots/ (0: never)")
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -90,6 +95,7 @@ def fill_defaults(args, device, dtype):
     vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
+    args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
 def check(args):
@@ -101,6 +107,8 @@ def check(args):
     for name, low, high in (("flat_weight", 0, 1), ("warmup", 0, 1), ("min_crop", 0.01, 1), ("blr", 1e-9, 10)):
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
+    if args.every < 0:
+        raise UserError(f"--every {args.every} must be 0 (no snapshots) or a number of epochs")
     if args.seed < 0 or not args.data:
         raise UserError(f"--seed {args.seed} must be 0 or more" if args.seed < 0 else "--data is empty: give a folder")
     if args.batch_size % args.accumulate:
@@ -112,7 +120,7 @@ def check(args):
             masking.kept((args.image_size // args.patch_size) ** 2, ratio)
     except ValueError as problem:
         raise UserError(problem) from None
-    if args.teacher != "self" and strategy in masking.NEEDS:
+    if args.teacher != "self" and masking.NEEDS.get(strategy) == "attn":
         params = {"start": 0.0, "ramp_for": 0.0} | params  # a finished teacher needs no time to grow up
     return strategy, params, ratios
 
@@ -131,12 +139,15 @@ def run_name(args, folder):
     words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
+    words += [] if args.init is None else ["from-" + Path(args.init).name]
+    words += [] if args.attention == "cls" else [args.attention]
+    words += [] if args.maps == "auto" else [Path(args.maps).name]
     return "-".join([*words, f"s{args.seed}"])
 
 
 def config_of(args, folder):
     """The flags that decide the weights: a run can only be resumed under the same."""
-    leave_out = ("out", "resume", "log", "device", "compile", "impl", "eval_every", "eval_on")
+    leave_out = ("out", "resume", "log", "device", "compile", "impl", "eval_every", "eval_on", "every")
     return {k: v for k, v in vars(args).items() if k not in leave_out} | {"data": str(folder)}
 
 
@@ -156,49 +167,9 @@ def open_run(out, config, resume):
     return state
 
 
-# ---- the teacher: attention maps of the whole training set, made rarely ---------------------------------------------
-
-
-def looks_at(epochs, start):
-    """Epochs before which the self-teacher makes its maps: when guidance starts, then every 20th or tenth of the run.
-
-    A look costs nearly an epoch of training: a forward pass over all the patches instead of a quarter of them.
-    """
-    return range(math.ceil(start * epochs), epochs, max(20, epochs // 10))
-
-
-@torch.no_grad()
-def write_attention(teacher, image_size, images, path, autocast):
-    """Attention of the teacher's CLS to each patch of every whole image, mean over heads: (n, g, g) fp16 in a file.
-
-    -> the same as a memory map: it belongs to the state of the run, and memory does not grow with the data.
-    """
-    n, device = len(images), teacher.cls_token.device
-
-    def chunks():
-        views = loader.whole_views(images, torch.arange(n), image_size, device)
-        for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
-            with autocast():
-                attention = teacher.cls_attention(view).mean(1)  # (B, N)
-            yield attention.unflatten(1, (teacher.side, -1)).half().cpu().numpy()
-
-    loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16")
-    return loader.open_tensors(path)["attn"]
-
-
-def attention_of(maps, rows, boxes, flip, side, device):
-    """Cached maps of these rows, cropped and flipped as the images were: (B, side*side); all equal before the first."""
-    if maps is None:
-        return torch.ones(len(rows), side * side, device=device)
-    return loader.view_maps(torch.from_numpy(maps[rows.numpy()]).to(device), boxes, flip, side).flatten(1)
-
-
-@torch.no_grad()
-def update_teacher(teacher, encoder, t):
-    """Exponential moving average; its momentum goes from .996 to 1 by half a cosine (as in AttMask)."""
-    momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
-    for slow, fast in zip(teacher.parameters(), encoder.parameters(), strict=True):
-        slow.lerp_(fast, 1 - momentum)
+def as_map(known, side):
+    """What guided the mask, (n, N) or (n, N, P) shares of parts -> pictures (n, side, side)."""
+    return (known.argmax(2) if known.dim() == 3 else known).unflatten(1, (side, side))
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -216,14 +187,12 @@ def main():
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    model = MAE(args.image_size, args.patch_size, **size,
-                decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
+    build = SimMIM if strategy == "simmim" else MAE
+    model = build(args.image_size, args.patch_size, **size,
+                  decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
     folder = data.dataset_folder(args.data, args.image_size)
     train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
-    config = config_of(args, folder) | {"images": len(train["images"])}
-    state = open_run(out, config, args.resume)
-
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
     B = min(args.batch_size, len(train["images"]) // args.accumulate * args.accumulate)
     if B == 0:
@@ -231,25 +200,23 @@ def main():
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
-    # optimizer, and the teacher whose attention guides the mask: the run's own moving average, or another run
+    # network, optimizer, and what guides the mask
+    took = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else None
+    guide = guides.Guide(strategy, params, args, model, folder, train, device, autocast)
+    config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.what}
+    state = open_run(out, config, args.resume)
     model.to(device)
     net = torch.compile(model) if args.compile else model
-    optimizer = plumbing.make_optimizer(model, peak_lr, WEIGHT_DECAY)
+    learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
+    optimizer = plumbing.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
-    guided = strategy in masking.NEEDS
-    frozen = guided and args.teacher != "self"
-    teacher, teacher_size = load_encoder(args.teacher) if frozen else (copy.deepcopy(model.encoder), S)
-    teacher.to(device).requires_grad_(False)
-    looks = [0] if frozen else looks_at(args.epochs, params.get("start", masking.START))
 
-    step, seconds, maps, maps_file = 0, 0.0, None, None
+    step, seconds = 0, 0.0
     if state:
         load_exactly(model, state["model"], out / "state.pt")
+        guide.load(state, out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
-        if guided and not frozen:
-            load_exactly(teacher, state["teacher"], out / "state.pt")
-        step, seconds, maps_file = state["step"], state["seconds"], state["maps"]
-        maps = loader.open_tensors(out / maps_file)["attn"] if maps_file else None
+        step, seconds = state["step"], state["seconds"]
     log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config)
 
     print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")
@@ -257,6 +224,8 @@ def main():
           f"{len(train['header']['classes'])} classes")  # fmt: skip
     print(f"model    {args.model}: {sum(w.numel() for w in clipped) / 1e6:.1f} M parameters, {S} px in {N} patches of "
           f"{p} px, {masking.kept(N, ratios[0])} of them visible")  # fmt: skip
+    for word, line in (("init", took), ("guide", guide.what)):
+        print(f"{word:8} {line}\n" if line else "", end="")
     print(f"run      {out}: {args.mask}, {args.epochs} epochs of {per_epoch} steps of {B} images, "
           f"learning rate {peak_lr:.2g}" + (f"; going on from step {step}" if state else ""))  # fmt: skip
 
@@ -264,12 +233,13 @@ def main():
         return seconds + time.perf_counter() - began
 
     def save():
-        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        weights |= {"teacher": teacher.state_dict()} if guided and not frozen else {}
-        about = {"config": config, "step": step, "maps": maps_file, "seconds": clock()}
-        plumbing.save_state(weights | about, out / "state.pt")
-        for old in set(out.glob("attn-*.safetensors")) - {out / str(maps_file)}:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
+        plumbing.save_state(state | {"config": config, "step": step, "seconds": clock()}, out / "state.pt")
+        for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
             old.unlink()
+
+    def about():
+        return {"step": step, "run": config, "norm_pix": norm_pix}
 
     def report():
         row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
@@ -282,6 +252,8 @@ def main():
         if step == 0 and "knn" in row:
             row["knn_thumbnail"] = knn(thumbnails, train, held)
             text += f" untrained; 4x4 thumbnails have {row['knn_thumbnail']:.1f} %"
+        if held["header"].get("parts"):
+            row["attention_on"] = attention_by_part(guide.networks.get("teacher", model.encoder), S, autocast, held)
         tqdm.write(text)
         log(**row, seconds=round(clock(), 2))
 
@@ -293,9 +265,8 @@ def main():
     bar = tqdm(total=total, initial=step, unit="step", disable=None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if guided and epoch in looks and step == epoch * per_epoch:
-            maps_file = f"attn-{step:08d}.safetensors"
-            maps = write_attention(teacher, teacher_size, train["images"], out / maps_file, autocast)
+        if step == epoch * per_epoch:
+            guide.look(epoch, step, train["images"], out)
         order = loader.epoch_order(len(images), args.seed, epoch)
         for rows, batch in waiting.timed(loader.batches(images, order, B, device, start=step % per_epoch)):
             # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch
@@ -305,9 +276,7 @@ def main():
             noise = masking.gumbel_noise(B, N, draws).to(device)
             view = loader.view_images(batch, boxes, flip, S)  # u8 (B, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
-            patches = {"masked": N - K}
-            if guided:
-                patches["attn"] = attention_of(maps, rows, boxes, flip, S // p, device)  # (B, N)
+            patches = {"masked": N - K} | guide.known(rows, boxes, flip, view)
             ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
 
             # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
@@ -318,9 +287,12 @@ def main():
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
                 with autocast():
                     pred, stats = net(tokens, ids_keep[part], ids_mask[part])
-                error = reconstruction_loss(pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
-                (error + stats_loss(stats, view[part], ids_mask[part], p) / args.accumulate).backward()
-                loss = loss + error.detach()
+                what = (pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
+                partial, error = absolute_loss(*what) if strategy == "simmim" else reconstruction_loss(
+                    *what, return_error=True)  # fmt: skip
+                heads = stats_loss(stats, view[part], ids_mask[part], p) + guide.loss(part, ids_mask[part], error)
+                (partial + heads / args.accumulate).backward()  # heads that watch, and give the network no gradient
+                loss = loss + partial.detach()
 
             # step
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
@@ -328,8 +300,7 @@ def main():
                 group["lr"] = plumbing.lr_at(step, total, args.warmup * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
-            if guided and not frozen:
-                update_teacher(teacher, model.encoder, t)
+            guide.follow(model.encoder, t)
             step += 1
             bar.update()
 
@@ -343,13 +314,18 @@ def main():
                     raise UserError(f"the loss is not finite at step {first}; {out}/state.pt keeps the last good "
                                     f"state. Try a smaller --blr than {args.blr:g}, or --dtype fp32")  # fmt: skip
                 share, spent = waiting.share()
+                about_masks = guide.statistics(patches, ids_mask)
+                if warning := guides.collapsed(about_masks):
+                    tqdm.write(f"step {step}: {warning}")
                 log(step=step, epoch=round(step / per_epoch, 4), loss=now[:, 0].mean().item(), lr=group["lr"],
                     grad_norm=now[:, 1].mean().item(), images_per_s=round(len(now) * B / spent, 1),
                     data_wait=round(share, 5), memory_mb=round(plumbing.peak_memory_mb(device)),
-                    seconds=round(clock(), 2))  # fmt: skip
+                    seconds=round(clock(), 2), **about_masks)  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
                 if step % (per_epoch * args.eval_every) == 0 or step == total:
                     report()
+                if args.every and step % (per_epoch * args.every) == 0:
+                    save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about())
                 if stop or step == total or last_save.due():
                     last_save.time(save)
                     waiting.share()
@@ -360,13 +336,13 @@ def main():
                 sys.exit(128 + stop[0])
     bar.close()
 
-    name = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
+    title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     if view is not None:  # None where a finished run was resumed: its picture is there
-        guide = patches["attn"][:8].unflatten(1, (S // p, -1)) if guided else None
+        shown = {guide.need: as_map(patches[guide.need][:8], S // p)} if guide.need else {}
         seen = hide(view[:8], ids_mask[:8], p)
-        plot.masks(out / "masks.png", view[:8], seen, guide, f"What the last batch hid: {name}")
-    save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
-    plot.curves(out / "curves.png", plumbing.read_log(out / "log.jsonl"), args.eval_on, name)
+        plot.masks(out / "masks.png", view[:8], seen, shown, f"What the last batch hid: {title}")
+    save_model(model, out / "model.safetensors", about())
+    plot.curves(out / "curves.png", plumbing.read_log(out / "log.jsonl"), args.eval_on, title)
     draw_reconstructions(model, held, norm_pix, autocast, out / "recon.png")
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {clock():.0f} s")
 

@@ -209,7 +209,7 @@ def verification(embeddings, labels, groups):
     row = {f"tpr_at_fpr_{100 * r:g}": round(100 * metrics.tpr_at_fpr(same, other, r), 3) for r in RATES}
     row |= {"roc_auc": round(100 * metrics.roc_auc(same, other), 3),
             "eer": round(100 * metrics.equal_error_rate(same, other), 3),
-            "average_precision": round(100 * metrics.average_precision(same, other), 3),
+            "average_precision": round(100 * metrics.ranked_precision(same, other), 3),
             "positive_pairs": len(same), "negative_pairs": len(other)}  # fmt: skip
     return row, (same, other)
 

@@ -256,6 +256,12 @@ def reconstruction_loss(pred, view, ids_mask, patch, weight=None, norm_pix=True,
     return (loss, error) if return_error else loss
 
 
+def absolute_loss(pred, view, ids_mask, patch, weight, norm_pix, weight_sum, floor=FLOOR):
+    """SimMIM's loss, sum(w mean|y - t|) / sum(w), -> (loss, errors (B, M)): plain PyTorch, it is only a baseline."""
+    error = (pred.float() - targets(view, ids_mask, patch, norm_pix, floor)[0]).abs().mean(2)
+    return (weight * error).sum() / weight_sum.clamp(min=LEAST), error.detach()
+
+
 def patch_error(pred, view, ids, patch, norm_pix=True, impl="auto", floor=FLOOR):
     """Mean squared error of each masked patch, (B, M) fp32. Gives no gradient: `reconstruction_loss` does."""
     return loss_gradient_error(pred.detach(), view, ids, patch, None, norm_pix, None, impl, floor, 1.0, False)[2]

@@ -3,29 +3,162 @@
 import torch
 import torch.nn.functional as F
 
+# ---- nearest neighbours --------------------------------------------------------------------------------------------
 
-def knn_top1(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Share of queries (Q, D) whose class wins among their k nearest of bank (n, D), in [0, 1].
+
+def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
+    """Votes of the k nearest of bank (n, D) for each class: queries (Q, D) -> (Q, classes).
 
     Cosine similarity s, votes weighted by exp(s / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)  # (Q, k)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
-    votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+    votes = torch.zeros(len(queries), classes, device=bank.device)
+    for rows in torch.arange(len(queries)).split(4096):
+        similarity, nearest = (queries[rows] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
+        votes[rows] = votes[rows].scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+    return votes
+
+
+def knn_top1(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+    """Share of queries (Q, D) whose class wins among their k nearest of bank (n, D), in [0, 1]."""
+    votes = knn_votes(bank, bank_labels, queries, int(bank_labels.max()) + 1, k, temperature)
     return (votes.argmax(1) == labels).float().mean().item()
 
 
-def ridge_top1(train, train_labels, held, held_labels, penalty):
-    """Share right in [0, 1] of ridge regression onto one-hot labels: features (n, D) standardised, closed form.
+def retrieval(features, labels, groups, most=5000):
+    """Each image asks all the others for its class: {"map", "recall1", "recall5"} in [0, 1]; features (n, D), cosine.
 
-    W = (Z^T Z + penalty I)^-1 Z^T Y (Hoerl and Kennard 1970): the linear probe that has no training loop.
+    groups (n) i64: images of one illustration never answer each other. Queries without a right answer are left out;
+    of more than `most` images an even spread is taken. Recall@k: a right one is among the first k.
     """
-    mean, std = train.double().mean(0), train.double().std(0) + 1e-6
-    Z, Y = (train - mean) / std, F.one_hot(train_labels).double()
-    W = torch.linalg.solve(Z.T @ Z + penalty * torch.eye(Z.shape[1], dtype=Z.dtype), Z.T @ (Y - Y.mean(0)))
-    scores = (held - mean) / std @ W + Y.mean(0)
-    return (scores.argmax(1) == held_labels).double().mean().item()
+    rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()
+    features, labels, groups = F.normalize(features[rows].float(), dim=1), labels[rows], groups[rows]
+    precision, first, fifth = [], [], []
+    for part in torch.arange(len(rows)).split(512):
+        similarity = (features[part] @ features.T).masked_fill(groups[part][:, None] == groups, float("-inf"))
+        order = similarity.argsort(dim=1, descending=True, stable=True)
+        allowed = similarity.gather(1, order) > float("-inf")
+        right = (labels[order] == labels[part][:, None]) & allowed  # (q, n), the nearest first
+        asked = right.any(1)
+        precision.append(average_precision(right[asked]))
+        first.append(right[asked][:, :1].any(1))
+        fifth.append(right[asked][:, :5].any(1))
+    names = ("map", "recall1", "recall5")
+    return {k: torch.cat(v).double().mean().item() for k, v in zip(names, (precision, first, fifth), strict=True)}
+
+
+def average_precision(right):
+    """right (q, n) bool, the best ranked first -> (q,): mean of the precision at the rank of each right one."""
+    hits = right.double().cumsum(1)
+    ranks = torch.arange(1, right.shape[1] + 1, dtype=torch.float64)
+    return (hits / ranks * right).sum(1) / right.sum(1)
+
+
+def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, asked=15):
+    """-> examples (episodes, ways, shots) in the bank and questions (episodes, ways, asked) among those to be named.
+
+    Where a class has fewer than `asked` questions the rest are -1. None where too few classes have enough images.
+    Examples and questions come from different splits: no illustration is on both sides.
+    """
+    own = [((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()]
+    able = [(e, q) for e, q in own if len(e) >= shots and len(q)]
+    if len(able) < ways:
+        return None
+    examples = torch.empty(episodes, ways, shots, dtype=torch.long)
+    questions = torch.full((episodes, ways, asked), -1)
+    for i in range(episodes):
+        for j, c in enumerate(torch.randperm(len(able), generator=generator)[:ways].tolist()):
+            own_examples, own_questions = able[c]
+            examples[i, j] = own_examples[torch.randperm(len(own_examples), generator=generator)[:shots]]
+            count = min(asked, len(own_questions))
+            questions[i, j, :count] = own_questions[torch.randperm(len(own_questions), generator=generator)[:count]]
+    return examples, questions
+
+
+def few_shot(bank, queries, examples, questions):
+    """Accuracy of each episode, (episodes,), by nearest centroid in cosine; bank (n, D), queries (Q, D) of two splits.
+
+    Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot Classification"; features are
+    centred on the bank's mean first.
+    """
+    centre, result = bank.float().mean(0), []
+    bank, queries = F.normalize(bank.float() - centre, dim=1), F.normalize(queries.float() - centre, dim=1)
+    for e, q in zip(examples.split(20), questions.split(20), strict=True):
+        centroids = F.normalize(bank[e].mean(2), dim=2)  # (E, ways, D)
+        found = (queries[q].flatten(1, 2) @ centroids.transpose(1, 2)).argmax(2).view(q.shape)
+        right = (found == torch.arange(q.shape[1])[:, None]) & (q >= 0)
+        result.append(right.sum((1, 2)).double() / (q >= 0).sum((1, 2)))
+    return torch.cat(result)
+
+
+# ---- classification ------------------------------------------------------------------------------------------------
+
+
+def topk(scores, labels, k):
+    """Share of rows of scores (n, C) whose label is among the k highest, in [0, 1]."""
+    return (scores.topk(min(k, scores.shape[1]), dim=1)[1] == labels[:, None]).any(1).double().mean().item()
+
+
+def confusion(found, labels, classes):
+    """found, labels (n) i64 -> (classes, classes) i64: row the true class, column the one found."""
+    return torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes)
+
+
+def macro_f1(table):
+    """Confusion (C, C) -> mean over classes of 2 TP / (2 TP + FP + FN); a class neither there nor found is left out."""
+    right, seen = table.diagonal().double(), (table.sum(0) + table.sum(1)).double()
+    return (2 * right / seen)[seen > 0].mean().item()
+
+
+def recalls(table):
+    """Confusion (C, C) -> (C,) share found of each true class; nan where it has no images."""
+    return table.diagonal().double() / table.sum(1)
+
+
+def by_frequency(table, counts, many=100, few=20):
+    """Accuracy over classes with > many, between, and < few training images -> {"head", "mid", "tail"}, None if empty.
+
+    The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160). Shares of images, not means of classes.
+    """
+    groups = {"head": counts > many, "mid": (counts >= few) & (counts <= many), "tail": counts < few}
+    total = {name: table[which].sum().item() for name, which in groups.items()}
+    right = {name: table.diagonal()[which].sum().item() for name, which in groups.items()}
+    return {name: right[name] / total[name] if total[name] else None for name in groups}
+
+
+def frequency_correlation(table, counts):
+    """Pearson's r of a class's recall and the logarithm of its training images; None where either does not vary."""
+    here = (table.sum(1) > 0) & (counts > 0)
+    pair = torch.stack([recalls(table)[here], counts[here].double().log()])
+    if here.sum() < 3 or (pair.std(1) < 1e-9).any():
+        return None
+    return torch.corrcoef(pair)[0, 1].item()
+
+
+def classification(scores, labels, counts):
+    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1]."""
+    classes = len(counts)
+    table = confusion(scores.argmax(1), labels, classes)
+    return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(table),
+            **by_frequency(table, counts), "frequency_correlation": frequency_correlation(table, counts),
+            "per_class": recalls(table).tolist(), "confusion": table.tolist()}  # fmt: skip
+
+
+# ---- learning curves -----------------------------------------------------------------------------------------------
+
+
+def first_crossing(xs, ys, threshold):
+    """The x at which ys first reach threshold, straight lines between the points; None where they never do."""
+    for i, y in enumerate(ys):
+        if y >= threshold:
+            if i == 0:
+                return float(xs[0])
+            share = (threshold - ys[i - 1]) / (y - ys[i - 1])
+            return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
+    return None
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
 
 
 def thumbnails(images, side):
@@ -35,6 +168,36 @@ def thumbnails(images, side):
     """
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
     return small.flatten(1) / 255 - 0.5
+
+
+def psnr(a, b, where):
+    """Peak signal-to-noise ratio in dB of u8 pictures a, b (n, S, S, 3) over the pixels where (n, S, S) is true: (n,).
+
+    10 log10(255^2 / mean squared error); nan where no pixel is asked for.
+    """
+    error = (a.double() - b.double()).square().mean(3)
+    return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
+
+
+def ssim_map(a, b):
+    """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n, S, S).
+
+    Wang et al. 2004: an 11 x 11 Gaussian window of deviation 1.5, K1 .01, K2 .03, population covariance.
+    """
+    x = torch.arange(-5, 6, dtype=torch.float64)
+    line = torch.exp(-(x**2) / (2 * 1.5**2))
+    line = line / line.sum()
+    a, b = (p.permute(0, 3, 1, 2).double() for p in (a, b))
+
+    def blur(p):
+        p = F.pad(p, (5, 5, 5, 5), "reflect").flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(p, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(a)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(1)
 
 
 # ---- verification and open set: scores of pairs that belong together (positive) and of pairs that do not -------------
@@ -93,8 +256,8 @@ def precision_recall(positive, negative):
     return hits / (hits + wrong), true[1:]
 
 
-def average_precision(positive, negative):
-    """Sum of precision times the step in recall, over the distinct scores (no interpolation)."""
+def ranked_precision(positive, negative):
+    """Average precision: the sum of precision times the step in recall, over the distinct scores."""
     precision, recall = precision_recall(positive, negative)
     return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
 

@@ -19,44 +19,20 @@ REASONS = {"few": "too few pictures", "crop": "crop", "colour": "colour", "style
 CROPS = torch.tensor([[y, x, 0.85, 0.85] for y, x in ((0, 0), (0, 0.15), (0.15, 0), (0.15, 0.15), (0.075, 0.075))])
 
 
-def topk(logits, labels, k):
-    return (logits.topk(min(k, logits.shape[1]), 1).indices == labels[:, None]).any(1).double().mean().item()
-
-
-def confusion(logits, labels):
-    C = logits.shape[1]
-    return torch.bincount(labels * C + logits.argmax(1), minlength=C * C).view(C, C)
-
-
-def f1(counts):
-    hit = counts.diag().double()
-    return 2 * hit / (counts.sum(0) + counts.sum(1)).clamp(min=1)
-
-
 def quick(logits, labels):
     """What is looked at after every epoch, in percent."""
-    counts = confusion(logits, labels)
-    return {
-        "dev_top1": 100 * topk(logits, labels, 1),
-        "dev_macro_f1": 100 * f1(counts)[counts.sum(1) > 0].mean().item(),
-    }
+    table = metrics.confusion(logits.argmax(1), labels, logits.shape[1])
+    return {"dev_top1": 100 * metrics.topk(logits, labels, 1), "dev_macro_f1": 100 * metrics.macro_f1(table)}
 
 
 def scores(logits, labels, sizes, names):
-    """-> Top-1, Top-5, macro-F1 (percent), each class, head/mid/tail by training pictures, confusion (C, C)."""
-    counts = confusion(logits, labels)
-    each, there = f1(counts), counts.sum(1) > 0
-    recall = counts.diag().double() / counts.sum(1).clamp(min=1)
-    bins = {"many": sizes > 100, "medium": (sizes >= 20) & (sizes <= 100), "few": sizes < 20}
-    right = logits.argmax(1) == labels
-    return {
-        "top1": 100 * topk(logits, labels, 1), "top5": 100 * topk(logits, labels, 5),
-        "macro_f1": 100 * each[there].mean().item(),
-        "by_size": {k: 100 * right[m[labels]].double().mean().item() for k, m in bins.items() if m[labels].any()},
-        "per_class": {n: {"top1": 100 * r, "f1": 100 * f, "pictures": c, "trained_on": s} for n, r, f, c, s in
-                      zip(names, recall.tolist(), each.tolist(), counts.sum(1).tolist(), sizes.tolist(), strict=True)},
-        "confusion": counts.tolist(),
-    }  # fmt: skip
+    """metrics.classification in percent, each class under its name; sizes (C,) are its training pictures."""
+    found = metrics.classification(logits, labels, sizes)
+    percent = ("top1", "top5", "macro_f1", "head", "mid", "tail")
+    table = torch.tensor(found["confusion"])
+    each = zip(names, found.pop("per_class"), table.sum(1).tolist(), sizes.tolist(), strict=True)
+    found["per_class"] = {n: {"top1": 100 * r if c else None, "pictures": c, "trained_on": s} for n, r, c, s in each}
+    return found | {k: 100 * found[k] for k in percent if found[k] is not None}
 
 
 def confused_pairs(confusion, most=6):

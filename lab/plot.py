@@ -47,8 +47,8 @@ def reconstructions(path, original, seen, predicted, pasted, ratio):
 
 
 def masks(path, view, seen, guide, title):
-    """view, seen u8 (n, S, S, 3) and, where there is one, the map that guided the mask, (n, g, g)."""
-    image_grid(path, title, [("view", view), *([] if guide is None else [("attention", guide)]), ("seen", seen)])
+    """view, seen u8 (n, S, S, 3); guide {name: (n, g, g)}, the map that guided the mask, or {}."""
+    image_grid(path, title, [("view", view), *guide.items(), ("seen", seen)])
 
 
 def curves(path, rows, split, title):

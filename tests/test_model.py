@@ -73,14 +73,14 @@ def test_picture_head_gives_no_gradient_to_the_rest():
     assert with_grad == ["decoder.stats_head.weight", "decoder.stats_head.bias"]
 
 
-def test_cls_attention_is_the_last_blocks_row():
+def test_patch_attention_is_the_last_blocks_row():
     vit, view = small_mae().encoder.eval(), some_view()
     x = vit.embed(*vit.all_patches(view))
     for block in vit.blocks[:-1]:
         x = block(x)
     q, k, _ = vit.blocks[-1].attn.qkv(vit.blocks[-1].norm1(x)).view(3, 17, 3, 4, 16).permute(2, 0, 3, 1, 4)
     whole = (q @ k.transpose(-2, -1) / 4).softmax(-1)  # sqrt(16)
-    found = vit.cls_attention(view)
+    found = vit.patch_attention(view)
     torch.testing.assert_close(found, whole[:, :, 0, 1:])
     assert found.shape == (3, 4, 16) and (found.sum(-1) < 1).all()
 

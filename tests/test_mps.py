@@ -82,7 +82,7 @@ def training_step(log):
     noise = masking.gumbel_noise(4, 16, draws)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = loader.view_images(images, boxes, flip, 32)
-        attention = teacher.cls_attention(view).mean(1).unflatten(1, (4, 4)).half()
+        attention = teacher.patch_attention(view).mean(1).unflatten(1, (4, 4)).half()
         patches = {"masked": 12, "attn": loader.view_maps(attention, boxes, flip, 4).flatten(1)}
         for strategy in masking.STRATEGIES.values():
             ids_keep, ids_mask = masking.sample(strategy(patches, noise, 1.0), 4)

@@ -1,0 +1,197 @@
+"""What guides a mask: maps of whole images, made once, kept in a file, and cut exactly as the images are.
+
+    need        what is known of the patches           where it comes from
+    attn        attention of a teacher                  the run's own average, another encoder, or maps.py --map attn
+    fg          how much of it is figure                maps.py --map saliency, or the data's true figure masks
+    parts       shares of eyes, hair, clothes, ...      maps.py --map parts, or the data's true parts
+    detail      contrast of its pixels                  the view itself (kernels/loss.py)
+    difficulty  the loss that is predicted for it       a small head that learns during the run (model.py)
+
+A map of a whole image is far smaller than the image: a step copies only the rows of its batch.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import loader
+import mask as masking
+from checkpoints import load_encoder, load_exactly
+from kernels.gather import masked_patch_gather
+from kernels.loss import patch_detail
+from model import LossPredictor, ranking_loss
+from plumbing import UserError
+
+IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
+EMA = 0.996  # of the run's own average; rises to 1 by half a cosine (as in AttMask)
+TRUTH = {"fg": "figure masks", "parts": "part masks"}  # what a packed set may hold itself, under the need's name
+
+
+class Guide:
+    """What one strategy has to know of the patches of each batch, and the network, if any, that finds it out.
+
+    need       as in the table above, or None
+    maps       (n, G, G) of the whole training images, in a file; None before a teacher's first look
+    networks   {"teacher"} where it is the run's own average, {"predictor"} for the learned mask: part of its state
+    """
+
+    def __init__(self, strategy, params, args, model, folder, train, device, autocast):
+        self.need, self.shuffle = masking.NEEDS.get(strategy), params.pop("shuffle", 0) > 0
+        self.patch, self.side, self.device, self.autocast = args.patch_size, model.encoder.side, device, autocast
+        self.maps, self.parts, self.file, self.source = None, 0, None, args.attention
+        self.teacher, self.looks, self.networks, self.beta = None, [], {}, params.get("beta", 1.0)
+        self.what = {"detail": "the contrast of each view", "difficulty": "a head that learns along"}.get(self.need)
+        if self.need == "difficulty":
+            self.networks = {"predictor": LossPredictor(self.side, self.patch).to(device)}
+        elif self.need == "attn" and args.teacher != "maps":
+            self.what = f"attention of {'the average of this run' if args.teacher == 'self' else args.teacher}"
+            self.choose_teacher(args, model.encoder, params.get("start", masking.START))
+        elif self.need in IN_FILES:
+            self.maps, self.parts, self.what = open_maps(self.need, args.maps, folder, train)
+
+    def choose_teacher(self, args, encoder, start):
+        """The run's own average looks from epoch `start` on; another encoder looks once, before the first step."""
+        if args.teacher == "self":
+            self.teacher, self.teacher_size = copy.deepcopy(encoder), args.image_size
+            self.networks, self.looks = {"teacher": self.teacher}, looks_at(args.epochs, start)
+        else:
+            (self.teacher, self.teacher_size), self.looks = load_encoder(args.teacher), [0]
+        self.teacher.to(self.device).requires_grad_(False)
+
+    def state(self):
+        return {name: network.state_dict() for name, network in self.networks.items()} | {"maps": self.file}
+
+    def load(self, state, path):
+        for name, network in self.networks.items():
+            load_exactly(network, state[name], path)
+        if state["maps"]:
+            self.file = state["maps"]
+            self.maps = loader.open_tensors(path.parent / self.file)["attn"]
+
+    def look(self, epoch, step, images, out):
+        """Let the teacher make its maps of all images, if this is one of its epochs."""
+        if epoch in self.looks:
+            self.file = f"attn-{step:08d}.safetensors"
+            self.maps = write_attention(
+                self.teacher, self.teacher_size, images, out / self.file, self.autocast, self.source
+            )
+
+    def known(self, rows, boxes, flip, view):
+        """-> {need: (B, N) or (B, N, P)} of the views u8 (B, S, S, 3) that were cut from images `rows`; {} if no need.
+
+        shuffle=1 takes another image's map under the same crop: what is left then is not about this image.
+        """
+        if self.need is None:
+            return {}
+        if self.need in IN_FILES:
+            rows = rows.roll(1) if self.shuffle else rows
+            return {self.need: cut(self.need, self.maps, rows, boxes, flip, self.side, self.device, self.parts)}
+        every = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
+        if self.need == "detail":
+            known = patch_detail(view, every, self.patch)
+        else:
+            with self.autocast():
+                self.guess = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
+            known = self.guess.detach()
+        return {self.need: known.roll(1, 0) if self.shuffle else known}
+
+    def loss(self, part, ids_mask, error):
+        """What the predictor learns from the errors (B, M) of the hidden patches; 0 where there is none."""
+        return ranking_loss(self.guess[part].gather(1, ids_mask), error) if "predictor" in self.networks else 0.0
+
+    @torch.no_grad()
+    def follow(self, encoder, t):
+        """The run's own average takes a step towards the encoder; its momentum goes from EMA to 1."""
+        if "teacher" in self.networks:
+            momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
+            for slow, fast in zip(self.teacher.parameters(), encoder.parameters(), strict=True):
+                slow.lerp_(fast, 1 - momentum)
+
+    def statistics(self, patches, ids_mask):
+        """What the log says of a batch's masks: diversity, and what was hidden of figure and ground, or the entropy."""
+        numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
+        if self.need == "fg":
+            numbers |= region_shares(patches["fg"], ids_mask)
+        if self.need == "difficulty":
+            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], self.beta).item()
+        return {name: round(x, 4) for name, x in numbers.items()}
+
+
+def collapsed(numbers):
+    """-> a warning where learned masks are nearly the same for all images, or leave nothing to chance; else ""."""
+    if "mask_entropy" not in numbers or min(numbers["mask_diversity"], numbers["mask_entropy"]) > 0.2:
+        return ""
+    return (f"the learned masks have collapsed: diversity {numbers['mask_diversity']:.2f}, entropy "
+            f"{numbers['mask_entropy']:.2f} (random masks have 1 and 1); try a smaller beta")  # fmt: skip
+
+
+def looks_at(epochs, start):
+    """Epochs before which the self-teacher makes its maps: when guidance starts, then every 20th or tenth of the run.
+
+    A look costs nearly an epoch of training: a forward pass over all the patches instead of a quarter of them.
+    """
+    return range(math.ceil(start * epochs), epochs, max(20, epochs // 10))
+
+
+@torch.no_grad()
+def write_attention(teacher, image_size, images, path, autocast, source="cls", header=None):
+    """Attention of the teacher to each patch of every whole image, mean over heads: (n, g, g) fp16 in a file.
+
+    -> the same as a memory map: it belongs to the state of a run, and memory does not grow with the data.
+    """
+    n, device = len(images), teacher.cls_token.device
+
+    def chunks():
+        views = loader.whole_views(images, torch.arange(n), image_size, device)
+        for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
+            with autocast():
+                attention = teacher.patch_attention(view, source).mean(1)  # (B, N)
+            yield attention.unflatten(1, (teacher.side, -1)).half().cpu().numpy()
+
+    loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16", header)
+    return loader.open_tensors(path)["attn"]
+
+
+def open_maps(need, where, folder, train):
+    """The maps of the training images -> (rows (n, G, G), how many parts they tell apart, a line about them).
+
+    where: a folder or file of maps.py; "truth", the masks that the data set brings; "auto", maps/NAME, else the truth.
+    """
+    name, has_truth = IN_FILES[need], need in TRUTH and need in train
+    path = loader.map_file(Path("maps") / Path(folder).name, name, train) if where == "auto" else where
+    if where == "truth" or (where == "auto" and has_truth and not path.exists()):
+        if not has_truth:
+            raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
+                            f"python maps.py --data {folder} --map {name} makes maps without")  # fmt: skip
+        return train[need], len(train["header"].get("parts", [])), f"the true {TRUTH[need]} of {folder}"
+    maps = loader.open_map(path, name, train)
+    about = loader.open_tensors(maps.filename)["header"]
+    how = [about[key] for key in ("quality", "source", "by") if about.get(key)]
+    return maps, about.get("parts", 0) + 1, " ".join([str(path), *map(str, how)])
+
+
+def cut(need, maps, rows, boxes, flip, side, device, count=0):
+    """Maps of these rows, cropped and flipped as their images were -> (B, side*side), or (B, side*side, count) parts.
+
+    Attention keeps its scale, figure is a share in [0, 1], parts are the share of each part in each patch.
+    """
+    if maps is None:  # before the teacher's first look
+        return torch.ones(len(rows), side * side, device=device)
+    whole = torch.from_numpy(maps[rows.numpy()]).to(device)  # (B, G, G)
+    if need == "parts":
+        planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
+        Wy, Wx = loader.view_matrices(boxes.to(device), flip.to(device), whole.shape[-1], side)
+        return (Wy[:, None] @ planes.float() @ Wx[:, None]).flatten(2).transpose(1, 2)
+    known = loader.view_maps(whole, boxes, flip, side).flatten(1)
+    return known / 255 if need == "fg" else known
+
+
+def region_shares(fg, ids_mask):
+    """fg (B, N), ids_mask (B, M) -> {"fg_hidden", "bg_hidden"}: which share of figure and ground is hidden."""
+    hidden = torch.zeros_like(fg).scatter(1, ids_mask, 1.0)
+    figure = (fg > 0.5).float()
+    shares = {"fg_hidden": figure, "bg_hidden": 1 - figure}
+    return {k: ((hidden * x).sum() / x.sum().clamp(min=1)).item() for k, x in shares.items()}

@@ -1,0 +1,213 @@
+"""Frozen features, extracted once and kept beside the run: what probe.py and lab.stress share.
+
+A set of features is a dict {"train": (V, n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU: V views of every
+image, the whole image first, then random crops. fp16 also when they were just made: a second run reads the same digits.
+"""
+
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+import loader
+import plumbing
+from evaluate import extremes
+from lab import heads, metrics
+from plumbing import UserError
+
+POOLS = ("mean", "cls", "extremes")  # the first is the headline
+SIDES = (4, 8, 16)  # of the thumbnails
+MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py
+
+
+# ---- the data: what is fitted, what is chosen on, what is reported -------------------------------------------------
+
+
+def open_parts(folder, held="val"):
+    """-> {"train", "dev", held: split}; dev is left out where the set has none, or where it is what is reported."""
+    there = {p.stem for p in Path(folder).glob("*.safetensors")}
+    names = ["train", *({"dev"} & there - {held}), held]
+    parts = {name: loader.open_split(folder, name) for name in names}
+    classes = {name: split["header"]["classes"] for name, split in parts.items()}
+    if odd := [name for name in names if classes[name] != classes["train"]]:
+        own = sorted(set(classes[odd[0]]) ^ set(classes["train"]))[:4]
+        raise UserError(f"{folder}: {odd[0]} has other classes than train ({', '.join(map(str, own))}, ...); "
+                        "pack both in one run of data.py")  # fmt: skip
+    return parts
+
+
+def groups_of(split):
+    """-> (n) i64: images of one illustration (or near-duplicates) share a number; each its own where none is known."""
+    names = split["header"].get("groups") or range(len(split["labels"]))
+    return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
+
+
+def hold_out(parts):
+    """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or a tenth of train."""
+    everything = torch.arange(len(parts["train"]["labels"]))
+    if "dev" in parts:
+        return everything, torch.arange(len(parts["dev"]["labels"])), "dev"
+    fold = heads.folds(groups_of(parts["train"]), 10)
+    return everything[fold != 0], everything[fold == 0], "train"
+
+
+# ---- extraction ----------------------------------------------------------------------------------------------------
+
+
+def pooled(encoder, view, blocks):
+    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS, extremes (B, 2D), and with blocks each block's mean."""
+    found, x = {}, encoder.embed(*encoder.all_patches(view))
+    for i, block in enumerate(encoder.blocks):
+        x = block(x)
+        if blocks:
+            found[f"block{i + 1}"] = x[:, 1:].float().mean(1)
+    x = encoder.norm(x).float()
+    return found | {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
+
+
+def thumbnails_of(images, boxes, flip):
+    """The controls: images u8 (B, S, S, 3) -> {"thumb4": (B, 48), ...} of the same crops."""
+    view = loader.view_images(images, boxes, flip, images.shape[1])
+    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+
+
+def crops(n, view, seed=0):
+    """Boxes (n, 4) and flips (n) of all images in this view: 0 is the whole image, the others are drawn."""
+    if view == 0:
+        return loader.full_boxes(n)
+    return loader.draw_boxes(n, plumbing.seeded(seed, view), MIN_CROP)
+
+
+@torch.no_grad()
+def extract(look, split, views, device, name=""):
+    """look(images u8 (B, S, S, 3), boxes, flip) -> {pool: (B, D)}; all of a split: {pool: (views, n, D) fp16}."""
+    n, parts = len(split["images"]), []
+    boxes = [crops(n, v) for v in range(views)]
+    bar = tqdm(torch.arange(n).split(loader.CHUNK), f"features {name}", leave=False, disable=None)
+    for rows in bar:
+        images = loader.take(split["images"], rows, device)
+        found = [look(images, *(x[rows] for x in box)) for box in boxes]
+        parts.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
+    return {pool: torch.cat([p[pool] for p in parts], 1) for pool in parts[0]}
+
+
+def encoder_look(encoder, size, autocast, clock, blocks=False):
+    """What an encoder sees in a crop; adds the seconds of its forward pass to clock["forward"]."""
+
+    def look(images, boxes, flip):
+        view = loader.view_images(images, boxes, flip, size)
+        began = time.perf_counter()
+        with autocast():
+            found = {pool: x.cpu() for pool, x in pooled(encoder, view, blocks).items()}
+        clock["forward"] = clock.get("forward", 0) + time.perf_counter() - began
+        return found
+
+    return look
+
+
+def extract_all(look, parts, views, device, clock=None):
+    """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in several views."""
+    began, tensors = time.perf_counter(), {}
+    for name, split in parts.items():
+        found = extract(look, split, views if name == "train" else 1, device, name)
+        tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
+    if clock is not None:
+        clock["all"], clock["images"] = time.perf_counter() - began, sum(len(s["images"]) for s in parts.values())
+    return tensors
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def digest(path):
+    """12 hex digits of a file's bytes."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
+
+
+def read(path):
+    """features.safetensors -> (header, {name: tensor})."""
+    try:
+        with safe_open(path, "pt") as f:
+            return json.loads(f.metadata()["animask"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
+        reason = " ".join(str(problem).split())[:80]
+        raise UserError(f"{path} is not a whole file of features ({reason}); remove it and run again") from None
+
+
+def cached(path, header, make):
+    """Tensors of path if it was made under this header; else make() them and write it.
+
+    Features of another model are refused: whoever copied them here has to say so by removing the file.
+    """
+    path = Path(path)
+    if path.exists():
+        there, tensors = read(path)
+        if there.get("model") != header["model"]:
+            raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
+                            f"{header['model']}); remove it and run again")  # fmt: skip
+        if there == header:
+            return tensors
+    tensors = make()
+    plumbing.save_safetensors(tensors, path, {"animask": json.dumps(header)})
+    return tensors
+
+
+def sets(tensors):
+    """{"train.mean": x, ...} -> {"mean": {"train": x, "val": y}, ...}."""
+    found = {}
+    for key, x in tensors.items():
+        split, _, pool = key.partition(".")
+        found.setdefault(pool, {})[split] = x
+    return found
+
+
+def header_of(model, parts, size, dtype, views, blocks):
+    """What the features depend on."""
+    data = {name: loader.fingerprint(split) for name, split in parts.items()}
+    return {"model": model, "data": data, "image_size": size, "dtype": dtype, "views": views, "blocks": blocks}
+
+
+def of_run(folder, model_file, encoder, size, parts, autocast, dtype, views=1, blocks=False):
+    """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and written there.
+
+    clock: seconds "all" and "forward" and the number of "images" where they were extracted now, else empty.
+    """
+    clock, device = {}, encoder.cls_token.device
+    look = encoder_look(encoder, size, autocast, clock, blocks)
+    header = header_of(digest(model_file), parts, size, dtype, views, blocks)
+    make = lambda: extract_all(look, parts, views, device, clock)  # noqa: E731
+    return sets(cached(Path(folder) / "features.safetensors", header, make)), clock
+
+
+def shape_of(encoder, size):
+    """What makes two untrained encoders the same."""
+    return (size, encoder.patch_size, encoder.cls_token.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads)
+
+
+def of_controls(folder, untrained, size, parts, autocast, dtype, views=1):
+    """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ..., ...}.
+
+    They depend on the architecture and the data alone: one file in the folder of runs serves all runs alike.
+    """
+    device = untrained.cls_token.device
+    header = header_of(f"untrained {shape_of(untrained, size)}", parts, size, dtype, views, False)
+    name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
+
+    def make():
+        look = encoder_look(untrained, size, autocast, {})
+        tensors = extract_all(look, parts, views, device)
+        tensors = {k.replace(".", ".untrained "): x for k, x in tensors.items()}
+        return tensors | extract_all(thumbnails_of, parts, views, device)
+
+    return sets(cached(Path(folder) / f"controls-{name}.safetensors", header, make))
+
+
+def chunk_for(side, native):
+    """Images at a time where an encoder sees side x side patches instead of native x native: memory goes by N^2."""
+    return max(1, math.floor(loader.CHUNK * min(1, (native / side) ** 4)))
