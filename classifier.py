@@ -120,6 +120,37 @@ def settle(neck, pooled):
         neck.running_var.copy_(pooled.var(0))
 
 
+# ---- what is trained, and how fast ---------------------------------------------------------------------------------
+
+
+def level(name, depth):
+    """0 for the patch embedding and the tokens, 1 to depth for the blocks, depth + 1 for what follows them."""
+    if ".blocks." in name:
+        return int(name.split(".blocks.")[1].split(".")[0]) + 1
+    return depth + 1 if name.startswith(("encoder.norm", "neck", "head")) else 0
+
+
+def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
+    """AdamW; each group's "peak" is its rate: head_lr above the encoder, lr * layer_decay^(blocks above) in it."""
+    depth, groups = len(net.encoder.blocks), {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            inside = name.startswith("encoder.")
+            peak = lr * layer_decay ** (depth + 1 - level(name, depth)) if inside else head_lr
+            decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
+            groups.setdefault((peak, decay), []).append(p)
+    groups = [{"params": ps, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def unfreeze(net, trained, epoch, every):
+    """Progressive unfreezing (Howard and Ruder 2018): the head first, then, from the top, a block more each `every`."""
+    depth = len(net.encoder.blocks)
+    for name, p in net.named_parameters():
+        if name in trained:
+            p.requires_grad_(not every or level(name, depth) > depth - epoch // every)
+
+
 # ---- features of whole images ------------------------------------------------------------------------------------
 
 
@@ -194,74 +225,3 @@ def load_classifier(folder):
     own = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     load_exactly(net, own | weights, folder / "head.safetensors")
     return net.eval(), header
-
-
-# ---- gallery: embeddings of known faces, and when a face is like none of them ---------------------------------------
-
-GALLERY = 20  # training pictures of a character that are kept
-FALSE_ACCEPT = 0.05  # share of strangers that may pass for somebody known
-
-
-def gallery_rows(labels, rows, most=GALLERY):
-    """At most `most` of rows (i64) of each class, evenly spread."""
-    chosen = []
-    for c in labels[rows].unique():
-        own = rows[labels[rows] == c]
-        chosen.append(own[torch.linspace(0, len(own) - 1, min(most, len(own))).long()])
-    return torch.cat(chosen)
-
-
-def centroids(embeddings, labels):
-    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean direction of each class."""
-    unit = F.normalize(embeddings.float())
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
-    return F.normalize(sums)
-
-
-def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
-    """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
-
-    logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
-    threshold: the cosine to the nearest class that only FALSE_ACCEPT of the strangers reach. Without strangers each
-    known face plays one, its own class taken out of the gallery; the network has learned that it is none of the others,
-    so a real stranger passes more often than that share.
-    temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
-    """
-    middle = centroids(gallery, gallery_labels)
-    cosine = F.normalize(known) @ middle.T
-    if strangers is None:
-        impostor = cosine.scatter(1, labels[:, None], -1.0)
-        by = "known faces held apart for choices, their own class taken out"
-    else:
-        impostor, by = F.normalize(strangers) @ middle.T, "characters left out of training, held apart for choices"
-    threshold = impostor.amax(1).quantile(1 - FALSE_ACCEPT).item()
-    return {"threshold": threshold, "false_accept": FALSE_ACCEPT, "by": by,
-            "temperature": fit_temperature(logits, labels),
-            "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
-
-
-def fit_temperature(logits, labels):
-    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
-    grid = torch.logspace(-2.5, 1.5, 161)
-    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
-    return grid[losses.argmin()].item()
-
-
-def save_gallery(path, embeddings, labels, names, keys, about):
-    """names of the classes 0, 1, ...; keys: one a picture; about: what `calibrate` found."""
-    header = {"names": names, "keys": keys, **about}
-    tensors = {"embeddings": embeddings.float().contiguous(), "labels": labels.contiguous()}
-    save_safetensors(tensors, path, {"animask": json.dumps(header)})
-
-
-def load_gallery(folder):
-    """-> a dict: embeddings (n, D), labels (n,), the header's entries, and ready to compare: unit (n, D), centroids."""
-    path = Path(folder) / "gallery.safetensors"
-    tensors, header = read_safetensors(path)
-    if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "threshold"} <= header.keys():
-        raise UserError(f"{path} is not a gallery; finetune_lora.py makes it anew")
-    if len(tensors["embeddings"]) == 0 or len(tensors["embeddings"]) != len(header["keys"]):
-        raise UserError(f"{path} holds {len(tensors['embeddings'])} faces of {len(header['keys'])} that it names; "
-                        "finetune_lora.py makes it anew")  # fmt: skip
-    unit = F.normalize(tensors["embeddings"])
-    return tensors | header | {"unit": unit, "centroids": centroids(unit, tensors["labels"])}

@@ -37,15 +37,15 @@ from classifier import (
     POOLS,
     Classifier,
     cached_features,
-    calibrate,
-    gallery_rows,
+    make_optimizer,
     pooled_of,
     read_safetensors,
-    save_gallery,
     save_head,
     settle,
     stamps,
+    unfreeze,
 )
+from gallery import calibrate, gallery_rows, save_gallery
 from kernels.gather import masked_patch_gather
 from lab import mistakes
 from labelled import epoch_rows, open_rows
@@ -169,37 +169,6 @@ def shown_patches(view, encoder, keep, draws):
     return masked_patch_gather(view, ids, encoder.patch_size), ids
 
 
-# ---- what is trained, and how fast ---------------------------------------------------------------------------------
-
-
-def level(name, depth):
-    """0 for the patch embedding and the tokens, 1 to depth for the blocks, depth + 1 for what follows them."""
-    if ".blocks." in name:
-        return int(name.split(".blocks.")[1].split(".")[0]) + 1
-    return depth + 1 if name.startswith(("encoder.norm", "neck", "head")) else 0
-
-
-def make_optimizer(net, args):
-    """AdamW; each group's "peak" is its rate: head_lr above the encoder, lr * layer_decay^(blocks above) in it."""
-    depth, groups = len(net.encoder.blocks), {}
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            inside = name.startswith("encoder.")
-            peak = args.lr * args.layer_decay ** (depth + 1 - level(name, depth)) if inside else args.head_lr
-            decay = args.weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
-            groups.setdefault((peak, decay), []).append(p)
-    groups = [{"params": ps, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-
-
-def unfreeze(net, trained, epoch, every):
-    """Progressive unfreezing (Howard and Ruder 2018): the head first, then, from the top, a block more each `every`."""
-    depth = len(net.encoder.blocks)
-    for name, p in net.named_parameters():
-        if name in trained:
-            p.requires_grad_(not every or level(name, depth) > depth - epoch // every)
-
-
 def soft_cross_entropy(logits, targets):
     """Mean over the batch of -sum_c target_c log softmax(logits)_c, both (B, C)."""
     return -(targets * logits.log_softmax(1)).sum(1).mean()
@@ -269,7 +238,7 @@ def run(args, seed, out, device, dtype):
     names = [name for name, k in zip(train["header"]["classes"], own, strict=True) if k >= 0]
     net, S, mark = build(args, seed, len(names), device)
     trained = trained_names(net)
-    optimizer = make_optimizer(net, args)
+    optimizer = make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
     config = config_of(args, seed, mark)
     state = plumbing.open_run(out, config, args.resume)
     if state and (out / "metrics.json").exists():
@@ -426,19 +395,14 @@ def run(args, seed, out, device, dtype):
            "parameters_trained": count, "share_trained_percent": round(100 * share, 3),
            "gradient_and_optimizer_mb": round(12 * count / 2**20, 2),
            **speed(plumbing.read_log(out / "log.jsonl"), B), "seconds": round(clock(), 1),
-           "threshold": threshold, "config": config, "machine": about["machine"], "commit": about["commit"],
+           "calibration": threshold, "config": config, "machine": about["machine"], "commit": about["commit"],
            "command": shlex.join(["python", *sys.argv])}  # fmt: skip
-    wrong = (seen[0].argmax(1) != truth).nonzero()[:, 0]
-    row["mistakes"] = mistakes.explain(
-        net, held, held_rows, seen[0], truth, wrong, train, shown, labels, counts, S, autocast
-    )
+    row["mistakes"] = mistakes.explain(net, (held, held_rows), seen[0], truth, (train, shown), labels, S, autocast)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    mistakes.draw(out, row, held, held_rows, seen[0], truth, train, train_rows, labels, names, title)
+    mistakes.draw(out, row, (held, held_rows), seen[0], truth, (train, train_rows), labels, names, title)
     plumbing.save_json(row, out / "metrics.json")  # last: where it stands, the run is finished
-    print(
-        f"{args.eval_on:<9}Top-1 {row['top1']:.2f} %, Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f} %, "
-        f"epoch {best['epoch']} kept"
-    )
+    print(f"{args.eval_on:<9}Top-1 {row['top1']:.2f} %, Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f} %, "
+          f"epoch {best['epoch']} kept")  # fmt: skip
     print(f"wrote    {out}/ after {clock():.0f} s; python recognize.py {out} PICTURE names a character")
     return row
 

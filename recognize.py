@@ -27,7 +27,8 @@ import torch.nn.functional as F
 import data
 import loader
 import plumbing
-from classifier import load_classifier, load_gallery, pooled_of, save_gallery
+from classifier import load_classifier, pooled_of
+from gallery import load_gallery, save_gallery
 from lab import metrics, plot_recognition, sources
 from lab.decode import decode
 from plumbing import UserError

@@ -27,7 +27,8 @@ RATES = {  # the trials of each method: what is swept, and its values
 RANKS, MARGINS = (4, 16, 32), (0.1, 0.3, 0.5)  # of LoRA (8 is the default); of ArcFace
 KEEP = ("result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed", "evaluated_on",
         "top1", "top5", "macro_f1", "best_epoch", "parameters_trained", "share_trained_percent",
-        "gradient_and_optimizer_mb", "step_ms", "peak_memory_mb", "seconds", "machine", "commit", "command")  # fmt: skip
+        "gradient_and_optimizer_mb", "step_ms", "peak_memory_mb", "seconds", "machine", "commit",
+        "command")  # fmt: skip
 
 
 def flags_of(method, args, phase):

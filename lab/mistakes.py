@@ -13,7 +13,7 @@ import torch
 
 import loader
 import plumbing
-from lab import metrics, plot_recognition
+from lab import figures, metrics, plot_recognition
 
 REASONS = {"few": "too few pictures", "crop": "crop", "colour": "colour", "style": "style", "other": "other"}
 CROPS = torch.tensor([[y, x, 0.85, 0.85] for y, x in ((0, 0), (0, 0.15), (0.15, 0), (0.15, 0.15), (0.075, 0.075))])
@@ -28,11 +28,13 @@ def quick(logits, labels):
 def scores(logits, labels, sizes, names):
     """metrics.classification in percent, each class under its name; sizes (C,) are its training pictures."""
     found = metrics.classification(logits, labels, sizes)
-    percent = ("top1", "top5", "macro_f1", "head", "mid", "tail")
+    percent = {k: 100 * found[k] for k in ("top1", "top5", "macro_f1", "head", "mid", "tail") if found[k] is not None}
     table = torch.tensor(found["confusion"])
-    each = zip(names, found.pop("per_class"), table.sum(1).tolist(), sizes.tolist(), strict=True)
-    found["per_class"] = {n: {"top1": 100 * r if c else None, "pictures": c, "trained_on": s} for n, r, c, s in each}
-    return found | {k: 100 * found[k] for k in percent if found[k] is not None}
+    each = zip(names, found["per_class"], table.sum(1).tolist(), sizes.tolist(), strict=True)
+    return {"top1": percent.pop("top1"), "top5": percent.pop("top5"), "macro_f1": percent.pop("macro_f1"),
+            "by_size": percent, "frequency_correlation": found["frequency_correlation"],
+            "per_class": {n: {"top1": 100 * r if c else None, "pictures": c, "trained_on": s} for n, r, c, s in each},
+            "confusion": found["confusion"]}  # fmt: skip
 
 
 def confused_pairs(confusion, most=6):
@@ -98,13 +100,16 @@ def over_seeds(rows):
 
 
 @torch.no_grad()
-def explain(net, split, rows, logits, truth, wrong, train, shown, labels, counts, S, autocast):
-    """Why the pictures `wrong` were mistaken, by the rules of lab/py -> {reason: share of them in percent}."""
+def explain(net, held, logits, truth, known, labels, S, autocast):
+    """Why pictures were mistaken, by the rules above -> {"count", reason: share of the mistakes in percent}.
+
+    held, known: (split, rows) of what was asked, logits (n, C), truth (n,), and of training pictures; labels of train.
+    """
+    wrong = (logits.argmax(1) != truth).nonzero()[:, 0]
     if len(wrong) == 0:
         return {"count": 0}
-    device, right = net.encoder.cls_token.device, []
-    net.eval()
-    images = loader.take(split["images"], rows[wrong], torch.device("cpu"))
+    cpu, device, right = torch.device("cpu"), net.encoder.cls_token.device, []
+    images = loader.take(held[0]["images"], held[1][wrong], cpu)
     for box in CROPS:
         for part, y in zip(images.split(loader.CHUNK), truth[wrong].split(loader.CHUNK), strict=True):
             boxes, flip = box.expand(len(part), 4), torch.zeros(len(part), dtype=torch.bool)
@@ -113,19 +118,21 @@ def explain(net, split, rows, logits, truth, wrong, train, shown, labels, counts
                 pooled = net.pooled(*net.encoder.all_patches(view))
             right.append(net(pooled).argmax(1).cpu() == y)
     right = torch.cat(right).view(len(CROPS), -1).T
-    known = loader.take(train["images"], shown, torch.device("cpu"))
-    found = reasons(images, truth[wrong], logits[wrong].argmax(1), right, known, labels[shown], counts)
+    split, rows = known
+    sizes = torch.bincount(labels[labels >= 0], minlength=logits.shape[1])
+    shown = loader.take(split["images"], rows, cpu)
+    found = reasons(images, truth[wrong], logits[wrong].argmax(1), right, shown, labels[rows], sizes)
     return {"count": len(wrong)} | {k: round(100 * v.float().mean().item(), 1) for k, v in found.items()}
 
 
-def draw(out, row, held, held_rows, logits, truth, train, train_rows, labels, names, title):
-    """curves.png, confusion.png, confused.png."""
+def draw(out, row, held, logits, truth, train, labels, names, title):
+    """curves.png, confusion.png, confused.png; held and train: (split, rows)."""
     plot_recognition.training(out / "curves.png", plumbing.read_log(out / "log.jsonl"), row["best_epoch"], title)
-    plot_recognition.confusion(out / "confusion.png", row["confusion"], names, title)
+    figures.confusion(out / "confusion.png", row["confusion"], names, title)
     predicted, pairs = logits.argmax(1), []
     for true, other, n in confused_pairs(torch.tensor(row["confusion"])):
-        wrong = held_rows[(truth == true) & (predicted == other)][:5]
-        like = train_rows[labels[train_rows] == other][:5]
+        wrong = held[1][(truth == true) & (predicted == other)][:5]
+        like = train[1][labels[train[1]] == other][:5]
         pairs.append((f"{names[true]}, {n} times", f"recognised as {names[other]}, who looks like this",
-                      held["images"][wrong.numpy()], train["images"][like.numpy()]))  # fmt: skip
-    plot_recognition.confused(out / "confused.png", pairs, "Most confused")
+                      held[0]["images"][wrong.numpy()], train[0]["images"][like.numpy()]))  # fmt: skip
+    plot_recognition.confused(out / "confused.png", pairs, f"Most confused: {title}")

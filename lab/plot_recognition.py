@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import PowerNorm
 
 from lab import metrics
 from lab.plot import BLUE, INK, ORANGE, save
@@ -20,27 +19,6 @@ def training(path, rows, best, title):
     right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
     right.set(title="Held apart for choices", xlabel="epoch", ylabel="%", ylim=(0, 100))
     right.legend(frameon=False, fontsize=9, loc="lower right")
-    save(figure, path)
-
-
-def confusion(path, counts, names, title):
-    """counts (C, C), true by predicted -> the share of each true class; names where there is room for them."""
-    counts = np.asarray(counts, float)
-    share = 100 * counts / np.maximum(1, counts.sum(1, keepdims=True))
-    few = len(names) <= 60
-    side = max(5.0, min(10.0, 0.19 * len(names) + 2)) if few else 7.0
-    figure, axis = plt.subplots(figsize=(side + 1, side))
-    scale = PowerNorm(0.5, 0, 100)  # mistakes are a few per cent each: a linear scale would hide them
-    drawn = axis.imshow(share, cmap="viridis", norm=scale, interpolation="nearest")
-    figure.colorbar(
-        drawn, ax=axis, label="% of the true character's pictures", shrink=0.8, ticks=[0, 2, 10, 25, 50, 100]
-    )
-    axis.set(title=title, xlabel="recognised as", ylabel="true character")
-    if few:
-        short = [n.replace("_", " ")[:22] for n in names]
-        size = 8 if len(names) <= 30 else 6.5
-        axis.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
-        axis.set_yticks(range(len(names)), short, fontsize=size)
     save(figure, path)
 
 
