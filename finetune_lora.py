@@ -291,18 +291,16 @@ def run(args, seed, out, device, dtype):
         pooled = bank[name][rows] if bank else pooled_of(net, split, rows, S, autocast, what)
         embeddings = torch.cat([net.neck(p.to(device)) for p in pooled.split(4096)])
         logits = net.head(embeddings)
-        net.train()
         return logits.cpu(), embeddings.cpu()
 
     asked, began = plumbing.catch_signals(), time.perf_counter()
     waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
     bar = tqdm(total=total, initial=step, unit="step", disable=None)
-    net.train()
 
     for epoch in range(step // per_epoch, args.epochs):
         if args.patience and epoch - best["epoch"] > args.patience:
             break
-        unfreeze(net, trained, epoch, args.unfreeze_every)
+        unfreeze(net.train(), trained, epoch, args.unfreeze_every)
         order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
         for rows, batch in waiting.timed(loader.batches(images, order, B, device, start=step % per_epoch)):
             # what is seen; all chance is drawn here, on the CPU (LoRA's dropout reads the global generator)
