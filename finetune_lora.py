@@ -269,9 +269,7 @@ def run(args, seed, out, device, dtype):
     share = count / sum(p.numel() for p in net.parameters())
     print(f"data     {args.data}: {len(train_rows)} images to learn from, {len(dev_rows)} to choose by, "
           f"{len(names)} characters")  # fmt: skip
-    print(
-        f"model    {args.method} of {args.encoder}, {args.head} head: {count:,} parameters trained, {share:.2%} of all"
-    )
+    print(f"model    {args.method} of {args.encoder}, {args.head} head: {count:,} parameters trained, {share:.2%}")
     print(f"run      {out}: {args.epochs} epochs of {per_epoch} steps of {B} images, rates {args.lr:.2g} and "
           f"{args.head_lr:.2g}, {args.keep:.0%} of the patches"
           + (f"; going on from step {step}" if state else ""))  # fmt: skip
@@ -298,7 +296,7 @@ def run(args, seed, out, device, dtype):
     bar = tqdm(total=total, initial=step, unit="step", disable=None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if args.patience and epoch - best["epoch"] > args.patience:
+        if args.patience and epoch - best["epoch"] >= args.patience:
             break
         unfreeze(net.train(), trained, epoch, args.unfreeze_every)
         order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
@@ -362,6 +360,8 @@ def run(args, seed, out, device, dtype):
                       + ("" if args.resume else " --resume"))  # fmt: skip
                 sys.exit(128 + stop[0])
     bar.close()
+    if step < total:  # stopped early
+        save()
 
     # the best epoch by dev, judged on pictures that decided nothing
     load_trained(net, best["weights"], trained, out / "state.pt")

@@ -50,7 +50,7 @@ def parse_args():
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
-    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of --verify")
+    add("--eval-on", default="val", choices=["val", "dev", "test", "train"], help="split of --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_intermixed_args()  # pictures may stand before and after flags
