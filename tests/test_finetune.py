@@ -328,11 +328,11 @@ def test_bad_input_is_one_line_and_overwrites_nothing(encoder, small, lora, tmp_
     assert "--resume" in line("--out", lora, "--keep", 0.5, *QUICK)
     assert "r 8 (now 4)" in line("--out", lora, "--keep", 0.5, *QUICK, "--r", 4)
     assert (lora / "state.pt").read_bytes() == before
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Bomb(), 2))
     with pytest.raises(UserError, match="evil.pth"):
         main(tmp_path / "evil.pth", "--data", small, "--out", tmp_path / "x")
     (lora.parent / "evil").mkdir(exist_ok=True)
-    (lora.parent / "evil" / "state.pt").write_bytes(pickle.dumps(Bomb()))
+    (lora.parent / "evil" / "state.pt").write_bytes(pickle.dumps(Bomb(), 2))
     assert "can't be read" in line("--out", lora.parent / "evil")
     assert "the pickle ran" not in capsys.readouterr().out and not (tmp_path / "x").exists()
 
