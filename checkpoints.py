@@ -23,7 +23,7 @@ from torch import nn
 
 import formats
 from formats import as_convolution, count_blocks, is_decoder, read_checkpoint, save_weights
-from model import SIZES, LoRA, ViT, lora_layers, merge_lora, remove_lora
+from model import SIZES, Decoder, LoRA, ViT, lora_layers, merge_lora, remove_lora
 from plumbing import UserError
 
 ENCODER = ("image_size", "patch_size", "dim", "depth", "heads")  # what a ViT is built from
@@ -53,8 +53,8 @@ def save_encoder(encoder, path, about):
     save_weights(as_convolution(encoder.state_dict()), path, {"animask": {"config": config, **about}})
 
 
-def load_exactly(module, weights, path):
-    """Load weights into module; anything missing, left over or of another shape is an error that names it."""
+def check_exactly(module, weights, path):
+    """Names and shapes of weights have to be those of module; what is missing, left over or other is named."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [f"{k} {tuple(weights[k].shape)} against {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
@@ -64,7 +64,12 @@ def load_exactly(module, weights, path):
                 for what, names in (("missing", missing), ("left over", extra), ("other shape", shapes))
                 if names]  # fmt: skip
         raise UserError(f"{path} does not fit this model; " + "; ".join(some))
-    module.load_state_dict(weights)
+
+
+def load_exactly(module, weights, path, assign=False):
+    """Load weights into module, all of them and no others; assign: a module without memory takes their tensors."""
+    check_exactly(module, weights, path)
+    module.load_state_dict(weights, assign=assign)
 
 
 # ---- any checkpoint -> a network -----------------------------------------------------------------------------------
@@ -95,17 +100,22 @@ def load_encoder(path, image_size=None):
     image_size: resize the positions to views of so many pixels; None keeps the size that it was trained at.
     """
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
-    encoder = ViT(**{k: facts[k] for k in ENCODER})
+    with torch.device("meta"):  # shapes only: nothing is drawn, so that loading leaves the seed alone
+        encoder = ViT(**{k: facts[k] for k in ENCODER})
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = facts["norm_eps"]
-    load_exactly(encoder, {k: w for k, w in weights.items() if not is_decoder(k)}, path)
+    load_exactly(encoder, {k: w for k, w in weights.items() if not is_decoder(k)}, path, assign=True)
     return encoder.eval(), facts["image_size"]
+
+
+def decoder_shape(weights):
+    """-> (width, depth) of the decoder."""
+    return weights.get("mask_token", torch.empty(0)).shape[-1], count_blocks(weights, "decoder_blocks")
 
 
 def check_decoder(weights, facts, config, path):
     """A decoder comes whole or not at all: one of another shape is an error with the flags that would fit it."""
-    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
-    depth = count_blocks(weights, "decoder_blocks")
+    width, depth = decoder_shape(weights)
     if (width, depth) != (config["decoder_dim"], config["decoder_depth"]):
         raise UserError(f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
                         f"{config['decoder_dim']} and {config['decoder_depth']}; "
@@ -128,9 +138,11 @@ def init_from(model, path):
         size = next((s for s, c in SIZES.items() if all(c[k] == facts[k] for k in keys[:3])), None)
         mend = f"give --model {size} --patch-size {facts['patch_size']}" if size else "no --model has that shape"
         raise UserError(f"--init {path} has {there}, this run {here}; {mend}")
-    decoder = any(is_decoder(k) for k in weights)
+    decoder = "decoder_dim" in own and count_blocks(weights, "decoder_blocks") > 0  # SimMIM's one layer starts anew
     if decoder:
         check_decoder(weights, facts, own, path)
+    else:
+        weights = {k: w for k, w in weights.items() if not is_decoder(k)}
     weights, _ = at_size(weights, facts, own["image_size"], path)
     taken = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
     kept = {k: w for k, w in model.state_dict().items()
@@ -220,7 +232,7 @@ def lora_from(name, base, A, B, config, parts, folder):
     if A.shape != (rank, base.in_features) or B.shape != (base.out_features, rank):
         raise UserError(f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B {tuple(B.shape)} "
                         f"against rank {rank} and a layer of {base.in_features} to {base.out_features}")  # fmt: skip
-    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     parts, of = (parts, 3) if parts and name.endswith("attn.qkv") else ([0], 1)
     r, width = rank // len(parts), base.out_features // of
@@ -270,6 +282,18 @@ def load_merged(folder, image_size=None):
 # ---- networks -> files for others ----------------------------------------------------------------------------------
 
 
+def check_whole(weights, facts, path):
+    """The weights are those of an encoder, or of an encoder and a decoder, with nothing missing or left over."""
+    decoder = {k: w for k, w in weights.items() if is_decoder(k)}
+    with torch.device("meta"):
+        check_exactly(ViT(**{k: facts[k] for k in ENCODER}), {k: weights[k] for k in weights.keys() - decoder}, path)
+        if decoder:
+            width, depth = decoder_shape(weights)
+            ours = Decoder(facts["image_size"] // facts["patch_size"], facts["patch_size"], facts["dim"], width, depth)
+            del ours.stats_head  # never exported
+            check_exactly(ours, decoder, path)
+
+
 def timm_line(facts, path):
     """How timm makes this network and fills it."""
     kin = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(facts["dim"], "small")
@@ -286,15 +310,12 @@ def export(source, to, out=None, image_size=None):
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
-    adapter = (source / ADAPTER[1]).exists()
-    if adapter != (to == "merged"):
-        raise UserError(f"{source} holds {'an' if adapter else 'no'} adapter: --to merged is for one, and comes first")
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})
         return out, f"checkpoints.load_encoder({str(out)!r})"
     weights, facts = at_size(*read_checkpoint(source), image_size, source)
-    load_exactly(ViT(**{k: facts[k] for k in ENCODER}), {k: w for k, w in weights.items() if not is_decoder(k)}, source)
+    check_whole(weights, facts, source)
     weights = as_convolution(weights)
     if to == "hf":
         return out, formats.save_hf(weights, facts, out)

@@ -89,12 +89,10 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     """
     rows, names = spread(len(split["images"]), 256), split["header"]["parts"]
     mass, area = torch.zeros(len(names)), torch.zeros(len(names))
-    for index, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
-        with autocast():
-            attention = encoder.patch_attention(view, source).mean(1).float().cpu()  # (B, N)
-        boxes, flip = loader.full_boxes(len(index))
-        share = guides.cut("parts", split["parts"], index, boxes, flip, encoder.side, "cpu", len(names))  # (B, N, P)
-        mass += torch.einsum("bn,bnp->p", attention / attention.sum(1, keepdim=True), share)
+    for index, attention in guides.attention(encoder, image_size, split["images"], rows, source, autocast):
+        whole = loader.full_boxes(len(index))
+        share = guides.cut("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
+        mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
         area += share.mean(1).sum(0)
     return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 
@@ -114,3 +112,17 @@ def draw_reconstructions(model, split, norm_pix, autocast, path):
     pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
     predicted = put_patches(torch.full_like(view, plot.GRAY), ids_mask, pixels)
     plot.reconstructions(path, view, seen, predicted, put_patches(view, ids_mask, pixels), EVAL_RATIO)
+
+
+def hidden_by(strategy, patches, g, n, ratios, t=1.0):
+    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g) bool}, for sheets.
+
+    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy gets the same noise.
+    """
+    noise, hidden = masking.gumbel_noise(n, g * g, plumbing.seeded(0)), {}
+    for ratio in ratios:
+        K = masking.kept(g * g, ratio)
+        priority = masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t)
+        _, ids_mask = masking.sample(priority, K)
+        hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
+    return hidden

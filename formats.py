@@ -43,6 +43,7 @@ HF_TOKENS = {
     "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.decoder_pos_embed",
 }  # fmt: skip
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
+VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1}  # what makes it a ViT
 
 
 # ---- files -> tensors, and back ------------------------------------------------------------------------------------
@@ -172,9 +173,7 @@ def our_names(loaded, path):
     weights = fold_layer_scale(from_hf(weights) if "embeddings.cls_token" in weights else weights)
     if "mask_token" in weights and weights["mask_token"].ndim == 2:  # DINOv2's (1, D): of its training, no decoder's
         del weights["mask_token"]
-    kernel, bias = (weights.get(f"patch_embed.proj.{end}") for end in ("weight", "bias"))
-    square = kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3 and kernel.shape[2] == kernel.shape[3]
-    if not square or bias is None or not {"cls_token", "pos_embed"} <= weights.keys():
+    if any(k not in weights or weights[k].ndim != n for k, n in VIT.items()):
         some = ", ".join(list(weights)[:3]) or "no weights"
         raise UserError(f"{path} is not a whole AniMask model or public checkpoint: it has {some}, not cls_token, "
                         "pos_embed and patch_embed.proj (D, 3, p, p); of a run of ours, give the folder")  # fmt: skip
@@ -198,9 +197,13 @@ def facts_beside(path, header):
     return {k: v for k, v in facts.items() if v is not None}
 
 
-def check_facts(facts, dim, positions, path):
+def check_facts(facts, weights, path):
     """What can't be loaded as it was trained is refused with the reason."""
-    if math.isqrt(positions - 1) ** 2 != positions - 1:
+    dim, positions = weights["cls_token"].shape[2], weights["pos_embed"].shape[1]
+    kernel = weights["patch_embed.proj.weight"].shape
+    if kernel[1] != 3 or kernel[2] != kernel[3]:
+        raise UserError(f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours")
+    if positions < 2 or math.isqrt(positions - 1) ** 2 != positions - 1:
         raise UserError(f"{path} has {positions} positions: not a square grid and one for the CLS token")
     if facts.get("dim", dim) != dim:
         raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
@@ -216,19 +219,22 @@ def read_checkpoint(path):
 
     facts: image_size, patch_size, dim, depth, heads, norm_eps; where they are known norm_pix and decoder_heads.
     """
-    path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+    given = Path(path)
+    path = given / "model.safetensors" if given.is_dir() else given
+    if not path.exists() and (given / "adapter_config.json").exists():
+        raise UserError(
+            f"{given} holds only an adapter: python model.py export {given} --to merged makes it an encoder"
+        )
     if not path.exists():
-        raise UserError(f"no encoder at {path}: python pretrain.py --out {path.parent} makes one")
+        run = given.parent if given.suffix else given
+        raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
     loaded, header = read_tensors(path)
     weights, facts = our_names(loaded, path), facts_beside(path, header)
-    dim, positions = weights["cls_token"].shape[-1], weights["pos_embed"].shape[-2]
-    check_facts(facts, dim, positions, path)
+    check_facts(facts, weights, path)
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
-    p = weights["patch_embed.proj.weight"].shape[-1]
-    shape = {"image_size": math.isqrt(positions - 1) * p, "patch_size": p, "dim": dim}
-    shape["depth"] = count_blocks(weights, "blocks")
+    (dim, _, _, p), side = weights["patch_embed.proj.weight"].shape, math.isqrt(weights["pos_embed"].shape[1] - 1)
+    shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks")}
     return as_matrix(weights), {"heads": dim // 64, "norm_eps": EPS} | facts | shape
 
 
@@ -253,7 +259,10 @@ def hf_config(facts, decoder_dim, decoder_depth):
 
 
 def save_hf(weights, facts, folder):
-    """Write model.safetensors, config.json and preprocessor_config.json, weights with a convolution -> how to load."""
+    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
+
+    Its norm_pix_loss has no floor under a patch's deviation, ours has (kernels/loss.py): the loss differs by that.
+    """
     depth, size = count_blocks(weights, "decoder_blocks"), facts["image_size"]
     table, renamed = hf_names(facts["depth"], depth), {}
     for name, w in weights.items():

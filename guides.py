@@ -136,22 +136,51 @@ def looks_at(epochs, start):
     return range(math.ceil(start * epochs), epochs, max(20, epochs // 10))
 
 
+SOURCES = ("cls", "received", "unusual")
+SAMPLE = 1024  # images that the usual token of each place is the mean of
+
+
 @torch.no_grad()
-def write_attention(teacher, image_size, images, path, autocast, source="cls", header=None):
-    """Attention of the teacher to each patch of every whole image, mean over heads: (n, g, g) fp16 in a file.
+def attention(encoder, image_size, images, rows, source, autocast):
+    """Yield (index, (b, N) fp32): how much an encoder makes of each patch of whole images `rows`, mean over heads.
 
-    -> the same as a memory map: it belongs to the state of a run, and memory does not grow with the data.
+    "cls" and "received" are attention proper (ViT.patch_attention). In a masked autoencoder both mostly tell where a
+    patch is: the CLS token is trained by nothing. "unusual" is the length of token - mean token of its place, and
+    finds eyes and accessories (results/LOG.md, "where an MAE looks").
     """
-    n, device = len(images), teacher.cls_token.device
+    if source == "unusual":
+        some = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long()
+        usual = sum(t.double().sum(0) for _, t in patch_tokens(encoder, image_size, images, some, autocast)) / len(some)
+        for index, tokens in patch_tokens(encoder, image_size, images, rows, autocast):
+            yield index, (tokens - usual.float()).norm(dim=2)
+        return
+    for index, view in loader.whole_views(images, rows, image_size, encoder.cls_token.device):
+        with autocast():
+            yield index, encoder.patch_attention(view, source).float().mean(1)
 
-    def chunks():
-        views = loader.whole_views(images, torch.arange(n), image_size, device)
-        for _, view in tqdm(views, "attention", math.ceil(n / loader.CHUNK), leave=False, disable=None):
-            with autocast():
-                attention = teacher.patch_attention(view, source).mean(1)  # (B, N)
-            yield attention.unflatten(1, (teacher.side, -1)).half().cpu().numpy()
 
-    loader.write_rows(path, "attn", chunks(), (n, teacher.side, teacher.side), "F16", header)
+def patch_tokens(encoder, image_size, images, rows, autocast):
+    """Yield (index, patch tokens (b, N, D) fp32) of whole images `rows`, in order."""
+    for index, view in loader.whole_views(images, rows, image_size, encoder.cls_token.device):
+        with autocast():
+            tokens = encoder.features(view)
+        yield index, tokens[:, 1:].float()
+
+
+def attention_rows(images, encoder, image_size, source, autocast):
+    """Yield (b, g, g) fp16 of all images in order: the chunks of a file of maps."""
+    for _, score in attention(encoder, image_size, images, torch.arange(len(images)), source, autocast):
+        yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
+
+
+def write_attention(teacher, image_size, images, path, autocast, source):
+    """Attention of the teacher to all images, (n, g, g), in a file -> the same as a memory map.
+
+    It belongs to the state of a run, and memory does not grow with the data.
+    """
+    rows = attention_rows(images, teacher, image_size, source, autocast)
+    bar = tqdm(rows, "attention", math.ceil(len(images) / loader.CHUNK), leave=False, disable=None)
+    loader.write_rows(path, "attn", bar, (len(images), teacher.side, teacher.side), "F16")
     return loader.open_tensors(path)["attn"]
 
 
@@ -166,7 +195,7 @@ def open_maps(need, where, folder, train):
         if not has_truth:
             raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
                             f"python maps.py --data {folder} --map {name} makes maps without")  # fmt: skip
-        return train[need], len(train["header"].get("parts", [])), f"the true {TRUTH[need]} of {folder}"
+        return train[need], len(train["header"].get("parts") or []), f"the true {TRUTH[need]} of {folder}"
     maps = loader.open_map(path, name, train)
     about = loader.open_tensors(maps.filename)["header"]
     how = [about[key] for key in ("quality", "source", "by") if about.get(key)]

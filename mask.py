@@ -68,26 +68,25 @@ def simmim(patches, noise, t, unit=2):
     row, column = rows_and_columns(noise)
     g, unit = column.numel(), max(1, int(unit))
     corner = row // unit * unit * g + column // unit * unit  # the patch whose noise speaks for the whole square
-    return noise[:, corner.flatten()] + 1e-4 * noise
+    return ranks(noise)[:, corner.flatten()] + 1e-3 * noise
 
 
 def block(patches, noise, t, size=0.3):
     """Large squares, `size` of the grid's side, at random places: much context is lost at once (BEiT's, MAE fig. 6)."""
     g = math.isqrt(noise.shape[1])
     b = min(g, max(2, round(size * g)))
-    padded = F.pad(noise.unflatten(1, (1, g, g)), ((b - 1) // 2, b // 2) * 2, value=float("-inf"))
-    return F.max_pool2d(padded, b, 1).flatten(1) + 1e-4 * noise  # a patch with high noise takes its square with it
+    padded = F.pad(ranks(noise).unflatten(1, (1, g, g)), ((b - 1) // 2, b // 2) * 2)
+    return F.max_pool2d(padded, b, 1).flatten(1) + 1e-3 * noise  # a patch that is drawn takes its square with it
 
 
 def grid(patches, noise, t):
     """Keeps one patch of every 2x2, at the same place in all of them: the easiest puzzle (MAE fig. 6)."""
     row, column = rows_and_columns(noise)
     place = (row % 2 * 2 + column % 2).flatten()  # (N,), 0 to 3
-    rank = noise[:, :4].argsort(1).argsort(1)  # which place goes first, drawn for each image
-    return rank[:, place] + 1e-3 * noise
+    return ranks(noise[:, :4])[:, place] + 1e-3 * noise  # which place goes first is drawn for each image
 
 
-def green(patches, noise, t, fine=0.6, coarse=1.5):
+def green(patches, noise, t, fine=1.0, coarse=2.0):
     """Band-passed noise, blobs neither fine nor coarse: a structured mask without data (ColorMAE, arXiv:2407.13036).
 
     fine, coarse: deviations in patches of the two Gaussians whose difference is the band.
@@ -188,6 +187,11 @@ def rows_and_columns(noise):
     """-> the row (g, 1) and the column (1, g) of each patch of a square grid."""
     index = torch.arange(math.isqrt(noise.shape[1]), device=noise.device)
     return index[:, None], index[None]
+
+
+def ranks(noise):
+    """(B, N) -> 0 for the lowest of each row to N-1 for the highest: whole numbers, which 1e-3 * noise can't mix."""
+    return noise.argsort(1).argsort(1).float()
 
 
 def blur_matrix(g, deviation, device):

@@ -62,7 +62,7 @@ def parse_args():
     add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
-    add("--attention", default="cls", choices=["cls", "received"], help="from the CLS token, or from all patches")
+    add("--attention", default="cls", choices=guides.SOURCES, help="of the CLS token, of all, or unusual tokens")
     add("--maps", default="auto", metavar="auto|truth|DIR",
         help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
     add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
@@ -253,7 +253,8 @@ def main():
             row["knn_thumbnail"] = knn(thumbnails, train, held)
             text += f" untrained; 4x4 thumbnails have {row['knn_thumbnail']:.1f} %"
         if held["header"].get("parts"):
-            row["attention_on"] = attention_by_part(guide.networks.get("teacher", model.encoder), S, autocast, held)
+            row["attention_on"] = attention_by_part(guide.networks.get("teacher", model.encoder), S, autocast, held,
+                                                    args.attention)  # fmt: skip
         tqdm.write(text)
         log(**row, seconds=round(clock(), 2))
 

@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import loader
 import plumbing
@@ -68,22 +67,9 @@ def parse_args():
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
-def model_file(run):
-    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
-
-
 def home_of(run):
     """Where a run's results go; those of a single file to a folder of its name beside it."""
     return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
-
-
-def config_of(run):
-    """The flags under which a run was made, {} where its file does not say."""
-    try:
-        with safe_open(model_file(run), "pt") as f:
-            return json.loads((f.metadata() or {}).get("animask", "{}")).get("run", {})
-    except (SafetensorError, OSError, ValueError):
-        return {}
 
 
 def open_task(folder, split, seed):
@@ -232,7 +218,7 @@ def threshold_of(args):
     """
     if args.threshold is not None:
         return args.threshold, "absolute"
-    plain = [run for run in args.runs if config_of(run).get("mask") == "random"]
+    plain = [run for run in args.runs if features.flags_of(run).get("mask") == "random"]
     reference = args.reference or (plain or args.runs)[0]
     knn = [r["knn"] for r in plumbing.read_log(home_of(reference) / "log.jsonl") if "knn" in r]
     if not knn:
@@ -268,6 +254,7 @@ def draw(home, name, encoder, size, task, found):
     right = lambda i, j: None if alike is None else bool(alike[i, j])  # noqa: E731
     pictures = lambda index: train["images"][index.numpy()]  # noqa: E731
     title = f"{task['held']} pictures and their nearest in train, cosine of mean tokens: {name}"
+    title += "\n(green: the same character, dashed: another)" if task["labelled"] else ""
     figures.neighbours(home / "neighbours.png", held[rows], bank, pictures, split["images"][rows.numpy()], right, title)
     if task["labelled"]:
         title = f"{task['held']}, mean token, 8 largest classes: {name}"
@@ -283,13 +270,13 @@ def probe(run, args, task, autocast, device, threshold, controls):
     encoder, size = load_encoder(run)
     encoder.to(device).requires_grad_(False)
     home, name = home_of(run), home_of(run).name
-    found, clock = features.of_run(home, model_file(run), encoder, size, task["parts"], autocast, args.dtype,
+    found, clock = features.of_run(home, features.model_file(run), encoder, size, task["parts"], autocast, args.dtype,
                                    args.views, args.blocks)  # fmt: skip
     if clock:
         print(f"features {clock['images']:,} images, {args.views} views of train, in {clock['all']:.0f} s, "
               f"{100 * clock['forward'] / clock['all']:.1f} % of it in the forward pass")  # fmt: skip
     draw(home, name, encoder, size, task, found)
-    config = config_of(run)
+    config = features.flags_of(run)
     report = {"command": f"python probe.py {shlex.join(sys.argv[1:])}", "machine": plumbing.machine(device),
               "commit": plumbing.commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
               "dtype": args.dtype, "views": args.views,
@@ -354,7 +341,7 @@ def snapshots(home, args, task, autocast, device, rows):
     for file in files:
         encoder, size = load_encoder(file)
         look = features.encoder_look(encoder.to(device).requires_grad_(False), size, autocast, {})
-        found = features.sets(features.extract_all(look, task["parts"], 1, device))
+        found = features.sets(features.extract_all(look, task["parts"], 1, device), 1)
         points.append([float(file.stem.split("-")[1]), ridge_scores(found["mean"], task)[0]])
         print(f"epoch {points[-1][0]:<6g} ridge Top-1 {points[-1][1]:.1f} %")
     lines = {"untrained, logistic": value(rows["untrained mean"], "logistic.top1")}
@@ -370,7 +357,7 @@ def main():
         )
     for run in args.runs:
         load_encoder(run)  # every mistake before hours of work
-    data = args.data or config_of(args.runs[0]).get("data")
+    data = args.data or features.flags_of(args.runs[0]).get("data")
     if not data:
         raise UserError(f"{args.runs[0]} does not say what it was trained on; give --data datasets/NAME")
     device = plumbing.pick_device(args.device)

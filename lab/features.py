@@ -122,6 +122,27 @@ def extract_all(look, parts, views, device, clock=None):
     return tensors
 
 
+# ---- whose features: the model's file ------------------------------------------------------------------------------
+
+
+def model_file(run):
+    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+
+
+def about_model(run):
+    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {} of other files."""
+    try:
+        with safe_open(model_file(run), "pt") as f:
+            return json.loads((f.metadata() or {}).get("animask", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def flags_of(run):
+    """The flags under which a run was made; {} where its file does not say."""
+    return about_model(run).get("run", {})
+
+
 # ---- the file ------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +161,13 @@ def read(path):
         raise UserError(f"{path} is not a whole file of features ({reason}); remove it and run again") from None
 
 
+def covers(there, asked):
+    """Was a file made under a header that has all that is asked for? More views, blocks or splits do no harm."""
+    more = there["views"] >= asked["views"] and there["blocks"] >= asked["blocks"]
+    same = all(there.get(k) == v for k, v in asked.items() if k not in ("views", "blocks", "data"))
+    return more and same and asked["data"].items() <= there["data"].items()
+
+
 def cached(path, header, make):
     """Tensors of path if it was made under this header; else make() them and write it.
 
@@ -151,19 +179,20 @@ def cached(path, header, make):
         if there.get("model") != header["model"]:
             raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
                             f"{header['model']}); remove it and run again")  # fmt: skip
-        if there == header:
+        if covers(there, header):
             return tensors
     tensors = make()
     plumbing.save_safetensors(tensors, path, {"animask": json.dumps(header)})
     return tensors
 
 
-def sets(tensors):
-    """{"train.mean": x, ...} -> {"mean": {"train": x, "val": y}, ...}."""
+def sets(tensors, views, blocks=False):
+    """{"train.mean": x, ...} -> {"mean": {"train": x (views, n, D), "val": y}, ...}; blocks only if asked for."""
     found = {}
     for key, x in tensors.items():
         split, _, pool = key.partition(".")
-        found.setdefault(pool, {})[split] = x
+        if blocks or not pool.startswith("block"):
+            found.setdefault(pool, {})[split] = x[:views]
     return found
 
 
@@ -182,7 +211,7 @@ def of_run(folder, model_file, encoder, size, parts, autocast, dtype, views=1, b
     look = encoder_look(encoder, size, autocast, clock, blocks)
     header = header_of(digest(model_file), parts, size, dtype, views, blocks)
     make = lambda: extract_all(look, parts, views, device, clock)  # noqa: E731
-    return sets(cached(Path(folder) / "features.safetensors", header, make)), clock
+    return sets(cached(Path(folder) / "features.safetensors", header, make), views, blocks), clock
 
 
 def shape_of(encoder, size):
@@ -205,7 +234,7 @@ def of_controls(folder, untrained, size, parts, autocast, dtype, views=1):
         tensors = {k.replace(".", ".untrained "): x for k, x in tensors.items()}
         return tensors | extract_all(thumbnails_of, parts, views, device)
 
-    return sets(cached(Path(folder) / f"controls-{name}.safetensors", header, make))
+    return sets(cached(Path(folder) / f"controls-{name}.safetensors", header, make), views)
 
 
 def chunk_for(side, native):

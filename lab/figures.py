@@ -226,3 +226,71 @@ def snapshot_curve(path, points, controls, title):
     axis.set(title=title, xlabel="epoch", ylabel="ridge probe Top-1, %")
     axis.legend(frameon=False, fontsize=9)
     save(figure, path)
+
+
+# ---- stress --------------------------------------------------------------------------------------------------------
+
+
+def robustness(path, report, sweeps, title):
+    """Top-1 by level of every sweep, the clean level (dashed) and chance (dotted); single-level ones as bars."""
+    curves = [name for name, levels in report["robustness"].items() if len(levels) > 1]
+    figure, axes = plt.subplots(2, 4, figsize=(11.5, 5.2), sharey=True)
+    figure.suptitle(title)
+    for axis, name in zip(axes.flat, curves, strict=False):
+        levels = report["robustness"][name]
+        axis.plot(range(len(levels)), levels.values(), "o-", color=BLUE)
+        axis.set_xticks(range(len(levels)), levels)
+        axis.set(title=name, xlabel=sweeps[name][2])
+    single = {n: next(iter(v.values())) for n, v in report["robustness"].items() if n not in curves}
+    rest = list(axes.flat[len(curves) :])
+    rest[0].bar(range(len(single)), single.values(), 0.55, color=BLUE)
+    rest[0].set_xticks(range(len(single)), single)
+    rest[0].set(title="without colour")
+    sides = [r["side"] for r in report["resolution"]]
+    rest[1].plot(sides, [r["top1"] for r in report["resolution"]], "o-", color=BLUE)
+    rest[1].set(title="resolution", xlabel="side of the view, px", xscale="log")
+    some = [s for i, s in enumerate(sides) if i == 0 or s > 1.3 * sides[i - 1]]
+    rest[1].set_xticks(some, [str(s) for s in some])
+    rest[1].minorticks_off()
+    for axis in rest[2:]:
+        axis.axis("off")
+    for axis in [*axes.flat[: len(curves)], *rest[:2]]:
+        axis.axhline(report["clean"], color=INK, ls="--", lw=1)
+        axis.axhline(report["chance"], color=INK, ls=":", lw=1)
+    for line in axes:
+        line[0].set(ylabel="Top-1, % (dashed: clean)", ylim=(0, None))
+    save(figure, path)
+
+
+def parts(path, report, title):
+    """Top-1 with each part painted gray, beside the same shape elsewhere."""
+    names = list(report["parts"])
+    figure, axis = plt.subplots(figsize=(7.2, 3.6))
+    at = np.arange(len(names))
+    for shift, key, colour, hatch in ((-0.2, "hidden", BLUE, ""), (0.2, "control", ORANGE, "//")):
+        label = "the part is gray" if key == "hidden" else "the same shape elsewhere is gray"
+        values = [report["parts"][n][key] for n in names]
+        axis.bar(at + shift, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axis.axhline(report["clean"], color=INK, ls="--", lw=1, label="clean")
+    axis.axhline(report["chance"], color=INK, ls=":", lw=1, label="chance")
+    axis.set_xticks(at, [f"{n}\n{100 * report['parts'][n]['area']:.1f} %" for n in names], fontsize=9)
+    axis.set(title=title, xlabel="part, and its share of the picture", ylabel="Top-1, %", ylim=(0, None))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def reconstruction(path, rows, title):
+    """PSNR on hidden pixels by ratio, a line per strategy; dotted: the mean colour of what is seen, random masks."""
+    names = list(dict.fromkeys(r["strategy"] for r in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(9.8, 4.2))
+    figure.suptitle(title)
+    for axis, key, label in zip(axes, ("psnr", "ssim"), ("PSNR on hidden pixels, dB", "SSIM there"), strict=True):
+        for i, name in enumerate(names):
+            own = [r for r in rows if r["strategy"] == name]
+            style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "ls": "-" if i < 8 else "--", "ms": 5}
+            axis.plot([r["ratio"] for r in own], [r[key] for r in own], label=name, **style)
+        axis.set(xlabel="share of patches hidden", ylabel=label)
+    plain = [r for r in rows if r["strategy"] == "random"]
+    axes[0].plot([r["ratio"] for r in plain], [r["psnr_flat"] for r in plain], ":", color=INK, label="mean colour")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
+    save(figure, path)

@@ -200,6 +200,45 @@ def ssim_map(a, b):
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(1)
 
 
+# ---- maps against truth ----------------------------------------------------------------------------------------------
+
+
+def auc(score, truth):
+    """Area under the ROC curve in [0, 1]: how often a true entry outranks a false one; score (n,), truth (n,) bool.
+
+    By ranks (Mann and Whitney 1947); equal scores share their mean rank. NaN where only one kind is there.
+    """
+    values, where, count = torch.unique(score, return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count - 1) / 2)[where].double()  # from 1
+    true, false = int(truth.sum()), int((~truth).sum())
+    if not true or not false:
+        return float("nan")
+    return ((rank[truth].sum() - true * (true + 1) / 2) / (true * false)).item()
+
+
+def iou(found, truth):
+    """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
+    union = (found | truth).sum()
+    return ((found & truth).sum() / union).item() if union else 1.0
+
+
+def adjusted_rand(a, b):
+    """Agreement of two clusterings (n,) of whole numbers: 1 is the same up to names, 0 what chance gives.
+
+    (Index - expected) / (maximum - expected), the index being the number of pairs that are together in both (Hubert
+    and Arabie 1985).
+    """
+    _, a = torch.unique(a, return_inverse=True)
+    _, b = torch.unique(b, return_inverse=True)
+    table = torch.bincount(a * (int(b.max()) + 1) + b, minlength=(int(a.max()) + 1) * (int(b.max()) + 1)).double()
+    table = table.view(int(a.max()) + 1, -1)
+    pairs = lambda counts: (counts * (counts - 1) / 2).sum()  # noqa: E731
+    together, in_a, in_b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    expected = in_a * in_b / pairs(table.sum())
+    most = (in_a + in_b) / 2
+    return 1.0 if most == expected else ((together - expected) / (most - expected)).item()
+
+
 # ---- verification and open set: scores of pairs that belong together (positive) and of pairs that do not -------------
 
 

@@ -52,11 +52,12 @@ def masks(path, view, seen, guide, title):
 
 
 def curves(path, rows, split, title):
-    """Rows of log.jsonl -> training loss, validation error and kNN Top-1 (with its controls) by epoch."""
+    """Rows of log.jsonl -> training loss, validation error, kNN Top-1 (with its controls) and attention, by epoch."""
     loss = [r for r in rows if "loss" in r]
     held = [r for r in rows if "val_mse" in r]
-    has_knn = any("knn" in r for r in held)
-    figure, axes = plt.subplots(1, 2 + has_knn, figsize=(3.4 * (2 + has_knn), 3.2))
+    has_knn, has_parts = any("knn" in r for r in held), any("attention_on" in r for r in held)
+    panels = 2 + has_knn + has_parts
+    figure, axes = plt.subplots(1, panels, figsize=(3.4 * panels, 3.2))
     figure.suptitle(title)
     axes[0].plot([r["epoch"] for r in loss], [r["loss"] for r in loss], color=BLUE)
     axes[0].set(title="Training loss", xlabel="epoch", ylabel="weighted masked error")
@@ -64,7 +65,21 @@ def curves(path, rows, split, title):
     axes[1].set(title=f"Masked error on {split}", xlabel="epoch", ylabel="mean squared error, fixed mask")
     if has_knn:
         knn(axes[2], held)
+    if has_parts:
+        attention_on(axes[-1], [r for r in held if "attention_on" in r])
     save(figure, path)
+
+
+def attention_on(axis, held):
+    """How much more attention each part gets than its area, by epoch; only where the data knows the parts."""
+    names, marks = ("eyes", "mouth", "hair", "face", "background"), ("o-", "s-", "^-", "v--", "x:")
+    for name, mark, colour in zip(names, marks, (BLUE, PINK, ORANGE, GREEN, INK), strict=True):
+        points = [(r["epoch"], r["attention_on"][name]) for r in held if name in r["attention_on"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), mark, color=colour, label=name, markersize=4)
+    axis.axhline(1, color=INK, lw=0.8)
+    axis.set(title="Attention over area", xlabel="epoch", ylabel="share of attention / share of area")
+    axis.legend(frameon=False, fontsize=9)
 
 
 def knn(axis, held):
@@ -170,3 +185,63 @@ def about_lines(splits):
     if header.get("style"):
         lines += [f"{k}: {', '.join(v)}" for k, v in header["style"].items()]
     return [part for line in lines for part in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
+
+
+# ---- a sheet of maps and masks -------------------------------------------------------------------------------------
+
+
+def mask_sheet(path, title, images, maps, columns, width=1100):
+    """What each strategy hides: a block of rows for each ratio, a row for each image, a column for each strategy.
+
+    images u8 (n, S, S, 3); maps [(name, (n, g, g))]: whole numbers (u8 or i64) of at most 12 kinds are drawn as parts,
+    the rest in viridis; columns [(name, {ratio: (n, g, g) bool, True where hidden})]. width: of all columns, in pixels.
+    """
+    side = min(images.shape[1], width // (1 + len(maps) + len(columns)) - 4)
+    pictures = [resized(image, side) for image in images]
+    beside = [pictures] + [[resized(m, side) for m in coloured(torch.as_tensor(m))] for _, m in maps]
+    names, n = ["image", *(name for name, _ in maps), *(name for name, _ in columns)], len(images)
+    ratios = list(columns[0][1])
+    wide, high = (side + 4) * len(names) / 150 + 0.5, (side + 4) * n / 150 + 0.3
+    figure, axes = plt.subplots(len(ratios), 1, figsize=(wide, high * len(ratios) + 0.8), squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for k, (axis, ratio) in enumerate(zip(axes[:, 0], ratios, strict=True)):
+        masked = [[darkened(p, h) for p, h in zip(pictures, hidden[ratio], strict=True)] for _, hidden in columns]
+        axis.imshow(tiled(beside + masked), interpolation="nearest")
+        axis.set(yticks=[], xticks=[], ylabel=f"{ratio:.0%} hidden")
+        axis.spines[:].set_visible(False)
+        if k == 0:
+            axis.xaxis.tick_top()
+            axis.set_xticks([(i + 0.5) * (side + 4) - 2 for i in range(len(names))], names, fontsize=6.5)
+            axis.tick_params(length=0)
+    save(figure, path)
+
+
+def coloured(maps):
+    """maps (n, g, g) -> u8 (n, g, g, 3): parts by number, the rest in viridis (floats from 0 to their maximum)."""
+    if not maps.is_floating_point() and maps.max() <= 12:
+        kinds = plt.get_cmap("tab20")(np.arange(12) * 2 % 20 + np.arange(12) // 10)[:, :3]
+        return np.uint8(255 * np.vstack([[[0.93] * 3], kinds])[maps.numpy()])
+    x = maps.float() if maps.is_floating_point() else maps / 255
+    top = x.amax((1, 2), keepdim=True).clamp(min=1e-9) if maps.is_floating_point() else 1
+    return np.uint8(255 * plt.get_cmap("viridis")((x / top).numpy())[..., :3])
+
+
+def resized(picture, side):
+    """u8 (S, S, 3) -> u8 (side, side, 3): the mean of pixels where it shrinks, squares where it grows."""
+    x = torch.as_tensor(np.array(picture)).permute(2, 0, 1)[None].float()
+    shrink = x.shape[2] > side
+    how = {"mode": "area"} if shrink else {"mode": "nearest"}
+    return torch.nn.functional.interpolate(x, (side, side), **how)[0].permute(1, 2, 0).round().byte().numpy()
+
+
+def darkened(picture, hidden):
+    """picture u8 (S, S, 3) with its hidden patches, (g, g) bool, nearly black: what is left is what the model sees."""
+    place = np.arange(len(picture)) * len(hidden) // len(picture)
+    mask = np.asarray(hidden)[place][:, place, None]
+    return np.where(mask, np.uint8(0.16 * picture.mean(2, keepdims=True) + 38), picture)
+
+
+def tiled(columns, gap=4):
+    """Columns of n pictures u8 (s, s, 3) -> one picture, white between them."""
+    padded = [[np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in column] for column in columns]
+    return np.hstack([np.vstack(column) for column in padded])

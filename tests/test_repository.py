@@ -10,12 +10,14 @@ import sys
 import pytest
 from conftest import ROOT, stage
 
+import mask as masking
+
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
-OURS = {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask", "kernels", "lab"} | {
-    s[:-3] for s in STAGES
-}
+OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask",
+                                   "saliency", "guides", "classifier", "gallery", "labelled",
+                                   "augment", "kernels", "lab"}  # fmt: skip
 
 
 def imports(path):
@@ -51,7 +53,7 @@ def test_every_stage_says_what_it_reads_and_writes(script):
 
 
 def test_who_imports_whom():
-    alone = [*(ROOT / "kernels").glob("*.py"), ROOT / "mask.py", ROOT / "plumbing.py"]
+    alone = [*(ROOT / "kernels").glob("*.py"), ROOT / "mask.py", ROOT / "saliency.py", ROOT / "plumbing.py"]
     alone += [ROOT / "lab" / f"{name}.py" for name in ("toon", "metrics", "plot")]
     for path in alone:
         allowed = {"kernels", "kernels.choose_impl", "kernels.gather"} if path.parent.name == "kernels" else set()
@@ -76,6 +78,14 @@ def test_the_readmes_numbers_stand_in_results():
             assert any(abs(value - k) <= 0.5000001 * 10**-digits for k in known), (
                 f"{number} of {cells[0]!r} is not in its file"
             )
+
+
+def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
+    with open(ROOT / "results" / "bench_masks.csv") as file:
+        cost = {r["mask"]: float(r["over_random_percent"]) for r in csv.DictReader(file) if r["model"] == "nano"}
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M))
+    assert set(table) == set(masking.STRATEGIES)
+    assert {name: abs(float(x)) for name, x in table.items()} == {name: abs(cost[name]) for name in table}
 
 
 def test_results_name_their_machine_and_commit():

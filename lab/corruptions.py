@@ -1,0 +1,113 @@
+"""Ways to spoil a picture, as pure functions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3).
+
+Imports nothing of ours. Lengths are in pixels of a 128 px picture and grow with the picture.
+"""
+
+import io
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+GRAY = 128
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def to_u8(x):
+    return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def cutout(images, level, generator):
+    """A gray square of this share of the area, wholly inside, at a random place (DeVries and Taylor 2017)."""
+    B, S = images.shape[:2]
+    side = round(S * math.sqrt(level))
+    top, left = torch.randint(S - side + 1, (2, B, 1), generator=generator)
+    at = torch.arange(S)
+    rows, columns = ((at >= start) & (at < start + side) for start in (top, left))  # (B, S)
+    return paint(images, rows[:, :, None] & columns[:, None])
+
+
+def paint(images, where):
+    """where (B, S, S) bool turns gray."""
+    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
+
+
+def moved(where, generator):
+    """The same shapes (B, S, S) at random places, wrapped around: as much area, but of nothing in particular."""
+    S = where.shape[1]
+    shifts = torch.randint(S, (len(where), 2), generator=generator).tolist()
+    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
+
+
+def turned(images, degrees, factor):
+    """Turned around the centre and enlarged by a factor; the border is repeated where nothing is known."""
+    a = math.radians(degrees)
+    matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
+    x = images.permute(0, 3, 1, 2).float()
+    at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
+    x = F.grid_sample(x, at, "bilinear", "border", align_corners=False)
+    return to_u8(x).permute(0, 2, 3, 1).contiguous()
+
+
+def rotation(images, level, generator):
+    return turned(images, level, 1.0)
+
+
+def scale(images, level, generator):
+    """Below 1 the picture shrinks, above it the middle is enlarged."""
+    return turned(images, 0.0, level)
+
+
+def blur(images, level, generator):
+    """Gaussian of this deviation."""
+    sigma = level * images.shape[1] / 128
+    reach = min(math.ceil(3 * sigma), images.shape[1] - 1)
+    line = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device).float() ** 2) / (2 * sigma**2))
+    line = line / line.sum()
+    x = images.permute(0, 3, 1, 2).float()
+    y = F.pad(x, (reach,) * 4, "reflect").flatten(0, 1)[:, None]
+    y = F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(x)
+    return to_u8(y).permute(0, 2, 3, 1).contiguous()
+
+
+def jpeg(images, level, generator):
+    def again(picture):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=int(level))
+        return np.array(Image.open(file))
+
+    return torch.from_numpy(np.stack([again(p) for p in images.cpu().numpy()])).to(images.device)
+
+
+def hue(images, level, generator):
+    """Colours turned around the gray axis by this angle: brightness (the mean of red, green, blue) stays."""
+    a = math.radians(level)
+    turn = torch.full((3, 3), (1 - math.cos(a)) / 3) + math.cos(a) * torch.eye(3)
+    turn += math.sin(a) / math.sqrt(3) * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return to_u8(images.float() @ turn.T.to(images.device))
+
+
+def grayscale(images, level, generator):
+    gray = (images.float() @ torch.tensor(LUMA, device=images.device))[..., None]
+    return to_u8(gray.expand(-1, -1, -1, 3)).contiguous()
+
+
+def line_art(images, level, generator):
+    """What is darker than its brightest neighbour, dark on white: lines and edges stay, colour and shade go."""
+    gray = (images.float() @ torch.tensor(LUMA, device=images.device))[:, None]
+    lines = 255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray)
+    return to_u8(lines.clamp(min=0).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)).contiguous()
+
+
+SWEEPS = {  # name: (function, levels, what a level is, the level of the headline table)
+    "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
+    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "blur": (blur, (0.5, 1, 2, 4), "deviation, px of 128", 1),
+    "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
+    "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
+    "grayscale": (grayscale, (1,), "", 1),
+    "line art": (line_art, (1,), "", 1),
+}

@@ -1,0 +1,280 @@
+"""guides.py: maps follow their images, the truth or a file is chosen, and every strategy trains, alone or shuffled."""
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused, stage
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import evaluate
+import guides
+import loader
+import mask as masking
+import plumbing
+import pretrain
+from formats import is_decoder
+from model import ViT
+
+QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """A packed set with true figure masks: an ellipse of a class's colour before noise, 32 px."""
+    base, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for c in range(3):
+        (base / "pictures" / f"c{c}").mkdir(parents=True)
+        for i in range(30):
+            cy, cx, r = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(4, 12)
+            figure = ((y - cy) ** 2 + (x - cx) ** 2 < r**2)[..., None]
+            colour = np.eye(3)[c] * 200 + rng.normal(0, 20, (32, 32, 3))
+            rgba = np.concatenate([np.where(figure, colour, rng.normal(128, 60, (32, 32, 3))), 255 * figure], 2)
+            Image.fromarray(rgba.clip(0, 255).astype(np.uint8)).save(base / "pictures" / f"c{c}" / f"{i}.png")
+    words = ["data.py", base / "pictures", "--out", base / "packed", "--size", 32, "--dedupe", "off"]
+    stage(*words, cwd=base, check=0)
+    return base / "packed"
+
+
+def write_parts(folder, path, parts=3):
+    """Part maps as maps.py writes them: random parts on a grid of 4."""
+    train = loader.open_split(folder, "train")
+    n = len(train["images"])
+    labels = np.random.default_rng(0).integers(0, parts + 1, (n, 4, 4), dtype=np.uint8)
+    header = {"map": "parts", "data_digest": loader.fingerprint(train), "grid": 4, "parts": parts, "by": "a test"}
+    loader.write_rows(path, "parts", [labels], labels.shape, "U8", header)
+    return labels
+
+
+def run(monkeypatch, *words):
+    """pretrain.py in this process, a smaller network, no pictures: starting and drawing would take most of the time."""
+    small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
+    monkeypatch.setitem(pretrain.SIZES, "nano", small)
+    monkeypatch.setattr(pretrain, "draw_reconstructions", lambda *_: None)
+    monkeypatch.setattr(pretrain.plot, "curves", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [str(w) for w in ["pretrain.py", *words]])
+    pretrain.main()
+
+
+# ---- maps follow their images --------------------------------------------------------------------------------------
+
+
+def test_a_hot_patch_follows_crop_and_flip():
+    """One bright cell in the image and the same in the map: after 40 crops they are still at one place."""
+    n, S, side = 40, 64, 8
+    boxes, flip = loader.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
+    images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
+    for i in range(n):  # a cell in the middle of what is shown
+        row, column = (int(side * (boxes[i, k] + boxes[i, k + 2] / 2)) for k in (0, 1))
+        images[i, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 255
+        maps[i, row, column] = 1
+    view = loader.view_images(torch.from_numpy(images), boxes, flip, S)
+    seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
+    known = guides.cut("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
+    assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
+    assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
+    unflipped = guides.cut("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
+    assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
+
+
+def test_parts_are_shares_and_figure_is_one_of_them():
+    labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
+    boxes, flip = loader.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
+    rows = torch.tensor([4, 0, 5, 1, 3, 2])
+    shares = guides.cut("parts", labels, rows, boxes, flip, 8, "cpu", 5)
+    assert shares.shape == (6, 64, 5)
+    torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
+    figure = guides.cut("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
+    torch.testing.assert_close(1 - shares[..., 0], figure)
+
+
+def test_what_was_hidden_of_figure_and_ground():
+    fg = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
+    assert guides.region_shares(fg, torch.tensor([[0, 2], [1, 2]])) == pytest.approx(
+        {"fg_hidden": 1 / 3, "bg_hidden": 3 / 5}
+    )
+    assert guides.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {"fg_hidden": 0.0, "bg_hidden": 0.5}
+
+
+def test_attention_by_part_is_1_where_attention_is_even(figures):
+    split = dict(loader.open_split(figures, "val"))
+    split["parts"] = np.uint8(split["fg"] > 127)
+    split["header"] = split["header"] | {"parts": ["ground", "figure", "nowhere"]}
+    torch.manual_seed(0)
+    encoder = ViT(32, 8, 32, 1, 1)
+    with torch.no_grad():
+        encoder.blocks[-1].attn.qkv.weight.zero_()
+    found = evaluate.attention_by_part(encoder, 32, lambda: torch.autocast("cpu", enabled=False), split)
+    assert found == {"ground": 1.0, "figure": 1.0}
+    with torch.no_grad():  # now it looks at what is bright: the ratio must leave 1
+        torch.nn.init.normal_(encoder.blocks[-1].attn.qkv.weight, std=0.5)
+    found = evaluate.attention_by_part(encoder, 32, lambda: torch.autocast("cpu", enabled=False), split)
+    assert abs(found["figure"] - 1) > 0.01
+
+
+# ---- every strategy, as a user runs it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)])
+def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
+    monkeypatch.chdir(tmp_path)
+    write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
+    run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--out", "out", "--every", 1)
+    rows = plumbing.read_log("out/log.jsonl")
+    last = [r for r in rows if "loss" in r][-1]
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
+    if masking.NEEDS.get(mask.split(":")[0]) == "fg" and "shuffle" not in mask:
+        first, other = ("fg_hidden", "bg_hidden") if mask == "fg_heavy" else ("bg_hidden", "fg_hidden")
+        assert last[first] > last[other]
+    assert ("mask_entropy" in last) == mask.startswith("learned")
+    assert {p.name for p in Path("out/snapshots").iterdir()} == {"encoder-0001.safetensors", "encoder-0002.safetensors"}
+
+
+def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, "--mask", "simmim", *QUICK, "--out", "sim")
+    assert "6 of them visible" in capsys.readouterr().out  # of 16
+    header = json.loads(header_of("sim/model.safetensors"))
+    assert header["run"]["ratio"] == "0.6" and "decoder_depth" not in header["config"]
+    run(monkeypatch, "--data", figures, "--mask", "attn_high", "--teacher", "sim", *QUICK, "--out", "pupil")
+    assert "attention of sim" in capsys.readouterr().out
+
+
+def header_of(path):
+    with safe_open(path, "pt") as f:
+        return f.metadata()["animask"]
+
+
+def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypatch):
+    """The same crops, and in the place of each image's map that of its neighbour in the batch."""
+    seen, plain = [], guides.cut
+
+    def noted(need, maps, rows, *rest):
+        seen.append(rows)
+        return plain(need, maps, rows, *rest)
+
+    monkeypatch.setattr(guides, "cut", noted)
+    monkeypatch.chdir(tmp_path)
+    for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
+        run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1])
+    half = len(seen) // 2
+    assert half and all(torch.equal(a.roll(1), b) for a, b in zip(seen[:half], seen[half:], strict=True))
+
+
+def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", figures, "--mask", "learned:start=0,ramp_for=0", *QUICK]
+    run(monkeypatch, *words, "--out", "whole")
+
+    plain = guides.Guide.follow
+
+    def stop_at_5(self, encoder, t):
+        plain(self, encoder, t)
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(guides.Guide, "follow", stop_at_5)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *words, "--out", "parts")
+    monkeypatch.setattr(guides.Guide, "follow", plain)
+    run(monkeypatch, *words, "--out", "parts", "--resume")
+    a, b = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("whole", "parts"))
+    for key in ("model", "predictor"):
+        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
+
+
+def as_dino(run_folder, path):
+    """A run's encoder in the format of DINO's full checkpoints: a student, and a teacher with prefixes and a head."""
+    weights = {k: w for k, w in load_file(f"{run_folder}/model.safetensors").items() if not is_decoder(k)}
+    teacher = {"module.backbone." + k: w for k, w in weights.items()} | {"module.head.mlp.0.weight": torch.zeros(4, 4)}
+    student = {k: torch.zeros_like(w) for k, w in teacher.items()}
+    torch.save({"student": student, "teacher": teacher, "epoch": 7}, path)
+
+
+def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
+    """--init dino.pth adapts it to these images, --teacher lets what came of it guide."""
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
+    as_dino("first", "dino.pth")
+    Path("config.json").write_text('{"num_attention_heads": 1}')
+    run(monkeypatch, "--data", figures, *QUICK, "--init", "dino.pth", "--out", "adapted")
+    assert "dino.pth: encoder, the decoder starts anew" in capsys.readouterr().out
+    for words in (
+        ["--teacher", "dino.pth"],
+        ["--teacher", "adapted"],
+        ["--teacher", "adapted", "--attention", "received"],
+    ):
+        out = f"pupil{len(words)}-{words[1]}"
+        run(monkeypatch, "--data", figures, *QUICK, "--mask", "attn_high:beta=2", *words, "--out", out)
+        assert f"attention of {words[1]}" in capsys.readouterr().out
+        assert (Path(out) / "attn-00000000.safetensors").exists()
+
+
+def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
+    run(monkeypatch, "--data", figures, *QUICK, "--mask", "simmim", "--init", "first", "--out", "simmim")
+    run(monkeypatch, "--data", figures, *QUICK, "--init", "simmim", "--out", "back")
+    assert capsys.readouterr().out.count("the decoder starts anew") == 2
+    run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
+    assert "first: encoder and decoder" in capsys.readouterr().out
+    rows = [[r for r in plumbing.read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
+    assert rows[1][0]["val_mse"] == pytest.approx(rows[0][-1]["val_mse"], rel=0.02)  # it goes on where that one ended
+
+
+def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
+    """Its code is put into mask.py's place, named in STRATEGIES, and trains."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
+    assert len(code.strip().splitlines()) <= 10
+    exec(code, vars(masking))
+    monkeypatch.setitem(masking.STRATEGIES, "middle", masking.middle)
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
+    assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
+    priority = masking.middle({}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5)
+    often = torch.zeros(64).scatter_add_(0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32))
+    assert often.view(8, 8)[3:5, 3:5].min() > 2 * often.view(8, 8)[0].max()
+
+
+# ---- which maps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_maps_goes_before_the_truth_and_both_can_be_asked_for(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = loader.open_split(figures, "train")
+    assert guides.open_maps("fg", "auto", figures, train)[2].startswith("the true figure masks")
+    n = len(train["images"])
+    header = {"map": "saliency", "quality": "coarse", "data_digest": loader.fingerprint(train), "grid": 2}
+    path = Path("maps") / figures.name / "saliency.safetensors"
+    loader.write_rows(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
+    maps, _, what = guides.open_maps("fg", "auto", figures, train)
+    assert maps.shape == (n, 2, 2) and what == f"{path} coarse"
+    assert guides.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)
+
+
+def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
+    def refusal(*words):
+        done = stage("pretrain.py", *words, *QUICK, "--out", tmp_path / "out", cwd=tmp_path)
+        assert not (tmp_path / "out").exists()
+        return refused(done)
+
+    assert f"python maps.py --data {small} --map saliency" in refusal("--data", small, "--mask", "fg_heavy")
+    assert f"python maps.py --data {figures} --map parts" in refusal("--data", figures, "--mask", "parts")
+    line = refusal("--data", small, "--mask", "bg_heavy", "--maps", "truth")
+    assert "has no figure masks" in line and "maps.py" in line
+    write_parts(figures, tmp_path / "other" / "parts.safetensors")
+    assert "another data set" in refusal("--data", small, "--mask", "parts", "--maps", tmp_path / "other")
+    assert "no parameter 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
+    line = refusal("--data", small, "--init", "nowhere")
+    assert "nowhere" in line

@@ -1,0 +1,267 @@
+"""maps.py as a user runs it, and the algorithms of saliency.py on pictures whose truth is drawn."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused, stage
+from safetensors import safe_open
+
+import evaluate
+import loader
+import maps
+import mask as masking
+import plumbing
+import saliency
+from checkpoints import save_model
+from lab import metrics
+from model import MAE
+from plumbing import UserError
+
+
+def drawn(n=12, side=64, seed=0):
+    """Disks on a gradient: images u8 (n, side, side, 3) and the true figure, bool (n, side, side)."""
+    g = plumbing.seeded(seed)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    centre = 0.5 * torch.rand(2, n, 1, 1, generator=g) - 0.25
+    figure = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 0.35
+    colour = torch.rand(3, n, 1, 1, 3, generator=g)
+    ground = colour[0] + 0.25 * (colour[1] - 0.5) * x[..., None]
+    texture = 0.03 * torch.randn(n, side, side, 3, generator=g)
+    away = (colour[0] + 0.5) % 1  # a colour that is not the ground's
+    return (255 * (torch.where(figure[..., None], away, ground) + texture).clamp(0, 1)).byte(), figure
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    torch.manual_seed(0)
+    save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
+    return folder
+
+
+def here(*words):
+    """maps.py with these words, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["maps.py", *map(str, words)])
+        maps.main()
+
+
+@pytest.fixture(scope="module")
+def made(small, run, tmp_path_factory):
+    """All the maps of the small set -> their folder."""
+    out = tmp_path_factory.mktemp("maps")
+    stage("maps.py", "--data", small, "--map", "saliency", "--out", out, cwd=out, check=0)
+    here("--data", small, "--map", "attn", "--run", run, "--out", out)
+    here("--data", small, "--map", "parts", "--parts", 3, "--run", run, "--out", out)
+    return out
+
+
+# ---- the algorithms -------------------------------------------------------------------------------------------------
+
+
+def test_coarse_finds_drawn_figures():
+    images, figure = drawn()
+    found, true = (saliency.to_patches(m, 12) for m in (saliency.coarse(images), figure))
+    scores = [metrics.auc(f, t > 0.5) for f, t in zip(found, true, strict=True)]
+    assert np.mean(scores) > 0.95 and min(scores) > 0.85  # the centre alone has .93
+    assert metrics.iou(found > 0.5, true > 0.5) > 0.7
+
+
+@pytest.mark.parametrize("fill", [0, 7, 255])
+def test_a_picture_of_one_colour_gives_finite_maps(fill):
+    images = torch.full((2, 40, 40, 3), fill, dtype=torch.uint8)
+    tokens = torch.full((2, 16, 8), 0.3)
+    for found in (saliency.coarse(images), saliency.refined(images, tokens, tokens.mean(0))):
+        assert found.shape == (2, saliency.GRID, saliency.GRID) and found.isfinite().all()
+        assert found.min() >= 0 and found.max() <= 1
+
+
+def test_lab_is_that_of_others():
+    color = pytest.importorskip("skimage.color")
+    images = torch.randint(0, 256, (1, 16, 16, 3), generator=plumbing.seeded(0), dtype=torch.uint8)
+    assert np.abs(saliency.to_lab(images)[0].numpy() - color.rgb2lab(images[0].numpy())).max() < 0.05
+
+
+def test_geodesic_distance_goes_around_a_wall_and_is_free_on_flat_ground():
+    colours = torch.zeros(1, 5, 5, 1)
+    colours[0, :4, 2] = 50.0  # a wall with a gap at the bottom
+    closed = colours.clone()
+    closed[0, 4, 2] = 50.0
+    left, right = 0, 4
+    assert saliency.geodesic(colours)[0, left, right] == 0
+    assert saliency.geodesic(closed)[0, left, right] == 2 * (50 - saliency.NOISE)
+    distance = saliency.geodesic(torch.rand(2, 5, 5, 3, generator=plumbing.seeded(1)) * 40)
+    assert torch.equal(distance, distance.transpose(1, 2))
+    assert (distance[:, :, :, None] + distance[:, None] >= distance[:, :, None].transpose(2, 3) - 1e-3).all()
+
+
+def test_the_border_leaves_out_the_lower_edge():
+    edge = saliency.border(6).view(6, 6)
+    assert edge[0].all() and edge[:, 0].all() and edge[:, -1].all()
+    assert not edge[-1, 1:-1].any() and not edge[1:-1, 1:-1].any()
+
+
+def test_the_cut_separates_two_groups_that_differ_a_little():
+    g = plumbing.seeded(3)
+    group = torch.rand(4, 30, generator=g) < 0.4
+    tokens = torch.randn(4, 30, 8, generator=g) * 0.3 + group[..., None] * torch.ones(8)
+    side = saliency.normalized_cut(saliency.contrast(tokens, torch.zeros(30, 8)))
+    for s, true in zip(side, group, strict=True):
+        assert max(metrics.auc(s, true), metrics.auc(-s, true)) > 0.99
+
+
+def test_refined_follows_features_where_colours_say_nothing():
+    """A picture of one colour: the coarse map has nothing but the centre to go by; the features know better."""
+    _, figure = drawn(8)
+    images, true = torch.full((8, 64, 64, 3), 90, dtype=torch.uint8), saliency.to_patches(figure, 8) > 0.5
+    g = plumbing.seeded(0)
+    tokens = 0.3 * torch.randn(8, 64, 16, generator=g) + true[..., None] * torch.randn(16, generator=g)
+    both = (saliency.coarse(images), saliency.refined(images, tokens, torch.zeros(64, 16)))
+    found = [saliency.to_patches(m, 8) for m in both]
+    coarse, refined = (np.mean([metrics.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found)
+    assert refined > coarse + 0.02 and refined > 0.97
+
+
+def test_kmeans_finds_clusters_and_is_no_worse_than_scikit_learns():
+    cluster = pytest.importorskip("sklearn.cluster")
+    g = plumbing.seeded(5)
+    x = torch.randn(5, 1, 4, generator=g) * 6 + torch.randn(5, 60, 4, generator=g)
+    x = x.reshape(-1, 4)
+    centres = saliency.kmeans(x, 5, plumbing.seeded(0))
+    ours = torch.cdist(x, centres).min(1).values.square().sum().item()
+    assert ours < 1.001 * cluster.KMeans(5, n_init=4, random_state=0).fit(x.numpy()).inertia_
+    assert torch.equal(centres, saliency.kmeans(x, 5, plumbing.seeded(0)))
+    sizes = torch.bincount(torch.cdist(x, centres).argmin(1), minlength=5)
+    assert (sizes[:-1] >= sizes[1:]).all()
+
+
+def test_kmeans_of_fewer_kinds_of_points_than_centres():
+    centres = saliency.kmeans(torch.ones(6, 3), 4, plumbing.seeded(0))
+    assert centres.shape == (4, 3) and centres.isfinite().all()
+
+
+def test_parts_are_those_of_the_figure_only():
+    tokens, figure = torch.randn(3, 16, 4, generator=plumbing.seeded(0)), torch.zeros(3, 16, dtype=torch.bool)
+    figure[0] = True
+    figure[1, 3] = True  # and the third picture has no figure at all
+    parts = saliency.parts_of(tokens, figure, tokens.mean(0), torch.randn(5, 4, generator=plumbing.seeded(1)))
+    assert parts.dtype == torch.uint8 and torch.equal(parts > 0, figure) and parts.max() <= 5
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_hold_what_the_docstring_says(small, run, made):
+    train = loader.open_split(small, "train")
+    n = len(train["images"])
+    expected = {"saliency": ((n, 32, 32), np.uint8), "attn": ((n, 4, 4), np.float16), "parts": ((n, 4, 4), np.uint8)}
+    assert {p.name for p in made.iterdir()} == {f"{m}.safetensors" for m in expected} | {
+        f"sheet-{m}.png" for m in expected}  # fmt: skip
+    for name, (shape, dtype) in expected.items():
+        found = loader.open_map(made, name, train)
+        assert found.shape == shape and found.dtype == dtype
+        with safe_open(made / f"{name}.safetensors", "pt") as f:  # as anybody else reads it
+            about = json.loads(f.metadata()["animask"])
+        assert about["map"] == name and about["grid"] == shape[1] and about["images"] == n
+        assert about["data_digest"] == loader.fingerprint(train) and about["split"] == "train" and about["commit"]
+        assert about["by"] == ("" if name == "saliency" else str(run))
+    assert loader.open_tensors(made / "parts.safetensors")["header"]["parts"] == 3
+    assert loader.open_map(made, "parts", train).max() <= 3
+    attention = loader.open_map(made, "attn", train).astype(np.float32)
+    assert (attention > 0).all() and (attention.sum((1, 2)) < 1).all()  # CLS keeps some for itself
+
+
+def test_same_command_same_bytes(small, run, made, tmp_path):
+    here("--data", small, "--map", "saliency", "--out", tmp_path)
+    words = ("--map", "parts", "--parts", 3, "--run", run)
+    stage("maps.py", "--data", small, *words, "--out", tmp_path, cwd=tmp_path, check=0)
+    for name in ("saliency", "parts"):  # one made in a process of its own, the other not; made the other way round
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == (made / f"{name}.safetensors").read_bytes()
+
+
+def test_rows_are_in_the_order_of_the_images(small, made):
+    train = loader.open_split(small, "train")
+    found = saliency.coarse(torch.from_numpy(np.array(train["images"][5:7]))) * 255
+    assert np.abs(loader.open_map(made, "saliency", train)[5:7] - found.numpy()).max() <= 1
+
+
+def test_refined_and_received_and_another_split(small, run, tmp_path):
+    out = ("--data", small, "--split", "val", "--run", run, "--out", tmp_path)
+    here("--map", "saliency", "--quality", "refined", *out)
+    here("--map", "attn", "--source", "received", *out)
+    val = loader.open_split(small, "val")
+    assert loader.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (len(val["images"]), 32, 32)
+    assert loader.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "received"
+    with pytest.raises(UserError, match="--map saliency --out"):  # val's maps are not train's
+        loader.open_map(tmp_path, "saliency", loader.open_split(small, "train"))
+
+
+def test_a_hot_cell_follows_crop_and_flip():
+    """What the figure is in the image is the figure in the view, wherever the crop moved it."""
+    hot = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    hot[0, 8:12, 20:24] = 255
+    for flip in (False, True):
+        view = loader.view_maps(hot, torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([flip]), 8)[0]
+        rows, columns = torch.where(view > 0.7 * view.max())  # the crop begins at row 8 and column 16 of the map
+        assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == ({4, 5} if flip else {2, 3})
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_what_maps_refuses(small, run, made, tmp_path):
+    def no(*words):
+        with pytest.raises(UserError) as problem:
+            here("--data", small, "--out", tmp_path, *words)
+        return str(problem.value)
+
+    line = refused(stage("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=tmp_path))
+    assert "--run runs/NAME" in line
+    assert "--run runs/NAME" in no("--map", "saliency", "--quality", "refined")
+    assert "--parts 17" in no("--map", "parts", "--run", run, "--parts", 17)
+    assert "--parts 0" in no("--map", "parts", "--run", run, "--parts", 0)
+    assert "--source" in no("--map", "saliency", "--source", "cls")
+    assert "--run" in no("--map", "saliency", "--run", run)
+    assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
+    before = (made / "saliency.safetensors").read_bytes()
+    assert "is there already" in no("--map", "saliency", "--out", made)
+    assert (made / "saliency.safetensors").read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def test_what_open_map_refuses(small, made, tmp_path):
+    train, val = loader.open_split(small, "train"), loader.open_split(small, "val")
+    n, about = len(train["images"]), loader.open_tensors(made / "saliency.safetensors")["header"]
+
+    def write(name, shape, header):
+        loader.write_rows(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
+        return tmp_path / name
+
+    for path, split, kind, words in (
+        (tmp_path / "none", train, "attn", ("no attn maps", f"python maps.py --data {small} --map attn")),
+        (made / "saliency.safetensors", train, "parts", ("maps of saliency, not of parts", "--map parts")),
+        (made / "saliency.safetensors", val, "saliency", ("another data set", "--split val")),
+        (small / "train.safetensors", train, "saliency", ("not of saliency", "--out OTHER")),
+        (write("few.safetensors", (n - 1, 32, 32), about), train, "saliency", ("shape", str((n, 32, 32)))),
+        (write("fine.safetensors", (n, 8, 8), about), train, "saliency", ("shape", str((n, 32, 32)))),
+    ):
+        with pytest.raises(UserError) as problem:
+            loader.open_map(path, kind, split)
+        assert all(word in str(problem.value) for word in words), problem.value
+    whole = (made / "saliency.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole file"):
+        loader.open_map(tmp_path / "cut.safetensors", "saliency", train)
+
+
+# ---- sheets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))
+def test_a_sheet_shows_exactly_what_is_hidden(strategy):
+    hidden = evaluate.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
+    for ratio, h in hidden.items():
+        assert h.shape == (5, 6, 6) and (h.flatten(1).sum(1) == 36 - masking.kept(36, ratio)).all()

@@ -1,0 +1,222 @@
+"""Metrics, classifiers and statistics against scikit-learn, scikit-image, scipy, and against formulas by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, top_k_accuracy_score
+from sklearn.model_selection import GroupKFold
+from sklearn.neighbors import KNeighborsClassifier
+
+from lab import heads, metrics, stats
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """Five overlapping classes in 12 correlated dimensions: train and held features and labels."""
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (400,), generator=draws)
+    centres, mix = torch.randn(5, 12, generator=draws), torch.randn(12, 12, generator=draws)
+    x = (centres[labels] + 0.8 * torch.randn(400, 12, generator=draws)) @ mix
+    return x[:300], labels[:300], x[300:], labels[300:]
+
+
+# ---- scikit-learn --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
+def test_logistic_regression_is_sklearns(blobs, C):
+    x, labels, held, _ = blobs
+    z, z_held = heads.standardise(x, held)
+    theirs = LogisticRegression(C=C, tol=1e-10, max_iter=10000).fit(z.numpy(), labels.numpy())
+    W, b = heads.logistic(z, labels, 5, C, tolerance=1e-9)
+    ours = (z_held @ W + b).softmax(1).numpy()
+    assert np.abs(ours - theirs.predict_proba(z_held.numpy())).max() < 1e-6
+
+
+def test_what_a_probe_fits_is_within_a_thousandth_of_the_minimum(blobs):
+    """fit_logistic, in float32 first: what probe.py runs."""
+    z, labels = heads.standardise(blobs[0])[0], blobs[1]
+    exact = heads.logistic(z, labels, 5, 0.1, tolerance=1e-10)
+    quick = heads.fit_logistic(z, labels, 5, 0.1)
+    assert all((a - b).abs().max() < 1e-3 for a, b in zip(exact, quick, strict=True))
+
+
+def test_ridge_is_sklearns(blobs):
+    z, labels = heads.standardise(blobs[0])[0], blobs[1]
+    theirs = Ridge(alpha=10.0).fit(z.numpy(), np.eye(5)[labels.numpy()])
+    W, b = heads.ridge(z, labels, 5, 10.0)
+    np.testing.assert_allclose(W.T.numpy(), theirs.coef_, atol=1e-9)
+    np.testing.assert_allclose(b.numpy(), theirs.intercept_, atol=1e-9)
+
+
+def test_knn_counts_as_sklearn_does(blobs):
+    x, labels, held, truth = blobs
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs.fit(x.numpy(), labels.numpy())
+    found = metrics.knn_votes(x, labels, held, 5).argmax(1)
+    assert found.tolist() == theirs.predict(held.numpy()).tolist()
+    assert metrics.knn_top1(x, labels, held, truth) == pytest.approx(theirs.score(held.numpy(), truth.numpy()))
+
+
+def test_classification_is_sklearns(blobs):
+    scores, truth = torch.randn(200, 5, generator=torch.Generator().manual_seed(1)), blobs[1][:200]
+    found = scores.argmax(1)
+    table = metrics.confusion(found, truth, 5)
+    assert metrics.macro_f1(table) == pytest.approx(f1_score(truth, found, average="macro"))
+    assert (table.numpy() == confusion_matrix(truth, found)).all()
+    assert metrics.topk(scores, truth, 3) == pytest.approx(top_k_accuracy_score(truth, scores, k=3))
+
+
+def test_retrieval_is_the_mean_of_sklearns_average_precision(blobs):
+    x, labels = blobs[0][:120], blobs[1][:120]
+    groups = torch.arange(120) // 2
+    unit = torch.nn.functional.normalize(x, dim=1)
+    similarity, precision, first, fifth = (unit @ unit.T).numpy(), [], [], []
+    for i in range(120):
+        others = (groups != groups[i]).numpy()
+        right = (labels == labels[i]).numpy()[others]
+        precision.append(average_precision_score(right, similarity[i][others]))
+        order = right[np.argsort(-similarity[i][others])]
+        first, fifth = first + [order[0]], fifth + [order[:5].any()]
+    found = metrics.retrieval(x, labels, groups)
+    assert found["map"] == pytest.approx(np.mean(precision), abs=1e-6)
+    assert (found["recall1"], found["recall5"]) == pytest.approx((np.mean(first), np.mean(fifth)))
+
+
+def test_folds_keep_groups_together_and_are_even():
+    groups = np.random.default_rng(0).integers(60, size=300)
+    fold = heads.folds(groups)
+    assert all(len(set(fold[groups == g].tolist())) == 1 for g in np.unique(groups))
+    sizes = torch.bincount(fold)
+    assert len(sizes) == 5 and sizes.min() > 40 and GroupKFold(5).get_n_splits() == 5
+
+
+def test_cross_validation_prefers_regularisation_where_features_are_noise(blobs):
+    noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
+    mostly_noise, = heads.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
+    signal, = heads.standardise(blobs[0])
+    chosen = [heads.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)]
+    assert chosen[0] < chosen[1] or chosen[0] == heads.STRENGTHS[0]
+
+
+def test_the_mae_recipe_learns_and_repeats_itself(blobs):
+    x, labels, held, truth = blobs
+    views = torch.stack([x, x + 0.01])
+    first, second = (heads.bn_linear(views, labels, 5, rates=(0.1, 1.0), epochs=20, seed=3)(held) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    plain = LogisticRegression(max_iter=1000).fit(x, labels).score(held, truth)
+    assert metrics.topk(first[1], truth, 1) > plain - 0.05
+
+
+# ---- by hand -------------------------------------------------------------------------------------------------------
+
+
+def test_head_mid_and_tail():
+    table = torch.tensor([[8, 2, 0], [1, 3, 0], [2, 0, 0]])
+    counts = torch.tensor([500, 50, 5])
+    assert metrics.by_frequency(table, counts) == {"head": 0.8, "mid": 0.75, "tail": 0.0}
+    assert metrics.by_frequency(table, torch.tensor([500, 500, 500]))["tail"] is None
+    assert metrics.frequency_correlation(table, counts) == pytest.approx(
+        np.corrcoef([0.8, 0.75, 0.0], np.log([500, 50, 5]))[0, 1])  # fmt: skip
+    assert metrics.frequency_correlation(table, torch.tensor([7, 7, 7])) is None
+
+
+def test_few_shot_of_far_classes_is_perfect_and_of_noise_is_chance():
+    labels, draws = torch.arange(200) % 10, torch.Generator().manual_seed(0)
+    far = torch.eye(10)[labels] + 0.01 * torch.randn(200, 10, generator=draws)
+    episodes = metrics.draw_episodes(labels[:100], labels[100:], 5, 1, draws, 200)
+    examples, questions = episodes
+    assert examples.shape == (200, 5, 1) and questions.shape == (200, 5, 15) and (questions < 0).any()  # 10 a class
+    assert metrics.few_shot(far[:100], far[100:], *episodes).mean() == 1
+    noise = torch.randn(200, 30, generator=draws)
+    assert abs(metrics.few_shot(noise[:100], noise[100:], *episodes).mean() - 0.2) < 0.03
+    for e, q in zip(*episodes, strict=True):
+        assert (labels[:100][e[:, 0]][:, None] == labels[100:][q])[q >= 0].all()
+    assert metrics.draw_episodes(labels[:100], labels[100:], 11, 1, draws) is None
+
+
+def test_first_crossing_is_interpolated():
+    assert metrics.first_crossing([0, 10, 20], [50, 60, 80], 70) == 15
+    assert metrics.first_crossing([0, 10], [50, 60], 40) == 0
+    assert metrics.first_crossing([0, 10], [50, 60], 61) is None
+
+
+def test_thumbnails_are_means_of_cells():
+    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    cells = images.float().view(2, 4, 4, 4, 4, 3).mean((2, 4)) / 255 - 0.5  # (2, row, column, 3)
+    torch.testing.assert_close(metrics.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
+
+
+# ---- scikit-image --------------------------------------------------------------------------------------------------
+
+
+def test_psnr_and_ssim_are_skimages():
+    rng = np.random.default_rng(0)
+    a = rng.integers(256, size=(3, 40, 40, 3)).astype(np.uint8)
+    b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    everywhere = torch.ones(3, 40, 40, dtype=torch.bool)
+    pair = torch.tensor(a), torch.tensor(b)
+    ours, similar = metrics.psnr(*pair, everywhere), metrics.ssim_map(*pair)
+    for i in range(3):
+        assert ours[i].item() == pytest.approx(peak_signal_noise_ratio(a[i], b[i]), abs=1e-9)
+        theirs = structural_similarity(a[i], b[i], channel_axis=2, gaussian_weights=True, use_sample_covariance=False)
+        assert similar[i, 5:-5, 5:-5].mean().item() == pytest.approx(theirs, abs=1e-9)
+
+
+def test_psnr_looks_only_where_it_is_asked():
+    a, where = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.bool)
+    b = a.clone()
+    b[0, :4], where[0, 4:] = 255, True
+    b[0, 4:] = 51
+    assert metrics.psnr(a, b, where).item() == pytest.approx(10 * math.log10(25))
+    assert metrics.psnr(a, b, torch.zeros_like(where)).isnan().all()
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 9, 30])
+def test_students_t_is_scipys(df):
+    for t in (0.1, 1.0, 2.7, 12.0):
+        assert stats.t_two_sided(t, df) == pytest.approx(2 * scipy_stats.t.sf(t, df), abs=1e-12)
+    assert stats.t_quantile(df) == pytest.approx(scipy_stats.t.ppf(0.975, df), rel=1e-9)
+
+
+def test_the_t_interval_is_scipys_and_2_48_deviations_wide_at_three_seeds():
+    d = [1.0, 2.5, 1.8]
+    found, theirs = stats.paired_t(d), scipy_stats.ttest_1samp(d, 0)
+    low, high = theirs.confidence_interval()
+    assert (found["low"], found["high"], found["p"]) == pytest.approx((low, high, theirs.pvalue))
+    assert (found["high"] - found["mean"]) / np.std(d, ddof=1) == pytest.approx(2.484, abs=1e-3)
+
+
+def test_the_bootstrap_resamples_illustrations_not_images():
+    """Ten copies of each image in one illustration: the interval must be as wide as that of one of each."""
+    rng = np.random.default_rng(0)
+    one = rng.normal(0.5, 1, (3, 60))
+    alone = stats.bootstrap(one, np.arange(60))
+    copied = stats.bootstrap(one.repeat(10, 1), np.arange(60).repeat(10))
+    wrong = stats.bootstrap(one.repeat(10, 1), np.arange(600))
+    assert copied["low"] == pytest.approx(alone["low"]) and copied["high"] == pytest.approx(alone["high"])
+    assert wrong["high"] - wrong["low"] < 0.7 * (alone["high"] - alone["low"])
+    assert alone["mean"] == pytest.approx(one.mean()) and stats.bootstrap(one, np.arange(60)) == alone
+
+
+def test_the_bootstrap_covers_the_truth():
+    """200 experiments of 5 seeds and 80 images with no true difference: about 5 % of the intervals miss 0."""
+    rng, missed = np.random.default_rng(1), 0
+    for _ in range(200):
+        d = rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 1, (5, 80))
+        found = stats.bootstrap(d, np.arange(80), draws=300)
+        missed += not found["low"] <= 0 <= found["high"]
+    assert 2 <= missed <= 40  # a percentile bootstrap over few seeds is known to be somewhat narrow
+
+
+def test_holm():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.6, 0.7]) == [1.0, 1.0] and stats.holm([]) == []

@@ -1,0 +1,229 @@
+"""probe.py as a user runs it, on a run of seconds; features that are refused; comparison of runs."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_folder, refused, stage
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import data
+import loader
+import pretrain
+import probe
+from lab import compare, features, figures
+from model import ViT
+from plumbing import UserError
+
+QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
+FAST = ["--device", "cpu", "--dtype", "fp32", "--views", 2]
+
+
+def run_probe(monkeypatch, *words, looking=False):
+    """probe.main in this process; without the pictures, which are slow and looked at once."""
+    if not looking:
+        monkeypatch.setattr(probe, "draw", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, words)])
+    probe.main()
+
+
+def relative(run, other, **flags):
+    """A copy of a run as if it had been made with other flags: slightly other weights."""
+    shutil.copytree(run, other)
+    with safe_open(run / "model.safetensors", "pt") as f:
+        about = json.loads(f.metadata()["animask"])
+        weights = {k: f.get_tensor(k) * (1 + 0.01 * len(other.name)) for k in f.keys()}  # noqa: SIM118
+    about["run"] |= flags
+    save_file(weights, other / "model.safetensors", {"animask": json.dumps(about)})
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Two seeds of random masks and one of green noise, and what probe.py printed of the first."""
+    base = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["pretrain.py", "--data", small, "--out", base / "random-s0", *QUICK, "--every", 1]
+        patch.setattr(sys, "argv", [str(w) for w in words])
+        pretrain.main()
+    relative(base / "random-s0", base / "random-s1", seed=1)
+    relative(base / "random-s0", base / "green-s0", mask="green")
+    done = stage("probe.py", base / "random-s0", *FAST, "--snapshots", cwd=base, check=0)
+    return base, done
+
+
+def test_one_command_writes_what_its_docstring_says(runs):
+    base, done = runs
+    written = {"probe.json", "features.safetensors", "attention.png", "patches.png", "neighbours.png", "scatter.png",
+               "confusion.png", "snapshots.png"}  # fmt: skip
+    assert written <= {p.name for p in (base / "random-s0").iterdir()}
+    assert len(list(base.glob("controls-*.safetensors"))) == 1
+    report = json.loads((base / "random-s0" / "probe.json").read_text())
+    rows = report["rows"]
+    assert [*rows] == ["mean", "cls", "extremes", "untrained mean", "untrained cls", "untrained extremes",
+                       "thumb4", "thumb8", "thumb16", "chance"]  # fmt: skip
+    for row in rows.values():
+        assert {"logistic", "linear", "knn", "retrieval", "few_shot"} <= set(row)
+    assert report["headline"] == rows["mean"]["logistic"]["top1"]
+    assert rows["thumb4"]["logistic"]["top1"] > 0.9 and rows["chance"]["logistic"]["top1"] < 0.5  # classes are colours
+    assert [epoch for epoch, _ in report["snapshots"]] == [1, 2] and report["efficiency"]["threshold"] > 0
+    assert max(map(len, done.stdout.split("wrote")[0].splitlines()[3:15])) <= 100
+    assert "in the forward pass" in done.stdout and "untrained mean" in done.stdout
+
+
+def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
+    """In another process, and with features that are extracted again."""
+    run = runs[0] / "random-s0"
+    first = json.loads((run / "probe.json").read_text())
+    (run / "features.safetensors").unlink()
+    run_probe(monkeypatch, run, *FAST)
+    again = json.loads((run / "probe.json").read_text())
+    assert again["rows"] == first["rows"] and again["efficiency"] == first["efficiency"]
+
+
+def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
+    base, _ = runs
+    made = (base / "random-s0" / "features.safetensors").stat().st_mtime_ns
+    run_probe(monkeypatch, base / "random-s0", base / "random-s1", base / "green-s0", *FAST)
+    assert (base / "random-s0" / "features.safetensors").stat().st_mtime_ns == made  # extracted once
+    report = json.loads((base / "compare" / "compare.json").read_text())
+    assert report["configurations"]["random"]["runs"] == 2 and report["configurations"]["green"]["runs"] == 1
+    assert report["configurations"]["random"]["logistic"]["std"] is not None
+    assert [row["seeds"] for row in report["pairs"]] == [[0]] * 3
+    assert {row["verdict"] for row in report["pairs"]} == {"undecided: one seed"}
+    assert (base / "compare" / "curves.png").exists() and (base / "compare" / "compare.md").read_text() in (
+        capsys.readouterr().out)  # fmt: skip
+
+
+def fake(run, seed, right, **config):
+    top1 = {head: {"top1": right.double().mean().item()} for head in compare.HEADS}
+    return {"run": run, "path": run, "config": {"seed": seed, **config}, "rows": {"mean": top1}, "efficiency": None,
+            "right": dict.fromkeys(compare.HEADS, right)}  # fmt: skip
+
+
+def test_a_difference_is_supported_only_where_there_is_one():
+    """Five seeds: 20 points better on the same images is supported, the same accuracy on others is not."""
+    draws, reports = torch.Generator().manual_seed(0), []
+    for seed in range(5):
+        right = torch.rand(400, generator=draws) < 0.6
+        better = right | (torch.rand(400, generator=draws) < 0.5)
+        other = torch.rand(400, generator=draws) < 0.6
+        for name, found in (("plain", right), ("good", better), ("same", other)):
+            reports.append(fake(f"{name}-s{seed}", seed, found, mask=name))
+    configs = compare.by_config(reports)
+    assert [*configs] == ["plain", "good", "same"]
+    verdicts = {row["pair"]: row["verdict"] for row in compare.pairs(configs, np.arange(400), claim=5)}
+    assert verdicts == {"good - plain": "supported", "same - plain": "undecided"}
+    rows = compare.pairs(configs, np.arange(400), claim=50)  # better, but by less than was claimed
+    assert {row["verdict"] for row in rows} == {"undecided"}
+
+
+def test_efficiency_against_a_log():
+    rows = [{"epoch": 0, "seconds": 1, "knn": 50}, {"epoch": 5, "seconds": 60, "memory_mb": 900},
+            {"epoch": 10, "seconds": 101, "knn": 70}, {"epoch": 20, "seconds": 201, "knn": 80}]  # fmt: skip
+    found = probe.efficiency(rows, 75)
+    assert (found["reached_epoch"], found["reached_seconds"], found["peak_memory_mb"]) == (15, 151, 900)
+    assert probe.efficiency(rows, 81)["reached_epoch"] is None and "not reached" in probe.efficiency_line(
+        probe.efficiency(rows, 81), "absolute")  # fmt: skip
+    assert probe.efficiency([], 75) is None
+
+
+def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
+    parts = features.open_parts(small)
+    parts["train"]["header"]["groups"] = [f"g{i // 4}" for i in range(len(parts["train"]["labels"]))]
+    fit, choose, where = features.hold_out(parts)
+    groups = features.groups_of(parts["train"])
+    assert where == "train" and 0.05 < len(choose) / len(groups) < 0.2
+    assert not set(groups[fit].tolist()) & set(groups[choose].tolist())
+
+
+def test_features_are_those_of_the_encoder(small):
+    """The first view is the whole image, unflipped; pools are what they say; thumbnails follow the same crop."""
+    encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_parts(small)["val"]
+    clock = {}
+    found = features.extract(features.encoder_look(encoder, 32, torch.no_grad, clock), split, 2, torch.device("cpu"))
+    view = next(loader.whole_views(split["images"], torch.arange(5), 32, torch.device("cpu")))[1]
+    with torch.no_grad():
+        tokens = encoder.features(view)
+    torch.testing.assert_close(found["mean"][0, :5], tokens[:, 1:].mean(1).half())
+    torch.testing.assert_close(found["cls"][0, :5], tokens[:, 0].half())
+    assert found["extremes"].shape == (2, len(split["labels"]), 64) and clock["forward"] > 0
+    assert not torch.equal(found["mean"][0], found["mean"][1])
+    with torch.no_grad():
+        blocks = features.pooled(encoder, view, True)
+        first = encoder.blocks[0](encoder.embed(*encoder.all_patches(view)))
+    torch.testing.assert_close(blocks["block1"], first[:, 1:].mean(1))
+    assert "block2" in blocks and torch.equal(blocks["mean"], tokens[:, 1:].mean(1))
+
+
+# ---- looking -------------------------------------------------------------------------------------------------------
+
+
+def test_attention_maps_are_probabilities_and_those_of_the_encoder():
+    encoder, view = ViT(32, 8, 32, 3, 2).eval(), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    heads, rollout = figures.attention_maps(encoder, view)
+    assert heads.shape == (2, 2, 4, 4) and rollout.shape == (2, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(heads.flatten(2), encoder.patch_attention(view), rtol=1e-4, atol=1e-6)
+    assert (rollout.sum((1, 2)) < 1).all() and (rollout >= 0).all()
+
+
+def test_discriminants_find_the_direction_that_separates():
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 6, generator=draws) * torch.tensor([9.0, 9, 9, 9, 1, 1])
+    x[:, 4:] += 6 * torch.eye(3)[labels][:, :2]
+    mean, directions = figures.discriminants(x, labels, shrink=1e-6)
+    share = directions.abs() * x.double().std(0)[:, None]
+    assert (share[4:].sum(0) > 2 * share[:4].sum(0)).all()
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_features_of_another_run_are_refused(runs, tmp_path, monkeypatch):
+    base, run = runs[0], tmp_path / "run"
+    shutil.copytree(base / "random-s1", run, ignore=shutil.ignore_patterns("features*"))
+    shutil.copy(base / "random-s0" / "features.safetensors", run)
+    before = (run / "features.safetensors").read_bytes()
+    line = refused(stage("probe.py", run, *FAST, cwd=tmp_path))
+    assert "another model" in line and "remove it" in line
+    assert (run / "features.safetensors").read_bytes() == before
+    (run / "features.safetensors").write_bytes(before[:5000])
+    with pytest.raises(UserError, match="not a whole file of features"):
+        run_probe(monkeypatch, run, *FAST)
+
+
+def test_a_run_without_a_model(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="no encoder at .*pretrain.py"):
+        run_probe(monkeypatch, tmp_path / "run")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--views", 0], "--views 0"), (["--seed", -1], "--seed -1"), (["--data", "nowhere"], "nowhere"),
+    (["--split", "dev"], "no split dev")])  # fmt: skip
+def test_bad_flags_are_one_line(runs, monkeypatch, words, says):
+    with pytest.raises(UserError, match=says):
+        run_probe(monkeypatch, runs[0] / "random-s1", *FAST, *words)
+
+
+def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_path, monkeypatch):
+    draw_folder(tmp_path / "images", classes=4, each=12)
+    data.pack(tmp_path / "images", tmp_path / "other", size=32)
+    shutil.copytree(small, tmp_path / "mixed")
+    shutil.copy(tmp_path / "other" / "val.safetensors", tmp_path / "mixed")
+    with pytest.raises(UserError, match="val has other classes than train .*class3"):
+        run_probe(monkeypatch, runs[0] / "random-s1", "--data", tmp_path / "mixed")
+
+
+def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, capsys):
+    draw_folder(tmp_path / "pictures", classes=1, each=24)
+    data.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
+    shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png"))
+    run_probe(monkeypatch, tmp_path / "run", "--data", tmp_path / "flat", *FAST, looking=True)
+    assert "no numbers" in capsys.readouterr().out and (tmp_path / "run" / "neighbours.png").exists()
+    assert "rows" not in json.loads((tmp_path / "run" / "probe.json").read_text())

@@ -1,0 +1,144 @@
+"""lab.stress: corruptions do what they say; the probe and the pixels are measured as a user measures them."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, refused, stage
+
+import data
+import mask as masking
+from lab import corruptions, stress, toon
+from plumbing import UserError
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Smooth pictures: what rotation and JPEG are made for."""
+    draws = torch.Generator().manual_seed(0)
+    small = torch.randint(256, (4, 3, 4, 4), generator=draws).float()
+    big = torch.nn.functional.interpolate(small, 32, mode="bicubic").clamp(0, 255)
+    return big.permute(0, 2, 3, 1).round().to(torch.uint8).contiguous()
+
+
+def apart(a, b):
+    return (a.float() - b.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize("name", corruptions.SWEEPS)
+def test_every_level_spoils_more_and_repeats_itself(images, name):
+    spoil, levels, _, headline = corruptions.SWEEPS[name]
+    found = [spoil(images, level, torch.Generator().manual_seed(0)) for level in levels]
+    assert all(x.shape == images.shape and x.dtype == torch.uint8 for x in found) and headline in levels
+    assert torch.equal(found[0], spoil(images, levels[0], torch.Generator().manual_seed(0)))
+    assert all(apart(x, images) > 0.1 for x in found)
+
+
+def test_cutout_has_the_area_that_was_asked(images):
+    spoiled = corruptions.cutout(images, 0.25, torch.Generator().manual_seed(0))
+    changed = (spoiled != images).any(3).float().mean((1, 2))
+    assert ((changed - 0.25).abs() < 0.02).all()
+    where = torch.zeros(4, 32, 32, dtype=torch.bool)
+    where[:, :5, :7] = True
+    assert (corruptions.moved(where, torch.Generator().manual_seed(1)).sum((1, 2)) == 35).all()
+
+
+def test_turning_there_and_back_or_not_at_all(images):
+    assert torch.equal(corruptions.turned(images, 0, 1.0), images)
+    assert torch.equal(corruptions.turned(images, 90, 1.0), images.rot90(-1, (1, 2))) or torch.equal(
+        corruptions.turned(images, 90, 1.0), images.rot90(1, (1, 2)))  # fmt: skip
+    assert apart(corruptions.hue(corruptions.hue(images, 120, None), 240, None), images) < 12  # but for clipping
+    gray = corruptions.grayscale(images, 1, None)
+    assert apart(corruptions.hue(gray, 60, None), gray) < 0.6 and (gray[..., 0] == gray[..., 2]).all()
+
+
+def test_line_art_of_one_colour_is_white():
+    assert (corruptions.line_art(torch.full((1, 8, 8, 3), 90, dtype=torch.uint8), 1, None) == 255).all()
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A demo set of six characters, with true parts and styles, and a run on it."""
+    base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toon, "plan", lambda **kw: plan(n=120, characters=6, **kw))
+        data.pack("toon", base / "toon", size=32)
+    quick = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--decoder-depth", 1, "--device", "cpu"]
+    stage("pretrain.py", "--data", base / "toon", "--out", base / "run", *quick, cwd=base, check=0)
+    return base
+
+
+def run_stress(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["lab.stress", *map(str, words)])
+    stress.main()
+
+
+def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
+    monkeypatch.setattr(stress, "RESOLUTIONS", (32, 64))
+    monkeypatch.setattr(stress, "RATIOS", (0.5, 0.75))
+    run_stress(monkeypatch, drawn / "run", "--images", 16, "--device", "cpu")
+    report, text = json.loads((drawn / "run" / "stress.json").read_text()), capsys.readouterr().out
+    assert {"stress.json", "robustness.png", "parts.png", "reconstruction.png", "features.safetensors"} <= {
+        p.name for p in (drawn / "run").iterdir()}  # fmt: skip
+    assert set(report["robustness"]) == set(corruptions.SWEEPS) and "eyes" in report["parts"]
+    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == 16
+    same = report["resolution"][0]  # the size that it was trained at
+    assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
+    masks = {r["strategy"] for r in report["reconstruction"]}
+    assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {"simmim", "learned"} & masks
+    assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
+    assert "masked error under the fixed random mask" in text and "without eyes" in text
+
+
+def test_the_mid_terms_table_is_one_flag(drawn, monkeypatch, capsys):
+    run_stress(monkeypatch, drawn / "run", "--midterm", "--images", 8, "--device", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["25%", "50%", "75%", "90%"]
+    assert all(set(line.split()) & {"good", "moderate", "poor"} for line in lines[1:])
+
+
+def test_pixels_are_made_without_the_answer(drawn):
+    """What stands in the hidden patches must not change what is predicted for them: no statistic of theirs is used."""
+    model, norm_pix = stress.load_mae(drawn / "run", torch.device("cpu"))
+    assert norm_pix
+    draws = torch.Generator().manual_seed(0)
+    view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=draws)
+    noise = masking.gumbel_noise(2, 16, draws)
+    made, where = stress.reconstruct(model, view, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext)
+    other = torch.where(where[..., None], 255 - view, view)
+    again, _ = stress.reconstruct(model, other, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext)
+    assert torch.equal(made, again) and torch.equal(made[~where], view[~where]) and where.float().mean() == 0.75
+
+
+def test_a_run_without_its_state_and_bad_flags(drawn, tmp_path, monkeypatch):
+    shutil.copytree(drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("state.pt"))
+    command = [sys.executable, "-m", "lab.stress"]
+    done = subprocess.run([*command, tmp_path / "run", "--midterm"], cwd=ROOT, capture_output=True, text=True)
+    assert "no state.pt" in refused(done)
+    with pytest.raises(UserError, match="--images 2"):
+        run_stress(monkeypatch, drawn / "run", "--images", 2)
+
+
+def test_pixels_hidden_are_those_of_the_mask():
+    ids = torch.tensor([[0, 5]])
+    where = stress.hidden_pixels(ids, 4, 32)
+    assert where.sum() == 2 * 64 and where[0, :8, :8].all() and where[0, 8:16, 8:16].all()
+
+
+def test_the_flat_guess_is_the_mean_of_what_is_seen(images):
+    where = torch.zeros(4, 32, 32, dtype=torch.bool)
+    where[:, :16] = True
+    guess = stress.flat_guess(images, where)
+    assert torch.equal(guess[:, 16:], images[:, 16:])
+    torch.testing.assert_close(guess[:, 0, 0].float(), images[:, 16:].float().mean((1, 2)).round())
+
+
+def test_grades():
+    assert [stress.grade(x) for x in (18.1, 18.0, 10.0, 9.9)] == ["good", "moderate", "moderate", "poor"]
