@@ -394,7 +394,7 @@ def run(args, seed, out, device, dtype):
            "gradient_and_optimizer_mb": round(12 * count / 2**20, 2),
            **speed(plumbing.read_log(out / "log.jsonl"), B), "seconds": round(clock(), 1),
            "calibration": threshold, "config": config, "machine": about["machine"], "commit": about["commit"],
-           "command": shlex.join(["python", *sys.argv])}  # fmt: skip
+           "command": plumbing.command()}  # fmt: skip
     row["mistakes"] = mistakes.explain(net, (held, held_rows), seen[0], truth, (train, shown), labels, S, autocast)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
     mistakes.draw(out, row, (held, held_rows), seen[0], truth, (train, train_rows), labels, names, title)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,11 @@ def commit():
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
     return done.stdout.strip() or "no git"
+
+
+def command():
+    """The command line that this is, for results: the script by its name, wherever it lies."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def peak_memory_mb(device):

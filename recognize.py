@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -248,11 +247,7 @@ def verify(args, net, header, gallery, autocast, device):
         right = logits[known].argmax(1) == own[known]
         threshold = gallery["threshold"] if args.threshold is None else args.threshold
         row["open_set"] = open_set(cosine[known], right, cosine[~known], threshold)
-    row |= {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": plumbing.machine(device),
-        "commit": plumbing.commit(),
-    }
+    row |= {"command": plumbing.command(), "machine": plumbing.machine(device), "commit": plumbing.commit()}
     strangers = (cosine[known], cosine[~known]) if "open_set" in row else None
     plot_recognition.trust(Path(args.run) / "roc.png", curves, strangers, f"{Path(args.run).name} on {folder.name}")
     plumbing.save_json(row, Path(args.run) / "recognize.json")

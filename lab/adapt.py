@@ -25,8 +25,8 @@ RATES = {  # the trials of each method: what is swept, and its values
     "scratch": ("--lr", (5e-4, 1e-3, 2e-3)),
 }  # fmt: skip
 RANKS, MARGINS = (4, 16, 32), (0.1, 0.3, 0.5)  # of LoRA (8 is the default); of ArcFace
-KEEP = ("result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed", "evaluated_on",
-        "top1", "top5", "macro_f1", "best_epoch", "parameters_trained", "share_trained_percent",
+KEEP = ("run", "result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed",
+        "evaluated_on", "top1", "top5", "macro_f1", "best_epoch", "parameters_trained", "share_trained_percent",
         "gradient_and_optimizer_mb", "step_ms", "peak_memory_mb", "seconds", "machine", "commit",
         "command")  # fmt: skip
 
@@ -98,7 +98,7 @@ def main():
             if not (out / "metrics.json").exists():
                 subprocess.run([sys.executable, ROOT / words[1], *words[2:]], check=True)
             row = row_of(out, phase, method)
-            rows = [r for r in rows if (r["phase"], r["command"]) != (phase, row["command"])] + [row]
+            rows = [r for r in rows if r["run"] != row["run"]] + [row]
             plumbing.save_csv(args.out, rows)
 
 

@@ -32,8 +32,8 @@ def confused(path, pairs, title, each=5):
     for line, (true, predicted, wrong, like) in zip(axes, pairs, strict=False):
         for axis, picture in [*zip(line[:each], wrong, strict=False), *zip(line[each + 1 :], like, strict=False)]:
             axis.imshow(picture, interpolation="antialiased")
-        for axis, text in ((line[0], true), (line[each + 1], predicted)):  # longer than its picture is wide
-            axis.set_title(text, fontsize=8, loc="left", pad=2).set_in_layout(False)
+        for axis, text in ((line[0], true), (line[each + 1], predicted)):  # wider than its picture: not in the layout
+            axis.text(0, 1.04, text, transform=axis.transAxes, fontsize=8, va="bottom", in_layout=False)
     save(figure, path)
 
 
