@@ -108,8 +108,16 @@ def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
     assert not log.missing
     assert torch.float64 not in log.dtypes  # MPS has none
     # and it was a whole step: the encoder, our operator and what it is made of, the backward, the optimizer
-    assert {"aten::addmm", "aten::_softmax", "aten::native_layer_norm_backward", "animask::reconstruction_loss",
-            "aten::index_select", "aten::linalg_vector_norm", "aten::_fused_adamw_", "aten::lerp_.Scalar"} <= log.seen
+    assert {
+        "aten::addmm",
+        "aten::_softmax",
+        "aten::native_layer_norm_backward",
+        "animask::reconstruction_loss",
+        "aten::index_select",
+        "aten::linalg_vector_norm",
+        "aten::_fused_adamw_",
+        "aten::lerp_.Scalar",
+    } <= log.seen
     assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")  # what stands there for the plain form
 
 
