@@ -30,7 +30,7 @@ import plumbing
 from checkpoints import init_from, load_exactly, save_model
 from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
-from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
+from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 from lab import plot
 from model import MAE, SIZES, SimMIM
 from plumbing import UserError
@@ -293,6 +293,7 @@ def main():
                 what = (pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
                 partial, error = absolute_loss(*what) if strategy == "simmim" else reconstruction_loss(
                     *what, return_error=True)  # fmt: skip
+                stats = stats + visible_stats(view[part], ids_keep[part], ids_mask[part], p)
                 heads = stats_loss(stats, view[part], ids_mask[part], p) + guide.loss(part, ids_mask[part], error)
                 (partial + heads / args.accumulate).backward()  # heads that watch, and give the network no gradient
                 loss = loss + partial.detach()

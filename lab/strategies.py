@@ -14,7 +14,7 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import load_encoder
-from evaluate import hidden_by, predict, spread
+from evaluate import hidden_by, hide_at_random, predict, spread
 from kernels.loss import patch_detail, patch_error
 from lab import plot
 from model import MAE
@@ -30,7 +30,8 @@ def difficulty(model, view, autocast):
     B, N, p = len(view), model.encoder.side**2, model.config["patch_size"]
     total, count = torch.zeros(B, N), torch.full((B, N), 1e-9)
     for i in range(DRAWS):
-        pred, _, ids = predict(model, view, masking.gumbel_noise(B, N, plumbing.seeded(i)), autocast)
+        ids_keep, ids = hide_at_random(masking.gumbel_noise(B, N, plumbing.seeded(i)), view.device)
+        pred, _ = predict(model, view, ids_keep, ids, autocast)
         total.scatter_add_(1, ids, patch_error(pred, view, ids, p))
         count.scatter_add_(1, ids, torch.ones(ids.shape))
     return total / count
