@@ -55,8 +55,8 @@ from plumbing import UserError
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 DEFAULTS = {  # by method; rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=1e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
-    "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
-    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
+    "lora":   dict(lr=3e-3, head_lr=2e-3, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
+    "full":   dict(lr=1e-3, head_lr=2e-3, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
 }  # fmt: skip
 
 
