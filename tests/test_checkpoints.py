@@ -115,7 +115,7 @@ def test_our_mae_is_a_hugging_face_mae(tmp_path):
     with torch.no_grad():
         out, features = vit(pixels(some_view()), output_attentions=True), ours.encoder.features(some_view())
     close(features, out.last_hidden_state)
-    close(ours.encoder.cls_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
+    close(ours.encoder.patch_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
@@ -132,7 +132,7 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
         out = vit(pixels(some_view(), half, half), output_attentions=True)
         assert size == 32 and encoder.norm.eps == 1e-12
         close(encoder.features(some_view()), out.last_hidden_state)
-        close(encoder.cls_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
+        close(encoder.patch_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
         larger, size = C.load_encoder(tmp_path, image_size=48)
         out = vit(pixels(some_view(S=48), half, half), interpolate_pos_encoding=True)
         assert size == 48
