@@ -55,7 +55,7 @@ def made(small, run, tmp_path_factory):
     """All the maps of the small set -> their folder."""
     out = tmp_path_factory.mktemp("maps")
     stage("maps.py", "--data", small, "--map", "saliency", "--out", out, cwd=out, check=0)
-    here("--data", small, "--map", "attn", "--run", run, "--out", out)
+    here("--data", small, "--map", "attn", "--source", "cls", "--run", run, "--out", out)
     here("--data", small, "--map", "parts", "--parts", 3, "--run", run, "--out", out)
     return out
 

@@ -65,11 +65,11 @@ def test_who_imports_whom():
 
 def test_the_readmes_numbers_stand_in_results():
     """Each row of its tables of numbers names a file under results/: every number of the row's figure is in there."""
-    rows = re.findall(r"^\|.*\(results/([\w./]+)\).*\|$", README, re.M)
+    rows = re.findall(r"^\|.*\(results/([\w./-]+)\).*\|$", README, re.M)
     assert rows
-    for line in re.findall(r"^\|.*results/[\w./]+.*\|$", README, re.M):
+    for line in re.findall(r"^\|.*results/[\w./-]+.*\|$", README, re.M):
         cells = [c.strip() for c in line.strip("|").split("|")]
-        text = " ".join((ROOT / name).read_text() for name in re.findall(r"\((results/[\w./]+)\)", line))
+        text = " ".join((ROOT / name).read_text() for name in re.findall(r"\((results/[\w./-]+)\)", line))
         known = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
         figures = " ; ".join(cell for cell in cells[1:] if "`" not in cell and "](" not in cell)
         for number in re.findall(r"(?<![\w.x])\d[\d,]*(?:\.\d+)?(?![\w.]*px|x\d|\d)", figures):
