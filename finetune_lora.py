@@ -55,8 +55,8 @@ from plumbing import UserError
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 DEFAULTS = {  # by method; rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=1e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
-    "lora":   dict(lr=3e-3, head_lr=2e-3, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
-    "full":   dict(lr=1e-3, head_lr=2e-3, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
+    "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
+    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
 }  # fmt: skip
 
 
@@ -254,6 +254,7 @@ def run(args, seed, out, device, dtype):
         bank = cached_features(net, args.data, splits, S, autocast, path)
     images = loader.resident(train, device) if bank is None else bank["train"].to(device)
 
+    shown = gallery_rows(own[train["labels"]], train_rows)  # some whole training pictures of everybody
     labels, prior = own[train["labels"]], torch.bincount(own[train["labels"]][train_rows], minlength=len(names))
     prior = (prior / prior.sum()).log().to(device)
     B = min(args.batch_size, len(train_rows))
@@ -285,11 +286,18 @@ def run(args, seed, out, device, dtype):
     @torch.no_grad()
     def looked_at(name, split, rows, what=""):
         """-> logits (n, C), embeddings (n, D) of whole images, on the CPU."""
-        net.eval()
         pooled = bank[name][rows] if bank else pooled_of(net, split, rows, S, autocast, what)
         embeddings = torch.cat([net.neck(p.to(device)) for p in pooled.split(4096)])
         logits = net.head(embeddings)
         return logits.cpu(), embeddings.cpu()
+
+    @torch.no_grad()
+    def settled():
+        """Give the neck the statistics of whole pictures, before anything is looked at -> those before the neck."""
+        net.eval()
+        whole = bank["train"][shown] if bank else pooled_of(net, train, shown, S, autocast)
+        settle(net.neck, whole)
+        return whole
 
     asked, began = plumbing.catch_signals(), time.perf_counter()
     waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
@@ -341,6 +349,7 @@ def run(args, seed, out, device, dtype):
                     memory_mb=round(plumbing.peak_memory_mb(device)), seconds=round(clock(), 2))  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.3f}")
             if ended:
+                settled()
                 logits, _ = looked_at(dev_name, dev, dev_rows)
                 row = mistakes.quick(logits, own[dev["labels"]][dev_rows])
                 log(step=step, epoch=epoch + 1, **row, seconds=round(clock(), 2))
@@ -365,10 +374,7 @@ def run(args, seed, out, device, dtype):
 
     # the best epoch by dev, judged on pictures that decided nothing
     load_trained(net, best["weights"], trained, out / "state.pt")
-    net.eval()
-    shown = gallery_rows(labels, train_rows)
-    whole = bank["train"][shown] if bank else pooled_of(net, train, shown, S, autocast, "gallery")
-    settle(net.neck, whole)
+    whole = settled()
     dev_seen, seen = looked_at(dev_name, dev, dev_rows), looked_at(args.eval_on, held, held_rows, "reported split")
     gallery = net.neck(whole.to(device)).cpu()
     about = {"method": args.method, "base": str(args.encoder), "fingerprint": mark, "image_size": S, "data": args.data,
