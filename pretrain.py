@@ -153,22 +153,6 @@ def config_of(args, folder):
     return {k: v for k, v in vars(args).items() if k not in leave_out} | {"data": str(folder)}
 
 
-def open_run(out, config, resume):
-    """-> the state to go on from, or None. A folder with another run in it is left alone."""
-    if not (out / "state.pt").exists():
-        return None
-    state = plumbing.load_state(out / "state.pt")
-    if not isinstance(state, dict) or "config" not in state:
-        raise UserError(f"{out}/state.pt is not a checkpoint of pretrain.py; choose another --out")
-    if other := [k for k in config if config[k] != state["config"].get(k)]:
-        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
-        raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
-    if not resume:
-        raise UserError(f"{out} already holds this run, at step {state['step']}; "
-                        "add --resume to go on, or choose another --out")  # fmt: skip
-    return state
-
-
 def as_map(known, side):
     """What guided the mask, (n, N) or (n, N, P) shares of parts -> pictures (n, side, side)."""
     return (known.argmax(2) if known.dim() == 3 else known).unflatten(1, (side, side))
@@ -206,7 +190,7 @@ def main():
     took = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else None
     guide = guides.Guide(strategy, params, args, model, folder, train, device, autocast)
     config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.what}
-    state = open_run(out, config, args.resume)
+    state = plumbing.open_run(out, config, args.resume)
     model.to(device)
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out

@@ -191,7 +191,7 @@ def test_files_that_are_not_ours(small, finished, tmp_path):
         assert "can't be read" in refused(train(small, out, "--resume"))
         assert (out / "state.pt").read_bytes() == content
     torch.save({"weights": torch.zeros(3)}, out / "state.pt")
-    assert "not a checkpoint of pretrain.py" in refused(train(small, out, "--resume"))
+    assert "not a checkpoint of a run" in refused(train(small, out, "--resume"))
     shutil.copy(finished[0] / "model.safetensors", tmp_path / "cut.safetensors")
     os.truncate(tmp_path / "cut.safetensors", 5000)
     line = refused(train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", tmp_path / "cut.safetensors"))
@@ -244,7 +244,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path):
         plain, calls = pretrain.reconstruction_loss, []
         def broken(*args, **kw):
             calls.append(1)
-            return plain(*args, **kw) * (float("nan") if len(calls) == 13 else 1)
+            loss, error = plain(*args, **kw)
+            return loss * (float("nan") if len(calls) == 13 else 1), error
         pretrain.reconstruction_loss = broken
         plumbing.cli(pretrain.main)"""
     words = [str(w) for w in ["--data", small, "--out", tmp_path / "out", *QUICK]]
