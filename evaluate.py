@@ -19,11 +19,6 @@ EVAL_RATIO = 0.75  # of the fixed mask
 EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most so many are looked at
 
 
-def spread(n, most):
-    """At most `most` of n rows, evenly spread."""
-    return torch.linspace(0, n - 1, min(n, most)).long()
-
-
 def predict(model, view, ids_keep, ids_mask, autocast):
     """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
     p = model.config["patch_size"]
@@ -40,7 +35,7 @@ def hide_at_random(noise, device):
 @torch.no_grad()
 def masked_mse(model, split, norm_pix, autocast):
     """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
-    rows, c = spread(len(split["images"]), EVAL_IMAGES), model.config
+    rows, c = loader.spread(len(split["images"]), EVAL_IMAGES), model.config
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0)).split(loader.CHUNK)
     errors = []
     views = loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
@@ -79,7 +74,7 @@ def thumbnails(split, rows=None, side=4):
 
 def knn(features, train, held):
     """kNN Top-1 in percent of the evaluation images among the training images; features(split, rows) -> (n, D)."""
-    bank, queries = spread(len(train["images"]), BANK_IMAGES), spread(len(held["images"]), EVAL_IMAGES)
+    bank, queries = loader.spread(len(train["images"]), BANK_IMAGES), loader.spread(len(held["images"]), EVAL_IMAGES)
     share = metrics.knn_top1(
         features(train, bank), train["labels"][bank], features(held, queries), held["labels"][queries]
     )
@@ -92,7 +87,7 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
 
     1 is no preference. Parts that no image has are left out.
     """
-    rows, names = spread(len(split["images"]), 256), split["header"]["parts"]
+    rows, names = loader.spread(len(split["images"]), 256), split["header"]["parts"]
     mass, area = torch.zeros(len(names)), torch.zeros(len(names))
     for index, attention in guides.attention(encoder, image_size, split["images"], rows, source, autocast):
         whole = loader.full_boxes(len(index))
@@ -110,7 +105,7 @@ def hide(view, ids, patch):
 @torch.no_grad()
 def draw_reconstructions(model, split, norm_pix, autocast, path):
     """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
-    rows, c = spread(len(split["images"]), 8), model.config
+    rows, c = loader.spread(len(split["images"]), 8), model.config
     _, view = next(loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0))
     ids_keep, ids_mask = hide_at_random(noise, view.device)

@@ -12,11 +12,8 @@ Choices (best epoch, threshold) are made on dev, or on a tenth of train held apa
 """
 
 import argparse
-import functools
 import hashlib
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -231,7 +228,7 @@ def load_trained(net, weights, names, path):
 
 def run(args, seed, out, device, dtype):
     """One run, with one seed -> its row of metrics. A finished one is only read."""
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     parts, own = open_rows(args.data, args.eval_on, args.hold_out)
     (train, train_rows), (dev, dev_rows), (held, held_rows) = parts
     dev_name = "train" if dev is train else "dev"
@@ -365,9 +362,7 @@ def run(args, seed, out, device, dtype):
                 waiting.share()
             if stop:
                 bar.close()
-                print(f"stopped by {stop[0].name} at step {step}, saved; go on with:\n  python {shlex.join(sys.argv)}"
-                      + ("" if args.resume else " --resume"))  # fmt: skip
-                sys.exit(128 + stop[0])
+                plumbing.stop_here(stop[0], step, args.resume)
     bar.close()
     if step < total:  # stopped early
         save()

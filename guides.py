@@ -154,7 +154,7 @@ def attention(encoder, image_size, images, rows, source, autocast):
     finds eyes and accessories (results/LOG.md, "where an MAE looks").
     """
     if source == "unusual":
-        some = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long()
+        some = loader.spread(len(images), SAMPLE)
         usual = sum(t.double().sum(0) for _, t in patch_tokens(encoder, image_size, images, some, autocast)) / len(some)
         for index, tokens in patch_tokens(encoder, image_size, images, rows, autocast):
             yield index, (tokens - usual.float()).norm(dim=2)

@@ -223,6 +223,11 @@ def view_maps(maps, boxes, flip, side):
     return Wy @ maps.float() @ Wx
 
 
+def spread(n, most):
+    """At most `most` of n rows, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
 def whole_views(images, rows, side, device):
     """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in order."""
     for index in rows.split(CHUNK):

@@ -26,7 +26,7 @@ import mask as masking
 import plumbing
 import saliency
 from checkpoints import load_encoder
-from evaluate import hidden_by, spread
+from evaluate import hidden_by
 from lab import plot
 from plumbing import UserError
 
@@ -81,10 +81,10 @@ def check(args):
 @torch.no_grad()
 def tokens_of(images, rows, encoder, image_size, device):
     """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order."""
-    dtype, _ = plumbing.pick_dtype("auto", device)
+    autocast = plumbing.autocast_of(device, plumbing.pick_dtype("auto", device)[0])
     for index in rows.split(loader.CHUNK):
         batch = loader.take(images, index, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast():
             view = loader.view_images(batch, *loader.full_boxes(len(index)), image_size)
             tokens = saliency.last_tokens(encoder, view)
         yield batch.to(home(device)), tokens.to(home(device))
@@ -147,14 +147,13 @@ def figure_mask(images, tokens, place, quality, side):
 
 def rows_of_map(args, images, device):
     """-> (grid, dtype, generator of chunks) of the map that was asked for."""
-    every, some = torch.arange(len(images)), spread(len(images), SAMPLE)
+    every, some = torch.arange(len(images)), loader.spread(len(images), SAMPLE)
     if args.map == "saliency" and args.quality == "coarse":
         return saliency.GRID, "U8", coarse_rows(images, every, device)
     encoder, size = load_encoder(args.run)
     encoder.to(device)
     if args.map == "attn":
-        dtype, _ = plumbing.pick_dtype("auto", device)
-        autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        autocast = plumbing.autocast_of(device, plumbing.pick_dtype("auto", device)[0])
         return encoder.side, "F16", guides.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and not 1 <= args.parts <= min(encoder.side**2, 255):
         raise UserError(f"--parts {args.parts} must lie between 1 and the {encoder.side**2} patches of {args.run}")
@@ -207,7 +206,7 @@ def main():
     header = {key: value for key, value in header.items() if value is not None}
     bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / loader.CHUNK), disable=None)
     loader.write_rows(path, args.map, bar, (n, grid, grid), dtype, header)
-    shown = spread(n, SHEET_IMAGES)
+    shown = loader.spread(n, SHEET_IMAGES)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     maps = torch.from_numpy(loader.open_map(path, args.map, split)[shown.numpy()])
     draw_sheet(sheet, args.map, split["images"][shown.numpy()], maps, args.parts)

@@ -5,6 +5,7 @@ Plain functions, no trainer: a stage's loop stays in the stage, where it can be 
 
 import contextlib
 import csv
+import functools
 import json
 import math
 import os
@@ -71,6 +72,11 @@ def pick_dtype(name, device):
     return torch.float32, f"bf16 is not known to be faster on this {device.type}"
 
 
+def autocast_of(device, dtype):
+    """-> autocast(), a context in which matrix products run in dtype; fp32 changes nothing."""
+    return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+
 def machine(device):
     """A line about the machine for logs and results."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -112,6 +118,13 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return asked
+
+
+def stop_here(asked, step, resume):
+    """Leave a run that a signal stopped at this step and that was saved: say how to go on; status 128 + signal."""
+    print(f"stopped by {asked.name} at step {step}, saved; go on with:\n  python {shlex.join(sys.argv)}"
+          + ("" if resume else " --resume"))  # fmt: skip
+    sys.exit(128 + asked)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

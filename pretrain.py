@@ -13,8 +13,6 @@ same order with the same crops, and a run that was killed and resumed ends with 
 
 import argparse
 import functools
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -165,7 +163,7 @@ def main():
     args = parse_args()
     device = plumbing.pick_device(args.device)
     dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     fill_defaults(args, device, dtype)
     strategy, params, ratios = check(args)
     impl, impl_why = use_impl(args.impl, device)
@@ -319,9 +317,7 @@ def main():
                     waiting.share()
             if stop:
                 bar.close()
-                print(f"stopped by {stop[0].name} at step {step}, saved; go on with:\n  python {shlex.join(sys.argv)}"
-                      + ("" if args.resume else " --resume"))  # fmt: skip
-                sys.exit(128 + stop[0])
+                plumbing.stop_here(stop[0], step, args.resume)
     bar.close()
 
     title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"

@@ -15,7 +15,6 @@ on the CPU, all chance comes from --seed.
 """
 
 import argparse
-import functools
 import json
 import re
 import shlex
@@ -28,7 +27,6 @@ import torch
 import loader
 import plumbing
 from checkpoints import load_encoder
-from evaluate import spread
 from lab import compare, features, figures, heads, metrics
 from model import untrained_like
 from plumbing import UserError
@@ -240,9 +238,9 @@ def efficiency_line(found, how):
 def draw(home, name, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png."""
     split, train, labels = task["parts"][task["held"]], task["parts"]["train"], task["labels"]
-    rows = spread(len(split["images"]), loader.CHUNK)
+    rows = loader.spread(len(split["images"]), loader.CHUNK)
     view = next(loader.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
-    few = spread(len(rows), 8)
+    few = loader.spread(len(rows), 8)
     figures.attention_sheet(
         home / "attention.png", encoder, view[few[:5]], f"Attention of CLS in the last block: {name}"
     )
@@ -364,7 +362,7 @@ def main():
     device = plumbing.pick_device(args.device)
     dtype, _ = plumbing.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     task, threshold, controls = open_task(data, args.split, args.seed), threshold_of(args), {}
     print(f"data     {data}: {args.split}, {len(task['labels'][args.split]):,} images, {len(task['names'])} classes")
     reports = []

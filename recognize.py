@@ -13,7 +13,6 @@ finetune_lora.py calibrated a face is unknown.
 """
 
 import argparse
-import functools
 import json
 import re
 import sys
@@ -262,7 +261,7 @@ def main():
     check(args)
     device = plumbing.pick_device(args.device)
     dtype, _ = plumbing.pick_dtype(args.dtype, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     net, header = load_classifier(args.run)
     net.to(device)
     gallery = load_gallery(args.run)

@@ -7,7 +7,6 @@ On a CPU it is the processor's time of this process that counts, so that other w
 """
 
 import argparse
-import functools
 import statistics
 import time
 from types import SimpleNamespace
@@ -79,7 +78,7 @@ def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
 def measure(model, size, train, device, rounds):
     """-> {strategy: median milliseconds of guidance}, and those of a step."""
     dtype, _ = plumbing.pick_dtype("auto", device)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     optimizer, S = plumbing.make_optimizer(model, 1e-4, 0.05), size["image_size"]
     N = model.encoder.side**2
     names = [name for name in masking.STRATEGIES if name != "simmim"]

@@ -14,7 +14,7 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import load_encoder
-from evaluate import hidden_by, hide_at_random, predict, spread
+from evaluate import hidden_by, hide_at_random, predict
 from kernels.loss import patch_detail, patch_error
 from lab import plot
 from model import MAE
@@ -73,10 +73,10 @@ def main():
     split = loader.open_split(args.data, "val")
     if not split["header"].get("parts"):
         raise UserError(f"{args.data} has no true parts; python data.py toon --out datasets/toon makes a set with them")
-    dtype, _ = plumbing.pick_dtype("auto", torch.device("cpu"))
-    autocast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+    device = torch.device("cpu")
+    autocast = plumbing.autocast_of(device, plumbing.pick_dtype("auto", device)[0])
     model = whole_model(args.run)
-    rows, g = spread(len(split["images"]), IMAGES), model.encoder.side
+    rows, g = loader.spread(len(split["images"]), IMAGES), model.encoder.side
     view, known = known_of(model, split, rows, autocast)
     hide = functools.partial(hidden_by, g=g, n=len(view), ratios=RATIOS)
     columns = [(name, hide(name, known)) for name in masking.STRATEGIES]

@@ -23,7 +23,7 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import load_encoder, load_exactly
-from evaluate import masked_mse, predict, spread
+from evaluate import masked_mse, predict
 from kernels.loss import patch_detail
 from lab import corruptions, features, figures, heads, metrics
 from model import MAE, put_patches, to_pixels
@@ -133,7 +133,7 @@ def by_resolution(judge, run, clean):
         encoder, _ = load_encoder(run, side)
         encoder.to(judge.device).requires_grad_(False)
         count = min(len(judge.rows), max(48, int(len(judge.rows) * (judge.size / side) ** 2)))
-        some = spread(len(judge.rows), count)
+        some = loader.spread(len(judge.rows), count)
         began = time.perf_counter()
         right = judge.right(lambda images, _: images, rows=judge.rows[some], encoder=encoder, size=side,
                             chunk=features.chunk_for(side, judge.size))  # fmt: skip
@@ -313,7 +313,7 @@ def stress_probe(args, encoder, size, parts, autocast, dtype):
     split = parts[args.split]
     found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, parts, autocast, dtype)
     scores = fit_probe(found[args.pool], parts, args.split)
-    judge = Judge(encoder, size, scores, split, spread(len(split["images"]), args.images), args.pool, autocast)
+    judge = Judge(encoder, size, scores, split, loader.spread(len(split["images"]), args.images), args.pool, autocast)
     clean = judge.right(lambda images, _: images)
     often = torch.bincount(parts["train"]["labels"]).argmax()
     report = {"clean": percent(clean), "chance": percent(split["labels"][judge.rows] == often), "pool": args.pool,
@@ -331,7 +331,7 @@ def main():
         raise UserError(f"--images {args.images} must be at least 8")
     device = plumbing.pick_device(args.device)
     dtype, _ = plumbing.pick_dtype(args.dtype, device)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    autocast = plumbing.autocast_of(device, dtype)
     encoder, size = load_encoder(args.run)
     encoder.to(device).requires_grad_(False)
     data = args.data or features.flags_of(args.run).get("data")
@@ -342,7 +342,7 @@ def main():
     report = {"command": f"python -m lab.stress {shlex.join(sys.argv[1:])}", "machine": plumbing.machine(device),
               "commit": plumbing.commit(), "run": run.name, "data": str(data), "split": args.split,
               "images": min(args.images, len(split["images"]))}  # fmt: skip
-    rows = spread(len(split["images"]), args.images)
+    rows = loader.spread(len(split["images"]), args.images)
     if args.midterm:
         model, norm_pix = load_mae(run, device)
         print("\n".join(midterm(reconstruction(model, split, rows, norm_pix, autocast, ["random"]))))

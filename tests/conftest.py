@@ -56,6 +56,18 @@ def small(tmp_path_factory):
     return base / "packed"
 
 
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
+    from checkpoints import save_model
+    from model import MAE
+
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    torch.manual_seed(0)
+    save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
+    return folder
+
+
 def shared_file(name):
     """A file of ../shared/data, or skip: those images can't be given away with the code."""
     path = SHARED / name

@@ -15,9 +15,7 @@ import maps
 import mask as masking
 import plumbing
 import saliency
-from checkpoints import save_model
 from lab import metrics
-from model import MAE
 from plumbing import UserError
 
 
@@ -32,15 +30,6 @@ def drawn(n=12, side=64, seed=0):
     texture = 0.03 * torch.randn(n, side, side, 3, generator=g)
     away = (colour[0] + 0.5) % 1  # a colour that is not the ground's
     return (255 * (torch.where(figure[..., None], away, ground) + texture).clamp(0, 1)).byte(), figure
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
-    folder = tmp_path_factory.mktemp("runs") / "nano"
-    torch.manual_seed(0)
-    save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
-    return folder
 
 
 def here(*words):

@@ -12,9 +12,7 @@ from PIL import Image
 
 import plumbing
 import saliency
-from checkpoints import save_model
 from lab import metrics, toon, truth
-from model import MAE
 from plumbing import UserError
 
 judge = pytest.importorskip("sklearn.metrics")
@@ -93,14 +91,6 @@ def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "nano"
-    torch.manual_seed(0)
-    save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
-    return folder
 
 
 def test_measures_of_a_perfect_map_and_of_its_opposite():
