@@ -19,7 +19,7 @@ from plumbing import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = {  # the trials of each method: what is swept, and its values
-    "linear":  ("--head-lr", (3e-3, 1e-2, 3e-2)),
+    "linear":  ("--head-lr", (1e-2, 3e-2, 1e-1)),
     "lora":    ("--lr", (3e-3, 6e-3, 1.2e-2)),
     "full":    ("--lr", (1e-3, 2e-3, 4e-3)),
     "scratch": ("--lr", (5e-4, 1e-3, 2e-3)),
@@ -45,10 +45,10 @@ def plan(phase, args, best):
     """-> [(name, method, flags)] of a phase; best: {method: its flag and value} that phase rates found."""
     run = lambda m, *more: [*flags_of(m, args, phase), *more]  # noqa: E731
     if phase == "rates":
-        return [(f"{m}{v:g}", m, run(m, flag, v, "--eval-on", "dev")) for m, (flag, vs) in RATES.items() for v in vs]
+        return [(f"{m}{v:g}", m, run(m, RATES[m][0], v, "--eval-on", "dev")) for m in args.methods for v in RATES[m][1]]
     if phase in ("first", "seeds"):
         seeds = (0,) if phase == "first" else (1, 2)
-        return [(f"{m}-s{s}", m, run(m, *best[m], "--seed", s)) for s in seeds for m in RATES]
+        return [(f"{m}-s{s}", m, run(m, *best[m], "--seed", s)) for s in seeds for m in args.methods]
     if phase == "rank":
         return [(f"lora-r{r}", "lora", run("lora", *best["lora"], "--r", r)) for r in RANKS]
     if phase == "margin":
@@ -87,7 +87,11 @@ def main():
     parser.add_argument("--epochs", type=int, default=8, help="of the other runs")
     parser.add_argument("--scratch-times", type=int, default=3, help="from scratch gets so many times the epochs")
     parser.add_argument("--keep", type=float, default=0.25, help="share of the patches that a training view shows")
+    parser.add_argument("--methods", default=",".join(RATES), help="of rates, first and seeds (default: %(default)s)")
     args = parser.parse_args()
+    args.methods = args.methods.split(",")
+    if unknown := set(args.methods) - set(RATES):
+        raise UserError(f"--methods {', '.join(unknown)} is unknown; choose from {', '.join(RATES)}")
     rows = plumbing.read_csv(args.out)
     for phase in args.phase.split(","):
         for name, method, flags in plan(phase, args, chosen(rows)):
