@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.gather import MEAN, STD, masked_patch_gather
 from plumbing import UserError
@@ -72,16 +73,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block: (B, N, D) -> (B, N, D).
+
+    recompute: keep only x for the backward pass and compute the rest again there (Chen et al. 2016, arXiv:1604.06174).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
+        self.recompute = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.branches, x, use_reentrant=False, preserve_rng_state=False)  # nothing is random here
+        return self.branches(x)
+
+    def branches(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

@@ -1,0 +1,477 @@
+"""How fast a training step is, beside transformers' ViTMAE: python -m lab.bench_train [--quick]
+
+Writes results/bench_train_cpu.csv (or _cuda), .png and .md. Each candidate is a process of its own; all start from the
+same weights, get the same images and noise in the same order, and are timed in turns: a disturbance hits all of them.
+
+A step is: bytes of the views -> what the network takes -> forward, loss, backward, AdamW. The gate comes first: losses
+of the warm-up steps against those of transformers in fp32. Where they differ no speed is reported (--warmup 50 makes
+curves of 50 steps of it). "whole step" adds what pretrain.py does besides: crops, weights by detail, clipping, the head
+for pictures. MFU counts the operations that the mathematics needs, the same for every candidate (`step_flops`), over
+those of a plain matrix product in the same run.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import kernels
+import loader
+import mask as masking
+import plumbing
+from checkpoints import export, init_from, save_model
+from kernels.gather import byte_scale, masked_patch_gather
+from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from lab import plot
+from model import MAE, SIZES
+from plumbing import UserError
+
+PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and ours
+CANDIDATES = {
+    "AniMask": dict(net="ours", decoder=PAPER),
+    "AniMask, compiled": dict(net="ours", decoder=PAPER, compile=True),
+    "transformers": dict(net="hf", decoder=PAPER),
+    "transformers, eager attention": dict(net="hf", decoder=PAPER, attention="eager"),
+    "transformers, compiled": dict(net="hf", decoder=PAPER, compile=True),
+    "transformers, plain AdamW": dict(net="hf", decoder=PAPER, fused=False),  # as it comes
+    "AniMask, light": dict(net="ours", decoder=LIGHT),
+    "AniMask, light, whole step": dict(net="ours", decoder=LIGHT, whole=True),
+    "AniMask, light, compiled": dict(net="ours", decoder=LIGHT, compile=True),
+    "transformers, light": dict(net="hf", decoder=LIGHT),
+}
+QUICK = ("AniMask", "transformers", "AniMask, light", "transformers, light")
+PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
+FLOOR = 1e-3  # under a patch's deviation: that of transformers, sqrt(1e-6), so that both do the same
+# Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, their sum well under 1e-5;
+# later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction, less of its error.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+# ---- counted, not measured -----------------------------------------------------------------------------------------
+
+
+def block_flops(tokens, dim):
+    """Forward of a transformer block for one image: qkv, proj and MLP are 12 D^2 weights, q k^T and A v are T^2 D each;
+    a multiplication and an addition are 2 operations."""
+    return 24 * tokens * dim**2 + 4 * tokens**2 * dim
+
+
+def step_flops(image_size, patch_size, dim, depth, decoder_dim, decoder_depth, K):
+    """Matrix operations of forward and backward of an MAE for one image, K patches visible.
+
+    Backward is twice forward: a product for the input's gradient, one for the weight's. Pixels need no gradient, nor do
+    the features that the head for pictures looks at: those two layers cost twice their forward, not thrice.
+    """
+    N, P = (image_size // patch_size) ** 2, patch_size**2 * 3
+    embed = 2 * K * P * dim
+    stats = 2 * (N - K) * decoder_dim * 2
+    encoder = depth * block_flops(K + 1, dim)
+    decoder = 2 * (K + 1) * dim * decoder_dim + decoder_depth * block_flops(N + 1, decoder_dim)
+    decoder += 2 * (N - K) * decoder_dim * P
+    return 3 * (encoder + decoder) + 2 * (embed + stats)
+
+
+def agree(losses, reference, dtype):
+    """-> "" if the losses are those of the reference, else a line that says where they part."""
+    if len(losses) != len(reference) or not losses:
+        return f"{len(losses)} losses against {len(reference)}"
+    for i, (x, y) in enumerate(zip(losses, reference, strict=True)):
+        if not abs(x - y) <= TOLERANCE[dtype] * abs(y):
+            return f"step {i + 1}: a loss of {x:.6f} against {y:.6f}"
+    return ""
+
+
+# ---- a candidate, in its own process -------------------------------------------------------------------------------
+
+
+def fixed_views(case, device):
+    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every process."""
+    draws, S = plumbing.seeded(0), case["image_size"]
+    coarse = torch.rand(case["batch"], 3, 7, 7, generator=draws)
+    smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
+    grain = torch.rand(case["batch"], 3, S, S, generator=draws)
+    view = (255 * (0.8 * smooth + 0.2 * grain)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    noise = torch.rand(8, case["batch"], (S // case["patch_size"]) ** 2, generator=draws)
+    return view.to(device), noise.to(device)
+
+
+def our_step(case, model, optimizer, view, noise, dtype, autocast):
+    """-> step(i): a loss on the device; what pretrain.py does with a view, under the loss of the paper."""
+    net, p = torch.compile(model) if case.get("compile") else model, case["patch_size"]
+    K = masking.kept(noise.shape[2], case["ratio"])
+
+    def step(i):
+        ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
+        tokens = masked_patch_gather(view, ids_keep, p, dtype)
+        with autocast():
+            pred, _ = net(tokens, ids_keep, ids_mask)
+        loss = reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda part: None):
+    """-> step(i): all that pretrain.py does; mark(part) is called as each part of it ends.
+
+    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the latent the decoder.
+    """
+    device, B, p = view.device, case["batch"], case["patch_size"]
+    images, K = view.cpu().numpy() if device.type == "cpu" else view, masking.kept(noise.shape[2], case["ratio"])
+
+    def step(i):
+        draws = plumbing.seeded(0, i)
+        boxes, flip = loader.draw_boxes(B, draws, 0.4)
+        own = masking.gumbel_noise(B, noise.shape[2], draws)
+        boxes, flip, own = (plumbing.send(x, device) for x in (boxes, flip, own))
+        batch = loader.take(images, torch.randperm(B, generator=draws), device)
+        seen = loader.view_images(batch, boxes, flip, case["image_size"])
+        mark("data")
+        ids_keep, ids_mask = masking.sample(own, K)
+        tokens = masked_patch_gather(seen, ids_keep, p, dtype)
+        mark("gather")
+        with autocast():
+            latent = model.encoder(tokens, ids_keep)
+            mark("encoder")
+            pred, stats = model.decoder(latent, ids_keep, ids_mask)
+        mark("decoder")
+        pred.register_hook(lambda _: mark("loss"))
+        latent.register_hook(lambda _: mark("decoder"))
+        weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
+        loss = reconstruction_loss(pred, seen, ids_mask, p, weight)
+        (loss + stats_loss(stats, seen, ids_mask, p)).backward()
+        mark("encoder")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimizer")
+        return loss.detach()
+
+    return step
+
+
+def their_step(case, model, optimizer, view, noise, dtype, autocast):
+    """-> step(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
+    net = torch.compile(model) if case.get("compile") else model
+    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
+
+    def step(i):
+        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+        with autocast():
+            loss = net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def make_step(case, device):
+    """The candidate's network with the weights that all begin with -> step(i), and mark-able whole_step or None."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    if case["net"] == "hf":
+        from transformers import ViTMAEForPreTraining
+
+        how = {"attn_implementation": case["attention"]} if "attention" in case else {}
+        model = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
+        model.config.norm_pix_loss, make = True, their_step
+    else:
+        model = build(case)
+        init_from(model, case["weights"] + ".safetensors")
+        make = whole_step if case.get("whole") else our_step
+    model.train().to(device)
+    if case.get("fused", True):
+        optimizer = plumbing.make_optimizer(model, 1e-4, 0.05)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
+    return functools.partial(make, case, model, optimizer, *fixed_views(case, device), dtype, autocast)
+
+
+def build(case):
+    size = {k: SIZES[case["model"]][k] for k in ("dim", "depth", "heads")}
+    width, depth = case["decoder"]
+    return MAE(case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth)
+
+
+def multiply_step(case, device, side):
+    """-> step(i): a plain product of two square matrices, to which MFU compares."""
+    a = torch.randn(side, side, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]])
+    out = torch.empty_like(a)
+    return lambda i: torch.mm(a, a, out=out)[0, 0]
+
+
+def waits(step, device):
+    """-> what in a step makes the host wait for the GPU, "" if nothing does; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(0)
+    except RuntimeError as problem:
+        return str(problem).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def timed_parts(make, device, steps):
+    """-> {part: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
+    marks = []
+
+    def mark(part):
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        marks.append((part, event if device.type == "cuda" else time.perf_counter()))
+
+    step, took = make(mark=mark), {part: [] for part in PARTS}
+    for i in range(steps + 1):
+        marks.clear()
+        mark("begin")
+        step(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = dict.fromkeys(PARTS, 0.0)
+        for (_, a), (part, b) in zip(marks, marks[1:], strict=False):
+            spent[part] += a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a)
+        for part, ms in spent.items() if i else ():
+            took[part].append(ms)
+    return {part: round(statistics.median(ms), 3) for part, ms in took.items()}
+
+
+def seconds(step, steps, device):
+    began = time.perf_counter()
+    for i in range(steps):
+        step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def work(case):
+    """What a candidate's process does: warm up, then answer each line of standard input with a line of JSON."""
+    device, answers = torch.device(case["device"]), sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    make = None if case["net"] == "matmul" else make_step(case, device)
+    step = make() if make else multiply_step(case, device, case["side"])
+    losses = [float(step(i)) for i in range(case["warmup"])]
+    first = {"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""}
+    print(json.dumps(first), file=answers, flush=True)
+    for line in sys.stdin:
+        what, count = line.split()
+        if what == "parts":
+            answer = timed_parts(make, device, int(count))
+        else:
+            answer = {"seconds": seconds(step, int(count), device), "peak_mb": plumbing.peak_memory_mb(device)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+# ---- the one that starts and asks them -----------------------------------------------------------------------------
+
+
+def start(case):
+    command = [sys.executable, "-m", "lab.bench_train", "--worker", json.dumps(case)]
+    here = Path(__file__).parent.parent
+    return subprocess.Popen(command, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def answer(process, name):
+    line = process.stdout.readline()
+    if not line:
+        raise UserError(f"{name} ended with status {process.wait()}; its message is above")
+    return json.loads(line)
+
+
+def ask(process, name, what, count):
+    process.stdin.write(f"{what} {count}\n")
+    process.stdin.flush()
+    return answer(process, name)
+
+
+def write_weights(case, stem):
+    """The weights that all candidates with this decoder begin with: STEM.safetensors for us, STEM-hf for transformers."""
+    torch.manual_seed(0)
+    model = build(case)
+    save_model(model, f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
+    export(f"{stem}.safetensors", "hf", Path(f"{stem}-hf"))
+
+
+def started(stack, case, name):
+    """A process that is ended with the stack, and what it said after its warm-up."""
+    process = stack.enter_context(start(case))
+    stack.callback(process.kill)
+    return process, answer(process, name)
+
+
+def gated(stack, case, names, folder):
+    """Start all candidates -> {name: process}; a UserError, and so no speed, where losses part or a step waits."""
+    running, reference = {}, {}
+    for name in names:
+        own = case | CANDIDATES[name]
+        stem = own["weights"] = str(Path(folder) / f"{own['decoder'][0]}x{own['decoder'][1]}")
+        if stem not in reference:
+            write_weights(own, stem)
+            with contextlib.ExitStack() as short:
+                plain = own | {"net": "hf", "dtype": "fp32", "compile": False, "fused": True}
+                reference[stem] = started(short, plain, "transformers in fp32")[1]["losses"]
+        running[name], first = started(stack, own, name)
+        problem = "" if own.get("whole") else agree(first["losses"], reference[stem], case["dtype"])
+        if problem or first["waits"]:
+            raise UserError(f"{name}, {case['dtype']}: {problem or first['waits']}; no speed is reported")
+        print(f"gate     {case['dtype']} {name}: {'not compared' if own.get('whole') else 'losses agree'}", flush=True)
+    return running
+
+
+def measure(case, names, repeats, steps, part_steps):
+    """One dtype: the gate, then all candidates in turns -> rows."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        running = gated(stack, case, names, folder)
+        product = case | {"net": "matmul", "side": 8192 if case["device"] == "cuda" else 2048}
+        running["matmul"], _ = started(stack, product, "matmul")
+        asked = [
+            (name, ask(process, name, "steps", steps)) for _ in range(repeats) for name, process in running.items()
+        ]
+        split = {name: ask(running[name], name, "parts", part_steps) for name in names if CANDIDATES[name].get("whole")}
+    took = {name: [a["seconds"] for n, a in asked if n == name] for name in running}
+    tflops = 2 * product["side"] ** 3 * steps / statistics.median(took["matmul"]) / 1e12
+    peak = {name: max(a["peak_mb"] for n, a in asked if n == name) for name in names}
+    rows = [row_of(case, name, [steps * case["batch"] / s for s in took[name]], peak[name], tflops) for name in names]
+    return [row | against_the_peer(row, rows) | split.get(row["candidate"], dict.fromkeys(PARTS)) for row in rows]
+
+
+def row_of(case, name, rates, peak_mb, tflops):
+    """A row of results without what compares it to others; rates: images a second of each repeat."""
+    (width, blocks), rate = CANDIDATES[name]["decoder"], statistics.median(rates)
+    size, K = SIZES[case["model"]], masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
+    flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], width, blocks, K)
+    same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
+    return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(rate, 2),
+            "low": round(min(rates), 2), "high": round(max(rates), 2), "repeats": len(rates), "peak_mb": round(peak_mb),
+            "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
+            "mfu_percent": round(rate * flops / tflops / 1e10, 1)}  # fmt: skip
+
+
+def against_the_peer(row, rows):
+    """-> {"over_transformers"}: how many times as fast as its best candidate with this decoder and dtype."""
+    peers = [r["images_per_s"] for r in rows if r["decoder"] == row["decoder"] and r["candidate"].startswith("transf")]
+    return {"over_transformers": round(row["images_per_s"] / max(peers), 3) if peers else None}
+
+
+# ---- what is written -----------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """Rows as a Markdown table."""
+    head = "| step | dtype | decoder | images/s (range) | over transformers | peak MB | MFU |\n|---|---|---|---|---|---|---|\n"
+    return head + "".join(
+        f"| {r['candidate']} | {r['dtype']} | {r['decoder']} | {r['images_per_s']} ({r['low']} to {r['high']}) | "
+        f"{r['over_transformers'] or '-'} | {r['peak_mb']} | {r['mfu_percent']} % |\n" for r in rows)  # fmt: skip
+
+
+def draw(rows, path):
+    """Images a second of every candidate, a panel for each dtype, and where the time of a whole step goes."""
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    whole = [r for r in rows if r["data"] is not None]
+    high = 1.2 + 0.32 * len(rows) / len(dtypes)
+    figure, axes = plt.subplots(1, len(dtypes) + bool(whole), figsize=(4.2 * (len(dtypes) + bool(whole)), high))
+    axes = np.atleast_1d(axes)
+    for axis, dtype in zip(axes, dtypes, strict=False):
+        own = [r for r in rows if r["dtype"] == dtype][::-1]
+        rate = [r["images_per_s"] for r in own]
+        error = [[r["images_per_s"] - r["low"] for r in own], [r["high"] - r["images_per_s"] for r in own]]
+        colours = [plot.ORANGE if r["candidate"].startswith("transf") else plot.BLUE for r in own]
+        axis.barh(range(len(own)), rate, xerr=error, color=colours, ecolor=plot.INK, capsize=2)
+        axis.set_yticks(
+            range(len(own)), [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
+        )
+        axis.set(title=dtype, xlabel="images a second")
+    if whole:
+        split_panel(axes[-1], whole)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch']}: a training step")
+    plot.save(figure, path)
+
+
+def split_panel(axis, whole):
+    """A bar for each dtype: which share of a whole step each part takes."""
+    colours = (plot.INK, plot.PINK, plot.BLUE, plot.ORANGE, plot.GREEN, "#999999")
+    for y, row in enumerate(whole[::-1]):
+        left, total = 0.0, sum(row[p] for p in PARTS)
+        for part, colour in zip(PARTS, colours, strict=True):
+            share = 100 * row[part] / total
+            axis.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
+            left += share
+    axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole[::-1]])
+    axis.set(title="A whole step, light decoder", xlabel="share of the time, %", xlim=(0, 100))
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.12))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--model", default="small", choices=SIZES)
+    add("--image-size", type=int, default=224, metavar="PX")
+    add("--patch-size", type=int, default=16, metavar="PX")
+    add("--batch", type=int, metavar="B", help="images a step (default: 16, on a GPU 256)")
+    add("--ratio", type=float, default=0.75, help="share of patches hidden")
+    add("--dtype", nargs="+", default=["fp32", "bf16"], choices=TOLERANCE)
+    add("--only", nargs="+", metavar="NAME", help="candidates (default: all)")
+    add("--repeats", type=int, default=5, help="how often each has its turn")
+    add("--steps", type=int, help="steps of a turn (default: 3, on a GPU 30)")
+    add("--warmup", type=int, help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
+    add("--quick", action="store_true", help="eager candidates only, 3 turns")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
+    add("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.worker:
+        return work(json.loads(args.worker))
+    device = plumbing.pick_device(args.device)
+    gpu = device.type == "cuda"
+    names = args.only or (QUICK if args.quick else list(CANDIDATES))
+    if unknown := set(names) - CANDIDATES.keys():
+        raise UserError(f"--only {', '.join(unknown)} is no candidate; there are: {'; '.join(CANDIDATES)}")
+    steps, warmup = args.steps or (30 if gpu else 3), args.warmup or (20 if gpu else 3)
+    case = {"device": device.type, "model": args.model, "image_size": args.image_size, "patch_size": args.patch_size,
+            "batch": args.batch or (256 if gpu else 16), "ratio": args.ratio, "warmup": warmup}  # fmt: skip
+    about = {"machine": plumbing.machine(device), "versions": versions(), "commit": plumbing.commit()}
+    repeats, rows = 3 if args.quick else args.repeats, []
+    for dtype in args.dtype:
+        rows += [r | about for r in measure(case | {"dtype": dtype}, names, repeats, steps, 2 * steps)]
+        print(table(rows[-len(names) :]), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"bench_train_{device.type}.csv"
+    kept = [r for r in plumbing.read_csv(path) if (r["model"], r["image_size"], r["batch"])
+            != (args.model, str(args.image_size), str(case["batch"]))]  # fmt: skip
+    plumbing.save_csv(path, kept + rows)
+    path.with_suffix(".md").write_text(table(rows) + f"\n{about['machine']}, {about['versions']}, {about['commit']}\n")
+    draw(rows, path.with_suffix(".png"))
+    print(f"wrote    {path}, .md and .png")
+
+
+def versions():
+    import transformers
+
+    return f"transformers {transformers.__version__}, triton {kernels.triton.__version__ if kernels.triton else 'none'}"
+
+
+if __name__ == "__main__":
+    plumbing.cli(main)
