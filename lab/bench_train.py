@@ -52,8 +52,8 @@ CANDIDATES = {
 QUICK = ("AniMask", "transformers", "AniMask, light", "transformers, light")
 PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
 FLOOR = 1e-3  # under a patch's deviation: that of transformers, sqrt(1e-6), so that both do the same
-# Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, their sum well under 1e-5;
-# later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction, less of its error.
+# Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in sum well under 1e-5;
+# later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -189,7 +189,9 @@ def make_step(case, device):
 
         how = {"attn_implementation": case["attention"]} if "attention" in case else {}
         model = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
-        model.config.norm_pix_loss, make = True, their_step
+        model.config.norm_pix_loss, model.config.mask_ratio, make = True, case["ratio"], their_step
+        for name, weight in model.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
+            weight.requires_grad_("position" not in name and "pos_embed" not in name)
     else:
         model = build(case)
         init_from(model, case["weights"] + ".safetensors")
@@ -304,7 +306,7 @@ def ask(process, name, what, count):
 
 
 def write_weights(case, stem):
-    """The weights that all candidates with this decoder begin with: STEM.safetensors for us, STEM-hf for transformers."""
+    """The weights that candidates with this decoder begin with: STEM.safetensors, and STEM-hf for transformers."""
     torch.manual_seed(0)
     model = build(case)
     save_model(model, f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
@@ -377,8 +379,8 @@ def against_the_peer(row, rows):
 
 def table(rows):
     """Rows as a Markdown table."""
-    head = "| step | dtype | decoder | images/s (range) | over transformers | peak MB | MFU |\n|---|---|---|---|---|---|---|\n"
-    return head + "".join(
+    head = "| step | dtype | decoder | images/s (range) | over transformers | peak MB | MFU |\n"
+    return head + "|---" * 7 + "|\n" + "".join(
         f"| {r['candidate']} | {r['dtype']} | {r['decoder']} | {r['images_per_s']} ({r['low']} to {r['high']}) | "
         f"{r['over_transformers'] or '-'} | {r['peak_mb']} | {r['mfu_percent']} % |\n" for r in rows)  # fmt: skip
 

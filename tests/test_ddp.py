@@ -67,9 +67,9 @@ def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
 def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     """SIGTERM stops both after the same step; without one of them the other ends; one process can go on.
 
-    Its losses are those of a run that never stopped. In fp32 a sum over half a batch and another differ from the whole
-    by about 2^-24 of it, and AdamW turns that into no more than about as much of the loss: 1e-4 leaves room for 15 steps
-    (3e-7 was measured). shuffle=1 guides an image by another process's.
+    Its losses are those of a run that never stopped. In fp32 the sum of two half batches differs from that of the whole
+    by some 2^-24 of it. AdamW divides by the gradient's size: where that is noise it steps by up to the learning rate
+    either way, but there the loss is flat. MEASURED shuffle=1 guides an image by another process's.
     """
     words, out = ["--mask", "detail:beta=2,shuffle=1"], tmp_path / "out"
     stopped = start(small, out, *words)
