@@ -353,7 +353,12 @@ def measure(case, names, repeats, steps, part_steps):
     tflops = 2 * product["side"] ** 3 * steps / statistics.median(took["matmul"]) / 1e12
     peak = {name: max(a["peak_mb"] for n, a in asked if n == name) for name in names}
     rows = [row_of(case, name, [steps * case["batch"] / s for s in took[name]], peak[name], tflops) for name in names]
-    return [row | against_the_peer(row, rows) | split.get(row["candidate"], dict.fromkeys(PARTS)) for row in rows]
+    return [row | against_the_peer(row, rows) | columns(split.get(row["candidate"], {})) for row in rows]
+
+
+def columns(parts):
+    """{part: milliseconds} -> those columns of a row, empty where the parts were not timed."""
+    return {f"{part}_ms": parts.get(part) for part in PARTS}
 
 
 def row_of(case, name, rates, peak_mb, tflops):
@@ -388,9 +393,9 @@ def table(rows):
 def draw(rows, path):
     """Images a second of every candidate, a panel for each dtype, and where the time of a whole step goes."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
-    whole = [r for r in rows if r["data"] is not None]
+    whole = [r for r in rows if r["data_ms"] is not None]
     high = 1.2 + 0.32 * len(rows) / len(dtypes)
-    figure, axes = plt.subplots(1, len(dtypes) + bool(whole), figsize=(4.2 * (len(dtypes) + bool(whole)), high))
+    figure, axes = plt.subplots(1, len(dtypes) + bool(whole), figsize=(3.7 * (len(dtypes) + bool(whole)), high))
     axes = np.atleast_1d(axes)
     for axis, dtype in zip(axes, dtypes, strict=False):
         own = [r for r in rows if r["dtype"] == dtype][::-1]
@@ -412,9 +417,9 @@ def split_panel(axis, whole):
     """A bar for each dtype: which share of a whole step each part takes."""
     colours = (plot.INK, plot.PINK, plot.BLUE, plot.ORANGE, plot.GREEN, "#999999")
     for y, row in enumerate(whole[::-1]):
-        left, total = 0.0, sum(row[p] for p in PARTS)
+        left, total = 0.0, sum(row[f"{p}_ms"] for p in PARTS)
         for part, colour in zip(PARTS, colours, strict=True):
-            share = 100 * row[part] / total
+            share = 100 * row[f"{part}_ms"] / total
             axis.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
             left += share
     axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole[::-1]])

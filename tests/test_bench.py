@@ -103,9 +103,9 @@ def test_kernel_ratios_are_over_the_obvious_way():
 def test_rows_can_be_tabled_and_drawn(tmp_path):
     case = TINY | {"image_size": 32}
     rows = [bench_train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1) for name in bench_train.CANDIDATES]
-    rows = [r | bench_train.against_the_peer(r, rows) | dict.fromkeys(bench_train.PARTS) for r in rows]
-    assert rows[0]["images_per_s"] == 2.0 and rows[0]["over_transformers"] == 1.0
-    rows[-3] |= dict.fromkeys(bench_train.PARTS, 1.0)
+    rows = [r | bench_train.against_the_peer(r, rows) | bench_train.columns({}) for r in rows]
+    assert rows[0]["images_per_s"] == 2.0 and rows[0]["over_transformers"] == 1.0 and rows[0]["decoder"] == "512x8"
+    rows[-3] |= bench_train.columns(dict.fromkeys(bench_train.PARTS, 1.0))
     bench_train.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert len(bench_train.table(rows).splitlines()) == len(rows) + 2 and json.dumps(rows)
