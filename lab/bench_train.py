@@ -12,13 +12,11 @@ those of a plain matrix product in the same run.
 
 import argparse
 import contextlib
-import functools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,14 +24,12 @@ import numpy as np
 import torch
 
 import kernels
-import loader
 import mask as masking
 import plumbing
-from checkpoints import export, init_from, save_model
-from kernels.gather import byte_scale, masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from checkpoints import export, save_model
 from lab import plot
-from model import MAE, SIZES
+from lab.bench_step import PARTS, build
+from model import SIZES
 from plumbing import UserError
 
 PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and ours
@@ -50,8 +46,6 @@ CANDIDATES = {
     "transformers, light": dict(net="hf", decoder=LIGHT),
 }
 QUICK = ("AniMask", "transformers", "AniMask, light", "transformers, light")
-PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
-FLOOR = 1e-3  # under a patch's deviation: that of transformers, sqrt(1e-6), so that both do the same
 # Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in sum well under 1e-5;
 # later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -81,6 +75,16 @@ def step_flops(image_size, patch_size, dim, depth, decoder_dim, decoder_depth, K
     return 3 * (encoder + decoder) + 2 * (embed + stats)
 
 
+def on_paper(rate, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
+    """Images a second of `ranks` GPUs, each with this batch, from the rate of one; messages hide behind nothing.
+
+    A ring all-reduce moves 2 (R-1)/R times the gradient over each link (B/s; NVLink 4 has 450e9 each way); to pack and
+    unpack it reads and writes it twice (memory, B/s). What each GPU does itself stays the same (plumbing.py).
+    """
+    message = 2 * (ranks - 1) / ranks * gradient_bytes / link + 4 * gradient_bytes / memory
+    return ranks * batch / (batch / rate + message)
+
+
 def agree(losses, reference, dtype):
     """-> "" if the losses are those of the reference, else a line that says where they part."""
     if len(losses) != len(reference) or not losses:
@@ -91,203 +95,11 @@ def agree(losses, reference, dtype):
     return ""
 
 
-# ---- a candidate, in its own process -------------------------------------------------------------------------------
-
-
-def fixed_views(case, device):
-    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every process."""
-    draws, S = plumbing.seeded(0), case["image_size"]
-    coarse = torch.rand(case["batch"], 3, 7, 7, generator=draws)
-    smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
-    grain = torch.rand(case["batch"], 3, S, S, generator=draws)
-    view = (255 * (0.8 * smooth + 0.2 * grain)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    noise = torch.rand(8, case["batch"], (S // case["patch_size"]) ** 2, generator=draws)
-    return view.to(device), noise.to(device)
-
-
-def our_step(case, model, optimizer, view, noise, dtype, autocast):
-    """-> step(i): a loss on the device; what pretrain.py does with a view, under the loss of the paper."""
-    net, p = torch.compile(model) if case.get("compile") else model, case["patch_size"]
-    K = masking.kept(noise.shape[2], case["ratio"])
-
-    def step(i):
-        ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
-        tokens = masked_patch_gather(view, ids_keep, p, dtype)
-        with autocast():
-            pred, _ = net(tokens, ids_keep, ids_mask)
-        loss = reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda part: None):
-    """-> step(i): all that pretrain.py does; mark(part) is called as each part of it ends.
-
-    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the latent the decoder.
-    """
-    device, B, p = view.device, case["batch"], case["patch_size"]
-    images, K = view.cpu().numpy() if device.type == "cpu" else view, masking.kept(noise.shape[2], case["ratio"])
-
-    def step(i):
-        draws = plumbing.seeded(0, i)
-        boxes, flip = loader.draw_boxes(B, draws, 0.4)
-        own = masking.gumbel_noise(B, noise.shape[2], draws)
-        boxes, flip, own = (plumbing.send(x, device) for x in (boxes, flip, own))
-        batch = loader.take(images, torch.randperm(B, generator=draws), device)
-        seen = loader.view_images(batch, boxes, flip, case["image_size"])
-        mark("data")
-        ids_keep, ids_mask = masking.sample(own, K)
-        tokens = masked_patch_gather(seen, ids_keep, p, dtype)
-        mark("gather")
-        with autocast():
-            latent = model.encoder(tokens, ids_keep)
-            mark("encoder")
-            pred, stats = model.decoder(latent, ids_keep, ids_mask)
-        mark("decoder")
-        pred.register_hook(lambda _: mark("loss"))
-        latent.register_hook(lambda _: mark("decoder"))
-        weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
-        loss = reconstruction_loss(pred, seen, ids_mask, p, weight)
-        (loss + stats_loss(stats, seen, ids_mask, p)).backward()
-        mark("encoder")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        mark("optimizer")
-        return loss.detach()
-
-    return step
-
-
-def their_step(case, model, optimizer, view, noise, dtype, autocast):
-    """-> step(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
-    net = torch.compile(model) if case.get("compile") else model
-    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
-
-    def step(i):
-        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
-        with autocast():
-            loss = net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def make_step(case, device):
-    """The candidate's network with the weights that all begin with -> step(i), and mark-able whole_step or None."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]]
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    if case["net"] == "hf":
-        from transformers import ViTMAEForPreTraining
-
-        how = {"attn_implementation": case["attention"]} if "attention" in case else {}
-        model = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
-        model.config.norm_pix_loss, model.config.mask_ratio, make = True, case["ratio"], their_step
-        for name, weight in model.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
-            weight.requires_grad_("position" not in name and "pos_embed" not in name)
-    else:
-        model = build(case)
-        init_from(model, case["weights"] + ".safetensors")
-        make = whole_step if case.get("whole") else our_step
-    model.train().to(device)
-    if case.get("fused", True):
-        optimizer = plumbing.make_optimizer(model, 1e-4, 0.05)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
-    return functools.partial(make, case, model, optimizer, *fixed_views(case, device), dtype, autocast)
-
-
-def build(case):
-    size = {k: SIZES[case["model"]][k] for k in ("dim", "depth", "heads")}
-    width, depth = case["decoder"]
-    return MAE(case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth)
-
-
-def multiply_step(case, device, side):
-    """-> step(i): a plain product of two square matrices, to which MFU compares."""
-    a = torch.randn(side, side, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]])
-    out = torch.empty_like(a)
-    return lambda i: torch.mm(a, a, out=out)[0, 0]
-
-
-def waits(step, device):
-    """-> what in a step makes the host wait for the GPU, "" if nothing does; "" on a CPU."""
-    if device.type != "cuda":
-        return ""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(0)
-    except RuntimeError as problem:
-        return str(problem).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
-
-
-def timed_parts(make, device, steps):
-    """-> {part: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
-    marks = []
-
-    def mark(part):
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        marks.append((part, event if device.type == "cuda" else time.perf_counter()))
-
-    step, took = make(mark=mark), {part: [] for part in PARTS}
-    for i in range(steps + 1):
-        marks.clear()
-        mark("begin")
-        step(i)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = dict.fromkeys(PARTS, 0.0)
-        for (_, a), (part, b) in zip(marks, marks[1:], strict=False):
-            spent[part] += a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a)
-        for part, ms in spent.items() if i else ():
-            took[part].append(ms)
-    return {part: round(statistics.median(ms), 3) for part, ms in took.items()}
-
-
-def seconds(step, steps, device):
-    began = time.perf_counter()
-    for i in range(steps):
-        step(i)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def work(case):
-    """What a candidate's process does: warm up, then answer each line of standard input with a line of JSON."""
-    device, answers = torch.device(case["device"]), sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
-    make = None if case["net"] == "matmul" else make_step(case, device)
-    step = make() if make else multiply_step(case, device, case["side"])
-    losses = [float(step(i)) for i in range(case["warmup"])]
-    first = {"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""}
-    print(json.dumps(first), file=answers, flush=True)
-    for line in sys.stdin:
-        what, count = line.split()
-        if what == "parts":
-            answer = timed_parts(make, device, int(count))
-        else:
-            answer = {"seconds": seconds(step, int(count), device), "peak_mb": plumbing.peak_memory_mb(device)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 # ---- the one that starts and asks them -----------------------------------------------------------------------------
 
 
 def start(case):
-    command = [sys.executable, "-m", "lab.bench_train", "--worker", json.dumps(case)]
+    command = [sys.executable, "-m", "lab.bench_step", json.dumps(case)]
     here = Path(__file__).parent.parent
     return subprocess.Popen(command, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -365,12 +177,16 @@ def row_of(case, name, rates, peak_mb, tflops):
     """A row of results without what compares it to others; rates: images a second of each repeat."""
     (width, blocks), rate = CANDIDATES[name]["decoder"], statistics.median(rates)
     size, K = SIZES[case["model"]], masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
+    with torch.device("meta"):
+        gradient = 4 * sum(w.numel() for w in build(case | CANDIDATES[name]).parameters())
     flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], width, blocks, K)
     same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
     return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(rate, 2),
             "low": round(min(rates), 2), "high": round(max(rates), 2), "repeats": len(rates), "peak_mb": round(peak_mb),
             "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
-            "mfu_percent": round(rate * flops / tflops / 1e10, 1)}  # fmt: skip
+            "mfu_percent": round(rate * flops / tflops / 1e10, 1), "gradient_mb": round(gradient / 1e6, 1),
+            "on_8_gpus_on_paper": round(on_paper(rate, case["batch"], gradient)) if case["device"] == "cuda" else ""
+            }  # fmt: skip
 
 
 def against_the_peer(row, rows):
@@ -443,14 +259,11 @@ def parse_args():
     add("--warmup", type=int, help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
     add("--quick", action="store_true", help="eager candidates only, 3 turns")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
-    add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.worker:
-        return work(json.loads(args.worker))
     device = plumbing.pick_device(args.device)
     gpu = device.type == "cuda"
     names = args.only or (QUICK if args.quick else list(CANDIDATES))

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab import bench_check, bench_train
+from checkpoints import save_model
+from lab import bench_check, bench_step, bench_train
 from model import MAE
 
 TINY = {"device": "cpu", "model": "nano", "image_size": 16, "patch_size": 8, "ratio": 0.5, "batch": 2, "warmup": 2,
@@ -28,6 +29,12 @@ def test_flops_are_those_that_torch_counts(size, patch, dim, depth, width, block
     assert counter.get_total_flops() == 3 * bench_train.step_flops(size, patch, dim, depth, width, blocks, K)
 
 
+def test_eight_gpus_on_paper():
+    """ViT-B's .45 GB at 1000 images/s and 100 a GPU: 100 ms of work, 1.75 * 1.5 + .6 = 3.225 ms of talk."""
+    assert bench_train.on_paper(1000, 100, 0.45e9) == pytest.approx(800 / 0.103225)
+    assert bench_train.on_paper(1000, 100, 0) == pytest.approx(8000)
+
+
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
     assert bench_train.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
     assert "step 2" in bench_train.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
@@ -41,7 +48,7 @@ def in_process(monkeypatch):
 
     class Here:
         def __init__(self, case):
-            self.step = bench_train.make_step(case, torch.device("cpu"))()
+            self.step = bench_step.make_step(case, torch.device("cpu"))()
             losses = [float(self.step(i)) for i in range(case["warmup"])]
             self.first = {"losses": losses, "waits": ""}
 
@@ -54,16 +61,16 @@ def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_sp
     monkeypatch.setattr(bench_train, "CANDIDATES", small)
     names = ["AniMask", "transformers", "transformers, eager attention", "AniMask, light, whole step"]
     assert list(bench_train.gated(None, TINY, names, tmp_path)) == names
-    monkeypatch.setattr(bench_train, "FLOOR", 0.5)  # another loss
+    monkeypatch.setattr(bench_step, "FLOOR", 0.5)  # another loss
     with pytest.raises(bench_train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
         bench_train.gated(None, TINY, ["AniMask"], tmp_path)
 
 
 def test_parts_of_a_step_are_all_there(monkeypatch, tmp_path):
     case = TINY | {"net": "ours", "decoder": [32, 1], "whole": True, "weights": str(tmp_path / "w")}
-    model = bench_train.build(case)
-    bench_train.save_model(model, tmp_path / "w.safetensors", {"step": 0, "run": {}, "norm_pix": True})
-    took = bench_train.timed_parts(bench_train.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
+    model = bench_step.build(case)
+    save_model(model, tmp_path / "w.safetensors", {"step": 0, "run": {}, "norm_pix": True})
+    took = bench_step.timed_parts(bench_step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
     assert list(took) == list(bench_train.PARTS) and all(ms > 0 for ms in took.values())
 
 
