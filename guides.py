@@ -108,8 +108,7 @@ class Guide:
         """The run's own average takes a step towards the encoder; its momentum goes from EMA to 1."""
         if "teacher" in self.networks:
             momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
-            for slow, fast in zip(self.teacher.parameters(), encoder.parameters(), strict=True):
-                slow.lerp_(fast, 1 - momentum)
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(encoder.parameters()), 1 - momentum)
 
     def statistics(self, patches, ids_mask):
         """What the log says of a batch's masks: diversity, and what was hidden of figure and ground, or the entropy."""
