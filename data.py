@@ -329,8 +329,14 @@ def main():
     add("--split", default=".7,.1,.2", help="shares of train,val,test where the source does not give the splits")
     add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
     add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
-    add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
-        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")
+    add(
+        "--dedupe",
+        nargs="?",
+        const="drop",
+        default="group",
+        choices=("group", "drop", "off"),
+        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off",
+    )
     add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
     add("--tail", type=float, default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
     add("--seed", type=int, default=0, help="of the split and of the drawn demo set")

@@ -11,7 +11,7 @@ import loader
 import mask as masking
 import plumbing
 from kernels.gather import masked_patch_gather
-from kernels.loss import patch_error
+from kernels.loss import patch_error, visible_stats
 from lab import metrics, plot
 from model import put_patches, to_pixels
 
@@ -24,13 +24,17 @@ def spread(n, most):
     return torch.linspace(0, n - 1, min(n, most)).long()
 
 
-def predict(model, view, noise, autocast):
-    """Hide EVAL_RATIO of view u8 (B, S, S, 3) by noise (B, N) -> pred (B, M, P), stats (B, M, 2), ids_mask (B, M)."""
-    N, p = noise.shape[1], model.config["patch_size"]
-    ids_keep, ids_mask = masking.sample(noise.to(view.device), masking.kept(N, EVAL_RATIO))
+def predict(model, view, ids_keep, ids_mask, autocast):
+    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
+    p = model.config["patch_size"]
     with autocast():
         pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
-    return pred.float(), stats.float(), ids_mask
+    return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p)
+
+
+def hide_at_random(noise, device):
+    """noise (B, N) -> ids_keep, ids_mask: EVAL_RATIO of the patches, the same for every run."""
+    return masking.sample(noise.to(device), masking.kept(noise.shape[1], EVAL_RATIO))
 
 
 @torch.no_grad()
@@ -41,7 +45,8 @@ def masked_mse(model, split, norm_pix, autocast):
     errors = []
     views = loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
     for (_, view), own_noise in zip(views, noise, strict=True):
-        pred, _, ids_mask = predict(model, view, own_noise, autocast)
+        ids_keep, ids_mask = hide_at_random(own_noise, view.device)
+        pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
         errors.append(patch_error(pred, view, ids_mask, c["patch_size"], norm_pix).cpu())
     return torch.cat(errors).mean().item()
 
@@ -108,7 +113,8 @@ def draw_reconstructions(model, split, norm_pix, autocast, path):
     rows, c = spread(len(split["images"]), 8), model.config
     _, view = next(loader.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, plumbing.seeded(0))
-    pred, stats, ids_mask = predict(model, view, noise, autocast)
+    ids_keep, ids_mask = hide_at_random(noise, view.device)
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
     pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
     predicted = put_patches(torch.full_like(view, plot.GRAY), ids_mask, pixels)
     plot.reconstructions(path, view, seen, predicted, put_patches(view, ids_mask, pixels), EVAL_RATIO)

@@ -140,6 +140,11 @@ SOURCES = ("cls", "received", "unusual")
 SAMPLE = 1024  # images that the usual token of each place is the mean of
 
 
+def usual_source(teacher):
+    """ "cls" for a checkpoint file, as DINO's are; "unusual" for an MAE of ours, whose CLS token nothing trains."""
+    return "cls" if Path(teacher).is_file() else "unusual"
+
+
 @torch.no_grad()
 def attention(encoder, image_size, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): how much an encoder makes of each patch of whole images `rows`, mean over heads.

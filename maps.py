@@ -50,7 +50,7 @@ def parse_args():
     add(
         "--source",
         choices=guides.SOURCES,
-        help="attention of CLS to a patch, of all patches to it, or how unusual its token is (default: cls)",
+        help="attention of CLS to a patch, of all patches to it, or how unusual its token is (default: as pretrain.py)",
     )
     add("--parts", type=int, metavar="K", help="parts of the figure, beside the background (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
@@ -65,7 +65,7 @@ def check(args):
     if extra := given - FLAGS[args.map]:
         raise UserError(f"--{min(extra)} has no meaning for --map {args.map}; leave it out")
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
-    args.source = args.source or ("cls" if args.map == "attn" else None)
+    args.source = args.source or (guides.usual_source(args.run or "self") if args.map == "attn" else None)
     args.parts = 6 if args.parts is None and args.map == "parts" else args.parts
     if args.map == "saliency" and args.quality == "coarse":
         if args.run:

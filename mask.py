@@ -289,6 +289,5 @@ def diversity(ids_mask, N):
 
 def entropy(score, beta):
     """How open a guided mask is, score (B, N): entropy of softmax(beta z) over log N. 1 is random, 0 deterministic."""
-    return torch.distributions.Categorical(logits=beta * standard_score(score)).entropy().mean() / math.log(
-        score.shape[1]
-    )
+    odds = (beta * standard_score(score)).log_softmax(1)
+    return -(odds.exp() * odds).sum(1).mean() / math.log(score.shape[1])

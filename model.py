@@ -192,9 +192,10 @@ class Decoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation of a patch, for pictures only
+        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation, for pictures only
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
+        nn.init.zeros_(self.stats_head.weight)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent, ids_keep, ids_mask):
@@ -202,7 +203,8 @@ class Decoder(nn.Module):
 
         The papers' code puts the tokens back into image order first. Attention does not depend on the order of its
         tokens, only on the positions that were added to them: we append the mask tokens and save two gathers,
-        and the masked patches are then simply the last M rows. stats gives no gradient to the rest of the network.
+        and the masked patches are then simply the last M rows. stats, what kernels.loss.visible_stats leaves to
+        be said of their means and log deviations, gives no gradient to the rest of the network.
         """
         pos = self.decoder_pos_embed[0]
         x = self.decoder_embed(latent)
@@ -283,7 +285,7 @@ class LossPredictor(nn.Module):
 
     def forward(self, patches):
         """patches (B, N, P), all of a view's -> a score (B, N), higher where a greater loss is expected."""
-        return self.score(self.block(self.embed(patches) + self.positions))[..., 0]
+        return self.score(self.block(self.embed(patches) + self.positions)).squeeze(-1)
 
 
 def ranking_loss(score, error):
@@ -414,7 +416,7 @@ def remove_lora(encoder):
 
 
 def to_pixels(pred, stats=None):
-    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), predicted mean and log deviation, undo norm_pix."""
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2) of evaluate.predict, mean and log deviation, undo norm_pix."""
     if stats is not None:
         pred = pred * stats[..., 1:].exp() + stats[..., :1]
     std, mean = (torch.tensor(x, device=pred.device).repeat(pred.shape[2] // 3) for x in (STD, MEAN))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,11 @@ def commit():
     here = Path(__file__).parent
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
     return done.stdout.strip() or "no git"
+
+
+def command():
+    """The command line that this is, for results: the script by its name, wherever it lies."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def peak_memory_mb(device):
@@ -251,6 +257,12 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
+def save_json(row, path):
+    """Write a dict as indented JSON, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(row, indent=1) + "\n")
+
+
 def save_state(state, path):
     """Write a checkpoint of tensors and plain values, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as f:
@@ -269,6 +281,22 @@ def load_state(path):
         raise UserError(
             f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out"
         ) from None
+
+
+def open_run(out, config, resume):
+    """-> the state to go on from, or None. A folder with another run in it is left alone."""
+    if not (Path(out) / "state.pt").exists():
+        return None
+    state = load_state(Path(out) / "state.pt")
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{out}/state.pt is not a checkpoint of a run of ours; choose another --out")
+    if other := [k for k in config if config[k] != state["config"].get(k)]:
+        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
+        raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
+    if not resume:
+        raise UserError(f"{out} already holds this run, at step {state['step']}; "
+                        "add --resume to go on, or choose another --out")  # fmt: skip
+    return state
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------------------------

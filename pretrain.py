@@ -33,7 +33,7 @@ import plumbing
 from checkpoints import init_from, load_exactly, save_model
 from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
-from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
+from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 from lab import plot
 from model import MAE, SIZES, Block, SimMIM
 from plumbing import UserError
@@ -65,7 +65,8 @@ def parse_args():
     add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
-    add("--attention", default="cls", choices=guides.SOURCES, help="of the CLS token, of all, or unusual tokens")
+    add("--attention", choices=guides.SOURCES,
+        help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
         help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
     add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
@@ -99,6 +100,7 @@ def fill_defaults(args, device, dtype):
     vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
+    args.attention = args.attention or guides.usual_source(args.teacher)
     args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
@@ -144,7 +146,7 @@ def run_name(args, folder):
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
     words += [] if args.init is None else ["from-" + Path(args.init).name]
-    words += [] if args.attention == "cls" else [args.attention]
+    words += [] if args.attention == guides.usual_source(args.teacher) else [args.attention]
     words += [] if args.maps == "auto" else [Path(args.maps).name]
     return "-".join([*words, f"s{args.seed}"])
 
@@ -310,6 +312,7 @@ def main():
                 what = (pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
                 partial, error = absolute_loss(*what) if strategy == "simmim" else reconstruction_loss(
                     *what, return_error=True)  # fmt: skip
+                stats = stats + visible_stats(view[part], ids_keep[part], ids_mask[part], p)
                 heads = stats_loss(stats, view[part], ids_mask[part], p) + guide.loss(part, ids_mask[part], error)
                 (partial + heads / (args.accumulate * world)).backward()  # heads that watch: no gradient for the rest
                 loss = loss + partial.detach()

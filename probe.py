@@ -304,7 +304,7 @@ def probe(run, args, task, autocast, device, threshold, controls):
     print("\n".join(table(rows, task)))
     print(efficiency_line(report["efficiency"], threshold[1]) + f"; heads took {time.perf_counter() - began:.0f} s")
     if args.snapshots:
-        report["snapshots"] = snapshots(home, args, task, autocast, device, rows)
+        report["snapshots"] = snapshots(home, task, autocast, device)
     write(home, report)
     return report | {"right": right["mean"], "log": log, "path": str(run)}
 
@@ -332,20 +332,21 @@ def write(home, report):
     return report
 
 
-def snapshots(home, args, task, autocast, device, rows):
+def snapshots(home, task, autocast, device):
     """Ridge Top-1 of every runs/NAME/snapshots/encoder-EPOCH.safetensors -> [[epoch, Top-1]], and snapshots.png."""
     files = sorted(home.glob("snapshots/encoder-*.safetensors"), key=lambda p: float(p.stem.split("-")[1]))
     if not files:
         raise UserError(f"{home}/snapshots holds none; python pretrain.py --every 1 keeps one of every epoch")
+    first = load_encoder(files[0])[0]
+    networks = [(0.0, untrained_like(first))] + [(float(f.stem.split("-")[1]), load_encoder(f)[0]) for f in files]
     points = []
-    for file in files:
-        encoder, size = load_encoder(file)
+    for epoch, encoder in networks:
+        size = encoder.side * encoder.patch_size
         look = features.encoder_look(encoder.to(device).requires_grad_(False), size, autocast, {})
         found = features.sets(features.extract_all(look, task["parts"], 1, device), 1)
-        points.append([float(file.stem.split("-")[1]), ridge_scores(found["mean"], task)[0]])
-        print(f"epoch {points[-1][0]:<6g} ridge Top-1 {points[-1][1]:.1f} %")
-    lines = {"untrained, logistic": value(rows["untrained mean"], "logistic.top1")}
-    figures.snapshot_curve(home / "snapshots.png", points, lines, f"Snapshots of {home.name}")
+        points.append([epoch, ridge_scores(found["mean"], task)[0]])
+        print(f"epoch {epoch:<6g} ridge Top-1 {points[-1][1]:.1f} %" + (" untrained" if epoch == 0 else ""))
+    figures.snapshot_curve(home / "snapshots.png", points[1:], {"untrained": points[0][1]}, f"Snapshots of {home.name}")
     return points
 
 

@@ -272,6 +272,20 @@ def patch_stats(x, floor=FLOOR):
     return normalise_patches_(x.clone(), floor)[1]
 
 
+def visible_stats(view, ids_keep, ids_mask, patch):
+    """What the visible patches suggest for each hidden one: their mean and log deviation, (B, M, 2), near ones first.
+
+    Weights are distance^-3 between places. It needs no network and sees nothing hidden: what a head has to predict is
+    only the rest. Without it pictures were worse than the mean visible colour (results/LOG.md, "pictures").
+    """
+    side = view.shape[2] // patch
+    with torch.no_grad():
+        _, (mean, std) = targets(view, ids_keep, patch, norm_pix=True)
+        hidden, seen = (torch.stack([ids // side, ids % side], 2).float() for ids in (ids_mask, ids_keep))
+        weight = torch.cdist(hidden, seen).pow(-3)  # (B, M, K); no place is both
+        return weight @ torch.cat([mean, std.log()], 2) / weight.sum(2, keepdim=True)
+
+
 def stats_loss(stats, view, ids_mask, patch):
     """How far the predicted (mean, log deviation) of each masked patch, (B, M, 2), are from the true ones; scalar.
 

@@ -1,7 +1,7 @@
-"""The README's first command, and its random twin, measured: python -m lab.demo
+"""The README's first command, its random twin, and the probe of both: python -m lab.demo
 
-Runs both as a user would, one after the other in a folder of its own, and writes results/demo.json and the pictures of
-results/figures/: the demo set, and what the guided run hid, predicted and learned.
+Runs them as a user would, one after the other in a folder of its own, and writes results/demo.json, probe_toon.json
+(the guided run's) and the pictures of results/figures/: what the guided run hid, predicted and learned.
 """
 
 import argparse
@@ -18,6 +18,9 @@ import torch
 import plumbing
 
 ROOT = Path(__file__).resolve().parent.parent
+MASKS = ("attn_high", "random")  # the first run also draws the demo set
+PICTURES = {"recon": "recon", "masks": "masks", "curves": "curves", "attention": "probe-attention",
+            "patches": "probe-patches", "neighbours": "probe-neighbours", "scatter": "probe-scatter"}  # fmt: skip
 
 
 def run(folder, *words):
@@ -38,6 +41,15 @@ def summary(out, seconds):
             "data_wait_percent": round(100 * sum(r["data_wait"] for r in steps) / len(steps), 3)}  # fmt: skip
 
 
+def probed(out):
+    """The lines of a run's probe.json that the README quotes, in percent: logistic regression, Top-1 on val."""
+    rows = json.loads((out / "probe.json").read_text())["rows"]
+    top1 = {name: round(100 * row["logistic"]["top1"], 1) for name, row in rows.items()}
+    names = ("mean", "extremes", "untrained mean", "untrained extremes", "chance")
+    best = max(x for name, x in top1.items() if name.startswith("thumb"))
+    return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {"probe_best_thumbnail": best}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="results/demo.json", help="where the figures go")
@@ -45,16 +57,18 @@ def main():
     result = {"command": "python -m lab.demo", "machine": plumbing.machine(torch.device("cpu"))}
     result["commit"] = plumbing.commit()
     with tempfile.TemporaryDirectory() as folder:
-        for mask in ("attn_high", "random"):  # the first also draws the demo set
-            out = Path(folder) / "runs" / mask
-            seconds = run(folder, "pretrain.py", "--mask", mask, "--ratio", "0.75", "--device", "cpu", "--out", out)
-            result[mask] = summary(out, seconds)
-        guided, plain = (result[mask]["run_seconds"] for mask in ("attn_high", "random"))
+        runs = Path(folder) / "runs"
+        for mask in MASKS:
+            words = ["--mask", mask, "--ratio", "0.75", "--device", "cpu", "--out", f"runs/{mask}"]
+            result[mask] = summary(runs / mask, run(folder, "pretrain.py", *words))
+        guided, plain = (result[mask]["run_seconds"] for mask in MASKS)
         result["attn_high_costs_percent_more"] = round(100 * (guided / plain - 1), 1)
-        figures = ROOT / "results" / "figures"
-        figures.mkdir(exist_ok=True)
-        for name in ("recon", "masks", "curves"):
-            shutil.copy(Path(folder) / "runs" / "attn_high" / f"{name}.png", figures / f"{name}.png")
+        result["probe_seconds"] = round(run(folder, "probe.py", *(f"runs/{mask}" for mask in MASKS)))
+        for mask in MASKS:
+            result[mask] |= probed(runs / mask)
+        shutil.copy(runs / MASKS[0] / "probe.json", ROOT / "results" / "probe_toon.json")
+        for name, called in PICTURES.items():
+            shutil.copy(runs / MASKS[0] / f"{name}.png", ROOT / "results" / "figures" / f"{called}.png")
     with plumbing.atomic(args.out) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import PowerNorm
 
 from lab.plot import BLUE, GREEN, INK, ORANGE, PINK, save
 
@@ -150,7 +151,8 @@ def confusion(path, table, names, title):
     table = np.asarray(table, float)
     share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(7.2, 6.4))
-    figure.colorbar(axis.imshow(share, cmap="viridis", vmin=0, vmax=100), label="% of the true class", shrink=0.85)
+    drawn = axis.imshow(share, cmap="viridis", norm=PowerNorm(0.5, 0, 100))  # mistakes are a few per cent each
+    figure.colorbar(drawn, label="% of the true class", shrink=0.85, ticks=[0, 2, 10, 25, 50, 100])
     few = len(names) <= 50
     ticks = range(len(names)) if few else []
     size = max(5, min(10, 260 / len(names)))

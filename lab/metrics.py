@@ -139,9 +139,10 @@ def classification(scores, labels, counts):
     """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1]."""
     classes = len(counts)
     table = confusion(scores.argmax(1), labels, classes)
+    own = [None if r != r else r for r in recalls(table).tolist()]
     return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(table),
             **by_frequency(table, counts), "frequency_correlation": frequency_correlation(table, counts),
-            "per_class": recalls(table).tolist(), "confusion": table.tolist()}  # fmt: skip
+            "per_class": own, "confusion": table.tolist()}  # fmt: skip
 
 
 # ---- learning curves -----------------------------------------------------------------------------------------------
@@ -237,3 +238,76 @@ def adjusted_rand(a, b):
     expected = in_a * in_b / pairs(table.sum())
     most = (in_a + in_b) / 2
     return 1.0 if most == expected else ((together - expected) / (most - expected)).item()
+
+
+# ---- verification and open set: scores of pairs that belong together (positive) and of pairs that do not -------------
+
+
+def pair_cosines(embeddings, labels, groups):
+    """Cosine of every pair of rows -> (of one class, of different classes); pairs of one group (i64) are left out.
+
+    Two faces of one illustration are alike for reasons that have nothing to do with who they are.
+    """
+    unit = F.normalize(embeddings.float(), dim=1)
+    i, j = torch.triu_indices(len(unit), len(unit), 1)
+    apart = groups[i] != groups[j]
+    i, j = i[apart], j[apart]
+    cosine = torch.cat([(unit[a] * unit[b]).sum(1) for a, b in zip(i.split(2**18), j.split(2**18), strict=True)])
+    same = labels[i] == labels[j]
+    return cosine[same], cosine[~same]
+
+
+def roc(positive, negative):
+    """Scores -> false and true positive rates (fp64) of "accept from here on", for each distinct score, from 0 to 1."""
+    scores = torch.cat([positive, negative]).double()
+    is_true = torch.arange(len(scores)) < len(positive)
+    scores, order = scores.sort(descending=True)
+    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of equal scores
+    true = is_true[order].cumsum(0)[last].double()
+    false = (~is_true[order]).cumsum(0)[last].double()
+    zero = true.new_zeros(1)
+    return torch.cat([zero, false / len(negative)]), torch.cat([zero, true / len(positive)])
+
+
+def roc_auc(positive, negative):
+    """Area under the ROC curve: how often a positive scores above a negative, ties counting half."""
+    return torch.trapezoid(*roc(positive, negative)[::-1]).item()
+
+
+def tpr_at_fpr(positive, negative, most):
+    """The largest true positive rate at a false positive rate of at most `most`."""
+    false, true = roc(positive, negative)
+    return true[false <= most].max().item()
+
+
+def equal_error_rate(positive, negative):
+    """Where the ROC curve has as many false accepts as false rejects, interpolated on a straight line."""
+    false, true = roc(positive, negative)
+    gap = false - (1 - true)  # rises from -1 to 1
+    k = int((gap >= 0).nonzero()[0])
+    share = -gap[k - 1] / (gap[k] - gap[k - 1])
+    return (false[k - 1] + share * (false[k] - false[k - 1])).item()
+
+
+def precision_recall(positive, negative):
+    """Scores -> precision and recall (fp64) for each distinct score, from the highest on."""
+    false, true = roc(positive, negative)
+    hits, wrong = true[1:] * len(positive), false[1:] * len(negative)
+    return hits / (hits + wrong), true[1:]
+
+
+def ranked_precision(positive, negative):
+    """Average precision: the sum of precision times the step in recall, over the distinct scores."""
+    precision, recall = precision_recall(positive, negative)
+    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
+
+
+def detection_rate(known, right, strangers, far):
+    """Detection and identification rate, DIR, at a false alarm rate of at most far (Phillips et al. 2011, chapter 21).
+
+    known (n,) scores of known faces, right (n,) whether the best name is theirs, strangers (m,) scores of unknown
+    ones: the share of known faces that are named rightly at or above the lowest score that lets few strangers in.
+    """
+    allowed = int(far * len(strangers) + 1e-9)
+    bar = strangers.sort(descending=True).values[allowed] if allowed < len(strangers) else float("-inf")
+    return ((known > bar) & right).double().mean().item()

@@ -1,7 +1,7 @@
 """Every strategy on the same faces, as one picture: python -m lab.strategies runs/NAME --data datasets/toon
 
-Attention and difficulty are a run's own: where its CLS token looks, and the mean error of each patch under random
-masks, which is what the head of `learned` is trained to predict. Figure and parts are the data set's true ones.
+Attention and difficulty are a run's own: which tokens are unusual for their place, and the mean error of each patch
+under random masks, which is what the head of `learned` is trained to predict. Figure and parts are the true ones.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import load_encoder
-from evaluate import hidden_by, predict, spread
+from evaluate import hidden_by, hide_at_random, predict, spread
 from kernels.loss import patch_detail, patch_error
 from lab import plot
 from model import MAE
@@ -30,7 +30,8 @@ def difficulty(model, view, autocast):
     B, N, p = len(view), model.encoder.side**2, model.config["patch_size"]
     total, count = torch.zeros(B, N), torch.full((B, N), 1e-9)
     for i in range(DRAWS):
-        pred, _, ids = predict(model, view, masking.gumbel_noise(B, N, plumbing.seeded(i)), autocast)
+        ids_keep, ids = hide_at_random(masking.gumbel_noise(B, N, plumbing.seeded(i)), view.device)
+        pred, _ = predict(model, view, ids_keep, ids, autocast)
         total.scatter_add_(1, ids, patch_error(pred, view, ids, p))
         count.scatter_add_(1, ids, torch.ones(ids.shape))
     return total / count
@@ -55,8 +56,8 @@ def known_of(model, split, rows, autocast):
     index, view = next(loader.whole_views(split["images"], rows, size, torch.device("cpu")))
     whole = (index, *loader.full_boxes(len(index)), side, "cpu")
     every = torch.arange(side**2).expand(len(index), -1).contiguous()
-    with autocast(), torch.no_grad():
-        attention = model.encoder.patch_attention(view).mean(1).float()
+    looks = guides.attention(model.encoder, size, split["images"], rows, "unusual", autocast)
+    attention = torch.cat([score for _, score in looks])
     names = split["header"]["parts"]
     return view, {"attn": attention, "detail": patch_detail(view, every, p),
                   "difficulty": difficulty(model, view, autocast), "fg": guides.cut("fg", split["fg"], *whole),

@@ -23,8 +23,7 @@ import loader
 import mask as masking
 import plumbing
 from checkpoints import load_encoder, load_exactly
-from evaluate import masked_mse, spread
-from kernels.gather import masked_patch_gather
+from evaluate import masked_mse, predict, spread
 from kernels.loss import patch_detail
 from lab import corruptions, features, figures, heads, metrics
 from model import MAE, put_patches, to_pixels
@@ -196,14 +195,13 @@ def reconstruct(model, view, known, strategy, ratio, noise, norm_pix, autocast):
 
     norm_pix is undone with predicted statistics only: the true ones would leak the answer.
     """
-    p, N = model.config["patch_size"], model.encoder.side**2
+    N = model.encoder.side**2
     K = masking.kept(N, ratio)
     own = FINISHED.get(strategy, {})
     priority = masking.STRATEGIES[strategy](known | {"masked": N - K}, noise, 1.0, **own)
     ids_keep, ids_mask = masking.sample(priority, K)
-    with autocast():
-        pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
-    pixels = to_pixels(pred.float(), stats.float() if norm_pix else None)
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
+    pixels = to_pixels(pred, stats if norm_pix else None)
     return put_patches(view, ids_mask, pixels), hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
 
 

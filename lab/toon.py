@@ -1,6 +1,7 @@
 """Procedural anime faces: a labelled picture set which anybody may draw, keep and publish.
 
     python -m lab.toon --out sheet.png          # a contact sheet
+    python -m lab.toon --who haruka --rows 1 --columns 1 --out haruka.png
 
 Longer than its neighbours, because it is a small drawing program with a big wardrobe. Read in this order:
 `cast` and `plan` (who is in the data set), `Canvas` (how a shape reaches the pixels), `draw` at the end (what
@@ -702,8 +703,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, default in (("out", "sheet.png"), ("size", 128), ("columns", 8), ("rows", 6), ("seed", 0)):
         parser.add_argument("--" + flag, default=default, type=type(default), help=f"default: {default}")
+    parser.add_argument("--who", help="one character of the demo set, in pictures that the set has not")
     args = parser.parse_args()
-    items = plan(args.columns * args.rows, min(48, args.columns * args.rows), args.seed)
+    count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
+    if args.who and args.who not in people:
+        parser.error(f"--who {args.who} is unknown; there are: {', '.join(people)}")
+    items = plan(count, min(48, count), args.seed)
+    if args.who:
+        items = [{"seed": (args.seed + 1, i), "who": people[args.who]} for i in range(count)]
     pictures = np.stack([draw(item, args.size)["image"] for item in items])
     sheet = pictures.reshape(args.rows, args.columns, *pictures.shape[1:]).swapaxes(1, 2)
     Image.fromarray(sheet.reshape(args.rows * args.size, args.columns * args.size, 3)).save(args.out)

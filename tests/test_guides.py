@@ -121,6 +121,19 @@ def test_attention_by_part_is_1_where_attention_is_even(figures):
     assert abs(found["figure"] - 1) > 0.01
 
 
+def test_what_is_unusual_for_its_place_is_found():
+    """Pictures alike but for one patch each: that patch has the highest score, whatever the encoder's place codes."""
+    torch.manual_seed(0)
+    encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
+    images[:, :, 16:] = 200  # what stands in all of them is usual
+    odd = np.random.default_rng(0).integers(0, 16, 24)
+    for i, k in enumerate(odd):
+        images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
+    exact = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+    ((_, score),) = guides.attention(encoder, 32, images, torch.arange(24), "unusual", exact)
+    assert torch.equal(score.argmax(1), torch.from_numpy(odd))
+
+
 # ---- every strategy, as a user runs it ------------------------------------------------------------------------------
 
 

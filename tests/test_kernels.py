@@ -373,3 +373,20 @@ def test_predicted_statistics_learn_the_true_ones():
     assert worst(std, (x.var(2, keepdim=True) + 0.15**2).sqrt()) < 1e-5
     assert L.stats_loss(torch.cat([mean, std.log()], 2), view, ids, 8) < 1e-9
     assert L.stats_loss(torch.cat([mean, std.log() + 1], 2), view, ids, 8) > 0.4
+
+
+def test_visible_patches_suggest_the_statistics_of_hidden_ones():
+    """A picture whose light rises from left to right: a hidden patch is guessed from its neighbours, not from all."""
+    rise = torch.linspace(0, 255, 64).to(torch.uint8).expand(3, 64, 64).permute(1, 2, 0)
+    view = rise[None].contiguous()
+    every = torch.arange(64)[None]
+    hidden = (every // 8 + every % 8) % 2 == 1  # a chessboard
+    ids_keep, ids_mask = every[~hidden][None], every[hidden][None]
+    guess = L.visible_stats(view, ids_keep, ids_mask, 8)
+    _, (mean, std) = L.targets(view, ids_mask, 8, True)
+    truth = torch.cat([mean, std.log()], 2)
+    assert (guess - truth)[..., 0].abs().mean() < 0.15 * truth[..., 0].std()
+    assert L.stats_loss(guess, view, ids_mask, 8) < 0.1 * L.stats_loss(torch.zeros_like(guess), view, ids_mask, 8)
+    changed = view.clone()
+    changed[0, :8, 8:16] = 0  # what is hidden is not looked at
+    assert torch.equal(L.visible_stats(changed, ids_keep, ids_mask, 8), guess)

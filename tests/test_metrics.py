@@ -98,8 +98,8 @@ def test_folds_keep_groups_together_and_are_even():
 
 def test_cross_validation_prefers_regularisation_where_features_are_noise(blobs):
     noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
-    mostly_noise, = heads.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
-    signal, = heads.standardise(blobs[0])
+    (mostly_noise,) = heads.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
+    (signal,) = heads.standardise(blobs[0])
     chosen = [heads.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)]
     assert chosen[0] < chosen[1] or chosen[0] == heads.STRENGTHS[0]
 

@@ -9,6 +9,7 @@ kernel must be made of others, and then those are looked at instead.
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import guides
 import loader
 import mask as masking
 import model as M
 import plumbing
-import pretrain
 from kernels.gather import masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 
 COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd)
 
@@ -57,6 +58,7 @@ class OperatorLog(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").removesuffix(".default")
         keys = kernels_for(name) if func.namespace == "aten" else set()
+        keys = keys | kernels_for(name.replace(".Scalar", ".Tensor"))  # ATen makes a tensor of the number
         self.seen.add(func.name())
         composed = [key for key in COMPOSED if func.has_kernel_for_dispatch_key(key)]
         if "MPS" in keys or name == "detach":  # which computes nothing
@@ -80,20 +82,31 @@ def training_step(log):
     images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), plumbing.seeded(0)
     boxes, flip = loader.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
+    labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
+    predictor, rows = M.LossPredictor(4, 8), torch.arange(4)
+    follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = loader.view_images(images, boxes, flip, 32)
-        attention = teacher.patch_attention(view).mean(1).unflatten(1, (4, 4)).half()
-        patches = {"masked": 12, "attn": loader.view_maps(attention, boxes, flip, 4).flatten(1)}
+        patches = {need: guides.cut(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
+        attention = [teacher.patch_attention(view, source).mean(1) for source in ("cls", "received")]
+        patches |= {"masked": 12, "attn": sum(attention)}
+        tokens, every = teacher.all_patches(view)
+        guess = predictor(tokens)
+        patches |= {"detail": patch_detail(view, every, 8), "difficulty": guess.detach()}
         for strategy in masking.STRATEGIES.values():
-            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 1.0), 4)
+            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
         pred, stats = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
-        error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum())
-        (error / 2 + stats_loss(stats, view, ids_mask, 8)).backward()
+        loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True)
+        loss = loss + absolute_loss(pred, view, ids_mask, 8, weight, True, weight.sum())[0]
+        stats = stats + visible_stats(view, ids_keep, ids_mask, 8)
+        heads = stats_loss(stats, view, ids_mask, 8) + M.ranking_loss(guess.gather(1, ids_mask), error)
+        (loss / 2 + heads).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        pretrain.update_teacher(teacher, model.encoder, 0.5)
+        guides.Guide.follow(follow, model.encoder, 0.5)
+        masking.diversity(ids_mask, 16), guides.region_shares(patches["fg"], ids_mask), masking.entropy(guess, 1.0)
 
 
 @pytest.fixture
@@ -108,8 +121,16 @@ def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
     assert not log.missing
     assert torch.float64 not in log.dtypes  # MPS has none
     # and it was a whole step: the encoder, our operator and what it is made of, the backward, the optimizer
-    assert {"aten::addmm", "aten::_softmax", "aten::native_layer_norm_backward", "animask::reconstruction_loss",
-            "aten::index_select", "aten::linalg_vector_norm", "aten::_fused_adamw_", "aten::lerp_.Scalar"} <= log.seen
+    assert {
+        "aten::addmm",
+        "aten::_softmax",
+        "aten::native_layer_norm_backward",
+        "animask::reconstruction_loss",
+        "aten::index_select",
+        "aten::linalg_vector_norm",
+        "aten::_fused_adamw_",
+        "aten::lerp_.Scalar",
+    } <= log.seen
     assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")  # what stands there for the plain form
 
 

@@ -69,7 +69,7 @@ def test_one_command_writes_what_its_docstring_says(runs):
         assert {"logistic", "linear", "knn", "retrieval", "few_shot"} <= set(row)
     assert report["headline"] == rows["mean"]["logistic"]["top1"]
     assert rows["thumb4"]["logistic"]["top1"] > 0.9 and rows["chance"]["logistic"]["top1"] < 0.5  # classes are colours
-    assert [epoch for epoch, _ in report["snapshots"]] == [1, 2] and report["efficiency"]["threshold"] > 0
+    assert [epoch for epoch, _ in report["snapshots"]] == [0, 1, 2] and report["efficiency"]["threshold"] > 0
     assert max(map(len, done.stdout.split("wrote")[0].splitlines()[3:15])) <= 100
     assert "in the forward pass" in done.stdout and "untrained mean" in done.stdout
 

@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
 OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask",
-                                   "saliency", "guides", "kernels", "lab"}  # fmt: skip
+                                   "saliency", "guides", "classifier", "gallery", "labelled",
+                                   "augment", "kernels", "lab"}  # fmt: skip
 
 
 def imports(path):

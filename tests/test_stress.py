@@ -30,12 +30,13 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("name", corruptions.SWEEPS)
-def test_every_level_spoils_more_and_repeats_itself(images, name):
+def test_every_corruption_spoils_and_repeats_itself(images, name):
     spoil, levels, _, headline = corruptions.SWEEPS[name]
     found = [spoil(images, level, torch.Generator().manual_seed(0)) for level in levels]
     assert all(x.shape == images.shape and x.dtype == torch.uint8 for x in found) and headline in levels
     assert torch.equal(found[0], spoil(images, levels[0], torch.Generator().manual_seed(0)))
-    assert all(apart(x, images) > 0.1 for x in found)
+    strength = [apart(x, images) for x in found]
+    assert max(strength) > 0.5 and (name not in ("cutout", "blur", "jpeg") or strength == sorted(strength))
 
 
 def test_cutout_has_the_area_that_was_asked(images):
@@ -65,7 +66,7 @@ def test_line_art_of_one_colour_is_white():
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A demo set of six characters, with true parts and styles, and a run on it."""
+    """A demo set of six characters (12 in val), with true parts and styles, and a run on it."""
     base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toon, "plan", lambda **kw: plan(n=120, characters=6, **kw))
@@ -88,7 +89,7 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert {"stress.json", "robustness.png", "parts.png", "reconstruction.png", "features.safetensors"} <= {
         p.name for p in (drawn / "run").iterdir()}  # fmt: skip
     assert set(report["robustness"]) == set(corruptions.SWEEPS) and "eyes" in report["parts"]
-    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == 16
+    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == report["images"] == 12
     same = report["resolution"][0]  # the size that it was trained at
     assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
     masks = {r["strategy"] for r in report["reconstruction"]}

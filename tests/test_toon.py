@@ -31,20 +31,20 @@ def test_draw_is_deterministic_and_well_formed():
 def test_alpha_and_parts_agree():
     drawn = [toon.draw(item) for item in toon.plan(48)]
     fg, figure = np.stack([d["fg"] for d in drawn]), np.stack([d["parts"] for d in drawn]) > 0
-    assert np.where(figure, fg > 200, fg < 60).mean() > .98           # the rest is the antialiased rim
-    assert (figure == (fg >= 128)).mean() > .995
+    assert np.where(figure, fg > 200, fg < 60).mean() > 0.98  # the rest is the antialiased rim
+    assert (figure == (fg >= 128)).mean() > 0.995
 
 
 def test_every_part_occurs(sample):
     seen = [set(np.unique(d["parts"])) for d in sample[1]]
     assert set().union(*seen) == set(range(len(toon.PARTS)))
     always = {toon.PARTS.index(part) for part in ("background", "hair", "face", "eyes", "clothes")}
-    assert np.mean([always <= ids for ids in seen]) > .97
+    assert np.mean([always <= ids for ids in seen]) > 0.97
 
 
 def test_every_picture_shows_figure_and_background(sample):
     share = np.array([(d["parts"] > 0).mean() for d in sample[1]])
-    assert share.min() > .2 and share.max() < .95
+    assert share.min() > 0.2 and share.max() < 0.95
 
 
 @pytest.mark.parametrize("characters", (6, 24, 48, 96))
@@ -55,7 +55,7 @@ def test_cast_shares_every_value_and_tells_everybody_apart(characters):
         counts = Counter(p[attribute] for p in people)
         assert set(counts) <= set(values) and min(counts.values()) >= 2, attribute
         if characters >= 48:
-            assert set(counts) == set(values) and max(counts.values()) < .7 * characters, attribute
+            assert set(counts) == set(values) and max(counts.values()) < 0.7 * characters, attribute
     differ = [sum(p[a] != q[a] for a in toon.ATTRIBUTES) for i, p in enumerate(people) for q in people[:i]]
     assert min(differ) >= 3
 
@@ -93,4 +93,4 @@ def test_identity_is_not_in_the_thumbnail(sample):
     gram, target = x[:cut].T @ x[:cut], x[:cut].T @ np.eye(48)[y[:cut]]
     for strength in (1, 10, 100):
         guess = (x[cut:] @ np.linalg.solve(gram + strength * np.eye(len(gram)), target)).argmax(1)
-        assert (guess == y[cut:]).mean() < .6
+        assert (guess == y[cut:]).mean() < 0.6

@@ -1,0 +1,106 @@
+"""Linear, LoRA, full and from scratch side by side: rates swept on dev, then seeds, ranks and margins on val.
+
+    python -m lab.adapt ENCODER --data datasets/faces20 --phase rates,first,rank,margin,seeds
+
+Calls finetune_lora.py as a user does, one run after the other, under --runs; finished ones are not run again, a killed
+one goes on. Every run is a row of --out, which is written anew after each. In phase rates every method gets the same
+number of trials, judged on dev; the other phases take each method's best and report val.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import plumbing
+from plumbing import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RATES = {  # the trials of each method: what is swept, and its values
+    "linear":  ("--head-lr", (3e-3, 1e-2, 3e-2)),
+    "lora":    ("--lr", (3e-3, 6e-3, 1.2e-2)),
+    "full":    ("--lr", (1e-3, 2e-3, 4e-3)),
+    "scratch": ("--lr", (5e-4, 1e-3, 2e-3)),
+}  # fmt: skip
+RANKS, MARGINS = (4, 16, 32), (0.1, 0.3, 0.5)  # of LoRA (8 is the default); of ArcFace
+KEEP = ("run", "result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed",
+        "evaluated_on", "top1", "top5", "macro_f1", "best_epoch", "parameters_trained", "share_trained_percent",
+        "gradient_and_optimizer_mb", "step_ms", "peak_memory_mb", "seconds", "machine", "commit",
+        "command")  # fmt: skip
+
+
+def flags_of(method, args, phase):
+    """What a method needs on the command line besides its rate."""
+    epochs = args.trial_epochs if phase == "rates" else args.epochs
+    words = ["--method", "full" if method == "scratch" else method]
+    if method == "linear":
+        return words
+    longer = args.scratch_times if method == "scratch" else 1  # it has no pre-training: it gets the steps of one
+    return words + ["--keep", args.keep, "--epochs", longer * epochs] + (["--from-scratch"] if longer > 1 else [])
+
+
+def plan(phase, args, best):
+    """-> [(name, method, flags)] of a phase; best: {method: its flag and value} that phase rates found."""
+    run = lambda m, *more: [*flags_of(m, args, phase), *more]  # noqa: E731
+    if phase == "rates":
+        return [(f"{m}{v:g}", m, run(m, flag, v, "--eval-on", "dev")) for m, (flag, vs) in RATES.items() for v in vs]
+    if phase in ("first", "seeds"):
+        seeds = (0,) if phase == "first" else (1, 2)
+        return [(f"{m}-s{s}", m, run(m, *best[m], "--seed", s)) for s in seeds for m in RATES]
+    if phase == "rank":
+        return [(f"lora-r{r}", "lora", run("lora", *best["lora"], "--r", r)) for r in RANKS]
+    if phase == "margin":
+        heads = [("arcface", m) for m in MARGINS] + [("cosface", 0.35), ("curricularface", 0.5), ("ifa", None)]
+        margin = lambda m: [] if m is None else ["--margin", m]  # noqa: E731
+        return [(f"{h}{'' if m is None else m}", "lora", run("lora", *best["lora"], "--head", h, *margin(m)))
+                for h, m in heads]  # fmt: skip
+    raise UserError(f"--phase {phase} is unknown; choose from rates, first, rank, margin, seeds")
+
+
+def chosen(rows):
+    """Rows of phase rates -> {method: [flag, value]} with the highest macro-F1 on dev."""
+    best = {}
+    for row in rows:
+        if row["phase"] == "rates" and float(row["macro_f1"]) > best.get(row["result"], (0, None))[0]:
+            flag = RATES[row["result"]][0]
+            best[row["result"]] = (float(row["macro_f1"]), [flag, row[flag[2:].replace("-", "_")]])
+    return {method: words for method, (_, words) in best.items()}
+
+
+def row_of(out, phase, method):
+    """metrics.json of a run -> its row."""
+    found = json.loads((out / "metrics.json").read_text())
+    found = found["config"] | found | {"phase": phase, "result": method}
+    return {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("encoder", help="as for finetune_lora.py")
+    parser.add_argument("--data", required=True, help="packed set with a split dev")
+    parser.add_argument("--runs", default="runs/adapt", help="where the runs go")
+    parser.add_argument("--out", default="results/faces20/finetune.csv", help="where the rows go")
+    parser.add_argument("--phase", default="rates,first", help="rates, first (seed 0), rank, margin, seeds (1 and 2)")
+    parser.add_argument("--trial-epochs", type=int, default=2, help="of a run in phase rates")
+    parser.add_argument("--epochs", type=int, default=8, help="of the other runs")
+    parser.add_argument("--scratch-times", type=int, default=3, help="from scratch gets so many times the epochs")
+    parser.add_argument("--keep", type=float, default=0.25, help="share of the patches that a training view shows")
+    args = parser.parse_args()
+    rows = plumbing.read_csv(args.out)
+    for phase in args.phase.split(","):
+        for name, method, flags in plan(phase, args, chosen(rows)):
+            out = Path(args.runs) / f"{phase}-{name}"
+            words = [args.encoder, "--data", args.data, "--out", out, "--resume", *flags]
+            words = ["python", "finetune_lora.py", *map(str, words)]
+            print(shlex.join(words), flush=True)
+            if not (out / "metrics.json").exists():
+                subprocess.run([sys.executable, ROOT / words[1], *words[2:]], check=True)
+            row = row_of(out, phase, method)
+            rows = [r for r in rows if r["run"] != row["run"]] + [row]
+            plumbing.save_csv(args.out, rows)
+
+
+if __name__ == "__main__":
+    plumbing.cli(main)

@@ -1,0 +1,355 @@
+"""finetune_lora.py: heads against plain formulas, what its loop promises, and runs on a small packed set."""
+
+import json
+import math
+import pickle
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import draw_folder, stage
+
+import augment
+import classifier as K
+import finetune_lora
+import gallery as G
+import labelled
+import loader
+import plumbing
+from checkpoints import save_encoder
+from lab import mistakes
+from model import ViT
+from plumbing import UserError
+
+QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A very small encoder that never learned anything, as a run folder."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("encoder")
+    save_encoder(ViT(32, 8, 32, 2, 2), out / "model.safetensors", {})
+    return out
+
+
+def main(*words, pictures=False):
+    """finetune_lora.py in this process: a subprocess would spend seconds on imports, and so do the pictures."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune_lora.py", *map(str, words)])
+        if not pictures:
+            patch.setattr(mistakes, "draw", lambda *_: None)
+        try:
+            finetune_lora.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def metrics_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def lora(encoder, small, tmp_path_factory):
+    """One finished LoRA run."""
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    main(encoder, "--data", small, "--method", "lora", "--keep", 0.5, "--out", out, *QUICK, pictures=True)
+    return out
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", K.MARGINS)
+def test_margin_heads_are_their_formula(kind):
+    torch.manual_seed(0)
+    head, m, s = K.MarginHead(6, 5, kind, 0.5, 16.0).double(), 0.5, 16.0
+    head.t.fill_(0.3)
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(5, (40,))
+    x[0] = -head.weight[y[0]].detach()  # theta = pi: theta + m would come round again
+    found = head.eval()(x, y).detach()
+    for i in range(40):
+        for j in range(5):
+            cosine = float(F.cosine_similarity(x[i], head.weight[j].detach(), dim=0))
+            theta = math.acos(max(-1, min(1, float(F.cosine_similarity(x[i], head.weight[y[i]].detach(), dim=0)))))
+            with_margin = math.cos(theta + m) if theta + m <= math.pi else math.cos(theta) - m * math.sin(m)
+            with_margin = math.cos(theta) - m if kind == "cosface" else with_margin
+            hard = kind == "curricularface" and cosine > with_margin
+            expected = with_margin if j == y[i] else cosine * (0.3 + cosine) if hard else cosine
+            assert found[i, j].item() == pytest.approx(s * expected, abs=1e-4)
+    plain = s * F.normalize(x) @ F.normalize(head.weight).T
+    torch.testing.assert_close(head(x), plain)  # no margin where there are no labels
+
+
+def test_curricular_face_remembers_the_true_cosine_only_while_it_trains():
+    torch.manual_seed(0)
+    head, x, y = K.MarginHead(6, 5, "curricularface", 0.5, 16.0), torch.randn(8, 6), torch.randint(5, (8,))
+    head.eval()(x, y)
+    assert head.t == 0
+    head.train()(x, y)
+    cosine = (F.normalize(x) * F.normalize(head.weight[y])).sum(1)
+    assert head.t.item() == pytest.approx(0.01 * cosine.mean().item(), abs=1e-6)
+
+
+def test_ifa_mixes_the_cls_token_of_every_block():
+    torch.manual_seed(0)
+    vit = ViT(32, 8, 32, 2, 2).eval()
+    net, view = K.Classifier(vit, 3, "ifa").eval(), torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    pooled = net.pooled(*vit.all_patches(view))
+    torch.testing.assert_close(vit.norm(pooled[:, :, -1]), vit.features(view)[:, 0])
+    expected = net.head(F.layer_norm((pooled @ net.neck.mix.weight[0] + net.neck.mix.bias).relu(), (32,)))
+    torch.testing.assert_close(net(pooled), expected)
+
+
+def test_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
+    net = K.Classifier(ViT(32, 8, 32, 2, 2), 3)
+    rate = {id(p): group["peak"] for group in K.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5).param_groups
+            for p in group["params"]}  # fmt: skip
+    named = {name: rate[id(p)] for name, p in net.named_parameters()}
+    assert named["head.weight"] == 1e-2 and named["encoder.norm.weight"] == 1e-3
+    assert named["encoder.blocks.1.mlp.fc1.weight"] == 5e-4 and named["encoder.blocks.0.attn.qkv.bias"] == 2.5e-4
+    assert named["encoder.patch_embed.proj.weight"] == named["encoder.cls_token"] == 1.25e-4
+    trained = {name for name, _ in net.named_parameters()}
+    for epoch, first in (
+        (0, "encoder.norm"),
+        (2, "encoder.blocks.1"),
+        (4, "encoder.blocks.0"),
+        (6, "encoder.cls_token"),
+    ):
+        K.unfreeze(net, trained, epoch, 2)
+        on = [name for name, p in net.named_parameters() if p.requires_grad]
+        assert on[0].startswith(first) and "head.weight" in on
+
+
+# ---- what it learns from -------------------------------------------------------------------------------------------
+
+
+def test_balanced_sampling_draws_every_class_equally_often():
+    labels = torch.cat([torch.full((900,), 0), torch.full((90,), 1), torch.full((10,), 2)])
+    rows = torch.arange(1000)
+    plain = labelled.epoch_rows(rows, labels, False, 0, 0)
+    assert sorted(plain.tolist()) == rows.tolist()
+    drawn = torch.stack([torch.bincount(labels[labelled.epoch_rows(rows, labels, True, 0, e)]) for e in range(20)])
+    expected, deviation = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
+    assert ((drawn.sum(0) - expected).abs() < 4 * deviation).all()
+    again = labelled.epoch_rows(rows, labels, True, 0, 3)
+    assert torch.equal(again, labelled.epoch_rows(rows, labels, True, 0, 3))
+
+
+def test_what_is_held_apart_tears_no_group_and_empties_no_class():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 150, 600).tolist() + ["alone"]
+    split = {
+        "header": {"groups": [str(g) for g in groups], "keys": None},
+        "labels": torch.tensor([*rng.integers(0, 5, 600), 5]),
+    }
+    learn, held = labelled.hold_apart(split, torch.arange(601), 0.1)
+    names = np.array(split["header"]["groups"])
+    assert not set(names[learn]) & set(names[held]) and len(learn) + len(held) == 601
+    assert 50 <= len(held) <= 60 and set(split["labels"][learn].tolist()) == set(range(6))
+
+
+def test_augmentation_keeps_its_word():
+    view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=plumbing.seeded(0))
+    assert (augment.jitter_colour(view, 0.0, plumbing.seeded(1)).int() - view.int()).abs().max() <= 1
+    assert not torch.equal(augment.jitter_colour(view, 0.4, plumbing.seeded(1)), view)
+    gray = (augment.cutout(view, 0.25, plumbing.seeded(1)) == augment.GRAY).all(3).flatten(1).sum(1)
+    assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
+    white = torch.tensor([0, 255] * 4, dtype=torch.uint8)[:, None, None, None].expand(8, 32, 32, 3)
+    targets = F.one_hot(torch.tensor([0, 1] * 4), 2).float()  # the share of white is the target of class 1
+    for alphas in ((1.0, 0.0), (0.0, 1.0)):
+        mixed, soft = augment.mix(white, targets, *alphas, plumbing.seeded(3))
+        assert torch.allclose(mixed.float().mean((1, 2, 3)) / 255, soft[:, 1], atol=2 / 255)
+        assert 0 < soft[0, 1] < 1 or soft.sum() > 0 and torch.allclose(soft.sum(1), torch.ones(8))
+
+
+def test_the_threshold_lets_the_asked_share_of_strangers_in_and_temperature_is_found():
+    torch.manual_seed(0)
+    centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
+    face = lambda y, n: centre[y] + 0.3 * torch.randn(n, 16)  # noqa: E731
+    known, strangers = face(labels, 200), torch.randn(1000, 16)
+    scores = torch.randn(20000, 5)
+    drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
+    assert G.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
+    logits = F.normalize(known) @ F.normalize(centre).T
+    found = G.calibrate(face(labels, 200), labels, logits, known, labels, strangers)
+    cosine = (F.normalize(strangers) @ G.centroids(face(labels, 200), labels).T).amax(1)
+    assert (cosine >= found["threshold"]).float().mean() == pytest.approx(G.FALSE_ACCEPT, abs=0.02)
+    without = G.calibrate(face(labels, 200), labels, logits, known, labels)
+    assert "own class taken out" in without["by"] and without["threshold"] < 1
+
+
+def test_reasons_of_mistakes_follow_their_rules():
+    red = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
+    red[..., 0] = 200
+    train = torch.cat([red, red.flip(3)])  # class 0 is red, class 1 is blue
+    train = (train.int() + torch.randint(0, 20, train.shape, generator=plumbing.seeded(0))).to(torch.uint8)
+    labels = torch.tensor([0] * 4 + [1] * 4)
+    noisy = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=plumbing.seeded(1))
+    images = torch.cat([train[4:5], noisy])  # a blue picture of class 0 taken for class 1; one drawn unlike all
+    crops = torch.tensor([[True] * 5, [False] * 5])
+    found = mistakes.reasons(
+        images, torch.tensor([0, 0]), torch.tensor([1, 1]), crops, train, labels, torch.tensor([40, 40])
+    )
+    assert found["crop"].tolist() == [True, False] and found["colour"][0] and found["style"][1]
+    assert not found["few"].any() and not found["other"].any()
+    few = mistakes.reasons(
+        images, torch.tensor([0, 0]), torch.tensor([1, 1]), crops, train, labels, torch.tensor([19, 40])
+    )
+    assert few["few"].all()
+    assert mistakes.confused_pairs(torch.tensor([[5, 2, 0], [0, 9, 3], [1, 0, 4]])) == [(1, 2, 3), (0, 1, 2), (2, 0, 1)]
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_its_docstring_says(lora, small):
+    assert {p.name for p in lora.iterdir()} == {
+        "state.pt", "head.safetensors", "adapter_model.safetensors", "adapter_config.json", "gallery.safetensors",
+        "metrics.json", "log.jsonl", "curves.png", "confusion.png", "confused.png"}  # fmt: skip
+    row = metrics_of(lora)
+    wanted = """top1 top5 macro_f1 per_class by_size confusion parameters_trained share_trained_percent step_ms
+                peak_memory_mb mistakes machine commit command"""
+    assert set(wanted.split()) <= set(row)
+    # the files alone give the same answers as the run did
+    net, header = K.load_classifier(lora)
+    held = loader.open_split(small, "val")
+    autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+    pooled = K.pooled_of(net, held, torch.arange(len(held["images"])), header["image_size"], autocast)
+    right = (net(pooled).argmax(1) == held["labels"]).float().mean()
+    train, known = loader.open_split(small, "train"), G.load_gallery(lora)
+    rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
+    pooled = K.pooled_of(net, train, rows, header["image_size"], autocast)
+    torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
+    assert 100 * right.item() == pytest.approx(row["top1"], abs=1e-4)
+    assert (
+        sum(p.numel() for n, p in net.named_parameters() if n.endswith((".A", ".B")) or "head" in n)
+        == row["parameters_trained"]
+    )
+
+
+def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(encoder, small, tmp_path, monkeypatch):
+    words = [encoder, "--data", small, "--method", "linear", *QUICK]
+    main(*words, "--out", tmp_path / "cached")
+    (cache,) = tmp_path.glob("features-*.safetensors")
+    monkeypatch.setattr(K, "pooled_of", None)  # the second run must not ask the encoder for train, nor for val
+    main(*words, "--out", tmp_path / "again")
+    monkeypatch.undo()
+    cache.unlink()
+    monkeypatch.setattr(finetune_lora, "cached_features", lambda *_: None)
+    main(*words, "--out", tmp_path / "uncached")
+    a, b, c = (K.read_safetensors(tmp_path / n / "head.safetensors")[0] for n in ("cached", "again", "uncached"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.allclose(a[k].float(), c[k].float(), atol=2e-5) for k in a)
+    assert metrics_of(tmp_path / "cached")["top1"] == metrics_of(tmp_path / "uncached")["top1"]
+
+
+class StopAt(list):
+    """What catch_signals returns: full when it has been looked at so many times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def __iter__(self):
+        self.times -= 1
+        return iter([signal.SIGTERM] if self.times == 0 else [])
+
+
+@pytest.mark.parametrize("method, more", [
+    ("lora", ["--dropout", 0.2, "--cutmix", 1, "--mixup", 1, "--balanced", "--keep", 0.5]),
+    ("full", ["--head", "curricularface", "--unfreeze-every", 1, "--logit-adjust", 1]),
+])  # fmt: skip
+def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkeypatch, method, more):
+    words = [encoder, "--data", small, "--method", method, *QUICK, "--epochs", 3, *more]
+    main(*words, "--out", tmp_path / "whole")
+    out = tmp_path / "stopped"
+    for after in (2, 4):  # in the first epoch, then where one ends or after
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(plumbing, "catch_signals", lambda after=after: StopAt(after))
+            main(*words, "--out", out, *(["--resume"] if (out / "state.pt").exists() else []))
+        assert not (out / "metrics.json").exists()
+    main(*words, "--out", out, "--resume")
+    a, b = (torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "whole", out))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(a["best"]["weights"][k], b["best"]["weights"][k]) for k in a["best"]["weights"])
+    rows = [
+        [r["loss"] for r in plumbing.read_log(p / "log.jsonl") if "loss" in r][-1] for p in (tmp_path / "whole", out)
+    ]
+    assert rows[0] == rows[1] and metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
+
+
+def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
+    words = [encoder, "--data", small, "--method", "linear", *QUICK]
+    main(*words, "--out", tmp_path / "many", "--seeds", 2, "--hold-out", 1)
+    summary = json.loads((tmp_path / "many-seeds.json").read_text())
+    each = [metrics_of(tmp_path / n)["top1"] for n in ("many", "many-s1")]
+    assert summary["top1"]["mean"] == pytest.approx(sum(each) / 2)
+    assert summary["top1"]["deviation"] == pytest.approx(float(np.std(each, ddof=1)), abs=1e-9)
+    header = K.read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
+    assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
+    main(*words, "--out", tmp_path / "early", "--epochs", 30, "--head-lr", 1e-9, "--patience", 2)
+    row = metrics_of(tmp_path / "early")
+    assert plumbing.read_log(tmp_path / "early" / "log.jsonl")[-1]["epoch"] == row["best_epoch"] + 2 < 30
+
+
+def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_path):
+    main(encoder, "--data", small, "--method", "full", "--from-scratch", "--out", tmp_path / "run", *QUICK)
+    net, header = K.load_classifier(tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists() and header["method"] == "full"
+    assert metrics_of(tmp_path / "run")["share_trained_percent"] == 100
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("the pickle ran",))
+
+
+def test_bad_input_is_one_line_and_overwrites_nothing(encoder, small, lora, tmp_path, capsys):
+    def line(*words):
+        with pytest.raises(UserError) as problem:
+            main(encoder, "--data", small, "--out", tmp_path / "x", *words)
+        assert "\n" not in str(problem.value)
+        return str(problem.value)
+
+    assert "--margin 0.3" in line("--margin", 0.3)
+    assert "--mixup" in line("--head", "arcface", "--mixup", 1)
+    assert "--unfreeze-every" in line("--unfreeze-every", 2)
+    assert "--hold-out 2" in line("--hold-out", 2)
+    assert "--from-scratch" in line("--from-scratch")
+    assert "q,k,v" in line("--targets", "q,w")
+    assert "--lr 7" in line("--lr", 7)
+    before = (lora / "state.pt").read_bytes()
+    assert "--resume" in line("--out", lora, "--keep", 0.5, *QUICK)
+    assert "r 8 (now 4)" in line("--out", lora, "--keep", 0.5, *QUICK, "--r", 4)
+    assert (lora / "state.pt").read_bytes() == before
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Bomb(), 2))
+    with pytest.raises(UserError, match="evil.pth"):
+        main(tmp_path / "evil.pth", "--data", small, "--out", tmp_path / "x")
+    (lora.parent / "evil").mkdir(exist_ok=True)
+    (lora.parent / "evil" / "state.pt").write_bytes(pickle.dumps(Bomb(), 2))
+    assert "can't be read" in line("--out", lora.parent / "evil")
+    assert "the pickle ran" not in capsys.readouterr().out and not (tmp_path / "x").exists()
+
+
+def test_sets_that_can_not_teach_are_refused(encoder, tmp_path):
+    draw_folder(tmp_path / "flat", 1, 20)
+    stage(
+        "data.py", tmp_path / "flat" / "class0", "--out", tmp_path / "unlabelled", "--size", 32, cwd=tmp_path, check=0
+    )
+    with pytest.raises(UserError, match="without a label"):
+        main(encoder, "--data", tmp_path / "unlabelled", "--out", tmp_path / "x")
+    draw_folder(tmp_path / "pics" / "train", 3, 12)
+    draw_folder(tmp_path / "pics" / "val", 3, 4, seed=1)
+    for extra in list((tmp_path / "pics" / "train" / "class2").iterdir())[1:]:
+        extra.unlink()
+    stage(
+        "data.py", tmp_path / "pics", "--out", tmp_path / "one", "--size", 32, "--dedupe", "off", cwd=tmp_path, check=0
+    )
+    with pytest.raises(UserError, match="class2.*--min-per-class"):
+        main(encoder, "--data", tmp_path / "one", "--out", tmp_path / "x")

@@ -1,0 +1,234 @@
+"""recognize.py: names, strangers, enrolment, verification, hostile files; its numbers against scikit-learn."""
+
+import io
+import json
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, draw_folder, refused, stage
+from PIL import Image
+from safetensors.torch import save_file
+
+import classifier as K
+import gallery as G
+import recognize
+from checkpoints import save_encoder
+from lab import metrics
+from model import ViT
+from plumbing import UserError
+
+
+@pytest.fixture(scope="session")
+def run(small, tmp_path_factory):
+    """A recogniser of three colours, trained for seconds: (its folder, the folder of pictures it learned from)."""
+    base = tmp_path_factory.mktemp("recognise")
+    torch.manual_seed(0)
+    save_encoder(ViT(32, 8, 32, 2, 2), base / "encoder" / "model.safetensors", {})
+    words = [
+        "--data",
+        small,
+        "--method",
+        "lora",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--epochs",
+        12,
+        "--batch-size",
+        16,
+    ]
+    stage("finetune_lora.py", base / "encoder", *words, "--no-augment", "--keep", 1, "--out", base / "run",
+          cwd=base, check=0)  # fmt: skip
+    return base / "run", small.parent / "images"
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The same run, to be spoiled."""
+    return shutil.copytree(run[0], tmp_path / "run")
+
+
+def ask(capsys, *words):
+    """recognize.py in this process -> what it printed."""
+    before, sys.argv = sys.argv, ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"]
+    try:
+        recognize.main()
+    finally:
+        sys.argv = before
+    return capsys.readouterr()
+
+
+def rows_of(capsys, *words):
+    return [json.loads(line) for line in ask(capsys, *words, "--json").out.splitlines()]
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def test_roc_precision_and_recall_agree_with_scikit_learn():
+    judge = pytest.importorskip("sklearn.metrics")
+    draws = torch.Generator().manual_seed(0)
+    positive = ((torch.randn(300, generator=draws) + 1) * 4).round() / 4  # many ties
+    negative = (torch.randn(2000, generator=draws) * 4).round() / 4
+    truth, scores = [1] * 300 + [0] * 2000, torch.cat([positive, negative]).numpy()
+    assert metrics.roc_auc(positive, negative) == pytest.approx(judge.roc_auc_score(truth, scores), abs=1e-12)
+    expected = judge.average_precision_score(truth, scores)
+    assert metrics.ranked_precision(positive, negative) == pytest.approx(expected, abs=1e-12)
+    false, true, _ = judge.roc_curve(truth, scores, drop_intermediate=False)
+    for rate in (0.001, 0.01, 0.1):
+        assert metrics.tpr_at_fpr(positive, negative, rate) == pytest.approx(true[false <= rate].max(), abs=1e-12)
+    error = metrics.equal_error_rate(positive, negative)
+    assert np.interp(error, false, true) == pytest.approx(1 - error, abs=1e-9)
+
+
+def test_detection_rate_is_what_its_words_say():
+    draws = torch.Generator().manual_seed(0)
+    known, strangers = torch.randn(200, generator=draws) + 1, torch.randn(100, generator=draws)
+    right = torch.rand(200, generator=draws) < 0.8
+    for far in (0.01, 0.1, 0.5):
+        best = 0.0
+        for bar in torch.cat([known, strangers]).tolist():
+            if (strangers >= bar).float().mean() <= far:
+                best = max(best, ((known >= bar) & right).float().mean().item())
+        assert metrics.detection_rate(known, right, strangers, far) == pytest.approx(best, abs=1e-6)
+
+
+def test_pairs_are_all_pairs_but_those_of_one_illustration():
+    x, labels, groups = torch.randn(7, 4), torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 3, 4, 4])
+    same, other = metrics.pair_cosines(x, labels, groups)
+    assert len(same) == 5 - 2 and len(other) == 21 - 5
+    assert F.cosine_similarity(x[0], x[2], dim=0).item() == pytest.approx(same[0].item(), abs=1e-6)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, capsys, tmp_path):
+    out, pictures = run
+    row = rows_of(capsys, out, pictures / "class1" / "illust3_0.png", "--nearest", 2)[0]
+    assert row["name"] == "class1" and row["known"] and 0.5 < row["confidence"] <= 1
+    assert len(row["nearest"]) == 2 and row["nearest"][0]["name"] == "class1"
+    folder = rows_of(capsys, out, pictures)
+    assert len(folder) == 120 and np.mean([r["best_guess"] == r["picture"].split("/")[0] for r in folder]) > 0.9
+    archive = shutil.make_archive(tmp_path / "faces", "zip", pictures)
+    zipped = rows_of(capsys, out, archive)
+    assert [r["best_guess"] for r in zipped] == [r["best_guess"] for r in folder]
+    text = ask(capsys, out, pictures / "class1" / "illust3_0.png").out
+    assert text.splitlines()[0].split(": ")[1].startswith("class1, confidence")
+
+
+def test_standard_input_and_what_is_unknown(run, capsys, monkeypatch):
+    out, pictures = run
+    lines = "".join(f"{pictures}/class2/illust{i}_0.png\n" for i in range(3))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    rows = rows_of(capsys, out, "-", "--threshold", 1)
+    assert len(rows) == 3 and not any(r["known"] for r in rows) and all(r["name"] is None for r in rows)
+    assert "unknown (most like class2" in ask(capsys, out, pictures / "class2" / "illust0_0.png", "--threshold", 1).out
+
+
+def test_an_unreadable_picture_is_one_line_and_the_others_go_on(run, capsys, tmp_path):
+    out, pictures = run
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as z:
+        z.writestr("../evil.png", b"x")
+    good = pictures / "class0" / "illust0_0.png"
+    found = ask(
+        capsys, out, tmp_path / "text.png", tmp_path / "bomb.png", tmp_path / "evil.zip", tmp_path / "no.png", good
+    )
+    assert len(found.out.splitlines()) == 1 and len(found.err.splitlines()) == 4
+    assert all(word in found.err for word in ("text.png", "bomb.png", "leads out of it", "no.png"))
+    done = stage("recognize.py", out, tmp_path / "text.png", tmp_path / "bomb.png", cwd=ROOT)
+    assert "text.png" in refused(done) and done.stdout == ""
+
+
+# ---- enrolment -----------------------------------------------------------------------------------------------------
+
+
+def test_somebody_new_is_known_from_three_pictures_without_training(run, copy, capsys, tmp_path):
+    weights = (copy / "head.safetensors").read_bytes()
+    new = draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0"
+    pictures = sorted(new.iterdir())
+    assert "enrolled with 4 pictures" in ask(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
+    rows = rows_of(capsys, copy, *pictures[4:], "--threshold", -1)
+    assert np.mean([r["name"] == "stranger" for r in rows]) >= 0.75 and rows[0]["nearest"][0]["name"] == "stranger"
+    known = rows_of(capsys, copy, run[1] / "class1", "--threshold", -1)
+    assert np.mean([r["name"] == "class1" for r in known]) > 0.9
+    assert "enrolled with 5 pictures" in ask(capsys, copy, "--enrol", "stranger", pictures[5]).out
+    assert (copy / "head.safetensors").read_bytes() == weights
+
+
+def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
+    before = (copy / "gallery.safetensors").read_bytes()
+    good = sorted((run[1] / "class0").iterdir())[:3]
+    (tmp_path / "text.png").write_text("no picture")
+    for who, pictures, told in (("class0", good, "known already"), ("new", good[:2], "too few"), (" ", good, "a name"),
+                                ("new", [*good, tmp_path / "text.png"], "nobody was enrolled")):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            ask(capsys, copy, "--enrol", who, *pictures)
+    assert (copy / "gallery.safetensors").read_bytes() == before
+
+
+# ---- verification --------------------------------------------------------------------------------------------------
+
+
+def test_verification_and_strangers(copy, small, capsys, tmp_path):
+    ask(capsys, copy, "--verify")
+    row = json.loads((copy / "recognize.json").read_text())
+    assert {"machine", "commit", "command"} <= set(row) and "open_set" not in row and (copy / "roc.png").exists()
+    pairs = row["verification"]
+    assert pairs["roc_auc"] > 80 and 0 <= pairs["eer"] < 30 and pairs["tpr_at_fpr_10"] >= pairs["tpr_at_fpr_0.1"]
+    # a set with a character that it never saw
+    pictures = draw_folder(tmp_path / "pictures", 3, 20)
+    shutil.copytree(draw_folder(tmp_path / "new", 1, 20, seed=5) / "class0", pictures / "somebody")
+    stage("data.py", pictures, "--out", tmp_path / "packed", "--size", 32, cwd=tmp_path, check=0)
+    ask(capsys, copy, "--verify", "--data", tmp_path / "packed", "--eval-on", "train")
+    row = json.loads((copy / "recognize.json").read_text())["open_set"]
+    assert row["known"] > 30 and row["strangers"] > 5 and 0 <= row["auroc_unknown"] <= 100
+    assert row["dir_at_far_10"] >= row["dir_at_far_0.1"]
+
+
+# ---- bad runs ------------------------------------------------------------------------------------------------------
+
+
+def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
+    picture = run[1] / "class0" / "illust0_0.png"
+
+    def line(*words):
+        with pytest.raises(UserError) as problem:
+            ask(capsys, *words)
+        assert "\n" not in str(problem.value)
+        return str(problem.value)
+
+    def spoiled(name):
+        shutil.rmtree(copy)
+        shutil.copytree(run[0], copy)
+        return copy / name
+
+    assert "finetune_lora.py" in line(tmp_path / "nothing", picture)
+    assert "give pictures" in line(copy) and "--threshold" in line(copy, picture, "--threshold", 2)
+    about = K.read_safetensors(copy / "gallery.safetensors")[1]
+    calibrated = {k: v for k, v in about.items() if k not in ("names", "keys")}
+    G.save_gallery(
+        copy / "gallery.safetensors", torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], calibrated
+    )
+    assert "holds 0 faces" in line(copy, picture)
+    spoiled("gallery.safetensors").unlink()
+    assert "gallery.safetensors does not exist" in line(copy, picture)
+    spoiled("head.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'echo the pickle ran'\ntR.")
+    assert "not a whole file" in line(copy, picture)
+    adapter = json.loads(spoiled("adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(adapter | {"r": 3, "rank_pattern": {}}))
+    assert "rank 3" in line(copy, picture)
+    torch.manual_seed(1)  # the encoder was trained on since
+    save_encoder(ViT(32, 8, 32, 2, 2), spoiled("base") / "model.safetensors", {})
+    tensors, header = K.read_safetensors(copy / "head.safetensors")
+    save_file(tensors, copy / "head.safetensors", {"animask": json.dumps(header | {"base": str(copy / "base")})})
+    assert "not the encoder" in line(copy, picture)
+    assert "the pickle ran" not in capsys.readouterr().out
