@@ -170,8 +170,8 @@ def all_reduce_gradients(parameters):
     (.45 GB) 2.6 ms at 300 GB/s and .6 ms more to pack and unpack, computed, not measured; a step takes some 100 ms.
     All ranks get the same bits, so their weights stay the same.
     """
-    if several():
-        gradients = [w.grad for w in parameters if w.grad is not None]
+    gradients = [w.grad for w in parameters if w.grad is not None]
+    if several() and gradients:
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]))
         parts = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [x.view_as(g) for x, g in zip(parts, gradients, strict=True)])
@@ -184,6 +184,18 @@ def all_rows(x):
     whole = x.new_zeros(dist.get_world_size(), *x.shape)
     whole[dist.get_rank()] = x
     return all_reduce(whole).flatten(0, 1)
+
+
+def with_others(x, mine):
+    """x (b, ...) of every process -> (world * b, ...), where only this process's rows, `mine`, carry a gradient.
+
+    What is small and looks at the whole batch, such as a batch norm and a head, is then computed by every process, all
+    of them alike, and needs no summing; what made x gets the gradient of its own rows.
+    """
+    if not several():
+        return x
+    whole = all_rows(x.detach())
+    return torch.cat([whole[: mine.start], x, whole[mine.stop :]])
 
 
 def any_rank(number):
@@ -207,6 +219,15 @@ def leave_ranks():
     if several():
         any_rank(0)
         dist.destroy_process_group()
+
+
+def stop_here(number, step, resume):
+    """Say how a run that signal `number` stopped goes on, and exit as that signal does (128 + number)."""
+    how = f"torchrun --nproc-per-node {dist.get_world_size()}" if several() else "python"
+    print(f"stopped by {signal.Signals(number).name} at step {step}, saved; go on with:\n"
+          f"  {how} {shlex.join(sys.argv)}" + ("" if resume else " --resume"), flush=True)  # fmt: skip
+    leave_ranks()
+    sys.exit(128 + number)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------

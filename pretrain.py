@@ -15,9 +15,6 @@ Several processes draw the same and take a slice each: --batch-size is that of a
 
 import argparse
 import functools
-import shlex
-import signal
-import sys
 import time
 from pathlib import Path
 
@@ -357,11 +354,7 @@ def main():
                     waiting.share()
             if stop:
                 bar.close()
-                how = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
-                print(f"stopped by {signal.Signals(stop).name} at step {step}, saved; go on with:\n"
-                      f"  {how} {shlex.join(sys.argv)}" + ("" if args.resume else " --resume"), flush=True)  # fmt: skip
-                plumbing.leave_ranks()
-                sys.exit(128 + stop)
+                plumbing.stop_here(stop, step, args.resume)
     bar.close()
     plumbing.leave_ranks()
     if rank > 0:

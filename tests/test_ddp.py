@@ -12,23 +12,37 @@ import torch
 from conftest import ROOT, stage
 
 import plumbing
+from checkpoints import save_encoder
+from model import MAE, Block, ViT
 
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--image-size", 32, "--batch-size", 16, "--epochs", 3]
 QUICK += ["--decoder-depth", 1, "--eval-every", 3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(script, *words, cwd):
+    """A stage in two processes, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / script]
+    return subprocess.Popen([str(w) for w in (*command, *words)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=ONE_THREAD)  # fmt: skip
+
+
 def start(small, out, *more):
-    """torchrun with two processes, in the background."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command += [ROOT / "pretrain.py", "--data", small, "--out", out, *QUICK, *more]
-    return subprocess.Popen([str(w) for w in command], cwd=out.parent, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return torchrun("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent)
 
 
 def alone(small, out, *more):
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return stage("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=0, env=one_thread)
+    return stage("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=0, env=ONE_THREAD)
+
+
+def nearly_the_same(one, other):
+    """Weights {name: tensor} that differ by at most 1e-5 of the length of all of them."""
+    assert one.keys() == other.keys()
+    a, b = (torch.cat([x[k].flatten().float() for k in one]) for x in (one, other))
+    return (a - b).norm() <= 1e-5 * b.norm()
 
 
 def losses(out):
@@ -94,9 +108,21 @@ def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     alone(small, tmp_path / "whole", *words)
     mended, whole = losses(out), losses(tmp_path / "whole")
     assert mended[5] == pytest.approx(whole[5], rel=1e-5) and mended[15] == pytest.approx(whole[15], rel=1e-5)
-    a, b = (torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole"))
-    a, b = (torch.cat([w.flatten() for w in x.values()]) for x in (a, b))
-    assert (a - b).norm() <= 1e-5 * b.norm()
+    assert nearly_the_same(*(torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")))
+
+
+def test_two_processes_finetune_as_one(small, tmp_path):
+    """The batch norm of the neck and the margin of the head look at the whole batch, whose features both share."""
+    save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "encoder.safetensors", {})
+    words = [tmp_path / "encoder.safetensors", "--data", small, "--method", "lora", "--head", "curricularface"]
+    words += ["--epochs", 2, "--device", "cpu", "--dtype", "fp32", "--batch-size", 16]
+    both = torchrun("finetune_lora.py", *words, "--out", tmp_path / "both", cwd=tmp_path)
+    text, errors = both.communicate(timeout=300)
+    assert both.returncode == 0 and text.count("wrote") == 1, errors
+    stage("finetune_lora.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD)
+    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both"))
+    assert nearly_the_same(two, one)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}
 
 
 def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
@@ -108,8 +134,6 @@ def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
 
 def test_recomputed_activations_change_no_bit():
     """--recompute trades time for memory, and nothing else."""
-    from model import MAE, Block
-
     torch.manual_seed(0)
     model = MAE(32, 8, 32, 2, 2, decoder_dim=32, decoder_depth=1)
     patches, ids = torch.randn(2, 4, 192), torch.arange(16).expand(2, -1)
