@@ -1,6 +1,6 @@
 """Stage 4: teach an encoder characters: a head on it (linear), thin adapters in it (lora), or all of it (full).
 
-    python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora
+    python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora     # or: torchrun --nproc-per-node 8 ...
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that checkpoints.py knows) and datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetensors, and what belongs under it: for lora
@@ -226,8 +226,12 @@ def load_trained(net, weights, names, path):
     load_exactly(net, net.state_dict() | weights, path)
 
 
-def run(args, seed, out, device, dtype):
-    """One run, with one seed -> its row of metrics. A finished one is only read."""
+def run(args, seed, out, device, dtype, rank, world):
+    """One run, with one seed -> its row of metrics. A finished one is only read.
+
+    Several processes share the encoder's work on a batch: each takes a slice of the views. Neck, head and evaluation
+    are small and done by all of them alike; rank 0 writes.
+    """
     autocast = plumbing.autocast_of(device, dtype)
     parts, own = open_rows(args.data, args.eval_on, args.hold_out)
     (train, train_rows), (dev, dev_rows), (held, held_rows) = parts
@@ -248,13 +252,17 @@ def run(args, seed, out, device, dtype):
         key = hashlib.sha256(f"{mark} {S} {args.pool} {args.head == 'ifa'} {args.dtype} {stamps(args.data)}".encode())
         path = out.parent / f"features-{key.hexdigest()[:12]}.safetensors"
         splits = {"train": train, args.eval_on: held} | ({} if dev is train else {"dev": dev})
-        bank = cached_features(net, args.data, splits, S, autocast, path)
+        with plumbing.rank0_first():
+            bank = cached_features(net, args.data, splits, S, autocast, path)
     images = loader.resident(train, device) if bank is None else bank["train"].to(device)
 
     shown = gallery_rows(own[train["labels"]], train_rows)  # some whole training pictures of everybody
     labels, prior = own[train["labels"]], torch.bincount(own[train["labels"]][train_rows], minlength=len(names))
     prior = (prior / prior.sum()).log().to(device)
     B = min(args.batch_size, len(train_rows))
+    if B % world:
+        raise UserError(f"a batch of {B} images can't be shared by {world} processes: choose another --batch-size")
+    mine = slice(rank * B // world, (rank + 1) * B // world)
     per_epoch = len(train_rows) // B
     total = per_epoch * args.epochs
     step, seconds, best = 0, 0.0, {"epoch": 0, "macro_f1": -1.0, "weights": {}}
@@ -262,7 +270,7 @@ def run(args, seed, out, device, dtype):
         load_trained(net, state["model"], trained, out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
-    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config)
+    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     share = count / sum(p.numel() for p in net.parameters())
     print(f"data     {args.data}: {len(train_rows)} images to learn from, {len(dev_rows)} to choose by, "
@@ -276,6 +284,8 @@ def run(args, seed, out, device, dtype):
         return seconds + time.perf_counter() - began
 
     def save():
+        if rank > 0:
+            return
         weights = {k: v for k, v in net.state_dict().items() if k in trained}
         about = {"config": config, "step": step, "seconds": clock(), "best": best}
         plumbing.save_state({"model": weights, "optimizer": optimizer.state_dict()} | about, out / "state.pt")
@@ -298,10 +308,10 @@ def run(args, seed, out, device, dtype):
 
     asked, began = plumbing.catch_signals(), time.perf_counter()
     waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
-    bar = tqdm(total=total, initial=step, unit="step", disable=None)
+    bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if args.patience and epoch - best["epoch"] >= args.patience:
+        if args.patience and epoch - plumbing.any_rank(best["epoch"]) >= args.patience:
             break
         unfreeze(net.train(), trained, epoch, args.unfreeze_every)
         order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
@@ -315,12 +325,14 @@ def run(args, seed, out, device, dtype):
                 view, targets = augmented(batch, targets, args, S, draws)
                 patches, ids = shown_patches(view, net.encoder, args.keep, draws)
                 with autocast():
-                    batch = net.pooled(patches, ids)  # (B, D)
+                    batch = net.pooled(patches[mine], ids[mine])
+                batch = plumbing.with_others(batch, mine)  # (B, D)
 
             # forward, backward, step
             logits = net(batch, y)
             loss = soft_cross_entropy(logits + args.logit_adjust * prior, targets)
             loss.backward()
+            plumbing.all_reduce_gradients(net.encoder.parameters())
             norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = plumbing.lr_at(step, total, args.warmup * total, group["peak"])
@@ -331,7 +343,7 @@ def run(args, seed, out, device, dtype):
 
             # log, evaluate, save
             losses.append(torch.stack([loss.detach(), norm, (logits.argmax(1) == y).float().mean()]))
-            stop, ended = list(asked), step % per_epoch == 0
+            stop, ended = plumbing.any_rank(asked[0] if asked else 0), step % per_epoch == 0
             if step % LOG_EVERY == 0 or ended or stop:
                 now, losses = torch.stack(losses).cpu(), []
                 if not now.isfinite().all():
@@ -362,8 +374,10 @@ def run(args, seed, out, device, dtype):
                 waiting.share()
             if stop:
                 bar.close()
-                plumbing.stop_here(stop[0], step, args.resume)
+                plumbing.stop_here(stop, step, args.resume)
     bar.close()
+    if rank > 0:
+        return {}
     if step < total:  # stopped early
         save()
 
@@ -420,13 +434,16 @@ def main():
     dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}")
+    rank, world, device = plumbing.join_ranks(device)
     load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
-    args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
+    with plumbing.rank0_first():
+        args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
     base = Path(args.out or f"runs/{run_name(args)}")
     seeds = range(args.seed, args.seed + args.seeds)
     outs = [base.with_name(base.name + (f"-s{seed}" if seed else "")) for seed in seeds]
-    rows = [run(args, seed, out, device, dtype) for seed, out in zip(seeds, outs, strict=True)]
-    if args.seeds > 1:
+    rows = [run(args, seed, out, device, dtype, rank, world) for seed, out in zip(seeds, outs, strict=True)]
+    plumbing.leave_ranks()
+    if args.seeds > 1 and rank == 0:
         summary, path = mistakes.over_seeds(rows), base.with_name(base.name + "-seeds.json")
         plumbing.save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
         told = (f"{k} {summary[k]['mean']:.2f} +- {summary[k]['deviation']:.2f}" for k in ("top1", "top5", "macro_f1"))

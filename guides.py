@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import loader
 import mask as masking
+import plumbing
 from checkpoints import load_encoder, load_exactly
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
@@ -71,23 +72,23 @@ class Guide:
             self.file = state["maps"]
             self.maps = loader.open_tensors(path.parent / self.file)["attn"]
 
-    def look(self, epoch, step, images, out):
+    def look(self, epoch, step, images, out, rank=0, world=1):
         """Let the teacher make its maps of all images, if this is one of its epochs."""
         if epoch in self.looks:
             self.file = f"attn-{step:08d}.safetensors"
-            self.maps = write_attention(
-                self.teacher, self.teacher_size, images, out / self.file, self.autocast, self.source
-            )
+            self.maps = write_attention(self.teacher, self.teacher_size, images, out / self.file, self.autocast,
+                                        self.source, rank, world)  # fmt: skip
 
-    def known(self, rows, boxes, flip, view):
+    def known(self, rows, boxes, flip, view, mine=slice(None)):
         """-> {need: (B, N) or (B, N, P)} of the views u8 (B, S, S, 3) that were cut from images `rows`; {} if no need.
 
         shuffle=1 takes another image's map under the same crop: what is left then is not about this image.
+        mine: which of `rows`, those of the whole batch, the views are; the others belong to other processes.
         """
         if self.need is None:
             return {}
         if self.need in IN_FILES:
-            rows = rows.roll(1) if self.shuffle else rows
+            rows = (rows.roll(1) if self.shuffle else rows)[mine]
             return {self.need: cut(self.need, self.maps, rows, boxes, flip, self.side, self.device, self.parts)}
         every = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
         if self.need == "detail":
@@ -96,7 +97,7 @@ class Guide:
             with self.autocast():
                 self.guess = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
             known = self.guess.detach()
-        return {self.need: known.roll(1, 0) if self.shuffle else known}
+        return {self.need: plumbing.all_rows(known).roll(1, 0)[mine] if self.shuffle else known}
 
     def loss(self, part, ids_mask, error):
         """What the predictor learns from the errors (B, M) of the hidden patches; 0 where there is none."""
@@ -107,8 +108,7 @@ class Guide:
         """The run's own average takes a step towards the encoder; its momentum goes from EMA to 1."""
         if "teacher" in self.networks:
             momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
-            for slow, fast in zip(self.teacher.parameters(), encoder.parameters(), strict=True):
-                slow.lerp_(fast, 1 - momentum)
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(encoder.parameters()), 1 - momentum)
 
     def statistics(self, patches, ids_mask):
         """What the log says of a batch's masks: diversity, and what was hidden of figure and ground, or the entropy."""
@@ -172,21 +172,43 @@ def patch_tokens(encoder, image_size, images, rows, autocast):
         yield index, tokens[:, 1:].float()
 
 
-def attention_rows(images, encoder, image_size, source, autocast):
-    """Yield (b, g, g) fp16 of all images in order: the chunks of a file of maps."""
-    for _, score in attention(encoder, image_size, images, torch.arange(len(images)), source, autocast):
+def attention_rows(images, encoder, image_size, source, autocast, rows=None):
+    """Yield (b, g, g) fp16 of images `rows`, or of all, in order: the chunks of a file of maps."""
+    rows = torch.arange(len(images)) if rows is None else rows
+    for _, score in attention(encoder, image_size, images, rows, source, autocast):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 
-def write_attention(teacher, image_size, images, path, autocast, source):
+def write_attention(teacher, image_size, images, path, autocast, source, rank=0, world=1):
     """Attention of the teacher to all images, (n, g, g), in a file -> the same as a memory map.
 
-    It belongs to the state of a run, and memory does not grow with the data.
+    It belongs to the state of a run, and memory does not grow with the data. Several processes look at a share of the
+    images each, into a file each; rank 0 joins them. Shares are whole chunks: the same bits as one process makes.
     """
-    rows = attention_rows(images, teacher, image_size, source, autocast)
-    bar = tqdm(rows, "attention", math.ceil(len(images) / loader.CHUNK), leave=False, disable=None)
-    loader.write_rows(path, "attn", bar, (len(images), teacher.side, teacher.side), "F16")
+    shape, chunks = (teacher.side, teacher.side), math.ceil(len(images) / loader.CHUNK)
+    shares = torch.arange(len(images)).split(math.ceil(chunks / world) * loader.CHUNK)
+    parts = [path.with_suffix(f".part{i}") for i in range(len(shares))] if world > 1 else [path]
+    if rank < len(shares):
+        rows = attention_rows(images, teacher, image_size, source, autocast, shares[rank])
+        total = math.ceil(len(shares[rank]) / loader.CHUNK)
+        bar = tqdm(rows, "attention", total, leave=False, disable=True if rank else None)
+        loader.write_rows(parts[rank], "attn", bar, (len(shares[rank]), *shape), "F16")
+    if world > 1:
+        plumbing.any_rank(0)  # all parts are there
+        with plumbing.rank0_first():
+            if rank == 0:
+                loader.write_rows(path, "attn", rows_of(parts), (len(images), *shape), "F16")
+                for part in path.parent.glob(f"{path.stem}.part*"):
+                    part.unlink()
     return loader.open_tensors(path)["attn"]
+
+
+def rows_of(paths):
+    """Yield the maps (b, g, g) of several files, one after the other."""
+    for path in paths:
+        maps = loader.open_tensors(path)["attn"]
+        for at in range(0, len(maps), loader.CHUNK):
+            yield maps[at : at + loader.CHUNK]
 
 
 def open_maps(need, where, folder, train):
@@ -214,7 +236,7 @@ def cut(need, maps, rows, boxes, flip, side, device, count=0):
     """
     if maps is None:  # before the teacher's first look
         return torch.ones(len(rows), side * side, device=device)
-    whole = torch.from_numpy(maps[rows.numpy()]).to(device)  # (B, G, G)
+    whole = plumbing.send(torch.from_numpy(maps[rows.numpy()]), torch.device(device))  # (B, G, G)
     if need == "parts":
         planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
         Wy, Wx = loader.view_matrices(boxes.to(device), flip.to(device), whole.shape[-1], side)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing import UserError, atomic
+from plumbing import UserError, atomic, send
 
 DTYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16}  # as safetensors names them
 CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
@@ -125,9 +125,8 @@ def resident(split, device):
 def take(images, index, device):
     """Rows index (i64, CPU) of a memory map or resident tensor -> u8 (B, S, S, 3) on device."""
     if isinstance(images, torch.Tensor):
-        return images[index.to(device)]
-    batch = torch.from_numpy(images[index.numpy()])
-    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+        return images[send(index, device)]
+    return send(torch.from_numpy(images[index.numpy()]), device)
 
 
 def epoch_order(n, seed, epoch):
@@ -135,10 +134,13 @@ def epoch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def batches(images, order, batch_size, device, start=0):
-    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out."""
+def batches(images, order, batch_size, device, start=0, mine=slice(None)):
+    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out.
+
+    mine: this process's slice of each batch; only those images are read, the index is the whole batch's.
+    """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
-    return prefetch((index, take(images, index, device)) for index in chunks)
+    return prefetch((index, take(images, index[mine], device)) for index in chunks)
 
 
 def prefetch(items, depth=2):

@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.gather import MEAN, STD, masked_patch_gather
 from plumbing import UserError
@@ -45,10 +46,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, start=0):
+        """x (B, N, D) -> (B, N - start, D): what the tokens from `start` on take from all."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(attention(q[:, :, start:], k, v).transpose(1, 2).reshape(B, N - start, D))
 
     def probabilities(self, x, queries):
         """Who looks at what: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries` of its rows, fp32.
@@ -72,17 +74,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block: (B, N, D) -> (B, N - start, D); tokens before `start` are read, and not updated.
+
+    recompute: keep only x for the backward pass and compute the rest again there (Chen et al. 2016, arXiv:1604.06174).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
+        self.recompute = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, start=0):
+        if self.recompute and torch.is_grad_enabled():  # nothing is random here
+            return checkpoint(self.branches, x, start, use_reentrant=False, preserve_rng_state=False)
+        return self.branches(x, start)
+
+    def branches(self, x, start):
+        x = x[:, start:] + self.attn(self.norm1(x), start)
         return x + self.mlp(self.norm2(x))
 
 
@@ -193,7 +204,8 @@ class Decoder(nn.Module):
 
         The papers' code puts the tokens back into image order first. Attention does not depend on the order of its
         tokens, only on the positions that were added to them: we append the mask tokens and save two gathers,
-        and the masked patches are then simply the last M rows. stats, what kernels.loss.visible_stats leaves to
+        and the masked patches are then simply the last M rows. Nobody asks for the visible ones, so the last block
+        only reads them: same prediction, same gradients, a quarter of its MLP saved. stats, what kernels.loss.visible_stats leaves to
         be said of their means and log deviations, gives no gradient to the rest of the network.
         """
         pos = self.decoder_pos_embed[0]
@@ -201,9 +213,9 @@ class Decoder(nn.Module):
         visible = x + torch.cat([pos[:1].expand(len(x), 1, -1), pos[1:][ids_keep]], 1)
         hidden = self.mask_token + pos[1:][ids_mask]
         x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+N, W)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_norm(x[:, -ids_mask.shape[1] :])  # (B, M, W)
+        x = self.decoder_norm(self.decoder_blocks[-1](x, latent.shape[1]))  # (B, M, W)
         return self.decoder_pred(x), self.stats_head(x.detach())
 
 

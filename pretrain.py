@@ -1,6 +1,7 @@
 """Stage 2: masked pre-training. A ViT learns anime images by predicting the patches that a mask hides from it.
 
     python pretrain.py --mask attn_high --ratio 0.75
+    torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75      # the same run on 8 GPUs
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first);
         maps/NAME for the masks that need figure or parts (maps.py makes them)
@@ -9,6 +10,7 @@ Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (t
 
 Everything random is drawn on the CPU from (seed, epoch, step): two strategies with one seed see the same images in the
 same order with the same crops, and a run that was killed and resumed ends with the same bits as one that was not.
+Several processes draw the same and take a slice each: --batch-size is that of all, and the losses are those of one.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 from lab import plot
-from model import MAE, SIZES, SimMIM
+from model import MAE, SIZES, Block, SimMIM
 from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
@@ -83,6 +85,7 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--impl", default="auto", choices=["auto", "torch", "triton"], help="of the two kernels")
     add("--compile", action="store_true", help="torch.compile the network")
+    add("--recompute", action="store_true", help="activations again in the backward pass: less memory, a third slower")
     return parser.parse_args()
 # fmt: on
 
@@ -147,7 +150,7 @@ def run_name(args, folder):
 
 def config_of(args, folder):
     """The flags that decide the weights: a run can only be resumed under the same."""
-    leave_out = ("out", "resume", "log", "device", "compile", "impl", "eval_every", "eval_on", "every")
+    leave_out = ("out", "resume", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on", "every")
     return {k: v for k, v in vars(args).items() if k not in leave_out} | {"data": str(folder)}
 
 
@@ -167,6 +170,7 @@ def main():
     fill_defaults(args, device, dtype)
     strategy, params, ratios = check(args)
     impl, impl_why = use_impl(args.impl, device)
+    rank, world, device = plumbing.join_ranks(device)
 
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
@@ -174,13 +178,19 @@ def main():
     build = SimMIM if strategy == "simmim" else MAE
     model = build(args.image_size, args.patch_size, **size,
                   decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
-    folder = data.dataset_folder(args.data, args.image_size)
+    with plumbing.rank0_first():
+        folder = data.dataset_folder(args.data, args.image_size)
     train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
     B = min(args.batch_size, len(train["images"]) // args.accumulate * args.accumulate)
     if B == 0:
         raise UserError(f"{folder} has {len(train['images'])} training images, --accumulate needs {args.accumulate}")
+    if B % (world * args.accumulate):
+        raise UserError(f"a batch of {B} images can't be shared by {world} processes in {args.accumulate} parts each; "
+                        f"--batch-size {-(-B // world // args.accumulate) * world * args.accumulate} can")  # fmt: skip
+    b = B // world
+    mine = slice(rank * b, rank * b + b)  # this process's part of every batch
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
@@ -190,6 +200,8 @@ def main():
     config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.what}
     state = plumbing.open_run(out, config, args.resume)
     model.to(device)
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        block.recompute = args.recompute
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
     optimizer = plumbing.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
@@ -201,9 +213,10 @@ def main():
         guide.load(state, out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config)
+    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
 
-    print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")
+    print(f"machine  {plumbing.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
+          f"         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")  # fmt: skip
     print(f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
           f"{len(train['header']['classes'])} classes")  # fmt: skip
     print(f"model    {args.model}: {sum(w.numel() for w in clipped) / 1e6:.1f} M parameters, {S} px in {N} patches of "
@@ -217,6 +230,8 @@ def main():
         return seconds + time.perf_counter() - began
 
     def save():
+        if rank > 0:
+            return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
         plumbing.save_state(state | {"config": config, "step": step, "seconds": clock()}, out / "state.pt")
         for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
@@ -226,6 +241,8 @@ def main():
         return {"step": step, "run": config, "norm_pix": norm_pix}
 
     def report():
+        if rank > 0:
+            return
         row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
         text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
         if loader.has_labels(train) and loader.has_labels(held):
@@ -246,29 +263,30 @@ def main():
     if step == 0:
         report()
     images = loader.resident(train, device)
-    waiting, losses, last_save, view = plumbing.Stopwatch(), [], plumbing.Pacer(), None
-    bar = tqdm(total=total, initial=step, unit="step", disable=None)
+    waiting, losses, norms, last_save, view = plumbing.Stopwatch(), [], [], plumbing.Pacer(), None
+    bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
-            guide.look(epoch, step, train["images"], out)
+            guide.look(epoch, step, train["images"], out, rank, world)
         order = loader.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in waiting.timed(loader.batches(images, order, B, device, start=step % per_epoch)):
+        for rows, batch in waiting.timed(loader.batches(images, order, B, device, step % per_epoch, mine)):
             # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch
             t = step / total
             draws = plumbing.seeded(args.seed, epoch, step)
             boxes, flip = loader.draw_boxes(B, draws, args.min_crop)
-            noise = masking.gumbel_noise(B, N, draws).to(device)
-            view = loader.view_images(batch, boxes, flip, S)  # u8 (B, S, S, 3)
+            noise = masking.gumbel_noise(B, N, draws)
+            boxes, flip, noise = (plumbing.send(x[mine], device) for x in (boxes, flip, noise))
+            view = loader.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
-            patches = {"masked": N - K} | guide.known(rows, boxes, flip, view)
+            patches = {"masked": N - K} | guide.known(rows, boxes, flip, view, mine)
             ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
 
             # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
-            weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (B, M)
-            weight_sum, loss = weight.sum(), 0.0
-            for i in range(0, B, B // args.accumulate):
-                part = slice(i, i + B // args.accumulate)
+            weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
+            weight_sum, loss = plumbing.all_reduce(weight.sum()), 0.0
+            for i in range(0, b, b // args.accumulate):
+                part = slice(i, i + b // args.accumulate)
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
                 with autocast():
                     pred, stats = net(tokens, ids_keep[part], ids_mask[part])
@@ -277,10 +295,11 @@ def main():
                     *what, return_error=True)  # fmt: skip
                 stats = stats + visible_stats(view[part], ids_keep[part], ids_mask[part], p)
                 heads = stats_loss(stats, view[part], ids_mask[part], p) + guide.loss(part, ids_mask[part], error)
-                (partial + heads / args.accumulate).backward()  # heads that watch, and give the network no gradient
+                (partial + heads / (args.accumulate * world)).backward()  # heads that watch: no gradient for the rest
                 loss = loss + partial.detach()
 
             # step
+            plumbing.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = plumbing.lr_at(step, total, args.warmup * total, peak_lr)
@@ -291,10 +310,12 @@ def main():
             bar.update()
 
             # log, evaluate, save
-            losses.append(torch.stack([loss, norm]))
-            stop = list(asked)  # looked at once a step: a signal that comes meanwhile is for the next
+            losses.append(loss)
+            norms.append(norm)
+            stop = plumbing.any_rank(asked[0] if asked else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                now, losses = torch.stack(losses).cpu(), []
+                now = torch.stack([plumbing.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
+                losses, norms = [], []
                 if not now.isfinite().all():
                     first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
                     raise UserError(f"the loss is not finite at step {first}; {out}/state.pt keeps the last good "
@@ -310,15 +331,18 @@ def main():
                 bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
                 if step % (per_epoch * args.eval_every) == 0 or step == total:
                     report()
-                if args.every and step % (per_epoch * args.every) == 0:
+                if args.every and step % (per_epoch * args.every) == 0 and rank == 0:
                     save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about())
                 if stop or step == total or last_save.due():
                     last_save.time(save)
                     waiting.share()
             if stop:
                 bar.close()
-                plumbing.stop_here(stop[0], step, args.resume)
+                plumbing.stop_here(stop, step, args.resume)
     bar.close()
+    plumbing.leave_ranks()
+    if rank > 0:
+        return
 
     title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     if view is not None:  # None where a finished run was resumed: its picture is there

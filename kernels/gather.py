@@ -13,6 +13,8 @@ p = 16. Stored as planes, the rows of a patch would be 16 bytes each, and the co
 The result feeds a plain matrix product with the patch embedding; a patch flattens to (row, column, colour).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -69,8 +71,14 @@ def gather_reference(view, ids, patch, dtype=torch.float32):
     Converted once, then in place: what mixes uint8 and fp32 in one operation can be 20 times slower on a CPU (p = 8).
     """
     x = patch_bytes(view, ids, patch).float()
-    scale, shift = (torch.tensor(v, device=view.device).repeat(patch * patch) for v in byte_scale(view.shape[3]))
+    scale, shift = scale_of_patch(view.shape[3], patch, view.device)
     return x.mul_(scale).add_(shift).to(dtype)
+
+
+@functools.cache
+def scale_of_patch(C, patch, device):
+    """byte_scale for every number of a patch, (P,) each; kept: to make a tensor on a GPU from numbers is a wait."""
+    return tuple(torch.tensor(v, device=device).repeat(patch * patch) for v in byte_scale(C))
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------

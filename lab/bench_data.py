@@ -1,12 +1,15 @@
-"""How fast images are packed and handed out, and how much memory that takes: python -m lab.bench_data [--pack 2000]
+"""How fast images are packed and handed out, and what memory that takes: python -m lab.bench_data [--pack N | --scale]
 
 Without --pack: the loader, into results/bench_data.csv. With it: data.py on so many generated JPEGs of 512 px, and the
-opening of a table of a million rows, into results/bench_pack.csv. For the loader the packed file is made of noise and
-really written; it is read once before the clock starts: what is measured is the way out of a warm page cache.
+opening of a table of a million rows, into results/bench_pack.csv. With --scale: files of 10,000 to a million images of
+32 px, epochs of the loader and some steps of pretrain.py on each, into results/bench_scale.csv.
+For the loader the packed file is made of noise and really written; it is read once before the clock starts: what is
+measured is the way out of a warm page cache.
 """
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,26 +25,29 @@ import loader
 import plumbing
 from lab import toon
 
+SCALE = (10_000, 100_000, 1_000_000)
 
-def noisy_split(folder, n, side):
-    """A packed train split of n images of noise."""
+
+def noisy_split(folder, n, side, name="train"):
+    """A packed split of n images of noise."""
     count = n * side * side * 3
     entries = {"__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
                "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, count]},
                "labels": {"dtype": "I64", "shape": [n], "data_offsets": [count, count + 8 * n]}}  # fmt: skip
     head = json.dumps(entries).encode().ljust(1024)
-    with open(Path(folder) / "train.safetensors", "wb") as f:
+    Path(folder).mkdir(exist_ok=True)
+    with open(Path(folder) / f"{name}.safetensors", "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
         noise = np.random.default_rng(0).integers(0, 256, 2**26, dtype=np.uint8)
         for at in range(0, count, len(noise)):
             f.write(noise[: min(len(noise), count - at)].data)
         f.write(bytes(8 * n))
-    return loader.open_split(folder, "train")
+    return loader.open_split(folder, name)
 
 
-def anonymous_mb():
-    """Memory of this process that no file backs, in MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def anonymous_mb(process="self"):
+    """Memory of a process that no file backs, in MB (Linux)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
@@ -53,6 +59,43 @@ def epoch(split, batch_size, number):
         count += len(index)
         most = max(most, anonymous_mb()) if i % 64 == 0 else most
     return count / (time.perf_counter() - began), most
+
+
+# ---- scale ---------------------------------------------------------------------------------------------------------
+
+
+def trained(folder, rows_to_log):
+    """pretrain.py on a packed folder until it has logged so many rows -> (median images a second, waiting, MB)."""
+    command = [sys.executable, "pretrain.py", "--data", folder, "--out", folder / "run", "--image-size", 32,
+               "--epochs", 1000, "--device", "cpu", "--eval-every", 1000]  # fmt: skip
+    process = subprocess.Popen([str(w) for w in command], stdout=subprocess.DEVNULL)
+    log, rows = folder / "run" / "log.jsonl", []
+    while len(rows) < rows_to_log and process.poll() is None:
+        time.sleep(0.5)
+        rows = [r for r in plumbing.read_log(log) if "loss" in r]
+    if process.poll() is not None:
+        raise plumbing.UserError(f"pretrain.py ended with status {process.returncode}; its message is above")
+    memory = anonymous_mb(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    rows = rows[2:]  # the first are slower: memory is touched for the first time
+    return statistics.median(r["images_per_s"] for r in rows), statistics.median(r["data_wait"] for r in rows), memory
+
+
+def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
+    """Rows of results: for each number of images an epoch of the loader, warm, and training; both should be flat."""
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "noise"
+            split = noisy_split(folder, n, side)
+            noisy_split(folder, 64, side, "val")
+            before = anonymous_mb()
+            epoch(split, batch_size, 0)
+            rates, memory = zip(*[epoch(split, batch_size, i) for i in (1, 2, 3)], strict=True)
+            training, waited, mb = trained(folder, rows_to_log)
+        yield {"images": n, "side": side, "loader_images_per_s": round(statistics.median(rates)),
+               "loader_mb_added": round(max(memory) - before, 1), "training_images_per_s": round(training, 1),
+               "data_wait_percent": round(100 * waited, 3), "training_anonymous_mb": round(mb)}  # fmt: skip
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -121,12 +164,14 @@ def main():
     parser.add_argument("--side", type=int, default=128, help="their side in pixels")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--pack", type=int, metavar="N", help="measure packing of N JPEGs of 512 px instead")
-    parser.add_argument("--out", help="default: results/bench_data.csv, with --pack results/bench_pack.csv")
+    parser.add_argument("--scale", nargs="*", type=int, metavar="N", help="files of N images (10000 100000 1000000)")
+    parser.add_argument("--out", help="default: results/bench_data.csv, bench_pack.csv or bench_scale.csv")
     args = parser.parse_args()
     about = {"machine": plumbing.machine(torch.device("cpu")), "commit": plumbing.commit()}
-    if args.pack:
-        rows = [row | about for row in pack_rows(args.pack)]
-        plumbing.save_csv(args.out or "results/bench_pack.csv", rows)
+    if args.pack or args.scale is not None:
+        made = pack_rows(args.pack) if args.pack else scale_rows(args.scale or SCALE, args.batch_size)
+        rows = [row | about for row in made]
+        plumbing.save_csv(args.out or f"results/bench_{'pack' if args.pack else 'scale'}.csv", rows)
         return print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         split = noisy_split(folder, args.images, args.side)

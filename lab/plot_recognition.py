@@ -26,7 +26,7 @@ def confused(path, pairs, title, each=5):
     """pairs: [(text of the true, of the predicted, pictures that were mistaken, pictures of the predicted)]."""
     figure, axes = plt.subplots(max(1, len(pairs)), 2 * each + 1, figsize=(10.5, 1.0 * max(1, len(pairs)) + 0.9),
                                 squeeze=False, width_ratios=[1] * each + [0.6] + [1] * each)  # fmt: skip
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n")  # the texts over the first pictures need the empty line
     for axis in axes.flat:
         axis.axis("off")
     for line, (true, predicted, wrong, like) in zip(axes, pairs, strict=False):

@@ -253,12 +253,12 @@ class StopAt(list):
     """What catch_signals returns: full when it has been looked at so many times."""
 
     def __init__(self, times):
-        super().__init__()
+        super().__init__([signal.SIGTERM])
         self.times = times
 
-    def __iter__(self):
+    def __bool__(self):
         self.times -= 1
-        return iter([signal.SIGTERM] if self.times == 0 else [])
+        return self.times == 0
 
 
 @pytest.mark.parametrize("method, more", [
