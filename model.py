@@ -205,8 +205,8 @@ class Decoder(nn.Module):
         The papers' code puts the tokens back into image order first. Attention does not depend on the order of its
         tokens, only on the positions that were added to them: we append the mask tokens and save two gathers,
         and the masked patches are then simply the last M rows. Nobody asks for the visible ones, so the last block
-        only reads them: same prediction, same gradients, a quarter of its MLP saved. stats, what kernels.loss.visible_stats leaves to
-        be said of their means and log deviations, gives no gradient to the rest of the network.
+        only reads them: same prediction, same gradients, a quarter of its MLP saved. stats, what is left to be said of
+        means and log deviations by kernels.loss.visible_stats, gives no gradient to the rest of the network.
         """
         pos = self.decoder_pos_embed[0]
         x = self.decoder_embed(latent)

@@ -2,6 +2,7 @@
 
 Writes results/bench_train_cpu.csv (or _cuda), .png and .md. Each candidate is a process of its own; all start from the
 same weights, get the same images and noise in the same order, and are timed in turns: a disturbance hits all of them.
+"memory kept" gives transformers what pretrain.py does about glibc on a CPU (plumbing.keep_freed_memory).
 
 A step is: bytes of the views -> what the network takes -> forward, loss, backward, AdamW. The gate comes first: losses
 of the warm-up steps against those of transformers in fp32. Where they differ no speed is reported (--warmup 50 makes
@@ -36,16 +37,17 @@ PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and
 CANDIDATES = {
     "AniMask": dict(net="ours", decoder=PAPER),
     "AniMask, compiled": dict(net="ours", decoder=PAPER, compile=True),
-    "transformers": dict(net="hf", decoder=PAPER),
-    "transformers, eager attention": dict(net="hf", decoder=PAPER, attention="eager"),
-    "transformers, compiled": dict(net="hf", decoder=PAPER, compile=True),
-    "transformers, plain AdamW": dict(net="hf", decoder=PAPER, fused=False),  # as it comes
+    "transformers": dict(net="hf", decoder=PAPER, keep=False),
+    "transformers, memory kept": dict(net="hf", decoder=PAPER),
+    "transformers, memory kept, eager attention": dict(net="hf", decoder=PAPER, attention="eager"),
+    "transformers, memory kept, compiled": dict(net="hf", decoder=PAPER, compile=True),
+    "transformers, plain AdamW": dict(net="hf", decoder=PAPER, keep=False, fused=False),  # as it comes
     "AniMask, light": dict(net="ours", decoder=LIGHT),
     "AniMask, light, whole step": dict(net="ours", decoder=LIGHT, whole=True),
     "AniMask, light, compiled": dict(net="ours", decoder=LIGHT, compile=True),
-    "transformers, light": dict(net="hf", decoder=LIGHT),
+    "transformers, memory kept, light": dict(net="hf", decoder=LIGHT),
 }
-QUICK = ("AniMask", "transformers", "AniMask, light", "transformers, light")
+QUICK = ("AniMask", "transformers, memory kept", "AniMask, light", "transformers, memory kept, light")
 # Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in sum well under 1e-5;
 # later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}

@@ -59,7 +59,7 @@ def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_sp
     pytest.importorskip("transformers")
     small = {name: c | {"decoder": [32, 1]} for name, c in bench_train.CANDIDATES.items() if not c.get("compile")}
     monkeypatch.setattr(bench_train, "CANDIDATES", small)
-    names = ["AniMask", "transformers", "transformers, eager attention", "AniMask, light, whole step"]
+    names = ["AniMask", "transformers", "transformers, memory kept, eager attention", "AniMask, light, whole step"]
     assert list(bench_train.gated(None, TINY, names, tmp_path)) == names
     monkeypatch.setattr(bench_step, "FLOOR", 0.5)  # another loss
     with pytest.raises(bench_train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
