@@ -1,4 +1,4 @@
-"""torchrun: two processes do what one does with the same batch; signals, lost processes, resuming on another number."""
+"""torchrun: several processes do what one does with the same batch; signals, lost ones, resuming on another number."""
 
 import os
 import signal
@@ -23,15 +23,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the proce
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def torchrun(script, *words, cwd):
-    """A stage in two processes, in the background."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / script]
+def torchrun(script, *words, cwd, processes=2):
+    """A stage in several processes, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += [ROOT / script]
     return subprocess.Popen([str(w) for w in (*command, *words)], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=ONE_THREAD)  # fmt: skip
 
 
-def start(small, out, *more):
-    return torchrun("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent)
+def start(small, out, *more, processes=2):
+    words = ["--data", small, "--out", out, *QUICK, *more]
+    return torchrun("pretrain.py", *words, cwd=out.parent, processes=processes)
 
 
 def alone(small, out, *more):
@@ -76,6 +78,18 @@ def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
     assert losses(tmp_path / "one") == losses(tmp_path / "both")
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}
     assert text.count("wrote") == 1 and "2 processes" in text  # rank 0 speaks for all
+
+
+def test_four_processes_are_one(small, tmp_path):
+    """Weighted patches, whose weights are summed over all; the tolerance is explained below."""
+    four = start(small, tmp_path / "four", "--mask", "random", processes=4)
+    text, errors = four.communicate(timeout=300)
+    assert four.returncode == 0 and "4 processes" in text, errors
+    alone(small, tmp_path / "one", "--mask", "random")
+    outs = [tmp_path / "one", tmp_path / "four"]
+    one, four = ([*losses(out).values()] for out in outs)
+    assert four == pytest.approx(one, rel=1e-5)
+    assert nearly_the_same(*(torch.load(out / "state.pt", weights_only=True)["model"] for out in outs))
 
 
 def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
