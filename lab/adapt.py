@@ -19,10 +19,10 @@ from plumbing import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RATES = {  # the trials of each method: what is swept, and its values
-    "linear":  ("--head-lr", (1e-2, 3e-2, 1e-1)),
-    "lora":    ("--lr", (3e-3, 6e-3, 1.2e-2)),
-    "full":    ("--lr", (1e-3, 2e-3, 4e-3)),
-    "scratch": ("--lr", (5e-4, 1e-3, 2e-3)),
+    "linear":  ("--head-lr", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "lora":    ("--lr", (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "full":    ("--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "scratch": ("--lr", (2.5e-4, 5e-4, 1e-3, 2e-3)),
 }  # fmt: skip
 RANKS, MARGINS = (4, 16, 32), (0.1, 0.3, 0.5)  # of LoRA (8 is the default); of ArcFace
 KEEP = ("run", "result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed",
