@@ -92,7 +92,7 @@ def part_table(hypothesis):
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for p in hypothesis["parts"]:
         b = p["bootstrap"]
-        cells = [f"{p['what']}, {p['unit']}", f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}", interval(p),
+        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}", interval(p),
                  f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-", p["n"], f"{p['p']:.3f}",
                  f"{p['holm_against']:.3f}", f"{p['power']:.2f}" if "power" in p else "-",
                  (p.get("needed") or "many") if "needed" in p else "-"]  # fmt: skip
@@ -135,7 +135,8 @@ def write(folder):
     done = {arm: list(own.values()) for arm, own in rows.items() if own}
     title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {max(map(len, done.values()))} seed(s)"
     logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
-    study_figures.curves(folder / "curves.png", logs, plan["thresholds"], None, f"Learning curves: {title}")
+    thumbnail = next((r["metrics"].get("knn_thumbnail") for own in done.values() for r in own), None)
+    study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
     values = {arm: [r["metrics"]["top1"] for r in own] for arm, own in done.items()}
     study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
     if plan["panels"]:

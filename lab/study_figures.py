@@ -37,7 +37,11 @@ def curves(path, done, thresholds, thumbnail, title):
             if len(knn) > 1:
                 middle, deviation = knn.mean(0), knn.std(0, ddof=1)
                 axis.fill_between(x, middle - deviation, middle + deviation, color=colour, alpha=0.15, lw=0)
-    for axis, label in zip(axes, ("epochs", "minutes of training, evaluations not counted"), strict=True):
+    for axis, label in zip(
+        axes,
+        ("epochs\n(band: one deviation over seeds)", "minutes of training\n(evaluations not counted)"),
+        strict=True,
+    ):
         for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):
             axis.axhline(limit, color=INK, ls=style, lw=1, label=f"threshold {limit:.1f} %")
         if thumbnail is not None:
@@ -69,8 +73,8 @@ def bars(path, table, values, title):
             half = found["high"] - found["effect"]
             right.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
-    left.set(xlabel="Top-1 of a logistic regression, %\n(tick: a seed; bar: 95 % interval of the mean)")
-    right.set(xlabel="difference to its baseline, points\n(green: interval above 0, orange: below, gray: neither)")
+    left.set(xlabel="Top-1 of a logistic regression, %\n(tick: a seed; whiskers: 95 % interval)")
+    right.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
     right.axvline(0, color=INK, lw=0.8)
     left.grid(axis="x", color="#DDDDDD", lw=0.6)
     left.set_axisbelow(True)
@@ -89,9 +93,11 @@ def grid(path, panels, table, title):
     rows = math.ceil(len(small) / columns) + len(wide)
     figure = plt.figure(figsize=(9.6, 3.0 * rows + 0.4))
     figure.suptitle(title)
+    shared = None  # one scale: a factor that matters is seen to matter
     for i, factor in enumerate(small + wide):
         place = (rows, columns, i + 1) if factor in small else (rows, 1, rows - len(wide) + i - len(small) + 1)
-        panel(figure.add_subplot(*place), factor, panels[factor], known)
+        shared = figure.add_subplot(*place, sharey=shared)
+        panel(shared, factor, panels[factor], known)
     save(figure, path)
 
 
@@ -101,7 +107,7 @@ def panel(axis, factor, lines, known):
         there = [(levels.index(level), known[arm]) for level, arm in own.items() if arm in known]
         x = [k + 0.08 * (i - (len(lines) - 1) / 2) for k, _ in there]
         half = [t["half"] or 0 for _, t in there]
-        style = marker if len(levels) > 6 else f"{marker}-"  # names have no order: no line between them
+        style = f"{marker}-" if all(level.replace(".", "").isdigit() for level in levels) else marker  # names: no line
         axis.errorbar(x, [t["mean"] for _, t in there], yerr=half, fmt=style, ms=5, lw=1.4, capsize=3, color=colour,
                       label=short(name, 26))  # fmt: skip
     axis.set_xticks(range(len(levels)), levels, fontsize=8.5, rotation=25 if len(levels) > 6 else 0)

@@ -137,6 +137,7 @@ def collect(job, args, ready, seconds, commit):
     detail = {k: v for k, v in probe["rows"]["mean"].items() if k in ("retrieval", "few_shot")}
     rest = {f"{k}_logistic": v for k, v in probe["rows"]["mean"]["logistic"].items() if not isinstance(v, list)}
     metrics = {"top1": mean["logistic"], "knn": mean["knn"], **rest, **detail}
+    metrics["knn_thumbnail"] = next((r["knn_thumbnail"] for r in log if "knn_thumbnail" in r), None)
     metrics["peak_memory_mb"] = max((r["memory_mb"] for r in log if "memory_mb" in r), default=None)
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}

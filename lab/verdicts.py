@@ -9,9 +9,9 @@ import numpy as np
 
 from lab import metrics, stats
 
-UNITS = {"top1": "points", "knn": "points", "cutout": "points", "finetuned": "points", "epochs": "% fewer epochs",
-         "variance": "% less variance"}  # fmt: skip
-BITS = {"top1": "logistic", "knn": "knn", "cutout": "cutout"}  # where each image's right or wrong is kept
+UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
+         "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
+BITS = {"top1": "logistic", "cutout": "cutout"}  # where each image's right or wrong is kept
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 
 
@@ -169,10 +169,10 @@ def verdict(hypothesis, holm_p):
 
 
 def line(part):
-    """ "attn_high - random +0.52 points (-0.10 to 1.14), n = 5; ..." """
-    name = f"{part['arm']} against {part['against']}, {part['what']}"
+    """ "attn_high against random: +0.52 points of Top-1 (-0.10 to +1.14, n = 5); ..." """
+    name = f"{part['arm']} against {part['against']}:"
     if part["effect"] is None:
-        return f"{name}: {'; '.join(part['notes'])}"
+        return f"{name} {'; '.join(part['notes'])}"
     text = f"{name} {part['effect']:+.2f} {part['unit']} ({part['low']:+.2f} to {part['high']:+.2f}, n = {part['n']})"
     return "; ".join([text, *part["notes"]])
 
@@ -191,7 +191,8 @@ def spread(values):
 def summary(plan, rows, groups):
     """-> [one dict for each arm that has rows]: Top-1, kNN, epochs, minutes, and the difference to its baseline.
 
-    "knn_then": kNN at the moment when the fastest arm was through: best per minute, where "knn" is best per epoch.
+    "knn" is that of the run, at its end: best per epoch; "knn_then" at the moment when the fastest arm was through:
+    best per minute.
     """
     done = {arm: list(seeds.values()) for arm, seeds in rows.items() if seeds}
     if not done:
@@ -205,7 +206,8 @@ def summary(plan, rows, groups):
         line = {"arm": arm, "against": plan["arms"][arm], "n": len(own), "knn_then": spread(at),
                 "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
                 "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
-        for key in ("top1", "knn", "cutout", "finetuned"):
+        line["knn"] = spread([r["curve"]["knn"][-1] for r in own])
+        for key in ("top1", "cutout", "finetuned"):
             if all(key in r["metrics"] for r in own):
                 line[key] = spread([r["metrics"][key] for r in own])
         if arm != line["against"]:

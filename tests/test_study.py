@@ -1,9 +1,9 @@
 """lab.study: what is planned, skipped, resumed, refused, with stages that pretend; verdicts on synthetic rows."""
 
+import functools
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -11,8 +11,11 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import ROOT, refused, stage
 
+import pretrain
+import probe
 from lab import plans, report, stats, study, study_run, verdicts
 from plumbing import UserError
 
@@ -23,7 +26,8 @@ flag = lambda name: next(words[i + 1] for i in reversed(range(len(words) - 1)) i
 out, mask, seed = pathlib.Path(flag("--out")), flag("--mask").split(":")[0], int(flag("--seed"))
 with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
     calls.write(f"{flag('--mask')} {seed}\\n")
-time.sleep(float(os.environ.get("PRETEND_SECONDS", 0)))
+while "PRETEND_UNTIL" in os.environ and seed == 0 and not os.path.exists(os.environ["PRETEND_UNTIL"]):
+    time.sleep(0.02)
 if mask == "grid":
     sys.exit("error: the loss is not finite at step 3")
 if mask == "block":
@@ -184,9 +188,9 @@ def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, smal
     ask(monkeypatch, small, "--plan", "ablations", "--exploratory", "--seeds", 1, "--budget", 1e-6)
     assert len(calls(home)) == 7  # its pilot was there, and nothing fits into the budget
     ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
-    assert len(calls(home)) == 10  # random lacks a stage that this plan has, and its folder is gone
+    assert len(calls(home)) == 11  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
     text = (home / "results/STUDY.md").read_text()
-    assert "Exploratory: no plan was committed" in text and "no interval" not in text.split("Threats")[0].split("H3")[0]
+    assert "Exploratory: no plan was committed" in text and "1 pair of seeds: no interval" in text
 
 
 def test_the_budget_leaves_out_whole_seeds_and_says_so(home, small, monkeypatch, capsys):
@@ -215,21 +219,22 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home,
 
 def test_a_killed_study_goes_on(home, small):
     """kill -9 of the study in its second run; the stage that it leaves behind is waited for, and not run twice."""
-    command = [sys.executable, "-c", PRETENDED, home / "stages", "--plan", "arms", "--exploratory", "--seeds", "2",
-               "--data", small, "--threads", "1"]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PRETEND_SECONDS": "2"}
-    first = subprocess.Popen([str(w) for w in command], cwd=home, env=env, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PRETENDED, home / "stages", "--plan", "arms", "--exploratory", "--seeds", 2,
+               "--data", small, "--threads", 1]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PRETEND_UNTIL": str(home / "go")}
+    start = functools.partial(subprocess.Popen, [str(w) for w in command], cwd=home, env=env, stdout=subprocess.PIPE)
+    first = start()
     while len(calls(home)) < 2:  # the pilot is through
         assert first.poll() is None
         time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
     rows = home / "results/study/arms-packed-exploratory/rows.jsonl"
     with open(rows, "a") as file:
         file.write('{"key": "cut of')
-    done = subprocess.run([str(w) for w in command], cwd=home, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "waiting for a process that still writes to" in done.stdout
+    second = start()
+    assert any(b"waiting for a process that still writes to" in line for line in second.stdout)
+    (home / "go").touch()
+    assert b"2/2 random, seed 1" in second.communicate(timeout=100)[0] and second.returncode == 0
     assert sorted({(r["arm"], r["seed"]) for r in study.read_rows(rows.parent)}) == [
         ("random", 0), ("random", 1), ("random", 1000)]  # fmt: skip
     assert calls(home).count("random 1000") == 1
@@ -245,6 +250,10 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
             ask(monkeypatch, small, "--plan", "h1", *words)
 
 
+def row_folder(base):
+    return next((base / "runs/study/packed").glob("random-s0-*")).name
+
+
 def test_one_real_run(small, tmp_path, monkeypatch):
     """The real stages: a pilot and a seed; the row's own commands make the same digits."""
     monkeypatch.chdir(tmp_path)
@@ -254,11 +263,13 @@ def test_one_real_run(small, tmp_path, monkeypatch):
     row = report.open_folder(tmp_path / "results/study/arms-packed-exploratory")["rows"]["random"][0]
     assert row["config"]["seed"] == 0 and row["config"]["flat_weight"] == 1 and len(row["curve"]["knn"]) == 3
     assert not list((tmp_path / "runs").glob("**/state.pt"))
+    torch.set_num_threads(1)  # as the row's commands say
     for line in row["commands"]:
-        assignment, _, *rest = shlex.split(line)
-        again = [w if w != rest[rest.index("--out") + 1] else "again" for w in rest] if "--out" in rest else (
-            [w if i != 1 else "again" for i, w in enumerate(rest)])  # fmt: skip
-        stage(*again, cwd=tmp_path, check=0, env=os.environ | dict([assignment.split("=")]))
+        words = shlex.split(line.replace(f"runs/study/packed/{row_folder(tmp_path)}", "again"))
+        assert words[:2] == ["OMP_NUM_THREADS=1", "python"]
+        monkeypatch.setattr(sys, "argv", words[2:])
+        {"pretrain.py": pretrain, "probe.py": probe}[words[2]].main()
+    torch.set_num_threads(2)
     found = json.loads((tmp_path / "again" / "probe.json").read_text())
     assert found["right"] == row["right"] and 100 * found["headline"] == row["metrics"]["top1"]
 
