@@ -15,7 +15,7 @@ MOST = len(COLOURS)  # lines in one picture
 
 def short(arm, width=34):
     """An arm as a label of a line or two, without the braces of what was made first."""
-    return textwrap.fill(arm.replace("{", "").replace("}", ""), width)
+    return textwrap.fill(arm.replace("{", "").replace("}", ""), width, break_on_hyphens=False)
 
 
 def curves(path, done, thresholds, thumbnail, title):
