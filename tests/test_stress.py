@@ -102,8 +102,11 @@ def test_only_one_corruption_is_what_the_whole_sweep_says(drawn, monkeypatch, ca
     report = json.loads((drawn / "run" / "stress-cutout-grayscale.json").read_text())
     whole = json.loads((drawn / "run" / "stress.json").read_text())["robustness"]
     assert report["top1"] == {"cutout 0.3": whole["cutout"]["0.3"], "grayscale 1": whole["grayscale"]["1"]}
-    right = stats.from_bits(report["right"]["cutout 0.3"], 16)
-    assert 100 * right.mean() == report["top1"]["cutout 0.3"] and "Top-1 under cutout 0.3" in capsys.readouterr().out
+    right = stats.from_bits(report["right"]["cutout 0.3"], report["images"])
+    assert (
+        100 * right.mean() == pytest.approx(report["top1"]["cutout 0.3"])
+        and "Top-1 under cutout 0.3" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="cutot is unknown"):
         run_stress(monkeypatch, drawn / "run", "--only", "cutot")
 
