@@ -301,10 +301,10 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
-def save_json(row, path):
-    """Write a dict as indented JSON, atomically."""
+def save_json(row, path, indent=1):
+    """Write a dict as JSON, atomically; indent None: all of it on one line."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(row, indent=1) + "\n")
+        temporary.write_text(json.dumps(row, indent=indent) + "\n")
 
 
 def save_state(state, path):

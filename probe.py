@@ -27,7 +27,7 @@ import torch
 import loader
 import plumbing
 from checkpoints import load_encoder
-from lab import compare, features, figures, heads, metrics
+from lab import compare, features, figures, heads, metrics, stats
 from model import untrained_like
 from plumbing import UserError
 
@@ -46,6 +46,8 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set with labels (default: what the first run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--views", type=int, default=3, metavar="V", help="views of a training image for the MAE recipe: whole + crops")
+    add("--headline", action="store_true", help="only logistic regression and kNN on the mean token; no controls, no "
+        "pictures\n(what lab/study.py repeats for every run)")
     add("--blocks", action="store_true", help="also the mean token after each block")
     add("--snapshots", action="store_true", help="also a ridge probe of each runs/NAME/snapshots/encoder-EPOCH")
     add = parser.add_argument_group("comparison and efficiency").add_argument
@@ -122,15 +124,21 @@ def few_shot(found, task):
     return result
 
 
-def measure(found, task, seed):
-    """Every number about one set of features -> (row of probe.json, {head: which held images it got right})."""
+def measure(found, task, seed, headline=False):
+    """Every number about one set of features -> (row of probe.json, {head: which held images it got right}).
+
+    headline: without the MAE recipe, which takes as long as all the rest.
+    """
     labels, train = task["labels"][task["held"]], task["labels"]["train"]
     scores, chosen = {}, {}
     scores["logistic"], chosen["C"] = logistic_scores(found, task)
-    scores["linear"], chosen["rate"] = linear_scores(found, task, seed)
+    if not headline:
+        scores["linear"], chosen["rate"] = linear_scores(found, task, seed)
     scores["knn"] = metrics.knn_votes(found["train"][0], train, found[task["held"]][0], len(task["names"]))
     row = {head: metrics.classification(s, labels, task["counts"]) for head, s in scores.items()}
-    row["logistic"]["C"], row["linear"]["rate"] = chosen["C"], chosen["rate"]
+    row["logistic"]["C"] = chosen["C"]
+    if not headline:
+        row["linear"]["rate"] = chosen["rate"]
     row["retrieval"] = metrics.retrieval(found[task["held"]][0], labels, task["groups"][task["held"]])
     row["few_shot"] = few_shot(found, task)
     return row, {head: s.argmax(1) == labels for head, s in scores.items()}
@@ -273,7 +281,10 @@ def probe(run, args, task, autocast, device, threshold, controls):
     if clock:
         print(f"features {clock['images']:,} images, {args.views} views of train, in {clock['all']:.0f} s, "
               f"{100 * clock['forward'] / clock['all']:.1f} % of it in the forward pass")  # fmt: skip
-    draw(home, name, encoder, size, task, found)
+    if args.headline:
+        found = {"mean": found["mean"]}
+    else:
+        draw(home, name, encoder, size, task, found)
     config = features.flags_of(run)
     report = {"command": f"python probe.py {shlex.join(sys.argv[1:])}", "machine": plumbing.machine(device),
               "commit": plumbing.commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
@@ -286,18 +297,21 @@ def probe(run, args, task, autocast, device, threshold, controls):
     began = time.perf_counter()
     rows, right = {}, {}
     for pool, x in in_order(found).items():
-        rows[pool], right[pool] = measure(x, task, args.seed)
+        rows[pool], right[pool] = measure(x, task, args.seed, args.headline)
     shape = features.shape_of(encoder, size)
-    if shape not in controls:  # they are the same for all runs of one shape
+    if args.headline:
+        controls[shape] = {}
+    elif shape not in controls:  # they are the same for all runs of one shape
         made = features.of_controls(home.parent, untrained_like(encoder).to(device), size, task["parts"], autocast,
                                     args.dtype, args.views)  # fmt: skip
         controls[shape] = {pool: measure(x, task, args.seed)[0] for pool, x in in_order(made).items()}
     rows |= controls[shape] | {"chance": chance(task)}
-    figures.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task["names"],
-                      f"Logistic regression on mean tokens, {args.split}: {name}")  # fmt: skip
+    if not args.headline:
+        figures.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task["names"],
+                          f"Logistic regression on mean tokens, {args.split}: {name}")  # fmt: skip
     log = plumbing.read_log(home / "log.jsonl")
     report |= {"classes": task["names"], "headline": rows["mean"]["logistic"]["top1"], "rows": slim(rows),
-               "threshold": threshold[1],
+               "right": {head: stats.to_bits(x) for head, x in right["mean"].items()}, "threshold": threshold[1],
                "efficiency": None if threshold[0] is None else efficiency(log, threshold[0])}  # fmt: skip
     print("\n".join(table(rows, task)))
     print(efficiency_line(report["efficiency"], threshold[1]) + f"; heads took {time.perf_counter() - began:.0f} s")
@@ -354,6 +368,10 @@ def main():
         raise UserError(
             f"--views {args.views} must be at least 1" if args.views < 1 else f"--seed {args.seed} is below 0"
         )
+    if args.headline:
+        if len(args.runs) > 1 or args.snapshots:
+            raise UserError("--headline takes one run and no --snapshots: a comparison needs every head")
+        args.views = 1
     for run in args.runs:
         load_encoder(run)  # every mistake before hours of work
     data = args.data or features.flags_of(args.runs[0]).get("data")

@@ -2,14 +2,15 @@
 
     python -m lab.stress runs/NAME                     # on the data that the run was trained on
     python -m lab.stress runs/NAME --midterm           # only PSNR by ratio, as the mid-term report's table
+    python -m lab.stress runs/NAME --only cutout       # only Top-1 under this, at its headline level
 
 Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made), datasets/NAME
-Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known), reconstruction.png
+Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known), reconstruction.png; with --only
+        stress-cutout.json alone
 """
 
 import argparse
 import functools
-import json
 import shlex
 import sys
 import time
@@ -25,7 +26,7 @@ import plumbing
 from checkpoints import load_encoder, load_exactly
 from evaluate import masked_mse, predict
 from kernels.loss import patch_detail
-from lab import corruptions, features, figures, heads, metrics
+from lab import corruptions, features, figures, heads, metrics, stats
 from model import MAE, put_patches, to_pixels
 from plumbing import UserError
 
@@ -88,6 +89,16 @@ def robustness(judge):
         for level, draw in zip(levels, draws, strict=True):
             spoiled = functools.partial(spoil, level=level, generator=draw)
             result[name][str(level)] = judge.top1(lambda images, _, spoiled=spoiled: spoiled(images))
+    return result
+
+
+def at_headline(judge, names):
+    """Which images stay right under these corruptions, each at its headline level, as in `robustness`: {name: (n,)}."""
+    result = {}
+    for name in names:
+        spoil, levels, _, level = corruptions.SWEEPS[name]
+        spoiled = functools.partial(spoil, level=level, generator=plumbing.seeded(0, levels.index(level)))
+        result[f"{name} {level}"] = judge.right(lambda images, _, spoiled=spoiled: spoiled(images))
     return result
 
 
@@ -302,18 +313,30 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
     add("--images", type=int, default=512, metavar="N", help="at most so many of it, evenly spread")
     add("--pool", default="mean", choices=features.POOLS, help="pooling of the tokens that the probe sees")
+    add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(corruptions.SWEEPS)}, comma between")
     add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_args()
 
 
-def stress_probe(args, encoder, size, parts, autocast, dtype):
-    """Everything about the probe -> a part of the report."""
+def judge_of(args, encoder, size, parts, autocast, dtype):
     split = parts[args.split]
     found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, parts, autocast, dtype)
     scores = fit_probe(found[args.pool], parts, args.split)
-    judge = Judge(encoder, size, scores, split, loader.spread(len(split["images"]), args.images), args.pool, autocast)
+    return Judge(encoder, size, scores, split, loader.spread(len(split["images"]), args.images), args.pool, autocast)
+
+
+def only_some(args, judge):
+    """--only: the few numbers that a study asks of every run, with each image's right or wrong."""
+    right = at_headline(judge, args.only.split(","))
+    print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
+    return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
+
+
+def stress_probe(args, judge, parts):
+    """Everything about the probe -> a part of the report."""
+    split = judge.split
     clean = judge.right(lambda images, _: images)
     often = torch.bincount(parts["train"]["labels"]).argmax()
     report = {"clean": percent(clean), "chance": percent(split["labels"][judge.rows] == often), "pool": args.pool,
@@ -329,6 +352,8 @@ def main():
     args = parse_args()
     if args.images < 8:
         raise UserError(f"--images {args.images} must be at least 8")
+    if unknown := set((args.only or "cutout").split(",")) - set(corruptions.SWEEPS):
+        raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(corruptions.SWEEPS)}")
     device = plumbing.pick_device(args.device)
     dtype, _ = plumbing.pick_dtype(args.dtype, device)
     autocast = plumbing.autocast_of(device, dtype)
@@ -347,8 +372,16 @@ def main():
         model, norm_pix = load_mae(run, device)
         print("\n".join(midterm(reconstruction(model, split, rows, norm_pix, autocast, ["random"]))))
         return
-    if loader.has_labels(parts["train"]) and loader.has_labels(split):
-        report |= stress_probe(args, encoder, size, parts, autocast, "fp32" if dtype == torch.float32 else "bf16")
+    labelled = loader.has_labels(parts["train"]) and loader.has_labels(split)
+    if labelled:
+        judge = judge_of(args, encoder, size, parts, autocast, "fp32" if dtype == torch.float32 else "bf16")
+    elif args.only:
+        raise UserError(f"--only {args.only} needs two classes or more, and labels on all images of {data}")
+    if args.only:
+        plumbing.save_json(report | only_some(args, judge), run / f"stress-{args.only.replace(',', '-')}.json")
+        return
+    if labelled:
+        report |= stress_probe(args, judge, parts)
         print("\n".join(robust_lines(report)))
         figures.robustness(run / "robustness.png", report, corruptions.SWEEPS, f"Robustness of the probe: {run.name}")
         if "parts" in report:
@@ -362,8 +395,7 @@ def main():
     print(f"masked error under the fixed random mask {report['masked_mse']:.4f}"
           + (" of normalised pixels; pictures by predicted statistics" if norm_pix else " of raw pixels"))  # fmt: skip
     figures.reconstruction(run / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run.name}")
-    with plumbing.atomic(run / "stress.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    plumbing.save_json(report, run / "stress.json")
     print(f"wrote    {run}/stress.json, robustness.png, reconstruction.png")
 
 

@@ -15,7 +15,7 @@ import data
 import loader
 import pretrain
 import probe
-from lab import compare, features, figures
+from lab import compare, features, figures, stats
 from model import ViT
 from plumbing import UserError
 
@@ -82,6 +82,20 @@ def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
     run_probe(monkeypatch, run, *FAST)
     again = json.loads((run / "probe.json").read_text())
     assert again["rows"] == first["rows"] and again["efficiency"] == first["efficiency"]
+
+
+def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs[0] / "random-s0", tmp_path / "run")
+    whole = json.loads((tmp_path / "run" / "probe.json").read_text())
+    run_probe(monkeypatch, tmp_path / "run", *FAST, "--headline")
+    report = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert [*report["rows"]] == ["mean", "chance"] and not list(tmp_path.glob("controls-*"))
+    for head in ("logistic", "knn"):
+        assert report["rows"]["mean"][head] == whole["rows"]["mean"][head]
+        right = stats.from_bits(report["right"][head], report["images"]["val"])
+        assert right.mean() == pytest.approx(report["rows"]["mean"][head]["top1"])
+    with pytest.raises(UserError, match="one run"):
+        run_probe(monkeypatch, tmp_path / "run", runs[0] / "random-s1", "--headline")
 
 
 def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):

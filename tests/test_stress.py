@@ -12,7 +12,7 @@ from conftest import ROOT, refused, stage
 
 import data
 import mask as masking
-from lab import corruptions, stress, toon
+from lab import corruptions, stats, stress, toon
 from plumbing import UserError
 
 
@@ -96,6 +96,20 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {"simmim", "learned"} & masks
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
     assert "masked error under the fixed random mask" in text and "without eyes" in text
+
+
+def test_only_one_corruption_is_what_the_whole_sweep_says(drawn, monkeypatch, capsys):
+    run_stress(monkeypatch, drawn / "run", "--images", 16, "--device", "cpu", "--only", "cutout,grayscale")
+    report = json.loads((drawn / "run" / "stress-cutout-grayscale.json").read_text())
+    whole = json.loads((drawn / "run" / "stress.json").read_text())["robustness"]
+    assert report["top1"] == {"cutout 0.3": whole["cutout"]["0.3"], "grayscale 1": whole["grayscale"]["1"]}
+    right = stats.from_bits(report["right"]["cutout 0.3"], report["images"])
+    assert (
+        100 * right.mean() == pytest.approx(report["top1"]["cutout 0.3"])
+        and "Top-1 under cutout 0.3" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="cutot is unknown"):
+        run_stress(monkeypatch, drawn / "run", "--only", "cutot")
 
 
 def test_the_mid_terms_table_is_one_flag(drawn, monkeypatch, capsys):

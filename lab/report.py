@@ -1,0 +1,228 @@
+"""Tables, figures and STUDY.md from the rows of the study: every sentence is computed from them, none is written here.
+
+Reads:  results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl
+Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png; and results/STUDY.md, whose text
+        outside the two marks is left as it is
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import plumbing
+from lab import plans, study_figures, verdicts
+
+BEGIN, END = "<!-- lab.study writes from here -->", "<!-- to here -->"
+
+
+def open_folder(folder):
+    """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
+    plan = json.loads((folder / "PLAN.json").read_text())
+    rows = list({row["key"]: row for row in plumbing.read_log(folder / "rows.jsonl")}.values())
+    groups = np.array(json.loads((folder / "images.json").read_text())["groups"])
+    return {"folder": folder, "plan": plan, "all": rows, "rows": verdicts.by_arm(plan, rows), "groups": groups}
+
+
+def folders(root):
+    """Those of a study, in the order in which it asks."""
+    order = list(plans.QUESTIONS)
+    found = [path.parent for path in Path(root).glob("*/PLAN.json")]
+    return sorted(found, key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name))
+
+
+def judged(root):
+    """-> {folder: hypotheses with verdicts}. The reported studies of a data set are one family, others each its own."""
+    families = {}
+    for study in map(open_folder, folders(root)):
+        own = study["folder"].name if study["plan"]["phase"] != "reported" else ""
+        families.setdefault((study["plan"]["data"], own), []).append(study)
+    result = {}
+    for studies in families.values():
+        measured = [h | {"parts": [verdicts.measure(p, s["plan"], s["rows"], s["groups"]) for p in h["parts"]],
+                         "folder": s["folder"]} for s in studies for h in s["plan"]["hypotheses"]]  # fmt: skip
+        found = verdicts.judge(measured, studies[0]["plan"]["family"])
+        for study in studies:
+            result[study["folder"]] = [h for h in found if h["folder"] == study["folder"]]
+    return result
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def number(x, digits=1):
+    """{"mean", "std"} -> "84.20 ± 0.31"; a dash where nothing was measured."""
+    if x is None:
+        return "-"
+    return f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if x["std"] is not None else "")
+
+
+def interval(part):
+    if part is None or part["effect"] is None:
+        return "-"
+    return f"{part['effect']:+.2f} ({part['low']:+.2f} to {part['high']:+.2f})"
+
+
+def arm_table(table):
+    """-> lines of Markdown: a row for each arm."""
+    extra = [k for k in ("cutout", "finetuned") if any(k in line for line in table)]
+    names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
+    head = ["mask", "seeds", "Top-1, %", "against", "difference, points", "p", *[names[k] for k in extra], "kNN, %",
+            "epochs to threshold", "minutes", f"kNN after {table[0]['then']:.1f} min"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in table:
+        found = line.get("difference")
+        reached = number(line["epochs"]) + (
+            "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
+        )
+        cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
+                 interval(found) if found else "", f"{found['holm_p']:.3f}" if found else "",
+                 *[number(line.get(k), 2) for k in extra], number(line["knn"]), reached, number(line["minutes"]),
+                 number(line["knn_then"])]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", "Mean ± deviation over seeds; Top-1: logistic regression on the frozen mean token; difference: "
+            "paired by seed, 95 % t interval, p after Holm over this table; kNN: in the run, as the threshold; minutes "
+            "without evaluations."]  # fmt: skip
+
+
+def part_table(hypothesis):
+    """-> lines of Markdown: a row for each part of a hypothesis."""
+    head = ("what", "mask", "against", "claim", "found, 95 % t", "seeds and illustrations", "n", "p", "p of the claim",
+            "power", "seeds for 80 %")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for p in hypothesis["parts"]:
+        b = p["bootstrap"]
+        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}", interval(p),
+                 f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-", p["n"], f"{p['p']:.3f}",
+                 f"{p['holm_against']:.3f}", f"{p['power']:.2f}" if "power" in p else "-",
+                 (p.get("needed") or "many") if "needed" in p else "-"]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def flat(line, rows):
+    """A row of the CSV: numbers with their machine and commit."""
+    cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
+    for key in ("top1", "knn", "cutout", "finetuned", "epochs", "minutes", "knn_then"):
+        x = line.get(key) or {"mean": None, "std": None}
+        cells |= {key: rounded(x["mean"]), f"{key}_deviation": rounded(x["std"])}
+    found = line.get("difference") or {}
+    cells |= {k: rounded(found.get(k)) for k in ("effect", "low", "high", "holm_p")}
+    own = rows[line["arm"]].values()
+    return cells | {name: "; ".join(sorted({r[name] for r in own})) for name in ("machine", "commit")}
+
+
+def rounded(x):
+    return None if x is None else round(float(x), 4)
+
+
+# ---- a study's folder ----------------------------------------------------------------------------------------------
+
+
+def write(folder):
+    """Tables, verdicts and figures of one study -> a line about what was written."""
+    study = open_folder(Path(folder))
+    plan, rows, folder = study["plan"], study["rows"], study["folder"]
+    table = verdicts.summary(plan, rows, study["groups"])
+    if not table:
+        return f"{folder}: no reported run is there yet"
+    with plumbing.atomic(folder / "table.md") as temporary:
+        temporary.write_text("\n".join(arm_table(table)) + "\n")
+    plumbing.save_csv(folder / "table.csv", [flat(line, rows) for line in table])
+    with plumbing.atomic(folder / "verdicts.json") as temporary:
+        found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    done = {arm: list(own.values()) for arm, own in rows.items() if own}
+    title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {max(map(len, done.values()))} seed(s)"
+    logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
+    thumbnail = next((r["metrics"].get("knn_thumbnail") for own in done.values() for r in own), None)
+    study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
+    values = {arm: [r["metrics"]["top1"] for r in own] for arm, own in done.items()}
+    study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
+    if plan["panels"]:
+        study_figures.grid(folder / "grid.png", plan["panels"], table, f"One factor at a time: {title}")
+    return f"{folder}/table.md, table.csv, verdicts.json, figures"
+
+
+# ---- STUDY.md ------------------------------------------------------------------------------------------------------
+
+
+def setup(study):
+    """How it was measured, in sentences."""
+    plan, rows, groups = study["plan"], study["rows"], study["groups"]
+    there, planned = sum(map(len, rows.values())), len(plan["arms"]) * len(plan["seeds"])
+    thresholds = ", ".join(f"{t:.1f} % for what is compared with `{a}`" for a, t in plan["thresholds"].items())
+    lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, seeds {plan['seeds'][0]} to "
+             f"{plan['seeds'][-1]}, each `pretrain.py {plan['recipe']}`. Numbers are on `{plan['split']}` of "
+             f"{plan['data']}: {len(groups):,} images of {len(np.unique(groups)):,} illustrations. The kNN threshold "
+             f"is {thresholds}: untrained + 90 % of what the pilot seed {plan['pilot_seed']} gained."]  # fmt: skip
+    for row in study["all"]:
+        if row["seed"] == plan["pilot_seed"] and row.get("controls") and row["arm"] == next(iter(plan["arms"])):
+            thumb = max((v for k, v in row["controls"].items() if k.startswith("thumb")), default=0)
+            lines.append(f"The pilot has a Top-1 of {row['metrics']['top1']:.1f} %, its untrained encoder "
+                         f"{row['controls']['untrained mean']:.1f} %, the best thumbnail {thumb:.1f} %.")  # fmt: skip
+    return lines
+
+
+def findings(table):
+    """Who is best per epoch, and who per minute."""
+    best, quick = max(table, key=lambda x: x["top1"]["mean"]), max(table, key=lambda x: x["knn_then"]["mean"])
+    return [f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest kNN after "
+            f"{quick['then']:.1f} minutes, when the fastest arm was through: `{quick['arm']}`, "
+            f"{number(quick['knn_then'])} %."]  # fmt: skip
+
+
+def threats(study):
+    """What the rows themselves say against the result."""
+    plan, rows = study["plan"], [r for own in study["rows"].values() for r in own.values()]
+    lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
+    machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
+    lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
+                 f"commit(s) ({', '.join(commits)}).")  # fmt: skip
+    if dirty := sum(r["commit"].endswith("+") for r in rows):
+        lines.append(f"{dirty} of them were made with code that no commit holds.")
+    if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r]:
+        lines.append(f"Diverged, and left out: {'; '.join(lost)}.")
+    if missing := sum(max(0, len(plan["seeds"]) - len(own)) for own in study["rows"].values()):
+        lines.append(f"{missing} planned runs are missing: what is said here is preliminary.")
+    if plan["phase"] != "reported":
+        why = {"dev": "Numbers of dev: they choose, and prove nothing.",
+               "exploratory": "Exploratory: no plan was committed; a finding needs fresh seeds."}  # fmt: skip
+        lines.append(why[plan["phase"]])
+    return [f"- {line}" for line in lines]
+
+
+def section(study, hypotheses, top):
+    """A study as a section of STUDY.md -> lines; top: the folder that STUDY.md is in."""
+    plan, folder = study["plan"], study["folder"].relative_to(top)
+    table = verdicts.summary(plan, study["rows"], study["groups"])
+    word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
+    lines = [f"## {plan['plan']} on {plan['data']}{word}", "", plan["question"], "", *setup(study), ""]
+    if not table:
+        return [*lines, "No run is there yet.", ""]
+    lines += [*arm_table(table), "", *findings(table), ""]
+    lines += [f"![{name}]({folder}/{name}.png)" for name in ("curves", "bars", "grid")
+              if (study["folder"] / f"{name}.png").exists()]  # fmt: skip
+    for h in hypotheses:
+        lines += ["", f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.", "",
+                  *part_table(h)]  # fmt: skip
+    return [*lines, "", "Threats:", "", *threats(study), ""]
+
+
+def write_study(root):
+    """results/STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
+    root, found = Path(root), judged(root)
+    path = root.parent / "STUDY.md"
+    rows = [f"| {h['id']} on {h['folder'].name.split('-', 1)[1]} | {h['verdict']} | {h['because']} |"
+            for hypotheses in found.values() for h in hypotheses]  # fmt: skip
+    lines = ["| hypothesis | verdict | decided by |", "|---|---|---|", *rows, ""] if rows else []
+    lines += [f"A verdict follows these rules. {plans.TEST}", ""]
+    for folder, hypotheses in found.items():
+        lines += section(open_folder(folder), hypotheses, root.parent)
+    old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in old or END not in old:
+        raise plumbing.UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")
+    before, after = old.split(BEGIN)[0], old.split(END, 1)[1]
+    with plumbing.atomic(path) as temporary:
+        temporary.write_text("\n".join([before + BEGIN, *lines, END]) + after)
+    return path

@@ -1,0 +1,117 @@
+"""Pictures of the study: learning curves with bands, bars with intervals, ablations. Imports lab.plot only."""
+
+import math
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from lab.plot import BLUE, GREEN, INK, ORANGE, PINK, save
+
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
+MARKERS = "os^DvPX*"
+MOST = len(COLOURS)  # lines in one picture
+
+
+def short(arm, width=34):
+    """An arm as a label of a line or two, without the braces of what was made first."""
+    return textwrap.fill(arm.replace("{", "").replace("}", ""), width, break_on_hyphens=False)
+
+
+def curves(path, done, thresholds, thumbnail, title):
+    """done {arm: [curve of a seed]}: kNN by epoch and by minute; line: mean over seeds, band: one deviation around it.
+
+    Of more arms than there are colours the first is drawn, and those that end highest.
+    """
+    best = sorted(done, key=lambda arm: -np.mean([c["knn"][-1] for c in done[arm]]))
+    first = next(iter(done))
+    shown = [arm for arm in done if arm in [first, *[b for b in best if b != first][: MOST - 1]]]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True)
+    figure.suptitle(title)
+    for colour, marker, arm in zip(COLOURS, MARKERS, shown, strict=False):
+        length = min(len(c["knn"]) for c in done[arm])
+        knn = np.array([c["knn"][:length] for c in done[arm]])  # (seeds, epochs)
+        for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
+            x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
+            axis.plot(x, knn.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
+            if len(knn) > 1:
+                middle, deviation = knn.mean(0), knn.std(0, ddof=1)
+                axis.fill_between(x, middle - deviation, middle + deviation, color=colour, alpha=0.15, lw=0)
+    for axis, label in zip(
+        axes,
+        ("epochs\n(band: one deviation over seeds)", "minutes of training\n(evaluations not counted)"),
+        strict=True,
+    ):
+        for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):
+            axis.axhline(limit, color=INK, ls=style, lw=1, label=f"threshold {limit:.1f} %")
+        if thumbnail is not None:
+            axis.axhline(thumbnail, color=INK, ls=":", lw=1.2, label="4x4 thumbnails")
+        axis.set(xlabel=label)
+    axes[0].set(ylabel="kNN Top-1 during the run, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
+    save(figure, path)
+
+
+def whiskers(axis, value, half, y, colour):
+    """A mean with its 95 % interval, where more than one seed tells it."""
+    axis.errorbar(value, y, xerr=half, fmt="o", ms=5, color=colour, ecolor=INK, elinewidth=1.2, capsize=3)
+
+
+def bars(path, table, values, title):
+    """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1, right what an arm adds."""
+    table = sorted(table, key=lambda line: line["top1"]["mean"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 1.5 + 0.42 * len(table)), sharey=True)
+    figure.suptitle(title)
+    for y, line in enumerate(table):
+        left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
+        whiskers(left, line["top1"]["mean"], line["top1"]["half"], y, BLUE)
+        found = line.get("difference")
+        if found and found["effect"] is not None:
+            colour = GREEN if found["low"] > 0 else ORANGE if found["high"] < 0 else "#BBBBBB"
+            right.barh(y, found["effect"], 0.6, color=colour)
+            half = found["high"] - found["effect"]
+            right.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+    left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
+    left.set(xlabel="Top-1 of a logistic regression, %\n(tick: a seed; whiskers: 95 % interval)")
+    right.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
+    right.axvline(0, color=INK, lw=0.8)
+    left.grid(axis="x", color="#DDDDDD", lw=0.6)
+    left.set_axisbelow(True)
+    save(figure, path)
+
+
+def grid(path, panels, table, title):
+    """panels {factor: {line: {level: arm}}}: Top-1 by level, one panel for each factor, 95 % intervals over seeds."""
+    known = {line["arm"]: line["top1"] for line in table}
+    panels = {
+        f: lines for f, lines in panels.items() if any(a in known for own in lines.values() for a in own.values())
+    }
+    wide = [f for f, lines in panels.items() if max(map(len, lines.values())) > 6]  # names need the whole width
+    small = [f for f in panels if f not in wide]
+    columns = min(3, len(small)) or 1
+    rows = math.ceil(len(small) / columns) + len(wide)
+    figure = plt.figure(figsize=(9.6, 3.0 * rows + 0.4))
+    figure.suptitle(title)
+    shared = None  # one scale: a factor that matters is seen to matter
+    for i, factor in enumerate(small + wide):
+        place = (rows, columns, i + 1) if factor in small else (rows, 1, rows - len(wide) + i - len(small) + 1)
+        shared = figure.add_subplot(*place, sharey=shared)
+        panel(shared, factor, panels[factor], known)
+    save(figure, path)
+
+
+def panel(axis, factor, lines, known):
+    levels = list(dict.fromkeys(level for own in lines.values() for level in own))
+    for i, (colour, marker, (name, own)) in enumerate(zip(COLOURS, MARKERS, lines.items(), strict=False)):
+        there = [(levels.index(level), known[arm]) for level, arm in own.items() if arm in known]
+        x = [k + 0.08 * (i - (len(lines) - 1) / 2) for k, _ in there]
+        half = [t["half"] or 0 for _, t in there]
+        style = f"{marker}-" if all(level.replace(".", "").isdigit() for level in levels) else marker  # names: no line
+        axis.errorbar(x, [t["mean"] for _, t in there], yerr=half, fmt=style, ms=5, lw=1.4, capsize=3, color=colour,
+                      label=short(name, 26))  # fmt: skip
+    axis.set_xticks(range(len(levels)), levels, fontsize=8.5, rotation=25 if len(levels) > 6 else 0)
+    axis.set(title=factor, ylabel="Top-1, %")
+    axis.margins(x=0.12)
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=8)

@@ -1,0 +1,221 @@
+"""From rows to numbers and verdicts: pure functions. A row is one run, as lab/study.py writes it.
+
+rows: {arm: {seed: row}}; plan: PLAN.json; groups (n,): the illustration of each image of the reported split.
+A hypothesis is a list of parts, lab/plans.py: what is compared, an arm, against which, and the claim. TEST there says
+when it is supported or refuted.
+"""
+
+import numpy as np
+
+from lab import metrics, stats
+
+UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
+         "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
+BITS = {"top1": "logistic", "cutout": "cutout"}  # where each image's right or wrong is kept
+TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
+
+
+def by_arm(plan, rows):
+    """Rows that count for a plan -> {arm: {seed: row}}; runs that diverged are left out."""
+    found = {arm: {} for arm in plan["arms"]}
+    for row in rows:
+        if row["arm"] in found and row["seed"] in plan["seeds"] and "error" not in row:
+            found[row["arm"]][row["seed"]] = row
+    return found
+
+
+def threshold_of(plan, arm):
+    """kNN in percent that an arm is to reach: of the pilot of what it is compared with, else of the first pilot."""
+    known = plan["thresholds"]
+    return known.get(plan["arms"].get(arm)) or next(iter(known.values()), None)
+
+
+def epochs_to(row, threshold):
+    """Epochs until the run's kNN first crossed the threshold, interpolated; None: not within the run."""
+    return metrics.first_crossing(row["curve"]["epoch"], row["curve"]["knn"], threshold)
+
+
+def equal_epochs(pairs, threshold):
+    """[(row, row of the baseline)] -> percent of the epochs saved, how many of each never reached it.
+
+    Who did not reach it is counted with its last epoch: a bound, which `measure` lets decide only what it can.
+    """
+    reached = [[epochs_to(r, threshold) for r in pair] for pair in pairs]
+    late = [sum(pair[i] is None for pair in reached) for i in (0, 1)]
+    ends = [[r["curve"]["epoch"][-1] for r in pair] for pair in pairs]
+    full = [[e if e is not None else end for e, end in zip(*both, strict=True)]
+            for both in zip(reached, ends, strict=True)]  # fmt: skip
+    if any(e == 0 for pair in full for e in pair):  # the untrained encoder has it already
+        return None, late
+    return [100 * (1 - arm / base) for arm, base in full], late
+
+
+def pair_up(part, rows):
+    """-> the seeds that both arms of a part have, and their [(row, row of the baseline)]."""
+    arm, base = rows.get(part["arm"], {}), rows.get(part["against"], {})
+    seeds = sorted(arm.keys() & base.keys())
+    return seeds, [(arm[s], base[s]) for s in seeds]
+
+
+def measure(part, plan, rows, groups):
+    """A part of a hypothesis -> itself with n, effect, low, high, p, p_against, bootstrap, power, needed, notes.
+
+    p: of no effect, two-sided; p_against: of an effect as large as the claim, one-sided. Both are 1 where the data
+    can't tell: one seed, a threshold that was not reached.
+    """
+    seeds, pairs = pair_up(part, rows)
+    result = part | {"n": len(seeds), "planned": len(plan["seeds"]), "unit": UNITS[part["what"]], "p": 1.0,
+                     "p_against": 1.0, "effect": None, "bootstrap": None, "notes": []}  # fmt: skip
+    if len(seeds) < 2:
+        return result | {"notes": [f"{len(seeds)} pair{'' if len(seeds) == 1 else 's'} of seeds: no interval"]}
+    if part["what"] == "variance":
+        return result | of_variance(pairs)
+    if part["what"] == "epochs":
+        return result | of_epochs(part, plan, pairs)
+    if part["what"] == "finetuned":
+        return result | of_differences([a["metrics"]["finetuned"] - b["metrics"]["finetuned"] for a, b in pairs], part)
+    key = BITS[part["what"]]
+    right = [[stats.from_bits(row["right"][key], len(groups)) for row in pair] for pair in pairs]
+    each = np.array([100.0 * a - 100.0 * b for a, b in right])  # (seeds, images)
+    return result | of_differences(each.mean(1), part) | {"bootstrap": stats.bootstrap(each, groups)}
+
+
+def of_differences(values, part):
+    """Paired differences -> interval, p values, and what n seeds can see.
+
+    power: chance that n seeds see the claim (where nothing is claimed: what was found), the deviation being the one
+    found; needed: seeds that would see it in four of five studies.
+    """
+    t, deviation, goal = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
+    goal = goal or abs(float(np.mean(values)))
+    return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
+            "p_against": float(stats.p_below(values, part["claim"])), "per_seed": [float(v) for v in values],
+            "power": stats.t_power(goal, deviation, len(values)),
+            "needed": stats.seeds_needed(goal, deviation)}  # fmt: skip
+
+
+def of_epochs(part, plan, pairs):
+    threshold = plan["thresholds"].get(part["against"])
+    if threshold is None:
+        return {"notes": ["no pilot, so no threshold"]}
+    saved, (late, base_late) = equal_epochs(pairs, threshold)
+    if saved is None:
+        return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
+    result, notes = of_differences(saved, part), []
+    if late:
+        notes.append(f"{late} of {len(pairs)} runs never reached {threshold:.1f} %: the saving is at most this")
+        result["p"] = 1.0
+    if base_late:
+        notes.append(
+            f"{base_late} of {len(pairs)} baselines never reached {threshold:.1f} %: the saving is at least this"
+        )
+        result["p_against"] = 1.0
+    return result | {"notes": notes}
+
+
+def of_variance(pairs):
+    """Variance of Top-1 over seeds against the baseline's, by F; few seeds are reported, and decide nothing."""
+    n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
+    f = stats.variance_ratio(*values)
+    ratio = min(f["ratio"], 0.999)
+    needed = next((k for k in range(TEN, 201) if stats.f_below(ratio, k - 1, k - 1) < 0.025), None)
+    half = stats.f_below(2 * stats.f_quantile(0.025, n - 1, n - 1), n - 1, n - 1)
+    few = n < TEN
+    return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
+            "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2, "needed": needed,
+            "power": half, "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
+
+
+# ---- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def holds(part):
+    """Is this part as claimed? Holm is asked afterwards, of the hypothesis."""
+    above = part["effect"] is not None and part["low"] > 0 and part["effect"] >= part["claim"]
+    return above and part["p"] < 0.05 and (part["bootstrap"] is None or part["bootstrap"]["low"] > 0)
+
+
+def judge(hypotheses, family):
+    """Hypotheses with measured parts -> each with p, holm_p and its verdict: supported, refuted or undecided.
+
+    family {id: number of parts}: all that were ever to be tested; who has no rows counts with p = 1.
+    """
+    p = {h["id"]: max(part["p"] for part in h["parts"]) for h in hypotheses}
+    holm_p = dict(zip(family, stats.holm([p.get(name, 1.0) for name in family]), strict=True))
+    parts = [part for h in hypotheses for part in h["parts"]]
+    against = [part["p_against"] for part in parts] + [1.0] * (sum(family.values()) - len(parts))
+    for part, x in zip(parts, stats.holm(against), strict=False):
+        part["holm_against"] = x
+    return [h | {"p": p[h["id"]], "holm_p": holm_p[h["id"]]} | verdict(h, holm_p[h["id"]]) for h in hypotheses]
+
+
+def verdict(hypothesis, holm_p):
+    """-> {"verdict", "because"}: one line that says what decided, or what is missing."""
+    parts = hypothesis["parts"]
+    if missing := [p for p in parts if p["n"] < p["planned"]]:
+        return {
+            "verdict": "undecided",
+            "because": f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there",
+        }
+    if refuting := [p for p in parts if p["holm_against"] < 0.05]:
+        worst = min(refuting, key=lambda p: p["holm_against"])
+        return {"verdict": "refuted", "because": f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded "
+                                                 f"(p = {worst['holm_against']:.3g})"}  # fmt: skip
+    if all(map(holds, parts)) and holm_p < 0.05:
+        return {"verdict": "supported", "because": f"every part holds, and p = {holm_p:.3g} after Holm"}
+    open_parts = [p for p in parts if not holds(p)]
+    why = "; ".join(map(line, open_parts)) if open_parts else f"p = {holm_p:.3g} after Holm over the family"
+    return {"verdict": "undecided", "because": why}
+
+
+def line(part):
+    """ "attn_high against random: +0.52 points of Top-1 (-0.10 to +1.14, n = 5); ..." """
+    name = f"{part['arm']} against {part['against']}:"
+    if part["effect"] is None:
+        return f"{name} {'; '.join(part['notes'])}"
+    text = f"{name} {part['effect']:+.2f} {part['unit']} ({part['low']:+.2f} to {part['high']:+.2f}, n = {part['n']})"
+    return "; ".join([text, *part["notes"]])
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def spread(values):
+    """-> {"mean", "std", "half", "n"}; half: half of the 95 % t interval; None where one value can't tell."""
+    n, values = len(values), np.asarray(values, np.float64)
+    std = float(values.std(ddof=1)) if n > 1 else None
+    half = None if std is None else stats.t_quantile(n - 1) * std / n**0.5
+    return {"mean": float(values.mean()), "std": std, "half": half, "n": n}
+
+
+def summary(plan, rows, groups):
+    """-> [one dict for each arm that has rows]: Top-1, kNN, epochs, minutes, and the difference to its baseline.
+
+    "knn" is that of the run, at its end: best per epoch; "knn_then" at the moment when the fastest arm was through:
+    best per minute.
+    """
+    done = {arm: list(seeds.values()) for arm, seeds in rows.items() if seeds}
+    if not done:
+        return []
+    then = min(np.mean([r["curve"]["seconds"][-1] for r in arm]) for arm in done.values())
+    table = []
+    for arm, own in done.items():
+        limit = threshold_of(plan, arm)
+        reached = [e for r in own if limit and (e := epochs_to(r, limit)) is not None]
+        at = [float(np.interp(then, r["curve"]["seconds"], r["curve"]["knn"])) for r in own]
+        line = {"arm": arm, "against": plan["arms"][arm], "n": len(own), "knn_then": spread(at),
+                "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
+                "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
+        line["knn"] = spread([r["curve"]["knn"][-1] for r in own])
+        for key in ("top1", "cutout", "finetuned"):
+            if all(key in r["metrics"] for r in own):
+                line[key] = spread([r["metrics"][key] for r in own])
+        if arm != line["against"]:
+            line["difference"] = measure(
+                {"what": "top1", "arm": arm, "against": line["against"], "claim": 0.0}, plan, rows, groups
+            )
+        table.append(line)
+    compared = [x["difference"] for x in table if "difference" in x]
+    for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):
+        part["holm_p"] = p
+    return table

@@ -1,0 +1,410 @@
+"""lab.study: what is planned, skipped, resumed, refused, with stages that pretend; verdicts on synthetic rows."""
+
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import ROOT, refused, stage
+
+import pretrain
+import probe
+from lab import plans, report, stats, study, study_run, verdicts
+from plumbing import UserError
+
+PRETRAIN = """
+import json, os, sys, time, pathlib
+words = sys.argv[1:]
+flag = lambda name: next(words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] == name)
+out, mask, seed = pathlib.Path(flag("--out")), flag("--mask").split(":")[0], int(flag("--seed"))
+with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
+    calls.write(f"{flag('--mask')} {seed}\\n")
+while "PRETEND_UNTIL" in os.environ and seed == 0 and not os.path.exists(os.environ["PRETEND_UNTIL"]):
+    time.sleep(0.02)
+if mask == "grid":
+    sys.exit("error: the loss is not finite at step 3")
+if mask == "block":
+    sys.exit("error: no such thing")
+quick = {"random": 1.0, "attn_high": 1.5}.get(mask, 0.9)
+rows, clock = [], 1.0
+rows.append(dict(step=0, epoch=0, knn=20.0, knn_thumbnail=30.0, val_mse=1.7, seconds=clock))
+for epoch in range(1, 11):
+    rows.append(dict(step=epoch, epoch=epoch, loss=1 / epoch, seconds=clock + 6, memory_mb=100))
+    clock += 8
+    knn = min(60, 20 + 4.1 * epoch * quick) + seed % 3
+    rows.append(dict(step=epoch, epoch=epoch, knn=knn, val_mse=1 / epoch, seconds=clock))
+(out / "log.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in rows))
+(out / "model.safetensors").write_text("")
+"""
+PROBE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+bits = {"random": "aa", "attn": "ff"}.get(out.name.split("-")[0].split("_")[0], "f0")
+top1 = bin(int(bits, 16)).count("1") / 8
+row = {"logistic": {"top1": top1, "C": 1.0, "per_class": [1]}, "knn": {"top1": top1}, "retrieval": {"map": .5}}
+rows = {"mean": row} | ({} if "--headline" in sys.argv else {"untrained mean": row, "thumb4": row})
+(out / "probe.json").write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
+                                            "machine": "pretended", "config": {"seed": 0}}))
+"""
+STRESS = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[1])
+(out / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 50.0}, "right": {"cutout 0.3": "f0" * 9}}))
+"""
+PRETENDED = """
+import sys
+from pathlib import Path
+import plumbing
+from lab import study, study_run
+study_run.ROOT = Path(sys.argv.pop(1))
+plumbing.cli(study.main)
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with stages that pretend: they take no time and know what to find."""
+    for name, text in (("pretrain.py", PRETRAIN), ("probe.py", PROBE), ("lab/stress.py", STRESS)):
+        (tmp_path / "stages" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stages" / name).write_text(text)
+    (tmp_path / "stages" / "maps.py").write_text("")
+    monkeypatch.setattr(study_run, "ROOT", tmp_path / "stages")
+    monkeypatch.setattr(study_run.plumbing, "commit", lambda: "abc1234")
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    return tmp_path
+
+
+def git(folder, *words):
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def commit(home):
+    git(home, "add", "results")
+    git(home, "commit", "-q", "-m", "rows and plan")
+
+
+def ask(monkeypatch, small, *words):
+    monkeypatch.setattr(sys, "argv", ["lab.study", "--data", str(small), "--threads", "1", *map(str, words)])
+    study.main()
+
+
+def calls(home):
+    path = home / "stages" / "calls.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+KNOWN = {"guided": "attn_high", "fg": "{coarse}", "parts": "{parts}", "dino": "d.pth",
+         "strategies": ["random", "learned"], "blr": 4e-3, "batch": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", plans.MAKE)
+def test_every_plan_is_whole(name):
+    plan = plans.make(name, ["middle:beta=3 --ratio .6"], **KNOWN)
+    assert "middle:beta=3 --ratio .6" in plan["arms"] and set(plan["arms"].values()) <= set(plan["arms"])
+    for hypothesis in plan["hypotheses"]:
+        assert plans.FAMILY[hypothesis["id"]] == len(hypothesis["parts"])
+        assert all(p["arm"] in plan["arms"] and p["against"] in plan["arms"] for p in hypothesis["parts"])
+        assert all(p["what"] in verdicts.UNITS for p in hypothesis["parts"])
+    drawn = [arm for lines in plan["panels"].values() for own in lines.values() for arm in own.values()]
+    assert set(drawn) <= set(plan["arms"])
+
+
+def test_the_proposal_is_what_is_tested():
+    """The claims of issue 9, part by part."""
+    claims = {
+        (h["id"], p["what"], p["arm"].split()[0].split(":")[0], p["against"].split()[0], p["claim"])
+        for name in ("h1", "h2", "h3")
+        for h in plans.make(name, **KNOWN)["hypotheses"]
+        for p in h["parts"]
+    }
+    assert {("H1", "top1", "attn_high", "random", 1.0), ("H1", "epochs", "attn_high", "random", 10.0),
+            ("H1", "top1", "attn_high", "attn_high:shuffle=1", 0.0), ("H1", "top1", "attn_high", "green", 0.0),
+            ("H3", "epochs", "parts", "random", 15.0), ("H3", "cutout", "parts", "random", 1.0),
+            ("H2b at .5", "top1", "fg_heavy", "random", 0.5), ("H2a at .75", "variance", "bg_heavy", "random", 0.0),
+            ("H2a at .5", "epochs", "bg_heavy", "random", 0.0)} <= claims  # fmt: skip
+
+
+def test_random_and_guided_masks_get_as_many_trials():
+    arms = plans.make("tune", **KNOWN)["arms"]
+    plain = [arm for arm in arms if arm.split()[0] == "random"]
+    assert len(plain) == len(arms) - len(plain) == 15
+
+
+def test_parameters_join_an_arm():
+    assert plans.with_parameter("attn_high --teacher x", "shuffle=1") == "attn_high:shuffle=1 --teacher x"
+    assert plans.with_parameter("attn_high:beta=2", "shuffle=1") == "attn_high:beta=2,shuffle=1"
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeypatch, capsys):
+    words = ["--plan", "h1", "--seeds", 2]
+    ask(monkeypatch, small, *words, "--dry")
+    assert not calls(home) and not (home / "results").exists() and "8 to run" in capsys.readouterr().out
+    with pytest.raises(UserError, match="git add results/study/h1-packed"):
+        ask(monkeypatch, small, *words)
+    assert calls(home) == ["random 1000"]  # the pilot, which fixes the threshold
+    plan = json.loads((home / "results/study/h1-packed/PLAN.json").read_text())
+    assert plan["thresholds"] == {"random": round(20 + 0.9 * (61 - 20), 2)} and plan["phase"] == "reported"
+    with pytest.raises(UserError, match="git add"):
+        ask(monkeypatch, small, *words)  # written is not committed
+    commit(home)
+    ask(monkeypatch, small, *words, "--jobs", 2)
+    assert len(calls(home)) == 9 and sorted(calls(home)[1:3]) == ["attn_high 0", "random 0"]  # whole seeds first
+    with pytest.raises(UserError, match="another recipe"):
+        ask(monkeypatch, small, *words, "--epochs", 3)
+
+    folder = home / "results/study/h1-packed"
+    rows = report.open_folder(folder)["rows"]
+    row = rows["attn_high"][1]
+    assert row["commit"] == "abc1234" and row["machine"] == "pretended" and row["metrics"]["top1"] == 100.0
+    assert row["curve"]["seconds"][:3] == [0, 6, 12] and row["seconds"]["pretrain"] == 81  # evaluations are not counted
+    assert row["commands"][0].startswith("OMP_NUM_THREADS=1 python pretrain.py --model tiny")
+    assert {"table.md", "table.csv", "verdicts.json", "curves.png", "bars.png"} <= {p.name for p in folder.iterdir()}
+    text = (home / "results/STUDY.md").read_text()
+    assert "8 of 8 planned runs are there" in text and "untrained encoder 50.0 %" in text
+
+
+def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, small, monkeypatch, capsys):
+    words = ["--plan", "arms", "--arms", "green", "attn_low --ratio .5", "--exploratory", "--seeds", 2]
+    ask(monkeypatch, small, *words)
+    assert len(calls(home)) == 7 and "attn_low" in (home / "results/study/arms-packed-exploratory/table.md").read_text()
+    (home / "runs").rename(home / "elsewhere")  # another machine has the rows alone
+    ask(monkeypatch, small, *words)
+    assert len(calls(home)) == 7 and "6 done, 0 to run" in capsys.readouterr().out
+    ask(monkeypatch, small, "--plan", "ablations", "--exploratory", "--seeds", 1, "--budget", 1e-6)
+    assert len(calls(home)) == 7  # its pilot was there, and nothing fits into the budget
+    ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
+    assert len(calls(home)) == 11  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
+    text = (home / "results/STUDY.md").read_text()
+    assert "Exploratory: no plan was committed" in text and "1 pair of seeds: no interval" in text
+
+
+def test_the_budget_leaves_out_whole_seeds_and_says_so(home, small, monkeypatch, capsys):
+    jobs = [{"seed": s, "arm": arm} for s in range(3) for arm in ("random", "green")]
+    rows = [{"arm": "random", "seconds": {"pretrain": 50, "probe": 10}}, {"arm": "green", "seconds": {"pretrain": 120}}]
+    kept, left = study.within(jobs, rows, 6.0, 1)
+    assert [j["seed"] for j in kept] == [0, 0, 1, 1] and [j["seed"] for j in left] == [2, 2]
+    assert len(study.within(jobs, rows, 6.0, 2)[0]) == 6 and study.within(jobs, rows, None, 1) == (jobs, [])
+    ask(monkeypatch, small, "--plan", "arms", "--exploratory", "--budget", 3.2, "--seeds", 3)  # a run takes 81 s
+    assert "left out by --budget: random, seeds 2" in capsys.readouterr().out and len(calls(home)) == 3
+
+
+def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home, small, monkeypatch):
+    words = ["--plan", "arms", "--arms", "grid", "block", "--exploratory", "--seeds", 1]
+    with pytest.raises(UserError, match="1 runs failed.*block, seed 0.*no such thing"):
+        ask(monkeypatch, small, *words)
+    rows = study.read_rows(home / "results/study/arms-packed-exploratory")
+    assert [r["error"] for r in rows if r["arm"] == "grid"] == ["diverged"]
+    with pytest.raises(UserError, match="1 runs failed"):
+        ask(monkeypatch, small, *words)
+    assert calls(home).count("grid 0") == 1 and calls(home).count("block 0") == 2
+    (home / "stages" / "pretrain.py").write_text(PRETRAIN.replace("block", "nothing"))
+    ask(monkeypatch, small, *words)
+    assert "Diverged, and left out: grid, seed 0." in (home / "results/STUDY.md").read_text()
+
+
+def test_a_killed_study_goes_on(home, small):
+    """kill -9 of the study in its second run; the stage that it leaves behind is waited for, and not run twice."""
+    command = [sys.executable, "-c", PRETENDED, home / "stages", "--plan", "arms", "--exploratory", "--seeds", 2,
+               "--data", small, "--threads", 1]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PRETEND_UNTIL": str(home / "go")}
+    start = functools.partial(subprocess.Popen, [str(w) for w in command], cwd=home, env=env, stdout=subprocess.PIPE)
+    first = start()
+    while len(calls(home)) < 2:  # the pilot is through
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    rows = home / "results/study/arms-packed-exploratory/rows.jsonl"
+    with open(rows, "a") as file:
+        file.write('{"key": "cut of')
+    second = start()
+    assert any(b"waiting for a process that still writes to" in line for line in second.stdout)
+    (home / "go").touch()
+    assert b"2/2 random, seed 1" in second.communicate(timeout=100)[0] and second.returncode == 0
+    assert sorted({(r["arm"], r["seed"]) for r in study.read_rows(rows.parent)}) == [
+        ("random", 0), ("random", 1), ("random", 1000)]  # fmt: skip
+    assert calls(home).count("random 1000") == 1
+
+
+def test_mistakes_are_one_line(home, small, monkeypatch):
+    done = stage("lab/study.py", "--plan", "h1", "--data", small, "--arms", "atn_high", cwd=home,
+                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert "did you mean attn_high" in refused(done)
+    for words, message in ((["--budget", -1], "--budget -1"), (["--data", "nothing"], "nothing"),
+                           (["--jobs", 0], "--jobs 0")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            ask(monkeypatch, small, "--plan", "h1", *words)
+
+
+def row_folder(base):
+    return next((base / "runs/study/packed").glob("random-s0-*")).name
+
+
+def test_one_real_run(small, tmp_path, monkeypatch):
+    """The real stages: a pilot and a seed; the row's own commands make the same digits."""
+    monkeypatch.chdir(tmp_path)
+    recipe = "--model nano --image-size 32 --batch-size 16 --epochs 2 --decoder-depth 1 --device cpu --dtype fp32"
+    words = ["--plan", "arms", "--exploratory", "--seeds", 1, "--jobs", 2, f"--recipe={recipe}"]
+    ask(monkeypatch, small, *words)
+    row = report.open_folder(tmp_path / "results/study/arms-packed-exploratory")["rows"]["random"][0]
+    assert row["config"]["seed"] == 0 and row["config"]["flat_weight"] == 1 and len(row["curve"]["knn"]) == 3
+    assert not list((tmp_path / "runs").glob("**/state.pt"))
+    torch.set_num_threads(1)  # as the row's commands say
+    for line in row["commands"]:
+        words = shlex.split(line.replace(f"runs/study/packed/{row_folder(tmp_path)}", "again"))
+        assert words[:2] == ["OMP_NUM_THREADS=1", "python"]
+        monkeypatch.setattr(sys, "argv", words[2:])
+        {"pretrain.py": pretrain, "probe.py": probe}[words[2]].main()
+    torch.set_num_threads(2)
+    found = json.loads((tmp_path / "again" / "probe.json").read_text())
+    assert found["right"] == row["right"] and 100 * found["headline"] == row["metrics"]["top1"]
+
+
+# ---- statistics and verdicts ---------------------------------------------------------------------------------------
+
+
+def test_distributions_are_those_of_scipy():
+    for f, a, b in ((0.3, 9, 9), (5.0, 1, 1), (0.01, 2, 3), (0.5, 1, 8)):
+        assert stats.f_below(f, a, b) == pytest.approx(scipy.stats.f.cdf(f, a, b), abs=1e-9)
+    assert stats.f_quantile(0.975, 9, 9) == pytest.approx(scipy.stats.f.ppf(0.975, 9, 9), rel=1e-9)
+    for effect, deviation, n in ((1.0, 0.8, 5), (1.0, 1.0, 3), (-0.5, 1.0, 10)):
+        limit, delta = scipy.stats.t.ppf(0.975, n - 1), effect * n**0.5 / deviation
+        power = scipy.stats.nct.sf(limit, n - 1, delta) + scipy.stats.nct.cdf(-limit, n - 1, delta)
+        assert stats.t_power(effect, deviation, n) == pytest.approx(power, abs=1e-4)
+    d = [0.2, 0.1, -0.3, 0.4, 0.0]
+    for claim in (0.5, 0.0, -0.5):
+        p = scipy.stats.ttest_1samp(d, claim, alternative="less").pvalue
+        assert stats.p_below(d, claim) == pytest.approx(p, abs=1e-9)
+    assert stats.t_power(1.0, 0.8, 8) > 0.8 > stats.t_power(1.0, 0.8, 7) and stats.seeds_needed(1.0, 0.8) == 8
+    right = np.random.default_rng(0).random(13) < 0.5
+    assert (stats.from_bits(stats.to_bits(right), 13) == right).all()
+
+
+IMAGES = 400
+GROUPS = np.arange(IMAGES) // 2
+
+
+def synthetic(plan, top1, quick, noise=0.4, final=60.0):
+    """Rows of a plan: each arm's Top-1 in percent and how fast its kNN rises, with noise between seeds."""
+    rng, rows = np.random.default_rng(0), {}
+    for arm in plan["arms"]:
+        rows[arm] = {}
+        for seed in plan["seeds"]:
+            hardness = np.random.default_rng(seed).permutation(IMAGES)  # the same images are easy in every arm
+            value = top1[arm] + noise * rng.standard_normal()
+            right = hardness < IMAGES * value / 100
+            epoch = np.arange(0, 21)
+            knn = np.minimum(final, 20 + 2 * epoch * quick[arm] * (1 + 0.02 * rng.standard_normal()))
+            rows[arm][seed] = {"seed": seed, "arm": arm, "metrics": {"top1": 100 * right.mean()},
+                               "right": {k: stats.to_bits(right) for k in ("logistic", "cutout")},
+                               "curve": {"epoch": epoch.tolist(), "knn": knn.tolist(),
+                                         "seconds": (60 * epoch).tolist()}}  # fmt: skip
+    return rows
+
+
+def plan_of(name, seeds=5):
+    plan = plans.make(name, **KNOWN)
+    thresholds = {arm: 55.0 for arm in study.pilots(plan)}
+    return plan | {"seeds": list(range(seeds)), "thresholds": thresholds, "family": plans.FAMILY}
+
+
+def judge(plan, rows):
+    measured = [
+        h | {"parts": [verdicts.measure(p, plan, rows, GROUPS) for p in h["parts"]]} for h in plan["hypotheses"]
+    ]
+    return {h["id"]: h for h in verdicts.judge(measured, plan["family"])}
+
+
+def h1_rows(plan, high, speed, **more):
+    top1 = {arm: 80.0 for arm in plan["arms"]} | {"attn_high": high}
+    return synthetic(plan, top1, {arm: 1.0 for arm in plan["arms"]} | {"attn_high": speed}, **more)
+
+
+def test_a_large_effect_is_supported():
+    plan = plan_of("h1")
+    found = judge(plan, h1_rows(plan, 85.0, 1.4))["H1"]
+    assert found["verdict"] == "supported" and found["holm_p"] < 0.05
+    top1, epochs = found["parts"][:2]
+    assert top1["effect"] == pytest.approx(5, abs=0.8) and top1["bootstrap"]["low"] > 0
+    assert epochs["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3) and top1["n"] == 5 and top1["power"] > 0.5
+
+
+def test_no_effect_refutes_a_claim_and_too_much_noise_decides_nothing():
+    plan = plan_of("h1")
+    found = judge(plan, h1_rows(plan, 80.0, 1.0, noise=0.1))["H1"]
+    assert found["verdict"] == "refuted" and "is excluded" in found["because"]
+    noisy = judge(plan, h1_rows(plan, 81.5, 1.2, noise=2.0))["H1"]
+    assert noisy["verdict"] == "undecided" and noisy["parts"][0]["needed"] > 5 > 0.8 > noisy["parts"][0]["power"]
+
+
+def test_a_guided_mask_that_ties_with_its_control_has_shown_nothing():
+    plan = plan_of("h1")
+    rows = h1_rows(plan, 85.0, 1.4)
+    rows["attn_high:shuffle=1"] = rows["attn_high"]
+    assert judge(plan, rows)["H1"]["verdict"] == "undecided"
+
+
+def test_a_missing_seed_leaves_all_open():
+    plan = plan_of("h1")
+    rows = h1_rows(plan, 85.0, 1.4)
+    del rows["green"][4]
+    found = judge(plan, rows)["H1"]
+    assert found["verdict"] == "undecided" and "4 of 5 planned seeds" in found["because"]
+    assert judge(plan, {})["H1"]["verdict"] == "undecided"
+
+
+def test_a_threshold_that_was_not_reached_is_a_bound():
+    plan = plan_of("h1")
+    slow = judge(plan, h1_rows(plan, 85.0, 0.3))["H1"]  # attn_high never gets there: no saving of 10 %
+    assert slow["verdict"] == "refuted" and "never reached" in slow["parts"][1]["notes"][0]
+    rows = h1_rows(plan, 85.0, 1.4)
+    for row in rows["random"].values():
+        row["curve"]["knn"] = [20.0 + e for e in row["curve"]["epoch"]]
+    fast = judge(plan, rows)["H1"]  # random never does: at least this was saved
+    assert fast["verdict"] == "supported" and fast["parts"][1]["p_against"] == 1 and fast["parts"][1]["effect"] > 25
+    plan["thresholds"]["random"] = 19.0
+    assert "untrained" in judge(plan, rows)["H1"]["parts"][1]["notes"][0]
+
+
+def test_variances_need_ten_seeds():
+    def rows_for(seeds, spread):
+        plan = plan_of("h2", seeds)
+        top1, quick = {arm: 80.0 for arm in plan["arms"]}, {arm: 1.3 if "bg" in arm else 1.0 for arm in plan["arms"]}
+        rows = synthetic(plan, top1, quick, noise=3.0)
+        calm = synthetic(plan, top1, quick, noise=spread)
+        return judge(plan, rows | {arm: calm[arm] for arm in rows if "bg" in arm})
+
+    assert rows_for(10, 0.3)["H2a at .5"]["verdict"] == "supported"
+    few = rows_for(5, 0.3)["H2a at .5"]
+    assert few["verdict"] == "undecided" and "need 10 seeds" in few["because"]
+
+
+def test_holm_is_over_the_whole_family():
+    """One hypothesis alone is judged as if the other five had been tried and had failed."""
+    plan = plan_of("h1")
+    found = judge(plan, h1_rows(plan, 82.0, 1.4))["H1"]
+    assert found["holm_p"] == pytest.approx(min(1, 6 * found["p"]))
+
+
+def test_the_epoch_that_crosses_is_interpolated_and_the_minute_is_compared():
+    plan = plan_of("h1", 2)
+    rows = h1_rows(plan, 80.0, 1.0)
+    for row in rows["attn_high"].values():
+        row["curve"] |= {"knn": [20.0, 50.0, 60.0], "epoch": [0, 10, 20], "seconds": [0, 1200, 2400]}
+    assert verdicts.epochs_to(rows["attn_high"][0], 55.0) == 15
+    table = {line["arm"]: line for line in verdicts.summary(plan, rows, GROUPS)}
+    assert table["attn_high"]["then"] == 20 and table["attn_high"]["knn_then"]["mean"] == 50
