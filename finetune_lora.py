@@ -50,8 +50,9 @@ from model import TARGETS, add_lora, untrained_like
 from plumbing import UserError
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
+FEW = 256  # training pictures that settle the neck for a look in passing
 DEFAULTS = {  # by method; rates were chosen on dev of faces20 in short runs (results/LOG.md)
-    "linear": dict(lr=0.0, head_lr=1e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
+    "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
     "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
 }  # fmt: skip
@@ -249,7 +250,8 @@ def run(args, seed, out, device, dtype, rank, world):
     # a frozen encoder that sees the same views each epoch is asked once; its features then are the "images"
     bank = None
     if args.method == "linear" and not args.augment and args.keep == 1:
-        key = hashlib.sha256(f"{mark} {S} {args.pool} {args.head == 'ifa'} {args.dtype} {stamps(args.data)}".encode())
+        key = f"{mark} {S} {args.pool} {args.head == 'ifa'} {args.dtype} {args.eval_on} {stamps(args.data)}"
+        key = hashlib.sha256(key.encode())
         path = out.parent / f"features-{key.hexdigest()[:12]}.safetensors"
         splits = {"train": train, args.eval_on: held} | ({} if dev is train else {"dev": dev})
         with plumbing.rank0_first():
@@ -299,10 +301,10 @@ def run(args, seed, out, device, dtype, rank, world):
         return logits.cpu(), embeddings.cpu()
 
     @torch.no_grad()
-    def settled():
+    def settled(rows):
         """Give the neck the statistics of whole pictures, before anything is looked at -> those before the neck."""
         net.eval()
-        whole = bank["train"][shown] if bank else pooled_of(net, train, shown, S, autocast)
+        whole = bank["train"][rows] if bank else pooled_of(net, train, rows, S, autocast)
         settle(net.neck, whole)
         return whole
 
@@ -358,7 +360,7 @@ def run(args, seed, out, device, dtype, rank, world):
                     memory_mb=round(plumbing.peak_memory_mb(device)), seconds=round(clock(), 2))  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.3f}")
             if ended:
-                settled()
+                settled(shown[loader.spread(len(shown), FEW)])
                 logits, _ = looked_at(dev_name, dev, dev_rows)
                 row = mistakes.quick(logits, own[dev["labels"]][dev_rows])
                 log(step=step, epoch=epoch + 1, **row, seconds=round(clock(), 2))
@@ -383,7 +385,7 @@ def run(args, seed, out, device, dtype, rank, world):
 
     # the best epoch by dev, judged on pictures that decided nothing
     load_trained(net, best["weights"], trained, out / "state.pt")
-    whole = settled()
+    whole = settled(shown)
     dev_seen, seen = looked_at(dev_name, dev, dev_rows), looked_at(args.eval_on, held, held_rows, "reported split")
     gallery = net.neck(whole.to(device)).cpu()
     about = {"method": args.method, "base": str(args.encoder), "fingerprint": mark, "image_size": S, "data": args.data,

@@ -3,13 +3,14 @@
     python -m lab.adapt ENCODER --data datasets/faces20 --phase rates,first,rank,margin,seeds
 
 Calls finetune_lora.py as a user does, one run after the other, under --runs; finished ones are not run again, a killed
-one goes on. Every run is a row of --out, which is written anew after each. In phase rates every method gets the same
-number of trials, judged on dev; the other phases take each method's best and report val.
+one goes on. Every run is a row of --out, which is written anew after each; the .md beside it sums them up. In phase
+rates every method gets the same number of trials, judged on dev; the others take each method's best and report val.
 """
 
 import argparse
 import json
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,37 @@ def row_of(out, phase, method):
     return {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
 
 
+def summary(rows):
+    """Rows -> lines of Markdown: the methods over their seeds, then ranks and margins beside LoRA's default."""
+    lines = ["| method | seeds | Top-1 | Top-5 | macro-F1 | trained | gradient, optimizer | step | peak memory |"]
+    lines.append("|---" * 9 + "|")
+    for method in RATES:
+        if runs := [r for r in rows if r["result"] == method and r["phase"] in ("first", "seeds")]:
+            cells = [method, str(len(runs)), *[spread(runs, key) for key in ("top1", "top5", "macro_f1")]]
+            cells += [f"{median(runs, 'share_trained_percent'):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
+            cells += [f"{median(runs, 'step_ms'):.0f} ms", f"{median(runs, 'peak_memory_mb'):.0f} MB"]
+            lines.append(f"| {' | '.join(cells)} |")
+    default = [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
+    for phase in ("rank", "margin"):
+        if more := [r for r in rows if r["phase"] == phase]:
+            lines += ["", f"| {phase} of LoRA, seed 0 | Top-1 | macro-F1 | parameters trained |", "|---|---|---|---|"]
+            for r in default + more:
+                name = f"r {r['r']}, {r['head']} head" + (f", margin {r['margin']}" if r["margin"] else "")
+                cells = [name, f"{float(r['top1']):.2f}", f"{float(r['macro_f1']):.2f}", str(r["parameters_trained"])]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def median(runs, key):
+    return statistics.median(float(r[key]) for r in runs)
+
+
+def spread(runs, key):
+    """ "91.20 ± 0.31" over runs, or the value of a single one."""
+    values = [float(r[key]) for r in runs]
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("encoder", help="as for finetune_lora.py")
@@ -104,6 +136,7 @@ def main():
             row = row_of(out, phase, method)
             rows = [r for r in rows if r["run"] != row["run"]] + [row]
             plumbing.save_csv(args.out, rows)
+            Path(args.out).with_suffix(".md").write_text("\n".join(summary(rows)) + "\n")
 
 
 if __name__ == "__main__":

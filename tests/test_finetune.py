@@ -237,6 +237,9 @@ def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(enco
     words = [encoder, "--data", small, "--method", "linear", *QUICK]
     main(*words, "--out", tmp_path / "cached")
     (cache,) = tmp_path.glob("features-*.safetensors")
+    main(*words, "--out", tmp_path / "test", "--eval-on", "test")  # another split is not in that file
+    assert len(other := set(tmp_path.glob("features-*.safetensors")) - {cache}) == 1
+    other.pop().unlink()
     monkeypatch.setattr(K, "pooled_of", None)  # the second run must not ask the encoder for train, nor for val
     main(*words, "--out", tmp_path / "again")
     monkeypatch.undo()
