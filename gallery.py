@@ -14,7 +14,6 @@ from classifier import read_safetensors
 from plumbing import UserError, save_safetensors
 
 GALLERY = 20  # training pictures of a character that are kept
-FALSE_ACCEPT = 0.05  # share of strangers that may pass for somebody known
 
 
 def gallery_rows(labels, rows, most=GALLERY):
@@ -37,9 +36,9 @@ def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
     """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
 
     logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
-    threshold: the cosine to the nearest class that only FALSE_ACCEPT of the strangers reach. Without strangers each
-    known face plays one, its own class taken out of the gallery; the network has learned that it is none of the others,
-    so a real stranger passes more often than that share.
+    threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
+    Without strangers each known face plays one, its own class taken out of the gallery; the network has learned that
+    it is none of the others, so a real stranger passes more often than that share.
     temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
     """
     middle = centroids(gallery, gallery_labels)
@@ -49,10 +48,19 @@ def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
         by = "known faces held apart for choices, their own class taken out"
     else:
         impostor, by = F.normalize(strangers) @ middle.T, "characters left out of training, held apart for choices"
-    threshold = impostor.amax(1).quantile(1 - FALSE_ACCEPT).item()
-    return {"threshold": threshold, "false_accept": FALSE_ACCEPT, "by": by,
+    threshold, rejected, accepted = balance(cosine.amax(1), impostor.amax(1))
+    return {"threshold": threshold, "false_accept": accepted, "false_reject": rejected, "by": by,
             "temperature": fit_temperature(logits, labels),
             "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
+
+
+def balance(known, strangers):
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,), and both shares."""
+    cuts = torch.cat([known, strangers]).sort().values
+    rejected = torch.searchsorted(known.sort().values, cuts) / len(known)
+    accepted = 1 - torch.searchsorted(strangers.sort().values, cuts) / len(strangers)
+    k = (rejected - accepted).abs().argmin()
+    return cuts[k].item(), rejected[k].item(), accepted[k].item()
 
 
 def fit_temperature(logits, labels):

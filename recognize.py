@@ -191,7 +191,8 @@ def enrol(args, net, header, gallery, autocast):
     names = names if who in names else [*names, who]
     embeddings = torch.cat([gallery["embeddings"], *new])
     labels = torch.cat([gallery["labels"], torch.full((len(keys),), names.index(who))])
-    about = {k: gallery[k] for k in ("threshold", "false_accept", "by", "temperature", "cosine_temperature")}
+    calibrated = ("threshold", "false_accept", "false_reject", "by", "temperature", "cosine_temperature")
+    about = {k: gallery[k] for k in calibrated}
     save_gallery(Path(args.run) / "gallery.safetensors", embeddings, labels, names, gallery["keys"] + keys, about)
     count = int((labels == names.index(who)).sum())
     print(f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters")

@@ -1,7 +1,8 @@
-"""The README's first command, its random twin, and the probe of both: python -m lab.demo
+"""The README's first command, its random twin, the probe of both, and its third command: python -m lab.demo
 
 Runs them as a user would, one after the other in a folder of its own, and writes results/demo.json, probe_toon.json
-(the guided run's) and the pictures of results/figures/: what the guided run hid, predicted and learned.
+(the guided run's) and the pictures of results/figures/: what the guided run hid, predicted and learned. Then the third
+command, and pictures that the set has not: results/demo_recognition.json (--run runs/NAME: only this, from that run).
 """
 
 import argparse
@@ -14,8 +15,10 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import plumbing
+from lab import toon
 
 ROOT = Path(__file__).resolve().parent.parent
 MASKS = ("attn_high", "random")  # the first run also draws the demo set
@@ -50,28 +53,58 @@ def probed(out):
     return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {"probe_best_thumbnail": best}
 
 
+def recognised(folder, encoder):
+    """The third command -> its figures, and how many of three new pictures of each character it names rightly."""
+    lora = Path(folder) / "runs/lora"
+    seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--epochs", "60", "--out", lora)
+    pictures = Path(folder) / "new"
+    pictures.mkdir()
+    for person in toon.cast():
+        for i in range(3):
+            drawn = toon.draw({"seed": (1, i), "who": person})["image"]  # as lab.toon --who
+            Image.fromarray(drawn).save(pictures / f"{person['name']}-{i}.png")
+    words = [sys.executable, ROOT / "recognize.py", lora, pictures, "--json"]
+    told = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+    answers = [json.loads(line) for line in told.splitlines()]
+    metrics = json.loads((lora / "metrics.json").read_text())
+    return {"command_seconds": round(seconds), "top1": round(metrics["top1"], 1), "top5": round(metrics["top5"], 1),
+            "new_pictures": len(answers), "unknown": sum(a["name"] is None for a in answers),
+            "named_rightly": sum(a["name"] == a["picture"].rsplit("-", 1)[0] for a in answers)}  # fmt: skip
+
+
+def about(*flags):
+    return {"command": " ".join(["python -m lab.demo", *flags]), "machine": plumbing.machine(torch.device("cpu")),
+            "commit": plumbing.commit()}  # fmt: skip
+
+
+def first_and_twin(folder, results):
+    """The first command, its twin, their probes -> the guided run; writes demo.json and the figures."""
+    result, runs = about(), folder / "runs"
+    for mask in MASKS:
+        words = ["--mask", mask, "--ratio", "0.75", "--device", "cpu", "--out", f"runs/{mask}"]
+        result[mask] = summary(runs / mask, run(folder, "pretrain.py", *words))
+    guided, plain = (result[mask]["run_seconds"] for mask in MASKS)
+    result["attn_high_costs_percent_more"] = round(100 * (guided / plain - 1), 1)
+    result["probe_seconds"] = round(run(folder, "probe.py", *(f"runs/{mask}" for mask in MASKS)))
+    for mask in MASKS:
+        result[mask] |= probed(runs / mask)
+    shutil.copy(runs / MASKS[0] / "probe.json", results / "probe_toon.json")
+    for name, called in PICTURES.items():
+        shutil.copy(runs / MASKS[0] / f"{name}.png", results / "figures" / f"{called}.png")
+    plumbing.save_json(result, results / "demo.json")
+    return runs / MASKS[0]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="results/demo.json", help="where the figures go")
+    parser.add_argument("--run", type=Path, help="only the third command, from this run of the first")
     args = parser.parse_args()
-    result = {"command": "python -m lab.demo", "machine": plumbing.machine(torch.device("cpu"))}
-    result["commit"] = plumbing.commit()
+    results = ROOT / "results"
     with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder) / "runs"
-        for mask in MASKS:
-            words = ["--mask", mask, "--ratio", "0.75", "--device", "cpu", "--out", f"runs/{mask}"]
-            result[mask] = summary(runs / mask, run(folder, "pretrain.py", *words))
-        guided, plain = (result[mask]["run_seconds"] for mask in MASKS)
-        result["attn_high_costs_percent_more"] = round(100 * (guided / plain - 1), 1)
-        result["probe_seconds"] = round(run(folder, "probe.py", *(f"runs/{mask}" for mask in MASKS)))
-        for mask in MASKS:
-            result[mask] |= probed(runs / mask)
-        shutil.copy(runs / MASKS[0] / "probe.json", ROOT / "results" / "probe_toon.json")
-        for name, called in PICTURES.items():
-            shutil.copy(runs / MASKS[0] / f"{name}.png", ROOT / "results" / "figures" / f"{called}.png")
-    with plumbing.atomic(args.out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        guided = args.run.resolve() if args.run else first_and_twin(Path(folder), results)
+        found = recognised(folder, guided) | about(*(["--run", str(args.run)] if args.run else []))
+    plumbing.save_json(found, results / "demo_recognition.json")
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -168,18 +168,23 @@ def test_augmentation_keeps_its_word():
         assert 0 < soft[0, 1] < 1 or soft.sum() > 0 and torch.allclose(soft.sum(1), torch.ones(8))
 
 
-def test_the_threshold_lets_the_asked_share_of_strangers_in_and_temperature_is_found():
+def test_the_threshold_balances_both_mistakes_and_temperature_is_found():
     torch.manual_seed(0)
     centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
     face = lambda y, n: centre[y] + 0.3 * torch.randn(n, 16)  # noqa: E731
-    known, strangers = face(labels, 200), torch.randn(1000, 16)
+    known, strangers = face(labels, 200), centre[0] + 2 * torch.randn(1000, 16)
     scores = torch.randn(20000, 5)
     drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
     assert G.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
     logits = F.normalize(known) @ F.normalize(centre).T
     found = G.calibrate(face(labels, 200), labels, logits, known, labels, strangers)
-    cosine = (F.normalize(strangers) @ G.centroids(face(labels, 200), labels).T).amax(1)
-    assert (cosine >= found["threshold"]).float().mean() == pytest.approx(G.FALSE_ACCEPT, abs=0.02)
+    middle = G.centroids(face(labels, 200), labels)
+    accepted = ((F.normalize(strangers) @ middle.T).amax(1) >= found["threshold"]).float().mean()
+    rejected = ((F.normalize(known) @ middle.T).amax(1) < found["threshold"]).float().mean()
+    assert accepted == pytest.approx(found["false_accept"], abs=0.02)
+    assert rejected == pytest.approx(found["false_reject"], abs=0.02)
+    assert found["false_accept"] == pytest.approx(found["false_reject"], abs=0.01)
+    assert G.balance(torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65]))[1:] == (0.25, 0.25)
     without = G.calibrate(face(labels, 200), labels, logits, known, labels)
     assert "own class taken out" in without["by"] and without["threshold"] < 1
 
