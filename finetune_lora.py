@@ -54,7 +54,7 @@ FEW = 256  # training pictures that settle the neck for a look in passing
 DEFAULTS = {  # by method; rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
-    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.75, epochs=30, keep=0.25),
+    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep=0.25),
 }  # fmt: skip
 
 
@@ -442,7 +442,8 @@ def main():
         args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
     base = Path(args.out or f"runs/{run_name(args)}")
     seeds = range(args.seed, args.seed + args.seeds)
-    outs = [base.with_name(base.name + (f"-s{seed}" if seed else "")) for seed in seeds]
+    alone = args.seed == 0 or args.out and args.seeds == 1  # the first seed, and a folder that was asked for, are bare
+    outs = [base.with_name(base.name + ("" if alone and seed == args.seed else f"-s{seed}")) for seed in seeds]
     rows = [run(args, seed, out, device, dtype, rank, world) for seed, out in zip(seeds, outs, strict=True)]
     plumbing.leave_ranks()
     if args.seeds > 1 and rank == 0:

@@ -38,8 +38,8 @@ def flags_of(method, args, phase):
     words = ["--method", "full" if method == "scratch" else method]
     if method == "linear":
         return words
-    longer = args.scratch_times if method == "scratch" else 1  # it has no pre-training: it gets the steps of one
-    return words + ["--keep", args.keep, "--epochs", longer * epochs] + (["--from-scratch"] if longer > 1 else [])
+    words += ["--keep", args.keep, "--epochs", epochs * (args.scratch_times if method == "scratch" else 1)]
+    return words + (["--from-scratch"] if method == "scratch" else [])
 
 
 def plan(phase, args, best):

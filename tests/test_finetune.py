@@ -299,6 +299,8 @@ def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
     each = [metrics_of(tmp_path / n)["top1"] for n in ("many", "many-s1")]
     assert summary["top1"]["mean"] == pytest.approx(sum(each) / 2)
     assert summary["top1"]["deviation"] == pytest.approx(float(np.std(each, ddof=1)), abs=1e-9)
+    main(*words, "--out", tmp_path / "one", "--seed", 1, "--hold-out", 1)  # a folder that was asked for is that folder
+    assert metrics_of(tmp_path / "one")["top1"] == each[1]
     header = K.read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
     assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
     main(*words, "--out", tmp_path / "early", "--epochs", 30, "--head-lr", 1e-9, "--patience", 2)
