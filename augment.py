@@ -7,6 +7,8 @@ comes from a CPU generator, so that a resumed run draws the same.
 import numpy as np
 import torch
 
+import loader
+
 GRAY = 128
 
 
@@ -60,3 +62,15 @@ def mix(view, targets, mixup, cutmix, generator):
     else:
         view = (share * view.float() + (1 - share) * view[order].float()).round_().to(torch.uint8)
     return view, share * targets + (1 - share) * targets[order]
+
+
+def augmented(batch, targets, args, S, draws):
+    """images u8 (B, ., ., 3), targets (B, C) -> view u8 (B, S, S, 3), targets. All chance is drawn on the CPU."""
+    if not args.augment:
+        return loader.view_images(batch, *loader.full_boxes(len(batch)), S), targets
+    view = loader.view_images(batch, *loader.draw_boxes(len(batch), draws, args.min_crop), S)
+    if args.colour:
+        view = jitter_colour(view, args.colour, draws)
+    if args.mixup or args.cutmix:
+        view, targets = mix(view, targets, args.mixup, args.cutmix, draws)
+    return (cutout(view, args.cutout, draws) if args.cutout else view), targets

@@ -27,6 +27,7 @@ import data
 import loader
 import mask as masking
 import plumbing
+import ranks
 from checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
 from classifier import (
     HEADS,
@@ -142,18 +143,6 @@ def check(args):
 # ---- what the network sees -----------------------------------------------------------------------------------------
 
 
-def augmented(batch, targets, args, S, draws):
-    """images u8 (B, ., ., 3), targets (B, C) -> view u8 (B, S, S, 3), targets. All chance is drawn on the CPU."""
-    if not args.augment:
-        return loader.view_images(batch, *loader.full_boxes(len(batch)), S), targets
-    view = loader.view_images(batch, *loader.draw_boxes(len(batch), draws, args.min_crop), S)
-    if args.colour:
-        view = augment.jitter_colour(view, args.colour, draws)
-    if args.mixup or args.cutmix:
-        view, targets = augment.mix(view, targets, args.mixup, args.cutmix, draws)
-    return (augment.cutout(view, args.cutout, draws) if args.cutout else view), targets
-
-
 def shown_patches(view, encoder, keep, draws):
     """view u8 (B, S, S, 3) -> patches (B, K, P) and places (B, K): a random share of them (arXiv:2208.07220).
 
@@ -254,7 +243,7 @@ def run(args, seed, out, device, dtype, rank, world):
         key = hashlib.sha256(key.encode())
         path = out.parent / f"features-{key.hexdigest()[:12]}.safetensors"
         splits = {"train": train, args.eval_on: held} | ({} if dev is train else {"dev": dev})
-        with plumbing.rank0_first():
+        with ranks.zero_first():
             bank = cached_features(net, args.data, splits, S, autocast, path)
     images = loader.resident(train, device) if bank is None else bank["train"].to(device)
 
@@ -313,7 +302,7 @@ def run(args, seed, out, device, dtype, rank, world):
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if args.patience and epoch - plumbing.any_rank(best["epoch"]) >= args.patience:
+        if args.patience and epoch - ranks.largest(best["epoch"]) >= args.patience:
             break
         unfreeze(net.train(), trained, epoch, args.unfreeze_every)
         order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
@@ -324,17 +313,17 @@ def run(args, seed, out, device, dtype, rank, world):
             y = labels[rows].to(device)  # (B,)
             targets = F.one_hot(y, len(names)) * (1 - args.label_smoothing) + args.label_smoothing / len(names)
             if bank is None:
-                view, targets = augmented(batch, targets, args, S, draws)
+                view, targets = augment.augmented(batch, targets, args, S, draws)
                 patches, ids = shown_patches(view, net.encoder, args.keep, draws)
                 with autocast():
                     batch = net.pooled(patches[mine], ids[mine])
-                batch = plumbing.with_others(batch, mine)  # (B, D)
+                batch = ranks.with_others(batch, mine)  # (B, D)
 
             # forward, backward, step
             logits = net(batch, y)
             loss = soft_cross_entropy(logits + args.logit_adjust * prior, targets)
             loss.backward()
-            plumbing.all_reduce_gradients(net.encoder.parameters())
+            ranks.all_reduce_gradients(net.encoder.parameters())
             norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = plumbing.lr_at(step, total, args.warmup * total, group["peak"])
@@ -345,7 +334,7 @@ def run(args, seed, out, device, dtype, rank, world):
 
             # log, evaluate, save
             losses.append(torch.stack([loss.detach(), norm, (logits.argmax(1) == y).float().mean()]))
-            stop, ended = plumbing.any_rank(asked[0] if asked else 0), step % per_epoch == 0
+            stop, ended = ranks.largest(asked[0] if asked else 0), step % per_epoch == 0
             if step % LOG_EVERY == 0 or ended or stop:
                 now, losses = torch.stack(losses).cpu(), []
                 if not now.isfinite().all():
@@ -376,7 +365,7 @@ def run(args, seed, out, device, dtype, rank, world):
                 waiting.share()
             if stop:
                 bar.close()
-                plumbing.stop_here(stop, step, args.resume)
+                ranks.stop_here(stop, step, args.resume)
     bar.close()
     if rank > 0:
         return {}
@@ -436,17 +425,17 @@ def main():
     dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}")
-    rank, world, device = plumbing.join_ranks(device)
+    rank, world, device = ranks.join(device)
     load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
-    with plumbing.rank0_first():
+    with ranks.zero_first():
         args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
     base = Path(args.out or f"runs/{run_name(args)}")
     seeds = range(args.seed, args.seed + args.seeds)
     alone = args.seed == 0 or args.out and args.seeds == 1  # the first seed, and a folder that was asked for, are bare
     outs = [base.with_name(base.name + ("" if alone and seed == args.seed else f"-s{seed}")) for seed in seeds]
     rows = [run(args, seed, out, device, dtype, rank, world) for seed, out in zip(seeds, outs, strict=True)]
-    plumbing.leave_ranks()
-    if args.seeds > 1 and rank == 0:
+    ranks.leave()
+    if args.seeds > 1:
         summary, path = mistakes.over_seeds(rows), base.with_name(base.name + "-seeds.json")
         plumbing.save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
         told = (f"{k} {summary[k]['mean']:.2f} +- {summary[k]['deviation']:.2f}" for k in ("top1", "top5", "macro_f1"))

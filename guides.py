@@ -20,6 +20,7 @@ from tqdm import tqdm
 import loader
 import mask as masking
 import plumbing
+import ranks
 from checkpoints import load_encoder, load_exactly
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
@@ -97,7 +98,7 @@ class Guide:
             with self.autocast():
                 self.guess = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
             known = self.guess.detach()
-        return {self.need: plumbing.all_rows(known).roll(1, 0)[mine] if self.shuffle else known}
+        return {self.need: ranks.all_rows(known).roll(1, 0)[mine] if self.shuffle else known}
 
     def loss(self, part, ids_mask, error):
         """What the predictor learns from the errors (B, M) of the hidden patches; 0 where there is none."""
@@ -194,8 +195,8 @@ def write_attention(teacher, image_size, images, path, autocast, source, rank=0,
         bar = tqdm(rows, "attention", total, leave=False, disable=True if rank else None)
         loader.write_rows(parts[rank], "attn", bar, (len(shares[rank]), *shape), "F16")
     if world > 1:
-        plumbing.any_rank(0)  # all parts are there
-        with plumbing.rank0_first():
+        ranks.largest(0)  # all parts are there
+        with ranks.zero_first():
             if rank == 0:
                 loader.write_rows(path, "attn", rows_of(parts), (len(images), *shape), "F16")
                 for part in path.parent.glob(f"{path.stem}.part*"):

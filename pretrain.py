@@ -27,6 +27,7 @@ import kernels
 import loader
 import mask as masking
 import plumbing
+import ranks
 from checkpoints import init_from, load_exactly, save_model
 from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
 from kernels.gather import masked_patch_gather
@@ -170,7 +171,7 @@ def main():
     fill_defaults(args, device, dtype)
     strategy, params, ratios = check(args)
     impl, impl_why = use_impl(args.impl, device)
-    rank, world, device = plumbing.join_ranks(device)
+    rank, world, device = ranks.join(device)
 
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
@@ -178,7 +179,7 @@ def main():
     build = SimMIM if strategy == "simmim" else MAE
     model = build(args.image_size, args.patch_size, **size,
                   decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
-    with plumbing.rank0_first():
+    with ranks.zero_first():
         folder = data.dataset_folder(args.data, args.image_size)
     train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
@@ -284,7 +285,7 @@ def main():
 
             # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
             weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
-            weight_sum, loss = plumbing.all_reduce(weight.sum()), 0.0
+            weight_sum, loss = ranks.all_reduce(weight.sum()), 0.0
             for i in range(0, b, b // args.accumulate):
                 part = slice(i, i + b // args.accumulate)
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
@@ -299,7 +300,7 @@ def main():
                 loss = loss + partial.detach()
 
             # step
-            plumbing.all_reduce_gradients(learning.parameters())
+            ranks.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = plumbing.lr_at(step, total, args.warmup * total, peak_lr)
@@ -312,9 +313,9 @@ def main():
             # log, evaluate, save
             losses.append(loss)
             norms.append(norm)
-            stop = plumbing.any_rank(asked[0] if asked else 0)  # all stop after the same step
+            stop = ranks.largest(asked[0] if asked else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                now = torch.stack([plumbing.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
+                now = torch.stack([ranks.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
                 losses, norms = [], []
                 if not now.isfinite().all():
                     first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
@@ -338,11 +339,9 @@ def main():
                     waiting.share()
             if stop:
                 bar.close()
-                plumbing.stop_here(stop, step, args.resume)
+                ranks.stop_here(stop, step, args.resume)
     bar.close()
-    plumbing.leave_ranks()
-    if rank > 0:
-        return
+    ranks.leave()
 
     title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     if view is not None:  # None where a finished run was resumed: its picture is there

@@ -83,7 +83,7 @@ def on_paper(rate, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
     """Images a second of `ranks` GPUs, each with this batch, from the rate of one; messages hide behind nothing.
 
     A ring all-reduce moves 2 (R-1)/R times the gradient over each link (B/s; NVLink 4 has 450e9 each way); to pack and
-    unpack it reads and writes it twice (memory, B/s). What each GPU does itself stays the same (plumbing.py).
+    unpack it reads and writes it twice (memory, B/s). What each GPU does itself stays the same (ranks.py).
     """
     message = 2 * (ranks - 1) / ranks * gradient_bytes / link + 4 * gradient_bytes / memory
     return ranks * batch / (batch / rate + message)

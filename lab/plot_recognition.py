@@ -18,7 +18,7 @@ def training(path, rows, best, title):
         right.plot([r["epoch"] for r in held], [r[key] for r in held], color=colour, label=label)
     right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
     right.set(title="Held apart for choices", xlabel="epoch", ylabel="%", ylim=(0, 100))
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+    right.legend(frameon=False, fontsize=9, loc="lower left")
     save(figure, path)
 
 

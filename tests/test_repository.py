@@ -15,8 +15,8 @@ import mask as masking
 README = (ROOT / "README.md").read_text()
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
           if (ROOT / name).exists()]  # fmt: skip
-OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "model", "checkpoints", "formats", "mask",
-                                   "saliency", "guides", "classifier", "gallery", "labelled",
+OURS = {s[:-3] for s in STAGES} | {"data", "loader", "evaluate", "plumbing", "ranks", "model", "checkpoints", "formats",
+                                   "mask", "saliency", "guides", "classifier", "gallery", "labelled",
                                    "augment", "kernels", "lab"}  # fmt: skip
 
 
