@@ -81,12 +81,15 @@ def summary(rows):
     """Rows -> lines of Markdown: the methods over their seeds, then ranks and margins beside LoRA's default."""
     lines = ["| method | seeds | Top-1 | Top-5 | macro-F1 | trained | gradient, optimizer | step | peak memory |"]
     lines.append("|---" * 9 + "|")
-    for method in RATES:
-        if runs := [r for r in rows if r["result"] == method and r["phase"] in ("first", "seeds")]:
-            cells = [method, str(len(runs)), *[spread(runs, key) for key in ("top1", "top5", "macro_f1")]]
-            cells += [f"{median(runs, 'share_trained_percent'):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
-            cells += [f"{median(runs, 'step_ms'):.0f} ms", f"{median(runs, 'peak_memory_mb'):.0f} MB"]
-            lines.append(f"| {' | '.join(cells)} |")
+    groups = {}
+    for r in rows:
+        if r["phase"] not in ("rates", "rank", "margin"):
+            groups.setdefault(f"{r['result']}, {r['epochs']} epochs", []).append(r)
+    for name, runs in groups.items():
+        cells = [name, str(len(runs)), *[spread(runs, key) for key in ("top1", "top5", "macro_f1")]]
+        cells += [f"{median(runs, 'share_trained_percent'):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
+        cells += [f"{median(runs, 'step_ms'):.0f} ms", f"{median(runs, 'peak_memory_mb'):.0f} MB"]
+        lines.append(f"| {' | '.join(cells)} |")
     default = [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
     for phase in ("rank", "margin"):
         if more := [r for r in rows if r["phase"] == phase]:
