@@ -79,16 +79,14 @@ def row_of(out, phase, method):
 
 def summary(rows):
     """Rows -> lines of Markdown: the methods over their seeds, then ranks and margins beside LoRA's default."""
-    lines = ["| method | seeds | Top-1 | Top-5 | macro-F1 | trained | gradient, optimizer | step | peak memory |"]
-    lines.append("|---" * 9 + "|")
+    lines = ["| method | seeds | Top-1 | Top-5 | macro-F1 | trained | gradient, optimizer |", "|---" * 7 + "|"]
     groups = {}
     for r in rows:
         if r["phase"] not in ("rates", "rank", "margin"):
             groups.setdefault(f"{r['result']}, {r['epochs']} epochs", []).append(r)
     for name, runs in groups.items():
         cells = [name, str(len(runs)), *[spread(runs, key) for key in ("top1", "top5", "macro_f1")]]
-        cells += [f"{median(runs, 'share_trained_percent'):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
-        cells += [f"{median(runs, 'step_ms'):.0f} ms", f"{median(runs, 'peak_memory_mb'):.0f} MB"]
+        cells += [f"{float(runs[0]['share_trained_percent']):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
         lines.append(f"| {' | '.join(cells)} |")
     default = [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
     for phase in ("rank", "margin"):
@@ -99,10 +97,6 @@ def summary(rows):
                 cells = [name, f"{float(r['top1']):.2f}", f"{float(r['macro_f1']):.2f}", str(r["parameters_trained"])]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def median(runs, key):
-    return statistics.median(float(r[key]) for r in runs)
 
 
 def spread(runs, key):
