@@ -67,6 +67,7 @@ def recognised(folder, encoder):
     told = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
     answers = [json.loads(line) for line in told.splitlines()]
     metrics = json.loads((lora / "metrics.json").read_text())
+    shutil.copy(lora / "confused.png", ROOT / "results" / "figures")
     return {"command_seconds": round(seconds), "top1": round(metrics["top1"], 1), "top5": round(metrics["top5"], 1),
             "new_pictures": len(answers), "unknown": sum(a["name"] is None for a in answers),
             "named_rightly": sum(a["name"] == a["picture"].rsplit("-", 1)[0] for a in answers)}  # fmt: skip
