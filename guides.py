@@ -73,12 +73,13 @@ class Guide:
             self.file = state["maps"]
             self.maps = loader.open_tensors(path.parent / self.file)["attn"]
 
-    def look(self, epoch, step, images, out, rank=0, world=1):
+    def look(self, epoch, step, images, out):
         """Let the teacher make its maps of all images, if this is one of its epochs."""
         if epoch in self.looks:
             self.file = f"attn-{step:08d}.safetensors"
-            self.maps = write_attention(self.teacher, self.teacher_size, images, out / self.file, self.autocast,
-                                        self.source, rank, world)  # fmt: skip
+            self.maps = write_attention(
+                self.teacher, self.teacher_size, images, out / self.file, self.autocast, self.source
+            )
 
     def known(self, rows, boxes, flip, view, mine=slice(None)):
         """-> {need: (B, N) or (B, N, P)} of the views u8 (B, S, S, 3) that were cut from images `rows`; {} if no need.
@@ -180,12 +181,13 @@ def attention_rows(images, encoder, image_size, source, autocast, rows=None):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 
-def write_attention(teacher, image_size, images, path, autocast, source, rank=0, world=1):
+def write_attention(teacher, image_size, images, path, autocast, source):
     """Attention of the teacher to all images, (n, g, g), in a file -> the same as a memory map.
 
     It belongs to the state of a run, and memory does not grow with the data. Several processes look at a share of the
     images each, into a file each; rank 0 joins them. Shares are whole chunks: the same bits as one process makes.
     """
+    rank, world = ranks.place()
     shape, chunks = (teacher.side, teacher.side), math.ceil(len(images) / loader.CHUNK)
     shares = torch.arange(len(images)).split(math.ceil(chunks / world) * loader.CHUNK)
     parts = [path.with_suffix(f".part{i}") for i in range(len(shares))] if world > 1 else [path]

@@ -51,7 +51,10 @@ def cli(main):
 
 
 def pick_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError."""
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError.
+
+    Every stage asks here before its first large tensor, so this is also where glibc is told to keep freed memory.
+    """
     keep_freed_memory()
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -106,7 +109,7 @@ def commit():
     def git(*words):
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
-    return git("describe", "--always") + ("+" if git("diff", "--name-only", "HEAD", "--", "*.py") else "") or "no git"
+    return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
 
 
 def command():
@@ -186,10 +189,15 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
+def save_text(text, path):
+    """Write text, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
 def save_json(row, path, indent=1):
     """Write a dict as JSON, atomically; indent None: all of it on one line."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(row, indent=indent) + "\n")
+    save_text(json.dumps(row, indent=indent) + "\n", path)
 
 
 def save_state(state, path):
@@ -278,8 +286,7 @@ def open_log(path, step, also="", config=None, write=True):
     if not write:
         return lambda **row: None
     sinks = [extra_sink(name, Path(path).parent, config) for name in filter(None, also.split(","))]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
+    save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step), path)
 
     def append(**row):
         with open(path, "a") as file:

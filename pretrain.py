@@ -269,7 +269,7 @@ def main():
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
-            guide.look(epoch, step, train["images"], out, rank, world)
+            guide.look(epoch, step, train["images"], out)
         order = loader.epoch_order(len(images), args.seed, epoch)
         for rows, batch in waiting.timed(loader.batches(images, order, B, device, step % per_epoch, mine)):
             # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch

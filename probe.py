@@ -17,8 +17,6 @@ on the CPU, all chance comes from --seed.
 import argparse
 import json
 import re
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -286,7 +284,7 @@ def probe(run, args, task, autocast, device, threshold, controls):
     else:
         draw(home, name, encoder, size, task, found)
     config = features.flags_of(run)
-    report = {"command": f"python probe.py {shlex.join(sys.argv[1:])}", "machine": plumbing.machine(device),
+    report = {"command": plumbing.command(), "machine": plumbing.machine(device),
               "commit": plumbing.commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
               "dtype": args.dtype, "views": args.views,
               "images": {k: len(v) for k, v in task["labels"].items()}}  # fmt: skip
@@ -338,8 +336,7 @@ def slim(rows):
 def write(home, report):
     text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)  # lists on one line
-    with plumbing.atomic(home / "probe.json") as temporary:
-        temporary.write_text(text + "\n")
+    plumbing.save_text(text + "\n", home / "probe.json")
     print(f"wrote    {home}/probe.json, features.safetensors and its figures")
     return report
 

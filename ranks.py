@@ -35,14 +35,20 @@ def join(device):
         raise UserError(f"several processes work on cuda or cpu, not on {device.type}; run python without torchrun")
     hours = datetime.timedelta(hours=6)  # the others wait while rank 0 packs or evaluates
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=hours)
-    if dist.get_rank() > 0:
+    rank, world = place()
+    if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return dist.get_rank(), world, device
+    return rank, world, device
 
 
 def several():
     """Whether this process is one of several that have met."""
     return dist.is_available() and dist.is_initialized()
+
+
+def place():
+    """-> (rank, world): which of how many processes this is; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
 
 
 def all_reduce(x, op="SUM"):
@@ -76,8 +82,9 @@ def all_rows(x):
     """x (b, ...) of every process -> (world * b, ...), the slices in the order of the ranks."""
     if not several():
         return x
-    whole = x.new_zeros(dist.get_world_size(), *x.shape)
-    whole[dist.get_rank()] = x
+    rank, world = place()
+    whole = x.new_zeros(world, *x.shape)
+    whole[rank] = x
     return all_reduce(whole).flatten(0, 1)
 
 
@@ -101,7 +108,7 @@ def largest(number):
 @contextlib.contextmanager
 def zero_first():
     """with zero_first(): rank 0 does it, then all others: they find done what only one may do, such as packing."""
-    rank = dist.get_rank() if several() else 0
+    rank, _ = place()
     if rank > 0:
         largest(0)
     yield
@@ -116,7 +123,7 @@ def leave():
     """
     if several():
         largest(0)
-        rank = dist.get_rank()
+        rank, _ = place()
         dist.destroy_process_group()
         if rank > 0:
             sys.stderr.flush()

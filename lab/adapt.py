@@ -133,7 +133,7 @@ def main():
             row = row_of(out, phase, method)
             rows = [r for r in rows if r["run"] != row["run"]] + [row]
             plumbing.save_csv(args.out, rows)
-            Path(args.out).with_suffix(".md").write_text("\n".join(summary(rows)) + "\n")
+            plumbing.save_text("\n".join(summary(rows)) + "\n", Path(args.out).with_suffix(".md"))
 
 
 if __name__ == "__main__":

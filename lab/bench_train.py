@@ -286,7 +286,8 @@ def main():
     kept = [r for r in plumbing.read_csv(path) if (r["model"], r["image_size"], r["batch"])
             != (args.model, str(args.image_size), str(case["batch"]))]  # fmt: skip
     plumbing.save_csv(path, kept + rows)
-    path.with_suffix(".md").write_text(table(rows) + f"\n{about['machine']}, {about['versions']}, {about['commit']}\n")
+    made_on = f"\n{about['machine']}, {about['versions']}, {about['commit']}\n"
+    plumbing.save_text(table(rows) + made_on, path.with_suffix(".md"))
     draw(rows, path.with_suffix(".png"))
     print(f"wrote    {path}, .md and .png")
 

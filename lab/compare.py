@@ -116,11 +116,9 @@ def write(out, reports, groups, threshold, claim):
     head = f"{first['split']} of {first['config'].get('data', 'the data')}, mean token; threshold: {threshold[1]}"
     text = markdown(summaries, rows, head)
     about = {k: first[k] for k in ("command", "machine", "commit", "split")}
-    with plumbing.atomic(Path(out) / "compare.md") as temporary:
-        temporary.write_text(text)
-    with plumbing.atomic(Path(out) / "compare.json") as temporary:
-        report = about | {"threshold": threshold, "configurations": summaries, "pairs": rows}
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    plumbing.save_text(text, Path(out) / "compare.md")
+    report = about | {"threshold": threshold, "configurations": summaries, "pairs": rows}
+    plumbing.save_json(report, Path(out) / "compare.json")
     logs = {n: [[r for r in x["log"] if "knn" in r] for x in seeds.values()] for n, seeds in configs.items()}
     logs = {n: seeds for n, seeds in logs.items() if all(seeds)}
     if logs:

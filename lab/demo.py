@@ -60,9 +60,8 @@ def recognised(folder, encoder):
     pictures = Path(folder) / "new"
     pictures.mkdir()
     for person in toon.cast():
-        for i in range(3):
-            drawn = toon.draw({"seed": (1, i), "who": person})["image"]  # as lab.toon --who
-            Image.fromarray(drawn).save(pictures / f"{person['name']}-{i}.png")
+        for i, item in enumerate(toon.unseen(person, 3)):
+            Image.fromarray(toon.draw(item)["image"]).save(pictures / f"{person['name']}-{i}.png")
     words = [sys.executable, ROOT / "recognize.py", lora, pictures, "--json"]
     told = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
     answers = [json.loads(line) for line in told.splitlines()]

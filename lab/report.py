@@ -126,12 +126,10 @@ def write(folder):
     table = verdicts.summary(plan, rows, study["groups"])
     if not table:
         return f"{folder}: no reported run is there yet"
-    with plumbing.atomic(folder / "table.md") as temporary:
-        temporary.write_text("\n".join(arm_table(table)) + "\n")
+    plumbing.save_text("\n".join(arm_table(table)) + "\n", folder / "table.md")
     plumbing.save_csv(folder / "table.csv", [flat(line, rows) for line in table])
-    with plumbing.atomic(folder / "verdicts.json") as temporary:
-        found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
+    plumbing.save_json(found, folder / "verdicts.json")
     done = {arm: list(own.values()) for arm, own in rows.items() if own}
     title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {max(map(len, done.values()))} seed(s)"
     logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
@@ -223,6 +221,5 @@ def write_study(root):
     if BEGIN not in old or END not in old:
         raise plumbing.UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")
     before, after = old.split(BEGIN)[0], old.split(END, 1)[1]
-    with plumbing.atomic(path) as temporary:
-        temporary.write_text("\n".join([before + BEGIN, *lines, END]) + after)
+    plumbing.save_text("\n".join([before + BEGIN, *lines, END]) + after, path)
     return path

@@ -185,8 +185,7 @@ def done(job, rows):
 def add_row(folder, row):
     """Append, whole or not at all; a run that is there already is replaced (it may have gained a stage)."""
     rows = [r for r in read_rows(folder) if r["key"] != row["key"]] + [row]
-    with plumbing.atomic(folder / "rows.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plumbing.save_text("".join(json.dumps(r) + "\n" for r in rows), folder / "rows.jsonl")
 
 
 def expected_seconds(job, rows):

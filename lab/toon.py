@@ -699,6 +699,10 @@ def draw(item, size=128):
     draw_figure(c, s)
     return finish(c, s, rng, size) | {"tags": tags(s), "style": style(s)}
 
+def unseen(person, count, seed=0):
+    """Items of one of the cast that no data set has, -> list for draw()."""
+    return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, default in (("out", "sheet.png"), ("size", 128), ("columns", 8), ("rows", 6), ("seed", 0)):
@@ -710,7 +714,7 @@ if __name__ == "__main__":
         parser.error(f"--who {args.who} is unknown; there are: {', '.join(people)}")
     items = plan(count, min(48, count), args.seed)
     if args.who:
-        items = [{"seed": (args.seed + 1, i), "who": people[args.who]} for i in range(count)]
+        items = unseen(people[args.who], count, args.seed)
     pictures = np.stack([draw(item, args.size)["image"] for item in items])
     sheet = pictures.reshape(args.rows, args.columns, *pictures.shape[1:]).swapaxes(1, 2)
     Image.fromarray(sheet.reshape(args.rows * args.size, args.columns * args.size, 3)).save(args.out)

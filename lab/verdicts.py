@@ -7,7 +7,7 @@ when it is supported or refuted.
 
 import numpy as np
 
-from lab import metrics, stats
+from lab import compare, metrics, stats
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
          "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
@@ -181,11 +181,9 @@ def line(part):
 
 
 def spread(values):
-    """-> {"mean", "std", "half", "n"}; half: half of the 95 % t interval; None where one value can't tell."""
-    n, values = len(values), np.asarray(values, np.float64)
-    std = float(values.std(ddof=1)) if n > 1 else None
-    half = None if std is None else stats.t_quantile(n - 1) * std / n**0.5
-    return {"mean": float(values.mean()), "std": std, "half": half, "n": n}
+    """-> compare.spread's mean, std and n, and "half" of the 95 % t interval; None where one value can't tell."""
+    found, n = compare.spread(values), len(values)
+    return found | {"half": None if n == 1 else stats.t_quantile(n - 1) * found["std"] / n**0.5}
 
 
 def summary(plan, rows, groups):
