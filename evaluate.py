@@ -1,4 +1,4 @@
-"""Quick looks at a model while it trains: masked error, kNN and reconstructions. probe.py is the thorough measure.
+"""Quick looks at a model while it trains: masked error, Top-1, reconstructions. probe.py is the thorough measure.
 
 Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
 """
@@ -12,7 +12,7 @@ import mask as masking
 import plumbing
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_error, visible_stats
-from lab import metrics, plot
+from lab import heads, metrics, plot
 from model import put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
@@ -56,29 +56,34 @@ def extremes(tokens):
 
 
 @torch.no_grad()
-def pooled_tokens(encoder, image_size, autocast, split, rows, pool=extremes):
-    """-> (n, D) or (n, 2D) fp32 on the CPU: pool((B, N, D)) of the patch tokens of whole images."""
-    features = []
+def pooled_tokens(encoder, image_size, autocast, split, rows):
+    """-> extremes (n, 2D) and mean (n, D) of the patch tokens of whole images, fp32 on the CPU."""
+    pools = []
     for _, view in loader.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
         with autocast():
             tokens = encoder.features(view)[:, 1:].float()
-        features.append(pool(tokens).cpu())
-    return torch.cat(features)
+        pools.append((extremes(tokens).cpu(), tokens.mean(1).cpu()))
+    return [torch.cat(pool) for pool in zip(*pools, strict=True)]
 
 
-def thumbnails(split, rows=None, side=4):
-    """The control: what colour alone tells, (n, side*side*3)."""
-    images = split["images"] if rows is None else split["images"][rows.numpy()]
-    return metrics.thumbnails(torch.from_numpy(np.array(images)), side)
+def thumbnails(split, rows, side=4):
+    """The control: what colour alone tells, (n, side*side*3), for both of those that look."""
+    small = metrics.thumbnails(torch.from_numpy(np.array(split["images"][rows.numpy()])), side)
+    return small, small
 
 
-def knn(features, train, held):
-    """kNN Top-1 in percent of the evaluation images among the training images; features(split, rows) -> (n, D)."""
+def recognition(features, train, held):
+    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
+
+    features(split, rows) -> what the kNN looks at (n, E), what the ridge looks at (n, D).
+    """
     bank, queries = loader.spread(len(train["images"]), BANK_IMAGES), loader.spread(len(held["images"]), EVAL_IMAGES)
-    share = metrics.knn_top1(
-        features(train, bank), train["labels"][bank], features(held, queries), held["labels"][queries]
-    )
-    return 100 * share
+    (near, flat), (asked, asked_flat) = features(train, bank), features(held, queries)
+    labels, truth = train["labels"][bank], held["labels"][queries]
+    x, q = heads.standardise(flat, asked_flat)
+    W, b = heads.ridge(x, labels, int(labels.max()) + 1, penalty=1.0)
+    right = (q @ W + b).argmax(1) == truth
+    return {"knn": 100 * metrics.knn_top1(near, labels, asked, truth), "linear": 100 * right.double().mean().item()}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import mask as masking
 import plumbing
 import ranks
 from checkpoints import init_from, load_exactly, save_model
-from evaluate import attention_by_part, draw_reconstructions, hide, knn, masked_mse, pooled_tokens, thumbnails
+from evaluate import attention_by_part, draw_reconstructions, hide, masked_mse, pooled_tokens, recognition, thumbnails
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 from lab import plot
@@ -247,13 +247,13 @@ def main():
         row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
         text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
         if loader.has_labels(train) and loader.has_labels(held):
-            row["knn"] = knn(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
-            text += f", kNN Top-1 {row['knn']:.1f} %"
+            row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
+            text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         elif step == 0:
-            text += "; no kNN: that needs two classes or more, and labels on all images"
+            text += "; no Top-1: that needs two classes or more, and labels on all images"
         if step == 0 and "knn" in row:
-            row["knn_thumbnail"] = knn(thumbnails, train, held)
-            text += f" untrained; 4x4 thumbnails have {row['knn_thumbnail']:.1f} %"
+            row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
+            text += f" untrained; thumbnails {row['knn_thumbnail']:.1f} %, {row['linear_thumbnail']:.1f} %"
         if held["header"].get("parts"):
             row["attention_on"] = attention_by_part(guide.networks.get("teacher", model.encoder), S, autocast, held,
                                                     args.attention)  # fmt: skip

@@ -100,15 +100,14 @@ def finetune(guided, **_):
     return {"arms": dict.fromkeys(["random", guided, shuffled], "random"), "stages": ["finetune"]}
 
 
-def tune(guided, blr, batch, **_):
-    """As many trials for random as for guided masks: six that both can have, and six of its own for each."""
-    shared = ["", f"--blr {blr / 2:g}", f"--blr {blr * 2:g}", "--no-norm-pix", "--min-crop 0.2", "--min-crop 0.7"]
-    own = [f"--blr {blr * 4:g}", f"--batch-size {batch // 2}", "--warmup 0.05", "--warmup 0.2", "--flat-weight 0.1",
-           "--decoder-depth 2"]  # fmt: skip
+def tune(guided, blr, epochs, **_):
+    """As many trials for random as for guided masks: five that both can have, and five of its own for each."""
+    shared = ["", f"--blr {blr * 2:g}", "--no-norm-pix", "--min-crop 0.7", f"--epochs {epochs * 2}"]
+    own = [f"--blr {blr / 2:g}", "--min-crop 0.2", "--warmup 0.2", "--flat-weight 0.1", "--decoder-depth 2"]
     plain = [f"random {flags}".strip() for flags in shared + own]
     tuned = [f"{guided} {flags}".strip() for flags in shared]
     tuned += [with_parameter(guided, pair) for pair in ("beta=0.5", "beta=2", "start=0.3,ramp_for=0.3")]
-    tuned += ["attn_hint" + guided[len("attn_high"):], f"{guided} --attention cls", f"{guided} --attention received"]
+    tuned += ["attn_hint" + guided[len("attn_high") :], f"{guided} --attention cls"]
     return {"arms": dict.fromkeys(plain, "random") | dict.fromkeys(tuned, guided)}
 
 

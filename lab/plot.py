@@ -52,7 +52,7 @@ def masks(path, view, seen, guide, title):
 
 
 def curves(path, rows, split, title):
-    """Rows of log.jsonl -> training loss, validation error, kNN Top-1 (with its controls) and attention, by epoch."""
+    """Rows of log.jsonl -> training loss, validation error, Top-1 (with its controls) and attention, by epoch."""
     loss = [r for r in rows if "loss" in r]
     held = [r for r in rows if "val_mse" in r]
     has_knn, has_parts = any("knn" in r for r in held), any("attention_on" in r for r in held)
@@ -64,7 +64,7 @@ def curves(path, rows, split, title):
     axes[1].plot([r["epoch"] for r in held], [r["val_mse"] for r in held], "o-", color=BLUE)
     axes[1].set(title=f"Masked error on {split}", xlabel="epoch", ylabel="mean squared error, fixed mask")
     if has_knn:
-        knn(axes[2], held)
+        recognition(axes[2], held)
     if has_parts:
         attention_on(axes[-1], [r for r in held if "attention_on" in r])
     save(figure, path)
@@ -82,13 +82,13 @@ def attention_on(axis, held):
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def knn(axis, held):
-    axis.plot([r["epoch"] for r in held], [r["knn"] for r in held], "o-", color=BLUE, label="this encoder")
-    controls = held[0]
-    axis.axhline(controls["knn"], color=ORANGE, ls="--", label="untrained")
-    if "knn_thumbnail" in controls:
-        axis.axhline(controls["knn_thumbnail"], color=INK, ls=":", label="4x4 thumbnails")
-    axis.set(title="Recognition", xlabel="epoch", ylabel="kNN Top-1, %", ylim=(0, None))
+def recognition(axis, held):
+    """Top-1 of the kNN and of the linear probe by epoch, each with what a thumbnail has."""
+    for key, mark, colour, name in (("linear", "s-", GREEN, "linear"), ("knn", "o-", BLUE, "kNN")):
+        if key in held[0]:
+            axis.plot([r["epoch"] for r in held], [r[key] for r in held], mark, color=colour, label=name, markersize=5)
+            axis.axhline(held[0][f"{key}_thumbnail"], color=colour, ls=":", label=f"4x4 thumbnails, {name}")
+    axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %", ylim=(0, None))
     axis.legend(frameon=False, fontsize=9)
 
 

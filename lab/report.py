@@ -67,8 +67,8 @@ def arm_table(table):
     """-> lines of Markdown: a row for each arm."""
     extra = [k for k in ("cutout", "finetuned") if any(k in line for line in table)]
     names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
-    head = ["mask", "seeds", "Top-1, %", "against", "difference, points", "p", *[names[k] for k in extra], "kNN, %",
-            "epochs to threshold", "minutes", f"kNN after {table[0]['then']:.1f} min"]  # fmt: skip
+    head = ["mask", "seeds", "Top-1, %", "against", "difference, points", "p", *[names[k] for k in extra],
+            "in the run, %", "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in table:
         found = line.get("difference")
@@ -77,12 +77,12 @@ def arm_table(table):
         )
         cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
                  interval(found) if found else "", f"{found['holm_p']:.3f}" if found else "",
-                 *[number(line.get(k), 2) for k in extra], number(line["knn"]), reached, number(line["minutes"]),
-                 number(line["knn_then"])]  # fmt: skip
+                 *[number(line.get(k), 2) for k in extra], number(line["linear"]), reached, number(line["minutes"]),
+                 number(line["linear_then"])]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", "Mean ± deviation over seeds; Top-1: logistic regression on the frozen mean token; difference: "
-            "paired by seed, 95 % t interval, p after Holm over this table; kNN: in the run, as the threshold; minutes "
-            "without evaluations."]  # fmt: skip
+            "paired by seed, 95 % t interval, p after Holm over this table; in the run: ridge on the mean "
+            "token, which the threshold is of; minutes without evaluations."]  # fmt: skip
 
 
 def part_table(hypothesis):
@@ -103,7 +103,7 @@ def part_table(hypothesis):
 def flat(line, rows):
     """A row of the CSV: numbers with their machine and commit."""
     cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
-    for key in ("top1", "knn", "cutout", "finetuned", "epochs", "minutes", "knn_then"):
+    for key in ("top1", "linear", "cutout", "finetuned", "epochs", "minutes", "linear_then"):
         x = line.get(key) or {"mean": None, "std": None}
         cells |= {key: rounded(x["mean"]), f"{key}_deviation": rounded(x["std"])}
     found = line.get("difference") or {}
@@ -133,7 +133,7 @@ def write(folder):
     done = {arm: list(own.values()) for arm, own in rows.items() if own}
     title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {max(map(len, done.values()))} seed(s)"
     logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
-    thumbnail = next((r["metrics"].get("knn_thumbnail") for own in done.values() for r in own), None)
+    thumbnail = next((r["metrics"].get("linear_thumbnail") for own in done.values() for r in own), None)
     study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
     values = {arm: [r["metrics"]["top1"] for r in own] for arm, own in done.items()}
     study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
@@ -152,7 +152,7 @@ def setup(study):
     thresholds = ", ".join(f"{t:.1f} % for what is compared with `{a}`" for a, t in plan["thresholds"].items())
     lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, seeds {plan['seeds'][0]} to "
              f"{plan['seeds'][-1]}, each `pretrain.py {plan['recipe']}`. Numbers are on `{plan['split']}` of "
-             f"{plan['data']}: {len(groups):,} images of {len(np.unique(groups)):,} illustrations. The kNN threshold "
+             f"{plan['data']}: {len(groups):,} images of {len(np.unique(groups)):,} illustrations. The threshold "
              f"is {thresholds}: untrained + 90 % of what the pilot seed {plan['pilot_seed']} gained."]  # fmt: skip
     for row in study["all"]:
         if row["seed"] == plan["pilot_seed"] and row.get("controls") and row["arm"] == next(iter(plan["arms"])):
@@ -164,10 +164,10 @@ def setup(study):
 
 def findings(table):
     """Who is best per epoch, and who per minute."""
-    best, quick = max(table, key=lambda x: x["top1"]["mean"]), max(table, key=lambda x: x["knn_then"]["mean"])
-    return [f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest kNN after "
+    best, quick = max(table, key=lambda x: x["top1"]["mean"]), max(table, key=lambda x: x["linear_then"]["mean"])
+    return [f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest in the run after "
             f"{quick['then']:.1f} minutes, when the fastest arm was through: `{quick['arm']}`, "
-            f"{number(quick['knn_then'])} %."]  # fmt: skip
+            f"{number(quick['linear_then'])} %."]  # fmt: skip
 
 
 def threats(study):

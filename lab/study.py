@@ -98,7 +98,7 @@ def make_plan(name, args):
     known = {"guided": args.guided, "dino": args.dino, "strategies": list(masking.STRATEGIES),
              "fg": "truth" if "fg" in train else "{coarse}", "parts": "truth" if "parts" in train else "{parts}",
              "blr": float(value_of(args.recipe, "--blr", 8e-3)),
-             "batch": int(value_of(args.recipe, "--batch-size", 32))}  # fmt: skip
+             "epochs": int(value_of(args.recipe, "--epochs", 32))}  # fmt: skip
     plan = plans.make(name, args.arms, **known)
     first, count = FIRST_SEED.get(name, 0), args.seeds or (1 if name == "tune" else 5)
     return plan | {
@@ -129,7 +129,7 @@ def fix_thresholds(study, rows):
         raise UserError(
             f"the pilot of {lost[0]} diverged: there is nothing to compare with; try a smaller --blr in --recipe"
         )
-    plan, curves = study["plan"], {row["arm"]: row["curve"]["knn"] for row in rows}
+    plan, curves = study["plan"], {row["arm"]: row["curve"]["linear"] for row in rows}
     plan["thresholds"] = {
         arm: round(curves[arm][0] + 0.9 * (curves[arm][-1] - curves[arm][0]), 2) for arm in pilots(plan)
     }

@@ -19,23 +19,23 @@ def short(arm, width=34):
 
 
 def curves(path, done, thresholds, thumbnail, title):
-    """done {arm: [curve of a seed]}: kNN by epoch and by minute; line: mean over seeds, band: one deviation around it.
+    """done {arm: [curve of a seed]}: linear Top-1 in the run, by epoch and by minute; line: mean, band: a deviation.
 
     Of more arms than there are colours the first is drawn, and those that end highest.
     """
-    best = sorted(done, key=lambda arm: -np.mean([c["knn"][-1] for c in done[arm]]))
+    best = sorted(done, key=lambda arm: -np.mean([c["linear"][-1] for c in done[arm]]))
     first = next(iter(done))
     shown = [arm for arm in done if arm in [first, *[b for b in best if b != first][: MOST - 1]]]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True)
     figure.suptitle(title)
     for colour, marker, arm in zip(COLOURS, MARKERS, shown, strict=False):
-        length = min(len(c["knn"]) for c in done[arm])
-        knn = np.array([c["knn"][:length] for c in done[arm]])  # (seeds, epochs)
+        length = min(len(c["linear"]) for c in done[arm])
+        top1 = np.array([c["linear"][:length] for c in done[arm]])  # (seeds, epochs)
         for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
             x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
-            axis.plot(x, knn.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
-            if len(knn) > 1:
-                middle, deviation = knn.mean(0), knn.std(0, ddof=1)
+            axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
+            if len(top1) > 1:
+                middle, deviation = top1.mean(0), top1.std(0, ddof=1)
                 axis.fill_between(x, middle - deviation, middle + deviation, color=colour, alpha=0.15, lw=0)
     for axis, label in zip(
         axes,
@@ -47,7 +47,7 @@ def curves(path, done, thresholds, thumbnail, title):
         if thumbnail is not None:
             axis.axhline(thumbnail, color=INK, ls=":", lw=1.2, label="4x4 thumbnails")
         axis.set(xlabel=label)
-    axes[0].set(ylabel="kNN Top-1 during the run, %")
+    axes[0].set(ylabel="linear Top-1 during the run, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
     save(figure, path)

@@ -105,13 +105,14 @@ def about(job, args, ready):
 
 
 def curve_of(log):
-    """Rows of log.jsonl -> epoch, knn, mse, and seconds without the evaluations, which only the study asks for."""
-    curve, looking, before = {"epoch": [], "knn": [], "mse": [], "seconds": []}, 0.0, 0.0
+    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without evaluations, which only the study asks for."""
+    names, looking, before = ("epoch", "knn", "linear", "mse", "seconds"), 0.0, 0.0
+    curve = {name: [] for name in names}
     for row in log:
         if "knn" in row:
             looking += row["seconds"] - before
-            point = (row["epoch"], row["knn"], row["val_mse"], row["seconds"] - looking)
-            for name, value in zip(curve, point, strict=True):
+            point = (row["epoch"], row["knn"], row["linear"], row["val_mse"], row["seconds"] - looking)
+            for name, value in zip(names, point, strict=True):
                 curve[name].append(round(value, 4))
         before = row["seconds"]
     return curve
@@ -126,7 +127,7 @@ def collect(job, args, ready, seconds, commit):
     detail = {k: v for k, v in probe["rows"]["mean"].items() if k in ("retrieval", "few_shot")}
     rest = {f"{k}_logistic": v for k, v in probe["rows"]["mean"]["logistic"].items() if not isinstance(v, list)}
     metrics = {"top1": mean["logistic"], "knn": mean["knn"], **rest, **detail}
-    metrics["knn_thumbnail"] = next((r["knn_thumbnail"] for r in log if "knn_thumbnail" in r), None)
+    metrics["linear_thumbnail"] = next((r["linear_thumbnail"] for r in log if "linear_thumbnail" in r), None)
     metrics["peak_memory_mb"] = max((r["memory_mb"] for r in log if "memory_mb" in r), default=None)
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}

@@ -25,14 +25,14 @@ def by_arm(plan, rows):
 
 
 def threshold_of(plan, arm):
-    """kNN in percent that an arm is to reach: of the pilot of what it is compared with, else of the first pilot."""
+    """Linear Top-1 that an arm is to reach in the run: of the pilot of what it is compared with, else the first."""
     known = plan["thresholds"]
     return known.get(plan["arms"].get(arm)) or next(iter(known.values()), None)
 
 
 def epochs_to(row, threshold):
-    """Epochs until the run's kNN first crossed the threshold, interpolated; None: not within the run."""
-    return metrics.first_crossing(row["curve"]["epoch"], row["curve"]["knn"], threshold)
+    """Epochs until the run's linear Top-1 first crossed the threshold, interpolated; None: not within the run."""
+    return metrics.first_crossing(row["curve"]["epoch"], row["curve"]["linear"], threshold)
 
 
 def equal_epochs(pairs, threshold):
@@ -187,10 +187,10 @@ def spread(values):
 
 
 def summary(plan, rows, groups):
-    """-> [one dict for each arm that has rows]: Top-1, kNN, epochs, minutes, and the difference to its baseline.
+    """-> [one dict for each arm that has rows]: Top-1, in the run, epochs, minutes, difference to its baseline.
 
-    "knn" is that of the run, at its end: best per epoch; "knn_then" at the moment when the fastest arm was through:
-    best per minute.
+    "linear" is that of the run, at its end: best per epoch; "linear_then" when the fastest arm was through: best per
+    minute.
     """
     done = {arm: list(seeds.values()) for arm, seeds in rows.items() if seeds}
     if not done:
@@ -200,11 +200,11 @@ def summary(plan, rows, groups):
     for arm, own in done.items():
         limit = threshold_of(plan, arm)
         reached = [e for r in own if limit and (e := epochs_to(r, limit)) is not None]
-        at = [float(np.interp(then, r["curve"]["seconds"], r["curve"]["knn"])) for r in own]
-        line = {"arm": arm, "against": plan["arms"][arm], "n": len(own), "knn_then": spread(at),
+        at = [float(np.interp(then, r["curve"]["seconds"], r["curve"]["linear"])) for r in own]
+        line = {"arm": arm, "against": plan["arms"][arm], "n": len(own), "linear_then": spread(at),
                 "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
                 "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
-        line["knn"] = spread([r["curve"]["knn"][-1] for r in own])
+        line["linear"] = spread([r["curve"]["linear"][-1] for r in own])
         for key in ("top1", "cutout", "finetuned"):
             if all(key in r["metrics"] for r in own):
                 line[key] = spread([r["metrics"][key] for r in own])
