@@ -32,7 +32,7 @@ from lab import features, plans, report
 from lab.study_run import RUNNING, alone, commands, execute, run_one
 from plumbing import UserError
 
-RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 10"
+RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
         "parts": ["parts"]}  # of maps.py  # fmt: skip
