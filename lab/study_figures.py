@@ -59,26 +59,36 @@ def whiskers(axis, value, half, y, colour):
 
 
 def bars(path, table, values, title):
-    """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1, right what an arm adds."""
+    """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1; right, with seeds, what an arm adds."""
     table = sorted(table, key=lambda line: line["top1"]["mean"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 1.5 + 0.42 * len(table)), sharey=True)
+    compared = any(line.get("difference", {}).get("effect") is not None for line in table)
+    figure, axes = plt.subplots(1, 1 + compared, figsize=(9.6, 1.5 + 0.32 * len(table)), sharey=True, squeeze=False)
     figure.suptitle(title)
+    left = axes[0, 0]
     for y, line in enumerate(table):
         left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
         whiskers(left, line["top1"]["mean"], line["top1"]["half"], y, BLUE)
+    left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
+    seeds = "tick: a seed; whiskers: 95 % interval" if compared else "one seed"
+    left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
+    left.grid(axis="x", color="#DDDDDD", lw=0.6)
+    left.set_axisbelow(True)
+    if compared:
+        differences(axes[0, 1], table)
+    save(figure, path)
+
+
+def differences(axis, table):
+    """What each arm adds to its baseline, as a bar with its interval; lines of the table are one under the other."""
+    for y, line in enumerate(table):
         found = line.get("difference")
         if found and found["effect"] is not None:
             colour = GREEN if found["low"] > 0 else ORANGE if found["high"] < 0 else "#BBBBBB"
-            right.barh(y, found["effect"], 0.6, color=colour)
+            axis.barh(y, found["effect"], 0.6, color=colour)
             half = found["high"] - found["effect"]
-            right.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
-    left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
-    left.set(xlabel="Top-1 of a logistic regression, %\n(tick: a seed; whiskers: 95 % interval)")
-    right.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
-    right.axvline(0, color=INK, lw=0.8)
-    left.grid(axis="x", color="#DDDDDD", lw=0.6)
-    left.set_axisbelow(True)
-    save(figure, path)
+            axis.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+    axis.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
+    axis.axvline(0, color=INK, lw=0.8)
 
 
 def grid(path, panels, table, title):
