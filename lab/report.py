@@ -175,6 +175,11 @@ def threats(study):
     """What the rows themselves say against the result."""
     plan, rows = study["plan"], [r for own in study["rows"].values() for r in own.values()]
     lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
+    for arm, limit in plan["thresholds"].items():
+        own = list(study["rows"].get(arm, {}).values())
+        if reached := [e for r in own if (e := verdicts.epochs_to(r, limit)) is not None]:
+            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of "
+                         f"{own[0]['curve']['epoch'][-1]:g} epochs (mean): a mask that begins to be guided later can hardly save any.")  # fmt: skip
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
     lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
                  f"commit(s) ({', '.join(commits)}).")  # fmt: skip
@@ -196,7 +201,7 @@ def section(study, hypotheses, top):
     plan, folder = study["plan"], study["folder"].relative_to(top)
     table = verdicts.summary(plan, study["rows"], study["groups"])
     word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
-    lines = [f"## {plan['plan']} on {plan['data']}{word}", "", plan["question"], "", *setup(study), ""]
+    lines = [f"## {plan['plan']} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
     if not table:
         return [*lines, "No run is there yet.", ""]
     lines += [*arm_table(table), "", *findings(table), ""]
