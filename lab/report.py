@@ -178,8 +178,9 @@ def threats(study):
     for arm, limit in plan["thresholds"].items():
         own = list(study["rows"].get(arm, {}).values())
         if reached := [e for r in own if (e := verdicts.epochs_to(r, limit)) is not None]:
-            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of "
-                         f"{own[0]['curve']['epoch'][-1]:g} epochs (mean): a mask that begins to be guided later can hardly save any.")  # fmt: skip
+            epochs = own[0]["curve"]["epoch"][-1]
+            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of {epochs:g} epochs (mean): a mask "
+                         "that begins to be guided later can hardly save any.")  # fmt: skip
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
     lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
                  f"commit(s) ({', '.join(commits)}).")  # fmt: skip
