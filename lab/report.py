@@ -179,7 +179,7 @@ def threats(study):
         own = list(study["rows"].get(arm, {}).values())
         if reached := [e for r in own if (e := verdicts.epochs_to(r, limit)) is not None]:
             epochs = own[0]["curve"]["epoch"][-1]
-            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of {epochs:g} epochs (mean): a mask "
+            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of {epochs:g} epochs: a mask "
                          "that begins to be guided later can hardly save any.")  # fmt: skip
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
     lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
