@@ -5,6 +5,9 @@ What stands in braces is made before the first run: {pilot}, a run with random m
 {coarse}, {refined}, {parts}, maps by maps.py (the last two with the pilot's encoder); {dino} is the file of --dino.
 """
 
+import hashlib
+import json
+
 QUESTIONS = {
     "h1": "Does hiding what a teacher looks at teach more, and sooner, than hiding at random?",
     "h2": "Does hiding the ground first make training steadier and faster, and hiding the figure first better?",
@@ -117,6 +120,13 @@ def named(**_):
 
 MAKE = {"h1": h1, "h2": h2, "h3": h3, "ablations": ablations, "finetune": finetune, "tune": tune, "arms": named}
 ALL = ("h1", "h2", "h3", "ablations")
+
+
+def key(plan, arm, seed):
+    """What tells a run from every other, whatever machine or folder it is made in: 10 hex digits."""
+    what = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
+    what += [plan["dino"]] if "{dino}" in arm else []
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=5).hexdigest()
 
 
 def make(name, more=(), **known):

@@ -12,14 +12,27 @@ import numpy as np
 
 import plumbing
 from lab import plans, study_figures, verdicts
+from lab.study_run import read_rows
 
+UNDER_ARMS = " ".join((
+    "Mean ± deviation over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
+    "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to 2,048 and asked",
+    "about 1,024 images at most; the threshold is of this. Epochs: of those runs that reached it. Minutes: of",
+    "training and its teacher, without evaluations, and without maps and encoders made before. Last column: when the",
+    "fastest mask was through, so that its schedule has ended and others' have not.",
+))  # fmt: skip
+UNDER_PARTS = " ".join((
+    "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with",
+    "the deviation found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or",
+    "where that is 0 of the effect found.",
+))  # fmt: skip
 BEGIN, END = "<!-- lab.study writes from here -->", "<!-- to here -->"
 
 
 def open_folder(folder):
     """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
     plan = json.loads((folder / "PLAN.json").read_text())
-    rows = list({row["key"]: row for row in plumbing.read_log(folder / "rows.jsonl")}.values())
+    rows = read_rows(folder)
     groups = np.array(json.loads((folder / "images.json").read_text())["groups"])
     return {"folder": folder, "plan": plan, "all": rows, "rows": verdicts.by_arm(plan, rows), "groups": groups}
 
@@ -60,14 +73,19 @@ def number(x, digits=1):
 def interval(part):
     if part is None or part["effect"] is None:
         return "-"
-    return f"{part['effect']:+.2f} ({part['low']:+.2f} to {part['high']:+.2f})"
+    return f"{part['effect']:+.2f} ({part['low']:+.2f} to {part['high']:+.2f}; n = {part['n']})"
+
+
+def p_value(part, key):
+    """A dash where nothing was tested."""
+    return "-" if part is None or part["effect"] is None or part[key] is None else f"{part[key]:.3f}"
 
 
 def arm_table(table):
     """-> lines of Markdown: a row for each arm."""
     extra = [k for k in ("cutout", "finetuned") if any(k in line for line in table)]
     names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
-    head = ["mask", "seeds", "Top-1, %", "against", "difference, points", "p", *[names[k] for k in extra],
+    head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", *[names[k] for k in extra],
             "in the run, %", "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in table:
@@ -76,28 +94,26 @@ def arm_table(table):
             "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
         )
         cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
-                 interval(found) if found else "", f"{found['holm_p']:.3f}" if found else "",
+                 interval(found) if found else "", p_value(found, "holm_p") if found else "",
                  *[number(line.get(k), 2) for k in extra], number(line["linear"]), reached, number(line["minutes"]),
                  number(line["linear_then"])]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, "", "Mean ± deviation over seeds; Top-1: logistic regression on the frozen mean token; difference: "
-            "paired by seed, 95 % t interval, p after Holm over this table; in the run: ridge on the mean "
-            "token, which the threshold is of; minutes without evaluations."]  # fmt: skip
+    return [*lines, "", UNDER_ARMS]
 
 
 def part_table(hypothesis):
     """-> lines of Markdown: a row for each part of a hypothesis."""
-    head = ("what", "mask", "against", "claim", "found, 95 % t", "seeds and illustrations", "n", "p", "p of the claim",
-            "power", "seeds for 80 %")  # fmt: skip
+    head = ("what", "mask", "against", "claim", "found (95 % t interval)", "95 % bootstrap, seeds x illustrations",
+            "p, were there no effect", "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for p in hypothesis["parts"]:
         b = p["bootstrap"]
-        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}", interval(p),
-                 f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-", p["n"], f"{p['p']:.3f}",
-                 f"{p['holm_against']:.3f}", f"{p['power']:.2f}" if "power" in p else "-",
-                 (p.get("needed") or "many") if "needed" in p else "-"]  # fmt: skip
+        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}",
+                 "; ".join([interval(p), *p["notes"]]), f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-",
+                 p_value(p, "p"), p_value(p, "holm_against"), p_value(p, "power"),
+                 p.get("needed") or ("-" if p.get("power") is None else "over 100")]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+    return [*lines, "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_PARTS}"]
 
 
 def flat(line, rows):
@@ -150,15 +166,17 @@ def setup(study):
     """How it was measured, in sentences."""
     plan, rows, groups = study["plan"], study["rows"], study["groups"]
     there, planned = sum(map(len, rows.values())), len(plan["arms"]) * len(plan["seeds"])
-    thresholds = ", ".join(f"{t:.1f} % for what is compared with `{a}`" for a, t in plan["thresholds"].items())
-    lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, seeds {plan['seeds'][0]} to "
-             f"{plan['seeds'][-1]}, each `pretrain.py {plan['recipe']}`. Numbers are on `{plan['split']}` of "
-             f"{plan['data']}: {len(groups):,} images of {len(np.unique(groups)):,} illustrations. The threshold "
-             f"is {thresholds}: untrained + 90 % of what the pilot seed {plan['pilot_seed']} gained."]  # fmt: skip
+    thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
+    first, *more = plan["seeds"]
+    seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
+    lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, {seeds}, each `pretrain.py "
+             f"{plan['recipe']}`. Numbers are on `{plan['split']}` of {plan['data']}: {len(groups):,} images of "
+             f"{len(np.unique(groups)):,} illustrations. The threshold, of the ridge in the run, is {thresholds}: "
+             f"untrained + 90 % of what the pilot, seed {plan['pilot_seed']}, gained."]  # fmt: skip
     for row in study["all"]:
         if row["seed"] == plan["pilot_seed"] and row.get("controls") and row["arm"] == next(iter(plan["arms"])):
             thumb = max((v for k, v in row["controls"].items() if k.startswith("thumb")), default=0)
-            lines.append(f"The pilot has a Top-1 of {row['metrics']['top1']:.1f} %, its untrained encoder "
+            lines.append(f"By logistic regression the pilot has {row['metrics']['top1']:.1f} %, its untrained encoder "
                          f"{row['controls']['untrained mean']:.1f} %, the best thumbnail {thumb:.1f} %.")  # fmt: skip
     return lines
 
@@ -186,9 +204,9 @@ def threats(study):
                  f"commit(s) ({', '.join(commits)}).")  # fmt: skip
     if dirty := sum(r["commit"].endswith("+") for r in rows):
         lines.append(f"{dirty} of them were made with code that no commit holds.")
-    if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r]:
+    if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r and r["seed"] in plan["seeds"]]:
         lines.append(f"Diverged, and left out: {'; '.join(lost)}.")
-    if missing := sum(max(0, len(plan["seeds"]) - len(own)) for own in study["rows"].values()):
+    if missing := sum(max(0, len(plan["seeds"]) - len(own)) for own in study["rows"].values()) - len(lost):
         lines.append(f"{missing} planned runs are missing: what is said here is preliminary.")
     if plan["phase"] != "reported":
         why = {"dev": "Numbers of dev: they choose, and prove nothing.",
@@ -221,7 +239,9 @@ def write_study(root):
     rows = [f"| {h['id']} on {h['folder'].name.split('-', 1)[1]} | {h['verdict']} | {h['because']} |"
             for hypotheses in found.values() for h in hypotheses]  # fmt: skip
     lines = ["| hypothesis | verdict | decided by |", "|---|---|---|", *rows, ""] if rows else []
-    lines += [f"A verdict follows these rules. {plans.TEST}", ""]
+    for rules in dict.fromkeys(json.loads((f / "PLAN.json").read_text())["test"] for f in found):
+        lines += [f"A verdict follows these rules, which stand in the plans. {rules}", ""]
+    lines += ["Supported so means an effect whose estimate reaches the claim, not that the whole interval does.", ""]
     for folder, hypotheses in found.items():
         lines += section(open_folder(folder), hypotheses, root.parent)
     old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"

@@ -14,7 +14,6 @@ or on another machine. A row's commands make it again, to the same digits on the
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -29,14 +28,15 @@ import loader
 import mask as masking
 import plumbing
 from lab import features, plans, report
-from lab.study_run import RUNNING, alone, commands, execute, run_one
+from lab.study_run import RUNNING, alone, commands, execute, read_rows, run_one
 from plumbing import UserError
 
 RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
         "parts": ["parts"]}  # of maps.py  # fmt: skip
-PILOT_SEED, FIRST_SEED = 1000, {"tune": 500}  # dev is chosen on with other seeds than those that are reported
+PILOT_SEED, FIRST_SEED = 1000, {"tune": 500, "exploratory": 2000}  # what was seen before is not reported
+SEEDS = {"tune": 1, "h2": 10}  # a comparison of variances needs ten
 
 
 def parse_args():
@@ -44,7 +44,7 @@ def parse_args():
     add = parser.add_argument_group("what is asked").add_argument
     add("--plan", choices=[*plans.MAKE, "all"], help=f"all: {', '.join(plans.ALL)}")
     add("--data", metavar="DIR", help="packed set with labels")
-    add("--seeds", type=int, metavar="N", help="paired seeds of every arm (default: 5; tune: 1)")
+    add("--seeds", type=int, metavar="N", help="paired seeds of every arm (default: 5; h2: 10; tune: 1)")
     add("--arms", nargs="+", default=[], metavar="ARM", help="further arms: a mask, and flags of pretrain.py behind it")
     add("--guided", default="attn_high", metavar="ARM", help="what H1 is about, as dev chose it (default: attn_high)")
     add("--recipe", default=RECIPE, metavar="FLAGS", help="of pretrain.py, for every arm (default: %(default)s)")
@@ -100,12 +100,13 @@ def make_plan(name, args):
              "blr": float(value_of(args.recipe, "--blr", 8e-3)),
              "epochs": int(value_of(args.recipe, "--epochs", 32))}  # fmt: skip
     plan = plans.make(name, args.arms, **known)
-    first, count = FIRST_SEED.get(name, 0), args.seeds or (1 if name == "tune" else 5)
+    phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
+    first, count = FIRST_SEED.get(name if phase == "dev" else phase, 0), args.seeds or SEEDS.get(name, 5)
     return plan | {
         "data": Path(args.data).name, "data_digest": f"{loader.fingerprint(train)}-{loader.fingerprint(held)}",
         "split": split, "recipe": f"{args.recipe} {PLAIN}", "seeds": list(range(first, first + count)),
         "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None,
-        "phase": "dev" if name == "tune" else "exploratory" if args.exploratory else "reported",
+        "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
     }, features.groups_of(held).tolist()  # fmt: skip
 
 
@@ -153,9 +154,7 @@ def pilots(plan):
 
 
 def job_of(plan, arm, seed, args):
-    """A run: its key tells it from every other, whatever machine or folder it is made in."""
-    what = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
-    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=5).hexdigest()
+    key = plans.key(plan, arm, seed)
     name = re.sub(r"[^\w.-]+", "-", arm.replace(" --", "-")).strip("-")[:60]
     pilot = seed == plan["pilot_seed"]
     return {"key": key, "arm": arm, "seed": seed, "phase": "pilot" if pilot else plan["phase"],
@@ -168,16 +167,11 @@ def jobs_of(plan, args):
     return [job_of(plan, arm, seed, args) for seed in plan["seeds"] for arm in plan["arms"]]
 
 
-def read_rows(folder):
-    """Rows of a study, each run once."""
-    return list({row["key"]: row for row in reversed(plumbing.read_log(folder / "rows.jsonl"))}.values())[::-1]
-
-
 def done(job, rows):
-    """The row of this run, of whatever study; None if it is still to be made. Reported rows are never exploratory."""
+    """The row of this run, of whatever study; None if it is still to be made."""
     for row in rows:
         fits = row["key"] == job["key"] and ("error" in row or set(job["stages"]) <= set(row["stages"]))
-        if fits and (row["phase"] == job["phase"] or job["phase"] == "exploratory"):
+        if fits and row["phase"] == job["phase"]:
             return row
     return None
 
@@ -253,7 +247,7 @@ def take_or_run(study, jobs, args, budget=None):
     -> lines about those that failed.
     """
     known, own = all_rows(args), {r["key"]: r for r in read_rows(study["folder"])}
-    rows = {job["key"]: done(job, known) for job in jobs}
+    rows = {job["key"]: done(job, [*own.values(), *known]) for job in jobs}
     to_do = [job for job in jobs if not rows[job["key"]]]
     now, left_out = within(to_do, known, budget, args.jobs)
     say(study, jobs, now, left_out, known, args)

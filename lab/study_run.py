@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()  # processes of ours
 
 
+def read_rows(folder):
+    """Rows of a study, each run once, as it was written last."""
+    return list({row["key"]: row for row in plumbing.read_log(folder / "rows.jsonl")}.values())
+
+
 def commands(job, args, ready):
     """-> {stage: words}: what a user would type behind `python`."""
     out, data, plan = str(job["out"]), str(args.data), job["plan"]
@@ -82,7 +87,7 @@ def run_one(job, args, ready):
             try:
                 execute(words, out / "study.log", args.threads, lock)
             except UserError as problem:
-                if "the loss is not finite" not in str(problem):
+                if stage != "pretrain" or "the loss is not finite" not in str(problem):
                     raise
                 return about(job, args, ready) | {"commit": plumbing.commit(), "error": "diverged"}
             seconds[stage] = round(time.perf_counter() - began, 1)

@@ -7,7 +7,7 @@ when it is supported or refuted.
 
 import numpy as np
 
-from lab import compare, metrics, stats
+from lab import compare, metrics, plans, stats
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
          "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
@@ -19,7 +19,8 @@ def by_arm(plan, rows):
     """Rows that count for a plan -> {arm: {seed: row}}; runs that diverged are left out."""
     found = {arm: {} for arm in plan["arms"]}
     for row in rows:
-        if row["arm"] in found and row["seed"] in plan["seeds"] and "error" not in row:
+        planned = row["arm"] in found and row["seed"] in plan["seeds"]
+        if planned and row["key"] == plans.key(plan, row["arm"], row["seed"]) and "error" not in row:
             found[row["arm"]][row["seed"]] = row
     return found
 
@@ -83,15 +84,14 @@ def measure(part, plan, rows, groups):
 def of_differences(values, part):
     """Paired differences -> interval, p values, and what n seeds can see.
 
-    power: chance that n seeds see the claim (where nothing is claimed: what was found), the deviation being the one
-    found; needed: seeds that would see it in four of five studies.
+    power: chance that n seeds tell an effect as large as the claim from none, the deviation being the one found;
+    needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found).
     """
-    t, deviation, goal = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
-    goal = goal or abs(float(np.mean(values)))
+    t, deviation, claim = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
     return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
             "p_against": float(stats.p_below(values, part["claim"])), "per_seed": [float(v) for v in values],
-            "power": stats.t_power(goal, deviation, len(values)),
-            "needed": stats.seeds_needed(goal, deviation)}  # fmt: skip
+            "power": stats.t_power(claim, deviation, len(values)) if claim else None,
+            "needed": stats.seeds_needed(claim or max(0.0, float(t["mean"])), deviation)}  # fmt: skip
 
 
 def of_epochs(part, plan, pairs):
@@ -102,6 +102,9 @@ def of_epochs(part, plan, pairs):
     if saved is None:
         return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
     result, notes = of_differences(saved, part), []
+    if same := sum(value == 0 for value in saved):
+        notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
+        result |= {"p": 1.0, "p_against": 1.0, "power": None, "needed": None}
     if late:
         notes.append(f"{late} of {len(pairs)} runs never reached {threshold:.1f} %: the saving is at most this")
         result["p"] = 1.0
@@ -114,16 +117,18 @@ def of_epochs(part, plan, pairs):
 
 
 def of_variance(pairs):
-    """Variance of Top-1 over seeds against the baseline's, by F; few seeds are reported, and decide nothing."""
+    """Variance of Top-1 over seeds against the baseline's, by F; few seeds are reported, and decide nothing.
+
+    power: chance that n seeds see half the variance; needed: seeds that see the one found in four of five studies.
+    """
     n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
     f = stats.variance_ratio(*values)
-    ratio = min(f["ratio"], 0.999)
-    needed = next((k for k in range(TEN, 201) if stats.f_below(ratio, k - 1, k - 1) < 0.025), None)
-    half = stats.f_below(2 * stats.f_quantile(0.025, n - 1, n - 1), n - 1, n - 1)
+    sees = lambda ratio, k: stats.f_below(stats.f_quantile(0.025, k - 1, k - 1) / ratio, k - 1, k - 1)  # noqa: E731
+    needed = next((k for k in range(TEN, 201) if f["ratio"] < 1 and sees(f["ratio"], k) >= 0.8), None)
     few = n < TEN
     return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
             "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2, "needed": needed,
-            "power": half, "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
+            "power": sees(0.5, n), "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------
@@ -135,15 +140,22 @@ def holds(part):
     return above and part["p"] < 0.05 and (part["bootstrap"] is None or part["bootstrap"]["low"] > 0)
 
 
+def p_of(part):
+    """For Holm: two-sided p of a part that points the right way, and has all of its seeds; else 1."""
+    return part["p"] if part["n"] == part["planned"] and (part["effect"] or 0) > 0 else 1.0
+
+
 def judge(hypotheses, family):
     """Hypotheses with measured parts -> each with p, holm_p and its verdict: supported, refuted or undecided.
 
     family {id: number of parts}: all that were ever to be tested; who has no rows counts with p = 1.
     """
-    p = {h["id"]: max(part["p"] for part in h["parts"]) for h in hypotheses}
+    p = {h["id"]: max(map(p_of, h["parts"])) for h in hypotheses}
     holm_p = dict(zip(family, stats.holm([p.get(name, 1.0) for name in family]), strict=True))
     parts = [part for h in hypotheses for part in h["parts"]]
-    against = [part["p_against"] for part in parts] + [1.0] * (sum(family.values()) - len(parts))
+    against = [part["p_against"] if part["n"] == part["planned"] else 1.0 for part in parts] + [1.0] * (
+        sum(family.values()) - len(parts)
+    )
     for part, x in zip(parts, stats.holm(against), strict=False):
         part["holm_against"] = x
     return [h | {"p": p[h["id"]], "holm_p": holm_p[h["id"]]} | verdict(h, holm_p[h["id"]]) for h in hypotheses]
@@ -153,10 +165,8 @@ def verdict(hypothesis, holm_p):
     """-> {"verdict", "because"}: one line that says what decided, or what is missing."""
     parts = hypothesis["parts"]
     if missing := [p for p in parts if p["n"] < p["planned"]]:
-        return {
-            "verdict": "undecided",
-            "because": f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there",
-        }
+        there = f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there"
+        return {"verdict": "undecided", "because": "; ".join([there, *map(line, parts)])}
     if refuting := [p for p in parts if p["holm_against"] < 0.05]:
         worst = min(refuting, key=lambda p: p["holm_against"])
         return {"verdict": "refuted", "because": f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded "
