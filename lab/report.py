@@ -220,7 +220,8 @@ def section(study, hypotheses, top):
     plan, folder = study["plan"], study["folder"].relative_to(top)
     table = verdicts.summary(plan, study["rows"], study["groups"])
     word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
-    lines = [f"## {plan['plan']} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
+    name = plan["plan"].upper() if plan["hypotheses"] else plan["plan"]
+    lines = [f"## {name} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
     if not table:
         return [*lines, "No run is there yet.", ""]
     lines += [*arm_table(table), "", *findings(table), ""]

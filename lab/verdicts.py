@@ -166,7 +166,10 @@ def verdict(hypothesis, holm_p):
     parts = hypothesis["parts"]
     if missing := [p for p in parts if p["n"] < p["planned"]]:
         there = f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there"
-        return {"verdict": "undecided", "because": "; ".join([there, *map(line, parts)])}
+        return {
+            "verdict": "undecided",
+            "because": "; ".join([there, *[line(p) for p in parts if p["effect"] is not None]]),
+        }
     if refuting := [p for p in parts if p["holm_against"] < 0.05]:
         worst = min(refuting, key=lambda p: p["holm_against"])
         return {"verdict": "refuted", "because": f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded "
