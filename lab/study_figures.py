@@ -89,6 +89,7 @@ def differences(axis, table):
             axis.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     axis.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
     axis.axvline(0, color=INK, lw=0.8)
+    axis.tick_params(left=False)
 
 
 def grid(path, panels, table, title):
