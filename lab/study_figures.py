@@ -68,6 +68,7 @@ def bars(path, table, values, title):
     for y, line in enumerate(table):
         left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
         whiskers(left, line["top1"]["mean"], line["top1"]["half"], y, BLUE)
+    left.set_ylim(-0.6, len(table) - 0.4)
     left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
     seeds = "tick: a seed; whiskers: 95 % interval" if compared else "one seed"
     left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
