@@ -147,8 +147,9 @@ def write(folder):
     found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
     plumbing.save_json(found, folder / "verdicts.json")
     done = {arm: list(own.values()) for arm, own in rows.items() if own}
-    most = max(map(len, done.values()))
-    title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {most} seed{'s' * (most > 1)}"
+    few, most = min(map(len, done.values())), max(map(len, done.values()))
+    seeds = f"{few} to {most} seeds" if few < most else f"{most} seed{'s' * (most > 1)}"
+    title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {seeds}"
     logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
     thumbnail = next((r["metrics"].get("linear_thumbnail") for own in done.values() for r in own), None)
     study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
