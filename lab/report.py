@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+import evaluate
 import plumbing
 from lab import plans, study_figures, verdicts
 from lab.study_run import read_rows
 
 UNDER_ARMS = " ".join((
     "Mean ± deviation over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
-    "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to 2,048 and asked",
-    "about 1,024 images at most; the threshold is of this. Epochs: of those runs that reached it. Minutes: of",
+    "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to",
+    f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of",
+    "this. Epochs: of those runs that reached it. Minutes: of",
     "training and its teacher, without evaluations, and without maps and encoders made before. Last column: when the",
     "fastest mask was through, so that its schedule has ended and others' have not.",
 ))  # fmt: skip

@@ -101,6 +101,11 @@ def variance_ratio(values, baseline, confidence=0.95):
             "p": min(1.0, 2 * p), "p_higher": min(1.0, 2 * (1 - p))}  # fmt: skip
 
 
+def f_power(ratio, n, confidence=0.95):
+    """Chance that this F test, of n seeds on either side, sees a variance that is truly `ratio` of the baseline's."""
+    return f_below(f_quantile((1 - confidence) / 2, n - 1, n - 1) / ratio, n - 1, n - 1)
+
+
 def to_bits(right):
     """(n,) bool -> hexadecimal text, eight images in two digits: which images a probe got right, small in a row."""
     return np.packbits(np.asarray(right, bool)).tobytes().hex()

@@ -70,7 +70,8 @@ def bars(path, table, values, title):
         whiskers(left, line["top1"]["mean"], line["top1"]["half"], y, BLUE)
     left.set_ylim(-0.6, len(table) - 0.4)
     left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
-    seeds = "tick: a seed; whiskers: 95 % interval" if compared else "one seed"
+    several = any(line["n"] > 1 for line in table)
+    seeds = "tick: a seed; whiskers: 95 % interval" if several else "one seed"
     left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
     left.grid(axis="x", color="#DDDDDD", lw=0.6)
     left.set_axisbelow(True)

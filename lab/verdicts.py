@@ -123,12 +123,11 @@ def of_variance(pairs):
     """
     n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
     f = stats.variance_ratio(*values)
-    sees = lambda ratio, k: stats.f_below(stats.f_quantile(0.025, k - 1, k - 1) / ratio, k - 1, k - 1)  # noqa: E731
-    needed = next((k for k in range(TEN, 201) if f["ratio"] < 1 and sees(f["ratio"], k) >= 0.8), None)
-    few = n < TEN
+    needed = next((k for k in range(TEN, 201) if f["ratio"] < 1 and stats.f_power(f["ratio"], k) >= 0.8), None)
+    few, power = n < TEN, stats.f_power(0.5, n)
     return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
             "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2, "needed": needed,
-            "power": sees(0.5, n), "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
+            "power": power, "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------
@@ -140,9 +139,14 @@ def holds(part):
     return above and part["p"] < 0.05 and (part["bootstrap"] is None or part["bootstrap"]["low"] > 0)
 
 
+def whole(part):
+    """Are all of its planned seeds there? Else it decides nothing."""
+    return part["n"] == part["planned"]
+
+
 def p_of(part):
-    """For Holm: two-sided p of a part that points the right way, and has all of its seeds; else 1."""
-    return part["p"] if part["n"] == part["planned"] and (part["effect"] or 0) > 0 else 1.0
+    """For Holm: two-sided p of a part that points the right way, and is whole; else 1."""
+    return part["p"] if whole(part) and (part["effect"] or 0) > 0 else 1.0
 
 
 def judge(hypotheses, family):
@@ -153,9 +157,8 @@ def judge(hypotheses, family):
     p = {h["id"]: max(map(p_of, h["parts"])) for h in hypotheses}
     holm_p = dict(zip(family, stats.holm([p.get(name, 1.0) for name in family]), strict=True))
     parts = [part for h in hypotheses for part in h["parts"]]
-    against = [part["p_against"] if part["n"] == part["planned"] else 1.0 for part in parts] + [1.0] * (
-        sum(family.values()) - len(parts)
-    )
+    against = [part["p_against"] if whole(part) else 1.0 for part in parts]
+    against += [1.0] * (sum(family.values()) - len(parts))
     for part, x in zip(parts, stats.holm(against), strict=False):
         part["holm_against"] = x
     return [h | {"p": p[h["id"]], "holm_p": holm_p[h["id"]]} | verdict(h, holm_p[h["id"]]) for h in hypotheses]
@@ -164,7 +167,7 @@ def judge(hypotheses, family):
 def verdict(hypothesis, holm_p):
     """-> {"verdict", "because"}: one line that says what decided, or what is missing."""
     parts = hypothesis["parts"]
-    if missing := [p for p in parts if p["n"] < p["planned"]]:
+    if missing := [p for p in parts if not whole(p)]:
         there = f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there"
         return {
             "verdict": "undecided",
