@@ -192,16 +192,24 @@ def findings(table):
             f"{number(quick['linear_then'])} %."]  # fmt: skip
 
 
+def when_reached(arm, own, limit):
+    """How many runs of a baseline reach the threshold of its pilot, and when."""
+    reached = [e for row in own if (e := verdicts.epochs_to(row, limit)) is not None]
+    line = f"{len(reached)} of {len(own)} runs of `{arm}` reach its threshold"
+    if not reached:
+        return f"{line}."
+    mean, last = np.mean(reached), own[0]["curve"]["epoch"][-1]
+    late = ": a mask that begins to be guided later can hardly save any" if mean < last / 4 else ""
+    return f"{line}, after {mean:.1f} of {last:g} epochs{late}."
+
+
 def threats(study):
     """What the rows themselves say against the result."""
     plan, rows = study["plan"], [r for own in study["rows"].values() for r in own.values()]
     lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
     for arm, limit in plan["thresholds"].items():
-        own = list(study["rows"].get(arm, {}).values())
-        if reached := [e for r in own if (e := verdicts.epochs_to(r, limit)) is not None]:
-            epochs = own[0]["curve"]["epoch"][-1]
-            lines.append(f"`{arm}` reaches its threshold after {np.mean(reached):.1f} of {epochs:g} epochs: a mask "
-                         "that begins to be guided later can hardly save any.")  # fmt: skip
+        if own := list(study["rows"].get(arm, {}).values()):
+            lines.append(when_reached(arm, own, limit))
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
     lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
                  f"commit(s) ({', '.join(commits)}).")  # fmt: skip

@@ -37,18 +37,20 @@ def epochs_to(row, threshold):
 
 
 def equal_epochs(pairs, threshold):
-    """[(row, row of the baseline)] -> percent of the epochs saved, how many of each never reached it.
+    """[(row, row of the baseline)] -> percent of the epochs saved, how many of each never reached it, how many tie.
 
-    Who did not reach it is counted with its last epoch: a bound, which `measure` lets decide only what it can.
+    Who did not reach it is counted with its last epoch: a bound, which `measure` lets decide only what it can. Two
+    runs that reach it in the same instant are one run up to there.
     """
     reached = [[epochs_to(r, threshold) for r in pair] for pair in pairs]
     late = [sum(pair[i] is None for pair in reached) for i in (0, 1)]
+    same = sum(arm is not None and arm == base for arm, base in reached)
     ends = [[r["curve"]["epoch"][-1] for r in pair] for pair in pairs]
     full = [[e if e is not None else end for e, end in zip(*both, strict=True)]
             for both in zip(reached, ends, strict=True)]  # fmt: skip
     if any(e == 0 for pair in full for e in pair):  # the untrained encoder has it already
-        return None, late
-    return [100 * (1 - arm / base) for arm, base in full], late
+        return None, late, same
+    return [100 * (1 - arm / base) for arm, base in full], late, same
 
 
 def pair_up(part, rows):
@@ -98,21 +100,18 @@ def of_epochs(part, plan, pairs):
     threshold = plan["thresholds"].get(part["against"])
     if threshold is None:
         return {"notes": ["no pilot, so no threshold"]}
-    saved, (late, base_late) = equal_epochs(pairs, threshold)
+    saved, (late, base_late), same = equal_epochs(pairs, threshold)
     if saved is None:
         return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
     result, notes = of_differences(saved, part), []
-    if same := sum(value == 0 for value in saved):
+    if same:
         notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
         result |= {"p": 1.0, "p_against": 1.0, "power": None, "needed": None}
-    if late:
-        notes.append(f"{late} of {len(pairs)} runs never reached {threshold:.1f} %: the saving is at most this")
-        result["p"] = 1.0
-    if base_late:
-        notes.append(
-            f"{base_late} of {len(pairs)} baselines never reached {threshold:.1f} %: the saving is at least this"
-        )
-        result["p_against"] = 1.0
+    if late or base_late:
+        bound = "open" if late and base_late else "at most this" if late else "at least this"
+        notes.append(f"{late} runs and {base_late} baselines of {len(pairs)} pairs never reached {threshold:.1f} %: "
+                     f"the saving is {bound}")  # fmt: skip
+        result |= ({"p": 1.0} if late else {}) | ({"p_against": 1.0} if base_late else {})
     return result | {"notes": notes}
 
 

@@ -376,6 +376,10 @@ def test_a_threshold_that_was_not_reached_is_a_bound():
         row["curve"]["linear"] = [20.0 + e for e in row["curve"]["epoch"]]
     fast = judge(plan, rows)["H1"]  # random never does: at least this was saved
     assert fast["verdict"] == "supported" and fast["parts"][1]["p_against"] == 1 and fast["parts"][1]["effect"] > 25
+    for row in rows["attn_high"].values():
+        row["curve"]["linear"] = [20.0 + e / 2 for e in row["curve"]["epoch"]]
+    both = judge(plan, rows)["H1"]["parts"][1]  # equal bounds are not equal runs
+    assert both["p"] == both["p_against"] == 1 and len(both["notes"]) == 1 and "is open" in both["notes"][0]
     plan["thresholds"]["random"] = 19.0
     assert "untrained" in judge(plan, rows)["H1"]["parts"][1]["notes"][0]
 
