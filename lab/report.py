@@ -20,8 +20,8 @@ UNDER_ARMS = " ".join((
     "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to",
     f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of",
     "this. Epochs: of those runs that reached it. Minutes: of",
-    "training and its teacher, without evaluations, and without maps and encoders made before. Last column: when the",
-    "fastest mask was through, so that its schedule has ended and others' have not.",
+    "training and its teacher, without evaluations, and without maps and encoders made before. After so many minutes:",
+    "when the fastest mask was through, so that its schedule has ended and others' have not.",
 ))  # fmt: skip
 UNDER_PARTS = " ".join((
     "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with",
@@ -85,10 +85,11 @@ def p_value(part, key):
 
 def arm_table(table):
     """-> lines of Markdown: a row for each arm."""
-    extra = [k for k in ("cutout", "finetuned") if any(k in line for line in table)]
     names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
-    head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", *[names[k] for k in extra],
-            "in the run, %", "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
+    extra = [k for k in names if any(k in line for line in table)]
+    head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", "in the run, %",
+            "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
+    head += [text for k in extra for text in (f"{names[k]}, %", "difference there, points")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in table:
         found = line.get("difference")
@@ -96,9 +97,11 @@ def arm_table(table):
             "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
         )
         cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
-                 interval(found) if found else "", p_value(found, "holm_p") if found else "",
-                 *[number(line.get(k), 2) for k in extra], number(line["linear"]), reached, number(line["minutes"]),
-                 number(line["linear_then"])]  # fmt: skip
+                 interval(found) if found else "", p_value(found, "holm_p") if found else "", number(line["linear"]),
+                 reached, number(line["minutes"]), number(line["linear_then"])]  # fmt: skip
+        for k in extra:
+            there = line.get(verdicts.DIFFERENCES[k])
+            cells += [number(line.get(k), 2), interval(there) if there else ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", UNDER_ARMS]
 
@@ -127,6 +130,8 @@ def flat(line, rows):
     found = line.get("difference") or {}
     cells |= {k: rounded(found.get(k)) for k in ("effect", "low", "high", "holm_p")}
     own = rows[line["arm"]].values()
+    for name in ("cutout_difference", "finetuned_difference"):
+        cells |= {f"{name}_{k}": rounded(line.get(name, {}).get(k)) for k in ("effect", "low", "high")}
     return cells | {name: "; ".join(sorted({r[name] for r in own})) for name in ("machine", "commit")}
 
 

@@ -11,6 +11,7 @@ from lab import compare, metrics, plans, stats
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
          "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
+DIFFERENCES = {"top1": "difference", "cutout": "cutout_difference", "finetuned": "finetuned_difference"}
 BITS = {"top1": "logistic", "cutout": "cutout"}  # where each image's right or wrong is kept
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 
@@ -220,13 +221,13 @@ def summary(plan, rows, groups):
                 "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
                 "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
         line["linear"] = spread([r["curve"]["linear"][-1] for r in own])
-        for key in ("top1", "cutout", "finetuned"):
+        for key in DIFFERENCES:
             if all(key in r["metrics"] for r in own):
                 line[key] = spread([r["metrics"][key] for r in own])
-        if arm != line["against"]:
-            line["difference"] = measure(
-                {"what": "top1", "arm": arm, "against": line["against"], "claim": 0.0}, plan, rows, groups
-            )
+        for key, name in DIFFERENCES.items():
+            if key in line and arm != line["against"]:
+                part = {"what": key, "arm": arm, "against": line["against"], "claim": 0.0}
+                line[name] = measure(part, plan, rows, groups)
         table.append(line)
     compared = [x["difference"] for x in table if "difference" in x]
     for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):

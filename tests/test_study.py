@@ -432,3 +432,14 @@ def test_a_hypothesis_that_points_the_wrong_way_does_not_help_the_others():
     good, harm = part | {"effect": 2.0, "p": 0.03}, part | {"effect": -2.0, "p": 1e-4}
     found = verdicts.judge([{"id": "H1", "parts": [good]}, {"id": "H3", "parts": [harm]}], {"H1": 1, "H3": 1})
     assert found[0]["holm_p"] == pytest.approx(0.06) and found[0]["verdict"] == "undecided"
+
+
+def test_what_comes_after_pre_training_has_its_own_difference():
+    plan = plan_of("finetune", 3)
+    rows = synthetic(plan, dict.fromkeys(plan["arms"], 50.0), dict.fromkeys(plan["arms"], 1.0))
+    for arm, own in rows.items():
+        for seed, row in own.items():
+            row["metrics"]["finetuned"] = 90.0 + (seed - 4 if arm == "attn_high" else 0)  # 4, 3 and 2 points below
+    text = report.arm_table(verdicts.summary(plan, rows, GROUPS))
+    line = next(x for x in text if x.startswith("| `attn_high` |"))
+    assert "fine-tuned, %" in text[0] and "| 87.00 ± 1.00 | -3.00 (-5.48 to -0.52; n = 3) |" in line
