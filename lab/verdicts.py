@@ -11,6 +11,7 @@ from lab import compare, metrics, plans, stats
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
          "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
+# metrics of a run, and what the difference to the baseline is called in the line of an arm
 DIFFERENCES = {"top1": "difference", "cutout": "cutout_difference", "finetuned": "finetuned_difference"}
 BITS = {"top1": "logistic", "cutout": "cutout"}  # where each image's right or wrong is kept
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
@@ -112,7 +113,10 @@ def of_epochs(part, plan, pairs):
         bound = "open" if late and base_late else "at most this" if late else "at least this"
         notes.append(f"{late} runs and {base_late} baselines of {len(pairs)} pairs never reached {threshold:.1f} %: "
                      f"the saving is {bound}")  # fmt: skip
-        result |= ({"p": 1.0} if late else {}) | ({"p_against": 1.0} if base_late else {})
+    if late:
+        result["p"] = 1.0
+    if base_late:
+        result["p_against"] = 1.0
     return result | {"notes": notes}
 
 
@@ -221,13 +225,12 @@ def summary(plan, rows, groups):
                 "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
                 "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
         line["linear"] = spread([r["curve"]["linear"][-1] for r in own])
-        for key in DIFFERENCES:
+        for key, name in DIFFERENCES.items():
             if all(key in r["metrics"] for r in own):
                 line[key] = spread([r["metrics"][key] for r in own])
-        for key, name in DIFFERENCES.items():
-            if key in line and arm != line["against"]:
-                part = {"what": key, "arm": arm, "against": line["against"], "claim": 0.0}
-                line[name] = measure(part, plan, rows, groups)
+                if arm != line["against"]:
+                    part = {"what": key, "arm": arm, "against": line["against"], "claim": 0.0}
+                    line[name] = measure(part, plan, rows, groups)
         table.append(line)
     compared = [x["difference"] for x in table if "difference" in x]
     for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):
