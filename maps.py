@@ -56,6 +56,7 @@ def parse_args():
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder's matrix products")
     return parser.parse_args()
 
 
@@ -79,9 +80,8 @@ def check(args):
 
 
 @torch.no_grad()
-def tokens_of(images, rows, encoder, image_size, device):
+def tokens_of(images, rows, encoder, image_size, device, autocast):
     """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order."""
-    autocast = plumbing.autocast_of(device, plumbing.pick_dtype("auto", device)[0])
     for index in rows.split(loader.CHUNK):
         batch = loader.take(images, index, device)
         with autocast():
@@ -152,12 +152,13 @@ def rows_of_map(args, images, device):
         return saliency.GRID, "U8", coarse_rows(images, every, device)
     encoder, size = load_encoder(args.run)
     encoder.to(device)
+    autocast = plumbing.autocast_of(device, plumbing.pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
-        autocast = plumbing.autocast_of(device, plumbing.pick_dtype("auto", device)[0])
         return encoder.side, "F16", guides.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and not 1 <= args.parts <= min(encoder.side**2, 255):
         raise UserError(f"--parts {args.parts} must lie between 1 and the {encoder.side**2} patches of {args.run}")
-    stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device)
+    stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device,
+                               autocast=autocast)  # fmt: skip
     place = mean_of_places(stream(some))
     if args.map == "saliency":
         return saliency.GRID, "U8", refined_rows(stream(every), place)

@@ -74,22 +74,29 @@ def h3(parts, **_):
             "hypotheses": [{"id": "H3", "claim": claim, "parts": of_claim}]}  # fmt: skip
 
 
-def ablations(guided, fg, parts, dino, strategies, **_):
-    """panels {factor: {line: {level: arm}}}: one factor at a time around random and guided masks."""
+def levels(arm, flag, values, recipe):
+    """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is shared."""
+    own = f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe  # a ratio may be a schedule
+    return {v: arm if f"{float(v):g}" == own else f"{arm} {flag} {v}" for v in values}
+
+
+def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
+    """panels {factor: {line: {level: arm}}}: one factor at a time around random and guided masks.
+
+    ratio, depth (of the decoder): those of the recipe.
+    """
     both = {"random": "random", guided: guided}
     panels = {
-        "ratio": {n: {".5": f"{a} --ratio .5", ".75": a, ".9": f"{a} --ratio .9"} for n, a in both.items()},
-        "decoder depth": {n: {"1": f"{a} --decoder-depth 1", "2": a, "4": f"{a} --decoder-depth 4"}
-                          for n, a in both.items()},
+        "ratio": {n: levels(a, "--ratio", (".5", ".75", ".9"), ratio) for n, a in both.items()},
+        "decoder depth": {n: levels(a, "--decoder-depth", ("1", "2", "4"), depth) for n, a in both.items()},
         "teacher": {guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
                     | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})},
         "saliency": {n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")} for n in ("fg_heavy", "bg_heavy")},
         "schedule of parts": {"parts": {name: f"parts{own} --maps {parts}" for name, own in (
             ("power 1", ":power=1"), ("power 2", ""), ("power 4", ":power=4"), ("easy", ":whole=0"),
             ("hard", ":whole=1"))}},
-        "weight of flat patches": {n: {w: f"random --flat-weight {w}{raw}".replace(" --flat-weight 1", "")
-                                       for w in (".1", ".3", "1")}
-                                   for n, raw in (("normalised", ""), ("raw pixels", " --no-norm-pix"))},
+        "weight of flat patches": {n: levels(a, "--flat-weight", (".1", ".3", "1"), 1) for n, a in (
+            ("normalised", "random"), ("raw pixels", "random --no-norm-pix"))},
     }  # fmt: skip
     maps = {"fg_heavy": f" --maps {fg}", "bg_heavy": f" --maps {fg}", "parts": f" --maps {parts}"}
     named = {s: s + maps.get(s, "") for s in strategies} | {guided.split(" ")[0]: guided}

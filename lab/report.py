@@ -216,8 +216,9 @@ def threats(study):
         if own := list(study["rows"].get(arm, {}).values()):
             lines.append(when_reached(arm, own, limit))
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
-    lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}) at {len(commits)} "
-                 f"commit(s) ({', '.join(commits)}).")  # fmt: skip
+    formats = " and ".join(sorted({r["config"].get("dtype", "an unknown format") for r in rows}))
+    lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}), in {formats}, at "
+                 f"{len(commits)} commit(s) ({', '.join(commits)}).")  # fmt: skip
     if dirty := sum(r["commit"].endswith("+") for r in rows):
         lines.append(f"{dirty} of them were made with code that no commit holds.")
     if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r and r["seed"] in plan["seeds"]]:

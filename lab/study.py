@@ -28,7 +28,7 @@ import loader
 import mask as masking
 import plumbing
 from lab import features, plans, report
-from lab.study_run import RUNNING, alone, commands, execute, read_rows, run_one
+from lab.study_run import RUNNING, alone, commands, execute, number_format, read_rows, run_one
 from plumbing import UserError
 
 RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
@@ -98,14 +98,17 @@ def make_plan(name, args):
     known = {"guided": args.guided, "dino": args.dino, "strategies": list(masking.STRATEGIES),
              "fg": "truth" if "fg" in train else "{coarse}", "parts": "truth" if "parts" in train else "{parts}",
              "blr": float(value_of(args.recipe, "--blr", 8e-3)),
-             "epochs": int(value_of(args.recipe, "--epochs", 32))}  # fmt: skip
+             "epochs": int(value_of(args.recipe, "--epochs", 32)), "ratio": value_of(args.recipe, "--ratio", 0.75),
+             "depth": value_of(args.recipe, "--decoder-depth", 2)}  # fmt: skip
     plan = plans.make(name, args.arms, **known)
+    if value_of(args.recipe, "--eval-every", "1") != "1" and plan["hypotheses"]:
+        raise UserError(f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe")
     phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
     first, count = FIRST_SEED.get(name if phase == "dev" else phase, 0), args.seeds or SEEDS.get(name, 5)
     return plan | {
         "data": Path(args.data).name, "data_digest": f"{loader.fingerprint(train)}-{loader.fingerprint(held)}",
         "split": split, "recipe": f"{args.recipe} {PLAIN}", "seeds": list(range(first, first + count)),
-        "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None,
+        "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None, "dtype": None,
         "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
     }, features.groups_of(held).tolist()  # fmt: skip
 
@@ -117,7 +120,8 @@ def open_study(name, args):
     path = folder / "PLAN.json"
     if path.exists():
         there = json.loads(path.read_text())
-        if other := [k for k in plan if k != "thresholds" and json.loads(json.dumps(plan[k])) != there.get(k)]:
+        asked = json.loads(json.dumps(plan))
+        if other := [k for k in asked if k not in ("thresholds", "dtype") and asked[k] != there.get(k)]:
             raise UserError(f"{path} has another {', '.join(other)} than these flags make; give its flags again, or "
                             "another --out (a new plan wants fresh seeds), or --exploratory")  # fmt: skip
         plan = there
@@ -125,7 +129,10 @@ def open_study(name, args):
 
 
 def fix_thresholds(study, rows):
-    """The pilots are done: untrained + 90 % of what random masks gain, and PLAN.json is written once and for all."""
+    """The pilots are done: untrained + 90 % of what random masks gain, and PLAN.json is written once and for all.
+
+    Their number format is that of all runs to come, on whatever machine: half of a comparison in bf16 would be none.
+    """
     if lost := [row["arm"] for row in rows if "error" in row]:
         raise UserError(
             f"the pilot of {lost[0]} diverged: there is nothing to compare with; try a smaller --blr in --recipe"
@@ -134,6 +141,11 @@ def fix_thresholds(study, rows):
     plan["thresholds"] = {
         arm: round(curves[arm][0] + 0.9 * (curves[arm][-1] - curves[arm][0]), 2) for arm in pilots(plan)
     }
+    formats = {row["config"].get("dtype") for row in rows}
+    if len(formats) > 1:
+        raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
+                        "on one: remove their folders and rows")  # fmt: skip
+    plan["dtype"] = formats.pop()
     plumbing.save_json({"split": plan["split"], "groups": study["groups"]}, study["folder"] / "images.json", None)
     plumbing.save_json(plan, study["folder"] / "PLAN.json")
 
@@ -265,6 +277,9 @@ def say(study, jobs, now, left_out, known, args):
     told = f", about {sum(seconds) / 60 / args.jobs:.0f} min" if all(seconds) else ", no run was timed yet"
     print(f"{study['folder']}: {len(jobs)} runs, {len(jobs) - len(now) - len(left_out)} done, {len(now)} to run"
           + (told if now else ""), flush=True)  # fmt: skip
+    own, device = study["plan"].get("dtype") or "auto", plumbing.pick_device("auto")
+    if now and plumbing.pick_dtype(own, device)[0] != plumbing.pick_dtype("auto", device)[0]:
+        print(f"  in {own}, as the pilot was; this machine would have chosen otherwise, and may be slow at it")
     for word, some in (("to run", now if args.dry else []), ("left out by --budget", left_out)):
         for arm in dict.fromkeys(job["arm"] for job in some):
             seeds = ", ".join(str(job["seed"]) for job in some if job["arm"] == arm)
@@ -283,7 +298,7 @@ def make_ready(plan, jobs, args):
         run_one(pilot, args, {})
     for name in sorted(asked & MAPS.keys()):
         words = ["maps.py", "--data", str(args.data), "--map", *MAPS[name], "--out", str(ready[name])]
-        words += [] if name == "coarse" else ["--run", str(pilot["out"])]
+        words += [] if name == "coarse" else ["--run", str(pilot["out"]), *number_format(plan)]
         if not list(ready[name].glob("*.safetensors")):
             home.mkdir(parents=True, exist_ok=True)
             execute(words, home / f"{name}.log", args.threads)

@@ -26,14 +26,19 @@ def read_rows(folder):
     return list({row["key"]: row for row in plumbing.read_log(folder / "rows.jsonl")}.values())
 
 
+def number_format(plan):
+    """Flags of the number format that the pilot ran in; none before there is a pilot: the machine chooses."""
+    return ["--dtype", plan["dtype"]] if plan.get("dtype") else []
+
+
 def commands(job, args, ready):
-    """-> {stage: words}: what a user would type behind `python`."""
+    """-> {stage: words}: what a user would type behind `python`. A recipe may look less often than once an epoch."""
     out, data, plan = str(job["out"]), str(args.data), job["plan"]
-    on = ["--data", data, "--eval-on", plan["split"], "--seed", str(job["seed"])]
+    on = ["--data", data, "--eval-on", plan["split"], "--seed", str(job["seed"]), *number_format(plan)]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
-    probe = ["probe.py", out, "--data", data, "--split", plan["split"]]
+    probe = ["probe.py", out, "--data", data, "--split", plan["split"], *number_format(plan)]
     every = {
-        "pretrain": ["pretrain.py", *recipe, *on, "--out", out, "--eval-every", "1", "--resume"],
+        "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],
         "probe": probe + ([] if job["phase"] == "pilot" else ["--headline"]),  # the pilot's brings the controls
         "stress": ["-m", "lab.stress", *probe[1:], "--only", "cutout", "--images", "1000000"],
         "finetune": ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full", "--resume"],
@@ -47,7 +52,7 @@ def execute(words, log, threads, lock=None):
     A stage that fails is a UserError with its last line.
     """
     script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with open(log, "ab") as file:
         keep = () if lock is None else (lock,)
         process = subprocess.Popen([sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=keep)

@@ -29,6 +29,7 @@ with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
 while "PRETEND_UNTIL" in os.environ and seed == 2000 and not os.path.exists(os.environ["PRETEND_UNTIL"]):
     time.sleep(0.02)
 if mask == "grid":
+    print("machine  pretended")
     sys.exit("error: the loss is not finite at step 3")
 if mask == "block":
     sys.exit("error: no such thing")
@@ -51,7 +52,7 @@ top1 = bin(int(bits, 16)).count("1") / 8
 row = {"logistic": {"top1": top1, "C": 1.0, "per_class": [1]}, "knn": {"top1": top1}, "retrieval": {"map": .5}}
 rows = {"mean": row} | ({} if "--headline" in sys.argv else {"untrained mean": row, "thumb4": row})
 (out / "probe.json").write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
-                                            "machine": "pretended", "config": {"seed": 0}}))
+                                            "machine": "pretended", "config": {"seed": 0, "dtype": "bf16"}}))
 """
 STRESS = """
 import json, pathlib, sys
@@ -106,7 +107,7 @@ def calls(home):
 
 
 KNOWN = {"guided": "attn_high", "fg": "{coarse}", "parts": "{parts}", "dino": "d.pth",
-         "strategies": ["random", "learned"], "blr": 4e-3, "epochs": 20}  # fmt: skip
+         "strategies": ["random", "learned"], "blr": 4e-3, "epochs": 20, "ratio": 0.75, "depth": "1"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", plans.MAKE)
@@ -172,7 +173,10 @@ def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeyp
     row = rows["attn_high"][1]
     assert row["commit"] == "abc1234" and row["machine"] == "pretended" and row["metrics"]["top1"] == 100.0
     assert row["curve"]["seconds"][:3] == [0, 6, 12] and row["seconds"]["pretrain"] == 81  # evaluations are not counted
-    assert row["commands"][0].startswith("OMP_NUM_THREADS=1 python pretrain.py --model nano")
+    pilot = next(r for r in study.read_rows(folder) if r["seed"] == 1000)
+    assert row["commands"][0].startswith("OMP_NUM_THREADS=1 python pretrain.py --eval-every 1 --model nano")
+    assert ["--dtype bf16" in line for line in pilot["commands"] + row["commands"]] == [False, False, True, True]
+    assert "in bf16" in (home / "results/STUDY.md").read_text()  # the pilot's format, whatever this machine likes best
     assert {"table.md", "table.csv", "verdicts.json", "curves.png", "bars.png"} <= {p.name for p in folder.iterdir()}
     text = (home / "results/STUDY.md").read_text()
     assert "8 of 8 planned runs are there" in text and "untrained encoder 50.0 %" in text
@@ -187,6 +191,10 @@ def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, smal
     assert len(calls(home)) == 7 and "6 done, 0 to run" in capsys.readouterr().out
     ask(monkeypatch, small, "--plan", "ablations", "--exploratory", "--seeds", 1, "--budget", 1e-6)
     assert len(calls(home)) == 7  # its pilot was there, and nothing fits into the budget
+    panels = json.loads((home / "results/study/ablations-packed-exploratory/PLAN.json").read_text())["panels"]
+    assert panels["decoder depth"]["random"] == {"1": "random", "2": "random --decoder-depth 2",
+                                                 "4": "random --decoder-depth 4"}  # the recipe has 1  # fmt: skip
+    assert panels["weight of flat patches"]["raw pixels"]["1"] == "random --no-norm-pix"
     ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
     assert len(calls(home)) == 11  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
     text = (home / "results/STUDY.md").read_text()
@@ -204,6 +212,7 @@ def test_the_budget_leaves_out_whole_seeds_and_says_so(home, small, monkeypatch,
 
 
 def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home, small, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else what is printed comes behind the error, at exit
     words = ["--plan", "arms", "--arms", "grid", "block", "--exploratory", "--seeds", 1]
     with pytest.raises(UserError, match="1 runs failed.*block, seed 2000.*no such thing"):
         ask(monkeypatch, small, *words)
@@ -248,6 +257,8 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
                            (["--jobs", 0], "--jobs 0")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             ask(monkeypatch, small, "--plan", "h1", *words)
+    with pytest.raises(UserError, match="leave --eval-every out"):
+        ask(monkeypatch, small, "--plan", "h1", "--recipe", "--model nano --eval-every 4")
 
 
 def row_folder(base):
