@@ -32,7 +32,7 @@ from lab.splits import assign_splits, crossing, drop_copies, join_groups, large_
 from loader import open_split
 from plumbing import UserError, atomic, cli
 
-TOON_SHARES = (0.7, 0.15, 0.15)
+SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
 CROPS = ("centre", "figure")
 MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
 
@@ -183,11 +183,12 @@ def add_tags(records, dims, stream):
     return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
 
 
-def pack(path, out, size=128, shares=(0.7, 0.1, 0.2), dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
+def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
     pattern = compiled(group_by)
     is_toon = str(path) == "toon"
+    shares = shares or (TOON_SHARES if is_toon else SHARES)
     records, notes, dims, fetch, stream = (
         open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
     )
@@ -255,7 +256,7 @@ def dataset_folder(data, image_size=128):
         return path
     if path.name == "toon" and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):  # or cut short
         print(f"drawing the demo set into {path} (once)")
-        pack("toon", path, shares=TOON_SHARES)
+        pack("toon", path)
         return path
     out = default_out(path)
     if not (out / "train.safetensors").exists():
@@ -326,7 +327,8 @@ def main():
     add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
     add("--margin", type=float, default=0.1, help="room around the figure, as a share of it on each side")
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
-    add("--split", default=".7,.1,.2", help="shares of train,val,test where the source does not give the splits")
+    default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
+    add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
     add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
     add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
     add(
@@ -347,7 +349,7 @@ def main():
         return show(args, out)
     if (Path(out) / "train.safetensors").exists():
         raise UserError(f"{out} is packed already; give another --out, or remove it first")
-    pack(args.path, out, args.size, parse_shares(args.split), args.dev, args.seed, args.group_by, args.crop,
+    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop,
          args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
     print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
 

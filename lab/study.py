@@ -74,6 +74,9 @@ def check(args):
             masking.parse_mask(arm.split(" ")[0])
         except ValueError as problem:
             raise UserError(problem) from None
+    if args.plan == "tune" and args.guided.split(" ")[0] != "attn_high":
+        raise UserError(f"--guided {args.guided}: plan tune has trials for attn_high alone, as many as for random; "
+                        "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
 

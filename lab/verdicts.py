@@ -89,13 +89,14 @@ def of_differences(values, part):
     """Paired differences -> interval, p values, and what n seeds can see.
 
     power: chance that n seeds tell an effect as large as the claim from none, the deviation being the one found;
-    needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found).
+    needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found, if any).
     """
     t, deviation, claim = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
+    asked = claim or max(0.0, float(t["mean"]))
     return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
             "p_against": float(stats.p_below(values, part["claim"])), "per_seed": [float(v) for v in values],
             "power": stats.t_power(claim, deviation, len(values)) if claim else None,
-            "needed": stats.seeds_needed(claim or max(0.0, float(t["mean"])), deviation)}  # fmt: skip
+            "needed": (stats.seeds_needed(asked, deviation) or "over 100") if asked else None}  # fmt: skip
 
 
 def of_epochs(part, plan, pairs):
@@ -106,9 +107,11 @@ def of_epochs(part, plan, pairs):
     if saved is None:
         return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
     result, notes = of_differences(saved, part), []
+    if same or late or base_late:
+        result |= {"power": None, "needed": None}
     if same:
         notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
-        result |= {"p": 1.0, "p_against": 1.0, "power": None, "needed": None}
+        result |= {"p": 1.0, "p_against": 1.0}
     if late or base_late:
         bound = "open" if late and base_late else "at most this" if late else "at least this"
         notes.append(f"{late} runs and {base_late} baselines of {len(pairs)} pairs never reached {threshold:.1f} %: "
@@ -120,6 +123,28 @@ def of_epochs(part, plan, pairs):
     return result | {"notes": notes}
 
 
+def checks(part, plan, rows):
+    """Two other ways to count the epochs of a part, which no plan asked for -> [line], none where it has no effect.
+
+    A mean of ratios leans against the arm if the baseline's epochs vary; and one pilot may be a lucky seed.
+    """
+    seeds, pairs = pair_up(part, rows)
+    threshold, curves = plan["thresholds"].get(part["against"]), [base["curve"]["linear"] for _, base in pairs]
+    if len(seeds) < 2 or threshold is None or equal_epochs(pairs, threshold)[0] is None:
+        return []
+    logs = stats.paired_t([np.log(1 - s / 100) for s in equal_epochs(pairs, threshold)[0]])
+    mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
+    lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+    own = float(np.mean([c[0] + 0.9 * (c[-1] - c[0]) for c in curves]))
+    saved, (late, base_late), _ = equal_epochs(pairs, own)
+    if saved is not None:
+        t, never = stats.paired_t(saved), f"; {late} runs and {base_late} baselines never reach it"
+        lines.append(f"with {own:.1f} %, the threshold that these {len(pairs)} baselines would have given instead of "
+                     f"the pilot, {t['mean']:+.1f} ({t['low']:+.1f} to {t['high']:+.1f}"
+                     f"{never if late or base_late else ''})")  # fmt: skip
+    return lines
+
+
 def of_variance(pairs):
     """Variance of Top-1 over seeds against the baseline's, by F; few seeds are reported, and decide nothing.
 
@@ -127,7 +152,8 @@ def of_variance(pairs):
     """
     n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
     f = stats.variance_ratio(*values)
-    needed = next((k for k in range(TEN, 201) if f["ratio"] < 1 and stats.f_power(f["ratio"], k) >= 0.8), None)
+    enough = (k for k in range(TEN, 201) if stats.f_power(f["ratio"], k) >= 0.8)
+    needed = next(enough, "over 200") if f["ratio"] < 1 else None
     few, power = n < TEN, stats.f_power(0.5, n)
     return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
             "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2, "needed": needed,
@@ -232,7 +258,8 @@ def summary(plan, rows, groups):
                     part = {"what": key, "arm": arm, "against": line["against"], "claim": 0.0}
                     line[name] = measure(part, plan, rows, groups)
         table.append(line)
-    compared = [x["difference"] for x in table if "difference" in x]
-    for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):
-        part["holm_p"] = p
+    for name in DIFFERENCES.values():
+        compared = [x[name] for x in table if name in x]
+        for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):
+            part["holm_p"] = p
     return table

@@ -323,6 +323,16 @@ def test_the_demo_set_can_be_long_tailed():
     assert sizes[0] >= 5 and sizes[-1] > 20 * sizes[0] and len(sizes) == 48
 
 
+def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(data, "near_duplicates", lambda *_: ([], []))
+    monkeypatch.setattr(data, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
+    monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed")])
+    data.main()
+    data.dataset_folder(tmp_path / "toon")
+    assert shares == [data.TOON_SHARES] * 2
+
+
 def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
     """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone counts."""
     calls = []

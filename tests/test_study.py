@@ -257,6 +257,8 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
                            (["--jobs", 0], "--jobs 0")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             ask(monkeypatch, small, "--plan", "h1", *words)
+    with pytest.raises(UserError, match="plan tune has trials for attn_high alone"):
+        ask(monkeypatch, small, "--plan", "tune", "--guided", "attn_hint")
     with pytest.raises(UserError, match="leave --eval-every out"):
         ask(monkeypatch, small, "--plan", "h1", "--recipe", "--model nano --eval-every 4")
 
@@ -343,6 +345,19 @@ def judge(plan, rows):
 def h1_rows(plan, high, speed, **more):
     top1 = {arm: 80.0 for arm in plan["arms"]} | {"attn_high": high}
     return synthetic(plan, top1, {arm: 1.0 for arm in plan["arms"]} | {"attn_high": speed}, **more)
+
+
+def test_epochs_are_counted_two_other_ways_beside_the_plan():
+    plan = plan_of("h1") | {"thresholds": {"random": 59.9}}
+    rows = h1_rows(plan, 80.0, 2.0)  # random ends at 60 after 20 epochs, attn_high after 10
+    part = plan["hypotheses"][0]["parts"][1]
+    by_logarithm, own = verdicts.checks(part, plan, rows)
+    assert by_logarithm.startswith("by logarithms of the epochs +") and "the threshold that these 5 baselines" in own
+    assert float(own.split(" ")[1]) == pytest.approx(20 + 0.9 * 40, abs=1)
+    saved = [float(line.split(" +")[1].split(" ")[0]) for line in (by_logarithm, own)]
+    assert saved == pytest.approx([50, 50], abs=2) and "never" not in own
+    assert "5 runs and 0 baselines never" in verdicts.checks(part, plan, h1_rows(plan, 80.0, 0.5))[1]
+    assert verdicts.checks(part, plan, h1_rows(plan_of("h1", seeds=1), 80.0, 2.0)) == []
 
 
 def test_a_large_effect_is_supported():
