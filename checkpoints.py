@@ -23,6 +23,7 @@ from torch import nn
 
 import formats
 from formats import as_convolution, count_blocks, is_decoder, read_checkpoint, save_weights
+from kernels.gather import MEAN, STD
 from model import SIZES, Decoder, LoRA, ViT, lora_layers, merge_lora, remove_lora
 from plumbing import UserError
 
@@ -299,6 +300,7 @@ def timm_line(facts, path):
     kin = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(facts["dim"], "small")
     numbers = {"img_size": facts["image_size"], "patch_size": facts["patch_size"], "embed_dim": facts["dim"],
                "depth": facts["depth"], "num_heads": facts["heads"], "num_classes": 0}  # fmt: skip
+    numbers["pretrained_cfg_overlay"] = {"mean": MEAN, "std": STD, "input_size": (3, *2 * [facts["image_size"]])}
     words = ", ".join(f"{k}={v}" for k, v in numbers.items())
     return f'timm.create_model("vit_{kin}_patch16_224", {words}, checkpoint_path="{path}")'
 
@@ -315,6 +317,8 @@ def export(source, to, out=None, image_size=None):
         save_encoder(encoder, out, {"merged": str(source)})
         return out, f"checkpoints.load_encoder({str(out)!r})"
     weights, facts = at_size(*read_checkpoint(source), image_size, source)
+    if not count_blocks(weights, "decoder_blocks"):  # SimMIM's linear head is nobody else's
+        weights = {k: w for k, w in weights.items() if not is_decoder(k)}
     check_whole(weights, facts, source)
     weights = as_convolution(weights)
     if to == "hf":

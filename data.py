@@ -76,7 +76,7 @@ def write_split(path, rows, dims, records, labels, about):
     dims is {plane: shape of one row}.
     """
     stride = {p: math.prod(dims[p]) for p in dims}
-    room = len(header_json(records, about, [])) * 9 // 8 + 2**17  # quotes grow; reasons for a hundred skipped files
+    room = len(json.dumps(header_json(records, about, []))) + 2**18  # and reasons for a hundred skipped files
     starts = [8 + room + len(records) * before for before in np.cumsum([0, *stride.values()]).tolist()]
     kept, skipped = [], []
     with atomic(path) as temporary, open(temporary, "w+b") as f:
@@ -88,7 +88,6 @@ def write_split(path, rows, dims, records, labels, about):
                 f.seek(start + len(kept) * stride[p])
                 f.write(np.ascontiguousarray(row[p]).data)
             kept.append(record)
-        check_skipped(path, skipped, len(records))
         f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(dims, starts, strict=False)]))
         f.write(np.array([labels[r.label] for r in kept], "<i8").tobytes())
         f.truncate()
@@ -104,9 +103,9 @@ def header_json(records, about, skipped):
                                "skipped": len(skipped), "skipped_first": skipped[:100]})  # fmt: skip
 
 
-def check_skipped(path, skipped, n):
+def check_skipped(out, skipped, n):
     if len(skipped) > 0.05 * n:
-        raise UserError(f"{len(skipped)} of {n} images for {path} can't be read, more than 5 %; the first: "
+        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: "
                         + "; ".join(f"{key} ({why})" for key, why in skipped[:3]))  # fmt: skip
 
 
@@ -159,10 +158,11 @@ def near_duplicates(records, fetch, dedupe):
     if dedupe == "off" or fetch is None:
         return [], []
     thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
+    place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = worked(records, fetch, lambda r, data: duplicates.thumbnail(data))
-    for i, (_, row) in enumerate(tqdm(rows, "looking for copies", len(records), unit="img", disable=None)):
+    for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):
         if not isinstance(row, Exception):
-            thumbs[i] = row
+            thumbs[place[record.key]] = row
     pairs = duplicates.pairs(thumbs)
     return pairs, duplicates.report(records, pairs)
 
@@ -217,7 +217,9 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
 def write_all(out, records, classes, dims, stream, about):
     """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    written = []
+    written, lost = [], []
+    for split in ("train", "test", "val", "dev"):  # what a packing that was killed has left
+        (Path(out) / f"{split}.safetensors").unlink(missing_ok=True)
     try:
         for split in sorted({r.split for r in records}, key=["test", "val", "dev", "train"].index):
             own = [r for r in records if r.split == split]
@@ -225,8 +227,10 @@ def write_all(out, records, classes, dims, stream, about):
             bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
             skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
             written.append(path)
-            lost = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{lost}")
+            lost += skipped
+            check_skipped(out, lost, len(records))
+            told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
     except BaseException:
         for path in written:
             path.unlink()
@@ -261,7 +265,7 @@ def dataset_folder(data, image_size=128):
     out = default_out(path)
     if not (out / "train.safetensors").exists():
         pack(path, out, max(128, image_size))
-    elif open_split(out, "train")["header"]["source"] != str(data):
+    elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
         raise UserError(
             f"{out} was packed from another place; python data.py {data} --out datasets/OTHER, then --data that"
         )
@@ -288,6 +292,8 @@ def check(args):
         raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
     if not 0 <= args.tail <= 5 or (args.tail and args.path != "toon"):
         raise UserError(f"--tail {args.tail:g} must lie between 0 and 5, and is for the demo set: python data.py toon")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be 0 or more")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
 

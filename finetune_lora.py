@@ -233,8 +233,10 @@ def run(args, seed, out, device, dtype, rank, world):
     config = config_of(args, seed, mark)
     state = plumbing.open_run(out, config, args.resume)
     if state and (out / "metrics.json").exists():
-        print(f"run      {out} is finished")
-        return json.loads((out / "metrics.json").read_text())
+        row = json.loads((out / "metrics.json").read_text())
+        if row["evaluated_on"] == args.eval_on:  # else the finished weights are judged on the other split, too
+            print(f"run      {out} is finished")
+            return row
 
     # a frozen encoder that sees the same views each epoch is asked once; its features then are the "images"
     bank = None
@@ -378,7 +380,7 @@ def run(args, seed, out, device, dtype, rank, world):
     dev_seen, seen = looked_at(dev_name, dev, dev_rows), looked_at(args.eval_on, held, held_rows, "reported split")
     gallery = net.neck(whole.to(device)).cpu()
     about = {"method": args.method, "base": str(args.encoder), "fingerprint": mark, "image_size": S, "data": args.data,
-             "packed_size": train["images"].shape[1],
+             "packed_size": train["images"].shape[1], **{k: train["header"][k] for k in ("crop", "margin")},
              "commit": plumbing.commit(), "machine": plumbing.machine(device)}  # fmt: skip
     strangers = (own[dev["labels"]] < 0).nonzero()[:, 0]  # left out by --hold-out: what "unknown" looks like
     unknown = looked_at(dev_name, dev, strangers)[1] if len(strangers) else None

@@ -97,13 +97,19 @@ class Guide:
             known = patch_detail(view, every, self.patch)
         else:
             with self.autocast():
-                self.guess = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
+                self.graph = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
+            self.guess = self.graph.detach().requires_grad_()  # its gradient gathers over the parts of a batch
             known = self.guess.detach()
         return {self.need: ranks.all_rows(known).roll(1, 0)[mine] if self.shuffle else known}
 
     def loss(self, part, ids_mask, error):
         """What the predictor learns from the errors (B, M) of the hidden patches; 0 where there is none."""
         return ranking_loss(self.guess[part].gather(1, ids_mask), error) if "predictor" in self.networks else 0.0
+
+    def learn(self):
+        """After the backward passes of a batch's parts: what they ask of the guess goes on to the predictor."""
+        if "predictor" in self.networks:
+            self.graph.backward(self.guess.grad)
 
     @torch.no_grad()
     def follow(self, encoder, t):
@@ -157,13 +163,16 @@ def attention(encoder, image_size, images, rows, source, autocast):
     """
     if source == "unusual":
         some = loader.spread(len(images), SAMPLE)
-        usual = sum(t.double().sum(0) for _, t in patch_tokens(encoder, image_size, images, some, autocast)) / len(some)
+        sample = patch_tokens(encoder, image_size, images, some, autocast)
+        usual = sum(t.cpu().double().sum(0) for _, t in sample) / len(some)  # Metal has no float64
+        usual = usual.float().to(encoder.cls_token.device)
         for index, tokens in patch_tokens(encoder, image_size, images, rows, autocast):
-            yield index, (tokens - usual.float()).norm(dim=2)
+            yield index, (tokens - usual).norm(dim=2)
         return
     for index, view in loader.whole_views(images, rows, image_size, encoder.cls_token.device):
         with autocast():
-            yield index, encoder.patch_attention(view, source).float().mean(1)
+            found = encoder.patch_attention(view, source)
+        yield index, found.float().mean(1)
 
 
 def patch_tokens(encoder, image_size, images, rows, autocast):

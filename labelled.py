@@ -26,7 +26,7 @@ def open_labelled(folder, name):
 
 
 def hold_apart(split, rows, share, seed=0):
-    """Rows (i64) -> (to learn from, about `share` of them held apart); no group is torn, no class emptied."""
+    """Rows (i64) -> (to learn from, about `share` of them held apart); no group is torn, two of each class stay."""
     groups = np.array(split["header"]["groups"] or split["header"]["keys"])[rows.numpy()]
     labels = split["labels"][rows].numpy()
     names, of = np.unique(groups, return_inverse=True)
@@ -34,7 +34,7 @@ def hold_apart(split, rows, share, seed=0):
     members = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
     for group in np.random.default_rng(seed).permutation(len(names)):
         taken = np.bincount(labels[members[group]], minlength=len(left))
-        if held.sum() + taken.sum() <= share * len(rows) and (left - taken)[taken > 0].min() > 0:
+        if held.sum() + taken.sum() <= share * len(rows) and (left - taken)[taken > 0].min() > 1:
             held[members[group]] = True
             left -= taken
     return rows[torch.from_numpy(~held)], rows[torch.from_numpy(held)]

@@ -84,8 +84,8 @@ def tokens_of(images, rows, encoder, image_size, device, autocast):
     """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order."""
     for index in rows.split(loader.CHUNK):
         batch = loader.take(images, index, device)
+        view = loader.view_images(batch, *loader.full_boxes(len(index)), image_size)
         with autocast():
-            view = loader.view_images(batch, *loader.full_boxes(len(index)), image_size)
             tokens = saliency.last_tokens(encoder, view)
         yield batch.to(home(device)), tokens.to(home(device))
 

@@ -36,6 +36,8 @@ class UserError(Exception):
 
 def cli(main):
     """Run a stage's main; a UserError becomes one line on stderr (one a process) and exit status 2."""
+    with contextlib.suppress(AttributeError):  # a file's name may be no text at all
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as problem:
@@ -63,7 +65,13 @@ def pick_device(name):
         raise UserError(
             f"--device {name} is not on this machine; there is: {', '.join(k for k, y in there.items() if y)}"
         )
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is no device of this machine; try --device {name.split(':')[0]}")
+    return device
 
 
 def keep_freed_memory():
@@ -107,7 +115,11 @@ def commit():
     """The commit that this code is at, with a + if code was changed since: results name it."""
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        try:
+            here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+            return subprocess.run(["git", *words], **here).stdout.strip()
+        except OSError:  # there is no git on this machine
+            return ""
 
     return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
 
@@ -152,7 +164,7 @@ def atomic(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as f:
+        with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as problem:

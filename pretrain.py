@@ -188,8 +188,11 @@ def main():
     if B == 0:
         raise UserError(f"{folder} has {len(train['images'])} training images, --accumulate needs {args.accumulate}")
     if B % (world * args.accumulate):
+        parts = world * args.accumulate
+        can = next((n for n in (-(-B // parts) * parts, B // parts * parts) if 0 < n <= len(train["images"])), None)
+        mend = f"--batch-size {can} can" if can else f"{folder} has {len(train['images'])}: use fewer processes"
         raise UserError(f"a batch of {B} images can't be shared by {world} processes in {args.accumulate} parts each; "
-                        f"--batch-size {-(-B // world // args.accumulate) * world * args.accumulate} can")  # fmt: skip
+                        f"{mend}")  # fmt: skip
     b = B // world
     mine = slice(rank * b, rank * b + b)  # this process's part of every batch
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
@@ -300,6 +303,7 @@ def main():
                 loss = loss + partial.detach()
 
             # step
+            guide.learn()
             ranks.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             for group in optimizer.param_groups:

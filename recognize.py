@@ -44,7 +44,7 @@ def parse_args():
     add("--threshold", type=float, metavar="COSINE", help="below it a face is unknown (default: as calibrated)")
     add("--json", action="store_true", help="print a JSON object a picture")
     add("--nearest", type=int, default=3, metavar="N", help="gallery faces that are named beside each answer")
-    add("--crop", default="centre", choices=data.CROPS, help="square that is looked at, as in data.py")
+    add("--crop", choices=data.CROPS, help="square that is looked at, as in data.py (default: as it was trained)")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
@@ -84,12 +84,15 @@ def archive_or_list(path):
         return False
 
 
-def pictures(paths, size, crop, problems):
-    """Yield (key, u8 (size, size, 3)) of all that can be read; what can't is noted in problems."""
-    for path in paths:
+def pictures(args, header, problems):
+    """Yield (key, u8 (size, size, 3)) of all that can be read, cut as in training; what can't is noted in problems."""
+    size, margin = header["packed_size"], header.get("margin", 0.1)
+    crop = args.crop or header.get("crop", "centre")
+    look = lambda r, b: decode(b, size, False, r.box, crop, margin)["images"]  # noqa: E731
+    for path in args.images:
         try:
             records, fetch = open_pictures(path)
-            for record, row in data.worked(records, fetch, lambda r, b: decode(b, size, False, r.box, crop)["images"]):
+            for record, row in data.worked(records, fetch, look):
                 if isinstance(row, Exception):
                     reason = re.sub(r" <.*?>", "", " ".join(str(row).split()))[:100] or type(row).__name__
                     problems.append((record.key, f"{record.key} is not a picture that can be read: {reason}"))
@@ -160,7 +163,7 @@ def in_words(row, threshold):
 def recognise(args, net, header, gallery, autocast):
     threshold, problems, named = args.threshold, [], 0
     threshold = gallery["threshold"] if threshold is None else threshold
-    found = pictures(args.images, header["packed_size"], args.crop, problems)
+    found = pictures(args, header, problems)
     for keys, images in in_batches(found, loader.CHUNK):
         logits, embeddings = look_at(net, images, header["image_size"], autocast)
         for row in answers(keys, logits, embeddings, gallery, threshold, args.nearest):
@@ -181,7 +184,7 @@ def enrol(args, net, header, gallery, autocast):
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     new, keys = [], []
-    for some, images in in_batches(pictures(args.images, header["packed_size"], args.crop, problems), loader.CHUNK):
+    for some, images in in_batches(pictures(args, header, problems), loader.CHUNK):
         new.append(look_at(net, images, header["image_size"], autocast)[1])
         keys += some
     if problems:

@@ -28,7 +28,7 @@ def open_image(data, least):
         if img.mode.startswith(("I", "F")):
             img = eight_bits(img)
         ImageOps.exif_transpose(img, in_place=True)
-        return img.convert("RGBA" if has_alpha(img) else "RGB"), scale
+        return img.convert("RGBA" if has_alpha(img) and not opaque(img) else "RGB"), scale
 
 
 def eight_bits(img):
@@ -43,6 +43,11 @@ def eight_bits(img):
 
 def has_alpha(img):
     return img.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in img.info
+
+
+def opaque(img):
+    """Does its alpha channel hide nothing? Many a PNG has one that nobody ever painted."""
+    return img.convert("RGBA").getextrema()[3][0] == 255
 
 
 def figure_box(img, border=3, side=32):
@@ -106,9 +111,9 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
 
 
 def any_alpha(records, fetch):
-    """Do the images carry the figure's mask? Looks at the headers of up to 64 of them, evenly spread."""
+    """Do the images carry the figure's mask? Looks at up to 64 of them, evenly spread."""
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception), Image.open(io.BytesIO(load())) as img:  # a broken one is named later
-            found += has_alpha(img)
+            found += has_alpha(img) and not opaque(img)
     return found * 2 > len(some)

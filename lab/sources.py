@@ -11,6 +11,7 @@
 `notes` are lines for the user about what was left out. Nothing is extracted to disk and no picture is opened here.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -65,7 +66,10 @@ def checked(path, records, fetch, notes=()):
     """Every key once; a note on classes that differ only in case (Miku, miku), which stay two classes."""
     if not records:
         raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
-    once = list({r.key: r for r in reversed(records)}.values())[::-1]  # of equal names the first stays
+    first = {}
+    for r in records:
+        first.setdefault(r.key, r)
+    once = list(first.values())
     notes = list(notes)
     if len(once) < len(records):
         notes.append(f"{len(records) - len(once)} names came twice; the first of each is kept")
@@ -149,10 +153,11 @@ def walk(folder, above=()):
     if me in above:
         return
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.is_dir():
-            yield from walk(entry.path, (*above, me))
-        elif entry.is_file():  # a link to nowhere is neither
-            yield entry.path
+        with contextlib.suppress(OSError):  # a link to itself
+            if entry.is_dir():
+                yield from walk(entry.path, (*above, me))
+            elif entry.is_file():  # a link to nowhere is neither
+                yield entry.path
 
 
 def from_folder(root):
@@ -164,9 +169,13 @@ def from_folder(root):
 
 def from_list(lines):
     """One path a line, relative to where you stand; split and class are said by the path, as in a folder."""
-    names = [line.rstrip("\r\n") for line in lines]
-    names = sorted(n for n in names if is_image(os.path.normpath(n)))
-    return by_path(names, [Path(os.path.normpath(n)).as_posix() for n in names]), fetch_files(".")
+    names = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()]
+    top = "."
+    if names and all(map(os.path.isabs, names)):  # what is above all of them names neither a split nor a class
+        top = os.path.commonpath([os.path.dirname(n) for n in names])
+    told = sorted((n, Path(os.path.relpath(n, top)).as_posix()) for n in names)
+    told = [(place, name) for place, name in told if is_image(name)]
+    return by_path([place for place, _ in told], [name for _, name in told]), fetch_files(".")
 
 
 def from_table(path):
@@ -180,7 +189,7 @@ def from_table(path):
             columns = tuple(cell.strip().lower() for cell in row)
             continue
         cells = dict(zip(columns, row, strict=False))
-        if len(row) > len(columns) or not cells["path"].strip():
+        if len(row) > len(columns) or not cells.get("path", "").strip():
             raise UserError(f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}")
         split = cells.get("split", "").strip().lower()
         if split and split not in SPLITS:
@@ -209,7 +218,10 @@ def table_rows(path):
 
 
 def from_zip(path):
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as problem:
+        raise UserError(f"{path} is not a whole zip archive: {problem}") from None
     infos = [i for i in archive.infolist() if not i.is_dir()]
     for info in infos:
         refuse_escape(path, info.filename)
@@ -259,8 +271,8 @@ def tar_images(path, wanted):
                 tar.members.clear()  # it would remember every member
                 refuse_escape(path, member.name)
                 if member.isfile() and is_image(member.name):
-                    small = member.size <= MOST_BYTES
-                    yield member.name, tar.extractfile(member).read() if small and wanted(member.name) else None
+                    size = member.size if member.size <= MOST_BYTES else 0  # one too large can't be read, and is named
+                    yield member.name, tar.extractfile(member).read(size) if wanted(member.name) else None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
@@ -380,9 +392,15 @@ def post_names(post):
 
 
 def post_record(post, place):
-    """Tags come as one string (the site's API), by kind or not, or as a list of {name, category}: 4 is a character."""
-    if isinstance(post.get("tags"), list):
-        kinds = [(t["name"], str(t.get("category"))) if isinstance(t, dict) else (str(t), "0") for t in post["tags"]]
+    """Tags come as one string (the site's API), by kind or not, as a list of {name, category} (4 is a character), or as
+    {kind: list}.
+    """
+    if isinstance(post.get("tags"), dict):
+        characters = [str(t) for t in post["tags"].get("character") or ()]
+        tags = [str(t) for kind in post["tags"].values() if isinstance(kind, list) for t in kind]
+    elif isinstance(post.get("tags"), list):
+        both = [t if isinstance(t, dict) else {"name": t} for t in post["tags"]]
+        kinds = [(str(t["name"]), str(t.get("category"))) for t in both if t.get("name")]
         characters, tags = ([t for t, k in kinds if (k == "4") is yes] for yes in (True, False))
     else:
         characters = (post.get("tag_string_character") or "").split()

@@ -257,6 +257,18 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
             C.export(tmp_path, "hf", out)
 
 
+def test_a_simmim_run_goes_out_as_its_encoder(tmp_path):
+    model = M.SimMIM(32, 8, 64, 2, 1)
+    C.save_model(model, tmp_path / "run" / "model.safetensors", {})
+    for to in ("timm", "mae"):
+        out, _ = C.export(tmp_path / "run", to, tmp_path / f"{to}.safetensors")
+        encoder, _ = C.load_encoder(out) if to == "mae" else (None, None)
+        assert not [k for k in load_file(out) if "decoder" in k or "mask_token" in k]
+        if encoder:
+            view = some_view(B=2, S=32)
+            assert torch.equal(encoder.features(view), model.encoder.features(view))
+
+
 # ---- a start for pre-training --------------------------------------------------------------------------------------
 
 

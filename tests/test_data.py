@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import data
 import loader
-from lab import decode, toon
+from lab import decode, sources, toon
 from plumbing import UserError
 
 
@@ -158,6 +158,57 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
         assert (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns == before
     else:
         assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
+    names = [f"ラブライブ高坂穂乃果ちゃん/{i:05}.jpg" for i in range(30_000)]
+    records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
+    rows = ((r, {"images": np.zeros((1, 1, 3), np.uint8)}) for r in records)
+    data.write_split(tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]})
+    assert keys_of(tmp_path, "train") == names
+
+
+def test_what_a_killed_packing_left_is_not_mixed_with_the_next(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=2, each=30)
+    pack(root, tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
+    (tmp_path / "out" / "train.safetensors").unlink()
+    pack(root, tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
+    assert sorted(p.stem for p in (tmp_path / "out").glob("*.safetensors")) == ["train", "val"]
+
+
+def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(draw_folder(tmp_path / "images").parent)
+    for name in ("images/", "images/", "images", "./images", str(tmp_path / "images")):
+        assert data.dataset_folder(name, 16).as_posix() == "datasets/images"
+    draw_folder(tmp_path / "other" / "images")
+    with pytest.raises(UserError, match="packed from another place"):
+        data.dataset_folder("other/images", 16)
+
+
+def test_one_broken_file_of_a_small_split_is_skipped(tmp_path):
+    for split, each in (("train", 30), ("test", 4)):
+        draw_folder(tmp_path / "images" / split, classes=2, each=each)
+    (tmp_path / "images" / "test" / "class0" / "illust0_0.png").write_bytes(b"no image")
+    done = pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    assert "skipped 1, the first: test/class0/illust0_0.png" in done.stdout
+
+
+def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(10):
+        Image.effect_noise((32, 32), 60 + i).convert("RGBA").save(tmp_path / "images" / f"{i}.png")
+    pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    assert "fg" not in loader.open_split(tmp_path / "out", "train")
+    face = Image.new("RGB", (64, 64), (250, 250, 250))
+    face.paste((200, 30, 30), (20, 10, 40, 50))
+    boxes = [decode.figure_box(decode.open_image(saved_png(face.convert(mode)), 32)[0]) for mode in ("RGB", "RGBA")]
+    assert boxes[0] == boxes[1] != (0, 0, 64, 64)
+
+
+def saved_png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_packed_file_that_was_cut_is_refused(tmp_path):

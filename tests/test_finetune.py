@@ -154,6 +154,14 @@ def test_what_is_held_apart_tears_no_group_and_empties_no_class():
     assert 50 <= len(held) <= 60 and set(split["labels"][learn].tolist()) == set(range(6))
 
 
+def test_of_small_classes_two_pictures_stay():
+    labels = torch.cat([torch.arange(20).repeat(2), torch.full((300,), 20)])
+    split = {"header": {"groups": None, "keys": [str(i) for i in range(340)]}, "labels": labels}
+    for seed in range(5):
+        learn, held = labelled.hold_apart(split, torch.arange(340), 0.1, seed)
+        assert labels[learn].bincount().min() == 2 and len(held) == 34
+
+
 def test_augmentation_keeps_its_word():
     view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=plumbing.seeded(0))
     assert (augment.jitter_colour(view, 0.0, plumbing.seeded(1)).int() - view.int()).abs().max() <= 1
@@ -236,6 +244,17 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
         sum(p.numel() for n, p in net.named_parameters() if n.endswith((".A", ".B")) or "head" in n)
         == row["parameters_trained"]
     )
+
+
+def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tmp_path):
+    words = [encoder, "--data", small, "--method", "linear", *QUICK, "--out", tmp_path / "run"]
+    main(*words)
+    first = metrics_of(tmp_path / "run")
+    main(*words, "--resume", "--eval-on", "test")
+    second = metrics_of(tmp_path / "run")
+    assert (first["evaluated_on"], second["evaluated_on"]) == ("val", "test")
+    seen = [sum(map(sum, row["confusion"])) for row in (first, second)]
+    assert seen == [len(loader.open_split(small, name)["labels"]) for name in ("val", "test")]
 
 
 def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(encoder, small, tmp_path, monkeypatch):

@@ -152,6 +152,17 @@ def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     assert {p.name for p in Path("out/snapshots").iterdir()} == {"encoder-0001.safetensors", "encoder-0002.safetensors"}
 
 
+def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for parts in (1, 2):
+        run(monkeypatch, "--data", figures, "--mask", "learned", *QUICK, "--accumulate", parts, "--out", f"{parts}")
+    states = [torch.load(f"{parts}/state.pt", weights_only=True)["predictor"] for parts in (1, 2)]
+    assert all(torch.allclose(states[0][k], states[1][k], atol=2e-3) for k in states[0])
+    torch.manual_seed(0)
+    untrained = guides.LossPredictor(4, 8).state_dict()
+    assert not all(torch.allclose(states[0][k], untrained[k], atol=1e-4) for k in untrained if k.endswith("bias"))
+
+
 def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, "--mask", "simmim", *QUICK, "--out", "sim")

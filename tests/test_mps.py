@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchgen
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -156,6 +157,28 @@ def test_float64_is_seen():
     with log:
         torch.ones(3).double()
     assert torch.float64 in log.dtypes
+
+
+class NoDoubles(TorchDispatchMode):
+    """Metal has no float64: a tensor of it there is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        doubles = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.float64]
+        assert not [x for x in doubles if x.device.type == "mps"], func
+        return out
+
+
+def test_what_is_unusual_is_found_without_float64(monkeypatch):
+    """With tensors that have a device and a shape, and no values: torch can pretend to be on a Mac."""
+    with FakeTensorMode(), NoDoubles():
+        tokens = torch.empty(6, 16, 32, device="mps")
+        monkeypatch.setattr(guides, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
+        encoder = SimpleNamespace(cls_token=tokens)
+        ((_, found),) = guides.attention(encoder, 32, range(6), torch.arange(6), "unusual", None)
+        assert found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
+        with pytest.raises(AssertionError):
+            tokens.double()
 
 
 def test_the_table_is_read_rightly():

@@ -19,6 +19,7 @@ import gallery as G
 import recognize
 from checkpoints import save_encoder
 from lab import metrics
+from lab.decode import decode
 from model import ViT
 from plumbing import UserError
 
@@ -121,6 +122,19 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
     assert [r["best_guess"] for r in zipped] == [r["best_guess"] for r in folder]
     text = ask(capsys, out, pictures / "class1" / "illust3_0.png").out
     assert text.splitlines()[0].split(": ")[1].startswith("class1, confidence")
+
+
+def test_pictures_are_cut_as_those_it_learned_from(run, copy, capsys, monkeypatch):
+    cuts = []
+    monkeypatch.setattr(recognize, "decode", lambda *args: cuts.append(args[4:]) or decode(*args))
+    picture = run[1] / "class1" / "illust3_0.png"
+    ask(capsys, copy, picture)
+    net, header = K.load_classifier(copy)
+    assert (header["crop"], header["margin"]) == ("centre", 0.1)
+    monkeypatch.setattr(recognize, "load_classifier", lambda *_: (net, header | {"crop": "figure", "margin": 0.3}))
+    ask(capsys, copy, picture)
+    ask(capsys, copy, picture, "--crop", "centre")
+    assert cuts == [("centre", 0.1), ("figure", 0.3), ("centre", 0.3)]
 
 
 def test_standard_input_and_what_is_unknown(run, capsys, monkeypatch):

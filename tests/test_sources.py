@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, draw_folder, refused, stage
 from PIL import Image
 
+import data
 import loader
 from lab import decode, sources
 from plumbing import UserError
@@ -105,6 +106,7 @@ def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
     [("a.png,x,nowhere\n", "line 1: split 'nowhere' is unknown"),
      ("a.png,x,train\nb.png,y\n", "1 of 2 rows have no split"),
      ("a.png,x\na.png,x,train,t,more\n", "line 2 is not path,label,split,tags"), (",x\n", "line 1 is not path"),
+     ("label,path\nx\n", "line 2 is not label,path"),
      ("", "no image found")],
 )  # fmt: skip
 def test_a_wrong_table_is_one_line(tmp_path, text, says):
@@ -170,18 +172,21 @@ def test_moeimouto_loses_its_running_numbers(tmp_path):
 POSTS = [{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile", "category": "0"}]},
          {"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159},
          {"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"},
+         {"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}}, {"id": 11, "tags": [{"category": 4}]},
          {"id": 999, "tag_string": "not_downloaded"}]  # fmt: skip
 
 
 def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
-    lay(tmp_path, ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg", "8.png"])
+    lay(tmp_path, ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg", "8.png", "10.png",
+                   "11.png"])  # fmt: skip
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS) + "{broken\n")
     for path in (tmp_path, tmp_path / "metadata.jsonl"):
         records, _, notes = sources.find(path)
         assert {r.key: (r.label, r.group, r.tags) for r in records} == {
             "512px/0159/263159.jpg": ("miku", "263159", ("smile",)),
             "images/ab/ab12.jpg": ("rin", "263159", ("smile", "hat")),
-            "8.png": (None, "8", ("smile",))}  # fmt: skip
+            "8.png": (None, "8", ("smile",)), "10.png": ("luka", "10", ("hat",)),
+            "11.png": (None, "11", ())}  # fmt: skip
         assert notes == ["1 lines of the metadata have no picture here", "1 lines are no JSON objects"]
     (tmp_path / "metadata.jsonl").write_text("[1, 2]\nhello\n")
     with pytest.raises(UserError, match="2 lines are no JSON objects"):
@@ -229,12 +234,48 @@ def test_a_cut_tar_is_refused(tmp_path, kind):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_zip_with_a_damaged_directory_is_refused(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", png())
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"PK\x01\x02", b"PK\xff\xff"))
+    with pytest.raises(UserError, match="not a whole zip"):
+        sources.find(path)
+
+
+def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
+    """`tar -r` writes a name a second time: what is fetched then comes in another order than the records."""
+    pictures = {f"a/{i}.png": png(seed=i, colour=(20 * i, 90, 200 - 20 * i), size=(48, 48)) for i in range(8)}
+    pictures["a/8.png"] = pictures["a/3.png"]
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in [*pictures, "a/0.png"]:
+            info = tarfile.TarInfo(name)
+            info.size = len(pictures[name])
+            tar.addfile(info, io.BytesIO(pictures[name]))
+    records, fetch, notes = sources.find(tmp_path / "set.tar")
+    assert len(records) == 9 and notes == ["1 names came twice; the first of each is kept"]
+    pairs, _ = data.near_duplicates(records, fetch, "group")
+    assert [{records[i].key for i in pair} for pair in pairs] == [{"a/3.png", "a/8.png"}]
+
+
+def test_where_a_list_of_whole_paths_lies_says_nothing_of_splits_and_classes(tmp_path):
+    lay(tmp_path / "dev" / ".cache" / "set", ["miku/1.png", "miku/2.png", "rin/3.png"])
+    root = tmp_path / "dev" / ".cache" / "set"
+    lines = [f"{root}/miku/1.png\n", f"{root}/rin/3.png\n", f"{root}/miku/2.png\n", "\n"]
+    records, fetch = sources.from_list(lines)
+    assert {r.key: (r.label, r.split) for r in records} == {
+        "miku/1.png": ("miku", None), "miku/2.png": ("miku", None), "rin/3.png": ("rin", None)}  # fmt: skip
+    assert all(load() == (root / r.key).read_bytes() for r, load in fetch(records))
+
+
 def test_links_are_followed_but_never_round_in_circles(tmp_path):
     lay(tmp_path / "else", ["rin/1.png"])
     lay(tmp_path / "set", ["miku/1.png"])
     os.symlink(tmp_path / "else" / "rin", tmp_path / "set" / "rin")
     os.symlink(tmp_path / "set", tmp_path / "set" / "miku" / "loop")
     os.symlink(tmp_path / "set" / "miku", tmp_path / "else" / "rin" / "round")
+    os.symlink("self.png", tmp_path / "set" / "miku" / "self.png")
     os.symlink(tmp_path / "nowhere.png", tmp_path / "set" / "miku" / "dead.png")
     keys = set(told(tmp_path / "set"))
     assert {"miku/1.png", "rin/1.png"} <= keys and len(keys) <= 4
