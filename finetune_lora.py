@@ -118,9 +118,9 @@ def check(args):
     given = {k: v for k, v in vars(args).items() if v is not None}
     usual = DEFAULTS[args.method] | ({"layer_decay": 1.0} if args.from_scratch else {})
     vars(args).update({"augment": args.method != "linear", "data": None} | usual | given)
-    for name in ("epochs", "batch_size", "seeds", "r"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name, least in (("epochs", 1), ("batch_size", 2), ("seeds", 1), ("r", 1)):  # the neck normalises over a batch
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
     limits = {"keep": (0.01, 1), "min_crop": (0.01, 1), "colour": (0, 1), "cutout": (0, 0.9), "warmup": (0, 1),
               "label_smoothing": (0, 0.9), "layer_decay": (0.01, 1), "dropout": (0, 0.9), "lr": (0, 1),
               "scale": (1, 1e3), "head_lr": (1e-9, 1), "weight_decay": (0, 10), "mixup": (0, 10), "cutmix": (0, 10),
@@ -241,7 +241,8 @@ def run(args, seed, out, device, dtype, rank, world):
     # a frozen encoder that sees the same views each epoch is asked once; its features then are the "images"
     bank = None
     if args.method == "linear" and not args.augment and args.keep == 1:
-        key = f"{mark} {S} {args.pool} {args.head == 'ifa'} {args.dtype} {args.eval_on} {stamps(args.data)}"
+        heads = net.encoder.blocks[0].attn.heads  # which the weights don't show
+        key = f"{mark} {heads} {S} {args.pool} {args.head == 'ifa'} {args.dtype} {args.eval_on} {stamps(args.data)}"
         key = hashlib.sha256(key.encode())
         path = out.parent / f"features-{key.hexdigest()[:12]}.safetensors"
         splits = {"train": train, args.eval_on: held} | ({} if dev is train else {"dev": dev})

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart; maps are dra
 """
 
 import textwrap
+from pathlib import Path
 
 import matplotlib
 
@@ -22,7 +23,10 @@ plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, 
 
 
 def save(figure, path):
-    figure.savefig(path)
+    """Whole or not at all, as every file here."""
+    path = Path(path)
+    figure.savefig(path.with_name(f".{path.name}.tmp"), format=path.suffix[1:])
+    path.with_name(f".{path.name}.tmp").replace(path)
     plt.close(figure)
 
 

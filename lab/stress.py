@@ -350,6 +350,8 @@ def stress_probe(args, judge, parts):
 
 def main():
     args = parse_args()
+    if Path(args.run).is_file():
+        raise UserError(f"{args.run} is a file; lab.stress wants the folder of a run, runs/NAME")
     if args.images < 8:
         raise UserError(f"--images {args.images} must be at least 8")
     if unknown := set((args.only or "cutout").split(",")) - set(corruptions.SWEEPS):

@@ -157,6 +157,11 @@ def test_a_finished_run_teaches_another(small, finished, tmp_path):
     assert "masked MSE" in done.stdout
 
 
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert plumbing.commit() == "no git"
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +171,8 @@ def test_a_finished_run_teaches_another(small, finished, tmp_path):
     (["--mask", "atn_high"], "did you mean attn_high"), (["--mask", "attn_high:gamma=1"], "no parameter 'gamma'"),
     (["--epochs", 0], "--epochs 0"), (["--batch-size", 16, "--accumulate", 3], "--accumulate 3"),
     (["--flat-weight", 2], "--flat-weight 2"), (["--impl", "triton"], "--impl triton"),
-    (["--device", "mps"], "--device mps"), (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
+    (["--device", "mps"], "--device mps"), (["--device", "cpu:x"], "--device cpu:x"),
+    (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
     (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--eval-on", "dev"], "has no split dev, only test, train, val"), (["--patch-size", 0], "--patch-size 0"),
     (["--seed", -1], "--seed -1"), (["--data", ""], "--data is empty")])  # fmt: skip
