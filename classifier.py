@@ -203,7 +203,7 @@ def read_safetensors(path):
             return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is no whole file of AniMask ({reason}); remove it, and make it anew") from None
+        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it, and make it anew") from None
 
 
 def load_classifier(folder):
