@@ -21,11 +21,12 @@ def short(arm, width=34):
 def curves(path, done, thresholds, thumbnail, title):
     """done {arm: [curve of a seed]}: linear Top-1 in the run, by epoch and by minute; line: mean, band: a deviation.
 
-    Of more arms than there are colours the first is drawn, and those that end highest.
+    Of more arms than there are colours the first is drawn, and those that end highest; bands of up to four.
     """
     best = sorted(done, key=lambda arm: -np.mean([c["linear"][-1] for c in done[arm]]))
     first = next(iter(done))
     shown = [arm for arm in done if arm in [first, *[b for b in best if b != first][: MOST - 1]]]
+    banded = len(shown) <= 4 and max(map(len, done.values())) > 1
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True)
     figure.suptitle(title)
     for colour, marker, arm in zip(COLOURS, MARKERS, shown, strict=False):
@@ -34,12 +35,12 @@ def curves(path, done, thresholds, thumbnail, title):
         for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
             x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
             axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
-            if len(top1) > 1:
+            if banded and len(top1) > 1:
                 middle, deviation = top1.mean(0), top1.std(0, ddof=1)
                 axis.fill_between(x, middle - deviation, middle + deviation, color=colour, alpha=0.15, lw=0)
     for axis, label in zip(
         axes,
-        ("epochs\n(band: one deviation over seeds)", "minutes of training\n(evaluations not counted)"),
+        ("epochs" + "\n(band: one deviation over seeds)" * banded, "minutes of training\n(evaluations not counted)"),
         strict=True,
     ):
         for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):
