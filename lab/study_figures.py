@@ -96,36 +96,42 @@ def differences(axis, table):
 
 
 def grid(path, panels, table, title):
-    """panels {factor: {line: {level: arm}}}: Top-1 by level, one panel for each factor, 95 % intervals over seeds."""
+    """panels {factor: {line: {level: arm}}}: Top-1 by level, one panel for each factor, 95 % intervals over seeds.
+
+    What was not run is not drawn: levels, lines, and panels with nothing to compare.
+    """
     known = {line["arm"]: line["top1"] for line in table}
-    panels = {
-        f: lines for f, lines in panels.items() if any(a in known for own in lines.values() for a in own.values())
-    }
+    made = lambda own: {level: known[arm] for level, arm in own.items() if arm in known}  # noqa: E731
+    panels = {f: {name: made(own) for name, own in lines.items() if made(own)} for f, lines in panels.items()}
+    panels = {f: lines for f, lines in panels.items() if sum(map(len, lines.values())) > 1}
     wide = [f for f, lines in panels.items() if max(map(len, lines.values())) > 6]  # names need the whole width
     small = [f for f in panels if f not in wide]
     columns = min(3, len(small)) or 1
     rows = math.ceil(len(small) / columns) + len(wide)
     figure = plt.figure(figsize=(9.6, 3.0 * rows + 0.4))
-    figure.suptitle(title)
-    shared = None  # one scale: a factor that matters is seen to matter
+    figure.suptitle(f"{title}\n(whiskers: 95 % interval; open: one seed)")
+    places, shared = figure.add_gridspec(rows, columns), None  # one scale: a factor that matters is seen to matter
     for i, factor in enumerate(small + wide):
-        place = (rows, columns, i + 1) if factor in small else (rows, 1, rows - len(wide) + i - len(small) + 1)
-        shared = figure.add_subplot(*place, sharey=shared)
-        panel(shared, factor, panels[factor], known)
+        place = places[i // columns, i % columns] if factor in small else places[rows - len(wide) + i - len(small), :]
+        shared = figure.add_subplot(place, sharey=shared)
+        panel(shared, factor, panels[factor])
     save(figure, path)
 
 
-def panel(axis, factor, lines, known):
+def panel(axis, factor, lines):
+    """lines {name: {level: Top-1}}; an open marker is a single seed, which has no interval."""
     levels = list(dict.fromkeys(level for own in lines.values() for level in own))
     for i, (colour, marker, (name, own)) in enumerate(zip(COLOURS, MARKERS, lines.items(), strict=False)):
-        there = [(levels.index(level), known[arm]) for level, arm in own.items() if arm in known]
-        x = [k + 0.08 * (i - (len(lines) - 1) / 2) for k, _ in there]
-        half = [t["half"] or 0 for _, t in there]
+        x = [levels.index(level) + 0.08 * (i - (len(lines) - 1) / 2) for level in own]
+        half = [t["half"] or 0 for t in own.values()]
         style = f"{marker}-" if all(level.replace(".", "").isdigit() for level in levels) else marker  # names: no line
-        axis.errorbar(x, [t["mean"] for _, t in there], yerr=half, fmt=style, ms=5, lw=1.4, capsize=3, color=colour,
-                      label=short(name, 26))  # fmt: skip
+        axis.errorbar(x, [t["mean"] for t in own.values()], yerr=half, fmt=style, ms=5, lw=1.4, capsize=3,
+                      color=colour, label=short(name, 26))  # fmt: skip
+        single = [(k, t["mean"]) for k, t in zip(x, own.values(), strict=True) if t["half"] is None]
+        axis.plot(*zip(*single, strict=True), marker, ms=5, mfc="white", color=colour, zorder=3) if single else None
     axis.set_xticks(range(len(levels)), levels, fontsize=8.5, rotation=25 if len(levels) > 6 else 0)
-    axis.set(title=factor, ylabel="Top-1, %")
+    axis.set_title(factor if len(lines) > 1 else f"{factor}: {next(iter(lines))}", fontsize=10)
+    axis.set(ylabel="Top-1, %")
     axis.margins(x=0.12)
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=8)
