@@ -89,7 +89,7 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert {"stress.json", "robustness.png", "parts.png", "reconstruction.png", "features.safetensors"} <= {
         p.name for p in (drawn / "run").iterdir()}  # fmt: skip
     assert set(report["robustness"]) == set(corruptions.SWEEPS) and "eyes" in report["parts"]
-    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == report["images"] == 12
+    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == report["images"] == 16
     same = report["resolution"][0]  # the size that it was trained at
     assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
     masks = {r["strategy"] for r in report["reconstruction"]}
