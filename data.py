@@ -217,11 +217,11 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
 def write_all(out, records, classes, dims, stream, about):
     """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    written, lost = [], []
-    for split in ("train", "test", "val", "dev"):  # what a packing that was killed has left
+    order, written, lost = ("test", "val", "dev", "train"), [], []
+    for split in order:  # what a packing that was killed has left
         (Path(out) / f"{split}.safetensors").unlink(missing_ok=True)
     try:
-        for split in sorted({r.split for r in records}, key=["test", "val", "dev", "train"].index):
+        for split in sorted({r.split for r in records}, key=order.index):
             own = [r for r in records if r.split == split]
             path = Path(out) / f"{split}.safetensors"
             bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
@@ -229,6 +229,8 @@ def write_all(out, records, classes, dims, stream, about):
             written.append(path)
             lost += skipped
             check_skipped(out, lost, len(records))
+            if len(skipped) == len(own):  # few of all, but nothing is left of this split
+                check_skipped(path, skipped, len(own))
             told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
             print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
     except BaseException:

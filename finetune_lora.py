@@ -217,7 +217,7 @@ def load_trained(net, weights, names, path):
 
 
 def run(args, seed, out, device, dtype, rank, world):
-    """One run, with one seed -> its row of metrics. A finished one is only read.
+    """One run, with one seed -> its row of metrics. A finished one is only read, or judged on another --eval-on.
 
     Several processes share the encoder's work on a batch: each takes a slice of the views. Neck, head and evaluation
     are small and done by all of them alike; rank 0 writes.

@@ -116,10 +116,10 @@ def commit():
 
     def git(*words):
         try:
-            here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-            return subprocess.run(["git", *words], **here).stdout.strip()
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
         except OSError:  # there is no git on this machine
             return ""
+        return done.stdout.strip()
 
     return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
 

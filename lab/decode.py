@@ -28,7 +28,8 @@ def open_image(data, least):
         if img.mode.startswith(("I", "F")):
             img = eight_bits(img)
         ImageOps.exif_transpose(img, in_place=True)
-        return img.convert("RGBA" if has_alpha(img) and not opaque(img) else "RGB"), scale
+        img = img.convert("RGBA" if has_alpha(img) else "RGB")
+        return img.convert("RGB") if opaque(img) else img, scale
 
 
 def eight_bits(img):
@@ -46,8 +47,8 @@ def has_alpha(img):
 
 
 def opaque(img):
-    """Does its alpha channel hide nothing? Many a PNG has one that nobody ever painted."""
-    return img.convert("RGBA").getextrema()[3][0] == 255
+    """Is there nothing that an RGB or RGBA image hides? Many a PNG has an alpha channel that nobody ever painted."""
+    return img.mode == "RGB" or img.getextrema()[3][0] == 255
 
 
 def figure_box(img, border=3, side=32):
@@ -115,5 +116,5 @@ def any_alpha(records, fetch):
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception), Image.open(io.BytesIO(load())) as img:  # a broken one is named later
-            found += has_alpha(img) and not opaque(img)
+            found += has_alpha(img) and not opaque(img.convert("RGBA"))
     return found * 2 > len(some)

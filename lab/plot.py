@@ -25,8 +25,9 @@ plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, 
 def save(figure, path):
     """Whole or not at all, as every file here."""
     path = Path(path)
-    figure.savefig(path.with_name(f".{path.name}.tmp"), format=path.suffix[1:])
-    path.with_name(f".{path.name}.tmp").replace(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format=path.suffix[1:])
+    temporary.replace(path)
     plt.close(figure)
 
 

@@ -11,7 +11,6 @@
 `notes` are lines for the user about what was left out. Nothing is extracted to disk and no picture is opened here.
 """
 
-import contextlib
 import csv
 import json
 import os
@@ -153,11 +152,12 @@ def walk(folder, above=()):
     if me in above:
         return
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        with contextlib.suppress(OSError):  # a link to itself
-            if entry.is_dir():
-                yield from walk(entry.path, (*above, me))
-            elif entry.is_file():  # a link to nowhere is neither
-                yield entry.path
+        if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
+            continue
+        if entry.is_dir():
+            yield from walk(entry.path, (*above, me))
+        elif entry.is_file():
+            yield entry.path
 
 
 def from_folder(root):

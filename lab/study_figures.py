@@ -127,8 +127,9 @@ def panel(axis, factor, lines):
         style = f"{marker}-" if all(level.replace(".", "").isdigit() for level in levels) else marker  # names: no line
         axis.errorbar(x, [t["mean"] for t in own.values()], yerr=half, fmt=style, ms=5, lw=1.4, capsize=3,
                       color=colour, label=short(name, 26))  # fmt: skip
-        single = [(k, t["mean"]) for k, t in zip(x, own.values(), strict=True) if t["half"] is None]
-        axis.plot(*zip(*single, strict=True), marker, ms=5, mfc="white", color=colour, zorder=3) if single else None
+        for k, t in zip(x, own.values(), strict=True):
+            if t["half"] is None:
+                axis.plot(k, t["mean"], marker, ms=5, mfc="white", color=colour, zorder=3)
     axis.set_xticks(range(len(levels)), levels, fontsize=8.5, rotation=25 if len(levels) > 6 else 0)
     axis.set_title(factor if len(lines) > 1 else f"{factor}: {next(iter(lines))}", fontsize=10)
     axis.set(ylabel="Top-1, %")

@@ -130,9 +130,10 @@ def checks(part, plan, rows):
     """
     seeds, pairs = pair_up(part, rows)
     threshold, curves = plan["thresholds"].get(part["against"]), [base["curve"]["linear"] for _, base in pairs]
-    if len(seeds) < 2 or threshold is None or equal_epochs(pairs, threshold)[0] is None:
+    planned = None if len(seeds) < 2 or threshold is None else equal_epochs(pairs, threshold)[0]
+    if planned is None:
         return []
-    logs = stats.paired_t([np.log(1 - s / 100) for s in equal_epochs(pairs, threshold)[0]])
+    logs = stats.paired_t([np.log(1 - s / 100) for s in planned])
     mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
     lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
     own = float(np.mean([c[0] + 0.9 * (c[-1] - c[0]) for c in curves]))

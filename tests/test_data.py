@@ -193,6 +193,15 @@ def test_one_broken_file_of_a_small_split_is_skipped(tmp_path):
     assert "skipped 1, the first: test/class0/illust0_0.png" in done.stdout
 
 
+def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
+    for split, each in (("train", 60), ("test", 2)):
+        draw_folder(tmp_path / "images" / split, classes=1, each=each)
+    for path in (tmp_path / "images" / "test").rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert "2 of 2 images for" in refused(pack(tmp_path / "images", tmp_path / "out", "--size", 16))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(10):
