@@ -1,265 +1,266 @@
-"""Stage 0: pack images into one tensor file per split.
+"""Stage 0: packed sets. Opened as memory maps, read ahead in batches, and cut into views on the device.
 
     python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images, or the word toon
     python data.py --show datasets/NAME         a sheet of what was packed; of images not yet packed, of the two crops
 
-Reads:  whatever lab/sources.py can read: folders and archives with a folder per class, tables, published data sets
-Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
-        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the figure's opacity,
-        parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
-        The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
+Reads:  images, in any layout that ingest/sources.py knows
+Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it), as ingest/pack.py says
 
-Packing streams: memory does not grow with the pictures, but for about 5 KB each while copies are looked for
-(--dedupe off for dumps of millions). loader.py reads these files.
+A split is a dict of arrays that stay in their file: a batch is copied out of the page cache, so memory does not grow
+with the data set, and there are no worker processes: one thread reads ahead.
+A view is a crop, flipped or not and resized, made by two matrix products; maps and masks go through the same two.
 """
 
-import argparse
+if __name__ == "__main__":  # packing needs no torch: it has a module of its own, and starts in a third of the time
+    import sys
+
+    from common.io import cli
+    from ingest.pack import main
+
+    sys.exit(cli(main))
+
+
+import contextlib
+import hashlib
 import json
 import math
-import re
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import islice
-from multiprocessing import get_context
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-from lab import duplicates, sources, toon
-from lab.decode import any_alpha, decode
-from lab.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
-from loader import open_split
-from plumbing import UserError, atomic, cli
+from common.io import UserError, atomic, send
 
-SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
-CROPS = ("centre", "figure")
-MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
+DTYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16}  # as safetensors names them
+CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
 
 
-# ---- streams of rows --------------------------------------------------------------------------------------------
+# ---- reading: a split is a dict of arrays that stay in the file ----------------------------------------------------
 
 
-def worked(records, fetch, work):
-    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
-
-    def one(item):
-        record, load = item
-        try:
-            return record, work(record, load())
-        except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
-            return record, problem
-
-    items = iter(fetch(records))
-    with ThreadPoolExecutor() as pool:
-        while some := list(islice(items, 64)):  # in chunks, so that results never pile up in memory
-            yield from pool.map(one, some)
-
-
-def drawn(records, size):
-    """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        items = [r.place for r in records]
-        for r, row in zip(records, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
-            style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
-            yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+def open_tensors(path):
+    """A safetensors file -> {name: memory map} and, as "header", the "animask" entry of its header."""
+    try:
+        with open(path, "rb") as f:
+            room = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(min(room, 2**30)))
+        tensors = {"header": json.loads(entries.pop("__metadata__")["animask"])}
+        for name, e in entries.items():
+            tensors[name] = np.memmap(path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        reason = " ".join(str(problem).split())[:80]
+        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it and make it again") from None
+    return tensors
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------
+def open_split(folder, name):
+    """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header"; "fg", "parts"}."""
+    path = Path(folder) / f"{name}.safetensors"
+    there = sorted(p.stem for p in Path(folder).glob("*.safetensors"))
+    if there and name not in there:
+        raise UserError(f"{folder} has no split {name}, only {', '.join(there)}; --eval-on chooses another, "
+                        "data.py --split and --dev make them")  # fmt: skip
+    if not path.exists():
+        raise UserError(f"{path} does not exist; python data.py IMAGES --out {folder} makes it")
+    split = open_tensors(path)
+    if "images" not in split:
+        raise UserError(f"{path} holds no images; python data.py IMAGES --out {folder} makes it")
+    return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
 
 
-def write_split(path, rows, dims, records, labels, about):
-    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
+def write_rows(path, name, chunks, shape, dtype, header=None):
+    """Stream chunks (b, ...) of one tensor of this whole shape into a safetensors file."""
+    count = math.prod(shape) * DTYPES[dtype]().itemsize
+    entry = {name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, count]}}
+    head = json.dumps({"__metadata__": {"animask": json.dumps(header or {})}} | entry).encode()
+    head = head.ljust(-(-len(head) // 8) * 8)
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for chunk in chunks:
+            f.write(np.ascontiguousarray(chunk).data)
 
-    The file is a header, then images, fg, parts, ..., labels. Room for all keys is laid out first and every row goes
-    straight to its place; if some were skipped, the later planes move up at the end; the header comes last.
-    dims is {plane: shape of one row}.
+
+# ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
+
+
+def fingerprint(split):
+    """What tells one packed split from another: 12 hex characters of a hash of its header (names, provenance)."""
+    return hashlib.blake2b(json.dumps(split["header"], sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def map_file(folder, name, split):
+    """maps/NAME, "saliency", split -> maps/NAME/saliency.safetensors, or saliency-val.safetensors of split val."""
+    own = split["header"].get("split", "train")
+    return Path(folder) / f"{name}{'' if own == 'train' else '-' + own}.safetensors"
+
+
+def open_map(path, name, split):
+    """The map `name` of this split's images -> memory map (n, g, g): f16 attention, u8 saliency or u8 parts.
+
+    path is the file, or the folder that holds it under its usual name. A file that is missing, or made for another
+    data set, of another kind, length or grid, is a UserError with the command that makes the right one.
     """
-    stride = {p: math.prod(dims[p]) for p in dims}
-    room = len(json.dumps(header_json(records, about, []))) + 2**18  # and reasons for a hundred skipped files
-    starts = [8 + room + len(records) * before for before in np.cumsum([0, *stride.values()]).tolist()]
-    kept, skipped = [], []
-    with atomic(path) as temporary, open(temporary, "w+b") as f:
-        for record, row in rows:
-            if isinstance(row, Exception):
-                skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
-                continue
-            for p, start in zip(dims, starts, strict=False):
-                f.seek(start + len(kept) * stride[p])
-                f.write(np.ascontiguousarray(row[p]).data)
-            kept.append(record)
-        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(dims, starts, strict=False)]))
-        f.write(np.array([labels[r.label] for r in kept], "<i8").tobytes())
-        f.truncate()
-        f.seek(0)
-        f.write(file_header(room, header_json(kept, about, skipped), dims, len(kept)))
-    return skipped
+    path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
+    folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
+    mend = f"python maps.py --data {folder} --map {name}" + ("" if own == "train" else f" --split {own}")
+    if not path.exists():
+        raise UserError(f"no {name} maps at {path}: {mend} --out {path.parent} makes them")
+    tensors, n = open_tensors(path), len(split["images"])
+    about, grid = tensors["header"], tensors["header"].get("grid")
+    if about.get("map") != name or name not in tensors:
+        wrong = f"maps of {about.get('map')}, not of {name}"
+    elif about.get("data_digest") != fingerprint(split):
+        wrong = f"maps of another data set ({about.get('data')} {about.get('split')}), or of this one packed otherwise"
+    elif tensors[name].shape != (n, grid, grid):
+        wrong = f"maps of shape {tensors[name].shape}, not {(n, grid, grid)}"
+    else:
+        return tensors[name]
+    raise UserError(f"{path} holds {wrong}; {mend} --out OTHER makes those of {folder}")
 
 
-def header_json(records, about, skipped):
-    """The "animask" entry of the header; groups are written only where they are not the keys themselves."""
-    torn = any(r.group != r.key for r in records)
-    return json.dumps(about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
-                               "skipped": len(skipped), "skipped_first": skipped[:100]})  # fmt: skip
+def has_labels(split):
+    return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
 
 
-def check_skipped(out, skipped, n):
-    if len(skipped) > 0.05 * n:
-        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: "
-                        + "; ".join(f"{key} ({why})" for key, why in skipped[:3]))  # fmt: skip
+# ---- the loader: one prefetch thread, no worker processes ----------------------------------------------------------
 
 
-def close_gaps(f, spans):
-    """Move each (start, bytes) span up to the end of the one before it -> the end of the last."""
-    end = spans[0][0]
-    for start, count in spans:
-        for i in range(0, count if start > end else 0, 2**24):
-            f.seek(start + i)
-            chunk = f.read(min(2**24, count - i))
-            f.seek(end + i)
-            f.write(chunk)
-        end += count
-    return end
+def resident(split, device):
+    """The images as one tensor on a GPU if they fit in a quarter of its free memory, else the memory map as it is."""
+    if device.type != "cuda" or split["images"].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return split["images"]
+    images = torch.empty(split["images"].shape, dtype=torch.uint8, device=device)
+    for i in range(0, len(images), 4096):
+        images[i : i + 4096] = torch.from_numpy(np.array(split["images"][i : i + 4096]))
+    return images
 
 
-def file_header(room, metadata, dims, n):
-    """The head of a safetensors file: its length (u64), then JSON, padded with spaces to `room` bytes."""
-    entries, at = {"__metadata__": {"animask": metadata}}, 0
-    for name, dtype, shape, width in [*[(p, "U8", s, 1) for p, s in dims.items()], ("labels", "I64", (), 8)]:
-        size = n * math.prod(shape) * width
-        entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(entries).encode()
-    assert len(head) <= room
-    return room.to_bytes(8, "little") + head.ljust(room)
+def take(images, index, device):
+    """Rows index (i64, CPU) of a memory map or resident tensor -> u8 (B, S, S, 3) on device."""
+    if isinstance(images, torch.Tensor):
+        return images[send(index, device)]
+    return send(torch.from_numpy(images[index.numpy()]), device)
 
 
-def open_images(path, size, crop, margin, boxes):
-    """PATH -> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
-    records, fetch, notes = sources.find(path)
-    if boxes:
-        records = sources.with_boxes(records, boxes)
-    fg = any_alpha(records, fetch)
-    dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
-    work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
-    return records, notes, dims, fetch, lambda some: worked(some, fetch, work)
+def epoch_order(n, seed, epoch):
+    """The order of the images in an epoch: the same for every strategy with this seed."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def open_toon(size, seed, tail=0.0):
-    """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
-    items = toon.plan(seed=seed, tail=tail)
-    records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
-    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
-    return records, [], dims, None, lambda some: drawn(some, size)
+def batches(images, order, batch_size, device, start=0, mine=slice(None)):
+    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out.
+
+    mine: this process's slice of each batch; only those images are read, the index is the whole batch's.
+    """
+    chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
+    return prefetch((index, take(images, index[mine], device)) for index in chunks)
 
 
-def near_duplicates(records, fetch, dedupe):
-    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
-    if dedupe == "off" or fetch is None:
-        return [], []
-    thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
-    place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
-    rows = worked(records, fetch, lambda r, data: duplicates.thumbnail(data))
-    for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):
-        if not isinstance(row, Exception):
-            thumbs[place[record.key]] = row
-    pairs = duplicates.pairs(thumbs)
-    return pairs, duplicates.report(records, pairs)
+def prefetch(items, depth=2):
+    """Iterate over items, a thread making the next `depth` of them meanwhile."""
+    ready, done, stop = queue.Queue(depth), object(), threading.Event()
 
+    def work():
+        try:
+            for item in items:
+                while not stop.is_set():
+                    with contextlib.suppress(queue.Full):
+                        ready.put(item, timeout=0.1)
+                        break
+                if stop.is_set():
+                    return
+            ready.put(done)
+        except Exception as problem:
+            ready.put(problem)
 
-def add_tags(records, dims, stream):
-    """The vocabulary (most frequent first, MOST_TAGS at most), and dims and stream with a multi-hot plane "tags"."""
-    count = Counter(t for r in records for t in r.tags)
-    words = sorted(count, key=lambda t: (-count[t], t))[:MOST_TAGS]
-    column = {t: i for i, t in enumerate(words)}
-
-    def tagged(some):
-        for r, row in stream(some):
-            if not isinstance(row, Exception):
-                row["tags"] = np.zeros(len(words), np.uint8)
-                row["tags"][[column[t] for t in r.tags if t in column]] = 1
-            yield r, row
-
-    return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
-
-
-def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
-         boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
-    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
-    pattern = compiled(group_by)
-    is_toon = str(path) == "toon"
-    shares = shares or (TOON_SHARES if is_toon else SHARES)
-    records, notes, dims, fetch, stream = (
-        open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
-    )
-    pairs, told = near_duplicates(records, fetch, dedupe)
-    if dedupe == "drop":
-        stay = drop_copies(records, pairs)
-        told.append(f"{len(records) - len(stay)} copies dropped")
-        records, pairs = [records[i] for i in stay], []
-    records = join_groups(records, pattern, pairs)
-    records, few = large_enough(records, least)
-    splits = assign_splits(
-        [r.split for r in records], [(r.label, r.group) for r in records],
-        dict(zip(("train", "val", "test"), shares, strict=True)), dev, seed
-    )  # fmt: skip
-    records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    words, dims, stream = add_tags(records, dims, stream)
-    classes = sorted({r.label for r in records if r.label is not None})
-    about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
-             "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
-             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told + few + crossing(records),
-             "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
-    print("\n".join(about["notes"]), end="\n" * bool(about["notes"]))
-    write_all(out, records, classes, dims, stream, about)
-
-
-def write_all(out, records, classes, dims, stream, about):
-    """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
-    labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    order, written, lost = ("test", "val", "dev", "train"), [], []
-    for split in order:  # what a packing that was killed has left
-        (Path(out) / f"{split}.safetensors").unlink(missing_ok=True)
+    threading.Thread(target=work, daemon=True).start()
     try:
-        for split in sorted({r.split for r in records}, key=order.index):
-            own = [r for r in records if r.split == split]
-            path = Path(out) / f"{split}.safetensors"
-            bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
-            skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
-            written.append(path)
-            lost += skipped
-            check_skipped(out, lost, len(records))
-            if len(skipped) == len(own):  # few of all, but nothing is left of this split
-                check_skipped(path, skipped, len(own))
-            told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
-    except BaseException:
-        for path in written:
-            path.unlink()
-        raise
+        while (item := ready.get()) is not done:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        stop.set()
 
 
-def compiled(group_by):
-    try:
-        return re.compile(group_by) if group_by else None
-    except re.error as problem:
-        raise UserError(f"--group-by {group_by} is not a regular expression: {problem}") from None
+# ---- views: crop, flip and resize as two matrix products -----------------------------------------------------------
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+def draw_boxes(n, generator, min_area):
+    """Random resized crops: boxes (n, 4) = top, left, height, width in [0, 1], and flips (n,) bool, drawn on the CPU.
+
+    Area uniform in [min_area, 1], aspect log-uniform in [3/4, 4/3], as in He et al. 2021.
+    """
+    u = torch.rand(5, n, generator=generator)
+    area, aspect = min_area + (1 - min_area) * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
+    height, width = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    return torch.stack([u[2] * (1 - height), u[3] * (1 - width), height, width], 1), u[4] < 0.5
 
 
-def default_out(path):
-    """images/ -> datasets/images; set.tar.gz -> datasets/set."""
-    name = Path(path).resolve().name
-    return Path("datasets") / (name if Path(path).is_dir() else name.split(".")[0])
+def full_boxes(n):
+    """The whole image, unflipped: what evaluation and teachers look at."""
+    return torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
 
 
-def dataset_folder(data, image_size=128):
+def resampling_matrix(start, length, n_in, n_out):
+    """(B,) start and length of a crop in [0, 1] -> (B, n_out, n_in): row i holds the weights of output pixel i.
+
+    A triangle filter as wide as the reduction (antialiased linear, the same as Pillow's BILINEAR); rows sum to 1.
+    """
+    step = length * n_in / n_out  # input pixels for one output pixel, (B,)
+    centre = (start * n_in)[:, None] + (torch.arange(n_out, device=start.device) + 0.5) * step[:, None] - 0.5
+    distance = torch.arange(n_in, device=start.device) - centre[:, :, None]  # (B, n_out, n_in)
+    weight = (1 - distance.abs() / step.clamp(min=1)[:, None, None]).clamp(min=0)
+    return weight / weight.sum(2, keepdim=True)
+
+
+def view_matrices(boxes, flip, n_in, n_out):
+    """boxes (B, 4), flip (B,) -> Wy (B, n_out, n_in), Wx (B, n_in, n_out): view = Wy @ image @ Wx."""
+    Wy = resampling_matrix(boxes[:, 0], boxes[:, 2], n_in, n_out)
+    Wx = resampling_matrix(boxes[:, 1], boxes[:, 3], n_in, n_out)
+    Wx = torch.where(flip[:, None, None], Wx.flip(1), Wx)
+    return Wy, Wx.transpose(1, 2)
+
+
+def view_images(images, boxes, flip, side):
+    """images u8 (B, S, S, 3) -> views u8 (B, side, side, 3) on the same device: what the kernels read."""
+    B, S = images.shape[:2]
+    Wy, Wx = view_matrices(boxes.to(images.device), flip.to(images.device), S, side)
+    rows = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
+    view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, side*3, side)
+    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # the kernels read patch rows of 3p bytes
+    return view.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def view_maps(maps, boxes, flip, side):
+    """maps (B, G, G) of the whole images -> the same crops of them, fp32 (B, side, side): they follow the images."""
+    Wy, Wx = view_matrices(boxes.to(maps.device), flip.to(maps.device), maps.shape[-1], side)
+    return Wy @ maps.float() @ Wx
+
+
+def spread(n, most):
+    """At most `most` of n rows, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+def whole_views(images, rows, side, device):
+    """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in order."""
+    for index in rows.split(CHUNK):
+        yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)
+
+
+# ---- what --data names ---------------------------------------------------------------------------------------------
+
+
+def open_or_pack(path, image_size=128):
     """What --data names -> a packed folder: drawn (the demo set) or packed (images) first where it is not one yet."""
-    path = Path(data)
+    path = Path(path)
     if (path / "train.safetensors").exists():
         return path
+    from ingest.pack import default_out, pack  # only now: the painter, archives and decoders are behind it
+
     if path.name == "toon" and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):  # or cut short
         print(f"drawing the demo set into {path} (once)")
         pack("toon", path)
@@ -269,98 +270,6 @@ def dataset_folder(data, image_size=128):
         pack(path, out, max(128, image_size))
     elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
         raise UserError(
-            f"{out} was packed from another place; python data.py {data} --out datasets/OTHER, then --data that"
+            f"{out} was packed from another place; python data.py {path} --out datasets/OTHER, then --data that"
         )
     return out
-
-
-def parse_shares(text):
-    try:
-        shares = [float(x) for x in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares, default=0) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
-        raise UserError(f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2")
-    return shares
-
-
-def check(args):
-    """UserErrors for values that no packing can go on with."""
-    if not 8 <= args.size <= 4096:
-        raise UserError(f"--size {args.size} is not a side between 8 and 4096 pixels")
-    if not 0 <= args.dev < 1:
-        raise UserError(f"--dev {args.dev} is not a share in [0, 1)")
-    if not 0 <= args.margin <= 2:
-        raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
-    if not 0 <= args.tail <= 5 or (args.tail and args.path != "toon"):
-        raise UserError(f"--tail {args.tail:g} must lie between 0 and 5, and is for the demo set: python data.py toon")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be 0 or more")
-    if args.path == "-" and not args.out:
-        raise UserError("a list on standard input has no name; give --out datasets/NAME")
-
-
-def show(args, out):
-    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
-    from lab import plot  # matplotlib takes a second to load: only when a picture is asked for
-
-    if (Path(args.path) / "train.safetensors").exists():
-        names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
-        path = Path(args.path) / "sheet.png"
-        plot.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
-    else:
-        records, fetch, _ = sources.find(args.path)
-        records = sources.with_boxes(records, args.boxes) if args.boxes else records
-        rows = {crop: [] for crop in CROPS}
-        both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
-        for _, pictures in worked(records[:: math.ceil(len(records) / 12)], fetch, both):
-            if isinstance(pictures, list):
-                for crop, picture in zip(CROPS, pictures, strict=True):
-                    rows[crop].append(picture)
-        if not rows["centre"]:
-            raise UserError(f"none of the images of {args.path} that were tried can be read")
-        path = Path(f"{out}_crops.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plot.image_grid(path, "What --crop keeps", [(f"--crop {c}", np.stack(p)) for c, p in rows.items()])
-    print(f"{path} written")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
-    add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
-    add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
-    add("--size", type=int, default=128, help="side of the packed images in pixels")
-    add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
-    add("--margin", type=float, default=0.1, help="room around the figure, as a share of it on each side")
-    add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
-    default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
-    add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
-    add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
-    add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
-    add(
-        "--dedupe",
-        nargs="?",
-        const="drop",
-        default="group",
-        choices=("group", "drop", "off"),
-        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off",
-    )
-    add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
-    add("--tail", type=float, default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
-    add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
-    args = parser.parse_args()
-    check(args)
-    out = args.out or default_out(args.path)
-    if args.show:
-        return show(args, out)
-    if (Path(out) / "train.safetensors").exists():
-        raise UserError(f"{out} is packed already; give another --out, or remove it first")
-    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop,
-         args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
-    print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -2,7 +2,7 @@
 
     python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora     # or: torchrun --nproc-per-node 8 ...
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that checkpoints.py knows) and datasets/NAME
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/checkpoints.py knows) and datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetensors, and what belongs under it: for lora
         adapter_model.safetensors and adapter_config.json, for full and from scratch model.safetensors;
         gallery.safetensors (embeddings of training pictures, the threshold of "unknown"), metrics.json, log.jsonl,
@@ -22,33 +22,50 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import augment
 import data
-import loader
+import finetune_lora
 import mask as masking
-import plumbing
-import ranks
-from checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
-from classifier import (
+from common import distributed, errors
+from common.checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
+from common.classifier import (
     HEADS,
     MARGINS,
     POOLS,
     Classifier,
     cached_features,
+    calibrate,
+    gallery_rows,
     make_optimizer,
     pooled_of,
     read_safetensors,
+    save_gallery,
     save_head,
     settle,
     stamps,
     unfreeze,
 )
-from gallery import calibrate, gallery_rows, save_gallery
+from common.features import epoch_rows, open_rows
+from common.io import UserError, cli, save_json
+from common.train import (
+    Pacer,
+    Stopwatch,
+    autocast_of,
+    catch_signals,
+    command,
+    commit,
+    lr_at,
+    machine,
+    open_log,
+    open_run,
+    peak_memory_mb,
+    pick_device,
+    pick_dtype,
+    read_log,
+    save_state,
+    seeded,
+)
 from kernels.gather import masked_patch_gather
-from lab import mistakes
-from labelled import epoch_rows, open_rows
 from model import TARGETS, add_lora, untrained_like
-from plumbing import UserError
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW = 256  # training pictures that settle the neck for a look in passing
@@ -140,7 +157,75 @@ def check(args):
     args.targets = [t.strip() for t in args.targets.split(",")]
 
 
-# ---- what the network sees -----------------------------------------------------------------------------------------
+# ---- what the network sees: a view, augmented so that no two epochs look alike -------------------------------------
+
+GRAY = 128
+
+
+def uniform(n, low, high, generator, device):
+    """(n, 1, 1, 1) numbers in [low, high]."""
+    return (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(device)
+
+
+def jitter_colour(view, strength, generator):
+    """Brightness, contrast, saturation times factors in 1 +- strength, one a picture. Hue stays: it tells who it is."""
+    light, contrast, saturation = (
+        uniform(len(view), 1 - strength, 1 + strength, generator, view.device) for _ in range(3)
+    )
+    x = view.float()
+    gray = (x * x.new_tensor([0.299, 0.587, 0.114])).sum(3, keepdim=True)
+    x = gray + saturation * (x - gray)
+    middle = x.mean((1, 2, 3), keepdim=True)
+    return ((middle + contrast * (x - middle)) * light).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def boxes_of(n, share, S, generator):
+    """(n, S, S) bool, one square of `share` of the area each, somewhere whole inside the picture."""
+    side = round(S * share**0.5)
+    top, left = torch.randint(0, S - side + 1, (2, n, 1), generator=generator)
+    at = torch.arange(S)
+    rows, columns = (at >= top) & (at < top + side), (at >= left) & (at < left + side)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def cutout(view, share, generator):
+    """A gray square over `share` of each picture (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    hole = boxes_of(len(view), share, view.shape[1], generator).to(view.device)
+    return view.masked_fill(hole[..., None], GRAY)
+
+
+def mix(view, targets, mixup, cutmix, generator):
+    """Each picture with another of the batch, targets (B, C) alike; mixup and cutmix are the alphas of Beta, 0 is off.
+
+    Mixup blends (Zhang et al. 2018, arXiv:1710.09412), cutmix pastes a square (Yun et al. 2019, arXiv:1905.04899);
+    with both on, each batch draws which.
+    """
+    chance = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    order = torch.randperm(len(view), generator=generator).to(view.device)
+    paste = cutmix > 0 and (mixup == 0 or chance.random() < 0.5)
+    alpha = cutmix if paste else mixup
+    share = float(chance.beta(alpha, alpha))  # of the own picture
+    if paste:
+        hole = boxes_of(1, 1 - share, view.shape[1], generator).to(view.device)
+        share = 1 - hole.float().mean().item()
+        view = torch.where(hole[..., None], view[order], view)
+    else:
+        view = (share * view.float() + (1 - share) * view[order].float()).round_().to(torch.uint8)
+    return view, share * targets + (1 - share) * targets[order]
+
+
+def augmented(batch, targets, args, S, draws):
+    """images u8 (B, ., ., 3), targets (B, C) -> view u8 (B, S, S, 3), targets. All chance is drawn on the CPU."""
+    if not args.augment:
+        return data.view_images(batch, *data.full_boxes(len(batch)), S), targets
+    view = data.view_images(batch, *data.draw_boxes(len(batch), draws, args.min_crop), S)
+    if args.colour:
+        view = jitter_colour(view, args.colour, draws)
+    if args.mixup or args.cutmix:
+        view, targets = mix(view, targets, args.mixup, args.cutmix, draws)
+    return (cutout(view, args.cutout, draws) if args.cutout else view), targets
+
+
 
 
 def shown_patches(view, encoder, keep, draws):
@@ -222,7 +307,7 @@ def run(args, seed, out, device, dtype, rank, world):
     Several processes share the encoder's work on a batch: each takes a slice of the views. Neck, head and evaluation
     are small and done by all of them alike; rank 0 writes.
     """
-    autocast = plumbing.autocast_of(device, dtype)
+    autocast = autocast_of(device, dtype)
     parts, own = open_rows(args.data, args.eval_on, args.hold_out)
     (train, train_rows), (dev, dev_rows), (held, held_rows) = parts
     dev_name = "train" if dev is train else "dev"
@@ -231,7 +316,7 @@ def run(args, seed, out, device, dtype, rank, world):
     trained = trained_names(net)
     optimizer = make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
     config = config_of(args, seed, mark)
-    state = plumbing.open_run(out, config, args.resume)
+    state = open_run(out, config, args.resume)
     if state and (out / "metrics.json").exists():
         row = json.loads((out / "metrics.json").read_text())
         if row["evaluated_on"] == args.eval_on:  # else the finished weights are judged on the other split, too
@@ -246,9 +331,9 @@ def run(args, seed, out, device, dtype, rank, world):
         key = hashlib.sha256(key.encode())
         path = out.parent / f"features-{key.hexdigest()[:12]}.safetensors"
         splits = {"train": train, args.eval_on: held} | ({} if dev is train else {"dev": dev})
-        with ranks.zero_first():
+        with distributed.zero_first():
             bank = cached_features(net, args.data, splits, S, autocast, path)
-    images = loader.resident(train, device) if bank is None else bank["train"].to(device)
+    images = data.resident(train, device) if bank is None else bank["train"].to(device)
 
     shown = gallery_rows(own[train["labels"]], train_rows)  # some whole training pictures of everybody
     labels, prior = own[train["labels"]], torch.bincount(own[train["labels"]][train_rows], minlength=len(names))
@@ -264,7 +349,7 @@ def run(args, seed, out, device, dtype, rank, world):
         load_trained(net, state["model"], trained, out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
-    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
+    log = open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     share = count / sum(p.numel() for p in net.parameters())
     print(f"data     {args.data}: {len(train_rows)} images to learn from, {len(dev_rows)} to choose by, "
@@ -282,7 +367,7 @@ def run(args, seed, out, device, dtype, rank, world):
             return
         weights = {k: v for k, v in net.state_dict().items() if k in trained}
         about = {"config": config, "step": step, "seconds": clock(), "best": best}
-        plumbing.save_state({"model": weights, "optimizer": optimizer.state_dict()} | about, out / "state.pt")
+        save_state({"model": weights, "optimizer": optimizer.state_dict()} | about, out / "state.pt")
 
     @torch.no_grad()
     def looked_at(name, split, rows, what=""):
@@ -300,36 +385,36 @@ def run(args, seed, out, device, dtype, rank, world):
         settle(net.neck, whole)
         return whole
 
-    asked, began = plumbing.catch_signals(), time.perf_counter()
-    waiting, losses, last_save = plumbing.Stopwatch(), [], plumbing.Pacer()
+    asked, began = catch_signals(), time.perf_counter()
+    waiting, losses, last_save = Stopwatch(), [], Pacer()
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
-        if args.patience and epoch - ranks.largest(best["epoch"]) >= args.patience:
+        if args.patience and epoch - distributed.largest(best["epoch"]) >= args.patience:
             break
         unfreeze(net.train(), trained, epoch, args.unfreeze_every)
         order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
-        for rows, batch in waiting.timed(loader.batches(images, order, B, device, start=step % per_epoch)):
+        for rows, batch in waiting.timed(data.batches(images, order, B, device, start=step % per_epoch)):
             # what is seen; all chance is drawn here, on the CPU (LoRA's dropout reads the global generator)
-            draws = plumbing.seeded(seed, epoch, step)
+            draws = seeded(seed, epoch, step)
             torch.manual_seed(int(draws.initial_seed() >> 1))
             y = labels[rows].to(device)  # (B,)
             targets = F.one_hot(y, len(names)) * (1 - args.label_smoothing) + args.label_smoothing / len(names)
             if bank is None:
-                view, targets = augment.augmented(batch, targets, args, S, draws)
+                view, targets = finetune_lora.augmented(batch, targets, args, S, draws)
                 patches, ids = shown_patches(view, net.encoder, args.keep, draws)
                 with autocast():
                     batch = net.pooled(patches[mine], ids[mine])
-                batch = ranks.with_others(batch, mine)  # (B, D)
+                batch = distributed.with_others(batch, mine)  # (B, D)
 
             # forward, backward, step
             logits = net(batch, y)
             loss = soft_cross_entropy(logits + args.logit_adjust * prior, targets)
             loss.backward()
-            ranks.all_reduce_gradients(net.encoder.parameters())
+            distributed.all_reduce_gradients(net.encoder.parameters())
             norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], CLIP)
             for group in optimizer.param_groups:
-                group["lr"] = plumbing.lr_at(step, total, args.warmup * total, group["peak"])
+                group["lr"] = lr_at(step, total, args.warmup * total, group["peak"])
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -337,7 +422,7 @@ def run(args, seed, out, device, dtype, rank, world):
 
             # log, evaluate, save
             losses.append(torch.stack([loss.detach(), norm, (logits.argmax(1) == y).float().mean()]))
-            stop, ended = ranks.largest(asked[0] if asked else 0), step % per_epoch == 0
+            stop, ended = distributed.largest(asked[0] if asked else 0), step % per_epoch == 0
             if step % LOG_EVERY == 0 or ended or stop:
                 now, losses = torch.stack(losses).cpu(), []
                 if not now.isfinite().all():
@@ -349,12 +434,12 @@ def run(args, seed, out, device, dtype, rank, world):
                 log(step=step, epoch=round(step / per_epoch, 4), loss=now[:, 0].mean().item(), lr=group["lr"],
                     grad_norm=now[:, 1].mean().item(), train_top1=100 * now[:, 2].mean().item(),
                     images_per_s=round(len(now) * B / spent, 1), data_wait=round(share_waited, 5),
-                    memory_mb=round(plumbing.peak_memory_mb(device)), seconds=round(clock(), 2))  # fmt: skip
+                    memory_mb=round(peak_memory_mb(device)), seconds=round(clock(), 2))  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.3f}")
             if ended:
-                settled(shown[loader.spread(len(shown), FEW)])
+                settled(shown[data.spread(len(shown), FEW)])
                 logits, _ = looked_at(dev_name, dev, dev_rows)
-                row = mistakes.quick(logits, own[dev["labels"]][dev_rows])
+                row = errors.quick(logits, own[dev["labels"]][dev_rows])
                 log(step=step, epoch=epoch + 1, **row, seconds=round(clock(), 2))
                 if bank is None or step == total:
                     tqdm.write(
@@ -368,7 +453,7 @@ def run(args, seed, out, device, dtype, rank, world):
                 waiting.share()
             if stop:
                 bar.close()
-                ranks.stop_here(stop, step, args.resume)
+                distributed.stop_here(stop, step, args.resume)
     bar.close()
     if rank > 0:
         return {}
@@ -382,7 +467,7 @@ def run(args, seed, out, device, dtype, rank, world):
     gallery = net.neck(whole.to(device)).cpu()
     about = {"method": args.method, "base": str(args.encoder), "fingerprint": mark, "image_size": S, "data": args.data,
              "packed_size": train["images"].shape[1], **{k: train["header"][k] for k in ("crop", "margin")},
-             "commit": plumbing.commit(), "machine": plumbing.machine(device)}  # fmt: skip
+             "commit": commit(), "machine": machine(device)}  # fmt: skip
     strangers = (own[dev["labels"]] < 0).nonzero()[:, 0]  # left out by --hold-out: what "unknown" looks like
     unknown = looked_at(dev_name, dev, strangers)[1] if len(strangers) else None
     threshold = calibrate(gallery, labels[shown], *dev_seen, own[dev["labels"]][dev_rows], unknown)
@@ -398,16 +483,16 @@ def run(args, seed, out, device, dtype, rank, world):
     # the report
     truth, counts = own[held["labels"]][held_rows], torch.bincount(labels[train_rows], minlength=len(names))
     row = {"run": out.name, "method": args.method, "head": args.head, "seed": seed, "data": args.data,
-           "evaluated_on": args.eval_on, **mistakes.scores(seen[0], truth, counts, names), "best_epoch": best["epoch"],
+           "evaluated_on": args.eval_on, **errors.scores(seen[0], truth, counts, names), "best_epoch": best["epoch"],
            "parameters_trained": count, "share_trained_percent": round(100 * share, 3),
            "gradient_and_optimizer_mb": round(12 * count / 2**20, 2),
-           **speed(plumbing.read_log(out / "log.jsonl"), B), "seconds": round(clock(), 1),
+           **speed(read_log(out / "log.jsonl"), B), "seconds": round(clock(), 1),
            "calibration": threshold, "config": config, "machine": about["machine"], "commit": about["commit"],
-           "command": plumbing.command()}  # fmt: skip
-    row["mistakes"] = mistakes.explain(net, (held, held_rows), seen[0], truth, (train, shown), labels, S, autocast)
+           "command": command()}  # fmt: skip
+    row["mistakes"] = errors.explain(net, (held, held_rows), seen[0], truth, (train, shown), labels, S, autocast)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    mistakes.draw(out, row, (held, held_rows), seen[0], truth, (train, train_rows), labels, names, title)
-    plumbing.save_json(row, out / "metrics.json")  # last: where it stands, the run is finished
+    errors.draw(out, row, (held, held_rows), seen[0], truth, (train, train_rows), labels, names, title)
+    save_json(row, out / "metrics.json")  # last: where it stands, the run is finished
     print(f"{args.eval_on:<9}Top-1 {row['top1']:.2f} %, Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f} %, "
           f"epoch {best['epoch']} kept")  # fmt: skip
     print(f"wrote    {out}/ after {clock():.0f} s; python recognize.py {out} PICTURE names a character")
@@ -424,26 +509,26 @@ def speed(rows, B):
 def main():
     args = parse_args()
     check(args)
-    device = plumbing.pick_device(args.device)
-    dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
+    device = pick_device(args.device)
+    dtype, dtype_why = pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    print(f"machine  {plumbing.machine(device)}\n         {args.dtype}: {dtype_why}")
-    rank, world, device = ranks.join(device)
+    print(f"machine  {machine(device)}\n         {args.dtype}: {dtype_why}")
+    rank, world, device = distributed.join(device)
     load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
-    with ranks.zero_first():
-        args.data = str(data.dataset_folder(args.data or data_of(args.encoder)))
+    with distributed.zero_first():
+        args.data = str(data.open_or_pack(args.data or data_of(args.encoder)))
     base = Path(args.out or f"runs/{run_name(args)}")
     seeds = range(args.seed, args.seed + args.seeds)
     alone = args.seed == 0 or args.out and args.seeds == 1  # the first seed, and a folder that was asked for, are bare
     outs = [base.with_name(base.name + ("" if alone and seed == args.seed else f"-s{seed}")) for seed in seeds]
     rows = [run(args, seed, out, device, dtype, rank, world) for seed, out in zip(seeds, outs, strict=True)]
-    ranks.leave()
+    distributed.leave()
     if args.seeds > 1:
-        summary, path = mistakes.over_seeds(rows), base.with_name(base.name + "-seeds.json")
-        plumbing.save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
+        summary, path = errors.over_seeds(rows), base.with_name(base.name + "-seeds.json")
+        save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
         told = (f"{k} {summary[k]['mean']:.2f} +- {summary[k]['deviation']:.2f}" for k in ("top1", "top5", "macro_f1"))
         print(f"{args.seeds} seeds: {', '.join(told)}; wrote {path}")
 
 
 if __name__ == "__main__":
-    plumbing.cli(main)
+    cli(main)

@@ -1,4 +1,4 @@
-"""The network: a Vision Transformer encoder and the MAE decoder. checkpoints.py saves, loads and converts them.
+"""The network: a Vision Transformer encoder and the MAE decoder. common/checkpoints.py saves, loads and converts them.
 
 Shapes used everywhere
     B batch   S image side   p patch side   g = S/p patches a side   N = g*g patches   K kept   M = N-K masked
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.io import UserError
 from kernels.gather import MEAN, STD, masked_patch_gather
-from plumbing import UserError
 
 SIZES = {  # width, depth, heads of the encoder; image and patch side, width of the decoder that go with it
     "nano":  dict(dim=192, depth=4,  heads=3,  image_size=96,  patch_size=8,  decoder_dim=128),
@@ -434,10 +434,3 @@ def put_patches(view, ids, patches):
         2, (p, 3 * p)
     )
     return out.view(B, S, S, 3)
-
-
-if __name__ == "__main__":  # python model.py export ...
-    import checkpoints
-    import plumbing
-
-    plumbing.cli(checkpoints.main)

@@ -22,19 +22,40 @@ import torch
 from tqdm import tqdm
 
 import data
-import guides
 import kernels
-import loader
 import mask as masking
-import plumbing
-import ranks
-from checkpoints import init_from, load_exactly, save_model
-from evaluate import attention_by_part, draw_reconstructions, hide, masked_mse, pooled_tokens, recognition, thumbnails
+from common import distributed, guidance, plots
+from common.checkpoints import init_from, load_exactly, save_model
+from common.evaluate import (
+    attention_by_part,
+    draw_reconstructions,
+    hide,
+    masked_mse,
+    pooled_tokens,
+    recognition,
+    thumbnails,
+)
+from common.io import UserError, cli, send
+from common.train import (
+    Pacer,
+    Stopwatch,
+    autocast_of,
+    catch_signals,
+    lr_at,
+    machine,
+    make_optimizer,
+    open_log,
+    open_run,
+    peak_memory_mb,
+    pick_device,
+    pick_dtype,
+    read_log,
+    save_state,
+    seeded,
+)
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
-from lab import plot
 from model import MAE, SIZES, Block, SimMIM
-from plumbing import UserError
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOG_EVERY = 10  # steps
@@ -63,7 +84,7 @@ def parse_args():
     add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
-    add("--attention", choices=guides.SOURCES,
+    add("--attention", choices=guidance.SOURCES,
         help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
         help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
@@ -98,7 +119,7 @@ def fill_defaults(args, device, dtype):
     vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
-    args.attention = args.attention or guides.usual_source(args.teacher)
+    args.attention = args.attention or guidance.usual_source(args.teacher)
     args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
@@ -144,7 +165,7 @@ def run_name(args, folder):
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
     words += [] if args.init is None else ["from-" + Path(args.init).name]
-    words += [] if args.attention == guides.usual_source(args.teacher) else [args.attention]
+    words += [] if args.attention == guidance.usual_source(args.teacher) else [args.attention]
     words += [] if args.maps == "auto" else [Path(args.maps).name]
     return "-".join([*words, f"s{args.seed}"])
 
@@ -165,13 +186,13 @@ def as_map(known, side):
 
 def main():
     args = parse_args()
-    device = plumbing.pick_device(args.device)
-    dtype, dtype_why = plumbing.pick_dtype(args.dtype, device)
-    autocast = plumbing.autocast_of(device, dtype)
+    device = pick_device(args.device)
+    dtype, dtype_why = pick_dtype(args.dtype, device)
+    autocast = autocast_of(device, dtype)
     fill_defaults(args, device, dtype)
     strategy, params, ratios = check(args)
     impl, impl_why = use_impl(args.impl, device)
-    rank, world, device = ranks.join(device)
+    rank, world, device = distributed.join(device)
 
     # the data, the network, and the run folder
     torch.manual_seed(args.seed)
@@ -179,9 +200,9 @@ def main():
     build = SimMIM if strategy == "simmim" else MAE
     model = build(args.image_size, args.patch_size, **size,
                   decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
-    with ranks.zero_first():
-        folder = data.dataset_folder(args.data, args.image_size)
-    train, held = loader.open_split(folder, "train"), loader.open_split(folder, args.eval_on)
+    with distributed.zero_first():
+        folder = data.open_or_pack(args.data, args.image_size)
+    train, held = data.open_split(folder, "train"), data.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
     B = min(args.batch_size, len(train["images"]) // args.accumulate * args.accumulate)
@@ -200,15 +221,15 @@ def main():
 
     # network, optimizer, and what guides the mask
     took = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else None
-    guide = guides.Guide(strategy, params, args, model, folder, train, device, autocast)
+    guide = guidance.Guide(strategy, params, args, model, folder, train, device, autocast)
     config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.what}
-    state = plumbing.open_run(out, config, args.resume)
+    state = open_run(out, config, args.resume)
     model.to(device)
     for block in (m for m in model.modules() if isinstance(m, Block)):
         block.recompute = args.recompute
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
-    optimizer = plumbing.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
+    optimizer = make_optimizer(learning, peak_lr, WEIGHT_DECAY)
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
 
     step, seconds = 0, 0.0
@@ -217,9 +238,9 @@ def main():
         guide.load(state, out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    log = plumbing.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
+    log = open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
 
-    print(f"machine  {plumbing.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
+    print(f"machine  {machine(device)}{f', {world} processes' if world > 1 else ''}\n"
           f"         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")  # fmt: skip
     print(f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
           f"{len(train['header']['classes'])} classes")  # fmt: skip
@@ -237,7 +258,7 @@ def main():
         if rank > 0:
             return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
-        plumbing.save_state(state | {"config": config, "step": step, "seconds": clock()}, out / "state.pt")
+        save_state(state | {"config": config, "step": step, "seconds": clock()}, out / "state.pt")
         for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
             old.unlink()
 
@@ -249,7 +270,7 @@ def main():
             return
         row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
         text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
-        if loader.has_labels(train) and loader.has_labels(held):
+        if data.has_labels(train) and data.has_labels(held):
             row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
             text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         elif step == 0:
@@ -263,32 +284,32 @@ def main():
         tqdm.write(text)
         log(**row, seconds=round(clock(), 2))
 
-    asked, began = plumbing.catch_signals(), time.perf_counter()
+    asked, began = catch_signals(), time.perf_counter()
     if step == 0:
         report()
-    images = loader.resident(train, device)
-    waiting, losses, norms, last_save, view = plumbing.Stopwatch(), [], [], plumbing.Pacer(), None
+    images = data.resident(train, device)
+    waiting, losses, norms, last_save, view = Stopwatch(), [], [], Pacer(), None
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
             guide.look(epoch, step, train["images"], out)
-        order = loader.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in waiting.timed(loader.batches(images, order, B, device, step % per_epoch, mine)):
+        order = data.epoch_order(len(images), args.seed, epoch)
+        for rows, batch in waiting.timed(data.batches(images, order, B, device, step % per_epoch, mine)):
             # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch
             t = step / total
-            draws = plumbing.seeded(args.seed, epoch, step)
-            boxes, flip = loader.draw_boxes(B, draws, args.min_crop)
+            draws = seeded(args.seed, epoch, step)
+            boxes, flip = data.draw_boxes(B, draws, args.min_crop)
             noise = masking.gumbel_noise(B, N, draws)
-            boxes, flip, noise = (plumbing.send(x[mine], device) for x in (boxes, flip, noise))
-            view = loader.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
+            boxes, flip, noise = (send(x[mine], device) for x in (boxes, flip, noise))
+            view = data.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
             patches = {"masked": N - K} | guide.known(rows, boxes, flip, view, mine)
             ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
 
             # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
             weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
-            weight_sum, loss = ranks.all_reduce(weight.sum()), 0.0
+            weight_sum, loss = distributed.all_reduce(weight.sum()), 0.0
             for i in range(0, b, b // args.accumulate):
                 part = slice(i, i + b // args.accumulate)
                 tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
@@ -304,10 +325,10 @@ def main():
 
             # step
             guide.learn()
-            ranks.all_reduce_gradients(learning.parameters())
+            distributed.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             for group in optimizer.param_groups:
-                group["lr"] = plumbing.lr_at(step, total, args.warmup * total, peak_lr)
+                group["lr"] = lr_at(step, total, args.warmup * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
             guide.follow(model.encoder, t)
@@ -317,9 +338,9 @@ def main():
             # log, evaluate, save
             losses.append(loss)
             norms.append(norm)
-            stop = ranks.largest(asked[0] if asked else 0)  # all stop after the same step
+            stop = distributed.largest(asked[0] if asked else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                now = torch.stack([ranks.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
+                now = torch.stack([distributed.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
                 losses, norms = [], []
                 if not now.isfinite().all():
                     first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
@@ -327,11 +348,11 @@ def main():
                                     f"state. Try a smaller --blr than {args.blr:g}, or --dtype fp32")  # fmt: skip
                 share, spent = waiting.share()
                 about_masks = guide.statistics(patches, ids_mask)
-                if warning := guides.collapsed(about_masks):
+                if warning := guidance.collapsed(about_masks):
                     tqdm.write(f"step {step}: {warning}")
                 log(step=step, epoch=round(step / per_epoch, 4), loss=now[:, 0].mean().item(), lr=group["lr"],
                     grad_norm=now[:, 1].mean().item(), images_per_s=round(len(now) * B / spent, 1),
-                    data_wait=round(share, 5), memory_mb=round(plumbing.peak_memory_mb(device)),
+                    data_wait=round(share, 5), memory_mb=round(peak_memory_mb(device)),
                     seconds=round(clock(), 2), **about_masks)  # fmt: skip
                 bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
                 if step % (per_epoch * args.eval_every) == 0 or step == total:
@@ -343,20 +364,20 @@ def main():
                     waiting.share()
             if stop:
                 bar.close()
-                ranks.stop_here(stop, step, args.resume)
+                distributed.stop_here(stop, step, args.resume)
     bar.close()
-    ranks.leave()
+    distributed.leave()
 
     title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     if view is not None:  # None where a finished run was resumed: its picture is there
         shown = {guide.need: as_map(patches[guide.need][:8], S // p)} if guide.need else {}
         seen = hide(view[:8], ids_mask[:8], p)
-        plot.masks(out / "masks.png", view[:8], seen, shown, f"What the last batch hid: {title}")
+        plots.masks(out / "masks.png", view[:8], seen, shown, f"What the last batch hid: {title}")
     save_model(model, out / "model.safetensors", about())
-    plot.curves(out / "curves.png", plumbing.read_log(out / "log.jsonl"), args.eval_on, title)
+    plots.curves(out / "curves.png", read_log(out / "log.jsonl"), args.eval_on, title)
     draw_reconstructions(model, held, norm_pix, autocast, out / "recon.png")
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {clock():.0f} s")
 
 
 if __name__ == "__main__":
-    plumbing.cli(main)
+    cli(main)

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-import loader
-import plumbing
-from checkpoints import load_encoder
-from lab import compare, features, figures, heads, metrics, stats
+import data
+from common import compare, features, metrics, plots, stats
+from common.checkpoints import load_encoder
+from common.io import UserError, cli, save_text
+from common.train import autocast_of, command, commit, machine, pick_device, pick_dtype, read_log, seeded
 from model import untrained_like
-from plumbing import UserError
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 COLUMNS = (  # of the printed table: heading, where its number is in a row of probe.json
@@ -45,7 +45,7 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--views", type=int, default=3, metavar="V", help="views of a training image for the MAE recipe: whole + crops")
     add("--headline", action="store_true", help="only logistic regression and kNN on the mean token; no controls, no "
-        "pictures\n(what lab/study.py repeats for every run)")
+        "pictures\n(what experiments/study.py repeats for every run)")
     add("--blocks", action="store_true", help="also the mean token after each block")
     add("--snapshots", action="store_true", help="also a ridge probe of each runs/NAME/snapshots/encoder-EPOCH")
     add = parser.add_argument_group("comparison and efficiency").add_argument
@@ -77,14 +77,14 @@ def open_task(folder, split, seed):
     labels, header = {name: s["labels"] for name, s in parts.items()}, parts["train"]["header"]
     task = {"parts": parts, "held": split, "fit": rows, "choose": choose, "choose_in": choose_in, "labels": labels,
             "groups": {name: features.groups_of(s) for name, s in parts.items()}, "names": header["classes"],
-            "labelled": loader.has_labels(parts["train"]) and loader.has_labels(parts[split])}  # fmt: skip
+            "labelled": data.has_labels(parts["train"]) and data.has_labels(parts[split])}  # fmt: skip
     if task["labelled"]:
         counts = torch.bincount(labels["train"][rows], minlength=len(header["classes"]))
         if lost := [header["classes"][c] for c in labels[split].unique() if counts[c] == 0]:
             raise UserError(f"{folder}: {split} has classes that train has not ({', '.join(map(str, lost[:4]))}); "
                             "pack it again: python data.py IMAGES --min-per-class 10")  # fmt: skip
         task["counts"], asked = counts, labels[split]
-        drawn = {f"{w}-way {s}-shot": metrics.draw_episodes(labels["train"], asked, w, s, plumbing.seeded(seed, w, s))
+        drawn = {f"{w}-way {s}-shot": metrics.draw_episodes(labels["train"], asked, w, s, seeded(seed, w, s))
                  for w, s in FEW_SHOT}  # fmt: skip
         task["episodes"] = {name: e for name, e in drawn.items() if e is not None}
     return task
@@ -96,20 +96,20 @@ def open_task(folder, split, seed):
 def logistic_scores(found, task):
     """-> (scores of the held split, the C that cross-validation on train chose)."""
     labels, classes = task["labels"]["train"][task["fit"]], len(task["names"])
-    x, held = heads.standardise(found["train"][0][task["fit"]], found[task["held"]][0])
-    C = heads.chosen_strength(x, labels, classes, task["groups"]["train"][task["fit"]])
-    W, b = heads.fit_logistic(x, labels, classes, C)
+    x, held = metrics.standardise(found["train"][0][task["fit"]], found[task["held"]][0])
+    C = metrics.chosen_strength(x, labels, classes, task["groups"]["train"][task["fit"]])
+    W, b = metrics.fit_logistic(x, labels, classes, C)
     return held @ W + b, C
 
 
 def linear_scores(found, task, seed):
     """-> (scores of the held split, the rate that was best on dev): the MAE recipe."""
     labels, classes = task["labels"], len(task["names"])
-    scores = heads.bn_linear(found["train"][:, task["fit"]], labels["train"][task["fit"]], classes, seed=seed)
+    scores = metrics.bn_linear(found["train"][:, task["fit"]], labels["train"][task["fit"]], classes, seed=seed)
     truth = labels[task["choose_in"]][task["choose"]]
     top1 = [metrics.topk(s, truth, 1) for s in scores(found[task["choose_in"]][0][task["choose"]])]
     best = top1.index(max(top1))
-    return scores(found[task["held"]][0])[best], heads.RATES[best]
+    return scores(found[task["held"]][0])[best], metrics.RATES[best]
 
 
 def few_shot(found, task):
@@ -158,8 +158,8 @@ def ridge_scores(found, task):
     """-> (Top-1 in percent on the held split, the penalty chosen on dev): the probe in one formula, for snapshots."""
     fit, choose, classes = task["fit"], task["choose"], len(task["names"])
     dev = found[task["choose_in"]][0][choose]
-    x, dev, held = heads.standardise(found["train"][0][fit], dev, found[task["held"]][0])
-    fits = {p: heads.ridge(x, task["labels"]["train"][fit], classes, p) for p in heads.PENALTIES}
+    x, dev, held = metrics.standardise(found["train"][0][fit], dev, found[task["held"]][0])
+    fits = {p: metrics.ridge(x, task["labels"]["train"][fit], classes, p) for p in metrics.PENALTIES}
     truth = task["labels"][task["choose_in"]][choose]
     best = max(fits, key=lambda p: metrics.topk(dev @ fits[p][0] + fits[p][1], truth, 1))
     return 100 * metrics.topk(held @ fits[best][0] + fits[best][1], task["labels"][task["held"]], 1), best
@@ -224,7 +224,7 @@ def threshold_of(args):
         return args.threshold, "absolute"
     plain = [run for run in args.runs if features.flags_of(run).get("mask") == "random"]
     reference = args.reference or (plain or args.runs)[0]
-    knn = [r["knn"] for r in plumbing.read_log(home_of(reference) / "log.jsonl") if "knn" in r]
+    knn = [r["knn"] for r in read_log(home_of(reference) / "log.jsonl") if "knn" in r]
     if not knn:
         return None, f"no kNN in {reference}/log.jsonl"
     return knn[0] + 0.9 * (knn[-1] - knn[0]), f"untrained + 90 % of the gain of {Path(reference).name}"
@@ -244,14 +244,14 @@ def efficiency_line(found, how):
 def draw(home, name, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png."""
     split, train, labels = task["parts"][task["held"]], task["parts"]["train"], task["labels"]
-    rows = loader.spread(len(split["images"]), loader.CHUNK)
-    view = next(loader.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
-    few = loader.spread(len(rows), 8)
-    figures.attention_sheet(
+    rows = data.spread(len(split["images"]), data.CHUNK)
+    view = next(data.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
+    few = data.spread(len(rows), 8)
+    plots.attention_sheet(
         home / "attention.png", encoder, view[few[:5]], f"Attention of CLS in the last block: {name}"
     )
     view = torch.cat([view[few], view])
-    figures.patch_sheet(home / "patches.png", encoder, view, f"Patch tokens, principal components as colours: {name}")
+    plots.patch_sheet(home / "patches.png", encoder, view, f"Patch tokens, principal components as colours: {name}")
     rows = rows[few[:6]]
     bank, held = found["mean"]["train"][0], found["mean"][task["held"]][0]
     alike = labels[task["held"]][rows][:, None] == labels["train"] if task["labelled"] else None  # (6, n)
@@ -259,11 +259,11 @@ def draw(home, name, encoder, size, task, found):
     pictures = lambda index: train["images"][index.numpy()]  # noqa: E731
     title = f"{task['held']} pictures and their nearest in train, cosine of mean tokens: {name}"
     title += "\n(green: the same character, dashed: another)" if task["labelled"] else ""
-    figures.neighbours(home / "neighbours.png", held[rows], bank, pictures, split["images"][rows.numpy()], right, title)
+    plots.neighbours(home / "neighbours.png", held[rows], bank, pictures, split["images"][rows.numpy()], right, title)
     if task["labelled"]:
         title = f"{task['held']}, mean token, 8 largest classes: {name}"
         truth = labels[task["held"]]
-        figures.scatter(home / "scatter.png", bank, labels["train"], held, truth, task["names"], title)
+        plots.scatter(home / "scatter.png", bank, labels["train"], held, truth, task["names"], title)
 
 
 # ---- one run, and several ------------------------------------------------------------------------------------------
@@ -284,8 +284,8 @@ def probe(run, args, task, autocast, device, threshold, controls):
     else:
         draw(home, name, encoder, size, task, found)
     config = features.flags_of(run)
-    report = {"command": plumbing.command(), "machine": plumbing.machine(device),
-              "commit": plumbing.commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
+    report = {"command": command(), "machine": machine(device),
+              "commit": commit(), "run": name, "config": config, "split": args.split, "seed": args.seed,
               "dtype": args.dtype, "views": args.views,
               "images": {k: len(v) for k, v in task["labels"].items()}}  # fmt: skip
     if not task["labelled"]:
@@ -305,9 +305,9 @@ def probe(run, args, task, autocast, device, threshold, controls):
         controls[shape] = {pool: measure(x, task, args.seed)[0] for pool, x in in_order(made).items()}
     rows |= controls[shape] | {"chance": chance(task)}
     if not args.headline:
-        figures.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task["names"],
+        plots.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task["names"],
                           f"Logistic regression on mean tokens, {args.split}: {name}")  # fmt: skip
-    log = plumbing.read_log(home / "log.jsonl")
+    log = read_log(home / "log.jsonl")
     report |= {"classes": task["names"], "headline": rows["mean"]["logistic"]["top1"], "rows": slim(rows),
                "right": {head: stats.to_bits(x) for head, x in right["mean"].items()}, "threshold": threshold[1],
                "efficiency": None if threshold[0] is None else efficiency(log, threshold[0])}  # fmt: skip
@@ -336,7 +336,7 @@ def slim(rows):
 def write(home, report):
     text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)  # lists on one line
-    plumbing.save_text(text + "\n", home / "probe.json")
+    save_text(text + "\n", home / "probe.json")
     print(f"wrote    {home}/probe.json, features.safetensors and its figures")
     return report
 
@@ -355,7 +355,7 @@ def snapshots(home, task, autocast, device):
         found = features.sets(features.extract_all(look, task["parts"], 1, device), 1)
         points.append([epoch, ridge_scores(found["mean"], task)[0]])
         print(f"epoch {epoch:<6g} ridge Top-1 {points[-1][1]:.1f} %" + (" untrained" if epoch == 0 else ""))
-    figures.snapshot_curve(home / "snapshots.png", points[1:], {"untrained": points[0][1]}, f"Snapshots of {home.name}")
+    plots.snapshot_curve(home / "snapshots.png", points[1:], {"untrained": points[0][1]}, f"Snapshots of {home.name}")
     return points
 
 
@@ -371,15 +371,15 @@ def main():
         args.views = 1
     for run in args.runs:
         load_encoder(run)  # every mistake before hours of work
-    data = args.data or features.flags_of(args.runs[0]).get("data")
-    if not data:
+    folder = args.data or features.flags_of(args.runs[0]).get("data")
+    if not folder:
         raise UserError(f"{args.runs[0]} does not say what it was trained on; give --data datasets/NAME")
-    device = plumbing.pick_device(args.device)
-    dtype, _ = plumbing.pick_dtype(args.dtype, device)
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    autocast = plumbing.autocast_of(device, dtype)
-    task, threshold, controls = open_task(data, args.split, args.seed), threshold_of(args), {}
-    print(f"data     {data}: {args.split}, {len(task['labels'][args.split]):,} images, {len(task['names'])} classes")
+    autocast = autocast_of(device, dtype)
+    task, threshold, controls = open_task(folder, args.split, args.seed), threshold_of(args), {}
+    print(f"data     {folder}: {args.split}, {len(task['labels'][args.split]):,} images, {len(task['names'])} classes")
     reports = []
     for run in args.runs:
         print(f"run      {run}")
@@ -391,4 +391,4 @@ def main():
 
 
 if __name__ == "__main__":
-    plumbing.cli(main)
+    cli(main)

@@ -23,13 +23,12 @@ import torch
 import torch.nn.functional as F
 
 import data
-import loader
-import plumbing
-from classifier import load_classifier, pooled_of
-from gallery import load_gallery, save_gallery
-from lab import metrics, plot_recognition, sources
-from lab.decode import decode
-from plumbing import UserError
+from common import metrics, plots
+from common.classifier import load_classifier, load_gallery, pooled_of, save_gallery
+from common.io import UserError, cli, save_json
+from common.train import autocast_of, command, commit, machine, pick_device, pick_dtype
+from ingest import pack, sources
+from ingest.decode import decode
 
 FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
 RATES = (0.001, 0.01, 0.1)  # false positive, and false alarm rates that are reported
@@ -44,7 +43,7 @@ def parse_args():
     add("--threshold", type=float, metavar="COSINE", help="below it a face is unknown (default: as calibrated)")
     add("--json", action="store_true", help="print a JSON object a picture")
     add("--nearest", type=int, default=3, metavar="N", help="gallery faces that are named beside each answer")
-    add("--crop", choices=data.CROPS, help="square that is looked at, as in data.py (default: as it was trained)")
+    add("--crop", choices=pack.CROPS, help="square that is looked at, as in data.py (default: as it was trained)")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
@@ -70,7 +69,7 @@ def check(args):
 
 
 def open_pictures(path):
-    """One argument -> records and fetch, as lab/sources.py has them; a single file is a picture whatever its name."""
+    """One argument -> records and fetch, as ingest/sources.py has them; a single file is a picture."""
     file = Path(path)
     if path != "-" and file.is_file() and (sources.is_image(file.name) or not archive_or_list(file)):
         return [sources.Record(path, str(file.resolve()))], sources.fetch_files("/")
@@ -92,7 +91,7 @@ def pictures(args, header, problems):
     for path in args.images:
         try:
             records, fetch = open_pictures(path)
-            for record, row in data.worked(records, fetch, look):
+            for record, row in pack.worked(records, fetch, look):
                 if isinstance(row, Exception):
                     reason = re.sub(r" <.*?>", "", " ".join(str(row).split()))[:100] or type(row).__name__
                     problems.append((record.key, f"{record.key} is not a picture that can be read: {reason}"))
@@ -164,7 +163,7 @@ def recognise(args, net, header, gallery, autocast):
     threshold, problems, named = args.threshold, [], 0
     threshold = gallery["threshold"] if threshold is None else threshold
     found = pictures(args, header, problems)
-    for keys, images in in_batches(found, loader.CHUNK):
+    for keys, images in in_batches(found, data.CHUNK):
         logits, embeddings = look_at(net, images, header["image_size"], autocast)
         for row in answers(keys, logits, embeddings, gallery, threshold, args.nearest):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row, threshold), flush=True)
@@ -184,7 +183,7 @@ def enrol(args, net, header, gallery, autocast):
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     new, keys = [], []
-    for some, images in in_batches(pictures(args, header, problems), loader.CHUNK):
+    for some, images in in_batches(pictures(args, header, problems), data.CHUNK):
         new.append(look_at(net, images, header["image_size"], autocast)[1])
         keys += some
     if problems:
@@ -230,9 +229,9 @@ def open_set(known, right, strangers, threshold):
 
 def verify(args, net, header, gallery, autocast, device):
     """recognize.json and roc.png: the same embeddings, asked whether two faces are one person, and who is unknown."""
-    folder = data.dataset_folder(args.data or header["data"])
-    split = loader.open_split(folder, args.eval_on)
-    if not loader.has_labels(split):
+    folder = data.open_or_pack(args.data or header["data"])
+    split = data.open_split(folder, args.eval_on)
+    if not data.has_labels(split):
         raise UserError(f"{folder} has no labels on all pictures of {args.eval_on}: nothing to verify by")
     rows = torch.linspace(0, len(split["images"]) - 1, min(PAIRS_OF, len(split["images"]))).long()
     pooled = pooled_of(net, split, rows, header["image_size"], autocast, "faces")
@@ -250,10 +249,10 @@ def verify(args, net, header, gallery, autocast, device):
         right = logits[known].argmax(1) == own[known]
         threshold = gallery["threshold"] if args.threshold is None else args.threshold
         row["open_set"] = open_set(cosine[known], right, cosine[~known], threshold)
-    row |= {"command": plumbing.command(), "machine": plumbing.machine(device), "commit": plumbing.commit()}
+    row |= {"command": command(), "machine": machine(device), "commit": commit()}
     strangers = (cosine[known], cosine[~known]) if "open_set" in row else None
-    plot_recognition.trust(Path(args.run) / "roc.png", curves, strangers, f"{Path(args.run).name} on {folder.name}")
-    plumbing.save_json(row, Path(args.run) / "recognize.json")
+    plots.trust(Path(args.run) / "roc.png", curves, strangers, f"{Path(args.run).name} on {folder.name}")
+    save_json(row, Path(args.run) / "recognize.json")
     print(json.dumps({k: row[k] for k in ("verification", "open_set") if k in row}, indent=1))
     if "open_set" not in row:
         print("no strangers in this set: finetune_lora.py --hold-out 4 leaves four characters out of training")
@@ -263,9 +262,9 @@ def verify(args, net, header, gallery, autocast, device):
 def main():
     args = parse_args()
     check(args)
-    device = plumbing.pick_device(args.device)
-    dtype, _ = plumbing.pick_dtype(args.dtype, device)
-    autocast = plumbing.autocast_of(device, dtype)
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    autocast = autocast_of(device, dtype)
     net, header = load_classifier(args.run)
     net.to(device)
     gallery = load_gallery(args.run)
@@ -276,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    plumbing.cli(main)
+    cli(main)

@@ -59,7 +59,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
-    from checkpoints import save_model
+    from common.checkpoints import save_model
     from model import MAE
 
     folder = tmp_path_factory.mktemp("runs") / "nano"

@@ -222,7 +222,7 @@ def numbers(value, at=""):
     items = value.items() if isinstance(value, dict) else enumerate(value)
     found = {}
     for k, v in items:
-        if not any(word == str(k) or (str(k).endswith("_" + word) and word != "ms") for word in TIMES):
+        if not any(word == str(k) or str(k).endswith("_" + word) for word in TIMES):
             found |= numbers(v, f"{at}.{k}")
     return found
 

@@ -9,8 +9,9 @@ import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import save_model
-from lab import bench_check, bench_step, bench_train
+from benchmarks import check, step, train
+from common.checkpoints import save_model
+from common.io import save_csv
 from model import MAE
 
 TINY = {"device": "cpu", "model": "nano", "image_size": 16, "patch_size": 8, "ratio": 0.5, "batch": 2, "warmup": 2,
@@ -26,20 +27,20 @@ def test_flops_are_those_that_torch_counts(size, patch, dim, depth, width, block
     with FlopCounterMode(display=False) as counter:
         pred, stats = model(torch.randn(3, K, patch**2 * 3), ids[:, :K], ids[:, K:])
         (pred.sum() + stats.sum()).backward()
-    assert counter.get_total_flops() == 3 * bench_train.step_flops(size, patch, dim, depth, width, blocks, K)
+    assert counter.get_total_flops() == 3 * train.step_flops(size, patch, dim, depth, width, blocks, K)
 
 
 def test_eight_gpus_on_paper():
     """ViT-B's .45 GB at 1000 images/s and 100 a GPU: 100 ms of work, 1.75 * 1.5 + .6 = 3.225 ms of talk."""
-    assert bench_train.on_paper(1000, 100, 0.45e9) == pytest.approx(800 / 0.103225)
-    assert bench_train.on_paper(1000, 100, 0) == pytest.approx(8000)
+    assert train.on_paper(1000, 100, 0.45e9) == pytest.approx(800 / 0.103225)
+    assert train.on_paper(1000, 100, 0) == pytest.approx(8000)
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
-    assert bench_train.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
-    assert "step 2" in bench_train.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
-    assert bench_train.agree([1.0], [1.01], "bf16") == "" and bench_train.agree([1.0], [1.03], "bf16")
-    assert bench_train.agree([float("nan")], [1.0], "bf16") and bench_train.agree([], [], "fp32")
+    assert train.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
+    assert "step 2" in train.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
+    assert train.agree([1.0], [1.01], "bf16") == "" and train.agree([1.0], [1.03], "bf16")
+    assert train.agree([float("nan")], [1.0], "bf16") and train.agree([], [], "fp32")
 
 
 @pytest.fixture
@@ -48,34 +49,34 @@ def in_process(monkeypatch):
 
     class Here:
         def __init__(self, case):
-            self.step = bench_step.make_step(case, torch.device("cpu"))()
+            self.step = step.make_step(case, torch.device("cpu"))()
             losses = [float(self.step(i)) for i in range(case["warmup"])]
             self.first = {"losses": losses, "waits": ""}
 
-    monkeypatch.setattr(bench_train, "started", lambda stack, case, name: ((here := Here(case)), here.first))
+    monkeypatch.setattr(train, "started", lambda stack, case, name: ((here := Here(case)), here.first))
 
 
 def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_speed(in_process, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    small = {name: c | {"decoder": [32, 1]} for name, c in bench_train.CANDIDATES.items() if not c.get("compile")}
-    monkeypatch.setattr(bench_train, "CANDIDATES", small)
+    small = {name: c | {"decoder": [32, 1]} for name, c in train.CANDIDATES.items() if not c.get("compile")}
+    monkeypatch.setattr(train, "CANDIDATES", small)
     names = ["AniMask", "transformers", "transformers, memory kept, eager attention", "AniMask, light, whole step"]
-    assert list(bench_train.gated(None, TINY, names, tmp_path)) == names
-    monkeypatch.setattr(bench_step, "FLOOR", 0.5)  # another loss
-    with pytest.raises(bench_train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
-        bench_train.gated(None, TINY, ["AniMask"], tmp_path)
+    assert list(train.gated(None, TINY, names, tmp_path)) == names
+    monkeypatch.setattr(step, "FLOOR", 0.5)  # another loss
+    with pytest.raises(train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
+        train.gated(None, TINY, ["AniMask"], tmp_path)
 
 
 def test_parts_of_a_step_are_all_there(monkeypatch, tmp_path):
     case = TINY | {"net": "ours", "decoder": [32, 1], "whole": True, "weights": str(tmp_path / "w")}
-    model = bench_step.build(case)
+    model = step.build(case)
     save_model(model, tmp_path / "w.safetensors", {"step": 0, "run": {}, "norm_pix": True})
-    took = bench_step.timed_parts(bench_step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
-    assert list(took) == list(bench_train.PARTS) and all(ms > 0 for ms in took.values())
+    took = step.timed_parts(step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
+    assert list(took) == list(train.PARTS) and all(ms > 0 for ms in took.values())
 
 
 def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "lab.bench_train", "--only", "nobody", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "benchmarks.train", "--only", "nobody", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--only nobody is no candidate" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -88,31 +89,31 @@ def row(candidate, over):
 
 def test_the_guard_compares_ratios_and_fails_under_85_percent(monkeypatch, capsys, tmp_path):
     recorded = [row("AniMask", "1.2"), row("transformers", "1.0"), row("AniMask, compiled", "2.0")]
-    then = bench_check.train_ratios(recorded)
+    then = check.train_ratios(recorded)
     assert [len(k.split()) for k in then] == [6, 7] and list(then.values()) == [1.2, 2.0]
-    bench_check.plumbing.save_csv(tmp_path / "bench_train_cpu.csv", recorded)
-    monkeypatch.setattr(sys, "argv", ["", "bench_train", "--device", "cpu", "--results", str(tmp_path)])
-    monkeypatch.setattr(bench_check, "measure", lambda *_: [row("AniMask", "1.03")])
-    bench_check.main()
+    save_csv(tmp_path / "bench_train_cpu.csv", recorded)
+    monkeypatch.setattr(sys, "argv", ["", "train", "--device", "cpu", "--results", str(tmp_path)])
+    monkeypatch.setattr(check, "measure", lambda *_: [row("AniMask", "1.03")])
+    check.main()
     assert "as fast" in capsys.readouterr().out
-    monkeypatch.setattr(bench_check, "measure", lambda *_: [row("AniMask", "1.01")])
+    monkeypatch.setattr(check, "measure", lambda *_: [row("AniMask", "1.01")])
     with pytest.raises(SystemExit) as done:
-        bench_check.main()
+        check.main()
     assert done.value.code == 1 and "SLOWER   84.2%" in capsys.readouterr().out
 
 
 def test_kernel_ratios_are_over_the_obvious_way():
     same = {"operation": "loss", "batch": "4", "size": "32", "patch": "8", "ratio": "0.75"}
     rows = [same | {"impl": "obvious", "ms": "6"}, same | {"impl": "reference", "ms": "2"}]
-    assert bench_check.kernel_ratios(rows) == {"reference loss 4 32 8 0.75": 3.0}
+    assert check.kernel_ratios(rows) == {"reference loss 4 32 8 0.75": 3.0}
 
 
 def test_rows_can_be_tabled_and_drawn(tmp_path):
     case = TINY | {"image_size": 32}
-    rows = [bench_train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1) for name in bench_train.CANDIDATES]
-    rows = [r | bench_train.against_the_peer(r, rows) | bench_train.columns({}) for r in rows]
+    rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1) for name in train.CANDIDATES]
+    rows = [r | train.against_the_peer(r, rows) | train.columns({}) for r in rows]
     assert rows[0]["images_per_s"] == 2.0 and rows[0]["over_transformers"] == 1.0 and rows[0]["decoder"] == "512x8"
-    rows[-3] |= bench_train.columns(dict.fromkeys(bench_train.PARTS, 1.0))
-    bench_train.draw(rows, tmp_path / "plot.png")
+    rows[-3] |= train.columns(dict.fromkeys(train.PARTS, 1.0))
+    train.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-    assert len(bench_train.table(rows).splitlines()) == len(rows) + 2 and json.dumps(rows)
+    assert len(train.table(rows).splitlines()) == len(rows) + 2 and json.dumps(rows)

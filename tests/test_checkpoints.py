@@ -13,12 +13,13 @@ import transformers
 from conftest import ROOT, refused, stage
 from safetensors.torch import load_file, save_file
 
-import checkpoints as C
-import formats
+import common.checkpoints as C
 import model as M
+from common import formats
+from common.io import UserError
+from export import export
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import reconstruction_loss
-from plumbing import UserError
 
 TINY = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
 HF = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "image_size": 32,
@@ -100,7 +101,7 @@ def test_a_hugging_face_mae_is_ours(hf_mae):
 def test_our_mae_is_a_hugging_face_mae(tmp_path):
     ours = small_mae()
     C.save_model(ours, tmp_path / "model.safetensors", {"norm_pix": True})
-    folder, use = C.export(tmp_path, "hf")
+    folder, use = export(tmp_path, "hf")
     assert "ViTMAEForPreTraining" in use
     theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -142,7 +143,7 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
 def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
     encoder = small_mae().encoder
     C.save_encoder(encoder, tmp_path / "model.safetensors", {})
-    folder, use = C.export(tmp_path, "hf", image_size=48)
+    folder, use = export(tmp_path, "hf", image_size=48)
     theirs, info = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert "ViTModel" in use and not info["missing_keys"] and not info["unexpected_keys"]
     back, size = C.load_encoder(folder)
@@ -224,7 +225,7 @@ def test_export_for_timm_has_its_names_and_shapes(tmp_path):
     torch.manual_seed(0)
     vit = shaken(M.ViT(128, 16, 384, 12, 6))
     C.save_encoder(vit, tmp_path / "model.safetensors", {})
-    out, line = C.export(tmp_path, "timm", image_size=224)
+    out, line = export(tmp_path, "timm", image_size=224)
     found = {k: tuple(w.shape) for k, w in load_file(out).items()}
     assert found.keys() == timm_names(12)
     assert found["patch_embed.proj.weight"] == (384, 3, 16, 16) and found["pos_embed"] == (1, 197, 384)
@@ -245,23 +246,23 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     mae = small_mae()
     C.save_model(mae, tmp_path / "model.safetensors", {})
     done = stage(
-        "model.py", "export", tmp_path, "--to", "mae", "--out", tmp_path / "mae.safetensors", cwd=ROOT, check=0
+        "export.py", tmp_path, "--to", "mae", "--out", tmp_path / "mae.safetensors", cwd=ROOT, check=0
     )
     assert "mae.safetensors" in done.stdout and done.stderr == ""
     written, expected = load_file(tmp_path / "mae.safetensors"), C.public_weights(mae)
     assert written.keys() == expected.keys() and all(torch.equal(written[k], expected[k]) for k in written)
-    line = refused(stage("model.py", "export", tmp_path, "--to", "merged", cwd=ROOT))
+    line = refused(stage("export.py", tmp_path, "--to", "merged", cwd=ROOT))
     assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
         with pytest.raises(UserError, match="what is read"):
-            C.export(tmp_path, "hf", out)
+            export(tmp_path, "hf", out)
 
 
 def test_a_simmim_run_goes_out_as_its_encoder(tmp_path):
     model = M.SimMIM(32, 8, 64, 2, 1)
     C.save_model(model, tmp_path / "run" / "model.safetensors", {})
     for to in ("timm", "mae"):
-        out, _ = C.export(tmp_path / "run", to, tmp_path / f"{to}.safetensors")
+        out, _ = export(tmp_path / "run", to, tmp_path / f"{to}.safetensors")
         encoder, _ = C.load_encoder(out) if to == "mae" else (None, None)
         assert not [k for k in load_file(out) if "decoder" in k or "mask_token" in k]
         if encoder:
@@ -323,7 +324,7 @@ def test_half_a_decoder_is_refused(tmp_path):
         C.init_from(small_mae(heads=1), tmp_path / "x.pth")
     for to in ("mae", "timm", "hf"):
         with pytest.raises(UserError, match="missing: decoder_norm.bias"):
-            C.export(tmp_path / "x.pth", to)
+            export(tmp_path / "x.pth", to)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
 
 

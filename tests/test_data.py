@@ -14,17 +14,16 @@ from PIL import Image
 from safetensors import safe_open
 
 import data
-import loader
-from lab import decode, sources, toon
-from plumbing import UserError
+from common.io import UserError
+from ingest import decode, pack, sources, toon
 
 
-def pack(source, out, *more, **kw):
+def pack_images(source, out, *more, **kw):
     return stage("data.py", source, "--out", out, *more, cwd=out.parent, **kw)
 
 
 def keys_of(out, split):
-    return loader.open_split(out, split)["header"]["keys"]
+    return data.open_split(out, split)["header"]["keys"]
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -32,7 +31,7 @@ def keys_of(out, split):
 
 def test_a_folder_per_class_is_split_by_class_and_read_by_safetensors(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=20)
-    pack(tmp_path / "images", tmp_path / "out", "--size", 24, check=0)
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 24, check=0)
     counts = {}
     for split in ("train", "val", "test"):
         with safe_open(tmp_path / "out" / f"{split}.safetensors", "pt") as f:
@@ -48,7 +47,7 @@ def test_a_folder_per_class_is_split_by_class_and_read_by_safetensors(tmp_path):
 def test_same_input_same_bytes_and_another_seed_another_split(tmp_path):
     draw_folder(tmp_path / "images")
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        pack(tmp_path / "images", tmp_path / name, "--size", 16, "--seed", seed, check=0)
+        pack_images(tmp_path / "images", tmp_path / name, "--size", 16, "--seed", seed, check=0)
     read = {n: (tmp_path / n / "train.safetensors").read_bytes() for n in "abc"}
     assert read["a"] == read["b"] != read["c"]
 
@@ -57,8 +56,8 @@ def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
     draw_folder(tmp_path / "images")
     shutil.make_archive(tmp_path / "images", "zip", tmp_path, "images")  # wrapped in one folder, as zips often are
     for source, out in (("images", "a"), ("images.zip", "b")):
-        pack(tmp_path / source, tmp_path / out, "--size", 16, check=0)
-    a, b = (loader.open_split(tmp_path / n, "train") for n in "ab")
+        pack_images(tmp_path / source, tmp_path / out, "--size", 16, check=0)
+    a, b = (data.open_split(tmp_path / n, "train") for n in "ab")
     assert a["header"]["classes"] == b["header"]["classes"] == ["class0", "class1", "class2"]
     assert sorted(x.tobytes() for x in a["images"]) and len(a["images"]) == len(b["images"])
     assert Counter(a["labels"].tolist()) == Counter(b["labels"].tolist())
@@ -67,26 +66,26 @@ def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
 def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
     for split, each in (("train", 20), ("test", 4)):
         draw_folder(tmp_path / "images" / split, classes=2, each=each)
-    pack(tmp_path / "images", tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
     got = {s: keys_of(tmp_path / "out", s) for s in ("train", "dev", "val", "test")}
     assert all(k.startswith("train/") for s in ("train", "dev", "val") for k in got[s])
     assert all(k.startswith("test/") for k in got["test"]) and len(got["test"]) == 8
     assert len(got["val"]) == 4 and len(got["dev"]) == 8 and len(got["train"]) == 28
-    assert loader.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1"]
+    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1"]
 
 
 def test_groups_never_cross_splits(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=30)
-    pack(tmp_path / "images", tmp_path / "out", "--size", 16, "--group-by", "^(illust[0-9]+)_", check=0)
-    groups = {s: set(loader.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")}
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--group-by", "^(illust[0-9]+)_", check=0)
+    groups = {s: set(data.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")}
     assert sum(len(g) for g in groups.values()) == len(set.union(*groups.values())) == 15
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     draw_folder(tmp_path / "images", classes=1)
-    pack(tmp_path / "images" / "class0", tmp_path / "out", "--size", 16, check=0)
-    split = loader.open_split(tmp_path / "out", "train")
-    assert (split["labels"] == -1).all() and split["header"]["classes"] == [] and not loader.has_labels(split)
+    pack_images(tmp_path / "images" / "class0", tmp_path / "out", "--size", 16, check=0)
+    split = data.open_split(tmp_path / "out", "train")
+    assert (split["labels"] == -1).all() and split["header"]["classes"] == [] and not data.has_labels(split)
 
 
 def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
@@ -95,8 +94,8 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(10):
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
-    pack(tmp_path / "images", tmp_path / "out", "--size", 32, "--dedupe", "off", check=0)  # it is one picture ten times
-    split = loader.open_split(tmp_path / "out", "train")
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 32, "--dedupe", "off", check=0)
+    split = data.open_split(tmp_path / "out", "train")
     assert split["fg"].shape == (7, 32, 32)
     assert (split["fg"][0] == pixels[..., 3]).all()
     assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (split["images"][0, 2, 2] == decode.PAPER).all()
@@ -106,9 +105,9 @@ def test_broken_files_are_skipped_counted_and_named(tmp_path):
     root = draw_folder(tmp_path / "images", classes=3, each=30)
     whole = (root / "class0" / "illust0_0.png").read_bytes()
     (root / "class0" / "illust0_0.png").write_bytes(whole[:200])
-    done = pack(root, tmp_path / "out", "--size", 16, check=0)
+    done = pack_images(root, tmp_path / "out", "--size", 16, check=0)
     assert "skipped 1" in done.stdout and "class0/illust0_0.png" in done.stdout
-    splits = [loader.open_split(tmp_path / "out", s) for s in ("train", "val", "test")]
+    splits = [data.open_split(tmp_path / "out", s) for s in ("train", "val", "test")]
     assert sum(len(s["images"]) for s in splits) == 89 and sum(s["header"]["skipped"] for s in splits) == 1
     for s in splits:  # what comes after a gap still stands beside its own label
         for key, image, label in zip(s["header"]["keys"], s["images"], s["labels"], strict=True):
@@ -139,9 +138,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
             (source / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
     more += {"split": ["--split", ".5,.1"], "size": ["--size", "0"], "group": ["--group-by", "("]}.get(what, [])
     if what == "twice":
-        pack(source, tmp_path / "out", "--size", 16, check=0)
+        pack_images(source, tmp_path / "out", "--size", 16, check=0)
         before = (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns
-    line = refused(pack(source, tmp_path / "out", *more))
+    line = refused(pack_images(source, tmp_path / "out", *more))
     says = {
         "absent": "does not exist",
         "empty": "no image found",
@@ -164,32 +163,32 @@ def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
     names = [f"ラブライブ高坂穂乃果ちゃん/{i:05}.jpg" for i in range(30_000)]
     records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
     rows = ((r, {"images": np.zeros((1, 1, 3), np.uint8)}) for r in records)
-    data.write_split(tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]})
+    pack.write_split(tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]})
     assert keys_of(tmp_path, "train") == names
 
 
 def test_what_a_killed_packing_left_is_not_mixed_with_the_next(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=30)
-    pack(root, tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
+    pack_images(root, tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
     (tmp_path / "out" / "train.safetensors").unlink()
-    pack(root, tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
+    pack_images(root, tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
     assert sorted(p.stem for p in (tmp_path / "out").glob("*.safetensors")) == ["train", "val"]
 
 
 def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(draw_folder(tmp_path / "images").parent)
     for name in ("images/", "images/", "images", "./images", str(tmp_path / "images")):
-        assert data.dataset_folder(name, 16).as_posix() == "datasets/images"
+        assert data.open_or_pack(name, 16).as_posix() == "datasets/images"
     draw_folder(tmp_path / "other" / "images")
     with pytest.raises(UserError, match="packed from another place"):
-        data.dataset_folder("other/images", 16)
+        data.open_or_pack("other/images", 16)
 
 
 def test_one_broken_file_of_a_small_split_is_skipped(tmp_path):
     for split, each in (("train", 30), ("test", 4)):
         draw_folder(tmp_path / "images" / split, classes=2, each=each)
     (tmp_path / "images" / "test" / "class0" / "illust0_0.png").write_bytes(b"no image")
-    done = pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    done = pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
     assert "skipped 1, the first: test/class0/illust0_0.png" in done.stdout
 
 
@@ -198,7 +197,7 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=1, each=each)
     for path in (tmp_path / "images" / "test").rglob("*.png"):
         path.write_bytes(b"no image")
-    assert "2 of 2 images for" in refused(pack(tmp_path / "images", tmp_path / "out", "--size", 16))
+    assert "2 of 2 images for" in refused(pack_images(tmp_path / "images", tmp_path / "out", "--size", 16))
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -206,8 +205,8 @@ def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(10):
         Image.effect_noise((32, 32), 60 + i).convert("RGBA").save(tmp_path / "images" / f"{i}.png")
-    pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
-    assert "fg" not in loader.open_split(tmp_path / "out", "train")
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    assert "fg" not in data.open_split(tmp_path / "out", "train")
     face = Image.new("RGB", (64, 64), (250, 250, 250))
     face.paste((200, 30, 30), (20, 10, 40, 50))
     boxes = [decode.figure_box(decode.open_image(saved_png(face.convert(mode)), 32)[0]) for mode in ("RGB", "RGBA")]
@@ -222,20 +221,20 @@ def saved_png(image):
 
 def test_a_packed_file_that_was_cut_is_refused(tmp_path):
     draw_folder(tmp_path / "images")
-    pack(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, check=0)
     path = tmp_path / "out" / "train.safetensors"
     whole = path.read_bytes()
     for part in (whole[:-100], whole[:50], b"", b"\xff" * 64):
         path.write_bytes(part)
         with pytest.raises(UserError, match="not a whole file"):
-            loader.open_split(tmp_path / "out", "train")
+            data.open_split(tmp_path / "out", "train")
 
 
 def test_the_shared_faces_pack_whole(tmp_path):
     """The shared faces pack whole, by illustration, with nothing lost."""
-    pack(shared_file("faces20.zip"), tmp_path / "out", "--size", 32, "--group-by", "^[^_]+", "--dev", ".1",
+    pack_images(shared_file("faces20.zip"), tmp_path / "out", "--size", 32, "--group-by", "^[^_]+", "--dev", ".1",
          "--dedupe", "off", check=0)  # fmt: skip
-    splits = {s: loader.open_split(tmp_path / "out", s) for s in ("train", "dev", "val")}
+    splits = {s: data.open_split(tmp_path / "out", s) for s in ("train", "dev", "val")}
     assert {s: len(x["images"]) for s, x in splits.items()}["val"] == 1749
     assert len(splits["train"]["images"]) + len(splits["dev"]["images"]) == 8076
     groups = [set(x["header"]["groups"]) for x in splits.values()]
@@ -244,8 +243,8 @@ def test_the_shared_faces_pack_whole(tmp_path):
 
 
 def test_the_demo_set_records_tags_and_strata(tmp_path):
-    records, _, dims, _, stream = data.open_toon(32, 0)
-    words, dims, stream = data.add_tags(records, dims, stream)
+    records, _, dims, _, stream = pack.open_toon(32, 0)
+    words, dims, stream = pack.add_tags(records, dims, stream)
     for record, row in stream(records[::800]):
         truth = toon.draw(record.place, 32)
         assert {w for w, on in zip(words, row["tags"], strict=True) if on} == set(truth["tags"])
@@ -259,7 +258,7 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
     line = refused(stage("data.py", "--show", tmp_path / "none", cwd=tmp_path))
     assert "does not exist" in line
     stage("data.py", "--show", root, "--margin", ".2", cwd=tmp_path, check=0)
-    pack(root, tmp_path / "out", "--size", 16, check=0)
+    pack_images(root, tmp_path / "out", "--size", 16, check=0)
     stage("data.py", "--show", tmp_path / "out", cwd=tmp_path, check=0)
     for picture in (tmp_path / "datasets" / "images_crops.png", tmp_path / "out" / "sheet.png"):
         assert min(Image.open(picture).size) > 300 and np.asarray(Image.open(picture)).std() > 10
@@ -269,7 +268,7 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
 @pytest.mark.parametrize("flags", [["--margin", "-1"], ["--crop", "nose"], ["--dedupe", "maybe"]])
 def test_wrong_flags_exit_with_2_and_write_nothing(tmp_path, flags):
     draw_folder(tmp_path / "images")
-    done = pack(tmp_path / "images", tmp_path / "out", *flags)
+    done = pack_images(tmp_path / "images", tmp_path / "out", *flags)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -286,7 +285,7 @@ def test_views_are_pillows_antialiased_linear_crops(box, side):
         (side, side), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
     )
     for flip in (False, True):
-        view = loader.view_images(torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side)[
+        view = data.view_images(torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side)[
             0
         ].numpy()
         off = np.abs((view[:, ::-1] if flip else view).astype(int) - np.asarray(truth))
@@ -296,11 +295,11 @@ def test_views_are_pillows_antialiased_linear_crops(box, side):
 def test_a_map_follows_crop_and_flip():
     """A hot patch of the map and the bright square that it stands for end in the same place of the view."""
     draws = torch.Generator().manual_seed(0)
-    boxes, flip = loader.draw_boxes(64, draws, 0.4)
+    boxes, flip = data.draw_boxes(64, draws, 0.4)
     image, heat = torch.zeros(64, 96, 96, 3, dtype=torch.uint8), torch.zeros(64, 12, 12)
     image[:, 40:48, 56:64], heat[:, 5, 7] = 255, 1.0
-    bright = loader.view_images(image, boxes, flip, 96).float()[..., 0].view(64, 12, 8, 12, 8).mean((2, 4)).flatten(1)
-    hot = loader.view_maps(heat, boxes, flip, 12).flatten(1)
+    bright = data.view_images(image, boxes, flip, 96).float()[..., 0].view(64, 12, 8, 12, 8).mean((2, 4)).flatten(1)
+    hot = data.view_maps(heat, boxes, flip, 12).flatten(1)
     seen = bright.amax(1) > 64  # the crop may have cut it off
     assert seen.sum() > 40 and flip[seen].any() and not flip[seen].all()
     y, x = (torch.stack([m.argmax(1) // 12, m.argmax(1) % 12]) for m in (bright, hot))
@@ -310,7 +309,7 @@ def test_a_map_follows_crop_and_flip():
 
 
 def test_boxes_lie_inside_and_show_at_least_the_least():
-    boxes, flip = loader.draw_boxes(5000, torch.Generator().manual_seed(0), 0.4)
+    boxes, flip = data.draw_boxes(5000, torch.Generator().manual_seed(0), 0.4)
     assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 1 + 1e-6).all()
     area = boxes[:, 2] * boxes[:, 3]
     assert area.min() > 0.39 and 0.65 < area.mean() < 0.71 and 0.47 < flip.float().mean() < 0.53
@@ -318,14 +317,14 @@ def test_boxes_lie_inside_and_show_at_least_the_least():
 
 def test_batches_cover_an_epoch_once_and_start_anywhere():
     images = np.arange(50, dtype=np.uint8).repeat(12).reshape(50, 2, 2, 3)
-    order = loader.epoch_order(50, seed=3, epoch=1)
+    order = data.epoch_order(50, seed=3, epoch=1)
     cpu = torch.device("cpu")
-    whole = list(loader.batches(images, order, 8, cpu))
+    whole = list(data.batches(images, order, 8, cpu))
     assert len(whole) == 6 and len(set(torch.cat([i for i, _ in whole]).tolist())) == 48
     assert all(torch.equal(batch[:, 0, 0, 0], index.to(torch.uint8)) for index, batch in whole)
-    rest = list(loader.batches(images, order, 8, cpu, start=4))
+    rest = list(data.batches(images, order, 8, cpu, start=4))
     assert [i.tolist() for i, _ in rest] == [i.tolist() for i, _ in whole[4:]]
-    assert not torch.equal(order, loader.epoch_order(50, seed=3, epoch=2))
+    assert not torch.equal(order, data.epoch_order(50, seed=3, epoch=2))
 
 
 def test_an_error_in_the_prefetch_thread_reaches_the_loop():
@@ -334,7 +333,7 @@ def test_an_error_in_the_prefetch_thread_reaches_the_loop():
         raise OSError("disk gone")
 
     with pytest.raises(OSError, match="disk gone"):
-        list(loader.prefetch(items()))
+        list(data.prefetch(items()))
 
 
 def test_memory_does_not_grow_with_the_data_set(tmp_path):
@@ -352,13 +351,13 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(8 + len(header) + n * (side * side * 3 + 8))
     code = """if True:
-        import sys, torch, loader
+        import sys, torch, data
         def anonymous_mb():
             return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
-        split = loader.open_split(sys.argv[1], "train")
-        order = loader.epoch_order(len(split["images"]), 0, 0)
+        split = data.open_split(sys.argv[1], "train")
+        order = data.epoch_order(len(split["images"]), 0, 0)
         before, most = anonymous_mb(), 0
-        for i, (index, batch) in enumerate(loader.batches(split["images"], order, 128, torch.device("cpu"))):
+        for i, (index, batch) in enumerate(data.batches(split["images"], order, 128, torch.device("cpu"))):
             most = max(most, anonymous_mb()) if i % 32 == 0 else most
         print(most - before)"""
     if not sys.platform.startswith("linux"):
@@ -378,29 +377,29 @@ def test_decoding_keeps_the_short_side_and_the_centre():
 
 
 def test_the_demo_set_can_be_long_tailed():
-    records, *_ = data.open_toon(16, 0, 1.2)
+    records, *_ = pack.open_toon(16, 0, 1.2)
     sizes = sorted(Counter(r.label for r in records).values())
     assert sizes[0] >= 5 and sizes[-1] > 20 * sizes[0] and len(sizes) == 48
 
 
 def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):
     shares = []
-    monkeypatch.setattr(data, "near_duplicates", lambda *_: ([], []))
-    monkeypatch.setattr(data, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
+    monkeypatch.setattr(pack, "near_duplicates", lambda *_: ([], []))
+    monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
     monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed")])
-    data.main()
-    data.dataset_folder(tmp_path / "toon")
-    assert shares == [data.TOON_SHARES] * 2
+    pack.main()
+    data.open_or_pack(tmp_path / "toon")
+    assert shares == [pack.TOON_SHARES] * 2
 
 
 def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
     """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone counts."""
     calls = []
-    monkeypatch.setattr(data, "pack", lambda *args, **kw: calls.append(args))
+    monkeypatch.setattr(pack, "pack", lambda *args, **kw: calls.append(args))
     for name in ("test.safetensors", ".val.safetensors.123.tmp"):
         (tmp_path / "toon").mkdir(exist_ok=True)
         (tmp_path / "toon" / name).write_bytes(b"half")
-        assert data.dataset_folder(tmp_path / "toon") == tmp_path / "toon"
+        assert data.open_or_pack(tmp_path / "toon") == tmp_path / "toon"
     (tmp_path / "toon" / "train.safetensors").write_bytes(b"whole")
-    data.dataset_folder(tmp_path / "toon")
+    data.open_or_pack(tmp_path / "toon")
     assert [c[0] for c in calls] == ["toon", "toon"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, stage
 
-import plumbing
-from checkpoints import save_encoder
+from common.checkpoints import save_encoder
+from common.train import read_log
 from model import MAE, Block, ViT
 
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--image-size", 32, "--batch-size", 16, "--epochs", 3]
@@ -48,7 +48,7 @@ def nearly_the_same(one, other):
 
 
 def losses(out):
-    return {r["step"]: r["loss"] for r in plumbing.read_log(out / "log.jsonl") if "loss" in r}
+    return {r["step"]: r["loss"] for r in read_log(out / "log.jsonl") if "loss" in r}
 
 
 def wait_for_step(process, out, step):

@@ -9,8 +9,8 @@ import pytest
 from conftest import shared_file, stage
 from PIL import Image
 
-import loader
-from lab import duplicates, toon
+import data
+from ingest import duplicates, toon
 
 KINDS = ("reencoded", "resized", "cropped", "recoloured")
 
@@ -92,7 +92,7 @@ def plant(root, faces=40, seed=1):
 
 
 def keys(out, split):
-    return [key.split("/")[-1] for key in loader.open_split(out, split)["header"]["keys"]]
+    return [key.split("/")[-1] for key in data.open_split(out, split)["header"]["keys"]]
 
 
 def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path):

@@ -1,9 +1,9 @@
-"""The quick looks of evaluate.py at vectors whose answer is known."""
+"""The quick looks of common/evaluate.py at vectors whose answer is known."""
 
 import pytest
 import torch
 
-import evaluate
+from common import evaluate
 
 
 def looked_at(vectors):

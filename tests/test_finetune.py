@@ -12,17 +12,15 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_folder, stage
 
-import augment
-import classifier as K
+import common.classifier as G
+import common.classifier as K
+import data
 import finetune_lora
-import gallery as G
-import labelled
-import loader
-import plumbing
-from checkpoints import save_encoder
-from lab import mistakes
+from common import errors, features
+from common.checkpoints import save_encoder
+from common.io import UserError
+from common.train import read_log, seeded
 from model import ViT
-from plumbing import UserError
 
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
 
@@ -42,7 +40,7 @@ def main(*words, pictures=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["finetune_lora.py", *map(str, words)])
         if not pictures:
-            patch.setattr(mistakes, "draw", lambda *_: None)
+            patch.setattr(errors, "draw", lambda *_: None)
         try:
             finetune_lora.main()
         finally:
@@ -132,13 +130,13 @@ def test_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
 def test_balanced_sampling_draws_every_class_equally_often():
     labels = torch.cat([torch.full((900,), 0), torch.full((90,), 1), torch.full((10,), 2)])
     rows = torch.arange(1000)
-    plain = labelled.epoch_rows(rows, labels, False, 0, 0)
+    plain = features.epoch_rows(rows, labels, False, 0, 0)
     assert sorted(plain.tolist()) == rows.tolist()
-    drawn = torch.stack([torch.bincount(labels[labelled.epoch_rows(rows, labels, True, 0, e)]) for e in range(20)])
+    drawn = torch.stack([torch.bincount(labels[features.epoch_rows(rows, labels, True, 0, e)]) for e in range(20)])
     expected, deviation = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
     assert ((drawn.sum(0) - expected).abs() < 4 * deviation).all()
-    again = labelled.epoch_rows(rows, labels, True, 0, 3)
-    assert torch.equal(again, labelled.epoch_rows(rows, labels, True, 0, 3))
+    again = features.epoch_rows(rows, labels, True, 0, 3)
+    assert torch.equal(again, features.epoch_rows(rows, labels, True, 0, 3))
 
 
 def test_what_is_held_apart_tears_no_group_and_empties_no_class():
@@ -148,7 +146,7 @@ def test_what_is_held_apart_tears_no_group_and_empties_no_class():
         "header": {"groups": [str(g) for g in groups], "keys": None},
         "labels": torch.tensor([*rng.integers(0, 5, 600), 5]),
     }
-    learn, held = labelled.hold_apart(split, torch.arange(601), 0.1)
+    learn, held = features.hold_apart(split, torch.arange(601), 0.1)
     names = np.array(split["header"]["groups"])
     assert not set(names[learn]) & set(names[held]) and len(learn) + len(held) == 601
     assert 50 <= len(held) <= 60 and set(split["labels"][learn].tolist()) == set(range(6))
@@ -158,20 +156,20 @@ def test_of_small_classes_two_pictures_stay():
     labels = torch.cat([torch.arange(20).repeat(2), torch.full((300,), 20)])
     split = {"header": {"groups": None, "keys": [str(i) for i in range(340)]}, "labels": labels}
     for seed in range(5):
-        learn, held = labelled.hold_apart(split, torch.arange(340), 0.1, seed)
+        learn, held = features.hold_apart(split, torch.arange(340), 0.1, seed)
         assert labels[learn].bincount().min() == 2 and len(held) == 34
 
 
 def test_augmentation_keeps_its_word():
-    view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=plumbing.seeded(0))
-    assert (augment.jitter_colour(view, 0.0, plumbing.seeded(1)).int() - view.int()).abs().max() <= 1
-    assert not torch.equal(augment.jitter_colour(view, 0.4, plumbing.seeded(1)), view)
-    gray = (augment.cutout(view, 0.25, plumbing.seeded(1)) == augment.GRAY).all(3).flatten(1).sum(1)
+    view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
+    assert (finetune_lora.jitter_colour(view, 0.0, seeded(1)).int() - view.int()).abs().max() <= 1
+    assert not torch.equal(finetune_lora.jitter_colour(view, 0.4, seeded(1)), view)
+    gray = (finetune_lora.cutout(view, 0.25, seeded(1)) == finetune_lora.GRAY).all(3).flatten(1).sum(1)
     assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
     white = torch.tensor([0, 255] * 4, dtype=torch.uint8)[:, None, None, None].expand(8, 32, 32, 3)
     targets = F.one_hot(torch.tensor([0, 1] * 4), 2).float()  # the share of white is the target of class 1
     for alphas in ((1.0, 0.0), (0.0, 1.0)):
-        mixed, soft = augment.mix(white, targets, *alphas, plumbing.seeded(3))
+        mixed, soft = finetune_lora.mix(white, targets, *alphas, seeded(3))
         assert torch.allclose(mixed.float().mean((1, 2, 3)) / 255, soft[:, 1], atol=2 / 255)
         assert 0 < soft[0, 1] < 1 or soft.sum() > 0 and torch.allclose(soft.sum(1), torch.ones(8))
 
@@ -201,21 +199,21 @@ def test_reasons_of_mistakes_follow_their_rules():
     red = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
     red[..., 0] = 200
     train = torch.cat([red, red.flip(3)])  # class 0 is red, class 1 is blue
-    train = (train.int() + torch.randint(0, 20, train.shape, generator=plumbing.seeded(0))).to(torch.uint8)
+    train = (train.int() + torch.randint(0, 20, train.shape, generator=seeded(0))).to(torch.uint8)
     labels = torch.tensor([0] * 4 + [1] * 4)
-    noisy = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=plumbing.seeded(1))
+    noisy = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=seeded(1))
     images = torch.cat([train[4:5], noisy])  # a blue picture of class 0 taken for class 1; one drawn unlike all
     crops = torch.tensor([[True] * 5, [False] * 5])
-    found = mistakes.reasons(
+    found = errors.reasons(
         images, torch.tensor([0, 0]), torch.tensor([1, 1]), crops, train, labels, torch.tensor([40, 40])
     )
     assert found["crop"].tolist() == [True, False] and found["colour"][0] and found["style"][1]
     assert not found["few"].any() and not found["other"].any()
-    few = mistakes.reasons(
+    few = errors.reasons(
         images, torch.tensor([0, 0]), torch.tensor([1, 1]), crops, train, labels, torch.tensor([19, 40])
     )
     assert few["few"].all()
-    assert mistakes.confused_pairs(torch.tensor([[5, 2, 0], [0, 9, 3], [1, 0, 4]])) == [(1, 2, 3), (0, 1, 2), (2, 0, 1)]
+    assert errors.confused_pairs(torch.tensor([[5, 2, 0], [0, 9, 3], [1, 0, 4]])) == [(1, 2, 3), (0, 1, 2), (2, 0, 1)]
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -231,11 +229,11 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
     assert set(wanted.split()) <= set(row)
     # the files alone give the same answers as the run did
     net, header = K.load_classifier(lora)
-    held = loader.open_split(small, "val")
+    held = data.open_split(small, "val")
     autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
     pooled = K.pooled_of(net, held, torch.arange(len(held["images"])), header["image_size"], autocast)
     right = (net(pooled).argmax(1) == held["labels"]).float().mean()
-    train, known = loader.open_split(small, "train"), G.load_gallery(lora)
+    train, known = data.open_split(small, "train"), G.load_gallery(lora)
     rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
     pooled = K.pooled_of(net, train, rows, header["image_size"], autocast)
     torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
@@ -254,7 +252,7 @@ def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tm
     second = metrics_of(tmp_path / "run")
     assert (first["evaluated_on"], second["evaluated_on"]) == ("val", "test")
     seen = [sum(map(sum, row["confusion"])) for row in (first, second)]
-    assert seen == [len(loader.open_split(small, name)["labels"]) for name in ("val", "test")]
+    assert seen == [len(data.open_split(small, name)["labels"]) for name in ("val", "test")]
 
 
 def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(encoder, small, tmp_path, monkeypatch):
@@ -298,7 +296,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkey
     out = tmp_path / "stopped"
     for after in (2, 4):  # in the first epoch, then where one ends or after
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(plumbing, "catch_signals", lambda after=after: StopAt(after))
+            patch.setattr(finetune_lora, "catch_signals", lambda after=after: StopAt(after))
             main(*words, "--out", out, *(["--resume"] if (out / "state.pt").exists() else []))
         assert not (out / "metrics.json").exists()
     main(*words, "--out", out, "--resume")
@@ -306,7 +304,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkey
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert all(torch.equal(a["best"]["weights"][k], b["best"]["weights"][k]) for k in a["best"]["weights"])
     rows = [
-        [r["loss"] for r in plumbing.read_log(p / "log.jsonl") if "loss" in r][-1] for p in (tmp_path / "whole", out)
+        [r["loss"] for r in read_log(p / "log.jsonl") if "loss" in r][-1] for p in (tmp_path / "whole", out)
     ]
     assert rows[0] == rows[1] and metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
 
@@ -324,7 +322,7 @@ def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
     assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
     main(*words, "--out", tmp_path / "early", "--epochs", 30, "--head-lr", 1e-9, "--patience", 2)
     row = metrics_of(tmp_path / "early")
-    assert plumbing.read_log(tmp_path / "early" / "log.jsonl")[-1]["epoch"] == row["best_epoch"] + 2 < 30
+    assert read_log(tmp_path / "early" / "log.jsonl")[-1]["epoch"] == row["best_epoch"] + 2 < 30
 
 
 def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_path):

@@ -1,4 +1,4 @@
-"""guides.py: maps follow their images, the truth or a file is chosen, and every strategy trains, alone or shuffled."""
+"""common/guidance.py: maps follow their images, the truth or a file is chosen, every strategy trains."""
 
 import json
 import os
@@ -15,13 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import evaluate
-import guides
-import loader
+import data
 import mask as masking
-import plumbing
 import pretrain
-from formats import is_decoder
+from common import evaluate, guidance
+from common.formats import is_decoder
+from common.train import read_log
 from model import ViT
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
@@ -47,11 +46,11 @@ def figures(tmp_path_factory):
 
 def write_parts(folder, path, parts=3):
     """Part maps as maps.py writes them: random parts on a grid of 4."""
-    train = loader.open_split(folder, "train")
+    train = data.open_split(folder, "train")
     n = len(train["images"])
     labels = np.random.default_rng(0).integers(0, parts + 1, (n, 4, 4), dtype=np.uint8)
-    header = {"map": "parts", "data_digest": loader.fingerprint(train), "grid": 4, "parts": parts, "by": "a test"}
-    loader.write_rows(path, "parts", [labels], labels.shape, "U8", header)
+    header = {"map": "parts", "data_digest": data.fingerprint(train), "grid": 4, "parts": parts, "by": "a test"}
+    data.write_rows(path, "parts", [labels], labels.shape, "U8", header)
     return labels
 
 
@@ -60,7 +59,7 @@ def run(monkeypatch, *words):
     small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
     monkeypatch.setitem(pretrain.SIZES, "nano", small)
     monkeypatch.setattr(pretrain, "draw_reconstructions", lambda *_: None)
-    monkeypatch.setattr(pretrain.plot, "curves", lambda *_: None)
+    monkeypatch.setattr(pretrain.plots, "curves", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [str(w) for w in ["pretrain.py", *words]])
     pretrain.main()
 
@@ -71,42 +70,42 @@ def run(monkeypatch, *words):
 def test_a_hot_patch_follows_crop_and_flip():
     """One bright cell in the image and the same in the map: after 40 crops they are still at one place."""
     n, S, side = 40, 64, 8
-    boxes, flip = loader.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
+    boxes, flip = data.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
     images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
     for i in range(n):  # a cell in the middle of what is shown
         row, column = (int(side * (boxes[i, k] + boxes[i, k + 2] / 2)) for k in (0, 1))
         images[i, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 255
         maps[i, row, column] = 1
-    view = loader.view_images(torch.from_numpy(images), boxes, flip, S)
+    view = data.view_images(torch.from_numpy(images), boxes, flip, S)
     seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
-    known = guides.cut("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
+    known = guidance.cut("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
     assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
     assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
-    unflipped = guides.cut("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
+    unflipped = guidance.cut("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
     assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
 
 
 def test_parts_are_shares_and_figure_is_one_of_them():
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
-    boxes, flip = loader.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
+    boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
-    shares = guides.cut("parts", labels, rows, boxes, flip, 8, "cpu", 5)
+    shares = guidance.cut("parts", labels, rows, boxes, flip, 8, "cpu", 5)
     assert shares.shape == (6, 64, 5)
     torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
-    figure = guides.cut("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
+    figure = guidance.cut("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
     torch.testing.assert_close(1 - shares[..., 0], figure)
 
 
 def test_what_was_hidden_of_figure_and_ground():
     fg = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
-    assert guides.region_shares(fg, torch.tensor([[0, 2], [1, 2]])) == pytest.approx(
+    assert guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]])) == pytest.approx(
         {"fg_hidden": 1 / 3, "bg_hidden": 3 / 5}
     )
-    assert guides.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {"fg_hidden": 0.0, "bg_hidden": 0.5}
+    assert guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {"fg_hidden": 0.0, "bg_hidden": 0.5}
 
 
 def test_attention_by_part_is_1_where_attention_is_even(figures):
-    split = dict(loader.open_split(figures, "val"))
+    split = dict(data.open_split(figures, "val"))
     split["parts"] = np.uint8(split["fg"] > 127)
     split["header"] = split["header"] | {"parts": ["ground", "figure", "nowhere"]}
     torch.manual_seed(0)
@@ -130,7 +129,7 @@ def test_what_is_unusual_for_its_place_is_found():
     for i, k in enumerate(odd):
         images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
     exact = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    ((_, score),) = guides.attention(encoder, 32, images, torch.arange(24), "unusual", exact)
+    ((_, score),) = guidance.attention(encoder, 32, images, torch.arange(24), "unusual", exact)
     assert torch.equal(score.argmax(1), torch.from_numpy(odd))
 
 
@@ -142,7 +141,7 @@ def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     monkeypatch.chdir(tmp_path)
     write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
     run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--out", "out", "--every", 1)
-    rows = plumbing.read_log("out/log.jsonl")
+    rows = read_log("out/log.jsonl")
     last = [r for r in rows if "loss" in r][-1]
     assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
     if masking.NEEDS.get(mask.split(":")[0]) == "fg" and "shuffle" not in mask:
@@ -159,7 +158,7 @@ def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, mo
     states = [torch.load(f"{parts}/state.pt", weights_only=True)["predictor"] for parts in (1, 2)]
     assert all(torch.allclose(states[0][k], states[1][k], atol=2e-3) for k in states[0])
     torch.manual_seed(0)
-    untrained = guides.LossPredictor(4, 8).state_dict()
+    untrained = guidance.LossPredictor(4, 8).state_dict()
     assert not all(torch.allclose(states[0][k], untrained[k], atol=1e-4) for k in untrained if k.endswith("bias"))
 
 
@@ -180,13 +179,13 @@ def header_of(path):
 
 def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypatch):
     """The same crops, and in the place of each image's map that of its neighbour in the batch."""
-    seen, plain = [], guides.cut
+    seen, plain = [], guidance.cut
 
     def noted(need, maps, rows, *rest):
         seen.append(rows)
         return plain(need, maps, rows, *rest)
 
-    monkeypatch.setattr(guides, "cut", noted)
+    monkeypatch.setattr(guidance, "cut", noted)
     monkeypatch.chdir(tmp_path)
     for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
         run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1])
@@ -199,7 +198,7 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
     words = ["--data", figures, "--mask", "learned:start=0,ramp_for=0", *QUICK]
     run(monkeypatch, *words, "--out", "whole")
 
-    plain = guides.Guide.follow
+    plain = guidance.Guide.follow
 
     def stop_at_5(self, encoder, t):
         plain(self, encoder, t)
@@ -207,10 +206,10 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
         if self.steps == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(guides.Guide, "follow", stop_at_5)
+    monkeypatch.setattr(guidance.Guide, "follow", stop_at_5)
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--out", "parts")
-    monkeypatch.setattr(guides.Guide, "follow", plain)
+    monkeypatch.setattr(guidance.Guide, "follow", plain)
     run(monkeypatch, *words, "--out", "parts", "--resume")
     a, b = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("whole", "parts"))
     for key in ("model", "predictor"):
@@ -252,7 +251,7 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(figures, tmp_p
     assert capsys.readouterr().out.count("the decoder starts anew") == 2
     run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
     assert "first: encoder and decoder" in capsys.readouterr().out
-    rows = [[r for r in plumbing.read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
+    rows = [[r for r in read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
     assert rows[1][0]["val_mse"] == pytest.approx(rows[0][-1]["val_mse"], rel=0.02)  # it goes on where that one ended
 
 
@@ -276,15 +275,15 @@ def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch)
 
 def test_a_file_of_maps_goes_before_the_truth_and_both_can_be_asked_for(figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = loader.open_split(figures, "train")
-    assert guides.open_maps("fg", "auto", figures, train)[2].startswith("the true figure masks")
+    train = data.open_split(figures, "train")
+    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith("the true figure masks")
     n = len(train["images"])
-    header = {"map": "saliency", "quality": "coarse", "data_digest": loader.fingerprint(train), "grid": 2}
+    header = {"map": "saliency", "quality": "coarse", "data_digest": data.fingerprint(train), "grid": 2}
     path = Path("maps") / figures.name / "saliency.safetensors"
-    loader.write_rows(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
-    maps, _, what = guides.open_maps("fg", "auto", figures, train)
+    data.write_rows(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
+    maps, _, what = guidance.open_maps("fg", "auto", figures, train)
     assert maps.shape == (n, 2, 2) and what == f"{path} coarse"
-    assert guides.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)
+    assert guidance.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)
 
 
 def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):

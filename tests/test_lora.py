@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import checkpoints as C
+import common.checkpoints as C
 import model as M
-from lab.lora_share import count
-from plumbing import UserError
+from common.io import UserError
+from experiments.lora_share import count
+from export import export
 
 
 def small_vit(seed=0, **changes):
@@ -157,12 +158,12 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     for weight in M.add_lora(base, 4):
         torch.nn.init.normal_(weight, std=0.05)
     C.save_adapter(base, tmp_path / "run", tmp_path / "base.safetensors")
-    out, _ = C.export(tmp_path / "run", "merged")
+    out, _ = export(tmp_path / "run", "merged")
     encoder, size = C.load_encoder(out)
     assert size == 48 and not M.lora_layers(encoder)
     torch.testing.assert_close(encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="holds only an adapter: .* --to merged"):
-        C.export(tmp_path / "run", "timm")
+        export(tmp_path / "run", "timm")
 
 
 @pytest.mark.parametrize("other, says", [

@@ -1,4 +1,4 @@
-"""maps.py as a user runs it, and the algorithms of saliency.py on pictures whose truth is drawn."""
+"""maps.py as a user runs it, and the algorithms of maps.py on pictures whose truth is drawn."""
 
 import json
 import sys
@@ -9,19 +9,17 @@ import torch
 from conftest import refused, stage
 from safetensors import safe_open
 
-import evaluate
-import loader
+import data
 import maps
 import mask as masking
-import plumbing
-import saliency
-from lab import metrics
-from plumbing import UserError
+from common import evaluate, metrics
+from common.io import UserError
+from common.train import seeded
 
 
 def drawn(n=12, side=64, seed=0):
     """Disks on a gradient: images u8 (n, side, side, 3) and the true figure, bool (n, side, side)."""
-    g = plumbing.seeded(seed)
+    g = seeded(seed)
     y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
     centre = 0.5 * torch.rand(2, n, 1, 1, generator=g) - 0.25
     figure = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 0.35
@@ -54,7 +52,7 @@ def made(small, run, tmp_path_factory):
 
 def test_coarse_finds_drawn_figures():
     images, figure = drawn()
-    found, true = (saliency.to_patches(m, 12) for m in (saliency.coarse(images), figure))
+    found, true = (maps.to_patches(m, 12) for m in (maps.coarse(images), figure))
     scores = [metrics.auc(f, t > 0.5) for f, t in zip(found, true, strict=True)]
     assert np.mean(scores) > 0.95 and min(scores) > 0.85  # the centre alone has .93
     assert metrics.iou(found > 0.5, true > 0.5) > 0.7
@@ -64,15 +62,15 @@ def test_coarse_finds_drawn_figures():
 def test_a_picture_of_one_colour_gives_finite_maps(fill):
     images = torch.full((2, 40, 40, 3), fill, dtype=torch.uint8)
     tokens = torch.full((2, 16, 8), 0.3)
-    for found in (saliency.coarse(images), saliency.refined(images, tokens, tokens.mean(0))):
-        assert found.shape == (2, saliency.GRID, saliency.GRID) and found.isfinite().all()
+    for found in (maps.coarse(images), maps.refined(images, tokens, tokens.mean(0))):
+        assert found.shape == (2, maps.GRID, maps.GRID) and found.isfinite().all()
         assert found.min() >= 0 and found.max() <= 1
 
 
 def test_lab_is_that_of_others():
     color = pytest.importorskip("skimage.color")
-    images = torch.randint(0, 256, (1, 16, 16, 3), generator=plumbing.seeded(0), dtype=torch.uint8)
-    assert np.abs(saliency.to_lab(images)[0].numpy() - color.rgb2lab(images[0].numpy())).max() < 0.05
+    images = torch.randint(0, 256, (1, 16, 16, 3), generator=seeded(0), dtype=torch.uint8)
+    assert np.abs(maps.to_lab(images)[0].numpy() - color.rgb2lab(images[0].numpy())).max() < 0.05
 
 
 def test_geodesic_distance_goes_around_a_wall_and_is_free_on_flat_ground():
@@ -81,24 +79,24 @@ def test_geodesic_distance_goes_around_a_wall_and_is_free_on_flat_ground():
     closed = colours.clone()
     closed[0, 4, 2] = 50.0
     left, right = 0, 4
-    assert saliency.geodesic(colours)[0, left, right] == 0
-    assert saliency.geodesic(closed)[0, left, right] == 2 * (50 - saliency.NOISE)
-    distance = saliency.geodesic(torch.rand(2, 5, 5, 3, generator=plumbing.seeded(1)) * 40)
+    assert maps.geodesic(colours)[0, left, right] == 0
+    assert maps.geodesic(closed)[0, left, right] == 2 * (50 - maps.NOISE)
+    distance = maps.geodesic(torch.rand(2, 5, 5, 3, generator=seeded(1)) * 40)
     assert torch.equal(distance, distance.transpose(1, 2))
     assert (distance[:, :, :, None] + distance[:, None] >= distance[:, :, None].transpose(2, 3) - 1e-3).all()
 
 
 def test_the_border_leaves_out_the_lower_edge():
-    edge = saliency.border(6).view(6, 6)
+    edge = maps.border(6).view(6, 6)
     assert edge[0].all() and edge[:, 0].all() and edge[:, -1].all()
     assert not edge[-1, 1:-1].any() and not edge[1:-1, 1:-1].any()
 
 
 def test_the_cut_separates_two_groups_that_differ_a_little():
-    g = plumbing.seeded(3)
+    g = seeded(3)
     group = torch.rand(4, 30, generator=g) < 0.4
     tokens = torch.randn(4, 30, 8, generator=g) * 0.3 + group[..., None] * torch.ones(8)
-    side = saliency.normalized_cut(saliency.contrast(tokens, torch.zeros(30, 8)))
+    side = maps.normalized_cut(maps.contrast(tokens, torch.zeros(30, 8)))
     for s, true in zip(side, group, strict=True):
         assert max(metrics.auc(s, true), metrics.auc(-s, true)) > 0.99
 
@@ -106,38 +104,38 @@ def test_the_cut_separates_two_groups_that_differ_a_little():
 def test_refined_follows_features_where_colours_say_nothing():
     """A picture of one colour: the coarse map has nothing but the centre to go by; the features know better."""
     _, figure = drawn(8)
-    images, true = torch.full((8, 64, 64, 3), 90, dtype=torch.uint8), saliency.to_patches(figure, 8) > 0.5
-    g = plumbing.seeded(0)
+    images, true = torch.full((8, 64, 64, 3), 90, dtype=torch.uint8), maps.to_patches(figure, 8) > 0.5
+    g = seeded(0)
     tokens = 0.3 * torch.randn(8, 64, 16, generator=g) + true[..., None] * torch.randn(16, generator=g)
-    both = (saliency.coarse(images), saliency.refined(images, tokens, torch.zeros(64, 16)))
-    found = [saliency.to_patches(m, 8) for m in both]
+    both = (maps.coarse(images), maps.refined(images, tokens, torch.zeros(64, 16)))
+    found = [maps.to_patches(m, 8) for m in both]
     coarse, refined = (np.mean([metrics.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found)
     assert refined > coarse + 0.02 and refined > 0.97
 
 
 def test_kmeans_finds_clusters_and_is_no_worse_than_scikit_learns():
     cluster = pytest.importorskip("sklearn.cluster")
-    g = plumbing.seeded(5)
+    g = seeded(5)
     x = torch.randn(5, 1, 4, generator=g) * 6 + torch.randn(5, 60, 4, generator=g)
     x = x.reshape(-1, 4)
-    centres = saliency.kmeans(x, 5, plumbing.seeded(0))
+    centres = maps.kmeans(x, 5, seeded(0))
     ours = torch.cdist(x, centres).min(1).values.square().sum().item()
     assert ours < 1.001 * cluster.KMeans(5, n_init=4, random_state=0).fit(x.numpy()).inertia_
-    assert torch.equal(centres, saliency.kmeans(x, 5, plumbing.seeded(0)))
+    assert torch.equal(centres, maps.kmeans(x, 5, seeded(0)))
     sizes = torch.bincount(torch.cdist(x, centres).argmin(1), minlength=5)
     assert (sizes[:-1] >= sizes[1:]).all()
 
 
 def test_kmeans_of_fewer_kinds_of_points_than_centres():
-    centres = saliency.kmeans(torch.ones(6, 3), 4, plumbing.seeded(0))
+    centres = maps.kmeans(torch.ones(6, 3), 4, seeded(0))
     assert centres.shape == (4, 3) and centres.isfinite().all()
 
 
 def test_parts_are_those_of_the_figure_only():
-    tokens, figure = torch.randn(3, 16, 4, generator=plumbing.seeded(0)), torch.zeros(3, 16, dtype=torch.bool)
+    tokens, figure = torch.randn(3, 16, 4, generator=seeded(0)), torch.zeros(3, 16, dtype=torch.bool)
     figure[0] = True
     figure[1, 3] = True  # and the third picture has no figure at all
-    parts = saliency.parts_of(tokens, figure, tokens.mean(0), torch.randn(5, 4, generator=plumbing.seeded(1)))
+    parts = maps.parts_of(tokens, figure, tokens.mean(0), torch.randn(5, 4, generator=seeded(1)))
     assert parts.dtype == torch.uint8 and torch.equal(parts > 0, figure) and parts.max() <= 5
 
 
@@ -145,22 +143,22 @@ def test_parts_are_those_of_the_figure_only():
 
 
 def test_files_hold_what_the_docstring_says(small, run, made):
-    train = loader.open_split(small, "train")
+    train = data.open_split(small, "train")
     n = len(train["images"])
     expected = {"saliency": ((n, 32, 32), np.uint8), "attn": ((n, 4, 4), np.float16), "parts": ((n, 4, 4), np.uint8)}
     assert {p.name for p in made.iterdir()} == {f"{m}.safetensors" for m in expected} | {
         f"sheet-{m}.png" for m in expected}  # fmt: skip
     for name, (shape, dtype) in expected.items():
-        found = loader.open_map(made, name, train)
+        found = data.open_map(made, name, train)
         assert found.shape == shape and found.dtype == dtype
         with safe_open(made / f"{name}.safetensors", "pt") as f:  # as anybody else reads it
             about = json.loads(f.metadata()["animask"])
         assert about["map"] == name and about["grid"] == shape[1] and about["images"] == n
-        assert about["data_digest"] == loader.fingerprint(train) and about["split"] == "train" and about["commit"]
+        assert about["data_digest"] == data.fingerprint(train) and about["split"] == "train" and about["commit"]
         assert about["by"] == ("" if name == "saliency" else str(run))
-    assert loader.open_tensors(made / "parts.safetensors")["header"]["parts"] == 3
-    assert loader.open_map(made, "parts", train).max() <= 3
-    attention = loader.open_map(made, "attn", train).astype(np.float32)
+    assert data.open_tensors(made / "parts.safetensors")["header"]["parts"] == 3
+    assert data.open_map(made, "parts", train).max() <= 3
+    attention = data.open_map(made, "attn", train).astype(np.float32)
     assert (attention > 0).all() and (attention.sum((1, 2)) < 1).all()  # CLS keeps some for itself
 
 
@@ -173,20 +171,20 @@ def test_same_command_same_bytes(small, run, made, tmp_path):
 
 
 def test_rows_are_in_the_order_of_the_images(small, made):
-    train = loader.open_split(small, "train")
-    found = saliency.coarse(torch.from_numpy(np.array(train["images"][5:7]))) * 255
-    assert np.abs(loader.open_map(made, "saliency", train)[5:7] - found.numpy()).max() <= 1
+    train = data.open_split(small, "train")
+    found = maps.coarse(torch.from_numpy(np.array(train["images"][5:7]))) * 255
+    assert np.abs(data.open_map(made, "saliency", train)[5:7] - found.numpy()).max() <= 1
 
 
 def test_refined_and_received_and_another_split(small, run, tmp_path):
     out = ("--data", small, "--split", "val", "--run", run, "--out", tmp_path)
     here("--map", "saliency", "--quality", "refined", *out)
     here("--map", "attn", "--source", "received", *out)
-    val = loader.open_split(small, "val")
-    assert loader.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (len(val["images"]), 32, 32)
-    assert loader.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "received"
+    val = data.open_split(small, "val")
+    assert data.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (len(val["images"]), 32, 32)
+    assert data.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "received"
     with pytest.raises(UserError, match="--map saliency --out"):  # val's maps are not train's
-        loader.open_map(tmp_path, "saliency", loader.open_split(small, "train"))
+        data.open_map(tmp_path, "saliency", data.open_split(small, "train"))
 
 
 def test_a_hot_cell_follows_crop_and_flip():
@@ -194,7 +192,7 @@ def test_a_hot_cell_follows_crop_and_flip():
     hot = torch.zeros(1, 32, 32, dtype=torch.uint8)
     hot[0, 8:12, 20:24] = 255
     for flip in (False, True):
-        view = loader.view_maps(hot, torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([flip]), 8)[0]
+        view = data.view_maps(hot, torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([flip]), 8)[0]
         rows, columns = torch.where(view > 0.7 * view.max())  # the crop begins at row 8 and column 16 of the map
         assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == ({4, 5} if flip else {2, 3})
 
@@ -222,11 +220,11 @@ def test_what_maps_refuses(small, run, made, tmp_path):
 
 
 def test_what_open_map_refuses(small, made, tmp_path):
-    train, val = loader.open_split(small, "train"), loader.open_split(small, "val")
-    n, about = len(train["images"]), loader.open_tensors(made / "saliency.safetensors")["header"]
+    train, val = data.open_split(small, "train"), data.open_split(small, "val")
+    n, about = len(train["images"]), data.open_tensors(made / "saliency.safetensors")["header"]
 
     def write(name, shape, header):
-        loader.write_rows(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
+        data.write_rows(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
         return tmp_path / name
 
     for path, split, kind, words in (
@@ -238,12 +236,12 @@ def test_what_open_map_refuses(small, made, tmp_path):
         (write("fine.safetensors", (n, 8, 8), about), train, "saliency", ("shape", str((n, 32, 32)))),
     ):
         with pytest.raises(UserError) as problem:
-            loader.open_map(path, kind, split)
+            data.open_map(path, kind, split)
         assert all(word in str(problem.value) for word in words), problem.value
     whole = (made / "saliency.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="not a whole file"):
-        loader.open_map(tmp_path / "cut.safetensors", "saliency", train)
+        data.open_map(tmp_path / "cut.safetensors", "saliency", train)
 
 
 # ---- sheets ---------------------------------------------------------------------------------------------------------

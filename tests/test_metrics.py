@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, f1_score,
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-from lab import heads, metrics, stats
+from common import metrics, stats
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +31,25 @@ def blobs():
 @pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
 def test_logistic_regression_is_sklearns(blobs, C):
     x, labels, held, _ = blobs
-    z, z_held = heads.standardise(x, held)
+    z, z_held = metrics.standardise(x, held)
     theirs = LogisticRegression(C=C, tol=1e-10, max_iter=10000).fit(z.numpy(), labels.numpy())
-    W, b = heads.logistic(z, labels, 5, C, tolerance=1e-9)
+    W, b = metrics.logistic(z, labels, 5, C, tolerance=1e-9)
     ours = (z_held @ W + b).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(z_held.numpy())).max() < 1e-6
 
 
 def test_what_a_probe_fits_is_within_a_thousandth_of_the_minimum(blobs):
     """fit_logistic, in float32 first: what probe.py runs."""
-    z, labels = heads.standardise(blobs[0])[0], blobs[1]
-    exact = heads.logistic(z, labels, 5, 0.1, tolerance=1e-10)
-    quick = heads.fit_logistic(z, labels, 5, 0.1)
+    z, labels = metrics.standardise(blobs[0])[0], blobs[1]
+    exact = metrics.logistic(z, labels, 5, 0.1, tolerance=1e-10)
+    quick = metrics.fit_logistic(z, labels, 5, 0.1)
     assert all((a - b).abs().max() < 1e-3 for a, b in zip(exact, quick, strict=True))
 
 
 def test_ridge_is_sklearns(blobs):
-    z, labels = heads.standardise(blobs[0])[0], blobs[1]
+    z, labels = metrics.standardise(blobs[0])[0], blobs[1]
     theirs = Ridge(alpha=10.0).fit(z.numpy(), np.eye(5)[labels.numpy()])
-    W, b = heads.ridge(z, labels, 5, 10.0)
+    W, b = metrics.ridge(z, labels, 5, 10.0)
     np.testing.assert_allclose(W.T.numpy(), theirs.coef_, atol=1e-9)
     np.testing.assert_allclose(b.numpy(), theirs.intercept_, atol=1e-9)
 
@@ -90,7 +90,7 @@ def test_retrieval_is_the_mean_of_sklearns_average_precision(blobs):
 
 def test_folds_keep_groups_together_and_are_even():
     groups = np.random.default_rng(0).integers(60, size=300)
-    fold = heads.folds(groups)
+    fold = metrics.folds(groups)
     assert all(len(set(fold[groups == g].tolist())) == 1 for g in np.unique(groups))
     sizes = torch.bincount(fold)
     assert len(sizes) == 5 and sizes.min() > 40 and GroupKFold(5).get_n_splits() == 5
@@ -98,16 +98,16 @@ def test_folds_keep_groups_together_and_are_even():
 
 def test_cross_validation_prefers_regularisation_where_features_are_noise(blobs):
     noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
-    (mostly_noise,) = heads.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
-    (signal,) = heads.standardise(blobs[0])
-    chosen = [heads.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)]
-    assert chosen[0] < chosen[1] or chosen[0] == heads.STRENGTHS[0]
+    (mostly_noise,) = metrics.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
+    (signal,) = metrics.standardise(blobs[0])
+    chosen = [metrics.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)]
+    assert chosen[0] < chosen[1] or chosen[0] == metrics.STRENGTHS[0]
 
 
 def test_the_mae_recipe_learns_and_repeats_itself(blobs):
     x, labels, held, truth = blobs
     views = torch.stack([x, x + 0.01])
-    first, second = (heads.bn_linear(views, labels, 5, rates=(0.1, 1.0), epochs=20, seed=3)(held) for _ in range(2))
+    first, second = (metrics.bn_linear(views, labels, 5, rates=(0.1, 1.0), epochs=20, seed=3)(held) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     plain = LogisticRegression(max_iter=1000).fit(x, labels).score(held, truth)
     assert metrics.topk(first[1], truth, 1) > plain - 0.05

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints as C
+import common.checkpoints as C
 import model as M
+from common.io import UserError
 from kernels.gather import MEAN, STD, masked_patch_gather
-from plumbing import UserError
 
 
 def small_mae(**changes):

@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import guides
-import loader
+import data
 import mask as masking
 import model as M
-import plumbing
+from common import guidance
+from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 
@@ -79,16 +79,16 @@ def training_step(log):
     """The body of pretrain.py's loop on one batch: what is done on the device, and nothing that is drawn on the CPU."""
     torch.manual_seed(0)
     model = M.MAE(image_size=32, patch_size=8, dim=64, depth=2, heads=2, decoder_dim=32, decoder_depth=1)
-    teacher, optimizer = M.MAE(**model.config).encoder.requires_grad_(False), plumbing.make_optimizer(model, 1e-3, 0.05)
-    images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), plumbing.seeded(0)
-    boxes, flip = loader.draw_boxes(4, draws, 0.4)
+    teacher, optimizer = M.MAE(**model.config).encoder.requires_grad_(False), make_optimizer(model, 1e-3, 0.05)
+    images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
+    boxes, flip = data.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
     labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
     predictor, rows = M.LossPredictor(4, 8), torch.arange(4)
     follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
     with log, sdpa_kernel(SDPBackend.MATH):
-        view = loader.view_images(images, boxes, flip, 32)
-        patches = {need: guides.cut(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
+        view = data.view_images(images, boxes, flip, 32)
+        patches = {need: guidance.cut(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
         attention = [teacher.patch_attention(view, source).mean(1) for source in ("cls", "received")]
         patches |= {"masked": 12, "attn": sum(attention)}
         tokens, every = teacher.all_patches(view)
@@ -106,8 +106,8 @@ def training_step(log):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        guides.Guide.follow(follow, model.encoder, 0.5)
-        masking.diversity(ids_mask, 16), guides.region_shares(patches["fg"], ids_mask), masking.entropy(guess, 1.0)
+        guidance.Guide.follow(follow, model.encoder, 0.5)
+        masking.diversity(ids_mask, 16), guidance.region_shares(patches["fg"], ids_mask), masking.entropy(guess, 1.0)
 
 
 @pytest.fixture
@@ -173,9 +173,9 @@ def test_what_is_unusual_is_found_without_float64(monkeypatch):
     """With tensors that have a device and a shape, and no values: torch can pretend to be on a Mac."""
     with FakeTensorMode(), NoDoubles():
         tokens = torch.empty(6, 16, 32, device="mps")
-        monkeypatch.setattr(guides, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
+        monkeypatch.setattr(guidance, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
         encoder = SimpleNamespace(cls_token=tokens)
-        ((_, found),) = guides.attention(encoder, 32, range(6), torch.arange(6), "unusual", None)
+        ((_, found),) = guidance.attention(encoder, 32, range(6), torch.arange(6), "unusual", None)
         assert found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
         with pytest.raises(AssertionError):
             tokens.double()

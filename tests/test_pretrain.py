@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, draw_folder, refused, stage
 
-import loader
+import data
 import mask as masking
-import plumbing
 import pretrain
+from common.train import commit, read_log
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
 
@@ -44,7 +44,7 @@ def test_a_run_writes_what_its_docstring_says(finished):
     out, done = finished
     assert {p.name for p in out.iterdir()} - {"attn-00000010.safetensors"} == {
         "state.pt", "model.safetensors", "log.jsonl", "curves.png", "recon.png", "masks.png"}  # fmt: skip
-    rows = plumbing.read_log(out / "log.jsonl")
+    rows = read_log(out / "log.jsonl")
     steps = [r for r in rows if "loss" in r]
     assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
     held = [r for r in rows if "val_mse" in r]
@@ -76,7 +76,7 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
     ]
     stops = 0
     for attempt in range(6):
-        before = max([row["step"] for row in plumbing.read_log(out / "log.jsonl")], default=0)
+        before = max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
         process = subprocess.Popen([str(w) for w in [*command, "--resume"]], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)  # fmt: skip
         if attempt < 3:
@@ -93,15 +93,15 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
             torch.load(out / "state.pt", weights_only=True)
     assert stops >= 2 and process.returncode == 0
     assert same(weights(finished[0]), weights(out))
-    assert [r["step"] for r in plumbing.read_log(out / "log.jsonl") if "val_mse" in r] == [
-        r["step"] for r in plumbing.read_log(finished[0] / "log.jsonl") if "val_mse" in r
+    assert [r["step"] for r in read_log(out / "log.jsonl") if "val_mse" in r] == [
+        r["step"] for r in read_log(finished[0] / "log.jsonl") if "val_mse" in r
     ]
 
 
 def wait_for_a_step(process, out, more_than):
     """Until the log holds a step that this process made, beyond `more_than`, or the run has ended."""
     while process.poll() is None:
-        rows = plumbing.read_log(out / "log.jsonl")
+        rows = read_log(out / "log.jsonl")
         if rows and rows[-1]["step"] > more_than:
             return
         time.sleep(0.02)
@@ -113,7 +113,7 @@ def test_accumulation_changes_nothing_but_rounding(small, finished, tmp_path):
     for parts in (1, 4):
         out = tmp_path / f"parts{parts}"
         train(small, out, "--dtype", "fp32", "--accumulate", parts, check=0)
-        losses[parts] = [r["loss"] for r in plumbing.read_log(out / "log.jsonl") if "loss" in r]
+        losses[parts] = [r["loss"] for r in read_log(out / "log.jsonl") if "loss" in r]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[4]), rtol=1e-3, atol=0)
 
 
@@ -122,7 +122,7 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
     seen = {}
     for name in ("random", "attn_high:start=0"):
         seen[name] = {"view": [], "keep": []}
-        patched(monkeypatch, loader, "view_images", seen[name]["view"])
+        patched(monkeypatch, data, "view_images", seen[name]["view"])
         patched(monkeypatch, masking, "sample", seen[name]["keep"])
         words = ["pretrain.py", "--data", small, "--out", tmp_path / name.replace(":", "-"), *QUICK, "--mask", name]
         monkeypatch.setattr(sys, "argv", [str(w) for w in words])
@@ -159,7 +159,7 @@ def test_a_finished_run_teaches_another(small, finished, tmp_path):
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert plumbing.commit() == "no git"
+    assert commit() == "no git"
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path):
             loss, error = plain(*args, **kw)
             return loss * (float("nan") if len(calls) == 13 else 1), error
         pretrain.reconstruction_loss = broken
-        plumbing.cli(pretrain.main)"""
+        cli(pretrain.main)"""
     words = [str(w) for w in ["--data", small, "--out", tmp_path / "out", *QUICK]]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert "not finite at step 13" in refused(done)

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
-import loader
 import pretrain
 import probe
-from lab import compare, features, figures, stats
+from common import compare, features, plots, stats
+from common.io import UserError
+from ingest import pack
 from model import ViT
-from plumbing import UserError
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
 FAST = ["--device", "cpu", "--dtype", "fp32", "--views", 2]
@@ -159,7 +159,7 @@ def test_features_are_those_of_the_encoder(small):
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_parts(small)["val"]
     clock = {}
     found = features.extract(features.encoder_look(encoder, 32, torch.no_grad, clock), split, 2, torch.device("cpu"))
-    view = next(loader.whole_views(split["images"], torch.arange(5), 32, torch.device("cpu")))[1]
+    view = next(data.whole_views(split["images"], torch.arange(5), 32, torch.device("cpu")))[1]
     with torch.no_grad():
         tokens = encoder.features(view)
     torch.testing.assert_close(found["mean"][0, :5], tokens[:, 1:].mean(1).half())
@@ -178,7 +178,7 @@ def test_features_are_those_of_the_encoder(small):
 
 def test_attention_maps_are_probabilities_and_those_of_the_encoder():
     encoder, view = ViT(32, 8, 32, 3, 2).eval(), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
-    heads, rollout = figures.attention_maps(encoder, view)
+    heads, rollout = plots.attention_maps(encoder, view)
     assert heads.shape == (2, 2, 4, 4) and rollout.shape == (2, 4, 4)
     with torch.no_grad():
         torch.testing.assert_close(heads.flatten(2), encoder.patch_attention(view), rtol=1e-4, atol=1e-6)
@@ -190,7 +190,7 @@ def test_discriminants_find_the_direction_that_separates():
     labels = torch.arange(90) % 3
     x = torch.randn(90, 6, generator=draws) * torch.tensor([9.0, 9, 9, 9, 1, 1])
     x[:, 4:] += 6 * torch.eye(3)[labels][:, :2]
-    mean, directions = figures.discriminants(x, labels, shrink=1e-6)
+    mean, directions = plots.discriminants(x, labels, shrink=1e-6)
     share = directions.abs() * x.double().std(0)[:, None]
     assert (share[4:].sum(0) > 2 * share[:4].sum(0)).all()
 
@@ -227,7 +227,7 @@ def test_bad_flags_are_one_line(runs, monkeypatch, words, says):
 
 def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_path, monkeypatch):
     draw_folder(tmp_path / "images", classes=4, each=12)
-    data.pack(tmp_path / "images", tmp_path / "other", size=32)
+    pack.pack(tmp_path / "images", tmp_path / "other", size=32)
     shutil.copytree(small, tmp_path / "mixed")
     shutil.copy(tmp_path / "other" / "val.safetensors", tmp_path / "mixed")
     with pytest.raises(UserError, match="val has other classes than train .*class3"):
@@ -236,7 +236,7 @@ def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_pa
 
 def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, capsys):
     draw_folder(tmp_path / "pictures", classes=1, each=24)
-    data.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
+    pack.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
     shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png"))
     run_probe(monkeypatch, tmp_path / "run", "--data", tmp_path / "flat", *FAST, looking=True)
     assert "no numbers" in capsys.readouterr().out and (tmp_path / "run" / "neighbours.png").exists()

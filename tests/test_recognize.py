@@ -14,14 +14,14 @@ from conftest import ROOT, draw_folder, refused, stage
 from PIL import Image
 from safetensors.torch import save_file
 
-import classifier as K
-import gallery as G
+import common.classifier as G
+import common.classifier as K
 import recognize
-from checkpoints import save_encoder
-from lab import metrics
-from lab.decode import decode
+from common import metrics
+from common.checkpoints import save_encoder
+from common.io import UserError
+from ingest.decode import decode
 from model import ViT
-from plumbing import UserError
 
 
 @pytest.fixture(scope="session")

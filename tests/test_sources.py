@@ -16,9 +16,8 @@ from conftest import ROOT, draw_folder, refused, stage
 from PIL import Image
 
 import data
-import loader
-from lab import decode, sources
-from plumbing import UserError
+from common.io import UserError
+from ingest import decode, pack, sources
 
 
 def png(colour=(200, 30, 30), size=(24, 24), seed=0):
@@ -75,7 +74,7 @@ def test_a_tar_packs_like_its_folder_and_leaves_nothing_behind(tmp_path):
     make_tar(tmp_path / "images.tar.gz", root, "w:gz", "images")
     for source, out in ((root, "a"), (tmp_path / "images.tar.gz", "b")):
         stage("data.py", source, "--out", tmp_path / out, "--size", 16, "--seed", 3, cwd=tmp_path, check=0)
-    splits = [[loader.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
+    splits = [[data.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
     pixels = [sorted((int(y), im.tobytes()) for s in some for y, im in zip(s["labels"], s["images"], strict=True))
               for some in splits]  # fmt: skip
     assert pixels[0] == pixels[1] and len(pixels[0]) == 40
@@ -125,7 +124,7 @@ def test_a_list_on_standard_input(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=10)
     names = "\n".join(str(p.relative_to(tmp_path)) for p in sorted(root.rglob("*.png"), reverse=True)) + "\nx.txt\n"
     stage("data.py", "-", "--out", "out", "--size", 16, cwd=tmp_path, check=0, input=names)
-    header = loader.open_split(tmp_path / "out", "train")["header"]
+    header = data.open_split(tmp_path / "out", "train")["header"]
     assert header["classes"] == ["class0", "class1"] and len(header["keys"]) == 14
     assert "give --out" in refused(stage("data.py", "-", cwd=tmp_path, input=names))
     assert "no image found" in refused(stage("data.py", "-", "--out", "no", cwd=tmp_path, input=""))
@@ -255,7 +254,7 @@ def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
             tar.addfile(info, io.BytesIO(pictures[name]))
     records, fetch, notes = sources.find(tmp_path / "set.tar")
     assert len(records) == 9 and notes == ["1 names came twice; the first of each is kept"]
-    pairs, _ = data.near_duplicates(records, fetch, "group")
+    pairs, _ = pack.near_duplicates(records, fetch, "group")
     assert [{records[i].key for i in pair} for pair in pairs] == [{"a/3.png", "a/8.png"}]
 
 
@@ -296,7 +295,7 @@ def test_min_per_class_leaves_small_classes_out(tmp_path):
     lay(tmp_path / "images", [f"rare/{i}.png" for i in range(5)])
     done = stage("data.py", "images", "--out", "out", "--size", 16, "--min-per-class", 6, cwd=tmp_path, check=0)
     assert "5 images left out: 1 classes have fewer than 6" in done.stdout
-    assert loader.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1", "class2"]
+    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1", "class2"]
     line = refused(stage("data.py", "images", "--out", "no", "--min-per-class", 13, cwd=tmp_path))
     assert "--min-per-class 13" in line and not (tmp_path / "no").exists()
 
@@ -339,7 +338,7 @@ def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
     whole = saved(Image.effect_noise((64, 64), 60), "JPEG")
     lay(root, [("class0/bomb.png", bomb), ("class1/cut.jpg", whole[: len(whole) // 2]), ("class1/empty.png", b"")])
     done = stage("data.py", root, "--out", "out", "--size", 16, "--split", "1,0,0", cwd=tmp_path, check=0)
-    header = loader.open_split(tmp_path / "out", "train")["header"]
+    header = data.open_split(tmp_path / "out", "train")["header"]
     skipped = dict(header["skipped_first"])
     assert set(skipped) == {"class0/bomb.png", "class1/cut.jpg", "class1/empty.png"} and header["skipped"] == 3
     assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
@@ -362,7 +361,7 @@ def test_tags_are_multi_hot_with_their_vocabulary(tmp_path):
     rows = [f"{i}.png,c{i % 2},,{'smile hat' if i % 2 else 'smile'}" for i in range(20)]
     (tmp_path / "list.csv").write_text("path,label,split,tags\n" + "\n".join(rows))
     stage("data.py", "list.csv", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
-    split = loader.open_split(tmp_path / "out", "train")
+    split = data.open_split(tmp_path / "out", "train")
     assert split["header"]["tags"] == ["smile", "hat"] and split["tags"].shape == (len(split["images"]), 2)
     assert (split["tags"][:, 0] == 1).all() and (split["tags"][:, 1] == split["labels"].numpy()).all()
 

@@ -1,4 +1,4 @@
-"""lab.stress: corruptions do what they say; the probe and the pixels are measured as a user measures them."""
+"""experiments.stress: corruptions do what they say; the probe and the pixels are measured as a user measures them."""
 
 import contextlib
 import json
@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, refused, stage
 
-import data
 import mask as masking
-from lab import corruptions, stats, stress, toon
-from plumbing import UserError
+from common import corruptions, stats
+from common.io import UserError
+from experiments import stress
+from ingest import pack, toon
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +71,14 @@ def drawn(tmp_path_factory):
     base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toon, "plan", lambda **kw: plan(n=120, characters=6, **kw))
-        data.pack("toon", base / "toon", size=32)
+        pack.pack("toon", base / "toon", size=32)
     quick = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--decoder-depth", 1, "--device", "cpu"]
     stage("pretrain.py", "--data", base / "toon", "--out", base / "run", *quick, cwd=base, check=0)
     return base
 
 
 def run_stress(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["lab.stress", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["experiments.stress", *map(str, words)])
     stress.main()
 
 
@@ -134,7 +135,7 @@ def test_pixels_are_made_without_the_answer(drawn):
 
 def test_a_run_without_its_state_and_bad_flags(drawn, tmp_path, monkeypatch):
     shutil.copytree(drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("state.pt"))
-    command = [sys.executable, "-m", "lab.stress"]
+    command = [sys.executable, "-m", "experiments.stress"]
     done = subprocess.run([*command, tmp_path / "run", "--midterm"], cwd=ROOT, capture_output=True, text=True)
     assert "no state.pt" in refused(done)
     with pytest.raises(UserError, match="--images 2"):

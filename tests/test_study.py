@@ -1,4 +1,4 @@
-"""lab.study: what is planned, skipped, resumed, refused, with stages that pretend; verdicts on synthetic rows."""
+"""experiments.study: what is planned, skipped, resumed, refused, with mock stages; verdicts on synthetic rows."""
 
 import functools
 import json
@@ -16,8 +16,9 @@ from conftest import ROOT, refused, stage
 
 import pretrain
 import probe
-from lab import plans, report, stats, study, study_run, verdicts
-from plumbing import UserError
+from common import stats
+from common.io import UserError
+from experiments import plans, report, study, study_run, verdicts
 
 PRETRAIN = """
 import json, os, sys, time, pathlib
@@ -72,12 +73,12 @@ plumbing.cli(study.main)
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with stages that pretend: they take no time and know what to find."""
-    for name, text in (("pretrain.py", PRETRAIN), ("probe.py", PROBE), ("lab/stress.py", STRESS)):
+    for name, text in (("pretrain.py", PRETRAIN), ("probe.py", PROBE), ("experiments/stress.py", STRESS)):
         (tmp_path / "stages" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "stages" / name).write_text(text)
     (tmp_path / "stages" / "maps.py").write_text("")
     monkeypatch.setattr(study_run, "ROOT", tmp_path / "stages")
-    monkeypatch.setattr(study_run.plumbing, "commit", lambda: "abc1234")
+    monkeypatch.setattr(study_run, "commit", lambda: "abc1234")
     monkeypatch.chdir(tmp_path)
     git(tmp_path, "init", "-q")
     return tmp_path
@@ -94,7 +95,7 @@ def commit(home):
 
 
 def ask(monkeypatch, small, *words):
-    monkeypatch.setattr(sys, "argv", ["lab.study", "--data", str(small), "--threads", "1", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["experiments.study", "--data", str(small), "--threads", "1", *map(str, words)])
     study.main()
 
 
@@ -250,7 +251,7 @@ def test_a_killed_study_goes_on(home, small):
 
 
 def test_mistakes_are_one_line(home, small, monkeypatch):
-    done = stage("lab/study.py", "--plan", "h1", "--data", small, "--arms", "atn_high", cwd=home,
+    done = stage("experiments/study.py", "--plan", "h1", "--data", small, "--arms", "atn_high", cwd=home,
                  env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert "did you mean attn_high" in refused(done)
     for words, message in ((["--budget", -1], "--budget -1"), (["--data", "nothing"], "nothing"),

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lab import toon
+from ingest import toon
 
 
 @pytest.fixture(scope="module")

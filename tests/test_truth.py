@@ -10,17 +10,19 @@ import torch
 from conftest import ROOT, refused, stage
 from PIL import Image
 
-import plumbing
-import saliency
-from lab import metrics, toon, truth
-from plumbing import UserError
+import maps
+from common import metrics
+from common.io import UserError
+from common.train import seeded
+from experiments import map_quality
+from ingest import toon
 
 judge = pytest.importorskip("sklearn.metrics")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_auc_is_that_of_scikit_learn(seed):
-    g = plumbing.seeded(seed)
+    g = seeded(seed)
     score = torch.randint(0, 4 + 40 * seed, (200,), generator=g).float()  # few values: many ties
     true = torch.rand(200, generator=g) < 0.1 + 0.15 * seed
     assert metrics.auc(score, true) == pytest.approx(judge.roc_auc_score(true, score), abs=1e-9)
@@ -33,7 +35,7 @@ def test_auc_of_one_kind_is_undefined_and_of_a_constant_a_half():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_adjusted_rand_is_that_of_scikit_learn(seed):
-    g = plumbing.seeded(seed)
+    g = seeded(seed)
     a = torch.randint(0, 2 + seed, (300,), generator=g)
     b = torch.where(torch.rand(300, generator=g) < 0.5, a * 7 + 3, torch.randint(0, 50, (300,), generator=g))
     assert metrics.adjusted_rand(a, b) == pytest.approx(judge.adjusted_rand_score(a, b), abs=1e-9)
@@ -48,7 +50,7 @@ def test_adjusted_rand_of_trivial_clusterings():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_iou_is_the_jaccard_score(seed):
-    found, true = torch.rand(2, 200, generator=plumbing.seeded(seed)) < 0.4
+    found, true = torch.rand(2, 200, generator=seeded(seed)) < 0.4
     assert metrics.iou(found, true) == pytest.approx(judge.jaccard_score(true, found), abs=1e-6)
     assert metrics.iou(found & False, true & False) == 1.0
 
@@ -72,22 +74,22 @@ def portraits(tmp_path_factory):
 
 
 def test_portraits_are_halved_by_identity_and_framed(portraits):
-    whole, close = (truth.portraits(portraits, framing, half=1, side=32) for framing in truth.FRAMINGS)
+    whole, close = (map_quality.portraits(portraits, framing, half=1, side=32) for framing in map_quality.FRAMINGS)
     assert whole.shape == close.shape == (4, 32, 32, 4)
     assert (whole[:, :10, :, 3] == 0).all()  # 60 x 40 stands on the lower edge, 21 rows high
     assert whole[:, -8:, :, 3].max() == 255 and (close[..., 3] > 0).float().mean() > (whole[..., 3] > 0).float().mean()
 
 
-@pytest.mark.parametrize("ground", truth.GROUNDS)
+@pytest.mark.parametrize("ground", map_quality.GROUNDS)
 def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
-    rgba = truth.portraits(portraits, "whole", side=32)
-    images, figure = truth.composite(rgba, ground)
+    rgba = map_quality.portraits(portraits, "whole", side=32)
+    images, figure = map_quality.composite(rgba, ground)
     inside, outside = figure == 1, figure == 0
     assert images.dtype == torch.uint8 and torch.equal(images[inside], rgba[..., :3][inside])
     flat = [images[i][outside[i]].float().std(0).max() for i in range(len(images))]
     assert max(flat) < 1 if ground == "flat" else min(flat) > 1
-    assert not torch.equal(images[0], truth.composite(rgba, ground, seed=1)[0][0])
-    assert torch.equal(images, truth.composite(rgba, ground)[0])
+    assert not torch.equal(images[0], map_quality.composite(rgba, ground, seed=1)[0][0])
+    assert torch.equal(images, map_quality.composite(rgba, ground)[0])
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -96,44 +98,45 @@ def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
 def test_measures_of_a_perfect_map_and_of_its_opposite():
     figure = torch.zeros(3, 16, 16)
     figure[:, 4:12, 4:12] = 1
-    right, wrong = truth.figure_scores(figure, figure, 8), truth.figure_scores(1 - figure, figure, 8)
+    right, wrong = map_quality.figure_scores(figure, figure, 8), map_quality.figure_scores(1 - figure, figure, 8)
     assert torch.equal(right, torch.ones(3, 2)) and torch.equal(wrong, torch.zeros(3, 2))
 
 
 def test_the_main_part_is_the_one_that_covers_most():
     parts = torch.zeros(1, 4, 4, dtype=torch.uint8)
     parts[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
-    assert truth.main_part(parts, 2, 3).tolist() == [[1, 0, 0, 0]]
+    assert map_quality.main_part(parts, 2, 3).tolist() == [[1, 0, 0, 0]]
 
 
 def test_rows_of_figure_and_parts(portraits, run):
     drawn = [toon.draw(item, 64) for item in toon.plan(n=4, characters=2)]
     stacked = {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")}
-    encoder, size = truth.load_encoder(run)
+    encoder, size = map_quality.load_encoder(run)
     figure = stacked["fg"] / 255
-    rows, found = truth.measure_figure("toon", stacked["image"], figure, encoder, size)
+    rows, found = map_quality.measure_figure("toon", stacked["image"], figure, encoder, size)
     assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0]["auc_gain"] == 0
     assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
-    assert found["refined"].shape == (4, saliency.GRID, saliency.GRID)
-    rows += truth.measure_parts("toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3)
+    assert found["refined"].shape == (4, maps.GRID, maps.GRID)
+    rows += map_quality.measure_parts("toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3)
     assert all(-0.5 <= row["ari"] <= 1 for row in rows[3:]) and len(rows) == 7
     assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
 
 
 def test_truth_refuses_what_has_none(small, run, tmp_path):
-    line = refused(stage("lab/truth.py", "--run", run, "--data", small, "--portraits", "", "--out", tmp_path / "t.csv",
-                         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}))  # fmt: skip
+    out = tmp_path / "t.csv"
+    words = ["experiments/map_quality.py", "--run", run, "--data", small, "--portraits", "", "--out", out]
+    line = refused(stage(*words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}))
     assert "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--portraits ''"):
-        truth.portraits(tmp_path / "none.zip", "whole")
+        map_quality.portraits(tmp_path / "none.zip", "whole")
 
 
 def test_the_committed_figures_say_what_is_claimed():
     """Coarse reaches .90 wherever a figure leaves some border free; refined gains; parts beat colours."""
-    with open(ROOT / "results" / "truth.csv", newline="") as f:
+    with open(ROOT / "results" / "map_quality.csv", newline="") as f:
         rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
     figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
-    assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in truth.GROUNDS} | {"toon val"}
+    assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in map_quality.GROUNDS} | {"toon val"}
     for run, name, _ in figures:
         coarse, refined = (rows[run, name, kind] for kind in ("coarse", "refined"))
         assert float(coarse["auc"]) >= 0.9 and float(refined["auc"]) > float(coarse["auc"])

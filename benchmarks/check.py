@@ -1,0 +1,84 @@
+"""Has anything become slower? Measures again and compares ratios with the recorded ones: python -m benchmarks.check
+
+Run by hand before a release, on a quiet machine of the kind that results/ was made on. Absolute times are never
+compared: another machine has others. A ratio, ours over a peer's in the same run, has to keep 85 % of what
+results/*.csv records. Writes nothing; exits with status 1 if something fell below.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common.io import UserError, cli, read_csv
+from common.train import pick_device
+
+LEAST = 0.85
+
+
+def train_ratios(rows):
+    """rows of benchmarks.train -> {what: how many times as fast as transformers}."""
+    keys = ("candidate", "model", "image_size", "batch", "dtype", "decoder")
+    ours = [r for r in rows if r["candidate"].startswith("AniMask") and r["over_transformers"]]
+    return {" ".join(r[k] for k in keys): float(r["over_transformers"]) for r in ours}
+
+
+def kernel_ratios(rows):
+    """rows of benchmarks.kernels -> {what: how many times as fast as the obvious way of writing it}."""
+    keys = ("operation", "batch", "size", "patch", "ratio")
+    slow = {tuple(r[k] for k in keys): float(r["ms"]) for r in rows if r["impl"] == "obvious"}
+    return {f"{r['impl']} " + " ".join(r[k] for k in keys): slow[tuple(r[k] for k in keys)] / float(r["ms"])
+            for r in rows if r["impl"] != "obvious"}  # fmt: skip
+
+
+BENCHES = {  # module: (its arguments, the file that it writes on a CPU and on a GPU, its ratios)
+    "train": (["--quick"], {"cpu": "bench_train_cpu.csv", "cuda": "bench_train_cuda.csv"}, train_ratios),
+    "kernels": ([], {"cpu": "bench_kernels_cpu.csv", "cuda": "bench_kernels.csv"}, kernel_ratios),
+}
+
+
+def compare(recorded, measured):
+    """Two dicts {what: ratio} -> [(what, recorded, measured, kept share)] of what is in both, the worst first."""
+    both = [(what, recorded[what], now, now / recorded[what]) for what, now in measured.items() if what in recorded]
+    return sorted(both, key=lambda row: row[3])
+
+
+def measure(module, device, folder):
+    """Run a bench on this device, its files in `folder` -> its rows."""
+    words, files, _ = BENCHES[module]
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", device, *words, "--out", folder]
+    done = subprocess.run([str(w) for w in command], cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        raise UserError(f"benchmarks.{module} ended with status {done.returncode}; its message is above")
+    return read_csv(Path(folder) / files[device])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="what is recorded")
+    args = parser.parse_args()
+    device, slower = pick_device(args.device).type, 0
+    for module in args.benches or BENCHES:
+        if module not in BENCHES:
+            raise UserError(f"{module} is no bench with ratios; there are: {', '.join(BENCHES)}")
+        _, files, ratios = BENCHES[module]
+        rows = read_csv(args.results / files[device])
+        if not rows:
+            raise UserError(f"{args.results / files[device]} is not there: python -m benchmarks.{module} makes it")
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare(ratios(rows), ratios(measure(module, device, folder)))
+        if not found:
+            raise UserError(f"nothing that benchmarks.{module} measures is recorded in {args.results / files[device]}")
+        for what, then, now, share in found:
+            print(f"{'SLOWER' if share < LEAST else 'as fast'} {share:7.1%}  {now:.2f} against {then:.2f}: {what}")
+            slower += share < LEAST
+    if slower:
+        print(f"{slower} ratios kept less than {LEAST:.0%}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,275 @@
+"""How fast the two kernels are, beside the obvious PyTorch and torch.compile of it: python -m benchmarks.kernels
+
+Writes results/bench_kernels.csv and .png on a GPU; without one results/bench_kernels_cpu.csv and .png, where the
+PyTorch references are what is measured. Each number is checked against float64 before any clock starts. A GPU's
+times are taken with a cold cache (triton.testing.do_bench); bytes are those that have to move at the least, reads of
+images counted in the 32-byte sectors that memory delivers; their share is of a plain copy, measured in the same run.
+"""
+
+import argparse
+import ctypes
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import kernels
+from common.io import cli, save_csv
+from common.train import commit, machine, pick_device
+from kernels.gather import MEAN, STD, masked_patch_gather
+from kernels.loss import patch_detail, reconstruction_loss
+
+GPU_CASES = dict(batch=(256, 1024, 4096), size=(128, 224), patch=(8, 16), ratio=(0.5, 0.75, 0.9))
+COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")  # Okabe and Ito's
+CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
+
+
+# ---- the obvious way, as it is written most often ------------------------------------------------------------------
+
+
+def obvious_patches(x, patch):
+    """x (B, S, S, 3) -> (B, N, P): all of them."""
+    B, S, _, C = x.shape
+    x = x.view(B, S // patch, patch, S // patch, patch, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(B, (S // patch) ** 2, patch * patch * C)
+
+
+def pick(x, ids):
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+def obvious_gather(view, ids, patch, dtype=torch.float32):
+    mean, std = (torch.tensor(v, device=view.device) for v in (MEAN, STD))
+    return pick(obvious_patches((view.float() / 255 - mean) / std, patch), ids).to(dtype)
+
+
+def obvious_detail(view, ids, patch):
+    x = pick(obvious_patches(view.float() / 255, patch), ids).unflatten(2, (-1, 3))
+    return x.var(2, correction=0).mean(2).sqrt()
+
+
+def obvious_loss(pred, view, ids, patch, weight):
+    target = obvious_gather(view, ids, patch)
+    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+    target = (target - mean) / (var + 0.15**2) ** 0.5
+    error = ((pred.float() - target) ** 2).mean(-1)
+    return (error * weight).sum() / weight.sum()
+
+
+def contenders(device):
+    """{name: (gather, detail, loss)}, all with the arguments of the functions above."""
+
+    def ours(impl):
+        return (lambda v, i, p, d=torch.float32: masked_patch_gather(v, i, p, d, impl),
+                lambda v, i, p: patch_detail(v, i, p, impl),
+                lambda y, v, i, p, w: reconstruction_loss(y, v, i, p, w, impl=impl))  # fmt: skip
+
+    obvious = (obvious_gather, obvious_detail, obvious_loss)
+    if device.type != "cuda":
+        return {"obvious": obvious, "reference": ours("torch")}
+    compiled = tuple(torch.compile(f, dynamic=False) for f in obvious)
+    return {"obvious": obvious, "reference": ours("torch"), "compile": compiled, "triton": ours("triton")}
+
+
+# ---- one case ------------------------------------------------------------------------------------------------------
+
+
+def inputs(batch, size, patch, ratio, dtype, device):
+    """-> view, ids_keep, ids_mask, pred, weight; random, the same every time."""
+    torch.manual_seed(0)
+    N = (size // patch) ** 2
+    K = int(N * (1 - ratio) + 1e-9)
+    view = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+    order = torch.rand(batch, N, device=device).argsort(1)
+    keep, mask = order[:, :K].contiguous(), order[:, K:].contiguous()
+    pred = torch.randn(batch, N - K, patch * patch * 3, device=device, dtype=dtype).requires_grad_()
+    return view, keep, mask, pred, torch.rand(batch, N - K, device=device)
+
+
+def calls(functions, view, keep, mask, pred, weight, patch):
+    """-> {operation: a call of it}; the loss goes there and back."""
+    gather, detail, loss = functions
+
+    def there_and_back():
+        pred.grad = None
+        loss(pred, view, mask, patch, weight).backward()
+        return pred.grad
+
+    return {"gather": lambda: gather(view, keep, patch, pred.dtype), "detail": lambda: detail(view, mask, patch),
+            "loss": there_and_back}  # fmt: skip
+
+
+def gate(device, dtype):
+    """Every contender's numbers against float64 of the obvious way; a speed is never reported where one is wrong."""
+    given = inputs(4, 64, 16, 0.75, dtype, device)
+    view, keep, mask, pred, weight = given
+    y, scale = pred.detach().double().requires_grad_(), torch.tensor(STD, dtype=torch.float64, device=device)
+    x = (view.double() / 255 - torch.tensor(MEAN, dtype=torch.float64, device=device)) / scale
+    target = pick(obvious_patches(x, 16), mask)
+    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 0.15**2).sqrt()
+    ((y - target).square().mean(2) * weight).sum().div(weight.double().sum()).backward()
+    detail = (pick(obvious_patches(x, 16), mask).unflatten(2, (-1, 3)) * scale).var(2, correction=0).mean(2).sqrt()
+    truth = {"gather": pick(obvious_patches(x, 16), keep), "detail": detail, "loss": y.grad}
+    for name, functions in contenders(device).items():
+        for operation, call in calls(functions, *given, 16).items():
+            off = (call().double() - truth[operation]).abs().max() / truth[operation].abs().max()
+            if not off <= (1e-5 if dtype == torch.float32 or operation == "detail" else 2**-8):
+                sys.exit(f"error: {name} {operation} is off by {off:.1e} of the largest value; no speed is reported")
+
+
+def bytes_to_move(operation, view, keep, mask, pred, patch):
+    """The least that has to cross the memory bus: sectors of the image once, everything else once."""
+    ids, P, size = (keep if operation == "gather" else mask), pred.shape[2], pred.element_size()
+    read = sectors(ids[:8], view.shape[1], patch) * len(ids) / len(ids[:8]) * 32 + ids.numel() * 8
+    more = {"gather": P * size, "detail": 4, "loss": 2 * P * size + 8}[operation]  # a patch
+    return read + ids.numel() * more
+
+
+def sectors(ids, size, patch):
+    """How many 32-byte sectors of their images the patches ids (B, K) touch, each counted once."""
+    y, x = ids // (size // patch) * patch, ids % (size // patch) * patch
+    rows = y[..., None] + torch.arange(patch, device=ids.device)  # (B, K, p)
+    image = torch.arange(len(ids), device=ids.device)[:, None, None]
+    first = ((image * size + rows) * size + x[..., None]) * 3  # the address of each row's first byte
+    touched = [(first + o) // 32 for o in (*range(0, patch * 3, 32), patch * 3 - 1)]
+    return torch.stack(touched).unique().numel()
+
+
+def milliseconds(call, device):
+    """-> median, 20 % and 80 % of the time of a call."""
+    if device.type == "cuda":
+        return kernels.triton.testing.do_bench(call, warmup=50, rep=200, quantiles=(0.5, 0.2, 0.8))
+    times, until = [], time.perf_counter() + 1.5
+    while len(times) < 15 or time.perf_counter() < until:
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1e3)
+    fifths = statistics.quantiles(times[2:], n=5)
+    return statistics.median(times[2:]), fifths[0], fifths[3]
+
+
+def peak_mb(call, device):
+    """Most memory that a call holds beyond what was there before, its result included. Linux only where no GPU is."""
+    if device.type == "cuda":
+        call()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if sys.platform != "linux":
+        return float("nan")
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: arrays go back to the system when they are freed
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = status_mb("VmRSS")
+    result = call()
+    peak = status_mb("VmHWM") - before
+    del result
+    return peak
+
+
+def status_mb(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+# ---- all of them ---------------------------------------------------------------------------------------------------
+
+
+def measure(cases, dtype, device, copy_gb_s, about):
+    """-> one row for each case, contender and operation. Memory last: measuring it changes how malloc behaves."""
+    rows, peaks = [], []
+    for case in cases:
+        torch.compiler.reset()
+        given = inputs(*case, dtype, device)
+        for name, functions in contenders(device).items():
+            for operation, call in calls(functions, *given, case[2]).items():
+                moved = bytes_to_move(operation, *given[:4], case[2])
+                try:
+                    median, low, high = milliseconds(call, device)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"{name} {operation} of {case} does not fit in this GPU's memory; left out")
+                    continue
+                row = dict(zip(("batch", "size", "patch", "ratio"), case, strict=True), operation=operation, impl=name)
+                rate = moved / median / 1e6
+                row |= {"dtype": str(dtype)[6:], "ms": round(median, 4), "ms_20": round(low, 4),
+                        "ms_80": round(high, 4), "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(rate, 1),
+                        "copy_share": round(rate / copy_gb_s, 3)}  # fmt: skip
+                rows.append(row)
+                if device.type == "cuda":
+                    row["peak_mb"] = round(peak_mb(call, device), 1)
+                peaks.append((row, case, functions, operation))
+                print("  ".join(f"{v}" for v in row.values()), flush=True)
+        given = call = None
+    for row, case, functions, operation in peaks if device.type != "cuda" else ():
+        given = inputs(*case, dtype, device)
+        row["peak_mb"] = round(peak_mb(calls(functions, *given, case[2])[operation], device), 1)
+    return [row | about for row in rows]
+
+
+def copy_rate(device):
+    """GB a second, read and written, of a plain copy: of 1 GB on a GPU, of 256 MB on a CPU (beyond its caches)."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source), device)[0] / 1e6
+
+
+def draw(rows, path, about):
+    """One panel an operation: the time of every contender in every case, with its 20 and 80 %."""
+    cases = list(dict.fromkeys((r["batch"], r["size"], r["patch"], r["ratio"]) for r in rows))
+    names, operations = (list(dict.fromkeys(r[key] for r in rows)) for key in ("impl", "operation"))
+    width = 3 + 0.25 * len(cases) * len(operations)
+    fig, axes = plt.subplots(1, len(operations), figsize=(max(9, width), 4), layout="constrained")
+    for ax, operation in zip(axes, operations, strict=True):
+        for name in names:
+            own = [r for r in rows if (r["impl"], r["operation"]) == (name, operation)]
+            ms, low, high = ([r[key] for r in own] for key in ("ms", "ms_20", "ms_80"))
+            error = [[m - x for m, x in zip(ms, low, strict=True)], [x - m for m, x in zip(ms, high, strict=True)]]
+            at = [cases.index((r["batch"], r["size"], r["patch"], r["ratio"])) for r in own]
+            ax.errorbar(at, ms, error, fmt="o", ms=6, label=name, color=COLOURS[names.index(name)])
+        ax.set_xticks(range(len(cases)), [f"{b} x {s}/{p}, {r}" for b, s, p, r in cases], rotation=90, fontsize=7)
+        ax.set(yscale="log", title=operation)
+        ax.margins(x=0.2)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("milliseconds, 20 % to 80 %")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    fig.suptitle(f"Time by batch x pixels/patch, ratio; {about['machine']}", fontsize=9)
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 256 1024 4096; on a CPU two cases)")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of patches and predictions (default: bf16 on a GPU)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the CSV and the plot")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if args.dtype == "bf16" or (gpu and args.dtype is None) else torch.float32
+    grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
+    cases = list(itertools.product(*grid.values())) if gpu else CPU_CASES
+    if not gpu:
+        print("no GPU here: the CPU's paths are measured; the kernels and their bandwidth are not")
+    gate(device, dtype)
+    copy_gb_s = copy_rate(device)
+    version = kernels.triton.__version__ if kernels.triton else "none"
+    about = {"copy_gb_per_s": round(copy_gb_s, 1), "machine": machine(device), "triton": version,
+             "commit": commit()}  # fmt: skip
+    rows = measure(cases, dtype, device, copy_gb_s, about)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / ("bench_kernels.csv" if gpu else "bench_kernels_cpu.csv")
+    save_csv(path, rows)
+    draw(rows, path.with_suffix(".png"), about)
+    print(f"wrote {path} and .png; a copy moves {copy_gb_s:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    cli(main)

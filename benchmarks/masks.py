@@ -1,0 +1,139 @@
+"""What each strategy adds to a training step: python -m benchmarks.masks --data datasets/toon
+
+Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and backward) and the
+step itself are timed in one process, interleaved, with cached maps: a self-teacher's looks are extra, see
+experiments/readme_numbers.py.
+`true parts` are the demo set's own, finer than those of maps.py. simmim has a step of its own: it encodes all patches.
+On a CPU it is the processor's time of this process that counts, so that other work on the machine does not.
+"""
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import mask as masking
+from common import guidance
+from common.io import cli, read_csv, save_csv
+from common.train import autocast_of, commit, machine, make_optimizer, pick_device, pick_dtype, seeded
+from kernels.gather import masked_patch_gather
+from kernels.loss import reconstruction_loss
+from model import MAE, SIZES, SimMIM
+
+BATCH, RATIO, DECODER_DEPTH = 32, 0.75, 2
+
+
+def clock(device):
+    """Seconds: of this process's CPU work, or after all work of the GPU has ended."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def fake_maps(need, n, side):
+    """Maps of the size that maps.py gives; what is in them costs nothing."""
+    draw = np.random.default_rng(0)
+    if need == "attn":
+        return draw.random((n, side, side)).astype(np.float16)
+    grid, top = (32, 256) if need == "fg" else (side, 7)
+    return draw.integers(0, top, (n, grid, grid), dtype=np.uint8)
+
+
+def make_guide(name, model, size, train, device, autocast):
+    """The guide that pretrain.py would make for this strategy, its maps already there."""
+    args = SimpleNamespace(patch_size=size["patch_size"], attention="cls", teacher="self", maps="auto", epochs=1,
+                           image_size=size["image_size"])  # fmt: skip
+    need = masking.NEEDS.get(name)
+    real, guidance.open_maps = guidance.open_maps, lambda *_: (None, 0, "")
+    guide = guidance.Guide(name, {}, args, model, None, train, device, autocast)
+    guidance.open_maps = real
+    if need in guidance.IN_FILES:
+        guide.maps, guide.parts = fake_maps(need, len(train["images"]), guide.side), 7
+    guide.networks.pop("teacher", None)  # its looks and its averaging are not measured here
+    return guide
+
+
+def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
+    """What a strategy does before the forward pass, and its head's backward after it -> ids_keep, ids_mask."""
+    N = noise.shape[1]
+    patches = {"masked": N - K} | guide.known(rows, boxes, flip, view)
+    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
+    if guide.networks:
+        guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
+    return ids_keep, ids_mask
+
+
+def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
+    """Forward, backward and update of the network, the same for every strategy but simmim."""
+    with autocast():
+        pred, _ = model(masked_patch_gather(view, ids_keep, patch), ids_keep, ids_mask)
+    reconstruction_loss(pred, view, ids_mask, patch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure(model, size, train, device, rounds):
+    """-> {strategy: median milliseconds of guidance}, and those of a step."""
+    dtype, _ = pick_dtype("auto", device)
+    autocast = autocast_of(device, dtype)
+    optimizer, S = make_optimizer(model, 1e-4, 0.05), size["image_size"]
+    N = model.encoder.side**2
+    names = [name for name in masking.STRATEGIES if name != "simmim"]
+    baseline = SimMIM(**size).to(device)
+    its_optimizer = make_optimizer(baseline, 1e-4, 0.05)
+    made = {name: make_guide(name, model, size, train, device, autocast) for name in names}
+    if "parts" in train:
+        made["true parts"] = make_guide("parts", model, size, train, device, autocast)
+        made["true parts"].maps = train["parts"]
+    took = {name: [] for name in [*made, "step", "simmim"]}
+    for i in range(rounds):
+        draws = seeded(0, i)
+        rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
+        boxes, flip = data.draw_boxes(BATCH, draws, 0.4)
+        noise = masking.gumbel_noise(BATCH, N, draws).to(device)
+        view = data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
+        for name, guide in made.items():
+            began = clock(device)
+            ids = masked_ids(name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO))
+            took[name].append(clock(device) - began)
+        began = clock(device)
+        data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
+        step(model, optimizer, view, *ids, size["patch_size"], autocast)
+        took["step"].append(clock(device) - began)
+        began = clock(device)
+        ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
+        step(baseline, its_optimizer, view, *ids, size["patch_size"], autocast)
+        took["simmim"].append(clock(device) - began)
+    return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in took.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="packed dataset")
+    parser.add_argument("--model", default="nano", choices=SIZES)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", default="results/bench_masks.csv")
+    args = parser.parse_args()
+    device, size = pick_device(args.device), SIZES[args.model]
+    model = MAE(**size, decoder_depth=DECODER_DEPTH).to(device)
+    ms = measure(model, size, data.open_split(args.data, "train"), device, args.rounds)
+    ms["simmim"] -= ms["step"]  # what it takes more
+    whole = ms["step"] + ms["random"]
+    about = {"model": args.model, "batch": BATCH, "machine": machine(device), "commit": commit()}
+    rows = [{"mask": name, "guidance_ms": round(ms[name], 3), "step_ms": round(ms["step"], 1),
+             "over_random_percent": round(100 * (ms["step"] + ms[name]) / whole - 100, 1), **about}
+            for name in ms if name != "step"]  # fmt: skip
+    others = [r for r in read_csv(args.out) if r["model"] != args.model]
+    save_csv(args.out, others + rows)
+    for row in rows:
+        print(f"{row['mask']:10} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,222 @@
+"""One candidate of benchmarks/train.py in a process of its own: a network, its training step, and answers on demand.
+
+    python -m benchmarks.step '{"net": "ours", "decoder": [512, 8], "weights": ..., ...}'
+
+It warms up, says its losses, and then answers each line of standard input, "steps 3" or "parts 3", with a line of JSON.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+import data
+import mask as masking
+from common.checkpoints import init_from
+from common.io import cli, send
+from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
+from kernels.gather import byte_scale, masked_patch_gather
+from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
+from model import MAE, SIZES
+
+PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
+FLOOR = 1e-3  # under a patch's deviation: that of transformers, sqrt(1e-6), so that both do the same
+
+
+def fixed_views(case, device):
+    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every process."""
+    draws, S = seeded(0), case["image_size"]
+    coarse = torch.rand(case["batch"], 3, 7, 7, generator=draws)
+    smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
+    grain = torch.rand(case["batch"], 3, S, S, generator=draws)
+    view = (255 * (0.8 * smooth + 0.2 * grain)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    noise = torch.rand(8, case["batch"], (S // case["patch_size"]) ** 2, generator=draws)
+    return view.to(device), noise.to(device)
+
+
+def our_step(case, model, optimizer, view, noise, dtype, autocast):
+    """-> step(i): a loss on the device; what pretrain.py does with a view, under the loss of the paper."""
+    net, p = torch.compile(model) if case.get("compile") else model, case["patch_size"]
+    K = masking.kept(noise.shape[2], case["ratio"])
+
+    def step(i):
+        ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
+        tokens = masked_patch_gather(view, ids_keep, p, dtype)
+        with autocast():
+            pred, _ = net(tokens, ids_keep, ids_mask)
+        loss = reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda part: None):
+    """-> step(i): all that pretrain.py does; mark(part) is called as each part of it ends.
+
+    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the latent the decoder.
+    """
+    device, B, p = view.device, case["batch"], case["patch_size"]
+    images, K = view.cpu().numpy() if device.type == "cpu" else view, masking.kept(noise.shape[2], case["ratio"])
+
+    def step(i):
+        draws = seeded(0, i)
+        boxes, flip = data.draw_boxes(B, draws, 0.4)
+        own = masking.gumbel_noise(B, noise.shape[2], draws)
+        boxes, flip, own = (send(x, device) for x in (boxes, flip, own))
+        batch = data.take(images, torch.randperm(B, generator=draws), device)
+        seen = data.view_images(batch, boxes, flip, case["image_size"])
+        mark("data")
+        ids_keep, ids_mask = masking.sample(own, K)
+        tokens = masked_patch_gather(seen, ids_keep, p, dtype)
+        mark("gather")
+        with autocast():
+            latent = model.encoder(tokens, ids_keep)
+            mark("encoder")
+            pred, stats = model.decoder(latent, ids_keep, ids_mask)
+        mark("decoder")
+        pred.register_hook(lambda _: mark("loss"))
+        latent.register_hook(lambda _: mark("decoder"))
+        stats = stats + visible_stats(seen, ids_keep, ids_mask, p)
+        weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
+        loss = reconstruction_loss(pred, seen, ids_mask, p, weight)
+        (loss + stats_loss(stats, seen, ids_mask, p)).backward()
+        mark("encoder")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark("optimizer")
+        return loss.detach()
+
+    return step
+
+
+def their_step(case, model, optimizer, view, noise, dtype, autocast):
+    """-> step(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
+    net = torch.compile(model) if case.get("compile") else model
+    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
+
+    def step(i):
+        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+        with autocast():
+            loss = net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def make_step(case, device):
+    """The candidate's network with the weights that all begin with -> step(i), and mark-able whole_step or None."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]]
+    autocast = autocast_of(device, dtype)
+    if case["net"] == "hf":
+        from transformers import ViTMAEForPreTraining
+
+        how = {"attn_implementation": case["attention"]} if "attention" in case else {}
+        model = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
+        model.config.norm_pix_loss, model.config.mask_ratio, make = True, case["ratio"], their_step
+        for name, weight in model.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
+            weight.requires_grad_("position" not in name and "pos_embed" not in name)
+    else:
+        model = build(case)
+        init_from(model, case["weights"] + ".safetensors")
+        make = whole_step if case.get("whole") else our_step
+    model.train().to(device)
+    if case.get("fused", True):
+        optimizer = make_optimizer(model, 1e-4, 0.05)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
+    return functools.partial(make, case, model, optimizer, *fixed_views(case, device), dtype, autocast)
+
+
+def build(case):
+    size = {k: SIZES[case["model"]][k] for k in ("dim", "depth", "heads")}
+    width, depth = case["decoder"]
+    return MAE(case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth)
+
+
+def multiply_step(case, device, side):
+    """-> step(i): a plain product of two square matrices, to which MFU compares."""
+    a = torch.randn(side, side, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]])
+    out = torch.empty_like(a)
+    return lambda i: torch.mm(a, a, out=out)[0, 0]
+
+
+def waits(step, device):
+    """-> what in a step makes the host wait for the GPU, "" if nothing does; "" on a CPU."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(0)
+    except RuntimeError as problem:
+        return str(problem).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def timed_parts(make, device, steps):
+    """-> {part: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
+    marks = []
+
+    def mark(part):
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        marks.append((part, event if device.type == "cuda" else time.perf_counter()))
+
+    step, took = make(mark=mark), {part: [] for part in PARTS}
+    for i in range(steps + 1):
+        marks.clear()
+        mark("begin")
+        step(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = dict.fromkeys(PARTS, 0.0)
+        for (_, a), (part, b) in zip(marks, marks[1:], strict=False):
+            spent[part] += a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a)
+        for part, ms in spent.items() if i else ():
+            took[part].append(ms)
+    return {part: round(statistics.median(ms), 3) for part, ms in took.items()}
+
+
+def seconds(step, steps, device):
+    began = time.perf_counter()
+    for i in range(steps):
+        step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def main():
+    case = json.loads(sys.argv[1])
+    if case.get("keep", True):
+        keep_freed_memory()
+    device, answers = torch.device(case["device"]), sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    make = None if case["net"] == "matmul" else make_step(case, device)
+    step = make() if make else multiply_step(case, device, case["side"])
+    losses = [float(step(i)) for i in range(case["warmup"])]
+    first = {"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""}
+    print(json.dumps(first), file=answers, flush=True)
+    for line in sys.stdin:
+        what, count = line.split()
+        if what == "parts":
+            answer = timed_parts(make, device, int(count))
+        else:
+            answer = {"seconds": seconds(step, int(count), device), "peak_mb": peak_memory_mb(device)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,303 @@
+"""How fast a training step is, beside transformers' ViTMAE: python -m benchmarks.train [--quick]
+
+Writes results/bench_train_cpu.csv (or _cuda), .png and .md. Each candidate is a process of its own; all start from the
+same weights, get the same images and noise in the same order, and are timed in turns: a disturbance hits all of them.
+"memory kept" gives transformers what pretrain.py does about glibc on a CPU (keep_freed_memory).
+
+A step is: bytes of the views -> what the network takes -> forward, loss, backward, AdamW. The gate comes first: losses
+of the warm-up steps against those of transformers in fp32. Where they differ no speed is reported (--warmup 50 makes
+curves of 50 steps of it). "whole step" adds what pretrain.py does besides: crops, weights by detail, clipping, the head
+for pictures. MFU counts the operations that the mathematics needs, the same for every candidate (`step_flops`), over
+those of a plain matrix product in the same run.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import kernels
+import mask as masking
+from benchmarks.step import PARTS, build
+from common import plots
+from common.checkpoints import save_model
+from common.io import UserError, cli, read_csv, save_csv, save_text
+from common.train import commit, machine, pick_device
+from export import export
+from model import SIZES
+
+PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and ours
+CANDIDATES = {
+    "AniMask": dict(net="ours", decoder=PAPER),
+    "AniMask, compiled": dict(net="ours", decoder=PAPER, compile=True),
+    "transformers": dict(net="hf", decoder=PAPER, keep=False),
+    "transformers, memory kept": dict(net="hf", decoder=PAPER),
+    "transformers, memory kept, eager attention": dict(net="hf", decoder=PAPER, attention="eager"),
+    "transformers, memory kept, compiled": dict(net="hf", decoder=PAPER, compile=True),
+    "transformers, plain AdamW": dict(net="hf", decoder=PAPER, keep=False, fused=False),  # as it comes
+    "AniMask, light": dict(net="ours", decoder=LIGHT),
+    "AniMask, light, whole step": dict(net="ours", decoder=LIGHT, whole=True),
+    "AniMask, light, compiled": dict(net="ours", decoder=LIGHT, compile=True),
+    "transformers, memory kept, light": dict(net="hf", decoder=LIGHT),
+}
+QUICK = ("AniMask", "transformers, memory kept", "AniMask, light", "transformers, memory kept, light")
+# Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in sum well under 1e-5;
+# later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+# ---- counted, not measured -----------------------------------------------------------------------------------------
+
+
+def block_flops(tokens, dim, updated=None):
+    """Forward of a transformer block for one image: q, k and v of all T tokens (3 D^2 weights); proj and MLP of those U
+    that it updates (9 D^2); q k^T and A v, U T D each. A multiplication and an addition are 2 operations."""
+    updated = updated or tokens
+    return (6 * tokens + 18 * updated) * dim**2 + 4 * updated * tokens * dim
+
+
+def step_flops(image_size, patch_size, dim, depth, decoder_dim, decoder_depth, K):
+    """Matrix operations of forward and backward of an MAE for one image, K patches visible.
+
+    Backward is twice forward: a product for the input's gradient, one for the weight's. Pixels need no gradient, nor do
+    the features that the head for pictures looks at: those two layers cost twice their forward, not thrice.
+    """
+    N, P = (image_size // patch_size) ** 2, patch_size**2 * 3
+    embed = 2 * K * P * dim
+    stats = 2 * (N - K) * decoder_dim * 2
+    encoder = depth * block_flops(K + 1, dim)
+    decoder = 2 * (K + 1) * dim * decoder_dim + (decoder_depth - 1) * block_flops(N + 1, decoder_dim)
+    decoder += block_flops(N + 1, decoder_dim, N - K)  # nobody looks at what the last one would make of visible patches
+    decoder += 2 * (N - K) * decoder_dim * P
+    return 3 * (encoder + decoder) + 2 * (embed + stats)
+
+
+def on_paper(rate, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
+    """Images a second of `ranks` GPUs, each with this batch, from the rate of one; messages hide behind nothing.
+
+    A ring all-reduce moves 2 (R-1)/R times the gradient over each link (B/s; NVLink 4 has 450e9 each way); to pack and
+    unpack it reads and writes it twice (memory, B/s). What each GPU does itself stays the same (common/distributed.py).
+    """
+    message = 2 * (ranks - 1) / ranks * gradient_bytes / link + 4 * gradient_bytes / memory
+    return ranks * batch / (batch / rate + message)
+
+
+def agree(losses, reference, dtype):
+    """-> "" if the losses are those of the reference, else a line that says where they part."""
+    if len(losses) != len(reference) or not losses:
+        return f"{len(losses)} losses against {len(reference)}"
+    for i, (x, y) in enumerate(zip(losses, reference, strict=True)):
+        if not abs(x - y) <= TOLERANCE[dtype] * abs(y):
+            return f"step {i + 1}: a loss of {x:.6f} against {y:.6f}"
+    return ""
+
+
+# ---- the one that starts and asks them -----------------------------------------------------------------------------
+
+
+def start(case):
+    command = [sys.executable, "-m", "benchmarks.step", json.dumps(case)]
+    here = Path(__file__).parent.parent
+    return subprocess.Popen(command, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def answer(process, name):
+    line = process.stdout.readline()
+    if not line:
+        raise UserError(f"{name} ended with status {process.wait()}; its message is above")
+    return json.loads(line)
+
+
+def ask(process, name, what, count):
+    process.stdin.write(f"{what} {count}\n")
+    process.stdin.flush()
+    return answer(process, name)
+
+
+def write_weights(case, stem):
+    """The weights that candidates with this decoder begin with: STEM.safetensors, and STEM-hf for transformers."""
+    torch.manual_seed(0)
+    model = build(case)
+    save_model(model, f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
+    export(f"{stem}.safetensors", "hf", Path(f"{stem}-hf"))
+
+
+def started(stack, case, name):
+    """A process that is ended with the stack, and what it said after its warm-up."""
+    process = stack.enter_context(start(case))
+    stack.callback(process.kill)
+    return process, answer(process, name)
+
+
+def gated(stack, case, names, folder):
+    """Start all candidates -> {name: process}; a UserError, and so no speed, where losses part or a step waits."""
+    running, reference = {}, {}
+    for name in names:
+        own = case | CANDIDATES[name]
+        stem = own["weights"] = str(Path(folder) / f"{own['decoder'][0]}x{own['decoder'][1]}")
+        if stem not in reference:
+            write_weights(own, stem)
+            with contextlib.ExitStack() as short:
+                plain = own | {"net": "hf", "dtype": "fp32", "compile": False, "fused": True}
+                reference[stem] = started(short, plain, "transformers in fp32")[1]["losses"]
+        running[name], first = started(stack, own, name)
+        problem = "" if own.get("whole") else agree(first["losses"], reference[stem], case["dtype"])
+        if problem or first["waits"]:
+            raise UserError(f"{name}, {case['dtype']}: {problem or first['waits']}; no speed is reported")
+        print(f"gate     {case['dtype']} {name}: {'not compared' if own.get('whole') else 'losses agree'}", flush=True)
+    return running
+
+
+def measure(case, names, repeats, steps, part_steps):
+    """One dtype: the gate, then all candidates in turns -> rows."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        running = gated(stack, case, names, folder)
+        product = case | {"net": "matmul", "side": 8192 if case["device"] == "cuda" else 2048}
+        running["matmul"], _ = started(stack, product, "matmul")
+        asked = [
+            (name, ask(process, name, "steps", steps)) for _ in range(repeats) for name, process in running.items()
+        ]
+        split = {name: ask(running[name], name, "parts", part_steps) for name in names if CANDIDATES[name].get("whole")}
+    took = {name: [a["seconds"] for n, a in asked if n == name] for name in running}
+    tflops = 2 * product["side"] ** 3 * steps / statistics.median(took["matmul"]) / 1e12
+    peak = {name: max(a["peak_mb"] for n, a in asked if n == name) for name in names}
+    rows = [row_of(case, name, [steps * case["batch"] / s for s in took[name]], peak[name], tflops) for name in names]
+    return [row | against_the_peer(row, rows) | columns(split.get(row["candidate"], {})) for row in rows]
+
+
+def columns(parts):
+    """{part: milliseconds} -> those columns of a row, empty where the parts were not timed."""
+    return {f"{part}_ms": parts.get(part) for part in PARTS}
+
+
+def row_of(case, name, rates, peak_mb, tflops):
+    """A row of results without what compares it to others; rates: images a second of each repeat."""
+    (width, blocks), rate = CANDIDATES[name]["decoder"], statistics.median(rates)
+    size, K = SIZES[case["model"]], masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
+    with torch.device("meta"):
+        gradient = 4 * sum(w.numel() for w in build(case | CANDIDATES[name]).parameters())
+    flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], width, blocks, K)
+    same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
+    return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(rate, 2),
+            "low": round(min(rates), 2), "high": round(max(rates), 2), "repeats": len(rates), "peak_mb": round(peak_mb),
+            "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
+            "mfu_percent": round(rate * flops / tflops / 1e10, 1), "gradient_mb": round(gradient / 1e6, 1),
+            "on_8_gpus_on_paper": round(on_paper(rate, case["batch"], gradient)) if case["device"] == "cuda" else ""
+            }  # fmt: skip
+
+
+def against_the_peer(row, rows):
+    """-> {"over_transformers"}: how many times as fast as its best candidate with this decoder and dtype."""
+    peers = [r["images_per_s"] for r in rows if r["decoder"] == row["decoder"] and r["candidate"].startswith("transf")]
+    return {"over_transformers": round(row["images_per_s"] / max(peers), 3) if peers else None}
+
+
+# ---- what is written -----------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    """Rows as a Markdown table."""
+    head = "| step | dtype | decoder | images/s (range) | over transformers | peak MB | MFU |\n"
+    return head + "|---" * 7 + "|\n" + "".join(
+        f"| {r['candidate']} | {r['dtype']} | {r['decoder']} | {r['images_per_s']} ({r['low']} to {r['high']}) | "
+        f"{r['over_transformers'] or '-'} | {r['peak_mb']} | {r['mfu_percent']} % |\n" for r in rows)  # fmt: skip
+
+
+def draw(rows, path):
+    """Images a second of every candidate, a panel for each dtype, and where the time of a whole step goes."""
+    dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
+    whole = [r for r in rows if r["data_ms"] is not None]
+    high = 1.2 + 0.32 * len(rows) / len(dtypes)
+    figure, axes = plt.subplots(1, len(dtypes) + bool(whole), figsize=(3.7 * (len(dtypes) + bool(whole)), high))
+    axes = np.atleast_1d(axes)
+    for axis, dtype in zip(axes, dtypes, strict=False):
+        own = [r for r in rows if r["dtype"] == dtype][::-1]
+        rate = [r["images_per_s"] for r in own]
+        error = [[r["images_per_s"] - r["low"] for r in own], [r["high"] - r["images_per_s"] for r in own]]
+        colours = [plots.ORANGE if r["candidate"].startswith("transf") else plots.BLUE for r in own]
+        axis.barh(range(len(own)), rate, xerr=error, color=colours, ecolor=plots.INK, capsize=2)
+        axis.set_yticks(
+            range(len(own)), [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
+        )
+        axis.set(title=dtype, xlabel="images a second")
+    if whole:
+        split_panel(axes[-1], whole)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch']}: a training step")
+    plots.save(figure, path)
+
+
+def split_panel(axis, whole):
+    """A bar for each dtype: which share of a whole step each part takes."""
+    colours = (plots.INK, plots.PINK, plots.BLUE, plots.ORANGE, plots.GREEN, "#999999")
+    for y, row in enumerate(whole[::-1]):
+        left, total = 0.0, sum(row[f"{p}_ms"] for p in PARTS)
+        for part, colour in zip(PARTS, colours, strict=True):
+            share = 100 * row[f"{part}_ms"] / total
+            axis.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
+            left += share
+    axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole[::-1]])
+    axis.set(title="A whole step, light decoder", xlabel="share of the time, %", xlim=(0, 100))
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.12))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--model", default="small", choices=SIZES)
+    add("--image-size", type=int, default=224, metavar="PX")
+    add("--patch-size", type=int, default=16, metavar="PX")
+    add("--batch", type=int, metavar="B", help="images a step (default: 16, on a GPU 256)")
+    add("--ratio", type=float, default=0.75, help="share of patches hidden")
+    add("--dtype", nargs="+", default=["fp32", "bf16"], choices=TOLERANCE)
+    add("--only", nargs="+", metavar="NAME", help="candidates (default: all)")
+    add("--repeats", type=int, default=5, help="how often each has its turn")
+    add("--steps", type=int, help="steps of a turn (default: 3, on a GPU 30)")
+    add("--warmup", type=int, help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
+    add("--quick", action="store_true", help="eager candidates only, 3 turns")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    gpu = device.type == "cuda"
+    names = args.only or (QUICK if args.quick else list(CANDIDATES))
+    if unknown := set(names) - CANDIDATES.keys():
+        raise UserError(f"--only {', '.join(unknown)} is no candidate; there are: {'; '.join(CANDIDATES)}")
+    steps, warmup = args.steps or (30 if gpu else 3), args.warmup or (20 if gpu else 3)
+    case = {"device": device.type, "model": args.model, "image_size": args.image_size, "patch_size": args.patch_size,
+            "batch": args.batch or (256 if gpu else 16), "ratio": args.ratio, "warmup": warmup}  # fmt: skip
+    about = {"machine": machine(device), "versions": versions(), "commit": commit()}
+    repeats, rows = 3 if args.quick else args.repeats, []
+    for dtype in args.dtype:
+        rows += [r | about for r in measure(case | {"dtype": dtype}, names, repeats, steps, 2 * steps)]
+        print(table(rows[-len(names) :]), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"bench_train_{device.type}.csv"
+    kept = [r for r in read_csv(path) if (r["model"], r["image_size"], r["batch"])
+            != (args.model, str(args.image_size), str(case["batch"]))]  # fmt: skip
+    save_csv(path, kept + rows)
+    made_on = f"\n{about['machine']}, {about['versions']}, {about['commit']}\n"
+    save_text(table(rows) + made_on, path.with_suffix(".md"))
+    draw(rows, path.with_suffix(".png"))
+    print(f"wrote    {path}, .md and .png")
+
+
+def versions():
+    import transformers
+
+    return f"transformers {transformers.__version__}, triton {kernels.triton.__version__ if kernels.triton else 'none'}"
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,305 @@
+"""What stands on an encoder to name a character: pooling, neck and head; and the files of a finished classifier.
+
+    B batch   N patches   D width of the encoder   L its blocks   C characters
+
+The encoder's tokens are pooled to one vector a picture; the neck puts that on one scale, and its output is the
+embedding that pictures are compared by; the head turns the embedding into one logit a character. The neck is a batch
+norm without parameters, as in the linear probe of MAE (He et al. 2021) and in BNNeck (Luo et al. 2019,
+arXiv:1903.07071).
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+import data
+from common.checkpoints import fingerprint, load_adapter, load_encoder, load_exactly
+from common.io import UserError, save_safetensors
+
+MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
+HEADS = ("linear", *MARGINS, "ifa")
+POOLS = {"mean": lambda tokens: tokens[:, 1:].mean(1), "cls": lambda tokens: tokens[:, 0]}
+
+
+class MarginHead(nn.Module):
+    """Cosine classifier that asks the true class for a margin while it trains: (B, D) -> (B, C), scale * cosine.
+
+    arcface         cos(theta + m) for the true class (Deng et al. 2019, arXiv:1801.07698, eq. 3)
+    cosface         cos(theta) - m (Wang et al. 2018, arXiv:1801.09414, eq. 4)
+    curricularface  arcface, and a wrong class that beats it weighs cos * (t + cos), t a moving average of the true
+                    cosine: hard examples count more as training goes on (Huang et al. 2020, arXiv:2004.00288, eq. 6)
+    """
+
+    def __init__(self, dim, classes, kind, margin, scale):
+        super().__init__()
+        self.kind, self.margin, self.scale = kind, margin, scale
+        self.weight = nn.Parameter(torch.empty(classes, dim))
+        nn.init.xavier_uniform_(self.weight)
+        self.register_buffer("t", torch.zeros(()))
+
+    def forward(self, x, labels=None):
+        """x (B, D); with labels (B,) the margin is on, without them (to recognise) it is not."""
+        cosine = F.normalize(x) @ F.normalize(self.weight).T  # (B, C)
+        if labels is None:
+            return self.scale * cosine
+        true = cosine.gather(1, labels[:, None])  # (B, 1)
+        target = true - self.margin if self.kind == "cosface" else add_angle(true, self.margin)
+        if self.kind == "curricularface":
+            if self.training:
+                self.t.lerp_(true.detach().mean(), 0.01)
+            cosine = torch.where(cosine > target, cosine * (self.t + cosine), cosine)
+        return self.scale * cosine.scatter(1, labels[:, None], target)
+
+
+def add_angle(cosine, margin):
+    """cos(theta + margin); beyond theta = pi - margin it would rise again, so there it goes on as a straight line."""
+    sine = (1 - cosine.square()).clamp(min=1e-9).sqrt()
+    turned = cosine * math.cos(margin) - sine * math.sin(margin)
+    return torch.where(cosine > math.cos(math.pi - margin), turned, cosine - margin * math.sin(margin))
+
+
+class Fusion(nn.Module):
+    """Intermediate feature aggregation, the neck of `ifa` (Rios et al. 2022, Animesion): (B, D, L) -> (B, D).
+
+    One weight a block mixes the CLS tokens of all blocks; then ReLU and LayerNorm.
+    """
+
+    def __init__(self, dim, depth):
+        super().__init__()
+        self.mix = nn.Linear(depth, 1)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.constant_(self.mix.weight, 1 / depth)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x):
+        return self.norm(F.relu(self.mix(x).squeeze(2)))
+
+
+class Classifier(nn.Module):
+    """Encoder, neck and head. `config` and the class names travel in head.safetensors."""
+
+    def __init__(self, encoder, classes, head="linear", pool="mean", margin=None, scale=32.0):
+        super().__init__()
+        dim, margin = encoder.cls_token.shape[2], MARGINS.get(head) if margin is None else margin
+        self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
+        self.encoder = encoder
+        self.neck = Fusion(dim, len(encoder.blocks)) if head == "ifa" else nn.BatchNorm1d(dim, 1e-6, affine=False)
+        self.head = MarginHead(dim, classes, head, margin, scale) if head in MARGINS else nn.Linear(dim, classes)
+
+    def pooled(self, patches, ids):
+        """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); the CLS tokens of all blocks, (B, D, L), for ifa."""
+        if self.config["head"] != "ifa":
+            return POOLS[self.config["pool"]](self.encoder(patches, ids).float())
+        x, rows = self.encoder.embed(patches, ids), []
+        for block in self.encoder.blocks:
+            x = block(x)
+            rows.append(x[:, 0].float())
+        return torch.stack(rows, 2)
+
+    def forward(self, pooled, labels=None):
+        """pooled -> logits (B, C), the margin on where labels (B,) are given."""
+        embedding = self.neck(pooled)
+        return self.head(embedding, labels) if self.config["head"] in MARGINS else self.head(embedding)
+
+
+@torch.no_grad()
+def settle(neck, pooled):
+    """Give the neck the mean and variance of whole pictures (n, D).
+
+    In training it averaged over its last few hundred batches, of pictures that were cropped and in part hidden.
+    """
+    if isinstance(neck, nn.BatchNorm1d):
+        neck.running_mean.copy_(pooled.mean(0))
+        neck.running_var.copy_(pooled.var(0))
+
+
+# ---- what is trained, and how fast ---------------------------------------------------------------------------------
+
+
+def level(name, depth):
+    """0 for the patch embedding and the tokens, 1 to depth for the blocks, depth + 1 for what follows them."""
+    if ".blocks." in name:
+        return int(name.split(".blocks.")[1].split(".")[0]) + 1
+    return depth + 1 if name.startswith(("encoder.norm", "neck", "head")) else 0
+
+
+def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
+    """AdamW; each group's "peak" is its rate: head_lr above the encoder, lr * layer_decay^(blocks above) in it."""
+    depth, groups = len(net.encoder.blocks), {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            inside = name.startswith("encoder.")
+            peak = lr * layer_decay ** (depth + 1 - level(name, depth)) if inside else head_lr
+            decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
+            groups.setdefault((peak, decay), []).append(p)
+    groups = [{"params": ps, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def unfreeze(net, trained, epoch, every):
+    """Progressive unfreezing (Howard and Ruder 2018): the head first, then, from the top, a block more each `every`."""
+    depth = len(net.encoder.blocks)
+    for name, p in net.named_parameters():
+        if name in trained:
+            p.requires_grad_(not every or level(name, depth) > depth - epoch // every)
+
+
+# ---- features of whole images ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pooled_of(net, split, rows, S, autocast, what=""):
+    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU."""
+    pooled, device = [], net.encoder.cls_token.device
+    views = data.whole_views(split["images"], rows, S, device)
+    for _, view in tqdm(views, what, -(-len(rows) // data.CHUNK), leave=False, disable=None if what else True):
+        with autocast():
+            pooled.append(net.pooled(*net.encoder.all_patches(view)).cpu())
+    return torch.cat(pooled)
+
+
+def stamps(folder):
+    """What changes when a data set is packed anew."""
+    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors"))
+
+
+def cached_features(net, folder, splits, S, autocast, path):
+    """A frozen encoder's features of whole splits -> {name: (n, D)}, computed once and kept in a file.
+
+    path carries the mark of encoder, data and pooling, so a file that is there is the right one.
+    """
+    if path.exists():
+        return {k: v.clone() for k, v in read_safetensors(path)[0].items()}
+    features = {name: pooled_of(net, split, torch.arange(len(split["images"])), S, autocast, f"features of {name}")
+                for name, split in splits.items()}  # fmt: skip
+    save_safetensors(features, path, {"animask": json.dumps({"data": str(folder), "encoder": path.stem})})
+    return features
+
+
+# ---- files: runs/NAME/head.safetensors, beside the adapter (lora) or the whole encoder (full) -----------------------
+
+
+def save_head(net, classes, path, about):
+    """Neck and head; about: {"method", "base", "fingerprint", "image_size", ...}."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("encoder.")}
+    header = {"config": net.config, "classes": classes, **about}
+    save_safetensors(tensors, path, {"animask": json.dumps(header)})
+
+
+def read_safetensors(path):
+    """-> (tensors, the "animask" entry of the header)."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist; python finetune_lora.py ENCODER --data DIR makes it")
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {})["animask"])
+            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        reason = " ".join(str(problem).split())[:80]
+        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it, and make it anew") from None
+
+
+def load_classifier(folder):
+    """runs/NAME of finetune_lora.py -> (Classifier in eval mode, header of its head file)."""
+    folder = Path(folder)
+    weights, header = read_safetensors(folder / "head.safetensors")
+    try:
+        base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
+        classes, config, method = header["classes"], header["config"], header["method"]
+    except KeyError as problem:
+        raise UserError(f"{folder}/head.safetensors has no {problem}; finetune_lora.py makes it anew") from None
+    encoder, _ = load_encoder(base, header["image_size"])
+    if fingerprint(encoder) != header["fingerprint"]:
+        raise UserError(f"{base} is not the encoder that {folder} was trained on any more; "
+                        "put that one back, or run finetune_lora.py again")  # fmt: skip
+    if method == "lora":
+        load_adapter(encoder, folder)
+    net = Classifier(encoder, len(classes), config["head"], config["pool"], config["margin"], config["scale"])
+    own = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    load_exactly(net, own | weights, folder / "head.safetensors")
+    return net.eval(), header
+
+
+# ---- the gallery: known faces as embeddings --------------------------------------------------------------------------
+
+GALLERY = 20  # training pictures of a character that are kept
+
+
+def gallery_rows(labels, rows, most=GALLERY):
+    """At most `most` of rows (i64) of each class, evenly spread."""
+    chosen = []
+    for c in labels[rows].unique():
+        own = rows[labels[rows] == c]
+        chosen.append(own[torch.linspace(0, len(own) - 1, min(most, len(own))).long()])
+    return torch.cat(chosen)
+
+
+def centroids(embeddings, labels):
+    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean direction of each class."""
+    unit = F.normalize(embeddings.float())
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
+    return F.normalize(sums)
+
+
+def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
+    """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
+
+    logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
+    threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
+    Without strangers each known face plays one, its own class taken out of the gallery; the network has learned that
+    it is none of the others, so a real stranger passes more often than that share.
+    temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
+    """
+    middle = centroids(gallery, gallery_labels)
+    cosine = F.normalize(known) @ middle.T
+    if strangers is None:
+        impostor = cosine.scatter(1, labels[:, None], -1.0)
+        by = "known faces held apart for choices, their own class taken out"
+    else:
+        impostor, by = F.normalize(strangers) @ middle.T, "characters left out of training, held apart for choices"
+    threshold, rejected, accepted = balance(cosine.amax(1), impostor.amax(1))
+    return {"threshold": threshold, "false_accept": accepted, "false_reject": rejected, "by": by,
+            "temperature": fit_temperature(logits, labels),
+            "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
+
+
+def balance(known, strangers):
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,), and both shares."""
+    cuts = torch.cat([known, strangers]).sort().values
+    rejected = torch.searchsorted(known.sort().values, cuts) / len(known)
+    accepted = 1 - torch.searchsorted(strangers.sort().values, cuts) / len(strangers)
+    k = (rejected - accepted).abs().argmin()
+    return cuts[k].item(), rejected[k].item(), accepted[k].item()
+
+
+def fit_temperature(logits, labels):
+    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
+    grid = torch.logspace(-2.5, 1.5, 161)
+    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
+    return grid[losses.argmin()].item()
+
+
+def save_gallery(path, embeddings, labels, names, keys, about):
+    """names of the classes 0, 1, ...; keys: one a picture; about: what `calibrate` found."""
+    header = {"names": names, "keys": keys, **about}
+    tensors = {"embeddings": embeddings.float().contiguous(), "labels": labels.contiguous()}
+    save_safetensors(tensors, path, {"animask": json.dumps(header)})
+
+
+def load_gallery(folder):
+    """-> a dict: embeddings (n, D), labels (n,), the header's entries, and ready to compare: unit (n, D), centroids."""
+    path = Path(folder) / "gallery.safetensors"
+    tensors, header = read_safetensors(path)
+    if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "threshold"} <= header.keys():
+        raise UserError(f"{path} is not a gallery; finetune_lora.py makes it anew")
+    if len(tensors["embeddings"]) == 0 or len(tensors["embeddings"]) != len(header["keys"]):
+        raise UserError(f"{path} holds {len(tensors['embeddings'])} faces of {len(header['keys'])} that it names; "
+                        "finetune_lora.py makes it anew")  # fmt: skip
+    unit = F.normalize(tensors["embeddings"])
+    return tensors | header | {"unit": unit, "centroids": centroids(unit, tensors["labels"])}

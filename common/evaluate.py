@@ -1,0 +1,133 @@
+"""Quick looks at a model while it trains: masked error, Top-1, reconstructions. probe.py is the thorough measure.
+
+Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
+"""
+
+import numpy as np
+import torch
+
+import data
+import mask as masking
+from common import guidance, metrics, plots
+from common.train import seeded
+from kernels.gather import masked_patch_gather
+from kernels.loss import patch_error, visible_stats
+from model import put_patches, to_pixels
+
+EVAL_RATIO = 0.75  # of the fixed mask
+EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most so many are looked at
+
+
+def predict(model, view, ids_keep, ids_mask, autocast):
+    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
+    p = model.config["patch_size"]
+    with autocast():
+        pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
+    return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p)
+
+
+def hide_at_random(noise, device):
+    """noise (B, N) -> ids_keep, ids_mask: EVAL_RATIO of the patches, the same for every run."""
+    return masking.sample(noise.to(device), masking.kept(noise.shape[1], EVAL_RATIO))
+
+
+@torch.no_grad()
+def masked_mse(model, split, norm_pix, autocast):
+    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
+    rows, c = data.spread(len(split["images"]), EVAL_IMAGES), model.config
+    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
+    errors = []
+    views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
+    for (_, view), own_noise in zip(views, noise, strict=True):
+        ids_keep, ids_mask = hide_at_random(own_noise, view.device)
+        pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
+        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], norm_pix).cpu())
+    return torch.cat(errors).mean().item()
+
+
+def extremes(tokens):
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over the patches.
+
+    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it:
+    results/LOG.md, "what a kNN should look at".
+    """
+    return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
+
+
+@torch.no_grad()
+def pooled_tokens(encoder, image_size, autocast, split, rows):
+    """-> extremes (n, 2D) and mean (n, D) of the patch tokens of whole images, fp32 on the CPU."""
+    pools = []
+    for _, view in data.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
+        with autocast():
+            tokens = encoder.features(view)[:, 1:].float()
+        pools.append((extremes(tokens).cpu(), tokens.mean(1).cpu()))
+    return [torch.cat(pool) for pool in zip(*pools, strict=True)]
+
+
+def thumbnails(split, rows, side=4):
+    """The control: what colour alone tells, (n, side*side*3), for both of those that look."""
+    small = metrics.thumbnails(torch.from_numpy(np.array(split["images"][rows.numpy()])), side)
+    return small, small
+
+
+def recognition(features, train, held):
+    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
+
+    features(split, rows) -> what the kNN looks at (n, E), what the ridge looks at (n, D).
+    """
+    bank, queries = data.spread(len(train["images"]), BANK_IMAGES), data.spread(len(held["images"]), EVAL_IMAGES)
+    (near, flat), (asked, asked_flat) = features(train, bank), features(held, queries)
+    labels, truth = train["labels"][bank], held["labels"][queries]
+    x, q = metrics.standardise(flat, asked_flat)
+    W, b = metrics.ridge(x, labels, int(labels.max()) + 1, penalty=1.0)
+    right = (q @ W + b).argmax(1) == truth
+    return {"knn": 100 * metrics.knn_top1(near, labels, asked, truth), "linear": 100 * right.double().mean().item()}
+
+
+@torch.no_grad()
+def attention_by_part(encoder, image_size, autocast, split, source="cls"):
+    """Where attention goes in images with true parts -> {part: its share of the attention over its share of the area}.
+
+    1 is no preference. Parts that no image has are left out.
+    """
+    rows, names = data.spread(len(split["images"]), 256), split["header"]["parts"]
+    mass, area = torch.zeros(len(names)), torch.zeros(len(names))
+    for index, attention in guidance.attention(encoder, image_size, split["images"], rows, source, autocast):
+        whole = data.full_boxes(len(index))
+        share = guidance.cut("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
+        mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
+        area += share.mean(1).sum(0)
+    return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
+
+
+def hide(view, ids, patch):
+    """view u8 (B, S, S, 3) with patches ids (B, M) painted gray."""
+    return put_patches(view, ids, view.new_full((*ids.shape, 3 * patch * patch), plots.GRAY))
+
+
+@torch.no_grad()
+def draw_reconstructions(model, split, norm_pix, autocast, path):
+    """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
+    rows, c = data.spread(len(split["images"]), 8), model.config
+    _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
+    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0))
+    ids_keep, ids_mask = hide_at_random(noise, view.device)
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
+    pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
+    predicted = put_patches(torch.full_like(view, plots.GRAY), ids_mask, pixels)
+    plots.reconstructions(path, view, seen, predicted, put_patches(view, ids_mask, pixels), EVAL_RATIO)
+
+
+def hidden_by(strategy, patches, g, n, ratios, t=1.0):
+    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g) bool}, for sheets.
+
+    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy gets the same noise.
+    """
+    noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
+    for ratio in ratios:
+        K = masking.kept(g * g, ratio)
+        priority = masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t)
+        _, ids_mask = masking.sample(priority, K)
+        hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
+    return hidden

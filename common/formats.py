@@ -1,0 +1,278 @@
+"""The checkpoint formats of the field: any of them -> our names and shapes, and Hugging Face's back again.
+
+Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et al. 2023) without
+        registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or as a .pth of tensors and plain values.
+
+Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes decide the
+architecture, never a file's name. What shapes leave open is read from the header or from the json files beside the
+checkpoint: the number of heads (dim/64 if nobody says), the LayerNorms' epsilon, the pixels' mean and deviation.
+Nothing that a file holds is ever run.
+"""
+
+import argparse
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from common.io import UserError, atomic, save_safetensors
+from kernels.gather import MEAN, STD
+
+EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
+WRAPPERS = ("teacher", "model", "state_dict")  # keys under which training checkpoints keep the weights
+PREFIX = r"^((module|teacher|backbone|vit)\.)+"
+DROPPED = r"(head|pre_logits|fc_norm|dino_head|ibot_head|classifier|pooler|embeddings\.mask_token)(\.|$)"
+
+HF = {  # ours: Hugging Face's, without .weight and .bias
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm",
+    "decoder_embed": "decoder.decoder_embed", "decoder_norm": "decoder.decoder_norm",
+    "decoder_pred": "decoder.decoder_pred",
+}  # fmt: skip
+HF_BLOCKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
+HF_BLOCK = {
+    "norm1": "layernorm_before", "attn.q": "attention.attention.query", "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value", "attn.proj": "attention.output.dense", "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+HF_TOKENS = {
+    "cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
+    "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.decoder_pos_embed",
+}  # fmt: skip
+QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
+VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1}  # what makes it a ViT
+
+
+# ---- files -> tensors, and back ------------------------------------------------------------------------------------
+
+
+def read_tensors(path):
+    """A safetensors or torch file -> (what it holds, its header {str: str}). Its first bytes say which it is."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(9)
+        if start[8:] != b"{" and start[:1] in (b"P", b"\x80"):  # a zip, or a bare pickle as torch wrote before 1.6
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about old pickles; training checkpoints keep their arguments too
+                return torch.load(path, map_location="cpu", weights_only=True), {}
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file)
+    except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"it wants to run {code[1]} and was not opened" if code else str(problem).strip().split("\n")[0][:100]
+    raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason or 'it is cut short'})")
+
+
+def read_json(path):
+    """-> dict; {} where there is no file."""
+    try:
+        content = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} can't be read as JSON ({problem})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+def save_json(path, content):
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_weights(weights, path, header=None):
+    """Write {name: tensor} as safetensors; header: {"animask": plain dict} for files of ours."""
+    header = {"format": "pt"} | {k: json.dumps(v) for k, v in (header or {}).items()}
+    save_safetensors({k: v.detach().cpu().contiguous() for k, v in weights.items()}, path, header)
+
+
+# ---- every format -> our names -------------------------------------------------------------------------------------
+
+
+def is_decoder(name):
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def as_convolution(weights):
+    """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
+    kernel = weights["patch_embed.proj.weight"]
+    p = math.isqrt(kernel.shape[1] // 3)
+    return weights | {"patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()}
+
+
+def as_matrix(weights):
+    """Public weights -> ours: the patch embedding's (D, 3, p, p) becomes (D, p*p*3), as a patch is laid out."""
+    kernel = weights["patch_embed.proj.weight"]
+    return weights | {"patch_embed.proj.weight": kernel.permute(0, 2, 3, 1).flatten(1).contiguous()}
+
+
+def hf_names(depth, decoder_depth):
+    """{our name: Hugging Face's name} of all parameters, with q, k and v apart as they are there."""
+    stems = dict(HF)
+    for (ours, theirs), n in zip(HF_BLOCKS.items(), (depth, decoder_depth), strict=True):
+        stems |= {f"{ours}.{i}.{a}": f"{theirs}.{i}.{b}" for i in range(n) for a, b in HF_BLOCK.items()}
+    return {a + end: b + end for a, b in stems.items() for end in (".weight", ".bias")} | HF_TOKENS
+
+
+def count_blocks(names, stem):
+    """How many different i there are in names that begin with `stem`.i."""
+    found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names]
+    return len({m[1] for m in found if m})
+
+
+def from_hf(weights):
+    """Hugging Face's names -> ours; q, k, v are stacked into qkv. Names that are not known stay, to be reported."""
+    weights = {k.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): w for k, w in weights.items()}
+    depths = [count_blocks(weights, theirs.removeprefix("vit.")) for theirs in HF_BLOCKS.values()]
+    ours = {theirs.removeprefix("vit."): name for name, theirs in hf_names(*depths).items()}
+    weights = {ours.get(k, k): w for k, w in weights.items()}
+    for name in [k for k in weights if ".attn.q." in k]:
+        three = [name.replace("attn.q", part) for part in QKV]
+        if all(k in weights for k in three):
+            weights[name.replace("attn.q", "attn.qkv")] = torch.cat([weights.pop(k) for k in three])
+    return weights
+
+
+def fold_layer_scale(weights):
+    """DINOv2's x + gamma * f(x), gamma (D,) for each branch, is exact as rows of the branch's last matrix and bias."""
+    weights = dict(weights)
+    for name in [k for k in weights if k.endswith((".ls1.gamma", ".ls2.gamma"))]:
+        gamma = weights.pop(name)
+        last = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        for end in (".weight", ".bias"):
+            if last + end in weights:
+                rows = weights[last + end]  # (D, in) or (D,)
+                weights[last + end] = gamma.view(-1, *[1] * (rows.ndim - 1)) * rows
+    return weights
+
+
+def fold_pixels(weights, mean, std):
+    """An encoder made for (x - mean) / std is given (x - MEAN) / STD here: its patch embedding takes up the difference.
+
+    (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std.
+    """
+    name, mean, std = "patch_embed.proj", torch.tensor(mean), torch.tensor(std)
+    kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]  # (D, 3, p, p), (D)
+    scale, shift = torch.tensor(STD) / std, (torch.tensor(MEAN) - mean) / std
+    moved = bias + (kernel * shift[:, None, None]).sum((1, 2, 3))
+    return weights | {f"{name}.weight": kernel * scale[:, None, None], f"{name}.bias": moved}
+
+
+def our_names(loaded, path):
+    """What a file holds -> {our name: tensor fp32}, the patch embedding still a convolution."""
+    loaded = loaded if isinstance(loaded, dict) else {}
+    inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), dict)), loaded)
+    weights = {re.sub(PREFIX, "", str(k)): w.float() for k, w in inner.items()
+               if isinstance(w, torch.Tensor) and not str(k).startswith("student.")}  # fmt: skip
+    weights = {k: w for k, w in weights.items() if not re.match(DROPPED, k)}
+    if {"register_tokens", "reg_token"} & weights.keys():
+        raise UserError(f"{path} has register tokens: this encoder knows none, and attention without them would be "
+                        "another; take the checkpoint without registers")  # fmt: skip
+    weights = fold_layer_scale(from_hf(weights) if "embeddings.cls_token" in weights else weights)
+    if "mask_token" in weights and weights["mask_token"].ndim == 2:  # DINOv2's (1, D): of its training, no decoder's
+        del weights["mask_token"]
+    if any(k not in weights or weights[k].ndim != n for k, n in VIT.items()):
+        some = ", ".join(list(weights)[:3]) or "no weights"
+        raise UserError(f"{path} is not a whole AniMask model or public checkpoint: it has {some}, not cls_token, "
+                        "pos_embed and patch_embed.proj (D, 3, p, p); of a run of ours, give the folder")  # fmt: skip
+    return weights
+
+
+def facts_beside(path, header):
+    """What shapes can't tell: of a file of ours from its header, else from config.json and the like beside it."""
+    if "animask" in header:
+        about = json.loads(header["animask"])
+        if "config" not in about:
+            raise UserError(f"{path} is not a whole AniMask model: its header has no configuration")
+        return about["config"] | {"norm_pix": about.get("norm_pix", True)}
+    config, pixels = read_json(path.parent / "config.json"), read_json(path.parent / "preprocessor_config.json")
+    timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
+    facts = {"heads": config.get("num_attention_heads", timm.get("num_heads")), "dim": config.get("hidden_size"),
+             "decoder_heads": config.get("decoder_num_attention_heads"), "norm_eps": config.get("layer_norm_eps"),
+             "norm_pix": config.get("norm_pix_loss"), "activation": config.get("hidden_act"),
+             "mean": pixels.get("image_mean", timm.get("mean")),
+             "std": pixels.get("image_std", timm.get("std"))}  # fmt: skip
+    return {k: v for k, v in facts.items() if v is not None}
+
+
+def check_facts(facts, weights, path):
+    """What can't be loaded as it was trained is refused with the reason."""
+    dim, positions = weights["cls_token"].shape[2], weights["pos_embed"].shape[1]
+    kernel = weights["patch_embed.proj.weight"].shape
+    if kernel[1] != 3 or kernel[2] != kernel[3]:
+        raise UserError(f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours")
+    if positions < 2 or math.isqrt(positions - 1) ** 2 != positions - 1:
+        raise UserError(f"{path} has {positions} positions: not a square grid and one for the CLS token")
+    if facts.get("dim", dim) != dim:
+        raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
+    if facts.get("activation", "gelu") != "gelu":
+        raise UserError(f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu")
+    if dim % facts.get("heads", 64 if dim % 64 else 1):
+        say = f"{facts['heads']} heads can't share it" if "heads" in facts else "how many heads share it is not known"
+        raise UserError(f'{path} is {dim} wide: {say}; a config.json beside it has to say {{"num_attention_heads": N}}')
+
+
+def read_checkpoint(path):
+    """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of these is built).
+
+    facts: image_size, patch_size, dim, depth, heads, norm_eps; where they are known norm_pix and decoder_heads.
+    """
+    given = Path(path)
+    path = given / "model.safetensors" if given.is_dir() else given
+    if not path.exists() and (given / "adapter_config.json").exists():
+        raise UserError(
+            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
+        )
+    if not path.exists():
+        run = given.parent if given.suffix else given
+        raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
+    loaded, header = read_tensors(path)
+    weights, facts = our_names(loaded, path), facts_beside(path, header)
+    check_facts(facts, weights, path)
+    if "mean" in facts and "std" in facts:
+        weights = fold_pixels(weights, facts["mean"], facts["std"])
+    (dim, _, _, p), side = weights["patch_embed.proj.weight"].shape, math.isqrt(weights["pos_embed"].shape[1] - 1)
+    shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks")}
+    return as_matrix(weights), {"heads": dim // 64, "norm_eps": EPS} | facts | shape
+
+
+# ---- ours -> Hugging Face ------------------------------------------------------------------------------------------
+
+
+def hf_config(facts, decoder_dim, decoder_depth):
+    """config.json of ViTMAEForPreTraining, or of ViTModel where there is no decoder."""
+    config = {
+        "model_type": "vit_mae" if decoder_depth else "vit", "hidden_size": facts["dim"],
+        "architectures": ["ViTMAEForPreTraining" if decoder_depth else "ViTModel"], "patch_size": facts["patch_size"],
+        "image_size": facts["image_size"], "num_channels": 3, "num_hidden_layers": facts["depth"],
+        "num_attention_heads": facts["heads"], "intermediate_size": 4 * facts["dim"], "hidden_act": "gelu",
+        "layer_norm_eps": facts["norm_eps"], "qkv_bias": True,
+    }  # fmt: skip
+    decoder = {
+        "decoder_hidden_size": decoder_dim, "decoder_num_hidden_layers": decoder_depth, "mask_ratio": 0.75,
+        "decoder_num_attention_heads": facts.get("decoder_heads", decoder_dim // 32),
+        "decoder_intermediate_size": 4 * decoder_dim, "norm_pix_loss": facts.get("norm_pix", False),
+    }  # fmt: skip
+    return config | (decoder if decoder_depth else {})
+
+
+def save_hf(weights, facts, folder):
+    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
+
+    Its norm_pix_loss has no floor under a patch's deviation, ours has (kernels/loss.py): the loss differs by that.
+    """
+    depth, size = count_blocks(weights, "decoder_blocks"), facts["image_size"]
+    table, renamed = hf_names(facts["depth"], depth), {}
+    for name, w in weights.items():
+        names = [name.replace("attn.qkv", part) for part in QKV] if ".attn.qkv." in name else [name]
+        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
+    pixels = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
+              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
+              "image_std": list(STD)}  # fmt: skip
+    config = hf_config(facts, weights["mask_token"].shape[-1] if depth else 0, depth)
+    save_weights(renamed, folder / "model.safetensors")
+    save_json(folder / "config.json", config)
+    save_json(folder / "preprocessor_config.json", pixels)
+    return f"transformers.{config['architectures'][0]}.from_pretrained({str(folder)!r})"

@@ -1,0 +1,285 @@
+"""What stands around every training loop, written once: mistakes, the machine, files, optimizer, log, checkpoint.
+
+Plain functions, no trainer: a stage's loop stays in the stage, where it can be read. Imports nothing of ours.
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.io import UserError, atomic, save_text
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError.
+
+    Every stage asks here before its first large tensor, so this is also where glibc is told to keep freed memory.
+    """
+    keep_freed_memory()
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, yes in there.items() if yes))
+    if not there.get(name.split(":")[0]):
+        raise UserError(
+            f"--device {name} is not on this machine; there is: {', '.join(k for k, y in there.items() if y)}"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} is no device of this machine; try --device {name.split(':')[0]}")
+    return device
+
+
+def keep_freed_memory():
+    """Let glibc keep the blocks that it frees for the next step; where there is no glibc this does nothing.
+
+    It gives blocks over 32 MB back to the kernel, which clears new pages for the same tensors in every step: 15 % of
+    the time of a ViT-S on a CPU (results/LOG.md). mallopt(3): no block by mmap, the heap is not trimmed under 2 GB.
+    """
+    m_mmap_max, m_trim_threshold = -4, -1
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def pick_dtype(name, device):
+    """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16, "this CPU multiplies it about three times as fast as fp32"
+    return torch.float32, f"bf16 is not known to be faster on this {device.type}"
+
+
+def autocast_of(device, dtype):
+    """-> autocast(), a context in which matrix products run in dtype; fp32 changes nothing."""
+    return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+
+def machine(device):
+    """A line about the machine for logs and results."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    software = f"torch {torch.__version__}, python {platform.python_version()}"
+    return f"{device.type} {where}, {torch.get_num_threads()} threads, {software}"
+
+
+def commit():
+    """The commit that this code is at, with a + if code was changed since: results name it."""
+
+    def git(*words):
+        try:
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # there is no git on this machine
+            return ""
+        return done.stdout.strip()
+
+    return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
+
+
+def command():
+    """The command line that this is, for results: the script by its name, wherever it lies."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def peak_memory_mb(device):
+    """Most memory held so far in MB: of the GPU on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def catch_signals():
+    """-> a list that a first Ctrl-C or SIGTERM fills, to be looked at between steps; a second one interrupts."""
+    asked = []
+
+    def note(number, _):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return asked
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def save_state(state, path):
+    """Write a checkpoint of tensors and plain values, atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as problem:  # what torch makes of a full disk
+            raise OSError(str(problem).splitlines()[0]) from problem
+
+
+def load_state(path):
+    """Read what `save_state` wrote. Never unpickles code: a file with anything but tensors and values is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
+        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
+        raise UserError(
+            f"{path} can't be read as a checkpoint of ours ({reason}); start again with another --out"
+        ) from None
+
+
+def open_run(out, config, resume):
+    """-> the state to go on from, or None. A folder with another run in it is left alone."""
+    if not (Path(out) / "state.pt").exists():
+        return None
+    state = load_state(Path(out) / "state.pt")
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{out}/state.pt is not a checkpoint of a run of ours; choose another --out")
+    if other := [k for k in config if config[k] != state["config"].get(k)]:
+        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
+        raise UserError(f"{out} holds a run with {pairs}; choose another --out, or the same flags to --resume it")
+    if not resume:
+        raise UserError(f"{out} already holds this run, at step {state['step']}; "
+                        "add --resume to go on, or choose another --out")  # fmt: skip
+    return state
+
+
+# ---- optimizer and schedule ----------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
+    """AdamW in one fused pass; biases, LayerNorms and tokens (all that is 1-D in meaning) are not decayed."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.ndim < 2 or n.endswith("_token")]
+    decayed = [p for n, p in named if not (p.ndim < 2 or n.endswith("_token"))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def lr_at(step, total, warmup, peak):
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def seeded(*numbers):
+    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---- log -----------------------------------------------------------------------------------------------------------
+
+
+def read_log(path):
+    """log.jsonl -> list of rows; a last line that was cut by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def open_log(path, step, also="", config=None, write=True):
+    """-> append(**row): writes one JSON line, and repeats its numbers to "tensorboard" and "wandb" where asked.
+
+    Rows after `step` are dropped first: the checkpoint alone decides where a resumed run stands.
+    write=False is for processes that leave the log to another: their rows are dropped.
+    """
+    if not write:
+        return lambda **row: None
+    sinks = [extra_sink(name, Path(path).parent, config) for name in filter(None, also.split(","))]
+    save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step), path)
+
+    def append(**row):
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for sink in sinks:
+            sink({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+
+    return append
+
+
+def extra_sink(name, out, config):
+    """ "tensorboard" or "wandb" -> sink(numbers, step). Neither is a requirement: they are imported when asked for."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out)
+            return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(project="animask", name=out.name, dir=out, config=config)
+            return lambda numbers, step: run.log(numbers, step=step)
+    except ImportError as problem:
+        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
+    raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
+
+
+class Stopwatch:
+    """How much of the time a loop waits for its data."""
+
+    def __init__(self):
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def timed(self, items):
+        """Iterate over items, adding up the time that each takes to come."""
+        items, done = iter(items), object()
+        while True:
+            asked = time.perf_counter()
+            item = next(items, done)
+            self.waited += time.perf_counter() - asked
+            if item is done:
+                return
+            yield item
+
+    def share(self):
+        """-> (share of the time spent waiting, seconds) since the last call."""
+        now = time.perf_counter()
+        share, seconds = self.waited / max(1e-9, now - self.since), now - self.since
+        self.waited, self.since = 0.0, now
+        return share, seconds
+
+
+class Pacer:
+    """When to write the next checkpoint: so rarely that they cost at most 1 % of the run, but every 10 minutes."""
+
+    def __init__(self):
+        self.last, self.cost = time.perf_counter(), 0.0
+
+    def due(self):
+        return time.perf_counter() - self.last > min(100 * self.cost, 600)
+
+    def time(self, save):
+        began = time.perf_counter()
+        save()
+        self.last = time.perf_counter()
+        self.cost = self.last - began

@@ -1,0 +1,143 @@
+"""What the study asks, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
+
+An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2 --attention unusual".
+What stands in braces is made before the first run: {pilot}, a run with random masks and a seed that is never reported;
+{coarse}, {refined}, {parts}, maps by maps.py (the last two with the pilot's encoder); {dino} is the file of --dino.
+"""
+
+import hashlib
+import json
+
+QUESTIONS = {
+    "h1": "Does hiding what a teacher looks at teach more, and sooner, than hiding at random?",
+    "h2": "Does hiding the ground first make training steadier and faster, and hiding the figure first better?",
+    "h3": "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
+    "ablations": "Which factor of the recipe matters, and how much?",
+    "finetune": "Does it still help when the whole encoder is trained afterwards?",
+    "tune": "Which recipe is best on dev, with as many trials for random masks as for guided ones?",
+    "arms": "How do these masks compare?",
+}
+FAMILY = {"H1": 4, "H2a at .75": 2, "H2b at .75": 2, "H2a at .5": 2, "H2b at .5": 2, "H3": 3}  # and their parts
+TEST = " ".join((
+    "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and",
+    "illustrations. Supported: each part of the hypothesis has its intervals above 0 and its estimate at least at the",
+    "claim, and Holm over the family leaves p < .05, p being the largest of its parts (intersection-union test).",
+    "Refuted: for one part a true effect as large as the claim has p < .05, one-sided, after Holm over all parts of",
+    "the family. Variances: F test, from ten seeds on. All else is undecided, and so is what lacks a planned run.",
+))  # fmt: skip
+
+
+def with_parameter(arm, pair):
+    """ "attn_high --teacher x", "shuffle=1" -> "attn_high:shuffle=1 --teacher x"."""
+    mask, *rest = arm.split(" ", 1)
+    return " ".join([f"{mask}{',' if ':' in mask else ':'}{pair}", *rest])
+
+
+def part(what, arm, against, claim):
+    """what: top1, cutout, finetuned (points), epochs (percent fewer to the threshold), variance (percent less)."""
+    return {"what": what, "arm": arm, "against": against, "claim": claim}
+
+
+def h1(guided, **_):
+    shuffled = with_parameter(guided, "shuffle=1")
+    parts = [part("top1", guided, "random", 1.0), part("epochs", guided, "random", 10.0),
+             part("top1", guided, shuffled, 0.0), part("top1", guided, "green", 0.0)]  # fmt: skip
+    claim = (
+        "at least 1 point of Top-1 more than random and 10 % fewer epochs; better than its shuffled control and green"
+    )
+    return {"arms": dict.fromkeys(["random", guided, shuffled, "green"], "random"),
+            "hypotheses": [{"id": "H1", "claim": f"{guided}: {claim}", "parts": parts}]}  # fmt: skip
+
+
+def h2(fg, **_):
+    arms, hypotheses = {}, []
+    for ratio in (".75", ".5"):
+        own = "" if ratio == ".75" else f" --ratio {ratio}"
+        base, ground, figure = f"random{own}", f"bg_heavy --maps {fg}{own}", f"fg_heavy --maps {fg}{own}"
+        control = with_parameter(figure, "shuffle=1")
+        arms |= dict.fromkeys([base, ground, figure, control], base)
+        hypotheses += [
+            {"id": f"H2a at {ratio}", "claim": "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
+             "parts": [part("variance", ground, base, 0.0), part("epochs", ground, base, 0.0)]},
+            {"id": f"H2b at {ratio}", "claim": "fg_heavy: half a point of Top-1 more than random; more than shuffled",
+             "parts": [part("top1", figure, base, 0.5), part("top1", figure, control, 0.0)]}]  # fmt: skip
+    return {"arms": arms, "hypotheses": hypotheses}
+
+
+def h3(parts, **_):
+    arm = f"parts --maps {parts}"
+    shuffled = with_parameter(arm, "shuffle=1")
+    claim = "parts: 15 % fewer epochs than random, 1 point more under Cutout of .3, there also more than shuffled"
+    of_claim = [part("epochs", arm, "random", 15.0), part("cutout", arm, "random", 1.0),
+                part("cutout", arm, shuffled, 0.0)]  # fmt: skip
+    return {"arms": dict.fromkeys(["random", arm, shuffled], "random"), "stages": ["stress"],
+            "hypotheses": [{"id": "H3", "claim": claim, "parts": of_claim}]}  # fmt: skip
+
+
+def levels(arm, flag, values, recipe):
+    """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is shared."""
+    own = f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe  # a ratio may be a schedule
+    return {v: arm if f"{float(v):g}" == own else f"{arm} {flag} {v}" for v in values}
+
+
+def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
+    """panels {factor: {line: {level: arm}}}: one factor at a time around random and guided masks.
+
+    ratio, depth (of the decoder): those of the recipe.
+    """
+    both = {"random": "random", guided: guided}
+    panels = {
+        "ratio": {n: levels(a, "--ratio", (".5", ".75", ".9"), ratio) for n, a in both.items()},
+        "decoder depth": {n: levels(a, "--decoder-depth", ("1", "2", "4"), depth) for n, a in both.items()},
+        "teacher": {guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
+                    | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})},
+        "saliency": {n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")} for n in ("fg_heavy", "bg_heavy")},
+        "schedule of parts": {"parts": {name: f"parts{own} --maps {parts}" for name, own in (
+            ("power 1", ":power=1"), ("power 2", ""), ("power 4", ":power=4"), ("easy", ":whole=0"),
+            ("hard", ":whole=1"))}},
+        "weight of flat patches": {n: levels(a, "--flat-weight", (".1", ".3", "1"), 1) for n, a in (
+            ("normalised", "random"), ("raw pixels", "random --no-norm-pix"))},
+    }  # fmt: skip
+    maps = {"fg_heavy": f" --maps {fg}", "bg_heavy": f" --maps {fg}", "parts": f" --maps {parts}"}
+    named = {s: s + maps.get(s, "") for s in strategies} | {guided.split(" ")[0]: guided}
+    panels["mask"] = {"every strategy": named}
+    arms = {arm: "random" for lines in panels.values() for levels in lines.values() for arm in levels.values()}
+    return {"arms": {"random": "random"} | arms, "panels": panels}
+
+
+def finetune(guided, **_):
+    shuffled = with_parameter(guided, "shuffle=1")
+    return {"arms": dict.fromkeys(["random", guided, shuffled], "random"), "stages": ["finetune"]}
+
+
+def tune(guided, blr, epochs, **_):
+    """As many trials for random as for guided masks: five that both can have, and five of its own for each."""
+    shared = ["", f"--blr {blr * 2:g}", "--no-norm-pix", "--min-crop 0.7", f"--epochs {epochs * 2}"]
+    own = [f"--blr {blr / 2:g}", "--min-crop 0.2", "--warmup 0.2", "--flat-weight 0.1", "--decoder-depth 2"]
+    plain = [f"random {flags}".strip() for flags in shared + own]
+    tuned = [f"{guided} {flags}".strip() for flags in shared]
+    tuned += [with_parameter(guided, pair) for pair in ("beta=0.5", "beta=2", "start=0.3,ramp_for=0.3")]
+    tuned += ["attn_hint" + guided[len("attn_high") :], f"{guided} --attention cls"]
+    return {"arms": dict.fromkeys(plain, "random") | dict.fromkeys(tuned, guided)}
+
+
+def named(**_):
+    return {"arms": {"random": "random"}}  # --arms adds the rest
+
+
+MAKE = {"h1": h1, "h2": h2, "h3": h3, "ablations": ablations, "finetune": finetune, "tune": tune, "arms": named}
+ALL = ("h1", "h2", "h3", "ablations")
+
+
+def key(plan, arm, seed):
+    """What tells a run from every other, whatever machine or folder it is made in: 10 hex digits."""
+    what = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
+    what += [plan["dino"]] if "{dino}" in arm else []
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=5).hexdigest()
+
+
+def make(name, more=(), **known):
+    """A plan, with the further arms of the command line: question, arms {arm: against}, hypotheses, panels, stages."""
+    plan = {"plan": name, "question": QUESTIONS[name], "hypotheses": [], "panels": {}, "stages": []}
+    plan |= MAKE[name](**known)
+    return plan | {"arms": plan["arms"] | {a: "random" for a in more if a not in plan["arms"]}}

@@ -1,0 +1,114 @@
+"""The README's first command, its random twin, the probe of both, and its third command.
+
+    python -m experiments.readme_numbers
+
+Runs them as a user would, one after the other in a folder of its own, and writes results/demo.json, probe_toon.json
+(the guided run's) and the pictures of results/figures/: what the guided run hid, predicted and learned. Then the third
+command, and pictures that the set has not: results/demo_recognition.json (--run runs/NAME: only this, from that run).
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.io import cli, save_json
+from common.train import commit, machine, read_log
+from ingest import toon
+
+ROOT = Path(__file__).resolve().parent.parent
+MASKS = ("attn_high", "random")  # the first run also draws the demo set
+PICTURES = {"recon": "recon", "masks": "masks", "curves": "curves", "attention": "probe-attention",
+            "patches": "probe-patches", "neighbours": "probe-neighbours", "scatter": "probe-scatter"}  # fmt: skip
+
+
+def run(folder, *words):
+    """A stage, in this folder -> seconds that it took."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, check=True)
+    return time.perf_counter() - began
+
+
+def summary(out, seconds):
+    """What a run's log says, in the README's terms."""
+    rows = read_log(out / "log.jsonl")
+    held, steps = [r for r in rows if "knn" in r], [r for r in rows if "loss" in r]
+    return {"knn": round(held[-1]["knn"], 1), "knn_untrained": round(held[0]["knn"], 1),
+            "knn_thumbnail": round(held[0]["knn_thumbnail"], 1), "mse_before": round(held[0]["val_mse"], 3),
+            "mse_after": round(held[-1]["val_mse"], 3), "command_seconds": round(seconds),
+            "run_seconds": round(rows[-1]["seconds"], 1), "peak_memory_mb": steps[-1]["memory_mb"],
+            "data_wait_percent": round(100 * sum(r["data_wait"] for r in steps) / len(steps), 3)}  # fmt: skip
+
+
+def probed(out):
+    """The lines of a run's probe.json that the README quotes, in percent: logistic regression, Top-1 on val."""
+    rows = json.loads((out / "probe.json").read_text())["rows"]
+    top1 = {name: round(100 * row["logistic"]["top1"], 1) for name, row in rows.items()}
+    names = ("mean", "extremes", "untrained mean", "untrained extremes", "chance")
+    best = max(x for name, x in top1.items() if name.startswith("thumb"))
+    return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {"probe_best_thumbnail": best}
+
+
+def recognised(folder, encoder):
+    """The third command -> its figures, and how many of three new pictures of each character it names rightly."""
+    lora = Path(folder) / "runs/lora"
+    seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--epochs", "60", "--out", lora)
+    pictures = Path(folder) / "new"
+    pictures.mkdir()
+    for person in toon.cast():
+        for i, item in enumerate(toon.unseen(person, 3)):
+            Image.fromarray(toon.draw(item)["image"]).save(pictures / f"{person['name']}-{i}.png")
+    words = [sys.executable, ROOT / "recognize.py", lora, pictures, "--json"]
+    told = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+    answers = [json.loads(line) for line in told.splitlines()]
+    metrics = json.loads((lora / "metrics.json").read_text())
+    shutil.copy(lora / "confused.png", ROOT / "results" / "figures")
+    return {"command_seconds": round(seconds), "top1": round(metrics["top1"], 1), "top5": round(metrics["top5"], 1),
+            "new_pictures": len(answers), "unknown": sum(a["name"] is None for a in answers),
+            "named_rightly": sum(a["name"] == a["picture"].rsplit("-", 1)[0] for a in answers)}  # fmt: skip
+
+
+def about(*flags):
+    return {"command": " ".join(["python -m experiments.readme_numbers", *flags]), "commit": commit(),
+            "machine": machine(torch.device("cpu"))}  # fmt: skip
+
+
+def first_and_twin(folder, results):
+    """The first command, its twin, their probes -> the guided run; writes demo.json and the figures."""
+    result, runs = about(), folder / "runs"
+    for mask in MASKS:
+        words = ["--mask", mask, "--ratio", "0.75", "--device", "cpu", "--out", f"runs/{mask}"]
+        result[mask] = summary(runs / mask, run(folder, "pretrain.py", *words))
+    guided, plain = (result[mask]["run_seconds"] for mask in MASKS)
+    result["attn_high_costs_percent_more"] = round(100 * (guided / plain - 1), 1)
+    result["probe_seconds"] = round(run(folder, "probe.py", *(f"runs/{mask}" for mask in MASKS)))
+    for mask in MASKS:
+        result[mask] |= probed(runs / mask)
+    shutil.copy(runs / MASKS[0] / "probe.json", results / "probe_toon.json")
+    for name, called in PICTURES.items():
+        shutil.copy(runs / MASKS[0] / f"{name}.png", results / "figures" / f"{called}.png")
+    save_json(result, results / "demo.json")
+    return runs / MASKS[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="only the third command, from this run of the first")
+    args = parser.parse_args()
+    results = ROOT / "results"
+    with tempfile.TemporaryDirectory() as folder:
+        guided = args.run.resolve() if args.run else first_and_twin(Path(folder), results)
+        found = recognised(folder, guided) | about(*(["--run", str(args.run)] if args.run else []))
+    save_json(found, results / "demo_recognition.json")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    cli(main)

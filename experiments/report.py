@@ -1,0 +1,283 @@
+"""Tables, figures and STUDY.md from the rows of the study: every sentence is computed from them, none is written here.
+
+Reads:  results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl
+Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png; and results/STUDY.md, whose text
+        outside the two marks is left as it is
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common import evaluate
+from common.io import UserError, save_csv, save_json, save_text
+from experiments import plans, study_figures, verdicts
+from experiments.study_run import read_rows
+
+UNDER_ARMS = " ".join((
+    "Mean ± deviation over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
+    "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to",
+    f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of",
+    "this. Epochs: of those runs that reached it. Minutes: of",
+    "training and its teacher, without evaluations, and without maps and encoders made before. After so many minutes:",
+    "when the fastest mask was through, so that its schedule has ended and others' have not.",
+))  # fmt: skip
+UNDER_PARTS = " ".join((
+    "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with",
+    "the deviation found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or",
+    "where that is 0 of the effect found.",
+))  # fmt: skip
+STRICTER = " ".join((
+    "Each data set is a family of its own. Stricter than the plans, since six rows were there: pairs that are one run",
+    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole.",
+))  # fmt: skip
+SLOW = 1.3  # times the median
+BEGIN, END = "<!-- experiments.study writes from here -->", "<!-- to here -->"
+
+
+def open_folder(folder):
+    """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
+    plan = json.loads((folder / "PLAN.json").read_text())
+    rows = read_rows(folder)
+    groups = np.array(json.loads((folder / "images.json").read_text())["groups"])
+    return {"folder": folder, "plan": plan, "all": rows, "rows": verdicts.by_arm(plan, rows), "groups": groups}
+
+
+def folders(root):
+    """Those of a study, in the order in which it asks."""
+    order = list(plans.QUESTIONS)
+    found = [path.parent for path in Path(root).glob("*/PLAN.json")]
+    return sorted(found, key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name))
+
+
+def judged(root):
+    """-> {folder: hypotheses with verdicts}. The reported studies of a data set are one family, others each its own."""
+    families = {}
+    for study in map(open_folder, folders(root)):
+        own = study["folder"].name if study["plan"]["phase"] != "reported" else ""
+        families.setdefault((study["plan"]["data"], own), []).append(study)
+    result = {}
+    for studies in families.values():
+        measured = [h | {"parts": [verdicts.measure(p, s["plan"], s["rows"], s["groups"]) for p in h["parts"]],
+                         "folder": s["folder"]} for s in studies for h in s["plan"]["hypotheses"]]  # fmt: skip
+        found = verdicts.judge(measured, studies[0]["plan"]["family"])
+        for study in studies:
+            result[study["folder"]] = [h for h in found if h["folder"] == study["folder"]]
+    return result
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def number(x, digits=1):
+    """{"mean", "std"} -> "84.20 ± 0.31"; a dash where nothing was measured."""
+    if x is None:
+        return "-"
+    return f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if x["std"] is not None else "")
+
+
+def interval(part):
+    if part is None or part["effect"] is None:
+        return "-"
+    return f"{part['effect']:+.2f} ({part['low']:+.2f} to {part['high']:+.2f}; n = {part['n']})"
+
+
+def p_value(part, key):
+    """A dash where nothing was tested."""
+    return "-" if part is None or part["effect"] is None or part[key] is None else f"{part[key]:.3f}"
+
+
+def arm_table(table):
+    """-> lines of Markdown: a row for each arm."""
+    names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
+    extra = [k for k in names if any(k in line for line in table)]
+    head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", "in the run, %",
+            "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
+    head += [text for k in extra for text in (f"{names[k]}, %", "difference there, points", "p, Holm")]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in table:
+        found = line.get("difference")
+        reached = number(line["epochs"]) + (
+            "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
+        )
+        cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
+                 interval(found) if found else "", p_value(found, "holm_p") if found else "", number(line["linear"]),
+                 reached, number(line["minutes"]), number(line["linear_then"])]  # fmt: skip
+        for k in extra:
+            there = line.get(verdicts.DIFFERENCES[k])
+            cells += [number(line.get(k), 2), *([interval(there), p_value(there, "holm_p")] if there else ["", ""])]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", UNDER_ARMS]
+
+
+def part_table(hypothesis):
+    """-> lines of Markdown: a row for each part of a hypothesis."""
+    head = ("what", "mask", "against", "claim", "found (95 % t interval)", "95 % bootstrap, seeds x illustrations",
+            "p, were there no effect", "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for p in hypothesis["parts"]:
+        b = p["bootstrap"]
+        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}",
+                 "; ".join([interval(p), *p["notes"]]), f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-",
+                 p_value(p, "p"), p_value(p, "holm_against"), p_value(p, "power"),
+                 p.get("needed") or "-"]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_PARTS}"]
+
+
+def flat(line, rows):
+    """A row of the CSV: numbers with their machine and commit."""
+    cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
+    for key in ("top1", "linear", "cutout", "finetuned", "epochs", "minutes", "linear_then"):
+        x = line.get(key) or {"mean": None, "std": None}
+        cells |= {key: rounded(x["mean"]), f"{key}_deviation": rounded(x["std"])}
+    found = line.get("difference") or {}
+    cells |= {k: rounded(found.get(k)) for k in ("effect", "low", "high", "holm_p")}
+    own = rows[line["arm"]].values()
+    for name in ("cutout_difference", "finetuned_difference"):
+        cells |= {f"{name}_{k}": rounded(line.get(name, {}).get(k)) for k in ("effect", "low", "high")}
+    return cells | {name: "; ".join(sorted({r[name] for r in own})) for name in ("machine", "commit")}
+
+
+def rounded(x):
+    return None if x is None else round(float(x), 4)
+
+
+# ---- a study's folder ----------------------------------------------------------------------------------------------
+
+
+def write(folder):
+    """Tables, verdicts and figures of one study -> a line about what was written."""
+    study = open_folder(Path(folder))
+    plan, rows, folder = study["plan"], study["rows"], study["folder"]
+    table = verdicts.summary(plan, rows, study["groups"])
+    if not table:
+        return f"{folder}: no reported run is there yet"
+    save_text("\n".join(arm_table(table)) + "\n", folder / "table.md")
+    save_csv(folder / "table.csv", [flat(line, rows) for line in table])
+    found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
+    save_json(found, folder / "verdicts.json")
+    done = {arm: list(own.values()) for arm, own in rows.items() if own}
+    few, most = min(map(len, done.values())), max(map(len, done.values()))
+    seeds = f"{few} to {most} seeds" if few < most else f"{most} seed{'s' * (most > 1)}"
+    title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {seeds}"
+    logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
+    thumbnail = next((r["metrics"].get("linear_thumbnail") for own in done.values() for r in own), None)
+    study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
+    values = {arm: [r["metrics"]["top1"] for r in own] for arm, own in done.items()}
+    study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
+    if plan["panels"]:
+        study_figures.grid(folder / "grid.png", plan["panels"], table, f"One factor at a time: {title}")
+    return f"{folder}/table.md, table.csv, verdicts.json, figures"
+
+
+# ---- STUDY.md ------------------------------------------------------------------------------------------------------
+
+
+def setup(study):
+    """How it was measured, in sentences."""
+    plan, rows, groups = study["plan"], study["rows"], study["groups"]
+    there, planned = sum(map(len, rows.values())), len(plan["arms"]) * len(plan["seeds"])
+    thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
+    first, *more = plan["seeds"]
+    seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
+    lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, {seeds}, each `pretrain.py "
+             f"{plan['recipe']}`. Numbers are on `{plan['split']}` of {plan['data']}: {len(groups):,} images of "
+             f"{len(np.unique(groups)):,} illustrations. The threshold, of the ridge in the run, is {thresholds}: "
+             f"untrained + 90 % of what the pilot, seed {plan['pilot_seed']}, gained."]  # fmt: skip
+    for row in study["all"]:
+        if row["seed"] == plan["pilot_seed"] and row.get("controls") and row["arm"] == next(iter(plan["arms"])):
+            thumb = max((v for k, v in row["controls"].items() if k.startswith("thumb")), default=0)
+            lines.append(f"By logistic regression the pilot has {row['metrics']['top1']:.1f} %, its untrained encoder "
+                         f"{row['controls']['untrained mean']:.1f} %, the best thumbnail {thumb:.1f} %.")  # fmt: skip
+    return lines
+
+
+def findings(table):
+    """Who is best per epoch, and who per minute."""
+    best, quick = max(table, key=lambda x: x["top1"]["mean"]), max(table, key=lambda x: x["linear_then"]["mean"])
+    return [f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest in the run after "
+            f"{quick['then']:.1f} minutes, when the fastest arm was through: `{quick['arm']}`, "
+            f"{number(quick['linear_then'])} %."]  # fmt: skip
+
+
+def when_reached(arm, own, limit):
+    """How many runs of a baseline reach the threshold of its pilot, and when."""
+    reached = [e for row in own if (e := verdicts.epochs_to(row, limit)) is not None]
+    line = f"{len(reached)} of {len(own)} runs of `{arm}` reach its threshold"
+    if not reached:
+        return f"{line}."
+    mean, last = np.mean(reached), own[0]["curve"]["epoch"][-1]
+    late = ": a mask that begins to be guided later can hardly save any" if mean < last / 4 else ""
+    return f"{line}, after {mean:.1f} of {last:g} epochs{late}."
+
+
+def threats(study):
+    """What the rows themselves say against the result."""
+    plan, rows = study["plan"], [r for own in study["rows"].values() for r in own.values()]
+    lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
+    for arm, limit in plan["thresholds"].items():
+        if own := list(study["rows"].get(arm, {}).values()):
+            lines.append(when_reached(arm, own, limit))
+    times = [r["curve"]["seconds"][-1] / np.median([o["curve"]["seconds"][-1] for o in own.values()])
+             for own in study["rows"].values() for r in own.values()]  # fmt: skip
+    if slow := sum(t > SLOW for t in times):
+        lines.append(f"{slow} of {len(rows)} runs took over {SLOW:g} times the median of their mask, perhaps beside "
+                     "other work: minutes are not to be compared.")  # fmt: skip
+    machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
+    formats = " and ".join(sorted({r["config"].get("dtype", "an unknown format") for r in rows}))
+    lines.append(f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}), in {formats}, at "
+                 f"{len(commits)} commit(s) ({', '.join(commits)}).")  # fmt: skip
+    if dirty := sum(r["commit"].endswith("+") for r in rows):
+        lines.append(f"{dirty} of them were made with code that no commit holds.")
+    if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r and r["seed"] in plan["seeds"]]:
+        lines.append(f"Diverged, and left out: {'; '.join(lost)}.")
+    if missing := sum(max(0, len(plan["seeds"]) - len(own)) for own in study["rows"].values()) - len(lost):
+        lines.append(f"{missing} planned runs are missing: what is said here is preliminary.")
+    if plan["phase"] != "reported":
+        why = {"dev": "Numbers of dev: they choose, and prove nothing.",
+               "exploratory": "Exploratory: no plan was committed; a finding needs fresh seeds."}  # fmt: skip
+        lines.append(why[plan["phase"]])
+    return [f"- {line}" for line in lines]
+
+
+def section(study, hypotheses, top):
+    """A study as a section of STUDY.md -> lines; top: the folder that STUDY.md is in."""
+    plan, folder = study["plan"], study["folder"].relative_to(top)
+    table = verdicts.summary(plan, study["rows"], study["groups"])
+    word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
+    name = plan["plan"].upper() if plan["hypotheses"] else plan["plan"]
+    lines = [f"## {name} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
+    if not table:
+        return [*lines, "No run is there yet.", ""]
+    lines += [*arm_table(table), "", *findings(table), ""]
+    lines += [f"![{name}]({folder}/{name}.png)" for name in ("curves", "bars", "grid")
+              if (study["folder"] / f"{name}.png").exists()]  # fmt: skip
+    for h in hypotheses:
+        lines += ["", f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.", "",
+                  *part_table(h)]  # fmt: skip
+        for p in h["parts"]:
+            if p["what"] == "epochs" and (other := verdicts.checks(p, plan, study["rows"])):
+                lines += ["", f"Not planned, to check the epochs that `{p['arm']}` saves, %: {'; '.join(other)}."]
+    return [*lines, "", "Threats:", "", *threats(study), ""]
+
+
+def write_study(root):
+    """results/STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
+    root, found = Path(root), judged(root)
+    path = root.parent / "STUDY.md"
+    rows = [f"| {h['id']} on {h['folder'].name.split('-', 1)[1]} | {h['verdict']} | {h['because']} |"
+            for hypotheses in found.values() for h in hypotheses]  # fmt: skip
+    lines = ["| hypothesis | verdict | decided by |", "|---|---|---|", *rows, ""] if rows else []
+    for rules in dict.fromkeys(json.loads((f / "PLAN.json").read_text())["test"] for f in found):
+        lines += [f"A verdict follows these rules, which stand in the plans. {rules} {STRICTER}", ""]
+    lines += ["Supported so means an effect whose estimate reaches the claim, not that the whole interval does.", ""]
+    for folder, hypotheses in found.items():
+        lines += section(open_folder(folder), hypotheses, root.parent)
+    old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in old or END not in old:
+        raise UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")
+    before, after = old.split(BEGIN)[0], old.split(END, 1)[1]
+    save_text("\n".join([before + BEGIN, *lines, END]) + after, path)
+    return path

@@ -1,0 +1,363 @@
+"""The study: which masks teach what, with error bars. Plans runs, makes them by command line, judges their rows.
+
+    python -m experiments.study --plan h1 --data datasets/toon --dry    # which runs, and how long they take
+    python -m experiments.study --plan h1 --data datasets/toon          # pilot, PLAN.json; commit, then again: runs
+
+Reads:  datasets/NAME, and what the stages write to runs/study/NAME
+Writes: results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl, verdicts.json, table.md, table.csv, curves.png,
+        bars.png, grid.png; results/STUDY.md
+
+A pilot run with a seed that is never reported fixes the threshold; the plan is committed before a reported seed runs.
+rows.jsonl has one line for each run, and is what counts: the same command makes those that are missing, after a kill
+or on another machine. A row's commands make it again, to the same digits on the same kind of CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import data
+import mask as masking
+from common import features
+from common.io import UserError, cli, save_json, save_text
+from common.train import pick_device, pick_dtype
+from experiments import plans, report
+from experiments.study_run import RUNNING, alone, commands, execute, number_format, read_rows, run_one
+
+RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
+PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
+MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
+        "parts": ["parts"]}  # of maps.py  # fmt: skip
+PILOT_SEED, FIRST_SEED = 1000, {"tune": 500, "exploratory": 2000}  # what was seen before is not reported
+SEEDS = {"tune": 1, "h2": 10}  # a comparison of variances needs ten
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--plan", choices=[*plans.MAKE, "all"], help=f"all: {', '.join(plans.ALL)}")
+    add("--data", metavar="DIR", help="packed set with labels")
+    add("--seeds", type=int, metavar="N", help="paired seeds of every arm (default: 5; h2: 10; tune: 1)")
+    add("--arms", nargs="+", default=[], metavar="ARM", help="further arms: a mask, and flags of pretrain.py behind it")
+    add("--guided", default="attn_high", metavar="ARM", help="what H1 is about, as dev chose it (default: attn_high)")
+    add("--recipe", default=RECIPE, metavar="FLAGS", help="of pretrain.py, for every arm (default: %(default)s)")
+    add("--epochs", type=int, metavar="N", help="of every run (default: the recipe's)")
+    add("--dino", metavar="FILE", help="checkpoint of DINO: one more teacher among the ablations")
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--budget", type=float, metavar="MINUTES", help="start only what fits; says beforehand what is left out")
+    add("--jobs", type=int, default=1, metavar="N", help="runs side by side")
+    add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of each run (default: %(default)s)")
+    add("--dry", action="store_true", help="say what would run, and stop")
+    add("--exploratory", action="store_true", help="without a committed plan; rows and tables say so")
+    add("--report", action="store_true", help="alone: tables, figures and STUDY.md anew from all rows")
+    add("--out", default="results/study", metavar="DIR", help="rows, tables, figures")
+    add("--work", default="runs/study", metavar="DIR", help="run folders; their large files are removed after the row")
+    return parser.parse_args()
+
+
+def check(args):
+    if not args.report and not (args.plan and args.data):
+        raise UserError(f"say --plan ({', '.join(plans.MAKE)} or all) and --data datasets/NAME; or --report alone")
+    for name in ("seeds", "epochs", "jobs", "threads", "budget"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value:g} must be above 0")
+    for arm in [args.guided, *args.arms]:
+        try:
+            masking.parse_mask(arm.split(" ")[0])
+        except ValueError as problem:
+            raise UserError(problem) from None
+    if args.plan == "tune" and args.guided.split(" ")[0] != "attn_high":
+        raise UserError(f"--guided {args.guided}: plan tune has trials for attn_high alone, as many as for random; "
+                        "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
+    if args.epochs:
+        args.recipe += f" --epochs {args.epochs}"
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def value_of(flags, name, otherwise):
+    """The value of a flag in a line of flags, the last if it is there twice."""
+    words = shlex.split(flags)
+    return next((words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] == name), otherwise)
+
+
+def make_plan(name, args):
+    """All that PLAN.json says, but for the thresholds; and the illustrations of the reported split."""
+    split = "dev" if name == "tune" else "val"
+    train, held = data.open_split(args.data, "train"), data.open_split(args.data, split)
+    if not (data.has_labels(train) and data.has_labels(held)):
+        raise UserError(
+            f"{args.data}: a study needs two classes or more, and labels on all images of train and {split}"
+        )
+    known = {"guided": args.guided, "dino": args.dino, "strategies": list(masking.STRATEGIES),
+             "fg": "truth" if "fg" in train else "{coarse}", "parts": "truth" if "parts" in train else "{parts}",
+             "blr": float(value_of(args.recipe, "--blr", 8e-3)),
+             "epochs": int(value_of(args.recipe, "--epochs", 32)), "ratio": value_of(args.recipe, "--ratio", 0.75),
+             "depth": value_of(args.recipe, "--decoder-depth", 2)}  # fmt: skip
+    plan = plans.make(name, args.arms, **known)
+    if value_of(args.recipe, "--eval-every", "1") != "1" and plan["hypotheses"]:
+        raise UserError(f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe")
+    phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
+    first, count = FIRST_SEED.get(name if phase == "dev" else phase, 0), args.seeds or SEEDS.get(name, 5)
+    return plan | {
+        "data": Path(args.data).name, "data_digest": f"{data.fingerprint(train)}-{data.fingerprint(held)}",
+        "split": split, "recipe": f"{args.recipe} {PLAIN}", "seeds": list(range(first, first + count)),
+        "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None, "dtype": None,
+        "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
+    }, features.groups_of(held).tolist()  # fmt: skip
+
+
+def open_study(name, args):
+    """-> {"plan", "folder"}: the plan on disk if there is one, which must be the one that is asked for."""
+    plan, groups = make_plan(name, args)
+    folder = Path(args.out) / (f"{name}-{plan['data']}" + ("-exploratory" if plan["phase"] == "exploratory" else ""))
+    path = folder / "PLAN.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        asked = json.loads(json.dumps(plan))
+        if other := [k for k in asked if k not in ("thresholds", "dtype") and asked[k] != there.get(k)]:
+            raise UserError(f"{path} has another {', '.join(other)} than these flags make; give its flags again, or "
+                            "another --out (a new plan wants fresh seeds), or --exploratory")  # fmt: skip
+        plan = there
+    return {"plan": plan, "folder": folder, "groups": groups}
+
+
+def fix_thresholds(study, rows):
+    """The pilots are done: untrained + 90 % of what random masks gain, and PLAN.json is written once and for all.
+
+    Their number format is that of all runs to come, on whatever machine: half of a comparison in bf16 would be none.
+    """
+    if lost := [row["arm"] for row in rows if "error" in row]:
+        raise UserError(
+            f"the pilot of {lost[0]} diverged: there is nothing to compare with; try a smaller --blr in --recipe"
+        )
+    plan, curves = study["plan"], {row["arm"]: row["curve"]["linear"] for row in rows}
+    plan["thresholds"] = {
+        arm: round(curves[arm][0] + 0.9 * (curves[arm][-1] - curves[arm][0]), 2) for arm in pilots(plan)
+    }
+    formats = {row["config"].get("dtype") for row in rows}
+    if len(formats) > 1:
+        raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
+                        "on one: remove their folders and rows")  # fmt: skip
+    plan["dtype"] = formats.pop()
+    save_json({"split": plan["split"], "groups": study["groups"]}, study["folder"] / "images.json", None)
+    save_json(plan, study["folder"] / "PLAN.json")
+
+
+def committed(path):
+    """Is this file in git, as it stands?"""
+    git = lambda *words: subprocess.run(["git", *words, path.name], cwd=path.parent, capture_output=True).returncode  # noqa: E731
+    return git("ls-files", "--error-unmatch") == 0 and git("diff", "--quiet", "HEAD", "--") == 0
+
+
+# ---- jobs: what is to run, what is done ----------------------------------------------------------------------------
+
+
+def pilots(plan):
+    """Arms that fix a threshold: the first, and those that a saving of epochs is claimed against."""
+    claimed = [p["against"] for h in plan["hypotheses"] for p in h["parts"] if p["what"] == "epochs"]
+    return list(dict.fromkeys([next(iter(plan["arms"])), *claimed]))
+
+
+def job_of(plan, arm, seed, args):
+    key = plans.key(plan, arm, seed)
+    name = re.sub(r"[^\w.-]+", "-", arm.replace(" --", "-")).strip("-")[:60]
+    pilot = seed == plan["pilot_seed"]
+    return {"key": key, "arm": arm, "seed": seed, "phase": "pilot" if pilot else plan["phase"],
+            "stages": ["pretrain", "probe", *([] if pilot else plan["stages"])], "plan": plan,
+            "out": Path(args.work) / plan["data"] / f"{name}-s{seed}-{key}"}  # fmt: skip
+
+
+def jobs_of(plan, args):
+    """Seed by seed: whatever stops the study leaves whole pairs."""
+    return [job_of(plan, arm, seed, args) for seed in plan["seeds"] for arm in plan["arms"]]
+
+
+def done(job, rows):
+    """The row of this run, of whatever study; None if it is still to be made."""
+    for row in rows:
+        fits = row["key"] == job["key"] and ("error" in row or set(job["stages"]) <= set(row["stages"]))
+        if fits and row["phase"] == job["phase"]:
+            return row
+    return None
+
+
+def add_row(folder, row):
+    """Append, whole or not at all; a run that is there already is replaced (it may have gained a stage)."""
+    rows = [r for r in read_rows(folder) if r["key"] != row["key"]] + [row]
+    save_text("".join(json.dumps(r) + "\n" for r in rows), folder / "rows.jsonl")
+
+
+def expected_seconds(job, rows):
+    """From runs that were timed: of the same arm, else of any; None where none was."""
+    timed = [(r["arm"], sum(r["seconds"].values())) for r in rows if r.get("seconds")]
+    own = [s for arm, s in timed if arm == job["arm"]] or [s for _, s in timed]
+    return sum(own) / len(own) if own else None
+
+
+def within(jobs, rows, minutes, side_by_side):
+    """-> (jobs that fit into the budget, those that don't). A seed is started with all of its arms, or not at all."""
+    if minutes is None:
+        return jobs, []
+    kept, spent = [], 0.0
+    for seed in dict.fromkeys(job["seed"] for job in jobs):
+        block = [job for job in jobs if job["seed"] == seed]
+        spent += sum(expected_seconds(job, rows) or 0 for job in block) / side_by_side
+        if spent > 60 * minutes:
+            break
+        kept += block
+    return kept, jobs[len(kept) :]
+
+
+# ---- many runs -----------------------------------------------------------------------------------------------------
+
+
+def all_rows(args):
+    """Of every study under --out: a run that two plans share is made once."""
+    return [row for path in sorted(Path(args.out).glob("*/rows.jsonl")) for row in read_rows(path.parent)]
+
+
+def stop_all(*_):
+    for process in list(RUNNING):
+        process.terminate()  # pretrain.py saves, and goes on next time
+    raise KeyboardInterrupt
+
+
+def run_all(study, jobs, args, ready):
+    """Make these runs, some side by side; a row is written as soon as it is there. -> lines about those that failed."""
+    failed, known = [], all_rows(args)
+    pool = ThreadPoolExecutor(args.jobs)
+    waiting = {pool.submit(run_one, job, args, ready): job for job in jobs}
+    try:
+        for count, future in enumerate(as_completed(list(waiting)), 1):
+            job = waiting.pop(future)
+            try:
+                row = future.result()
+                add_row(study["folder"], row)
+                known.append(row)
+                what = row.get("error") or f"Top-1 {row['metrics']['top1']:.1f} %, {sum(row['seconds'].values()):.0f} s"
+            except UserError as problem:
+                failed.append(f"{job['arm']}, seed {job['seed']}: {problem}")
+                what = f"failed: {problem}"
+            left = sum(expected_seconds(other, known) or 0 for other in waiting.values()) / args.jobs
+            print(f"{count}/{len(jobs)} {job['arm']}, seed {job['seed']}: {what}; about {left / 60:.0f} min left",
+                  flush=True)  # fmt: skip
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return failed
+
+
+def take_or_run(study, jobs, args, budget=None):
+    """Jobs that are done, here or in another study, are taken over; the rest is run as far as the budget goes.
+
+    -> lines about those that failed.
+    """
+    known, own = all_rows(args), {r["key"]: r for r in read_rows(study["folder"])}
+    rows = {job["key"]: done(job, [*own.values(), *known]) for job in jobs}
+    to_do = [job for job in jobs if not rows[job["key"]]]
+    now, left_out = within(to_do, known, budget, args.jobs)
+    say(study, jobs, now, left_out, known, args)
+    if args.dry:
+        return []
+    for key, row in rows.items():
+        if row and own.get(key) != row:
+            add_row(study["folder"], row)
+    return run_all(study, now, args, make_ready(study["plan"], now, args))
+
+
+def say(study, jobs, now, left_out, known, args):
+    """What will run, what is left out, and how long it takes."""
+    seconds = [expected_seconds(job, known) for job in now]
+    told = f", about {sum(seconds) / 60 / args.jobs:.0f} min" if all(seconds) else ", no run was timed yet"
+    print(f"{study['folder']}: {len(jobs)} runs, {len(jobs) - len(now) - len(left_out)} done, {len(now)} to run"
+          + (told if now else ""), flush=True)  # fmt: skip
+    own, device = study["plan"].get("dtype") or "auto", pick_device("auto")
+    if now and pick_dtype(own, device)[0] != pick_dtype("auto", device)[0]:
+        print(f"  in {own}, as the pilot was; this machine would have chosen otherwise, and may be slow at it")
+    for word, some in (("to run", now if args.dry else []), ("left out by --budget", left_out)):
+        for arm in dict.fromkeys(job["arm"] for job in some):
+            seeds = ", ".join(str(job["seed"]) for job in some if job["arm"] == arm)
+            print(f"  {word}: {arm}, seeds {seeds}")
+
+
+def make_ready(plan, jobs, args):
+    """Make what these arms have in braces -> {name: path, "commands": {name: [words]}}."""
+    asked = set(re.findall(r"\{(\w+)\}", " ".join(job["arm"] for job in jobs)))
+    pilot = job_of(plan, pilots(plan)[0], PILOT_SEED, args)
+    home = pilot["out"].with_name(f"maps-{pilot['key']}")
+    first = [commands(pilot, args, {})["pretrain"]]
+    ready = {"pilot": pilot["out"], "dino": args.dino, **{name: home / name for name in MAPS}}
+    ready["commands"] = {"pilot": first}
+    if asked & {"pilot", "refined", "parts"} and not (pilot["out"] / "made.json").exists():  # made on another machine
+        run_one(pilot, args, {})
+    for name in sorted(asked & MAPS.keys()):
+        words = ["maps.py", "--data", str(args.data), "--map", *MAPS[name], "--out", str(ready[name])]
+        words += [] if name == "coarse" else ["--run", str(pilot["out"]), *number_format(plan)]
+        if not list(ready[name].glob("*.safetensors")):
+            home.mkdir(parents=True, exist_ok=True)
+            execute(words, home / f"{name}.log", args.threads)
+        ready["commands"][name] = ([] if name == "coarse" else first) + [words]
+    return ready
+
+
+def prepare(study, args):
+    """Run the pilots and fix the thresholds, if that was not done before."""
+    plan = study["plan"]
+    if plan["thresholds"] is not None:
+        return
+    jobs = [job_of(plan, arm, PILOT_SEED, args) for arm in pilots(plan)]
+    if failed := take_or_run(study, jobs, args):
+        raise UserError(f"the pilot failed, and there is no threshold without it: {failed[0]}")
+    if not args.dry:
+        fix_thresholds(study, [r for r in read_rows(study["folder"]) if r["key"] in [job["key"] for job in jobs]])
+
+
+def run_studies(studies, args):
+    """Pilots and plans first, all of them; then, if they are committed, the runs -> lines about those that failed."""
+    for study in studies:
+        prepare(study, args)
+    loose = [s["folder"] / "PLAN.json" for s in studies if s["plan"]["phase"] == "reported"]
+    loose = [path for path in loose if not (args.dry or committed(path))]
+    if loose:
+        folders = " ".join(str(path.parent) for path in loose)
+        raise UserError("the plan has to be in git before a reported seed runs; look at it, then: git add "
+                        f"{folders} && git commit -m Plan, and this command again (or --exploratory)")  # fmt: skip
+    began, failed = time.perf_counter(), []
+    for study in studies:
+        left = None if args.budget is None else args.budget - (time.perf_counter() - began) / 60
+        failed += take_or_run(study, jobs_of(study["plan"], args), args, left)
+    return failed
+
+
+def main():
+    args = parse_args()
+    check(args)
+    signal.signal(signal.SIGTERM, stop_all)
+    with contextlib.ExitStack() as held:
+        names = plans.ALL if args.plan == "all" else [args.plan]
+        studies = [] if args.report else [open_study(name, args) for name in names]
+        if not args.dry:
+            for study in studies:
+                held.enter_context(alone(study["folder"] / ".lock", wait=False))
+        failed = run_studies(studies, args)
+        if args.dry:
+            return
+        for folder in report.folders(args.out) if args.report else [study["folder"] for study in studies]:
+            print(f"wrote    {report.write(folder)}")
+        print(f"wrote    {report.write_study(args.out)}")
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; the same command tries them again. The first: {failed[0]}")
+
+
+if __name__ == "__main__":
+    cli(main)

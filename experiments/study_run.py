@@ -1,0 +1,151 @@
+"""One run of the study: the stages as a user calls them, and what they wrote as one row. study.py plans them."""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.io import UserError, save_json
+from common.train import commit, read_log
+
+try:
+    import fcntl
+except ImportError:  # there is none on Windows: two studies at once are then not told apart
+    fcntl = None
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNNING = set()  # processes of ours
+
+
+def read_rows(folder):
+    """Rows of a study, each run once, as it was written last."""
+    return list({row["key"]: row for row in read_log(folder / "rows.jsonl")}.values())
+
+
+def number_format(plan):
+    """Flags of the number format that the pilot ran in; none before there is a pilot: the machine chooses."""
+    return ["--dtype", plan["dtype"]] if plan.get("dtype") else []
+
+
+def commands(job, args, ready):
+    """-> {stage: words}: what a user would type behind `python`. A recipe may look less often than once an epoch."""
+    out, data, plan = str(job["out"]), str(args.data), job["plan"]
+    on = ["--data", data, "--eval-on", plan["split"], "--seed", str(job["seed"]), *number_format(plan)]
+    recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
+    probe = ["probe.py", out, "--data", data, "--split", plan["split"], *number_format(plan)]
+    every = {
+        "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],
+        "probe": probe + ([] if job["phase"] == "pilot" else ["--headline"]),  # the pilot's brings the controls
+        "stress": ["-m", "experiments.stress", *probe[1:], "--only", "cutout", "--images", "1000000"],
+        "finetune": ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full", "--resume"],
+    }  # fmt: skip
+    return {stage: every[stage] for stage in job["stages"]}
+
+
+def execute(words, log, threads, lock=None):
+    """Run a stage, what it prints goes behind the log; it holds the lock, too, should we be killed.
+
+    A stage that fails is a UserError with its last line.
+    """
+    script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with open(log, "ab") as file:
+        keep = () if lock is None else (lock,)
+        process = subprocess.Popen([sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=keep)
+        RUNNING.add(process)
+        status = process.wait()
+        RUNNING.discard(process)
+    if status:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"python {shlex.join(words)} ended with {status}: {last} (all of it: {log})")
+
+
+@contextlib.contextmanager
+def alone(path, wait=True):
+    """Hold a lock file -> its descriptor. A stage that outlived a killed study still holds the lock of its run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise UserError(f"another study writes to {path.parent}; wait, or choose another --out") from None
+                print(f"waiting for a process that still writes to {path.parent}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno() if fcntl else None
+
+
+def run_one(job, args, ready):
+    """Make one run -> its row. Finished pre-training is not repeated, one that was stopped goes on."""
+    out, seconds = job["out"], {}
+    made = out / "made.json"  # pretrain.py is through: the commit that it ran at
+    with alone(out / ".lock") as lock:
+        for stage, words in commands(job, args, ready).items():
+            if stage == "pretrain" and made.exists() and (out / "model.safetensors").exists():
+                continue
+            began = time.perf_counter()
+            try:
+                execute(words, out / "study.log", args.threads, lock)
+            except UserError as problem:
+                if stage != "pretrain" or "the loss is not finite" not in str(problem):
+                    raise
+                return about(job, args, ready) | {"commit": commit(), "error": "diverged"}
+            seconds[stage] = round(time.perf_counter() - began, 1)
+            if stage == "pretrain":
+                save_json({"commit": commit()}, made)
+        row = collect(job, args, ready, seconds, json.loads(made.read_text())["commit"])
+        for large in ("state.pt", "features.safetensors"):  # every run would keep a hundred megabytes
+            (out / large).unlink(missing_ok=True)
+    return row
+
+
+def about(job, args, ready):
+    """What a row says before anything is measured."""
+    words = [w for name, w in ready.get("commands", {}).items() if f"{{{name}}}" in job["arm"]]
+    lines = [f"OMP_NUM_THREADS={args.threads} python {shlex.join(w)}" for w in
+             [w for group in words for w in group] + list(commands(job, args, ready).values())]  # fmt: skip
+    plan = job["plan"]
+    return {"key": job["key"], "arm": job["arm"], "seed": job["seed"], "phase": job["phase"], "plan": plan["plan"],
+            "data": plan["data"], "split": plan["split"], "stages": job["stages"], "commands": lines}  # fmt: skip
+
+
+def curve_of(log):
+    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without evaluations, which only the study asks for."""
+    names, looking, before = ("epoch", "knn", "linear", "mse", "seconds"), 0.0, 0.0
+    curve = {name: [] for name in names}
+    for row in log:
+        if "knn" in row:
+            looking += row["seconds"] - before
+            point = (row["epoch"], row["knn"], row["linear"], row["val_mse"], row["seconds"] - looking)
+            for name, value in zip(names, point, strict=True):
+                curve[name].append(round(value, 4))
+        before = row["seconds"]
+    return curve
+
+
+def collect(job, args, ready, seconds, commit):
+    """What the stages wrote -> the row: configuration, commands, machine, seconds, every metric, each image's right."""
+    out = job["out"]
+    probe, log = json.loads((out / "probe.json").read_text()), read_log(out / "log.jsonl")
+    seconds = seconds | {"pretrain": log[-1]["seconds"]}  # of all its parts, had it been stopped
+    mean = {name: 100 * head["top1"] for name, head in probe["rows"]["mean"].items() if "top1" in head}
+    detail = {k: v for k, v in probe["rows"]["mean"].items() if k in ("retrieval", "few_shot")}
+    rest = {f"{k}_logistic": v for k, v in probe["rows"]["mean"]["logistic"].items() if not isinstance(v, list)}
+    metrics = {"top1": mean["logistic"], "knn": mean["knn"], **rest, **detail}
+    metrics["linear_thumbnail"] = next((r["linear_thumbnail"] for r in log if "linear_thumbnail" in r), None)
+    metrics["peak_memory_mb"] = max((r["memory_mb"] for r in log if "memory_mb" in r), default=None)
+    row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
+    row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}
+    if job["phase"] == "pilot":
+        row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != "mean"}
+    if "stress" in job["stages"]:
+        stress = json.loads((out / "stress-cutout.json").read_text())
+        (metrics["cutout"],), (row["right"]["cutout"],) = stress["top1"].values(), stress["right"].values()
+    if "finetune" in job["stages"]:
+        metrics["finetuned"] = json.loads((Path(f"{out}-full") / "metrics.json").read_text())["top1"]
+    return row

@@ -1,0 +1,342 @@
+"""The packing half of data.py: images -> one tensor file per split.
+
+Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables, published data sets
+Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
+        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the figure's opacity,
+        parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
+        The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
+
+Packing streams: memory does not grow with the pictures, but for about 5 KB each while copies are looked for
+(--dedupe off for dumps of millions). data.py reads these files.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.io import UserError, atomic
+from ingest import duplicates, sources, toon
+from ingest.decode import any_alpha, decode
+from ingest.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
+
+SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
+CROPS = ("centre", "figure")
+MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
+
+
+# ---- streams of rows --------------------------------------------------------------------------------------------
+
+
+def worked(records, fetch, work):
+    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
+
+    def one(item):
+        record, load = item
+        try:
+            return record, work(record, load())
+        except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
+            return record, problem
+
+    items = iter(fetch(records))
+    with ThreadPoolExecutor() as pool:
+        while some := list(islice(items, 64)):  # in chunks, so that results never pile up in memory
+            yield from pool.map(one, some)
+
+
+def drawn(records, size):
+    """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        items = [r.place for r in records]
+        for r, row in zip(records, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
+            style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
+            yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def write_split(path, rows, dims, records, labels, about):
+    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
+
+    The file is a header, then images, fg, parts, ..., labels. Room for all keys is laid out first and every row goes
+    straight to its place; if some were skipped, the later planes move up at the end; the header comes last.
+    dims is {plane: shape of one row}.
+    """
+    stride = {p: math.prod(dims[p]) for p in dims}
+    room = len(json.dumps(header_json(records, about, []))) + 2**18  # and reasons for a hundred skipped files
+    starts = [8 + room + len(records) * before for before in np.cumsum([0, *stride.values()]).tolist()]
+    kept, skipped = [], []
+    with atomic(path) as temporary, open(temporary, "w+b") as f:
+        for record, row in rows:
+            if isinstance(row, Exception):
+                skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
+                continue
+            for p, start in zip(dims, starts, strict=False):
+                f.seek(start + len(kept) * stride[p])
+                f.write(np.ascontiguousarray(row[p]).data)
+            kept.append(record)
+        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(dims, starts, strict=False)]))
+        f.write(np.array([labels[r.label] for r in kept], "<i8").tobytes())
+        f.truncate()
+        f.seek(0)
+        f.write(file_header(room, header_json(kept, about, skipped), dims, len(kept)))
+    return skipped
+
+
+def header_json(records, about, skipped):
+    """The "animask" entry of the header; groups are written only where they are not the keys themselves."""
+    torn = any(r.group != r.key for r in records)
+    return json.dumps(about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
+                               "skipped": len(skipped), "skipped_first": skipped[:100]})  # fmt: skip
+
+
+def check_skipped(out, skipped, n):
+    if len(skipped) > 0.05 * n:
+        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: "
+                        + "; ".join(f"{key} ({why})" for key, why in skipped[:3]))  # fmt: skip
+
+
+def close_gaps(f, spans):
+    """Move each (start, bytes) span up to the end of the one before it -> the end of the last."""
+    end = spans[0][0]
+    for start, count in spans:
+        for i in range(0, count if start > end else 0, 2**24):
+            f.seek(start + i)
+            chunk = f.read(min(2**24, count - i))
+            f.seek(end + i)
+            f.write(chunk)
+        end += count
+    return end
+
+
+def file_header(room, metadata, dims, n):
+    """The head of a safetensors file: its length (u64), then JSON, padded with spaces to `room` bytes."""
+    entries, at = {"__metadata__": {"animask": metadata}}, 0
+    for name, dtype, shape, width in [*[(p, "U8", s, 1) for p, s in dims.items()], ("labels", "I64", (), 8)]:
+        size = n * math.prod(shape) * width
+        entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(entries).encode()
+    assert len(head) <= room
+    return room.to_bytes(8, "little") + head.ljust(room)
+
+
+def open_images(path, size, crop, margin, boxes):
+    """PATH -> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
+    records, fetch, notes = sources.find(path)
+    if boxes:
+        records = sources.with_boxes(records, boxes)
+    fg = any_alpha(records, fetch)
+    dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
+    work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
+    return records, notes, dims, fetch, lambda some: worked(some, fetch, work)
+
+
+def open_toon(size, seed, tail=0.0):
+    """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
+    items = toon.plan(seed=seed, tail=tail)
+    records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
+    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
+    return records, [], dims, None, lambda some: drawn(some, size)
+
+
+def near_duplicates(records, fetch, dedupe):
+    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
+    if dedupe == "off" or fetch is None:
+        return [], []
+    thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
+    place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
+    rows = worked(records, fetch, lambda r, data: duplicates.thumbnail(data))
+    for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):
+        if not isinstance(row, Exception):
+            thumbs[place[record.key]] = row
+    pairs = duplicates.pairs(thumbs)
+    return pairs, duplicates.report(records, pairs)
+
+
+def add_tags(records, dims, stream):
+    """The vocabulary (most frequent first, MOST_TAGS at most), and dims and stream with a multi-hot plane "tags"."""
+    count = Counter(t for r in records for t in r.tags)
+    words = sorted(count, key=lambda t: (-count[t], t))[:MOST_TAGS]
+    column = {t: i for i, t in enumerate(words)}
+
+    def tagged(some):
+        for r, row in stream(some):
+            if not isinstance(row, Exception):
+                row["tags"] = np.zeros(len(words), np.uint8)
+                row["tags"][[column[t] for t in r.tags if t in column]] = 1
+            yield r, row
+
+    return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
+
+
+def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
+         boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
+    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
+    pattern = compiled(group_by)
+    is_toon = str(path) == "toon"
+    shares = shares or (TOON_SHARES if is_toon else SHARES)
+    records, notes, dims, fetch, stream = (
+        open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
+    )
+    pairs, told = near_duplicates(records, fetch, dedupe)
+    if dedupe == "drop":
+        stay = drop_copies(records, pairs)
+        told.append(f"{len(records) - len(stay)} copies dropped")
+        records, pairs = [records[i] for i in stay], []
+    records = join_groups(records, pattern, pairs)
+    records, few = large_enough(records, least)
+    splits = assign_splits(
+        [r.split for r in records], [(r.label, r.group) for r in records],
+        dict(zip(("train", "val", "test"), shares, strict=True)), dev, seed
+    )  # fmt: skip
+    records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
+    words, dims, stream = add_tags(records, dims, stream)
+    classes = sorted({r.label for r in records if r.label is not None})
+    about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
+             "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
+             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told + few + crossing(records),
+             "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
+    print("\n".join(about["notes"]), end="\n" * bool(about["notes"]))
+    write_all(out, records, classes, dims, stream, about)
+
+
+def write_all(out, records, classes, dims, stream, about):
+    """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
+    labels = {name: i for i, name in enumerate(classes)} | {None: -1}
+    order, written, lost = ("test", "val", "dev", "train"), [], []
+    for split in order:  # what a packing that was killed has left
+        (Path(out) / f"{split}.safetensors").unlink(missing_ok=True)
+    try:
+        for split in sorted({r.split for r in records}, key=order.index):
+            own = [r for r in records if r.split == split]
+            path = Path(out) / f"{split}.safetensors"
+            bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
+            skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
+            written.append(path)
+            lost += skipped
+            check_skipped(out, lost, len(records))
+            if len(skipped) == len(own):  # few of all, but nothing is left of this split
+                check_skipped(path, skipped, len(own))
+            told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
+    except BaseException:
+        for path in written:
+            path.unlink()
+        raise
+
+
+def compiled(group_by):
+    try:
+        return re.compile(group_by) if group_by else None
+    except re.error as problem:
+        raise UserError(f"--group-by {group_by} is not a regular expression: {problem}") from None
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def default_out(path):
+    """images/ -> datasets/images; set.tar.gz -> datasets/set."""
+    name = Path(path).resolve().name
+    return Path("datasets") / (name if Path(path).is_dir() else name.split(".")[0])
+
+
+def parse_shares(text):
+    try:
+        shares = [float(x) for x in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares, default=0) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
+        raise UserError(f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2")
+    return shares
+
+
+def check(args):
+    """UserErrors for values that no packing can go on with."""
+    if not 8 <= args.size <= 4096:
+        raise UserError(f"--size {args.size} is not a side between 8 and 4096 pixels")
+    if not 0 <= args.dev < 1:
+        raise UserError(f"--dev {args.dev} is not a share in [0, 1)")
+    if not 0 <= args.margin <= 2:
+        raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
+    if not 0 <= args.tail <= 5 or (args.tail and args.path != "toon"):
+        raise UserError(f"--tail {args.tail:g} must lie between 0 and 5, and is for the demo set: python data.py toon")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be 0 or more")
+    if args.path == "-" and not args.out:
+        raise UserError("a list on standard input has no name; give --out datasets/NAME")
+
+
+def show(args, out):
+    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
+    from common import plots  # heavy: only when a picture is asked for
+    from data import open_split
+
+    if (Path(args.path) / "train.safetensors").exists():
+        names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
+        path = Path(args.path) / "sheet.png"
+        plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+    else:
+        records, fetch, _ = sources.find(args.path)
+        records = sources.with_boxes(records, args.boxes) if args.boxes else records
+        rows = {crop: [] for crop in CROPS}
+        both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
+        for _, pictures in worked(records[:: math.ceil(len(records) / 12)], fetch, both):
+            if isinstance(pictures, list):
+                for crop, picture in zip(CROPS, pictures, strict=True):
+                    rows[crop].append(picture)
+        if not rows["centre"]:
+            raise UserError(f"none of the images of {args.path} that were tried can be read")
+        path = Path(f"{out}_crops.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.image_grid(path, "What --crop keeps", [(f"--crop {c}", np.stack(p)) for c, p in rows.items()])
+    print(f"{path} written")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
+    add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
+    add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
+    add("--size", type=int, default=128, help="side of the packed images in pixels")
+    add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
+    add("--margin", type=float, default=0.1, help="room around the figure, as a share of it on each side")
+    add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
+    default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
+    add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
+    add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
+    add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
+    add(
+        "--dedupe",
+        nargs="?",
+        const="drop",
+        default="group",
+        choices=("group", "drop", "off"),
+        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off",
+    )
+    add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
+    add("--tail", type=float, default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
+    add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
+    args = parser.parse_args()
+    check(args)
+    out = args.out or default_out(args.path)
+    if args.show:
+        return show(args, out)
+    if (Path(out) / "train.safetensors").exists():
+        raise UserError(f"{out} is packed already; give another --out, or remove it first")
+    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop,
+         args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
+    print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
+
+

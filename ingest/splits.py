@@ -1,0 +1,92 @@
+"""Who goes where: groups that no split may tear apart, copies that are dropped, and the deal into train, val and test.
+
+Plain functions on the records of ingest/sources.py. The same records and the same seed give the same splits.
+"""
+
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from common.io import UserError
+from ingest import duplicates
+
+
+def group_of(record, pattern):
+    """What a split must not tear apart: the REGEX's first group in the file's stem, else what the source says."""
+    match = pattern and pattern.search(Path(record.key).stem)
+    return (match.group(1) if match.groups() else match.group(0)) if match else record.group or record.key
+
+
+def join_groups(records, pattern, pairs):
+    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its whole group."""
+    first = {}
+    names = [group_of(r, pattern) for r in records]
+    named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
+    roots = duplicates.join(len(records), named + pairs)
+    return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
+
+
+def deal(rows, shares, seed):
+    """Deal rows of (class, group) into shares {split: fraction}: stratified by class, groups whole -> [split].
+
+    Groups come in a seeded random order, large ones first; each goes where its classes lack most.
+    """
+    members, owed = defaultdict(list), Counter()
+    for i, (label, group) in enumerate(rows):
+        members[group].append(i)
+        for split, share in shares.items():
+            owed[split, label] += share
+    order = sorted(members)
+    random.Random(seed).shuffle(order)
+    split_of = [None] * len(rows)
+    for group in sorted(order, key=lambda g: -len(members[g])):
+        classes = Counter(rows[i][0] for i in members[group])
+        split = max(shares, key=lambda s: sum(n * owed[s, c] for c, n in classes.items()))
+        for i in members[group]:
+            split_of[i] = split
+        for c, n in classes.items():
+            owed[split, c] -= n
+    return split_of
+
+
+def assign_splits(given, rows, shares, dev, seed):
+    """Given splits stay; else rows of (class, group) are dealt. A missing val, and dev, are taken out of train."""
+    splits = list(given) if None not in given else deal(rows, shares, seed)
+    for name, share in (("val", shares["val"]), ("dev", dev)):
+        if share and name not in splits:
+            train = [i for i, s in enumerate(splits) if s == "train"]
+            for i, s in zip(
+                train, deal([rows[i] for i in train], {"train": 1 - share, name: share}, seed), strict=True
+            ):
+                splits[i] = s
+    return splits
+
+
+def drop_copies(records, pairs):
+    """Of each near-duplicate group one record stays: of the last split that has one, so that train loses the copies."""
+    order = ("test", "val", "dev", "train", None)
+    roots, best = duplicates.join(len(records), pairs), {}
+    for i, root in enumerate(roots):
+        rank = order.index(records[i].split)
+        best[root] = min(best.get(root, (9, 0)), (rank, i))
+    return sorted(i for _, i in best.values())
+
+
+def large_enough(records, least):
+    """Records of classes with at least `least` images, and a note on the rest; least 0 keeps all."""
+    count = Counter(r.label for r in records)
+    kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
+    if not kept:
+        raise UserError(f"--min-per-class {least} leaves nothing: the largest class has {max(count.values())} images")
+    lost = sum(1 for label, n in count.items() if label is not None and n < least)
+    gone = len(records) - len(kept)
+    return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
+
+
+def crossing(records):
+    """A warning where the source's own splits tear a group apart: those are kept as published."""
+    splits = defaultdict(set)
+    for r in records:
+        splits[r.group].add(r.split)
+    torn = sum(len(s) > 1 for s in splits.values())
+    return [f"{torn} groups cross the splits that the source gives; --dedupe drops the copies"] if torn else []
