@@ -3,9 +3,11 @@
 Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts without it.
 """
 
+import argparse
 import contextlib
 import csv
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake of the user: one line with the value and the mend. The stage prints it and exits with status 2."""
+    """A mistake of the user: one line with the value and the fix. The stage prints it and exits with status 2."""
 
 
 def cli(main):
@@ -93,3 +95,37 @@ def save_json(row, path, indent=1):
 def send(x, device):
     """A CPU tensor to the device, without waiting for it: only from pinned memory does a copy to a GPU not wait."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+# ---- flags: argparse types, and its errors in one line ---------------------------------------------------------------
+
+
+def between(low, high, kind=float):
+    """-> an argparse type: a finite number of this kind in [low, high]."""
+
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number {bounds}")
+        return value
+
+    return number
+
+
+def at_least(low, kind=int):
+    """-> an argparse type: a finite number of this kind, `low` or more."""
+    return between(low, math.inf, kind)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError: one line, as all mistakes of a user."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **({"formatter_class": argparse.RawTextHelpFormatter} | options))
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))

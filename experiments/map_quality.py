@@ -107,7 +107,7 @@ def chunked(function, *inputs):
 
 
 def figure_scores(saliency, figure, side):
-    """saliency, figure (n, G, G) in [0, 1] -> AUC and IoU of each image over its side x side patches, (n, 2) with NaNs."""
+    """saliency, figure (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
     found, truth = maps.to_patches(saliency, side), maps.to_patches(figure, side) > 0.5
     return torch.tensor([[metrics.auc(f, t), metrics.iou(f > 0.5, t)] for f, t in zip(found, truth, strict=True)])
 
