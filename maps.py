@@ -64,7 +64,7 @@ def check(args):
     if extra := given - FLAGS[args.map]:
         raise UserError(f"--{min(extra)} has no meaning for --map {args.map}; leave it out")
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
-    args.source = args.source or (guidance.usual_source(args.run or "self") if args.map == "attn" else None)
+    args.source = args.source or (guidance.default_source(args.run or "self") if args.map == "attn" else None)
     args.parts = 6 if args.parts is None and args.map == "parts" else args.parts
     if args.map == "saliency" and args.quality == "coarse":
         if args.run:

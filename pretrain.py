@@ -13,9 +13,7 @@ same order with the same crops, and a run that was killed and resumed ends with 
 Several processes draw the same and take a slice each: --batch-size is that of all, and the losses are those of one.
 """
 
-import argparse
 import functools
-import time
 from pathlib import Path
 
 import torch
@@ -24,21 +22,14 @@ from tqdm import tqdm
 import data
 import kernels
 import mask as masking
-from common import distributed, guidance, plots
+from common import distributed
 from common.checkpoints import init_from, load_exactly, save_model
-from common.evaluate import (
-    attention_by_part,
-    draw_reconstructions,
-    hide,
-    masked_mse,
-    pooled_tokens,
-    recognition,
-    thumbnails,
-)
-from common.io import UserError, cli, send
+from common.evaluate import draw_run, evaluate
+from common.guidance import SOURCES, Guide, collapse_warning, default_source
+from common.io import Parser, UserError, at_least, between, cli, send
 from common.train import (
+    Meter,
     Pacer,
-    Stopwatch,
     autocast_of,
     catch_signals,
     lr_at,
@@ -49,7 +40,6 @@ from common.train import (
     peak_memory_mb,
     pick_device,
     pick_dtype,
-    read_log,
     save_state,
     seeded,
 )
@@ -67,40 +57,41 @@ DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few
 
 # fmt: off
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
     add("--out", metavar="DIR", help="run folder (default: runs/ and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=SIZES, help="default: small on a GPU, nano on a CPU")
-    add("--image-size", type=int, metavar="PX", help="side of a view in pixels (default: per model, 96 or 128)")
-    add("--patch-size", type=int, metavar="PX", help="side of a patch in pixels (default: per model, 8 or 16)")
-    add("--decoder-dim", type=int, metavar="W", help="width of the decoder (default: per model, 128 or 256)")
-    add("--decoder-depth", type=int, default=2, metavar="N", help="blocks of the decoder")
+    add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: per model, 96 or 128)")
+    add("--patch-size", type=at_least(1), metavar="PX", help="side of a patch (default: per model, 8 or 16)")
+    add("--decoder-dim", type=at_least(1), metavar="W", help="width of the decoder (default: per model, 128 or 256)")
+    add("--decoder-depth", type=at_least(1), default=2, metavar="N", help="blocks of the decoder")
     add("--init", metavar="PATH", help="start from these weights: a run, or a checkpoint of MAE or DINO")
     add = parser.add_argument_group("mask and loss").add_argument
     add("--mask", default="random", metavar="NAME[:key=value,...]", help=f"one of {', '.join(masking.STRATEGIES)}")
     add("--ratio", metavar="R", help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)")
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
-    add("--attention", choices=guidance.SOURCES,
+    add("--attention", choices=SOURCES,
         help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
-        help="figure and parts: by maps.py, or the data's own masks (auto: maps/NAME if it is there, else its own)")
-    add("--flat-weight", type=float, default=0.1, metavar="W", help="weight of a flat patch in the loss; 1: plain MAE")
+        help="foreground and parts: by maps.py, or the data's own masks\n(auto: maps/NAME if there, else its own)")
+    add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss weight of a flat patch; 1: as all")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the data (default: per device)")
-    add("--batch-size", type=int, metavar="B", help="images for one optimizer step (default: per device)")
-    add("--accumulate", type=int, default=1, metavar="N", help="split each batch into N parts that fit in memory")
-    add("--blr", type=float, metavar="LR", help="base learning rate: lr = blr * batch / 256 (default: per device)")
-    add("--warmup", type=float, default=0.1, metavar="SHARE", help="share of the run in which the rate rises")
-    add("--min-crop", type=float, default=0.4, metavar="AREA", help="smallest share of an image that a crop shows")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
-    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that evaluations look at")
-    add("--eval-every", type=int, metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
-    add("--every", type=int, default=0, metavar="EPOCHS", help="keep the weights so often, in snapshots/ (0: never)")
+    add("--epochs", type=at_least(1), help="passes over the data (default: per device)")
+    add("--batch-size", type=at_least(1), metavar="B", help="images for one optimizer step (default: per device)")
+    add("--accumulate", type=at_least(1), default=1, metavar="N", help="split each batch into N that fit in memory")
+    add("--blr", type=between(1e-9, 10), metavar="LR",
+        help="base learning rate: lr = blr * batch / 256 (default: per device)")
+    add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
+    add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
+    add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
+    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
+    add("--every", type=at_least(0), default=0, metavar="EPOCHS", help="keep weights in snapshots/ (0: never)")
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -112,6 +103,9 @@ def parse_args():
 # fmt: on
 
 
+# ---- before the loop: defaults, checks, names, network, batches ----------------------------------------------------
+
+
 def fill_defaults(args, device, dtype):
     """What was not given depends on the machine, and the sizes on the model."""
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
@@ -119,35 +113,26 @@ def fill_defaults(args, device, dtype):
     vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
-    args.attention = args.attention or guidance.usual_source(args.teacher)
+    args.attention = args.attention or default_source(args.teacher)
     args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
-def check(args):
-    """Every mistake that can be seen before anything is read or written."""
-    at_least_one = ("image_size", "patch_size", "decoder_depth", "epochs", "batch_size", "accumulate", "eval_every")
-    for name in at_least_one:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name, low, high in (("flat_weight", 0, 1), ("warmup", 0, 1), ("min_crop", 0.01, 1), ("blr", 1e-9, 10)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between {low} and {high}")
-    if args.every < 0:
-        raise UserError(f"--every {args.every} must be 0 (no snapshots) or a number of epochs")
-    if args.seed < 0 or not args.data:
-        raise UserError(f"--seed {args.seed} must be 0 or more" if args.seed < 0 else "--data is empty: give a folder")
+def parse_masking(args):
+    """--mask and --ratio -> the strategy, its parameters, the ratio at the start and at the end."""
+    if not args.data:
+        raise UserError("--data is empty: give a folder")
     if args.batch_size % args.accumulate:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of --accumulate {args.accumulate}")
+        raise UserError(f"--batch-size {args.batch_size} must be divisible by --accumulate {args.accumulate}")
     try:
-        strategy, params = masking.parse_mask(args.mask)
+        name, params = masking.parse_mask(args.mask)
         ratios = masking.parse_ratio(args.ratio)
         for ratio in ratios:
             masking.kept((args.image_size // args.patch_size) ** 2, ratio)
     except ValueError as problem:
         raise UserError(problem) from None
-    if args.teacher != "self" and masking.NEEDS.get(strategy) == "attn":
-        params = {"start": 0.0, "ramp_for": 0.0} | params  # a finished teacher needs no time to grow up
-    return strategy, params, ratios
+    if args.teacher != "self" and masking.NEEDS.get(name) == "attn":
+        params = {"start": 0.0, "ramp_for": 0.0} | params  # a trained teacher guides from the first step on
+    return name, params, ratios
 
 
 def use_impl(name, device):
@@ -160,12 +145,13 @@ def use_impl(name, device):
 
 
 def run_name(args, folder):
+    """The data, the model, the mask, and every flag that is not at its default."""
     words = [folder.name, args.model, args.mask.replace(":", "-").replace(",", "-"), args.ratio.replace(":", "-")]
     words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
     words += ["raw"] if args.no_norm_pix else []
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
     words += [] if args.init is None else ["from-" + Path(args.init).name]
-    words += [] if args.attention == guidance.usual_source(args.teacher) else [args.attention]
+    words += [] if args.attention == default_source(args.teacher) else [args.attention]
     words += [] if args.maps == "auto" else [Path(args.maps).name]
     return "-".join([*words, f"s{args.seed}"])
 
@@ -176,9 +162,57 @@ def config_of(args, folder):
     return {k: v for k, v in vars(args).items() if k not in leave_out} | {"data": str(folder)}
 
 
-def as_map(known, side):
-    """What guided the mask, (n, N) or (n, N, P) shares of parts -> pictures (n, side, side)."""
-    return (known.argmax(2) if known.dim() == 3 else known).unflatten(1, (side, side))
+def build_model(args, strategy):
+    """The network with new weights: MAE, or SimMIM for its own mask."""
+    size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
+    build = SimMIM if strategy == "simmim" else MAE
+    model = build(args.image_size, args.patch_size, **size,
+                  decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        block.recompute = args.recompute
+    return model
+
+
+def fit_batch(args, images, world):
+    """--batch-size, or fewer where the set has fewer images; every process and every micro-batch gets as many."""
+    B, splits = min(args.batch_size, images // args.accumulate * args.accumulate), world * args.accumulate
+    if B == 0:
+        raise UserError(f"{args.data} has {images} training images, --accumulate needs {args.accumulate}")
+    if B % splits:
+        fits = next((n for n in (-(-B // splits) * splits, B // splits * splits) if 0 < n <= images), None)
+        fix = f"--batch-size {fits} is" if fits else f"{args.data} has {images} images: use fewer processes"
+        raise UserError(f"--batch-size must be divisible by processes x --accumulate, {world} x {args.accumulate}: "
+                        f"{B} is not; {fix}")  # fmt: skip
+    return B
+
+
+def start_message(args, folder, out, train, held, model, ratios, steps, batch, step):
+    """What is printed before the first step; steps: of an epoch."""
+    N, p = model.encoder.side**2, args.patch_size
+    count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
+    return "\n".join((
+        f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
+        f"{len(train['header']['classes'])} classes",
+        f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
+        f"{masking.kept(N, ratios[0])} of them visible",
+        f"run      {out}: {args.mask}, {args.epochs} epochs of {steps} steps of {batch} images, learning rate "
+        f"{args.blr * batch / 256:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
+
+
+def load_run(state, path, model, optimizer, guide):
+    """Put the state of a run that is resumed in its place -> its step, and the seconds that it took so far."""
+    load_exactly(model, state["model"], path)
+    guide.load(state, path)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
+
+
+def save_run(out, model, optimizer, guide, config, step, seconds):
+    """state.pt: everything that a resumed run needs. Maps that it does not name are removed after it is written."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
+    save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
+    for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
+        old.unlink()
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -187,181 +221,119 @@ def as_map(known, side):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    dtype, dtype_why = pick_dtype(args.dtype, device)
-    autocast = autocast_of(device, dtype)
+    dtype, dtype_reason = pick_dtype(args.dtype, device)
     fill_defaults(args, device, dtype)
-    strategy, params, ratios = check(args)
-    impl, impl_why = use_impl(args.impl, device)
+    strategy, params, ratios = parse_masking(args)
+    impl, impl_reason = use_impl(args.impl, device)
     rank, world, device = distributed.join(device)
+    autocast = autocast_of(device, dtype)
+    print(f"machine  {machine(device)}{f', {world} processes' if world > 1 else ''}\n"
+          f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
 
-    # the data, the network, and the run folder
+    # network and data
     torch.manual_seed(args.seed)
-    size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    build = SimMIM if strategy == "simmim" else MAE
-    model = build(args.image_size, args.patch_size, **size,
-                  decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
+    model = build_model(args, strategy)
     with distributed.zero_first():
         folder = data.open_or_pack(args.data, args.image_size)
     train, held = data.open_split(folder, "train"), data.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
-    B = min(args.batch_size, len(train["images"]) // args.accumulate * args.accumulate)
-    if B == 0:
-        raise UserError(f"{folder} has {len(train['images'])} training images, --accumulate needs {args.accumulate}")
-    if B % (world * args.accumulate):
-        parts = world * args.accumulate
-        can = next((n for n in (-(-B // parts) * parts, B // parts * parts) if 0 < n <= len(train["images"])), None)
-        mend = f"--batch-size {can} can" if can else f"{folder} has {len(train['images'])}: use fewer processes"
-        raise UserError(f"a batch of {B} images can't be shared by {world} processes in {args.accumulate} parts each; "
-                        f"{mend}")  # fmt: skip
-    b = B // world
-    mine = slice(rank * b, rank * b + b)  # this process's part of every batch
+    B = fit_batch(args, len(train["images"]), world)
+    b = B // world  # images of a batch that this process works on: rows rank_slice of it
+    rank_slice, micro = slice(rank * b, rank * b + b), b // args.accumulate
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
-    # network, optimizer, and what guides the mask
-    took = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else None
-    guide = guidance.Guide(strategy, params, args, model, folder, train, device, autocast)
-    config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.what}
+    # what guides the mask, optimizer, and the state of a run that is resumed
+    init_message = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else ""
+    guide = Guide(strategy, params, model.encoder, train, folder, device, autocast, teacher=args.teacher,
+                  source=args.attention, maps=args.maps, epochs=args.epochs)  # fmt: skip
+    config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.about}
     state = open_run(out, config, args.resume)
     model.to(device)
-    for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.recompute = args.recompute
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
     optimizer = make_optimizer(learning, peak_lr, WEIGHT_DECAY)
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
-
-    step, seconds = 0, 0.0
-    if state:
-        load_exactly(model, state["model"], out / "state.pt")
-        guide.load(state, out / "state.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+    step, seconds = load_run(state, out / "state.pt", model, optimizer, guide) if state else (0, 0.0)
     log = open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
+    print(f"init     {init_message}\n" * bool(init_message) + f"guide    {guide.about}\n" * bool(guide.about)
+          + start_message(args, folder, out, train, held, model, ratios, per_epoch, B, step))  # fmt: skip
 
-    print(f"machine  {machine(device)}{f', {world} processes' if world > 1 else ''}\n"
-          f"         {args.dtype}: {dtype_why}; kernels in {impl}: {impl_why}")  # fmt: skip
-    print(f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
-          f"{len(train['header']['classes'])} classes")  # fmt: skip
-    print(f"model    {args.model}: {sum(w.numel() for w in clipped) / 1e6:.1f} M parameters, {S} px in {N} patches of "
-          f"{p} px, {masking.kept(N, ratios[0])} of them visible")  # fmt: skip
-    for word, line in (("init", took), ("guide", guide.what)):
-        print(f"{word:8} {line}\n" if line else "", end="")
-    print(f"run      {out}: {args.mask}, {args.epochs} epochs of {per_epoch} steps of {B} images, "
-          f"learning rate {peak_lr:.2g}" + (f"; going on from step {step}" if state else ""))  # fmt: skip
-
-    def clock():
-        return seconds + time.perf_counter() - began
-
-    def save():
-        if rank > 0:
-            return
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
-        save_state(state | {"config": config, "step": step, "seconds": clock()}, out / "state.pt")
-        for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
-            old.unlink()
-
-    def about():
-        return {"step": step, "run": config, "norm_pix": norm_pix}
-
-    def report():
-        if rank > 0:
-            return
-        row = {"step": step, "epoch": step / per_epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
-        text = f"epoch {row['epoch']:<4g} {args.eval_on} masked MSE {row['val_mse']:.4f}"
-        if data.has_labels(train) and data.has_labels(held):
-            row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
-            text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
-        elif step == 0:
-            text += "; no Top-1: that needs two classes or more, and labels on all images"
-        if step == 0 and "knn" in row:
-            row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
-            text += f" untrained; thumbnails {row['knn_thumbnail']:.1f} %, {row['linear_thumbnail']:.1f} %"
-        if held["header"].get("parts"):
-            row["attention_on"] = attention_by_part(guide.networks.get("teacher", model.encoder), S, autocast, held,
-                                                    args.attention)  # fmt: skip
-        tqdm.write(text)
-        log(**row, seconds=round(clock(), 2))
-
-    asked, began = catch_signals(), time.perf_counter()
-    if step == 0:
-        report()
-    images = data.resident(train, device)
-    waiting, losses, norms, last_save, view = Stopwatch(), [], [], Pacer(), None
+    stop_signal, meter, pacer = catch_signals(), Meter(B, seconds), Pacer()
+    teacher = guide.networks.get("teacher", model.encoder)
+    judge = functools.partial(evaluate, model, teacher, train, held, args.eval_on, norm_pix, autocast, args.attention)
+    if step == 0 and rank == 0:
+        log(step=0, **judge(0.0), seconds=meter.seconds())
+    images, view = data.resident(train, device), None
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
-            guide.look(epoch, step, train["images"], out)
+            guide.refresh_maps(epoch, step, train["images"], out)
         order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in waiting.timed(data.batches(images, order, B, device, step % per_epoch, mine)):
-            # what is seen and what is hidden; all chance is drawn here, on the CPU, for the whole batch
-            t = step / total
-            draws = seeded(args.seed, epoch, step)
-            boxes, flip = data.draw_boxes(B, draws, args.min_crop)
-            noise = masking.gumbel_noise(B, N, draws)
-            boxes, flip, noise = (send(x[mine], device) for x in (boxes, flip, noise))
+        for rows, batch in meter.waiting.timed(data.batches(images, order, B, device, step % per_epoch, rank_slice)):
+            # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
+            t = step / total  # progress of the run
+            generator = seeded(args.seed, epoch, step)
+            boxes, flip = data.draw_boxes(B, generator, args.min_crop)
+            noise = masking.gumbel_noise(B, N, generator)
+            boxes, flip, noise = (send(x[rank_slice], device) for x in (boxes, flip, noise))
             view = data.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
-            patches = {"masked": N - K} | guide.known(rows, boxes, flip, view, mine)
-            ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
+            patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view, rank_slice)
+            priority = masking.STRATEGIES[strategy](patches, noise, t, **params)  # (b, N)
+            ids_keep, ids_mask = masking.sample(priority, K)  # (b, K), (b, M)
 
-            # forward and backward, in parts that fit in memory; the weights are shared out over the whole batch
+            # forward, loss, backward, in micro-batches that fit in memory; the weights' sum is the whole batch's
             weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
             weight_sum, loss = distributed.all_reduce(weight.sum()), 0.0
-            for i in range(0, b, b // args.accumulate):
-                part = slice(i, i + b // args.accumulate)
-                tokens = masked_patch_gather(view[part], ids_keep[part], p, dtype)
+            for i in range(0, b, micro):
+                now = slice(i, i + micro)
+                tokens = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (micro, K, P)
                 with autocast():
-                    pred, stats = net(tokens, ids_keep[part], ids_mask[part])
-                what = (pred, view[part], ids_mask[part], p, weight[part], norm_pix, weight_sum)
-                partial, error = absolute_loss(*what) if strategy == "simmim" else reconstruction_loss(
-                    *what, return_error=True)  # fmt: skip
-                stats = stats + visible_stats(view[part], ids_keep[part], ids_mask[part], p)
-                heads = stats_loss(stats, view[part], ids_mask[part], p) + guide.loss(part, ids_mask[part], error)
-                (partial + heads / (args.accumulate * world)).backward()  # heads that watch: no gradient for the rest
-                loss = loss + partial.detach()
+                    pred, stats = net(tokens, ids_keep[now], ids_mask[now])  # (micro, M, P), (micro, M, 2)
+                loss_args = (pred, view[now], ids_mask[now], p, weight[now], norm_pix, weight_sum)
+                micro_loss, error = absolute_loss(*loss_args) if strategy == "simmim" else reconstruction_loss(
+                    *loss_args, return_error=True)  # fmt: skip
+                stats = stats + visible_stats(view[now], ids_keep[now], ids_mask[now], p)
+                aux_loss = stats_loss(stats, view[now], ids_mask[now], p) + guide.loss(now, ids_mask[now], error)
+                (micro_loss + aux_loss / (args.accumulate * world)).backward()  # aux: no gradient for the network
+                loss = loss + micro_loss.detach()
 
-            # step
-            guide.learn()
+            # update
+            guide.backward()
             distributed.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, args.warmup * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
-            guide.follow(model.encoder, t)
+            guide.update_ema(model.encoder, t)
             step += 1
-            bar.update()
 
             # log, evaluate, save
-            losses.append(loss)
-            norms.append(norm)
-            stop = distributed.largest(asked[0] if asked else 0)  # all stop after the same step
+            bar.update()
+            meter.add(loss, norm)
+            stop = distributed.largest(stop_signal[0] if stop_signal else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                now = torch.stack([distributed.all_reduce(torch.stack(losses)), torch.stack(norms)], 1).cpu()
-                losses, norms = [], []
-                if not now.isfinite().all():
-                    first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
-                    raise UserError(f"the loss is not finite at step {first}; {out}/state.pt keeps the last good "
-                                    f"state. Try a smaller --blr than {args.blr:g}, or --dtype fp32")  # fmt: skip
-                share, spent = waiting.share()
-                about_masks = guide.statistics(patches, ids_mask)
-                if warning := guidance.collapsed(about_masks):
+                row = meter.row(step, f"{out}/state.pt keeps the last good state. Try a smaller --blr than {args.blr:g}"
+                                ", or --dtype fp32")  # fmt: skip
+                masks = guide.statistics(patches, ids_mask)
+                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], **row,
+                    memory_mb=round(peak_memory_mb(device)), seconds=meter.seconds(), **masks)  # fmt: skip
+                bar.set_postfix(loss=f"{row['loss']:.4f}")
+                if warning := collapse_warning(masks):
                     tqdm.write(f"step {step}: {warning}")
-                log(step=step, epoch=round(step / per_epoch, 4), loss=now[:, 0].mean().item(), lr=group["lr"],
-                    grad_norm=now[:, 1].mean().item(), images_per_s=round(len(now) * B / spent, 1),
-                    data_wait=round(share, 5), memory_mb=round(peak_memory_mb(device)),
-                    seconds=round(clock(), 2), **about_masks)  # fmt: skip
-                bar.set_postfix(loss=f"{now[:, 0].mean():.4f}")
-                if step % (per_epoch * args.eval_every) == 0 or step == total:
-                    report()
-                if args.every and step % (per_epoch * args.every) == 0 and rank == 0:
-                    save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about())
-                if stop or step == total or last_save.due():
-                    last_save.time(save)
-                    waiting.share()
+                if rank == 0 and (step % (per_epoch * args.eval_every) == 0 or step == total):
+                    log(step=step, **judge(step / per_epoch), seconds=meter.seconds())
+                if rank == 0 and args.every and step % (per_epoch * args.every) == 0:
+                    about = {"step": step, "run": config, "norm_pix": norm_pix}
+                    save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about)
+                if stop or step == total or pacer.due():
+                    if rank == 0:
+                        pacer.time(save_run, out, model, optimizer, guide, config, step, meter.seconds())
+                    meter.waiting.restart()
             if stop:
                 bar.close()
                 distributed.stop_here(stop, step, args.resume)
@@ -369,14 +341,10 @@ def main():
     distributed.leave()
 
     title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
-    if view is not None:  # None where a finished run was resumed: its picture is there
-        shown = {guide.need: as_map(patches[guide.need][:8], S // p)} if guide.need else {}
-        seen = hide(view[:8], ids_mask[:8], p)
-        plots.masks(out / "masks.png", view[:8], seen, shown, f"What the last batch hid: {title}")
-    save_model(model, out / "model.safetensors", about())
-    plots.curves(out / "curves.png", read_log(out / "log.jsonl"), args.eval_on, title)
-    draw_reconstructions(model, held, norm_pix, autocast, out / "recon.png")
-    print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {clock():.0f} s")
+    last = None if view is None else (view[:8], ids_mask[:8], guide.shown(patches))  # None: it was finished before
+    save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
+    draw_run(out, model, held, norm_pix, autocast, last, args.eval_on, title)
+    print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ On a CPU it is the processor's time of this process that counts, so that other w
 import argparse
 import statistics
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,24 +43,21 @@ def fake_maps(need, n, side):
     return draw.integers(0, top, (n, grid, grid), dtype=np.uint8)
 
 
-def make_guide(name, model, size, train, device, autocast):
-    """The guide that pretrain.py would make for this strategy, its maps already there."""
-    args = SimpleNamespace(patch_size=size["patch_size"], attention="cls", teacher="self", maps="auto", epochs=1,
-                           image_size=size["image_size"])  # fmt: skip
-    need = masking.NEEDS.get(name)
-    real, guidance.open_maps = guidance.open_maps, lambda *_: (None, 0, "")
-    guide = guidance.Guide(name, {}, args, model, None, train, device, autocast)
-    guidance.open_maps = real
-    if need in guidance.IN_FILES:
-        guide.maps, guide.parts = fake_maps(need, len(train["images"]), guide.side), 7
-    guide.networks.pop("teacher", None)  # its looks and its averaging are not measured here
+def make_guide(name, encoder, train, device, autocast):
+    """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's are not measured."""
+    need, n = masking.NEEDS.get(name), len(train["images"])
+    train = train | {k: fake_maps(k, n, encoder.side) for k in guidance.TRUTH} | {"header": {"parts": range(7)}}
+    guide = guidance.Guide(name, {}, encoder, train, None, device, autocast, maps="truth")
+    guide.networks.pop("teacher", None)
+    if need == "attn":
+        guide.maps = fake_maps(need, n, encoder.side)
     return guide
 
 
 def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
     """What a strategy does before the forward pass, and its head's backward after it -> ids_keep, ids_mask."""
     N = noise.shape[1]
-    patches = {"masked": N - K} | guide.known(rows, boxes, flip, view)
+    patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view)
     ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
     if guide.networks:
         guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
@@ -86,9 +82,9 @@ def measure(model, size, train, device, rounds):
     names = [name for name in masking.STRATEGIES if name != "simmim"]
     baseline = SimMIM(**size).to(device)
     its_optimizer = make_optimizer(baseline, 1e-4, 0.05)
-    made = {name: make_guide(name, model, size, train, device, autocast) for name in names}
+    made = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
-        made["true parts"] = make_guide("parts", model, size, train, device, autocast)
+        made["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
         made["true parts"].maps = train["parts"]
     took = {name: [] for name in [*made, "step", "simmim"]}
     for i in range(rounds):

@@ -1,21 +1,25 @@
-"""Quick looks at a model while it trains: masked error, Top-1, reconstructions. probe.py is the thorough measure.
+"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions. probe.py is the thorough measure.
 
 Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
 """
 
+import functools
+
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import mask as masking
-from common import guidance, metrics, plots
-from common.train import seeded
+from common import guidance, metrics
+from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_error, visible_stats
 from model import put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
-EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most so many are looked at
+EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most
+GRAY = 128  # a masked patch in a picture
 
 
 def predict(model, view, ids_keep, ids_mask, autocast):
@@ -66,7 +70,7 @@ def pooled_tokens(encoder, image_size, autocast, split, rows):
 
 
 def thumbnails(split, rows, side=4):
-    """The control: what colour alone tells, (n, side*side*3), for both of those that look."""
+    """The control: what colour alone tells, (n, side*side*3), for both classifiers."""
     small = metrics.thumbnails(torch.from_numpy(np.array(split["images"][rows.numpy()])), side)
     return small, small
 
@@ -74,7 +78,7 @@ def thumbnails(split, rows, side=4):
 def recognition(features, train, held):
     """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
 
-    features(split, rows) -> what the kNN looks at (n, E), what the ridge looks at (n, D).
+    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank, queries = data.spread(len(train["images"]), BANK_IMAGES), data.spread(len(held["images"]), EVAL_IMAGES)
     (near, flat), (asked, asked_flat) = features(train, bank), features(held, queries)
@@ -95,28 +99,69 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     mass, area = torch.zeros(len(names)), torch.zeros(len(names))
     for index, attention in guidance.attention(encoder, image_size, split["images"], rows, source, autocast):
         whole = data.full_boxes(len(index))
-        share = guidance.cut("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
+        share = guidance.crop_map("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
         mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
         area += share.mean(1).sum(0)
     return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 
 
+def evaluate(model, teacher, train, held, name, norm_pix, autocast, source, epoch):
+    """What the log says of a model after `epoch` epochs, judged on split `held`, called name; printed in one line.
+
+    -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails), with true parts
+    "attention_on", where the teacher's attention goes.
+    """
+    S = model.config["image_size"]
+    row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
+    text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
+    if data.has_labels(train) and data.has_labels(held):
+        row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
+        text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
+        if epoch == 0:
+            row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
+            text += f" untrained; thumbnails {row['knn_thumbnail']:.1f} %, {row['linear_thumbnail']:.1f} %"
+    elif epoch == 0:
+        text += "; no Top-1: that needs two classes or more, and labels on all images"
+    if held["header"].get("parts"):
+        row["attention_on"] = attention_by_part(teacher, S, autocast, held, source)
+    tqdm.write(text)
+    return row
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def draw_run(out, model, held, norm_pix, autocast, last, name, title):
+    """recon.png, curves.png and, of the last batch (view, ids_mask, what guided the mask), masks.png."""
+    from common import plots  # matplotlib takes a second to load: only where a picture is drawn
+
+    if last:
+        view, ids_mask, scores = last
+        seen = hide(view, ids_mask, model.config["patch_size"])
+        plots.masks(out / "masks.png", view, seen, scores, f"What the last batch hid: {title}")
+    plots.curves(out / "curves.png", read_log(out / "log.jsonl"), name, title)
+    plots.reconstructions(out / "recon.png", *reconstruct(model, held, norm_pix, autocast), EVAL_RATIO)
+
+
 def hide(view, ids, patch):
     """view u8 (B, S, S, 3) with patches ids (B, M) painted gray."""
-    return put_patches(view, ids, view.new_full((*ids.shape, 3 * patch * patch), plots.GRAY))
+    return put_patches(view, ids, view.new_full((*ids.shape, 3 * patch * patch), GRAY))
 
 
 @torch.no_grad()
-def draw_reconstructions(model, split, norm_pix, autocast, path):
-    """recon.png: evaluation images under the fixed random mask. Only predicted statistics undo norm_pix: no leak."""
+def reconstruct(model, split, norm_pix, autocast):
+    """Eight images under the fixed random mask -> u8 (8, S, S, 3) each: original, visible, predicted, both together.
+
+    Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
+    """
     rows, c = data.spread(len(split["images"]), 8), model.config
     _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0))
     ids_keep, ids_mask = hide_at_random(noise, view.device)
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
     pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
-    predicted = put_patches(torch.full_like(view, plots.GRAY), ids_mask, pixels)
-    plots.reconstructions(path, view, seen, predicted, put_patches(view, ids_mask, pixels), EVAL_RATIO)
+    predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
+    return view, seen, predicted, put_patches(view, ids_mask, pixels)
 
 
 def hidden_by(strategy, patches, g, n, ratios, t=1.0):

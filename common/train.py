@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.distributed import all_reduce
 from common.io import UserError, atomic, save_text
 
 try:
@@ -118,17 +119,17 @@ def peak_memory_mb(device):
 
 
 def catch_signals():
-    """-> a list that a first Ctrl-C or SIGTERM fills, to be looked at between steps; a second one interrupts."""
-    asked = []
+    """-> a list that a first Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one interrupts."""
+    stop_signal = []
 
     def note(number, _):
-        if asked:
+        if stop_signal:
             raise KeyboardInterrupt
-        asked.append(signal.Signals(number))
+        stop_signal.append(signal.Signals(number))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
-    return asked
+    return stop_signal
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -248,25 +249,59 @@ class Stopwatch:
     """How much of the time a loop waits for its data."""
 
     def __init__(self):
+        self.restart()
+
+    def restart(self):
         self.waited, self.since = 0.0, time.perf_counter()
 
     def timed(self, items):
         """Iterate over items, adding up the time that each takes to come."""
         items, done = iter(items), object()
         while True:
-            asked = time.perf_counter()
+            start_time = time.perf_counter()
             item = next(items, done)
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - start_time
             if item is done:
                 return
             yield item
 
     def share(self):
         """-> (share of the time spent waiting, seconds) since the last call."""
-        now = time.perf_counter()
-        share, seconds = self.waited / max(1e-9, now - self.since), now - self.since
-        self.waited, self.since = 0.0, now
+        seconds = time.perf_counter() - self.since
+        share = self.waited / max(1e-9, seconds)
+        self.restart()
         return share, seconds
+
+
+class Meter:
+    """The losses and gradient norms of the steps since the last row of the log, and their speed."""
+
+    def __init__(self, batch_size, seconds=0.0):
+        self.batch_size, self.start_time = batch_size, time.perf_counter() - seconds
+        self.waiting, self.losses, self.norms = Stopwatch(), [], []
+
+    def seconds(self):
+        """Of the whole run, the time before it was resumed included."""
+        return round(time.perf_counter() - self.start_time, 2)
+
+    def add(self, loss, norm):
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def row(self, step, fix):
+        """-> means since the last row; a loss that is not finite is a UserError with its step and the fix.
+
+        Losses are summed over the processes, each having its share; only here does the CPU wait for a GPU.
+        """
+        now = torch.stack([all_reduce(torch.stack(self.losses)), torch.stack(self.norms)], 1).cpu()  # (steps, 2)
+        self.losses, self.norms = [], []
+        if not now.isfinite().all():
+            first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
+            raise UserError(f"the loss is not finite at step {first}; {fix}")
+        share, seconds = self.waiting.share()
+        loss, norm = now[:, 0].mean().item(), now[:, 1].mean().item()
+        speed = round(len(now) * self.batch_size / seconds, 1)
+        return {"loss": loss, "grad_norm": norm, "images_per_s": speed, "data_wait": round(share, 5)}
 
 
 class Pacer:
@@ -278,8 +313,8 @@ class Pacer:
     def due(self):
         return time.perf_counter() - self.last > min(100 * self.cost, 600)
 
-    def time(self, save):
-        began = time.perf_counter()
-        save()
+    def time(self, save, *args):
+        start_time = time.perf_counter()
+        save(*args)
         self.last = time.perf_counter()
-        self.cost = self.last - began
+        self.cost = self.last - start_time

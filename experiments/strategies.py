@@ -59,8 +59,8 @@ def known_of(model, split, rows, autocast):
     attention = torch.cat([score for _, score in looks])
     names = split["header"]["parts"]
     return view, {"attn": attention, "detail": patch_detail(view, every, p),
-                  "difficulty": difficulty(model, view, autocast), "fg": guidance.cut("fg", split["fg"], *whole),
-                  "parts": guidance.cut("parts", split["parts"], *whole, len(names))}  # fmt: skip
+                  "difficulty": difficulty(model, view, autocast), "fg": guidance.crop_map("fg", split["fg"], *whole),
+                  "parts": guidance.crop_map("parts", split["parts"], *whole, len(names))}  # fmt: skip
 
 
 def main():

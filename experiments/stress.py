@@ -176,9 +176,10 @@ def known_of(model, split, rows, view):
     boxes, every = data.full_boxes(len(rows)), model.encoder.all_patches(view)[1]
     known = {"attn": model.encoder.patch_attention(view).float().mean(1), "detail": patch_detail(view, every, p)}
     if "fg" in split:
-        known["fg"] = guidance.cut("fg", split["fg"], rows, *boxes, g, device)
+        known["fg"] = guidance.crop_map("fg", split["fg"], rows, *boxes, g, device)
     if "parts" in split:
-        known["parts"] = guidance.cut("parts", split["parts"], rows, *boxes, g, device, len(split["header"]["parts"]))
+        count = len(split["header"]["parts"])
+        known["parts"] = guidance.crop_map("parts", split["parts"], rows, *boxes, g, device, count)
     return known
 
 

@@ -28,7 +28,7 @@ QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """A packed set with true figure masks: an ellipse of a class's colour before noise, 32 px."""
+    """A packed set with true foreground masks: an ellipse of a class's colour before noise, 32 px."""
     base, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
     y, x = np.mgrid[:32, :32]
     for c in range(3):
@@ -58,8 +58,7 @@ def run(monkeypatch, *words):
     """pretrain.py in this process, a smaller network, no pictures: starting and drawing would take most of the time."""
     small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
     monkeypatch.setitem(pretrain.SIZES, "nano", small)
-    monkeypatch.setattr(pretrain, "draw_reconstructions", lambda *_: None)
-    monkeypatch.setattr(pretrain.plots, "curves", lambda *_: None)
+    monkeypatch.setattr(pretrain, "draw_run", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [str(w) for w in ["pretrain.py", *words]])
     pretrain.main()
 
@@ -78,10 +77,10 @@ def test_a_hot_patch_follows_crop_and_flip():
         maps[i, row, column] = 1
     view = data.view_images(torch.from_numpy(images), boxes, flip, S)
     seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
-    known = guidance.cut("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
+    known = guidance.crop_map("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
     assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
     assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
-    unflipped = guidance.cut("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
+    unflipped = guidance.crop_map("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
     assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
 
 
@@ -89,10 +88,10 @@ def test_parts_are_shares_and_figure_is_one_of_them():
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
-    shares = guidance.cut("parts", labels, rows, boxes, flip, 8, "cpu", 5)
+    shares = guidance.crop_map("parts", labels, rows, boxes, flip, 8, "cpu", 5)
     assert shares.shape == (6, 64, 5)
     torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
-    figure = guidance.cut("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
+    figure = guidance.crop_map("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
     torch.testing.assert_close(1 - shares[..., 0], figure)
 
 
@@ -179,13 +178,13 @@ def header_of(path):
 
 def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypatch):
     """The same crops, and in the place of each image's map that of its neighbour in the batch."""
-    seen, plain = [], guidance.cut
+    seen, plain = [], guidance.crop_map
 
     def noted(need, maps, rows, *rest):
         seen.append(rows)
         return plain(need, maps, rows, *rest)
 
-    monkeypatch.setattr(guidance, "cut", noted)
+    monkeypatch.setattr(guidance, "crop_map", noted)
     monkeypatch.chdir(tmp_path)
     for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
         run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1])
@@ -198,7 +197,7 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
     words = ["--data", figures, "--mask", "learned:start=0,ramp_for=0", *QUICK]
     run(monkeypatch, *words, "--out", "whole")
 
-    plain = guidance.Guide.follow
+    plain = guidance.Guide.update_ema
 
     def stop_at_5(self, encoder, t):
         plain(self, encoder, t)
@@ -206,10 +205,10 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
         if self.steps == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(guidance.Guide, "follow", stop_at_5)
+    monkeypatch.setattr(guidance.Guide, "update_ema", stop_at_5)
     with pytest.raises(SystemExit):
         run(monkeypatch, *words, "--out", "parts")
-    monkeypatch.setattr(guidance.Guide, "follow", plain)
+    monkeypatch.setattr(guidance.Guide, "update_ema", plain)
     run(monkeypatch, *words, "--out", "parts", "--resume")
     a, b = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("whole", "parts"))
     for key in ("model", "predictor"):
@@ -276,7 +275,7 @@ def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch)
 def test_a_file_of_maps_goes_before_the_truth_and_both_can_be_asked_for(figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = data.open_split(figures, "train")
-    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith("the true figure masks")
+    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith("the true foreground masks")
     n = len(train["images"])
     header = {"map": "saliency", "quality": "coarse", "data_digest": data.fingerprint(train), "grid": 2}
     path = Path("maps") / figures.name / "saliency.safetensors"
@@ -295,7 +294,7 @@ def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
     assert f"python maps.py --data {small} --map saliency" in refusal("--data", small, "--mask", "fg_heavy")
     assert f"python maps.py --data {figures} --map parts" in refusal("--data", figures, "--mask", "parts")
     line = refusal("--data", small, "--mask", "bg_heavy", "--maps", "truth")
-    assert "has no figure masks" in line and "maps.py" in line
+    assert "has no foreground masks" in line and "maps.py" in line
     write_parts(figures, tmp_path / "other" / "parts.safetensors")
     assert "another data set" in refusal("--data", small, "--mask", "parts", "--maps", tmp_path / "other")
     assert "no parameter 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")

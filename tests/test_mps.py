@@ -88,7 +88,7 @@ def training_step(log):
     follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
-        patches = {need: guidance.cut(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
+        patches = {need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
         attention = [teacher.patch_attention(view, source).mean(1) for source in ("cls", "received")]
         patches |= {"masked": 12, "attn": sum(attention)}
         tokens, every = teacher.all_patches(view)
@@ -106,7 +106,7 @@ def training_step(log):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        guidance.Guide.follow(follow, model.encoder, 0.5)
+        guidance.Guide.update_ema(follow, model.encoder, 0.5)
         masking.diversity(ids_mask, 16), guidance.region_shares(patches["fg"], ids_mask), masking.entropy(guess, 1.0)
 
 
