@@ -8,8 +8,8 @@ STRATEGIES; its keyword parameters can then be set from the command line: --mask
         return guided(patches["attn"], beta, noise)
 
 patches  what is known of the view's patches, a dict of tensors that followed the crop and the flip; NEEDS says which
-         strategy asks for which. "attn" (B, N): the attention that the teacher pays to each; "fg" (B, N): how much of
-         it is figure, 0 to 1; "parts" (B, N, P): the share of each part, the background being part 0; "detail" (B, N):
+         strategy asks for which. "attn" (B, N): the attention that the teacher pays to each; "fg" (B, N): its share
+         of foreground, 0 to 1; "parts" (B, N, P): the share of each part, the background being part 0; "detail" (B, N):
          contrast of its pixels; "difficulty" (B, N): the loss that is predicted for it; "masked": M, how many to hide
 noise    (B, N) Gumbel noise, drawn on the CPU from (seed, epoch, step): adding it to a score and taking the top M draws
          M patches without replacement, with odds exp(score) (Gumbel-top-k; Kool et al. 2019, arXiv:1903.06059)
@@ -35,11 +35,11 @@ def gumbel_noise(n, N, generator):
 
 
 def standard_score(x):
-    """(B, N) -> mean 0 and deviation 1 within each image; 0 where an image's values are all the same."""
+    """(B, N) -> mean 0 and std 1 within each image; 0 where an image's values are all the same."""
     centred = x - x.mean(1, keepdim=True)
-    deviation = centred.square().mean(1, keepdim=True).sqrt()
-    flat = deviation <= 1e-6 * x.abs().amax(1, keepdim=True)
-    return torch.where(flat, 0.0, centred / deviation.clamp(min=1e-30))
+    std = centred.square().mean(1, keepdim=True).sqrt()
+    flat = std <= 1e-6 * x.abs().amax(1, keepdim=True)
+    return torch.where(flat, 0.0, centred / std.clamp(min=1e-30))
 
 
 def guided(score, beta, noise):
@@ -89,7 +89,7 @@ def grid(patches, noise, t):
 def green(patches, noise, t, fine=1.0, coarse=2.0):
     """Band-passed noise, blobs neither fine nor coarse: a structured mask without data (ColorMAE, arXiv:2407.13036).
 
-    fine, coarse: deviations in patches of the two Gaussians whose difference is the band.
+    fine, coarse: stds in patches of the two Gaussians whose difference is the band.
     """
     g = math.isqrt(noise.shape[1])
     field = noise.unflatten(1, (g, g))
@@ -97,16 +97,16 @@ def green(patches, noise, t, fine=1.0, coarse=2.0):
     return (narrow @ field @ narrow.T - wide @ field @ wide.T).flatten(1) + 1e-6 * noise
 
 
-# ---- S1: where a teacher looks -------------------------------------------------------------------------------------
+# ---- S1: a teacher's attention -------------------------------------------------------------------------------------
 
 
 def attn_high(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP):
-    """Hides what the teacher looks at, so that the important is what must be understood (AttMask, arXiv:2203.12719)."""
+    """Hides what the teacher attends to: what matters has to be predicted (AttMask, arXiv:2203.12719)."""
     return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
 def attn_low(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP):
-    """Hides what the teacher overlooks: the easy opposite."""
+    """Hides what the teacher does not attend to: the easy opposite."""
     return guided(-log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
@@ -116,16 +116,16 @@ def attn_hint(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP, hint=0.1)
     return show_some(priority, patches["masked"], hint, noise) if ramp(t, start, ramp_for) > 0 else priority
 
 
-# ---- S2: figure and ground -----------------------------------------------------------------------------------------
+# ---- S2: foreground and background ---------------------------------------------------------------------------------
 
 
 def fg_heavy(patches, noise, t, share=0.9, spare=1):
-    """Hides `share` of the figure, the rest from the ground; `spare` patches of each side stay visible."""
+    """Hides `share` of the foreground, the rest from the background; `spare` patches of each side stay visible."""
     return side_quota(patches["fg"] > 0.5, patches["masked"], noise, share, spare)
 
 
 def bg_heavy(patches, noise, t, share=0.9, spare=1):
-    """Hides `share` of the ground, the rest from the figure: the face is left to be seen."""
+    """Hides `share` of the background, the rest from the foreground: the face stays visible."""
     return side_quota(patches["fg"] <= 0.5, patches["masked"], noise, share, spare)
 
 
@@ -194,10 +194,10 @@ def ranks(noise):
     return noise.argsort(1).argsort(1).float()
 
 
-def blur_matrix(g, deviation, device):
+def blur_matrix(g, std, device):
     """(g, g): a Gaussian around each place of a line of g; rows sum to 1. B @ x @ B.T blurs a picture x."""
     distance = torch.arange(g, device=device)[:, None] - torch.arange(g, device=device)
-    weight = torch.exp(-0.5 * (distance / max(deviation, 1e-3)) ** 2)
+    weight = torch.exp(-0.5 * (distance / max(std, 1e-3)) ** 2)
     return weight / weight.sum(1, keepdim=True)
 
 

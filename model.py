@@ -53,7 +53,7 @@ class Attention(nn.Module):
         return self.proj(attention(q[:, :, start:], k, v).transpose(1, 2).reshape(B, N - start, D))
 
     def probabilities(self, x, queries):
-        """Who looks at what: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries` of its rows, fp32.
+        """Attention probabilities: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries` of its rows, fp32.
 
         A fused attention returns no probabilities, so the rows that are needed are computed again.
         """
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log deviation, for pictures only
+        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log std, for pictures only
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
         nn.init.zeros_(self.stats_head.weight)
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         tokens, only on the positions that were added to them: we append the mask tokens and save two gathers,
         and the masked patches are then simply the last M rows. Nobody asks for the visible ones, so the last block
         only reads them: same prediction, same gradients, a quarter of its MLP saved. stats, what is left to be said of
-        means and log deviations by kernels.loss.visible_stats, gives no gradient to the rest of the network.
+        means and log stds by kernels.loss.visible_stats, gives no gradient to the rest of the network.
         """
         pos = self.decoder_pos_embed[0]
         x = self.decoder_embed(latent)
@@ -272,7 +272,7 @@ class SimMIM(nn.Module):
 
 
 class LossPredictor(nn.Module):
-    """Guesses from a view which patches will be hard to predict: one small block over all of them.
+    """Predicts from a view which patches will be hard to reconstruct: one small block over all of them.
 
     It guides the mask "learned", in the manner of HPM (Wang et al. 2023), and shares nothing with the encoder.
     """
@@ -418,7 +418,7 @@ def remove_lora(encoder):
 
 
 def to_pixels(pred, stats=None):
-    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2) of evaluate.predict, mean and log deviation, undo norm_pix."""
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2) of evaluate.predict, mean and log std, undo norm_pix."""
     if stats is not None:
         pred = pred * stats[..., 1:].exp() + stats[..., :1]
     std, mean = (torch.tensor(x, device=pred.device).repeat(pred.shape[2] // 3) for x in (STD, MEAN))

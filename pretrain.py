@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75      # the same run on 8 GPUs
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first);
-        maps/NAME for the masks that need figure or parts (maps.py makes them)
+        maps/NAME for the masks that need foreground or parts (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the next stages),
         log.jsonl, curves.png, recon.png, masks.png, and snapshots/ if asked
 
-Everything random is drawn on the CPU from (seed, epoch, step): two strategies with one seed see the same images in the
-same order with the same crops, and a run that was killed and resumed ends with the same bits as one that was not.
+All random numbers are drawn on the CPU from (seed, epoch, step): two strategies with one seed see the same images in
+the same order with the same crops, and a run that was killed and resumed ends with the same bits as one that was not.
 Several processes draw the same and take a slice each: --batch-size is that of all, and the losses are those of one.
 """
 
@@ -37,11 +37,11 @@ from common.train import (
     make_optimizer,
     open_log,
     open_run,
-    peak_memory_mb,
     pick_device,
     pick_dtype,
     save_state,
     seeded,
+    set_lr,
 )
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
@@ -163,7 +163,8 @@ def config_of(args, folder):
 
 
 def build_model(args, strategy):
-    """The network with new weights: MAE, or SimMIM for its own mask."""
+    """The network, its weights drawn from --seed: MAE, or SimMIM for its own mask."""
+    torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
     build = SimMIM if strategy == "simmim" else MAE
     model = build(args.image_size, args.patch_size, **size,
@@ -186,15 +187,21 @@ def fit_batch(args, images, world):
     return B
 
 
-def start_message(args, folder, out, train, held, model, ratios, steps, batch, step):
+def micro_batches(b, n):
+    """-> n slices of b rows."""
+    return [slice(i, i + b // n) for i in range(0, b, b // n)]
+
+
+def start_message(args, folder, out, train, held, model, ratios, steps, batch, step, init_message, guided_by):
     """What is printed before the first step; steps: of an epoch."""
+    more = [f"{word:9}{line}" for word, line in (("init", init_message), ("guide", guided_by)) if line]
     N, p = model.encoder.side**2, args.patch_size
     count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
     return "\n".join((
         f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
         f"{len(train['header']['classes'])} classes",
         f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
-        f"{masking.kept(N, ratios[0])} of them visible",
+        f"{masking.kept(N, ratios[0])} of them visible", *more,
         f"run      {out}: {args.mask}, {args.epochs} epochs of {steps} steps of {batch} images, learning rate "
         f"{args.blr * batch / 256:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
 
@@ -231,7 +238,6 @@ def main():
           f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
 
     # network and data
-    torch.manual_seed(args.seed)
     model = build_model(args, strategy)
     with distributed.zero_first():
         folder = data.open_or_pack(args.data, args.image_size)
@@ -240,7 +246,7 @@ def main():
     S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
     B = fit_batch(args, len(train["images"]), world)
     b = B // world  # images of a batch that this process works on: rows rank_slice of it
-    rank_slice, micro = slice(rank * b, rank * b + b), b // args.accumulate
+    rank_slice = slice(rank * b, rank * b + b)
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
@@ -257,10 +263,9 @@ def main():
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
     step, seconds = load_run(state, out / "state.pt", model, optimizer, guide) if state else (0, 0.0)
     log = open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
-    print(f"init     {init_message}\n" * bool(init_message) + f"guide    {guide.about}\n" * bool(guide.about)
-          + start_message(args, folder, out, train, held, model, ratios, per_epoch, B, step))  # fmt: skip
+    print(start_message(args, folder, out, train, held, model, ratios, per_epoch, B, step, init_message, guide.about))
 
-    stop_signal, meter, pacer = catch_signals(), Meter(B, seconds), Pacer()
+    stop_signal, meter, pacer = catch_signals(), Meter(B, device, seconds), Pacer()
     teacher = guide.networks.get("teacher", model.encoder)
     judge = functools.partial(evaluate, model, teacher, train, held, args.eval_on, norm_pix, autocast, args.attention)
     if step == 0 and rank == 0:
@@ -288,11 +293,10 @@ def main():
             # forward, loss, backward, in micro-batches that fit in memory; the weights' sum is the whole batch's
             weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
             weight_sum, loss = distributed.all_reduce(weight.sum()), 0.0
-            for i in range(0, b, micro):
-                now = slice(i, i + micro)
-                tokens = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (micro, K, P)
+            for now in micro_batches(b, args.accumulate):
+                tokens = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (b/n, K, P)
                 with autocast():
-                    pred, stats = net(tokens, ids_keep[now], ids_mask[now])  # (micro, M, P), (micro, M, 2)
+                    pred, stats = net(tokens, ids_keep[now], ids_mask[now])  # (b/n, M, P), (b/n, M, 2)
                 loss_args = (pred, view[now], ids_mask[now], p, weight[now], norm_pix, weight_sum)
                 micro_loss, error = absolute_loss(*loss_args) if strategy == "simmim" else reconstruction_loss(
                     *loss_args, return_error=True)  # fmt: skip
@@ -305,8 +309,7 @@ def main():
             guide.backward()
             distributed.all_reduce_gradients(learning.parameters())
             norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, args.warmup * total, peak_lr)
+            lr = set_lr(optimizer, lr_at(step, total, args.warmup * total, peak_lr))
             optimizer.step()
             optimizer.zero_grad()
             guide.update_ema(model.encoder, t)
@@ -317,11 +320,9 @@ def main():
             meter.add(loss, norm)
             stop = distributed.largest(stop_signal[0] if stop_signal else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                row = meter.row(step, f"{out}/state.pt keeps the last good state. Try a smaller --blr than {args.blr:g}"
-                                ", or --dtype fp32")  # fmt: skip
+                row = meter.row(step, f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32")
                 masks = guide.statistics(patches, ids_mask)
-                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], **row,
-                    memory_mb=round(peak_memory_mb(device)), seconds=meter.seconds(), **masks)  # fmt: skip
+                log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row, **masks)
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
                 if warning := collapse_warning(masks):
                     tqdm.write(f"step {step}: {warning}")
@@ -335,15 +336,14 @@ def main():
                         pacer.time(save_run, out, model, optimizer, guide, config, step, meter.seconds())
                     meter.waiting.restart()
             if stop:
-                bar.close()
                 distributed.stop_here(stop, step, args.resume)
     bar.close()
     distributed.leave()
 
-    title = f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}"
     last = None if view is None else (view[:8], ids_mask[:8], guide.shown(patches))  # None: it was finished before
     save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
-    draw_run(out, model, held, norm_pix, autocast, last, args.eval_on, title)
+    draw_run(out, model, held, norm_pix, autocast, last, args.eval_on,
+             f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}")  # fmt: skip
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s")
 
 

@@ -88,16 +88,16 @@ def all_rows(x):
     return all_reduce(whole).flatten(0, 1)
 
 
-def with_others(x, mine):
-    """x (b, ...) of every process -> (world * b, ...), where only this process's rows, `mine`, carry a gradient.
+def with_others(x, rank_slice):
+    """x (b, ...) of every process -> (world * b, ...), where only this process's rows, rank_slice, carry a gradient.
 
-    What is small and looks at the whole batch, such as a batch norm and a head, is then computed by every process, all
+    What is small and needs the whole batch, such as a batch norm and a head, is then computed by every process, all
     of them alike, and needs no summing; what made x gets the gradient of its own rows.
     """
     if not several():
         return x
     whole = all_rows(x.detach())
-    return torch.cat([whole[: mine.start], x, whole[mine.stop :]])
+    return torch.cat([whole[: rank_slice.start], x, whole[rank_slice.stop :]])
 
 
 def largest(number):

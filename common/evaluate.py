@@ -81,12 +81,12 @@ def recognition(features, train, held):
     features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank, queries = data.spread(len(train["images"]), BANK_IMAGES), data.spread(len(held["images"]), EVAL_IMAGES)
-    (near, flat), (asked, asked_flat) = features(train, bank), features(held, queries)
+    (near, flat), (query, query_flat) = features(train, bank), features(held, queries)
     labels, truth = train["labels"][bank], held["labels"][queries]
-    x, q = metrics.standardise(flat, asked_flat)
+    x, q = metrics.standardise(flat, query_flat)
     W, b = metrics.ridge(x, labels, int(labels.max()) + 1, penalty=1.0)
     right = (q @ W + b).argmax(1) == truth
-    return {"knn": 100 * metrics.knn_top1(near, labels, asked, truth), "linear": 100 * right.double().mean().item()}
+    return {"knn": 100 * metrics.knn_top1(near, labels, query, truth), "linear": 100 * right.double().mean().item()}
 
 
 @torch.no_grad()

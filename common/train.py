@@ -69,7 +69,7 @@ def keep_freed_memory():
 def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
     if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "asked for"
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
@@ -183,6 +183,13 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def set_lr(optimizer, lr):
+    """Every group of the optimizer gets this learning rate -> lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every step."""
     if step < warmup:
@@ -276,8 +283,8 @@ class Stopwatch:
 class Meter:
     """The losses and gradient norms of the steps since the last row of the log, and their speed."""
 
-    def __init__(self, batch_size, seconds=0.0):
-        self.batch_size, self.start_time = batch_size, time.perf_counter() - seconds
+    def __init__(self, batch_size, device, seconds=0.0):
+        self.batch_size, self.device, self.start_time = batch_size, device, time.perf_counter() - seconds
         self.waiting, self.losses, self.norms = Stopwatch(), [], []
 
     def seconds(self):
@@ -299,9 +306,9 @@ class Meter:
             first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
             raise UserError(f"the loss is not finite at step {first}; {fix}")
         share, seconds = self.waiting.share()
-        loss, norm = now[:, 0].mean().item(), now[:, 1].mean().item()
-        speed = round(len(now) * self.batch_size / seconds, 1)
-        return {"loss": loss, "grad_norm": norm, "images_per_s": speed, "data_wait": round(share, 5)}
+        return {"loss": now[:, 0].mean().item(), "grad_norm": now[:, 1].mean().item(),
+                "images_per_s": round(len(now) * self.batch_size / seconds, 1), "data_wait": round(share, 5),
+                "memory_mb": round(peak_memory_mb(self.device)), "seconds": self.seconds()}  # fmt: skip
 
 
 class Pacer:

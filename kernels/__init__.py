@@ -30,16 +30,16 @@ def choose_impl(impl, device):
 
     An implementation that can't run on this device is a ValueError: a fallback that nobody notices helps nobody.
     """
-    device, asked = torch.device(device), default if impl == "auto" else impl
-    if asked not in ("auto", "torch", "triton"):
-        raise ValueError(f"--impl {asked} is unknown; choose from auto, torch, triton")
-    if asked == "torch":
-        return "torch", "asked for"
+    device, wanted = torch.device(device), default if impl == "auto" else impl
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"--impl {wanted} is unknown; choose from auto, torch, triton")
+    if wanted == "torch":
+        return "torch", "as --impl says"
     problem = why_not_triton(device)
-    if asked == "triton" and problem:
+    if wanted == "triton" and problem:
         raise ValueError(f"--impl triton: {problem}; use --impl torch")
-    if asked == "triton":
-        return "triton", "asked for" + (", in Triton's interpreter" if device.type == "cpu" else "")
+    if wanted == "triton":
+        return "triton", "as --impl says" + (", in Triton's interpreter" if device.type == "cpu" else "")
     if device.type == "cuda" and not problem:
         return "triton", "the fused kernels serve a GPU"
     return "torch", f"the PyTorch reference serves {device.type}" + (f": {problem}" if device.type == "cuda" else "")

@@ -27,7 +27,7 @@ STD = (0.229, 0.224, 0.225)
 def byte_scale(C):
     """C channels -> two tuples: byte * scale[c] + shift[c] is the normalised value, (byte/255 - mean) / std.
 
-    Three channels take ImageNet's mean and deviation; one, two or four take the average of those, each channel.
+    Three channels take ImageNet's mean and std; one, two or four take the average of those, each channel.
     """
     mean, std = (MEAN, STD) if C == 3 else ((sum(MEAN) / 3,) * C, (sum(STD) / 3,) * C)
     return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))

@@ -1,6 +1,6 @@
 """The weighted reconstruction loss: masked patches only, flat colour counts less; loss and gradient in one pass.
 
-For a masked patch with pixels x and prediction y, both of P numbers (x normalised by ImageNet's mean and deviation):
+For a masked patch with pixels x and prediction y, both of P numbers (x normalised by ImageNet's mean and std):
 
     target  t = (x - mean(x)) / sqrt(var(x) + s0^2)      norm_pix; t = x without it
     error   e = mean over P of (y - t)^2
@@ -61,7 +61,7 @@ def normalise_patches_(x, floor):
 
 
 def targets(view, ids, patch, norm_pix, floor=FLOOR):
-    """-> what the network has to predict, t (B, M, P) fp32, and the patches' (mean, deviation) if norm_pix."""
+    """-> what the network has to predict, t (B, M, P) fp32, and the patches' (mean, std) if norm_pix."""
     x = gather_reference(view, ids, patch)
     return normalise_patches_(x, floor) if norm_pix else (x, None)
 
@@ -189,7 +189,7 @@ def scale_(gradient, by, impl):
         gradient.mul_(by)
 
 
-def hand_over(ctx, by, *_):
+def backward(ctx, by, *_):
     """Backward: the gradient that the forward left, times that of what was made of the loss (`by`, a scalar).
 
     In place, unless somebody comes back: retain_graph, or torch.compile, whose graphs know no writing in place.
@@ -206,7 +206,7 @@ def hand_over(ctx, by, *_):
     return gradient, *[None] * 10
 
 
-loss_op.register_autograd(hand_over, setup_context=remember_gradient)
+loss_op.register_autograd(backward, setup_context=remember_gradient)
 
 
 # ---- the dispatchers ---------------------------------------------------------------------------------------------
@@ -268,12 +268,12 @@ def patch_error(pred, view, ids, patch, norm_pix=True, impl="auto", floor=FLOOR)
 
 
 def patch_stats(x, floor=FLOOR):
-    """Normalised pixels (B, M, P) -> their mean and floored deviation, (B, M, 1) each."""
+    """Normalised pixels (B, M, P) -> their mean and floored std, (B, M, 1) each."""
     return normalise_patches_(x.clone(), floor)[1]
 
 
 def visible_stats(view, ids_keep, ids_mask, patch):
-    """What the visible patches suggest for each hidden one: their mean and log deviation, (B, M, 2), near ones first.
+    """What the visible patches suggest for each hidden one: their mean and log std, (B, M, 2), near ones first.
 
     Weights are distance^-3 between places. It needs no network and sees nothing hidden: what a head has to predict is
     only the rest. Without it pictures were worse than the mean visible colour (results/LOG.md, "pictures").
@@ -287,7 +287,7 @@ def visible_stats(view, ids_keep, ids_mask, patch):
 
 
 def stats_loss(stats, view, ids_mask, patch):
-    """How far the predicted (mean, log deviation) of each masked patch, (B, M, 2), are from the true ones; scalar.
+    """How far the predicted (mean, log std) of each masked patch, (B, M, 2), are from the true ones; scalar.
 
     Trains the small head that lets pictures be drawn without looking at the answer.
     """

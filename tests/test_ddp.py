@@ -80,6 +80,7 @@ def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
     assert text.count("wrote") == 1 and "2 processes" in text  # rank 0 speaks for all
 
 
+@pytest.mark.slow
 def test_four_processes_are_one(small, tmp_path):
     """Weighted patches, whose weights are summed over all; the tolerance is explained below."""
     four = start(small, tmp_path / "four", "--mask", "random", processes=4)
@@ -92,6 +93,7 @@ def test_four_processes_are_one(small, tmp_path):
     assert nearly_the_same(*(torch.load(out / "state.pt", weights_only=True)["model"] for out in outs))
 
 
+@pytest.mark.slow
 def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     """SIGTERM stops both after the same step; without one of them the other ends; one process can go on.
 
@@ -125,6 +127,7 @@ def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     assert nearly_the_same(*(torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")))
 
 
+@pytest.mark.slow
 def test_two_processes_finetune_as_one(small, tmp_path):
     """The batch norm of the neck and the margin of the head look at the whole batch, whose features both share."""
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "encoder.safetensors", {})
@@ -142,7 +145,7 @@ def test_two_processes_finetune_as_one(small, tmp_path):
 def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
     done = start(small, tmp_path / "out", "--batch-size", 15)
     _, errors = done.communicate(timeout=120)
-    assert "error: a batch of 15 images can't be shared by 2 processes" in errors and "--batch-size 16" in errors
+    assert "must be divisible by processes x --accumulate, 2 x 1: 15 is not" in errors and "--batch-size 16" in errors
     assert not (tmp_path / "out").exists()
 
 

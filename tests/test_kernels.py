@@ -349,7 +349,7 @@ def test_auto_takes_torch_where_there_is_no_gpu(monkeypatch):
     with pytest.raises(ValueError, match="--impl numpy is unknown"):
         kernels.choose_impl("numpy", "cpu")
     monkeypatch.setattr(kernels, "default", "torch")
-    assert kernels.choose_impl("auto", "cuda") == ("torch", "asked for")
+    assert kernels.choose_impl("auto", "cuda") == ("torch", "as --impl says")
 
 
 @pytest.mark.skipif(kernels.INTERPRET, reason="the interpreter does run on a CPU")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, stage
+from conftest import ROOT, call, draw_folder, refused, stage
 
 import data
 import mask as masking
@@ -21,7 +21,22 @@ from common.train import commit, read_log
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
 
 
-def train(small, out, *more, **kw):
+@pytest.fixture(autouse=True, scope="module")
+def few_pictures():
+    """A network of 32 numbers, and no pictures but where a test asks for them: they would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
+        patch.setitem(pretrain.SIZES, "nano", small)
+        patch.setattr(pretrain, "draw_run", lambda *_: None)
+        yield
+
+
+def train(small, out, *more, check=None):
+    return call("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=check)
+
+
+def train_apart(small, out, *more, **kw):
+    """In a process of its own, as a user does, and with the nano that a user has."""
     return stage("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, **kw)
 
 
@@ -37,7 +52,7 @@ def same(a, b):
 def finished(small, tmp_path_factory):
     """One uninterrupted attn_high run, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, train(small, out, "--mask", "attn_high:start=.3", check=0)
+    return out, train_apart(small, out, "--mask", "attn_high:start=.3", check=0)
 
 
 def test_a_run_writes_what_its_docstring_says(finished):
@@ -52,15 +67,16 @@ def test_a_run_writes_what_its_docstring_says(finished):
     assert "untrained" in done.stdout and "model.safetensors" in done.stdout and done.stderr == ""
 
 
-def test_same_seed_same_weights_and_another_seed_others(small, finished, tmp_path):
-    train(small, tmp_path / "again", "--mask", "attn_high:start=.3", check=0)
-    assert same(weights(finished[0]), weights(tmp_path / "again"))
-    train(small, tmp_path / "other", "--mask", "attn_high:start=.3", "--seed", 1, check=0)
-    assert not same(weights(finished[0]), weights(tmp_path / "other"))
+def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        train(small, tmp_path / name, "--mask", "attn_high:start=.3", "--seed", seed, check=0)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "again"))
+    assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
+@pytest.mark.parametrize("how, times", [(signal.SIGKILL, 1), (signal.SIGTERM, 1),
+    *(pytest.param(how, 3, marks=pytest.mark.slow) for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT))])
+def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how, times):
     """Killed several times, at moments that nobody chose, and resumed: the weights are those of the whole run."""
     out = tmp_path / "killed"
     command = [
@@ -79,7 +95,7 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
         before = max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
         process = subprocess.Popen([str(w) for w in [*command, "--resume"]], stdout=subprocess.PIPE,
                                    stderr=subprocess.PIPE, text=True)  # fmt: skip
-        if attempt < 3:
+        if attempt < times:
             wait_for_a_step(process, out, more_than=before)
             process.send_signal(how)
         text, errors = process.communicate(timeout=120)
@@ -91,7 +107,7 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
             assert "--resume" in text, (process.returncode, text, errors)
             assert process.returncode == 128 + how
             torch.load(out / "state.pt", weights_only=True)
-    assert stops >= 2 and process.returncode == 0
+    assert stops >= min(times, 2) and process.returncode == 0
     assert same(weights(finished[0]), weights(out))
     assert [r["step"] for r in read_log(out / "log.jsonl") if "val_mse" in r] == [
         r["step"] for r in read_log(finished[0] / "log.jsonl") if "val_mse" in r
@@ -146,7 +162,7 @@ def patched(monkeypatch, module, name, record):
 
 def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
     draw_folder(tmp_path / "pictures", classes=1, each=40)
-    done = stage("pretrain.py", "--data", tmp_path / "pictures" / "class0", *QUICK, cwd=tmp_path, check=0)
+    done = call("pretrain.py", "--data", tmp_path / "pictures" / "class0", *QUICK, cwd=tmp_path, check=0)
     assert (tmp_path / "datasets" / "class0" / "train.safetensors").exists()
     assert "kNN" not in done.stdout and "no Top-1" in done.stdout
     assert len(list((tmp_path / "runs").glob("class0-*/model.safetensors"))) == 1
@@ -184,7 +200,7 @@ def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
 def test_an_out_that_is_a_file_is_left_alone(small, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        done = stage("pretrain.py", "--data", small, "--out", out, *QUICK, cwd=tmp_path)
+        done = call("pretrain.py", "--data", small, "--out", out, *QUICK, cwd=tmp_path)
         assert "could not write" in refused(done)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -225,6 +241,7 @@ def test_a_folder_with_a_run_is_left_alone(small, finished):
     assert (finished[0] / "state.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_checkpoint(small, tmp_path):
     """The first save fits, a limit on the size of files makes the next ones fail half-way, as a full disk does."""
     out = tmp_path / "out"
@@ -239,24 +256,21 @@ def test_a_full_disk_keeps_the_old_checkpoint(small, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    line = refused(train(small, out, "--resume", preexec_fn=small_files))
+    line = refused(train_apart(small, out, "--resume", preexec_fn=small_files))
     assert "could not write" in line and "state.pt" in line
     assert (out / "state.pt").read_bytes() == before and not list(out.glob(".*tmp"))
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path):
-    code = """if True:
-        import sys, plumbing, pretrain
-        plain, calls = pretrain.reconstruction_loss, []
-        def broken(*args, **kw):
-            calls.append(1)
-            loss, error = plain(*args, **kw)
-            return loss * (float("nan") if len(calls) == 13 else 1), error
-        pretrain.reconstruction_loss = broken
-        cli(pretrain.main)"""
-    words = [str(w) for w in ["--data", small, "--out", tmp_path / "out", *QUICK]]
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
-    assert "not finite at step 13" in refused(done)
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path, monkeypatch):
+    plain, calls = pretrain.reconstruction_loss, []
+
+    def broken(*args, **kw):
+        calls.append(1)
+        loss, error = plain(*args, **kw)
+        return loss * (float("nan") if len(calls) == 13 else 1), error
+
+    monkeypatch.setattr(pretrain, "reconstruction_loss", broken)
+    assert "not finite at step 13" in refused(train(small, tmp_path / "out"))
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
     assert state["step"] < 13 and all(w.isfinite().all() for w in state["model"].values())
 
