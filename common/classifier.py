@@ -1,13 +1,16 @@
-"""What stands on an encoder to name a character: pooling, neck and head; and the files of a finished classifier.
+"""What stands on an encoder to name a character: pooling, neck and head; the gallery of known faces; their files.
 
     B batch   N patches   D width of the encoder   L its blocks   C characters
 
 The encoder's tokens are pooled to one vector a picture; the neck puts that on one scale, and its output is the
 embedding that pictures are compared by; the head turns the embedding into one logit a character. The neck is a batch
 norm without parameters, as in the linear probe of MAE (He et al. 2021) and in BNNeck (Luo et al. 2019,
-arXiv:1903.07071).
+arXiv:1903.07071). The gallery holds embeddings of training pictures and of enrolled characters, and the threshold
+below which a face is unknown. Files: head.safetensors (neck and head) and gallery.safetensors in a run's folder, beside
+the adapter (lora) or the whole encoder (full).
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,10 +28,11 @@ from common.io import UserError, save_safetensors
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
 HEADS = ("linear", *MARGINS, "ifa")
 POOLS = {"mean": lambda tokens: tokens[:, 1:].mean(1), "cls": lambda tokens: tokens[:, 0]}
+GALLERY = 20  # training pictures of a character that are kept
 
 
 class MarginHead(nn.Module):
-    """Cosine classifier that asks the true class for a margin while it trains: (B, D) -> (B, C), scale * cosine.
+    """Cosine classifier with a margin on the true class while it trains: (B, D) -> (B, C), scale * cosine.
 
     arcface         cos(theta + m) for the true class (Deng et al. 2019, arXiv:1801.07698, eq. 3)
     cosface         cos(theta) - m (Wang et al. 2018, arXiv:1801.09414, eq. 4)
@@ -58,10 +62,10 @@ class MarginHead(nn.Module):
 
 
 def add_angle(cosine, margin):
-    """cos(theta + margin); beyond theta = pi - margin it would rise again, so there it goes on as a straight line."""
+    """cos(theta + margin); beyond theta = pi - margin, where it would rise again, a straight line."""
     sine = (1 - cosine.square()).clamp(min=1e-9).sqrt()
-    turned = cosine * math.cos(margin) - sine * math.sin(margin)
-    return torch.where(cosine > math.cos(math.pi - margin), turned, cosine - margin * math.sin(margin))
+    rotated = cosine * math.cos(margin) - sine * math.sin(margin)
+    return torch.where(cosine > math.cos(math.pi - margin), rotated, cosine - margin * math.sin(margin))
 
 
 class Fusion(nn.Module):
@@ -96,11 +100,11 @@ class Classifier(nn.Module):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); the CLS tokens of all blocks, (B, D, L), for ifa."""
         if self.config["head"] != "ifa":
             return POOLS[self.config["pool"]](self.encoder(patches, ids).float())
-        x, rows = self.encoder.embed(patches, ids), []
+        x, cls_tokens = self.encoder.embed(patches, ids), []
         for block in self.encoder.blocks:
             x = block(x)
-            rows.append(x[:, 0].float())
-        return torch.stack(rows, 2)
+            cls_tokens.append(x[:, 0].float())
+        return torch.stack(cls_tokens, 2)
 
     def forward(self, pooled, labels=None):
         """pooled -> logits (B, C), the margin on where labels (B,) are given."""
@@ -109,7 +113,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def settle(neck, pooled):
+def recompute_bn_stats(neck, pooled):
     """Give the neck the mean and variance of whole pictures (n, D).
 
     In training it averaged over its last few hundred batches, of pictures that were cropped and in part hidden.
@@ -119,10 +123,10 @@ def settle(neck, pooled):
         neck.running_var.copy_(pooled.var(0))
 
 
-# ---- what is trained, and how fast ---------------------------------------------------------------------------------
+# ---- what is trained, and its learning rates -----------------------------------------------------------------------
 
 
-def level(name, depth):
+def level_of(name, depth):
     """0 for the patch embedding and the tokens, 1 to depth for the blocks, depth + 1 for what follows them."""
     if ".blocks." in name:
         return int(name.split(".blocks.")[1].split(".")[0]) + 1
@@ -130,12 +134,12 @@ def level(name, depth):
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
-    """AdamW; each group's "peak" is its rate: head_lr above the encoder, lr * layer_decay^(blocks above) in it."""
+    """AdamW; "peak" of a group is its learning rate: head_lr, in the encoder lr * layer_decay^(blocks above)."""
     depth, groups = len(net.encoder.blocks), {}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            inside = name.startswith("encoder.")
-            peak = lr * layer_decay ** (depth + 1 - level(name, depth)) if inside else head_lr
+            in_encoder = name.startswith("encoder.")
+            peak = lr * layer_decay ** (depth + 1 - level_of(name, depth)) if in_encoder else head_lr
             decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
             groups.setdefault((peak, decay), []).append(p)
     groups = [{"params": ps, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
@@ -147,10 +151,10 @@ def unfreeze(net, trained, epoch, every):
     depth = len(net.encoder.blocks)
     for name, p in net.named_parameters():
         if name in trained:
-            p.requires_grad_(not every or level(name, depth) > depth - epoch // every)
+            p.requires_grad_(not every or level_of(name, depth) > depth - epoch // every)
 
 
-# ---- features of whole images ------------------------------------------------------------------------------------
+# ---- features of whole images --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -164,16 +168,23 @@ def pooled_of(net, split, rows, S, autocast, what=""):
     return torch.cat(pooled)
 
 
-def stamps(folder):
-    """What changes when a data set is packed anew."""
-    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors"))
+@torch.no_grad()
+def predict(net, pooled):
+    """What `pooled_of` found -> logits (n, C), embeddings (n, D) on the CPU."""
+    embeddings = torch.cat([net.neck(p.to(net.encoder.cls_token.device)) for p in pooled.split(4096)])
+    return net.head(embeddings).cpu(), embeddings.cpu()
 
 
-def cached_features(net, folder, splits, S, autocast, path):
-    """A frozen encoder's features of whole splits -> {name: (n, D)}, computed once and kept in a file.
+def frozen_features(net, base, folder, splits, S, autocast, dtype, home):
+    """A frozen encoder's features of whole splits -> {name: (n, D)}, computed once and kept in the folder home.
 
-    path carries the mark of encoder, data and pooling, so a file that is there is the right one.
+    The file's name has the digest of all that they depend on (a set that is packed anew has other times), so one that
+    is there is the right one. base: the encoder's fingerprint, which knows its weights but not its heads.
     """
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors"))
+    key = (base, net.encoder.blocks[0].attn.heads, S, net.config["pool"], net.config["head"] == "ifa", dtype,
+           sorted(splits), files)  # fmt: skip
+    path = Path(home) / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.safetensors"
     if path.exists():
         return {k: v.clone() for k, v in read_safetensors(path)[0].items()}
     features = {name: pooled_of(net, split, torch.arange(len(split["images"])), S, autocast, f"features of {name}")
@@ -182,7 +193,64 @@ def cached_features(net, folder, splits, S, autocast, path):
     return features
 
 
-# ---- files: runs/NAME/head.safetensors, beside the adapter (lora) or the whole encoder (full) -----------------------
+# ---- the gallery: known faces as embeddings ------------------------------------------------------------------------
+
+
+def gallery_rows(labels, rows, most=GALLERY):
+    """At most `most` of rows (i64) of each class, evenly spread."""
+    chosen = []
+    for c in labels[rows].unique():
+        own = rows[labels[rows] == c]
+        chosen.append(own[data.spread(len(own), most)])
+    return torch.cat(chosen)
+
+
+def centroids(embeddings, labels):
+    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean direction of each class."""
+    unit = F.normalize(embeddings.float())
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
+    return F.normalize(sums)
+
+
+def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
+    """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
+
+    logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
+    threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
+    Without strangers each known face plays one, its own class taken out of the gallery; the network has learned that
+    it is none of the others, so a real stranger passes more often than that share.
+    temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
+    """
+    centres = centroids(gallery, gallery_labels)
+    cosine = F.normalize(known) @ centres.T
+    if strangers is None:
+        impostor = cosine.scatter(1, labels[:, None], -1.0)
+        by = "known faces held apart for choices, their own class taken out"
+    else:
+        impostor, by = F.normalize(strangers) @ centres.T, "characters left out of training, held apart for choices"
+    threshold, rejected, accepted = balance(cosine.amax(1), impostor.amax(1))
+    return {"threshold": threshold, "false_accept": accepted, "false_reject": rejected, "by": by,
+            "temperature": fit_temperature(logits, labels),
+            "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
+
+
+def balance(known, strangers):
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,), and both shares."""
+    thresholds = torch.cat([known, strangers]).sort().values
+    rejected = torch.searchsorted(known.sort().values, thresholds) / len(known)
+    accepted = 1 - torch.searchsorted(strangers.sort().values, thresholds) / len(strangers)
+    k = (rejected - accepted).abs().argmin()
+    return thresholds[k].item(), rejected[k].item(), accepted[k].item()
+
+
+def fit_temperature(logits, labels):
+    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
+    grid = torch.logspace(-2.5, 1.5, 161)
+    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
+    return grid[losses.argmin()].item()
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def save_head(net, classes, path, about):
@@ -221,68 +289,9 @@ def load_classifier(folder):
     if method == "lora":
         load_adapter(encoder, folder)
     net = Classifier(encoder, len(classes), config["head"], config["pool"], config["margin"], config["scale"])
-    own = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-    load_exactly(net, own | weights, folder / "head.safetensors")
+    load_exactly(net, {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | weights,
+                 folder / "head.safetensors")  # fmt: skip
     return net.eval(), header
-
-
-# ---- the gallery: known faces as embeddings --------------------------------------------------------------------------
-
-GALLERY = 20  # training pictures of a character that are kept
-
-
-def gallery_rows(labels, rows, most=GALLERY):
-    """At most `most` of rows (i64) of each class, evenly spread."""
-    chosen = []
-    for c in labels[rows].unique():
-        own = rows[labels[rows] == c]
-        chosen.append(own[torch.linspace(0, len(own) - 1, min(most, len(own))).long()])
-    return torch.cat(chosen)
-
-
-def centroids(embeddings, labels):
-    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean direction of each class."""
-    unit = F.normalize(embeddings.float())
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
-    return F.normalize(sums)
-
-
-def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
-    """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
-
-    logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
-    threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
-    Without strangers each known face plays one, its own class taken out of the gallery; the network has learned that
-    it is none of the others, so a real stranger passes more often than that share.
-    temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
-    """
-    middle = centroids(gallery, gallery_labels)
-    cosine = F.normalize(known) @ middle.T
-    if strangers is None:
-        impostor = cosine.scatter(1, labels[:, None], -1.0)
-        by = "known faces held apart for choices, their own class taken out"
-    else:
-        impostor, by = F.normalize(strangers) @ middle.T, "characters left out of training, held apart for choices"
-    threshold, rejected, accepted = balance(cosine.amax(1), impostor.amax(1))
-    return {"threshold": threshold, "false_accept": accepted, "false_reject": rejected, "by": by,
-            "temperature": fit_temperature(logits, labels),
-            "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
-
-
-def balance(known, strangers):
-    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,), and both shares."""
-    cuts = torch.cat([known, strangers]).sort().values
-    rejected = torch.searchsorted(known.sort().values, cuts) / len(known)
-    accepted = 1 - torch.searchsorted(strangers.sort().values, cuts) / len(strangers)
-    k = (rejected - accepted).abs().argmin()
-    return cuts[k].item(), rejected[k].item(), accepted[k].item()
-
-
-def fit_temperature(logits, labels):
-    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
-    grid = torch.logspace(-2.5, 1.5, 161)
-    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
-    return grid[losses.argmin()].item()
 
 
 def save_gallery(path, embeddings, labels, names, keys, about):

@@ -266,7 +266,7 @@ def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(enco
     main(*words, "--out", tmp_path / "again")
     monkeypatch.undo()
     cache.unlink()
-    monkeypatch.setattr(finetune_lora, "cached_features", lambda *_: None)
+    monkeypatch.setattr(finetune_lora, "frozen_features", lambda *_: None)
     main(*words, "--out", tmp_path / "uncached")
     a, b, c = (K.read_safetensors(tmp_path / n / "head.safetensors")[0] for n in ("cached", "again", "uncached"))
     assert all(torch.equal(a[k], b[k]) for k in a)
