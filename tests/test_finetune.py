@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import draw_folder, stage
+from conftest import call, draw_folder
 
-import common.classifier as G
-import common.classifier as K
 import data
 import finetune_lora
-from common import errors, features
+from common import classifier, errors, features
 from common.checkpoints import save_encoder
 from common.io import UserError
 from common.train import read_log, seeded
@@ -63,10 +61,10 @@ def lora(encoder, small, tmp_path_factory):
 # ---- heads ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", K.MARGINS)
+@pytest.mark.parametrize("kind", classifier.MARGINS)
 def test_margin_heads_are_their_formula(kind):
     torch.manual_seed(0)
-    head, m, s = K.MarginHead(6, 5, kind, 0.5, 16.0).double(), 0.5, 16.0
+    head, m, s = classifier.MarginHead(6, 5, kind, 0.5, 16.0).double(), 0.5, 16.0
     head.t.fill_(0.3)
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(5, (40,))
     x[0] = -head.weight[y[0]].detach()  # theta = pi: theta + m would come round again
@@ -86,7 +84,7 @@ def test_margin_heads_are_their_formula(kind):
 
 def test_curricular_face_remembers_the_true_cosine_only_while_it_trains():
     torch.manual_seed(0)
-    head, x, y = K.MarginHead(6, 5, "curricularface", 0.5, 16.0), torch.randn(8, 6), torch.randint(5, (8,))
+    head, x, y = classifier.MarginHead(6, 5, "curricularface", 0.5, 16.0), torch.randn(8, 6), torch.randint(5, (8,))
     head.eval()(x, y)
     assert head.t == 0
     head.train()(x, y)
@@ -97,16 +95,16 @@ def test_curricular_face_remembers_the_true_cosine_only_while_it_trains():
 def test_ifa_mixes_the_cls_token_of_every_block():
     torch.manual_seed(0)
     vit = ViT(32, 8, 32, 2, 2).eval()
-    net, view = K.Classifier(vit, 3, "ifa").eval(), torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    net, view = classifier.Classifier(vit, 3, "ifa").eval(), torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     pooled = net.pooled(*vit.all_patches(view))
     torch.testing.assert_close(vit.norm(pooled[:, :, -1]), vit.features(view)[:, 0])
     expected = net.head(F.layer_norm((pooled @ net.neck.mix.weight[0] + net.neck.mix.bias).relu(), (32,)))
     torch.testing.assert_close(net(pooled), expected)
 
 
-def test_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
-    net = K.Classifier(ViT(32, 8, 32, 2, 2), 3)
-    rate = {id(p): group["peak"] for group in K.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5).param_groups
+def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
+    net = classifier.Classifier(ViT(32, 8, 32, 2, 2), 3)
+    rate = {id(p): group["peak"] for group in classifier.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5).param_groups
             for p in group["params"]}  # fmt: skip
     named = {name: rate[id(p)] for name, p in net.named_parameters()}
     assert named["head.weight"] == 1e-2 and named["encoder.norm.weight"] == 1e-3
@@ -119,7 +117,7 @@ def test_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
         (4, "encoder.blocks.0"),
         (6, "encoder.cls_token"),
     ):
-        K.unfreeze(net, trained, epoch, 2)
+        classifier.unfreeze(net, trained, epoch, 2)
         on = [name for name, p in net.named_parameters() if p.requires_grad]
         assert on[0].startswith(first) and "head.weight" in on
 
@@ -133,8 +131,8 @@ def test_balanced_sampling_draws_every_class_equally_often():
     plain = features.epoch_rows(rows, labels, False, 0, 0)
     assert sorted(plain.tolist()) == rows.tolist()
     drawn = torch.stack([torch.bincount(labels[features.epoch_rows(rows, labels, True, 0, e)]) for e in range(20)])
-    expected, deviation = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
-    assert ((drawn.sum(0) - expected).abs() < 4 * deviation).all()
+    expected, std = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
+    assert ((drawn.sum(0) - expected).abs() < 4 * std).all()
     again = features.epoch_rows(rows, labels, True, 0, 3)
     assert torch.equal(again, features.epoch_rows(rows, labels, True, 0, 3))
 
@@ -181,17 +179,18 @@ def test_the_threshold_balances_both_mistakes_and_temperature_is_found():
     known, strangers = face(labels, 200), centre[0] + 2 * torch.randn(1000, 16)
     scores = torch.randn(20000, 5)
     drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
-    assert G.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
+    assert classifier.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
     logits = F.normalize(known) @ F.normalize(centre).T
-    found = G.calibrate(face(labels, 200), labels, logits, known, labels, strangers)
-    middle = G.centroids(face(labels, 200), labels)
+    found = classifier.calibrate(face(labels, 200), labels, logits, known, labels, strangers)
+    middle = classifier.centroids(face(labels, 200), labels)
     accepted = ((F.normalize(strangers) @ middle.T).amax(1) >= found["threshold"]).float().mean()
     rejected = ((F.normalize(known) @ middle.T).amax(1) < found["threshold"]).float().mean()
     assert accepted == pytest.approx(found["false_accept"], abs=0.02)
     assert rejected == pytest.approx(found["false_reject"], abs=0.02)
     assert found["false_accept"] == pytest.approx(found["false_reject"], abs=0.01)
-    assert G.balance(torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65]))[1:] == (0.25, 0.25)
-    without = G.calibrate(face(labels, 200), labels, logits, known, labels)
+    balanced = classifier.balance(torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65]))
+    assert balanced[1:] == (0.25, 0.25)
+    without = classifier.calibrate(face(labels, 200), labels, logits, known, labels)
     assert "own class taken out" in without["by"] and without["threshold"] < 1
 
 
@@ -228,14 +227,14 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
                 peak_memory_mb mistakes machine commit command"""
     assert set(wanted.split()) <= set(row)
     # the files alone give the same answers as the run did
-    net, header = K.load_classifier(lora)
+    net, header = classifier.load_classifier(lora)
     held = data.open_split(small, "val")
     autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    pooled = K.pooled_of(net, held, torch.arange(len(held["images"])), header["image_size"], autocast)
+    pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), header["image_size"], autocast)
     right = (net(pooled).argmax(1) == held["labels"]).float().mean()
-    train, known = data.open_split(small, "train"), G.load_gallery(lora)
+    train, known = data.open_split(small, "train"), classifier.load_gallery(lora)
     rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
-    pooled = K.pooled_of(net, train, rows, header["image_size"], autocast)
+    pooled = classifier.pooled_of(net, train, rows, header["image_size"], autocast)
     torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
     assert 100 * right.item() == pytest.approx(row["top1"], abs=1e-4)
     assert (
@@ -262,20 +261,21 @@ def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(enco
     main(*words, "--out", tmp_path / "test", "--eval-on", "test")  # another split is not in that file
     assert len(other := set(tmp_path.glob("features-*.safetensors")) - {cache}) == 1
     other.pop().unlink()
-    monkeypatch.setattr(K, "pooled_of", None)  # the second run must not ask the encoder for train, nor for val
+    monkeypatch.setattr(classifier, "pooled_of", None)  # the second run uses the encoder neither for train nor for val
     main(*words, "--out", tmp_path / "again")
     monkeypatch.undo()
     cache.unlink()
     monkeypatch.setattr(finetune_lora, "frozen_features", lambda *_: None)
     main(*words, "--out", tmp_path / "uncached")
-    a, b, c = (K.read_safetensors(tmp_path / n / "head.safetensors")[0] for n in ("cached", "again", "uncached"))
+    heads = [tmp_path / name / "head.safetensors" for name in ("cached", "again", "uncached")]
+    a, b, c = (classifier.read_safetensors(path)[0] for path in heads)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert all(torch.allclose(a[k].float(), c[k].float(), atol=2e-5) for k in a)
     assert metrics_of(tmp_path / "cached")["top1"] == metrics_of(tmp_path / "uncached")["top1"]
 
 
 class StopAt(list):
-    """What catch_signals returns: full when it has been looked at so many times."""
+    """What catch_signals returns: a list that is full after the loop has read it so many times."""
 
     def __init__(self, times):
         super().__init__([signal.SIGTERM])
@@ -318,7 +318,7 @@ def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
     assert summary["top1"]["deviation"] == pytest.approx(float(np.std(each, ddof=1)), abs=1e-9)
     main(*words, "--out", tmp_path / "one", "--seed", 1, "--hold-out", 1)  # a folder that was asked for is that folder
     assert metrics_of(tmp_path / "one")["top1"] == each[1]
-    header = K.read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
+    header = classifier.read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
     assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
     main(*words, "--out", tmp_path / "early", "--epochs", 30, "--head-lr", 1e-9, "--patience", 2)
     row = metrics_of(tmp_path / "early")
@@ -327,7 +327,7 @@ def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
 
 def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_path):
     main(encoder, "--data", small, "--method", "full", "--from-scratch", "--out", tmp_path / "run", *QUICK)
-    net, header = K.load_classifier(tmp_path / "run")
+    net, header = classifier.load_classifier(tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists() and header["method"] == "full"
     assert metrics_of(tmp_path / "run")["share_trained_percent"] == 100
 
@@ -366,17 +366,14 @@ def test_bad_input_is_one_line_and_overwrites_nothing(encoder, small, lora, tmp_
 
 def test_sets_that_can_not_teach_are_refused(encoder, tmp_path):
     draw_folder(tmp_path / "flat", 1, 20)
-    stage(
-        "data.py", tmp_path / "flat" / "class0", "--out", tmp_path / "unlabelled", "--size", 32, cwd=tmp_path, check=0
-    )
+    call("data.py", tmp_path / "flat" / "class0", "--out", tmp_path / "unlabelled", "--size", 32, cwd=tmp_path, check=0)
     with pytest.raises(UserError, match="without a label"):
         main(encoder, "--data", tmp_path / "unlabelled", "--out", tmp_path / "x")
     draw_folder(tmp_path / "pics" / "train", 3, 12)
     draw_folder(tmp_path / "pics" / "val", 3, 4, seed=1)
     for extra in list((tmp_path / "pics" / "train" / "class2").iterdir())[1:]:
         extra.unlink()
-    stage(
-        "data.py", tmp_path / "pics", "--out", tmp_path / "one", "--size", 32, "--dedupe", "off", cwd=tmp_path, check=0
-    )
+    words = [tmp_path / "pics", "--out", tmp_path / "one", "--size", 32, "--dedupe", "off"]
+    call("data.py", *words, cwd=tmp_path, check=0)
     with pytest.raises(UserError, match="class2.*--min-per-class"):
         main(encoder, "--data", tmp_path / "one", "--out", tmp_path / "x")

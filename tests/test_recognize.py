@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, draw_folder, refused, stage
+from conftest import call, draw_folder, refused
 from PIL import Image
 from safetensors.torch import save_file
 
-import common.classifier as G
-import common.classifier as K
 import recognize
-from common import metrics
+from common import classifier, metrics
 from common.checkpoints import save_encoder
 from common.io import UserError
 from ingest.decode import decode
@@ -30,22 +28,9 @@ def run(small, tmp_path_factory):
     base = tmp_path_factory.mktemp("recognise")
     torch.manual_seed(0)
     save_encoder(ViT(32, 8, 32, 2, 2), base / "encoder" / "model.safetensors", {})
-    words = [
-        "--data",
-        small,
-        "--method",
-        "lora",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--epochs",
-        12,
-        "--batch-size",
-        16,
-    ]
-    stage("finetune_lora.py", base / "encoder", *words, "--no-augment", "--keep", 1, "--out", base / "run",
-          cwd=base, check=0)  # fmt: skip
+    words = ["--data", small, "--method", "lora", "--device", "cpu", "--dtype", "fp32", "--epochs", 12,
+             "--batch-size", 16, "--no-augment", "--keep", 1, "--out", base / "run"]  # fmt: skip
+    call("finetune_lora.py", base / "encoder", *words, cwd=base, check=0)
     return base / "run", small.parent / "images"
 
 
@@ -55,7 +40,7 @@ def copy(run, tmp_path):
     return shutil.copytree(run[0], tmp_path / "run")
 
 
-def ask(capsys, *words):
+def recognise(capsys, *words):
     """recognize.py in this process -> what it printed."""
     before, sys.argv = sys.argv, ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"]
     try:
@@ -66,7 +51,7 @@ def ask(capsys, *words):
 
 
 def rows_of(capsys, *words):
-    return [json.loads(line) for line in ask(capsys, *words, "--json").out.splitlines()]
+    return [json.loads(line) for line in recognise(capsys, *words, "--json").out.splitlines()]
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -120,7 +105,7 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
     archive = shutil.make_archive(tmp_path / "faces", "zip", pictures)
     zipped = rows_of(capsys, out, archive)
     assert [r["best_guess"] for r in zipped] == [r["best_guess"] for r in folder]
-    text = ask(capsys, out, pictures / "class1" / "illust3_0.png").out
+    text = recognise(capsys, out, pictures / "class1" / "illust3_0.png").out
     assert text.splitlines()[0].split(": ")[1].startswith("class1, confidence")
 
 
@@ -128,12 +113,12 @@ def test_pictures_are_cut_as_those_it_learned_from(run, copy, capsys, monkeypatc
     cuts = []
     monkeypatch.setattr(recognize, "decode", lambda *args: cuts.append(args[4:]) or decode(*args))
     picture = run[1] / "class1" / "illust3_0.png"
-    ask(capsys, copy, picture)
-    net, header = K.load_classifier(copy)
+    recognise(capsys, copy, picture)
+    net, header = classifier.load_classifier(copy)
     assert (header["crop"], header["margin"]) == ("centre", 0.1)
     monkeypatch.setattr(recognize, "load_classifier", lambda *_: (net, header | {"crop": "figure", "margin": 0.3}))
-    ask(capsys, copy, picture)
-    ask(capsys, copy, picture, "--crop", "centre")
+    recognise(capsys, copy, picture)
+    recognise(capsys, copy, picture, "--crop", "centre")
     assert cuts == [("centre", 0.1), ("figure", 0.3), ("centre", 0.3)]
 
 
@@ -143,7 +128,8 @@ def test_standard_input_and_what_is_unknown(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     rows = rows_of(capsys, out, "-", "--threshold", 1)
     assert len(rows) == 3 and not any(r["known"] for r in rows) and all(r["name"] is None for r in rows)
-    assert "unknown (most like class2" in ask(capsys, out, pictures / "class2" / "illust0_0.png", "--threshold", 1).out
+    text = recognise(capsys, out, pictures / "class2" / "illust0_0.png", "--threshold", 1).out
+    assert "unknown (most like class2" in text
 
 
 def test_an_unreadable_picture_is_one_line_and_the_others_go_on(run, capsys, tmp_path):
@@ -153,28 +139,27 @@ def test_an_unreadable_picture_is_one_line_and_the_others_go_on(run, capsys, tmp
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as z:
         z.writestr("../evil.png", b"x")
     good = pictures / "class0" / "illust0_0.png"
-    found = ask(
-        capsys, out, tmp_path / "text.png", tmp_path / "bomb.png", tmp_path / "evil.zip", tmp_path / "no.png", good
-    )
+    bad = [tmp_path / name for name in ("text.png", "bomb.png", "evil.zip", "no.png")]
+    found = recognise(capsys, out, *bad, good)
     assert len(found.out.splitlines()) == 1 and len(found.err.splitlines()) == 4
     assert all(word in found.err for word in ("text.png", "bomb.png", "leads out of it", "no.png"))
-    done = stage("recognize.py", out, tmp_path / "text.png", tmp_path / "bomb.png", cwd=ROOT)
+    done = call("recognize.py", out, *bad[:2], cwd=tmp_path)
     assert "text.png" in refused(done) and done.stdout == ""
 
 
 # ---- enrolment -----------------------------------------------------------------------------------------------------
 
 
-def test_somebody_new_is_known_from_three_pictures_without_training(run, copy, capsys, tmp_path):
+def test_a_new_character_is_known_from_three_pictures_without_training(run, copy, capsys, tmp_path):
     weights = (copy / "head.safetensors").read_bytes()
     new = draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0"
     pictures = sorted(new.iterdir())
-    assert "enrolled with 4 pictures" in ask(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
+    assert "enrolled with 4 pictures" in recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
     rows = rows_of(capsys, copy, *pictures[4:], "--threshold", -1)
     assert np.mean([r["name"] == "stranger" for r in rows]) >= 0.75 and rows[0]["nearest"][0]["name"] == "stranger"
     known = rows_of(capsys, copy, run[1] / "class1", "--threshold", -1)
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
-    assert "enrolled with 5 pictures" in ask(capsys, copy, "--enrol", "stranger", pictures[5]).out
+    assert "enrolled with 5 pictures" in recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
     assert (copy / "head.safetensors").read_bytes() == weights
 
 
@@ -185,7 +170,7 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
     for who, pictures, told in (("class0", good, "known already"), ("new", good[:2], "too few"), (" ", good, "a name"),
                                 ("new", [*good, tmp_path / "text.png"], "nobody was enrolled")):  # fmt: skip
         with pytest.raises(UserError, match=told):
-            ask(capsys, copy, "--enrol", who, *pictures)
+            recognise(capsys, copy, "--enrol", who, *pictures)
     assert (copy / "gallery.safetensors").read_bytes() == before
 
 
@@ -193,7 +178,7 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
 
 
 def test_verification_and_strangers(copy, small, capsys, tmp_path):
-    ask(capsys, copy, "--verify")
+    recognise(capsys, copy, "--verify")
     row = json.loads((copy / "recognize.json").read_text())
     assert {"machine", "commit", "command"} <= set(row) and "open_set" not in row and (copy / "roc.png").exists()
     pairs = row["verification"]
@@ -201,8 +186,8 @@ def test_verification_and_strangers(copy, small, capsys, tmp_path):
     # a set with a character that it never saw
     pictures = draw_folder(tmp_path / "pictures", 3, 20)
     shutil.copytree(draw_folder(tmp_path / "new", 1, 20, seed=5) / "class0", pictures / "somebody")
-    stage("data.py", pictures, "--out", tmp_path / "packed", "--size", 32, cwd=tmp_path, check=0)
-    ask(capsys, copy, "--verify", "--data", tmp_path / "packed", "--eval-on", "train")
+    call("data.py", pictures, "--out", tmp_path / "packed", "--size", 32, cwd=tmp_path, check=0)
+    recognise(capsys, copy, "--verify", "--data", tmp_path / "packed", "--eval-on", "train")
     row = json.loads((copy / "recognize.json").read_text())["open_set"]
     assert row["known"] > 30 and row["strangers"] > 5 and 0 <= row["auroc_unknown"] <= 100
     assert row["dir_at_far_10"] >= row["dir_at_far_0.1"]
@@ -216,7 +201,7 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
 
     def line(*words):
         with pytest.raises(UserError) as problem:
-            ask(capsys, *words)
+            recognise(capsys, *words)
         assert "\n" not in str(problem.value)
         return str(problem.value)
 
@@ -227,9 +212,9 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
 
     assert "finetune_lora.py" in line(tmp_path / "nothing", picture)
     assert "give pictures" in line(copy) and "--threshold" in line(copy, picture, "--threshold", 2)
-    about = K.read_safetensors(copy / "gallery.safetensors")[1]
+    about = classifier.read_safetensors(copy / "gallery.safetensors")[1]
     calibrated = {k: v for k, v in about.items() if k not in ("names", "keys")}
-    G.save_gallery(
+    classifier.save_gallery(
         copy / "gallery.safetensors", torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], calibrated
     )
     assert "holds 0 faces" in line(copy, picture)
@@ -242,7 +227,7 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
     assert "rank 3" in line(copy, picture)
     torch.manual_seed(1)  # the encoder was trained on since
     save_encoder(ViT(32, 8, 32, 2, 2), spoiled("base") / "model.safetensors", {})
-    tensors, header = K.read_safetensors(copy / "head.safetensors")
+    tensors, header = classifier.read_safetensors(copy / "head.safetensors")
     save_file(tensors, copy / "head.safetensors", {"animask": json.dumps(header | {"base": str(copy / "base")})})
     assert "not the encoder" in line(copy, picture)
     assert "the pickle ran" not in capsys.readouterr().out
