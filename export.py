@@ -8,29 +8,64 @@ Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder includ
         adapter in it)
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from common import formats
-from common.checkpoints import ENCODER, at_size, check_exactly, decoder_shape, load_merged, save_encoder
-from common.formats import as_convolution, count_blocks, is_decoder, read_checkpoint, save_weights
-from common.io import UserError, cli
+from common.adapters import load_merged, save_encoder
+from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly, save_weights
+from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
+from common.io import Parser, UserError, at_least, cli, save_json
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
 
 
 def check_whole(weights, facts, path):
     """The weights are those of an encoder, or of an encoder and a decoder, with nothing missing or left over."""
-    decoder = {k: w for k, w in weights.items() if is_decoder(k)}
+    encoder, side = encoder_of(weights), facts["image_size"] // facts["patch_size"]
     with torch.device("meta"):
-        check_exactly(ViT(**{k: facts[k] for k in ENCODER}), {k: weights[k] for k in weights.keys() - decoder}, path)
-        if decoder:
-            width, depth = decoder_shape(weights)
-            ours = Decoder(facts["image_size"] // facts["patch_size"], facts["patch_size"], facts["dim"], width, depth)
+        load_exactly(ViT(**{k: facts[k] for k in ENCODER}), encoder, path, assign=True)
+        if decoder := {k: weights[k] for k in weights.keys() - encoder}:
+            ours = Decoder(side, *(facts[k] for k in ("patch_size", "dim", "decoder_dim", "decoder_depth")))
             del ours.stats_head  # never exported
-            check_exactly(ours, decoder, path)
+            load_exactly(ours, decoder, path, assign=True)
+
+
+def hf_config(facts):
+    """config.json of ViTMAEForPreTraining, or of ViTModel where there is no decoder."""
+    decoder_dim, decoder_depth = facts["decoder_dim"], facts["decoder_depth"]
+    config = {
+        "model_type": "vit_mae" if decoder_depth else "vit", "hidden_size": facts["dim"],
+        "architectures": ["ViTMAEForPreTraining" if decoder_depth else "ViTModel"], "patch_size": facts["patch_size"],
+        "image_size": facts["image_size"], "num_channels": 3, "num_hidden_layers": facts["depth"],
+        "num_attention_heads": facts["heads"], "intermediate_size": 4 * facts["dim"], "hidden_act": "gelu",
+        "layer_norm_eps": facts["norm_eps"], "qkv_bias": True,
+    }  # fmt: skip
+    decoder = {
+        "decoder_hidden_size": decoder_dim, "decoder_num_hidden_layers": decoder_depth, "mask_ratio": 0.75,
+        "decoder_num_attention_heads": facts.get("decoder_heads", decoder_dim // 32),
+        "decoder_intermediate_size": 4 * decoder_dim, "norm_pix_loss": facts.get("norm_pix", False),
+    }  # fmt: skip
+    return config | (decoder if decoder_depth else {})
+
+
+def save_hf(weights, facts, folder):
+    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
+
+    Its norm_pix_loss has no floor under a patch's std, ours has (kernels/loss.py): the loss differs by that.
+    """
+    size, config = facts["image_size"], hf_config(facts)
+    table, renamed = hf_names(facts["depth"], facts["decoder_depth"]), {}
+    for name, w in weights.items():
+        names = [name.replace("attn.qkv", part) for part in QKV] if ".attn.qkv." in name else [name]
+        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
+    pixels = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
+              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
+              "image_std": list(STD)}  # fmt: skip
+    save_weights(renamed, folder / "model.safetensors")
+    save_json(config, folder / "config.json", 2)
+    save_json(pixels, folder / "preprocessor_config.json", 2)
+    return f"transformers.{config['architectures'][0]}.from_pretrained({str(folder)!r})"
 
 
 def timm_line(facts, path):
@@ -53,27 +88,28 @@ def export(source, to, out=None, image_size=None):
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})
-        return out, f"checkpoints.load_encoder({str(out)!r})"
+        return out, f"common.checkpoints.load_encoder({str(out)!r})"
     weights, facts = at_size(*read_checkpoint(source), image_size, source)
-    if not count_blocks(weights, "decoder_blocks"):  # SimMIM's linear head is nobody else's
-        weights = {k: w for k, w in weights.items() if not is_decoder(k)}
+    if not facts["decoder_depth"]:  # SimMIM's linear head is nobody else's
+        weights = encoder_of(weights)
     check_whole(weights, facts, source)
-    weights = as_convolution(weights)
+    weights = as_convolution(encoder_of(weights) if to == "timm" else weights)
     if to == "hf":
-        return out, formats.save_hf(weights, facts, out)
-    if facts["norm_eps"] != formats.EPS:
+        return out, save_hf(weights, facts, out)
+    if facts["norm_eps"] != EPS:
         print(f"note: its LayerNorms have an epsilon of {facts['norm_eps']:g}, which a {to} file can't say")
-    save_weights({k: w for k, w in weights.items() if to == "mae" or not is_decoder(k)}, out)
+    save_weights(weights, out)
     return out, timm_line(facts, out) if to == "timm" else f"safetensors.torch.load_file({str(out)!r})"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=["mae", "timm", "hf", "merged"], help="the format")
     add("--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf)")
-    add("--image-size", type=int, metavar="PX", help="side of a view; positions are resized to it (default: as it is)")
+    add("--image-size", type=at_least(1), metavar="PX",
+        help="side of a view; positions are resized to it (default: as it is)")  # fmt: skip
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)
     print(f"wrote    {out}\nload it  {use}")

@@ -2,7 +2,7 @@
 
     python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora     # or: torchrun --nproc-per-node 8 ...
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/checkpoints.py knows) and datasets/NAME
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetensors, and what belongs under it: for lora
         adapter_model.safetensors and adapter_config.json, for full and from scratch model.safetensors;
         gallery.safetensors (embeddings of training pictures, the threshold of "unknown"), metrics.json, log.jsonl,
@@ -26,7 +26,8 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import classifier, distributed, errors
-from common.checkpoints import fingerprint, load_encoder, load_exactly, save_adapter, save_encoder
+from common.adapters import fingerprint, save_adapter, save_encoder
+from common.checkpoints import load_encoder, load_exactly
 from common.features import epoch_rows, flags_of, open_rows
 from common.io import Parser, UserError, at_least, between, cli, save_json
 from common.train import (

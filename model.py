@@ -1,4 +1,4 @@
-"""The network: a Vision Transformer encoder and the MAE decoder. common/checkpoints.py saves, loads and converts them.
+"""The network: a Vision Transformer encoder and the MAE decoder. common/checkpoints.py saves and loads them.
 
 Shapes used everywhere
     B batch   S image side   p patch side   g = S/p patches a side   N = g*g patches   K kept   M = N-K masked

@@ -22,7 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common.checkpoints import fingerprint, load_adapter, load_encoder, load_exactly
+from common.adapters import fingerprint, load_adapter
+from common.checkpoints import load_encoder, load_exactly
 from common.io import UserError, save_safetensors
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values

@@ -1,11 +1,11 @@
-"""The checkpoint formats of the field: any of them -> our names and shapes, and Hugging Face's back again.
+"""The checkpoint formats of the field: any of them -> our names and shapes. export.py writes them.
 
 Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et al. 2023) without
         registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or as a .pth of tensors and plain values.
 
 Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes decide the
 architecture, never a file's name. What shapes leave open is read from the header or from the json files beside the
-checkpoint: the number of heads (dim/64 if nobody says), the LayerNorms' epsilon, the pixels' mean and deviation.
+checkpoint: the number of heads (dim/64 if nobody says), the LayerNorms' epsilon, the pixels' mean and std.
 Nothing that a file holds is ever run.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from common.io import UserError, atomic, save_safetensors
+from common.io import UserError
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -77,17 +77,6 @@ def read_json(path):
     return content
 
 
-def save_json(path, content):
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def save_weights(weights, path, header=None):
-    """Write {name: tensor} as safetensors; header: {"animask": plain dict} for files of ours."""
-    header = {"format": "pt"} | {k: json.dumps(v) for k, v in (header or {}).items()}
-    save_safetensors({k: v.detach().cpu().contiguous() for k, v in weights.items()}, path, header)
-
-
 # ---- every format -> our names -------------------------------------------------------------------------------------
 
 
@@ -95,11 +84,9 @@ def is_decoder(name):
     return name.startswith("decoder_") or name == "mask_token"
 
 
-def as_convolution(weights):
-    """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
-    kernel = weights["patch_embed.proj.weight"]
-    p = math.isqrt(kernel.shape[1] // 3)
-    return weights | {"patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()}
+def encoder_of(weights):
+    """The weights without a decoder's."""
+    return {k: w for k, w in weights.items() if not is_decoder(k)}
 
 
 def as_matrix(weights):
@@ -217,14 +204,13 @@ def check_facts(facts, weights, path):
 def read_checkpoint(path):
     """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of these is built).
 
-    facts: image_size, patch_size, dim, depth, heads, norm_eps; where they are known norm_pix and decoder_heads.
+    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim and decoder_depth, which is 0 where there is
+    no decoder; where they are known norm_pix and decoder_heads.
     """
     given = Path(path)
     path = given / "model.safetensors" if given.is_dir() else given
     if not path.exists() and (given / "adapter_config.json").exists():
-        raise UserError(
-            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
-        )
+        raise UserError(f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder")
     if not path.exists():
         run = given.parent if given.suffix else given
         raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
@@ -234,45 +220,7 @@ def read_checkpoint(path):
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
     (dim, _, _, p), side = weights["patch_embed.proj.weight"].shape, math.isqrt(weights["pos_embed"].shape[1] - 1)
-    shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks")}
+    shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks"),
+             "decoder_dim": weights["mask_token"].shape[-1] if "mask_token" in weights else 0,
+             "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
     return as_matrix(weights), {"heads": dim // 64, "norm_eps": EPS} | facts | shape
-
-
-# ---- ours -> Hugging Face ------------------------------------------------------------------------------------------
-
-
-def hf_config(facts, decoder_dim, decoder_depth):
-    """config.json of ViTMAEForPreTraining, or of ViTModel where there is no decoder."""
-    config = {
-        "model_type": "vit_mae" if decoder_depth else "vit", "hidden_size": facts["dim"],
-        "architectures": ["ViTMAEForPreTraining" if decoder_depth else "ViTModel"], "patch_size": facts["patch_size"],
-        "image_size": facts["image_size"], "num_channels": 3, "num_hidden_layers": facts["depth"],
-        "num_attention_heads": facts["heads"], "intermediate_size": 4 * facts["dim"], "hidden_act": "gelu",
-        "layer_norm_eps": facts["norm_eps"], "qkv_bias": True,
-    }  # fmt: skip
-    decoder = {
-        "decoder_hidden_size": decoder_dim, "decoder_num_hidden_layers": decoder_depth, "mask_ratio": 0.75,
-        "decoder_num_attention_heads": facts.get("decoder_heads", decoder_dim // 32),
-        "decoder_intermediate_size": 4 * decoder_dim, "norm_pix_loss": facts.get("norm_pix", False),
-    }  # fmt: skip
-    return config | (decoder if decoder_depth else {})
-
-
-def save_hf(weights, facts, folder):
-    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
-
-    Its norm_pix_loss has no floor under a patch's deviation, ours has (kernels/loss.py): the loss differs by that.
-    """
-    depth, size = count_blocks(weights, "decoder_blocks"), facts["image_size"]
-    table, renamed = hf_names(facts["depth"], depth), {}
-    for name, w in weights.items():
-        names = [name.replace("attn.qkv", part) for part in QKV] if ".attn.qkv." in name else [name]
-        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
-    pixels = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
-              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
-              "image_std": list(STD)}  # fmt: skip
-    config = hf_config(facts, weights["mask_token"].shape[-1] if depth else 0, depth)
-    save_weights(renamed, folder / "model.safetensors")
-    save_json(folder / "config.json", config)
-    save_json(folder / "preprocessor_config.json", pixels)
-    return f"transformers.{config['architectures'][0]}.from_pretrained({str(folder)!r})"

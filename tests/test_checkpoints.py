@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import common.checkpoints as C
 import model as M
 from common import formats
+from common.adapters import save_encoder
 from common.io import UserError
 from export import export
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -142,7 +143,7 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
 
 def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
     encoder = small_mae().encoder
-    C.save_encoder(encoder, tmp_path / "model.safetensors", {})
+    save_encoder(encoder, tmp_path / "model.safetensors", {})
     folder, use = export(tmp_path, "hf", image_size=48)
     theirs, info = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert "ViTModel" in use and not info["missing_keys"] and not info["unexpected_keys"]
@@ -224,7 +225,7 @@ def test_export_for_timm_has_its_names_and_shapes(tmp_path):
     """vit_small_patch16_224: 384 wide, 12 deep, 197 positions. Held against timm itself where it can be imported."""
     torch.manual_seed(0)
     vit = shaken(M.ViT(128, 16, 384, 12, 6))
-    C.save_encoder(vit, tmp_path / "model.safetensors", {})
+    save_encoder(vit, tmp_path / "model.safetensors", {})
     out, line = export(tmp_path, "timm", image_size=224)
     found = {k: tuple(w.shape) for k, w in load_file(out).items()}
     assert found.keys() == timm_names(12)
@@ -311,7 +312,7 @@ def test_init_of_another_shape_names_both(tmp_path, change, says):
 
 def test_init_names_the_flags_that_would_fit(tmp_path):
     c = {k: M.SIZES["nano"][k] for k in ("dim", "depth", "heads")}
-    C.save_encoder(M.ViT(32, 8, **c), tmp_path / "nano.safetensors", {})
+    save_encoder(M.ViT(32, 8, **c), tmp_path / "nano.safetensors", {})
     with pytest.raises(UserError, match="give --model nano --patch-size 8"):
         C.init_from(small_mae(), tmp_path / "nano.safetensors")
 

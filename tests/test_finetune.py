@@ -15,7 +15,7 @@ from conftest import call, draw_folder
 import data
 import finetune_lora
 from common import classifier, errors, features
-from common.checkpoints import save_encoder
+from common.adapters import save_encoder
 from common.io import UserError
 from common.train import read_log, seeded
 from model import ViT

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import common.checkpoints as C
+import common.adapters as C
 import model as M
+from common.checkpoints import load_encoder
 from common.io import UserError
 from experiments.lora_share import count
 from export import export
@@ -154,12 +155,12 @@ def test_what_peft_made_loads_here(tmp_path, options):
 
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
     C.save_encoder(small_vit(), tmp_path / "base.safetensors", {})
-    base, _ = C.load_encoder(tmp_path / "base.safetensors", image_size=48)
+    base, _ = load_encoder(tmp_path / "base.safetensors", image_size=48)
     for weight in M.add_lora(base, 4):
         torch.nn.init.normal_(weight, std=0.05)
     C.save_adapter(base, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
-    encoder, size = C.load_encoder(out)
+    encoder, size = load_encoder(out)
     assert size == 48 and not M.lora_layers(encoder)
     torch.testing.assert_close(encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="holds only an adapter: .* --to merged"):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import recognize
 from common import classifier, metrics
-from common.checkpoints import save_encoder
+from common.adapters import save_encoder
 from common.io import UserError
 from ingest.decode import decode
 from model import ViT

@@ -1,0 +1,154 @@
+"""LoRA adapters as the `peft` library reads them, and the files of encoders that were fine-tuned or merged.
+
+An adapter is adapter_model.safetensors and adapter_config.json; it belongs to the one encoder that it was made on.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import formats
+from common.checkpoints import ENCODER, as_convolution, load_encoder, save_weights
+from common.io import UserError, save_json
+from model import LoRA, lora_layers, merge_lora, remove_lora
+
+ADAPTER = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_encoder(encoder, path, about):
+    """Write an encoder alone, without a decoder; an adapter has to be merged and removed before."""
+    if lora_layers(encoder):
+        raise ValueError("merge_lora and remove_lora first: a file of ours holds plain layers")
+    p, dim, blocks = encoder.patch_size, encoder.cls_token.shape[2], encoder.blocks
+    sizes = (encoder.side * p, p, dim, len(blocks), blocks[0].attn.heads)
+    config = dict(zip(ENCODER, sizes, strict=True)) | {"norm_eps": encoder.norm.eps}
+    save_weights(as_convolution(encoder.state_dict()), path, {"animask": {"config": config, **about}})
+
+
+def fingerprint(encoder):
+    """12 hex digits of an encoder's weights, adapter and positions left out: an adapter belongs to one encoder."""
+    digest = hashlib.sha256()
+    for name, weight in sorted((k.replace(".base.", "."), w) for k, w in encoder.state_dict().items()):
+        if name != "pos_embed" and not name.endswith((".A", ".B")):
+            digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def tensor_name(layer, factor):
+    return f"base_model.model.{layer}.lora_{factor}.weight"
+
+
+def peft_config(encoder, base):
+    """adapter_config.json: rank and alpha of most layers, and those of the fused qkv, which differ, as patterns."""
+    layers = lora_layers(encoder)
+    ranks = {name: len(lora.parts) * lora.A.shape[1] for name, lora in layers.items()}
+    alphas = {name: lora.scale * ranks[name] for name, lora in layers.items()}
+    short = {name: re.sub(r"^blocks\.\d+\.", "", name) for name in layers}  # one name for the same layer of all blocks
+    if len({(short[k], ranks[k], alphas[k]) for k in layers}) * len(encoder.blocks) != len(layers):
+        short = {name: name for name in layers}  # an adapter from elsewhere, of some blocks or of several ranks
+    r, alpha = min(ranks.values()), alphas[min(ranks, key=ranks.get)]
+    return {
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": sorted(set(short.values())),
+        "r": r, "rank_pattern": {short[k]: v for k, v in ranks.items() if v != r},
+        "lora_alpha": alpha, "alpha_pattern": {short[k]: v for k, v in alphas.items() if v != alpha},
+        "lora_dropout": next(iter(layers.values())).dropout.p, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "inference_mode": True, "task_type": None,
+    }  # fmt: skip
+
+
+def save_adapter(encoder, folder, base):
+    """Write the LoRA of an encoder; `base` is the run or file that load_encoder made it from.
+
+    q, k and v become one adapter of the fused layer, exactly: A = [Aq; Ak; Av], B block diagonal, rank and alpha times
+    three. Our header adds what `peft` does not need: which of q, k and v, the encoder's fingerprint, its image size.
+    """
+    layers = lora_layers(encoder)
+    if not layers or any(lora.merged for lora in layers.values()):
+        raise ValueError("there is no adapter to be saved, or it is merged: unmerge_lora first")
+    tensors = {tensor_name(k, f): w for k, lora in layers.items() for f, w in zip("AB", lora.factors(), strict=True)}
+    qkv = next((list(lora.parts) for lora in layers.values() if lora.of == 3), None)
+    about = {"parts": qkv, "fingerprint": fingerprint(encoder), "image_size": encoder.side * encoder.patch_size}
+    save_weights(tensors, Path(folder) / ADAPTER[0], {"animask": about})
+    save_json(peft_config(encoder, base), Path(folder) / ADAPTER[1], 2)
+
+
+def read_adapter(folder):
+    """-> adapter_config.json, {layer: (A, B)}, our header or {}. Only plain LoRA is understood."""
+    path, config = Path(folder) / ADAPTER[0], formats.read_json(Path(folder) / ADAPTER[1])
+    if not config or not path.exists():
+        raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
+    odd = [k for k in ("use_dora", "fan_in_fan_out", "modules_to_save") if config.get(k)]
+    odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
+    if config.get("peft_type") != "LORA" or odd:
+        raise UserError(f"{path} is {' '.join([str(config.get('peft_type')), *odd])}; only plain LoRA is known here")
+    tensors, header = formats.read_tensors(path)
+    names = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors})
+    wanted = {tensor_name(name, factor) for name in names for factor in "AB"}
+    if wanted != tensors.keys() or not names:
+        missing, extra = sorted(wanted - tensors.keys())[:3], sorted(tensors.keys() - wanted)[:3]
+        raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; left over: {', '.join(extra)}")
+    pairs = {name: [tensors[tensor_name(name, factor)].float() for factor in "AB"] for name in names}
+    return config, pairs, json.loads(header.get("animask", "{}"))
+
+
+def pattern_value(patterns, name, otherwise):
+    """What rank_pattern or alpha_pattern says of a layer: keys are regular expressions of a name's end, as in peft."""
+    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name)), otherwise)
+
+
+def lora_from(name, base, A, B, config, qkv, folder):
+    """A (r, in) and B (out, r) of a file as LoRA on the Linear base; `qkv`, which of the three, get their own."""
+    rank = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+    if A.shape != (rank, base.in_features) or B.shape != (base.out_features, rank):
+        raise UserError(f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B {tuple(B.shape)} "
+                        f"against rank {rank} and a layer of {base.in_features} to {base.out_features}")  # fmt: skip
+    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    thirds, of = (qkv, 3) if qkv and name.endswith("attn.qkv") else ([0], 1)
+    r, width = rank // len(thirds), base.out_features // of
+    lora = LoRA(base, r, scale * r, config.get("lora_dropout", 0.0), thirds, of)
+    with torch.no_grad():
+        lora.A.copy_(A.view_as(lora.A))
+        for i, third in enumerate(thirds):
+            lora.B[i] = B[third * width : (third + 1) * width, i * r : (i + 1) * r]
+    return lora
+
+
+def load_adapter(encoder, folder):
+    """Put the LoRA of a folder, ours or one that `peft` made on our ViT, on a plain encoder -> its parameters.
+
+    The encoder is frozen, as by add_lora. Nothing is changed before all of it is known to fit.
+    """
+    config, pairs, about = read_adapter(folder)
+    if lora_layers(encoder):
+        raise UserError("this encoder has an adapter already: merge_lora and remove_lora first")
+    linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+    if unknown := sorted(pairs.keys() - linear.keys()):
+        raise UserError(f"the adapter in {folder} has {', '.join(unknown[:3])}, which this encoder of "
+                        f"{len(encoder.blocks)} blocks has not")  # fmt: skip
+    layers = {k: lora_from(k, linear[k], A, B, config, about.get("parts"), folder) for k, (A, B) in pairs.items()}
+    if about and about["fingerprint"] != fingerprint(encoder):
+        base = f"{config.get('base_model_name_or_path')}, fingerprint {about['fingerprint']}"
+        raise UserError(f"the adapter in {folder} is for {base}; this encoder's is {fingerprint(encoder)}")
+    encoder.requires_grad_(False)
+    for name, lora in layers.items():
+        encoder.set_submodule(name, lora)
+    return [weight for weight in encoder.parameters() if weight.requires_grad]
+
+
+def load_merged(folder, image_size=None):
+    """A folder with an adapter -> the encoder that it was made on with the adapter merged in, and its image size."""
+    config, _, about = read_adapter(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder}/{ADAPTER[1]} does not say which encoder it is for: base_model_name_or_path")
+    encoder, size = load_encoder(base, image_size or about.get("image_size"))
+    load_adapter(encoder, folder)
+    merge_lora(encoder)
+    remove_lora(encoder)
+    return encoder, size
