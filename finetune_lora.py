@@ -28,6 +28,7 @@ import mask as masking
 from common import classifier, distributed, errors
 from common.adapters import fingerprint, save_adapter, save_encoder
 from common.checkpoints import load_encoder, load_exactly
+from common.corruptions import cutout, jitter_colour, squares
 from common.features import epoch_rows, flags_of, open_rows
 from common.io import Parser, UserError, at_least, between, cli, save_json
 from common.train import (
@@ -52,7 +53,6 @@ from model import TARGETS, add_lora, untrained_like
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW = 256  # training pictures for the statistics of the neck in an evaluation after an epoch
-GRAY = 128  # of a cutout
 DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
@@ -133,38 +133,6 @@ def fill_defaults(args):
 # ---- what the network sees: a view, augmented so that no two epochs are alike --------------------------------------
 
 
-def uniform(n, low, high, generator, device):
-    """(n, 1, 1, 1) numbers in [low, high]."""
-    return (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(device)
-
-
-def jitter_colour(view, strength, generator):
-    """Brightness, contrast, saturation times factors in 1 +- strength, one a picture. Hue stays: it tells who it is."""
-    light, contrast, saturation = (
-        uniform(len(view), 1 - strength, 1 + strength, generator, view.device) for _ in range(3)
-    )
-    x = view.float()
-    gray = (x * x.new_tensor([0.299, 0.587, 0.114])).sum(3, keepdim=True)
-    x = gray + saturation * (x - gray)
-    middle = x.mean((1, 2, 3), keepdim=True)
-    return ((middle + contrast * (x - middle)) * light).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def boxes_of(n, share, S, generator):
-    """(n, S, S) bool, one square of `share` of the area each, somewhere whole inside the picture."""
-    side = round(S * share**0.5)
-    top, left = torch.randint(0, S - side + 1, (2, n, 1), generator=generator)
-    at = torch.arange(S)
-    rows, columns = (at >= top) & (at < top + side), (at >= left) & (at < left + side)
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def cutout(view, share, generator):
-    """A gray square over `share` of each picture (DeVries and Taylor 2017, arXiv:1708.04552)."""
-    hole = boxes_of(len(view), share, view.shape[1], generator).to(view.device)
-    return view.masked_fill(hole[..., None], GRAY)
-
-
 def mix(view, targets, mixup, cutmix, generator):
     """Each picture with another of the batch, targets (B, C) alike; mixup and cutmix are the alphas of Beta, 0 is off.
 
@@ -177,7 +145,7 @@ def mix(view, targets, mixup, cutmix, generator):
     alpha = cutmix if paste else mixup
     share = float(rng.beta(alpha, alpha))  # of the own picture
     if paste:
-        hole = boxes_of(1, 1 - share, view.shape[1], generator).to(view.device)
+        hole = squares(1, view.shape[1], 1 - share, generator).to(view.device)
         share = 1 - hole.float().mean().item()
         view = torch.where(hole[..., None], view[order], view)
     else:
@@ -209,11 +177,6 @@ def drop_patches(view, encoder, keep, generator):
     noise = torch.rand(len(view), N, generator=generator).to(view.device)
     ids, _ = masking.sample(noise, K)
     return masked_patch_gather(view, ids, encoder.patch_size), ids
-
-
-def soft_cross_entropy(logits, targets):
-    """Mean over the batch of -sum_c target_c log softmax(logits)_c, both (B, C)."""
-    return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
 # ---- before the loop: names, network, data -------------------------------------------------------------------------
@@ -402,7 +365,8 @@ def finetune(args, seed, out, device, dtype):
 
             # forward, loss, backward
             logits = net(batch, y)  # (B, C)
-            loss = soft_cross_entropy(logits + args.logit_adjust * log_prior, targets)
+            log_p = (logits + args.logit_adjust * log_prior).log_softmax(1)
+            loss = -(targets * log_p).sum(1).mean()  # cross-entropy with soft targets
             loss.backward()
 
             # update

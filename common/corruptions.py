@@ -19,14 +19,30 @@ def to_u8(x):
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
+def squares(n, S, share, generator):
+    """(n, S, S) bool: a square of this share of the area each, wholly inside, at a random place."""
+    side, at = round(S * math.sqrt(share)), torch.arange(S)
+    top, left = torch.randint(S - side + 1, (2, n, 1), generator=generator)
+    rows, columns = ((at >= start) & (at < start + side) for start in (top, left))  # (n, S)
+    return rows[:, :, None] & columns[:, None]
+
+
 def cutout(images, level, generator):
-    """A gray square of this share of the area, wholly inside, at a random place (DeVries and Taylor 2017)."""
-    B, S = images.shape[:2]
-    side = round(S * math.sqrt(level))
-    top, left = torch.randint(S - side + 1, (2, B, 1), generator=generator)
-    at = torch.arange(S)
-    rows, columns = ((at >= start) & (at < start + side) for start in (top, left))  # (B, S)
-    return paint(images, rows[:, :, None] & columns[:, None])
+    """A gray square of this share of the area (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    return paint(images, squares(*images.shape[:2], level, generator))
+
+
+def jitter_colour(images, level, generator):
+    """Brightness, contrast, saturation times factors in 1 +- level, one a picture. Hue stays: it tells who it is."""
+    low, high = 1 - level, 1 + level
+    light, contrast, saturation = (
+        (low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images.device) for _ in range(3)
+    )
+    x = images.float()
+    gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
+    x = gray + saturation * (x - gray)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return to_u8((mean + contrast * (x - mean)) * light)
 
 
 def paint(images, where):

@@ -14,7 +14,7 @@ from conftest import call, draw_folder
 
 import data
 import finetune_lora
-from common import classifier, errors, features
+from common import classifier, corruptions, errors, features
 from common.adapters import save_encoder
 from common.io import UserError
 from common.train import read_log, seeded
@@ -160,9 +160,9 @@ def test_of_small_classes_two_pictures_stay():
 
 def test_augmentation_keeps_its_word():
     view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
-    assert (finetune_lora.jitter_colour(view, 0.0, seeded(1)).int() - view.int()).abs().max() <= 1
-    assert not torch.equal(finetune_lora.jitter_colour(view, 0.4, seeded(1)), view)
-    gray = (finetune_lora.cutout(view, 0.25, seeded(1)) == finetune_lora.GRAY).all(3).flatten(1).sum(1)
+    assert (corruptions.jitter_colour(view, 0.0, seeded(1)).int() - view.int()).abs().max() <= 1
+    assert not torch.equal(corruptions.jitter_colour(view, 0.4, seeded(1)), view)
+    gray = (corruptions.cutout(view, 0.25, seeded(1)) == corruptions.GRAY).all(3).flatten(1).sum(1)
     assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
     white = torch.tensor([0, 255] * 4, dtype=torch.uint8)[:, None, None, None].expand(8, 32, 32, 3)
     targets = F.one_hot(torch.tensor([0, 1] * 4), 2).float()  # the share of white is the target of class 1
@@ -350,7 +350,8 @@ def test_bad_input_is_one_line_and_overwrites_nothing(encoder, small, lora, tmp_
     assert "--hold-out 2" in line("--hold-out", 2)
     assert "--from-scratch" in line("--from-scratch")
     assert "q,k,v" in line("--targets", "q,w")
-    assert "--lr 7" in line("--lr", 7)
+    assert "--lr 7" in line("--lr", 7) and "--warmup nan" in line("--warmup", "nan")
+    assert "--batch-size 1" in line("--batch-size", 1) and "--seeds 0" in line("--seeds", 0)
     before = (lora / "state.pt").read_bytes()
     assert "--resume" in line("--out", lora, "--keep", 0.5, *QUICK)
     assert "r 8 (now 4)" in line("--out", lora, "--keep", 0.5, *QUICK, "--r", 4)
