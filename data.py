@@ -31,9 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.io import UserError, atomic, send
+from common.io import DTYPES, UserError, not_whole, read_header, send, write_rows
 
-DTYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16}  # as safetensors names them
 CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
 
 
@@ -42,17 +41,12 @@ CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 
 
 def open_tensors(path):
     """A safetensors file -> {name: memory map} and, as "header", the "animask" entry of its header."""
+    entries, header = read_header(path)
     try:
-        with open(path, "rb") as f:
-            room = int.from_bytes(f.read(8), "little")
-            entries = json.loads(f.read(min(room, 2**30)))
-        tensors = {"header": json.loads(entries.pop("__metadata__")["animask"])}
-        for name, e in entries.items():
-            tensors[name] = np.memmap(path, DTYPES[e["dtype"]], "r", 8 + room + e["data_offsets"][0], tuple(e["shape"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
-        reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it and make it again") from None
-    return tensors
+        tensors = {name: np.memmap(path, DTYPES[dtype], "r", at, shape) for name, (dtype, shape, at) in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError) as problem:  # cut short, or not of rows
+        raise not_whole(path, problem, "remove it and make it again") from None
+    return tensors | {"header": header}
 
 
 def open_split(folder, name):
@@ -65,24 +59,18 @@ def open_split(folder, name):
     if not path.exists():
         raise UserError(f"{path} does not exist; python data.py IMAGES --out {folder} makes it")
     split = open_tensors(path)
-    if "images" not in split:
+    if "images" not in split or "classes" not in split["header"]:
         raise UserError(f"{path} holds no images; python data.py IMAGES --out {folder} makes it")
     return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
 
 
-def write_rows(path, name, chunks, shape, dtype, header=None):
-    """Stream chunks (b, ...) of one tensor of this whole shape into a safetensors file."""
-    count = math.prod(shape) * DTYPES[dtype]().itemsize
-    entry = {name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, count]}}
-    head = json.dumps({"__metadata__": {"animask": json.dumps(header or {})}} | entry).encode()
-    head = head.ljust(-(-len(head) // 8) * 8)
-    with atomic(path) as temporary, open(temporary, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        for chunk in chunks:
-            f.write(np.ascontiguousarray(chunk).data)
-
-
 # ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
+
+
+def write_maps(path, name, chunks, shape, dtype, header=None):
+    """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor, `name`."""
+    rows = ({name: chunk} for chunk in chunks)
+    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 
 
 def fingerprint(split):

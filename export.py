@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from common.adapters import load_merged, save_encoder
-from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly, save_weights
+from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
-from common.io import Parser, UserError, at_least, cli, save_json
+from common.io import Parser, UserError, at_least, cli, save_json, save_safetensors
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
 
@@ -62,7 +62,7 @@ def save_hf(weights, facts, folder):
     pixels = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
               "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
               "image_std": list(STD)}  # fmt: skip
-    save_weights(renamed, folder / "model.safetensors")
+    save_safetensors(renamed, folder / "model.safetensors")
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
     return f"transformers.{config['architectures'][0]}.from_pretrained({str(folder)!r})"
@@ -98,7 +98,7 @@ def export(source, to, out=None, image_size=None):
         return out, save_hf(weights, facts, out)
     if facts["norm_eps"] != EPS:
         print(f"note: its LayerNorms have an epsilon of {facts['norm_eps']:g}, which a {to} file can't say")
-    save_weights(weights, out)
+    save_safetensors(weights, out)
     return out, timm_line(facts, out) if to == "timm" else f"safetensors.torch.load_file({str(out)!r})"
 
 

@@ -439,7 +439,7 @@ def main():
               "data_digest": data.fingerprint(split), "commit": commit()}  # fmt: skip
     header = {key: value for key, value in header.items() if value is not None}
     bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK), disable=None)
-    data.write_rows(path, args.map, bar, (n, grid, grid), dtype, header)
+    data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
     shown = data.spread(n, SHEET_IMAGES)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     maps = torch.from_numpy(data.open_map(path, args.map, split)[shown.numpy()])

@@ -4,7 +4,6 @@ An adapter is adapter_model.safetensors and adapter_config.json; it belongs to t
 """
 
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 
 from common import formats
-from common.checkpoints import ENCODER, as_convolution, load_encoder, save_weights
-from common.io import UserError, save_json
+from common.checkpoints import ENCODER, as_convolution, load_encoder
+from common.io import UserError, save_json, save_safetensors
 from model import LoRA, lora_layers, merge_lora, remove_lora
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
@@ -27,7 +26,7 @@ def save_encoder(encoder, path, about):
     p, dim, blocks = encoder.patch_size, encoder.cls_token.shape[2], encoder.blocks
     sizes = (encoder.side * p, p, dim, len(blocks), blocks[0].attn.heads)
     config = dict(zip(ENCODER, sizes, strict=True)) | {"norm_eps": encoder.norm.eps}
-    save_weights(as_convolution(encoder.state_dict()), path, {"animask": {"config": config, **about}})
+    save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **about})
 
 
 def fingerprint(encoder):
@@ -73,7 +72,7 @@ def save_adapter(encoder, folder, base):
     tensors = {tensor_name(k, f): w for k, lora in layers.items() for f, w in zip("AB", lora.factors(), strict=True)}
     qkv = next((list(lora.parts) for lora in layers.values() if lora.of == 3), None)
     about = {"parts": qkv, "fingerprint": fingerprint(encoder), "image_size": encoder.side * encoder.patch_size}
-    save_weights(tensors, Path(folder) / ADAPTER[0], {"animask": about})
+    save_safetensors(tensors, Path(folder) / ADAPTER[0], about)
     save_json(peft_config(encoder, base), Path(folder) / ADAPTER[1], 2)
 
 
@@ -93,7 +92,7 @@ def read_adapter(folder):
         missing, extra = sorted(wanted - tensors.keys())[:3], sorted(tensors.keys() - wanted)[:3]
         raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; left over: {', '.join(extra)}")
     pairs = {name: [tensors[tensor_name(name, factor)].float() for factor in "AB"] for name in names}
-    return config, pairs, json.loads(header.get("animask", "{}"))
+    return config, pairs, header
 
 
 def pattern_value(patterns, name, otherwise):

@@ -4,7 +4,6 @@ What fits only in part is refused, and the line says what is missing and what is
 knows the names of MAE, DINO, timm and Hugging Face, is imported only where a checkpoint is read.
 """
 
-import json
 import math
 
 import torch
@@ -27,12 +26,6 @@ def as_convolution(weights):
     return weights | {"patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()}
 
 
-def save_weights(weights, path, header=None):
-    """Write {name: tensor} as safetensors; header: {"animask": plain dict} for files of ours."""
-    header = {"format": "pt"} | {k: json.dumps(v) for k, v in (header or {}).items()}
-    save_safetensors({k: v.detach().cpu().contiguous() for k, v in weights.items()}, path, header)
-
-
 def public_weights(model):
     """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), the picture head left out."""
     return as_convolution({k.split(".", 1)[1]: w for k, w in model.state_dict().items() if "stats_head" not in k})
@@ -40,7 +33,7 @@ def public_weights(model):
 
 def save_model(model, path, about):
     """Write an MAE for everybody else; `about` (a plain dict: run, step, data) joins the header."""
-    save_weights(public_weights(model), path, {"animask": {"config": model.config, **about}})
+    save_safetensors(public_weights(model), path, {"config": model.config, **about})
 
 
 def load_exactly(module, weights, path, assign=False):

@@ -11,24 +11,23 @@ the adapter (lora) or the whole encoder (full).
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
 import data
 from common.adapters import fingerprint, load_adapter
 from common.checkpoints import load_encoder, load_exactly
-from common.io import UserError, save_safetensors
+from common.io import UserError, read_safetensors, save_safetensors
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
 HEADS = ("linear", *MARGINS, "ifa")
 POOLS = {"mean": lambda tokens: tokens[:, 1:].mean(1), "cls": lambda tokens: tokens[:, 0]}
+REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
 GALLERY = 20  # training pictures of a character that are kept
 
 
@@ -190,7 +189,7 @@ def frozen_features(net, base, folder, splits, S, autocast, dtype, home):
         return {k: v.clone() for k, v in read_safetensors(path)[0].items()}
     features = {name: pooled_of(net, split, torch.arange(len(split["images"])), S, autocast, f"features of {name}")
                 for name, split in splits.items()}  # fmt: skip
-    save_safetensors(features, path, {"animask": json.dumps({"data": str(folder), "encoder": path.stem})})
+    save_safetensors(features, path, {"data": str(folder), "encoder": path.stem})
     return features
 
 
@@ -256,28 +255,14 @@ def fit_temperature(logits, labels):
 
 def save_head(net, classes, path, about):
     """Neck and head; about: {"method", "base", "fingerprint", "image_size", ...}."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if not k.startswith("encoder.")}
-    header = {"config": net.config, "classes": classes, **about}
-    save_safetensors(tensors, path, {"animask": json.dumps(header)})
-
-
-def read_safetensors(path):
-    """-> (tensors, the "animask" entry of the header)."""
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist; python finetune_lora.py ENCODER --data DIR makes it")
-    try:
-        with safe_open(path, "pt") as f:
-            header = json.loads((f.metadata() or {})["animask"])
-            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is not a whole file of AniMask ({reason}); remove it, and make it anew") from None
+    tensors = {k: v for k, v in net.state_dict().items() if not k.startswith("encoder.")}
+    save_safetensors(tensors, path, {"config": net.config, "classes": classes, **about})
 
 
 def load_classifier(folder):
     """runs/NAME of finetune_lora.py -> (Classifier in eval mode, header of its head file)."""
     folder = Path(folder)
-    weights, header = read_safetensors(folder / "head.safetensors")
+    weights, header = read_safetensors(folder / "head.safetensors", REMEDY)
     try:
         base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
         classes, config, method = header["classes"], header["config"], header["method"]
@@ -297,15 +282,14 @@ def load_classifier(folder):
 
 def save_gallery(path, embeddings, labels, names, keys, about):
     """names of the classes 0, 1, ...; keys: one a picture; about: what `calibrate` found."""
-    header = {"names": names, "keys": keys, **about}
-    tensors = {"embeddings": embeddings.float().contiguous(), "labels": labels.contiguous()}
-    save_safetensors(tensors, path, {"animask": json.dumps(header)})
+    tensors = {"embeddings": embeddings.float(), "labels": labels}
+    save_safetensors(tensors, path, {"names": names, "keys": keys, **about})
 
 
 def load_gallery(folder):
     """-> a dict: embeddings (n, D), labels (n,), the header's entries, and ready to compare: unit (n, D), centroids."""
     path = Path(folder) / "gallery.safetensors"
-    tensors, header = read_safetensors(path)
+    tensors, header = read_safetensors(path, REMEDY)
     if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "threshold"} <= header.keys():
         raise UserError(f"{path} is not a gallery; finetune_lora.py makes it anew")
     if len(tensors["embeddings"]) == 0 or len(tensors["embeddings"]) != len(header["keys"]):

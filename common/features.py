@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import data
 from common import metrics
 from common.evaluate import extremes
-from common.io import UserError, save_safetensors
+from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.train import seeded
 
 POOLS = ("mean", "cls", "extremes")  # the first is the headline
@@ -132,9 +131,8 @@ def model_file(run):
 def about_model(run):
     """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {} of other files."""
     try:
-        with safe_open(model_file(run), "pt") as f:
-            return json.loads((f.metadata() or {}).get("animask", "{}"))
-    except (SafetensorError, OSError, ValueError):
+        return read_header(model_file(run))[1]
+    except UserError:
         return {}
 
 
@@ -151,16 +149,6 @@ def digest(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
-def read(path):
-    """features.safetensors -> (header, {name: tensor})."""
-    try:
-        with safe_open(path, "pt") as f:
-            return json.loads(f.metadata()["animask"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is not a whole file of features ({reason}); remove it and run again") from None
-
-
 def covers(there, asked):
     """Was a file made under a header that has all that is asked for? More views, blocks or splits do no harm."""
     more = there["views"] >= asked["views"] and there["blocks"] >= asked["blocks"]
@@ -175,14 +163,14 @@ def cached(path, header, make):
     """
     path = Path(path)
     if path.exists():
-        there, tensors = read(path)
+        tensors, there = read_safetensors(path, "remove it and run again")
         if there.get("model") != header["model"]:
             raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
                             f"{header['model']}); remove it and run again")  # fmt: skip
         if covers(there, header):
             return tensors
     tensors = make()
-    save_safetensors(tensors, path, {"animask": json.dumps(header)})
+    save_safetensors(tensors, path, header)
     return tensors
 
 

@@ -17,9 +17,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from common.io import UserError
+from common.io import UserError, read_safetensors
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -50,7 +49,7 @@ VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embe
 
 
 def read_tensors(path):
-    """A safetensors or torch file -> (what it holds, its header {str: str}). Its first bytes say which it is."""
+    """A safetensors or torch file -> (what it holds, our header or {}). Its first bytes say which it is."""
     try:
         with open(path, "rb") as f:
             start = f.read(9)
@@ -58,12 +57,12 @@ def read_tensors(path):
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about old pickles; training checkpoints keep their arguments too
                 return torch.load(path, map_location="cpu", weights_only=True), {}
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a file)
     except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
         reason = f"it wants to run {code[1]} and was not opened" if code else str(problem).strip().split("\n")[0][:100]
-    raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason or 'it is cut short'})")
+        reason = reason or "it is cut short"
+        raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason})") from None
+    return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
 
 
 def read_json(path):
@@ -169,11 +168,10 @@ def our_names(loaded, path):
 
 def facts_beside(path, header):
     """What shapes can't tell: of a file of ours from its header, else from config.json and the like beside it."""
-    if "animask" in header:
-        about = json.loads(header["animask"])
-        if "config" not in about:
+    if header:
+        if "config" not in header:
             raise UserError(f"{path} is not a whole AniMask model: its header has no configuration")
-        return about["config"] | {"norm_pix": about.get("norm_pix", True)}
+        return header["config"] | {"norm_pix": header.get("norm_pix", True)}
     config, pixels = read_json(path.parent / "config.json"), read_json(path.parent / "preprocessor_config.json")
     timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
     facts = {"heads": config.get("num_attention_heads", timm.get("num_heads")), "dim": config.get("hidden_size"),

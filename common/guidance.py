@@ -215,12 +215,12 @@ def write_attention(teacher, image_size, images, path, autocast, source):
         rows = attention_rows(images, teacher, image_size, source, autocast, shares[rank])
         total = math.ceil(len(shares[rank]) / data.CHUNK)
         bar = tqdm(rows, "attention", total, leave=False, disable=True if rank else None)
-        data.write_rows(files[rank], "attn", bar, (len(shares[rank]), *shape), "F16")
+        data.write_maps(files[rank], "attn", bar, (len(shares[rank]), *shape), "F16")
     if world > 1:
         distributed.largest(0)  # all files are there
         with distributed.zero_first():
             if rank == 0:
-                data.write_rows(path, "attn", rows_of(files), (len(images), *shape), "F16")
+                data.write_maps(path, "attn", rows_of(files), (len(images), *shape), "F16")
                 for file in path.parent.glob(f"{path.stem}.part*"):
                     file.unlink()
     return data.open_tensors(path)["attn"]

@@ -1,4 +1,4 @@
-"""Mistakes of the user, files that are written whole or not at all, and tensors on their way to a device.
+"""Mistakes of the user, files that are read and written whole or not at all, flags, tensors on their way to a device.
 
 Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts without it.
 """
@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 from pathlib import Path
+
+import numpy as np
 
 
 class UserError(Exception):
@@ -53,16 +55,106 @@ def atomic(path):
             temporary.unlink(missing_ok=True)
 
 
-def save_safetensors(tensors, path, header):
-    """Write {name: contiguous CPU tensor} and a header {str: str}, atomically."""
+# ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the other ---------------
+
+DTYPES = {"U8": np.uint8, "I64": np.int64, "F16": np.float16}  # of rows, as the format names them
+
+
+def not_whole(path, problem, remedy):
+    """The UserError for a file that is missing or broken; remedy: what to do about it."""
+    if isinstance(problem, FileNotFoundError):
+        return UserError(f"{path} does not exist; {remedy}")
+    return UserError(f"{path} is not a whole file of tensors ({' '.join(str(problem).split())[:80]}); {remedy}")
+
+
+def read_safetensors(path, remedy="remove it and make it again"):
+    """-> ({name: CPU tensor}, what our entry "animask" of its header says: a dict, empty in other people's files)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            header = json.loads((f.metadata() or {}).get("animask", "{}"))
+            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise not_whole(path, problem, remedy) from None
+
+
+def read_header(path, remedy="remove it and make it again"):
+    """The same without reading a tensor -> ({name: (dtype's name, shape, first byte in the file)}, "animask" or {})."""
+    try:
+        with open(path, "rb") as f:
+            room = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(min(room, 2**30)))
+        header = json.loads(entries.pop("__metadata__", {}).get("animask", "{}"))
+        return {name: (e["dtype"], tuple(e["shape"]), 8 + room + e["data_offsets"][0])
+                for name, e in entries.items()}, header  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        raise not_whole(path, problem, remedy) from None
+
+
+def save_safetensors(tensors, path, header=None):
+    """Write {name: tensor} and, as the entry "animask", a header of plain values, atomically.
+
+    A file for others, without a header of ours, says that it is PyTorch's: transformers asks for that.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    about = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
     with atomic(path) as temporary:
         try:
-            save_file(tensors, temporary, header)
+            save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, about)
         except SafetensorError as problem:
             raise OSError(str(problem)) from problem
+
+
+def write_rows(path, planes, n, rows, header, room=None):
+    """Stream rows of several tensors into a safetensors file, atomically: memory does not grow with them.
+
+    planes {name: (dtype's name, shape of one row)}, in the order of the file. rows yields {name: array (b, ...)}, n
+    rows in all: each goes straight to its place. If fewer than n come, the later planes move up at the end.
+    header: a function that is called after the last row -> dict; room: bytes for the file's head, if it may still grow.
+    """
+    size = {p: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for p, (dtype, shape) in planes.items()}
+    room = room or -(-len(file_head(planes, size, n, header())) // 8) * 8
+    start = dict(zip(planes, (8 + room + n * np.cumsum([0, *size.values()])).tolist(), strict=False))
+    count = 0
+    with atomic(path) as temporary, open(temporary, "w+b") as f:
+        for chunk in rows:
+            for p, row in chunk.items():
+                f.seek(start[p] + count * size[p])
+                f.write(np.ascontiguousarray(row).data)
+            count += len(row)
+        end = 8 + room
+        for p in planes:
+            end = move(f, start[p], end, count * size[p])
+        f.truncate(end)
+        f.seek(0)
+        head = file_head(planes, size, count, header())
+        assert len(head) <= room
+        f.write(room.to_bytes(8, "little") + head.ljust(room))
+
+
+def file_head(planes, size, n, header):
+    """The head of a file of n rows, as JSON."""
+    entries, at = {"__metadata__": {"animask": json.dumps(header)}}, 0
+    for p, (dtype, shape) in planes.items():
+        entries[p] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [at, at + n * size[p]]}
+        at += n * size[p]
+    return json.dumps(entries).encode()
+
+
+def move(f, start, to, count, step=2**24):
+    """Move `count` bytes of a file from `start` forward to `to` -> where they end now."""
+    for i in range(0, count if start > to else 0, step):
+        f.seek(start + i)
+        chunk = f.read(min(step, count - i))
+        f.seek(to + i)
+        f.write(chunk)
+    return to + count
+
+
+# ---- small files -----------------------------------------------------------------------------------------------------
 
 
 def read_csv(path):

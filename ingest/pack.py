@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.io import UserError, atomic
+from common.io import UserError, write_rows
 from ingest import duplicates, sources, toon
 from ingest.decode import any_alpha, decode
 from ingest.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
@@ -67,67 +67,35 @@ def drawn(records, size):
 def write_split(path, rows, dims, records, labels, about):
     """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
 
-    The file is a header, then images, fg, parts, ..., labels. Room for all keys is laid out first and every row goes
-    straight to its place; if some were skipped, the later planes move up at the end; the header comes last.
-    dims is {plane: shape of one row}.
+    The file is a header, then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
     """
-    stride = {p: math.prod(dims[p]) for p in dims}
-    room = len(json.dumps(header_json(records, about, []))) + 2**18  # and reasons for a hundred skipped files
-    starts = [8 + room + len(records) * before for before in np.cumsum([0, *stride.values()]).tolist()]
     kept, skipped = [], []
-    with atomic(path) as temporary, open(temporary, "w+b") as f:
+
+    def readable():
         for record, row in rows:
             if isinstance(row, Exception):
                 skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
                 continue
-            for p, start in zip(dims, starts, strict=False):
-                f.seek(start + len(kept) * stride[p])
-                f.write(np.ascontiguousarray(row[p]).data)
             kept.append(record)
-        f.seek(close_gaps(f, [(start, len(kept) * stride[p]) for p, start in zip(dims, starts, strict=False)]))
-        f.write(np.array([labels[r.label] for r in kept], "<i8").tobytes())
-        f.truncate()
-        f.seek(0)
-        f.write(file_header(room, header_json(kept, about, skipped), dims, len(kept)))
+            yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
+
+    planes = {p: ("U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
+    room = len(json.dumps(json.dumps(header_of(records, about, [])))) + 2**18  # reasons for a hundred skipped files
+    write_rows(path, planes, len(records), readable(), lambda: header_of(kept, about, skipped), room)
     return skipped
 
 
-def header_json(records, about, skipped):
-    """The "animask" entry of the header; groups are written only where they are not the keys themselves."""
+def header_of(records, about, skipped):
+    """What the file's header says; groups are written only where they are not the keys themselves."""
     torn = any(r.group != r.key for r in records)
-    return json.dumps(about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
-                               "skipped": len(skipped), "skipped_first": skipped[:100]})  # fmt: skip
+    return about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
+                    "skipped": len(skipped), "skipped_first": skipped[:100]}  # fmt: skip
 
 
 def check_skipped(out, skipped, n):
     if len(skipped) > 0.05 * n:
         raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: "
                         + "; ".join(f"{key} ({why})" for key, why in skipped[:3]))  # fmt: skip
-
-
-def close_gaps(f, spans):
-    """Move each (start, bytes) span up to the end of the one before it -> the end of the last."""
-    end = spans[0][0]
-    for start, count in spans:
-        for i in range(0, count if start > end else 0, 2**24):
-            f.seek(start + i)
-            chunk = f.read(min(2**24, count - i))
-            f.seek(end + i)
-            f.write(chunk)
-        end += count
-    return end
-
-
-def file_header(room, metadata, dims, n):
-    """The head of a safetensors file: its length (u64), then JSON, padded with spaces to `room` bytes."""
-    entries, at = {"__metadata__": {"animask": metadata}}, 0
-    for name, dtype, shape, width in [*[(p, "U8", s, 1) for p, s in dims.items()], ("labels", "I64", (), 8)]:
-        size = n * math.prod(shape) * width
-        entries[name] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [at, at + size]}
-        at += size
-    head = json.dumps(entries).encode()
-    assert len(head) <= room
-    return room.to_bytes(8, "little") + head.ljust(room)
 
 
 def open_images(path, size, crop, margin, boxes):

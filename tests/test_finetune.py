@@ -16,7 +16,7 @@ import data
 import finetune_lora
 from common import classifier, corruptions, errors, features
 from common.adapters import save_encoder
-from common.io import UserError
+from common.io import UserError, read_safetensors
 from common.train import read_log, seeded
 from model import ViT
 
@@ -268,7 +268,7 @@ def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(enco
     monkeypatch.setattr(finetune_lora, "frozen_features", lambda *_: None)
     main(*words, "--out", tmp_path / "uncached")
     heads = [tmp_path / name / "head.safetensors" for name in ("cached", "again", "uncached")]
-    a, b, c = (classifier.read_safetensors(path)[0] for path in heads)
+    a, b, c = (read_safetensors(path)[0] for path in heads)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert all(torch.allclose(a[k].float(), c[k].float(), atol=2e-5) for k in a)
     assert metrics_of(tmp_path / "cached")["top1"] == metrics_of(tmp_path / "uncached")["top1"]
@@ -318,7 +318,7 @@ def test_seeds_early_stop_and_characters_left_out(encoder, small, tmp_path):
     assert summary["top1"]["deviation"] == pytest.approx(float(np.std(each, ddof=1)), abs=1e-9)
     main(*words, "--out", tmp_path / "one", "--seed", 1, "--hold-out", 1)  # a folder that was asked for is that folder
     assert metrics_of(tmp_path / "one")["top1"] == each[1]
-    header = classifier.read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
+    header = read_safetensors(tmp_path / "many" / "gallery.safetensors")[1]
     assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
     main(*words, "--out", tmp_path / "early", "--epochs", 30, "--head-lr", 1e-9, "--patience", 2)
     row = metrics_of(tmp_path / "early")

@@ -50,7 +50,7 @@ def write_parts(folder, path, parts=3):
     n = len(train["images"])
     labels = np.random.default_rng(0).integers(0, parts + 1, (n, 4, 4), dtype=np.uint8)
     header = {"map": "parts", "data_digest": data.fingerprint(train), "grid": 4, "parts": parts, "by": "a test"}
-    data.write_rows(path, "parts", [labels], labels.shape, "U8", header)
+    data.write_maps(path, "parts", [labels], labels.shape, "U8", header)
     return labels
 
 
@@ -279,7 +279,7 @@ def test_a_file_of_maps_goes_before_the_truth_and_both_can_be_asked_for(figures,
     n = len(train["images"])
     header = {"map": "saliency", "quality": "coarse", "data_digest": data.fingerprint(train), "grid": 2}
     path = Path("maps") / figures.name / "saliency.safetensors"
-    data.write_rows(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
+    data.write_maps(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
     maps, _, what = guidance.open_maps("fg", "auto", figures, train)
     assert maps.shape == (n, 2, 2) and what == f"{path} coarse"
     assert guidance.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)

@@ -224,7 +224,7 @@ def test_what_open_map_refuses(small, made, tmp_path):
     n, about = len(train["images"]), data.open_tensors(made / "saliency.safetensors")["header"]
 
     def write(name, shape, header):
-        data.write_rows(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
+        data.write_maps(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
         return tmp_path / name
 
     for path, split, kind, words in (

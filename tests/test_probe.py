@@ -207,7 +207,7 @@ def test_features_of_another_run_are_refused(runs, tmp_path, monkeypatch):
     assert "another model" in line and "remove it" in line
     assert (run / "features.safetensors").read_bytes() == before
     (run / "features.safetensors").write_bytes(before[:5000])
-    with pytest.raises(UserError, match="not a whole file of features"):
+    with pytest.raises(UserError, match="not a whole file of tensors"):
         run_probe(monkeypatch, run, *FAST)
 
 

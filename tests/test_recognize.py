@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import recognize
 from common import classifier, metrics
 from common.adapters import save_encoder
-from common.io import UserError
+from common.io import UserError, read_safetensors
 from ingest.decode import decode
 from model import ViT
 
@@ -212,7 +212,7 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
 
     assert "finetune_lora.py" in line(tmp_path / "nothing", picture)
     assert "give pictures" in line(copy) and "--threshold" in line(copy, picture, "--threshold", 2)
-    about = classifier.read_safetensors(copy / "gallery.safetensors")[1]
+    about = read_safetensors(copy / "gallery.safetensors")[1]
     calibrated = {k: v for k, v in about.items() if k not in ("names", "keys")}
     classifier.save_gallery(
         copy / "gallery.safetensors", torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], calibrated
@@ -227,7 +227,7 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
     assert "rank 3" in line(copy, picture)
     torch.manual_seed(1)  # the encoder was trained on since
     save_encoder(ViT(32, 8, 32, 2, 2), spoiled("base") / "model.safetensors", {})
-    tensors, header = classifier.read_safetensors(copy / "head.safetensors")
+    tensors, header = read_safetensors(copy / "head.safetensors")
     save_file(tensors, copy / "head.safetensors", {"animask": json.dumps(header | {"base": str(copy / "base")})})
     assert "not the encoder" in line(copy, picture)
     assert "the pickle ran" not in capsys.readouterr().out
