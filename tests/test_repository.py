@@ -1,21 +1,56 @@
 """The repository holds its own promises: what the README and the docstrings say is so."""
 
 import ast
+import contextlib
 import csv
+import functools
+import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, stage
+from conftest import ROOT
 
 import mask as masking
 
-README = (ROOT / "README.md").read_text()
-STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py")
-          if (ROOT / name).exists()]  # fmt: skip
+STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py",
+          "export.py") if (ROOT / name).exists()]  # fmt: skip
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "common", "ingest", "experiments", "benchmarks"}
+
+
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
+COMMAND = r"(?:python|torchrun [^\n]*?) (-m [\w.]+|\w+\.py)(?= |$|`)([^\n#`]*)"
+NOT_OURS = {"--nproc-per-node"}  # torchrun's
+
+
+@functools.cache
+def flags_of(script):
+    """-> the flags in the --help of `pretrain.py` or `-m experiments.study`, run in this process."""
+    out, argv, name = io.StringIO(), sys.argv, script.removeprefix("-m ")
+    sys.argv = [name, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+            if name == script:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__", alter_sys=False)
+    finally:
+        sys.argv = argv
+    assert not end.value.code
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", out.getvalue()))
+
+
+def commands():
+    """-> {script: what follows it in each command of README and docs}; the tests' and pip's own are left out."""
+    found = {}
+    for script, rest in re.findall(COMMAND, TEXT.replace("\\\n", " ")):
+        if script not in ("-m pytest", "-m timeit"):
+            found.setdefault(script, []).append(rest)
+    return found
 
 
 def imports(path):
@@ -34,14 +69,98 @@ def test_the_readme_begins_with_two_commands():
     assert len(first) == 2 and "python pretrain.py --mask attn_high --ratio 0.75" in first[0] and "pytest" in first[1]
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_every_flag_in_the_readme_is_in_help(script):
-    known = stage(script, "--help", cwd=ROOT, check=0).stdout
-    lines = [line for line in README.splitlines() if f"python {script}" in line]
-    for line in lines:
-        command = line[line.index(f"python {script}") :].split("#")[0].split("`")[0]
-        for flag in re.findall(r"(--[a-z][a-z-]+)", command):
-            assert flag in known, f"{script} has no {flag}: {line}"
+def test_every_page_is_short():
+    long = {name: len(text.splitlines()) for name, text in PAGES.items()}
+    assert max(long.values()) <= 150, long
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("script", sorted(commands()))
+def test_every_flag_of_a_command_in_the_docs_is_in_help(script):
+    known = flags_of(script)
+    for rest in commands()[script]:
+        recipe = flags_of("pretrain.py") if "--recipe" in rest else set()  # flags of pretrain.py, passed on
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) - known - recipe
+        assert not unknown, f"{script} has no {unknown}: {rest}"
+
+
+def test_every_flag_that_the_docs_speak_of_is_a_stages():
+    known = set().union(*(flags_of(script) for script in {*STAGES, *commands()}))
+    spoken = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*(?!-)", re.sub(r"<!-- -->|\|[-|]+\|", "", TEXT)))
+    assert not spoken - known - NOT_OURS
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("name", [*PAGES, "results/LOG.md", "results/STUDY.md"])
+def test_every_link_leads_somewhere(name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{name}: {target}"
+
+
+def test_every_file_that_the_readme_names_is_there():
+    map_of_files = README[README.index("## The map") : README.index("## Masks")]
+    for name in re.findall(r"`([\w/]+(?:\.py|/))`", map_of_files):
+        assert (ROOT / name).exists() or name in ("toon.py", "datasets/", "maps/", "runs/"), name
+    shown = set(re.findall(r"`(\w+\.py)`", map_of_files))
+    assert {p.name for p in ROOT.glob("*.py")} <= shown, "a stage that the map leaves out"
+
+
+def test_what_is_to_be_changed_stands_where_the_readme_says():
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)` \| (.*) \|$", README, re.M)
+    assert len(rows) >= 5
+    for file, names in rows:
+        code = (ROOT / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), f"{file} has no {name}"
+
+
+def read_results(links):
+    """-> the numbers in the files under results/ that these links name."""
+    text = " ".join((ROOT / name).read_text() for name in links)
+    return [abs(float(x)) for x in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+
+
+def missing(numbers, known):
+    """Those of the numbers, as they are written, that no number of the files rounds to."""
+    unit = {n: 10 ** -len(n.partition(".")[2]) for n in numbers}
+    return [n for n in numbers if not any(abs(float(n.replace(",", "")) - k) <= 0.5000001 * unit[n] for k in known)]
+
+
+RESULT = r"\((?:\.\./)?(results/[\w./-]+\.(?:csv|json|md))\)"
+
+
+def test_the_numbers_in_tables_stand_in_results():
+    """Each row of a table of numbers names a file under results/: every number of the row's figure is in there."""
+    rows = re.findall(rf"^\|.*{RESULT}.*\|$", TEXT, re.M)
+    assert len(rows) > 30
+    for line in (m.group() for m in re.finditer(rf"^\|.*{RESULT}.*\|$", TEXT, re.M)):
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        figures = " ; ".join(cell for cell in cells[1:] if "`" not in cell and "](" not in cell)
+        numbers = re.findall(r"(?<![\w.x])\d[\d,]*(?:\.\d+)?(?![\w.]*px|x\d|\d)", figures)
+        lost = missing([n.rstrip(",") for n in numbers], read_results(re.findall(RESULT, line)))
+        assert not lost, f"{lost} of {cells[0]!r} are not in its file"
+
+
+def test_the_numbers_of_what_came_out_stand_in_results():
+    paragraph = re.search(r"\*\*What came out\.\*\*.*?\n\n", README, re.S).group()
+    numbers = re.findall(r"\d+\.\d+|\d+(?= characters)", paragraph)
+    assert len(numbers) >= 4 and not missing(numbers, read_results(re.findall(RESULT, paragraph)))
+
+
+def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
+    with open(ROOT / "results" / "bench_masks.csv") as file:
+        cost = {r["mask"]: float(r["over_random_percent"]) for r in csv.DictReader(file) if r["model"] == "nano"}
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M))
+    assert set(table) == set(masking.STRATEGIES)
+    assert {name: abs(float(x)) for name, x in table.items()} == {name: abs(cost[name]) for name in table}
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -86,31 +205,6 @@ def test_no_cycle():
     while free := {name for name, targets in left.items() if not targets & left.keys()}:
         left = {name: targets for name, targets in left.items() if name not in free}
     assert not left, f"a cycle of imports: {left}"
-
-
-def test_the_readmes_numbers_stand_in_results():
-    """Each row of its tables of numbers names a file under results/: every number of the row's figure is in there."""
-    rows = re.findall(r"^\|.*\(results/([\w./-]+)\).*\|$", README, re.M)
-    assert rows
-    for line in re.findall(r"^\|.*results/[\w./-]+.*\|$", README, re.M):
-        cells = [c.strip() for c in line.strip("|").split("|")]
-        text = " ".join((ROOT / name).read_text() for name in re.findall(r"\((results/[\w./-]+)\)", line))
-        known = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)]
-        figures = " ; ".join(cell for cell in cells[1:] if "`" not in cell and "](" not in cell)
-        for number in re.findall(r"(?<![\w.x])\d[\d,]*(?:\.\d+)?(?![\w.]*px|x\d|\d)", figures):
-            digits = len(number.partition(".")[2])
-            value = float(number.replace(",", ""))
-            assert any(abs(value - k) <= 0.5000001 * 10**-digits for k in known), (
-                f"{number} of {cells[0]!r} is not in its file"
-            )
-
-
-def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
-    with open(ROOT / "results" / "bench_masks.csv") as file:
-        cost = {r["mask"]: float(r["over_random_percent"]) for r in csv.DictReader(file) if r["model"] == "nano"}
-    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M))
-    assert set(table) == set(masking.STRATEGIES)
-    assert {name: abs(float(x)) for name, x in table.items()} == {name: abs(cost[name]) for name in table}
 
 
 def test_results_name_their_machine_and_commit():
