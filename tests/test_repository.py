@@ -125,7 +125,7 @@ def test_what_is_to_be_changed_stands_where_the_readme_says():
 def read_results(links):
     """-> the numbers in the files under results/ that these links name."""
     text = " ".join((ROOT / name).read_text() for name in links)
-    return [abs(float(x)) for x in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+    return [abs(float(x)) for x in re.findall(r"(?:\d*\.)?\d+(?:e-?\d+)?", text)]
 
 
 def missing(numbers, known):
@@ -153,6 +153,12 @@ def test_the_numbers_of_what_came_out_stand_in_results():
     paragraph = re.search(r"\*\*What came out\.\*\*.*?\n\n", README, re.S).group()
     numbers = re.findall(r"\d+\.\d+|\d+(?= characters)", paragraph)
     assert len(numbers) >= 4 and not missing(numbers, read_results(re.findall(RESULT, paragraph)))
+
+
+def test_the_numbers_that_the_docs_tell_of_the_study_stand_in_it():
+    section = TEXT[TEXT.index("Differences in points of linear Top-1") : TEXT.index("## Fine-tuning and recognition")]
+    numbers = re.findall(r"(?<![\w.])\d*\.\d+", section)
+    assert len(numbers) > 20 and not missing(numbers, read_results(["results/STUDY.md"]))
 
 
 def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
