@@ -26,11 +26,11 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import classifier, distributed, errors
-from common.adapters import fingerprint, save_adapter, save_encoder
 from common.checkpoints import load_encoder, load_exactly
 from common.corruptions import cutout, jitter_colour, squares
 from common.features import epoch_rows, flags_of, open_rows
 from common.io import Parser, UserError, at_least, between, cli, save_json
+from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from common.train import (
     Meter,
     Pacer,
@@ -49,7 +49,7 @@ from common.train import (
     seeded,
 )
 from kernels.gather import masked_patch_gather
-from model import TARGETS, add_lora, untrained_like
+from model import untrained_like
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW = 256  # training pictures for the statistics of the neck in an evaluation after an epoch

@@ -20,9 +20,9 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common.adapters import fingerprint, load_adapter
 from common.checkpoints import load_encoder, load_exactly
 from common.io import UserError, read_safetensors, save_safetensors
+from common.lora import fingerprint, load_adapter
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
 HEADS = ("linear", *MARGINS, "ifa")

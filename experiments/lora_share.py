@@ -9,8 +9,9 @@ import argparse
 import torch
 
 from common.io import cli, save_csv
+from common.lora import TARGETS, add_lora
 from common.train import commit, machine
-from model import SIZES, TARGETS, ViT, add_lora
+from model import SIZES, ViT
 
 RANKS = (4, 8, 16, 32)
 

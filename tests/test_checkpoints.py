@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import common.checkpoints as C
 import model as M
 from common import formats
-from common.adapters import save_encoder
 from common.io import UserError
+from common.lora import save_encoder
 from export import export
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import reconstruction_loss

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, stage
 
-from common.adapters import save_encoder
+from common.lora import save_encoder
 from common.train import read_log
 from model import MAE, Block, ViT
 

@@ -15,8 +15,8 @@ from conftest import call, draw_folder
 import data
 import finetune_lora
 from common import classifier, corruptions, errors, features
-from common.adapters import save_encoder
 from common.io import UserError, read_safetensors
+from common.lora import save_encoder
 from common.train import read_log, seeded
 from model import ViT
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import common.adapters as C
+import common.lora as C
 import model as M
 from common.checkpoints import load_encoder
 from common.io import UserError
@@ -28,14 +28,14 @@ def some_view(B=2, S=32):
 def adapted(r=4, seed=0, **options):
     """An encoder whose adapter is not nothing."""
     vit = small_vit(seed)
-    for weight in M.add_lora(vit, r, **options):
+    for weight in C.add_lora(vit, r, **options):
         torch.nn.init.normal_(weight, std=0.05)
     return vit
 
 
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit, view = small_vit(), small_vit(), some_view()
-    weights = M.add_lora(vit, 4, dropout=0.1)
+    weights = C.add_lora(vit, 4, dropout=0.1)
     assert torch.equal(vit.features(view), plain.features(view)) and not vit.blocks[0].attn.qkv.dropout.training
     vit.train().features(view).square().mean().backward()
     trained = {name for name, w in vit.named_parameters() if w.grad is not None}
@@ -44,7 +44,7 @@ def test_it_starts_as_nothing_and_trains_alone():
 
 
 def test_initial_factors():
-    lora = M.add_lora(small_vit(dim=256, heads=4, depth=1), 16)[0]
+    lora = C.add_lora(small_vit(dim=256, heads=4, depth=1), 16)[0]
     bound = 1 / math.sqrt(256)  # kaiming uniform with a = sqrt 5: sqrt(6 / ((1 + 5) * 256))
     assert 0.95 * bound < lora.abs().max() <= bound and abs(lora.std() / bound - 3**-0.5) < 0.02
 
@@ -56,7 +56,7 @@ def test_the_fused_layer_does_what_three_adapters_would():
     q = q + 6 / 4 * x @ lora.A[0].T @ lora.B[0].T
     v = v + 6 / 4 * x @ lora.A[1].T @ lora.B[1].T
     torch.testing.assert_close(lora(x), torch.cat([q, k, v], 2))
-    assert set(M.lora_layers(vit)) == {f"blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")}
+    assert set(C.lora_layers(vit)) == {f"blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")}
 
 
 def test_merge_and_unmerge_are_explicit():
@@ -64,17 +64,17 @@ def test_merge_and_unmerge_are_explicit():
     before, base = vit.features(view), vit.blocks[0].attn.qkv.base.weight.clone()
     for mode in (True, False):
         assert torch.equal(vit.train(mode).blocks[0].attn.qkv.base.weight, base)
-    M.merge_lora(vit)
+    C.merge_lora(vit)
     torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="already merged"):
-        M.merge_lora(vit)
-    M.unmerge_lora(vit)
+        C.merge_lora(vit)
+    C.unmerge_lora(vit)
     torch.testing.assert_close(vit.blocks[0].attn.qkv.base.weight, base, rtol=0, atol=1e-7)
     torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="not merged"):
-        M.unmerge_lora(vit)
-    M.merge_lora(vit)
-    M.remove_lora(vit)
+        C.unmerge_lora(vit)
+    C.merge_lora(vit)
+    C.remove_lora(vit)
     assert vit.state_dict().keys() == small_vit().state_dict().keys()
     torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
 
@@ -93,12 +93,12 @@ def test_share_of_the_parameters():
     ({"dropout": 1.0}, "dropout 1.0")])  # fmt: skip
 def test_bad_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
-        M.add_lora(small_vit(), **options)
+        C.add_lora(small_vit(), **options)
 
 
 def test_two_adapters_are_refused():
     with pytest.raises(UserError, match="already"):
-        M.add_lora(adapted())
+        C.add_lora(adapted())
 
 
 # ---- adapter files, and the `peft` library -------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def made_by_peft(folder, seed=5, **options):
     return net.base_model.model.features(some_view())
 
 
-@pytest.mark.parametrize("targets", [tuple(M.TARGETS), ("q", "v"), ("v",), ("k", "o", "fc2")])
+@pytest.mark.parametrize("targets", [tuple(C.TARGETS), ("q", "v"), ("v",), ("k", "o", "fc2")])
 def test_peft_loads_ours_with_the_same_output(tmp_path, targets):
     vit, view = adapted(r=4, alpha=6, dropout=0.1, targets=targets), some_view()
     C.save_adapter(vit, tmp_path, "runs/x")
@@ -156,12 +156,12 @@ def test_what_peft_made_loads_here(tmp_path, options):
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
     C.save_encoder(small_vit(), tmp_path / "base.safetensors", {})
     base, _ = load_encoder(tmp_path / "base.safetensors", image_size=48)
-    for weight in M.add_lora(base, 4):
+    for weight in C.add_lora(base, 4):
         torch.nn.init.normal_(weight, std=0.05)
     C.save_adapter(base, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
-    assert size == 48 and not M.lora_layers(encoder)
+    assert size == 48 and not C.lora_layers(encoder)
     torch.testing.assert_close(encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="holds only an adapter: .* --to merged"):
         export(tmp_path / "run", "timm")
@@ -176,7 +176,7 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
     vit = small_vit(**other)
     with pytest.raises(UserError, match=says):
         C.load_adapter(vit, tmp_path)
-    assert not M.lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
+    assert not C.lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
 @pytest.mark.parametrize("change, says", [
@@ -203,8 +203,8 @@ def test_adapter_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="missing: .*lora_B.weight"):
         C.load_adapter(small_vit(), tmp_path)
     for vit in (small_vit(), adapted()):
-        if M.lora_layers(vit):
-            M.merge_lora(vit)
+        if C.lora_layers(vit):
+            C.merge_lora(vit)
         with pytest.raises(ValueError):
             C.save_adapter(vit, tmp_path / "new", "runs/x")
     assert not (tmp_path / "new").exists()

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import recognize
 from common import classifier, metrics
-from common.adapters import save_encoder
 from common.io import UserError, read_safetensors
+from common.lora import save_encoder
 from ingest.decode import decode
 from model import ViT
 

@@ -1,4 +1,4 @@
-"""LoRA adapters as the `peft` library reads them, and the files of encoders that were fine-tuned or merged.
+"""LoRA: a small trained change beside each frozen matrix of an encoder; its files, as the `peft` library reads them.
 
 An adapter is adapter_model.safetensors and adapter_config.json; it belongs to the one encoder that it was made on.
 """
@@ -9,12 +9,108 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common import formats
 from common.checkpoints import ENCODER, as_convolution, load_encoder
 from common.io import UserError, save_json, save_safetensors
-from model import LoRA, lora_layers, merge_lora, remove_lora
+
+TARGETS = {  # name: the Linear in a block, and which part of its output of how many
+    "q": ("attn.qkv", 0, 3), "k": ("attn.qkv", 1, 3), "v": ("attn.qkv", 2, 3),
+    "o": ("attn.proj", 0, 1), "fc1": ("mlp.fc1", 0, 1), "fc2": ("mlp.fc2", 0, 1),
+}  # fmt: skip
+
+
+class LoRA(nn.Module):
+    """A frozen Linear and a trained change of low rank: W x + b + alpha/r B A dropout(x) (Hu et al. 2021, eq. 3).
+
+    The output may be `of` equal parts, as q, k and v in one matrix are 3; each part in `parts` has its own A and B.
+    B begins at zero: the adapted layer begins as the plain one. Merging is explicit; train() and eval() only switch
+    the dropout.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, parts=(0,), of=1):
+        super().__init__()
+        self.base, self.scale, self.parts, self.of = base, alpha / r, tuple(parts), of
+        self.dropout, self.merged = nn.Dropout(dropout), False
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.A = nn.Parameter(torch.empty(len(parts), r, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(len(parts), base.out_features // of, r, **like))
+        for part in self.A:
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        self.train(base.training)  # or the dropout of an adapter put on an encoder in eval mode would be at work
+
+    def factors(self):
+        """-> A (n*r, in) and B (out, n*r) of all n parts at once: the As on top of each other, the Bs on a diagonal."""
+        empty = self.B.new_empty(self.B.shape[1], 0)  # the rows of a part that is not adapted
+        blocks = [self.B[self.parts.index(i)] if i in self.parts else empty for i in range(self.of)]
+        return self.A.flatten(0, 1), torch.block_diag(*blocks)
+
+    def forward(self, x):
+        if self.merged:
+            return self.base(x)
+        A, B = self.factors()
+        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), A), B)
+
+
+def lora_layers(encoder):
+    """-> {name: LoRA} of an encoder, names as they were before: blocks.0.attn.qkv and so on."""
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, LoRA)}
+
+
+def add_lora(encoder, r=8, alpha=None, dropout=0.0, targets=tuple(TARGETS)):
+    """Freeze the encoder and put LoRA of rank r on `targets` in every block -> its parameters, the only trained ones.
+
+    alpha is 2r if None. targets: names of TARGETS; q, k and v have factors of their own in the fused matrix.
+    """
+    if not targets or set(targets) - set(TARGETS):
+        raise UserError(f"LoRA targets '{','.join(targets)}': choose one or more of {','.join(TARGETS)}")
+    dim = encoder.cls_token.shape[2]
+    if not 1 <= r <= dim or not 0 <= dropout < 1:
+        raise UserError(f"LoRA of rank {r}, dropout {dropout}: the rank must lie in 1 to {dim}, the dropout in [0, 1)")
+    if lora_layers(encoder):
+        raise UserError("this encoder has an adapter already: merge it first")
+    encoder.requires_grad_(False)
+    chosen = {}  # Linear in a block: the parts of it, of how many
+    for layer, part, of in (TARGETS[t] for t in TARGETS if t in targets):
+        chosen.setdefault((layer, of), []).append(part)
+    for block in encoder.blocks:
+        for (layer, of), parts in chosen.items():
+            lora = LoRA(block.get_submodule(layer), r, 2 * r if alpha is None else alpha, dropout, parts, of)
+            block.set_submodule(layer, lora)
+    return [weight for weight in encoder.parameters() if weight.requires_grad]
+
+
+@torch.no_grad()
+def shift_base(encoder, sign):
+    """base.weight += sign * alpha/r B A in every LoRA layer, in fp32 whatever the base is stored in."""
+    for name, lora in lora_layers(encoder).items():
+        if lora.merged == (sign > 0):
+            raise ValueError(f"{name} is {'already' if lora.merged else 'not'} merged")
+        A, B = lora.factors()
+        weight = lora.base.weight
+        weight.copy_(weight.float() + sign * lora.scale * (B.float() @ A.float()))
+        lora.merged = sign > 0
+
+
+def merge_lora(encoder):
+    """Add every adapter to its frozen matrix, which then does the work of both; unmerge_lora takes it out again."""
+    shift_base(encoder, 1)
+
+
+def unmerge_lora(encoder):
+    """Undo merge_lora, to fp32 rounding."""
+    shift_base(encoder, -1)
+
+
+def remove_lora(encoder):
+    """Put the plain Linear layers back: with the adapter in them if it was merged, without it if not."""
+    for name, lora in lora_layers(encoder).items():
+        encoder.set_submodule(name, lora.base)
+
+
+# ---- files: an adapter, or an encoder with it merged in --------------------------------------------------------------
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
 
