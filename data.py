@@ -20,12 +20,11 @@ if __name__ == "__main__":  # packing needs no torch: it has a module of its own
     sys.exit(cli(main))
 
 
-import contextlib
 import hashlib
 import json
 import math
-import queue
-import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +91,9 @@ def open_map(path, name, split):
     """
     path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
     folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
-    mend = f"python maps.py --data {folder} --map {name}" + ("" if own == "train" else f" --split {own}")
+    fix = f"python maps.py --data {folder} --map {name}" + ("" if own == "train" else f" --split {own}")
     if not path.exists():
-        raise UserError(f"no {name} maps at {path}: {mend} --out {path.parent} makes them")
+        raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")
     tensors, n = open_tensors(path), len(split["images"])
     about, grid = tensors["header"], tensors["header"].get("grid")
     if about.get("map") != name or name not in tensors:
@@ -105,7 +104,7 @@ def open_map(path, name, split):
         wrong = f"maps of shape {tensors[name].shape}, not {(n, grid, grid)}"
     else:
         return tensors[name]
-    raise UserError(f"{path} holds {wrong}; {mend} --out OTHER makes those of {folder}")
+    raise UserError(f"{path} holds {wrong}; {fix} --out OTHER makes those of {folder}")
 
 
 def has_labels(split):
@@ -137,40 +136,23 @@ def epoch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def batches(images, order, batch_size, device, start=0, mine=slice(None)):
+def batches(images, order, batch_size, device, start=0, rank_slice=slice(None)):
     """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out.
 
-    mine: this process's slice of each batch; only those images are read, the index is the whole batch's.
+    rank_slice: this process's slice of each batch; only those images are read, the index is the whole batch's.
     """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
-    return prefetch((index, take(images, index[mine], device)) for index in chunks)
+    return prefetch((index, take(images, index[rank_slice], device)) for index in chunks)
 
 
-def prefetch(items, depth=2):
-    """Iterate over items, a thread making the next `depth` of them meanwhile."""
-    ready, done, stop = queue.Queue(depth), object(), threading.Event()
-
-    def work():
-        try:
-            for item in items:
-                while not stop.is_set():
-                    with contextlib.suppress(queue.Full):
-                        ready.put(item, timeout=0.1)
-                        break
-                if stop.is_set():
-                    return
-            ready.put(done)
-        except Exception as problem:
-            ready.put(problem)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (item := ready.get()) is not done:
-            if isinstance(item, Exception):
-                raise item
+def prefetch(items, depth=3):
+    """Iterate over items, a thread making the next `depth` of them meanwhile; what it raises is raised here."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, items, end))
             yield item
-    finally:
-        stop.set()
 
 
 # ---- views: crop, flip and resize as two matrix products -----------------------------------------------------------
@@ -188,7 +170,7 @@ def draw_boxes(n, generator, min_area):
 
 
 def full_boxes(n):
-    """The whole image, unflipped: what evaluation and teachers look at."""
+    """The whole image, unflipped: what evaluation and teachers see."""
     return torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(n, 4), torch.zeros(n, dtype=torch.bool)
 
 
@@ -228,8 +210,8 @@ def view_maps(maps, boxes, flip, side):
     return Wy @ maps.float() @ Wx
 
 
-def spread(n, most):
-    """At most `most` of n rows, evenly spread."""
+def evenly_spaced(n, most):
+    """At most `most` of n rows, from the first to the last."""
     return torch.linspace(0, n - 1, min(n, most)).long()
 
 
@@ -257,7 +239,6 @@ def open_or_pack(path, image_size=128):
     if not (out / "train.safetensors").exists():
         pack(path, out, max(128, image_size))
     elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
-        raise UserError(
-            f"{out} was packed from another place; python data.py {path} --out datasets/OTHER, then --data that"
-        )
+        raise UserError(f"{out} was packed from another place; "
+                        f"python data.py {path} --out datasets/OTHER, then --data that")  # fmt: skip
     return out

@@ -306,7 +306,7 @@ def predict(task, images, rows, what=""):
 
 def evaluate(task):
     """Top-1 and macro-F1 on dev, in percent; a few training pictures give the neck its statistics."""
-    few = task.gallery[data.spread(len(task.gallery), FEW)]
+    few = task.gallery[data.evenly_spaced(len(task.gallery), FEW)]
     classifier.recompute_bn_stats(task.net.eval().neck, pooled_rows(task, task.train, few))
     logits, _ = predict(task, task.dev, task.dev.rows)
     return errors.dev_scores(logits, task.dev.labels[task.dev.rows])

@@ -380,7 +380,7 @@ def figure_mask(images, tokens, place, quality, side):
 
 def rows_of_map(args, images, device):
     """-> (grid, dtype, generator of chunks) of the map that was asked for."""
-    every, some = torch.arange(len(images)), data.spread(len(images), SAMPLE)
+    every, some = torch.arange(len(images)), data.evenly_spaced(len(images), SAMPLE)
     if args.map == "saliency" and args.quality == "coarse":
         return GRID, "U8", coarse_rows(images, every, device)
     encoder, size = load_encoder(args.run)
@@ -440,7 +440,7 @@ def main():
     header = {key: value for key, value in header.items() if value is not None}
     bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK), disable=None)
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    shown = data.spread(n, SHEET_IMAGES)
+    shown = data.evenly_spaced(n, SHEET_IMAGES)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     maps = torch.from_numpy(data.open_map(path, args.map, split)[shown.numpy()])
     draw_sheet(sheet, args.map, split["images"][shown.numpy()], maps, args.parts)

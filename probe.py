@@ -244,9 +244,9 @@ def efficiency_line(found, how):
 def draw(home, name, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png."""
     split, train, labels = task["parts"][task["held"]], task["parts"]["train"], task["labels"]
-    rows = data.spread(len(split["images"]), data.CHUNK)
+    rows = data.evenly_spaced(len(split["images"]), data.CHUNK)
     view = next(data.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
-    few = data.spread(len(rows), 8)
+    few = data.evenly_spaced(len(rows), 8)
     plots.attention_sheet(
         home / "attention.png", encoder, view[few[:5]], f"Attention of CLS in the last block: {name}"
     )

@@ -86,7 +86,7 @@ def pictures(args, header, problems):
                 records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files("/")
             else:
                 records, fetch, _ = sources.find(path)
-            for record, row in pack.worked(records, fetch, work):
+            for record, row in pack.decode_records(records, fetch, work):
                 if isinstance(row, Exception):
                     reason = re.sub(r" <.*?>", "", " ".join(str(row).split()))[:100] or type(row).__name__
                     problems.append((record.key, f"{record.key} is not a picture that can be read: {reason}"))
@@ -210,7 +210,7 @@ def verify(args, net, header, gallery, autocast):
     split = data.open_split(folder, args.eval_on)
     if not data.has_labels(split):
         raise UserError(f"{folder} has no labels on all pictures of {args.eval_on}: nothing to verify by")
-    rows = data.spread(len(split["images"]), PAIRS_OF)
+    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
     logits, embeddings = predict(net, pooled_of(net, split, rows, header["image_size"], autocast, "faces"))
     pairs = metrics.pair_cosines(embeddings, split["labels"][rows], groups_of(split)[rows])
     row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "verification": verification(*pairs)}

@@ -201,7 +201,7 @@ def gallery_rows(labels, rows, most=GALLERY):
     chosen = []
     for c in labels[rows].unique():
         own = rows[labels[rows] == c]
-        chosen.append(own[data.spread(len(own), most)])
+        chosen.append(own[data.evenly_spaced(len(own), most)])
     return torch.cat(chosen)
 
 

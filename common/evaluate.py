@@ -38,7 +38,7 @@ def hide_at_random(noise, device):
 @torch.no_grad()
 def masked_mse(model, split, norm_pix, autocast):
     """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
-    rows, c = data.spread(len(split["images"]), EVAL_IMAGES), model.config
+    rows, c = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
     errors = []
     views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
@@ -80,7 +80,8 @@ def recognition(features, train, held):
 
     features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
-    bank, queries = data.spread(len(train["images"]), BANK_IMAGES), data.spread(len(held["images"]), EVAL_IMAGES)
+    bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
+    queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
     (near, flat), (query, query_flat) = features(train, bank), features(held, queries)
     labels, truth = train["labels"][bank], held["labels"][queries]
     x, q = metrics.standardise(flat, query_flat)
@@ -95,7 +96,7 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
 
     1 is no preference. Parts that no image has are left out.
     """
-    rows, names = data.spread(len(split["images"]), 256), split["header"]["parts"]
+    rows, names = data.evenly_spaced(len(split["images"]), 256), split["header"]["parts"]
     mass, area = torch.zeros(len(names)), torch.zeros(len(names))
     for index, attention in guidance.attention(encoder, image_size, split["images"], rows, source, autocast):
         whole = data.full_boxes(len(index))
@@ -154,7 +155,7 @@ def reconstruct(model, split, norm_pix, autocast):
 
     Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
     """
-    rows, c = data.spread(len(split["images"]), 8), model.config
+    rows, c = data.evenly_spaced(len(split["images"]), 8), model.config
     _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0))
     ids_keep, ids_mask = hide_at_random(noise, view.device)

@@ -173,7 +173,7 @@ def attention(encoder, image_size, images, rows, source, autocast):
     finds eyes and accessories (results/LOG.md, "where an MAE looks").
     """
     if source == "unusual":
-        some = data.spread(len(images), SAMPLE)
+        some = data.evenly_spaced(len(images), SAMPLE)
         sample = patch_tokens(encoder, image_size, images, some, autocast)
         usual = sum(t.cpu().double().sum(0) for _, t in sample) / len(some)  # Metal has no float64
         usual = usual.float().to(encoder.cls_token.device)

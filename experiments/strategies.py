@@ -75,7 +75,7 @@ def main():
     device = torch.device("cpu")
     autocast = autocast_of(device, pick_dtype("auto", device)[0])
     model = whole_model(args.run)
-    rows, g = data.spread(len(split["images"]), IMAGES), model.encoder.side
+    rows, g = data.evenly_spaced(len(split["images"]), IMAGES), model.encoder.side
     view, known = known_of(model, split, rows, autocast)
     hide = functools.partial(hidden_by, g=g, n=len(view), ratios=RATIOS)
     columns = [(name, hide(name, known)) for name in masking.STRATEGIES]

@@ -143,7 +143,7 @@ def by_resolution(judge, run, clean):
         encoder, _ = load_encoder(run, side)
         encoder.to(judge.device).requires_grad_(False)
         count = min(len(judge.rows), max(48, int(len(judge.rows) * (judge.size / side) ** 2)))
-        some = data.spread(len(judge.rows), count)
+        some = data.evenly_spaced(len(judge.rows), count)
         began = time.perf_counter()
         right = judge.right(lambda images, _: images, rows=judge.rows[some], encoder=encoder, size=side,
                             chunk=features.chunk_for(side, judge.size))  # fmt: skip
@@ -324,7 +324,8 @@ def judge_of(args, encoder, size, parts, autocast, dtype):
     split = parts[args.split]
     found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, parts, autocast, dtype)
     scores = fit_probe(found[args.pool], parts, args.split)
-    return Judge(encoder, size, scores, split, data.spread(len(split["images"]), args.images), args.pool, autocast)
+    rows = data.evenly_spaced(len(split["images"]), args.images)
+    return Judge(encoder, size, scores, split, rows, args.pool, autocast)
 
 
 def only_some(args, judge):
@@ -369,7 +370,7 @@ def main():
     report = {"command": f"python -m experiments.stress {shlex.join(sys.argv[1:])}", "machine": machine(device),
               "commit": commit(), "run": run.name, "data": str(folder), "split": args.split,
               "images": min(args.images, len(split["images"]))}  # fmt: skip
-    rows = data.spread(len(split["images"]), args.images)
+    rows = data.evenly_spaced(len(split["images"]), args.images)
     if args.midterm:
         model, norm_pix = load_mae(run, device)
         print("\n".join(midterm(reconstruction(model, split, rows, norm_pix, autocast, ["random"]))))

@@ -51,11 +51,11 @@ def opaque(img):
     return img.mode == "RGB" or img.getextrema()[3][0] == 255
 
 
-def figure_box(img, border=3, side=32):
-    """Where the figure is, coarsely: (x1, y1, x2, y2) in pixels. Opaque where there is alpha, else unlike the border.
+def foreground_box(img, border=3, side=32):
+    """Where the foreground is, coarsely: (x1, y1, x2, y2) in pixels. By alpha where there is one, else unlike the rim.
 
-    A pixel is ground as far as many pixels of the picture's border have its colour; a figure that leaves the picture
-    has a few there, too, so the share counts and not the nearest. The box holds all but 3 % of the rest on each side.
+    A pixel is background as far as many pixels of the picture's border have its colour; a foreground that leaves the
+    picture has a few there, too, so the share counts and not the nearest. The box holds all but 3 % on each side.
     """
     if img.mode == "RGBA":
         return img.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox() or (0, 0, *img.size)
@@ -63,8 +63,8 @@ def figure_box(img, border=3, side=32):
     rim = np.ones((side, side), bool)
     rim[border:, border:-border] = False  # the lower border belongs to the figure more often than not
     apart = ((small.reshape(-1, 1, 3) - small[rim][::2]) ** 2).sum(2)  # (side^2, colours of the border)
-    ground = np.exp(-apart / 0.02).mean(1).reshape(side, side)
-    salience = np.maximum(0, ground[rim].mean() * 0.5 - ground)
+    background = np.exp(-apart / 0.02).mean(1).reshape(side, side)
+    salience = np.maximum(0, background[rim].mean() * 0.5 - background)
     if salience.sum() == 0:
         return (0, 0, *img.size)
     (x1, x2), (y1, y2) = [middle(salience.sum(a)) for a in (0, 1)]  # by column, by row
@@ -101,7 +101,7 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     least = 2 * size if crop == "centre" else 4 * size if box is None else 2**15  # a box may be small
     img, scale = open_image(data, least)
     if crop == "figure":
-        box = [scale * x for x in box] if box else figure_box(img)
+        box = [scale * x for x in box] if box else foreground_box(img)
     area = square(img, box if crop == "figure" else None, margin)
     img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
     if img.mode == "RGB":
@@ -112,7 +112,7 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
 
 
 def any_alpha(records, fetch):
-    """Do the images carry the figure's mask? Looks at up to 64 of them, evenly spread."""
+    """Do the images carry a mask of the foreground? Looks at up to 64 of them, evenly spread."""
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception), Image.open(io.BytesIO(load())) as img:  # a broken one is named later

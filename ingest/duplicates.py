@@ -22,7 +22,7 @@ SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
 BITS = FREQUENCIES**2 - 1  # without the mean
 MOST_BITS = 14  # of 63 that may differ; copies differ in up to 12, unrelated pictures in 31 on average
 WAVES_ALIKE = 0.7  # cosine of the 63 whitened frequencies
-LINES_ALIKE, HOPE = 0.75, 0.4  # correlation of edges that makes a copy, and that makes a window worth moving
+LINES_ALIKE, MIN_REFINE_CORR = 0.75, 0.4  # correlation of edges that makes a copy, and that makes a window worth moving
 FULL = np.array([0.0, 0.0, 1.0, 1.0])  # a window: top, left, height, width as shares of the picture
 CROPS = [(s, y, x) for s in (0.95, 0.9) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
 WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CROPS])
@@ -44,18 +44,12 @@ def storage(n):
 
 
 def join(n, pairs):
-    """Union-find: pairs (i, j) of 0..n-1 -> list of n roots, the smallest member of each group."""
-    root = list(range(n))
+    """Pairs (i, j) of 0..n-1 that belong together -> list of n roots, the smallest member of each group."""
+    from scipy.sparse import coo_array, csgraph
 
-    def find(i):
-        while root[i] != i:
-            root[i] = i = root[root[i]]
-        return i
-
-    for i, j in pairs:
-        i, j = sorted((find(i), find(j)))
-        root[j] = i
-    return [find(i) for i in range(n)]
+    i, j = np.array(pairs, int).reshape(-1, 2).T
+    group = csgraph.connected_components(coo_array((np.ones(len(i)), (i, j)), (n, n)), directed=False)[1]
+    return np.unique(group, return_index=True)[1][group].tolist()
 
 
 # ---- windows of a thumbnail ----------------------------------------------------------------------------------------
@@ -68,7 +62,7 @@ def resampling(start, length):
     return np.float32(weight / weight.sum(2, keepdims=True))
 
 
-def cut(thumbs, windows):
+def crop_windows(thumbs, windows):
     """thumbs (m, 32, 32), one window (4,) each -> the windows, enlarged to float (m, 32, 32)."""
     rows, columns = resampling(windows[:, 0], windows[:, 2]), resampling(windows[:, 1], windows[:, 3])
     return rows @ thumbs.astype(np.float32) @ columns.transpose(0, 2, 1)
@@ -109,7 +103,7 @@ def keys_of(c, bits):
 
 
 def tables(n):
-    """Which bits of the hash each table looks at: the more pictures, the longer the key, so that few share one."""
+    """Which bits of the hash each table uses: the more pictures, the longer the key, so that few share one."""
     length = int(np.clip(np.ceil(np.log2(max(n, 2))) + 3, 12, 24))
     return [np.sort(np.random.default_rng(t).permutation(BITS)[:length]) for t in range(TABLES)]
 
@@ -148,7 +142,7 @@ def lookups(wholes):
 
 
 def matches(key, ask, most):
-    """Where sorted keys (n) equal the asked ones (m, ways) -> positions in key and rows of ask, two arrays."""
+    """Where sorted keys (n) equal those of `ask` (m, ways) -> positions in key and rows of ask, two arrays."""
     first = np.searchsorted(key, ask)
     found = []
     for step in range(most):
@@ -178,7 +172,7 @@ def differing(a, b):
 
 def alike(thumbs, i, j, windows):
     """Correlation of the edges of pictures i with those of windows of pictures j -> (m)."""
-    return (edges(np.asarray(thumbs[i])) * edges(cut(np.asarray(thumbs[j]), windows))).sum(1)
+    return (edges(np.asarray(thumbs[i])) * edges(crop_windows(np.asarray(thumbs[j]), windows))).sum(1)
 
 
 def fitted(thumbs, i, j, windows):
@@ -203,7 +197,7 @@ def pairs(thumbs):
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
         score = alike(thumbs, i, j, WINDOWS[w])
-        near = np.nonzero((score > HOPE) & (score <= LINES_ALIKE))[0]  # a better window may still lift these
+        near = np.nonzero((score > MIN_REFINE_CORR) & (score <= LINES_ALIKE))[0]  # a better window may still lift these
         score[near] = fitted(thumbs, i[near], j[near], WINDOWS[w[near]])
         same = score > LINES_ALIKE
         joined |= {(min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist(), strict=True)}

@@ -2,7 +2,7 @@
 
 Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables, published data sets
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
-        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the figure's opacity,
+        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the foreground's opacity,
         parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
         The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
@@ -10,7 +10,6 @@ Packing streams: memory does not grow with the pictures, but for about 5 KB each
 (--dedupe off for dumps of millions). data.py reads these files.
 """
 
-import argparse
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.io import UserError, write_rows
+from common.io import Parser, UserError, at_least, between, write_rows
 from ingest import duplicates, sources, toon
 from ingest.decode import any_alpha, decode
 from ingest.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
@@ -36,7 +35,7 @@ MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump h
 # ---- streams of rows --------------------------------------------------------------------------------------------
 
 
-def worked(records, fetch, work):
+def decode_records(records, fetch, work):
     """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
 
     def one(item):
@@ -52,7 +51,7 @@ def worked(records, fetch, work):
             yield from pool.map(one, some)
 
 
-def drawn(records, size):
+def render_toon(records, size):
     """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         items = [r.place for r in records]
@@ -106,7 +105,7 @@ def open_images(path, size, crop, margin, boxes):
     fg = any_alpha(records, fetch)
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
     work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
-    return records, notes, dims, fetch, lambda some: worked(some, fetch, work)
+    return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work)
 
 
 def open_toon(size, seed, tail=0.0):
@@ -114,7 +113,7 @@ def open_toon(size, seed, tail=0.0):
     items = toon.plan(seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
-    return records, [], dims, None, lambda some: drawn(some, size)
+    return records, [], dims, None, lambda some: render_toon(some, size)
 
 
 def near_duplicates(records, fetch, dedupe):
@@ -123,7 +122,7 @@ def near_duplicates(records, fetch, dedupe):
         return [], []
     thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
-    rows = worked(records, fetch, lambda r, data: duplicates.thumbnail(data))
+    rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):
         if not isinstance(row, Exception):
             thumbs[place[record.key]] = row
@@ -150,7 +149,7 @@ def add_tags(records, dims, stream):
 def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
-    pattern = compiled(group_by)
+    pattern = compile_pattern(group_by)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
     records, notes, dims, fetch, stream = (
@@ -203,7 +202,7 @@ def write_all(out, records, classes, dims, stream, about):
         raise
 
 
-def compiled(group_by):
+def compile_pattern(group_by):
     try:
         return re.compile(group_by) if group_by else None
     except re.error as problem:
@@ -230,17 +229,9 @@ def parse_shares(text):
 
 
 def check(args):
-    """UserErrors for values that no packing can go on with."""
-    if not 8 <= args.size <= 4096:
-        raise UserError(f"--size {args.size} is not a side between 8 and 4096 pixels")
-    if not 0 <= args.dev < 1:
-        raise UserError(f"--dev {args.dev} is not a share in [0, 1)")
-    if not 0 <= args.margin <= 2:
-        raise UserError(f"--margin {args.margin} is not a share of the figure in [0, 2]")
-    if not 0 <= args.tail <= 5 or (args.tail and args.path != "toon"):
-        raise UserError(f"--tail {args.tail:g} must lie between 0 and 5, and is for the demo set: python data.py toon")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be 0 or more")
+    """UserErrors for flags that no packing can go on with."""
+    if args.tail and args.path != "toon":
+        raise UserError(f"--tail {args.tail:g} is for the demo set: python data.py toon")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
 
@@ -259,7 +250,7 @@ def show(args, out):
         records = sources.with_boxes(records, args.boxes) if args.boxes else records
         rows = {crop: [] for crop in CROPS}
         both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
-        for _, pictures in worked(records[:: math.ceil(len(records) / 12)], fetch, both):
+        for _, pictures in decode_records(records[:: math.ceil(len(records) / 12)], fetch, both):
             if isinstance(pictures, list):
                 for crop, picture in zip(CROPS, pictures, strict=True):
                     rows[crop].append(picture)
@@ -272,30 +263,24 @@ def show(args, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
-    add("--size", type=int, default=128, help="side of the packed images in pixels")
+    add("--size", type=between(8, 4096, int), default=128, help="side of the packed images in pixels")
     add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
-    add("--margin", type=float, default=0.1, help="room around the figure, as a share of it on each side")
+    add("--margin", type=between(0, 2), default=0.1, help="room around the figure, as a share of it on each side")
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
     default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
     add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
-    add("--dev", type=float, default=0.0, help="share of train held apart for choices, such as .1")
+    add("--dev", type=between(0, 0.99), default=0.0, help="share of train held apart for choices, such as .1")
     add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
-    add(
-        "--dedupe",
-        nargs="?",
-        const="drop",
-        default="group",
-        choices=("group", "drop", "off"),
-        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off",
-    )
-    add("--min-per-class", type=int, default=0, metavar="N", help="leave out classes with fewer images; 0 keeps all")
-    add("--tail", type=float, default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
-    add("--seed", type=int, default=0, help="of the split and of the drawn demo set")
+    add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
+        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")  # fmt: skip
+    add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
+    add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
+    add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     args = parser.parse_args()
     check(args)
     out = args.out or default_out(args.path)

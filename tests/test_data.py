@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw_folder, refused, shared_file, stage
+from conftest import ROOT, call, draw_folder, refused, shared_file
 from PIL import Image
 from safetensors import safe_open
 
@@ -19,7 +19,7 @@ from ingest import decode, pack, sources, toon
 
 
 def pack_images(source, out, *more, **kw):
-    return stage("data.py", source, "--out", out, *more, cwd=out.parent, **kw)
+    return call("data.py", source, "--out", out, *more, cwd=out.parent, **kw)
 
 
 def keys_of(out, split):
@@ -209,7 +209,7 @@ def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
     assert "fg" not in data.open_split(tmp_path / "out", "train")
     face = Image.new("RGB", (64, 64), (250, 250, 250))
     face.paste((200, 30, 30), (20, 10, 40, 50))
-    boxes = [decode.figure_box(decode.open_image(saved_png(face.convert(mode)), 32)[0]) for mode in ("RGB", "RGBA")]
+    boxes = [decode.foreground_box(decode.open_image(saved_png(face.convert(mode)), 32)[0]) for mode in ("RGB", "RGBA")]
     assert boxes[0] == boxes[1] != (0, 0, 64, 64)
 
 
@@ -230,6 +230,7 @@ def test_a_packed_file_that_was_cut_is_refused(tmp_path):
             data.open_split(tmp_path / "out", "train")
 
 
+@pytest.mark.slow
 def test_the_shared_faces_pack_whole(tmp_path):
     """The shared faces pack whole, by illustration, with nothing lost."""
     pack_images(shared_file("faces20.zip"), tmp_path / "out", "--size", 32, "--group-by", "^[^_]+", "--dev", ".1",
@@ -255,11 +256,11 @@ def test_the_demo_set_records_tags_and_strata(tmp_path):
 
 def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
     root = draw_folder(tmp_path / "images", classes=3, each=20)
-    line = refused(stage("data.py", "--show", tmp_path / "none", cwd=tmp_path))
+    line = refused(call("data.py", "--show", tmp_path / "none", cwd=tmp_path))
     assert "does not exist" in line
-    stage("data.py", "--show", root, "--margin", ".2", cwd=tmp_path, check=0)
+    call("data.py", "--show", root, "--margin", ".2", cwd=tmp_path, check=0)
     pack_images(root, tmp_path / "out", "--size", 16, check=0)
-    stage("data.py", "--show", tmp_path / "out", cwd=tmp_path, check=0)
+    call("data.py", "--show", tmp_path / "out", cwd=tmp_path, check=0)
     for picture in (tmp_path / "datasets" / "images_crops.png", tmp_path / "out" / "sheet.png"):
         assert min(Image.open(picture).size) > 300 and np.asarray(Image.open(picture)).std() > 10
     assert not (tmp_path / "datasets" / "images").exists()
@@ -336,6 +337,7 @@ def test_an_error_in_the_prefetch_thread_reaches_the_loop():
         list(data.prefetch(items()))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data_set(tmp_path):
     """One epoch over a packed file of 3 GB, sparse on disk: anonymous memory stays where it was."""
     n, side = 65536, 128

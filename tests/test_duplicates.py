@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import shared_file, stage
+from conftest import call, shared_file
 from PIL import Image
 
 import data
@@ -48,6 +48,7 @@ def planted():
     return np.stack([thumbnail(p) for p in faces + copies]), np.r_[np.arange(240), np.tile(np.arange(60), len(KINDS))]
 
 
+@pytest.mark.slow
 def test_planted_copies_are_found_and_strangers_are_not(planted):
     thumbs, source = planted
     pairs = duplicates.pairs(thumbs)
@@ -99,7 +100,7 @@ def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path):
     root = plant(tmp_path / "images")
     said = {}
     for mode in ("group", "drop", "off"):
-        said[mode] = stage("data.py", root, "--out", tmp_path / mode, "--size", 16, "--dedupe", mode, cwd=tmp_path,
+        said[mode] = call("data.py", root, "--out", tmp_path / mode, "--size", 16, "--dedupe", mode, cwd=tmp_path,
                            check=0).stdout  # fmt: skip
     where = {key: s for s in ("train", "val", "test") for key in keys(tmp_path / "group", s)}
     assert len(where) == 60 and len(set(where.values())) == 3
@@ -117,13 +118,14 @@ def test_given_splits_are_kept_but_reported_and_dedupe_takes_the_copy_out_of_tra
         for i, face in enumerate(some):
             face.save(tmp_path / "images" / split / f"{i}.jpg", quality=60 if split == "train" else 90)
     for mode in ("group", "drop"):
-        done = stage("data.py", tmp_path / "images", "--out", tmp_path / mode, "--size", 16, "--dedupe", mode,
+        done = call("data.py", tmp_path / "images", "--out", tmp_path / mode, "--size", 16, "--dedupe", mode,
                      cwd=tmp_path, check=0)  # fmt: skip
         assert ("5 groups cross the splits" in done.stdout) == (mode == "group")
     assert [len(keys(tmp_path / "group", s)) for s in ("train", "val", "test")] == [24, 3, 2]
     assert [len(keys(tmp_path / "drop", s)) for s in ("train", "val", "test")] == [19, 3, 2]
 
 
+@pytest.mark.slow
 def test_on_real_fan_art_joins_are_copies(tmp_path):
     """Strangers would be of two classes in 19 pairs of 20. All 28 pairs were looked at: each is one picture twice; five
     of them are filed under two characters."""
