@@ -260,7 +260,7 @@ def start_message(args, task, steps, batch, step):
         + (f"; going on from step {step}" if step else "")))  # fmt: skip
 
 
-# ---- checkpoints: what is trained, and no more ---------------------------------------------------------------------
+# ---- checkpoints (what is trained, and no more), and evaluation on whole images ------------------------------------
 
 
 def trained_weights(task):
@@ -283,13 +283,9 @@ def save_run(task, optimizer, step, seconds, best):
 def finished(out, eval_on):
     """The metrics of a run that has ended, None of others; one judged on another split is judged again."""
     row = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
-    if row.get("evaluated_on") != eval_on:
-        return None
-    print(f"run      {out} is finished")
-    return row
-
-
-# ---- evaluation: whole images --------------------------------------------------------------------------------------
+    if row.get("evaluated_on") == eval_on:
+        print(f"run      {out} is finished")
+        return row
 
 
 def pooled_rows(task, images, rows, what=""):
@@ -419,10 +415,11 @@ def finetune(args, seed, out, device, dtype):
 @torch.no_grad()
 def write_results(args, seed, task, best_epoch, step, batch, meter):
     """Judge the network on pictures that decided nothing, write all files but state.pt -> the row of metrics."""
-    pooled = pooled_rows(task, task.train, task.gallery)
+    report, train, out = task.report, task.train, task.out
+    pooled = pooled_rows(task, train, task.gallery)
     classifier.recompute_bn_stats(task.net.eval().neck, pooled)
-    (logits, _), report, out = predict(task, task.report, task.report.rows, "reported split"), task.report, task.out
-    truth, counts = report.labels[report.rows], torch.bincount(task.train.labels[task.train.rows])
+    logits, _ = predict(task, report, report.rows, "reported split")
+    truth, counts = report.labels[report.rows], torch.bincount(train.labels[train.rows])
     where = {"commit": commit(), "machine": machine(task.device)}
     row = {"run": out.name, "method": args.method, "head": args.head, "seed": seed, "data": args.data,
            "evaluated_on": args.eval_on, **errors.scores(logits, truth, counts, task.classes),
@@ -456,15 +453,15 @@ def write_gallery(task, pooled):
 def write_network(args, task, step, where):
     """head.safetensors, and under it the adapter or the whole encoder."""
     encoder, split = task.net.encoder, task.train.split
-    about = {"method": args.method, "base": str(args.encoder), "fingerprint": fingerprint(encoder),
-             "image_size": task.S, "data": args.data, "packed_size": split["images"].shape[1],
-             "crop": split["header"]["crop"], "margin": split["header"]["margin"], **where}  # fmt: skip
+    about = {"classes": task.classes, "method": args.method, "base": str(args.encoder), "image_size": task.S,
+             "fingerprint": task.base if args.method == "lora" else fingerprint(encoder),  # of what the head stands on
+             "data": args.data, "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
+             "margin": split["header"]["margin"], **where}  # fmt: skip
     if args.method == "lora":
-        about["fingerprint"] = task.base  # of what the adapter is put on
         save_adapter(encoder, task.out, args.encoder)
     if args.method == "full" or args.from_scratch:
         save_encoder(encoder, task.out / "model.safetensors", {"step": step, "run": task.config})
-    classifier.save_head(task.net, task.classes, task.out / "head.safetensors", about)
+    classifier.save_head(task.net, task.out / "head.safetensors", about)
 
 
 def speed(out, batch):

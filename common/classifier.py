@@ -198,11 +198,8 @@ def frozen_features(net, base, folder, splits, S, autocast, dtype, home):
 
 def gallery_rows(labels, rows, most=GALLERY):
     """At most `most` of rows (i64) of each class, evenly spread."""
-    chosen = []
-    for c in labels[rows].unique():
-        own = rows[labels[rows] == c]
-        chosen.append(own[data.evenly_spaced(len(own), most)])
-    return torch.cat(chosen)
+    of_class = [rows[labels[rows] == c] for c in labels[rows].unique()]
+    return torch.cat([own[data.evenly_spaced(len(own), most)] for own in of_class])
 
 
 def centroids(embeddings, labels):
@@ -253,10 +250,10 @@ def fit_temperature(logits, labels):
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def save_head(net, classes, path, about):
-    """Neck and head; about: {"method", "base", "fingerprint", "image_size", ...}."""
+def save_head(net, path, about):
+    """Neck and head; about: {"classes", "method", "base", "fingerprint", "image_size", ...}."""
     tensors = {k: v for k, v in net.state_dict().items() if not k.startswith("encoder.")}
-    save_safetensors(tensors, path, {"config": net.config, "classes": classes, **about})
+    save_safetensors(tensors, path, {"config": net.config, **about})
 
 
 def load_classifier(folder):
