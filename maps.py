@@ -1,17 +1,17 @@
-"""Stage 1: maps of a data set that masks are guided by: attention, figure (saliency), parts; once per image, in a file.
+"""Stage 1: maps of a data set that masks are guided by: attention, foreground (saliency), parts; once, in a file.
 
     python maps.py --data datasets/toon --map saliency
+    python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every strategy on the same faces
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME where an encoder is asked for
 Writes: maps/NAME/ saliency.safetensors, attn.safetensors or parts.safetensors, with what made it in the header, and
         sheet-saliency.png and so on: images, maps, and what each strategy hides by them at three ratios
 
     attn      f16 (n, g, g)  attention in an encoder's last block, mean over heads; g patches a side as in the encoder
-    saliency  u8 (n, 32, 32) probability of figure, 255 is 1: coarse (colours alone) or refined (with an encoder)
-    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the figure
+    saliency  u8 (n, 32, 32) probability of foreground, 255 is 1: coarse (colours alone) or refined (with an encoder)
+    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the foreground
 """
 
-import argparse
 import functools
 import math
 from pathlib import Path
@@ -22,35 +22,33 @@ from tqdm import tqdm
 
 import data
 import mask as masking
-from common import guidance, plots
-from common.checkpoints import load_encoder
-from common.evaluate import hidden_by
-from common.io import UserError, cli
+from common import guidance
+from common.checkpoints import ENCODER, init_from, load_encoder
+from common.evaluate import hidden_by, hide_at_random, predict
+from common.io import Parser, UserError, between, cli
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
+from kernels.loss import patch_detail, patch_error
+from model import MAE
 
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
-SHEET_IMAGES, SHEET_RATIOS = 8, (0.5, 0.75, 0.9)
+SHEET_RATIOS, DRAWS = (0.5, 0.75, 0.9), 12  # DRAWS: random masks that a patch's difficulty is the mean of
 NEEDED_AS = {"attn": "attn", "saliency": "fg", "parts": "parts"}  # map: what strategies call it (masking.NEEDS)
-FLAGS = {"attn": {"run", "source"}, "saliency": {"run", "quality"}, "parts": {"run", "quality", "parts"}}
+FLAGS = {"attn": {"run", "source"}, "saliency": {"run", "quality"}, "parts": {"run", "quality", "parts"},
+         "all": {"run"}}  # fmt: skip
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
-    add("--map", required=True, choices=FLAGS, help="attention, probability of figure, or parts of the figure")
-    add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for attn, parts and --quality refined")
-    add(
-        "--quality",
-        choices=["coarse", "refined"],
-        help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)",
-    )
-    add(
-        "--source",
-        choices=guidance.SOURCES,
-        help="attention of CLS to a patch, of all patches to it, or how unusual its token is (default: as pretrain.py)",
-    )
-    add("--parts", type=int, metavar="K", help="parts of the figure, beside the background (default: 6)")
+    add("--map", required=True, choices=FLAGS, help="attention, probability of foreground, or parts of it; all: a "
+        "sheet\nof every strategy, by a run and the true masks")  # fmt: skip
+    add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but coarse saliency")
+    add("--quality", choices=["coarse", "refined"],
+        help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)")  # fmt: skip
+    add("--source", choices=guidance.SOURCES, help="attention of CLS to a patch, of all patches to it, or how unusual "
+        "its token is\n(default: as pretrain.py)")  # fmt: skip
+    add("--parts", type=between(1, 255, int), metavar="K", help="parts of the foreground (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -74,18 +72,15 @@ def check(args):
                         "--run runs/NAME, which python pretrain.py makes")  # fmt: skip
 
 
-# ---- saliency and parts: pure functions of tensors -------------------------------------------------------------------
+# ---- coarse saliency: no weights of any network --------------------------------------------------------------------
 
 GRID = 32  # cells a side of every saliency map, whatever the encoder's grid: view_maps resamples
 CONNECTIVITY_GRID = 12  # all shortest paths between N cells cost N^3: 2 ms an image at 12, 8 ms at 16, AUC the same
 BANDWIDTH = 8.0  # of a colour, in Lab units (about 2.3 are a just noticeable difference)
 NOISE = 2.0  # Lab units that a step between neighbours may differ for free: grain is no edge
 # Weights of the evidence in `coarse`: a logistic fit on composites of half of the portraits' identities and on train of
-# the demo set; results are reported on the others. Threshold .5 leans on how large the figures of that mixture are.
+# the demo set; results are reported on the others. Threshold .5 depends on how large that mixture's foregrounds are.
 WEIGHTS = dict(colour=-0.9, connectivity=-0.4, centre=1.55, bias=-2.4)
-
-# ---- coarse: no weights of any network -------------------------------------------------------------------------------
-
 
 def to_lab(images):
     """images u8 (B, S, S, 3), sRGB -> CIE Lab under D65, fp32 (B, S, S, 3): distances are what an eye would say."""
@@ -99,7 +94,7 @@ def to_lab(images):
 
 
 def cells(lab, G):
-    """lab (B, S, S, 3) -> (B, G, G, 4): mean colour of each of G x G cells, and its deviation, a little texture."""
+    """lab (B, S, S, 3) -> (B, G, G, 4): mean colour of each of G x G cells, and its std, a little texture."""
     x = lab.permute(0, 3, 1, 2)
     mean = F.adaptive_avg_pool2d(x, G)
     variance = (F.adaptive_avg_pool2d(x * x, G) - mean * mean).clamp(min=0).sum(1, keepdim=True)
@@ -107,7 +102,7 @@ def cells(lab, G):
 
 
 def border(G):
-    """(G*G,) bool: the cells of the upper, left and right edge. Figures stand on the lower edge: it says nothing."""
+    """(G*G,) bool: the cells of the upper, left and right edge. People stand on the lower edge: it says nothing."""
     edge = torch.zeros(G, G, dtype=torch.bool)
     edge[0] = edge[:, 0] = edge[:, -1] = True
     edge[-1, 1:-1] = False
@@ -118,7 +113,7 @@ def border_colour(colours):
     """colours (B, G, G, C) -> (B, G, G) in [0, 1]: the share of the border's cells that look like this one.
 
     A kernel density estimate of the background's colours, which may be several (a gradient, a screen tone): no number
-    of clusters has to be guessed, and a figure that crosses the border adds only a small share.
+    of clusters has to be guessed, and a foreground that crosses the border adds only a small share.
     """
     x, edge = colours.flatten(1, 2), border(colours.shape[1])
     apart = torch.cdist(x, x[:, edge])  # (B, N, border cells)
@@ -148,7 +143,7 @@ def geodesic(colours):
 def boundary_connectivity(colours, scale=10.0):
     """colours (B, G, G, C) -> (B, G, G): length of a cell's region on the border over the root of its area.
 
-    High for background, low for a figure, even for one that touches the border (Zhu et al. 2014, "Saliency
+    High for background, low for foreground, even where it touches the border (Zhu et al. 2014, "Saliency
     Optimization from Robust Background Detection", eq. 5-7; regions are soft, by geodesic distance).
     """
     region = (-geodesic(colours).square() / (2 * scale**2)).exp()  # (B, N, N): does j belong to i's region?
@@ -176,7 +171,7 @@ def diffuse(values, colours, steps=6):
 
 
 def coarse_logit(images):
-    """images u8 (B, S, S, 3) -> log-odds of figure and the cells' colours, (B, GRID, GRID) and (B, GRID, GRID, 4)."""
+    """images u8 (B, S, S, 3) -> log-odds of foreground (B, GRID, GRID), the cells' colours (B, GRID, GRID, 4)."""
     lab = to_lab(images)
     colours = cells(lab, GRID)
     connected = boundary_connectivity(cells(lab, CONNECTIVITY_GRID)).add(0.01).log()
@@ -187,11 +182,11 @@ def coarse_logit(images):
 
 
 def coarse(images):
-    """images u8 (B, S, S, 3) -> probability of figure, (B, GRID, GRID): border colours, connectivity, centre."""
+    """images u8 (B, S, S, 3) -> probability of foreground, (B, GRID, GRID): border colours, connectivity, centre."""
     return coarse_logit(images)[0].sigmoid()
 
 
-# ---- refined: with the features of an encoder ------------------------------------------------------------------------
+# ---- refined saliency: with the features of an encoder -------------------------------------------------------------
 
 
 def to_patches(maps, g):
@@ -220,15 +215,8 @@ def contrast(tokens, place):
     return F.normalize(apart - apart.mean(1, keepdim=True), dim=2)
 
 
-def standardized(x):
-    """(B, N) -> mean 0 and deviation 1 in each row; 0 where a row is constant."""
-    centred = x - x.mean(1, keepdim=True)
-    deviation = centred.square().mean(1, keepdim=True).sqrt()
-    return torch.where(deviation > 1e-6, centred / deviation.clamp(min=1e-6), 0.0)
-
-
 def normalized_cut(features, temperature=0.2):
-    """Unit vectors (B, N, D) -> (B, N): on which side of the best cut each patch lies, mean 0 and deviation 1.
+    """Unit vectors (B, N, D) -> (B, N): on which side of the best cut each patch lies, mean 0 and std 1.
 
     The second smallest eigenvector of (D - W) x = lambda D x, W = exp(cosine / temperature) (Shi and Malik 2000; on
     an encoder's features TokenCut, Wang et al. 2022, arXiv:2202.11539). Its sign is arbitrary.
@@ -236,11 +224,11 @@ def normalized_cut(features, temperature=0.2):
     W = (features @ features.transpose(1, 2) / temperature).exp().cpu()  # eigh is exact and batched there
     root = W.sum(2).rsqrt()  # (B, N), D^-1/2
     _, vectors = torch.linalg.eigh(root[:, :, None] * W * root[:, None])  # ascending: of I - L, so the last is trivial
-    return standardized((vectors[:, :, -2] * root * len(features[0]) ** 0.5).to(features.device))
+    return masking.standard_score((vectors[:, :, -2] * root * len(features[0]) ** 0.5).to(features.device))
 
 
 def refined(images, tokens, place):
-    """images u8 (B, S, S, 3), their patch tokens (B, N, D), place (N, D) -> probability of figure, (B, GRID, GRID).
+    """images u8 (B, S, S, 3), their patch tokens (B, N, D), place (N, D) -> probability of foreground, (B, GRID, GRID).
 
     The cut alone ranks patches worse than `coarse` does, because in some pictures it parts hair from face or left from
     right. So it counts as much as it agrees with the coarse map: it is added to the log-odds times their correlation,
@@ -249,33 +237,33 @@ def refined(images, tokens, place):
     logit, colours = coarse_logit(images)
     g = round(tokens.shape[1] ** 0.5)
     side = normalized_cut(contrast(tokens, place))  # (B, N)
-    correlation = (side * standardized(to_patches(logit, g))).mean(1, keepdim=True)
+    correlation = (side * masking.standard_score(to_patches(logit, g))).mean(1, keepdim=True)
     cut = F.interpolate((correlation * side).view(-1, 1, g, g), size=GRID, mode="bilinear")[:, 0]
     return diffuse(logit + cut, colours).sigmoid()
 
 
-# ---- parts: clusters of figure patches -------------------------------------------------------------------------------
+# ---- parts: clusters of foreground patches ---------------------------------------------------------------------------
 
 
-def relative_to_figure(tokens, figure, place):
-    """Patch tokens (B, N, D), figure (B, N) bool, place (N, D) -> what parts are told apart by, (B, N, D).
+def relative_to_foreground(tokens, foreground, place):
+    """Patch tokens (B, N, D), foreground (B, N) bool, place (N, D) -> what parts are told apart by, (B, N, D).
 
-    The mean over the picture's own figure is taken away: it holds the picture's colours, by which whole pictures would
-    cluster instead of parts. Of what each place has in common half is left: a part is also known by where it is.
+    The mean over the picture's own foreground is taken away: it holds the picture's colours, by which whole pictures
+    would cluster instead of parts. Of what each place has in common half is left: a part is known by its place, too.
     """
-    apart, weight = tokens - 0.5 * place, figure[..., None].to(tokens.dtype)
+    apart, weight = tokens - 0.5 * place, foreground[..., None].to(tokens.dtype)
     return apart - (apart * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 def kmeans(x, K, generator, tries=4, steps=50):
     """x (n, D) -> K centres (K, D), the largest cluster first. n < K repeats points.
 
-    Lloyd's iterations from k-means++ seeds (Arthur and Vassilvitskii 2007); the best of several tries. The generator
-    is a CPU one, so that the same seed gives the same centres.
+    Lloyd's iterations; the best of several tries. scikit-learn's KMeans finds parts as good as these, but others: the
+    figures of results/truth.csv are of these. The generator is a CPU one: the same seed gives the same centres.
     """
     best, least = None, float("inf")
     for _ in range(tries):
-        centres = seeds(x, K, generator)
+        centres = first_centres(x, K, generator)
         for _ in range(steps):
             label = torch.cdist(x, centres).argmin(1)
             member = F.one_hot(label, K).to(x.dtype)  # (n, K)
@@ -291,8 +279,8 @@ def kmeans(x, K, generator, tries=4, steps=50):
     return best
 
 
-def seeds(x, K, generator):
-    """k-means++: each further seed is drawn with odds proportional to its squared distance from those there are."""
+def first_centres(x, K, generator):
+    """k-means++ (Arthur and Vassilvitskii 2007): each is drawn with odds of its squared distance from those before."""
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     nearest = (x - x[chosen[0]]).square().sum(1)
     for _ in range(K - 1):
@@ -303,13 +291,13 @@ def seeds(x, K, generator):
     return x[chosen]
 
 
-def parts_of(tokens, figure, place, centres):
-    """Tokens (B, N, D), figure (B, N) bool, centres (K, D) -> u8 (B, N): 0 is background, 1..K the nearest centre."""
-    label = torch.cdist(relative_to_figure(tokens, figure, place), centres).argmin(2) + 1
-    return torch.where(figure, label, 0).to(torch.uint8)
+def parts_of(tokens, foreground, place, centres):
+    """Tokens (B, N, D), foreground (B, N) bool, centres (K, D) -> u8 (B, N): 0 is background, 1..K the nearest."""
+    label = torch.cdist(relative_to_foreground(tokens, foreground, place), centres).argmin(2) + 1
+    return torch.where(foreground, label, 0).to(torch.uint8)
 
 
-# ---- what the encoder says of whole images, a chunk at a time -------------------------------------------------------
+# ---- what the encoder says of whole images, a chunk at a time --------------------------------------------------------
 
 
 @torch.no_grad()
@@ -324,7 +312,7 @@ def tokens_of(images, rows, encoder, image_size, device, autocast):
 
 
 def home(device):
-    """Where maps.py computes: Metal has no eigh, and no pooling to a grid that does not divide the picture."""
+    """Where maps are computed: Metal has no eigh, and no pooling to a grid that does not divide the picture."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -336,91 +324,137 @@ def mean_of_places(stream):
     return (total / count).float()
 
 
-def fit_parts(stream, figure_of, place, K):
-    """A codebook (K, D) for the whole data set: k-means over the figures' patches of a sample of images."""
+def foreground_mask(images, tokens, place, quality):
+    """Which patches are foreground, (B, N) bool."""
+    probability = refined(images, tokens, place) if quality == "refined" else coarse(images)
+    return to_patches(probability, math.isqrt(len(place))) > 0.5
+
+
+def fit_parts(stream, foreground_of, place, K):
+    """A codebook (K, D) for the whole data set: k-means over the foreground patches of a sample of images."""
     chosen = []
     for images, tokens in stream:
-        figure = figure_of(images, tokens)
-        chosen.append(relative_to_figure(tokens, figure, place)[figure])
+        foreground = foreground_of(images, tokens)
+        chosen.append(relative_to_foreground(tokens, foreground, place)[foreground])
     points = torch.cat(chosen)
     if len(points) < K:
-        raise UserError(f"--parts {K} are more than the {len(points)} patches of figure that were found")
+        raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground that were found")
     return kmeans(points[:: math.ceil(len(points) / 20000)], K, seeded(0))
-
-
-# ---- the three maps: each yields chunks of rows, in the order of the images -----------------------------------------
-
-
-def coarse_rows(images, rows, device):
-    for index in rows.split(data.CHUNK):
-        yield as_bytes(coarse(data.take(images, index, home(device))))
-
-
-def refined_rows(stream, place):
-    for images, tokens in stream:
-        yield as_bytes(refined(images, tokens, place))
-
-
-def part_rows(stream, figure_of, place, centres, side):
-    for images, tokens in stream:
-        yield (
-            parts_of(tokens, figure_of(images, tokens), place, centres).unflatten(1, (side, -1)).cpu().numpy()
-        )
 
 
 def as_bytes(probability):
     return (probability * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def figure_mask(images, tokens, place, quality, side):
-    """Which patches are figure, (B, N) bool."""
-    chance = refined(images, tokens, place) if quality == "refined" else coarse(images)
-    return to_patches(chance, side) > 0.5
-
-
 def rows_of_map(args, images, device):
-    """-> (grid, dtype, generator of chunks) of the map that was asked for."""
+    """-> (g, dtype, generator of chunks (b, g, g)) of the map that was asked for, in the order of the images."""
     every, some = torch.arange(len(images)), data.evenly_spaced(len(images), SAMPLE)
     if args.map == "saliency" and args.quality == "coarse":
-        return GRID, "U8", coarse_rows(images, every, device)
+        chunks = (data.take(images, index, home(device)) for index in every.split(data.CHUNK))
+        return GRID, "U8", (as_bytes(coarse(chunk)) for chunk in chunks)
     encoder, size = load_encoder(args.run)
-    encoder.to(device)
-    autocast = autocast_of(device, pick_dtype(args.dtype, device)[0])
+    g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
-        return encoder.side, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
-    if args.map == "parts" and not 1 <= args.parts <= min(encoder.side**2, 255):
-        raise UserError(f"--parts {args.parts} must lie between 1 and the {encoder.side**2} patches of {args.run}")
-    stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device,
-                               autocast=autocast)  # fmt: skip
+        return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
+    if args.map == "parts" and args.parts > g**2:
+        raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")
+    stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device, autocast=autocast)
     place = mean_of_places(stream(some))
     if args.map == "saliency":
-        return GRID, "U8", refined_rows(stream(every), place)
-    figure_of = functools.partial(figure_mask, place=place, quality=args.quality, side=encoder.side)
-    centres = fit_parts(stream(some), figure_of, place, args.parts)
-    return encoder.side, "U8", part_rows(stream(every), figure_of, place, centres, encoder.side)
+        return GRID, "U8", (as_bytes(refined(*chunk, place)) for chunk in stream(every))
+    foreground_of = functools.partial(foreground_mask, place=place, quality=args.quality)
+    centres = fit_parts(stream(some), foreground_of, place, args.parts)
+    parts = (parts_of(tokens, foreground_of(images, tokens), place, centres) for images, tokens in stream(every))
+    return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in parts)
 
 
-# ---- the sheet ------------------------------------------------------------------------------------------------------
+# ---- sheets: what strategies hide --------------------------------------------------------------------------------
 
 
-def draw_sheet(path, name, images, maps, parts):
-    """images u8 (n, S, S, 3), maps (n, g, g) of them: what the strategies that need this map hide, and the controls."""
+def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
+    """images u8 (n, S, S, 3), maps [(name, (n, g, g))] of them: what strategies hide by the scores of the g*g patches.
+
+    The first strategy that is guided is also shown by the maps of another image, the control.
+    """
+    from common import plots
+
+    columns, shuffled = [], {need: score.roll(1, 0) for need, score in scores.items()}
+    control = next(s for s in strategies if s in masking.NEEDS)
+    for s in strategies:
+        columns.append((s, hidden_by(s, scores, g, len(images), SHEET_RATIOS)))
+        if s == control:
+            columns.append((f"{s}\nshuffle=1", hidden_by(s, shuffled, g, len(images), SHEET_RATIOS)))
+    plots.mask_sheet(path, title, images, maps, columns, **options)
+
+
+def sheet_of_map(path, name, images, maps, parts):
+    """What the strategies that need this map (n, g, g) hide by it, beside those that need none."""
     g = 12 if name == "saliency" else maps.shape[-1]  # as with the demo's network; saliency has no encoder's grid
-    known = {NEEDED_AS[name]: known_of(name, maps, g, parts)}
-    guided = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[name]]
-    shuffled = {key: value.roll(1, 0) for key, value in known.items()}
-    columns = [(s, hidden_by(s, known, g, len(images), SHEET_RATIOS)) for s in guided]
-    columns += [(f"{s}\nshuffled", hidden_by(s, shuffled, g, len(images), SHEET_RATIOS)) for s in guided[:1]]
-    controls = [s for s in masking.STRATEGIES if s not in masking.NEEDS]
-    columns += [(s, hidden_by(s, {}, g, len(images), SHEET_RATIOS)) for s in controls]
-    plots.mask_sheet(path, f"What each strategy hides, by {name} maps", images, [(name, maps)], columns)
-
-
-def known_of(name, maps, g, parts):
-    """maps (n, G, G) of whole images -> what the strategies get: (n, g*g), or (n, g*g, 1 + parts) shares of parts."""
     if name == "parts":
-        return torch.nn.functional.one_hot(maps.flatten(1).long(), 1 + parts).float()
-    return to_patches(maps, g) / (255 if name == "saliency" else 1)
+        score = F.one_hot(maps.flatten(1).long(), 1 + parts).float()  # (n, N, 1 + parts), shares of each
+    else:
+        score = to_patches(maps, g) / (255 if name == "saliency" else 1)  # (n, N)
+    strategies = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[name]]
+    strategies += [s for s in masking.STRATEGIES if s not in masking.NEEDS]
+    title = f"What each strategy hides, by {name} maps"
+    draw_sheet(path, title, images, [(name, maps)], strategies, {NEEDED_AS[name]: score}, g)
+
+
+@torch.no_grad()
+def difficulty(model, view, autocast):
+    """view u8 (B, S, S, 3) -> (B, N): mean error of each patch over the random masks that hid it.
+
+    It is what the head of the mask `learned` is trained to predict.
+    """
+    B, N, p = len(view), model.encoder.side**2, model.config["patch_size"]
+    total, count = torch.zeros(B, N, device=view.device), torch.full((B, N), 1e-9, device=view.device)
+    for i in range(DRAWS):
+        ids_keep, ids = hide_at_random(masking.gumbel_noise(B, N, seeded(i)), view.device)
+        pred, _ = predict(model, view, ids_keep, ids, autocast)
+        total.scatter_add_(1, ids, patch_error(pred, view, ids, p))
+        count.scatter_add_(1, ids, torch.ones(ids.shape, device=view.device))
+    return total / count
+
+
+def whole_model(run):
+    """A run -> its MAE, decoder included."""
+    from common.formats import read_checkpoint
+
+    _, facts = read_checkpoint(run)
+    if not facts["decoder_depth"]:
+        raise UserError(f"{run} has no decoder, as simmim has none; give a run with another mask")
+    model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
+    init_from(model, run)
+    return model.eval()
+
+
+def sheet_of_all(path, model, split, device, autocast):
+    """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
+    size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
+    rows = data.evenly_spaced(len(split["images"]), 4)
+    index, view = next(data.whole_views(split["images"], rows, size, device))
+    chunks = guidance.attention(model.encoder, size, split["images"], rows, "unusual", autocast)
+    every = torch.arange(g * g, device=device).expand(len(index), -1).contiguous()
+    scores = {"attn": torch.cat([score for _, score in chunks]), "detail": patch_detail(view, every, p),
+              "difficulty": difficulty(model, view, autocast)}  # fmt: skip
+    scores = {need: score.cpu() for need, score in scores.items()}
+    for need, count in (("fg", 0), ("parts", len(split["header"]["parts"]))):
+        scores[need] = guidance.crop_map(need, split[need], index, *data.full_boxes(len(index)), g, "cpu", count)
+    maps = [("attention", scores["attn"].unflatten(1, (g, g))),
+            ("parts", scores["parts"].argmax(2).unflatten(1, (g, g)))]  # fmt: skip
+    title = "What each strategy hides first, at the end of a run"
+    draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
+
+
+def draw_all(args, folder, split, device):
+    """--map all: only a sheet."""
+    if not split["header"].get("parts") or "fg" not in split:
+        raise UserError(f"{folder} has no true parts; python data.py toon --out datasets/toon makes a set with them")
+    path = Path(args.out or Path("maps") / folder.name) / "strategies.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    autocast = autocast_of(device, pick_dtype(args.dtype, device)[0])
+    sheet_of_all(path, whole_model(args.run).to(device), split, device, autocast)
+    print(f"{path}: every strategy on the same faces")
 
 
 def main():
@@ -429,6 +463,8 @@ def main():
     device = pick_device(args.device)
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, args.split)
+    if args.map == "all":
+        return draw_all(args, folder, split, device)
     path = data.map_file(args.out or Path("maps") / folder.name, args.map, split)
     if path.exists():
         raise UserError(f"{path} is there already; remove it, or give another --out")
@@ -440,10 +476,10 @@ def main():
     header = {key: value for key, value in header.items() if value is not None}
     bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK), disable=None)
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    shown = data.evenly_spaced(n, SHEET_IMAGES)
+    shown = data.evenly_spaced(n, 8).numpy()
     sheet = path.with_name(f"sheet-{path.stem}.png")
-    maps = torch.from_numpy(data.open_map(path, args.map, split)[shown.numpy()])
-    draw_sheet(sheet, args.map, split["images"][shown.numpy()], maps, args.parts)
+    maps = torch.from_numpy(data.open_map(path, args.map, split)[shown])
+    sheet_of_map(sheet, args.map, split["images"][shown], maps, args.parts)
     strategy = next((s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[args.map]), "random")
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}\n"
           f"next: python pretrain.py --data {folder} --mask {strategy}")  # fmt: skip

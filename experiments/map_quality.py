@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import maps
+import mask as masking
 from common import metrics, plots
 from common.checkpoints import load_encoder
 from common.io import UserError, cli, read_csv, save_csv
@@ -115,7 +116,7 @@ def figure_scores(saliency, figure, side):
 def cut_alone(images, tokens, place):
     """The refined map without the coarse one, but for its sign."""
     side, g = maps.normalized_cut(maps.contrast(tokens, place)), math.isqrt(tokens.shape[1])
-    here = maps.standardized(maps.to_patches(maps.coarse_logit(images)[0], g))
+    here = masking.standard_score(maps.to_patches(maps.coarse_logit(images)[0], g))
     return (side * (side * here).mean(1, keepdim=True).sign()).sigmoid().view(-1, g, g)
 
 
@@ -155,7 +156,7 @@ def measure_parts(name, images, parts, figure, encoder, size, kinds, K=6):
     }
     for kind, network in (("untrained features", untrained_like(encoder)), ("features", encoder)):
         tokens = tokens_of(network, size, images)
-        inputs[kind] = maps.relative_to_figure(tokens, maps.to_patches(figure, g) > 0.5, tokens.mean(0))
+        inputs[kind] = maps.relative_to_foreground(tokens, maps.to_patches(figure, g) > 0.5, tokens.mean(0))
     rows = []
     for kind, points in inputs.items():
         centres = maps.kmeans(points[on], K, seeded(0))
@@ -212,7 +213,7 @@ def draw(path, images, figure, parts, found, encoder, size, n=10):
     some = torch.linspace(0, len(images) - 1, n).long()
     tokens = tokens_of(encoder, size, images)
     place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
-    centres = maps.kmeans(maps.relative_to_figure(tokens, on, place)[on], 6, seeded(0))
+    centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
     label = maps.parts_of(tokens, on, place, centres).unflatten(1, (encoder.side, -1))
     lines = [("image", images[some]), ("true figure", figure[some]), ("coarse", found["coarse"][some]),
              ("refined", found["refined"][some]), ("true parts", plots.coloured(parts[some])),

@@ -3,16 +3,17 @@
 import json
 import sys
 
+import golden
 import numpy as np
 import pytest
 import torch
-from conftest import refused, stage
+from conftest import ROOT, call, refused, stage
 from safetensors import safe_open
 
 import data
 import maps
 import mask as masking
-from common import evaluate, metrics
+from common import evaluate, metrics, plots
 from common.io import UserError
 from common.train import seeded
 
@@ -41,7 +42,7 @@ def here(*words):
 def made(small, run, tmp_path_factory):
     """All the maps of the small set -> their folder."""
     out = tmp_path_factory.mktemp("maps")
-    stage("maps.py", "--data", small, "--map", "saliency", "--out", out, cwd=out, check=0)
+    here("--data", small, "--map", "saliency", "--out", out)
     here("--data", small, "--map", "attn", "--source", "cls", "--run", run, "--out", out)
     here("--data", small, "--map", "parts", "--parts", 3, "--run", run, "--out", out)
     return out
@@ -165,8 +166,8 @@ def test_files_hold_what_the_docstring_says(small, run, made):
 def test_same_command_same_bytes(small, run, made, tmp_path):
     here("--data", small, "--map", "saliency", "--out", tmp_path)
     words = ("--map", "parts", "--parts", 3, "--run", run)
-    stage("maps.py", "--data", small, *words, "--out", tmp_path, cwd=tmp_path, check=0)
-    for name in ("saliency", "parts"):  # one made in a process of its own, the other not; made the other way round
+    stage("maps.py", "--data", small, *words, "--out", tmp_path, cwd=tmp_path, check=0)  # in a process of its own
+    for name in ("saliency", "parts"):
         assert (tmp_path / f"{name}.safetensors").read_bytes() == (made / f"{name}.safetensors").read_bytes()
 
 
@@ -206,8 +207,7 @@ def test_what_maps_refuses(small, run, made, tmp_path):
             here("--data", small, "--out", tmp_path, *words)
         return str(problem.value)
 
-    line = refused(stage("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=tmp_path))
-    assert "--run runs/NAME" in line
+    assert "--run runs/NAME" in refused(call("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=ROOT))
     assert "--run runs/NAME" in no("--map", "saliency", "--quality", "refined")
     assert "--parts 17" in no("--map", "parts", "--run", run, "--parts", 17)
     assert "--parts 0" in no("--map", "parts", "--run", run, "--parts", 0)
@@ -245,6 +245,21 @@ def test_what_open_map_refuses(small, made, tmp_path):
 
 
 # ---- sheets ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
+    golden.write_packed(tmp_path / "true", 32, (("train", 8), ("val", 4)))
+    shown = {}
+    monkeypatch.setattr(plots, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns))
+    words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
+    here("--data", tmp_path / "true", *words)
+    assert list(shown) == list(masking.STRATEGIES)[:6] + ["attn_high\nshuffle=1", *list(masking.STRATEGIES)[6:]]
+    assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
+    assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
+    with pytest.raises(UserError, match="no true parts"):
+        here("--data", small, *words)
+    with pytest.raises(UserError, match="needs an encoder"):
+        here("--data", small, "--map", "all")
 
 
 @pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))

@@ -1,13 +1,13 @@
 """What says how true the maps are, against scikit-learn and by its properties."""
 
 import csv
-import os
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, stage
+from conftest import ROOT
 from PIL import Image
 
 import maps
@@ -122,10 +122,12 @@ def test_rows_of_figure_and_parts(portraits, run):
     assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
 
 
-def test_truth_refuses_what_has_none(small, run, tmp_path):
+def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
     out = tmp_path / "t.csv"
-    words = ["experiments/map_quality.py", "--run", run, "--data", small, "--portraits", "", "--out", out]
-    line = refused(stage(*words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}))
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, ("--run", run, "--data", small, "--portraits", "", "--out", out))])
+    with pytest.raises(UserError) as told:
+        map_quality.main()
+    line = str(told.value)
     assert "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--portraits ''"):
         map_quality.portraits(tmp_path / "none.zip", "whole")
@@ -133,7 +135,7 @@ def test_truth_refuses_what_has_none(small, run, tmp_path):
 
 def test_the_committed_figures_say_what_is_claimed():
     """Coarse reaches .90 wherever a figure leaves some border free; refined gains; parts beat colours."""
-    with open(ROOT / "results" / "map_quality.csv", newline="") as f:
+    with open(ROOT / "results" / "truth.csv", newline="") as f:
         rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
     figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
     assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in map_quality.GROUNDS} | {"toon val"}
