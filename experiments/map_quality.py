@@ -1,16 +1,16 @@
-"""How true are the maps? Figure and parts against the true masks of portraits and of the demo set.
+"""How true are the maps? Foreground and parts against the true masks of portraits and of the demo set.
 
     python -m experiments.map_quality --run runs/NAME
 
 Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised cut alone, mean over images. Portraits
-with true alpha (--portraits; development data that is not part of this repository) are laid on four kinds of ground,
-in two framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its centre square,
-which the figure fills almost entirely. Only the half of the identities is used that no constant was chosen on.
-Parts: adjusted Rand index over the true figure's patches, beside k-means on what has learned nothing.
+with true alpha (--portraits; development data that is not part of this repository) are laid on four kinds of
+background, in two framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its centre
+square, which the person fills almost entirely. Only the half of the identities is used that no constant was chosen on.
+Parts: adjusted Rand index over the true foreground's patches, beside k-means on what has learned nothing.
 Replaces this run's rows in --out and draws a sheet of the demo set.
 """
 
-import argparse
+import contextlib
 import functools
 import io
 import math
@@ -27,16 +27,16 @@ import maps
 import mask as masking
 from common import metrics, plots
 from common.checkpoints import load_encoder
-from common.io import UserError, cli, read_csv, save_csv
+from common.io import Parser, UserError, cli, read_csv, save_csv
 from common.train import commit, machine, seeded
 from ingest import toon
 from model import untrained_like
 
-GROUNDS = ("flat", "gradient", "tone", "photo")
+BACKGROUNDS = ("flat", "gradient", "tone", "photo")
 FRAMINGS = ("whole", "close")
 
 
-# ---- portraits on grounds that are drawn here ----------------------------------------------------------------------
+# ---- portraits on backgrounds that are drawn here -----------------------------------------------------------------
 
 
 def portraits(path, framing, half=1, side=128):
@@ -61,7 +61,7 @@ def framed(picture, framing, side):
     return np.array(canvas)
 
 
-def draw_ground(kind, n, side, generator):
+def draw_background(kind, n, side, generator):
     """fp32 (n, side, side, 3) in [0, 1]: one colour; a gradient of two; a screen tone; noise as in a photograph.
 
     Noise has an amplitude of 1/frequency, as natural images do (Field 1987), mostly in luminance.
@@ -86,31 +86,31 @@ def draw_ground(kind, n, side, generator):
 
 
 def composite(rgba, kind, seed=0):
-    """RGBA u8 (n, S, S, 4) laid on a ground -> images u8 (n, S, S, 3), figure fp32 (n, S, S) in [0, 1]."""
-    ground = draw_ground(kind, len(rgba), rgba.shape[1], seeded(seed, GROUNDS.index(kind)))
+    """RGBA u8 (n, S, S, 4) on a background -> images u8 (n, S, S, 3), true foreground fp32 (n, S, S) in [0, 1]."""
+    behind = draw_background(kind, len(rgba), rgba.shape[1], seeded(seed, BACKGROUNDS.index(kind)))
     alpha = rgba[..., 3:] / 255
-    return (rgba[..., :3] * alpha + 255 * ground * (1 - alpha)).round().to(torch.uint8), alpha[..., 0]
+    return (rgba[..., :3] * alpha + 255 * behind * (1 - alpha)).round().to(torch.uint8), alpha[..., 0]
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def tokens_of(encoder, size, images):
     """images u8 (n, S, S, 3) -> (n, N, D), all in memory: these sets are small."""
-    views = (data.view_images(part, *data.full_boxes(len(part)), size) for part in images.split(data.CHUNK))
-    return torch.cat([maps.last_tokens(encoder, view) for view in views])
+    rows, cpu = torch.arange(len(images)), torch.device("cpu")
+    stream = maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)
+    return torch.cat([tokens for _, tokens in stream])
 
 
 def chunked(function, *inputs):
     """function of row-wise tensors, a chunk at a time."""
-    return torch.cat([function(*parts) for parts in zip(*(x.split(data.CHUNK) for x in inputs), strict=True)])
+    return torch.cat([function(*rows) for rows in zip(*(x.split(data.CHUNK) for x in inputs), strict=True)])
 
 
-def figure_scores(saliency, figure, side):
-    """saliency, figure (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
-    found, truth = maps.to_patches(saliency, side), maps.to_patches(figure, side) > 0.5
-    return torch.tensor([[metrics.auc(f, t), metrics.iou(f > 0.5, t)] for f, t in zip(found, truth, strict=True)])
+def foreground_scores(saliency, true, side):
+    """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
+    found, true = maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5
+    return torch.tensor([[metrics.auc(f, t), metrics.iou(f > 0.5, t)] for f, t in zip(found, true, strict=True)])
 
 
 def cut_alone(images, tokens, place):
@@ -120,55 +120,53 @@ def cut_alone(images, tokens, place):
     return (side * (side * here).mean(1, keepdim=True).sign()).sigmoid().view(-1, g, g)
 
 
-def measure_figure(name, images, figure, encoder, size):
+def row_of(name, kind, images, **scores):
+    """A row of the CSV; what was not measured is empty."""
+    empty = dict.fromkeys(("auc", "iou", "auc_gain", "gain_half_width_95", "ari"), "")
+    return {"set": name, "map": kind, "images": len(images)} | empty | scores
+
+
+def measure_foreground(name, images, true, encoder, size):
     """Rows of AUC and IoU for coarse, cut alone and refined; and what refined gains over coarse, image by image."""
     tokens = tokens_of(encoder, size, images)
-    place = tokens.mean(0)
-    found = {"coarse": chunked(maps.coarse, images)}
+    found, rows = {"coarse": chunked(maps.coarse, images)}, []
     for kind, method in (("cut alone", cut_alone), ("refined", maps.refined)):
-        found[kind] = chunked(functools.partial(method, place=place), images, tokens)
-    scores = {kind: figure_scores(found_maps, figure, encoder.side) for kind, found_maps in found.items()}
-    rows = []
-    for kind, score in scores.items():
-        gain = (score - scores["coarse"])[:, 0]
+        found[kind] = chunked(functools.partial(method, place=tokens.mean(0)), images, tokens)
+    base = foreground_scores(found["coarse"], true, encoder.side)
+    for kind, saliency in found.items():
+        score = foreground_scores(saliency, true, encoder.side)
+        gain = (score - base)[:, 0]
         gain = gain[gain.isfinite()]
-        rows.append({"set": name, "map": kind, "images": len(images), "auc": score[:, 0].nanmean().item(),
-                     "iou": score[:, 1].mean().item(), "auc_gain": gain.mean().item(),
-                     "gain_half_width_95": 1.96 * gain.std().item() / len(gain) ** 0.5, "ari": ""})  # fmt: skip
+        rows.append(row_of(name, kind, images, auc=score[:, 0].nanmean().item(), iou=score[:, 1].mean().item(),
+                           auc_gain=gain.mean().item(),
+                           gain_half_width_95=1.96 * gain.std().item() / len(gain) ** 0.5))  # fmt: skip
     return rows, found
 
 
 def main_part(parts, side, kinds):
     """True parts u8 (n, S, S) -> the one that covers most of each patch, i64 (n, N)."""
-    shares = [maps.to_patches(parts == k, side) for k in range(kinds)]
-    return torch.stack(shares, 2).argmax(2)
+    return torch.stack([maps.to_patches(parts == k, side) for k in range(kinds)], 2).argmax(2)
 
 
-def measure_parts(name, images, parts, figure, encoder, size, kinds, K=6):
-    """Rows of the adjusted Rand index over true figure patches: features, and what k-means finds without learning."""
+def measure_parts(name, images, parts, foreground, encoder, size, kinds, K=6):
+    """Rows of the adjusted Rand index over true foreground patches: features, and k-means without learning."""
     true, g = main_part(parts, encoder.side, kinds), encoder.side
-    on = true > 0
-    place_of = torch.linspace(-1, 1, g)
-    x = images.permute(0, 3, 1, 2).float()
-    inputs = {
-        "colour": torch.nn.functional.adaptive_avg_pool2d(x, g).flatten(2).transpose(1, 2),
-        "place": torch.cartesian_prod(place_of, place_of).expand(len(images), -1, -1),
-    }
+    on, line = true > 0, torch.linspace(-1, 1, g)
+    inputs = {"colour": maps.cells(images.float(), g)[..., :3].flatten(1, 2),
+              "place": torch.cartesian_prod(line, line).expand(len(images), -1, -1)}  # fmt: skip
     for kind, network in (("untrained features", untrained_like(encoder)), ("features", encoder)):
         tokens = tokens_of(network, size, images)
-        inputs[kind] = maps.relative_to_foreground(tokens, maps.to_patches(figure, g) > 0.5, tokens.mean(0))
+        inputs[kind] = maps.relative_to_foreground(tokens, maps.to_patches(foreground, g) > 0.5, tokens.mean(0))
     rows = []
     for kind, points in inputs.items():
-        centres = maps.kmeans(points[on], K, seeded(0))
-        label = torch.cdist(points[on], centres).argmin(1)
-        rows.append({"set": name, "map": f"parts, k-means of {kind}, K={K}", "images": len(images), "auc": "",
-                     "iou": "", "auc_gain": "", "gain_half_width_95": "",
-                     "ari": metrics.adjusted_rand(label, true[on])})  # fmt: skip
+        label = torch.cdist(points[on], maps.kmeans(points[on], K, seeded(0))).argmin(1)
+        ari = metrics.adjusted_rand(label, true[on])
+        rows.append(row_of(name, f"parts, k-means of {kind}, K={K}", images, ari=ari))
     return rows
 
 
 def true_set(folder, split):
-    """-> images, figure in [0, 1], parts of a packed set that knows its own truth."""
+    """-> images, foreground in [0, 1], parts of a packed set that knows its own truth."""
     packed = data.open_split(folder, split)
     if missing := [name for name in ("fg", "parts") if name not in packed]:
         raise UserError(f"{folder} has no true {' and '.join(missing)} to measure against; the demo set has: "
@@ -178,47 +176,47 @@ def true_set(folder, split):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", required=True, help="a run folder of pretrain.py: the encoder of the refined maps and the parts")
-    add("--data", default="datasets/toon", help="packed set with true figure and parts (default: the demo set)")
+    add("--data", default="datasets/toon", help="packed set with true foreground and parts (default: the demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
     add("--portraits", default="../shared/data/portraits70_alpha.zip", help="zip of RGBA pictures; '' for none")
     add("--out", default="results/truth.csv", help="CSV in which this run's rows are replaced")
     add("--figure", metavar="PNG", help="draw a sheet of --data here (only of data that may be shown)")
     args = parser.parse_args()
-    images, figure, parts = true_set(data.open_or_pack(args.data), args.split)
+    images, foreground, parts = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_encoder(args.run)
     name = f"{Path(args.data).name} {args.split}"
-    rows, found = measure_figure(name, images, figure, encoder, size)
+    rows, found = measure_foreground(name, images, foreground, encoder, size)
     for K in (6, 12):
-        rows += measure_parts(name, images, parts, figure, encoder, size, len(toon.PARTS), K)
-    sets = [(f, g) for f in FRAMINGS for g in GROUNDS] if args.portraits else []
-    for framing, ground in tqdm(sets, "portraits", disable=None):
-        laid = composite(portraits(args.portraits, framing), ground)
-        rows += measure_figure(f"portraits {framing}, {ground}", *laid, encoder, size)[0]
-    about = {"run": Path(args.run).name}
+        rows += measure_parts(name, images, parts, foreground, encoder, size, len(toon.PARTS), K)
+    sets = [(framing, kind) for framing in FRAMINGS for kind in BACKGROUNDS] if args.portraits else []
+    for framing, kind in tqdm(sets, "portraits", disable=None):
+        laid = composite(portraits(args.portraits, framing), kind)
+        rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
+    run = {"run": Path(args.run).name}
     made = {"machine": machine(torch.device("cpu")), "commit": commit()}
-    rounded = [about | {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | made for row in rows]
-    kept = [row for row in read_csv(args.out) if row["run"] != about["run"]]
-    save_csv(args.out, kept + rounded)
+    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    kept = [row for row in read_csv(args.out) if row["run"] != run["run"]]
+    save_csv(args.out, kept + [run | row | made for row in rounded])
     for row in rounded:
-        print(", ".join(f"{k} {v}" for k, v in row.items() if v != "" and k not in ("machine", "commit", "run")))
+        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
     if args.figure:
-        draw(args.figure, images, figure, parts, found, encoder, size)
+        draw(args.figure, images, foreground, parts, found, encoder, size)
 
 
-def draw(path, images, figure, parts, found, encoder, size, n=10):
-    """Images, true and found figure, true and found parts: one line each."""
-    some = torch.linspace(0, len(images) - 1, n).long()
+def draw(path, images, foreground, parts, found, encoder, size, n=10):
+    """Images, true and found foreground, true and found parts: one line each."""
+    some = data.evenly_spaced(len(images), n)
     tokens = tokens_of(encoder, size, images)
     place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
     centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
     label = maps.parts_of(tokens, on, place, centres).unflatten(1, (encoder.side, -1))
-    lines = [("image", images[some]), ("true figure", figure[some]), ("coarse", found["coarse"][some]),
+    lines = [("image", images[some]), ("true foreground", foreground[some]), ("coarse", found["coarse"][some]),
              ("refined", found["refined"][some]), ("true parts", plots.coloured(parts[some])),
              ("parts, K=6", plots.coloured(label[some]))]  # fmt: skip
-    plots.image_grid(path, "Figure and parts without labels, demo set, val", lines)
+    plots.image_grid(path, "Foreground and parts without labels, demo set, val", lines)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_portraits_are_halved_by_identity_and_framed(portraits):
     assert whole[:, -8:, :, 3].max() == 255 and (close[..., 3] > 0).float().mean() > (whole[..., 3] > 0).float().mean()
 
 
-@pytest.mark.parametrize("ground", map_quality.GROUNDS)
+@pytest.mark.parametrize("ground", map_quality.BACKGROUNDS)
 def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
     rgba = map_quality.portraits(portraits, "whole", side=32)
     images, figure = map_quality.composite(rgba, ground)
@@ -96,9 +96,9 @@ def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
 
 
 def test_measures_of_a_perfect_map_and_of_its_opposite():
-    figure = torch.zeros(3, 16, 16)
-    figure[:, 4:12, 4:12] = 1
-    right, wrong = map_quality.figure_scores(figure, figure, 8), map_quality.figure_scores(1 - figure, figure, 8)
+    true = torch.zeros(3, 16, 16)
+    true[:, 4:12, 4:12] = 1
+    right, wrong = (map_quality.foreground_scores(found, true, 8) for found in (true, 1 - true))
     assert torch.equal(right, torch.ones(3, 2)) and torch.equal(wrong, torch.zeros(3, 2))
 
 
@@ -113,7 +113,7 @@ def test_rows_of_figure_and_parts(portraits, run):
     stacked = {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")}
     encoder, size = map_quality.load_encoder(run)
     figure = stacked["fg"] / 255
-    rows, found = map_quality.measure_figure("toon", stacked["image"], figure, encoder, size)
+    rows, found = map_quality.measure_foreground("toon", stacked["image"], figure, encoder, size)
     assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0]["auc_gain"] == 0
     assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert found["refined"].shape == (4, maps.GRID, maps.GRID)
@@ -138,7 +138,7 @@ def test_the_committed_figures_say_what_is_claimed():
     with open(ROOT / "results" / "truth.csv", newline="") as f:
         rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
     figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
-    assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in map_quality.GROUNDS} | {"toon val"}
+    assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in map_quality.BACKGROUNDS} | {"toon val"}
     for run, name, _ in figures:
         coarse, refined = (rows[run, name, kind] for kind in ("coarse", "refined"))
         assert float(coarse["auc"]) >= 0.9 and float(refined["auc"]) > float(coarse["auc"])
