@@ -192,8 +192,8 @@ def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
         sources.find(tmp_path)
 
 
-def test_the_readmes_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(from datasets import.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(from datasets import.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S).group(1)
     rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
     fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
     monkeypatch.setitem(sys.modules, "datasets", fake)
