@@ -222,7 +222,7 @@ def verify(args, net, header, gallery, autocast):
         threshold = gallery["threshold"] if args.threshold is None else args.threshold
         row["open_set"] = open_set(cosine[known], logits[known].argmax(1) == own[known], cosine[~known], threshold)
     row |= {"command": command(), "machine": machine(net.encoder.cls_token.device), "commit": commit()}
-    plots.trust(Path(args.run) / "roc.png", pairs, strangers, f"{Path(args.run).name} on {folder.name}")
+    plots.plot_verification(Path(args.run) / "roc.png", pairs, strangers, f"{Path(args.run).name} on {folder.name}")
     save_json(row, Path(args.run) / "recognize.json")
     print(json.dumps({k: row[k] for k in ("verification", "open_set") if k in row}, indent=1))
     if not strangers:

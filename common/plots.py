@@ -1,4 +1,4 @@
-"""Every picture of the project. Imports nothing of ours; takes arrays and rows, writes a PNG (150 dots per inch).
+"""Every picture of the project but the study's: takes arrays and rows, writes a PNG (150 dots per inch).
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart; maps are drawn in viridis.
 """
@@ -17,8 +17,11 @@ from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.patches import Patch
 
 from common import metrics
+from common.io import atomic
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
+MARKERS = "os^DvPX*"
 GRAY = 128  # a hidden patch
 PART_COLOURS = ("#FFFFFF", "#0072B2", "#E69F00", "#000000", "#D55E00", "#009E73", "#CC79A7")  # by part id
 plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
@@ -27,23 +30,27 @@ plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, 
 
 def save(figure, path):
     """Whole or not at all, as every file here."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format=path.suffix[1:])
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:])
     plt.close(figure)
 
 
-def image_grid(path, title, rows):
-    """rows: [(name, images u8 (n, S, S, 3) or maps (n, g, g))], one line of pictures each."""
+def bare(axis, picture):
+    """A picture u8 (S, S, 3) or a map (g, g), with no frame around it; a map has its own scale, dark is low."""
+    axis.imshow(picture, cmap="viridis", interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def image_grid(path, title, rows, margin=(1.0, 0.5)):
+    """rows: [(name, images u8 (n, S, S, 3) or maps (n, g, g))], one line of pictures each; margin in inches."""
     n = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), n, figsize=(1.15 * n + 1.0, 1.15 * len(rows) + 0.5), squeeze=False)
+    size = (1.15 * n + margin[0], 1.15 * len(rows) + margin[1])
+    figure, axes = plt.subplots(len(rows), n, figsize=size, squeeze=False)
     figure.suptitle(title)
     for line, (name, pictures) in zip(axes, rows, strict=True):
         for axis, picture in zip(line, torch.as_tensor(pictures).cpu().numpy(), strict=True):
-            axis.imshow(picture, cmap="viridis", interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            bare(axis, picture)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     save(figure, path)
 
@@ -100,18 +107,25 @@ def recognition(axis, held):
     axis.legend(frameon=False, fontsize=9)
 
 
+def controls(axis, lines):
+    """Horizontal lines to compare with: [(value, style, label)]; those without a value are left out."""
+    for value, style, label in lines:
+        if value is not None:
+            axis.axhline(value, color=INK, ls=style, lw=1, label=label)
+
+
 # ---- a sheet of a packed data set ----------------------------------------------------------------------------------
 
 
 def dataset_sheet(path, name, splits, classes=6, each=10):
-    """splits: {name: open split}. Pictures by class; figure and parts laid over some; class sizes; what was skipped."""
+    """splits: {name: open split}. Pictures by class; foreground, parts laid over some; class sizes; what is missing."""
     train = splits["train"]
     header, images, labels = train["header"], train["images"], train["labels"].numpy()
     over = [p for p in ("fg", "parts") if p in train]
     if header["classes"]:
         rows = [(header["classes"][c], index) for c, index in sampled(labels, classes, each)]
     else:
-        some = list(spread(len(images), 3 * each))
+        some = list(evenly_spaced(len(images), 3 * each))
         rows = [("", some[i : i + each]) for i in range(0, len(some), each)]
     figure = plt.figure(figsize=(11.5, 1.05 * (len(rows) + len(over)) + 3.9))
     above, below = figure.subfigures(2, 1, height_ratios=[1.05 * (len(rows) + len(over)) + 0.4, 3.2])
@@ -120,9 +134,9 @@ def dataset_sheet(path, name, splits, classes=6, each=10):
     axes = above.subplots(len(rows) + len(over), each, squeeze=False)
     for line, (label, index) in zip(axes, rows, strict=False):
         picture_line(line, label[:18], [images[i] for i in index])
-    shown = list(spread(len(images), each))
+    shown = list(evenly_spaced(len(images), each))
     for line, plane in zip(axes[len(rows) :], over, strict=True):
-        picture_line(line, {"fg": "figure", "parts": "parts"}[plane], [laid_over(train, plane, i) for i in shown])
+        picture_line(line, {"fg": "foreground", "parts": "parts"}[plane], [laid_over(train, plane, i) for i in shown])
     left, right = below.subplots(1, 2, width_ratios=[3, 2])
     class_sizes(left, splits)
     right.axis("off")
@@ -133,7 +147,7 @@ def dataset_sheet(path, name, splits, classes=6, each=10):
     save(figure, path)
 
 
-def spread(n, k):
+def evenly_spaced(n, k):
     """k of 0..n-1, evenly spread, none twice."""
     return dict.fromkeys(i * n // k for i in range(k))
 
@@ -155,7 +169,7 @@ def picture_line(axes, label, pictures):
 
 
 def laid_over(split, plane, i):
-    """Picture i with the ground grayed out, or with its parts in colours, u8 (S, S, 3)."""
+    """Picture i with the background grayed out, or with its parts in colours, u8 (S, S, 3)."""
     picture = split["images"][i].astype(np.float32)
     if plane == "fg":
         share = split["fg"][i][..., None] / 255
@@ -238,8 +252,8 @@ def resized(picture, side):
     """u8 (S, S, 3) -> u8 (side, side, 3): the mean of pixels where it shrinks, squares where it grows."""
     x = torch.as_tensor(np.array(picture)).permute(2, 0, 1)[None].float()
     shrink = x.shape[2] > side
-    how = {"mode": "area"} if shrink else {"mode": "nearest"}
-    return torch.nn.functional.interpolate(x, (side, side), **how)[0].permute(1, 2, 0).round().byte().numpy()
+    x = F.interpolate(x, (side, side), mode="area" if shrink else "nearest")
+    return x[0].permute(1, 2, 0).round().byte().numpy()
 
 
 def darkened(picture, hidden):
@@ -256,9 +270,6 @@ def tiled(columns, gap=4):
 
 
 # ---- what an encoder looks at: the pictures of probe.py --------------------------------------------------------------
-
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
-MARKERS = "os^DvPX*"
 
 # ---- attention -----------------------------------------------------------------------------------------------------
 
@@ -299,15 +310,12 @@ def attention_sheet(path, encoder, view, title):
 
 def sheet(path, title, names, rows):
     """rows of pictures u8 (S, S, 3) and maps (g, g), under column names; each map has its own scale, dark is low."""
-    figure, axes = plt.subplots(
-        len(rows), len(names), figsize=(1.15 * len(names), 1.17 * len(rows) + 0.6), squeeze=False
-    )
+    size = (1.15 * len(names), 1.17 * len(rows) + 0.6)
+    figure, axes = plt.subplots(len(rows), len(names), figsize=size, squeeze=False)
     figure.suptitle(title)
     for line, pictures in zip(axes, rows, strict=True):
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, cmap="viridis", interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            bare(axis, picture)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=9)
     save(figure, path)
@@ -341,16 +349,7 @@ def patch_colours(encoder, view):
 def patch_sheet(path, encoder, view, title, shown=8):
     """The first pictures of view and their tokens as colours; all of view gives the components."""
     colours = (patch_colours(encoder, view) * 255).round().to(torch.uint8).numpy()
-    lines, shown = (view[:shown].cpu().numpy(), colours[:shown]), min(shown, len(view))
-    figure, axes = plt.subplots(2, shown, figsize=(1.15 * shown + 0.9, 3.1), squeeze=False)
-    figure.suptitle(title)
-    for line, name, pictures in zip(axes, ("picture", "tokens"), lines, strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    save(figure, path)
+    image_grid(path, title, [("picture", view[:shown]), ("tokens", colours[:shown])], margin=(0.9, 0.8))
 
 
 # ---- where classes lie ---------------------------------------------------------------------------------------------
@@ -368,8 +367,8 @@ def discriminants(x, labels, shrink=0.1):
     inside = (1 - shrink) * inside + shrink * inside.diagonal().mean() * torch.eye(len(inside), dtype=x.dtype)
     values, vectors = torch.linalg.eigh(inside)
     white = vectors * values.clamp(min=1e-12).rsqrt()
-    spread = ((centres - mean)[own] @ white).T @ ((centres - mean)[own] @ white)
-    found = torch.linalg.eigh(spread)[1][:, -2:].flip(1)
+    between = ((centres - mean)[own] @ white).T @ ((centres - mean)[own] @ white)
+    found = torch.linalg.eigh(between)[1][:, -2:].flip(1)
     found = found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
     return mean, white @ found
 
@@ -453,22 +452,19 @@ def learning_curves(path, groups, thumbnail, threshold, title):
                 x, y = (np.mean([[r[k] for r in rows] for rows in seeds], 0) for k in (key, "knn"))
                 axis.plot(x, y, marker=marker, ms=4, lw=2, color=colour, label=f"{name}, {len(seeds)} seed(s)")
     for axis, label in zip(axes, ("epochs", "seconds of the run, teacher included"), strict=True):
-        if thumbnail is not None:
-            axis.axhline(thumbnail, color=INK, ls=":", lw=1, label="4x4 thumbnails")
-        if threshold is not None:
-            axis.axhline(threshold, color=INK, ls="--", lw=1, label=f"threshold {threshold:.1f} %")
+        line = f"threshold {threshold or 0:.1f} %"
+        controls(axis, [(thumbnail, ":", "4x4 thumbnails"), (threshold, "--", line)])
         axis.set(xlabel=label)
     axes[0].set(ylabel="kNN Top-1 during the run, %")
     axes[0].legend(frameon=False, fontsize=9, loc="lower right")
     save(figure, path)
 
 
-def snapshot_curve(path, points, controls, title):
-    """points [(epoch, Top-1 in percent)]; controls {name: Top-1} as horizontal lines."""
+def snapshot_curve(path, points, others, title):
+    """points [(epoch, Top-1 in percent)]; others {name: Top-1} as horizontal lines."""
     figure, axis = plt.subplots(figsize=(6.0, 3.8))
     axis.plot(*zip(*points, strict=True), "o-", color=BLUE, label="snapshots")
-    for (name, value), style in zip(controls.items(), ("--", ":"), strict=False):
-        axis.axhline(value, color=INK, ls=style, lw=1, label=name)
+    controls(axis, [(value, style, name) for (name, value), style in zip(others.items(), ("--", ":"), strict=False)])
     axis.set(title=title, xlabel="epoch", ylabel="ridge probe Top-1, %")
     axis.legend(frameon=False, fontsize=9)
     save(figure, path)
@@ -501,8 +497,7 @@ def robustness(path, report, sweeps, title):
     for axis in rest[2:]:
         axis.axis("off")
     for axis in [*axes.flat[: len(curves)], *rest[:2]]:
-        axis.axhline(report["clean"], color=INK, ls="--", lw=1)
-        axis.axhline(report["chance"], color=INK, ls=":", lw=1)
+        controls(axis, [(report["clean"], "--", None), (report["chance"], ":", None)])
     for line in axes:
         line[0].set(ylabel="Top-1, % (dashed: clean)", ylim=(0, None))
     save(figure, path)
@@ -517,8 +512,7 @@ def parts(path, report, title):
         label = "the part is gray" if key == "hidden" else "the same shape elsewhere is gray"
         values = [report["parts"][n][key] for n in names]
         axis.bar(at + shift, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
-    axis.axhline(report["clean"], color=INK, ls="--", lw=1, label="clean")
-    axis.axhline(report["chance"], color=INK, ls=":", lw=1, label="chance")
+    controls(axis, [(report["clean"], "--", "clean"), (report["chance"], ":", "chance")])
     axis.set_xticks(at, [f"{n}\n{100 * report['parts'][n]['area']:.1f} %" for n in names], fontsize=9)
     axis.set(title=title, xlabel="part, and its share of the picture", ylabel="Top-1, %", ylim=(0, None))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
@@ -574,7 +568,7 @@ def confused(path, pairs, title, each=5):
     save(figure, path)
 
 
-def trust(path, pairs, strangers, title):
+def plot_verification(path, pairs, strangers, title):
     """ROC and PR curves of (same character, different ones), the cosines of both; of (known, strangers) where given."""
     kinds = [("two faces: same character?", BLUE, pairs)]
     kinds += [] if strangers is None else [("one face: is it known?", ORANGE, strangers)]

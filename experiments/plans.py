@@ -8,9 +8,11 @@ What stands in braces is made before the first run: {pilot}, a run with random m
 import hashlib
 import json
 
+from common.io import UserError
+
 QUESTIONS = {
     "h1": "Does hiding what a teacher looks at teach more, and sooner, than hiding at random?",
-    "h2": "Does hiding the ground first make training steadier and faster, and hiding the figure first better?",
+    "h2": "Does hiding the background first make training steadier and faster, hiding the foreground first better?",
     "h3": "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
     "ablations": "Which factor of the recipe matters, and how much?",
     "finetune": "Does it still help when the whole encoder is trained afterwards?",
@@ -53,14 +55,14 @@ def h2(fg, **_):
     arms, hypotheses = {}, []
     for ratio in (".75", ".5"):
         own = "" if ratio == ".75" else f" --ratio {ratio}"
-        base, ground, figure = f"random{own}", f"bg_heavy --maps {fg}{own}", f"fg_heavy --maps {fg}{own}"
-        control = with_parameter(figure, "shuffle=1")
-        arms |= dict.fromkeys([base, ground, figure, control], base)
+        base, bg_first, fg_first = f"random{own}", f"bg_heavy --maps {fg}{own}", f"fg_heavy --maps {fg}{own}"
+        control = with_parameter(fg_first, "shuffle=1")
+        arms |= dict.fromkeys([base, bg_first, fg_first, control], base)
         hypotheses += [
             {"id": f"H2a at {ratio}", "claim": "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
-             "parts": [part("variance", ground, base, 0.0), part("epochs", ground, base, 0.0)]},
+             "parts": [part("variance", bg_first, base, 0.0), part("epochs", bg_first, base, 0.0)]},
             {"id": f"H2b at {ratio}", "claim": "fg_heavy: half a point of Top-1 more than random; more than shuffled",
-             "parts": [part("top1", figure, base, 0.5), part("top1", figure, control, 0.0)]}]  # fmt: skip
+             "parts": [part("top1", fg_first, base, 0.5), part("top1", fg_first, control, 0.0)]}]  # fmt: skip
     return {"arms": arms, "hypotheses": hypotheses}
 
 
@@ -141,3 +143,46 @@ def make(name, more=(), **known):
     plan = {"plan": name, "question": QUESTIONS[name], "hypotheses": [], "panels": {}, "stages": []}
     plan |= MAKE[name](**known)
     return plan | {"arms": plan["arms"] | {a: "random" for a in more if a not in plan["arms"]}}
+
+
+# ---- adaptation: linear, LoRA, full and from scratch side by side ----------------------------------------------------
+
+LEARNING_RATES = {  # the trials of each method: what is swept, and its values
+    "linear":  ("--head-lr", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "lora":    ("--lr", (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "full":    ("--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "scratch": ("--lr", (2.5e-4, 5e-4, 1e-3, 2e-3)),
+}  # fmt: skip
+PHASES = {  # every method gets the same number of trials, judged on dev; then each method's best, reported on val
+    "rates": "learning rates, on dev", "first": "seed 0", "rank": "ranks of LoRA beside its 8",
+    "margin": "heads and margins of LoRA", "seeds": "seeds 1 and 2"}  # fmt: skip
+HEADS = (("arcface", 0.1), ("arcface", 0.3), ("arcface", 0.5), ("cosface", 0.35), ("curricularface", 0.5),
+         ("ifa", None))  # fmt: skip
+
+
+def trials(phase, methods, best):
+    """-> [(name, method, flags of finetune_lora.py)] of a phase; best {method: [flag, value]}, found by phase rates."""
+    if phase == "rates":
+        return [(f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--eval-on", "dev"])
+                for m in methods for v in LEARNING_RATES[m][1]]  # fmt: skip
+    if missing := set(methods if phase in ("first", "seeds") else ["lora"]) - best.keys():
+        raise UserError(f"phase {phase} takes the best learning rate of {', '.join(sorted(missing))}, and there is no "
+                        "row of it: --phases rates comes first")  # fmt: skip
+    if phase == "rank":
+        return [(f"lora-r{r}", "lora", [*best["lora"], "--r", r]) for r in (4, 16, 32)]
+    if phase == "margin":
+        margin = lambda m: [] if m is None else ["--margin", m]  # noqa: E731
+        return [(f"{head}{'' if m is None else m}", "lora", [*best["lora"], "--head", head, *margin(m)])
+                for head, m in HEADS]  # fmt: skip
+    seeds = (0,) if phase == "first" else (1, 2)
+    return [(f"{m}-s{s}", m, [*best[m], "--seed", s]) for s in seeds for m in methods]
+
+
+def best_rates(rows):
+    """Rows of phase rates -> {method: [flag, value]} with the highest macro-F1 on dev."""
+    best = {}
+    for row in rows:
+        if row["phase"] == "rates" and float(row["macro_f1"]) > best.get(row["result"], (0, None))[0]:
+            flag = LEARNING_RATES[row["result"]][0]
+            best[row["result"]] = (float(row["macro_f1"]), [flag, row[flag[2:].replace("-", "_")]])
+    return {method: words for method, (_, words) in best.items()}

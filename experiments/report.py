@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import evaluate
+from common import compare, evaluate
 from common.io import UserError, save_csv, save_json, save_text
 from experiments import plans, study_figures, verdicts
 from experiments.study_run import read_rows
 
 UNDER_ARMS = " ".join((
-    "Mean ± deviation over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
+    "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
     "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to",
     f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of",
     "this. Epochs: of those runs that reached it. Minutes: of",
@@ -25,7 +25,7 @@ UNDER_ARMS = " ".join((
 ))  # fmt: skip
 UNDER_PARTS = " ".join((
     "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with",
-    "the deviation found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or",
+    "the std found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or",
     "where that is 0 of the effect found.",
 ))  # fmt: skip
 STRICTER = " ".join((
@@ -51,23 +51,33 @@ def folders(root):
     return sorted(found, key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name))
 
 
-def judged(root):
-    """-> {folder: hypotheses with verdicts}. The reported studies of a data set are one family, others each its own."""
-    families = {}
-    for study in map(open_folder, folders(root)):
-        own = study["folder"].name if study["plan"]["phase"] != "reported" else ""
-        families.setdefault((study["plan"]["data"], own), []).append(study)
-    result = {}
-    for studies in families.values():
-        measured = [h | {"parts": [verdicts.measure(p, s["plan"], s["rows"], s["groups"]) for p in h["parts"]],
-                         "folder": s["folder"]} for s in studies for h in s["plan"]["hypotheses"]]  # fmt: skip
-        found = verdicts.judge(measured, studies[0]["plan"]["family"])
-        for study in studies:
-            result[study["folder"]] = [h for h in found if h["folder"] == study["folder"]]
-    return result
+def open_all(root):
+    """-> all studies under root, each with its "table" (a line for each arm) and its judged "hypotheses".
+
+    The reported studies of a data set are one family, others each its own.
+    """
+    families, studies = {}, [open_folder(folder) for folder in folders(root)]
+    for study in studies:
+        plan, rows, groups = (study[k] for k in ("plan", "rows", "groups"))
+        study["table"] = verdicts.summary(plan, rows, groups)
+        study["hypotheses"] = [h | {"parts": [verdicts.measure(p, plan, rows, groups) for p in h["parts"]]}
+                               for h in plan["hypotheses"]]  # fmt: skip
+        own = study["folder"].name if plan["phase"] != "reported" else ""
+        families.setdefault((plan["data"], own), []).append(study)
+    for family in families.values():
+        found = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], family[0]["plan"]["family"]))
+        for study in family:
+            study["hypotheses"] = [next(found) for _ in study["hypotheses"]]
+    return studies
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def markdown(head, rows):
+    """-> lines of a Markdown table."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
 def number(x, digits=1):
@@ -88,42 +98,64 @@ def p_value(part, key):
     return "-" if part is None or part["effect"] is None or part[key] is None else f"{part[key]:.3f}"
 
 
+def compared(part):
+    """-> the cells of a difference to the baseline, empty in the baseline's own line."""
+    return [interval(part), p_value(part, "holm_p")] if part else ["", ""]
+
+
 def arm_table(table):
     """-> lines of Markdown: a row for each arm."""
-    names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
-    extra = [k for k in names if any(k in line for line in table)]
+    extra = {k: name for k, name in (("cutout", "under Cutout .3"), ("finetuned", "fine-tuned"))
+             if any(k in line for line in table)}  # fmt: skip
     head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", "in the run, %",
             "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
-    head += [text for k in extra for text in (f"{names[k]}, %", "difference there, points", "p, Holm")]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head += [text for name in extra.values() for text in (f"{name}, %", "difference there, points", "p, Holm")]
+    rows = []
     for line in table:
         found = line.get("difference")
-        reached = number(line["epochs"]) + (
-            "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
-        )
-        cells = [f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
-                 interval(found) if found else "", p_value(found, "holm_p") if found else "", number(line["linear"]),
-                 reached, number(line["minutes"]), number(line["linear_then"])]  # fmt: skip
+        of_all = "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
+        rows.append([f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
+                     *compared(found), number(line["linear"]), number(line["epochs"]) + of_all,
+                     number(line["minutes"]), number(line["linear_then"])])  # fmt: skip
         for k in extra:
-            there = line.get(verdicts.DIFFERENCES[k])
-            cells += [number(line.get(k), 2), *([interval(there), p_value(there, "holm_p")] if there else ["", ""])]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, "", UNDER_ARMS]
+            rows[-1] += [number(line.get(k), 2), *compared(line.get(verdicts.DIFFERENCES[k]))]
+    return [*markdown(head, rows), "", UNDER_ARMS]
 
 
 def part_table(hypothesis):
     """-> lines of Markdown: a row for each part of a hypothesis."""
     head = ("what", "mask", "against", "claim", "found (95 % t interval)", "95 % bootstrap, seeds x illustrations",
             "p, were there no effect", "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for p in hypothesis["parts"]:
         b = p["bootstrap"]
-        cells = [p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}",
-                 "; ".join([interval(p), *p["notes"]]), f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-",
-                 p_value(p, "p"), p_value(p, "holm_against"), p_value(p, "power"),
-                 p.get("needed") or "-"]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return [*lines, "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_PARTS}"]
+        rows.append([p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}",
+                     "; ".join([interval(p), *p["notes"]]), f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-",
+                     *(p_value(p, key) for key in ("p", "holm_against", "power")), p.get("needed") or "-"])  # fmt: skip
+    return [*markdown(head, rows), "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_PARTS}"]
+
+
+def adapt_tables(rows):
+    """Rows of plan adapt -> lines of Markdown: methods over their seeds, ranks and margins beside LoRA's default."""
+    groups, lines = {}, []
+    for r in rows:
+        if r["phase"] not in ("rates", "rank", "margin"):
+            groups.setdefault(f"{r['result']}, {r['epochs']} epochs", []).append(r)
+    over = lambda runs, key: number(compare.spread([float(r[key]) for r in runs]), 2)  # noqa: E731
+    lines += markdown(
+        ("method", "seeds", "Top-1", "Top-5", "macro-F1", "trained", "gradient, optimizer"),
+        [[name, len(runs), *(over(runs, key) for key in ("top1", "top5", "macro_f1")),
+          f"{float(runs[0]['share_trained_percent']):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
+         for name, runs in groups.items()])  # fmt: skip
+    default = [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
+    for phase in ("rank", "margin"):
+        if more := [r for r in rows if r["phase"] == phase]:
+            lines += ["", *markdown(
+                (f"{phase} of LoRA, seed 0", "Top-1", "macro-F1", "parameters trained"),
+                [[f"r {r['r']}, {r['head']} head" + (f", margin {r['margin']}" if r["margin"] else ""),
+                  over([r], "top1"), over([r], "macro_f1"), r["parameters_trained"]]
+                 for r in default + more])]  # fmt: skip
+    return lines
 
 
 def flat(line, rows):
@@ -131,33 +163,27 @@ def flat(line, rows):
     cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
     for key in ("top1", "linear", "cutout", "finetuned", "epochs", "minutes", "linear_then"):
         x = line.get(key) or {"mean": None, "std": None}
-        cells |= {key: rounded(x["mean"]), f"{key}_deviation": rounded(x["std"])}
+        cells |= {key: x["mean"], f"{key}_deviation": x["std"]}
     found = line.get("difference") or {}
-    cells |= {k: rounded(found.get(k)) for k in ("effect", "low", "high", "holm_p")}
-    own = rows[line["arm"]].values()
+    cells |= {k: found.get(k) for k in ("effect", "low", "high", "holm_p")}
     for name in ("cutout_difference", "finetuned_difference"):
-        cells |= {f"{name}_{k}": rounded(line.get(name, {}).get(k)) for k in ("effect", "low", "high")}
+        cells |= {f"{name}_{k}": line.get(name, {}).get(k) for k in ("effect", "low", "high")}
+    cells = {k: round(float(x), 4) if isinstance(x, float) else x for k, x in cells.items()}
+    own = rows[line["arm"]].values()
     return cells | {name: "; ".join(sorted({r[name] for r in own})) for name in ("machine", "commit")}
-
-
-def rounded(x):
-    return None if x is None else round(float(x), 4)
 
 
 # ---- a study's folder ----------------------------------------------------------------------------------------------
 
 
-def write(folder):
-    """Tables, verdicts and figures of one study -> a line about what was written."""
-    study = open_folder(Path(folder))
-    plan, rows, folder = study["plan"], study["rows"], study["folder"]
-    table = verdicts.summary(plan, rows, study["groups"])
+def write(study):
+    """Tables, verdicts and figures of one of `open_all` -> a line about what was written."""
+    plan, rows, folder, table = (study[k] for k in ("plan", "rows", "folder", "table"))
     if not table:
         return f"{folder}: no reported run is there yet"
     save_text("\n".join(arm_table(table)) + "\n", folder / "table.md")
     save_csv(folder / "table.csv", [flat(line, rows) for line in table])
-    found = [{k: v for k, v in h.items() if k != "folder"} for h in judged(folder.parent)[folder]]
-    save_json(found, folder / "verdicts.json")
+    save_json(study["hypotheses"], folder / "verdicts.json")
     done = {arm: list(own.values()) for arm, own in rows.items() if own}
     few, most = min(map(len, done.values())), max(map(len, done.values()))
     seeds = f"{few} to {most} seeds" if few < most else f"{most} seed{'s' * (most > 1)}"
@@ -242,10 +268,9 @@ def threats(study):
     return [f"- {line}" for line in lines]
 
 
-def section(study, hypotheses, top):
+def section(study, top):
     """A study as a section of STUDY.md -> lines; top: the folder that STUDY.md is in."""
-    plan, folder = study["plan"], study["folder"].relative_to(top)
-    table = verdicts.summary(plan, study["rows"], study["groups"])
+    plan, table, folder = study["plan"], study["table"], study["folder"].relative_to(top)
     word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
     name = plan["plan"].upper() if plan["hypotheses"] else plan["plan"]
     lines = [f"## {name} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
@@ -254,7 +279,7 @@ def section(study, hypotheses, top):
     lines += [*arm_table(table), "", *findings(table), ""]
     lines += [f"![{name}]({folder}/{name}.png)" for name in ("curves", "bars", "grid")
               if (study["folder"] / f"{name}.png").exists()]  # fmt: skip
-    for h in hypotheses:
+    for h in study["hypotheses"]:
         lines += ["", f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.", "",
                   *part_table(h)]  # fmt: skip
         for p in h["parts"]:
@@ -263,18 +288,17 @@ def section(study, hypotheses, top):
     return [*lines, "", "Threats:", "", *threats(study), ""]
 
 
-def write_study(root):
+def write_study(studies, root):
     """results/STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
-    root, found = Path(root), judged(root)
-    path = root.parent / "STUDY.md"
-    rows = [f"| {h['id']} on {h['folder'].name.split('-', 1)[1]} | {h['verdict']} | {h['because']} |"
-            for hypotheses in found.values() for h in hypotheses]  # fmt: skip
-    lines = ["| hypothesis | verdict | decided by |", "|---|---|---|", *rows, ""] if rows else []
-    for rules in dict.fromkeys(json.loads((f / "PLAN.json").read_text())["test"] for f in found):
+    path = Path(root).parent / "STUDY.md"
+    rows = [[f"{h['id']} on {s['folder'].name.split('-', 1)[1]}", h["verdict"], h["because"]]
+            for s in studies for h in s["hypotheses"]]  # fmt: skip
+    lines = [*markdown(("hypothesis", "verdict", "decided by"), rows), ""] if rows else []
+    for rules in dict.fromkeys(s["plan"]["test"] for s in studies):
         lines += [f"A verdict follows these rules, which stand in the plans. {rules} {STRICTER}", ""]
     lines += ["Supported so means an effect whose estimate reaches the claim, not that the whole interval does.", ""]
-    for folder, hypotheses in found.items():
-        lines += section(open_folder(folder), hypotheses, root.parent)
+    for study in studies:
+        lines += section(study, path.parent)
     old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
     if BEGIN not in old or END not in old:
         raise UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")

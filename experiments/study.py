@@ -2,10 +2,11 @@
 
     python -m experiments.study --plan h1 --data datasets/toon --dry    # which runs, and how long they take
     python -m experiments.study --plan h1 --data datasets/toon          # pilot, PLAN.json; commit, then again: runs
+    python -m experiments.study --plan adapt --encoder runs/NAME --data datasets/NAME --phases rates first rank
 
 Reads:  datasets/NAME, and what the stages write to runs/study/NAME
 Writes: results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl, verdicts.json, table.md, table.csv, curves.png,
-        bars.png, grid.png; results/STUDY.md
+        bars.png, grid.png; results/STUDY.md; of plan adapt results/NAME/finetune.csv and .md
 
 A pilot run with a seed that is never reported fixes the threshold; the plan is committed before a reported seed runs.
 rows.jsonl has one line for each run, and is what counts: the same command makes those that are missing, after a kill
@@ -27,10 +28,10 @@ from pathlib import Path
 import data
 import mask as masking
 from common import features
-from common.io import UserError, cli, save_json, save_text
+from common.io import Parser, UserError, at_least, between, cli, save_json, save_text
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
-from experiments.study_run import RUNNING, alone, commands, execute, number_format, read_rows, run_one
+from experiments.study_run import RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one
 
 RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
@@ -41,35 +42,45 @@ SEEDS = {"tune": 1, "h2": 10}  # a comparison of variances needs ten
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.HelpFormatter)
     add = parser.add_argument_group("what is asked").add_argument
-    add("--plan", choices=[*plans.MAKE, "all"], help=f"all: {', '.join(plans.ALL)}")
+    add("--plan", choices=[*plans.MAKE, "adapt", "all"], help=f"all: {', '.join(plans.ALL)}")
     add("--data", metavar="DIR", help="packed set with labels")
-    add("--seeds", type=int, metavar="N", help="paired seeds of every arm (default: 5; h2: 10; tune: 1)")
+    add("--seeds", type=at_least(1), metavar="N", help="paired seeds of every arm (default: 5; h2: 10; tune: 1)")
     add("--arms", nargs="+", default=[], metavar="ARM", help="further arms: a mask, and flags of pretrain.py behind it")
     add("--guided", default="attn_high", metavar="ARM", help="what H1 is about, as dev chose it (default: attn_high)")
     add("--recipe", default=RECIPE, metavar="FLAGS", help="of pretrain.py, for every arm (default: %(default)s)")
-    add("--epochs", type=int, metavar="N", help="of every run (default: the recipe's)")
+    add("--epochs", type=at_least(1), metavar="N", help="of every run (default: the recipe's; adapt: 8)")
     add("--dino", metavar="FILE", help="checkpoint of DINO: one more teacher among the ablations")
+    add = parser.add_argument_group("plan adapt: linear, LoRA, full and from scratch side by side").add_argument
+    add("--encoder", metavar="RUN", help="as for finetune_lora.py")
+    methods, phases = list(plans.LEARNING_RATES), "; ".join(f"{name}: {what}" for name, what in plans.PHASES.items())
+    add("--phases", nargs="+", default=["rates", "first"], choices=plans.PHASES, metavar="PHASE",
+        help=f"{phases} (default: rates first)")  # fmt: skip
+    add("--methods", nargs="+", default=methods, choices=methods, metavar="METHOD",
+        help=f"of phases rates, first and seeds (default: {' '.join(methods)})")  # fmt: skip
+    add("--trial-epochs", type=at_least(1), default=2, metavar="N", help="of a run in phase rates (default: 2)")
+    add("--scratch-times", type=at_least(1), default=3, metavar="N", help="from scratch gets so many times the epochs")
+    add("--keep", type=between(0.01, 1), default=0.25, metavar="SHARE", help="of the patches in a view (default: .25)")
     add = parser.add_argument_group("how it runs").add_argument
-    add("--budget", type=float, metavar="MINUTES", help="start only what fits; says beforehand what is left out")
-    add("--jobs", type=int, default=1, metavar="N", help="runs side by side")
-    add("--threads", type=int, default=os.cpu_count(), metavar="N", help="of each run (default: %(default)s)")
+    add("--budget", type=between(1e-9, 1e9), metavar="MINUTES", help="start only what fits; says what is left out")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
+    add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run (default: %(default)s)")
     add("--dry", action="store_true", help="say what would run, and stop")
     add("--exploratory", action="store_true", help="without a committed plan; rows and tables say so")
     add("--report", action="store_true", help="alone: tables, figures and STUDY.md anew from all rows")
-    add("--out", default="results/study", metavar="DIR", help="rows, tables, figures")
-    add("--work", default="runs/study", metavar="DIR", help="run folders; their large files are removed after the row")
+    add("--out", metavar="DIR", help="rows, tables, figures (default: results/study; adapt: results/NAME/finetune.csv)")
+    add("--work", metavar="DIR", help="run folders; their large files are removed after the row (default: runs/study; "
+        "adapt: runs/adapt, all kept)")  # fmt: skip
     return parser.parse_args()
 
 
 def check(args):
+    """Refuse flags that do not fit together; fill in defaults that depend on the plan."""
     if not args.report and not (args.plan and args.data):
-        raise UserError(f"say --plan ({', '.join(plans.MAKE)} or all) and --data datasets/NAME; or --report alone")
-    for name in ("seeds", "epochs", "jobs", "threads", "budget"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value:g} must be above 0")
+        raise UserError(f"say --plan ({', '.join(plans.MAKE)}, adapt, all) and --data datasets/NAME; or --report alone")
+    if (args.plan == "adapt") != bool(args.encoder):
+        raise UserError("--plan adapt and --encoder RUN go together: what is adapted")
     for arm in [args.guided, *args.arms]:
         try:
             masking.parse_mask(arm.split(" ")[0])
@@ -80,6 +91,9 @@ def check(args):
                         "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
+    adapt = args.plan == "adapt"
+    args.out = args.out or (f"results/{Path(args.data).name}/finetune.csv" if adapt else "results/study")
+    args.work = args.work or f"runs/{'adapt' if adapt else 'study'}"
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -124,8 +138,8 @@ def open_study(name, args):
     path = folder / "PLAN.json"
     if path.exists():
         there = json.loads(path.read_text())
-        asked = json.loads(json.dumps(plan))
-        if other := [k for k in asked if k not in ("thresholds", "dtype") and asked[k] != there.get(k)]:
+        own = json.loads(json.dumps(plan))
+        if other := [k for k in own if k not in ("thresholds", "dtype", "question") and own[k] != there.get(k)]:
             raise UserError(f"{path} has another {', '.join(other)} than these flags make; give its flags again, or "
                             "another --out (a new plan wants fresh seeds), or --exploratory")  # fmt: skip
         plan = there
@@ -339,10 +353,21 @@ def run_studies(studies, args):
     return failed
 
 
+def adapt(args):
+    """Plan adapt: no pilot and no committed plan; learning rates are chosen on dev, all else is reported on val."""
+    path = Path(args.out)
+    for rows in adapt_rows(args, path):
+        save_text("\n".join(report.adapt_tables(rows)) + "\n", path.with_suffix(".md"))
+    if not args.dry:
+        print(f"wrote    {path} and .md")
+
+
 def main():
     args = parse_args()
     check(args)
     signal.signal(signal.SIGTERM, stop_all)
+    if args.plan == "adapt":
+        return adapt(args)
     with contextlib.ExitStack() as held:
         names = plans.ALL if args.plan == "all" else [args.plan]
         studies = [] if args.report else [open_study(name, args) for name in names]
@@ -352,9 +377,11 @@ def main():
         failed = run_studies(studies, args)
         if args.dry:
             return
-        for folder in report.folders(args.out) if args.report else [study["folder"] for study in studies]:
-            print(f"wrote    {report.write(folder)}")
-        print(f"wrote    {report.write_study(args.out)}")
+        found = report.open_all(args.out)
+        for study in found:
+            if args.report or study["folder"] in [own["folder"] for own in studies]:
+                print(f"wrote    {report.write(study)}")
+        print(f"wrote    {report.write_study(found, args.out)}")
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again. The first: {failed[0]}")
 

@@ -6,10 +6,8 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.plots import BLUE, GREEN, INK, ORANGE, PINK, save
+from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, save
 
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
-MARKERS = "os^DvPX*"
 MOST = len(COLOURS)  # lines in one picture
 
 
@@ -19,7 +17,7 @@ def short(arm, width=34):
 
 
 def curves(path, done, thresholds, thumbnail, title):
-    """done {arm: [curve of a seed]}: linear Top-1 in the run, by epoch and by minute; line: mean, band: a deviation.
+    """done {arm: [curve of a seed]}: linear Top-1 in the run, by epoch and by minute; line: mean, band: a std.
 
     Of more arms than there are colours the first is drawn, and those that end highest; bands of up to four.
     """
@@ -36,11 +34,11 @@ def curves(path, done, thresholds, thumbnail, title):
             x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
             axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
             if banded and len(top1) > 1:
-                middle, deviation = top1.mean(0), top1.std(0, ddof=1)
-                axis.fill_between(x, middle - deviation, middle + deviation, color=colour, alpha=0.15, lw=0)
+                middle, std = top1.mean(0), top1.std(0, ddof=1)
+                axis.fill_between(x, middle - std, middle + std, color=colour, alpha=0.15, lw=0)
     for axis, label in zip(
         axes,
-        ("epochs" + "\n(band: one deviation over seeds)" * banded, "minutes of training\n(evaluations not counted)"),
+        ("epochs" + "\n(band: one std over seeds)" * banded, "minutes of training\n(evaluations not counted)"),
         strict=True,
     ):
         for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):

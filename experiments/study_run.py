@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from common.io import UserError, save_json
+from common.io import UserError, read_csv, save_csv, save_json
 from common.train import commit, read_log
+from experiments import plans
 
 try:
     import fcntl
@@ -149,3 +150,43 @@ def collect(job, args, ready, seconds, commit):
     if "finetune" in job["stages"]:
         metrics["finetuned"] = json.loads((Path(f"{out}-full") / "metrics.json").read_text())["top1"]
     return row
+
+
+# ---- plan adapt: runs of finetune_lora.py, a row of a CSV each -------------------------------------------------------
+
+KEEP = ("run", "result", "phase", "method", "head", "r", "margin", "lr", "head_lr", "epochs", "keep", "seed",
+        "evaluated_on", "top1", "top5", "macro_f1", "best_epoch", "parameters_trained", "share_trained_percent",
+        "gradient_and_optimizer_mb", "step_ms", "peak_memory_mb", "seconds", "machine", "commit",
+        "command")  # fmt: skip
+
+
+def method_flags(method, args, phase):
+    """What a method needs on the command line besides its learning rate."""
+    if method == "linear":
+        return ["--method", "linear"]
+    epochs = args.trial_epochs if phase == "rates" else args.epochs or 8
+    if method == "scratch":
+        return ["--method", "full", "--keep", args.keep, "--epochs", epochs * args.scratch_times, "--from-scratch"]
+    return ["--method", method, "--keep", args.keep, "--epochs", epochs]
+
+
+def adapt_rows(args, path):
+    """Yield the rows at path, a CSV, as runs are added. Finished runs are not repeated, a killed one goes on."""
+    rows = read_csv(path)
+    for phase in args.phases:
+        for name, method, flags in plans.trials(phase, args.methods, plans.best_rates(rows)):
+            out = Path(args.work) / f"{phase}-{name}"
+            flags = ["--data", args.data, "--out", out, "--resume", *method_flags(method, args, phase), *flags]
+            words = ["finetune_lora.py", args.encoder, *map(str, flags)]
+            print(shlex.join(["python", *words]), flush=True)
+            if args.dry:
+                continue
+            with alone(out.with_suffix(".lock")) as lock:
+                if not (out / "metrics.json").exists():
+                    execute(words, out.with_suffix(".log"), args.threads, lock)
+            found = json.loads((out / "metrics.json").read_text())
+            found = found["config"] | found | {"phase": phase, "result": method}
+            row = {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
+            rows = [r for r in rows if r["run"] != row["run"]] + [row]
+            save_csv(path, rows)
+            yield rows

@@ -12,7 +12,6 @@ import common.lora as C
 import model as M
 from common.checkpoints import load_encoder
 from common.io import UserError
-from experiments.lora_share import count
 from export import export
 
 
@@ -77,6 +76,14 @@ def test_merge_and_unmerge_are_explicit():
     C.remove_lora(vit)
     assert vit.state_dict().keys() == small_vit().state_dict().keys()
     torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
+
+
+def count(size, rank):
+    """-> (parameters that LoRA trains, parameters of the encoder); shapes alone, nothing is filled."""
+    with torch.device("meta"):
+        encoder = M.ViT(**{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")})
+    whole = sum(w.numel() for w in encoder.parameters())
+    return sum(w.numel() for w in M.add_lora(encoder, rank)), whole
 
 
 def test_share_of_the_parameters():

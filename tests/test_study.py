@@ -60,13 +60,27 @@ import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 (out / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 50.0}, "right": {"cutout 0.3": "f0" * 9}}))
 """
+FINETUNE = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[2:], sys.argv[3:]))
+out = pathlib.Path(flags["--out"])
+out.mkdir(parents=True)
+score = {"--lr": float(flags.get("--lr", 0)), "--head-lr": float(flags.get("--head-lr", 0))}
+row = dict.fromkeys(KEEP, 1) | {"run": out.name, "top1": 90.5}
+row |= {"macro_f1": 50 + 1e3 * score["--lr"] - score["--head-lr"]}
+row |= {"lr": score["--lr"], "head_lr": score["--head-lr"], "r": flags.get("--r", "8"), "epochs": flags.get("--epochs")}
+row |= {"head": flags.get("--head", "linear"), "margin": flags.get("--margin", "")}
+(out / "metrics.json").write_text(json.dumps({"config": {}} | row))
+with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+"""
 PRETENDED = """
 import sys
 from pathlib import Path
-import plumbing
-from lab import study, study_run
+from common.io import cli
+from experiments import study, study_run
 study_run.ROOT = Path(sys.argv.pop(1))
-plumbing.cli(study.main)
+cli(study.main)
 """
 
 
@@ -124,7 +138,7 @@ def test_every_plan_is_whole(name):
 
 
 def test_the_proposal_is_what_is_tested():
-    """The claims of issue 9, part by part."""
+    """The claims, part by part."""
     claims = {
         (h["id"], p["what"], p["arm"].split()[0].split(":")[0], p["against"].split()[0], p["claim"])
         for name in ("h1", "h2", "h3")
@@ -254,7 +268,7 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
     done = stage("experiments/study.py", "--plan", "h1", "--data", small, "--arms", "atn_high", cwd=home,
                  env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert "did you mean attn_high" in refused(done)
-    for words, message in ((["--budget", -1], "--budget -1"), (["--data", "nothing"], "nothing"),
+    for words, message in ((["--budget", "-1"], "--budget -1"), (["--data", "nothing"], "nothing"),
                            (["--jobs", 0], "--jobs 0")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             ask(monkeypatch, small, "--plan", "h1", *words)
@@ -286,6 +300,24 @@ def test_one_real_run(small, tmp_path, monkeypatch):
     torch.set_num_threads(2)
     found = json.loads((tmp_path / "again" / "probe.json").read_text())
     assert found["right"] == row["right"] and 100 * found["headline"] == row["metrics"]["top1"]
+
+
+def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, monkeypatch):
+    (home / "stages" / "finetune_lora.py").write_text(f"KEEP = {study_run.KEEP!r}\n{FINETUNE}")
+    words = ["--plan", "adapt", "--encoder", "runs/e", "--out", "finetune.csv", "--methods", "linear", "lora"]
+    words += ["--phases"]
+    with pytest.raises(UserError, match="phase first takes the best learning rate of linear, lora"):
+        ask(monkeypatch, small, *words, "first")
+    ask(monkeypatch, small, *words, "rates", "first")
+    assert len(calls(home)) == 10 and all("--eval-on dev" in line for line in calls(home)[:8])
+    assert "--method linear --head-lr 0.01 --seed 0" in calls(home)[8] and "--lr 0.012 --seed 0" in calls(home)[9]
+    ask(monkeypatch, small, *words, "rates", "first", "rank", "margin", "seeds")
+    assert len(calls(home)) == 10 + 3 + 6 + 4 and "--epochs 2" in calls(home)[4] and "--epochs 8" in calls(home)[9]
+    table = (home / "finetune.md").read_text().splitlines()
+    assert table[2].startswith("| linear, ") and "| 3 | 90.50 ± 0.00 |" in table[2]
+    assert "| r 32, linear head | 90.50 | 62.00 | 1 |" in table and any("arcface head, margin 0.3" in x for x in table)
+    with pytest.raises(UserError, match="--encoder RUN go together"):
+        ask(monkeypatch, small, "--plan", "adapt")
 
 
 # ---- statistics and verdicts ---------------------------------------------------------------------------------------
