@@ -54,10 +54,10 @@ def folders(root):
 def open_all(root):
     """-> all studies under root, each with its "table" (a line for each arm) and its judged "hypotheses".
 
-    The reported studies of a data set are one family, others each its own.
+    The reported studies of a data set are one family, and stand together; others each its own.
     """
-    families, studies = {}, [open_folder(folder) for folder in folders(root)]
-    for study in studies:
+    families = {}
+    for study in map(open_folder, folders(root)):
         plan, rows, groups = (study[k] for k in ("plan", "rows", "groups"))
         study["table"] = verdicts.summary(plan, rows, groups)
         study["hypotheses"] = [h | {"parts": [verdicts.measure(p, plan, rows, groups) for p in h["parts"]]}
@@ -68,7 +68,7 @@ def open_all(root):
         found = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], family[0]["plan"]["family"]))
         for study in family:
             study["hypotheses"] = [next(found) for _ in study["hypotheses"]]
-    return studies
+    return sum(families.values(), [])
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
