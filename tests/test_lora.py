@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import peft
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 import common.lora as C
@@ -84,6 +86,13 @@ def count(size, rank):
         encoder = M.ViT(**{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")})
     whole = sum(w.numel() for w in encoder.parameters())
     return sum(w.numel() for w in M.add_lora(encoder, rank)), whole
+
+
+def test_shares_that_the_docs_give():
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    given = dict((size, float(x)) for x, size in re.findall(r"([\d.]+) % of (\w+)'s", text))
+    shares = {size: count(size, 8) for size in M.SIZES}
+    assert given == {size: round(100 * trained / whole, 2) for size, (trained, whole) in shares.items()}
 
 
 def test_share_of_the_parameters():
