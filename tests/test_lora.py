@@ -85,7 +85,7 @@ def count(size, rank):
     with torch.device("meta"):
         encoder = M.ViT(**{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")})
     whole = sum(w.numel() for w in encoder.parameters())
-    return sum(w.numel() for w in M.add_lora(encoder, rank)), whole
+    return sum(w.numel() for w in C.add_lora(encoder, rank)), whole
 
 
 def test_shares_that_the_docs_give():
