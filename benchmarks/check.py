@@ -5,13 +5,13 @@ compared: another machine has others. A ratio, ours over a peer's in the same ru
 results/*.csv records. Writes nothing; exits with status 1 if something fell below.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common.io import UserError, cli, read_csv
+from benchmarks import ROOT
+from common.io import Parser, UserError, cli, read_csv
 from common.train import pick_device
 
 LEAST = 0.85
@@ -48,14 +48,14 @@ def measure(module, device, folder):
     """Run a bench on this device, its files in `folder` -> its rows."""
     words, files, _ = BENCHES[module]
     command = [sys.executable, "-m", f"benchmarks.{module}", "--device", device, *words, "--out", folder]
-    done = subprocess.run([str(w) for w in command], cwd=Path(__file__).parent.parent)
+    done = subprocess.run([str(w) for w in command], cwd=ROOT)
     if done.returncode:
         raise UserError(f"benchmarks.{module} ended with status {done.returncode}; its message is above")
     return read_csv(Path(folder) / files[device])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="what is recorded")

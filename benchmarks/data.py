@@ -7,8 +7,6 @@ For the loader the packed file is made of noise and really written; it is read o
 measured is the way out of a warm page cache.
 """
 
-import argparse
-import json
 import signal
 import statistics
 import subprocess
@@ -22,44 +20,40 @@ import torch
 from PIL import Image
 
 import data
-from common.io import UserError, cli, save_csv
-from common.train import commit, machine, read_log
+from benchmarks import ROOT, about, status_mb
+from common.io import Parser, UserError, at_least, cli, save_csv, write_rows
+from common.train import read_log
 from ingest import toon
 
 SCALE = (10_000, 100_000, 1_000_000)
 
 
 def noisy_split(folder, n, side, name="train"):
-    """A packed split of n images of noise."""
-    count = n * side * side * 3
-    entries = {"__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
-               "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, count]},
-               "labels": {"dtype": "I64", "shape": [n], "data_offsets": [count, count + 8 * n]}}  # fmt: skip
-    head = json.dumps(entries).encode().ljust(1024)
-    Path(folder).mkdir(exist_ok=True)
-    with open(Path(folder) / f"{name}.safetensors", "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
-        noise = np.random.default_rng(0).integers(0, 256, 2**26, dtype=np.uint8)
-        for at in range(0, count, len(noise)):
-            f.write(noise[: min(len(noise), count - at)].data)
-        f.write(bytes(8 * n))
+    """A packed split of n images of noise, the same few of it again and again."""
+    noise = np.random.default_rng(0).integers(0, 256, (2**26 // (3 * side**2), side, side, 3), dtype=np.uint8)
+    sizes = [min(len(noise), n - at) for at in range(0, n, len(noise))]
+    rows = ({"images": noise[:count], "labels": np.zeros(count, np.int64)} for count in sizes)
+    planes = {"images": ("U8", (side, side, 3)), "labels": ("I64", ())}
+    write_rows(Path(folder) / f"{name}.safetensors", planes, n, rows, lambda: {"classes": [], "keys": []})
     return data.open_split(folder, name)
-
-
-def anonymous_mb(process="self"):
-    """Memory of a process that no file backs, in MB (Linux)."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
 def epoch(split, batch_size, number):
     """One shuffled epoch -> (images a second, most anonymous memory in MB)."""
     order, most, count = data.epoch_order(len(split["images"]), 0, number), 0.0, 0
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     for i, (index, _) in enumerate(data.batches(split["images"], order, batch_size, torch.device("cpu"))):
         count += len(index)
-        most = max(most, anonymous_mb()) if i % 64 == 0 else most
-    return count / (time.perf_counter() - began), most
+        most = max(most, status_mb("RssAnon")) if i % 64 == 0 else most
+    return count / (time.perf_counter() - start_time), most
+
+
+def warm_epochs(split, batch_size):
+    """Three epochs after one that fills the page cache -> (median images a second, most memory added in MB)."""
+    before = status_mb("RssAnon")
+    epoch(split, batch_size, 0)
+    speeds, memory = zip(*[epoch(split, batch_size, i) for i in (1, 2, 3)], strict=True)
+    return round(statistics.median(speeds)), round(max(memory) - before, 1)
 
 
 # ---- scale ---------------------------------------------------------------------------------------------------------
@@ -67,7 +61,7 @@ def epoch(split, batch_size, number):
 
 def trained(folder, rows_to_log):
     """pretrain.py on a packed folder until it has logged so many rows -> (median images a second, waiting, MB)."""
-    command = [sys.executable, "pretrain.py", "--data", folder, "--out", folder / "run", "--image-size", 32,
+    command = [sys.executable, ROOT / "pretrain.py", "--data", folder, "--out", folder / "run", "--image-size", 32,
                "--epochs", 1000, "--device", "cpu", "--eval-every", 1000]  # fmt: skip
     process = subprocess.Popen([str(w) for w in command], stdout=subprocess.DEVNULL)
     log, rows = folder / "run" / "log.jsonl", []
@@ -76,7 +70,7 @@ def trained(folder, rows_to_log):
         rows = [r for r in read_log(log) if "loss" in r]
     if process.poll() is not None:
         raise UserError(f"pretrain.py ended with status {process.returncode}; its message is above")
-    memory = anonymous_mb(process.pid)
+    memory = status_mb("RssAnon", process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     rows = rows[2:]  # the first are slower: memory is touched for the first time
@@ -90,12 +84,10 @@ def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
             folder = Path(place) / "noise"
             split = noisy_split(folder, n, side)
             noisy_split(folder, 64, side, "val")
-            before = anonymous_mb()
-            epoch(split, batch_size, 0)
-            rates, memory = zip(*[epoch(split, batch_size, i) for i in (1, 2, 3)], strict=True)
+            speed, added = warm_epochs(split, batch_size)
             training, waited, mb = trained(folder, rows_to_log)
-        yield {"images": n, "side": side, "loader_images_per_s": round(statistics.median(rates)),
-               "loader_mb_added": round(max(memory) - before, 1), "training_images_per_s": round(training, 1),
+        yield {"images": n, "side": side, "loader_images_per_s": speed, "loader_mb_added": added,
+               "training_images_per_s": round(training, 1),
                "data_wait_percent": round(100 * waited, 3), "training_anonymous_mb": round(mb)}  # fmt: skip
 
 
@@ -117,17 +109,17 @@ def draw_jpegs(folder, n, side=512):
 
 
 WATCHED = """
-import sys, threading, time, data
-from lab import sources
-from benchmarks.data import anonymous_mb
-def look():
+import sys, threading, time
+from benchmarks import status_mb
+from ingest import pack, sources
+def watch():
     while True:
-        most[0] = max(most[0], anonymous_mb() - base)
+        most[0] = max(most[0], status_mb("RssAnon") - base)
         time.sleep(0.05)
-base, most, began = anonymous_mb(), [0.0], time.perf_counter()
-threading.Thread(target=look, daemon=True).start()
+base, most, start_time = status_mb("RssAnon"), [0.0], time.perf_counter()
+threading.Thread(target=watch, daemon=True).start()
 CODE
-seconds = time.perf_counter() - began
+seconds = time.perf_counter() - start_time
 time.sleep(0.1)
 print("@", seconds, most[0])
 """
@@ -136,15 +128,15 @@ print("@", seconds, most[0])
 def timed(code, *words):
     """Run Python code of one line in a process of its own -> (seconds it took, most anonymous memory in MB)."""
     whole = WATCHED.replace("CODE", code)
-    done = subprocess.run([sys.executable, "-c", whole, *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", whole, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise UserError(done.stderr.strip().splitlines()[-1])
     return tuple(float(x) for x in done.stdout.split("@")[1].split())
 
 
 def pack_rows(n):
-    """Rows of results: packing n and n/2 images with and without looking for copies; a table of a million rows."""
-    code = "data.pack(sys.argv[1], sys.argv[2], size=128, dedupe=sys.argv[3])"
+    """Rows of results: packing n and n/2 images with and without the search for copies; a table of a million rows."""
+    code = "pack.pack(sys.argv[1], sys.argv[2], size=128, dedupe=sys.argv[3])"
     with tempfile.TemporaryDirectory() as folder:
         for name, count in (("half", n // 2), ("all", n)):
             images = draw_jpegs(Path(folder) / name, count)
@@ -159,31 +151,34 @@ def pack_rows(n):
                "images_per_s": round(10**6 / seconds), "anonymous_mb_added": round(mb)}  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=65536, help="images in the file (65536 of 128 px are 3.2 GB)")
-    parser.add_argument("--side", type=int, default=128, help="their side in pixels")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--pack", type=int, metavar="N", help="measure packing of N JPEGs of 512 px instead")
-    parser.add_argument("--scale", nargs="*", type=int, metavar="N", help="files of N images (10000 100000 1000000)")
-    parser.add_argument("--out", help="default: results/bench_data.csv, bench_pack.csv or bench_scale.csv")
-    args = parser.parse_args()
-    about = {"machine": machine(torch.device("cpu")), "commit": commit()}
-    if args.pack or args.scale is not None:
-        made = pack_rows(args.pack) if args.pack else scale_rows(args.scale or SCALE, args.batch_size)
-        rows = [row | about for row in made]
-        save_csv(args.out or f"results/bench_{'pack' if args.pack else 'scale'}.csv", rows)
-        return print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
+def loader_rows(n, side, batch_size):
+    """The row of results: the loader on one file."""
     with tempfile.TemporaryDirectory() as folder:
-        split = noisy_split(folder, args.images, args.side)
-        before = anonymous_mb()
-        epoch(split, args.batch_size, 0)  # warms the page cache
-        rates, memory = zip(*[epoch(split, args.batch_size, i) for i in (1, 2, 3)], strict=True)
-    row = {"images": args.images, "side": args.side, "file_gb": round(args.images * args.side**2 * 3 / 1e9, 2),
-           "images_per_s": round(statistics.median(rates)), "anonymous_mb_added": round(max(memory) - before, 1),
-           **about}  # fmt: skip
-    save_csv(args.out or "results/bench_data.csv", [row])
-    print(", ".join(f"{k} {v}" for k, v in row.items()))
+        speed, added = warm_epochs(noisy_split(folder, n, side), batch_size)
+    yield {"images": n, "side": side, "file_gb": round(n * side**2 * 3 / 1e9, 2), "images_per_s": speed,
+           "anonymous_mb_added": added}  # fmt: skip
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--images", type=at_least(1), default=65536, help="images in the file (65536 of 128 px are 3.2 GB)")
+    add("--side", type=at_least(1), default=128, help="their side in pixels")
+    add("--batch-size", type=at_least(1), default=128)
+    add("--pack", type=at_least(2), metavar="N", help="measure packing of N JPEGs of 512 px instead")
+    add("--scale", nargs="*", type=at_least(1), metavar="N", help="files of N images (10000 100000 1000000)")
+    add("--out", help="default: results/bench_data.csv, bench_pack.csv or bench_scale.csv")
+    args = parser.parse_args()
+    if args.pack:
+        name, made = "pack", pack_rows(args.pack)
+    elif args.scale is not None:
+        name, made = "scale", scale_rows(args.scale or SCALE, args.batch_size)
+    else:
+        name, made = "data", loader_rows(args.images, args.side, args.batch_size)
+    where = about(torch.device("cpu"))
+    rows = [row | where for row in made]
+    save_csv(args.out or f"results/bench_{name}.csv", rows)
+    print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ times are taken with a cold cache (triton.testing.do_bench); bytes are those tha
 images counted in the 32-byte sectors that memory delivers; their share is of a plain copy, measured in the same run.
 """
 
-import argparse
 import ctypes
 import itertools
 import statistics
@@ -14,17 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 import kernels
-from common.io import cli, save_csv
-from common.train import commit, machine, pick_device
+from benchmarks import about, status_mb
+from common.io import Parser, UserError, at_least, cli, save_csv
+from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss
 
 GPU_CASES = dict(batch=(256, 1024, 4096), size=(128, 224), patch=(8, 16), ratio=(0.5, 0.75, 0.9))
-COLOURS = ("#E69F00", "#0072B2", "#009E73", "#CC79A7")  # Okabe and Ito's
 CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 
 
@@ -118,7 +116,7 @@ def gate(device, dtype):
         for operation, call in calls(functions, *given, 16).items():
             off = (call().double() - truth[operation]).abs().max() / truth[operation].abs().max()
             if not off <= (1e-5 if dtype == torch.float32 or operation == "detail" else 2**-8):
-                sys.exit(f"error: {name} {operation} is off by {off:.1e} of the largest value; no speed is reported")
+                raise UserError(f"{name} {operation} is off by {off:.1e} of the largest value; no speed is reported")
 
 
 def bytes_to_move(operation, view, keep, mask, pred, patch):
@@ -145,9 +143,9 @@ def milliseconds(call, device):
         return kernels.triton.testing.do_bench(call, warmup=50, rep=200, quantiles=(0.5, 0.2, 0.8))
     times, until = [], time.perf_counter() + 1.5
     while len(times) < 15 or time.perf_counter() < until:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         call()
-        times.append((time.perf_counter() - began) * 1e3)
+        times.append((time.perf_counter() - start_time) * 1e3)
     fifths = statistics.quantiles(times[2:], n=5)
     return statistics.median(times[2:]), fifths[0], fifths[3]
 
@@ -173,15 +171,10 @@ def peak_mb(call, device):
     return peak
 
 
-def status_mb(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
 
-def measure(cases, dtype, device, copy_gb_s, about):
+def measure(cases, dtype, device, copy_gb_s):
     """-> one row for each case, contender and operation. Memory last: measuring it changes how malloc behaves."""
     rows, peaks = [], []
     for case in cases:
@@ -196,10 +189,10 @@ def measure(cases, dtype, device, copy_gb_s, about):
                     print(f"{name} {operation} of {case} does not fit in this GPU's memory; left out")
                     continue
                 row = dict(zip(("batch", "size", "patch", "ratio"), case, strict=True), operation=operation, impl=name)
-                rate = moved / median / 1e6
+                speed = moved / median / 1e6
                 row |= {"dtype": str(dtype)[6:], "ms": round(median, 4), "ms_20": round(low, 4),
-                        "ms_80": round(high, 4), "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(rate, 1),
-                        "copy_share": round(rate / copy_gb_s, 3)}  # fmt: skip
+                        "ms_80": round(high, 4), "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(speed, 1),
+                        "copy_share": round(speed / copy_gb_s, 3)}  # fmt: skip
                 rows.append(row)
                 if device.type == "cuda":
                     row["peak_mb"] = round(peak_mb(call, device), 1)
@@ -209,47 +202,49 @@ def measure(cases, dtype, device, copy_gb_s, about):
     for row, case, functions, operation in peaks if device.type != "cuda" else ():
         given = inputs(*case, dtype, device)
         row["peak_mb"] = round(peak_mb(calls(functions, *given, case[2])[operation], device), 1)
-    return [row | about for row in rows]
+    return rows
 
 
-def copy_rate(device):
+def copy_speed(device):
     """GB a second, read and written, of a plain copy: of 1 GB on a GPU, of 256 MB on a CPU (beyond its caches)."""
     source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), device)[0] / 1e6
 
 
-def draw(rows, path, about):
+def draw(rows, path):
     """One panel an operation: the time of every contender in every case, with its 20 and 80 %."""
+    from common import plots
+
     cases = list(dict.fromkeys((r["batch"], r["size"], r["patch"], r["ratio"]) for r in rows))
     names, operations = (list(dict.fromkeys(r[key] for r in rows)) for key in ("impl", "operation"))
     width = 3 + 0.25 * len(cases) * len(operations)
-    fig, axes = plt.subplots(1, len(operations), figsize=(max(9, width), 4), layout="constrained")
+    fig, axes = plots.plt.subplots(1, len(operations), figsize=(max(9, width), 4))
     for ax, operation in zip(axes, operations, strict=True):
         for name in names:
             own = [r for r in rows if (r["impl"], r["operation"]) == (name, operation)]
             ms, low, high = ([r[key] for r in own] for key in ("ms", "ms_20", "ms_80"))
             error = [[m - x for m, x in zip(ms, low, strict=True)], [x - m for m, x in zip(ms, high, strict=True)]]
             at = [cases.index((r["batch"], r["size"], r["patch"], r["ratio"])) for r in own]
-            ax.errorbar(at, ms, error, fmt="o", ms=6, label=name, color=COLOURS[names.index(name)])
+            ax.errorbar(at, ms, error, fmt="o", ms=6, label=name, color=plots.COLOURS[names.index(name)])
         ax.set_xticks(range(len(cases)), [f"{b} x {s}/{p}, {r}" for b, s, p, r in cases], rotation=90, fontsize=7)
         ax.set(yscale="log", title=operation)
         ax.margins(x=0.2)
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("milliseconds, 20 % to 80 %")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
-    fig.suptitle(f"Time by batch x pixels/patch, ratio; {about['machine']}", fontsize=9)
-    fig.savefig(path, dpi=120)
+    fig.suptitle(f"Time by batch x pixels/patch, ratio; {rows[0]['machine']}", fontsize=9)
+    plots.save(fig, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: 256 1024 4096; on a CPU two cases)")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of patches and predictions (default: bf16 on a GPU)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the CSV and the plot")
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--batch", type=at_least(1), nargs="+", help="batch sizes (default: 256 1024 4096; on a CPU two cases)")
+    add("--dtype", choices=["bf16", "fp32"], help="of patches and predictions (default: bf16 on a GPU)")
+    add("--out", type=Path, default=Path("results"), help="folder of the CSV and the plot")
     args = parser.parse_args()
     device = pick_device(args.device)
     gpu = device.type == "cuda"
@@ -259,15 +254,13 @@ def main():
     if not gpu:
         print("no GPU here: the CPU's paths are measured; the kernels and their bandwidth are not")
     gate(device, dtype)
-    copy_gb_s = copy_rate(device)
+    copy_gb_s = copy_speed(device)
     version = kernels.triton.__version__ if kernels.triton else "none"
-    about = {"copy_gb_per_s": round(copy_gb_s, 1), "machine": machine(device), "triton": version,
-             "commit": commit()}  # fmt: skip
-    rows = measure(cases, dtype, device, copy_gb_s, about)
-    args.out.mkdir(parents=True, exist_ok=True)
+    where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=version)
+    rows = [row | where for row in measure(cases, dtype, device, copy_gb_s)]
     path = args.out / ("bench_kernels.csv" if gpu else "bench_kernels_cpu.csv")
     save_csv(path, rows)
-    draw(rows, path.with_suffix(".png"), about)
+    draw(rows, path.with_suffix(".png"))
     print(f"wrote {path} and .png; a copy moves {copy_gb_s:.0f} GB/s")
 
 

@@ -1,13 +1,12 @@
 """What each strategy adds to a training step: python -m benchmarks.masks --data datasets/toon
 
 Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and backward) and the
-step itself are timed in one process, interleaved, with cached maps: a self-teacher's looks are extra, see
+step itself are timed in one process, interleaved, with cached maps: the forward passes of a self-teacher are extra, see
 experiments/readme_numbers.py.
 `true parts` are the demo set's own, finer than those of maps.py. simmim has a step of its own: it encodes all patches.
 On a CPU it is the processor's time of this process that counts, so that other work on the machine does not.
 """
 
-import argparse
 import statistics
 import time
 
@@ -16,9 +15,10 @@ import torch
 
 import data
 import mask as masking
+from benchmarks import about, now, replace_rows
 from common import guidance
-from common.io import cli, read_csv, save_csv
-from common.train import autocast_of, commit, machine, make_optimizer, pick_device, pick_dtype, seeded
+from common.io import Parser, at_least, cli
+from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss
 from model import MAE, SIZES, SimMIM
@@ -28,10 +28,7 @@ BATCH, RATIO, DECODER_DEPTH = 32, 0.75, 2
 
 def clock(device):
     """Seconds: of this process's CPU work, or after all work of the GPU has ended."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now(device) if device.type == "cuda" else time.process_time()
 
 
 def fake_maps(need, n, side):
@@ -82,38 +79,38 @@ def measure(model, size, train, device, rounds):
     names = [name for name in masking.STRATEGIES if name != "simmim"]
     baseline = SimMIM(**size).to(device)
     its_optimizer = make_optimizer(baseline, 1e-4, 0.05)
-    made = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
+    guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
-        made["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
-        made["true parts"].maps = train["parts"]
-    took = {name: [] for name in [*made, "step", "simmim"]}
+        guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
+        guides["true parts"].maps = train["parts"]
+    took = {name: [] for name in [*guides, "step", "simmim"]}
     for i in range(rounds):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
         boxes, flip = data.draw_boxes(BATCH, draws, 0.4)
         noise = masking.gumbel_noise(BATCH, N, draws).to(device)
         view = data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
-        for name, guide in made.items():
-            began = clock(device)
+        for name, guide in guides.items():
+            start_time = clock(device)
             ids = masked_ids(name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO))
-            took[name].append(clock(device) - began)
-        began = clock(device)
+            took[name].append(clock(device) - start_time)
+        start_time = clock(device)
         data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
         step(model, optimizer, view, *ids, size["patch_size"], autocast)
-        took["step"].append(clock(device) - began)
-        began = clock(device)
+        took["step"].append(clock(device) - start_time)
+        start_time = clock(device)
         ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
         step(baseline, its_optimizer, view, *ids, size["patch_size"], autocast)
-        took["simmim"].append(clock(device) - began)
+        took["simmim"].append(clock(device) - start_time)
     return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in took.items()}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="packed dataset")
     parser.add_argument("--model", default="nano", choices=SIZES)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=at_least(1), default=40)
     parser.add_argument("--out", default="results/bench_masks.csv")
     args = parser.parse_args()
     device, size = pick_device(args.device), SIZES[args.model]
@@ -121,12 +118,11 @@ def main():
     ms = measure(model, size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
     whole = ms["step"] + ms["random"]
-    about = {"model": args.model, "batch": BATCH, "machine": machine(device), "commit": commit()}
+    where = {"model": args.model, "batch": BATCH} | about(device)
     rows = [{"mask": name, "guidance_ms": round(ms[name], 3), "step_ms": round(ms["step"], 1),
-             "over_random_percent": round(100 * (ms["step"] + ms[name]) / whole - 100, 1), **about}
+             "over_random_percent": round(100 * (ms["step"] + ms[name]) / whole - 100, 1), **where}
             for name in ms if name != "step"]  # fmt: skip
-    others = [r for r in read_csv(args.out) if r["model"] != args.model]
-    save_csv(args.out, others + rows)
+    replace_rows(args.out, rows, ["model"])
     for row in rows:
         print(f"{row['mask']:10} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
 

@@ -15,6 +15,7 @@ import torch
 
 import data
 import mask as masking
+from benchmarks import now
 from common.checkpoints import init_from
 from common.io import cli, send
 from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
@@ -22,8 +23,9 @@ from kernels.gather import byte_scale, masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
 from model import MAE, SIZES
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
-FLOOR = 1e-3  # under a patch's deviation: that of transformers, sqrt(1e-6), so that both do the same
+FLOOR = 1e-3  # under a patch's std: that of transformers, sqrt(1e-6), so that both do the same
 
 
 def fixed_views(case, device):
@@ -37,23 +39,28 @@ def fixed_views(case, device):
     return view.to(device), noise.to(device)
 
 
+def update(optimizer, loss_of, i):
+    """A step of training -> its loss, on the device."""
+    loss = loss_of(i)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
 def our_step(case, model, optimizer, view, noise, dtype, autocast):
     """-> step(i): a loss on the device; what pretrain.py does with a view, under the loss of the paper."""
     net, p = torch.compile(model) if case.get("compile") else model, case["patch_size"]
     K = masking.kept(noise.shape[2], case["ratio"])
 
-    def step(i):
+    def loss_of(i):
         ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
         tokens = masked_patch_gather(view, ids_keep, p, dtype)
         with autocast():
             pred, _ = net(tokens, ids_keep, ids_mask)
-        loss = reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        return reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
 
-    return step
+    return functools.partial(update, optimizer, loss_of)
 
 
 def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda part: None):
@@ -101,21 +108,17 @@ def their_step(case, model, optimizer, view, noise, dtype, autocast):
     net = torch.compile(model) if case.get("compile") else model
     scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
 
-    def step(i):
+    def loss_of(i):
         pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
         with autocast():
-            loss = net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+            return net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
 
-    return step
+    return functools.partial(update, optimizer, loss_of)
 
 
 def make_step(case, device):
     """The candidate's network with the weights that all begin with -> step(i), and mark-able whole_step or None."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]]
+    dtype = DTYPES[case["dtype"]]
     autocast = autocast_of(device, dtype)
     if case["net"] == "hf":
         from transformers import ViTMAEForPreTraining
@@ -145,7 +148,7 @@ def build(case):
 
 def multiply_step(case, device, side):
     """-> step(i): a plain product of two square matrices, to which MFU compares."""
-    a = torch.randn(side, side, device=device).to({"fp32": torch.float32, "bf16": torch.bfloat16}[case["dtype"]])
+    a = torch.randn(side, side, device=device).to(DTYPES[case["dtype"]])
     out = torch.empty_like(a)
     return lambda i: torch.mm(a, a, out=out)[0, 0]
 
@@ -190,12 +193,11 @@ def timed_parts(make, device, steps):
 
 
 def seconds(step, steps, device):
-    began = time.perf_counter()
+    """How long so many steps take."""
+    start_time = now(device)
     for i in range(steps):
         step(i)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now(device) - start_time
 
 
 def main():

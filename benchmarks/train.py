@@ -11,8 +11,8 @@ for pictures. MFU counts the operations that the mathematics needs, the same for
 those of a plain matrix product in the same run.
 """
 
-import argparse
 import contextlib
+import functools
 import json
 import statistics
 import subprocess
@@ -20,19 +20,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 import kernels
 import mask as masking
+from benchmarks import ROOT, about, replace_rows
 from benchmarks.step import PARTS, build
-from common import plots
 from common.checkpoints import save_model
-from common.io import UserError, cli, read_csv, save_csv, save_text
-from common.train import commit, machine, pick_device
+from common.io import Parser, UserError, at_least, between, cli, save_text
+from common.train import pick_device
 from export import export
-from model import SIZES
+from model import MAE, SIZES
 
 PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and ours
 CANDIDATES = {
@@ -57,37 +55,32 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 # ---- counted, not measured -----------------------------------------------------------------------------------------
 
 
-def block_flops(tokens, dim, updated=None):
-    """Forward of a transformer block for one image: q, k and v of all T tokens (3 D^2 weights); proj and MLP of those U
-    that it updates (9 D^2); q k^T and A v, U T D each. A multiplication and an addition are 2 operations."""
-    updated = updated or tokens
-    return (6 * tokens + 18 * updated) * dim**2 + 4 * updated * tokens * dim
+@functools.cache
+def step_flops(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, K):
+    """Matrix operations of forward and backward of our MAE for one image, K patches visible, as torch counts them.
 
-
-def step_flops(image_size, patch_size, dim, depth, decoder_dim, decoder_depth, K):
-    """Matrix operations of forward and backward of an MAE for one image, K patches visible.
-
-    Backward is twice forward: a product for the input's gradient, one for the weight's. Pixels need no gradient, nor do
-    the features that the head for pictures looks at: those two layers cost twice their forward, not thrice.
+    A multiplication and an addition are 2 operations. Only shapes are computed, and no parameter is filled.
     """
-    N, P = (image_size // patch_size) ** 2, patch_size**2 * 3
-    embed = 2 * K * P * dim
-    stats = 2 * (N - K) * decoder_dim * 2
-    encoder = depth * block_flops(K + 1, dim)
-    decoder = 2 * (K + 1) * dim * decoder_dim + (decoder_depth - 1) * block_flops(N + 1, decoder_dim)
-    decoder += block_flops(N + 1, decoder_dim, N - K)  # nobody looks at what the last one would make of visible patches
-    decoder += 2 * (N - K) * decoder_dim * P
-    return 3 * (encoder + decoder) + 2 * (embed + stats)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = MAE(image_size, patch_size, dim, depth, heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth)
+        ids = torch.arange((image_size // patch_size) ** 2)[None]
+        patches = torch.empty(1, K, 3 * patch_size**2)
+    with FlopCounterMode(display=False) as counter:
+        pred, stats = model(patches, ids[:, :K], ids[:, K:])
+        (pred.sum() + stats.sum()).backward()
+    return counter.get_total_flops()
 
 
-def on_paper(rate, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
-    """Images a second of `ranks` GPUs, each with this batch, from the rate of one; messages hide behind nothing.
+def on_paper(speed, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
+    """Images a second of `ranks` GPUs, each with this batch, from the speed of one; messages hide behind nothing.
 
     A ring all-reduce moves 2 (R-1)/R times the gradient over each link (B/s; NVLink 4 has 450e9 each way); to pack and
     unpack it reads and writes it twice (memory, B/s). What each GPU does itself stays the same (common/distributed.py).
     """
     message = 2 * (ranks - 1) / ranks * gradient_bytes / link + 4 * gradient_bytes / memory
-    return ranks * batch / (batch / rate + message)
+    return ranks * batch / (batch / speed + message)
 
 
 def agree(losses, reference, dtype):
@@ -105,8 +98,7 @@ def agree(losses, reference, dtype):
 
 def start(case):
     command = [sys.executable, "-m", "benchmarks.step", json.dumps(case)]
-    here = Path(__file__).parent.parent
-    return subprocess.Popen(command, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def answer(process, name):
@@ -178,19 +170,20 @@ def columns(parts):
     return {f"{part}_ms": parts.get(part) for part in PARTS}
 
 
-def row_of(case, name, rates, peak_mb, tflops):
-    """A row of results without what compares it to others; rates: images a second of each repeat."""
-    (width, blocks), rate = CANDIDATES[name]["decoder"], statistics.median(rates)
+def row_of(case, name, speeds, peak_mb, tflops):
+    """A row of results without what compares it to others; speeds: images a second of each repeat."""
+    (width, blocks), speed = CANDIDATES[name]["decoder"], statistics.median(speeds)
     size, K = SIZES[case["model"]], masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
     with torch.device("meta"):
         gradient = 4 * sum(w.numel() for w in build(case | CANDIDATES[name]).parameters())
-    flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], width, blocks, K)
+    flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], size["heads"], width,
+                       blocks, K)  # fmt: skip
     same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
-    return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(rate, 2),
-            "low": round(min(rates), 2), "high": round(max(rates), 2), "repeats": len(rates), "peak_mb": round(peak_mb),
-            "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
-            "mfu_percent": round(rate * flops / tflops / 1e10, 1), "gradient_mb": round(gradient / 1e6, 1),
-            "on_8_gpus_on_paper": round(on_paper(rate, case["batch"], gradient)) if case["device"] == "cuda" else ""
+    return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(speed, 2),
+            "low": round(min(speeds), 2), "high": round(max(speeds), 2), "repeats": len(speeds),
+            "peak_mb": round(peak_mb), "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
+            "mfu_percent": round(speed * flops / tflops / 1e10, 1), "gradient_mb": round(gradient / 1e6, 1),
+            "on_8_gpus_on_paper": round(on_paper(speed, case["batch"], gradient)) if case["device"] == "cuda" else ""
             }  # fmt: skip
 
 
@@ -213,30 +206,30 @@ def table(rows):
 
 def draw(rows, path):
     """Images a second of every candidate, a panel for each dtype, and where the time of a whole step goes."""
+    from common import plots
+
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     whole = [r for r in rows if r["data_ms"] is not None]
     high = 1.2 + 0.32 * len(rows) / len(dtypes)
-    figure, axes = plt.subplots(1, len(dtypes) + bool(whole), figsize=(3.7 * (len(dtypes) + bool(whole)), high))
-    axes = np.atleast_1d(axes)
-    for axis, dtype in zip(axes, dtypes, strict=False):
+    panels = len(dtypes) + bool(whole)
+    figure, axes = plots.plt.subplots(1, panels, figsize=(3.7 * panels, high), squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=False):
         own = [r for r in rows if r["dtype"] == dtype][::-1]
-        rate = [r["images_per_s"] for r in own]
+        speed = [r["images_per_s"] for r in own]
         error = [[r["images_per_s"] - r["low"] for r in own], [r["high"] - r["images_per_s"] for r in own]]
         colours = [plots.ORANGE if r["candidate"].startswith("transf") else plots.BLUE for r in own]
-        axis.barh(range(len(own)), rate, xerr=error, color=colours, ecolor=plots.INK, capsize=2)
-        axis.set_yticks(
-            range(len(own)), [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
-        )
+        axis.barh(range(len(own)), speed, xerr=error, color=colours, ecolor=plots.INK, capsize=2)
+        names = [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
+        axis.set_yticks(range(len(own)), names)
         axis.set(title=dtype, xlabel="images a second")
     if whole:
-        split_panel(axes[-1], whole)
+        split_panel(axes[0, -1], whole, (plots.INK, plots.PINK, *plots.COLOURS[:3], "#999999"))
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch']}: a training step")
     plots.save(figure, path)
 
 
-def split_panel(axis, whole):
+def split_panel(axis, whole, colours):
     """A bar for each dtype: which share of a whole step each part takes."""
-    colours = (plots.INK, plots.PINK, plots.BLUE, plots.ORANGE, plots.GREEN, "#999999")
     for y, row in enumerate(whole[::-1]):
         left, total = 0.0, sum(row[f"{p}_ms"] for p in PARTS)
         for part, colour in zip(PARTS, colours, strict=True):
@@ -249,19 +242,19 @@ def split_panel(axis, whole):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--model", default="small", choices=SIZES)
-    add("--image-size", type=int, default=224, metavar="PX")
-    add("--patch-size", type=int, default=16, metavar="PX")
-    add("--batch", type=int, metavar="B", help="images a step (default: 16, on a GPU 256)")
-    add("--ratio", type=float, default=0.75, help="share of patches hidden")
+    add("--image-size", type=at_least(1), default=224, metavar="PX")
+    add("--patch-size", type=at_least(1), default=16, metavar="PX")
+    add("--batch", type=at_least(1), metavar="B", help="images a step (default: 16, on a GPU 256)")
+    add("--ratio", type=between(0.01, 0.99), default=0.75, help="share of patches hidden")
     add("--dtype", nargs="+", default=["fp32", "bf16"], choices=TOLERANCE)
     add("--only", nargs="+", metavar="NAME", help="candidates (default: all)")
-    add("--repeats", type=int, default=5, help="how often each has its turn")
-    add("--steps", type=int, help="steps of a turn (default: 3, on a GPU 30)")
-    add("--warmup", type=int, help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
+    add("--repeats", type=at_least(1), default=5, help="how often each has its turn")
+    add("--steps", type=at_least(1), help="steps of a turn (default: 3, on a GPU 30)")
+    add("--warmup", type=at_least(1), help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
     add("--quick", action="store_true", help="eager candidates only, 3 turns")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
     return parser.parse_args()
@@ -277,18 +270,14 @@ def main():
     steps, warmup = args.steps or (30 if gpu else 3), args.warmup or (20 if gpu else 3)
     case = {"device": device.type, "model": args.model, "image_size": args.image_size, "patch_size": args.patch_size,
             "batch": args.batch or (256 if gpu else 16), "ratio": args.ratio, "warmup": warmup}  # fmt: skip
-    about = {"machine": machine(device), "versions": versions(), "commit": commit()}
+    where = about(device, versions=versions())
     repeats, rows = 3 if args.quick else args.repeats, []
     for dtype in args.dtype:
-        rows += [r | about for r in measure(case | {"dtype": dtype}, names, repeats, steps, 2 * steps)]
+        rows += [r | where for r in measure(case | {"dtype": dtype}, names, repeats, steps, 2 * steps)]
         print(table(rows[-len(names) :]), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"bench_train_{device.type}.csv"
-    kept = [r for r in read_csv(path) if (r["model"], r["image_size"], r["batch"])
-            != (args.model, str(args.image_size), str(case["batch"]))]  # fmt: skip
-    save_csv(path, kept + rows)
-    made_on = f"\n{about['machine']}, {about['versions']}, {about['commit']}\n"
-    save_text(table(rows) + made_on, path.with_suffix(".md"))
+    replace_rows(path, rows, ("model", "image_size", "batch"))
+    save_text(f"{table(rows)}\n{', '.join(where.values())}\n", path.with_suffix(".md"))
     draw(rows, path.with_suffix(".png"))
     print(f"wrote    {path}, .md and .png")
 

@@ -241,6 +241,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home,
     assert "Diverged, and left out: grid, seed 2000." in (home / "results/STUDY.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(home, small):
     """kill -9 of the study in its second run; the stage that it leaves behind is waited for, and not run twice."""
     command = [sys.executable, "-c", PRETENDED, home / "stages", "--plan", "arms", "--exploratory", "--seeds", 2,
@@ -282,6 +283,7 @@ def row_folder(base):
     return next((base / "runs/study/packed").glob("random-s2000-*")).name
 
 
+@pytest.mark.slow
 def test_one_real_run(small, tmp_path, monkeypatch):
     """The real stages: a pilot and a seed; the row's own commands make the same digits."""
     monkeypatch.chdir(tmp_path)
