@@ -303,12 +303,10 @@ def parts_of(tokens, foreground, place, centres):
 @torch.no_grad()
 def tokens_of(images, rows, encoder, image_size, device, autocast):
     """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order."""
-    for index in rows.split(data.CHUNK):
-        batch = data.take(images, index, device)
-        view = data.view_images(batch, *data.full_boxes(len(index)), image_size)
+    for index, view in data.whole_views(images, rows, image_size, device):
         with autocast():
             tokens = last_tokens(encoder, view)
-        yield batch.to(home(device)), tokens.to(home(device))
+        yield data.take(images, index, home(device)), tokens.to(home(device))
 
 
 def home(device):
@@ -428,8 +426,11 @@ def whole_model(run):
     return model.eval()
 
 
-def sheet_of_all(path, model, split, device, autocast):
+def sheet_of_all(path, run, split, device, dtype):
     """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
+    if not split["header"].get("parts") or "fg" not in split:
+        raise UserError("--map all needs true parts; python data.py toon --out datasets/toon makes a set with them")
+    model, autocast = whole_model(run).to(device), autocast_of(device, dtype)
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))
@@ -443,17 +444,8 @@ def sheet_of_all(path, model, split, device, autocast):
     maps = [("attention", scores["attn"].unflatten(1, (g, g))),
             ("parts", scores["parts"].argmax(2).unflatten(1, (g, g)))]  # fmt: skip
     title = "What each strategy hides first, at the end of a run"
-    draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
-
-
-def draw_all(args, folder, split, device):
-    """--map all: only a sheet."""
-    if not split["header"].get("parts") or "fg" not in split:
-        raise UserError(f"{folder} has no true parts; python data.py toon --out datasets/toon makes a set with them")
-    path = Path(args.out or Path("maps") / folder.name) / "strategies.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    autocast = autocast_of(device, pick_dtype(args.dtype, device)[0])
-    sheet_of_all(path, whole_model(args.run).to(device), split, device, autocast)
+    draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
     print(f"{path}: every strategy on the same faces")
 
 
@@ -463,9 +455,10 @@ def main():
     device = pick_device(args.device)
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, args.split)
+    out = Path(args.out or Path("maps") / folder.name)
     if args.map == "all":
-        return draw_all(args, folder, split, device)
-    path = data.map_file(args.out or Path("maps") / folder.name, args.map, split)
+        return sheet_of_all(out / "strategies.png", args.run, split, device, pick_dtype(args.dtype, device)[0])
+    path = data.map_file(out, args.map, split)
     if path.exists():
         raise UserError(f"{path} is there already; remove it, or give another --out")
     grid, dtype, rows = rows_of_map(args, split["images"], device)

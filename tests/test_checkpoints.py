@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refused, stage
+from conftest import ROOT, call, refused
 from safetensors.torch import load_file, save_file
 
 import common.checkpoints as C
@@ -246,13 +246,11 @@ def test_export_for_timm_has_its_names_and_shapes(tmp_path):
 def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     mae = small_mae()
     C.save_model(mae, tmp_path / "model.safetensors", {})
-    done = stage(
-        "export.py", tmp_path, "--to", "mae", "--out", tmp_path / "mae.safetensors", cwd=ROOT, check=0
-    )
+    done = call("export.py", tmp_path, "--to", "mae", "--out", tmp_path / "mae.safetensors", cwd=ROOT, check=0)
     assert "mae.safetensors" in done.stdout and done.stderr == ""
     written, expected = load_file(tmp_path / "mae.safetensors"), C.public_weights(mae)
     assert written.keys() == expected.keys() and all(torch.equal(written[k], expected[k]) for k in written)
-    line = refused(stage("export.py", tmp_path, "--to", "merged", cwd=ROOT))
+    line = refused(call("export.py", tmp_path, "--to", "merged", cwd=ROOT))
     assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
         with pytest.raises(UserError, match="what is read"):
