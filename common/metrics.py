@@ -107,10 +107,11 @@ def confusion(found, labels, classes):
     return torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes)
 
 
-def macro_f1(table):
-    """Confusion (C, C) -> mean over classes of 2 TP / (2 TP + FP + FN); a class neither there nor found is left out."""
-    right, seen = table.diagonal().double(), (table.sum(0) + table.sum(1)).double()
-    return (2 * right / seen)[seen > 0].mean().item()
+def macro_f1(found, labels):
+    """found, labels (n) i64 -> mean F1 over the classes that are there or found, in [0, 1]."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels.numpy(), found.numpy(), average="macro"))
 
 
 def recalls(table):
@@ -141,9 +142,10 @@ def frequency_correlation(table, counts):
 def classification(scores, labels, counts):
     """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1]."""
     classes = len(counts)
-    table = confusion(scores.argmax(1), labels, classes)
+    found = scores.argmax(1)
+    table = confusion(found, labels, classes)
     own = [None if r != r else r for r in recalls(table).tolist()]
-    return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(table),
+    return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(found, labels),
             **by_frequency(table, counts), "frequency_correlation": frequency_correlation(table, counts),
             "per_class": own, "confusion": table.tolist()}  # fmt: skip
 
@@ -208,39 +210,16 @@ def ssim_map(a, b):
 
 
 def auc(score, truth):
-    """Area under the ROC curve in [0, 1]: how often a true entry outranks a false one; score (n,), truth (n,) bool.
+    """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where only one kind is there."""
+    from sklearn.metrics import roc_auc_score
 
-    By ranks (Mann and Whitney 1947); equal scores share their mean rank. NaN where only one kind is there.
-    """
-    values, where, count = torch.unique(score, return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2)[where].double()  # from 1
-    true, false = int(truth.sum()), int((~truth).sum())
-    if not true or not false:
-        return float("nan")
-    return ((rank[truth].sum() - true * (true + 1) / 2) / (true * false)).item()
+    return float(roc_auc_score(truth.numpy(), score.numpy())) if 0 < truth.sum() < len(truth) else float("nan")
 
 
 def iou(found, truth):
     """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
     union = (found | truth).sum()
     return ((found & truth).sum() / union).item() if union else 1.0
-
-
-def adjusted_rand(a, b):
-    """Agreement of two clusterings (n,) of whole numbers: 1 is the same up to names, 0 what chance gives.
-
-    (Index - expected) / (maximum - expected), the index being the number of pairs that are together in both (Hubert
-    and Arabie 1985).
-    """
-    _, a = torch.unique(a, return_inverse=True)
-    _, b = torch.unique(b, return_inverse=True)
-    table = torch.bincount(a * (int(b.max()) + 1) + b, minlength=(int(a.max()) + 1) * (int(b.max()) + 1)).double()
-    table = table.view(int(a.max()) + 1, -1)
-    pairs = lambda counts: (counts * (counts - 1) / 2).sum()  # noqa: E731
-    together, in_a, in_b = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
-    expected = in_a * in_b / pairs(table.sum())
-    most = (in_a + in_b) / 2
-    return 1.0 if most == expected else ((together - expected) / (most - expected)).item()
 
 
 # ---- verification and open set: scores of pairs that belong together (positive) and of pairs that do not -------------
@@ -260,21 +239,24 @@ def pair_cosines(embeddings, labels, groups):
     return cosine[same], cosine[~same]
 
 
+def truth_and_scores(positive, negative):
+    """-> what scikit-learn's curves take: (n,) 1 for the positive, and the scores in fp64."""
+    return np.repeat([1, 0], [len(positive), len(negative)]), torch.cat([positive, negative]).double().numpy()
+
+
 def roc(positive, negative):
     """Scores -> false and true positive rates (fp64) of "accept from here on", for each distinct score, from 0 to 1."""
-    scores = torch.cat([positive, negative]).double()
-    is_true = torch.arange(len(scores)) < len(positive)
-    scores, order = scores.sort(descending=True)
-    last = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])  # of equal scores
-    true = is_true[order].cumsum(0)[last].double()
-    false = (~is_true[order]).cumsum(0)[last].double()
-    zero = true.new_zeros(1)
-    return torch.cat([zero, false / len(negative)]), torch.cat([zero, true / len(positive)])
+    from sklearn.metrics import roc_curve
+
+    false, true, _ = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
+    return torch.from_numpy(false), torch.from_numpy(true)
 
 
 def roc_auc(positive, negative):
     """Area under the ROC curve: how often a positive scores above a negative, ties counting half."""
-    return torch.trapezoid(*roc(positive, negative)[::-1]).item()
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(*truth_and_scores(positive, negative)))
 
 
 def tpr_at_fpr(positive, negative, most):
@@ -293,16 +275,17 @@ def equal_error_rate(positive, negative):
 
 
 def precision_recall(positive, negative):
-    """Scores -> precision and recall (fp64) for each distinct score, from the highest on."""
-    false, true = roc(positive, negative)
-    hits, wrong = true[1:] * len(positive), false[1:] * len(negative)
-    return hits / (hits + wrong), true[1:]
+    """Scores -> precision and recall (fp64) for each distinct score, from the lowest on."""
+    from sklearn.metrics import precision_recall_curve
+
+    return precision_recall_curve(*truth_and_scores(positive, negative))[:2]
 
 
 def ranked_precision(positive, negative):
     """Average precision: the sum of precision times the step in recall, over the distinct scores."""
-    precision, recall = precision_recall(positive, negative)
-    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(*truth_and_scores(positive, negative)))
 
 
 def detection_rate(known, right, strangers, far):
@@ -324,7 +307,7 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # base learning rates of the MAE recip
 
 
 def standardise(train, *others):
-    """-> all in float64, shifted and scaled by the mean and deviation of train (n, D): a constant column becomes 0."""
+    """-> all in float64, shifted and scaled by the mean and std of train (n, D): a constant column becomes 0."""
     mean, std = train.double().mean(0), train.double().std(0) + 1e-6
     return [(x.double() - mean) / std for x in (train, *others)]
 

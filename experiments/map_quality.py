@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
 
 import data
@@ -160,7 +161,7 @@ def measure_parts(name, images, parts, foreground, encoder, size, kinds, K=6):
     rows = []
     for kind, points in inputs.items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K, seeded(0))).argmin(1)
-        ari = metrics.adjusted_rand(label, true[on])
+        ari = adjusted_rand_score(label, true[on])
         rows.append(row_of(name, f"parts, k-means of {kind}, K={K}", images, ari=ari))
     return rows
 
