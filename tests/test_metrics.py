@@ -32,7 +32,7 @@ def blobs():
 def test_logistic_regression_is_sklearns(blobs, C):
     x, labels, held, _ = blobs
     z, z_held = metrics.standardise(x, held)
-    theirs = LogisticRegression(C=C, tol=1e-10, max_iter=10000).fit(z.numpy(), labels.numpy())
+    theirs = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10000).fit(z.numpy(), labels.numpy())
     W, b = metrics.logistic(z, labels, 5, C, tolerance=1e-9)
     ours = (z_held @ W + b).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(z_held.numpy())).max() < 1e-6
