@@ -32,6 +32,7 @@ import torch
 
 from common.io import DTYPES, UserError, not_whole, read_header, send, write_rows
 
+APART = 0.1  # of train is held apart for choices where there is no split dev
 CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
 
 
@@ -73,8 +74,27 @@ def write_maps(path, name, chunks, shape, dtype, header=None):
 
 
 def fingerprint(split):
-    """What tells one packed split from another: 12 hex characters of a hash of its header (names, provenance)."""
+    """What tells one packed split from another: 12 hex characters of a hash of its header.
+
+    Names, provenance and, from packing on, a digest of the pixels.
+    """
     return hashlib.blake2b(json.dumps(split["header"], sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def hold_apart(groups, labels, share, seed=0):
+    """Which rows are held apart for choices, (n,) bool: about `share` of them, by whole groups, in a seeded order.
+
+    groups (n), such as illustrations with one face or several; labels (n) of any kind: two of each class stay.
+    """
+    (_, of), (_, labels) = (np.unique(np.asarray(x), return_inverse=True) for x in (groups, labels))
+    left, held = np.bincount(labels), np.zeros(len(labels), bool)
+    members = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
+    for group in np.random.default_rng(seed).permutation(len(members)):
+        taken = np.bincount(labels[members[group]], minlength=len(left))
+        if held.sum() + taken.sum() <= share * len(labels) and (left - taken)[taken > 0].min() > 1:
+            held[members[group]] = True
+            left -= taken
+    return held
 
 
 def map_file(folder, name, split):

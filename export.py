@@ -43,7 +43,7 @@ def hf_config(facts):
     }  # fmt: skip
     decoder = {
         "decoder_hidden_size": decoder_dim, "decoder_num_hidden_layers": decoder_depth, "mask_ratio": 0.75,
-        "decoder_num_attention_heads": facts.get("decoder_heads", decoder_dim // 32),
+        "decoder_num_attention_heads": facts["decoder_heads"],
         "decoder_intermediate_size": 4 * decoder_dim, "norm_pix_loss": facts.get("norm_pix", False),
     }  # fmt: skip
     return config | (decoder if decoder_depth else {})

@@ -190,7 +190,8 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_dim // 32) for _ in range(decoder_depth))
+        heads = decoder_dim // 32  # as in MAE, whose decoder is 512 wide and has 16 heads
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
         self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log std, for pictures only
@@ -222,13 +223,21 @@ class Decoder(nn.Module):
 class MAE(nn.Module):
     """Encoder and decoder. `config` is what its constructor was called with: it travels in every file we write."""
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth):
+    def __init__(self, image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
                            decoder_dim=decoder_dim, decoder_depth=decoder_depth)  # fmt: skip
         check_config(**self.config)
         self.encoder = ViT(image_size, patch_size, dim, depth, heads)
         self.decoder = Decoder(image_size // patch_size, patch_size, dim, decoder_dim, decoder_depth)
+        self.set_decoder_heads(decoder_heads)
+
+    def set_decoder_heads(self, heads):
+        """Another number than decoder_dim / 32, as a checkpoint may have been trained with; None changes nothing."""
+        if heads not in (None, self.decoder.decoder_blocks[0].attn.heads):
+            self.config["decoder_heads"] = heads
+            for block in self.decoder.decoder_blocks:
+                block.attn.heads = heads
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""

@@ -44,7 +44,7 @@ from common.train import (
     set_lr,
 )
 from kernels.gather import masked_patch_gather
-from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
+from kernels.loss import FLOOR, absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES, Block, SimMIM
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
@@ -80,6 +80,8 @@ def parse_args():
         help="foreground and parts: by maps.py, or the data's own masks\n(auto: maps/NAME if there, else its own)")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss weight of a flat patch; 1: as all")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
+    add("--norm-floor", type=between(0, 1), default=FLOOR, metavar="S0",
+        help="added to a patch's std in norm_pix, squared; plain MAE: --norm-floor .001 --flat-weight 1")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="passes over the data (default: per device)")
     add("--batch-size", type=at_least(1), metavar="B", help="images for one optimizer step (default: per device)")
@@ -149,6 +151,7 @@ def run_name(args, folder):
     words = [folder.name, args.model, args.mask.replace(":", "-").replace(",", "-"), args.ratio.replace(":", "-")]
     words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
     words += ["raw"] if args.no_norm_pix else []
+    words += [] if args.norm_floor == FLOOR else [f"floor{args.norm_floor:g}"]
     words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
     words += [] if args.init is None else ["from-" + Path(args.init).name]
     words += [] if args.attention == default_source(args.teacher) else [args.attention]
@@ -174,8 +177,11 @@ def build_model(args, strategy):
     return model
 
 
-def fit_batch(args, images, world):
-    """--batch-size, or fewer where the set has fewer images; every process and every micro-batch gets as many."""
+def fit_batch(args, images, rank, world):
+    """-> B: --batch-size, or fewer where the set has fewer images; the slice of its rows that this process works on.
+
+    Every process and every micro-batch gets as many.
+    """
     B, splits = min(args.batch_size, images // args.accumulate * args.accumulate), world * args.accumulate
     if B == 0:
         raise UserError(f"{args.data} has {images} training images, --accumulate needs {args.accumulate}")
@@ -184,7 +190,7 @@ def fit_batch(args, images, world):
         fix = f"--batch-size {fits} is" if fits else f"{args.data} has {images} images: use fewer processes"
         raise UserError(f"--batch-size must be divisible by processes x --accumulate, {world} x {args.accumulate}: "
                         f"{B} is not; {fix}")  # fmt: skip
-    return B
+    return B, slice(rank * B // world, (rank + 1) * B // world)
 
 
 def micro_batches(b, n):
@@ -209,6 +215,8 @@ def start_message(args, folder, out, train, held, model, ratios, steps, batch, s
 def load_run(state, path, model, optimizer, guide):
     """Put the state of a run that is resumed in its place -> its step, and the seconds that it took so far."""
     load_exactly(model, state["model"], path)
+    if "decoder_heads" in state:  # of the checkpoint that it began with
+        model.set_decoder_heads(state["decoder_heads"])
     guide.load(state, path)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
@@ -217,6 +225,7 @@ def load_run(state, path, model, optimizer, guide):
 def save_run(out, model, optimizer, guide, config, step, seconds):
     """state.pt: everything that a resumed run needs. Maps that it does not name are removed after it is written."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
+    state |= {"decoder_heads": model.config["decoder_heads"]} if "decoder_heads" in model.config else {}
     save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
     for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
         old.unlink()
@@ -243,10 +252,10 @@ def main():
         folder = data.open_or_pack(args.data, args.image_size)
     train, held = data.open_split(folder, "train"), data.open_split(folder, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args, folder)}")
-    S, p, N, norm_pix = args.image_size, args.patch_size, model.encoder.side**2, not args.no_norm_pix
-    B = fit_batch(args, len(train["images"]), world)
-    b = B // world  # images of a batch that this process works on: rows rank_slice of it
-    rank_slice = slice(rank * b, rank * b + b)
+    S, p, N = args.image_size, args.patch_size, model.encoder.side**2
+    norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
+    B, rank_slice = fit_batch(args, len(train["images"]), rank, world)
+    b = B // world  # images of a batch that this process works on
     per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
@@ -267,7 +276,7 @@ def main():
 
     stop_signal, meter, pacer = catch_signals(), Meter(B, device, seconds), Pacer()
     teacher = guide.networks.get("teacher", model.encoder)
-    judge = functools.partial(evaluate, model, teacher, train, held, args.eval_on, norm_pix, autocast, args.attention)
+    judge = functools.partial(evaluate, model, teacher, train, held, args.eval_on, norm, autocast, args.attention)
     if step == 0 and rank == 0:
         log(step=0, **judge(0.0), seconds=meter.seconds())
     images, view = data.resident(train, device), None
@@ -297,18 +306,18 @@ def main():
                 tokens = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (b/n, K, P)
                 with autocast():
                     pred, stats = net(tokens, ids_keep[now], ids_mask[now])  # (b/n, M, P), (b/n, M, 2)
-                loss_args = (pred, view[now], ids_mask[now], p, weight[now], norm_pix, weight_sum)
-                micro_loss, error = absolute_loss(*loss_args) if strategy == "simmim" else reconstruction_loss(
-                    *loss_args, return_error=True)  # fmt: skip
-                stats = stats + visible_stats(view[now], ids_keep[now], ids_mask[now], p)
-                aux_loss = stats_loss(stats, view[now], ids_mask[now], p) + guide.loss(now, ids_mask[now], error)
+                loss_args = (pred, view[now], ids_mask[now], p, weight[now])
+                micro_loss, error = (absolute_loss if strategy == "simmim" else reconstruction_loss)(
+                    *loss_args, weight_sum=weight_sum, return_error=True, **norm)  # fmt: skip
+                aux_loss = stats_loss(stats, view[now], ids_keep[now], ids_mask[now], p, args.norm_floor)
+                aux_loss = aux_loss + guide.loss(now, ids_mask[now], error)
                 (micro_loss + aux_loss / (args.accumulate * world)).backward()  # aux: no gradient for the network
                 loss = loss + micro_loss.detach()
 
             # update
             guide.backward()
             distributed.all_reduce_gradients(learning.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
+            grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             lr = set_lr(optimizer, lr_at(step, total, args.warmup * total, peak_lr))
             optimizer.step()
             optimizer.zero_grad()
@@ -317,7 +326,7 @@ def main():
 
             # log, evaluate, save
             bar.update()
-            meter.add(loss, norm)
+            meter.add(loss, grad_norm)
             stop = distributed.largest(stop_signal[0] if stop_signal else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
                 row = meter.row(step, f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32")
@@ -329,7 +338,7 @@ def main():
                 if rank == 0 and (step % (per_epoch * args.eval_every) == 0 or step == total):
                     log(step=step, **judge(step / per_epoch), seconds=meter.seconds())
                 if rank == 0 and args.every and step % (per_epoch * args.every) == 0:
-                    about = {"step": step, "run": config, "norm_pix": norm_pix}
+                    about = {"step": step, "run": config, **norm}
                     save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about)
                 if stop or step == total or pacer.due():
                     if rank == 0:
@@ -341,8 +350,8 @@ def main():
     distributed.leave()
 
     last = None if view is None else (view[:8], ids_mask[:8], guide.shown(patches))  # None: it was finished before
-    save_model(model, out / "model.safetensors", {"step": step, "run": config, "norm_pix": norm_pix})
-    draw_run(out, model, held, norm_pix, autocast, last, args.eval_on,
+    save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
+    draw_run(out, model, held, norm, autocast, last, args.eval_on,
              f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}")  # fmt: skip
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s")
 

@@ -20,7 +20,7 @@ from common.checkpoints import init_from
 from common.io import cli, send
 from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
 from kernels.gather import byte_scale, masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
+from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,10 +89,9 @@ def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda
         mark("decoder")
         pred.register_hook(lambda _: mark("loss"))
         latent.register_hook(lambda _: mark("decoder"))
-        stats = stats + visible_stats(seen, ids_keep, ids_mask, p)
         weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
         loss = reconstruction_loss(pred, seen, ids_mask, p, weight)
-        (loss + stats_loss(stats, seen, ids_mask, p)).backward()
+        (loss + stats_loss(stats, seen, ids_keep, ids_mask, p)).backward()
         mark("encoder")
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

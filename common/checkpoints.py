@@ -98,9 +98,6 @@ def check_decoder(facts, config, path):
         raise UserError(f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
                         f"{config['decoder_dim']} and {config['decoder_depth']}; "
                         f"give --decoder-dim {width} --decoder-depth {depth}")  # fmt: skip
-    if facts.get("decoder_heads", width // 32) != width // 32:
-        raise UserError(f"--init {path} has a decoder of {facts['decoder_heads']} heads, here it has {width // 32}; "
-                        "export it without its decoder: python export.py FILE --to timm")  # fmt: skip
 
 
 def init_from(model, path):
@@ -126,5 +123,7 @@ def init_from(model, path):
     kept = {k: w for k, w in model.state_dict().items()
             if "stats_head" in k or (k.startswith("decoder.") and not decoder)}  # fmt: skip
     load_exactly(model, kept | taken, path)
+    if decoder:
+        model.set_decoder_heads(facts["decoder_heads"])
     grid = "" if facts["image_size"] == own["image_size"] else f"; positions resized from {facts['image_size']} px"
     return f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}{grid}"

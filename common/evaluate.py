@@ -14,7 +14,7 @@ import mask as masking
 from common import guidance, metrics
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
-from kernels.loss import patch_error, visible_stats
+from kernels.loss import FLOOR, patch_error, visible_stats
 from model import put_patches, to_pixels
 
 EVAL_RATIO = 0.75  # of the fixed mask
@@ -22,12 +22,12 @@ EVAL_IMAGES, BANK_IMAGES = 1024, 2048  # at most
 GRAY = 128  # a masked patch in a picture
 
 
-def predict(model, view, ids_keep, ids_mask, autocast):
+def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
     """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
     p = model.config["patch_size"]
     with autocast():
         pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
-    return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p)
+    return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p, floor)
 
 
 def hide_at_random(noise, device):
@@ -36,7 +36,7 @@ def hide_at_random(noise, device):
 
 
 @torch.no_grad()
-def masked_mse(model, split, norm_pix, autocast):
+def masked_mse(model, split, norm, autocast):
     """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
     rows, c = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
@@ -45,7 +45,7 @@ def masked_mse(model, split, norm_pix, autocast):
     for (_, view), own_noise in zip(views, noise, strict=True):
         ids_keep, ids_mask = hide_at_random(own_noise, view.device)
         pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
-        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], norm_pix).cpu())
+        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], **norm).cpu())
     return torch.cat(errors).mean().item()
 
 
@@ -106,14 +106,14 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 
 
-def evaluate(model, teacher, train, held, name, norm_pix, autocast, source, epoch):
+def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
     """What the log says of a model after `epoch` epochs, judged on split `held`, called name; printed in one line.
 
     -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails), with true parts
     "attention_on", where the teacher's attention goes.
     """
     S = model.config["image_size"]
-    row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm_pix, autocast)}
+    row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
         row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
@@ -132,7 +132,7 @@ def evaluate(model, teacher, train, held, name, norm_pix, autocast, source, epoc
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def draw_run(out, model, held, norm_pix, autocast, last, name, title):
+def draw_run(out, model, held, norm, autocast, last, name, title):
     """recon.png, curves.png and, of the last batch (view, ids_mask, what guided the mask), masks.png."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
@@ -141,7 +141,7 @@ def draw_run(out, model, held, norm_pix, autocast, last, name, title):
         seen = hide(view, ids_mask, model.config["patch_size"])
         plots.masks(out / "masks.png", view, seen, scores, f"What the last batch hid: {title}")
     plots.curves(out / "curves.png", read_log(out / "log.jsonl"), name, title)
-    plots.reconstructions(out / "recon.png", *reconstruct(model, held, norm_pix, autocast), EVAL_RATIO)
+    plots.reconstructions(out / "recon.png", *reconstruct(model, held, norm, autocast), EVAL_RATIO)
 
 
 def hide(view, ids, patch):
@@ -150,7 +150,7 @@ def hide(view, ids, patch):
 
 
 @torch.no_grad()
-def reconstruct(model, split, norm_pix, autocast):
+def reconstruct(model, split, norm, autocast):
     """Eight images under the fixed random mask -> u8 (8, S, S, 3) each: original, visible, predicted, both together.
 
     Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
@@ -159,8 +159,8 @@ def reconstruct(model, split, norm_pix, autocast):
     _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0))
     ids_keep, ids_mask = hide_at_random(noise, view.device)
-    pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
-    pixels, seen = to_pixels(pred, stats if norm_pix else None), hide(view, ids_mask, c["patch_size"])
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
+    pixels, seen = to_pixels(pred, stats if norm["norm_pix"] else None), hide(view, ids_mask, c["patch_size"])
     predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
     return view, seen, predicted, put_patches(view, ids_mask, pixels)
 

@@ -52,8 +52,8 @@ def hold_out(parts):
     everything = torch.arange(len(parts["train"]["labels"]))
     if "dev" in parts:
         return everything, torch.arange(len(parts["dev"]["labels"])), "dev"
-    fold = metrics.folds(groups_of(parts["train"]), 10)
-    return everything[fold != 0], everything[fold == 0], "train"
+    apart = data.hold_apart(groups_of(parts["train"]), parts["train"]["labels"], data.APART)
+    return everything[~apart], everything[apart], "train"
 
 
 # ---- extraction ----------------------------------------------------------------------------------------------------
@@ -232,9 +232,6 @@ def chunk_for(side, native):
 
 # ---- labelled rows: learned from, chosen by, reported ----------------------------------------------------------------
 
-HELD = 0.1  # of train is held apart where there is no split dev
-
-
 def open_labelled(folder, name):
     """A split all of whose pictures have a label."""
     split = data.open_split(folder, name)
@@ -242,21 +239,6 @@ def open_labelled(folder, name):
         raise UserError(f"{folder} has pictures without a label in {name}, or only one class; python data.py FOLDER, "
                         "a folder per character, makes one with labels")  # fmt: skip
     return split
-
-
-def hold_apart(split, rows, share, seed=0):
-    """Rows (i64) -> (to learn from, about `share` of them held apart); no group is torn, two of each class stay."""
-    groups = np.array(split["header"]["groups"] or split["header"]["keys"])[rows.numpy()]
-    labels = split["labels"][rows].numpy()
-    names, of = np.unique(groups, return_inverse=True)
-    left, held = np.bincount(labels), np.zeros(len(rows), bool)
-    members = np.split(np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))[:-1])
-    for group in np.random.default_rng(seed).permutation(len(names)):
-        taken = np.bincount(labels[members[group]], minlength=len(left))
-        if held.sum() + taken.sum() <= share * len(rows) and (left - taken)[taken > 0].min() > 1:
-            held[members[group]] = True
-            left -= taken
-    return rows[torch.from_numpy(~held)], rows[torch.from_numpy(held)]
 
 
 def choose_classes(names, out):
@@ -280,7 +262,8 @@ def open_rows(folder, eval_on, hold_out):
         dev = open_labelled(folder, "dev")
         held = (own[dev["labels"]] >= 0).nonzero()[:, 0]
     else:
-        dev, (rows, held) = train, hold_apart(train, rows, HELD)
+        apart = data.hold_apart(groups_of(train)[rows], train["labels"][rows], data.APART)
+        dev, held, rows = train, rows[apart], rows[~apart]
     sizes = torch.bincount(own[train["labels"][rows]], minlength=len(chosen))
     if sizes.min() < 2:
         raise UserError(

@@ -5,7 +5,7 @@ Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021)
 
 Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes decide the
 architecture, never a file's name. What shapes leave open is read from the header or from the json files beside the
-checkpoint: the number of heads (dim/64 if nobody says), the LayerNorms' epsilon, the pixels' mean and std.
+checkpoint: the number of heads (of HEADS if nobody says), the LayerNorms' epsilon, the pixels' mean and std.
 Nothing that a file holds is ever run.
 """
 
@@ -42,6 +42,8 @@ HF_TOKENS = {
     "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.decoder_pos_embed",
 }  # fmt: skip
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
+HEADS = {192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1536: 24,
+         1664: 16}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours); 64 a head up to 1024 only
 VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1}  # what makes it a ViT
 
 
@@ -194,16 +196,25 @@ def check_facts(facts, weights, path):
         raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
     if facts.get("activation", "gelu") != "gelu":
         raise UserError(f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu")
-    if dim % facts.get("heads", 64 if dim % 64 else 1):
-        say = f"{facts['heads']} heads can't share it" if "heads" in facts else "how many heads share it is not known"
-        raise UserError(f'{path} is {dim} wide: {say}; a config.json beside it has to say {{"num_attention_heads": N}}')
+    check_heads(dim, facts.get("heads", HEADS.get(dim)), "num_attention_heads", path)
+    if "mask_token" in weights and count_blocks(weights, "decoder_blocks"):
+        width = weights["mask_token"].shape[-1]
+        heads = facts.get("decoder_heads", None if width % 32 else width // 32)
+        check_heads(width, heads, "decoder_num_attention_heads", f"the decoder of {path}")
+
+
+def check_heads(width, heads, key, what):
+    """A number of heads changes no shape: a wrong one would be seen nowhere but in the features."""
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        say = "how many heads share it is not known" if heads is None else f"{heads} heads can't share it"
+        raise UserError(f'{what} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}')
 
 
 def read_checkpoint(path):
     """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of these is built).
 
-    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim and decoder_depth, which is 0 where there is
-    no decoder; where they are known norm_pix and decoder_heads.
+    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
+    where there is no decoder; norm_pix where it is known.
     """
     given = Path(path)
     path = given / "model.safetensors" if given.is_dir() else given
@@ -218,7 +229,8 @@ def read_checkpoint(path):
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
     (dim, _, _, p), side = weights["patch_embed.proj.weight"].shape, math.isqrt(weights["pos_embed"].shape[1] - 1)
+    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
     shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks"),
-             "decoder_dim": weights["mask_token"].shape[-1] if "mask_token" in weights else 0,
-             "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
-    return as_matrix(weights), {"heads": dim // 64, "norm_eps": EPS} | facts | shape
+             "decoder_dim": width, "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
+    usual = {"heads": HEADS.get(dim), "decoder_heads": width // 32, "norm_eps": EPS}
+    return as_matrix(weights), usual | facts | shape

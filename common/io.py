@@ -35,6 +35,17 @@ def cli(main):
         sys.exit(130)
 
 
+def remove_leftovers(path):
+    """Temporary files of path whose process was killed while it wrote. Windows has no harmless question to ask."""
+    for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
+        try:
+            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 asks only whether the process is there
+        except (ProcessLookupError, ValueError):
+            old.unlink(missing_ok=True)
+        except OSError:  # it is somebody else's
+            continue
+
+
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as temporary: write there; it takes path's place whole, or not at all (fsync, then rename)."""
@@ -42,6 +53,7 @@ def atomic(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         yield temporary
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())

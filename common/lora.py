@@ -113,6 +113,7 @@ def remove_lora(encoder):
 # ---- files: an adapter, or an encoder with it merged in --------------------------------------------------------------
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
+KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # what peft may have begun A and B with
 
 
 def save_encoder(encoder, path, about):
@@ -173,7 +174,7 @@ def save_adapter(encoder, folder, base):
 
 
 def read_adapter(folder):
-    """-> adapter_config.json, {layer: (A, B)}, our header or {}. Only plain LoRA is understood."""
+    """-> adapter_config.json, {layer: (A, B)}, our header or {}. Only plain LoRA of an unchanged encoder."""
     path, config = Path(folder) / ADAPTER[0], formats.read_json(Path(folder) / ADAPTER[1])
     if not config or not path.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
@@ -181,6 +182,9 @@ def read_adapter(folder):
     odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
     if config.get("peft_type") != "LORA" or odd:
         raise UserError(f"{path} is {' '.join([str(config.get('peft_type')), *odd])}; only plain LoRA is known here")
+    if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
+        raise UserError(f"{path} was made with init_lora_weights={start}, which changes the encoder, too; convert it: "
+                        "peft's save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED)")  # fmt: skip
     tensors, header = formats.read_tensors(path)
     names = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors})
     wanted = {tensor_name(name, factor) for name in names for factor in "AB"}

@@ -95,7 +95,7 @@ def commit():
 
     def git(*words):
         try:
-            done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+            done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
         except OSError:  # there is no git on this machine
             return ""
         return done.stdout.strip()
@@ -193,7 +193,7 @@ def set_lr(optimizer, lr):
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every step."""
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 

@@ -26,7 +26,7 @@ from common.checkpoints import load_encoder, load_exactly
 from common.evaluate import masked_mse, predict
 from common.io import UserError, cli, save_json
 from common.train import autocast_of, commit, load_state, machine, pick_device, pick_dtype, seeded
-from kernels.loss import patch_detail
+from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
@@ -157,7 +157,7 @@ def by_resolution(judge, run, clean):
 
 
 def load_mae(run, device):
-    """The whole network with its picture head, from state.pt, and whether it predicts normalised pixels."""
+    """The whole network with its picture head, from state.pt, and how its targets are normalised."""
     state = load_state(Path(run) / "state.pt") if (Path(run) / "state.pt").exists() else None
     if not state:
         raise UserError(f"{run} has no state.pt: pictures need the head that predicts each patch's statistics, "
@@ -167,7 +167,9 @@ def load_mae(run, device):
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
     model = MAE(**config)
     load_exactly(model, weights, Path(run) / "state.pt")
-    return model.to(device).eval(), not state["config"].get("no_norm_pix", False)
+    flags = state["config"]
+    norm = {"norm_pix": not flags.get("no_norm_pix", False), "floor": flags.get("norm_floor", FLOOR)}
+    return model.to(device).eval(), norm
 
 
 def known_of(model, split, rows, view):
@@ -201,7 +203,7 @@ def flat_guess(view, where):
 
 
 @torch.no_grad()
-def reconstruct(model, view, known, strategy, ratio, noise, norm_pix, autocast):
+def reconstruct(model, view, known, strategy, ratio, noise, norm, autocast):
     """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
 
     norm_pix is undone with predicted statistics only: the true ones would leak the answer.
@@ -211,8 +213,8 @@ def reconstruct(model, view, known, strategy, ratio, noise, norm_pix, autocast):
     own = FINISHED.get(strategy, {})
     priority = masking.STRATEGIES[strategy](known | {"masked": N - K}, noise, 1.0, **own)
     ids_keep, ids_mask = masking.sample(priority, K)
-    pred, stats = predict(model, view, ids_keep, ids_mask, autocast)
-    pixels = to_pixels(pred, stats if norm_pix else None)
+    pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
+    pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
     return put_patches(view, ids_mask, pixels), hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
 
 
@@ -228,7 +230,7 @@ def scores_of(view, pasted, where, figure):
     return found
 
 
-def reconstruction(model, split, rows, norm_pix, autocast, only=None):
+def reconstruction(model, split, rows, norm, autocast, only=None):
     """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0, 1]."""
     device, S, total = model.encoder.cls_token.device, model.config["image_size"], {}
     for part, view in tqdm(data.whole_views(split["images"], rows, S, device), "pixels", leave=False, disable=None):
@@ -243,7 +245,7 @@ def reconstruction(model, split, rows, norm_pix, autocast, only=None):
             figure = data.view_maps(fg, *data.full_boxes(len(part)), S) > 127.5
         for strategy in only or strategies(known):
             for ratio in RATIOS:
-                pasted, where = reconstruct(model, view, known, strategy, ratio, noise.to(device), norm_pix, autocast)
+                pasted, where = reconstruct(model, view, known, strategy, ratio, noise.to(device), norm, autocast)
                 for name, x in scores_of(view.cpu(), pasted.cpu(), where.cpu(),
                                          None if figure is None else figure.cpu()).items():  # fmt: skip
                     total.setdefault((strategy, ratio), {}).setdefault(name, []).append(x)
@@ -372,8 +374,8 @@ def main():
               "images": min(args.images, len(split["images"]))}  # fmt: skip
     rows = data.evenly_spaced(len(split["images"]), args.images)
     if args.midterm:
-        model, norm_pix = load_mae(run, device)
-        print("\n".join(midterm(reconstruction(model, split, rows, norm_pix, autocast, ["random"]))))
+        model, norm = load_mae(run, device)
+        print("\n".join(midterm(reconstruction(model, split, rows, norm, autocast, ["random"]))))
         return
     labelled = data.has_labels(parts["train"]) and data.has_labels(split)
     if labelled:
@@ -391,12 +393,12 @@ def main():
             plots.parts(run / "parts.png", report, f"Recognised by which part? {run.name}")
     else:
         print("no robustness: that needs two classes or more, and labels on all images")
-    model, norm_pix = load_mae(run, device)
-    report["masked_mse"] = masked_mse(model, split, norm_pix, autocast)
-    report["reconstruction"] = reconstruction(model, split, rows, norm_pix, autocast)
+    model, norm = load_mae(run, device)
+    report["masked_mse"] = masked_mse(model, split, norm, autocast)
+    report["reconstruction"] = reconstruction(model, split, rows, norm, autocast)
     print("\n".join(pixel_lines(report["reconstruction"])))
-    print(f"masked error under the fixed random mask {report['masked_mse']:.4f}"
-          + (" of normalised pixels; pictures by predicted statistics" if norm_pix else " of raw pixels"))  # fmt: skip
+    of = "normalised pixels; pictures by predicted statistics" if norm["norm_pix"] else "raw pixels"
+    print(f"masked error under the fixed random mask {report['masked_mse']:.4f} of {of}")
     plots.reconstruction(run / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run.name}")
     save_json(report, run / "stress.json")
     print(f"wrote    {run}/stress.json, robustness.png, reconstruction.png")

@@ -10,6 +10,7 @@ Packing streams: memory does not grow with the pictures, but for about 5 KB each
 (--dedupe off for dumps of millions). data.py reads these files.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -68,7 +69,7 @@ def write_split(path, rows, dims, records, labels, about):
 
     The file is a header, then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
     """
-    kept, skipped = [], []
+    kept, skipped, pixels = [], [], hashlib.blake2b(digest_size=6)
 
     def readable():
         for record, row in rows:
@@ -76,11 +77,13 @@ def write_split(path, rows, dims, records, labels, about):
                 skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
                 continue
             kept.append(record)
+            pixels.update(np.ascontiguousarray(row["images"]).data)
             yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
 
     planes = {p: ("U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
     room = len(json.dumps(json.dumps(header_of(records, about, [])))) + 2**18  # reasons for a hundred skipped files
-    write_rows(path, planes, len(records), readable(), lambda: header_of(kept, about, skipped), room)
+    header = lambda: header_of(kept, about | {"pixels": pixels.hexdigest()}, skipped)  # noqa: E731
+    write_rows(path, planes, len(records), readable(), header, room)
     return skipped
 
 

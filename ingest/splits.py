@@ -52,13 +52,18 @@ def deal(rows, shares, seed):
 def assign_splits(given, rows, shares, dev, seed):
     """Given splits stay; else rows of (class, group) are dealt. A missing val, and dev, are taken out of train."""
     splits = list(given) if None not in given else deal(rows, shares, seed)
-    for name, share in (("val", shares["val"]), ("dev", dev)):
-        if share and name not in splits:
-            train = [i for i, s in enumerate(splits) if s == "train"]
-            for i, s in zip(
-                train, deal([rows[i] for i in train], {"train": 1 - share, name: share}, seed), strict=True
-            ):
-                splits[i] = s
+    if shares["val"] and "val" not in splits:
+        train = [i for i, s in enumerate(splits) if s == "train"]
+        dealt = deal([rows[i] for i in train], {"train": 1 - shares["val"], "val": shares["val"]}, seed)
+        for i, s in zip(train, dealt, strict=True):
+            splits[i] = s
+    if dev and "dev" not in splits:
+        from data import hold_apart  # and torch with it: few packings ask for a dev
+
+        train = [i for i, s in enumerate(splits) if s == "train"]
+        labels, groups = zip(*[(str(rows[i][0]), str(rows[i][1])) for i in train], strict=True)
+        for i, apart in zip(train, hold_apart(groups, labels, dev, seed), strict=True):
+            splits[i] = "dev" if apart else "train"
     return splits
 
 

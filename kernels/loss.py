@@ -9,7 +9,7 @@ For a masked patch with pixels x and prediction y, both of P numbers (x normalis
     loss    L = sum(w e) / sum(w)                                  gradient  dL/dy = 2 w (y - t) / (P sum(w))
 
 The floor s0 is ours: anime patches are often perfectly flat, and without a floor norm_pix would blow up the last bit
-of a JPEG to a target of unit variance. s0^2 = 1e-6 is the original (He et al. 2021, section 4.2).
+of a JPEG to a target of unit variance. s0 = 1e-3 is the original (He et al. 2021, section 4.2).
 
 Bytes, for n = B*M patches: x is read as P bytes, y read and dL/dy written in y's dtype, e and w are 4 bytes a patch.
 n*P*(1 + 2*size) is 1.16 GB for B 2048, M 147, P 768 in bf16. Autograd would keep t and y - t in memory and come back
@@ -39,8 +39,13 @@ def detail_reference(view, ids, patch):
     x = patch_bytes(view, ids, patch).int()
     rows = x.unflatten(2, (patch, patch * C)).sum(2, dtype=torch.int32)  # over a patch's rows first: vectorised
     S = rows.unflatten(2, (patch, C)).sum(2)  # int64 (B, M, C)
-    Q = x.mul_(x).sum(2, dtype=torch.int32).long()  # (B, M); fits 32 bits for patches of up to 104 px
+    Q = x.mul_(x).sum(2, dtype=torch.int64 if needs_64_bits(patch, C) else torch.int32).long()  # (B, M)
     return (n * Q - S.mul_(S).sum(2)).float().sqrt().div_(255 * n * C**0.5)
+
+
+def needs_64_bits(patch, C):
+    """Does the sum of a patch's squared bytes overflow 32 bits? In three colours it does from 105 px on."""
+    return patch * patch * C * 255**2 >= 2**31
 
 
 def mean_square(x, patch):
@@ -86,10 +91,13 @@ def loss_reference(pred, view, ids, weight, factor, patch, norm_pix, floor, need
 
 @jit
 def detail_kernel(view, ids, detail, count, M, unit, S: tl.constexpr, p: tl.constexpr, C: tl.constexpr,
-                  PATCHES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                  WIDE: tl.constexpr, PATCHES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     n, j, inside = tile_of(count, p * p * C, PATCHES, WIDTH)
     x = load_bytes(view, ids, count, M, n, j, inside, S, p, C).to(tl.int32)
-    spread = tl.sum(x * x, 1).to(tl.int64) * (p * p)  # n sum_c Q_c, (PATCHES,)
+    squares = x * x
+    if WIDE:
+        squares = squares.to(tl.int64)
+    spread = tl.sum(squares, 1).to(tl.int64) * (p * p)  # n sum_c Q_c, (PATCHES,)
     for c in tl.static_range(C):
         total = tl.sum(tl.where((j % C == c)[None, :], x, 0), 1).to(tl.int64)  # S_c
         spread -= total * total
@@ -149,7 +157,7 @@ def detail_op(view: Tensor, ids: Tensor, patch: int) -> Tensor:
     detail = torch.empty(ids.shape, dtype=torch.float32, device=view.device)
     unit = 1 / (255 * patch * patch * C**0.5)
     launch(detail_kernel, ids.numel(), patch * patch * C, view, ids, detail, ids.numel(), ids.shape[1], unit,
-           S=S, p=patch, C=C)  # fmt: skip
+           S=S, p=patch, C=C, WIDE=needs_64_bits(patch, C))  # fmt: skip
     return detail
 
 
@@ -256,10 +264,11 @@ def reconstruction_loss(pred, view, ids_mask, patch, weight=None, norm_pix=True,
     return (loss, error) if return_error else loss
 
 
-def absolute_loss(pred, view, ids_mask, patch, weight, norm_pix, weight_sum, floor=FLOOR):
+def absolute_loss(pred, view, ids_mask, patch, weight, norm_pix, weight_sum, floor=FLOOR, return_error=True):
     """SimMIM's loss, sum(w mean|y - t|) / sum(w), -> (loss, errors (B, M)): plain PyTorch, it is only a baseline."""
     error = (pred.float() - targets(view, ids_mask, patch, norm_pix, floor)[0]).abs().mean(2)
-    return (weight * error).sum() / weight_sum.clamp(min=LEAST), error.detach()
+    loss = (weight * error).sum() / weight_sum.clamp(min=LEAST)
+    return (loss, error.detach()) if return_error else loss
 
 
 def patch_error(pred, view, ids, patch, norm_pix=True, impl="auto", floor=FLOOR):
@@ -272,7 +281,7 @@ def patch_stats(x, floor=FLOOR):
     return normalise_patches_(x.clone(), floor)[1]
 
 
-def visible_stats(view, ids_keep, ids_mask, patch):
+def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):
     """What the visible patches suggest for each hidden one: their mean and log std, (B, M, 2), near ones first.
 
     Weights are distance^-3 between places. It needs no network and sees nothing hidden: what a head has to predict is
@@ -280,18 +289,18 @@ def visible_stats(view, ids_keep, ids_mask, patch):
     """
     side = view.shape[2] // patch
     with torch.no_grad():
-        _, (mean, std) = targets(view, ids_keep, patch, norm_pix=True)
+        _, (mean, std) = targets(view, ids_keep, patch, True, floor)
         hidden, seen = (torch.stack([ids // side, ids % side], 2).float() for ids in (ids_mask, ids_keep))
         weight = torch.cdist(hidden, seen).pow(-3)  # (B, M, K); no place is both
         return weight @ torch.cat([mean, std.log()], 2) / weight.sum(2, keepdim=True)
 
 
-def stats_loss(stats, view, ids_mask, patch):
-    """How far the predicted (mean, log std) of each masked patch, (B, M, 2), are from the true ones; scalar.
+def stats_loss(stats, view, ids_keep, ids_mask, patch, floor=FLOOR):
+    """How far stats (B, M, 2) + visible_stats are from the true (mean, log std) of each masked patch; scalar.
 
     Trains the small head that lets pictures be drawn without looking at the answer.
     """
     with torch.no_grad():
-        _, (mean, std) = targets(view, ids_mask, patch, norm_pix=True)
+        _, (mean, std) = targets(view, ids_mask, patch, True, floor)
         truth = torch.cat([mean, std.log()], 2)
-    return (stats.float() - truth).square().mean()
+    return (stats.float() + visible_stats(view, ids_keep, ids_mask, patch, floor) - truth).square().mean()

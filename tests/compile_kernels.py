@@ -65,7 +65,8 @@ def needs(binary):
 def kernels_of(S, p, C, dtype):
     """Name, kernel, types of its arguments, constants, the width of each kernel at this shape."""
     scale, shift = G.byte_scale(C)
-    constants = dict(S=S, p=p, C=C, P=p * p * C, SCALE=scale, SHIFT=shift, NORM_PIX=True, GRADIENT=True)
+    constants = dict(S=S, p=p, C=C, P=p * p * C, SCALE=scale, SHIFT=shift, NORM_PIX=True, GRADIENT=True,
+                     WIDE=L.needs_64_bits(p, C))  # fmt: skip
     types = dict(view="*u8", ids="*i64", count="i32", K="i32", M="i32", unit="fp32", floor="fp32")
     types |= dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
     types |= dict.fromkeys(("by", "detail", "weight", "factor", "error"), "*fp32")

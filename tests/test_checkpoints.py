@@ -175,7 +175,13 @@ def wrapped(kind, mae):
     }[kind]  # fmt: skip
 
 
-ROUGH_HEADS = {"num_attention_heads": 2}  # 64 wide would be one head, if nobody said otherwise
+ROUGH_HEADS = {"num_attention_heads": 2}  # 64 wide is one head here, if nobody says otherwise
+
+
+@pytest.fixture(autouse=True)
+def small_is_public(monkeypatch):
+    """The small networks of these tests count as a public size: one head of 64."""
+    monkeypatch.setitem(formats.HEADS, 64, 1)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +431,61 @@ def test_heads_that_nobody_says_and_sizes_that_do_not_fit(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):
         C.load_encoder(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("dim, heads", [(1280, 16), (1408, 16), (1664, 16), (1536, 24), (1024, 16), (192, 3)])
+def test_heads_of_the_public_sizes(tmp_path, dim, heads):
+    """MAE's ViT-H is 1280 wide and has 16 heads of 80: width / 64 would be 20, and its features 86 % off."""
+    vit = M.ViT(16, 16, dim, 1, heads).eval()
+    torch.save(public(vit), tmp_path / "x.pth")
+    found, view = C.load_encoder(tmp_path / "x.pth")[0], some_view(S=16)
+    assert found.blocks[0].attn.heads == heads and torch.equal(found.features(view), vit.features(view))
+
+
+def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
+    torch.save(public(M.ViT(16, 16, 1152, 1, 16)), tmp_path / "x.pth")  # 18 heads of 64 would go, too
+    with pytest.raises(UserError, match=r"1152 wide: how many heads .* \{\"num_attention_heads\": N\}"):
+        C.load_encoder(tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 16}')
+    assert C.load_encoder(tmp_path / "x.pth")[0].blocks[0].attn.heads == 16
+    for wrong in (0, -1, 7, "16", 2.0):
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": wrong}))
+        with pytest.raises(UserError, match="heads can't share it"):
+            C.load_encoder(tmp_path / "x.pth")
+
+
+def test_decoder_heads_are_believed(tmp_path):
+    """A Hugging Face MAE whose decoder has 4 heads of 16: the same prediction and loss here, there and back again."""
+    torch.manual_seed(1)
+    config = transformers.ViTMAEConfig(**HF, **HF_DECODER | {"decoder_num_attention_heads": 4}, norm_pix_loss=True,
+                                       layer_norm_eps=1e-6)  # fmt: skip
+    theirs = shaken(transformers.ViTMAEForPreTraining(config))
+    theirs.save_pretrained(tmp_path / "hf")
+    C.init_from(ours := small_mae(), tmp_path / "hf")
+    check_pretraining(ours.eval(), theirs, some_view())
+    assert ours.config["decoder_heads"] == 4
+    C.save_model(ours, tmp_path / "ours" / "model.safetensors", {"norm_pix": True})
+    C.init_from(again := small_mae(), tmp_path / "ours")
+    check_pretraining(again.eval(), theirs, some_view())
+    folder, _ = export(tmp_path / "ours", "hf")
+    back = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+    check_pretraining(ours, back, some_view())
+    assert M.MAE(**ours.config).decoder.decoder_blocks[0].attn.heads == 4
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict() | {"decoder_num_attention_heads": 5}))
+    with pytest.raises(UserError, match="decoder_num_attention_heads"):
+        C.init_from(small_mae(), tmp_path / "hf")
+
+
+def test_a_run_keeps_the_decoder_heads_that_it_began_with(small, tmp_path):
+    torch.manual_seed(0)
+    C.save_model(M.MAE(32, 8, 192, 4, 3, 128, 1, decoder_heads=2), tmp_path / "start" / "model.safetensors", {})
+    words = ("--data", small, "--model", "nano", "--image-size", 32, "--decoder-depth", 1, "--init", tmp_path / "start",
+             "--epochs", 1, "--out", tmp_path / "run", "--device", "cpu", "--mask", "random")  # fmt: skip
+    for more in ((), ("--resume",)):
+        call("pretrain.py", *words, *more, cwd=tmp_path, check=0)
+        written = tmp_path / "run" / "model.safetensors"
+        assert formats.read_checkpoint(written)[1]["decoder_heads"] == 2
+        written.unlink()
 
 
 def test_tables_know_every_name():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import data
 from common.io import UserError
-from ingest import decode, pack, sources, toon
+from ingest import decode, pack, sources, splits, toon
 
 
 def pack_images(source, out, *more, **kw):
@@ -409,3 +409,45 @@ def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeyp
     (tmp_path / "toon" / "train.safetensors").write_bytes(b"whole")
     data.open_or_pack(tmp_path / "toon")
     assert [c[0] for c in calls] == ["toon", "toon"]
+
+
+# ---- what is held apart for choices ----------------------------------------------------------------------------------
+
+
+def test_what_is_held_apart_tears_no_group_and_empties_no_class():
+    rng = np.random.default_rng(0)
+    groups, labels = np.append(rng.integers(0, 150, 600), 1000), np.append(rng.integers(0, 5, 600), 5)
+    held = data.hold_apart(groups, labels, 0.1)
+    assert not set(groups[held]) & set(groups[~held]) and 50 <= held.sum() <= 60
+    assert set(labels[~held]) == set(range(6))
+
+
+def test_of_small_classes_two_pictures_stay():
+    labels = np.concatenate([np.arange(20).repeat(2), np.full(300, 20)])
+    for seed in range(5):
+        held = data.hold_apart(np.arange(340), labels, 0.1, seed)
+        assert np.bincount(labels[~held]).min() == 2 and held.sum() == 34
+
+
+def test_dev_gets_illustrations_with_several_faces_too():
+    """A third of the pictures are the only one of their illustration, the others stand in threes."""
+    rows = [(f"c{i % 4}", f"one{i}") for i in range(200)] + [(f"c{i // 3 % 4}", f"three{i // 3}") for i in range(399)]
+    dealt = splits.assign_splits(["train"] * len(rows), rows, dict(train=1, val=0, test=0), 0.1, 0)
+    dev = [group for (_, group), split in zip(rows, dealt, strict=True) if split == "dev"]
+    assert 50 <= len(dev) <= 60 and 0.45 < sum(g.startswith("three") for g in dev) / len(dev) < 0.85
+    train = {group for (_, group), split in zip(rows, dealt, strict=True) if split == "train"}
+    assert not train & set(dev)
+
+
+def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
+    """The same names and flags, one picture changed: maps of the one are no maps of the other."""
+    digests = []
+    for name in ("a", "a", "b"):
+        draw_folder(tmp_path / name / "images", seed=0)
+        if name == "b":
+            Image.new("RGB", (48, 40), "red").save(tmp_path / "b" / "images" / "class0" / "illust0_0.png")
+        out = tmp_path / name / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        call("data.py", "images", "--out", out, "--size", 16, "--dedupe", "off", cwd=tmp_path / name, check=0)
+        digests.append(data.fingerprint(data.open_split(out, "train") | {}))
+    assert digests[0] == digests[1] != digests[2]

@@ -137,27 +137,6 @@ def test_balanced_sampling_draws_every_class_equally_often():
     assert torch.equal(again, features.epoch_rows(rows, labels, True, 0, 3))
 
 
-def test_what_is_held_apart_tears_no_group_and_empties_no_class():
-    rng = np.random.default_rng(0)
-    groups = rng.integers(0, 150, 600).tolist() + ["alone"]
-    split = {
-        "header": {"groups": [str(g) for g in groups], "keys": None},
-        "labels": torch.tensor([*rng.integers(0, 5, 600), 5]),
-    }
-    learn, held = features.hold_apart(split, torch.arange(601), 0.1)
-    names = np.array(split["header"]["groups"])
-    assert not set(names[learn]) & set(names[held]) and len(learn) + len(held) == 601
-    assert 50 <= len(held) <= 60 and set(split["labels"][learn].tolist()) == set(range(6))
-
-
-def test_of_small_classes_two_pictures_stay():
-    labels = torch.cat([torch.arange(20).repeat(2), torch.full((300,), 20)])
-    split = {"header": {"groups": None, "keys": [str(i) for i in range(340)]}, "labels": labels}
-    for seed in range(5):
-        learn, held = features.hold_apart(split, torch.arange(340), 0.1, seed)
-        assert labels[learn].bincount().min() == 2 and len(held) == 34
-
-
 def test_augmentation_keeps_its_word():
     view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
     assert (corruptions.jitter_colour(view, 0.0, seeded(1)).int() - view.int()).abs().max() <= 1

@@ -116,6 +116,15 @@ def test_detail_against_float64(p, C):
     assert worst(detail(view, ids, p), truth) <= 2**-23  # whole numbers up to one square root: no cancellation
 
 
+def test_detail_of_patches_whose_squares_pass_32_bits():
+    """From 105 px on the sum of a white patch's squares is over 2^31: once it was not a number."""
+    view = torch.full((1, 112, 112, 3), 255, dtype=torch.uint8, device=DEVICE)
+    view[0, ::2] = 200
+    found = detail(view, torch.zeros(1, 1, dtype=torch.long, device=DEVICE), 112)
+    assert worst(found, torch.full((1, 1), 55 / 2 / 255, dtype=torch.float64)) < 1e-6
+    assert L.needs_64_bits(105, 3) and not L.needs_64_bits(104, 3)
+
+
 def test_flat_patches_have_no_detail_at_all():
     view, _, _ = case(14)
     ids = torch.tensor([[0, 1, 15], [5, 6, 7], [8, 9, 10]], device=DEVICE)
@@ -366,13 +375,14 @@ def test_triton_without_a_gpu_is_an_error_and_not_a_fallback(monkeypatch):
 
 
 def test_predicted_statistics_learn_the_true_ones():
-    view, _, ids = case(8)
+    view, ids_keep, ids = case(8)
     x = normalised(view, ids, 8, torch.float64)
     mean, std = L.patch_stats(x.float())
     assert worst(mean, x.mean(2, keepdim=True)) < 1e-5
     assert worst(std, (x.var(2, keepdim=True) + 0.15**2).sqrt()) < 1e-5
-    assert L.stats_loss(torch.cat([mean, std.log()], 2), view, ids, 8) < 1e-9
-    assert L.stats_loss(torch.cat([mean, std.log() + 1], 2), view, ids, 8) > 0.4
+    stats = torch.cat([mean, std.log()], 2) - L.visible_stats(view, ids_keep, ids, 8)
+    assert L.stats_loss(stats, view, ids_keep, ids, 8) < 1e-9
+    assert L.stats_loss(stats + torch.tensor([0.0, 1.0], device=stats.device), view, ids_keep, ids, 8) > 0.4
 
 
 def test_visible_patches_suggest_the_statistics_of_hidden_ones():
@@ -386,7 +396,8 @@ def test_visible_patches_suggest_the_statistics_of_hidden_ones():
     _, (mean, std) = L.targets(view, ids_mask, 8, True)
     truth = torch.cat([mean, std.log()], 2)
     assert (guess - truth)[..., 0].abs().mean() < 0.15 * truth[..., 0].std()
-    assert L.stats_loss(guess, view, ids_mask, 8) < 0.1 * L.stats_loss(torch.zeros_like(guess), view, ids_mask, 8)
+    loss = lambda stats: L.stats_loss(stats, view, ids_keep, ids_mask, 8)  # noqa: E731
+    assert loss(torch.zeros_like(guess)) < 0.1 * loss(-guess)
     changed = view.clone()
     changed[0, :8, 8:16] = 0  # what is hidden is not looked at
     assert torch.equal(L.visible_stats(changed, ids_keep, ids_mask, 8), guess)

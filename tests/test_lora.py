@@ -183,6 +183,58 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
         export(tmp_path / "run", "timm")
 
 
+def begun(kind):
+    """peft's model on our encoder, its adapter begun in this way."""
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["qkv", "fc1"], init_lora_weights=kind)
+    return peft.get_peft_model(small_vit(), config).eval()
+
+
+def trained(net):
+    """What training does to an adapter -> the features after it."""
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if "lora_" in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    return net.base_model.model.features(some_view())
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changed_its_encoder_is_refused_and_can_be_converted(tmp_path, kind):
+    net = begun(kind)
+    net.save_pretrained(tmp_path / "untrained")
+    expected = trained(net)
+    net.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=f"init_lora_weights={kind}, .*path_initial_model_for_weight_conversion"):
+        C.load_adapter(small_vit(), tmp_path / "theirs")
+    config = tmp_path / "theirs" / "adapter_config.json"  # what it would give if it were believed
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": True}))
+    vit = small_vit()
+    C.load_adapter(vit, tmp_path / "theirs")
+    assert (vit.features(some_view()) - expected).norm() > 0.05 * expected.norm()
+    net.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "untrained"))
+    C.load_adapter(vit := small_vit(), tmp_path / "converted")
+    torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "mica"])
+def test_an_adapter_that_left_its_encoder_alone_loads(tmp_path, kind):
+    net = begun(kind)
+    expected = trained(net)
+    net.save_pretrained(tmp_path)
+    C.load_adapter(vit := small_vit(), tmp_path)
+    torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["corda", "loftq", "lora_ga", "unheard_of"])
+def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path, kind):
+    C.save_adapter(adapted(), tmp_path, "runs/x")
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": kind}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"init_lora_weights={kind}"):
+        C.load_adapter(small_vit(), tmp_path)
+
+
 @pytest.mark.parametrize("other, says", [
     ({"dim": 128}, r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) against rank 4 and a layer of 128 to 128"),
     ({"depth": 1}, "blocks.1.attn.proj, blocks.1.attn.qkv, .*encoder of 1 blocks"),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 import data
 import maps
 import mask as masking
+import model
 from common import evaluate, metrics, plots
 from common.io import UserError
 from common.train import seeded
@@ -186,6 +187,20 @@ def test_refined_and_received_and_another_split(small, run, tmp_path):
     assert data.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "received"
     with pytest.raises(UserError, match="--map saliency --out"):  # val's maps are not train's
         data.open_map(tmp_path, "saliency", data.open_split(small, "train"))
+
+
+def test_views_are_cut_in_full_precision(small, run, tmp_path, monkeypatch):
+    """A machine with bf16 must see the same views: only the encoder's forward pass runs under autocast."""
+    views, forward = [], []
+
+    def watched(real, seen):
+        return lambda *words: seen.append(torch.is_autocast_enabled("cpu")) or real(*words)
+
+    monkeypatch.setattr(data, "view_images", watched(data.view_images, views))
+    monkeypatch.setattr(model.Block, "forward", watched(model.Block.forward, forward))
+    for words in (("attn",), ("parts", "--parts", 3), ("saliency", "--quality", "refined")):
+        here("--data", small, "--map", *words, "--run", run, "--out", tmp_path, "--dtype", "bf16", "--device", "cpu")
+    assert views and forward and not any(views) and all(forward)
 
 
 def test_a_hot_cell_follows_crop_and_flip():

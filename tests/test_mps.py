@@ -26,7 +26,7 @@ import model as M
 from common import guidance
 from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
-from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss, visible_stats
+from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 
 COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd)
 
@@ -100,8 +100,7 @@ def training_step(log):
         pred, stats = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
         loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True)
         loss = loss + absolute_loss(pred, view, ids_mask, 8, weight, True, weight.sum())[0]
-        stats = stats + visible_stats(view, ids_keep, ids_mask, 8)
-        heads = stats_loss(stats, view, ids_mask, 8) + M.ranking_loss(guess.gather(1, ids_mask), error)
+        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(guess.gather(1, ids_mask), error)
         (loss / 2 + heads).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -16,7 +16,8 @@ from conftest import ROOT, call, draw_folder, refused, stage
 import data
 import mask as masking
 import pretrain
-from common.train import commit, read_log
+from common.io import save_text
+from common.train import commit, lr_at, read_log
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
 
@@ -171,6 +172,30 @@ def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
 def test_a_finished_run_teaches_another(small, finished, tmp_path):
     done = train(small, tmp_path / "pupil", "--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8", check=0)
     assert "masked MSE" in done.stdout
+
+
+def test_the_learning_rate_never_passes_its_peak():
+    rates = [lr_at(step, 100, 7.3, 1.0) for step in range(100)]  # a warm-up of no whole number of steps
+    assert max(rates) == 1 and rates[6] < 1 and rates == sorted(rates[:8]) + sorted(rates[8:], reverse=True)
+
+
+def test_the_floor_of_norm_pix_is_a_flag(small, tmp_path):
+    """A low floor blows up the last bits of flat patches; the run says so in its name, header and loss."""
+    train(small, tmp_path / "low", "--norm-floor", 0.001, check=0)
+    train(small, tmp_path / "default", check=0)
+    first = [next(r["val_mse"] for r in read_log(tmp_path / n / "log.jsonl")) for n in ("low", "default")]
+    assert first[0] != first[1]
+    assert "--norm-floor 2 must be" in refused(train(small, tmp_path / "bad", "--norm-floor", 2))
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, running = tmp_path / f".state.pt.{gone.pid}.tmp", tmp_path / f".state.pt.{os.getppid()}.tmp"
+    for file in (left, running):
+        file.write_text("half")
+    save_text("whole", tmp_path / "state.pt")
+    assert not left.exists() and running.exists() and (tmp_path / "state.pt").read_text() == "whole"
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
