@@ -142,6 +142,7 @@ def test_two_processes_finetune_as_one(small, tmp_path):
     assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
     done = start(small, tmp_path / "out", "--batch-size", 15)
     _, errors = done.communicate(timeout=120)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refused, stage
+from conftest import ROOT, call, refused, stage
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -287,7 +287,7 @@ def test_a_file_of_maps_goes_before_the_truth_and_both_can_be_asked_for(figures,
 
 def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
     def refusal(*words):
-        done = stage("pretrain.py", *words, *QUICK, "--out", tmp_path / "out", cwd=tmp_path)
+        done = call("pretrain.py", *words, *QUICK, "--out", tmp_path / "out", cwd=tmp_path)
         assert not (tmp_path / "out").exists()
         return refused(done)
 

@@ -38,6 +38,7 @@ def resources(tmp_path_factory):
     return {(r["kernel"], r["target"], r["S"], r["p"], r["C"], r["dtype"]): r for r in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [75, 80, 90, 120])
 def test_no_kernel_spills(resources, target):
     assert resources.pop(("greedy", 90, 0, 0, 0, "fp32"), dict(spills=1))["spills"] > 0  # a spill would be seen
@@ -48,6 +49,7 @@ def test_no_kernel_spills(resources, target):
         assert r["registers"] <= 64, name  # 65,536 of them serve 1024 threads: half of what a multiprocessor can hold
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [75, 80, 90, 120])
 def test_bytes_are_loaded_sixteen_at_a_time(resources, target):
     for (kernel, where, S, p, _, dtype), r in resources.items():
@@ -71,6 +73,7 @@ def steps(small, out, impl, env):
     return [(r["loss"], r["grad_norm"]) for r in rows if "loss" in r], [r["val_mse"] for r in rows if "val_mse" in r]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_kernels_agrees_step_by_step(small, tmp_path):
     plain, plain_mse = steps(small, tmp_path / "torch", "torch", dict(os.environ))
     fused, fused_mse = steps(small, tmp_path / "triton", "triton", INTERPRETER)
