@@ -72,19 +72,19 @@ def home_of(run):
 
 def open_task(folder, split, seed):
     """Data, labels, and what is fitted, chosen on and reported: one dict, the same for every set of features."""
-    parts = features.open_parts(folder, split)
-    rows, choose, choose_in = features.hold_out(parts)
-    labels, header = {name: s["labels"] for name, s in parts.items()}, parts["train"]["header"]
-    task = {"parts": parts, "held": split, "fit": rows, "choose": choose, "choose_in": choose_in, "labels": labels,
-            "groups": {name: features.groups_of(s) for name, s in parts.items()}, "names": header["classes"],
-            "labelled": data.has_labels(parts["train"]) and data.has_labels(parts[split])}  # fmt: skip
+    splits = features.open_splits(folder, split)
+    rows, choose, choose_in = features.hold_out(splits)
+    labels, header = {name: s["labels"] for name, s in splits.items()}, splits["train"]["header"]
+    task = {"splits": splits, "held": split, "fit": rows, "choose": choose, "choose_in": choose_in, "labels": labels,
+            "groups": {name: features.groups_of(s) for name, s in splits.items()}, "names": header["classes"],
+            "labelled": data.has_labels(splits["train"]) and data.has_labels(splits[split])}  # fmt: skip
     if task["labelled"]:
         counts = torch.bincount(labels["train"][rows], minlength=len(header["classes"]))
         if lost := [header["classes"][c] for c in labels[split].unique() if counts[c] == 0]:
             raise UserError(f"{folder}: {split} has classes that train has not ({', '.join(map(str, lost[:4]))}); "
                             "pack it again: python data.py IMAGES --min-per-class 10")  # fmt: skip
-        task["counts"], asked = counts, labels[split]
-        drawn = {f"{w}-way {s}-shot": metrics.draw_episodes(labels["train"], asked, w, s, seeded(seed, w, s))
+        task["counts"], queries = counts, labels[split]
+        drawn = {f"{w}-way {s}-shot": metrics.draw_episodes(labels["train"], queries, w, s, seeded(seed, w, s))
                  for w, s in FEW_SHOT}  # fmt: skip
         task["episodes"] = {name: e for name, e in drawn.items() if e is not None}
     return task
@@ -243,7 +243,7 @@ def efficiency_line(found, how):
 
 def draw(home, name, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png."""
-    split, train, labels = task["parts"][task["held"]], task["parts"]["train"], task["labels"]
+    split, train, labels = task["splits"][task["held"]], task["splits"]["train"], task["labels"]
     rows = data.evenly_spaced(len(split["images"]), data.CHUNK)
     view = next(data.whole_views(split["images"], rows, size, encoder.cls_token.device))[1]
     few = data.evenly_spaced(len(rows), 8)
@@ -274,7 +274,7 @@ def probe(run, args, task, autocast, device, threshold, controls):
     encoder, size = load_encoder(run)
     encoder.to(device).requires_grad_(False)
     home, name = home_of(run), home_of(run).name
-    found, clock = features.of_run(home, features.model_file(run), encoder, size, task["parts"], autocast, args.dtype,
+    found, clock = features.of_run(home, features.model_file(run), encoder, size, task["splits"], autocast, args.dtype,
                                    args.views, args.blocks)  # fmt: skip
     if clock:
         print(f"features {clock['images']:,} images, {args.views} views of train, in {clock['all']:.0f} s, "
@@ -292,7 +292,7 @@ def probe(run, args, task, autocast, device, threshold, controls):
         print(f"{run}: no numbers, they need two classes or more and a label on every image of train and "
               f"{args.split}; attention.png, patches.png and neighbours.png were drawn")  # fmt: skip
         return write(home, report) | {"right": {}}
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     rows, right = {}, {}
     for pool, x in in_order(found).items():
         rows[pool], right[pool] = measure(x, task, args.seed, args.headline)
@@ -300,7 +300,7 @@ def probe(run, args, task, autocast, device, threshold, controls):
     if args.headline:
         controls[shape] = {}
     elif shape not in controls:  # they are the same for all runs of one shape
-        made = features.of_controls(home.parent, untrained_like(encoder).to(device), size, task["parts"], autocast,
+        made = features.of_controls(home.parent, untrained_like(encoder).to(device), size, task["splits"], autocast,
                                     args.dtype, args.views)  # fmt: skip
         controls[shape] = {pool: measure(x, task, args.seed)[0] for pool, x in in_order(made).items()}
     rows |= controls[shape] | {"chance": chance(task)}
@@ -312,7 +312,8 @@ def probe(run, args, task, autocast, device, threshold, controls):
                "right": {head: stats.to_bits(x) for head, x in right["mean"].items()}, "threshold": threshold[1],
                "efficiency": None if threshold[0] is None else efficiency(log, threshold[0])}  # fmt: skip
     print("\n".join(table(rows, task)))
-    print(efficiency_line(report["efficiency"], threshold[1]) + f"; heads took {time.perf_counter() - began:.0f} s")
+    took = time.perf_counter() - start_time
+    print(efficiency_line(report["efficiency"], threshold[1]) + f"; heads took {took:.0f} s")
     if args.snapshots:
         report["snapshots"] = snapshots(home, task, autocast, device)
     write(home, report)
@@ -352,7 +353,7 @@ def snapshots(home, task, autocast, device):
     for epoch, encoder in networks:
         size = encoder.side * encoder.patch_size
         look = features.encoder_look(encoder.to(device).requires_grad_(False), size, autocast, {})
-        found = features.sets(features.extract_all(look, task["parts"], 1, device), 1)
+        found = features.sets(features.extract_all(look, task["splits"], 1, device), 1)
         points.append([epoch, ridge_scores(found["mean"], task)[0]])
         print(f"epoch {epoch:<6g} ridge Top-1 {points[-1][1]:.1f} %" + (" untrained" if epoch == 0 else ""))
     plots.snapshot_curve(home / "snapshots.png", points[1:], {"untrained": points[0][1]}, f"Snapshots of {home.name}")

@@ -33,7 +33,7 @@ def by_config(reports):
 
 
 def spread(values):
-    """-> {"mean", "std", "n"}; no deviation of a single value."""
+    """-> {"mean", "std", "n"}; no std of a single value."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 

@@ -77,7 +77,7 @@ def scale(images, level, generator):
 
 
 def blur(images, level, generator):
-    """Gaussian of this deviation."""
+    """Gaussian of this std."""
     sigma = level * images.shape[1] / 128
     reach = min(math.ceil(3 * sigma), images.shape[1] - 1)
     line = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device).float() ** 2) / (2 * sigma**2))

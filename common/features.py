@@ -28,17 +28,17 @@ MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pr
 # ---- the data: what is fitted, what is chosen on, what is reported -------------------------------------------------
 
 
-def open_parts(folder, held="val"):
+def open_splits(folder, held="val"):
     """-> {"train", "dev", held: split}; dev is left out where the set has none, or where it is what is reported."""
     there = {p.stem for p in Path(folder).glob("*.safetensors")}
     names = ["train", *({"dev"} & there - {held}), held]
-    parts = {name: data.open_split(folder, name) for name in names}
-    classes = {name: split["header"]["classes"] for name, split in parts.items()}
+    splits = {name: data.open_split(folder, name) for name in names}
+    classes = {name: split["header"]["classes"] for name, split in splits.items()}
     if odd := [name for name in names if classes[name] != classes["train"]]:
         own = sorted(set(classes[odd[0]]) ^ set(classes["train"]))[:4]
         raise UserError(f"{folder}: {odd[0]} has other classes than train ({', '.join(map(str, own))}, ...); "
                         "pack both in one run of data.py")  # fmt: skip
-    return parts
+    return splits
 
 
 def groups_of(split):
@@ -47,12 +47,12 @@ def groups_of(split):
     return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
 
 
-def hold_out(parts):
+def hold_out(splits):
     """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or a tenth of train."""
-    everything = torch.arange(len(parts["train"]["labels"]))
-    if "dev" in parts:
-        return everything, torch.arange(len(parts["dev"]["labels"])), "dev"
-    apart = data.hold_apart(groups_of(parts["train"]), parts["train"]["labels"], data.APART)
+    everything = torch.arange(len(splits["train"]["labels"]))
+    if "dev" in splits:
+        return everything, torch.arange(len(splits["dev"]["labels"])), "dev"
+    apart = data.hold_apart(groups_of(splits["train"]), splits["train"]["labels"], data.APART)
     return everything[~apart], everything[apart], "train"
 
 
@@ -86,14 +86,14 @@ def crops(n, view, seed=0):
 @torch.no_grad()
 def extract(look, split, views, device, name=""):
     """look(images u8 (B, S, S, 3), boxes, flip) -> {pool: (B, D)}; all of a split: {pool: (views, n, D) fp16}."""
-    n, parts = len(split["images"]), []
+    n, chunks = len(split["images"]), []
     boxes = [crops(n, v) for v in range(views)]
     bar = tqdm(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False, disable=None)
     for rows in bar:
         images = data.take(split["images"], rows, device)
         found = [look(images, *(x[rows] for x in box)) for box in boxes]
-        parts.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
-    return {pool: torch.cat([p[pool] for p in parts], 1) for pool in parts[0]}
+        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
+    return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
 
 
 def encoder_look(encoder, size, autocast, clock, blocks=False):
@@ -101,23 +101,23 @@ def encoder_look(encoder, size, autocast, clock, blocks=False):
 
     def look(images, boxes, flip):
         view = data.view_images(images, boxes, flip, size)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         with autocast():
             found = {pool: x.cpu() for pool, x in pooled(encoder, view, blocks).items()}
-        clock["forward"] = clock.get("forward", 0) + time.perf_counter() - began
+        clock["forward"] = clock.get("forward", 0) + time.perf_counter() - start_time
         return found
 
     return look
 
 
-def extract_all(look, parts, views, device, clock=None):
+def extract_all(look, splits, views, device, clock=None):
     """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in several views."""
-    began, tensors = time.perf_counter(), {}
-    for name, split in parts.items():
+    start_time, tensors = time.perf_counter(), {}
+    for name, split in splits.items():
         found = extract(look, split, views if name == "train" else 1, device, name)
         tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
     if clock is not None:
-        clock["all"], clock["images"] = time.perf_counter() - began, sum(len(s["images"]) for s in parts.values())
+        clock["all"], clock["images"] = time.perf_counter() - start_time, sum(len(s["images"]) for s in splits.values())
     return tensors
 
 
@@ -149,11 +149,11 @@ def digest(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
-def covers(there, asked):
+def covers(there, wanted):
     """Was a file made under a header that has all that is asked for? More views, blocks or splits do no harm."""
-    more = there["views"] >= asked["views"] and there["blocks"] >= asked["blocks"]
-    same = all(there.get(k) == v for k, v in asked.items() if k not in ("views", "blocks", "data"))
-    return more and same and asked["data"].items() <= there["data"].items()
+    more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
+    same = all(there.get(k) == v for k, v in wanted.items() if k not in ("views", "blocks", "data"))
+    return more and same and wanted["data"].items() <= there["data"].items()
 
 
 def cached(path, header, make):
@@ -184,21 +184,21 @@ def sets(tensors, views, blocks=False):
     return found
 
 
-def header_of(model, parts, size, dtype, views, blocks):
+def header_of(model, splits, size, dtype, views, blocks):
     """What the features depend on."""
-    digests = {name: data.fingerprint(split) for name, split in parts.items()}
+    digests = {name: data.fingerprint(split) for name, split in splits.items()}
     return {"model": model, "data": digests, "image_size": size, "dtype": dtype, "views": views, "blocks": blocks}
 
 
-def of_run(folder, model_file, encoder, size, parts, autocast, dtype, views=1, blocks=False):
+def of_run(folder, model_file, encoder, size, splits, autocast, dtype, views=1, blocks=False):
     """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and written there.
 
     clock: seconds "all" and "forward" and the number of "images" where they were extracted now, else empty.
     """
     clock, device = {}, encoder.cls_token.device
     look = encoder_look(encoder, size, autocast, clock, blocks)
-    header = header_of(digest(model_file), parts, size, dtype, views, blocks)
-    make = lambda: extract_all(look, parts, views, device, clock)  # noqa: E731
+    header = header_of(digest(model_file), splits, size, dtype, views, blocks)
+    make = lambda: extract_all(look, splits, views, device, clock)  # noqa: E731
     return sets(cached(Path(folder) / "features.safetensors", header, make), views, blocks), clock
 
 
@@ -207,20 +207,20 @@ def shape_of(encoder, size):
     return (size, encoder.patch_size, encoder.cls_token.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads)
 
 
-def of_controls(folder, untrained, size, parts, autocast, dtype, views=1):
+def of_controls(folder, untrained, size, splits, autocast, dtype, views=1):
     """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ..., ...}.
 
     They depend on the architecture and the data alone: one file in the folder of runs serves all runs alike.
     """
     device = untrained.cls_token.device
-    header = header_of(f"untrained {shape_of(untrained, size)}", parts, size, dtype, views, False)
+    header = header_of(f"untrained {shape_of(untrained, size)}", splits, size, dtype, views, False)
     name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
 
     def make():
         look = encoder_look(untrained, size, autocast, {})
-        tensors = extract_all(look, parts, views, device)
+        tensors = extract_all(look, splits, views, device)
         tensors = {k.replace(".", ".untrained "): x for k, x in tensors.items()}
-        return tensors | extract_all(thumbnails_of, parts, views, device)
+        return tensors | extract_all(thumbnails_of, splits, views, device)
 
     return sets(cached(Path(folder) / f"controls-{name}.safetensors", header, make), views)
 

@@ -42,10 +42,10 @@ def retrieval(features, labels, groups, most=5000):
         order = similarity.argsort(dim=1, descending=True, stable=True)
         allowed = similarity.gather(1, order) > float("-inf")
         right = (labels[order] == labels[part][:, None]) & allowed  # (q, n), the nearest first
-        asked = right.any(1)
-        precision.append(average_precision(right[asked]))
-        first.append(right[asked][:, :1].any(1))
-        fifth.append(right[asked][:, :5].any(1))
+        answerable = right.any(1)
+        precision.append(average_precision(right[answerable]))
+        first.append(right[answerable][:, :1].any(1))
+        fifth.append(right[answerable][:, :5].any(1))
     names = ("map", "recall1", "recall5")
     return {k: torch.cat(v).double().mean().item() for k, v in zip(names, (precision, first, fifth), strict=True)}
 
@@ -57,10 +57,10 @@ def average_precision(right):
     return (hits / ranks * right).sum(1) / right.sum(1)
 
 
-def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, asked=15):
-    """-> examples (episodes, ways, shots) in the bank and questions (episodes, ways, asked) among those to be named.
+def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, queries=15):
+    """-> examples (episodes, ways, shots) in the bank and questions (episodes, ways, queries) among those to be named.
 
-    Where a class has fewer than `asked` questions the rest are -1. None where too few classes have enough images.
+    Where a class has fewer than `queries` questions the rest are -1. None where too few classes have enough images.
     Examples and questions come from different splits: no illustration is on both sides.
     """
     own = [((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()]
@@ -68,12 +68,12 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, ask
     if len(able) < ways:
         return None
     examples = torch.empty(episodes, ways, shots, dtype=torch.long)
-    questions = torch.full((episodes, ways, asked), -1)
+    questions = torch.full((episodes, ways, queries), -1)
     for i in range(episodes):
         for j, c in enumerate(torch.randperm(len(able), generator=generator)[:ways].tolist()):
             own_examples, own_questions = able[c]
             examples[i, j] = own_examples[torch.randperm(len(own_examples), generator=generator)[:shots]]
-            count = min(asked, len(own_questions))
+            count = min(queries, len(own_questions))
             questions[i, j, :count] = own_questions[torch.randperm(len(own_questions), generator=generator)[:count]]
     return examples, questions
 

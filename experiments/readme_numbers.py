@@ -31,9 +31,9 @@ PICTURES = {"recon": "recon", "masks": "masks", "curves": "curves", "attention":
 
 def run(folder, *words):
     """A stage, in this folder -> seconds that it took."""
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, check=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start_time
 
 
 def summary(out, seconds):

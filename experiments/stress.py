@@ -39,10 +39,10 @@ GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 # ---- robustness of the probe ---------------------------------------------------------------------------------------
 
 
-def fit_probe(found, parts, held):
+def fit_probe(found, splits, held):
     """The headline of probe.py: logistic regression on clean train features -> scores(features (n, D))."""
-    train, labels = parts["train"], parts["train"]["labels"]
-    rows, _, _ = features.hold_out(parts)
+    train, labels = splits["train"], splits["train"]["labels"]
+    rows, _, _ = features.hold_out(splits)
     clean, classes = found["train"][0][rows], len(train["header"]["classes"])
     (x,), y = metrics.standardise(clean), labels[rows]
     W, b = metrics.fit_logistic(x, y, classes, metrics.chosen_strength(x, y, classes, features.groups_of(train)[rows]))
@@ -144,10 +144,10 @@ def by_resolution(judge, run, clean):
         encoder.to(judge.device).requires_grad_(False)
         count = min(len(judge.rows), max(48, int(len(judge.rows) * (judge.size / side) ** 2)))
         some = data.evenly_spaced(len(judge.rows), count)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         right = judge.right(lambda images, _: images, rows=judge.rows[some], encoder=encoder, size=side,
                             chunk=features.chunk_for(side, judge.size))  # fmt: skip
-        speed = len(some) / (time.perf_counter() - began)
+        speed = len(some) / (time.perf_counter() - start_time)
         result.append({"side": side, "top1": percent(right), "top1_trained_size": percent(clean[some]),
                        "images": len(some), "images_per_s": round(speed, 1)})  # fmt: skip
     return result
@@ -219,7 +219,7 @@ def reconstruct(model, view, known, strategy, ratio, noise, norm, autocast):
 
 
 def scores_of(view, pasted, where, figure):
-    """(B,) each: PSNR and SSIM on hidden pixels, of all, of figure and ground where known, and of the flat guess."""
+    """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of the flat guess."""
     similar, regions = metrics.ssim_map(pasted, view), {"": where}
     if figure is not None:
         regions |= {"_figure": where & figure, "_ground": where & ~figure}
@@ -322,10 +322,10 @@ def parse_args():
     return parser.parse_args()
 
 
-def judge_of(args, encoder, size, parts, autocast, dtype):
-    split = parts[args.split]
-    found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, parts, autocast, dtype)
-    scores = fit_probe(found[args.pool], parts, args.split)
+def judge_of(args, encoder, size, splits, autocast, dtype):
+    split = splits[args.split]
+    found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, splits, autocast, dtype)
+    scores = fit_probe(found[args.pool], splits, args.split)
     rows = data.evenly_spaced(len(split["images"]), args.images)
     return Judge(encoder, size, scores, split, rows, args.pool, autocast)
 
@@ -337,11 +337,11 @@ def only_some(args, judge):
     return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
 
 
-def stress_probe(args, judge, parts):
+def stress_probe(args, judge, splits):
     """Everything about the probe -> a part of the report."""
     split = judge.split
     clean = judge.right(lambda images, _: images)
-    often = torch.bincount(parts["train"]["labels"]).argmax()
+    often = torch.bincount(splits["train"]["labels"]).argmax()
     report = {"clean": percent(clean), "chance": percent(split["labels"][judge.rows] == often), "pool": args.pool,
               "robustness": robustness(judge), "resolution": by_resolution(judge, args.run, clean)}  # fmt: skip
     if "parts" in split:
@@ -367,8 +367,8 @@ def main():
     folder = args.data or features.flags_of(args.run).get("data")
     if not folder:
         raise UserError(f"{args.run} does not say what it was trained on; give --data datasets/NAME")
-    parts, run = features.open_parts(folder, args.split), Path(args.run)
-    split = parts[args.split]
+    splits, run = features.open_splits(folder, args.split), Path(args.run)
+    split = splits[args.split]
     report = {"command": f"python -m experiments.stress {shlex.join(sys.argv[1:])}", "machine": machine(device),
               "commit": commit(), "run": run.name, "data": str(folder), "split": args.split,
               "images": min(args.images, len(split["images"]))}  # fmt: skip
@@ -377,16 +377,16 @@ def main():
         model, norm = load_mae(run, device)
         print("\n".join(midterm(reconstruction(model, split, rows, norm, autocast, ["random"]))))
         return
-    labelled = data.has_labels(parts["train"]) and data.has_labels(split)
+    labelled = data.has_labels(splits["train"]) and data.has_labels(split)
     if labelled:
-        judge = judge_of(args, encoder, size, parts, autocast, "fp32" if dtype == torch.float32 else "bf16")
+        judge = judge_of(args, encoder, size, splits, autocast, "fp32" if dtype == torch.float32 else "bf16")
     elif args.only:
         raise UserError(f"--only {args.only} needs two classes or more, and labels on all images of {folder}")
     if args.only:
         save_json(report | only_some(args, judge), run / f"stress-{args.only.replace(',', '-')}.json")
         return
     if labelled:
-        report |= stress_probe(args, judge, parts)
+        report |= stress_probe(args, judge, splits)
         print("\n".join(robust_lines(report)))
         plots.robustness(run / "robustness.png", report, corruptions.SWEEPS, f"Robustness of the probe: {run.name}")
         if "parts" in report:

@@ -346,9 +346,9 @@ def run_studies(studies, args):
         folders = " ".join(str(path.parent) for path in loose)
         raise UserError("the plan has to be in git before a reported seed runs; look at it, then: git add "
                         f"{folders} && git commit -m Plan, and this command again (or --exploratory)")  # fmt: skip
-    began, failed = time.perf_counter(), []
+    start_time, failed = time.perf_counter(), []
     for study in studies:
-        left = None if args.budget is None else args.budget - (time.perf_counter() - began) / 60
+        left = None if args.budget is None else args.budget - (time.perf_counter() - start_time) / 60
         failed += take_or_run(study, jobs_of(study["plan"], args), args, left)
     return failed
 

@@ -89,14 +89,14 @@ def run_one(job, args, ready):
         for stage, words in commands(job, args, ready).items():
             if stage == "pretrain" and made.exists() and (out / "model.safetensors").exists():
                 continue
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             try:
                 execute(words, out / "study.log", args.threads, lock)
             except UserError as problem:
                 if stage != "pretrain" or "the loss is not finite" not in str(problem):
                     raise
                 return about(job, args, ready) | {"commit": commit(), "error": "diverged"}
-            seconds[stage] = round(time.perf_counter() - began, 1)
+            seconds[stage] = round(time.perf_counter() - start_time, 1)
             if stage == "pretrain":
                 save_json({"commit": commit()}, made)
         row = collect(job, args, ready, seconds, json.loads(made.read_text())["commit"])

@@ -89,15 +89,15 @@ def measure(part, plan, rows, groups):
 def of_differences(values, part):
     """Paired differences -> interval, p values, and what n seeds can see.
 
-    power: chance that n seeds tell an effect as large as the claim from none, the deviation being the one found;
+    power: chance that n seeds tell an effect as large as the claim from none, the std being the one found;
     needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found, if any).
     """
-    t, deviation, claim = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
-    asked = claim or max(0.0, float(t["mean"]))
+    t, std, claim = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
+    effect = claim or max(0.0, float(t["mean"]))
     return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
             "p_against": float(stats.p_below(values, part["claim"])), "per_seed": [float(v) for v in values],
-            "power": stats.t_power(claim, deviation, len(values)) if claim else None,
-            "needed": (stats.seeds_needed(asked, deviation) or "over 100") if asked else None}  # fmt: skip
+            "power": stats.t_power(claim, std, len(values)) if claim else None,
+            "needed": (stats.seeds_needed(effect, std) or "over 100") if effect else None}  # fmt: skip
 
 
 def of_epochs(part, plan, pairs):

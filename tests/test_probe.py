@@ -146,7 +146,7 @@ def test_efficiency_against_a_log():
 
 
 def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
-    parts = features.open_parts(small)
+    parts = features.open_splits(small)
     parts["train"]["header"]["groups"] = [f"g{i // 4}" for i in range(len(parts["train"]["labels"]))]
     fit, choose, where = features.hold_out(parts)
     groups = features.groups_of(parts["train"])
@@ -156,7 +156,7 @@ def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
 
 def test_features_are_those_of_the_encoder(small):
     """The first view is the whole image, unflipped; pools are what they say; thumbnails follow the same crop."""
-    encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_parts(small)["val"]
+    encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     clock = {}
     found = features.extract(features.encoder_look(encoder, 32, torch.no_grad, clock), split, 2, torch.device("cpu"))
     view = next(data.whole_views(split["images"], torch.arange(5), 32, torch.device("cpu")))[1]

@@ -43,6 +43,12 @@ def code_lines(path):
     return sum(1 for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in words)
 
 
+def our_files():
+    """Every module of ours, tests and what a virtual environment brings left out."""
+    words = {p: p.relative_to(ROOT).parts for p in ROOT.rglob("*.py")}
+    return [p for p, w in words.items() if w[0] not in ("tests", "runs") and not any(x.startswith(".") for x in w)]
+
+
 def imported_at_the_top(path):
     """Files of ours that a file imports when it is imported itself."""
     for node in ast.parse(path.read_text()).body:
@@ -78,11 +84,11 @@ def test_what_pretrain_imports_is_short():
 
 def test_what_a_step_runs_through_is_shorter(small, tmp_path, monkeypatch):
     """The functions of ours that run from the view to the update, with those of the thread that reads ahead."""
-    seen = set()
+    seen, ours = set(), set(our_files())
 
     def note(frame, event, _):
         path = Path(frame.f_code.co_filename)
-        if event == "call" and path.is_relative_to(ROOT) and "tests" not in path.parts:
+        if event == "call" and path in ours:
             seen.add((path, frame.f_code.co_name, frame.f_code.co_firstlineno))
 
     def draw_boxes(*args):
@@ -116,8 +122,7 @@ def first_line_of_main():
 
 def test_functions_are_short():
     """None over 120 lines, and fewer than ten over 60."""
-    files = [p for p in ROOT.rglob("*.py") if not {"tests", "runs"} & set(p.relative_to(ROOT).parts)]
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    files = our_files()
     sizes = {(p.relative_to(ROOT).as_posix(), name): n for p in files for (name, _), n in functions(p).items()}
     assert max(sizes.values()) <= 120, max(sizes, key=sizes.get)
     assert sum(n > 60 for n in sizes.values()) < 10
