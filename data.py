@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.io import DTYPES, UserError, not_whole, read_header, send, write_rows
+from common.io import DTYPES, UserError, not_whole, read_header, write_rows
 
 APART = 0.1  # of train is held apart for choices where there is no split dev
 CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
@@ -142,6 +142,11 @@ def resident(split, device):
     for i in range(0, len(images), 4096):
         images[i : i + 4096] = torch.from_numpy(np.array(split["images"][i : i + 4096]))
     return images
+
+
+def send(x, device):
+    """A CPU tensor to the device, without waiting for it: only from pinned memory does a copy to a GPU not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def take(images, index, device):

@@ -26,7 +26,7 @@ from common import distributed
 from common.checkpoints import init_from, load_exactly, save_model
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, collapse_warning, default_source
-from common.io import Parser, UserError, at_least, between, cli, send
+from common.io import Parser, UserError, at_least, between, cli
 from common.train import (
     Meter,
     Pacer,
@@ -292,7 +292,7 @@ def main():
             generator = seeded(args.seed, epoch, step)
             boxes, flip = data.draw_boxes(B, generator, args.min_crop)
             noise = masking.gumbel_noise(B, N, generator)
-            boxes, flip, noise = (send(x[rank_slice], device) for x in (boxes, flip, noise))
+            boxes, flip, noise = (data.send(x[rank_slice], device) for x in (boxes, flip, noise))
             view = data.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
             patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view, rank_slice)

@@ -17,7 +17,7 @@ import data
 import mask as masking
 from benchmarks import now
 from common.checkpoints import init_from
-from common.io import cli, send
+from common.io import cli
 from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
 from kernels.gather import byte_scale, masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
@@ -75,7 +75,7 @@ def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda
         draws = seeded(0, i)
         boxes, flip = data.draw_boxes(B, draws, 0.4)
         own = masking.gumbel_noise(B, noise.shape[2], draws)
-        boxes, flip, own = (send(x, device) for x in (boxes, flip, own))
+        boxes, flip, own = (data.send(x, device) for x in (boxes, flip, own))
         batch = data.take(images, torch.randperm(B, generator=draws), device)
         seen = data.view_images(batch, boxes, flip, case["image_size"])
         mark("data")

@@ -21,7 +21,7 @@ import data
 import mask as masking
 from common import distributed
 from common.checkpoints import load_encoder, load_exactly
-from common.io import UserError, send
+from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
 from model import LossPredictor, ranking_loss
@@ -259,7 +259,7 @@ def crop_map(need, maps, rows, boxes, flip, side, device, count=0):
     """
     if maps is None:  # before the teacher's first maps
         return torch.ones(len(rows), side * side, device=device)
-    whole = send(torch.from_numpy(maps[rows.numpy()]), torch.device(device))  # (B, G, G)
+    whole = data.send(torch.from_numpy(maps[rows.numpy()]), torch.device(device))  # (B, G, G)
     if need == "parts":
         planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
         Wy, Wx = data.view_matrices(boxes.to(device), flip.to(device), whole.shape[-1], side)

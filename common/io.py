@@ -1,4 +1,4 @@
-"""Mistakes of the user, files that are read and written whole or not at all, flags, tensors on their way to a device.
+"""Mistakes of the user, files that are read and written whole or not at all, flags.
 
 Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts without it.
 """
@@ -194,11 +194,6 @@ def save_text(text, path):
 def save_json(row, path, indent=1):
     """Write a dict as JSON, atomically; indent None: all of it on one line."""
     save_text(json.dumps(row, indent=indent) + "\n", path)
-
-
-def send(x, device):
-    """A CPU tensor to the device, without waiting for it: only from pinned memory does a copy to a GPU not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 # ---- flags: argparse types, and its errors in one line ---------------------------------------------------------------
