@@ -139,9 +139,12 @@ def draw_run(out, model, held, norm, autocast, last, name, title):
     if last:
         view, ids_mask, scores = last
         seen = hide(view, ids_mask, model.config["patch_size"])
-        plots.masks(out / "masks.png", view, seen, scores, f"What the last batch hid: {title}")
+        lines = [("view", view), *scores.items(), ("seen", seen)]
+        plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
     plots.curves(out / "curves.png", read_log(out / "log.jsonl"), name, title)
-    plots.reconstructions(out / "recon.png", *reconstruct(model, held, norm, autocast), EVAL_RATIO)
+    lines = zip(("original", "seen", "predicted", "pasted"), reconstruct(model, held, norm, autocast), strict=True)
+    title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
+    plots.image_grid(out / "recon.png", title, list(lines))
 
 
 def hide(view, ids, patch):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import data
 import pretrain
 import probe
-from common import compare, features, plots, stats
+from common import compare, features, stats
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -176,23 +176,13 @@ def test_features_are_those_of_the_encoder(small):
 # ---- looking -------------------------------------------------------------------------------------------------------
 
 
-def test_attention_maps_are_probabilities_and_those_of_the_encoder():
-    encoder, view = ViT(32, 8, 32, 3, 2).eval(), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
-    heads, rollout = plots.attention_maps(encoder, view)
-    assert heads.shape == (2, 2, 4, 4) and rollout.shape == (2, 4, 4)
+def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
+    view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(heads.flatten(2), encoder.patch_attention(view), rtol=1e-4, atol=1e-6)
-    assert (rollout.sum((1, 2)) < 1).all() and (rollout >= 0).all()
-
-
-def test_discriminants_find_the_direction_that_separates():
-    draws = torch.Generator().manual_seed(0)
-    labels = torch.arange(90) % 3
-    x = torch.randn(90, 6, generator=draws) * torch.tensor([9.0, 9, 9, 9, 1, 1])
-    x[:, 4:] += 6 * torch.eye(3)[labels][:, :2]
-    mean, directions = plots.discriminants(x, labels, shrink=1e-6)
-    share = directions.abs() * x.double().std(0)[:, None]
-    assert (share[4:].sum(0) > 2 * share[:4].sum(0)).all()
+        rollout = ViT(32, 8, 32, 3, 2).eval().rollout(view)
+        one = ViT(32, 8, 32, 1, 2).eval()
+        torch.testing.assert_close(one.rollout(view), one.patch_attention(view).mean(1) / 2)
+    assert rollout.shape == (2, 16) and (rollout.sum(1) < 1).all() and (rollout >= 0).all()
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
