@@ -109,7 +109,7 @@ def patch_sheet(path, encoder, view, title, shown=8):
     Red, green and blue are three principal components of all tokens of view, each from its 1 % to its 99 % quantile.
     What tokens at one place share over all pictures is taken off first: else the components show the place alone.
     """
-    tokens = encoder.features(view)[:, 1:].double().cpu()  # (B, N, D)
+    tokens = encoder.features(view)[:, 1:].cpu().double()  # (B, N, D); Metal has no float64
     x = principal((tokens - tokens.mean(0)).flatten(0, 1), 3)
     low, high = np.quantile(x, (0.01, 0.99), axis=0)
     colours = ((x - low) / np.maximum(high - low, 1e-12)).clip(0, 1).reshape(len(view), encoder.side, encoder.side, 3)

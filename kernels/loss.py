@@ -276,11 +276,6 @@ def patch_error(pred, view, ids, patch, norm_pix=True, impl="auto", floor=FLOOR)
     return loss_gradient_error(pred.detach(), view, ids, patch, None, norm_pix, None, impl, floor, 1.0, False)[2]
 
 
-def patch_stats(x, floor=FLOOR):
-    """Normalised pixels (B, M, P) -> their mean and floored std, (B, M, 1) each."""
-    return normalise_patches_(x.clone(), floor)[1]
-
-
 def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):
     """What the visible patches suggest for each hidden one: their mean and log std, (B, M, 2), near ones first.
 
