@@ -83,7 +83,7 @@ def pictures(args, header, problems):
     for path in args.images:
         try:
             if path != "-" and is_picture(Path(path)):
-                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files("/")
+                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
             else:
                 records, fetch, _ = sources.find(path)
             for record, row in pack.decode_records(records, fetch, work):

@@ -9,9 +9,11 @@
 
 `fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of threads may call it.
 `notes` are lines for the user about what was left out. Nothing is extracted to disk and no picture is opened here.
+Each reader, from_...(path) -> (records, fetch, *notes), knows one layout; `reader_of` is the table of them.
 """
 
 import csv
+import fileinput
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -33,61 +35,50 @@ Record = namedtuple("Record", "key place label split group tags box", defaults=(
 
 
 def find(path):
-    """The word - or a path -> (records, fetch, notes). UserError where there is no picture, or none can be trusted."""
+    """The word - or a path -> (records, fetch, notes), every key once. UserError where no picture can be trusted."""
     if str(path) == "-":
-        return checked("standard input", *from_list(sys.stdin))
-    path = Path(path)
-    if not path.exists():
+        path, (records, fetch, *notes) = "standard input", from_list(sys.stdin)
+    elif Path(path).exists():
+        records, fetch, *notes = reader_of(Path(path))(Path(path))
+    else:
         raise UserError(f"{path} does not exist; give a folder, an archive or a list of images, or the word toon")
-    return checked(path, *reader_of(path)(path))
+    if not records:
+        raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
+    first, alike = {}, defaultdict(list)
+    for r in records:
+        first.setdefault(r.key, r)
+    if len(first) < len(records):
+        notes.append(f"{len(records) - len(first)} names came twice; the first of each is kept")
+    for name in sorted({r.label for r in first.values()} - {None}):
+        alike[name.casefold()].append(name)
+    if same := [" and ".join(names) for names in alike.values() if len(names) > 1]:  # Miku, miku
+        notes.append(f"classes that differ only in case are kept apart: {', '.join(same[:3])}")
+    return list(first.values()), fetch, notes
 
 
 def reader_of(path):
-    """The function that reads this layout: published data sets by the files that only they have, then by suffix."""
-    if path.is_dir():
-        if (path / "labels" / "train.csv").exists():
-            return from_dafre
-        if (path / "icartoonface_rectrain_det.txt").exists():
-            return from_icartoonface
-        return from_danbooru if metadata_files(path) else from_folder
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return from_table
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return from_danbooru
-    if zipfile.is_zipfile(path):
-        return from_zip
-    if tarfile.is_tarfile(path):
-        return from_tar
+    """The function that reads this layout: published data sets by the files that only they have come first."""
+    layouts = (
+        (lambda p: (p / "labels" / "train.csv").exists(), from_dafre),
+        (lambda p: (p / "icartoonface_rectrain_det.txt").exists(), from_icartoonface),
+        (metadata_files, from_danbooru),
+        (Path.is_dir, from_folder),
+        (lambda p: p.suffix.lower() in (".csv", ".tsv"), from_table),
+        (zipfile.is_zipfile, from_zip),
+        (tarfile.is_tarfile, from_tar),
+    )
+    for fits, reader in layouts:
+        if fits(path):
+            return reader
     raise UserError(f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)")
-
-
-def checked(path, records, fetch, notes=()):
-    """Every key once; a note on classes that differ only in case (Miku, miku), which stay two classes."""
-    if not records:
-        raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
-    first = {}
-    for r in records:
-        first.setdefault(r.key, r)
-    once = list(first.values())
-    notes = list(notes)
-    if len(once) < len(records):
-        notes.append(f"{len(records) - len(once)} names came twice; the first of each is kept")
-    names = sorted({r.label for r in once if r.label is not None})
-    folded = {}
-    for name in names:
-        folded.setdefault(name.casefold(), []).append(name)
-    alike = [" and ".join(same) for same in folded.values() if len(same) > 1]
-    if alike:
-        notes.append(f"classes that differ only in case are kept apart: {', '.join(alike[:3])}")
-    return once, fetch, notes
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
 def nfc(text):
-    """One spelling per name: macOS writes the same letters decomposed."""
-    return unicodedata.normalize("NFC", text)
+    """One spelling per name: macOS writes the same letters decomposed. One string in memory, however often it comes."""
+    return sys.intern(unicodedata.normalize("NFC", text))
 
 
 def is_image(name):
@@ -97,33 +88,22 @@ def is_image(name):
     return suffix.lower() in SUFFIXES and not hidden
 
 
-def split_and_class(keys):
-    """Paths -> [(split or None, class or None)]: [wrapper/][train|val|test/][class/]anything.png.
+def by_path(found):
+    """[(place, name)] -> records whose names say split and class: [wrapper/][train|val|test/][class/]anything.png.
 
     AnimeFace Character (moeimouto) is thumb/000_hatsune_miku/face_1_2_3.png: its running numbers are no names.
     """
-    parts = [key.split("/")[:-1] for key in keys]
-    moeimouto = all("thumb" in p[:-1] and re.match(r"\d+_.", p[-1]) for p in parts)
-    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0].lower() not in SPLITS:
-        parts = [p[1:] for p in parts]  # an archive often wraps everything in one folder
+    keys = [nfc(name.removeprefix("./")) for _, name in found]
+    dirs, splits = [key.split("/")[:-1] for key in keys], [None] * len(keys)
+    moeimouto = all("thumb" in d[:-1] and re.match(r"\d+_.", d[-1]) for d in dirs)
+    while dirs and all(len(d) > 1 and d[0] == dirs[0][0] for d in dirs) and dirs[0][0].lower() not in SPLITS:
+        dirs = [d[1:] for d in dirs]  # an archive often wraps everything in one folder
     if moeimouto:
-        return [(None, p[-1].split("_", 1)[1]) for p in parts]
-    if all(p and p[0].lower() in SPLITS for p in parts):
-        return [(SPLITS[p[0].lower()], p[1] if len(p) > 1 else None) for p in parts]
-    return [(None, p[0] if p else None) for p in parts]
-
-
-def by_path(places, names):
-    """Records whose split and class are said by their names; places and names run in parallel."""
-    keys = [nfc(name.removeprefix("./")) for name in names]
-    told = split_and_class(keys)
-    return [Record(k, p, c, s) for k, p, (s, c) in zip(keys, places, told, strict=True)]
-
-
-def refuse_escape(archive, name):
-    """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is not to be trusted."""
-    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-        raise UserError(f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew")
+        dirs = [[d[-1].split("_", 1)[1]] for d in dirs]
+    elif all(d and d[0].lower() in SPLITS for d in dirs):
+        splits, dirs = [SPLITS[d[0].lower()] for d in dirs], [d[1:] for d in dirs]
+    labels = [d[0] if d else None for d in dirs]
+    return [Record(k, p, c, s) for k, (p, _), c, s in zip(keys, found, labels, splits, strict=True)]
 
 
 # ---- files: folder, list, table ------------------------------------------------------------------------------------
@@ -136,72 +116,67 @@ def read_whole(path):
         return f.read()
 
 
-def fetch_files(root):
-    """For records whose place is a path, relative to root or absolute."""
-
-    def fetch(records):
-        return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
-
-    return fetch
+def fetch_files(records):
+    """For records whose place is the path of a file."""
+    return ((r, partial(read_whole, r.place)) for r in records)
 
 
 def walk(folder, above=()):
     """Files below a folder, sorted. Links to folders are followed, except back into a folder that we stand in."""
-    status = os.stat(folder)
-    me = (status.st_dev, status.st_ino)
-    if me in above:
+    here = os.path.realpath(folder)
+    if here in above:
         return
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
             continue
         if entry.is_dir():
-            yield from walk(entry.path, (*above, me))
+            yield from walk(entry.path, (*above, here))
         elif entry.is_file():
             yield entry.path
 
 
+def images_among(paths, top):
+    """Paths -> [(path, its name as seen from the folder top)] of the images among them."""
+    named = ((path, Path(os.path.relpath(path, top)).as_posix()) for path in paths)
+    return [(path, name) for path, name in named if is_image(name)]
+
+
 def from_folder(root):
     """[train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = [Path(os.path.relpath(p, root)).as_posix() for p in walk(root)]
-    names = [n for n in names if is_image(n)]
-    return by_path(names, names), fetch_files(root)
+    return by_path(images_among(walk(root), root)), fetch_files
 
 
 def from_list(lines):
     """One path a line, relative to where you stand; split and class are said by the path, as in a folder."""
-    names = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()]
-    top = "."
-    if names and all(map(os.path.isabs, names)):  # what is above all of them names neither a split nor a class
-        top = os.path.commonpath([os.path.dirname(n) for n in names])
-    told = sorted((n, Path(os.path.relpath(n, top)).as_posix()) for n in names)
-    told = [(place, name) for place, name in told if is_image(name)]
-    return by_path([place for place, _ in told], [name for _, name in told]), fetch_files(".")
+    paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
+    if paths and all(map(os.path.isabs, paths)):  # what is above all of them names neither a split nor a class
+        top = os.path.commonpath([os.path.dirname(p) for p in paths])
+    return by_path(sorted(images_among(paths, top))), fetch_files
 
 
 def from_table(path):
-    """csv or tsv of path,label[,split][,tags], with or without that header; paths relative to the table's folder.
+    """csv or tsv of path,label[,split][,tags][,group], or with a header of its own; paths relative to its folder.
 
     Tags are words with spaces between them. An empty label is no label.
     """
-    columns, records = ("path", "label", "split", "tags"), []
+    columns, records = ["path", "label", "split", "tags"], []
     for number, row in table_rows(path):
-        if number == 1 and "path" in [cell.strip().lower() for cell in row]:
-            columns = tuple(cell.strip().lower() for cell in row)
+        if number == 1 and "path" in (names := [cell.strip().lower() for cell in row]):
+            columns = names
             continue
-        cells = dict(zip(columns, row, strict=False))
-        if len(row) > len(columns) or not cells.get("path", "").strip():
+        cells = {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
+        place, label, tags, group = (cells.get(name, "") for name in ("path", "label", "tags", "group"))
+        split = cells.get("split", "").lower()
+        if len(row) > len(columns) or not place:
             raise UserError(f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}")
-        split = cells.get("split", "").strip().lower()
         if split and split not in SPLITS:
             raise UserError(f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev")
-        label = sys.intern(nfc(cells.get("label", "").strip())) or None
-        tags = tuple(sys.intern(t) for t in cells.get("tags", "").split())
-        place = cells["path"].strip()
-        records.append(Record(nfc(place), place, label, SPLITS.get(split), cells.get("group") or None, tags))
+        file, words = os.path.join(path.parent, place), tuple(map(nfc, tags.split()))
+        records.append(Record(nfc(place), file, nfc(label) or None, SPLITS.get(split), group or None, words))
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none")
-    return records, fetch_files(path.parent)
+    return records, fetch_files
 
 
 def table_rows(path):
@@ -217,20 +192,23 @@ def table_rows(path):
 # ---- archives ------------------------------------------------------------------------------------------------------
 
 
+def refuse_escape(archive, name):
+    """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is not to be trusted."""
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+        raise UserError(f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew")
+
+
 def from_zip(path):
+    """A zip: its members are read in place, by name."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as problem:
         raise UserError(f"{path} is not a whole zip archive: {problem}") from None
-    infos = [i for i in archive.infolist() if not i.is_dir()]
-    for info in infos:
-        refuse_escape(path, info.filename)
-    infos = sorted((i for i in infos if is_image(i.filename)), key=lambda i: i.filename)
-
-    def fetch(records):
-        return ((r, partial(read_member, archive, r.place)) for r in records)
-
-    return by_path(infos, [zip_name(i) for i in infos]), fetch
+    for name in archive.namelist():
+        refuse_escape(path, name)
+    images = sorted((i for i in archive.infolist() if is_image(i.filename)), key=lambda i: i.filename)
+    fetch = lambda records: ((r, partial(read_member, archive, r.place)) for r in records)  # noqa: E731
+    return by_path([(info, zip_name(info)) for info in images]), fetch
 
 
 def zip_name(info):
@@ -252,19 +230,18 @@ def read_member(archive, info):
 
 def from_tar(path):
     """A tar, compressed or not: read through from its beginning for every split, never searched, never extracted."""
-    names = [name for name, _ in tar_images(path, lambda name: False)]
 
     def fetch(records):
         wanted = {r.place: r for r in records}
-        for name, data in tar_images(path, lambda name: name in wanted):
+        for name, data in tar_images(path, wanted):
             if data is not None:
                 yield wanted.pop(name), partial(bytes, data)
 
-    return by_path(names, names), fetch
+    return by_path([(name, name) for name, _ in tar_images(path)]), fetch
 
 
-def tar_images(path, wanted):
-    """Yield (name, bytes, or None if not wanted(name)) of the pictures of a tar, in its order."""
+def tar_images(path, wanted=()):
+    """Yield (name, bytes, or None if it is not wanted) of the pictures of a tar, in its order."""
     try:
         with tarfile.open(path, "r|*") as tar:
             while (member := tar.next()) is not None:
@@ -272,7 +249,7 @@ def tar_images(path, wanted):
                 refuse_escape(path, member.name)
                 if member.isfile() and is_image(member.name):
                     size = member.size if member.size <= MOST_BYTES else 0  # one too large can't be read, and is named
-                    yield member.name, tar.extractfile(member).read(size) if wanted(member.name) else None
+                    yield member.name, tar.extractfile(member).read(size) if member.name in wanted else None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
@@ -285,37 +262,36 @@ def from_dafre(root):
     pictures = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if pictures is None:
         raise UserError(f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there")
-    names, names_file = {}, root / "labels" / "classid_classname.csv"
-    if names_file.exists():
-        names = {row[0]: sys.intern(nfc(row[1])) for _, row in table_rows(names_file)}
-    records = []
-    for split in ("train", "val", "test"):
-        table = root / "labels" / f"{split}.csv"
+    names_file, records = root / "labels" / "classid_classname.csv", []
+    names = {row[0]: nfc(row[1]) for _, row in table_rows(names_file)} if names_file.exists() else {}
+    tables = {split: root / "labels" / f"{split}.csv" for split in ("train", "val", "test")}
+    for split, table in tables.items():
         for number, row in table_rows(table) if table.exists() else ():
-            if len(row) != 2 or is_image(row[0]) == is_image(row[1]):
-                if number == 1:
-                    continue  # a header
+            if len(row) == 2 and is_image(row[0]) != is_image(row[1]):
+                class_id, place = sorted(row, key=is_image)  # an older release has them the other way round
+                file = os.path.join(root, pictures, place)
+                records.append(Record(place, file, names.get(class_id, class_id), split))
+            elif number > 1:  # the first is a header
                 raise UserError(f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}")
-            class_id, place = row if is_image(row[1]) else row[::-1]  # an older release has them the other way round
-            records.append(Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split))
-    return records, fetch_files(root)
+    return records, fetch_files
 
 
 def from_icartoonface(root):
     """iCartoonFace recognition (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, one face box per picture."""
-    boxes = read_boxes(root / "icartoonface_rectrain_det.txt")
-    if not (root / "icartoonface_rectrain").is_dir():
+    boxes, folder = read_boxes(root / "icartoonface_rectrain_det.txt"), root / "icartoonface_rectrain"
+    if not folder.is_dir():
         raise UserError(f"{root} has iCartoonFace's boxes but no icartoonface_rectrain/; unpack the pictures there")
-    records = [Record(n, f"icartoonface_rectrain/{n}", n.split("/")[0], box=box) for n, box in boxes.items()]
-    return records, fetch_files(root)
+    return [Record(n, os.path.join(folder, n), n.split("/")[0], box=b) for n, b in boxes.items()], fetch_files
 
 
 def read_boxes(path):
     """Lines of "path x1 y1 x2 y2" in pixels, between them tabs, spaces or commas -> {path: (x1, y1, x2, y2)}."""
-    number, gap = r"(-?\d+(?:\.\d+)?)", r"[\t, ]+"
-    line_of_five = re.compile(rf"(.+?){gap}{number}{gap}{number}{gap}{number}{gap}{number}\s*")
-    boxes = {}
-    for n, line in enumerate(read_lines(path), 1):
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} can't be read as text in UTF-8: {problem}") from None
+    line_of_five, boxes = re.compile(r"(.+?)" + 4 * r"[\t, ]+(-?\d+(?:\.\d+)?)" + r"\s*"), {}
+    for n, line in enumerate(filter(str.strip, lines), 1):
         told = line_of_five.fullmatch(line)
         name, *box = told.groups() if told else ("", 0, 0, 0, 0)
         x1, y1, x2, y2 = map(float, box)
@@ -334,18 +310,10 @@ def with_boxes(records, path):
     return [r._replace(box=boxes.get(r.key, r.box)) for r in records]
 
 
-def read_lines(path):
-    """The lines of a text file in UTF-8 that are not empty."""
-    try:
-        return [line for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path} can't be read as text in UTF-8: {problem}") from None
-
-
 def metadata_files(path):
     """The JSON-lines files of a Danbooru-style dump: the file itself, or metadata.json[l] or metadata/ in a folder."""
     if path.is_file():
-        return [path]
+        return [path] if path.suffix.lower() in (".json", ".jsonl") else []
     inside = [path / "metadata.jsonl", path / "metadata.json", *sorted((path / "metadata").glob("*"))]
     return [p for p in inside if p.is_file() and p.suffix in ("", ".json", ".jsonl")]
 
@@ -357,55 +325,39 @@ def from_danbooru(path):
     are tags. A dump's metadata covers more than anybody has downloaded: lines without a picture are only counted.
     """
     root = path if path.is_dir() else path.parent
-    have = {}
-    for file in walk(root):
-        name = Path(os.path.relpath(file, root)).as_posix()
-        if is_image(name):
-            have.setdefault(Path(name).stem, name)  # of 512px/ and original/ the first
-            have.setdefault(name, name)
-    records, absent, broken = [], 0, 0
-    for line in post_lines(path):
-        try:
-            post = json.loads(line)
-            place = next((have[n] for n in post_names(post) if n in have), None)
-        except (ValueError, AttributeError, TypeError):
-            broken += 1
-            continue
-        absent += place is None
-        if place:
-            records.append(post_record(post, place))
+    have, records, broken, absent = {}, [], 0, 0
+    for place, name in images_among(walk(root), root):
+        for alias in (Path(name).stem, name):
+            have.setdefault(alias, (place, name))  # of 512px/ and original/ the first
+    with fileinput.input(metadata_files(path), mode="rb") as lines:
+        for line in filter(bytes.strip, lines):
+            try:
+                post = json.loads(line)
+                names = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+                found = next((have[n] for n in names if n in have), None)
+                records += [post_record(post, *found)] if found else []
+                absent += not found
+            except (ValueError, AttributeError, TypeError):
+                broken += 1
     if broken and not records:
         raise UserError(f"{path} has no line that is a post with a picture here; {broken} lines are no JSON objects")
-    notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
-    return records, fetch_files(root), notes + ([f"{broken} lines are no JSON objects"] if broken else [])
+    notes = {"lines of the metadata have no picture here": absent, "lines are no JSON objects": broken}
+    return records, fetch_files, *(f"{n} {note}" for note, n in notes.items() if n)
 
 
-def post_lines(path):
-    for file in metadata_files(path):
-        with open(file, "rb") as f:
-            yield from (line for line in f if line.strip())
-
-
-def post_names(post):
-    """What the picture of a post may be called: a path of its own, its id, or its md5."""
-    return [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
-
-
-def post_record(post, place):
-    """Tags come as one string (the site's API), by kind or not, as a list of {name, category} (4 is a character), or as
-    {kind: list}.
-    """
-    if isinstance(post.get("tags"), dict):
-        characters = [str(t) for t in post["tags"].get("character") or ()]
-        tags = [str(t) for kind in post["tags"].values() if isinstance(kind, list) for t in kind]
-    elif isinstance(post.get("tags"), list):
-        both = [t if isinstance(t, dict) else {"name": t} for t in post["tags"]]
-        kinds = [(str(t["name"]), str(t.get("category"))) for t in both if t.get("name")]
-        characters, tags = ([t for t, k in kinds if (k == "4") is yes] for yes in (True, False))
+def post_record(post, place, name):
+    """Tags are one string (the site's API), a list of words or {name, category} (4: a character), or {kind: list}."""
+    tags = post.get("tags")
+    if isinstance(tags, dict):
+        characters = tags.get("character") or ()
+        tags = [t for some in tags.values() if isinstance(some, list) for t in some]
+    elif isinstance(tags, list):
+        named = [t for t in tags if not isinstance(t, dict) or t.get("name")]
+        characters = [t["name"] for t in named if isinstance(t, dict) and str(t.get("category")) == "4"]
+        tags = [t["name"] if isinstance(t, dict) else t for t in named]
     else:
         characters = (post.get("tag_string_character") or "").split()
-        tags = (post.get("tag_string") or post.get("tag_string_general") or post.get("tags") or "").split()
-    label = characters[0] if len(characters) == 1 else None
-    group = post.get("parent_id") or post.get("id")
-    words = tuple(sys.intern(nfc(t)) for t in tags if t not in characters)
-    return Record(nfc(place), place, label and sys.intern(nfc(label)), None, group and str(group), words)
+        tags = (post.get("tag_string") or post.get("tag_string_general") or tags or "").split()
+    characters, tags = ([nfc(str(t)) for t in some] for some in (characters, tags))
+    label, group = characters[0] if len(characters) == 1 else None, post.get("parent_id") or post.get("id")
+    return Record(nfc(name), place, label, None, group and str(group), tuple(t for t in tags if t not in characters))
