@@ -39,8 +39,7 @@ def thumbnail(data):
 def storage(n):
     """Room for n thumbnails, u8 (n, 32, 32) of zeros, in an unnamed file: it takes no memory of the process."""
     with tempfile.TemporaryFile() as f:
-        f.truncate(n * SIDE * SIDE)
-        return np.memmap(f, np.uint8, "r+", shape=(n, SIDE, SIDE))
+        return np.memmap(f, np.uint8, "w+", shape=(n, SIDE, SIDE))
 
 
 def join(n, pairs):
@@ -61,20 +60,11 @@ def join(n, pairs):
     return [find(i) for i in range(n)]
 
 
-# ---- windows of a thumbnail ----------------------------------------------------------------------------------------
-
-
 def resampling(start, length):
     """(m,) start and length in shares -> (m, 32, 32): row i holds the linear weights of output pixel i."""
     centre = start[:, None] * SIDE + (np.arange(SIDE) + 0.5) * length[:, None] - 0.5
     weight = np.maximum(0, 1 - np.abs(np.arange(SIDE) - centre[:, :, None]))
     return np.float32(weight / weight.sum(2, keepdims=True))
-
-
-def crop_windows(thumbs, windows):
-    """thumbs (m, 32, 32), one window (4,) each -> the windows, enlarged to float (m, 32, 32)."""
-    rows, columns = resampling(windows[:, 0], windows[:, 2]), resampling(windows[:, 1], windows[:, 3])
-    return rows @ thumbs.astype(np.float32) @ columns.transpose(0, 2, 1)
 
 
 def edges(pictures):
@@ -83,9 +73,6 @@ def edges(pictures):
     e = np.sqrt(np.hypot(dy, dx)).reshape(len(pictures), SIDE * SIDE)
     e -= e.mean(1, keepdims=True)
     return e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-6)
-
-
-# ---- hashes and tables ---------------------------------------------------------------------------------------------
 
 
 def frequencies(thumbs, window):
@@ -106,20 +93,31 @@ def packed(signs):
 
 def keys_of(c, bits):
     """(m, 63) -> (m, 8) keys of a table: its bits, and with the FLIPS least certain of them flipped every way."""
-    sure = np.argsort(np.abs(c[:, bits]), axis=1, kind="stable")[:, :FLIPS]
+    unsure = np.argsort(np.abs(c[:, bits]), axis=1, kind="stable")[:, :FLIPS]
     ways = np.array([[w >> k & 1 for k in range(FLIPS)] for w in range(2**FLIPS)])
-    return packed(c[:, bits] > 0)[:, None] ^ ((1 << sure.astype(np.int64)) @ ways.T)
+    return packed(c[:, bits] > 0)[:, None] ^ ((1 << unsure.astype(np.int64)) @ ways.T)
 
 
-def tables(n):
-    """Which bits of the hash each table uses: the more pictures, the longer the key, so that few share one."""
-    length = int(np.clip(np.ceil(np.log2(max(n, 2))) + 3, 12, 24))
-    return [np.sort(np.random.default_rng(t).permutation(BITS)[:length]) for t in range(TABLES)]
+def tables(wholes):
+    """Yield (bits of the hash that a table uses, its keys (n), sorted, which picture each belongs to (n)).
+
+    The more pictures, the longer the key, so that few share one.
+    """
+    length = int(np.clip(np.ceil(np.log2(max(len(wholes), 2))) + 3, 12, 24))
+    for t in range(TABLES):
+        bits = np.sort(np.random.default_rng(t).permutation(BITS)[:length])
+        key = packed(wholes[:, bits] > 0)
+        order = np.argsort(key, kind="stable")
+        yield bits, key[order], order
 
 
-def chunks(thumbs, size=4096):
-    for start in range(0, len(thumbs), size):
-        yield start, np.asarray(thumbs[start : start + size])
+def matches(key, ask, most):
+    """Where sorted keys (n) equal those of `ask` (m, ways), up to `most` each -> positions in key, rows of ask."""
+    first, last = np.searchsorted(key, ask), np.searchsorted(key, ask, "right")
+    row, way = np.nonzero(last > first)
+    first, count = first[row, way], np.minimum(last - first, most)[row, way]
+    step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # 0, 1, .. of each key
+    return np.repeat(first, count) + step, np.repeat(row, count)
 
 
 def candidates(thumbs, most=16):
@@ -127,40 +125,22 @@ def candidates(thumbs, most=16):
 
     At most `most` pictures of one key are looked at: pictures almost blank share it by the thousand.
     """
-    wholes = np.concatenate([np.zeros((0, BITS), np.float32), *(frequencies(t, FULL) for _, t in chunks(thumbs))])
-    hashes, built = packed(wholes > 0), list(zip(tables(len(thumbs)), lookups(wholes), strict=True))
+    chunks = [(start, np.asarray(thumbs[start : start + 4096])) for start in range(0, len(thumbs), 4096)]
+    wholes = np.concatenate([frequencies(some, FULL) for _, some in chunks])
+    hashes, built = packed(wholes > 0), list(tables(wholes))
     for w, window in enumerate(WINDOWS):
-        for start, some in chunks(thumbs):
+        for start, some in chunks:
             c = frequencies(some, window)
             ask = packed(c > 0)
-            for bits, (key, order) in built:
-                i, j = matches(key, keys_of(c, bits), most)
-                i = order[i]
-                near = (i != j + start) & (differing(hashes[i], ask[j]) <= MOST_BITS)
+            for bits, key, order in built:
+                at, j = matches(key, keys_of(c, bits), most)
+                i = order[at]
+                differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
+                near = (i != j + start) & (differing <= MOST_BITS)
                 i, j = i[near], j[near]
                 cosine = (wholes[i] * c[j]).sum(1)
-                good = cosine > WAVES_ALIKE
-                yield np.stack([i[good], j[good] + start, np.full(good.sum(), w), cosine[good]], 1)
-
-
-def lookups(wholes):
-    """One (sorted keys, which picture each belongs to) per table."""
-    keys = [packed(wholes[:, bits] > 0) for bits in tables(len(wholes))]
-    orders = [np.argsort(k, kind="stable") for k in keys]
-    return [(k[o], o) for k, o in zip(keys, orders, strict=True)]
-
-
-def matches(key, ask, most):
-    """Where sorted keys (n) equal those of `ask` (m, ways) -> positions in key and rows of ask, two arrays."""
-    first = np.searchsorted(key, ask)
-    found = []
-    for step in range(most):
-        at = np.minimum(first + step, len(key) - 1)
-        row, way = np.nonzero((key[at] == ask) & (first + step < len(key)))
-        if not len(row):
-            break
-        found.append((at[row, way], row))
-    return [np.concatenate(x) for x in zip(*found, strict=True)] if found else (np.zeros(0, int), np.zeros(0, int))
+                rows = np.stack([i, j + start, np.full(len(i), w), cosine], 1)
+                yield rows[cosine > WAVES_ALIKE]
 
 
 def best_window(rows):
@@ -171,17 +151,11 @@ def best_window(rows):
     return rows[first, :3].astype(int)
 
 
-def differing(a, b):
-    """i64 (m), (m) -> number of bits in which they differ."""
-    return np.unpackbits((a ^ b)[:, None].view(np.uint8), axis=1).sum(1)
-
-
-# ---- lines on lines ------------------------------------------------------------------------------------------------
-
-
 def alike(thumbs, i, j, windows):
-    """Correlation of the edges of pictures i with those of windows of pictures j -> (m)."""
-    return (edges(np.asarray(thumbs[i])) * edges(crop_windows(np.asarray(thumbs[j]), windows))).sum(1)
+    """Correlation of the edges of pictures i with those of windows (m, 4) of pictures j, enlarged -> (m)."""
+    rows, columns = (resampling(windows[:, a], windows[:, a + 2]) for a in (0, 1))
+    crops = rows @ np.asarray(thumbs[j]).astype(np.float32) @ columns.transpose(0, 2, 1)
+    return (edges(np.asarray(thumbs[i])) * edges(crops)).sum(1)
 
 
 def fitted(thumbs, i, j, windows):
@@ -201,8 +175,9 @@ def fitted(thumbs, i, j, windows):
 
 def pairs(thumbs):
     """Thumbnails u8 (n, 32, 32) -> sorted list of near-duplicate pairs (i, j), i < j. Blank pictures are left out."""
-    rows = best_window(np.concatenate([np.zeros((0, 4)), *candidates(thumbs)]))
-    joined = set()
+    if not len(thumbs):
+        return []
+    rows, joined = best_window(np.concatenate(list(candidates(thumbs)))), set()
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
         score = alike(thumbs, i, j, WINDOWS[w])
@@ -216,11 +191,10 @@ def pairs(thumbs):
 def report(records, pairs, most=3):
     """Lines for the user: how many groups, and the largest of them by name."""
     roots = join(len(records), pairs)
-    count = Counter(roots)
-    groups = sorted((root for root in count if count[root] > 1), key=lambda r: (-count[r], r))
+    groups = [(g, n) for g, n in sorted(Counter(roots).items(), key=lambda x: (-x[1], x[0])) if n > 1]
     if not groups:
         return []
     mixed = len({root for root, r in zip(roots, records, strict=True) if r.label != records[root].label})
-    largest = ", ".join(f"{count[g]} x {records[g].key}" for g in groups[:most])
+    largest = ", ".join(f"{n} x {records[g].key}" for g, n in groups[:most])
     several = f"; {mixed} hold several classes" if mixed else ""
-    return [f"near-duplicates: {len(groups)} groups of {sum(count[g] for g in groups)} images{several}; {largest}"]
+    return [f"near-duplicates: {len(groups)} groups of {sum(n for _, n in groups)} images{several}; {largest}"]
