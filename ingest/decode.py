@@ -1,7 +1,7 @@
 """From the bytes of a picture file, whatever it is, to a square of uint8: decode(data, size, ...).
 
 EXIF rotation, palettes, grays of 16 bits, CMYK, animations (their first frame) and transparency all end as RGB.
-What can't be read raises; whoever calls skips, counts and names it. Pictures of more than 89 megapixels are refused.
+What can't be read raises. Pictures of more than 89 megapixels are refused.
 """
 
 import contextlib
@@ -34,11 +34,10 @@ def open_image(data, least):
 
 def eight_bits(img):
     """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255."""
-    pixels, exif = np.asarray(img, np.float32), img.info.get("exif")
-    top = 255 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 0
-    top = 65535 if top == 255 else top or 255
+    pixels = np.asarray(img, np.float32)
+    top = 65535 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 255
     gray = Image.fromarray(np.uint8(np.clip(pixels / top, 0, 1) * 255 + 0.5))
-    gray.info |= {"exif": exif} if exif else {}
+    gray.info |= {"exif": img.info["exif"]} if "exif" in img.info else {}
     return gray
 
 
@@ -67,13 +66,9 @@ def foreground_box(img, border=3, side=32):
     salience = np.maximum(0, background[rim].mean() * 0.5 - background)
     if salience.sum() == 0:
         return (0, 0, *img.size)
-    (x1, x2), (y1, y2) = [middle(salience.sum(a)) for a in (0, 1)]  # by column, by row
+    grid, mass = np.linspace(0, 1, side + 1), (salience.sum(0), salience.sum(1))  # of columns, of rows
+    (x1, x2), (y1, y2) = [np.interp((0.03, 0.97), np.r_[0, np.cumsum(m)] / m.sum(), grid) for m in mass]
     return x1 * img.width, y1 * img.height, x2 * img.width, y2 * img.height
-
-
-def middle(mass, tail=0.03):
-    """Mass per column -> where its middle begins and ends, as shares of the width; a tail lies on either side."""
-    return np.interp((tail, 1 - tail), np.r_[0, np.cumsum(mass)] / mass.sum(), np.linspace(0, 1, len(mass) + 1))
 
 
 def square(img, box=None, margin=0.0):
@@ -82,13 +77,11 @@ def square(img, box=None, margin=0.0):
     A box taller than the picture is wide does not fit: the square then keeps its top, where the head is.
     """
     w, h = img.size
-    if box is None:
-        left, top, side = (w - min(w, h)) / 2, (h - min(w, h)) / 2, min(w, h)
-    else:
-        wide, high = box[2] - box[0], box[3] - box[1]
-        side = min(w, h, max(wide, high, 0.2 * min(w, h)) * (1 + 2 * margin))  # never a speck blown up
-        left = (box[0] + box[2] - side) / 2
-        top = min((box[1] + box[3] - side) / 2, box[1] - margin * high) if high > side else (box[1] + box[3] - side) / 2
+    x1, y1, x2, y2 = box or (0, 0, w, h)
+    side = min(w, h, max(x2 - x1, y2 - y1, 0.2 * min(w, h)) * (1 + 2 * margin))  # never a speck blown up
+    left, top = (x1 + x2 - side) / 2, (y1 + y2 - side) / 2
+    if box and y2 - y1 > side:
+        top = min(top, y1 - margin * (y2 - y1))
     left, top = max(0, min(left, w - side)), max(0, min(top, h - side))
     return left, top, left + side, top + side
 
@@ -104,11 +97,10 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
         box = [scale * x for x in box] if box else foreground_box(img)
     area = square(img, box if crop == "figure" else None, margin)
     img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
-    if img.mode == "RGB":
-        return {"images": np.asarray(img)} | ({"fg": np.full((size, size), 255, np.uint8)} if fg else {})
-    alpha = img.getchannel("A")
-    flat = Image.composite(img.convert("RGB"), Image.new("RGB", img.size, PAPER), alpha)
-    return {"images": np.asarray(flat)} | ({"fg": np.asarray(alpha)} if fg else {})
+    alpha = img.getchannel("A") if img.mode == "RGBA" else Image.new("L", img.size, 255)
+    if img.mode == "RGBA":
+        img = Image.composite(img.convert("RGB"), Image.new("RGB", img.size, PAPER), alpha)
+    return {"images": np.asarray(img)} | ({"fg": np.asarray(alpha)} if fg else {})
 
 
 def any_alpha(records, fetch):

@@ -33,9 +33,6 @@ CROPS = ("centre", "figure")
 MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
 
 
-# ---- streams of rows --------------------------------------------------------------------------------------------
-
-
 def decode_records(records, fetch, work):
     """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
 
@@ -96,15 +93,13 @@ def header_of(records, about, skipped):
 
 def check_skipped(out, skipped, n):
     if len(skipped) > 0.05 * n:
-        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: "
-                        + "; ".join(f"{key} ({why})" for key, why in skipped[:3]))  # fmt: skip
+        first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
+        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: {first}")
 
 
 def open_images(path, size, crop, margin, boxes):
-    """PATH -> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
-    records, fetch, notes = sources.find(path)
-    if boxes:
-        records = sources.with_boxes(records, boxes)
+    """-> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
+    records, fetch, notes = sources.find(path, boxes)
     fg = any_alpha(records, fetch)
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
     work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
@@ -152,64 +147,52 @@ def add_tags(records, dims, stream):
 def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
-    pattern = compile_pattern(group_by)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    records, notes, dims, fetch, stream = (
-        open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
-    )
+    source = open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
+    records, notes, dims, fetch, stream = source
     pairs, told = near_duplicates(records, fetch, dedupe)
+    notes += told
     if dedupe == "drop":
         stay = drop_copies(records, pairs)
-        told.append(f"{len(records) - len(stay)} copies dropped")
+        notes.append(f"{len(records) - len(stay)} copies dropped")
         records, pairs = [records[i] for i in stay], []
-    records = join_groups(records, pattern, pairs)
-    records, few = large_enough(records, least)
-    splits = assign_splits(
-        [r.split for r in records], [(r.label, r.group) for r in records],
-        dict(zip(("train", "val", "test"), shares, strict=True)), dev, seed
-    )  # fmt: skip
+    records, few = large_enough(join_groups(records, group_by, pairs), least)
+    rows, named = [(r.label, r.group) for r in records], dict(zip(("train", "val", "test"), shares, strict=True))
+    splits = assign_splits([r.split for r in records], rows, named, dev, seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     words, dims, stream = add_tags(records, dims, stream)
-    classes = sorted({r.label for r in records if r.label is not None})
+    notes += few + crossing(records)
+    classes = sorted({r.label for r in records} - {None})
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
              "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
-             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told + few + crossing(records),
+             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes,
              "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
-    print("\n".join(about["notes"]), end="\n" * bool(about["notes"]))
+    print("\n".join(notes), end="\n" * bool(notes))
     write_all(out, records, classes, dims, stream, about)
 
 
 def write_all(out, records, classes, dims, stream, about):
     """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
     labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    order, written, lost = ("test", "val", "dev", "train"), [], []
-    for split in order:  # what a packing that was killed has left
-        (Path(out) / f"{split}.safetensors").unlink(missing_ok=True)
+    paths, lost = {split: Path(out) / f"{split}.safetensors" for split in ("test", "val", "dev", "train")}, []
+    for path in paths.values():  # what a packing that was killed has left
+        path.unlink(missing_ok=True)
     try:
-        for split in sorted({r.split for r in records}, key=order.index):
-            own = [r for r in records if r.split == split]
-            path = Path(out) / f"{split}.safetensors"
-            bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
-            skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
-            written.append(path)
-            lost += skipped
-            check_skipped(out, lost, len(records))
-            if len(skipped) == len(own):  # few of all, but nothing is left of this split
-                check_skipped(path, skipped, len(own))
-            told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-            print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
+        for split, path in paths.items():
+            if own := [r for r in records if r.split == split]:
+                bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
+                skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
+                lost += skipped
+                check_skipped(out, lost, len(records))
+                if len(skipped) == len(own):  # few of all, but nothing is left of this split
+                    check_skipped(path, skipped, len(own))
+                told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+                print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
     except BaseException:
-        for path in written:
-            path.unlink()
+        for path in paths.values():
+            path.unlink(missing_ok=True)
         raise
-
-
-def compile_pattern(group_by):
-    try:
-        return re.compile(group_by) if group_by else None
-    except re.error as problem:
-        raise UserError(f"--group-by {group_by} is not a regular expression: {problem}") from None
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -231,12 +214,11 @@ def parse_shares(text):
     return shares
 
 
-def check(args):
-    """UserErrors for flags that no packing can go on with."""
-    if args.tail and args.path != "toon":
-        raise UserError(f"--tail {args.tail:g} is for the demo set: python data.py toon")
-    if args.path == "-" and not args.out:
-        raise UserError("a list on standard input has no name; give --out datasets/NAME")
+def regex(text):
+    try:
+        return re.compile(text).pattern
+    except re.error as problem:
+        raise UserError(f"--group-by {text} is not a regular expression: {problem}") from None
 
 
 def show(args, out):
@@ -249,19 +231,16 @@ def show(args, out):
         path = Path(args.path) / "sheet.png"
         plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
     else:
-        records, fetch, _ = sources.find(args.path)
-        records = sources.with_boxes(records, args.boxes) if args.boxes else records
-        rows = {crop: [] for crop in CROPS}
+        records, fetch, _ = sources.find(args.path, args.boxes)
         both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
-        for _, pictures in decode_records(records[:: math.ceil(len(records) / 12)], fetch, both):
-            if isinstance(pictures, list):
-                for crop, picture in zip(CROPS, pictures, strict=True):
-                    rows[crop].append(picture)
-        if not rows["centre"]:
+        rows = decode_records(records[:: math.ceil(len(records) / 12)], fetch, both)
+        pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
+        if not pictures:
             raise UserError(f"none of the images of {args.path} that were tried can be read")
         path = Path(f"{out}_crops.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.image_grid(path, "What --crop keeps", [(f"--crop {c}", np.stack(p)) for c, p in rows.items()])
+        rows = [(f"--crop {c}", np.stack(p)) for c, p in zip(CROPS, zip(*pictures, strict=True), strict=True)]
+        plots.image_grid(path, "What --crop keeps", rows)
     print(f"{path} written")
 
 
@@ -278,14 +257,17 @@ def main():
     default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
     add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
     add("--dev", type=between(0, 0.99), default=0.0, help="share of train held apart for choices, such as .1")
-    add("--group-by", metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
+    add("--group-by", type=regex, metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
     add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
         help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")  # fmt: skip
     add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     args = parser.parse_args()
-    check(args)
+    if args.tail and args.path != "toon":
+        raise UserError(f"--tail {args.tail:g} is for the demo set: python data.py toon")
+    if args.path == "-" and not args.out:
+        raise UserError("a list on standard input has no name; give --out datasets/NAME")
     out = args.out or default_out(args.path)
     if args.show:
         return show(args, out)
@@ -294,5 +276,3 @@ def main():
     pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop,
          args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
     print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
-
-

@@ -34,8 +34,8 @@ MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may
 Record = namedtuple("Record", "key place label split group tags box", defaults=(None, None, None, (), None))
 
 
-def find(path):
-    """The word - or a path -> (records, fetch, notes), every key once. UserError where no picture can be trusted."""
+def find(path, boxes=None):
+    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if one is given."""
     if str(path) == "-":
         path, (records, fetch, *notes) = "standard input", from_list(sys.stdin)
     elif Path(path).exists():
@@ -53,7 +53,8 @@ def find(path):
         alike[name.casefold()].append(name)
     if same := [" and ".join(names) for names in alike.values() if len(names) > 1]:  # Miku, miku
         notes.append(f"classes that differ only in case are kept apart: {', '.join(same[:3])}")
-    return list(first.values()), fetch, notes
+    records = list(first.values())
+    return with_boxes(records, boxes) if boxes else records, fetch, notes
 
 
 def reader_of(path):

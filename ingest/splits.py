@@ -4,6 +4,7 @@ Plain functions on the records of ingest/sources.py. The same records and the sa
 """
 
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -11,16 +12,15 @@ from common.io import UserError
 from ingest import duplicates
 
 
-def group_of(record, pattern):
-    """What a split must not tear apart: the REGEX's first group in the file's stem, else what the source says."""
-    match = pattern and pattern.search(Path(record.key).stem)
-    return (match.group(1) if match.groups() else match.group(0)) if match else record.group or record.key
-
-
 def join_groups(records, pattern, pairs):
-    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its whole group."""
-    first = {}
-    names = [group_of(r, pattern) for r in records]
+    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its whole group.
+
+    The name: the first group of the REGEX `pattern` in the file's stem, else what the source says, else the key.
+    """
+    names, first = [], {}
+    for r in records:
+        match = pattern and re.search(pattern, Path(r.key).stem)
+        names.append(match[min(1, match.re.groups)] if match else r.group or r.key)
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
@@ -52,16 +52,16 @@ def deal(rows, shares, seed):
 def assign_splits(given, rows, shares, dev, seed):
     """Given splits stay; else rows of (class, group) are dealt. A missing val, and dev, are taken out of train."""
     splits = list(given) if None not in given else deal(rows, shares, seed)
+    train = [i for i, s in enumerate(splits) if s == "train"]
     if shares["val"] and "val" not in splits:
-        train = [i for i, s in enumerate(splits) if s == "train"]
         dealt = deal([rows[i] for i in train], {"train": 1 - shares["val"], "val": shares["val"]}, seed)
         for i, s in zip(train, dealt, strict=True):
             splits[i] = s
+        train = [i for i in train if splits[i] == "train"]
     if dev and "dev" not in splits:
         from data import hold_apart  # and torch with it: few packings ask for a dev
 
-        train = [i for i, s in enumerate(splits) if s == "train"]
-        labels, groups = zip(*[(str(rows[i][0]), str(rows[i][1])) for i in train], strict=True)
+        labels, groups = zip(*[map(str, rows[i]) for i in train], strict=True)
         for i, apart in zip(train, hold_apart(groups, labels, dev, seed), strict=True):
             splits[i] = "dev" if apart else "train"
     return splits
@@ -69,11 +69,9 @@ def assign_splits(given, rows, shares, dev, seed):
 
 def drop_copies(records, pairs):
     """Of each near-duplicate group one record stays: of the last split that has one, so that train loses the copies."""
-    order = ("test", "val", "dev", "train", None)
-    roots, best = duplicates.join(len(records), pairs), {}
-    for i, root in enumerate(roots):
-        rank = order.index(records[i].split)
-        best[root] = min(best.get(root, (9, 0)), (rank, i))
+    order, best = ("test", "val", "dev", "train", None), {}
+    for i, root in enumerate(duplicates.join(len(records), pairs)):
+        best[root] = min(best.get(root, (9, 0)), (order.index(records[i].split), i))
     return sorted(i for _, i in best.values())
 
 
@@ -83,8 +81,7 @@ def large_enough(records, least):
     kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
     if not kept:
         raise UserError(f"--min-per-class {least} leaves nothing: the largest class has {max(count.values())} images")
-    lost = sum(1 for label, n in count.items() if label is not None and n < least)
-    gone = len(records) - len(kept)
+    lost, gone = sum(n < least for label, n in count.items() if label is not None), len(records) - len(kept)
     return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
 
 
