@@ -346,7 +346,7 @@ def finetune(args, seed, out, device, dtype):
             break
         classifier.unfreeze(net.train(), task.trained, epoch, args.unfreeze_every)
         order = epoch_rows(train.rows, train.labels, args.balanced, seed, epoch)
-        for rows, batch in meter.waiting.timed(data.batches(images, order, B, device, step % per_epoch)):
+        for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch)):
             # view; all random numbers are drawn here, on the CPU (LoRA's dropout reads the global generator)
             generator = seeded(seed, epoch, step)
             torch.manual_seed(int(generator.initial_seed() >> 1))
@@ -396,7 +396,7 @@ def finetune(args, seed, out, device, dtype):
                     best = {"epoch": epoch + 1, "macro_f1": row["dev_macro_f1"], "weights": weights}
             if rank == 0 and (stop or step == total or ended and pacer.due()):
                 pacer.time(save_run, task, optimizer, step, meter.seconds(), best)
-                meter.waiting.restart()
+                meter.restart()
             if stop:
                 bar.close()
                 distributed.stop_here(stop, step, args.resume)

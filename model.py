@@ -247,7 +247,7 @@ class MAE(nn.Module):
 
     def set_decoder_heads(self, heads):
         """Another number than decoder_dim / 32, as a checkpoint may have been trained with; None changes nothing."""
-        if heads not in (None, self.decoder.decoder_blocks[0].attn.heads):
+        if heads is not None and heads != self.decoder.decoder_blocks[0].attn.heads:
             self.config["decoder_heads"] = heads
             for block in self.decoder.decoder_blocks:
                 block.attn.heads = heads

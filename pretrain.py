@@ -286,7 +286,7 @@ def main():
         if step == epoch * per_epoch:
             guide.refresh_maps(epoch, step, train["images"], out)
         order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in meter.waiting.timed(data.batches(images, order, B, device, step % per_epoch, rank_slice)):
+        for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch, rank_slice)):
             # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
             t = step / total  # progress of the run
             generator = seeded(args.seed, epoch, step)
@@ -343,7 +343,7 @@ def main():
                 if stop or step == total or pacer.due():
                     if rank == 0:
                         pacer.time(save_run, out, model, optimizer, guide, config, step, meter.seconds())
-                    meter.waiting.restart()
+                    meter.restart()
             if stop:
                 distributed.stop_here(stop, step, args.resume)
     bar.close()

@@ -1,4 +1,4 @@
-"""What guides a mask: maps of whole images, made once, kept in a file, and cropped exactly as the images are.
+"""What guides a mask: maps of whole images, kept in a file, and cropped exactly as the images are.
 
     need        score of a patch                        where it comes from
     attn        attention of a teacher                  the run's own average, another encoder, or maps.py --map attn

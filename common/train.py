@@ -1,6 +1,6 @@
 """What stands around every training loop, written once: mistakes, the machine, files, optimizer, log, checkpoint.
 
-Plain functions, no trainer: a stage's loop stays in the stage, where it can be read. Imports nothing of ours.
+Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
 
 import contextlib
@@ -94,11 +94,10 @@ def commit():
     """The commit that this code is at, with a + if code was changed since: results name it."""
 
     def git(*words):
-        try:
-            done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-        except OSError:  # there is no git on this machine
-            return ""
-        return done.stdout.strip()
+        with contextlib.suppress(OSError):  # there may be no git on this machine
+            root = Path(__file__).parent.parent
+            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+        return ""
 
     return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
 
@@ -252,40 +251,28 @@ def extra_sink(name, out, config):
     raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
 
 
-class Stopwatch:
-    """How much of the time a loop waits for its data."""
+class Meter:
+    """The losses and gradient norms of the steps since the last row of the log, their speed, and the wait for data."""
 
-    def __init__(self):
+    def __init__(self, batch_size, device, seconds=0.0):
+        self.batch_size, self.device, self.start_time = batch_size, device, time.perf_counter() - seconds
+        self.losses, self.norms = [], []
         self.restart()
 
     def restart(self):
+        """Speed and wait are measured from now on."""
         self.waited, self.since = 0.0, time.perf_counter()
 
     def timed(self, items):
         """Iterate over items, adding up the time that each takes to come."""
-        items, done = iter(items), object()
+        items = iter(items)
         while True:
             start_time = time.perf_counter()
-            item = next(items, done)
+            item = next(items, None)
             self.waited += time.perf_counter() - start_time
-            if item is done:
+            if item is None:
                 return
             yield item
-
-    def share(self):
-        """-> (share of the time spent waiting, seconds) since the last call."""
-        seconds = time.perf_counter() - self.since
-        share = self.waited / max(1e-9, seconds)
-        self.restart()
-        return share, seconds
-
-
-class Meter:
-    """The losses and gradient norms of the steps since the last row of the log, and their speed."""
-
-    def __init__(self, batch_size, device, seconds=0.0):
-        self.batch_size, self.device, self.start_time = batch_size, device, time.perf_counter() - seconds
-        self.waiting, self.losses, self.norms = Stopwatch(), [], []
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""
@@ -305,9 +292,11 @@ class Meter:
         if not now.isfinite().all():
             first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
             raise UserError(f"the loss is not finite at step {first}; {fix}")
-        share, seconds = self.waiting.share()
+        waited, seconds = self.waited, time.perf_counter() - self.since
+        self.restart()
         return {"loss": now[:, 0].mean().item(), "grad_norm": now[:, 1].mean().item(),
-                "images_per_s": round(len(now) * self.batch_size / seconds, 1), "data_wait": round(share, 5),
+                "images_per_s": round(len(now) * self.batch_size / seconds, 1),
+                "data_wait": round(waited / max(1e-9, seconds), 5),
                 "memory_mb": round(peak_memory_mb(self.device)), "seconds": self.seconds()}  # fmt: skip
 
 
