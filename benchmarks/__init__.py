@@ -9,6 +9,7 @@ from common.io import read_csv, save_csv
 from common.train import commit, machine
 
 ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def about(device, **more):

@@ -38,19 +38,12 @@ BENCHES = {  # module: (its arguments, the file that it writes on a CPU and on a
 }
 
 
-def compare(recorded, measured):
-    """Two dicts {what: ratio} -> [(what, recorded, measured, kept share)] of what is in both, the worst first."""
-    both = [(what, recorded[what], now, now / recorded[what]) for what, now in measured.items() if what in recorded]
-    return sorted(both, key=lambda row: row[3])
-
-
 def measure(module, device, folder):
     """Run a bench on this device, its files in `folder` -> its rows."""
     words, files, _ = BENCHES[module]
     command = [sys.executable, "-m", f"benchmarks.{module}", "--device", device, *words, "--out", folder]
-    done = subprocess.run([str(w) for w in command], cwd=ROOT)
-    if done.returncode:
-        raise UserError(f"benchmarks.{module} ended with status {done.returncode}; its message is above")
+    if status := subprocess.run(command, cwd=ROOT).returncode:
+        raise UserError(f"benchmarks.{module} ended with status {status}; its message is above")
     return read_csv(Path(folder) / files[device])
 
 
@@ -65,15 +58,18 @@ def main():
         if module not in BENCHES:
             raise UserError(f"{module} is no bench with ratios; there are: {', '.join(BENCHES)}")
         _, files, ratios = BENCHES[module]
-        rows = read_csv(args.results / files[device])
-        if not rows:
-            raise UserError(f"{args.results / files[device]} is not there: python -m benchmarks.{module} makes it")
+        path = args.results / files[device]
+        recorded = ratios(read_csv(path))
+        if not recorded:
+            raise UserError(f"{path} is not there: python -m benchmarks.{module} makes it")
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(ratios(rows), ratios(measure(module, device, folder)))
-        if not found:
-            raise UserError(f"nothing that benchmarks.{module} measures is recorded in {args.results / files[device]}")
-        for what, then, now, share in found:
-            print(f"{'SLOWER' if share < LEAST else 'as fast'} {share:7.1%}  {now:.2f} against {then:.2f}: {what}")
+            measured = ratios(measure(module, device, folder))
+        kept = {what: now / recorded[what] for what, now in measured.items() if what in recorded}
+        if not kept:
+            raise UserError(f"nothing that benchmarks.{module} measures is recorded in {path}")
+        for what, share in sorted(kept.items(), key=lambda pair: pair[1]):
+            line = f"{share:7.1%}  {measured[what]:.2f} against {recorded[what]:.2f}: {what}"
+            print("SLOWER" if share < LEAST else "as fast", line)
             slower += share < LEAST
     if slower:
         print(f"{slower} ratios kept less than {LEAST:.0%}")

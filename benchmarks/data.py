@@ -7,12 +7,16 @@ For the loader the packed file is made of noise and really written; it is read o
 measured is the way out of a warm page cache.
 """
 
+import contextlib
+import multiprocessing
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ import data
 from benchmarks import ROOT, about, status_mb
 from common.io import Parser, UserError, at_least, cli, save_csv, write_rows
 from common.train import read_log
-from ingest import toon
+from ingest import pack, sources, toon
 
 SCALE = (10_000, 100_000, 1_000_000)
 
@@ -56,25 +60,32 @@ def warm_epochs(split, batch_size):
     return round(statistics.median(speeds)), round(max(memory) - before, 1)
 
 
+def loader_rows(n, side, batch_size):
+    """The row of results: the loader on one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        speed, added = warm_epochs(noisy_split(folder, n, side), batch_size)
+    yield {"images": n, "side": side, "file_gb": round(n * side**2 * 3 / 1e9, 2), "images_per_s": speed,
+           "anonymous_mb_added": added}  # fmt: skip
+
+
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 
 def trained(folder, rows_to_log):
     """pretrain.py on a packed folder until it has logged so many rows -> (median images a second, waiting, MB)."""
-    command = [sys.executable, ROOT / "pretrain.py", "--data", folder, "--out", folder / "run", "--image-size", 32,
-               "--epochs", 1000, "--device", "cpu", "--eval-every", 1000]  # fmt: skip
-    process = subprocess.Popen([str(w) for w in command], stdout=subprocess.DEVNULL)
-    log, rows = folder / "run" / "log.jsonl", []
+    flags = ["--image-size", "32", "--epochs", "1000", "--device", "cpu", "--eval-every", "1000"]
+    command = [sys.executable, ROOT / "pretrain.py", "--data", folder, "--out", folder / "run", *flags]
+    process, rows = subprocess.Popen(command, stdout=subprocess.DEVNULL), []
     while len(rows) < rows_to_log and process.poll() is None:
         time.sleep(0.5)
-        rows = [r for r in read_log(log) if "loss" in r]
+        rows = [r for r in read_log(folder / "run" / "log.jsonl") if "loss" in r]
     if process.poll() is not None:
         raise UserError(f"pretrain.py ended with status {process.returncode}; its message is above")
     memory = status_mb("RssAnon", process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    rows = rows[2:]  # the first are slower: memory is touched for the first time
-    return statistics.median(r["images_per_s"] for r in rows), statistics.median(r["data_wait"] for r in rows), memory
+    speed, wait = (statistics.median(r[key] for r in rows[2:]) for key in ("images_per_s", "data_wait"))
+    return speed, wait, memory  # without the first rows: there memory is touched for the first time
 
 
 def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
@@ -105,58 +116,45 @@ def draw_jpegs(folder, n, side=512):
         path = Path(folder) / f"class{i % 40}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels, "HSV").convert("RGB").save(path, quality=90)
-    return Path(folder)
 
 
-WATCHED = """
-import sys, threading, time
-from benchmarks import status_mb
-from ingest import pack, sources
-def watch():
-    while True:
-        most[0] = max(most[0], status_mb("RssAnon") - base)
-        time.sleep(0.05)
-base, most, start_time = status_mb("RssAnon"), [0.0], time.perf_counter()
-threading.Thread(target=watch, daemon=True).start()
-CODE
-seconds = time.perf_counter() - start_time
-time.sleep(0.1)
-print("@", seconds, most[0])
-"""
+def watched(function, *args, **options):
+    """-> (seconds that a call takes, most anonymous memory that it adds in MB)."""
+    base, most, ended = status_mb("RssAnon"), 0.0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not ended.wait(0.05):
+            most = max(most, status_mb("RssAnon") - base)
+
+    threading.Thread(target=watch, daemon=True).start()
+    start_time = time.perf_counter()
+    with contextlib.redirect_stdout(None):
+        function(*args, **options)
+    seconds = time.perf_counter() - start_time
+    ended.set()
+    return seconds, most
 
 
-def timed(code, *words):
-    """Run Python code of one line in a process of its own -> (seconds it took, most anonymous memory in MB)."""
-    whole = WATCHED.replace("CODE", code)
-    done = subprocess.run([sys.executable, "-c", whole, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1])
-    return tuple(float(x) for x in done.stdout.split("@")[1].split())
+def pack_row(what, n, function, *args, **options):
+    """A row of results: one call, in a process of its own, that takes up n images."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        seconds, mb = pool.submit(watched, function, *args, **options).result()
+    return {"what": what, "images": n, "seconds": round(seconds, 1), "images_per_s": round(n / seconds),
+            "anonymous_mb_added": round(mb)}  # fmt: skip
 
 
 def pack_rows(n):
     """Rows of results: packing n and n/2 images with and without the search for copies; a table of a million rows."""
-    code = "pack.pack(sys.argv[1], sys.argv[2], size=128, dedupe=sys.argv[3])"
-    with tempfile.TemporaryDirectory() as folder:
-        for name, count in (("half", n // 2), ("all", n)):
-            images = draw_jpegs(Path(folder) / name, count)
+    with tempfile.TemporaryDirectory() as place:
+        folder, table = Path(place), Path(place) / "million.csv"
+        for count in (n // 2, n):
+            draw_jpegs(folder / f"{count}", count)
             for dedupe in ("off", "group"):
-                seconds, mb = timed(code, images, Path(folder) / f"{name}_{dedupe}", dedupe)
-                yield {"what": f"pack, --dedupe {dedupe}", "images": count, "seconds": round(seconds, 1),
-                       "images_per_s": round(count / seconds), "anonymous_mb_added": round(mb)}  # fmt: skip
-        table = Path(folder) / "million.csv"
+                paths = (folder / f"{count}", folder / f"{count}_{dedupe}")
+                yield pack_row(f"pack, --dedupe {dedupe}", count, pack.pack, *paths, size=128, dedupe=dedupe)
         table.write_text("".join(f"faces/{i % 1000:04d}/{i}.jpg,character_{i % 3000}\n" for i in range(10**6)))
-        seconds, mb = timed("found = sources.find(sys.argv[1])", table)
-        yield {"what": "open a csv", "images": 10**6, "seconds": round(seconds, 1),
-               "images_per_s": round(10**6 / seconds), "anonymous_mb_added": round(mb)}  # fmt: skip
-
-
-def loader_rows(n, side, batch_size):
-    """The row of results: the loader on one file."""
-    with tempfile.TemporaryDirectory() as folder:
-        speed, added = warm_epochs(noisy_split(folder, n, side), batch_size)
-    yield {"images": n, "side": side, "file_gb": round(n * side**2 * 3 / 1e9, 2), "images_per_s": speed,
-           "anonymous_mb_added": added}  # fmt: skip
+        yield pack_row("open a csv", 10**6, sources.find, table)
 
 
 def main():

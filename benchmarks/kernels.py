@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import kernels
-from benchmarks import about, status_mb
+from benchmarks import DTYPES, about, status_mb
 from common.io import Parser, UserError, at_least, cli, save_csv
 from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -26,35 +27,33 @@ GPU_CASES = dict(batch=(256, 1024, 4096), size=(128, 224), patch=(8, 16), ratio=
 CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 
 
-# ---- the obvious way, as it is written most often ------------------------------------------------------------------
+# ---- the obvious way, as it is written most often; in float64 it is the truth ----------------------------------------
 
 
-def obvious_patches(x, patch):
-    """x (B, S, S, 3) -> (B, N, P): all of them."""
+def pick_patches(x, ids, patch):
+    """x (B, S, S, 3) -> of all its patches those at ids (B, K), (B, K, P)."""
     B, S, _, C = x.shape
     x = x.view(B, S // patch, patch, S // patch, patch, C).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, (S // patch) ** 2, patch * patch * C)
-
-
-def pick(x, ids):
+    x = x.reshape(B, (S // patch) ** 2, patch * patch * C)
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
 def obvious_gather(view, ids, patch, dtype=torch.float32):
-    mean, std = (torch.tensor(v, device=view.device) for v in (MEAN, STD))
-    return pick(obvious_patches((view.float() / 255 - mean) / std, patch), ids).to(dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    mean, std = (torch.tensor(v, device=view.device, dtype=exact) for v in (MEAN, STD))
+    return pick_patches((view.to(exact) / 255 - mean) / std, ids, patch).to(dtype)
 
 
-def obvious_detail(view, ids, patch):
-    x = pick(obvious_patches(view.float() / 255, patch), ids).unflatten(2, (-1, 3))
+def obvious_detail(view, ids, patch, dtype=torch.float32):
+    x = pick_patches(view.to(dtype) / 255, ids, patch).unflatten(2, (-1, 3))
     return x.var(2, correction=0).mean(2).sqrt()
 
 
 def obvious_loss(pred, view, ids, patch, weight):
-    target = obvious_gather(view, ids, patch)
+    target = obvious_gather(view, ids, patch, torch.promote_types(pred.dtype, torch.float32))
     mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
     target = (target - mean) / (var + 0.15**2) ** 0.5
-    error = ((pred.float() - target) ** 2).mean(-1)
+    error = ((pred.to(target.dtype) - target) ** 2).mean(-1)
     return (error * weight).sum() / weight.sum()
 
 
@@ -66,11 +65,10 @@ def contenders(device):
                 lambda v, i, p: patch_detail(v, i, p, impl),
                 lambda y, v, i, p, w: reconstruction_loss(y, v, i, p, w, impl=impl))  # fmt: skip
 
-    obvious = (obvious_gather, obvious_detail, obvious_loss)
-    if device.type != "cuda":
-        return {"obvious": obvious, "reference": ours("torch")}
-    compiled = tuple(torch.compile(f, dynamic=False) for f in obvious)
-    return {"obvious": obvious, "reference": ours("torch"), "compile": compiled, "triton": ours("triton")}
+    obvious, found = (obvious_gather, obvious_detail, obvious_loss), {}
+    if device.type == "cuda":
+        found = {"compile": [torch.compile(f, dynamic=False) for f in obvious], "triton": ours("triton")}
+    return {"obvious": obvious, "reference": ours("torch")} | found
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
@@ -102,16 +100,12 @@ def calls(functions, view, keep, mask, pred, weight, patch):
 
 
 def gate(device, dtype):
-    """Every contender's numbers against float64 of the obvious way; a speed is never reported where one is wrong."""
-    given = inputs(4, 64, 16, 0.75, dtype, device)
-    view, keep, mask, pred, weight = given
-    y, scale = pred.detach().double().requires_grad_(), torch.tensor(STD, dtype=torch.float64, device=device)
-    x = (view.double() / 255 - torch.tensor(MEAN, dtype=torch.float64, device=device)) / scale
-    target = pick(obvious_patches(x, 16), mask)
-    target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 0.15**2).sqrt()
-    ((y - target).square().mean(2) * weight).sum().div(weight.double().sum()).backward()
-    detail = (pick(obvious_patches(x, 16), mask).unflatten(2, (-1, 3)) * scale).var(2, correction=0).mean(2).sqrt()
-    truth = {"gather": pick(obvious_patches(x, 16), keep), "detail": detail, "loss": y.grad}
+    """Every contender's numbers against the obvious way's in float64; a speed is never reported where one is wrong."""
+    given = view, keep, mask, pred, weight = inputs(4, 64, 16, 0.75, dtype, device)
+    exact = pred.detach().double().requires_grad_()
+    obvious_loss(exact, view, mask, 16, weight.double()).backward()
+    truth = {"gather": obvious_gather(view, keep, 16, torch.float64), "loss": exact.grad,
+             "detail": obvious_detail(view, mask, 16, torch.float64)}  # fmt: skip
     for name, functions in contenders(device).items():
         for operation, call in calls(functions, *given, 16).items():
             off = (call().double() - truth[operation]).abs().max() / truth[operation].abs().max()
@@ -176,32 +170,32 @@ def peak_mb(call, device):
 
 def measure(cases, dtype, device, copy_gb_s):
     """-> one row for each case, contender and operation. Memory last: measuring it changes how malloc behaves."""
-    rows, peaks = [], []
+    rows, later = [], []
     for case in cases:
         torch.compiler.reset()
         given = inputs(*case, dtype, device)
         for name, functions in contenders(device).items():
             for operation, call in calls(functions, *given, case[2]).items():
-                moved = bytes_to_move(operation, *given[:4], case[2])
                 try:
                     median, low, high = milliseconds(call, device)
                 except torch.cuda.OutOfMemoryError:
                     print(f"{name} {operation} of {case} does not fit in this GPU's memory; left out")
                     continue
-                row = dict(zip(("batch", "size", "patch", "ratio"), case, strict=True), operation=operation, impl=name)
+                moved = bytes_to_move(operation, *given[:4], case[2])
                 speed = moved / median / 1e6
-                row |= {"dtype": str(dtype)[6:], "ms": round(median, 4), "ms_20": round(low, 4),
-                        "ms_80": round(high, 4), "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(speed, 1),
+                row = dict(zip(GPU_CASES, case, strict=True), operation=operation, impl=name, dtype=str(dtype)[6:])
+                row |= {"ms": round(median, 4), "ms_20": round(low, 4), "ms_80": round(high, 4),
+                        "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(speed, 1),
                         "copy_share": round(speed / copy_gb_s, 3)}  # fmt: skip
-                rows.append(row)
                 if device.type == "cuda":
                     row["peak_mb"] = round(peak_mb(call, device), 1)
-                peaks.append((row, case, functions, operation))
-                print("  ".join(f"{v}" for v in row.values()), flush=True)
+                rows.append(row)
+                later.append((case, functions, operation))
+                print(*row.values(), sep="  ", flush=True)
         given = call = None
-    for row, case, functions, operation in peaks if device.type != "cuda" else ():
-        given = inputs(*case, dtype, device)
-        row["peak_mb"] = round(peak_mb(calls(functions, *given, case[2])[operation], device), 1)
+    for row, (case, functions, operation) in zip(rows, later, strict=True) if device.type != "cuda" else ():
+        call = calls(functions, *inputs(*case, dtype, device), case[2])[operation]
+        row["peak_mb"] = round(peak_mb(call, device), 1)
     return rows
 
 
@@ -216,26 +210,23 @@ def draw(rows, path):
     """One panel an operation: the time of every contender in every case, with its 20 and 80 %."""
     from common import plots
 
-    cases = list(dict.fromkeys((r["batch"], r["size"], r["patch"], r["ratio"]) for r in rows))
     names, operations = (list(dict.fromkeys(r[key] for r in rows)) for key in ("impl", "operation"))
-    width = 3 + 0.25 * len(cases) * len(operations)
-    fig, axes = plots.plt.subplots(1, len(operations), figsize=(max(9, width), 4))
-    for ax, operation in zip(axes, operations, strict=True):
-        for name in names:
-            own = [r for r in rows if (r["impl"], r["operation"]) == (name, operation)]
-            ms, low, high = ([r[key] for r in own] for key in ("ms", "ms_20", "ms_80"))
-            error = [[m - x for m, x in zip(ms, low, strict=True)], [x - m for m, x in zip(ms, high, strict=True)]]
-            at = [cases.index((r["batch"], r["size"], r["patch"], r["ratio"])) for r in own]
-            ax.errorbar(at, ms, error, fmt="o", ms=6, label=name, color=plots.COLOURS[names.index(name)])
-        ax.set_xticks(range(len(cases)), [f"{b} x {s}/{p}, {r}" for b, s, p, r in cases], rotation=90, fontsize=7)
-        ax.set(yscale="log", title=operation)
-        ax.margins(x=0.2)
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
-    axes[0].set_ylabel("milliseconds, 20 % to 80 %")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
-    fig.suptitle(f"Time by batch x pixels/patch, ratio; {rows[0]['machine']}", fontsize=9)
-    plots.save(fig, path)
+    title = f"Time by batch x pixels/patch, ratio; {rows[0]['machine']}"
+    size = (max(9, 3 + 0.25 * len(rows) / len(names)), 4)
+    with plots.panels(path, title, 1, len(operations), size) as axes:
+        for axis, operation in zip(axes, operations, strict=True):
+            for name, colour in zip(names, plots.COLOURS, strict=False):
+                own = [r for r in rows if (r["impl"], r["operation"]) == (name, operation)]
+                ms, low, high = (np.array([r[key] for r in own]) for key in ("ms", "ms_20", "ms_80"))
+                cases = ["{batch} x {size}/{patch}, {ratio}".format(**r) for r in own]
+                axis.errorbar(cases, ms, [ms - low, high - ms], fmt="o", ms=6, label=name, color=colour)
+            axis.tick_params("x", rotation=90, labelsize=7)
+            axis.set(yscale="log", title=operation)
+            axis.margins(x=0.2)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        axes[0].set_ylabel("milliseconds, 20 % to 80 %")
+        plots.shared_legend(axes[0], "outside lower center", ncols=len(names))
 
 
 def main():
@@ -243,22 +234,23 @@ def main():
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--batch", type=at_least(1), nargs="+", help="batch sizes (default: 256 1024 4096; on a CPU two cases)")
-    add("--dtype", choices=["bf16", "fp32"], help="of patches and predictions (default: bf16 on a GPU)")
+    add("--dtype", choices=DTYPES, help="of patches and predictions (default: bf16 on a GPU)")
     add("--out", type=Path, default=Path("results"), help="folder of the CSV and the plot")
     args = parser.parse_args()
     device = pick_device(args.device)
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if args.dtype == "bf16" or (gpu and args.dtype is None) else torch.float32
-    grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
-    cases = list(itertools.product(*grid.values())) if gpu else CPU_CASES
-    if not gpu:
+    if device.type == "cuda":
+        grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
+        cases, dtype, name = list(itertools.product(*grid.values())), "bf16", "bench_kernels.csv"
+    else:
+        cases, dtype, name = CPU_CASES, "fp32", "bench_kernels_cpu.csv"
         print("no GPU here: the CPU's paths are measured; the kernels and their bandwidth are not")
+    dtype = DTYPES[args.dtype or dtype]
     gate(device, dtype)
     copy_gb_s = copy_speed(device)
     version = kernels.triton.__version__ if kernels.triton else "none"
     where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=version)
     rows = [row | where for row in measure(cases, dtype, device, copy_gb_s)]
-    path = args.out / ("bench_kernels.csv" if gpu else "bench_kernels_cpu.csv")
+    path = args.out / name
     save_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
     print(f"wrote {path} and .png; a copy moves {copy_gb_s:.0f} GB/s")

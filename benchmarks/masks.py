@@ -7,6 +7,8 @@ experiments/readme_numbers.py.
 On a CPU it is the processor's time of this process that counts, so that other work on the machine does not.
 """
 
+import contextlib
+import functools
 import statistics
 import time
 
@@ -26,9 +28,13 @@ from model import MAE, SIZES, SimMIM
 BATCH, RATIO, DECODER_DEPTH = 32, 0.75, 2
 
 
-def clock(device):
-    """Seconds: of this process's CPU work, or after all work of the GPU has ended."""
-    return now(device) if device.type == "cuda" else time.process_time()
+@contextlib.contextmanager
+def timed(times, device):
+    """Append the seconds of what happens inside: of this process's CPU work, or until all work of the GPU has ended."""
+    clock = functools.partial(now, device) if device.type == "cuda" else time.process_time
+    start_time = clock()
+    yield
+    times.append(clock() - start_time)
 
 
 def fake_maps(need, n, side):
@@ -58,6 +64,7 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
     ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
     if guide.networks:
         guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
+        guide.backward()
     return ids_keep, ids_mask
 
 
@@ -70,20 +77,18 @@ def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
     optimizer.zero_grad()
 
 
-def measure(model, size, train, device, rounds):
-    """-> {strategy: median milliseconds of guidance}, and those of a step."""
-    dtype, _ = pick_dtype("auto", device)
-    autocast = autocast_of(device, dtype)
-    optimizer, S = make_optimizer(model, 1e-4, 0.05), size["image_size"]
+def measure(size, train, device, rounds):
+    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its own step."""
+    autocast, S, patch = autocast_of(device, pick_dtype("auto", device)[0]), size["image_size"], size["patch_size"]
+    model, baseline = MAE(**size, decoder_depth=DECODER_DEPTH).to(device), SimMIM(**size).to(device)
+    optimizer, its_optimizer = (make_optimizer(net, 1e-4, 0.05) for net in (model, baseline))
     N = model.encoder.side**2
     names = [name for name in masking.STRATEGIES if name != "simmim"]
-    baseline = SimMIM(**size).to(device)
-    its_optimizer = make_optimizer(baseline, 1e-4, 0.05)
     guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
         guides["true parts"].maps = train["parts"]
-    took = {name: [] for name in [*guides, "step", "simmim"]}
+    times = {name: [] for name in [*guides, "step", "simmim"]}
     for i in range(rounds):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
@@ -91,18 +96,15 @@ def measure(model, size, train, device, rounds):
         noise = masking.gumbel_noise(BATCH, N, draws).to(device)
         view = data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
         for name, guide in guides.items():
-            start_time = clock(device)
-            ids = masked_ids(name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO))
-            took[name].append(clock(device) - start_time)
-        start_time = clock(device)
-        data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
-        step(model, optimizer, view, *ids, size["patch_size"], autocast)
-        took["step"].append(clock(device) - start_time)
-        start_time = clock(device)
-        ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
-        step(baseline, its_optimizer, view, *ids, size["patch_size"], autocast)
-        took["simmim"].append(clock(device) - start_time)
-    return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in took.items()}
+            with timed(times[name], device):
+                ids = masked_ids(name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO))
+        with timed(times["step"], device):
+            data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
+            step(model, optimizer, view, *ids, patch, autocast)
+        with timed(times["simmim"], device):
+            ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
+            step(baseline, its_optimizer, view, *ids, patch, autocast)
+    return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in times.items()}
 
 
 def main():
@@ -114,14 +116,13 @@ def main():
     parser.add_argument("--out", default="results/bench_masks.csv")
     args = parser.parse_args()
     device, size = pick_device(args.device), SIZES[args.model]
-    model = MAE(**size, decoder_depth=DECODER_DEPTH).to(device)
-    ms = measure(model, size, data.open_split(args.data, "train"), device, args.rounds)
+    ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
-    whole = ms["step"] + ms["random"]
+    step_ms = ms.pop("step")
     where = {"model": args.model, "batch": BATCH} | about(device)
-    rows = [{"mask": name, "guidance_ms": round(ms[name], 3), "step_ms": round(ms["step"], 1),
-             "over_random_percent": round(100 * (ms["step"] + ms[name]) / whole - 100, 1), **where}
-            for name in ms if name != "step"]  # fmt: skip
+    over = {name: 100 * (x - ms["random"]) / (step_ms + ms["random"]) for name, x in ms.items()}
+    rows = [{"mask": name, "guidance_ms": round(x, 3), "step_ms": round(step_ms, 1),
+             "over_random_percent": round(over[name], 1), **where} for name, x in ms.items()]  # fmt: skip
     replace_rows(args.out, rows, ["model"])
     for row in rows:
         print(f"{row['mask']:10} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")

@@ -1,41 +1,36 @@
 """One candidate of benchmarks/train.py in a process of its own: a network, its training step, and answers on demand.
 
-    python -m benchmarks.step '{"net": "ours", "decoder": [512, 8], "weights": ..., ...}'
-
-It warms up, says its losses, and then answers each line of standard input, "steps 3" or "parts 3", with a line of JSON.
+It warms up, sends its losses, and then answers each ("steps" or "parts", count) that comes through its pipe.
 """
 
+import contextlib
 import functools
-import json
 import statistics
-import sys
 import time
 
 import torch
 
 import data
 import mask as masking
-from benchmarks import now
+from benchmarks import DTYPES, now
 from common.checkpoints import init_from
-from common.io import cli
 from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
 from kernels.gather import byte_scale, masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
 FLOOR = 1e-3  # under a patch's std: that of transformers, sqrt(1e-6), so that both do the same
 
 
 def fixed_views(case, device):
     """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every process."""
-    draws, S = seeded(0), case["image_size"]
-    coarse = torch.rand(case["batch"], 3, 7, 7, generator=draws)
+    draws, B, S = seeded(0), case["batch"], case["image_size"]
+    coarse = torch.rand(B, 3, 7, 7, generator=draws)
     smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
-    grain = torch.rand(case["batch"], 3, S, S, generator=draws)
+    grain = torch.rand(B, 3, S, S, generator=draws)
     view = (255 * (0.8 * smooth + 0.2 * grain)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    noise = torch.rand(8, case["batch"], (S // case["patch_size"]) ** 2, generator=draws)
+    noise = torch.rand(8, B, (S // case["patch_size"]) ** 2, generator=draws)
     return view.to(device), noise.to(device)
 
 
@@ -73,9 +68,8 @@ def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda
 
     def step(i):
         draws = seeded(0, i)
-        boxes, flip = data.draw_boxes(B, draws, 0.4)
-        own = masking.gumbel_noise(B, noise.shape[2], draws)
-        boxes, flip, own = (data.send(x, device) for x in (boxes, flip, own))
+        drawn = (*data.draw_boxes(B, draws, 0.4), masking.gumbel_noise(B, noise.shape[2], draws))
+        boxes, flip, own = (data.send(x, device) for x in drawn)
         batch = data.take(images, torch.randperm(B, generator=draws), device)
         seen = data.view_images(batch, boxes, flip, case["image_size"])
         mark("data")
@@ -116,9 +110,8 @@ def their_step(case, model, optimizer, view, noise, dtype, autocast):
 
 
 def make_step(case, device):
-    """The candidate's network with the weights that all begin with -> step(i), and mark-able whole_step or None."""
+    """-> a function that makes the candidate's step(i), from the weights that all start with."""
     dtype = DTYPES[case["dtype"]]
-    autocast = autocast_of(device, dtype)
     if case["net"] == "hf":
         from transformers import ViTMAEForPreTraining
 
@@ -128,15 +121,15 @@ def make_step(case, device):
         for name, weight in model.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
             weight.requires_grad_("position" not in name and "pos_embed" not in name)
     else:
-        model = build(case)
+        model, make = build(case), whole_step if case.get("whole") else our_step
         init_from(model, case["weights"] + ".safetensors")
-        make = whole_step if case.get("whole") else our_step
     model.train().to(device)
     if case.get("fused", True):
         optimizer = make_optimizer(model, 1e-4, 0.05)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
-    return functools.partial(make, case, model, optimizer, *fixed_views(case, device), dtype, autocast)
+    views, autocast = fixed_views(case, device), autocast_of(device, dtype)
+    return functools.partial(make, case, model, optimizer, *views, dtype, autocast)
 
 
 def build(case):
@@ -145,9 +138,9 @@ def build(case):
     return MAE(case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth)
 
 
-def multiply_step(case, device, side):
+def multiply_step(case, device):
     """-> step(i): a plain product of two square matrices, to which MFU compares."""
-    a = torch.randn(side, side, device=device).to(DTYPES[case["dtype"]])
+    a = torch.randn(case["side"], case["side"], device=device).to(DTYPES[case["dtype"]])
     out = torch.empty_like(a)
     return lambda i: torch.mm(a, a, out=out)[0, 0]
 
@@ -168,56 +161,46 @@ def waits(step, device):
 
 def timed_parts(make, device, steps):
     """-> {part: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
-    marks = []
+    marks, gpu = [], device.type == "cuda"
 
     def mark(part):
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        marks.append((part, event if device.type == "cuda" else time.perf_counter()))
+        moment = torch.cuda.Event(enable_timing=True) if gpu else time.perf_counter()
+        if gpu:
+            moment.record()
+        marks.append((part, moment))
 
-    step, took = make(mark=mark), {part: [] for part in PARTS}
+    step, times = make(mark=mark), {part: [] for part in PARTS}
     for i in range(steps + 1):
         marks.clear()
         mark("begin")
         step(i)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        now(device)  # a GPU's events are there
         spent = dict.fromkeys(PARTS, 0.0)
         for (_, a), (part, b) in zip(marks, marks[1:], strict=False):
-            spent[part] += a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a)
-        for part, ms in spent.items() if i else ():
-            took[part].append(ms)
-    return {part: round(statistics.median(ms), 3) for part, ms in took.items()}
+            spent[part] += a.elapsed_time(b) if gpu else 1000 * (b - a)
+        for part, ms in spent.items() if i else ():  # the first step warms up
+            times[part].append(ms)
+    return {part: round(statistics.median(ms), 3) for part, ms in times.items()}
 
 
-def seconds(step, steps, device):
-    """How long so many steps take."""
+def timed_steps(step, device, steps):
+    """-> how long so many steps take, and the most memory that was held so far."""
     start_time = now(device)
     for i in range(steps):
         step(i)
-    return now(device) - start_time
+    return {"seconds": now(device) - start_time, "peak_mb": peak_memory_mb(device)}
 
 
-def main():
-    case = json.loads(sys.argv[1])
+def serve(case, pipe):
+    """The life of the process: warm up, send the losses, answer until nobody asks any more."""
     if case.get("keep", True):
         keep_freed_memory()
-    device, answers = torch.device(case["device"]), sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
-    make = None if case["net"] == "matmul" else make_step(case, device)
-    step = make() if make else multiply_step(case, device, case["side"])
+    device = torch.device(case["device"])
+    make = functools.partial(multiply_step, case, device) if case["net"] == "matmul" else make_step(case, device)
+    step = make()
     losses = [float(step(i)) for i in range(case["warmup"])]
-    first = {"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""}
-    print(json.dumps(first), file=answers, flush=True)
-    for line in sys.stdin:
-        what, count = line.split()
-        if what == "parts":
-            answer = timed_parts(make, device, int(count))
-        else:
-            answer = {"seconds": seconds(step, int(count), device), "peak_mb": peak_memory_mb(device)}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    cli(main)
+    pipe.send({"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""})
+    with contextlib.suppress(EOFError):
+        while True:
+            what, count = pipe.recv()
+            pipe.send(timed_parts(make, device, count) if what == "parts" else timed_steps(step, device, count))

@@ -13,18 +13,17 @@ those of a plain matrix product in the same run.
 
 import contextlib
 import functools
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import kernels
 import mask as masking
-from benchmarks import ROOT, about, replace_rows
+from benchmarks import about, replace_rows, step
 from benchmarks.step import PARTS, build
 from common.checkpoints import save_model
 from common.io import Parser, UserError, at_least, between, cli, save_text
@@ -64,7 +63,7 @@ def step_flops(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_d
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = MAE(image_size, patch_size, dim, depth, heads, decoder_dim=decoder_dim, decoder_depth=decoder_depth)
+        model = MAE(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth)
         ids = torch.arange((image_size // patch_size) ** 2)[None]
         patches = torch.empty(1, K, 3 * patch_size**2)
     with FlopCounterMode(display=False) as counter:
@@ -93,44 +92,42 @@ def agree(losses, reference, dtype):
     return ""
 
 
-# ---- the one that starts and asks them -----------------------------------------------------------------------------
+# ---- candidates, each a process ------------------------------------------------------------------------------------
 
 
-def start(case):
-    command = [sys.executable, "-m", "benchmarks.step", json.dumps(case)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def ask(candidate, name, *request):
+    """A candidate is (its process, our end of the pipe) -> its answer to the request, or what it says unasked."""
+    process, pipe = candidate
+    try:
+        if request:
+            pipe.send(request)
+        return pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        raise UserError(f"{name} ended with status {process.exitcode}; its message is above") from None
 
 
-def answer(process, name):
-    line = process.stdout.readline()
-    if not line:
-        raise UserError(f"{name} ended with status {process.wait()}; its message is above")
-    return json.loads(line)
-
-
-def ask(process, name, what, count):
-    process.stdin.write(f"{what} {count}\n")
-    process.stdin.flush()
-    return answer(process, name)
+def started(stack, case, name):
+    """A candidate that ends with the stack, and what it said after its warm-up."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=cli, args=(functools.partial(step.serve, case, theirs),))
+    process.start()
+    theirs.close()
+    stack.callback(process.join)
+    stack.callback(ours.close)  # nobody asks any more: it ends
+    return (process, ours), ask((process, ours), name)
 
 
 def write_weights(case, stem):
     """The weights that candidates with this decoder begin with: STEM.safetensors, and STEM-hf for transformers."""
     torch.manual_seed(0)
-    model = build(case)
-    save_model(model, f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
+    save_model(build(case), f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
     export(f"{stem}.safetensors", "hf", Path(f"{stem}-hf"))
 
 
-def started(stack, case, name):
-    """A process that is ended with the stack, and what it said after its warm-up."""
-    process = stack.enter_context(start(case))
-    stack.callback(process.kill)
-    return process, answer(process, name)
-
-
 def gated(stack, case, names, folder):
-    """Start all candidates -> {name: process}; a UserError, and so no speed, where losses part or a step waits."""
+    """Start all candidates -> {name: candidate}; a UserError, and so no speed, where losses part or a step waits."""
     running, reference = {}, {}
     for name in names:
         own = case | CANDIDATES[name]
@@ -148,21 +145,28 @@ def gated(stack, case, names, folder):
     return running
 
 
-def measure(case, names, repeats, steps, part_steps):
-    """One dtype: the gate, then all candidates in turns -> rows."""
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def measure(case, names, repeats, steps):
+    """One dtype: the gate, then all candidates in turns, and the parts of a whole step -> rows."""
+    product = case | {"net": "matmul", "side": 8192 if case["device"] == "cuda" else 2048}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         running = gated(stack, case, names, folder)
-        product = case | {"net": "matmul", "side": 8192 if case["device"] == "cuda" else 2048}
         running["matmul"], _ = started(stack, product, "matmul")
-        asked = [
-            (name, ask(process, name, "steps", steps)) for _ in range(repeats) for name, process in running.items()
-        ]
-        split = {name: ask(running[name], name, "parts", part_steps) for name in names if CANDIDATES[name].get("whole")}
-    took = {name: [a["seconds"] for n, a in asked if n == name] for name in running}
-    tflops = 2 * product["side"] ** 3 * steps / statistics.median(took["matmul"]) / 1e12
-    peak = {name: max(a["peak_mb"] for n, a in asked if n == name) for name in names}
-    rows = [row_of(case, name, [steps * case["batch"] / s for s in took[name]], peak[name], tflops) for name in names]
-    return [row | against_the_peer(row, rows) | columns(split.get(row["candidate"], {})) for row in rows]
+        answers = {name: [] for name in running}
+        for _ in range(repeats):
+            for name, candidate in running.items():
+                answers[name].append(ask(candidate, name, "steps", steps))
+        whole = [name for name in names if CANDIDATES[name].get("whole")]
+        parts = {name: ask(running[name], name, "parts", 2 * steps) for name in whole}
+    seconds = {name: [a["seconds"] for a in own] for name, own in answers.items()}
+    tflops = 2 * product["side"] ** 3 * steps / statistics.median(seconds["matmul"]) / 1e12
+    rows = []
+    for name in names:
+        speeds = [steps * case["batch"] / s for s in seconds[name]]
+        rows.append(row_of(case, name, speeds, max(a["peak_mb"] for a in answers[name]), tflops))
+    return [row | against_the_peer(row, rows) | columns(parts.get(row["candidate"], {})) for row in rows]
 
 
 def columns(parts):
@@ -172,11 +176,11 @@ def columns(parts):
 
 def row_of(case, name, speeds, peak_mb, tflops):
     """A row of results without what compares it to others; speeds: images a second of each repeat."""
-    (width, blocks), speed = CANDIDATES[name]["decoder"], statistics.median(speeds)
-    size, K = SIZES[case["model"]], masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
+    (width, blocks), speed, size = CANDIDATES[name]["decoder"], statistics.median(speeds), SIZES[case["model"]]
+    K = masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
     with torch.device("meta"):
         gradient = 4 * sum(w.numel() for w in build(case | CANDIDATES[name]).parameters())
-    flops = step_flops(case["image_size"], case["patch_size"], size["dim"], size["depth"], size["heads"], width,
+    flops = step_flops(case["image_size"], case["patch_size"], *map(size.get, ("dim", "depth", "heads")), width,
                        blocks, K)  # fmt: skip
     same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
     return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(speed, 2),
@@ -210,38 +214,41 @@ def draw(rows, path):
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in rows))
     whole = [r for r in rows if r["data_ms"] is not None]
-    high = 1.2 + 0.32 * len(rows) / len(dtypes)
-    panels = len(dtypes) + bool(whole)
-    figure, axes = plots.plt.subplots(1, panels, figsize=(3.7 * panels, high), squeeze=False)
-    for axis, dtype in zip(axes[0], dtypes, strict=False):
-        own = [r for r in rows if r["dtype"] == dtype][::-1]
-        speed = [r["images_per_s"] for r in own]
-        error = [[r["images_per_s"] - r["low"] for r in own], [r["high"] - r["images_per_s"] for r in own]]
-        colours = [plots.ORANGE if r["candidate"].startswith("transf") else plots.BLUE for r in own]
-        axis.barh(range(len(own)), speed, xerr=error, color=colours, ecolor=plots.INK, capsize=2)
-        names = [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
-        axis.set_yticks(range(len(own)), names)
-        axis.set(title=dtype, xlabel="images a second")
-    if whole:
-        split_panel(axes[0, -1], whole, (plots.INK, plots.PINK, *plots.COLOURS[:3], "#999999"))
-    figure.suptitle(f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch']}: a training step")
-    plots.save(figure, path)
+    n = len(dtypes) + bool(whole)
+    title = f"{rows[0]['model']}, {rows[0]['image_size']} px, batch {rows[0]['batch']}: a training step"
+    with plots.panels(path, title, 1, n, (3.7 * n, 1.2 + 0.32 * len(rows) / len(dtypes)), squeeze=False) as axes:
+        for axis, dtype in zip(axes[0], dtypes, strict=False):
+            own = [r for r in rows if r["dtype"] == dtype][::-1]
+            speed, low, high = ([r[key] for r in own] for key in ("images_per_s", "low", "high"))
+            error = np.abs(np.array([low, high]) - speed)
+            colours = [plots.ORANGE if r["candidate"].startswith("transf") else plots.BLUE for r in own]
+            axis.barh(range(len(own)), speed, xerr=error, color=colours, ecolor=plots.INK, capsize=2)
+            names = [f"{r['candidate']}, {r['decoder']}" for r in own] if dtype == dtypes[0] else []
+            axis.set_yticks(range(len(own)), names)
+            axis.set(title=dtype, xlabel="images a second")
+        if whole:
+            split_panel(axes[0, -1], whole[::-1], (plots.INK, plots.PINK, *plots.COLOURS[:3], "#999999"))
 
 
 def split_panel(axis, whole, colours):
     """A bar for each dtype: which share of a whole step each part takes."""
-    for y, row in enumerate(whole[::-1]):
-        left, total = 0.0, sum(row[f"{p}_ms"] for p in PARTS)
-        for part, colour in zip(PARTS, colours, strict=True):
-            share = 100 * row[f"{part}_ms"] / total
-            axis.barh(y, share, left=left, color=colour, label=part if y == 0 else None)
-            left += share
-    axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole[::-1]])
+    left = [0.0] * len(whole)
+    for part, colour in zip(PARTS, colours, strict=True):
+        share = [100 * row[f"{part}_ms"] / sum(row[f"{p}_ms"] for p in PARTS) for row in whole]
+        axis.barh(range(len(whole)), share, left=left, color=colour, label=part)
+        left = [a + b for a, b in zip(left, share, strict=True)]
+    axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole])
     axis.set(title="A whole step, light decoder", xlabel="share of the time, %", xlim=(0, 100))
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.12))
+    axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.12))
 
 
-def parse_args():
+def versions():
+    import transformers
+
+    return f"transformers {transformers.__version__}, triton {kernels.triton.__version__ if kernels.triton else 'none'}"
+
+
+def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
@@ -257,35 +264,24 @@ def parse_args():
     add("--warmup", type=at_least(1), help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
     add("--quick", action="store_true", help="eager candidates only, 3 turns")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     device = pick_device(args.device)
-    gpu = device.type == "cuda"
+    batch, steps, warmup = (256, 30, 20) if device.type == "cuda" else (16, 3, 3)
     names = args.only or (QUICK if args.quick else list(CANDIDATES))
     if unknown := set(names) - CANDIDATES.keys():
         raise UserError(f"--only {', '.join(unknown)} is no candidate; there are: {'; '.join(CANDIDATES)}")
-    steps, warmup = args.steps or (30 if gpu else 3), args.warmup or (20 if gpu else 3)
-    case = {"device": device.type, "model": args.model, "image_size": args.image_size, "patch_size": args.patch_size,
-            "batch": args.batch or (256 if gpu else 16), "ratio": args.ratio, "warmup": warmup}  # fmt: skip
-    where = about(device, versions=versions())
-    repeats, rows = 3 if args.quick else args.repeats, []
+    case = {k: vars(args)[k] for k in ("model", "image_size", "patch_size", "ratio")}
+    case |= {"device": device.type, "batch": args.batch or batch, "warmup": args.warmup or warmup}
+    where, rows = about(device, versions=versions()), []
     for dtype in args.dtype:
-        rows += [r | where for r in measure(case | {"dtype": dtype}, names, repeats, steps, 2 * steps)]
-        print(table(rows[-len(names) :]), flush=True)
+        found = measure(case | {"dtype": dtype}, names, 3 if args.quick else args.repeats, args.steps or steps)
+        rows += [row | where for row in found]
+        print(table(found), flush=True)
     path = args.out / f"bench_train_{device.type}.csv"
     replace_rows(path, rows, ("model", "image_size", "batch"))
     save_text(f"{table(rows)}\n{', '.join(where.values())}\n", path.with_suffix(".md"))
     draw(rows, path.with_suffix(".png"))
     print(f"wrote    {path}, .md and .png")
-
-
-def versions():
-    import transformers
-
-    return f"transformers {transformers.__version__}, triton {kernels.triton.__version__ if kernels.triton else 'none'}"
 
 
 if __name__ == "__main__":

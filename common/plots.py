@@ -60,9 +60,9 @@ def controls(axis, lines):
             axis.axhline(value, color=INK, ls=style, lw=1, label=label)
 
 
-def side_legend(axis):
-    """One legend for all panels, to the right of them: what this one shows."""
-    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
+def shared_legend(axis, place="outside right", **options):
+    """One legend beside all panels: of what this one shows."""
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc=place, **options)
 
 
 # ---- lines of pictures ---------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def scatter(path, train, labels, held, held_labels, names, title, most=8):
                 at, label = points[(held_labels[inside] == c).numpy()], str(names[c])[:16]
                 axis.scatter(*at.T, s=18, color=colour, marker=marker, alpha=0.75, lw=0, label=label)
             axis.set(title=name, xlabel="first", ylabel="second", xticks=[], yticks=[])
-        side_legend(axes[0])
+        shared_legend(axes[0])
 
 
 def confusion(path, table, names, title):
@@ -432,7 +432,7 @@ def parts(path, report, title):
         controls(axis, [(report["clean"], "--", "clean"), (report["chance"], ":", "chance")])
         axis.set_xticks(range(len(rows)), [f"{n}\n{100 * r['area']:.1f} %" for n, r in rows.items()], fontsize=9)
         axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %", ylim=(0, None))
-        side_legend(axis)
+        shared_legend(axis)
 
 
 def reconstruction(path, rows, title):
@@ -445,7 +445,7 @@ def reconstruction(path, rows, title):
                 plot_rows(axis, own, "ratio", key, label=name, **style)
             axis.set(xlabel="share of patches hidden", ylabel=label)
         plot_rows(axes[0], of.get("random", []), "ratio", "psnr_flat", ":", color=INK, label="mean colour")
-        side_legend(axes[0])
+        shared_legend(axes[0])
 
 
 # ---- verification --------------------------------------------------------------------------------------------------
