@@ -31,51 +31,46 @@ def check_whole(weights, facts, path):
             load_exactly(ours, decoder, path, assign=True)
 
 
-def hf_config(facts):
-    """config.json of ViTMAEForPreTraining, or of ViTModel where there is no decoder."""
-    decoder_dim, decoder_depth = facts["decoder_dim"], facts["decoder_depth"]
+def save_hf(weights, facts, folder):
+    """Write a folder for ViTMAEForPreTraining, or for ViTModel where there is no decoder -> how to load it.
+
+    weights: ours, with a convolution. Its norm_pix_loss has no floor under a patch's std, ours has (kernels/loss.py):
+    the loss differs by that.
+    """
+    size, dim, width, depth = (facts[k] for k in ("image_size", "dim", "decoder_dim", "decoder_depth"))
+    network = "ViTMAEForPreTraining" if depth else "ViTModel"
     config = {
-        "model_type": "vit_mae" if decoder_depth else "vit", "hidden_size": facts["dim"],
-        "architectures": ["ViTMAEForPreTraining" if decoder_depth else "ViTModel"], "patch_size": facts["patch_size"],
-        "image_size": facts["image_size"], "num_channels": 3, "num_hidden_layers": facts["depth"],
-        "num_attention_heads": facts["heads"], "intermediate_size": 4 * facts["dim"], "hidden_act": "gelu",
+        "model_type": "vit_mae" if depth else "vit", "hidden_size": dim, "architectures": [network],
+        "patch_size": facts["patch_size"], "image_size": size, "num_channels": 3, "num_hidden_layers": facts["depth"],
+        "num_attention_heads": facts["heads"], "intermediate_size": 4 * dim, "hidden_act": "gelu",
         "layer_norm_eps": facts["norm_eps"], "qkv_bias": True,
     }  # fmt: skip
-    decoder = {
-        "decoder_hidden_size": decoder_dim, "decoder_num_hidden_layers": decoder_depth, "mask_ratio": 0.75,
-        "decoder_num_attention_heads": facts["decoder_heads"],
-        "decoder_intermediate_size": 4 * decoder_dim, "norm_pix_loss": facts.get("norm_pix", False),
-    }  # fmt: skip
-    return config | (decoder if decoder_depth else {})
-
-
-def save_hf(weights, facts, folder):
-    """Write model.safetensors, config.json, preprocessor_config.json; weights with a convolution -> how to load them.
-
-    Its norm_pix_loss has no floor under a patch's std, ours has (kernels/loss.py): the loss differs by that.
-    """
-    size, config = facts["image_size"], hf_config(facts)
-    table, renamed = hf_names(facts["depth"], facts["decoder_depth"]), {}
-    for name, w in weights.items():
-        names = [name.replace("attn.qkv", part) for part in QKV] if ".attn.qkv." in name else [name]
-        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
+    if depth:
+        config |= {
+            "decoder_hidden_size": width, "decoder_num_hidden_layers": depth, "mask_ratio": 0.75,
+            "decoder_num_attention_heads": facts["decoder_heads"], "decoder_intermediate_size": 4 * width,
+            "norm_pix_loss": facts.get("norm_pix", False),
+        }  # fmt: skip
     pixels = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
               "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
               "image_std": list(STD)}  # fmt: skip
+    table, renamed = hf_names(facts["depth"], depth), {}
+    for name, w in weights.items():
+        names = [name.replace("attn.qkv", matrix) for matrix in QKV] if ".attn.qkv." in name else [name]
+        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
     save_safetensors(renamed, folder / "model.safetensors")
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
-    return f"transformers.{config['architectures'][0]}.from_pretrained({str(folder)!r})"
+    return f"transformers.{network}.from_pretrained({str(folder)!r})"
 
 
 def timm_line(facts, path):
     """How timm makes this network and fills it."""
-    kin = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(facts["dim"], "small")
-    numbers = {"img_size": facts["image_size"], "patch_size": facts["patch_size"], "embed_dim": facts["dim"],
-               "depth": facts["depth"], "num_heads": facts["heads"], "num_classes": 0}  # fmt: skip
-    numbers["pretrained_cfg_overlay"] = {"mean": MEAN, "std": STD, "input_size": (3, *2 * [facts["image_size"]])}
-    words = ", ".join(f"{k}={v}" for k, v in numbers.items())
-    return f'timm.create_model("vit_{kin}_patch16_224", {words}, checkpoint_path="{path}")'
+    size, kin = facts["image_size"], {192: "tiny", 768: "base", 1024: "large"}.get(facts["dim"], "small")
+    pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
+    return (f'timm.create_model("vit_{kin}_patch16_224", img_size={size}, patch_size={facts["patch_size"]}, '
+            f"embed_dim={facts['dim']}, depth={facts['depth']}, num_heads={facts['heads']}, num_classes=0, "
+            f'pretrained_cfg_overlay={pixels}, checkpoint_path="{path}")')  # fmt: skip
 
 
 def export(source, to, out=None, image_size=None):

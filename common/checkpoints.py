@@ -16,9 +16,6 @@ from model import SIZES, ViT
 ENCODER = ("image_size", "patch_size", "dim", "depth", "heads")  # what a ViT is built from
 
 
-# ---- a run's own file: public names and shapes, the configuration in the header ------------------------------------
-
-
 def as_convolution(weights):
     """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
     kernel = weights["patch_embed.proj.weight"]
@@ -41,19 +38,14 @@ def load_exactly(module, weights, path, assign=False):
 
     assign: a module on the device "meta", which has no memory, takes their tensors as its own.
     """
-    own = module.state_dict()
-    shapes = [f"{k} {tuple(weights[k].shape)} against {tuple(own[k].shape)}" for k in own.keys() & weights.keys()
-              if weights[k].shape != own[k].shape]  # fmt: skip
-    found = {"missing": sorted(own.keys() - weights.keys()), "left over": sorted(weights.keys() - own.keys()),
-             "other shape": shapes}  # fmt: skip
-    if any(found.values()):
-        some = [f"{what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                for what, names in found.items() if names]  # fmt: skip
-        raise UserError(f"{path} does not fit this model; " + "; ".join(some))
+    own = {k: tuple(w.shape) for k, w in module.state_dict().items()}
+    given = {k: tuple(w.shape) for k, w in weights.items()}
+    other = [f"{k} {given[k]} against {own[k]}" for k in own if k in given and own[k] != given[k]]
+    found = {"missing": sorted(own.keys() - given), "left over": sorted(given.keys() - own), "other shape": other}
+    lists = {kind: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") for kind, names in found.items() if names}
+    if lists:
+        raise UserError(f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}")
     module.load_state_dict(weights, assign=assign)
-
-
-# ---- any checkpoint -> a network -----------------------------------------------------------------------------------
 
 
 def resize_positions(pos, side):
@@ -91,19 +83,10 @@ def load_encoder(path, image_size=None):
     return encoder.eval(), facts["image_size"]
 
 
-def check_decoder(facts, config, path):
-    """A decoder comes whole or not at all: one of another shape is an error with the flags that would fit it."""
-    width, depth = shape = facts["decoder_dim"], facts["decoder_depth"]
-    if shape != (config["decoder_dim"], config["decoder_depth"]):
-        raise UserError(f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
-                        f"{config['decoder_dim']} and {config['decoder_depth']}; "
-                        f"give --decoder-dim {width} --decoder-depth {depth}")  # fmt: skip
-
-
 def init_from(model, path):
     """Start an MAE from a checkpoint: encoder complete; decoder complete, or absent and left as it is.
 
-    -> a line that says what was taken. Positions are resized to the model's grid. Another width, depth, number of
+    -> a line that says what was loaded. Positions are resized to the model's grid. Another width, depth, number of
     heads, patch or decoder is a UserError with both sides and the flags that would fit.
     """
     from common.formats import encoder_of, is_decoder, read_checkpoint
@@ -116,13 +99,15 @@ def init_from(model, path):
         fix = f"give --model {size} --patch-size {facts['patch_size']}" if size else "no --model has that shape"
         raise UserError(f"--init {path} has {there}, this run {here}; {fix}")
     decoder = "decoder_dim" in own and facts["decoder_depth"] > 0  # SimMIM's one layer starts anew
-    if decoder:
-        check_decoder(facts, own, path)
+    width, depth = facts["decoder_dim"], facts["decoder_depth"]
+    if decoder and (width, depth) != (own["decoder_dim"], own["decoder_depth"]):
+        raise UserError(f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
+                        f"{own['decoder_dim']} and {own['decoder_depth']}; "
+                        f"give --decoder-dim {width} --decoder-depth {depth}")  # fmt: skip
     weights, _ = at_size(weights if decoder else encoder_of(weights), facts, own["image_size"], path)
-    taken = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
-    kept = {k: w for k, w in model.state_dict().items()
-            if "stats_head" in k or (k.startswith("decoder.") and not decoder)}  # fmt: skip
-    load_exactly(model, kept | taken, path)
+    loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
+    kept = ("decoder.stats_head",) if decoder else ("decoder.",)  # as they are in the model
+    load_exactly(model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path)
     if decoder:
         model.set_decoder_heads(facts["decoder_heads"])
     grid = "" if facts["image_size"] == own["image_size"] else f"; positions resized from {facts['image_size']} px"

@@ -4,9 +4,8 @@ Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021)
         registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or as a .pth of tensors and plain values.
 
 Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes decide the
-architecture, never a file's name. What shapes leave open is read from the header or from the json files beside the
-checkpoint: the number of heads (of HEADS if nobody says), the LayerNorms' epsilon, the pixels' mean and std.
-Nothing that a file holds is ever run.
+architecture. The number of heads, the epsilon of the LayerNorms and the mean and std of the pixels are read from the
+header or from the json files beside the checkpoint. Nothing that a file holds is ever run.
 """
 
 import argparse
@@ -43,11 +42,8 @@ HF_TOKENS = {
 }  # fmt: skip
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
 HEADS = {192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1536: 24,
-         1664: 16}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours); 64 a head up to 1024 only
+         1664: 16}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours)  # fmt: skip
 VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1}  # what makes it a ViT
-
-
-# ---- files -> tensors, and back ------------------------------------------------------------------------------------
 
 
 def read_tensors(path):
@@ -61,8 +57,8 @@ def read_tensors(path):
                 return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = f"it wants to run {code[1]} and was not opened" if code else str(problem).strip().split("\n")[0][:100]
-        reason = reason or "it is cut short"
+        line = f"it wants to run {code[1]} and was not opened" if code else str(problem).strip().split("\n")[0][:100]
+        reason = line or "it is cut short"
         raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason})") from None
     return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
 
@@ -78,9 +74,6 @@ def read_json(path):
     return content
 
 
-# ---- every format -> our names -------------------------------------------------------------------------------------
-
-
 def is_decoder(name):
     return name.startswith("decoder_") or name == "mask_token"
 
@@ -88,12 +81,6 @@ def is_decoder(name):
 def encoder_of(weights):
     """The weights without a decoder's."""
     return {k: w for k, w in weights.items() if not is_decoder(k)}
-
-
-def as_matrix(weights):
-    """Public weights -> ours: the patch embedding's (D, 3, p, p) becomes (D, p*p*3), as a patch is laid out."""
-    kernel = weights["patch_embed.proj.weight"]
-    return weights | {"patch_embed.proj.weight": kernel.permute(0, 2, 3, 1).flatten(1).contiguous()}
 
 
 def hf_names(depth, decoder_depth):
@@ -106,8 +93,7 @@ def hf_names(depth, decoder_depth):
 
 def count_blocks(names, stem):
     """How many different i there are in names that begin with `stem`.i."""
-    found = [re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names]
-    return len({m[1] for m in found if m})
+    return len({m[1] for m in (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names) if m})
 
 
 def from_hf(weights):
@@ -117,7 +103,7 @@ def from_hf(weights):
     ours = {theirs.removeprefix("vit."): name for name, theirs in hf_names(*depths).items()}
     weights = {ours.get(k, k): w for k, w in weights.items()}
     for name in [k for k in weights if ".attn.q." in k]:
-        three = [name.replace("attn.q", part) for part in QKV]
+        three = [name.replace("attn.q", matrix) for matrix in QKV]
         if all(k in weights for k in three):
             weights[name.replace("attn.q", "attn.qkv")] = torch.cat([weights.pop(k) for k in three])
     return weights
@@ -129,10 +115,9 @@ def fold_layer_scale(weights):
     for name in [k for k in weights if k.endswith((".ls1.gamma", ".ls2.gamma"))]:
         gamma = weights.pop(name)
         last = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        for end in (".weight", ".bias"):
-            if last + end in weights:
-                rows = weights[last + end]  # (D, in) or (D,)
-                weights[last + end] = gamma.view(-1, *[1] * (rows.ndim - 1)) * rows
+        for key, scale in ((f"{last}.weight", gamma[:, None]), (f"{last}.bias", gamma)):  # (D, in), (D,)
+            if key in weights:
+                weights[key] = scale * weights[key]
     return weights
 
 
@@ -184,37 +169,18 @@ def facts_beside(path, header):
     return {k: v for k, v in facts.items() if v is not None}
 
 
-def check_facts(facts, weights, path):
-    """What can't be loaded as it was trained is refused with the reason."""
-    dim, positions = weights["cls_token"].shape[2], weights["pos_embed"].shape[1]
-    kernel = weights["patch_embed.proj.weight"].shape
-    if kernel[1] != 3 or kernel[2] != kernel[3]:
-        raise UserError(f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours")
-    if positions < 2 or math.isqrt(positions - 1) ** 2 != positions - 1:
-        raise UserError(f"{path} has {positions} positions: not a square grid and one for the CLS token")
-    if facts.get("dim", dim) != dim:
-        raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
-    if facts.get("activation", "gelu") != "gelu":
-        raise UserError(f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu")
-    check_heads(dim, facts.get("heads", HEADS.get(dim)), "num_attention_heads", path)
-    if "mask_token" in weights and count_blocks(weights, "decoder_blocks"):
-        width = weights["mask_token"].shape[-1]
-        heads = facts.get("decoder_heads", None if width % 32 else width // 32)
-        check_heads(width, heads, "decoder_num_attention_heads", f"the decoder of {path}")
-
-
-def check_heads(width, heads, key, what):
+def check_heads(width, heads, key, owner):
     """A number of heads changes no shape: a wrong one would be seen nowhere but in the features."""
     if not isinstance(heads, int) or heads < 1 or width % heads:
         say = "how many heads share it is not known" if heads is None else f"{heads} heads can't share it"
-        raise UserError(f'{what} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}')
+        raise UserError(f'{owner} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}')
 
 
 def read_checkpoint(path):
     """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of these is built).
 
     facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
-    where there is no decoder; norm_pix where it is known.
+    where there is no decoder; norm_pix where it is known. What can't be loaded as it was trained is a UserError.
     """
     given = Path(path)
     path = given / "model.safetensors" if given.is_dir() else given
@@ -225,12 +191,24 @@ def read_checkpoint(path):
         raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
     loaded, header = read_tensors(path)
     weights, facts = our_names(loaded, path), facts_beside(path, header)
-    check_facts(facts, weights, path)
+    kernel, positions = weights["patch_embed.proj.weight"].shape, weights["pos_embed"].shape[1]
+    dim, side, p = weights["cls_token"].shape[2], math.isqrt(max(positions - 1, 0)), kernel[2]
+    if kernel[1] != 3 or kernel[3] != p:
+        raise UserError(f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours")
+    if positions < 2 or side**2 != positions - 1:
+        raise UserError(f"{path} has {positions} positions: not a square grid and one for the CLS token")
+    if facts.get("dim", dim) != dim:
+        raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
+    if facts.get("activation", "gelu") != "gelu":
+        raise UserError(f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu")
+    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
+    facts = {"heads": HEADS.get(dim), "decoder_heads": None if width % 32 else width // 32, "norm_eps": EPS} | facts
+    facts |= {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks"),
+              "decoder_dim": width, "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
+    check_heads(dim, facts["heads"], "num_attention_heads", path)
+    if width and facts["decoder_depth"]:
+        check_heads(width, facts["decoder_heads"], "decoder_num_attention_heads", f"the decoder of {path}")
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
-    (dim, _, _, p), side = weights["patch_embed.proj.weight"].shape, math.isqrt(weights["pos_embed"].shape[1] - 1)
-    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
-    shape = {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks"),
-             "decoder_dim": width, "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
-    usual = {"heads": HEADS.get(dim), "decoder_heads": width // 32, "norm_eps": EPS}
-    return as_matrix(weights), usual | facts | shape
+    matrix = weights["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1)  # (D, p*p*3), as a patch is laid out
+    return weights | {"patch_embed.proj.weight": matrix.contiguous()}, facts

@@ -16,36 +16,37 @@ from common import formats
 from common.checkpoints import ENCODER, as_convolution, load_encoder
 from common.io import UserError, save_json, save_safetensors
 
-TARGETS = {  # name: the Linear in a block, and which part of its output of how many
-    "q": ("attn.qkv", 0, 3), "k": ("attn.qkv", 1, 3), "v": ("attn.qkv", 2, 3),
-    "o": ("attn.proj", 0, 1), "fc1": ("mlp.fc1", 0, 1), "fc2": ("mlp.fc2", 0, 1),
-}  # fmt: skip
+# matrices that LoRA can change, and the Linear of a block that holds them
+LAYERS = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)}
+TARGETS = tuple(name for names in LAYERS.values() for name in names)
+ADAPTER = "adapter_model.safetensors", "adapter_config.json"
+TENSOR = "base_model.model.{}.lora_{}.weight"  # peft's name for a layer's A or B
+KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # initial A and B of peft that fit here
 
 
 class LoRA(nn.Module):
     """A frozen Linear and a trained change of low rank: W x + b + alpha/r B A dropout(x) (Hu et al. 2021, eq. 3).
 
-    The output may be `of` equal parts, as q, k and v in one matrix are 3; each part in `parts` has its own A and B.
-    B begins at zero: the adapted layer begins as the plain one. Merging is explicit; train() and eval() only switch
-    the dropout.
+    The output may be `of` equal chunks, as q, k and v in one matrix are 3; each of `chunks` has its own A and B.
+    B starts at zero: the adapted layer starts as the plain one. train() and eval() switch the dropout, and never merge.
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, parts=(0,), of=1):
+    def __init__(self, base, r, alpha, dropout=0.0, chunks=(0,), of=1):
         super().__init__()
-        self.base, self.scale, self.parts, self.of = base, alpha / r, tuple(parts), of
+        self.base, self.scale, self.chunks, self.of = base, alpha / r, tuple(chunks), of
         self.dropout, self.merged = nn.Dropout(dropout), False
         like = {"device": base.weight.device, "dtype": torch.float32}
-        self.A = nn.Parameter(torch.empty(len(parts), r, base.in_features, **like))
-        self.B = nn.Parameter(torch.zeros(len(parts), base.out_features // of, r, **like))
-        for part in self.A:
-            nn.init.kaiming_uniform_(part, a=math.sqrt(5))
+        self.A = nn.Parameter(torch.empty(len(chunks), r, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(len(chunks), base.out_features // of, r, **like))
+        for A in self.A:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.train(base.training)  # or the dropout of an adapter put on an encoder in eval mode would be at work
 
     def factors(self):
-        """-> A (n*r, in) and B (out, n*r) of all n parts at once: the As on top of each other, the Bs on a diagonal."""
-        empty = self.B.new_empty(self.B.shape[1], 0)  # the rows of a part that is not adapted
-        blocks = [self.B[self.parts.index(i)] if i in self.parts else empty for i in range(self.of)]
-        return self.A.flatten(0, 1), torch.block_diag(*blocks)
+        """-> A (n*r, in) and B (out, n*r) of all n chunks: the As on top of each other, the Bs on a diagonal."""
+        empty = self.B.new_empty(self.B.shape[1], 0)  # the rows of a chunk that is not adapted
+        B = dict(zip(self.chunks, self.B, strict=True))
+        return self.A.flatten(0, 1), torch.block_diag(*(B.get(i, empty) for i in range(self.of)))
 
     def forward(self, x):
         if self.merged:
@@ -59,7 +60,7 @@ def lora_layers(encoder):
     return {name: module for name, module in encoder.named_modules() if isinstance(module, LoRA)}
 
 
-def add_lora(encoder, r=8, alpha=None, dropout=0.0, targets=tuple(TARGETS)):
+def add_lora(encoder, r=8, alpha=None, dropout=0.0, targets=TARGETS):
     """Freeze the encoder and put LoRA of rank r on `targets` in every block -> its parameters, the only trained ones.
 
     alpha is 2r if None. targets: names of TARGETS; q, k and v have factors of their own in the fused matrix.
@@ -72,19 +73,18 @@ def add_lora(encoder, r=8, alpha=None, dropout=0.0, targets=tuple(TARGETS)):
     if lora_layers(encoder):
         raise UserError("this encoder has an adapter already: merge it first")
     encoder.requires_grad_(False)
-    chosen = {}  # Linear in a block: the parts of it, of how many
-    for layer, part, of in (TARGETS[t] for t in TARGETS if t in targets):
-        chosen.setdefault((layer, of), []).append(part)
+    alpha = 2 * r if alpha is None else alpha
     for block in encoder.blocks:
-        for (layer, of), parts in chosen.items():
-            lora = LoRA(block.get_submodule(layer), r, 2 * r if alpha is None else alpha, dropout, parts, of)
-            block.set_submodule(layer, lora)
+        for layer, names in LAYERS.items():
+            if chunks := [i for i, name in enumerate(names) if name in targets]:
+                lora = LoRA(block.get_submodule(layer), r, alpha, dropout, chunks, len(names))
+                block.set_submodule(layer, lora)
     return [weight for weight in encoder.parameters() if weight.requires_grad]
 
 
 @torch.no_grad()
-def shift_base(encoder, sign):
-    """base.weight += sign * alpha/r B A in every LoRA layer, in fp32 whatever the base is stored in."""
+def merge_lora(encoder, sign=1):
+    """Add every adapter to its frozen matrix, which then does the work of both: W += alpha/r B A, in fp32."""
     for name, lora in lora_layers(encoder).items():
         if lora.merged == (sign > 0):
             raise ValueError(f"{name} is {'already' if lora.merged else 'not'} merged")
@@ -94,26 +94,15 @@ def shift_base(encoder, sign):
         lora.merged = sign > 0
 
 
-def merge_lora(encoder):
-    """Add every adapter to its frozen matrix, which then does the work of both; unmerge_lora takes it out again."""
-    shift_base(encoder, 1)
-
-
 def unmerge_lora(encoder):
     """Undo merge_lora, to fp32 rounding."""
-    shift_base(encoder, -1)
+    merge_lora(encoder, -1)
 
 
 def remove_lora(encoder):
     """Put the plain Linear layers back: with the adapter in them if it was merged, without it if not."""
     for name, lora in lora_layers(encoder).items():
         encoder.set_submodule(name, lora.base)
-
-
-# ---- files: an adapter, or an encoder with it merged in --------------------------------------------------------------
-
-ADAPTER = "adapter_model.safetensors", "adapter_config.json"
-KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # what peft may have begun A and B with
 
 
 def save_encoder(encoder, path, about):
@@ -135,42 +124,36 @@ def fingerprint(encoder):
     return digest.hexdigest()[:12]
 
 
-def tensor_name(layer, factor):
-    return f"base_model.model.{layer}.lora_{factor}.weight"
+def save_adapter(encoder, folder, base):
+    """Write the LoRA of an encoder; `base` is the run or file that load_encoder made it from.
 
+    q, k and v become one adapter of the fused layer, exactly: A = [Aq; Ak; Av], B block diagonal, rank and alpha times
+    three; where rank and alpha differ from those of most layers, peft has them as patterns. Our header adds what `peft`
+    does not need: which of q, k and v, the encoder's fingerprint, its image size.
+    """
+    layers, tensors = lora_layers(encoder), {}
+    if not layers or any(lora.merged for lora in layers.values()):
+        raise ValueError("there is no adapter to be saved, or it is merged: unmerge_lora first")
+    for name, lora in layers.items():
+        tensors[TENSOR.format(name, "A")], tensors[TENSOR.format(name, "B")] = lora.factors()
+    qkv = next((list(lora.chunks) for lora in layers.values() if lora.of == 3), None)
+    about = {"parts": qkv, "fingerprint": fingerprint(encoder), "image_size": encoder.side * encoder.patch_size}
 
-def peft_config(encoder, base):
-    """adapter_config.json: rank and alpha of most layers, and those of the fused qkv, which differ, as patterns."""
-    layers = lora_layers(encoder)
-    ranks = {name: len(lora.parts) * lora.A.shape[1] for name, lora in layers.items()}
+    ranks = {name: len(lora.chunks) * lora.A.shape[1] for name, lora in layers.items()}
     alphas = {name: lora.scale * ranks[name] for name, lora in layers.items()}
     short = {name: re.sub(r"^blocks\.\d+\.", "", name) for name in layers}  # one name for the same layer of all blocks
     if len({(short[k], ranks[k], alphas[k]) for k in layers}) * len(encoder.blocks) != len(layers):
         short = {name: name for name in layers}  # an adapter from elsewhere, of some blocks or of several ranks
     r, alpha = min(ranks.values()), alphas[min(ranks, key=ranks.get)]
-    return {
+    config = {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": sorted(set(short.values())),
         "r": r, "rank_pattern": {short[k]: v for k, v in ranks.items() if v != r},
         "lora_alpha": alpha, "alpha_pattern": {short[k]: v for k, v in alphas.items() if v != alpha},
         "lora_dropout": next(iter(layers.values())).dropout.p, "bias": "none", "fan_in_fan_out": False,
         "use_rslora": False, "inference_mode": True, "task_type": None,
     }  # fmt: skip
-
-
-def save_adapter(encoder, folder, base):
-    """Write the LoRA of an encoder; `base` is the run or file that load_encoder made it from.
-
-    q, k and v become one adapter of the fused layer, exactly: A = [Aq; Ak; Av], B block diagonal, rank and alpha times
-    three. Our header adds what `peft` does not need: which of q, k and v, the encoder's fingerprint, its image size.
-    """
-    layers = lora_layers(encoder)
-    if not layers or any(lora.merged for lora in layers.values()):
-        raise ValueError("there is no adapter to be saved, or it is merged: unmerge_lora first")
-    tensors = {tensor_name(k, f): w for k, lora in layers.items() for f, w in zip("AB", lora.factors(), strict=True)}
-    qkv = next((list(lora.parts) for lora in layers.values() if lora.of == 3), None)
-    about = {"parts": qkv, "fingerprint": fingerprint(encoder), "image_size": encoder.side * encoder.patch_size}
     save_safetensors(tensors, Path(folder) / ADAPTER[0], about)
-    save_json(peft_config(encoder, base), Path(folder) / ADAPTER[1], 2)
+    save_json(config, Path(folder) / ADAPTER[1], 2)
 
 
 def read_adapter(folder):
@@ -178,21 +161,21 @@ def read_adapter(folder):
     path, config = Path(folder) / ADAPTER[0], formats.read_json(Path(folder) / ADAPTER[1])
     if not config or not path.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
-    odd = [k for k in ("use_dora", "fan_in_fan_out", "modules_to_save") if config.get(k)]
-    odd += [f"bias={config['bias']}"] if config.get("bias", "none") != "none" else []
-    if config.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{path} is {' '.join([str(config.get('peft_type')), *odd])}; only plain LoRA is known here")
+    kind, bias = [str(config.get("peft_type"))], config.get("bias", "none")
+    kind += [k for k in ("use_dora", "fan_in_fan_out", "modules_to_save") if config.get(k)]
+    kind += [f"bias={bias}"] if bias != "none" else []
+    if kind != ["LORA"]:
+        raise UserError(f"{path} is {' '.join(kind)}; only plain LoRA is known here")
     if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
         raise UserError(f"{path} was made with init_lora_weights={start}, which changes the encoder, too; convert it: "
                         "peft's save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED)")  # fmt: skip
     tensors, header = formats.read_tensors(path)
     names = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors})
-    wanted = {tensor_name(name, factor) for name in names for factor in "AB"}
+    wanted = {TENSOR.format(name, factor) for name in names for factor in "AB"}
     if wanted != tensors.keys() or not names:
         missing, extra = sorted(wanted - tensors.keys())[:3], sorted(tensors.keys() - wanted)[:3]
         raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; left over: {', '.join(extra)}")
-    pairs = {name: [tensors[tensor_name(name, factor)].float() for factor in "AB"] for name in names}
-    return config, pairs, header
+    return config, {k: [tensors[TENSOR.format(k, factor)].float() for factor in "AB"] for k in names}, header
 
 
 def pattern_value(patterns, name, otherwise):
@@ -208,13 +191,13 @@ def lora_from(name, base, A, B, config, qkv, folder):
                         f"against rank {rank} and a layer of {base.in_features} to {base.out_features}")  # fmt: skip
     alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    thirds, of = (qkv, 3) if qkv and name.endswith("attn.qkv") else ([0], 1)
-    r, width = rank // len(thirds), base.out_features // of
-    lora = LoRA(base, r, scale * r, config.get("lora_dropout", 0.0), thirds, of)
+    chunks, of = (qkv, 3) if qkv and name.endswith("attn.qkv") else ([0], 1)
+    r, width = rank // len(chunks), base.out_features // of
+    lora = LoRA(base, r, scale * r, config.get("lora_dropout", 0.0), chunks, of)
     with torch.no_grad():
         lora.A.copy_(A.view_as(lora.A))
-        for i, third in enumerate(thirds):
-            lora.B[i] = B[third * width : (third + 1) * width, i * r : (i + 1) * r]
+        for i, k in enumerate(chunks):
+            lora.B[i] = B[k * width : (k + 1) * width, i * r : (i + 1) * r]
     return lora
 
 
@@ -227,9 +210,9 @@ def load_adapter(encoder, folder):
     if lora_layers(encoder):
         raise UserError("this encoder has an adapter already: merge_lora and remove_lora first")
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
-    if unknown := sorted(pairs.keys() - linear.keys()):
-        raise UserError(f"the adapter in {folder} has {', '.join(unknown[:3])}, which this encoder of "
-                        f"{len(encoder.blocks)} blocks has not")  # fmt: skip
+    if odd := ", ".join(sorted(pairs.keys() - linear.keys())[:3]):
+        depth = len(encoder.blocks)
+        raise UserError(f"the adapter in {folder} has {odd}, which this encoder of {depth} blocks has not")
     layers = {k: lora_from(k, linear[k], A, B, config, about.get("parts"), folder) for k, (A, B) in pairs.items()}
     if about and about["fingerprint"] != fingerprint(encoder):
         base = f"{config.get('base_model_name_or_path')}, fingerprint {about['fingerprint']}"
