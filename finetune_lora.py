@@ -9,8 +9,7 @@ Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetens
         curves.png, confusion.png, confused.png; with --seeds N one such folder a seed, and runs/NAME-METHOD-seeds.json
 
 Choices (best epoch, threshold) are made on dev, or on a tenth of train held apart by group; --eval-on is reported.
-Several processes share the encoder's work on a batch: each takes a slice of the views. Neck, head and evaluation are
-small and done by all of them alike; rank 0 writes.
+Several processes take a slice of the views each; neck, head and evaluation are small, and all of them compute these.
 """
 
 import json
@@ -25,42 +24,25 @@ from tqdm import tqdm
 
 import data
 import mask as masking
-from common import classifier, distributed, errors
+from common import classifier, distributed, errors, train
 from common.checkpoints import load_encoder, load_exactly
 from common.corruptions import cutout, jitter_colour, squares
 from common.features import epoch_rows, flags_of, open_rows
-from common.io import Parser, UserError, at_least, between, cli, save_json
+from common.io import Parser, UserError, at_least, between, cli, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
-from common.train import (
-    Meter,
-    Pacer,
-    autocast_of,
-    catch_signals,
-    command,
-    commit,
-    lr_at,
-    machine,
-    open_log,
-    open_run,
-    pick_device,
-    pick_dtype,
-    read_log,
-    save_state,
-    seeded,
-)
 from kernels.gather import masked_patch_gather
 from model import untrained_like
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
-FEW = 256  # training pictures for the statistics of the neck in an evaluation after an epoch
+FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; kept of a character
 DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
     "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep=0.25),
 }  # fmt: skip
+NO_CONFIG = ("out", "resume", "log", "device", "eval_on", "seeds", "encoder")  # flags that do not change the weights
 
 
-# fmt: off
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF")
@@ -111,14 +93,13 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     return parser.parse_args()
-# fmt: on
 
 
 def fill_defaults(args):
     """What was not given depends on the method; flags that do not go together are refused."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     usual = DEFAULTS[args.method] | ({"layer_decay": 1.0} if args.from_scratch else {})
-    vars(args).update({"augment": args.method != "linear", "data": None} | usual | given)
+    vars(args).update({"augment": args.method != "linear"} | usual | given)
     args.targets = [t.strip() for t in args.targets.split(",")]
     if args.margin is not None and args.head not in classifier.MARGINS:
         raise UserError(f"--margin {args.margin} is for --head {', '.join(classifier.MARGINS)}, not {args.head}")
@@ -142,8 +123,7 @@ def mix(view, targets, mixup, cutmix, generator):
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     order = torch.randperm(len(view), generator=generator).to(view.device)
     paste = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    alpha = cutmix if paste else mixup
-    share = float(rng.beta(alpha, alpha))  # of the own picture
+    share = float(rng.beta(*[cutmix if paste else mixup] * 2))  # of the own picture
     if paste:
         hole = squares(1, view.shape[1], 1 - share, generator).to(view.device)
         share = 1 - hole.float().mean().item()
@@ -174,185 +154,131 @@ def drop_patches(view, encoder, keep, generator):
     K = max(1, round(keep * N))
     if K == N:
         return encoder.all_patches(view)
-    noise = torch.rand(len(view), N, generator=generator).to(view.device)
-    ids, _ = masking.sample(noise, K)
+    ids, _ = masking.sample(torch.rand(len(view), N, generator=generator).to(view.device), K)
     return masked_patch_gather(view, ids, encoder.patch_size), ids
 
 
 # ---- before the loop: names, network, data -------------------------------------------------------------------------
 
 
-def run_name(args):
-    """The encoder's name and the flags that matter."""
-    path = Path(args.encoder)
-    words = [path.name if path.is_dir() else path.stem, args.method]
-    words += [] if args.head == "linear" else [args.head]
-    words += [f"r{args.r}"] if args.method == "lora" and args.r != 8 else []
-    words += ["scratch"] if args.from_scratch else []
-    return "-".join(words)
-
-
-def config_of(args, seed, base):
-    """What decides the weights: a run can only be resumed under the same. base: the encoder's fingerprint."""
-    leave_out = ("out", "resume", "log", "device", "eval_on", "seeds", "encoder")
-    return {k: v for k, v in vars(args).items() if k not in leave_out} | {"seed": seed, "encoder": base}
-
-
-def build(args, seed, classes, device):
-    """-> the classifier with only what `--method` trains left trainable, image size, fingerprint of its base."""
-    encoder, S = load_encoder(args.encoder, args.image_size)
-    if args.from_scratch:
-        encoder = untrained_like(encoder, seed)
-    base = fingerprint(encoder)
-    torch.manual_seed(seed)
-    if args.method == "lora":
-        add_lora(encoder, args.r, args.alpha, args.dropout, args.targets)
-    else:
-        encoder.requires_grad_(args.method == "full")
-    net = classifier.Classifier(encoder, classes, args.head, args.pool, args.margin, args.scale)
-    return net.to(device), S, base
-
-
-def open_task(args, seed, out, device, dtype):
-    """-> what a run works with, a namespace:
-
-    train, dev, report  each with name, split, rows (i64), and labels (the class of each image, -1: it is left out)
-    classes, gallery    the learned characters; rows of some training pictures of each
-    net, S, base        the classifier, the side of its views, the fingerprint of its encoder before training
-    trained, count      names of the weights in a checkpoint; how many numbers are trained, and what share of all
-    features            of a frozen encoder, {split name: (n, D)}; None where it is not frozen
-    """
+def open_task(args, seed, out, device, autocast):
+    """-> what a run works with, a namespace; the comments say what is in it."""
+    task = SimpleNamespace(out=out, device=device, autocast=autocast)
+    task.features = None  # of a frozen encoder: {split's name: (n, D)}
     sets, class_ids = open_rows(args.data, args.eval_on, args.hold_out)
     names = ("train", "train" if sets[1][0] is sets[0][0] else "dev", args.eval_on)
-    train, dev, report = (SimpleNamespace(name=name, split=split, rows=rows, labels=class_ids[split["labels"]])
-                          for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
-    classes = [name for name, k in zip(train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
-    net, S, base = build(args, seed, len(classes), device)
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
-    return SimpleNamespace(
-        train=train, dev=dev, report=report, classes=classes, gallery=classifier.gallery_rows(train.labels, train.rows),
-        net=net, S=S, base=base, count=count, share=count / sum(p.numel() for p in net.parameters()),
-        trained=trained | {name for name in net.state_dict() if not name.startswith("encoder.")},  # buffers of the neck
-        features=None, out=out, config=config_of(args, seed, base), device=device,
-        autocast=autocast_of(device, dtype))  # fmt: skip
+    task.train, task.dev, task.report = (  # labels: the class of each image of the split, -1 if it is left out
+        SimpleNamespace(name=name, split=split, rows=rows, labels=class_ids[split["labels"]])
+        for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
+    task.classes = [name for name, k in zip(task.train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
+    of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
+    task.gallery = torch.cat([rows[data.evenly_spaced(len(rows), GALLERY)] for rows in of_class])
 
-
-def frozen_features(args, task):
-    """The features of a frozen encoder that sees the same views each epoch, computed once; None for all others."""
-    if args.method != "linear" or args.augment or args.keep < 1:
-        return None
-    splits = {images.name: images.split for images in (task.train, task.report, task.dev)}
-    with distributed.zero_first():
-        return classifier.frozen_features(task.net, task.base, args.data, splits, task.S, task.autocast, args.dtype,
-                                          task.out.parent)  # fmt: skip
+    encoder, task.S = load_encoder(args.encoder, args.image_size)  # S: side of a view
+    encoder = untrained_like(encoder, seed) if args.from_scratch else encoder
+    task.base = fingerprint(encoder)  # before training
+    torch.manual_seed(seed)
+    encoder.requires_grad_(args.method == "full")
+    if args.method == "lora":
+        add_lora(encoder, args.r, args.alpha, args.dropout, args.targets)
+    task.net = classifier.Classifier(encoder, len(task.classes), args.head, args.pool, args.margin, args.scale)
+    # {name: weight} in the network's memory: what is trained, with the neck's statistics, and the rest
+    weights = task.net.to(device).state_dict(keep_vars=True)
+    task.trained = {k: w.detach() for k, w in weights.items() if w.requires_grad or not k.startswith("encoder.")}
+    task.frozen = {k: w for k, w in weights.items() if k not in task.trained}
+    task.count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+    task.share = task.count / sum(p.numel() for p in task.net.parameters())
+    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
+    task.config = config | {"seed": seed, "encoder": task.base}  # a run can only be resumed under the same
+    return task
 
 
 def start_message(args, task, steps, batch, step):
     """What is printed before the first step; steps: of an epoch."""
-    return "\n".join((
-        f"data     {args.data}: {len(task.train.rows)} images to learn from, {len(task.dev.rows)} to choose by, "
-        f"{len(task.classes)} characters",
-        f"model    {args.method} of {args.encoder}, {args.head} head: {task.count:,} parameters trained, "
-        f"{task.share:.2%}",
-        f"run      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, learning rates {args.lr:.2g} "
-        f"and {args.head_lr:.2g}, {args.keep:.0%} of the patches"
-        + (f"; going on from step {step}" if step else "")))  # fmt: skip
-
-
-# ---- checkpoints (what is trained, and no more), and evaluation on whole images ------------------------------------
-
-
-def trained_weights(task):
-    return {k: v for k, v in task.net.state_dict().items() if k in task.trained}
-
-
-def load_trained(task, weights):
-    """Load exactly what is trained into the network."""
-    if weights.keys() != task.trained:
-        raise UserError(f"{task.out}/state.pt does not hold what this run trains; choose another --out")
-    load_exactly(task.net, task.net.state_dict() | weights, task.out / "state.pt")
+    resumed = f"; going on from step {step}" if step else ""
+    return (f"data     {args.data}: {len(task.train.rows)} images to learn from, {len(task.dev.rows)} to choose by, "
+            f"{len(task.classes)} characters\n"
+            f"model    {args.method} of {args.encoder}, {args.head} head: {task.count:,} parameters trained, "
+            f"{task.share:.2%}\n"
+            f"run      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, learning rates "
+            f"{args.lr:.2g} and {args.head_lr:.2g}, {args.keep:.0%} of the patches{resumed}")  # fmt: skip
 
 
 def save_run(task, optimizer, step, seconds, best):
     """state.pt: everything that a resumed run needs."""
-    state = {"model": trained_weights(task), "optimizer": optimizer.state_dict(), "config": task.config}
-    save_state(state | {"step": step, "seconds": seconds, "best": best}, task.out / "state.pt")
+    state = {"model": task.trained, "optimizer": optimizer.state_dict(), "config": task.config}
+    train.save_state(state | {"step": step, "seconds": seconds, "best": best}, task.out / "state.pt")
 
 
-def finished(out, eval_on):
-    """The metrics of a run that has ended, None of others; one judged on another split is judged again."""
-    row = json.loads((out / "metrics.json").read_text()) if (out / "metrics.json").exists() else {}
-    if row.get("evaluated_on") == eval_on:
-        print(f"run      {out} is finished")
-        return row
+def predict(task, images, rows, name="", bn_stats=False):
+    """-> logits (n, C), embeddings (n, D) of whole images, rows of task.train, dev or report; name: of a progress bar.
 
-
-def pooled_rows(task, images, rows, what=""):
-    """What stands before the neck, (n, D) on the CPU, of these rows of task.train, dev or report."""
-    if task.features:
-        return task.features[images.name][rows]
-    return classifier.pooled_of(task.net, images.split, rows, task.S, task.autocast, what)
-
-
-def predict(task, images, rows, what=""):
-    """-> logits (n, C), embeddings (n, D) of these rows, on the CPU."""
-    return classifier.predict(task.net, pooled_rows(task, images, rows, what))
+    bn_stats: the neck gets the mean and variance of these rows first. In training it averaged over its last few hundred
+    batches, of pictures that were cropped and in part hidden.
+    """
+    net = task.net.eval()
+    pooled = (task.features[images.name][rows] if task.features else
+              classifier.pooled_of(net, images.split, rows, task.S, task.autocast, name))  # fmt: skip
+    if bn_stats and task.config["head"] != "ifa":
+        net.neck.running_mean.copy_(pooled.mean(0))
+        net.neck.running_var.copy_(pooled.var(0))
+    return classifier.predict(net, pooled)
 
 
 def evaluate(task):
     """Top-1 and macro-F1 on dev, in percent; a few training pictures give the neck its statistics."""
-    few = task.gallery[data.evenly_spaced(len(task.gallery), FEW)]
-    classifier.recompute_bn_stats(task.net.eval().neck, pooled_rows(task, task.train, few))
+    predict(task, task.train, task.gallery[data.evenly_spaced(len(task.gallery), FEW)], bn_stats=True)
     logits, _ = predict(task, task.dev, task.dev.rows)
     return errors.dev_scores(logits, task.dev.labels[task.dev.rows])
 
 
-# ---- the run -------------------------------------------------------------------------------------------------------
-
-
-def finetune(args, seed, out, device, dtype):
+def finetune(args, seed, out, device, autocast):
     """One run, with one seed -> its row of metrics. A finished one is only read, or judged on another --eval-on."""
     rank, world = distributed.place()
-    task = open_task(args, seed, out, device, dtype)
-    net, train, C = task.net, task.train, len(task.classes)
+    task = open_task(args, seed, out, device, autocast)
+    net, train_rows, labels, C = task.net, task.train.rows, task.train.labels, len(task.classes)
     optimizer = classifier.make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
-    state = open_run(out, task.config, args.resume)
-    if state and (row := finished(out, args.eval_on)):
-        return row
-    B = min(args.batch_size, len(train.rows))
+    state = train.open_run(out, task.config, args.resume)
+    if state and (out / "metrics.json").exists():
+        row = json.loads((out / "metrics.json").read_text())
+        if row.get("evaluated_on") == args.eval_on:
+            print(f"run      {out} is finished")
+            return row
+    B = min(args.batch_size, len(train_rows))
     if B % world:
         raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
     rank_slice = slice(rank * B // world, (rank + 1) * B // world)  # rows of a batch whose views this process works on
-    per_epoch = len(train.rows) // B
+    per_epoch = len(train_rows) // B
     total = per_epoch * args.epochs
-    task.features = frozen_features(args, task)
-    images = data.resident(train.split, device) if task.features is None else task.features["train"].to(device)
-    log_prior = torch.bincount(train.labels[train.rows], minlength=C)
+    if args.method == "linear" and not args.augment and args.keep == 1:  # the same views in each epoch
+        with distributed.zero_first():
+            task.features = classifier.frozen_features(task, args.dtype)
+    images = task.features["train"].to(device) if task.features else data.resident(task.train.split, device)
+    log_prior = torch.bincount(labels[train_rows], minlength=C)
     log_prior = (log_prior / log_prior.sum()).log().to(device)
 
     step, seconds, best = 0, 0.0, {"epoch": 0, "macro_f1": -1.0, "weights": {}}
     if state:
-        load_trained(task, state["model"])
+        load_exactly(net, task.frozen | state["model"], out / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, best = state["step"], state["seconds"], state["best"]
-    log = open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
+    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
     print(start_message(args, task, per_epoch, B, step))
-    stop_signal, meter, pacer, right = catch_signals(), Meter(B, device, seconds), Pacer(), []
+    stop_signal, meter, pacer, right = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
         if args.patience and epoch - distributed.largest(best["epoch"]) >= args.patience:
             break
         classifier.unfreeze(net.train(), task.trained, epoch, args.unfreeze_every)
-        order = epoch_rows(train.rows, train.labels, args.balanced, seed, epoch)
+        order = epoch_rows(train_rows, labels, args.balanced, seed, epoch)
         for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch)):
             # view; all random numbers are drawn here, on the CPU (LoRA's dropout reads the global generator)
-            generator = seeded(seed, epoch, step)
+            generator = train.seeded(seed, epoch, step)
             torch.manual_seed(int(generator.initial_seed() >> 1))
-            y = train.labels[rows].to(device)  # (B,)
+            y = labels[rows].to(device)  # (B,)
             targets = F.one_hot(y, C) * (1 - args.label_smoothing) + args.label_smoothing / C  # (B, C)
-            if task.features is None:
+            if not task.features:
                 view, targets = augment(batch, targets, args, task.S, generator)
                 patches, ids = drop_patches(view, net.encoder, args.keep, generator)  # (B, K, P), (B, K)
                 with task.autocast():
@@ -367,16 +293,16 @@ def finetune(args, seed, out, device, dtype):
 
             # update
             distributed.all_reduce_gradients(net.encoder.parameters())
-            norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], CLIP)
+            grad_norm = torch.nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], CLIP)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, total, args.warmup * total, group["peak"])
+                group["lr"] = train.lr_at(step, total, args.warmup * total, group["peak"])
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
             # log, evaluate, save
             bar.update()
-            meter.add(loss.detach() / world, norm)  # the meter sums over processes, which all have the same loss
+            meter.add(loss.detach() / world, grad_norm)  # the meter sums over processes, which all have the same loss
             right.append((logits.argmax(1) == y).float().mean())
             stop, ended = distributed.largest(stop_signal[0] if stop_signal else 0), step % per_epoch == 0
             if step % LOG_EVERY == 0 or ended or stop:
@@ -388,12 +314,12 @@ def finetune(args, seed, out, device, dtype):
             if ended:
                 row = evaluate(task)
                 log(step=step, epoch=epoch + 1, **row, seconds=meter.seconds())
-                if task.features is None or step == total:
-                    tqdm.write("epoch {:<4} dev Top-1 {dev_top1:.1f} %, macro-F1 {dev_macro_f1:.1f} %".format(
-                        epoch + 1, **row))  # fmt: skip
+                if not task.features or step == total:
+                    tqdm.write(f"epoch {epoch + 1:<4} dev Top-1 {row['dev_top1']:.1f} %, "
+                               f"macro-F1 {row['dev_macro_f1']:.1f} %")  # fmt: skip
                 if row["dev_macro_f1"] > best["macro_f1"]:
-                    weights = {k: v.detach().cpu().clone() for k, v in trained_weights(task).items()}
-                    best = {"epoch": epoch + 1, "macro_f1": row["dev_macro_f1"], "weights": weights}
+                    best = {"epoch": epoch + 1, "macro_f1": row["dev_macro_f1"],
+                            "weights": {k: w.cpu().clone() for k, w in task.trained.items()}}  # fmt: skip
             if rank == 0 and (stop or step == total or ended and pacer.due()):
                 pacer.time(save_run, task, optimizer, step, meter.seconds(), best)
                 meter.restart()
@@ -405,42 +331,44 @@ def finetune(args, seed, out, device, dtype):
         return {}
     if step < total:  # stopped early
         save_run(task, optimizer, step, meter.seconds(), best)
-    load_trained(task, best["weights"])
-    return write_results(args, seed, task, best["epoch"], step, B, meter)
+    load_exactly(net, task.frozen | best["weights"], out / "state.pt")
+    return write_results(args, task, best["epoch"], step, B, meter)
 
 
 # ---- after the loop: the files, and how good it is -----------------------------------------------------------------
 
 
 @torch.no_grad()
-def write_results(args, seed, task, best_epoch, step, batch, meter):
+def write_results(args, task, best_epoch, step, batch, meter):
     """Judge the network on pictures that decided nothing, write all files but state.pt -> the row of metrics."""
-    report, train, out = task.report, task.train, task.out
-    pooled = pooled_rows(task, train, task.gallery)
-    classifier.recompute_bn_stats(task.net.eval().neck, pooled)
+    report, out = task.report, task.out
+    calibration = write_gallery(task)
     logits, _ = predict(task, report, report.rows, "reported split")
-    truth, counts = report.labels[report.rows], torch.bincount(train.labels[train.rows])
-    where = {"commit": commit(), "machine": machine(task.device)}
-    row = {"run": out.name, "method": args.method, "head": args.head, "seed": seed, "data": args.data,
-           "evaluated_on": args.eval_on, **errors.scores(logits, truth, counts, task.classes),
+    sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
+    steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
+    step_ms = np.median([1000 * batch / row["images_per_s"] for row in steps])
+    where = {"commit": train.commit(), "machine": train.machine(task.device)}
+    row = {"run": out.name, "method": args.method, "head": args.head, "seed": task.config["seed"], "data": args.data,
+           "evaluated_on": args.eval_on, **errors.scores(logits, report.labels[report.rows], sizes, task.classes),
            "best_epoch": best_epoch, "parameters_trained": task.count,
            "share_trained_percent": round(100 * task.share, 3),
-           "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2), **speed(out, batch),
-           "seconds": meter.seconds(), "calibration": write_gallery(task, pooled), "config": task.config, **where,
-           "command": command(), "mistakes": errors.explain(task, logits)}  # fmt: skip
+           "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2), "step_ms": round(float(step_ms), 2),
+           "peak_memory_mb": max(row["memory_mb"] for row in steps), "seconds": meter.seconds(),
+           "calibration": calibration, "config": task.config, **where, "command": train.command(),
+           "mistakes": errors.explain(task, logits)}  # fmt: skip
     write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
     errors.draw(task, row, logits, title)
     save_json(row, out / "metrics.json")  # last: where it stands, the run is finished
-    print("{evaluated_on:<9}Top-1 {top1:.2f} %, Top-5 {top5:.2f} %, macro-F1 {macro_f1:.2f} %, epoch {best_epoch} kept"
-          "\nwrote    {out}/ after {seconds:.0f} s; python recognize.py {out} PICTURE names a character".format(
-              out=out, **row))  # fmt: skip
+    print(f"{args.eval_on:<9}Top-1 {row['top1']:.2f} %, Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f} %, "
+          f"epoch {best_epoch} kept\nwrote    {out}/ after {row['seconds']:.0f} s; "
+          f"python recognize.py {out} PICTURE names a character")  # fmt: skip
     return row
 
 
-def write_gallery(task, pooled):
-    """gallery.safetensors: pooled (n, D) of task.gallery as embeddings -> what `calibrate` found on dev."""
-    _, embeddings = classifier.predict(task.net, pooled)
+def write_gallery(task):
+    """gallery.safetensors, the embeddings of task.gallery -> what `calibrate` found on dev."""
+    _, embeddings = predict(task, task.train, task.gallery, bn_stats=True)
     labels, dev = task.train.labels[task.gallery], task.dev
     strangers = (dev.labels < 0).nonzero()[:, 0]  # left out by --hold-out: what "unknown" looks like
     unknown = predict(task, dev, strangers)[1] if len(strangers) else None
@@ -453,40 +381,36 @@ def write_gallery(task, pooled):
 def write_network(args, task, step, where):
     """head.safetensors, and under it the adapter or the whole encoder."""
     encoder, split = task.net.encoder, task.train.split
-    about = {"classes": task.classes, "method": args.method, "base": str(args.encoder), "image_size": task.S,
+    about = {"config": task.net.config, "classes": task.classes, "method": args.method, "base": str(args.encoder),
              "fingerprint": task.base if args.method == "lora" else fingerprint(encoder),  # of what the head stands on
-             "data": args.data, "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
-             "margin": split["header"]["margin"], **where}  # fmt: skip
+             "image_size": task.S, "data": args.data, "packed_size": split["images"].shape[1],
+             "crop": split["header"]["crop"], "margin": split["header"]["margin"], **where}  # fmt: skip
     if args.method == "lora":
         save_adapter(encoder, task.out, args.encoder)
     if args.method == "full" or args.from_scratch:
         save_encoder(encoder, task.out / "model.safetensors", {"step": step, "run": task.config})
-    classifier.save_head(task.net, task.out / "head.safetensors", about)
-
-
-def speed(out, batch):
-    """The median step time and the most memory held, from log.jsonl."""
-    steps = [row for row in read_log(out / "log.jsonl") if "loss" in row]
-    return {"step_ms": round(float(np.median([1000 * batch / row["images_per_s"] for row in steps])), 2),
-            "peak_memory_mb": max(row["memory_mb"] for row in steps)}  # fmt: skip
+    weights = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}  # of neck and head
+    save_safetensors(weights, task.out / "head.safetensors", about)
 
 
 def main():
     args = parse_args()
     fill_defaults(args)
-    device = pick_device(args.device)
-    dtype, dtype_reason = pick_dtype(args.dtype, device)
+    device = train.pick_device(args.device)
+    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    print(f"machine  {machine(device)}\n         {args.dtype}: {dtype_reason}")
+    print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     _, _, device = distributed.join(device)
     load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
     with distributed.zero_first():
         args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
-    base = Path(args.out or f"runs/{run_name(args)}")
-    seeds = range(args.seed, args.seed + args.seeds)
-    alone = args.seed == 0 or args.out and args.seeds == 1  # the first seed, and a folder that was asked for, are bare
-    outs = [base.with_name(base.name + ("" if alone and seed == args.seed else f"-s{seed}")) for seed in seeds]
-    rows = [finetune(args, seed, out, device, dtype) for seed, out in zip(seeds, outs, strict=True)]
+    path, autocast = Path(args.encoder), train.autocast_of(device, dtype)
+    words = [path.name if path.is_dir() else path.stem, args.method, args.head.removeprefix("linear")]
+    words += [f"r{args.r}" if args.method == "lora" and args.r != 8 else "", "scratch" if args.from_scratch else ""]
+    base = Path(args.out or "runs/" + "-".join(filter(None, words)))
+    bare = args.seed if args.seed == 0 or args.out and args.seeds == 1 else None  # the seed whose folder has no -sN
+    rows = [finetune(args, seed, base if seed == bare else base.with_name(f"{base.name}-s{seed}"), device, autocast)
+            for seed in range(args.seed, args.seed + args.seeds)]  # fmt: skip
     distributed.leave()
     if args.seeds > 1:
         summary, path = errors.over_seeds(rows), base.with_name(base.name + "-seeds.json")

@@ -35,7 +35,6 @@ FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all
 FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, that are reported
 
 
-# fmt: off
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
@@ -52,19 +51,6 @@ def parse_args():
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_intermixed_args()  # pictures may stand before and after flags
-# fmt: on
-
-
-def check(args):
-    if args.verify and (args.images or args.enrol):
-        raise UserError("--verify takes no pictures but a packed set: --data datasets/NAME")
-    if not args.verify and not args.images:
-        raise UserError("give pictures to name: files, folders, archives, or - for a list on standard input")
-    if args.enrol is not None and not args.enrol.strip():
-        raise UserError("--enrol needs a name")
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------------
 
 
 def is_picture(path):
@@ -105,26 +91,22 @@ def predictions(args, net, header, autocast, problems):
         yield list(keys), *predict(net, pooled)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
-
-
 def answers(keys, logits, embeddings, gallery, threshold, nearest):
     """-> a dict for each picture: who it is, how sure that is, and the gallery faces nearest to it."""
     unit, trained = F.normalize(embeddings), logits.shape[1]
     to_class, to_face = unit @ gallery["centroids"].T, unit @ gallery["unit"].T  # (B, classes), (B, faces)
-    sure = (logits / gallery["temperature"]).softmax(1)
-    cosine_sure = (to_class / gallery["cosine_temperature"]).softmax(1)
+    confidence = (logits / gallery["temperature"]).softmax(1)
+    by_cosine = (to_class / gallery["cosine_temperature"]).softmax(1)
     rows = []
     for i, key in enumerate(keys):
-        best = int(to_class[i].argmax())
-        enrolled, cosine = best >= trained, to_class[i, best].item()
-        who, known = best if enrolled else int(logits[i].argmax()), cosine >= threshold
-        name, confidence = gallery["names"][who], (cosine_sure if enrolled else sure)[i, who].item()
+        cosine, best = (x.item() for x in to_class[i].max(0))
+        who, sure = (best, by_cosine) if best >= trained else (int(logits[i].argmax()), confidence)
+        name, known = gallery["names"][who], cosine >= threshold
         faces = [{"name": gallery["names"][gallery["labels"][j]], "picture": gallery["keys"][j],
                   "cosine": round(to_face[i, j].item(), 4)}
                  for j in to_face[i].topk(min(nearest, to_face.shape[1]))[1]]  # fmt: skip
         rows.append({"picture": key, "name": name if known else None, "known": known,
-                     "confidence": round(confidence, 4), "cosine": round(cosine, 4), "best_guess": name,
+                     "confidence": round(sure[i, who].item(), 4), "cosine": round(cosine, 4), "best_guess": name,
                      "nearest": faces})  # fmt: skip
     return rows
 
@@ -138,11 +120,10 @@ def in_words(row, threshold):
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
-    threshold = gallery["threshold"] if args.threshold is None else args.threshold
     problems, count = [], 0
     for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
-        for row in answers(keys, logits, embeddings, gallery, threshold, args.nearest):
-            print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row, threshold), flush=True)
+        for row in answers(keys, logits, embeddings, gallery, args.threshold, args.nearest):
+            print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row, args.threshold), flush=True)
         count += len(keys)
     if not count:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
@@ -155,11 +136,11 @@ def recognise(args, net, header, gallery, autocast):
 
 def enrol(args, net, header, gallery, autocast):
     """Add the embeddings of these pictures to the gallery, under one name."""
-    who, names, keys, problems = args.enrol.strip(), gallery["names"], gallery["keys"], []
+    who, names, problems = args.enrol.strip(), gallery["names"], []
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     found = list(predictions(args, net, header, autocast, problems))
-    new = [key for some, _, _ in found for key in some]
+    new = [key for keys, _, _ in found for key in keys]
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     if len(new) < FEW and who not in names:
@@ -169,37 +150,32 @@ def enrol(args, net, header, gallery, autocast):
     labels = torch.cat([gallery["labels"], torch.full((len(new),), names.index(who))])
     calibrated = ("threshold", "false_accept", "false_reject", "by", "temperature", "cosine_temperature")
     about = {k: gallery[k] for k in calibrated}
-    save_gallery(Path(args.run) / "gallery.safetensors", embeddings, labels, names, keys + new, about)
+    save_gallery(Path(args.run) / "gallery.safetensors", embeddings, labels, names, gallery["keys"] + new, about)
     count = int((labels == names.index(who)).sum())
     print(f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters")
 
 
-# ---- how well it does ----------------------------------------------------------------------------------------------
-
-
-def percent(share):
-    return round(100 * share, 3)
+def percent(shares):
+    return {k: round(100 * share, 3) for k, share in shares.items()}
 
 
 def verification(same, other):
     """Cosines of all pairs of pictures, of one character and of two: can they be told apart? -> figures in percent."""
     if len(same) == 0 or len(other) == 0:
         raise UserError("verification needs two characters or more, and one with two illustrations or more")
-    row = {f"tpr_at_fpr_{100 * r:g}": percent(metrics.tpr_at_fpr(same, other, r)) for r in FALSE_RATES}
-    return row | {"roc_auc": percent(metrics.roc_auc(same, other)),
-                  "eer": percent(metrics.equal_error_rate(same, other)),
-                  "average_precision": percent(metrics.ranked_precision(same, other)),
-                  "positive_pairs": len(same), "negative_pairs": len(other)}  # fmt: skip
+    shares = {f"tpr_at_fpr_{100 * r:g}": metrics.tpr_at_fpr(same, other, r) for r in FALSE_RATES}
+    shares |= {"roc_auc": metrics.roc_auc(same, other), "eer": metrics.equal_error_rate(same, other)}
+    shares["average_precision"] = metrics.ranked_precision(same, other)
+    return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
 def open_set(known, right, strangers, threshold):
     """Cosine to the nearest character: of known faces (and whether they are named rightly), and of strangers."""
-    row = {"auroc_unknown": percent(metrics.roc_auc(known, strangers)), "known": len(known),
-           "strangers": len(strangers), "threshold": threshold,
-           "false_accept_at_threshold": percent((strangers >= threshold).float().mean().item()),
-           "known_rejected_at_threshold": percent((known < threshold).float().mean().item())}  # fmt: skip
-    return row | {f"dir_at_far_{100 * rate:g}": percent(metrics.detection_rate(known, right, strangers, rate))
-                  for rate in FALSE_RATES}  # fmt: skip
+    counts = {"known": len(known), "strangers": len(strangers), "threshold": threshold}
+    shares = {"false_accept_at_threshold": (strangers >= threshold).float().mean().item(),
+              "known_rejected_at_threshold": (known < threshold).float().mean().item()}  # fmt: skip
+    shares |= {f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r) for r in FALSE_RATES}
+    return percent({"auroc_unknown": metrics.roc_auc(known, strangers)}) | counts | percent(shares)
 
 
 def verify(args, net, header, gallery, autocast):
@@ -219,8 +195,8 @@ def verify(args, net, header, gallery, autocast):
     cosine, known = (F.normalize(embeddings) @ gallery["centroids"].T).amax(1), own >= 0
     strangers = (cosine[known], cosine[~known]) if known.any() and (~known).any() else None
     if strangers:
-        threshold = gallery["threshold"] if args.threshold is None else args.threshold
-        row["open_set"] = open_set(cosine[known], logits[known].argmax(1) == own[known], cosine[~known], threshold)
+        right = logits[known].argmax(1) == own[known]
+        row["open_set"] = open_set(cosine[known], right, cosine[~known], args.threshold)
     row |= {"command": command(), "machine": machine(net.encoder.cls_token.device), "commit": commit()}
     plots.plot_verification(Path(args.run) / "roc.png", pairs, strangers, f"{Path(args.run).name} on {folder.name}")
     save_json(row, Path(args.run) / "recognize.json")
@@ -232,12 +208,19 @@ def verify(args, net, header, gallery, autocast):
 
 def main():
     args = parse_args()
-    check(args)
+    if args.verify and (args.images or args.enrol):
+        raise UserError("--verify takes no pictures but a packed set: --data datasets/NAME")
+    if not args.verify and not args.images:
+        raise UserError("give pictures to name: files, folders, archives, or - for a list on standard input")
+    if args.enrol is not None and not args.enrol.strip():
+        raise UserError("--enrol needs a name")
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     net, header = load_classifier(args.run)
+    gallery = load_gallery(args.run)
+    args.threshold = gallery["threshold"] if args.threshold is None else args.threshold
     task = verify if args.verify else enrol if args.enrol else recognise
-    task(args, net.to(device), header, load_gallery(args.run), autocast_of(device, dtype))
+    task(args, net.to(device), header, gallery, autocast_of(device, dtype))
 
 
 if __name__ == "__main__":

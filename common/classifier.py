@@ -2,12 +2,9 @@
 
     B batch   N patches   D width of the encoder   L its blocks   C characters
 
-The encoder's tokens are pooled to one vector a picture; the neck puts that on one scale, and its output is the
-embedding that pictures are compared by; the head turns the embedding into one logit a character. The neck is a batch
-norm without parameters, as in the linear probe of MAE (He et al. 2021) and in BNNeck (Luo et al. 2019,
-arXiv:1903.07071). The gallery holds embeddings of training pictures and of enrolled characters, and the threshold
-below which a face is unknown. Files: head.safetensors (neck and head) and gallery.safetensors in a run's folder, beside
-the adapter (lora) or the whole encoder (full).
+The encoder's tokens are pooled to one vector a picture. The neck turns it into the embedding, by which pictures are
+compared; the head turns that into one logit a character. The neck is a batch norm without parameters, as in the linear
+probe of MAE (He et al. 2021) and in BNNeck (Luo et al. 2019, arXiv:1903.07071).
 """
 
 import hashlib
@@ -28,7 +25,6 @@ MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, c
 HEADS = ("linear", *MARGINS, "ifa")
 POOLS = {"mean": lambda tokens: tokens[:, 1:].mean(1), "cls": lambda tokens: tokens[:, 0]}
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
-GALLERY = 20  # training pictures of a character that are kept
 
 
 class MarginHead(nn.Module):
@@ -52,8 +48,12 @@ class MarginHead(nn.Module):
         cosine = F.normalize(x) @ F.normalize(self.weight).T  # (B, C)
         if labels is None:
             return self.scale * cosine
-        true = cosine.gather(1, labels[:, None])  # (B, 1)
-        target = true - self.margin if self.kind == "cosface" else add_angle(true, self.margin)
+        true, m = cosine.gather(1, labels[:, None]), self.margin  # (B, 1)
+        target = true - m
+        if self.kind != "cosface":  # beyond theta = pi - m, where cos(theta + m) would rise again, a straight line
+            sine = (1 - true.square()).clamp(min=1e-9).sqrt()
+            rotated = true * math.cos(m) - sine * math.sin(m)
+            target = torch.where(true > math.cos(math.pi - m), rotated, true - m * math.sin(m))
         if self.kind == "curricularface":
             if self.training:
                 self.t.lerp_(true.detach().mean(), 0.01)
@@ -61,23 +61,15 @@ class MarginHead(nn.Module):
         return self.scale * cosine.scatter(1, labels[:, None], target)
 
 
-def add_angle(cosine, margin):
-    """cos(theta + margin); beyond theta = pi - margin, where it would rise again, a straight line."""
-    sine = (1 - cosine.square()).clamp(min=1e-9).sqrt()
-    rotated = cosine * math.cos(margin) - sine * math.sin(margin)
-    return torch.where(cosine > math.cos(math.pi - margin), rotated, cosine - margin * math.sin(margin))
-
-
 class Fusion(nn.Module):
-    """Intermediate feature aggregation, the neck of `ifa` (Rios et al. 2022, Animesion): (B, D, L) -> (B, D).
+    """The neck of `ifa` (intermediate feature aggregation, Rios et al. 2022, Animesion): (B, D, L) -> (B, D).
 
     One weight a block mixes the CLS tokens of all blocks; then ReLU and LayerNorm.
     """
 
     def __init__(self, dim, depth):
         super().__init__()
-        self.mix = nn.Linear(depth, 1)
-        self.norm = nn.LayerNorm(dim)
+        self.mix, self.norm = nn.Linear(depth, 1), nn.LayerNorm(dim)
         nn.init.constant_(self.mix.weight, 1 / depth)
         nn.init.zeros_(self.mix.bias)
 
@@ -112,38 +104,23 @@ class Classifier(nn.Module):
         return self.head(embedding, labels) if self.config["head"] in MARGINS else self.head(embedding)
 
 
-@torch.no_grad()
-def recompute_bn_stats(neck, pooled):
-    """Give the neck the mean and variance of whole pictures (n, D).
-
-    In training it averaged over its last few hundred batches, of pictures that were cropped and in part hidden.
-    """
-    if isinstance(neck, nn.BatchNorm1d):
-        neck.running_mean.copy_(pooled.mean(0))
-        neck.running_var.copy_(pooled.var(0))
-
-
-# ---- what is trained, and its learning rates -----------------------------------------------------------------------
-
-
 def level_of(name, depth):
     """0 for the patch embedding and the tokens, 1 to depth for the blocks, depth + 1 for what follows them."""
-    if ".blocks." in name:
-        return int(name.split(".blocks.")[1].split(".")[0]) + 1
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) + 1
     return depth + 1 if name.startswith(("encoder.norm", "neck", "head")) else 0
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
     """AdamW; "peak" of a group is its learning rate: head_lr, in the encoder lr * layer_decay^(blocks above)."""
     depth, groups = len(net.encoder.blocks), {}
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            in_encoder = name.startswith("encoder.")
-            peak = lr * layer_decay ** (depth + 1 - level_of(name, depth)) if in_encoder else head_lr
-            decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
-            groups.setdefault((peak, decay), []).append(p)
-    groups = [{"params": ps, "peak": peak, "lr": peak, "weight_decay": decay} for (peak, decay), ps in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    for name, p in ((name, p) for name, p in net.named_parameters() if p.requires_grad):
+        decayed = lr * layer_decay ** (depth + 1 - level_of(name, depth))
+        peak = decayed if name.startswith("encoder.") else head_lr
+        decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
+        group = groups.setdefault((peak, decay), {"params": [], "peak": peak, "weight_decay": decay})
+        group["params"].append(p)
+    return torch.optim.AdamW(groups.values(), betas=(0.9, 0.999), fused=True)
 
 
 def unfreeze(net, trained, epoch, every):
@@ -158,11 +135,11 @@ def unfreeze(net, trained, epoch, every):
 
 
 @torch.no_grad()
-def pooled_of(net, split, rows, S, autocast, what=""):
-    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU."""
+def pooled_of(net, split, rows, S, autocast, name=""):
+    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU; name: of a progress bar."""
     pooled, device = [], net.encoder.cls_token.device
     views = data.whole_views(split["images"], rows, S, device)
-    for _, view in tqdm(views, what, -(-len(rows) // data.CHUNK), leave=False, disable=None if what else True):
+    for _, view in tqdm(views, name, -(-len(rows) // data.CHUNK), leave=False, disable=None if name else True):
         with autocast():
             pooled.append(net.pooled(*net.encoder.all_patches(view)).cpu())
     return torch.cat(pooled)
@@ -175,31 +152,28 @@ def predict(net, pooled):
     return net.head(embeddings).cpu(), embeddings.cpu()
 
 
-def frozen_features(net, base, folder, splits, S, autocast, dtype, home):
-    """A frozen encoder's features of whole splits -> {name: (n, D)}, computed once and kept in the folder home.
+def frozen_features(task, dtype):
+    """A frozen encoder's features of whole splits -> {name: (n, D)}, computed once and kept beside the run.
 
-    The file's name has the digest of all that they depend on (a set that is packed anew has other times), so one that
-    is there is the right one. base: the encoder's fingerprint, which knows its weights but not its heads.
+    task: the namespace of finetune_lora.open_task. The file's name has the digest of all that they depend on; the
+    encoder's fingerprint, task.base, knows its weights but not its heads.
     """
-    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).glob("*.safetensors"))
-    key = (base, net.encoder.blocks[0].attn.heads, S, net.config["pool"], net.config["head"] == "ifa", dtype,
-           sorted(splits), files)  # fmt: skip
-    path = Path(home) / f"features-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.safetensors"
+    net, splits = task.net, {images.name: images.split for images in (task.train, task.report, task.dev)}
+    sets = sorted((name, data.fingerprint(split)) for name, split in splits.items())
+    heads, pool = net.encoder.blocks[0].attn.heads, net.config["pool"]
+    key = repr((task.base, heads, task.S, pool, net.config["head"] == "ifa", dtype, sets))
+    path = task.out.parent / f"features-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
     if path.exists():
-        return {k: v.clone() for k, v in read_safetensors(path)[0].items()}
-    features = {name: pooled_of(net, split, torch.arange(len(split["images"])), S, autocast, f"features of {name}")
-                for name, split in splits.items()}  # fmt: skip
-    save_safetensors(features, path, {"data": str(folder), "encoder": path.stem})
+        return read_safetensors(path)[0]
+    features = {}
+    for name, split in splits.items():
+        rows = torch.arange(len(split["images"]))
+        features[name] = pooled_of(net, split, rows, task.S, task.autocast, f"features of {name}")
+    save_safetensors(features, path)
     return features
 
 
 # ---- the gallery: known faces as embeddings ------------------------------------------------------------------------
-
-
-def gallery_rows(labels, rows, most=GALLERY):
-    """At most `most` of rows (i64) of each class, evenly spread."""
-    of_class = [rows[labels[rows] == c] for c in labels[rows].unique()]
-    return torch.cat([own[data.evenly_spaced(len(own), most)] for own in of_class])
 
 
 def centroids(embeddings, labels):
@@ -236,8 +210,8 @@ def balance(known, strangers):
     thresholds = torch.cat([known, strangers]).sort().values
     rejected = torch.searchsorted(known.sort().values, thresholds) / len(known)
     accepted = 1 - torch.searchsorted(strangers.sort().values, thresholds) / len(strangers)
-    k = (rejected - accepted).abs().argmin()
-    return thresholds[k].item(), rejected[k].item(), accepted[k].item()
+    best = (rejected - accepted).abs().argmin()
+    return tuple(x[best].item() for x in (thresholds, rejected, accepted))
 
 
 def fit_temperature(logits, labels):
@@ -247,33 +221,25 @@ def fit_temperature(logits, labels):
     return grid[losses.argmin()].item()
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def save_head(net, path, about):
-    """Neck and head; about: {"classes", "method", "base", "fingerprint", "image_size", ...}."""
-    tensors = {k: v for k, v in net.state_dict().items() if not k.startswith("encoder.")}
-    save_safetensors(tensors, path, {"config": net.config, **about})
+# ---- files: head.safetensors (neck and head; finetune_lora.py writes it) and gallery.safetensors -------------------
 
 
 def load_classifier(folder):
     """runs/NAME of finetune_lora.py -> (Classifier in eval mode, header of its head file)."""
-    folder = Path(folder)
-    weights, header = read_safetensors(folder / "head.safetensors", REMEDY)
-    try:
-        base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
-        classes, config, method = header["classes"], header["config"], header["method"]
-    except KeyError as problem:
-        raise UserError(f"{folder}/head.safetensors has no {problem}; finetune_lora.py makes it anew") from None
+    folder, path = Path(folder), Path(folder) / "head.safetensors"
+    weights, header = read_safetensors(path, REMEDY)
+    if lost := sorted({"base", "classes", "config", "method", "image_size", "fingerprint"} - header.keys()):
+        raise UserError(f"{path} has no {lost[0]!r}; finetune_lora.py makes it anew")
+    base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
     encoder, _ = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
         raise UserError(f"{base} is not the encoder that {folder} was trained on any more; "
                         "put that one back, or run finetune_lora.py again")  # fmt: skip
-    if method == "lora":
+    if header["method"] == "lora":
         load_adapter(encoder, folder)
-    net = Classifier(encoder, len(classes), config["head"], config["pool"], config["margin"], config["scale"])
-    load_exactly(net, {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | weights,
-                 folder / "head.safetensors")  # fmt: skip
+    config = (header["config"][k] for k in ("head", "pool", "margin", "scale"))
+    net = Classifier(encoder, len(header["classes"]), *config)
+    load_exactly(net, {f"encoder.{k}": w for k, w in encoder.state_dict().items()} | weights, path)
     return net.eval(), header
 
 
@@ -289,8 +255,8 @@ def load_gallery(folder):
     tensors, header = read_safetensors(path, REMEDY)
     if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "threshold"} <= header.keys():
         raise UserError(f"{path} is not a gallery; finetune_lora.py makes it anew")
-    if len(tensors["embeddings"]) == 0 or len(tensors["embeddings"]) != len(header["keys"]):
-        raise UserError(f"{path} holds {len(tensors['embeddings'])} faces of {len(header['keys'])} that it names; "
-                        "finetune_lora.py makes it anew")  # fmt: skip
+    faces, keys = len(tensors["embeddings"]), len(header["keys"])
+    if faces == 0 or faces != keys:
+        raise UserError(f"{path} holds {faces} faces of {keys} that it names; finetune_lora.py makes it anew")
     unit = F.normalize(tensors["embeddings"])
     return tensors | header | {"unit": unit, "centroids": centroids(unit, tensors["labels"])}

@@ -244,7 +244,7 @@ def test_cached_features_train_the_same_head_as_uncached_and_are_used_again(enco
     main(*words, "--out", tmp_path / "again")
     monkeypatch.undo()
     cache.unlink()
-    monkeypatch.setattr(finetune_lora, "frozen_features", lambda *_: None)
+    monkeypatch.setattr(classifier, "frozen_features", lambda *_: None)
     main(*words, "--out", tmp_path / "uncached")
     heads = [tmp_path / name / "head.safetensors" for name in ("cached", "again", "uncached")]
     a, b, c = (read_safetensors(path)[0] for path in heads)
@@ -275,7 +275,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkey
     out = tmp_path / "stopped"
     for after in (2, 4):  # in the first epoch, then where one ends or after
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(finetune_lora, "catch_signals", lambda after=after: StopAt(after))
+            patch.setattr(finetune_lora.train, "catch_signals", lambda after=after: StopAt(after))
             main(*words, "--out", out, *(["--resume"] if (out / "state.pt").exists() else []))
         assert not (out / "metrics.json").exists()
     main(*words, "--out", out, "--resume")
