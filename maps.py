@@ -12,7 +12,6 @@ Writes: maps/NAME/ saliency.safetensors, attn.safetensors or parts.safetensors, 
     parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the foreground
 """
 
-import functools
 import math
 from pathlib import Path
 
@@ -32,9 +31,8 @@ from model import MAE
 
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
 SHEET_RATIOS, DRAWS = (0.5, 0.75, 0.9), 12  # DRAWS: random masks that a patch's difficulty is the mean of
-NEEDED_AS = {"attn": "attn", "saliency": "fg", "parts": "parts"}  # map: what strategies call it (masking.NEEDS)
-FLAGS = {"attn": {"run", "source"}, "saliency": {"run", "quality"}, "parts": {"run", "quality", "parts"},
-         "all": {"run"}}  # fmt: skip
+NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: what strategies call it (masking.NEEDS)
+FLAGS = {"attn": "run source", "saliency": "run quality", "parts": "run quality parts", "all": "run"}
 
 
 def parse_args():
@@ -59,7 +57,7 @@ def parse_args():
 def check(args):
     """What is missing, and what does not go together; then the defaults."""
     given = {name for name in ("run", "quality", "source", "parts") if getattr(args, name) is not None}
-    if extra := given - FLAGS[args.map]:
+    if extra := given - set(FLAGS[args.map].split()):
         raise UserError(f"--{min(extra)} has no meaning for --map {args.map}; leave it out")
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
     args.source = args.source or (guidance.default_source(args.run or "self") if args.map == "attn" else None)
@@ -81,6 +79,7 @@ NOISE = 2.0  # Lab units that a step between neighbours may differ for free: gra
 # Weights of the evidence in `coarse`: a logistic fit on composites of half of the portraits' identities and on train of
 # the demo set; results are reported on the others. Threshold .5 depends on how large that mixture's foregrounds are.
 WEIGHTS = dict(colour=-0.9, connectivity=-0.4, centre=1.55, bias=-2.4)
+
 
 def to_lab(images):
     """images u8 (B, S, S, 3), sRGB -> CIE Lab under D65, fp32 (B, S, S, 3): distances are what an eye would say."""
@@ -112,8 +111,7 @@ def border(G):
 def border_colour(colours):
     """colours (B, G, G, C) -> (B, G, G) in [0, 1]: the share of the border's cells that look like this one.
 
-    A kernel density estimate of the background's colours, which may be several (a gradient, a screen tone): no number
-    of clusters has to be guessed, and a foreground that crosses the border adds only a small share.
+    A kernel density estimate of the background's colours, which may be several: a gradient, a screen tone.
     """
     x, edge = colours.flatten(1, 2), border(colours.shape[1])
     apart = torch.cdist(x, x[:, edge])  # (B, N, border cells)
@@ -151,12 +149,6 @@ def boundary_connectivity(colours, scale=10.0):
     return (length / region.sum(2).sqrt()).unflatten(1, colours.shape[1:3])
 
 
-def centre_prior(G):
-    """(G, G): 1 in the middle, falling off as a Gaussian."""
-    x = torch.linspace(-1, 1, G)
-    return (-(x[:, None].square() + x.square()) / 0.8).exp()
-
-
 def diffuse(values, colours, steps=6):
     """values (B, G, G), colours (B, G, G, C) -> values averaged with neighbours of like colour, edges kept."""
     down = (-(colours[:, 1:] - colours[:, :-1]).square().sum(3) / (2 * BANDWIDTH**2)).exp()  # (B, G-1, G)
@@ -176,13 +168,15 @@ def coarse_logit(images):
     colours = cells(lab, GRID)
     connected = boundary_connectivity(cells(lab, CONNECTIVITY_GRID)).add(0.01).log()
     connected = F.interpolate(connected[:, None], size=GRID, mode="bilinear")[:, 0]
+    x = torch.linspace(-1, 1, GRID)
+    centre = (-(x[:, None].square() + x.square()) / 0.8).exp().to(lab.device)  # 1 in the middle, falls as a Gaussian
     logit = WEIGHTS["colour"] * border_colour(colours).add(0.003).log() + WEIGHTS["connectivity"] * connected
-    logit = logit + WEIGHTS["centre"] * centre_prior(GRID).to(logit.device) + WEIGHTS["bias"]
+    logit = logit + WEIGHTS["centre"] * centre + WEIGHTS["bias"]
     return diffuse(logit, colours), colours
 
 
 def coarse(images):
-    """images u8 (B, S, S, 3) -> probability of foreground, (B, GRID, GRID): border colours, connectivity, centre."""
+    """images u8 (B, S, S, 3) -> probability of foreground, (B, GRID, GRID), by colours alone."""
     return coarse_logit(images)[0].sigmoid()
 
 
@@ -192,17 +186,6 @@ def coarse(images):
 def to_patches(maps, g):
     """maps (B, G, G) -> (B, g*g): the mean over each patch."""
     return F.adaptive_avg_pool2d(maps[:, None].float(), g).flatten(1)
-
-
-def last_tokens(encoder, view):
-    """view u8 (B, S, S, 3) -> the patches' tokens (B, N, D) fp32 after the last block, before the final LayerNorm.
-
-    On the demo set the normalised ones gave worse parts (adjusted Rand index .16 against .22) and equal cuts.
-    """
-    x = encoder.embed(*encoder.all_patches(view))
-    for block in encoder.blocks:
-        x = block(x)
-    return x[:, 1:].float()
 
 
 def contrast(tokens, place):
@@ -230,9 +213,8 @@ def normalized_cut(features, temperature=0.2):
 def refined(images, tokens, place):
     """images u8 (B, S, S, 3), their patch tokens (B, N, D), place (N, D) -> probability of foreground, (B, GRID, GRID).
 
-    The cut alone ranks patches worse than `coarse` does, because in some pictures it parts hair from face or left from
-    right. So it counts as much as it agrees with the coarse map: it is added to the log-odds times their correlation,
-    which also gives it its sign (results/LOG.md, "refined saliency").
+    The cut alone ranks patches worse than `coarse` does: in some pictures it parts hair from face. It is added to the
+    log-odds times its correlation with them, which also gives it its sign (results/LOG.md, "refined saliency").
     """
     logit, colours = coarse_logit(images)
     g = round(tokens.shape[1] ** 0.5)
@@ -258,7 +240,7 @@ def relative_to_foreground(tokens, foreground, place):
 def kmeans(x, K, generator, tries=4, steps=50):
     """x (n, D) -> K centres (K, D), the largest cluster first. n < K repeats points.
 
-    Lloyd's iterations; the best of several tries. scikit-learn's KMeans finds parts as good as these, but others: the
+    Lloyd's iterations; the best of several tries. scikit-learn's KMeans finds other parts, as good as these: the
     figures of results/truth.csv are of these. The generator is a CPU one: the same seed gives the same centres.
     """
     best, least = None, float("inf")
@@ -300,18 +282,24 @@ def parts_of(tokens, foreground, place, centres):
 # ---- what the encoder says of whole images, a chunk at a time --------------------------------------------------------
 
 
-@torch.no_grad()
-def tokens_of(images, rows, encoder, image_size, device, autocast):
-    """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order."""
-    for index, view in data.whole_views(images, rows, image_size, device):
-        with autocast():
-            tokens = last_tokens(encoder, view)
-        yield data.take(images, index, home(device)), tokens.to(home(device))
-
-
 def home(device):
     """Where maps are computed: Metal has no eigh, and no pooling to a grid that does not divide the picture."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+@torch.no_grad()
+def tokens_of(images, rows, encoder, image_size, device, autocast):
+    """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order.
+
+    Tokens after the last block, before the final LayerNorm: on the demo set the normalised ones gave worse parts
+    (adjusted Rand index .16 against .22) and equal cuts.
+    """
+    for index, view in data.whole_views(images, rows, image_size, device):
+        with autocast():
+            x = encoder.embed(*encoder.all_patches(view))
+            for block in encoder.blocks:
+                x = block(x)
+        yield data.take(images, index, home(device)), x[:, 1:].float().to(home(device))
 
 
 def mean_of_places(stream):
@@ -322,19 +310,16 @@ def mean_of_places(stream):
     return (total / count).float()
 
 
-def foreground_mask(images, tokens, place, quality):
-    """Which patches are foreground, (B, N) bool."""
-    probability = refined(images, tokens, place) if quality == "refined" else coarse(images)
-    return to_patches(probability, math.isqrt(len(place))) > 0.5
-
-
-def fit_parts(stream, foreground_of, place, K):
-    """A codebook (K, D) for the whole data set: k-means over the foreground patches of a sample of images."""
-    chosen = []
+def with_foreground(stream, place, quality):
+    """Yield (tokens (B, N, D), which patches are foreground (B, N) bool) of a stream of (images, tokens)."""
     for images, tokens in stream:
-        foreground = foreground_of(images, tokens)
-        chosen.append(relative_to_foreground(tokens, foreground, place)[foreground])
-    points = torch.cat(chosen)
+        probability = refined(images, tokens, place) if quality == "refined" else coarse(images)
+        yield tokens, to_patches(probability, math.isqrt(len(place))) > 0.5
+
+
+def fit_parts(stream, place, K):
+    """(tokens, foreground), ... of a sample of images -> one codebook for the data set (K, D): k-means."""
+    points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in stream])
     if len(points) < K:
         raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground that were found")
     return kmeans(points[:: math.ceil(len(points) / 20000)], K, seeded(0))
@@ -356,13 +341,13 @@ def rows_of_map(args, images, device):
         return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and args.parts > g**2:
         raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")
-    stream = functools.partial(tokens_of, images, encoder=encoder, image_size=size, device=device, autocast=autocast)
+    stream = lambda rows: tokens_of(images, rows, encoder, size, device, autocast)  # noqa: E731
     place = mean_of_places(stream(some))
     if args.map == "saliency":
         return GRID, "U8", (as_bytes(refined(*chunk, place)) for chunk in stream(every))
-    foreground_of = functools.partial(foreground_mask, place=place, quality=args.quality)
-    centres = fit_parts(stream(some), foreground_of, place, args.parts)
-    parts = (parts_of(tokens, foreground_of(images, tokens), place, centres) for images, tokens in stream(every))
+    centres = fit_parts(with_foreground(stream(some), place, args.quality), place, args.parts)
+    chunks = with_foreground(stream(every), place, args.quality)
+    parts = (parts_of(tokens, mask, place, centres) for tokens, mask in chunks)
     return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in parts)
 
 
@@ -379,23 +364,20 @@ def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
     columns, shuffled = [], {need: score.roll(1, 0) for need, score in scores.items()}
     control = next(s for s in strategies if s in masking.NEEDS)
     for s in strategies:
-        columns.append((s, hidden_by(s, scores, g, len(images), SHEET_RATIOS)))
-        if s == control:
-            columns.append((f"{s}\nshuffle=1", hidden_by(s, shuffled, g, len(images), SHEET_RATIOS)))
+        by = {s: scores} | ({f"{s}\nshuffle=1": shuffled} if s == control else {})
+        columns += [(name, hidden_by(s, some, g, len(images), SHEET_RATIOS)) for name, some in by.items()]
     plots.mask_sheet(path, title, images, maps, columns, **options)
 
 
 def sheet_of_map(path, name, images, maps, parts):
-    """What the strategies that need this map (n, g, g) hide by it, beside those that need none."""
+    """What the strategies that need these maps (n, g, g) hide by them, beside those that need none."""
+    need, rows = NEEDED_AS[name], data.evenly_spaced(len(maps), 8)
     g = 12 if name == "saliency" else maps.shape[-1]  # as with the demo's network; saliency has no encoder's grid
-    if name == "parts":
-        score = F.one_hot(maps.flatten(1).long(), 1 + parts).float()  # (n, N, 1 + parts), shares of each
-    else:
-        score = to_patches(maps, g) / (255 if name == "saliency" else 1)  # (n, N)
-    strategies = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[name]]
+    scores = {need: guidance.crop_map(need, maps, rows, *data.full_boxes(len(rows)), g, "cpu", 1 + (parts or 0))}
+    strategies = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == need]
     strategies += [s for s in masking.STRATEGIES if s not in masking.NEEDS]
-    title = f"What each strategy hides, by {name} maps"
-    draw_sheet(path, title, images, [(name, maps)], strategies, {NEEDED_AS[name]: score}, g)
+    shown, title = [(name, torch.from_numpy(maps[rows.numpy()]))], f"What each strategy hides, by {name} maps"
+    draw_sheet(path, title, images[rows.numpy()], shown, strategies, scores, g)
 
 
 @torch.no_grad()
@@ -436,13 +418,12 @@ def sheet_of_all(path, run, split, device, dtype):
     index, view = next(data.whole_views(split["images"], rows, size, device))
     chunks = guidance.attention(model.encoder, size, split["images"], rows, "unusual", autocast)
     every = torch.arange(g * g, device=device).expand(len(index), -1).contiguous()
-    scores = {"attn": torch.cat([score for _, score in chunks]), "detail": patch_detail(view, every, p),
-              "difficulty": difficulty(model, view, autocast)}  # fmt: skip
-    scores = {need: score.cpu() for need, score in scores.items()}
+    scores = {"attn": torch.cat([score for _, score in chunks]).cpu(), "detail": patch_detail(view, every, p).cpu(),
+              "difficulty": difficulty(model, view, autocast).cpu()}  # fmt: skip
     for need, count in (("fg", 0), ("parts", len(split["header"]["parts"]))):
         scores[need] = guidance.crop_map(need, split[need], index, *data.full_boxes(len(index)), g, "cpu", count)
-    maps = [("attention", scores["attn"].unflatten(1, (g, g))),
-            ("parts", scores["parts"].argmax(2).unflatten(1, (g, g)))]  # fmt: skip
+    shown = {"attention": scores["attn"], "parts": scores["parts"].argmax(2)}
+    maps = [(name, score.unflatten(1, (g, g))) for name, score in shown.items()]
     title = "What each strategy hides first, at the end of a run"
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
@@ -469,10 +450,8 @@ def main():
     header = {key: value for key, value in header.items() if value is not None}
     bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK), disable=None)
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    shown = data.evenly_spaced(n, 8).numpy()
     sheet = path.with_name(f"sheet-{path.stem}.png")
-    maps = torch.from_numpy(data.open_map(path, args.map, split)[shown])
-    sheet_of_map(sheet, args.map, split["images"][shown], maps, args.parts)
+    sheet_of_map(sheet, args.map, split["images"], data.open_map(path, args.map, split), args.parts)
     strategy = next((s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[args.map]), "random")
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}\n"
           f"next: python pretrain.py --data {folder} --mask {strategy}")  # fmt: skip

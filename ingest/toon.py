@@ -3,14 +3,13 @@
     python -m ingest.toon --out sheet.png          # a contact sheet
     python -m ingest.toon --who haruka --rows 1 --columns 1 --out haruka.png
 
-Longer than its neighbours, because it is a small drawing program with a big wardrobe. Read in this order:
-`cast` and `plan` (who is in the data set), `Canvas` (how a shape reaches the pixels), `draw` at the end (what
-is drawn, back to front), and then any drawing that you are curious about.
+Read in this order: `cast` and `plan` (who is in the data set), `Canvas` (how a shape reaches the pixels), `draw` at
+the end (what is drawn, back to front), and then any drawing that you are curious about.
 
 Everything is drawn in head units: the face is 1 wide, the origin is its centre, x points right and y down.
 Drawings are text, in hundredths: "20,-76! 34,-105" is a curve from (.20, -.76), where it has a sharp corner,
-to (.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. A
-character is a combination of shapes; colours are shared by characters, and differ from picture to picture.
+to (.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. They are
+shared by characters, and differ from picture to picture; a character is a combination of shapes.
 """
 import argparse
 import colorsys
@@ -71,8 +70,7 @@ def cast(characters=48, seed=0):
             return [{"name": names[i]} | dict(zip(ATTRIBUTES, p, strict=True)) for i, p in enumerate(people)]
 
 def plan(n=2400, characters=48, seed=0, tail=0.0):
-    """-> n items {key, label, seed, who}, all that draw() needs. tail 0 is balanced; otherwise class sizes
-    follow rank^-tail, and every class has at least 5 items where n allows."""
+    """-> n items {key, label, seed, who} for draw(). Class sizes follow rank^-tail, at least 5 where n allows."""
     floor, weights = min(5, n // characters), np.arange(1, characters + 1) ** -float(tail)
     sizes = (floor + (n - floor * characters) * weights / weights.sum()).astype(int)
     sizes[:n - sizes.sum()] += 1                            # what rounding down has left over
@@ -161,11 +159,10 @@ def brush(curve, width, heavy=.5):
     half = along[:, ::-1] * (-1, 1) / (np.hypot(*along.T)[:, None] + 1e-9) * (width / 2 * profile)[:, None]
     return np.concatenate([curve + half, (curve - half)[::-1]])
 
-def oval(x, y, rx, ry, turn=0.0, n=28):
-    """An ellipse around (x, y), turned by `turn` radians."""
+def oval(x, y, rx, ry, n=28):
+    """An ellipse around (x, y)."""
     t = np.arange(n) * (2 * np.pi / n)
-    u, v = rx * np.cos(t), ry * np.sin(t)
-    return np.stack([x + u * np.cos(turn) - v * np.sin(turn), y + u * np.sin(turn) + v * np.cos(turn)], 1)
+    return np.stack([x + rx * np.cos(t), y + ry * np.sin(t)], 1)
 
 CROWN = spline(path("-57,0 -61,-28 -53,-58 -31,-79 0,-87 31,-79 53,-58 61,-28 57,0"))
 HEART, STAR, SPARKLE = (spline(both(path(text)), closed=True) for text in (
@@ -205,29 +202,25 @@ class Canvas:
         if part:
             self.owner.append(PARTS.index(part))
             self.on_stencil.polygon(pixels.ravel().tolist(), fill=shape)
-        if inside is None and alpha == 1 and not isinstance(colour[0], tuple):
+        ramp = isinstance(colour[0], tuple)
+        if inside is None and alpha == 1 and not ramp:
             self.on_image.polygon(pixels.ravel().tolist(), fill=rgb(colour, self.palette))
-        else:
-            self.paint(pixels, colour, inside, alpha, soft)
-        return shape
-
-    def paint(self, pixels, colour, inside, alpha, soft):
-        """The slow way to fill: through a mask, which is only as large as the polygon."""
+            return shape
+        # The slow way to fill: through a mask, which is only as large as the polygon.
         low = np.maximum(pixels.min(0) - SS * (1 + 2 * soft), 0).astype(int)
         high = np.minimum(pixels.max(0) + SS * (1 + 2 * soft), self.image.size).astype(int)
         if (high <= low).any():
-            return
+            return shape
         box, mask = (*low.tolist(), *high.tolist()), Image.new("L", (high - low).tolist())
         ImageDraw.Draw(mask).polygon((pixels - low).ravel().tolist(), fill=round(255 * alpha))
         if soft:                                             # blur where it is cheap: at the final resolution
             mask = mask.reduce(SS).filter(ImageFilter.GaussianBlur(soft)).resize(mask.size, Image.BILINEAR)
         if inside is not None:
-            allowed = np.zeros(256, int)
-            allowed[inside] = 255
-            mask = ImageChops.multiply(mask, self.stencil.crop(box).point(allowed.tolist()))
-        ramp = isinstance(colour[0], tuple)
-        ink = gradient(*colour, self.palette, mask.size) if ramp else rgb(colour, self.palette)
-        self.image.paste(ink, box, mask)
+            allowed = [255 * (i in inside) for i in range(256)]
+            mask = ImageChops.multiply(mask, self.stencil.crop(box).point(allowed))
+        tone = gradient(*colour, self.palette, mask.size) if ramp else rgb(colour, self.palette)
+        self.image.paste(tone, box, mask)
+        return shape
 
     def outline(self, points, colour, width, part=None, depth=1.0):
         """Line art around a polygon, drawn as with a slanted nib: twice, a little apart."""
@@ -525,61 +518,49 @@ def draw_shine(c, s, front):
         band = np.concatenate([upper.T, lower.T[::-1]])
         c.fill(band, light(s.hair, 1.1), inside=[front], alpha=.85, depth=.9)
 
-# ---- what is behind: patterns yield (tone, polygon in the unit square) -------------------------------------
+# ---- what is behind ----------------------------------------------------------------------------------------
+
+PATTERNS = ("dotted_background", "striped_background", "sky", "window", "bokeh", "sunburst", "night_sky")
 
 def box(x, y, width, height):
     """A rectangle."""
     return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)])
 
-def dots(rng):
-    """Screen tone: dots which grow towards the bottom."""
-    n = rng.integers(9, 15)
-    for i, j in np.ndindex(n + 1, n + 1):
-        r = (.12 + .3 * j / n) / n
-        yield "high", oval((i + j % 2 / 2) / n, j / n, r, r, n=12)
-
-def stripes(rng):
-    """Slanted stripes."""
-    step, slant = 1 / rng.integers(4, 9), rng.uniform(-.6, .6)
-    for x in np.arange(-.6, 1.6, step):
-        yield "high", np.array([(x, 0), (x + step / 2, 0), (x + step / 2 + slant, 1), (x + slant, 1)])
-
-def sky(rng):
-    """Clouds over two hills."""
-    for x, y in rng.uniform((-.1, 0), (1, .45), (3, 2)):
-        for i in range(4):
-            yield "high", oval(x + .07 * i, y, *rng.uniform(.05, .1, 2))
-    for _ in range(2):
-        yield "low", oval(rng.uniform(-.4, 1.3), rng.uniform(1.4, 1.6), 1.1, .8, n=60)
-
-def window(rng):
-    """A room with a window."""
-    x, y, w = rng.uniform((-.1, .02, .4), (.6, .15, .6))
-    yield "low", box(x - .03, y - .03, w + .06, w * 1.3 + .06)
-    for i, j in np.ndindex(2, 2):
-        yield "high", box(x + i * (w / 2 + .01), y + j * .66 * w, w / 2 - .01, .62 * w)
-    yield "low", box(0, .86, 1, .14)
-
-def bokeh(rng):
-    """Lights out of focus; the blur comes later."""
-    for x, y, r in rng.uniform((0, 0, .03), (1, 1, .12), (22, 3)):
-        yield "high", oval(x, y, r, r)
-
-def sunburst(rng):
-    """Rays from behind the head."""
-    rays = rng.integers(9, 18)
-    for t in (np.arange(rays) + rng.random()) * 2 * np.pi / rays:
-        ray = np.array([(0, 0), (np.cos(t), np.sin(t)), (np.cos(t + np.pi / rays), np.sin(t + np.pi / rays))])
-        yield "high", ray + (.5, .55)
-
-def night(rng):
-    """Stars and a moon."""
-    for x, y, r in rng.uniform((0, 0, .01), (1, 1, .04), (30, 3)):
-        yield "high", SPARKLE * r + (x, y)
-    yield "high", oval(*rng.uniform((.1, .08), (.9, .25)), .09, .09)
-
-PATTERNS = {"dotted_background": dots, "striped_background": stripes, "sky": sky, "window": window,
-            "bokeh": bokeh, "sunburst": sunburst, "night_sky": night}
+def pattern(kind, rng):
+    """Yield (tone, polygon in the unit square), back to front."""
+    if kind == "dotted_background":                          # screen tone: dots which grow towards the bottom
+        n = rng.integers(9, 15)
+        for i, j in np.ndindex(n + 1, n + 1):
+            r = (.12 + .3 * j / n) / n
+            yield "high", oval((i + j % 2 / 2) / n, j / n, r, r, n=12)
+    elif kind == "striped_background":
+        step, slant = 1 / rng.integers(4, 9), rng.uniform(-.6, .6)
+        for x in np.arange(-.6, 1.6, step):
+            yield "high", np.array([(x, 0), (x + step / 2, 0), (x + step / 2 + slant, 1), (x + slant, 1)])
+    elif kind == "sky":                                      # clouds over two hills
+        for x, y in rng.uniform((-.1, 0), (1, .45), (3, 2)):
+            for i in range(4):
+                yield "high", oval(x + .07 * i, y, *rng.uniform(.05, .1, 2))
+        for _ in range(2):
+            yield "low", oval(rng.uniform(-.4, 1.3), rng.uniform(1.4, 1.6), 1.1, .8, n=60)
+    elif kind == "window":                                   # of four panes, above a floor
+        x, y, w = rng.uniform((-.1, .02, .4), (.6, .15, .6))
+        yield "low", box(x - .03, y - .03, w + .06, w * 1.3 + .06)
+        for i, j in np.ndindex(2, 2):
+            yield "high", box(x + i * (w / 2 + .01), y + j * .66 * w, w / 2 - .01, .62 * w)
+        yield "low", box(0, .86, 1, .14)
+    elif kind == "bokeh":                                    # lights out of focus; the blur comes later
+        for x, y, r in rng.uniform((0, 0, .03), (1, 1, .12), (22, 3)):
+            yield "high", oval(x, y, r, r)
+    elif kind == "sunburst":                                 # rays from behind the head
+        rays = rng.integers(9, 18)
+        for t in (np.arange(rays) + rng.random()) * 2 * np.pi / rays:
+            ray = [(0, 0), (np.cos(t), np.sin(t)), (np.cos(t + np.pi / rays), np.sin(t + np.pi / rays))]
+            yield "high", np.array(ray) + (.5, .55)
+    elif kind == "night_sky":                                # stars and a moon
+        for x, y, r in rng.uniform((0, 0, .01), (1, 1, .04), (30, 3)):
+            yield "high", SPARKLE * r + (x, y)
+        yield "high", oval(*rng.uniform((.1, .08), (.9, .25)), .09, .09)
 
 def backdrop(kind, palette, rng, n):
     """-> an n x n image. Its colours know nothing of the character's."""
@@ -592,7 +573,7 @@ def backdrop(kind, palette, rng, n):
     tone = {"high": light(bottom, rng.uniform(.5, 1.3)), "low": shade((top[0] - 40, sat, value * .85))}
     image = gradient(top, bottom, palette, (n, n))
     pen = ImageDraw.Draw(image)
-    for name, polygon in PATTERNS[kind](rng) if kind in PATTERNS else ():
+    for name, polygon in pattern(kind, rng):
         pen.polygon((polygon * n).ravel().tolist(), fill=rgb(tone[name], palette))
     if kind == "bokeh":                                      # blurred at a low resolution, where it is cheap
         image = image.reduce(8).filter(ImageFilter.GaussianBlur(n / 500)).resize((n, n), Image.BILINEAR)
@@ -670,8 +651,8 @@ def finish(c, s, rng, size):
     alpha, picked = parts.point([0] + [255] * 255).reduce(SS), np.array(parts)[SS // 2::SS, SS // 2::SS]
     return {"image": np.uint8(np.clip(lit + .5, 0, 255)), "fg": np.array(alpha), "parts": picked.copy()}
 
-def tags(s):
-    """-> the words under which a picture board would file this picture."""
+def facts(s):
+    """-> {tags: the words under which a picture board would file this picture, style: its STRATA}."""
     who = s.who
     words = [value for key, value in who.items() if key not in ("name", "outfit") and "colour" not in key]
     words += [who["hair_colour"] + "_hair", s.outfit, s.mood, s.backdrop, s.held, s.sign]
@@ -680,16 +661,12 @@ def tags(s):
             "animal_ears": who["accessory"].endswith("_ears"), "speech_bubble": s.bubble, "occlusion": s.held,
             "food": s.held in FOOD, "monochrome": s.palette == "monochrome"}
     words += [word for word, holds in also.items() if holds]
-    return sorted({word for word in words if word and not word.startswith("no_")})
-
-def style(s):
-    """-> the strata of the stress tests: which palette, line and shading this picture was drawn in."""
-    return {"palette": s.palette, "line": s.line, "shading": s.shading}
+    return {"tags": sorted({word for word in words if word and not word.startswith("no_")}),
+            "style": {stratum: getattr(s, stratum) for stratum in STRATA}}
 
 def describe(item):
     """What draw() will say of an item, without drawing it -> {tags, style}."""
-    s = scene(item["who"], np.random.default_rng(item["seed"]))
-    return {"tags": tags(s), "style": style(s)}
+    return facts(scene(item["who"], np.random.default_rng(item["seed"])))
 
 def draw(item, size=128):
     """An item of a plan -> {image u8 (size, size, 3), fg u8 and parts u8 (size, size), tags, style}."""
@@ -697,7 +674,7 @@ def draw(item, size=128):
     s = scene(item["who"], rng)
     c = Canvas(backdrop(s.backdrop, s.palette, rng, size * SS), s)
     draw_figure(c, s)
-    return finish(c, s, rng, size) | {"tags": tags(s), "style": style(s)}
+    return finish(c, s, rng, size) | facts(s)
 
 def unseen(person, count, seed=0):
     """Items of one of the cast that no data set has, -> list for draw()."""
