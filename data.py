@@ -51,34 +51,24 @@ def open_tensors(path):
 
 def open_split(folder, name):
     """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header"; "fg", "parts"}."""
-    path = Path(folder) / f"{name}.safetensors"
-    there = sorted(p.stem for p in Path(folder).glob("*.safetensors"))
+    path, there = Path(folder) / f"{name}.safetensors", sorted(p.stem for p in Path(folder).glob("*.safetensors"))
     if there and name not in there:
         raise UserError(f"{folder} has no split {name}, only {', '.join(there)}; --eval-on chooses another, "
                         "data.py --split and --dev make them")  # fmt: skip
-    if not path.exists():
-        raise UserError(f"{path} does not exist; python data.py IMAGES --out {folder} makes it")
-    split = open_tensors(path)
+    split = open_tensors(path) if there else {"header": {}}
     if "images" not in split or "classes" not in split["header"]:
-        raise UserError(f"{path} holds no images; python data.py IMAGES --out {folder} makes it")
+        wrong = "holds no images" if there else "does not exist"
+        raise UserError(f"{path} {wrong}; python data.py IMAGES --out {folder} makes it")
     return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
 
 
-# ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
-
-
-def write_maps(path, name, chunks, shape, dtype, header=None):
-    """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor, `name`."""
-    rows = ({name: chunk} for chunk in chunks)
-    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
-
-
 def fingerprint(split):
-    """What tells one packed split from another: 12 hex characters of a hash of its header.
-
-    Names, provenance and, from packing on, a digest of the pixels.
-    """
+    """What tells one packed split from another: a hash of its header, which holds a digest of the pixels, too."""
     return hashlib.blake2b(json.dumps(split["header"], sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def has_labels(split):
+    return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
 
 
 def hold_apart(groups, labels, share, seed=0):
@@ -97,6 +87,15 @@ def hold_apart(groups, labels, share, seed=0):
     return held
 
 
+# ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
+
+
+def write_maps(path, name, chunks, shape, dtype, header=None):
+    """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor, `name`."""
+    rows = ({name: chunk} for chunk in chunks)
+    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
+
+
 def map_file(folder, name, split):
     """maps/NAME, "saliency", split -> maps/NAME/saliency.safetensors, or saliency-val.safetensors of split val."""
     own = split["header"].get("split", "train")
@@ -106,8 +105,7 @@ def map_file(folder, name, split):
 def open_map(path, name, split):
     """The map `name` of this split's images -> memory map (n, g, g): f16 attention, u8 saliency or u8 parts.
 
-    path is the file, or the folder that holds it under its usual name. A file that is missing, or made for another
-    data set, of another kind, length or grid, is a UserError with the command that makes the right one.
+    path: the file, or its folder. Missing, of other images or of another shape: a UserError with the right command.
     """
     path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
     folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
@@ -125,10 +123,6 @@ def open_map(path, name, split):
     else:
         return tensors[name]
     raise UserError(f"{path} holds {wrong}; {fix} --out OTHER makes those of {folder}")
-
-
-def has_labels(split):
-    return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
 
 
 # ---- the loader: one prefetch thread, no worker processes ----------------------------------------------------------
@@ -244,9 +238,6 @@ def whole_views(images, rows, side, device):
     """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in order."""
     for index in rows.split(CHUNK):
         yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)
-
-
-# ---- what --data names ---------------------------------------------------------------------------------------------
 
 
 def open_or_pack(path, image_size=128):

@@ -102,9 +102,8 @@ def cells(lab, G):
 
 def border(G):
     """(G*G,) bool: the cells of the upper, left and right edge. People stand on the lower edge: it says nothing."""
-    edge = torch.zeros(G, G, dtype=torch.bool)
-    edge[0] = edge[:, 0] = edge[:, -1] = True
-    edge[-1, 1:-1] = False
+    edge = torch.ones(G, G, dtype=torch.bool)
+    edge[1:, 1:-1] = False
     return edge.flatten()
 
 
@@ -121,8 +120,8 @@ def border_colour(colours):
 def geodesic(colours):
     """colours (B, G, G, C) -> (B, N, N): the cheapest path between any two cells, over 8 neighbours.
 
-    A step costs its difference of colour beyond NOISE, so a flat or slowly changing region is near to itself however
-    far it stretches. Floyd and Warshall's algorithm, one cell at a time for the whole batch.
+    A step costs its difference of colour beyond NOISE: a flat region is near to itself however far it stretches. Floyd
+    and Warshall's algorithm.
     """
     B, G, x = len(colours), colours.shape[1], colours.flatten(1, 2)
     distance = x.new_full((B, G * G, G * G), float("inf"))
@@ -191,8 +190,7 @@ def to_patches(maps, g):
 def contrast(tokens, place):
     """Patch tokens (B, N, D), their mean over many images at each place (N, D) -> unit vectors (B, N, D).
 
-    Takes away what a token says because of where it stands (a masked autoencoder's tokens know their positions well)
-    and what all patches of the picture share; what is left is how a patch differs from the others.
+    Without what a token says because of its place, and without what all patches of the picture share.
     """
     apart = tokens - place
     return F.normalize(apart - apart.mean(1, keepdim=True), dim=2)
@@ -302,14 +300,6 @@ def tokens_of(images, rows, encoder, image_size, device, autocast):
         yield data.take(images, index, home(device)), x[:, 1:].float().to(home(device))
 
 
-def mean_of_places(stream):
-    """What the tokens at each place have in common: their mean over a sample of images, (N, D)."""
-    total, count = 0, 0
-    for _, tokens in stream:
-        total, count = total + tokens.double().sum(0), count + len(tokens)
-    return (total / count).float()
-
-
 def with_foreground(stream, place, quality):
     """Yield (tokens (B, N, D), which patches are foreground (B, N) bool) of a stream of (images, tokens)."""
     for images, tokens in stream:
@@ -317,24 +307,12 @@ def with_foreground(stream, place, quality):
         yield tokens, to_patches(probability, math.isqrt(len(place))) > 0.5
 
 
-def fit_parts(stream, place, K):
-    """(tokens, foreground), ... of a sample of images -> one codebook for the data set (K, D): k-means."""
-    points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in stream])
-    if len(points) < K:
-        raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground that were found")
-    return kmeans(points[:: math.ceil(len(points) / 20000)], K, seeded(0))
-
-
-def as_bytes(probability):
-    return (probability * 255).round().to(torch.uint8).cpu().numpy()
-
-
 def rows_of_map(args, images, device):
     """-> (g, dtype, generator of chunks (b, g, g)) of the map that was asked for, in the order of the images."""
     every, some = torch.arange(len(images)), data.evenly_spaced(len(images), SAMPLE)
     if args.map == "saliency" and args.quality == "coarse":
         chunks = (data.take(images, index, home(device)) for index in every.split(data.CHUNK))
-        return GRID, "U8", (as_bytes(coarse(chunk)) for chunk in chunks)
+        return GRID, "U8", ((255 * coarse(chunk)).round().byte().cpu().numpy() for chunk in chunks)
     encoder, size = load_encoder(args.run)
     g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
@@ -342,20 +320,24 @@ def rows_of_map(args, images, device):
     if args.map == "parts" and args.parts > g**2:
         raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")
     stream = lambda rows: tokens_of(images, rows, encoder, size, device, autocast)  # noqa: E731
-    place = mean_of_places(stream(some))
+    total = sum(tokens.double().sum(0) for _, tokens in stream(some))
+    place = (total / len(some)).float()  # what the tokens at each place have in common, (N, D)
     if args.map == "saliency":
-        return GRID, "U8", (as_bytes(refined(*chunk, place)) for chunk in stream(every))
-    centres = fit_parts(with_foreground(stream(some), place, args.quality), place, args.parts)
-    chunks = with_foreground(stream(every), place, args.quality)
-    parts = (parts_of(tokens, mask, place, centres) for tokens, mask in chunks)
-    return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in parts)
+        return GRID, "U8", ((255 * refined(*chunk, place)).round().byte().cpu().numpy() for chunk in stream(every))
+    masked = lambda rows: with_foreground(stream(rows), place, args.quality)  # noqa: E731
+    points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)])
+    if len(points) < args.parts:
+        raise UserError(f"--parts {args.parts} are more than the {len(points)} patches of foreground that were found")
+    centres = kmeans(points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0))  # one codebook, (K, D)
+    chunks = (parts_of(tokens, mask, place, centres) for tokens, mask in masked(every))
+    return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in chunks)
 
 
 # ---- sheets: what strategies hide --------------------------------------------------------------------------------
 
 
 def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
-    """images u8 (n, S, S, 3), maps [(name, (n, g, g))] of them: what strategies hide by the scores of the g*g patches.
+    """What strategies hide of images u8 (n, S, S, 3) by the scores of their g*g patches; maps: [(name, (n, g, g))].
 
     The first strategy that is guided is also shown by the maps of another image, the control.
     """
@@ -382,10 +364,7 @@ def sheet_of_map(path, name, images, maps, parts):
 
 @torch.no_grad()
 def difficulty(model, view, autocast):
-    """view u8 (B, S, S, 3) -> (B, N): mean error of each patch over the random masks that hid it.
-
-    It is what the head of the mask `learned` is trained to predict.
-    """
+    """view u8 (B, S, S, 3) -> (B, N): each patch's mean error over random masks, what the mask `learned` predicts."""
     B, N, p = len(view), model.encoder.side**2, model.config["patch_size"]
     total, count = torch.zeros(B, N, device=view.device), torch.full((B, N), 1e-9, device=view.device)
     for i in range(DRAWS):
@@ -396,23 +375,18 @@ def difficulty(model, view, autocast):
     return total / count
 
 
-def whole_model(run):
-    """A run -> its MAE, decoder included."""
+def sheet_of_all(path, run, split, device, dtype):
+    """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
     from common.formats import read_checkpoint
 
+    if not split["header"].get("parts") or "fg" not in split:
+        raise UserError("--map all needs true parts; python data.py toon --out datasets/toon makes a set with them")
     _, facts = read_checkpoint(run)
     if not facts["decoder_depth"]:
         raise UserError(f"{run} has no decoder, as simmim has none; give a run with another mask")
     model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
     init_from(model, run)
-    return model.eval()
-
-
-def sheet_of_all(path, run, split, device, dtype):
-    """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
-    if not split["header"].get("parts") or "fg" not in split:
-        raise UserError("--map all needs true parts; python data.py toon --out datasets/toon makes a set with them")
-    model, autocast = whole_model(run).to(device), autocast_of(device, dtype)
+    model, autocast = model.eval().to(device), autocast_of(device, dtype)
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))

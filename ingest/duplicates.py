@@ -10,8 +10,8 @@ Pictures come as gray thumbnails u8 (n, 32, 32) on disk; matching took 5 KB of m
 results/bench_pack.csv), and its work grows about as n log n.
 """
 
-import tempfile
 from collections import Counter
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -34,12 +34,6 @@ def thumbnail(data):
     if img.mode == "RGBA":  # the copy may have been flattened
         img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
     return np.asarray(img.convert("L"))
-
-
-def storage(n):
-    """Room for n thumbnails, u8 (n, 32, 32) of zeros, in an unnamed file: it takes no memory of the process."""
-    with tempfile.TemporaryFile() as f:
-        return np.memmap(f, np.uint8, "w+", shape=(n, SIDE, SIDE))
 
 
 def join(n, pairs):
@@ -125,22 +119,21 @@ def candidates(thumbs, most=16):
 
     At most `most` pictures of one key are looked at: pictures almost blank share it by the thousand.
     """
-    chunks = [(start, np.asarray(thumbs[start : start + 4096])) for start in range(0, len(thumbs), 4096)]
-    wholes = np.concatenate([frequencies(some, FULL) for _, some in chunks])
+    size = 4096
+    starts = range(0, len(thumbs), size)
+    wholes = np.concatenate([frequencies(thumbs[at : at + size], FULL) for at in starts])
     hashes, built = packed(wholes > 0), list(tables(wholes))
-    for w, window in enumerate(WINDOWS):
-        for start, some in chunks:
-            c = frequencies(some, window)
-            ask = packed(c > 0)
-            for bits, key, order in built:
-                at, j = matches(key, keys_of(c, bits), most)
-                i = order[at]
-                differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
-                near = (i != j + start) & (differing <= MOST_BITS)
-                i, j = i[near], j[near]
-                cosine = (wholes[i] * c[j]).sum(1)
-                rows = np.stack([i, j + start, np.full(len(i), w), cosine], 1)
-                yield rows[cosine > WAVES_ALIKE]
+    for (w, window), start in product(enumerate(WINDOWS), starts):
+        c = frequencies(thumbs[start : start + size], window)
+        ask = packed(c > 0)
+        for bits, key, order in built:
+            at, j = matches(key, keys_of(c, bits), most)
+            i = order[at]
+            differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
+            near = (i != j + start) & (differing <= MOST_BITS)
+            i, j = i[near], j[near]
+            cosine = (wholes[i] * c[j]).sum(1)
+            yield np.stack([i, j + start, np.full(len(i), w), cosine], 1)[cosine > WAVES_ALIKE]
 
 
 def best_window(rows):
@@ -154,22 +147,20 @@ def best_window(rows):
 def alike(thumbs, i, j, windows):
     """Correlation of the edges of pictures i with those of windows (m, 4) of pictures j, enlarged -> (m)."""
     rows, columns = (resampling(windows[:, a], windows[:, a + 2]) for a in (0, 1))
-    crops = rows @ np.asarray(thumbs[j]).astype(np.float32) @ columns.transpose(0, 2, 1)
-    return (edges(np.asarray(thumbs[i])) * edges(crops)).sum(1)
+    crops = rows @ thumbs[j].astype(np.float32) @ columns.transpose(0, 2, 1)
+    return (edges(thumbs[i]) * edges(crops)).sum(1)
 
 
 def fitted(thumbs, i, j, windows):
     """Move the four edges of each window by ever smaller steps while the lines fit better -> the best correlation."""
     corners = np.c_[windows[:, :2], windows[:, :2] + windows[:, 2:]]
     best = alike(thumbs, i, j, windows)
-    for step in (0.04, 0.02, 0.02, 0.01, 0.01):
-        for edge in range(4):
-            for way in (-step, step):
-                moved = corners.copy()
-                moved[:, edge] = np.clip(moved[:, edge] + way, 0, 1)
-                score = alike(thumbs, i, j, np.c_[moved[:, :2], moved[:, 2:] - moved[:, :2]])
-                corners[score > best] = moved[score > best]
-                best = np.maximum(best, score)
+    for step, edge, way in product((0.04, 0.02, 0.02, 0.01, 0.01), range(4), (-1, 1)):
+        moved = corners.copy()
+        moved[:, edge] = np.clip(moved[:, edge] + way * step, 0, 1)
+        score = alike(thumbs, i, j, np.c_[moved[:, :2], moved[:, 2:] - moved[:, :2]])
+        corners[score > best] = moved[score > best]
+        best = np.maximum(best, score)
     return best
 
 
@@ -177,7 +168,8 @@ def pairs(thumbs):
     """Thumbnails u8 (n, 32, 32) -> sorted list of near-duplicate pairs (i, j), i < j. Blank pictures are left out."""
     if not len(thumbs):
         return []
-    rows, joined = best_window(np.concatenate(list(candidates(thumbs)))), set()
+    thumbs, joined = np.asarray(thumbs), set()  # of a memory map nothing is copied
+    rows = best_window(np.concatenate(list(candidates(thumbs))))
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
         score = alike(thumbs, i, j, WINDOWS[w])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
@@ -77,18 +78,16 @@ def write_split(path, rows, dims, records, labels, about):
             pixels.update(np.ascontiguousarray(row["images"]).data)
             yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
 
+    def header(some, more):
+        groups = [r.group for r in some] if any(r.group != r.key for r in some) else None  # else the keys say them
+        return about | more | {"keys": [r.key for r in some], "groups": groups,
+                               "skipped": len(skipped), "skipped_first": skipped[:100]}  # fmt: skip
+
     planes = {p: ("U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
-    room = len(json.dumps(json.dumps(header_of(records, about, [])))) + 2**18  # reasons for a hundred skipped files
-    header = lambda: header_of(kept, about | {"pixels": pixels.hexdigest()}, skipped)  # noqa: E731
-    write_rows(path, planes, len(records), readable(), header, room)
+    room = len(json.dumps(json.dumps(header(records, {})))) + 2**18  # reasons for a hundred skipped files
+    end = lambda: header(kept, {"pixels": pixels.hexdigest()})  # noqa: E731
+    write_rows(path, planes, len(records), readable(), end, room)
     return skipped
-
-
-def header_of(records, about, skipped):
-    """What the file's header says; groups are written only where they are not the keys themselves."""
-    torn = any(r.group != r.key for r in records)
-    return about | {"keys": [r.key for r in records], "groups": [r.group for r in records] if torn else None,
-                    "skipped": len(skipped), "skipped_first": skipped[:100]}  # fmt: skip
 
 
 def check_skipped(out, skipped, n):
@@ -118,7 +117,8 @@ def near_duplicates(records, fetch, dedupe):
     """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
     if dedupe == "off" or fetch is None:
         return [], []
-    thumbs = duplicates.storage(len(records))  # of a file that can't be read it stays blank; its turn comes later
+    with tempfile.TemporaryFile() as f:  # takes no memory; of a file that can't be read the thumbnail stays blank
+        thumbs = np.memmap(f, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE))
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):

@@ -34,7 +34,7 @@ MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may
 Record = namedtuple("Record", "key place label split group tags box", defaults=(None, None, None, (), None))
 
 
-def find(path, boxes=None):
+def find(path, boxes_file=None):
     """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if one is given."""
     if str(path) == "-":
         path, (records, fetch, *notes) = "standard input", from_list(sys.stdin)
@@ -53,8 +53,11 @@ def find(path, boxes=None):
         alike[name.casefold()].append(name)
     if same := [" and ".join(names) for names in alike.values() if len(names) > 1]:  # Miku, miku
         notes.append(f"classes that differ only in case are kept apart: {', '.join(same[:3])}")
-    records = list(first.values())
-    return with_boxes(records, boxes) if boxes else records, fetch, notes
+    records, boxes = list(first.values()), read_boxes(boxes_file) if boxes_file else {}
+    if boxes_file and not any(r.key in boxes for r in records):
+        raise UserError(f"--boxes {boxes_file} names none of the images; it has {next(iter(boxes), None)!r}, "
+                        f"the images are named like {records[0].key!r}")  # fmt: skip
+    return [r._replace(box=boxes.get(r.key, r.box)) for r in records] if boxes else records, fetch, notes
 
 
 def reader_of(path):
@@ -72,9 +75,6 @@ def reader_of(path):
         if fits(path):
             return reader
     raise UserError(f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)")
-
-
-# ---- names ---------------------------------------------------------------------------------------------------------
 
 
 def nfc(text):
@@ -300,15 +300,6 @@ def read_boxes(path):
             raise UserError(f"{path}, line {n} is not path x1 y1 x2 y2 with x1 < x2 and y1 < y2 but {line[:80]!r}")
         boxes[nfc(name)] = (x1, y1, x2, y2)
     return boxes
-
-
-def with_boxes(records, path):
-    """Records with the boxes of a file, by key; UserError where it names none of them."""
-    boxes = read_boxes(path)
-    if not any(r.key in boxes for r in records):
-        raise UserError(f"--boxes {path} names none of the images; it has {next(iter(boxes), None)!r}, "
-                        f"the images are named like {records[0].key!r}")  # fmt: skip
-    return [r._replace(box=boxes.get(r.key, r.box)) for r in records]
 
 
 def metadata_files(path):
