@@ -123,7 +123,8 @@ def mix(view, targets, mixup, cutmix, generator):
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     order = torch.randperm(len(view), generator=generator).to(view.device)
     paste = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    share = float(rng.beta(*[cutmix if paste else mixup] * 2))  # of the own picture
+    alpha = cutmix if paste else mixup
+    share = float(rng.beta(alpha, alpha))  # of the own picture
     if paste:
         hole = squares(1, view.shape[1], 1 - share, generator).to(view.device)
         share = 1 - hole.float().mean().item()
@@ -163,8 +164,7 @@ def drop_patches(view, encoder, keep, generator):
 
 def open_task(args, seed, out, device, autocast):
     """-> what a run works with, a namespace; the comments say what is in it."""
-    task = SimpleNamespace(out=out, device=device, autocast=autocast)
-    task.features = None  # of a frozen encoder: {split's name: (n, D)}
+    task = SimpleNamespace(out=out, device=device, autocast=autocast, features=None)
     sets, class_ids = open_rows(args.data, args.eval_on, args.hold_out)
     names = ("train", "train" if sets[1][0] is sets[0][0] else "dev", args.eval_on)
     task.train, task.dev, task.report = (  # labels: the class of each image of the split, -1 if it is left out
@@ -195,13 +195,12 @@ def open_task(args, seed, out, device, autocast):
 
 def start_message(args, task, steps, batch, step):
     """What is printed before the first step; steps: of an epoch."""
-    resumed = f"; going on from step {step}" if step else ""
-    return (f"data     {args.data}: {len(task.train.rows)} images to learn from, {len(task.dev.rows)} to choose by, "
-            f"{len(task.classes)} characters\n"
+    n, held, C = len(task.train.rows), len(task.dev.rows), len(task.classes)
+    return (f"data     {args.data}: {n} images to learn from, {held} to choose by, {C} characters\n"
             f"model    {args.method} of {args.encoder}, {args.head} head: {task.count:,} parameters trained, "
-            f"{task.share:.2%}\n"
-            f"run      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, learning rates "
-            f"{args.lr:.2g} and {args.head_lr:.2g}, {args.keep:.0%} of the patches{resumed}")  # fmt: skip
+            f"{task.share:.2%}\nrun      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, "
+            f"learning rates {args.lr:.2g} and {args.head_lr:.2g}, {args.keep:.0%} of the patches"
+            + (f"; going on from step {step}" if step else ""))  # fmt: skip
 
 
 def save_run(task, optimizer, step, seconds, best):
@@ -252,7 +251,7 @@ def finetune(args, seed, out, device, autocast):
     total = per_epoch * args.epochs
     if args.method == "linear" and not args.augment and args.keep == 1:  # the same views in each epoch
         with distributed.zero_first():
-            task.features = classifier.frozen_features(task, args.dtype)
+            task.features = classifier.frozen_features(task, args.dtype)  # {name of the split: (n, D)}
     images = task.features["train"].to(device) if task.features else data.resident(task.train.split, device)
     log_prior = torch.bincount(labels[train_rows], minlength=C)
     log_prior = (log_prior / log_prior.sum()).log().to(device)

@@ -188,8 +188,8 @@ def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
 
     logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
     threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
-    Without strangers each known face plays one, its own class taken out of the gallery; the network has learned that
-    it is none of the others, so a real stranger passes more often than that share.
+    Without strangers each known face plays one, its own class left out of the gallery. The network has learned that it
+    is none of the others: a real stranger passes more often than that share.
     temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
     """
     centres = centroids(gallery, gallery_labels)

@@ -57,8 +57,8 @@ def read_tensors(path):
                 return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
-        line = f"it wants to run {code[1]} and was not opened" if code else str(problem).strip().split("\n")[0][:100]
-        reason = line or "it is cut short"
+        line = str(problem).strip().split("\n")[0][:100] or "it is cut short"
+        reason = f"it wants to run {code[1]} and was not opened" if code else line
         raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason})") from None
     return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
 
