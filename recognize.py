@@ -156,26 +156,32 @@ def enrol(args, net, header, gallery, autocast):
 
 
 def percent(shares):
-    return {k: round(100 * share, 3) for k, share in shares.items()}
+    return {k: round(100 * float(share), 3) for k, share in shares.items()}
 
 
 def verification(same, other):
     """Cosines of all pairs of pictures, of one character and of two: can they be told apart? -> figures in percent."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if len(same) == 0 or len(other) == 0:
         raise UserError("verification needs two characters or more, and one with two illustrations or more")
     shares = {f"tpr_at_fpr_{100 * r:g}": metrics.tpr_at_fpr(same, other, r) for r in FALSE_RATES}
-    shares |= {"roc_auc": metrics.roc_auc(same, other), "eer": metrics.equal_error_rate(same, other)}
-    shares["average_precision"] = metrics.ranked_precision(same, other)
+    pairs = metrics.truth_and_scores(same, other)
+    shares |= {"roc_auc": roc_auc_score(*pairs), "eer": metrics.equal_error_rate(same, other),
+               "average_precision": average_precision_score(*pairs)}  # fmt: skip
     return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
 def open_set(known, right, strangers, threshold):
     """Cosine to the nearest character: of known faces (and whether they are named rightly), and of strangers."""
+    from sklearn.metrics import roc_auc_score
+
     counts = {"known": len(known), "strangers": len(strangers), "threshold": threshold}
     shares = {"false_accept_at_threshold": (strangers >= threshold).float().mean().item(),
               "known_rejected_at_threshold": (known < threshold).float().mean().item()}  # fmt: skip
     shares |= {f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r) for r in FALSE_RATES}
-    return percent({"auroc_unknown": metrics.roc_auc(known, strangers)}) | counts | percent(shares)
+    auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
+    return percent({"auroc_unknown": auroc}) | counts | percent(shares)
 
 
 def verify(args, net, header, gallery, autocast):

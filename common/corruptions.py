@@ -19,12 +19,33 @@ def to_u8(x):
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
+def channels_last(x):
+    """fp32 (B, C, S, S) -> u8 (B, S, S, 3)."""
+    return to_u8(x).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
+
+
+def luminance(images):
+    """-> fp32 (B, 1, S, S)."""
+    return (images.float() @ torch.tensor(LUMA, device=images.device))[:, None]
+
+
 def squares(n, S, share, generator):
     """(n, S, S) bool: a square of this share of the area each, wholly inside, at a random place."""
     side, at = round(S * math.sqrt(share)), torch.arange(S)
     top, left = torch.randint(S - side + 1, (2, n, 1), generator=generator)
     rows, columns = ((at >= start) & (at < start + side) for start in (top, left))  # (n, S)
     return rows[:, :, None] & columns[:, None]
+
+
+def paint(images, where):
+    """where (B, S, S) bool turns gray."""
+    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
+
+
+def moved(where, generator):
+    """The same shapes (B, S, S) at random places, wrapped around: as much area, but of nothing in particular."""
+    shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
+    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
 
 
 def cutout(images, level, generator):
@@ -35,26 +56,13 @@ def cutout(images, level, generator):
 def jitter_colour(images, level, generator):
     """Brightness, contrast, saturation times factors in 1 +- level, one a picture. Hue stays: it tells who it is."""
     low, high = 1 - level, 1 + level
-    light, contrast, saturation = (
-        (low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)).to(images.device) for _ in range(3)
-    )
+    factors = torch.stack([low + (high - low) * torch.rand(len(images), generator=generator) for _ in range(3)])
+    light, contrast, saturation = factors.to(images.device)[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()
     gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
     x = gray + saturation * (x - gray)
     mean = x.mean((1, 2, 3), keepdim=True)
     return to_u8((mean + contrast * (x - mean)) * light)
-
-
-def paint(images, where):
-    """where (B, S, S) bool turns gray."""
-    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
-
-
-def moved(where, generator):
-    """The same shapes (B, S, S) at random places, wrapped around: as much area, but of nothing in particular."""
-    S = where.shape[1]
-    shifts = torch.randint(S, (len(where), 2), generator=generator).tolist()
-    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
 
 
 def turned(images, degrees, factor):
@@ -63,17 +71,7 @@ def turned(images, degrees, factor):
     matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
     x = images.permute(0, 3, 1, 2).float()
     at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
-    x = F.grid_sample(x, at, "bilinear", "border", align_corners=False)
-    return to_u8(x).permute(0, 2, 3, 1).contiguous()
-
-
-def rotation(images, level, generator):
-    return turned(images, level, 1.0)
-
-
-def scale(images, level, generator):
-    """Below 1 the picture shrinks, above it the middle is enlarged."""
-    return turned(images, 0.0, level)
+    return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
 
 
 def blur(images, level, generator):
@@ -84,17 +82,16 @@ def blur(images, level, generator):
     line = line / line.sum()
     x = images.permute(0, 3, 1, 2).float()
     y = F.pad(x, (reach,) * 4, "reflect").flatten(0, 1)[:, None]
-    y = F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(x)
-    return to_u8(y).permute(0, 2, 3, 1).contiguous()
+    return channels_last(F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(x))
 
 
 def jpeg(images, level, generator):
-    def again(picture):
+    result = []
+    for picture in images.cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=int(level))
-        return np.array(Image.open(file))
-
-    return torch.from_numpy(np.stack([again(p) for p in images.cpu().numpy()])).to(images.device)
+        result.append(np.array(Image.open(file)))
+    return torch.from_numpy(np.stack(result)).to(images.device)
 
 
 def hue(images, level, generator):
@@ -106,21 +103,19 @@ def hue(images, level, generator):
 
 
 def grayscale(images, level, generator):
-    gray = (images.float() @ torch.tensor(LUMA, device=images.device))[..., None]
-    return to_u8(gray.expand(-1, -1, -1, 3)).contiguous()
+    return channels_last(luminance(images))
 
 
 def line_art(images, level, generator):
     """What is darker than its brightest neighbour, dark on white: lines and edges stay, colour and shade go."""
-    gray = (images.float() @ torch.tensor(LUMA, device=images.device))[:, None]
-    lines = 255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray)
-    return to_u8(lines.clamp(min=0).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)).contiguous()
+    gray = luminance(images)
+    return channels_last(255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray))
 
 
 SWEEPS = {  # name: (function, levels, what a level is, the level of the headline table)
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
-    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
-    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "rotation": (lambda images, level, _: turned(images, level, 1.0), (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (lambda images, level, _: turned(images, 0.0, level), (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
     "blur": (blur, (0.5, 1, 2, 4), "deviation, px of 128", 1),
     "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),

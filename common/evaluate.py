@@ -38,12 +38,11 @@ def hide_at_random(noise, device):
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
     """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
-    rows, c = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config
+    rows, c, errors = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config, []
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
-    errors = []
     views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
-    for (_, view), own_noise in zip(views, noise, strict=True):
-        ids_keep, ids_mask = hide_at_random(own_noise, view.device)
+    for (_, view), chunk in zip(views, noise, strict=True):
+        ids_keep, ids_mask = hide_at_random(chunk, view.device)
         pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
         errors.append(patch_error(pred, view, ids_mask, c["patch_size"], **norm).cpu())
     return torch.cat(errors).mean().item()
@@ -52,8 +51,7 @@ def masked_mse(model, split, norm, autocast):
 def extremes(tokens):
     """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over the patches.
 
-    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it:
-    results/LOG.md, "what a kNN should look at".
+    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it.
     """
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
@@ -84,10 +82,11 @@ def recognition(features, train, held):
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
     (near, flat), (query, query_flat) = features(train, bank), features(held, queries)
     labels, truth = train["labels"][bank], held["labels"][queries]
+    classes = int(labels.max()) + 1
     x, q = metrics.standardise(flat, query_flat)
-    W, b = metrics.ridge(x, labels, int(labels.max()) + 1, penalty=1.0)
-    right = (q @ W + b).argmax(1) == truth
-    return {"knn": 100 * metrics.knn_top1(near, labels, query, truth), "linear": 100 * right.double().mean().item()}
+    W, b = metrics.ridge(x, labels, classes, penalty=1.0)
+    right = metrics.knn_votes(near, labels, query, classes).argmax(1) == truth
+    return {"knn": 100 * right.float().mean().item(), "linear": 100 * metrics.topk(q @ W + b, truth, 1)}
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     1 is no preference. Parts that no image has are left out.
     """
     rows, names = data.evenly_spaced(len(split["images"]), 256), split["header"]["parts"]
-    mass, area = torch.zeros(len(names)), torch.zeros(len(names))
+    mass, area = torch.zeros(2, len(names))
     for index, attention in guidance.attention(encoder, image_size, split["images"], rows, source, autocast):
         whole = data.full_boxes(len(index))
         share = guidance.crop_map("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
@@ -160,12 +159,11 @@ def reconstruct(model, split, norm, autocast):
     """
     rows, c = data.evenly_spaced(len(split["images"]), 8), model.config
     _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
-    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0))
-    ids_keep, ids_mask = hide_at_random(noise, view.device)
+    ids_keep, ids_mask = hide_at_random(masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)), view.device)
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
-    pixels, seen = to_pixels(pred, stats if norm["norm_pix"] else None), hide(view, ids_mask, c["patch_size"])
+    pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
     predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
-    return view, seen, predicted, put_patches(view, ids_mask, pixels)
+    return view, hide(view, ids_mask, c["patch_size"]), predicted, put_patches(view, ids_mask, pixels)
 
 
 def hidden_by(strategy, patches, g, n, ratios, t=1.0):
@@ -176,7 +174,6 @@ def hidden_by(strategy, patches, g, n, ratios, t=1.0):
     noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
     for ratio in ratios:
         K = masking.kept(g * g, ratio)
-        priority = masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t)
-        _, ids_mask = masking.sample(priority, K)
+        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K)
         hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
     return hidden

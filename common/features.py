@@ -6,9 +6,9 @@ image, the whole image first, then random crops. fp16 also when they were just m
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import data
 from common import metrics
 from common.evaluate import extremes
 from common.io import UserError, read_header, read_safetensors, save_safetensors
-from common.train import seeded
+from common.train import autocast_of, pick_device, pick_dtype, seeded
 
 POOLS = ("mean", "cls", "extremes")  # the first is the headline
 SIDES = (4, 8, 16)  # of the thumbnails
@@ -28,16 +28,34 @@ MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pr
 # ---- the data: what is fitted, what is chosen on, what is reported -------------------------------------------------
 
 
+def open_task(args, run):
+    """What probe.py and experiments.stress work on: the data of args.data (or of the run), the machine, the splits.
+
+    task.splits: {"train", "dev", args.split: split}; dev is left out where the set has none, or where it is reported.
+    """
+    folder, held = args.data or flags_of(run).get("data"), args.split
+    if not folder:
+        raise UserError(f"{run} does not say what it was trained on; give --data datasets/NAME")
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    splits = open_splits(folder, held)
+    return SimpleNamespace(
+        args=args, folder=folder, splits=splits, train=splits["train"], split=splits[held], device=device,
+        labelled=data.has_labels(splits["train"]) and data.has_labels(splits[held]),
+        autocast=autocast_of(device, dtype), dtype="fp32" if dtype == torch.float32 else "bf16",
+    )  # fmt: skip
+
+
 def open_splits(folder, held="val"):
-    """-> {"train", "dev", held: split}; dev is left out where the set has none, or where it is what is reported."""
-    there = {p.stem for p in Path(folder).glob("*.safetensors")}
-    names = ["train", *({"dev"} & there - {held}), held]
-    splits = {name: data.open_split(folder, name) for name in names}
-    classes = {name: split["header"]["classes"] for name, split in splits.items()}
-    if odd := [name for name in names if classes[name] != classes["train"]]:
-        own = sorted(set(classes[odd[0]]) ^ set(classes["train"]))[:4]
-        raise UserError(f"{folder}: {odd[0]} has other classes than train ({', '.join(map(str, own))}, ...); "
-                        "pack both in one run of data.py")  # fmt: skip
+    """-> {"train", "dev", held: split}, all with the same classes."""
+    dev = held != "dev" and (Path(folder) / "dev.safetensors").exists()
+    splits = {name: data.open_split(folder, name) for name in ("train", *["dev"] * dev, held)}
+    classes = splits["train"]["header"]["classes"]
+    for name, split in splits.items():
+        if split["header"]["classes"] != classes:
+            other = sorted(set(classes) ^ set(split["header"]["classes"]))[:4]
+            raise UserError(f"{folder}: {name} has other classes than train ({', '.join(map(str, other))}, ...); "
+                            "pack both in one run of data.py")  # fmt: skip
     return splits
 
 
@@ -49,14 +67,14 @@ def groups_of(split):
 
 def hold_out(splits):
     """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or a tenth of train."""
-    everything = torch.arange(len(splits["train"]["labels"]))
+    labels = splits["train"]["labels"]
     if "dev" in splits:
-        return everything, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = data.hold_apart(groups_of(splits["train"]), splits["train"]["labels"], data.APART)
-    return everything[~apart], everything[apart], "train"
+        return torch.arange(len(labels)), torch.arange(len(splits["dev"]["labels"])), "dev"
+    apart = torch.from_numpy(data.hold_apart(groups_of(splits["train"]), labels, data.APART))
+    return (~apart).nonzero()[:, 0], apart.nonzero()[:, 0], "train"
 
 
-# ---- extraction ----------------------------------------------------------------------------------------------------
+# ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B, D)} ---------------
 
 
 def pooled(encoder, view, blocks):
@@ -70,36 +88,10 @@ def pooled(encoder, view, blocks):
     return found | {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
 
 
-def thumbnails_of(images, boxes, flip):
-    """The controls: images u8 (B, S, S, 3) -> {"thumb4": (B, 48), ...} of the same crops."""
-    view = data.view_images(images, boxes, flip, images.shape[1])
-    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+def encoder_extractor(encoder, size, autocast, clock, blocks=False):
+    """Tokens of an encoder, pooled; adds the seconds of its forward pass to clock["forward"]."""
 
-
-def crops(n, view, seed=0):
-    """Boxes (n, 4) and flips (n) of all images in this view: 0 is the whole image, the others are drawn."""
-    if view == 0:
-        return data.full_boxes(n)
-    return data.draw_boxes(n, seeded(seed, view), MIN_CROP)
-
-
-@torch.no_grad()
-def extract(look, split, views, device, name=""):
-    """look(images u8 (B, S, S, 3), boxes, flip) -> {pool: (B, D)}; all of a split: {pool: (views, n, D) fp16}."""
-    n, chunks = len(split["images"]), []
-    boxes = [crops(n, v) for v in range(views)]
-    bar = tqdm(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False, disable=None)
-    for rows in bar:
-        images = data.take(split["images"], rows, device)
-        found = [look(images, *(x[rows] for x in box)) for box in boxes]
-        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
-    return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
-
-
-def encoder_look(encoder, size, autocast, clock, blocks=False):
-    """What an encoder sees in a crop; adds the seconds of its forward pass to clock["forward"]."""
-
-    def look(images, boxes, flip):
+    def extractor(images, boxes, flip):
         view = data.view_images(images, boxes, flip, size)
         start_time = time.perf_counter()
         with autocast():
@@ -107,21 +99,31 @@ def encoder_look(encoder, size, autocast, clock, blocks=False):
         clock["forward"] = clock.get("forward", 0) + time.perf_counter() - start_time
         return found
 
-    return look
+    return extractor
 
 
-def extract_all(look, splits, views, device, clock=None):
+@torch.no_grad()
+def extract(extractor, split, views, device, name=""):
+    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once for each view."""
+    n, chunks = len(split["images"]), []
+    boxes = [data.full_boxes(n), *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views))]
+    for rows in tqdm(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False, disable=None):
+        images = data.take(split["images"], rows, device)
+        found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
+        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
+    return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
+
+
+def extract_all(extractor, task, views):
     """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in several views."""
-    start_time, tensors = time.perf_counter(), {}
-    for name, split in splits.items():
-        found = extract(look, split, views if name == "train" else 1, device, name)
+    tensors = {}
+    for name, split in task.splits.items():
+        found = extract(extractor, split, views if name == "train" else 1, task.device, name)
         tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
-    if clock is not None:
-        clock["all"], clock["images"] = time.perf_counter() - start_time, sum(len(s["images"]) for s in splits.values())
     return tensors
 
 
-# ---- whose features: the model's file ------------------------------------------------------------------------------
+# ---- the model's file, and the file of its features ----------------------------------------------------------------
 
 
 def model_file(run):
@@ -141,65 +143,55 @@ def flags_of(run):
     return about_model(run).get("run", {})
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
-
-
 def digest(path):
     """12 hex digits of a file's bytes."""
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
+def header_of(model, size, task, views, blocks=False):
+    """What the features depend on."""
+    digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
+    return {"model": model, "data": digests, "image_size": size, "dtype": task.dtype, "views": views, "blocks": blocks}
+
+
 def covers(there, wanted):
-    """Was a file made under a header that has all that is asked for? More views, blocks or splits do no harm."""
+    """Was a file made under a header that has all that is wanted? More views, blocks or splits do no harm."""
+    same = all(there.get(k) == wanted[k] for k in ("model", "image_size", "dtype"))
     more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
-    same = all(there.get(k) == v for k, v in wanted.items() if k not in ("views", "blocks", "data"))
-    return more and same and wanted["data"].items() <= there["data"].items()
+    return same and more and wanted["data"].items() <= there["data"].items()
 
 
 def cached(path, header, make):
-    """Tensors of path if it was made under this header; else make() them and write it.
+    """-> {pool: {split: (V, n, D)}}: path's, if it was made under this header, else those of make(), which are written.
 
     Features of another model are refused: whoever copied them here has to say so by removing the file.
     """
-    path = Path(path)
-    if path.exists():
-        tensors, there = read_safetensors(path, "remove it and run again")
-        if there.get("model") != header["model"]:
-            raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
-                            f"{header['model']}); remove it and run again")  # fmt: skip
-        if covers(there, header):
-            return tensors
-    tensors = make()
-    save_safetensors(tensors, path, header)
-    return tensors
-
-
-def sets(tensors, views, blocks=False):
-    """{"train.mean": x, ...} -> {"mean": {"train": x (views, n, D), "val": y}, ...}; blocks only if asked for."""
+    tensors, there = read_safetensors(path, "remove it and run again") if path.exists() else (None, header)
+    if there.get("model") != header["model"]:
+        raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
+                        f"{header['model']}); remove it and run again")  # fmt: skip
+    if tensors is None or not covers(there, header):
+        tensors = make()
+        save_safetensors(tensors, path, header)
     found = {}
     for key, x in tensors.items():
         split, _, pool = key.partition(".")
-        if blocks or not pool.startswith("block"):
-            found.setdefault(pool, {})[split] = x[:views]
+        if header["blocks"] or not pool.startswith("block"):
+            found.setdefault(pool, {})[split] = x[: header["views"]]
     return found
 
 
-def header_of(model, splits, size, dtype, views, blocks):
-    """What the features depend on."""
-    digests = {name: data.fingerprint(split) for name, split in splits.items()}
-    return {"model": model, "data": digests, "image_size": size, "dtype": dtype, "views": views, "blocks": blocks}
-
-
-def of_run(folder, model_file, encoder, size, splits, autocast, dtype, views=1, blocks=False):
+def of_run(folder, run, encoder, size, task, views=1, blocks=False):
     """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and written there.
 
-    clock: seconds "all" and "forward" and the number of "images" where they were extracted now, else empty.
+    clock: seconds "all" and "forward" where they were extracted now, else empty.
     """
-    clock, device = {}, encoder.cls_token.device
-    look = encoder_look(encoder, size, autocast, clock, blocks)
-    header = header_of(digest(model_file), splits, size, dtype, views, blocks)
-    make = lambda: extract_all(look, splits, views, device, clock)  # noqa: E731
-    return sets(cached(Path(folder) / "features.safetensors", header, make), views, blocks), clock
+    clock, start_time = {}, time.perf_counter()
+    extractor = encoder_extractor(encoder, size, task.autocast, clock, blocks)
+    header = header_of(digest(model_file(run)), size, task, views, blocks)
+    make = lambda: extract_all(extractor, task, views)  # noqa: E731
+    found = cached(Path(folder) / "features.safetensors", header, make)
+    return found, clock | {"all": time.perf_counter() - start_time} if clock else {}
 
 
 def shape_of(encoder, size):
@@ -207,73 +199,54 @@ def shape_of(encoder, size):
     return (size, encoder.patch_size, encoder.cls_token.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads)
 
 
-def of_controls(folder, untrained, size, splits, autocast, dtype, views=1):
+def of_controls(folder, untrained, size, task, views=1):
     """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ..., ...}.
 
     They depend on the architecture and the data alone: one file in the folder of runs serves all runs alike.
     """
-    device = untrained.cls_token.device
-    header = header_of(f"untrained {shape_of(untrained, size)}", splits, size, dtype, views, False)
+    header = header_of(f"untrained {shape_of(untrained, size)}", size, task, views)
     name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
+    tokens = encoder_extractor(untrained, size, task.autocast, {})
 
-    def make():
-        look = encoder_look(untrained, size, autocast, {})
-        tensors = extract_all(look, splits, views, device)
-        tensors = {k.replace(".", ".untrained "): x for k, x in tensors.items()}
-        return tensors | extract_all(thumbnails_of, splits, views, device)
+    def extractor(images, boxes, flip):
+        view = data.view_images(images, boxes, flip, images.shape[1])
+        thumbs = {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+        return {f"untrained {pool}": x for pool, x in tokens(images, boxes, flip).items()} | thumbs
 
-    return sets(cached(Path(folder) / f"controls-{name}.safetensors", header, make), views)
-
-
-def chunk_for(side, native):
-    """Images at a time where an encoder sees side x side patches instead of native x native: memory goes by N^2."""
-    return max(1, math.floor(data.CHUNK * min(1, (native / side) ** 4)))
+    make = lambda: extract_all(extractor, task, views)  # noqa: E731
+    return cached(Path(folder) / f"controls-{name}.safetensors", header, make)
 
 
 # ---- labelled rows: learned from, chosen by, reported ----------------------------------------------------------------
 
-def open_labelled(folder, name):
-    """A split all of whose pictures have a label."""
-    split = data.open_split(folder, name)
-    if not data.has_labels(split):
-        raise UserError(f"{folder} has pictures without a label in {name}, or only one class; python data.py FOLDER, "
-                        "a folder per character, makes one with labels")  # fmt: skip
-    return split
-
-
-def choose_classes(names, out):
-    """-> ids of the classes that are learned: all but `out` of them, always the same for one data set."""
-    if len(names) - out < 2:
-        raise UserError(f"--hold-out {out} leaves fewer than two of {len(names)} characters to learn")
-    return torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(names))[out:]))
-
 
 def open_rows(folder, eval_on, hold_out):
-    """-> [(split, rows) to learn from, to choose by, to report], and each class's id among the learned, -1 if none."""
-    train, report = open_labelled(folder, "train"), open_labelled(folder, eval_on)
-    classes = train["header"]["classes"]
-    if report["header"]["classes"] != classes:
-        raise UserError(f"{folder}: train and {eval_on} do not name the same classes; pack them together")
-    chosen = choose_classes(classes, hold_out)
+    """-> [(split, rows) to learn from, to choose by, to report], and each class's id among the learned, -1 if none.
+
+    All classes are learned but hold_out of them, always the same for one data set.
+    """
+    splits = open_splits(folder, eval_on)
+    if unlabelled := [name for name, split in splits.items() if not data.has_labels(split)]:
+        raise UserError(f"{folder} has pictures without a label in {unlabelled[0]}, or only one class; python data.py "
+                        "FOLDER, a folder per character, makes one with labels")  # fmt: skip
+    train, classes = splits["train"], splits["train"]["header"]["classes"]
+    if len(classes) - hold_out < 2:
+        raise UserError(f"--hold-out {hold_out} leaves fewer than two of {len(classes)} characters to learn")
+    chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(classes))[hold_out:]))
     own = torch.full((len(classes),), -1)
     own[chosen] = torch.arange(len(chosen))
-    rows = (own[train["labels"]] >= 0).nonzero()[:, 0]
-    if (Path(folder) / "dev.safetensors").exists():
-        dev = open_labelled(folder, "dev")
-        held = (own[dev["labels"]] >= 0).nonzero()[:, 0]
-    else:
-        apart = data.hold_apart(groups_of(train)[rows], train["labels"][rows], data.APART)
-        dev, held, rows = train, rows[apart], rows[~apart]
-    sizes = torch.bincount(own[train["labels"][rows]], minlength=len(chosen))
+    rows = {name: (own[split["labels"]] >= 0).nonzero()[:, 0] for name, split in splits.items()}
+    if "dev" not in splits:
+        apart = data.hold_apart(groups_of(train)[rows["train"]], train["labels"][rows["train"]], data.APART)
+        splits["dev"], rows["dev"], rows["train"] = train, rows["train"][apart], rows["train"][~apart]
+    sizes = torch.bincount(own[train["labels"][rows["train"]]], minlength=len(chosen))
     if sizes.min() < 2:
-        raise UserError(
-            f"{folder} has {sizes.min()} training pictures of {classes[chosen[sizes.argmin()]]}, and a character "
-            "needs 2: data.py --min-per-class 5 leaves small ones out, recognize.py --enrol adds them later"
-        )
-    if len(held) == 0:
+        raise UserError(f"{folder} has {sizes.min()} training pictures of {classes[chosen[sizes.argmin()]]}, and a "
+                        "character needs 2: data.py --min-per-class 5 leaves small ones out, recognize.py --enrol adds "
+                        "them later")  # fmt: skip
+    if len(rows["dev"]) == 0:
         raise UserError(f"{folder} has too few pictures to hold some apart for choices; data.py --dev .1 makes a split")
-    known = (own[report["labels"]] >= 0).nonzero()[:, 0]
-    return [(train, rows), (dev, held), (report, known)], own
+    return [(splits[name], rows[name]) for name in ("train", "dev", eval_on)], own
 
 
 def epoch_rows(rows, labels, balanced, seed, epoch):

@@ -22,39 +22,24 @@ def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
     return votes
 
 
-def knn_top1(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Share of queries (Q, D) whose class wins among their k nearest of bank (n, D), in [0, 1]."""
-    votes = knn_votes(bank, bank_labels, queries, int(bank_labels.max()) + 1, k, temperature)
-    return (votes.argmax(1) == labels).float().mean().item()
-
-
 def retrieval(features, labels, groups, most=5000):
-    """Each image asks all the others for its class: {"map", "recall1", "recall5"} in [0, 1]; features (n, D), cosine.
+    """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1]; features (n, D), cosine.
 
     groups (n) i64: images of one illustration never answer each other. Queries without a right answer are left out;
-    of more than `most` images an even spread is taken. Recall@k: a right one is among the first k.
+    of more than `most` images evenly spaced ones are taken. Recall@k: a right one is among the first k.
+    map: mean over queries of the average precision, the mean of the precision at the rank of each right answer.
     """
     rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()
     features, labels, groups = F.normalize(features[rows].float(), dim=1), labels[rows], groups[rows]
-    precision, first, fifth = [], [], []
-    for part in torch.arange(len(rows)).split(512):
-        similarity = (features[part] @ features.T).masked_fill(groups[part][:, None] == groups, float("-inf"))
-        order = similarity.argsort(dim=1, descending=True, stable=True)
-        allowed = similarity.gather(1, order) > float("-inf")
-        right = (labels[order] == labels[part][:, None]) & allowed  # (q, n), the nearest first
-        answerable = right.any(1)
-        precision.append(average_precision(right[answerable]))
-        first.append(right[answerable][:, :1].any(1))
-        fifth.append(right[answerable][:, :5].any(1))
-    names = ("map", "recall1", "recall5")
-    return {k: torch.cat(v).double().mean().item() for k, v in zip(names, (precision, first, fifth), strict=True)}
-
-
-def average_precision(right):
-    """right (q, n) bool, the best ranked first -> (q,): mean of the precision at the rank of each right one."""
-    hits = right.double().cumsum(1)
-    ranks = torch.arange(1, right.shape[1] + 1, dtype=torch.float64)
-    return (hits / ranks * right).sum(1) / right.sum(1)
+    ranks, scores = torch.arange(1, len(rows) + 1, dtype=torch.float64), []
+    for query in torch.arange(len(rows)).split(512):
+        similarity = (features[query] @ features.T).masked_fill(groups[query][:, None] == groups, float("-inf"))
+        similarity, order = similarity.sort(dim=1, descending=True, stable=True)
+        right = (labels[order] == labels[query][:, None]) & (similarity > float("-inf"))  # (q, n), the nearest first
+        right = right[right.any(1)].double()
+        precision = (right.cumsum(1) / ranks * right).sum(1) / right.sum(1)
+        scores.append(torch.stack([precision, right[:, 0], right[:, :5].amax(1)]))
+    return dict(zip(("map", "recall1", "recall5"), (x.mean().item() for x in torch.cat(scores, 1)), strict=True))
 
 
 def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, queries=15):
@@ -63,33 +48,35 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
     Where a class has fewer than `queries` questions the rest are -1. None where too few classes have enough images.
     Examples and questions come from different splits: no illustration is on both sides.
     """
-    own = [((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()]
-    able = [(e, q) for e, q in own if len(e) >= shots and len(q)]
-    if len(able) < ways:
+    pairs = [((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()]
+    pairs = [(e, q) for e, q in pairs if len(e) >= shots and len(q)]
+    if len(pairs) < ways:
         return None
+
+    def choose(rows, count):
+        return rows[torch.randperm(len(rows), generator=generator)[:count]]
+
     examples = torch.empty(episodes, ways, shots, dtype=torch.long)
     questions = torch.full((episodes, ways, queries), -1)
     for i in range(episodes):
-        for j, c in enumerate(torch.randperm(len(able), generator=generator)[:ways].tolist()):
-            own_examples, own_questions = able[c]
-            examples[i, j] = own_examples[torch.randperm(len(own_examples), generator=generator)[:shots]]
-            count = min(queries, len(own_questions))
-            questions[i, j, :count] = own_questions[torch.randperm(len(own_questions), generator=generator)[:count]]
+        for j, c in enumerate(choose(torch.arange(len(pairs)), ways)):
+            examples[i, j] = choose(pairs[c][0], shots)
+            questions[i, j, : len(pairs[c][1])] = choose(pairs[c][1], queries)
     return examples, questions
 
 
 def few_shot(bank, queries, examples, questions):
     """Accuracy of each episode, (episodes,), by nearest centroid in cosine; bank (n, D), queries (Q, D) of two splits.
 
-    Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot Classification"; features are
-    centred on the bank's mean first.
+    Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot Classification", after the bank's
+    mean is subtracted.
     """
     centre, result = bank.float().mean(0), []
     bank, queries = F.normalize(bank.float() - centre, dim=1), F.normalize(queries.float() - centre, dim=1)
     for e, q in zip(examples.split(20), questions.split(20), strict=True):
         centroids = F.normalize(bank[e].mean(2), dim=2)  # (E, ways, D)
-        found = (queries[q].flatten(1, 2) @ centroids.transpose(1, 2)).argmax(2).view(q.shape)
-        right = (found == torch.arange(q.shape[1])[:, None]) & (q >= 0)
+        predicted = (queries[q].flatten(1, 2) @ centroids.transpose(1, 2)).argmax(2).view(q.shape)
+        right = (predicted == torch.arange(q.shape[1])[:, None]) & (q >= 0)
         result.append(right.sum((1, 2)).double() / (q >= 0).sum((1, 2)))
     return torch.cat(result)
 
@@ -103,76 +90,60 @@ def topk(scores, labels, k):
     return (best == labels[:, None]).any(1).double().mean().item()
 
 
-def confusion(found, labels, classes):
-    """found, labels (n) i64 -> (classes, classes) i64: row the true class, column the one found."""
-    return torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes)
-
-
-def macro_f1(found, labels):
-    """found, labels (n) i64 -> mean F1 over the classes that are there or found, in [0, 1]."""
+def macro_f1(predicted, labels):
+    """predicted, labels (n) i64 -> mean F1 over the classes that occur in either, in [0, 1]."""
     from sklearn.metrics import f1_score
 
-    return float(f1_score(labels.numpy(), found.numpy(), average="macro"))
+    return float(f1_score(labels.numpy(), predicted.numpy(), average="macro"))
 
 
-def recalls(table):
-    """Confusion (C, C) -> (C,) share found of each true class; nan where it has no images."""
-    return table.diagonal().double() / table.sum(1)
-
-
-def by_frequency(table, counts, many=100, few=20):
+def by_frequency(confusion, counts, many=100, few=20):
     """Accuracy over classes with > many, between, and < few training images -> {"head", "mid", "tail"}, None if empty.
 
     The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160). Shares of images, not means of classes.
     """
-    groups = {"head": counts > many, "mid": (counts >= few) & (counts <= many), "tail": counts < few}
-    total = {name: table[which].sum().item() for name, which in groups.items()}
-    right = {name: table.diagonal()[which].sum().item() for name, which in groups.items()}
-    return {name: right[name] / total[name] if total[name] else None for name in groups}
+    result = {"head": counts > many, "mid": (counts >= few) & (counts <= many), "tail": counts < few}
+    for name, classes in result.items():
+        right, images = confusion.diagonal()[classes].sum().item(), confusion[classes].sum().item()
+        result[name] = right / images if images else None
+    return result
 
 
-def frequency_correlation(table, counts):
+def frequency_correlation(confusion, counts):
     """Pearson's r of a class's recall and the logarithm of its training images; None where either does not vary."""
-    here = (table.sum(1) > 0) & (counts > 0)
-    pair = torch.stack([recalls(table)[here], counts[here].double().log()])
-    if here.sum() < 3 or (pair.std(1) < 1e-9).any():
-        return None
-    return torch.corrcoef(pair)[0, 1].item()
+    here = (confusion.sum(1) > 0) & (counts > 0)
+    recall = confusion.diagonal().double() / confusion.sum(1)
+    pair = torch.stack([recall[here], counts[here].double().log()])
+    return torch.corrcoef(pair)[0, 1].item() if here.sum() >= 3 and (pair.std(1) >= 1e-9).all() else None
 
 
 def classification(scores, labels, counts):
-    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1]."""
-    classes = len(counts)
-    found = scores.argmax(1)
-    table = confusion(found, labels, classes)
-    own = [None if r != r else r for r in recalls(table).tolist()]
-    return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(found, labels),
-            **by_frequency(table, counts), "frequency_correlation": frequency_correlation(table, counts),
-            "per_class": own, "confusion": table.tolist()}  # fmt: skip
+    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict, shares in [0, 1].
 
-
-# ---- learning curves -----------------------------------------------------------------------------------------------
+    "confusion" has the true class as row and the predicted one as column; "per_class" is the recall, None of no images.
+    """
+    C, predicted = len(counts), scores.argmax(1)
+    confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
+    recall = [own[c] / sum(own) if sum(own) else None for c, own in enumerate(confusion.tolist())]
+    return {"top1": topk(scores, labels, 1), "top5": topk(scores, labels, 5), "macro_f1": macro_f1(predicted, labels),
+            **by_frequency(confusion, counts), "frequency_correlation": frequency_correlation(confusion, counts),
+            "per_class": recall, "confusion": confusion.tolist()}  # fmt: skip
 
 
 def first_crossing(xs, ys, threshold):
     """The x at which ys first reach threshold, straight lines between the points; None where they never do."""
-    for i, y in enumerate(ys):
-        if y >= threshold:
-            if i == 0:
-                return float(xs[0])
-            share = (threshold - ys[i - 1]) / (y - ys[i - 1])
-            return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
-    return None
+    i = next((i for i, y in enumerate(ys) if y >= threshold), None)
+    if not i:
+        return None if i is None else float(xs[0])
+    share = (threshold - ys[i - 1]) / (ys[i] - ys[i - 1])
+    return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- pictures and maps -----------------------------------------------------------------------------------------------
 
 
 def thumbnails(images, side):
-    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-.5, .5]: the mean colour of each of side x side cells.
-
-    The control of every feature: what colour alone recognises.
-    """
+    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-.5, .5]: the mean colour of each cell, a feature's control."""
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
     return small.flatten(1) / 255 - 0.5
 
@@ -189,8 +160,7 @@ def psnr(a, b, where):
 def ssim_map(a, b):
     """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n, S, S).
 
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance. Beyond its edge a
-    picture goes on as in a mirror, as in scikit-image.
+    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance; mirrored borders.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -203,9 +173,6 @@ def ssim_map(a, b):
     return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(3)
 
 
-# ---- maps against truth ----------------------------------------------------------------------------------------------
-
-
 def auc(score, truth):
     """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where only one kind is there."""
     from sklearn.metrics import roc_auc_score
@@ -213,10 +180,10 @@ def auc(score, truth):
     return float(roc_auc_score(truth.numpy(), score.numpy())) if 0 < truth.sum() < len(truth) else float("nan")
 
 
-def iou(found, truth):
+def iou(predicted, truth):
     """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
-    union = (found | truth).sum()
-    return ((found & truth).sum() / union).item() if union else 1.0
+    union = (predicted | truth).sum()
+    return ((predicted & truth).sum() / union).item() if union else 1.0
 
 
 # ---- verification and open set: scores of pairs that belong together (positive) and of pairs that do not -------------
@@ -237,7 +204,7 @@ def pair_cosines(embeddings, labels, groups):
 
 
 def truth_and_scores(positive, negative):
-    """-> what scikit-learn's curves take: (n,) 1 for the positive, and the scores in fp64."""
+    """-> what scikit-learn's metrics take: (n,) 1 for the positive, 0 for the negative, and the scores in fp64."""
     return np.repeat([1, 0], [len(positive), len(negative)]), torch.cat([positive, negative]).double().numpy()
 
 
@@ -245,15 +212,8 @@ def roc(positive, negative):
     """Scores -> false and true positive rates (fp64) of "accept from here on", for each distinct score, from 0 to 1."""
     from sklearn.metrics import roc_curve
 
-    false, true, _ = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
-    return torch.from_numpy(false), torch.from_numpy(true)
-
-
-def roc_auc(positive, negative):
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(*truth_and_scores(positive, negative)))
+    curve = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
+    return torch.from_numpy(curve[0]), torch.from_numpy(curve[1])
 
 
 def tpr_at_fpr(positive, negative, most):
@@ -271,36 +231,22 @@ def equal_error_rate(positive, negative):
     return (false[k - 1] + share * (false[k] - false[k - 1])).item()
 
 
-def precision_recall(positive, negative):
-    """Scores -> precision and recall (fp64) for each distinct score, from the lowest on."""
-    from sklearn.metrics import precision_recall_curve
-
-    return precision_recall_curve(*truth_and_scores(positive, negative))[:2]
-
-
-def ranked_precision(positive, negative):
-    """Average precision: the sum of precision times the step in recall, over the distinct scores."""
-    from sklearn.metrics import average_precision_score
-
-    return float(average_precision_score(*truth_and_scores(positive, negative)))
-
-
 def detection_rate(known, right, strangers, far):
     """Detection and identification rate, DIR, at a false alarm rate of at most far (Phillips et al. 2011, chapter 21).
 
     known (n,) scores of known faces, right (n,) whether the best name is theirs, strangers (m,) scores of unknown
-    ones: the share of known faces that are named rightly at or above the lowest score that lets few strangers in.
+    ones: the share of known faces that are named rightly and score above all but the allowed number of strangers.
     """
     allowed = int(far * len(strangers) + 1e-9)
-    bar = strangers.sort(descending=True).values[allowed] if allowed < len(strangers) else float("-inf")
-    return ((known > bar) & right).double().mean().item()
+    threshold = strangers.sort(descending=True).values[allowed] if allowed < len(strangers) else float("-inf")
+    return ((known > threshold) & right).double().mean().item()
 
 
 # ---- classifiers on frozen features: ridge, logistic regression, the MAE linear probe --------------------------------
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the logistic regression, the most regularised first
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # base learning rates of the MAE recipe's sweep, for a batch of 256
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # base values of the MAE recipe's sweep, for a batch of 256
 
 
 def standardise(train, *others):
@@ -327,11 +273,10 @@ def axes_of(x, classes):
 def logistic(x, labels, classes, C, start=None, most=1000, tolerance=1e-8, axes=None):
     """Multinomial logistic regression by L-BFGS -> (W (D, classes), b (classes)), in the precision of x (n, D).
 
-    Minimises C * sum_i -log p(label_i | x_i) + |W|^2 / 2, the intercept b free: scikit-learn's LogisticRegression.
-    The sum is divided by C n, so that one tolerance (of the largest gradient) serves every C and n.
-    Features are correlated, so the steps are taken in variables V, W = P V, in which the curvature
-    X^T X / (n classes) + I / (C n) is the identity: several times fewer steps, the same minimum.
-    start: a (W, b) to go on from, such as the solution at a smaller C; axes: axes_of(x), if they are known.
+    Minimises C * sum_i -log p(label_i | x_i) + |W|^2 / 2, the intercept b free: scikit-learn's LogisticRegression,
+    divided by C n, so that one tolerance (of the largest gradient) serves every C and n. Features are correlated, so
+    the steps are taken in variables V, W = P V, in which the curvature X^T X / (n classes) + I / (C n) is the identity:
+    several times fewer steps. start: a (W, b) to go on from; axes: axes_of(x), if they are known.
     """
     n, D = x.shape
     values, vectors = axes or axes_of(x, classes)
@@ -366,22 +311,22 @@ def folds(groups, k=5, seed=0):
 def chosen_strength(x, labels, classes, groups, strengths=STRENGTHS):
     """The C with the best Top-1 in 5-fold cross-validation, the smaller of equals; x (n, D) float64, standardised.
 
-    From the most regularised on, until one is worse than the best so far. In float32 and to a gradient of 1e-3, each C
-    from the solution of the one before: to choose among decades takes no digits.
+    From the most regularised on, until one is worse than the best so far, each C from the solution of the one before.
+    float32 and a gradient of 1e-3 suffice to choose among decades.
     """
-    fold, best, x = folds(groups), (-1, None), x.float()
-    starts = [None] * 5
-    axes = [axes_of(x[fold != i], classes) for i in range(5)]
+    x, fold, best, best_right = x.float(), folds(groups), None, -1
+    starts, axes = [None] * 5, [axes_of(x[fold != i], classes) for i in range(5)]
     for C in strengths:
         right = 0
         for i in range(5):
-            inside, outside = fold != i, fold == i
-            starts[i] = W, b = logistic(x[inside], labels[inside], classes, C, starts[i], 100, 1e-3, axes[i])
-            right += int(((x[outside] @ W + b).argmax(1) == labels[outside]).sum())
-        if right < best[0]:
+            train, test = fold != i, fold == i
+            starts[i] = W, b = logistic(x[train], labels[train], classes, C, starts[i], 100, 1e-3, axes[i])
+            right += int(((x[test] @ W + b).argmax(1) == labels[test]).sum())
+        if right < best_right:
             break
-        best = max(best, (right, C), key=lambda pair: pair[0])
-    return best[1]
+        if right > best_right:
+            best, best_right = C, right
+    return best
 
 
 def fit_logistic(x, labels, classes, C):
@@ -390,35 +335,39 @@ def fit_logistic(x, labels, classes, C):
     return logistic(x, labels, classes, C, (W.double(), b.double()), tolerance=1e-6)
 
 
-def bn_linear(views, labels, classes, rates=RATES, epochs=90, batch=256, warmup=10, seed=0):
-    """The MAE recipe (He et al. 2021, appendix A): BatchNorm without affine, then linear -> [scores(x), one per rate].
+def logistic_probe(x, labels, classes, groups):
+    """The headline: x (n, D) standardised, C by cross-validation -> a function from (m, D) to scores (m, C), and C."""
+    z = standardise(x)[0]
+    C = chosen_strength(z, labels, classes, groups)
+    W, b = fit_logistic(z, labels, classes, C)
+    return lambda new: standardise(x, new)[1] @ W + b, C
 
-    views (V, n, D): features of V views of each image; an epoch shows one of them, drawn at random. Rates are for 256
+
+def bn_linear(views, labels, classes, lrs=LEARNING_RATES, epochs=90, batch=256, warmup=10, seed=0):
+    """The MAE recipe (He et al. 2021, appendix A): BatchNorm without affine, then linear -> scores(x), (n, C) per lr.
+
+    views (V, n, D): features of V views of each image; an epoch shows one of them, drawn at random. lrs are for 256
     images, warm-up and half a cosine as in the paper. Plain SGD, momentum .9, no decay: LARS is for the paper's batches
-    of 16,384, and at 256 it is one more constant to choose. All rates train at once, as columns of one matrix.
+    of 16,384, and at 256 it is one more constant to choose. All lrs train at once, as columns of one matrix.
     """
     V, n, D = views.shape
-    batch, R = min(batch, n), len(rates)
-    lr = torch.tensor(rates).repeat_interleave(classes) * batch / 256  # (R*classes)
+    batch, R = min(batch, n), len(lrs)
+    peak = torch.tensor(lrs).repeat_interleave(classes) * batch / 256  # (R*classes)
     W, b = torch.zeros(D, R * classes), torch.zeros(R * classes)
     speed_W, speed_b, mean, var = torch.zeros_like(W), torch.zeros_like(b), torch.zeros(D), torch.ones(D)
-    draws, steps, target = torch.Generator().manual_seed(seed), n // batch, F.one_hot(labels, classes).float()
+    generator, steps, target = torch.Generator().manual_seed(seed), n // batch, F.one_hot(labels, classes).float()
     for epoch in range(epochs):
-        shown = torch.randint(V, (n,), generator=draws)
-        for i, rows in enumerate(torch.randperm(n, generator=draws)[: steps * batch].split(batch)):
+        shown = torch.randint(V, (n,), generator=generator)
+        for i, rows in enumerate(torch.randperm(n, generator=generator)[: steps * batch].split(batch)):
             x = views[shown[rows], rows].float()
             batch_var, batch_mean = torch.var_mean(x, 0, correction=0)
             mean, var = mean.lerp(batch_mean, 0.1), var.lerp(batch_var * batch / max(1, batch - 1), 0.1)
             x = (x - batch_mean) * (batch_var + 1e-6).rsqrt()
             error = torch.addmm(b, x, W).view(batch, R, classes).softmax(2)
-            error = (error - target[rows][:, None]).view(batch, -1) / batch
+            error = (error - target[rows][:, None]).view(batch, -1) / batch  # the cross-entropy's gradient
             now = epoch + i / steps
             factor = now / warmup if now < warmup else (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup))) / 2
             speed_W, speed_b = 0.9 * speed_W + x.T @ error, 0.9 * speed_b + error.sum(0)
-            W, b = W - factor * lr * speed_W, b - factor * lr * speed_b
-
-    def scores(x):
-        every = torch.addmm(b, (x.float() - mean) * (var + 1e-6).rsqrt(), W).view(len(x), R, classes)
-        return every.unbind(1)
-
-    return scores
+            W, b = W - factor * peak * speed_W, b - factor * peak * speed_b
+    scale = (var + 1e-6).rsqrt()
+    return lambda x: torch.addmm(b, (x.float() - mean) * scale, W).view(len(x), R, classes).unbind(1)

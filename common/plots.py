@@ -453,6 +453,8 @@ def reconstruction(path, rows, title):
 
 def plot_verification(path, pairs, strangers, title):
     """ROC and PR curves of (same character, different ones), the cosines of both; of (known, strangers) where given."""
+    from sklearn.metrics import precision_recall_curve
+
     kinds = [("two faces: same character?", BLUE, pairs, ("same", "different"))]
     kinds += [("one face: is it known?", ORANGE, strangers, ("known", "stranger"))] if strangers else []
     n = 2 + len(kinds)
@@ -460,7 +462,7 @@ def plot_verification(path, pairs, strangers, title):
         for (name, colour, scores, words), axis in zip(kinds, axes[2:], strict=True):
             false, true = metrics.roc(*scores)
             axes[0].plot(100 * false, 100 * true, color=colour, label=name)
-            precision, recall = metrics.precision_recall(*scores)
+            precision, recall, _ = precision_recall_curve(*metrics.truth_and_scores(*scores))
             axes[1].plot(100 * recall, 100 * precision, color=colour)
             for own, label, shade in zip(scores, words, (BLUE, ORANGE), strict=True):
                 axis.hist(own.numpy(), np.linspace(-1, 1, 61), density=True, histtype="step", color=shade, label=label)

@@ -9,8 +9,8 @@ Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are k
         stress-cutout.json alone
 """
 
-import argparse
-import functools
+import itertools
+import math
 import shlex
 import sys
 import time
@@ -21,136 +21,161 @@ from tqdm import tqdm
 
 import data
 import mask as masking
-from common import corruptions, features, guidance, metrics, plots, stats
+from common import features, guidance, metrics, plots, stats
 from common.checkpoints import load_encoder, load_exactly
+from common.corruptions import SWEEPS, moved, paint
 from common.evaluate import masked_mse, predict
-from common.io import UserError, cli, save_json
-from common.train import autocast_of, commit, load_state, machine, pick_device, pick_dtype, seeded
+from common.io import Parser, UserError, at_least, cli, save_json
+from common.train import commit, load_state, machine, seeded
 from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
-FINISHED = {"attn_high": dict(start=0, ramp_for=0), "attn_low": dict(start=0, ramp_for=0),
-            "attn_hint": dict(start=0, ramp_for=0)}  # the run is over: no ramp  # fmt: skip
+NO_RAMP = dict.fromkeys(("attn_high", "attn_low", "attn_hint"), {"start": 0, "ramp_for": 0})  # the run is over
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
 
-# ---- robustness of the probe ---------------------------------------------------------------------------------------
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", help="run folder of pretrain.py")
+    add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
+    add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
+    add("--images", type=at_least(8), default=512, metavar="N", help="at most so many of it, evenly spread")
+    add("--pool", default="mean", choices=features.POOLS, help="pooling of the tokens that the probe sees")
+    add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between")
+    add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    args = parser.parse_args()
+    if Path(args.run).is_file():
+        raise UserError(f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME")
+    if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
+        raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
+    return args
 
 
-def fit_probe(found, splits, held):
-    """The headline of probe.py: logistic regression on clean train features -> scores(features (n, D))."""
-    train, labels = splits["train"], splits["train"]["labels"]
-    rows, _, _ = features.hold_out(splits)
-    clean, classes = found["train"][0][rows], len(train["header"]["classes"])
-    (x,), y = metrics.standardise(clean), labels[rows]
-    W, b = metrics.fit_logistic(x, y, classes, metrics.chosen_strength(x, y, classes, features.groups_of(train)[rows]))
-    return lambda new: metrics.standardise(clean, new)[1] @ W + b
+def open_task(args):
+    """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
+    encoder, size = load_encoder(args.run)
+    task = features.open_task(args, args.run)
+    task.run, task.size, task.encoder = Path(args.run), size, encoder.to(task.device).requires_grad_(False)
+    task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
+    return task
 
 
-class Judge:
-    """Top-1 in percent of the clean probe on pictures that were spoiled: an encoder, a probe and the pictures.
+# ---- robustness of the probe: spoil(images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them ---------------
 
-    rows: the images of the split that are looked at; pool: which pooling of the tokens.
-    """
 
-    def __init__(self, encoder, size, scores, split, rows, pool, autocast):
-        self.encoder, self.size, self.scores, self.split, self.rows = encoder, size, scores, split, rows
-        self.pool, self.autocast, self.device = pool, autocast, encoder.cls_token.device
+def fit_probe(task):
+    """The headline of probe.py, logistic regression on clean train features: task.scores(features (n, D)) -> (n, C)."""
+    found, _ = features.of_run(task.run, task.run, task.encoder, task.size, task)
+    fit, _, _ = features.hold_out(task.splits)
+    x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], features.groups_of(task.train)
+    task.scores, _ = metrics.logistic_probe(x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit])
 
-    @torch.no_grad()
-    def right(self, spoil, rows=None, encoder=None, size=None, chunk=data.CHUNK):
-        """(n,) bool: spoil(images u8 (B, S, S, 3), rows) is what the encoder sees of each of these images."""
-        encoder, size, found = encoder or self.encoder, size or self.size, []
-        rows = self.rows if rows is None else rows
-        for part in rows.split(chunk):
-            images = spoil(data.take(self.split["images"], part, self.device), part)
-            view = data.view_images(images, *data.full_boxes(len(part)), size)
-            with self.autocast():
-                found.append(features.pooled(encoder, view, False)[self.pool].half().cpu())
-        return self.scores(torch.cat(found)).argmax(1) == self.split["labels"][rows]
 
-    def top1(self, spoil, **more):
-        return percent(self.right(spoil, **more))
+@torch.no_grad()
+def right_of(task, spoil=None, rows=None, encoder=None, size=None, chunk=data.CHUNK):
+    """(n,) bool: which of the images, spoiled or as they are, the clean probe names rightly."""
+    encoder, size, found = encoder or task.encoder, size or task.size, []
+    rows = task.rows if rows is None else rows
+    for some in rows.split(chunk):
+        images = data.take(task.split["images"], some, task.device)
+        view = data.view_images(spoil(images, some) if spoil else images, *data.full_boxes(len(some)), size)
+        with task.autocast():
+            found.append(features.pooled(encoder, view, False)[task.args.pool].half().cpu())
+    return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][rows]
 
 
 def percent(right):
     return 100 * right.double().mean().item()
 
 
-def robustness(judge):
+def corrupted(name, level):
+    """-> spoil, at this level of a sweep; each level draws its own random numbers."""
+    function, levels, _, _ = SWEEPS[name]
+    generator = seeded(0, levels.index(level))
+    return lambda images, rows: function(images, level, generator)
+
+
+def hidden_part(task, k, generator=None):
+    """-> spoil: part k is painted gray; with a generator the same shape elsewhere is, as control."""
+
+    def spoil(images, rows):
+        where = torch.from_numpy(task.split["parts"][rows.numpy()] == k)
+        return paint(images, moved(where, generator) if generator else where)
+
+    return spoil
+
+
+def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
-    result = {}
-    for name, (spoil, levels, _, _) in tqdm(corruptions.SWEEPS.items(), "robustness", leave=False, disable=None):
-        draws = [seeded(0, i) for i in range(len(levels))]
-        result[name] = {}
-        for level, draw in zip(levels, draws, strict=True):
-            spoiled = functools.partial(spoil, level=level, generator=draw)
-            result[name][str(level)] = judge.top1(lambda images, _, spoiled=spoiled: spoiled(images))
-    return result
+    return {name: {str(level): percent(right_of(task, corrupted(name, level))) for level in levels}
+            for name, (_, levels, *_) in tqdm(SWEEPS.items(), "robustness", leave=False, disable=None)}  # fmt: skip
 
 
-def at_headline(judge, names):
-    """Which images stay right under these corruptions, each at its headline level, as in `robustness`: {name: (n,)}."""
-    result = {}
-    for name in names:
-        spoil, levels, _, level = corruptions.SWEEPS[name]
-        spoiled = functools.partial(spoil, level=level, generator=seeded(0, levels.index(level)))
-        result[f"{name} {level}"] = judge.right(lambda images, _, spoiled=spoiled: spoiled(images))
-    return result
-
-
-def without_parts(judge):
-    """Each part painted gray, and as control the same shape elsewhere: which part does it recognise by?
+def without_parts(task):
+    """By which part does it recognise? Each but the background painted gray, and as control the same shape elsewhere.
 
     -> {part: {"area", "hidden", "control"}}: share of the picture, Top-1 without the part, Top-1 without the control.
     """
-    names, planes, result = judge.split["header"]["parts"], judge.split["parts"], {}
-    for k, name in enumerate(names):
-        if k == 0:  # the background
-            continue
-        draws, area = seeded(0, k), []
-
-        def hide(images, rows, k=k, move=None, area=area):
-            where = torch.from_numpy(planes[rows.numpy()] == k)
-            area.append(where.float().mean((1, 2)))
-            return corruptions.paint(images, where if move is None else corruptions.moved(where, move))
-
-        hidden = judge.top1(hide)
-        control = judge.top1(functools.partial(hide, move=draws))
-        result[name] = {"area": torch.cat(area).mean().item(), "hidden": hidden, "control": control}
+    result, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
+    for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:
+        hidden, control = (right_of(task, hidden_part(task, k, g)) for g in (None, seeded(0, k)))
+        area = (parts == k).float().mean((1, 2)).mean().item()
+        result[name] = {"area": area, "hidden": percent(hidden), "control": percent(control)}
     return result
 
 
-def by_style(judge, right):
+def by_style(task, right):
     """Top-1 and number of images of each value of each of the demo set's strata, on clean pictures."""
-    style, result = torch.from_numpy(judge.split["style"][judge.rows.numpy()].astype("int64")), {}
-    for column, (stratum, values) in enumerate(judge.split["header"]["style"].items()):
+    style, result = torch.from_numpy(task.split["style"][task.rows.numpy()].astype("int64")), {}
+    for column, (stratum, values) in enumerate(task.split["header"]["style"].items()):
         for i, value in enumerate(values):
             here = right[style[:, column] == i]
             result[f"{stratum}: {value}"] = {"top1": percent(here) if len(here) else None, "images": len(here)}
     return result
 
 
-def by_resolution(judge, run, clean):
+def by_resolution(task, clean):
     """Views of 64 to 448 px, positions resized: Top-1, that at the trained size on the same images, images a second.
 
-    Fewer images where they are dear (attention grows with the fourth power of the side), but at least 48.
+    Attention's memory and time grow with the fourth power of the side: fewer images (at least 48) in smaller chunks.
     """
-    result, p = [], judge.encoder.patch_size
-    for side in (s for s in RESOLUTIONS if s % p == 0):
-        encoder, _ = load_encoder(run, side)
-        encoder.to(judge.device).requires_grad_(False)
-        count = min(len(judge.rows), max(48, int(len(judge.rows) * (judge.size / side) ** 2)))
-        some = data.evenly_spaced(len(judge.rows), count)
+    result = []
+    for side in (s for s in RESOLUTIONS if s % task.encoder.patch_size == 0):
+        encoder = load_encoder(task.run, side)[0].to(task.device).requires_grad_(False)
+        some = data.evenly_spaced(len(clean), max(48, int(len(clean) * (task.size / side) ** 2)))
+        chunk = max(1, math.floor(data.CHUNK * min(1, (task.size / side) ** 4)))
         start_time = time.perf_counter()
-        right = judge.right(lambda images, _: images, rows=judge.rows[some], encoder=encoder, size=side,
-                            chunk=features.chunk_for(side, judge.size))  # fmt: skip
+        right = right_of(task, None, task.rows[some], encoder, side, chunk)
         speed = len(some) / (time.perf_counter() - start_time)
         result.append({"side": side, "top1": percent(right), "top1_trained_size": percent(clean[some]),
                        "images": len(some), "images_per_s": round(speed, 1)})  # fmt: skip
     return result
+
+
+def stress_probe(task):
+    """Everything about the probe: a part of the report."""
+    clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
+    chance = percent(task.split["labels"][task.rows] == most_frequent)
+    report = {"clean": percent(clean), "chance": chance, "pool": task.args.pool, "robustness": robustness(task),
+              "resolution": by_resolution(task, clean)}  # fmt: skip
+    if "parts" in task.split:
+        report["parts"] = without_parts(task)
+    if "style" in task.split:
+        report["style"] = by_style(task, clean)
+    return report
+
+
+def stress_some(task):
+    """--only: the few numbers that a study needs of every run, with each image's right or wrong."""
+    levels = {name: SWEEPS[name][3] for name in task.args.only.split(",")}
+    right = {f"{name} {level}": right_of(task, corrupted(name, level)) for name, level in levels.items()}
+    print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
+    return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
 
 
 # ---- reconstruction ------------------------------------------------------------------------------------------------
@@ -158,35 +183,26 @@ def by_resolution(judge, run, clean):
 
 def load_mae(run, device):
     """The whole network with its picture head, from state.pt, and how its targets are normalised."""
-    state = load_state(Path(run) / "state.pt") if (Path(run) / "state.pt").exists() else None
-    if not state:
+    path = Path(run) / "state.pt"
+    if not path.exists():
         raise UserError(f"{run} has no state.pt: pictures need the head that predicts each patch's statistics, "
                         "which model.safetensors leaves out")  # fmt: skip
-    weights, config = state["model"], features.about_model(run)["config"]
-    if "decoder.decoder_pos_embed" not in weights:
+    state = load_state(path)
+    if "decoder.decoder_pos_embed" not in state["model"]:
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
-    model = MAE(**config)
-    load_exactly(model, weights, Path(run) / "state.pt")
-    flags = state["config"]
+    model, flags = MAE(**features.about_model(run)["config"]), state["config"]
+    load_exactly(model, state["model"], path)
     norm = {"norm_pix": not flags.get("no_norm_pix", False), "floor": flags.get("norm_floor", FLOOR)}
     return model.to(device).eval(), norm
 
 
-def known_of(model, split, rows, view):
-    """What strategies may want to know of these views, as far as it is known."""
-    g, p, device = model.encoder.side, model.config["patch_size"], view.device
-    boxes, every = data.full_boxes(len(rows)), model.encoder.all_patches(view)[1]
-    known = {"attn": model.encoder.patch_attention(view).float().mean(1), "detail": patch_detail(view, every, p)}
-    if "fg" in split:
-        known["fg"] = guidance.crop_map("fg", split["fg"], rows, *boxes, g, device)
-    if "parts" in split:
-        count = len(split["header"]["parts"])
-        known["parts"] = guidance.crop_map("parts", split["parts"], rows, *boxes, g, device, count)
-    return known
-
-
-def strategies(known):
-    return [s for s in masking.STRATEGIES if s != "simmim" and masking.NEEDS.get(s) in (None, *known)]
+def patches_of(model, split, rows, view):
+    """What strategies need of these views, as far as it is known: the dict `patches` of mask.py."""
+    _, ids = model.encoder.all_patches(view)
+    args = rows, *data.full_boxes(len(rows)), model.encoder.side, view.device, len(split["header"].get("parts", ()))
+    maps = {name: guidance.crop_map(name, split[name], *args) for name in ("fg", "parts") if name in split}
+    attention = model.encoder.patch_attention(view).float().mean(1)
+    return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 
 
 def hidden_pixels(ids_mask, side, S):
@@ -203,54 +219,50 @@ def flat_guess(view, where):
 
 
 @torch.no_grad()
-def reconstruct(model, view, known, strategy, ratio, noise, norm, autocast):
+def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
     """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
 
     norm_pix is undone with predicted statistics only: the true ones would leak the answer.
     """
     N = model.encoder.side**2
     K = masking.kept(N, ratio)
-    own = FINISHED.get(strategy, {})
-    priority = masking.STRATEGIES[strategy](known | {"masked": N - K}, noise, 1.0, **own)
+    priority = masking.STRATEGIES[strategy](patches | {"masked": N - K}, noise, 1.0, **NO_RAMP.get(strategy, {}))
     ids_keep, ids_mask = masking.sample(priority, K)
-    pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
-    pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
+    pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
+    pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
     return put_patches(view, ids_mask, pixels), hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
 
 
-def scores_of(view, pasted, where, figure):
+def pixel_scores(view, pasted, where, foreground):
     """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of the flat guess."""
-    similar, regions = metrics.ssim_map(pasted, view), {"": where}
-    if figure is not None:
-        regions |= {"_figure": where & figure, "_ground": where & ~figure}
-    found = {"psnr_flat": metrics.psnr(flat_guess(view, where), view, where)}
+    similarity, regions = metrics.ssim_map(pasted, view), {"": where}
+    if foreground is not None:
+        regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
+    scores = {"psnr_flat": metrics.psnr(flat_guess(view, where), view, where)}
     for name, here in regions.items():
-        found[f"psnr{name}"] = metrics.psnr(pasted, view, here)
-        found[f"ssim{name}"] = (similar * here).sum((1, 2)) / here.sum((1, 2))
-    return found
+        scores[f"psnr{name}"] = metrics.psnr(pasted, view, here)
+        scores[f"ssim{name}"] = (similarity * here).sum((1, 2)) / here.sum((1, 2))
+    return scores
 
 
-def reconstruction(model, split, rows, norm, autocast, only=None):
+@torch.no_grad()
+def reconstruction(model, norm, task, strategies=None):
     """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0, 1]."""
-    device, S, total = model.encoder.cls_token.device, model.config["image_size"], {}
-    for part, view in tqdm(data.whole_views(split["images"], rows, S, device), "pixels", leave=False, disable=None):
-        with torch.no_grad():
-            known = known_of(model, split, part, view)
-        noise = torch.cat(
-            [masking.gumbel_noise(1, model.encoder.side**2, seeded(0, i)) for i in part.tolist()]
-        )
-        figure = None
+    split, S, N, total = task.split, model.config["image_size"], model.encoder.side**2, {}
+    views = data.whole_views(split["images"], task.rows, S, task.device)
+    for rows, view in tqdm(views, "pixels", leave=False, disable=None):
+        patches, foreground = patches_of(model, split, rows, view), None
+        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()]).to(task.device)
         if "fg" in split:
-            fg = torch.from_numpy(split["fg"][part.numpy()]).to(device)
-            figure = data.view_maps(fg, *data.full_boxes(len(part)), S) > 127.5
-        for strategy in only or strategies(known):
-            for ratio in RATIOS:
-                pasted, where = reconstruct(model, view, known, strategy, ratio, noise.to(device), norm, autocast)
-                for name, x in scores_of(view.cpu(), pasted.cpu(), where.cpu(),
-                                         None if figure is None else figure.cpu()).items():  # fmt: skip
-                    total.setdefault((strategy, ratio), {}).setdefault(name, []).append(x)
-    return [{"strategy": s, "ratio": r} | {name: mean(torch.cat(x)) for name, x in found.items()}
-            for (s, r), found in total.items()]  # fmt: skip
+            fg = torch.from_numpy(split["fg"][rows.numpy()])
+            foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
+        known = [s for s in masking.STRATEGIES if s != "simmim" and masking.NEEDS.get(s) in (None, *patches)]
+        for strategy, ratio in itertools.product(strategies or known, RATIOS):
+            pasted, where = reconstruct(model, view, patches, strategy, ratio, noise, norm, task.autocast)
+            for name, x in pixel_scores(view.cpu(), pasted.cpu(), where.cpu(), foreground).items():
+                total.setdefault((strategy, ratio), {}).setdefault(name, []).append(x)
+    return [{"strategy": s, "ratio": r} | {name: mean(torch.cat(x)) for name, x in scores.items()}
+            for (s, r), scores in total.items()]  # fmt: skip
 
 
 def mean(x):
@@ -268,10 +280,9 @@ def grade(psnr):
 
 def midterm(rows):
     """The table of the mid-term report: over 18 dB good, 10 to 17 moderate (to 18 here: no gap)."""
-    lines = ["hidden   PSNR, dB   SSIM   grade      mean colour, dB"]
-    lines += [f"{r['ratio']:>5.0%}   {r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
-              for r in rows if r["strategy"] == "random"]  # fmt: skip
-    return lines
+    lines = [f"{r['ratio']:>5.0%}   {r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
+             for r in rows if r["strategy"] == "random"]  # fmt: skip
+    return ["hidden   PSNR, dB   SSIM   grade      mean colour, dB", *lines]
 
 
 def number(x, digits=1):
@@ -282,124 +293,60 @@ def robust_lines(report):
     lines = [f"{'spoiled by':22} Top-1, %   (clean {report['clean']:.1f}, chance {report['chance']:.1f})"]
     for name, levels in report["robustness"].items():
         cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
-        lines.append(f"{name + ', ' + corruptions.SWEEPS[name][2] if len(levels) > 1 else name:30} {cells}")
-    for name, x in report.get("parts", {}).items():
-        lines.append(f"without {name:14} {x['hidden']:5.1f}   the same shape elsewhere {x['control']:5.1f}   "
-                     f"({100 * x['area']:.1f} % of the picture)")  # fmt: skip
-    for x in report["resolution"]:
-        lines.append(f"{x['side']:4} px {x['top1']:5.1f}   trained size {x['top1_trained_size']:5.1f} on the same "
-                     f"{x['images']} images   {x['images_per_s']:.0f} images/s")  # fmt: skip
-    for name, x in report.get("style", {}).items():
-        lines.append(f"{name:22} {number(x['top1']):>5}   {x['images']} images")
-    return lines
+        lines.append(f"{name + ', ' + SWEEPS[name][2] if len(levels) > 1 else name:30} {cells}")
+    lines += [f"without {name:14} {x['hidden']:5.1f}   the same shape elsewhere {x['control']:5.1f}   "
+              f"({100 * x['area']:.1f} % of the picture)" for name, x in report.get("parts", {}).items()]  # fmt: skip
+    lines += [f"{x['side']:4} px {x['top1']:5.1f}   trained size {x['top1_trained_size']:5.1f} on the same "
+              f"{x['images']} images   {x['images_per_s']:.0f} images/s" for x in report["resolution"]]  # fmt: skip
+    return lines + [f"{name:22} {number(x['top1']):>5}   {x['images']} images"
+                    for name, x in report.get("style", {}).items()]  # fmt: skip
 
 
 def pixel_lines(rows):
+    columns = {"psnr": 9, "psnr_figure": 6, "psnr_ground": 6, "psnr_flat": 12, "ssim": 11, "ssim_figure": 6,
+               "ssim_ground": 6}  # width of each  # fmt: skip
     lines = [f"{'mask':10} {'ratio':>5}   PSNR: all figure ground  mean colour   SSIM: all figure ground"]
     for r in rows:
-        cells = [number(r.get(f"psnr{k}")) for k in ("", "_figure", "_ground", "_flat")]
-        cells += [number(r.get(f"ssim{k}"), 3) for k in ("", "_figure", "_ground")]
-        lines.append(f"{r['strategy']:10} {r['ratio']:5.2f}   {cells[0]:>9} {cells[1]:>6} {cells[2]:>6} {cells[3]:>12}"
-                     f" {cells[4]:>11} {cells[5]:>6} {cells[6]:>6}")  # fmt: skip
+        cells = (f"{number(r.get(k), 3 if 'ssim' in k else 1):>{width}}" for k, width in columns.items())
+        lines.append(f"{r['strategy']:10} {r['ratio']:5.2f}   {' '.join(cells)}")
     return lines
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("run", help="run folder of pretrain.py")
-    add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
-    add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
-    add("--images", type=int, default=512, metavar="N", help="at most so many of it, evenly spread")
-    add("--pool", default="mean", choices=features.POOLS, help="pooling of the tokens that the probe sees")
-    add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(corruptions.SWEEPS)}, comma between")
-    add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    return parser.parse_args()
-
-
-def judge_of(args, encoder, size, splits, autocast, dtype):
-    split = splits[args.split]
-    found, _ = features.of_run(args.run, Path(args.run) / "model.safetensors", encoder, size, splits, autocast, dtype)
-    scores = fit_probe(found[args.pool], splits, args.split)
-    rows = data.evenly_spaced(len(split["images"]), args.images)
-    return Judge(encoder, size, scores, split, rows, args.pool, autocast)
-
-
-def only_some(args, judge):
-    """--only: the few numbers that a study asks of every run, with each image's right or wrong."""
-    right = at_headline(judge, args.only.split(","))
-    print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
-    return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
-
-
-def stress_probe(args, judge, splits):
-    """Everything about the probe -> a part of the report."""
-    split = judge.split
-    clean = judge.right(lambda images, _: images)
-    often = torch.bincount(splits["train"]["labels"]).argmax()
-    report = {"clean": percent(clean), "chance": percent(split["labels"][judge.rows] == often), "pool": args.pool,
-              "robustness": robustness(judge), "resolution": by_resolution(judge, args.run, clean)}  # fmt: skip
-    if "parts" in split:
-        report["parts"] = without_parts(judge)
-    if "style" in split:
-        report["style"] = by_style(judge, clean)
-    return report
-
-
 def main():
-    args = parse_args()
-    if Path(args.run).is_file():
-        raise UserError(f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME")
-    if args.images < 8:
-        raise UserError(f"--images {args.images} must be at least 8")
-    if unknown := set((args.only or "cutout").split(",")) - set(corruptions.SWEEPS):
-        raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(corruptions.SWEEPS)}")
-    device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
-    autocast = autocast_of(device, dtype)
-    encoder, size = load_encoder(args.run)
-    encoder.to(device).requires_grad_(False)
-    folder = args.data or features.flags_of(args.run).get("data")
-    if not folder:
-        raise UserError(f"{args.run} does not say what it was trained on; give --data datasets/NAME")
-    splits, run = features.open_splits(folder, args.split), Path(args.run)
-    split = splits[args.split]
-    report = {"command": f"python -m experiments.stress {shlex.join(sys.argv[1:])}", "machine": machine(device),
-              "commit": commit(), "run": run.name, "data": str(folder), "split": args.split,
-              "images": min(args.images, len(split["images"]))}  # fmt: skip
-    rows = data.evenly_spaced(len(split["images"]), args.images)
+    task = open_task(parse_args())
+    args, run, split = task.args, task.run, task.split
     if args.midterm:
-        model, norm = load_mae(run, device)
-        print("\n".join(midterm(reconstruction(model, split, rows, norm, autocast, ["random"]))))
+        model, norm = load_mae(run, task.device)
+        print("\n".join(midterm(reconstruction(model, norm, task, ["random"]))))
         return
-    labelled = data.has_labels(splits["train"]) and data.has_labels(split)
-    if labelled:
-        judge = judge_of(args, encoder, size, splits, autocast, "fp32" if dtype == torch.float32 else "bf16")
+    report = {"command": f"python -m experiments.stress {shlex.join(sys.argv[1:])}", "machine": machine(task.device),
+              "commit": commit(), "run": run.name, "data": str(task.folder), "split": args.split,
+              "images": len(task.rows)}  # fmt: skip
+    if task.labelled:
+        fit_probe(task)
     elif args.only:
-        raise UserError(f"--only {args.only} needs two classes or more, and labels on all images of {folder}")
+        raise UserError(f"--only {args.only} needs two classes or more, and labels on all images of {task.folder}")
     if args.only:
-        save_json(report | only_some(args, judge), run / f"stress-{args.only.replace(',', '-')}.json")
+        save_json(report | stress_some(task), run / f"stress-{args.only.replace(',', '-')}.json")
         return
-    if labelled:
-        report |= stress_probe(args, judge, splits)
+    if task.labelled:
+        report |= stress_probe(task)
         print("\n".join(robust_lines(report)))
-        plots.robustness(run / "robustness.png", report, corruptions.SWEEPS, f"Robustness of the probe: {run.name}")
+        plots.robustness(run / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run.name}")
         if "parts" in report:
             plots.parts(run / "parts.png", report, f"Recognised by which part? {run.name}")
     else:
         print("no robustness: that needs two classes or more, and labels on all images")
-    model, norm = load_mae(run, device)
-    report["masked_mse"] = masked_mse(model, split, norm, autocast)
-    report["reconstruction"] = reconstruction(model, split, rows, norm, autocast)
-    print("\n".join(pixel_lines(report["reconstruction"])))
+    model, norm = load_mae(run, task.device)
+    report["masked_mse"] = masked_mse(model, split, norm, task.autocast)
+    rows = report["reconstruction"] = reconstruction(model, norm, task)
+    print("\n".join(pixel_lines(rows)))
     of = "normalised pixels; pictures by predicted statistics" if norm["norm_pix"] else "raw pixels"
     print(f"masked error under the fixed random mask {report['masked_mse']:.4f} of {of}")
-    plots.reconstruction(run / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run.name}")
+    plots.reconstruction(run / "reconstruction.png", rows, f"Hidden pixels: {run.name}")
     save_json(report, run / "stress.json")
     print(f"wrote    {run}/stress.json, robustness.png, reconstruction.png")
 

@@ -158,7 +158,8 @@ def test_features_are_those_of_the_encoder(small):
     """The first view is the whole image, unflipped; pools are what they say; thumbnails follow the same crop."""
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     clock = {}
-    found = features.extract(features.encoder_look(encoder, 32, torch.no_grad, clock), split, 2, torch.device("cpu"))
+    extractor = features.encoder_extractor(encoder, 32, torch.no_grad, clock)
+    found = features.extract(extractor, split, 2, torch.device("cpu"))
     view = next(data.whole_views(split["images"], torch.arange(5), 32, torch.device("cpu")))[1]
     with torch.no_grad():
         tokens = encoder.features(view)
