@@ -13,6 +13,7 @@ Replaces this run's rows in --out and draws a sheet of the demo set.
 import contextlib
 import functools
 import io
+import itertools
 import math
 import zipfile
 from pathlib import Path
@@ -20,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import adjusted_rand_score
 from tqdm import tqdm
 
 import data
@@ -46,20 +46,19 @@ def portraits(path, framing, half=1, side=128):
         raise UserError(f"{path} is not here; --portraits '' measures the demo set alone")
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
-        people = sorted({n.split("/")[-2] for n in names})
-        names = [n for n in names if people.index(n.split("/")[-2]) % 2 == half]
-        pictures = [Image.open(io.BytesIO(archive.read(n))).convert("RGBA") for n in names]
-    return torch.from_numpy(np.stack([framed(p, framing, side) for p in pictures]))
+        people = sorted({n.split("/")[-2] for n in names})[half::2]
+        pictures = [Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people]
+        return torch.from_numpy(np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures]))
 
 
 def framed(picture, framing, side):
+    """RGBA picture -> u8 (side, side, 4)."""
     w, h = picture.size
     if framing == "close":
         return np.array(picture.resize((side, side), Image.BICUBIC, ((w - h) / 2, 0, (w + h) / 2, h)))
-    picture = picture.resize((side, min(side, round(side * h / w))), Image.BICUBIC)
-    canvas = Image.new("RGBA", (side, side))
-    canvas.paste(picture, (0, side - picture.height))
-    return np.array(canvas)
+    height, canvas = min(side, round(side * h / w)), np.zeros((side, side, 4), np.uint8)
+    canvas[side - height :] = np.array(picture.resize((side, height), Image.BICUBIC))
+    return canvas
 
 
 def draw_background(kind, n, side, generator):
@@ -99,8 +98,7 @@ def composite(rgba, kind, seed=0):
 def tokens_of(encoder, size, images):
     """images u8 (n, S, S, 3) -> (n, N, D), all in memory: these sets are small."""
     rows, cpu = torch.arange(len(images)), torch.device("cpu")
-    stream = maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)
-    return torch.cat([tokens for _, tokens in stream])
+    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)])
 
 
 def chunked(function, *inputs):
@@ -110,8 +108,8 @@ def chunked(function, *inputs):
 
 def foreground_scores(saliency, true, side):
     """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
-    found, true = maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5
-    return torch.tensor([[metrics.auc(f, t), metrics.iou(f > 0.5, t)] for f, t in zip(found, true, strict=True)])
+    pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
+    return torch.tensor([[metrics.auc(x, t), metrics.iou(x > 0.5, t)] for x, t in pairs])
 
 
 def cut_alone(images, tokens, place):
@@ -128,19 +126,19 @@ def row_of(name, kind, images, **scores):
 
 
 def measure_foreground(name, images, true, encoder, size):
-    """Rows of AUC and IoU for coarse, cut alone and refined; and what refined gains over coarse, image by image."""
-    tokens = tokens_of(encoder, size, images)
-    found, rows = {"coarse": chunked(maps.coarse, images)}, []
-    for kind, method in (("cut alone", cut_alone), ("refined", maps.refined)):
-        found[kind] = chunked(functools.partial(method, place=tokens.mean(0)), images, tokens)
-    base = foreground_scores(found["coarse"], true, encoder.side)
-    for kind, saliency in found.items():
-        score = foreground_scores(saliency, true, encoder.side)
-        gain = (score - base)[:, 0]
+    """Rows of AUC and IoU for coarse, cut alone and refined, with what each gains over coarse, image by image."""
+    tokens, rows = tokens_of(encoder, size, images), []
+    place = tokens.mean(0)
+    found = {"coarse": chunked(maps.coarse, images),
+             "cut alone": chunked(functools.partial(cut_alone, place=place), images, tokens),
+             "refined": chunked(functools.partial(maps.refined, place=place), images, tokens)}  # fmt: skip
+    scores = {kind: foreground_scores(saliency, true, encoder.side) for kind, saliency in found.items()}
+    for kind, score in scores.items():
+        gain = (score - scores["coarse"])[:, 0]
         gain = gain[gain.isfinite()]
+        half_width = 1.96 * gain.std().item() / len(gain) ** 0.5
         rows.append(row_of(name, kind, images, auc=score[:, 0].nanmean().item(), iou=score[:, 1].mean().item(),
-                           auc_gain=gain.mean().item(),
-                           gain_half_width_95=1.96 * gain.std().item() / len(gain) ** 0.5))  # fmt: skip
+                           auc_gain=gain.mean().item(), gain_half_width_95=half_width))  # fmt: skip
     return rows, found
 
 
@@ -151,14 +149,15 @@ def main_part(parts, side, kinds):
 
 def measure_parts(name, images, parts, foreground, encoder, size, kinds, K=6):
     """Rows of the adjusted Rand index over true foreground patches: features, and k-means without learning."""
-    true, g = main_part(parts, encoder.side, kinds), encoder.side
+    from sklearn.metrics import adjusted_rand_score
+
+    true, g, rows = main_part(parts, encoder.side, kinds), encoder.side, []
     on, line = true > 0, torch.linspace(-1, 1, g)
     inputs = {"colour": maps.cells(images.float(), g)[..., :3].flatten(1, 2),
               "place": torch.cartesian_prod(line, line).expand(len(images), -1, -1)}  # fmt: skip
     for kind, network in (("untrained features", untrained_like(encoder)), ("features", encoder)):
         tokens = tokens_of(network, size, images)
         inputs[kind] = maps.relative_to_foreground(tokens, maps.to_patches(foreground, g) > 0.5, tokens.mean(0))
-    rows = []
     for kind, points in inputs.items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K, seeded(0))).argmin(1)
         ari = adjusted_rand_score(label, true[on])
@@ -188,20 +187,19 @@ def main():
     args = parser.parse_args()
     images, foreground, parts = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_encoder(args.run)
-    name = f"{Path(args.data).name} {args.split}"
+    name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
     rows, found = measure_foreground(name, images, foreground, encoder, size)
     for K in (6, 12):
-        rows += measure_parts(name, images, parts, foreground, encoder, size, len(toon.PARTS), K)
-    sets = [(framing, kind) for framing in FRAMINGS for kind in BACKGROUNDS] if args.portraits else []
+        rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
+    sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits else []
     for framing, kind in tqdm(sets, "portraits", disable=None):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
-    run = {"run": Path(args.run).name}
-    made = {"machine": machine(torch.device("cpu")), "commit": commit()}
-    rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    kept = [row for row in read_csv(args.out) if row["run"] != run["run"]]
-    save_csv(args.out, kept + [run | row | made for row in rounded])
-    for row in rounded:
+    rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
+    kept = [row for row in read_csv(args.out) if row["run"] != run]
+    save_csv(args.out, kept + [{"run": run} | row | made for row in rows])
+    for row in rows:
         print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
     if args.figure:
         draw(args.figure, images, foreground, parts, found, encoder, size)
@@ -209,8 +207,7 @@ def main():
 
 def draw(path, images, foreground, parts, found, encoder, size, n=10):
     """Images, true and found foreground, true and found parts: one line each."""
-    some = data.evenly_spaced(len(images), n)
-    tokens = tokens_of(encoder, size, images)
+    some, tokens = data.evenly_spaced(len(images), n), tokens_of(encoder, size, images)
     place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
     centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
     label = maps.parts_of(tokens, on, place, centres).unflatten(1, (encoder.side, -1))
