@@ -7,9 +7,11 @@ import torch
 
 from common.io import read_csv, save_csv
 from common.train import commit, machine
+from kernels import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRITON = triton.__version__ if triton else "none"
 
 
 def about(device, **more):

@@ -19,17 +19,17 @@ LEAST = 0.85
 
 def train_ratios(rows):
     """rows of benchmarks.train -> {what: how many times as fast as transformers}."""
-    keys = ("candidate", "model", "image_size", "batch", "dtype", "decoder")
+    case = "{candidate} {model} {image_size} {batch} {dtype} {decoder}".format
     ours = [r for r in rows if r["candidate"].startswith("AniMask") and r["over_transformers"]]
-    return {" ".join(r[k] for k in keys): float(r["over_transformers"]) for r in ours}
+    return {case(**r): float(r["over_transformers"]) for r in ours}
 
 
 def kernel_ratios(rows):
     """rows of benchmarks.kernels -> {what: how many times as fast as the obvious way of writing it}."""
-    keys = ("operation", "batch", "size", "patch", "ratio")
-    slow = {tuple(r[k] for k in keys): float(r["ms"]) for r in rows if r["impl"] == "obvious"}
-    return {f"{r['impl']} " + " ".join(r[k] for k in keys): slow[tuple(r[k] for k in keys)] / float(r["ms"])
-            for r in rows if r["impl"] != "obvious"}  # fmt: skip
+    case = "{operation} {batch} {size} {patch} {ratio}".format
+    slow = {case(**r): float(r["ms"]) for r in rows if r["impl"] == "obvious"}
+    others = [r for r in rows if r["impl"] != "obvious"]
+    return {f"{r['impl']} {case(**r)}": slow[case(**r)] / float(r["ms"]) for r in others}
 
 
 BENCHES = {  # module: (its arguments, the file that it writes on a CPU and on a GPU, its ratios)
@@ -59,11 +59,10 @@ def main():
             raise UserError(f"{module} is no bench with ratios; there are: {', '.join(BENCHES)}")
         _, files, ratios = BENCHES[module]
         path = args.results / files[device]
-        recorded = ratios(read_csv(path))
-        if not recorded:
+        if not path.exists():
             raise UserError(f"{path} is not there: python -m benchmarks.{module} makes it")
         with tempfile.TemporaryDirectory() as folder:
-            measured = ratios(measure(module, device, folder))
+            recorded, measured = ratios(read_csv(path)), ratios(measure(module, device, folder))
         kept = {what: now / recorded[what] for what, now in measured.items() if what in recorded}
         if not kept:
             raise UserError(f"nothing that benchmarks.{module} measures is recorded in {path}")

@@ -42,28 +42,40 @@ def noisy_split(folder, n, side, name="train"):
     return data.open_split(folder, name)
 
 
-def epoch(split, batch_size, number):
-    """One shuffled epoch -> (images a second, most anonymous memory in MB)."""
-    order, most, count = data.epoch_order(len(split["images"]), 0, number), 0.0, 0
+def watched(function, *args, **options):
+    """-> (seconds that a call takes, most anonymous memory that it adds in MB)."""
+    readings, ended = [status_mb("RssAnon")], threading.Event()
+
+    def watch():
+        while not ended.wait(0.01):
+            readings.append(status_mb("RssAnon"))
+
+    threading.Thread(target=watch, daemon=True).start()
     start_time = time.perf_counter()
-    for i, (index, _) in enumerate(data.batches(split["images"], order, batch_size, torch.device("cpu"))):
-        count += len(index)
-        most = max(most, status_mb("RssAnon")) if i % 64 == 0 else most
-    return count / (time.perf_counter() - start_time), most
+    with contextlib.redirect_stdout(None):
+        function(*args, **options)
+    seconds = time.perf_counter() - start_time
+    ended.set()
+    return seconds, max(*readings, status_mb("RssAnon")) - readings[0]
 
 
-def warm_epochs(split, batch_size):
+def epoch(images, batch_size, number):
+    """One shuffled epoch of the loader."""
+    for _ in data.batches(images, data.epoch_order(len(images), 0, number), batch_size, torch.device("cpu")):
+        pass
+
+
+def warm_epochs(images, batch_size):
     """Three epochs after one that fills the page cache -> (median images a second, most memory added in MB)."""
-    before = status_mb("RssAnon")
-    epoch(split, batch_size, 0)
-    speeds, memory = zip(*[epoch(split, batch_size, i) for i in (1, 2, 3)], strict=True)
-    return round(statistics.median(speeds)), round(max(memory) - before, 1)
+    seconds, memory = zip(*[watched(epoch, images, batch_size, i) for i in range(4)], strict=True)
+    count = len(images) // batch_size * batch_size
+    return round(count / statistics.median(seconds[1:])), round(max(memory), 1)
 
 
 def loader_rows(n, side, batch_size):
     """The row of results: the loader on one file."""
     with tempfile.TemporaryDirectory() as folder:
-        speed, added = warm_epochs(noisy_split(folder, n, side), batch_size)
+        speed, added = warm_epochs(noisy_split(folder, n, side)["images"], batch_size)
     yield {"images": n, "side": side, "file_gb": round(n * side**2 * 3 / 1e9, 2), "images_per_s": speed,
            "anonymous_mb_added": added}  # fmt: skip
 
@@ -93,9 +105,8 @@ def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
     for n in sizes:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "noise"
-            split = noisy_split(folder, n, side)
             noisy_split(folder, 64, side, "val")
-            speed, added = warm_epochs(split, batch_size)
+            speed, added = warm_epochs(noisy_split(folder, n, side)["images"], batch_size)
             training, waited, mb = trained(folder, rows_to_log)
         yield {"images": n, "side": side, "loader_images_per_s": speed, "loader_mb_added": added,
                "training_images_per_s": round(training, 1),
@@ -106,34 +117,16 @@ def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
 
 
 def draw_jpegs(folder, n, side=512):
-    """n different JPEGs of quality 90: the upper part of one drawn face over the lower one of another, both shifted."""
+    """n different JPEGs of quality 90 in 40 folders: the upper part of a drawn face over the lower part of another."""
     faces = [Image.fromarray(toon.draw(item, side)["image"]).convert("HSV") for item in toon.plan(40, 40)]
     rng = np.random.default_rng(0)
+    for i in range(40):
+        (folder / f"class{i}").mkdir(parents=True)
     for i in range(n):
         upper, lower = (np.roll(np.asarray(faces[k]), rng.integers(0, side, 2), (0, 1)) for k in rng.integers(0, 40, 2))
         pixels = np.where(np.arange(side)[:, None, None] < rng.integers(side // 4, 3 * side // 4), upper, lower)
         pixels[..., 0] += np.uint8(rng.integers(256))
-        path = Path(folder) / f"class{i % 40}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels, "HSV").convert("RGB").save(path, quality=90)
-
-
-def watched(function, *args, **options):
-    """-> (seconds that a call takes, most anonymous memory that it adds in MB)."""
-    base, most, ended = status_mb("RssAnon"), 0.0, threading.Event()
-
-    def watch():
-        nonlocal most
-        while not ended.wait(0.05):
-            most = max(most, status_mb("RssAnon") - base)
-
-    threading.Thread(target=watch, daemon=True).start()
-    start_time = time.perf_counter()
-    with contextlib.redirect_stdout(None):
-        function(*args, **options)
-    seconds = time.perf_counter() - start_time
-    ended.set()
-    return seconds, most
+        Image.fromarray(pixels, "HSV").convert("RGB").save(folder / f"class{i % 40}" / f"{i}.jpg", quality=90)
 
 
 def pack_row(what, n, function, *args, **options):
@@ -166,15 +159,14 @@ def main():
     add("--pack", type=at_least(2), metavar="N", help="measure packing of N JPEGs of 512 px instead")
     add("--scale", nargs="*", type=at_least(1), metavar="N", help="files of N images (10000 100000 1000000)")
     add("--out", help="default: results/bench_data.csv, bench_pack.csv or bench_scale.csv")
-    args = parser.parse_args()
+    args, where = parser.parse_args(), about(torch.device("cpu"))
     if args.pack:
-        name, made = "pack", pack_rows(args.pack)
+        name, rows = "pack", pack_rows(args.pack)
     elif args.scale is not None:
-        name, made = "scale", scale_rows(args.scale or SCALE, args.batch_size)
+        name, rows = "scale", scale_rows(args.scale or SCALE, args.batch_size)
     else:
-        name, made = "data", loader_rows(args.images, args.side, args.batch_size)
-    where = about(torch.device("cpu"))
-    rows = [row | where for row in made]
+        name, rows = "data", loader_rows(args.images, args.side, args.batch_size)
+    rows = [row | where for row in rows]
     save_csv(args.out or f"results/bench_{name}.csv", rows)
     print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
 

@@ -7,8 +7,8 @@ images counted in the 32-byte sectors that memory delivers; their share is of a 
 """
 
 import ctypes
+import functools
 import itertools
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import kernels
-from benchmarks import DTYPES, about, status_mb
+from benchmarks import DTYPES, TRITON, about, status_mb
 from common.io import Parser, UserError, at_least, cli, save_csv
 from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -59,16 +59,13 @@ def obvious_loss(pred, view, ids, patch, weight):
 
 def contenders(device):
     """{name: (gather, detail, loss)}, all with the arguments of the functions above."""
-
-    def ours(impl):
-        return (lambda v, i, p, d=torch.float32: masked_patch_gather(v, i, p, d, impl),
-                lambda v, i, p: patch_detail(v, i, p, impl),
-                lambda y, v, i, p, w: reconstruction_loss(y, v, i, p, w, impl=impl))  # fmt: skip
-
-    obvious, found = (obvious_gather, obvious_detail, obvious_loss), {}
+    ours = (masked_patch_gather, patch_detail, reconstruction_loss)
+    found = {"obvious": (obvious_gather, obvious_detail, obvious_loss)}
+    found["reference"] = [functools.partial(f, impl="torch") for f in ours]
     if device.type == "cuda":
-        found = {"compile": [torch.compile(f, dynamic=False) for f in obvious], "triton": ours("triton")}
-    return {"obvious": obvious, "reference": ours("torch")} | found
+        found["compile"] = [torch.compile(f, dynamic=False) for f in found["obvious"]]
+        found["triton"] = [functools.partial(f, impl="triton") for f in ours]
+    return found
 
 
 # ---- one case ------------------------------------------------------------------------------------------------------
@@ -140,8 +137,7 @@ def milliseconds(call, device):
         start_time = time.perf_counter()
         call()
         times.append((time.perf_counter() - start_time) * 1e3)
-    fifths = statistics.quantiles(times[2:], n=5)
-    return statistics.median(times[2:]), fifths[0], fifths[3]
+    return np.quantile(times[2:], (0.5, 0.2, 0.8)).tolist()
 
 
 def peak_mb(call, device):
@@ -183,10 +179,10 @@ def measure(cases, dtype, device, copy_gb_s):
                     continue
                 moved = bytes_to_move(operation, *given[:4], case[2])
                 speed = moved / median / 1e6
-                row = dict(zip(GPU_CASES, case, strict=True), operation=operation, impl=name, dtype=str(dtype)[6:])
-                row |= {"ms": round(median, 4), "ms_20": round(low, 4), "ms_80": round(high, 4),
-                        "mb_to_move": round(moved / 1e6, 2), "gb_per_s": round(speed, 1),
-                        "copy_share": round(speed / copy_gb_s, 3)}  # fmt: skip
+                row = dict(zip(GPU_CASES, case, strict=True), operation=operation, impl=name, dtype=str(dtype)[6:],
+                           ms=round(median, 4), ms_20=round(low, 4), ms_80=round(high, 4),
+                           mb_to_move=round(moved / 1e6, 2), gb_per_s=round(speed, 1),
+                           copy_share=round(speed / copy_gb_s, 3))  # fmt: skip
                 if device.type == "cuda":
                     row["peak_mb"] = round(peak_mb(call, device), 1)
                 rows.append(row)
@@ -247,8 +243,7 @@ def main():
     dtype = DTYPES[args.dtype or dtype]
     gate(device, dtype)
     copy_gb_s = copy_speed(device)
-    version = kernels.triton.__version__ if kernels.triton else "none"
-    where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=version)
+    where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=TRITON)
     rows = [row | where for row in measure(cases, dtype, device, copy_gb_s)]
     path = args.out / name
     save_csv(path, rows)

@@ -1,6 +1,6 @@
 """One candidate of benchmarks/train.py in a process of its own: a network, its training step, and answers on demand.
 
-It warms up, sends its losses, and then answers each ("steps" or "parts", count) that comes through its pipe.
+It warms up, sends its losses, and then answers each ("steps" or "phases", count) that comes through its pipe.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from kernels.gather import byte_scale, masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES
 
-PARTS = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
+PHASES = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
 FLOOR = 1e-3  # under a patch's std: that of transformers, sqrt(1e-6), so that both do the same
 
 
@@ -34,42 +34,44 @@ def fixed_views(case, device):
     return view.to(device), noise.to(device)
 
 
-def update(optimizer, loss_of, i):
-    """A step of training -> its loss, on the device."""
-    loss = loss_of(i)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def our_loss(case, net, view, noise, dtype, autocast, mark):
+    """-> loss(i), on the device, of what pretrain.py does with a view, under the loss of the paper."""
+    p, K = case["patch_size"], masking.kept(noise.shape[2], case["ratio"])
 
-
-def our_step(case, model, optimizer, view, noise, dtype, autocast):
-    """-> step(i): a loss on the device; what pretrain.py does with a view, under the loss of the paper."""
-    net, p = torch.compile(model) if case.get("compile") else model, case["patch_size"]
-    K = masking.kept(noise.shape[2], case["ratio"])
-
-    def loss_of(i):
+    def loss(i):
         ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
         tokens = masked_patch_gather(view, ids_keep, p, dtype)
         with autocast():
             pred, _ = net(tokens, ids_keep, ids_mask)
         return reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
 
-    return functools.partial(update, optimizer, loss_of)
+    return loss
 
 
-def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda part: None):
-    """-> step(i): all that pretrain.py does; mark(part) is called as each part of it ends.
+def their_loss(case, net, view, noise, dtype, autocast, mark):
+    """-> loss(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
+    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
+
+    def loss(i):
+        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+        with autocast():
+            return net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
+
+    return loss
+
+
+def whole_loss(case, net, view, noise, dtype, autocast, mark):
+    """-> loss(i) with all that pretrain.py does for it; mark(phase) is called as each phase of the step ends.
 
     The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the latent the decoder.
     """
     device, B, p = view.device, case["batch"], case["patch_size"]
     images, K = view.cpu().numpy() if device.type == "cpu" else view, masking.kept(noise.shape[2], case["ratio"])
 
-    def step(i):
+    def loss(i):
         draws = seeded(0, i)
-        drawn = (*data.draw_boxes(B, draws, 0.4), masking.gumbel_noise(B, noise.shape[2], draws))
-        boxes, flip, own = (data.send(x, device) for x in drawn)
+        random = (*data.draw_boxes(B, draws, 0.4), masking.gumbel_noise(B, noise.shape[2], draws))
+        boxes, flip, own = (data.send(x, device) for x in random)
         batch = data.take(images, torch.randperm(B, generator=draws), device)
         seen = data.view_images(batch, boxes, flip, case["image_size"])
         mark("data")
@@ -77,17 +79,29 @@ def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda
         tokens = masked_patch_gather(seen, ids_keep, p, dtype)
         mark("gather")
         with autocast():
-            latent = model.encoder(tokens, ids_keep)
+            latent = net.encoder(tokens, ids_keep)
             mark("encoder")
-            pred, stats = model.decoder(latent, ids_keep, ids_mask)
+            pred, stats = net.decoder(latent, ids_keep, ids_mask)
         mark("decoder")
         pred.register_hook(lambda _: mark("loss"))
         latent.register_hook(lambda _: mark("decoder"))
         weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
-        loss = reconstruction_loss(pred, seen, ids_mask, p, weight)
-        (loss + stats_loss(stats, seen, ids_keep, ids_mask, p)).backward()
+        error = reconstruction_loss(pred, seen, ids_mask, p, weight)
+        return error + stats_loss(stats, seen, ids_keep, ids_mask, p)
+
+    return loss
+
+
+def training_step(make_loss, net, optimizer, clip, mark=lambda phase: None):
+    """-> step(i): an update -> its loss, on the device."""
+    loss_of = make_loss(mark)
+
+    def step(i):
+        loss = loss_of(i)
+        loss.backward()
         mark("encoder")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         mark("optimizer")
@@ -96,40 +110,29 @@ def whole_step(case, model, optimizer, view, noise, dtype, autocast, mark=lambda
     return step
 
 
-def their_step(case, model, optimizer, view, noise, dtype, autocast):
-    """-> step(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
-    net = torch.compile(model) if case.get("compile") else model
-    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
-
-    def loss_of(i):
-        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
-        with autocast():
-            return net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
-
-    return functools.partial(update, optimizer, loss_of)
-
-
 def make_step(case, device):
     """-> a function that makes the candidate's step(i), from the weights that all start with."""
-    dtype = DTYPES[case["dtype"]]
+    whole, dtype = case.get("whole", False), DTYPES[case["dtype"]]
     if case["net"] == "hf":
         from transformers import ViTMAEForPreTraining
 
         how = {"attn_implementation": case["attention"]} if "attention" in case else {}
-        model = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
-        model.config.norm_pix_loss, model.config.mask_ratio, make = True, case["ratio"], their_step
-        for name, weight in model.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
+        net = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
+        net.config.norm_pix_loss, net.config.mask_ratio, make_loss = True, case["ratio"], their_loss
+        for name, weight in net.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
             weight.requires_grad_("position" not in name and "pos_embed" not in name)
     else:
-        model, make = build(case), whole_step if case.get("whole") else our_step
-        init_from(model, case["weights"] + ".safetensors")
-    model.train().to(device)
+        net, make_loss = build(case), whole_loss if whole else our_loss
+        init_from(net, case["weights"] + ".safetensors")
+    net.train().to(device)
     if case.get("fused", True):
-        optimizer = make_optimizer(model, 1e-4, 0.05)
+        optimizer = make_optimizer(net, 1e-4, 0.05)
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
+    net = torch.compile(net) if case.get("compile") else net
     views, autocast = fixed_views(case, device), autocast_of(device, dtype)
-    return functools.partial(make, case, model, optimizer, *views, dtype, autocast)
+    make_loss = functools.partial(make_loss, case, net, *views, dtype, autocast)
+    return functools.partial(training_step, make_loss, net, optimizer, whole)
 
 
 def build(case):
@@ -159,28 +162,28 @@ def waits(step, device):
     return ""
 
 
-def timed_parts(make, device, steps):
-    """-> {part: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
+def timed_phases(make, device, steps):
+    """-> {phase: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
     marks, gpu = [], device.type == "cuda"
 
-    def mark(part):
+    def mark(phase):
         moment = torch.cuda.Event(enable_timing=True) if gpu else time.perf_counter()
         if gpu:
             moment.record()
-        marks.append((part, moment))
+        marks.append((phase, moment))
 
-    step, times = make(mark=mark), {part: [] for part in PARTS}
+    step, times = make(mark=mark), {phase: [] for phase in PHASES}
     for i in range(steps + 1):
         marks.clear()
         mark("begin")
         step(i)
         now(device)  # a GPU's events are there
-        spent = dict.fromkeys(PARTS, 0.0)
-        for (_, a), (part, b) in zip(marks, marks[1:], strict=False):
-            spent[part] += a.elapsed_time(b) if gpu else 1000 * (b - a)
-        for part, ms in spent.items() if i else ():  # the first step warms up
-            times[part].append(ms)
-    return {part: round(statistics.median(ms), 3) for part, ms in times.items()}
+        spent = dict.fromkeys(PHASES, 0.0)
+        for (_, a), (phase, b) in zip(marks, marks[1:], strict=False):
+            spent[phase] += a.elapsed_time(b) if gpu else 1000 * (b - a)
+        for phase, ms in spent.items() if i else ():  # the first step warms up
+            times[phase].append(ms)
+    return {phase: round(statistics.median(ms), 3) for phase, ms in times.items()}
 
 
 def timed_steps(step, device, steps):
@@ -203,4 +206,4 @@ def serve(case, pipe):
     with contextlib.suppress(EOFError):
         while True:
             what, count = pipe.recv()
-            pipe.send(timed_parts(make, device, count) if what == "parts" else timed_steps(step, device, count))
+            pipe.send(timed_phases(make, device, count) if what == "phases" else timed_steps(step, device, count))

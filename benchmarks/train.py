@@ -16,15 +16,15 @@ import functools
 import multiprocessing
 import statistics
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import kernels
 import mask as masking
-from benchmarks import about, replace_rows, step
-from benchmarks.step import PARTS, build
+from benchmarks import TRITON, about, replace_rows, step
+from benchmarks.step import PHASES, build
 from common.checkpoints import save_model
 from common.io import Parser, UserError, at_least, between, cli, save_text
 from common.train import pick_device
@@ -119,23 +119,21 @@ def started(stack, case, name):
     return (process, ours), ask((process, ours), name)
 
 
-def write_weights(case, stem):
-    """The weights that candidates with this decoder begin with: STEM.safetensors, and STEM-hf for transformers."""
-    torch.manual_seed(0)
-    save_model(build(case), f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
-    export(f"{stem}.safetensors", "hf", Path(f"{stem}-hf"))
-
-
 def gated(stack, case, names, folder):
-    """Start all candidates -> {name: candidate}; a UserError, and so no speed, where losses part or a step waits."""
+    """Start all candidates -> {name: candidate}; a UserError, and so no speed, where losses part or a step waits.
+
+    Those with one decoder begin with the same weights: folder/WxD.safetensors, and WxD-hf for transformers.
+    """
     running, reference = {}, {}
     for name in names:
         own = case | CANDIDATES[name]
         stem = own["weights"] = str(Path(folder) / f"{own['decoder'][0]}x{own['decoder'][1]}")
         if stem not in reference:
-            write_weights(own, stem)
+            torch.manual_seed(0)
+            save_model(build(own), f"{stem}.safetensors", {"step": 0, "run": {}, "norm_pix": True})
+            export(f"{stem}.safetensors", "hf", Path(f"{stem}-hf"))
             with contextlib.ExitStack() as short:
-                plain = own | {"net": "hf", "dtype": "fp32", "compile": False, "fused": True}
+                plain = case | {"net": "hf", "decoder": own["decoder"], "weights": stem, "dtype": "fp32"}
                 reference[stem] = started(short, plain, "transformers in fp32")[1]["losses"]
         running[name], first = started(stack, own, name)
         problem = "" if own.get("whole") else agree(first["losses"], reference[stem], case["dtype"])
@@ -149,7 +147,7 @@ def gated(stack, case, names, folder):
 
 
 def measure(case, names, repeats, steps):
-    """One dtype: the gate, then all candidates in turns, and the parts of a whole step -> rows."""
+    """One dtype: the gate, then all candidates in turns, and the phases of a whole step -> rows."""
     product = case | {"net": "matmul", "side": 8192 if case["device"] == "cuda" else 2048}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         running = gated(stack, case, names, folder)
@@ -159,23 +157,19 @@ def measure(case, names, repeats, steps):
             for name, candidate in running.items():
                 answers[name].append(ask(candidate, name, "steps", steps))
         whole = [name for name in names if CANDIDATES[name].get("whole")]
-        parts = {name: ask(running[name], name, "parts", 2 * steps) for name in whole}
+        phases = {name: ask(running[name], name, "phases", 2 * steps) for name in whole}
     seconds = {name: [a["seconds"] for a in own] for name, own in answers.items()}
     tflops = 2 * product["side"] ** 3 * steps / statistics.median(seconds["matmul"]) / 1e12
     rows = []
     for name in names:
         speeds = [steps * case["batch"] / s for s in seconds[name]]
-        rows.append(row_of(case, name, speeds, max(a["peak_mb"] for a in answers[name]), tflops))
-    return [row | against_the_peer(row, rows) | columns(parts.get(row["candidate"], {})) for row in rows]
+        peak_mb = max(a["peak_mb"] for a in answers[name])
+        rows.append(row_of(case, name, speeds, peak_mb, tflops, phases.get(name, {})))
+    return [row | against_the_peer(row, rows) for row in rows]
 
 
-def columns(parts):
-    """{part: milliseconds} -> those columns of a row, empty where the parts were not timed."""
-    return {f"{part}_ms": parts.get(part) for part in PARTS}
-
-
-def row_of(case, name, speeds, peak_mb, tflops):
-    """A row of results without what compares it to others; speeds: images a second of each repeat."""
+def row_of(case, name, speeds, peak_mb, tflops, phases):
+    """A row of results without what compares it to others; speeds: images a second of each repeat; phases: their ms."""
     (width, blocks), speed, size = CANDIDATES[name]["decoder"], statistics.median(speeds), SIZES[case["model"]]
     K = masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
     with torch.device("meta"):
@@ -187,8 +181,8 @@ def row_of(case, name, speeds, peak_mb, tflops):
             "low": round(min(speeds), 2), "high": round(max(speeds), 2), "repeats": len(speeds),
             "peak_mb": round(peak_mb), "gflop_per_image": round(flops / 1e9, 2), "matmul_tflop_per_s": round(tflops, 3),
             "mfu_percent": round(speed * flops / tflops / 1e10, 1), "gradient_mb": round(gradient / 1e6, 1),
-            "on_8_gpus_on_paper": round(on_paper(speed, case["batch"], gradient)) if case["device"] == "cuda" else ""
-            }  # fmt: skip
+            "on_8_gpus_on_paper": round(on_paper(speed, case["batch"], gradient)) if case["device"] == "cuda" else "",
+            "over_transformers": None, **{f"{phase}_ms": phases.get(phase) for phase in PHASES}}  # fmt: skip
 
 
 def against_the_peer(row, rows):
@@ -231,21 +225,15 @@ def draw(rows, path):
 
 
 def split_panel(axis, whole, colours):
-    """A bar for each dtype: which share of a whole step each part takes."""
+    """A bar for each dtype: which share of a whole step each phase takes."""
     left = [0.0] * len(whole)
-    for part, colour in zip(PARTS, colours, strict=True):
-        share = [100 * row[f"{part}_ms"] / sum(row[f"{p}_ms"] for p in PARTS) for row in whole]
-        axis.barh(range(len(whole)), share, left=left, color=colour, label=part)
+    for phase, colour in zip(PHASES, colours, strict=True):
+        share = [100 * row[f"{phase}_ms"] / sum(row[f"{p}_ms"] for p in PHASES) for row in whole]
+        axis.barh(range(len(whole)), share, left=left, color=colour, label=phase)
         left = [a + b for a, b in zip(left, share, strict=True)]
     axis.set_yticks(range(len(whole)), [row["dtype"] for row in whole])
     axis.set(title="A whole step, light decoder", xlabel="share of the time, %", xlim=(0, 100))
     axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.12))
-
-
-def versions():
-    import transformers
-
-    return f"transformers {transformers.__version__}, triton {kernels.triton.__version__ if kernels.triton else 'none'}"
 
 
 def main():
@@ -272,7 +260,7 @@ def main():
         raise UserError(f"--only {', '.join(unknown)} is no candidate; there are: {'; '.join(CANDIDATES)}")
     case = {k: vars(args)[k] for k in ("model", "image_size", "patch_size", "ratio")}
     case |= {"device": device.type, "batch": args.batch or batch, "warmup": args.warmup or warmup}
-    where, rows = about(device, versions=versions()), []
+    where, rows = about(device, versions=f"transformers {version('transformers')}, triton {TRITON}"), []
     for dtype in args.dtype:
         found = measure(case | {"dtype": dtype}, names, 3 if args.quick else args.repeats, args.steps or steps)
         rows += [row | where for row in found]

@@ -221,7 +221,7 @@ def about_lines(splits):
     if tags := headers[0].get("tags"):
         lines.append(f"{len(tags)} tags: {', '.join(tags[:8])}, ...")
     lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
-    return [part for line in lines for part in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
+    return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
 
 
 # ---- a sheet of maps and masks -------------------------------------------------------------------------------------
@@ -288,8 +288,8 @@ def curves(path, rows, split, title):
 def attention_on(axis, held):
     """How much more attention each part gets than its area, by epoch; only where the data knows the parts."""
     shares = [{"epoch": r["epoch"]} | r.get("attention_on", {}) for r in held]
-    names, marks = ("eyes", "mouth", "hair", "face", "background"), ("o-", "s-", "^-", "v--", "x:")
-    for name, mark, colour in zip(names, marks, (BLUE, PINK, ORANGE, GREEN, INK), strict=True):
+    styles = {"eyes": ("o-", BLUE), "mouth": ("s-", PINK), "hair": ("^-", ORANGE), "face": ("v--", GREEN)}
+    for name, (mark, colour) in (styles | {"background": ("x:", INK)}).items():
         plot_rows(axis, shares, "epoch", name, mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
     axis.set(title="Where the teacher looks", xlabel="epoch", ylabel="attention / area, shares")

@@ -67,12 +67,12 @@ def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_sp
         train.gated(None, TINY, ["AniMask"], tmp_path)
 
 
-def test_parts_of_a_step_are_all_there(monkeypatch, tmp_path):
+def test_phases_of_a_step_are_all_there(monkeypatch, tmp_path):
     case = TINY | {"net": "ours", "decoder": [32, 1], "whole": True, "weights": str(tmp_path / "w")}
     model = step.build(case)
     save_model(model, tmp_path / "w.safetensors", {"step": 0, "run": {}, "norm_pix": True})
-    took = step.timed_parts(step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
-    assert list(took) == list(train.PARTS) and all(ms > 0 for ms in took.values())
+    took = step.timed_phases(step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
+    assert list(took) == list(train.PHASES) and all(ms > 0 for ms in took.values())
 
 
 def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
@@ -110,10 +110,10 @@ def test_kernel_ratios_are_over_the_obvious_way():
 
 def test_rows_can_be_tabled_and_drawn(tmp_path):
     case = TINY | {"image_size": 32}
-    rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1) for name in train.CANDIDATES]
-    rows = [r | train.against_the_peer(r, rows) | train.columns({}) for r in rows]
+    rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1, {}) for name in train.CANDIDATES]
+    rows = [r | train.against_the_peer(r, rows) for r in rows]
     assert rows[0]["images_per_s"] == 2.0 and rows[0]["over_transformers"] == 1.0 and rows[0]["decoder"] == "512x8"
-    rows[-3] |= train.columns(dict.fromkeys(train.PARTS, 1.0))
+    rows[-3] |= {f"{phase}_ms": 1.0 for phase in train.PHASES}
     train.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert len(train.table(rows).splitlines()) == len(rows) + 2 and json.dumps(rows)
