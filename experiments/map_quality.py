@@ -11,7 +11,6 @@ Replaces this run's rows in --out and draws a sheet of the demo set.
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import math
@@ -101,11 +100,6 @@ def tokens_of(encoder, size, images):
     return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)])
 
 
-def chunked(function, *inputs):
-    """function of row-wise tensors, a chunk at a time."""
-    return torch.cat([function(*rows) for rows in zip(*(x.split(data.CHUNK) for x in inputs), strict=True)])
-
-
 def foreground_scores(saliency, true, side):
     """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
     pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
@@ -128,10 +122,10 @@ def row_of(name, kind, images, **scores):
 def measure_foreground(name, images, true, encoder, size):
     """Rows of AUC and IoU for coarse, cut alone and refined, with what each gains over coarse, image by image."""
     tokens, rows = tokens_of(encoder, size, images), []
-    place = tokens.mean(0)
-    found = {"coarse": chunked(maps.coarse, images),
-             "cut alone": chunked(functools.partial(cut_alone, place=place), images, tokens),
-             "refined": chunked(functools.partial(maps.refined, place=place), images, tokens)}  # fmt: skip
+    place, chunks = tokens.mean(0), list(zip(images.split(data.CHUNK), tokens.split(data.CHUNK), strict=True))
+    found = {"coarse": torch.cat([maps.coarse(x) for x, _ in chunks]),
+             "cut alone": torch.cat([cut_alone(x, t, place) for x, t in chunks]),
+             "refined": torch.cat([maps.refined(x, t, place) for x, t in chunks])}  # fmt: skip
     scores = {kind: foreground_scores(saliency, true, encoder.side) for kind, saliency in found.items()}
     for kind, score in scores.items():
         gain = (score - scores["coarse"])[:, 0]
