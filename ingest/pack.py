@@ -78,14 +78,14 @@ def write_split(path, rows, dims, records, labels, about):
             pixels.update(np.ascontiguousarray(row["images"]).data)
             yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
 
-    def header(some, more):
-        groups = [r.group for r in some] if any(r.group != r.key for r in some) else None  # else the keys say them
-        return about | more | {"keys": [r.key for r in some], "groups": groups,
-                               "skipped": len(skipped), "skipped_first": skipped[:100]}  # fmt: skip
+    def header(records, **more):
+        groups = [r.group for r in records] if any(r.group != r.key for r in records) else None  # None: the keys
+        more |= {"keys": [r.key for r in records], "groups": groups}
+        return about | more | {"skipped": len(skipped), "skipped_first": skipped[:100]}
 
     planes = {p: ("U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
-    room = len(json.dumps(json.dumps(header(records, {})))) + 2**18  # reasons for a hundred skipped files
-    end = lambda: header(kept, {"pixels": pixels.hexdigest()})  # noqa: E731
+    room = len(json.dumps(json.dumps(header(records)))) + 2**18  # reasons for a hundred skipped files
+    end = lambda: header(kept, pixels=pixels.hexdigest())  # noqa: E731
     write_rows(path, planes, len(records), readable(), end, room)
     return skipped
 

@@ -78,8 +78,8 @@ def reader_of(path):
 
 
 def nfc(text):
-    """One spelling per name: macOS writes the same letters decomposed. One string in memory, however often it comes."""
-    return sys.intern(unicodedata.normalize("NFC", text))
+    """One spelling per name: macOS writes the same letters decomposed."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_image(name):
@@ -117,9 +117,9 @@ def read_whole(path):
         return f.read()
 
 
-def fetch_files(records):
-    """For records whose place is the path of a file."""
-    return ((r, partial(read_whole, r.place)) for r in records)
+def fetch_files(records, root=""):
+    """For records whose place is the path of a file, relative to root or absolute."""
+    return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
 
 
 def walk(folder, above=()):
@@ -144,7 +144,8 @@ def images_among(paths, top):
 
 def from_folder(root):
     """[train|val|test/][class/]picture.png; or pictures only, without labels."""
-    return by_path(images_among(walk(root), root)), fetch_files
+    names = [(name, name) for _, name in images_among(walk(root), root)]
+    return by_path(names), partial(fetch_files, root=root)
 
 
 def from_list(lines):
@@ -165,19 +166,19 @@ def from_table(path):
         if number == 1 and "path" in (names := [cell.strip().lower() for cell in row]):
             columns = names
             continue
-        cells = {column: cell.strip() for column, cell in zip(columns, row, strict=False)}
-        place, label, tags, group = (cells.get(name, "") for name in ("path", "label", "tags", "group"))
-        split = cells.get("split", "").lower()
+        cells = dict(zip(columns, map(str.strip, row), strict=False))
+        place, split = cells.get("path"), cells.get("split", "").lower()
         if len(row) > len(columns) or not place:
             raise UserError(f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}")
         if split and split not in SPLITS:
             raise UserError(f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev")
-        file, words = os.path.join(path.parent, place), tuple(map(nfc, tags.split()))
-        records.append(Record(nfc(place), file, nfc(label) or None, SPLITS.get(split), group or None, words))
+        label = sys.intern(nfc(cells.get("label", ""))) or None
+        tags = tuple(sys.intern(nfc(tag)) for tag in cells.get("tags", "").split())
+        records.append(Record(nfc(place), place, label, SPLITS.get(split), cells.get("group") or None, tags))
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none")
-    return records, fetch_files
+    return records, partial(fetch_files, root=path.parent)
 
 
 def table_rows(path):
@@ -264,17 +265,16 @@ def from_dafre(root):
     if pictures is None:
         raise UserError(f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there")
     names_file, records = root / "labels" / "classid_classname.csv", []
-    names = {row[0]: nfc(row[1]) for _, row in table_rows(names_file)} if names_file.exists() else {}
+    names = {row[0]: sys.intern(nfc(row[1])) for _, row in table_rows(names_file)} if names_file.exists() else {}
     tables = {split: root / "labels" / f"{split}.csv" for split in ("train", "val", "test")}
     for split, table in tables.items():
         for number, row in table_rows(table) if table.exists() else ():
             if len(row) == 2 and is_image(row[0]) != is_image(row[1]):
                 class_id, place = sorted(row, key=is_image)  # an older release has them the other way round
-                file = os.path.join(root, pictures, place)
-                records.append(Record(place, file, names.get(class_id, class_id), split))
+                records.append(Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split))
             elif number > 1:  # the first is a header
                 raise UserError(f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}")
-    return records, fetch_files
+    return records, partial(fetch_files, root=root)
 
 
 def from_icartoonface(root):
@@ -282,7 +282,8 @@ def from_icartoonface(root):
     boxes, folder = read_boxes(root / "icartoonface_rectrain_det.txt"), root / "icartoonface_rectrain"
     if not folder.is_dir():
         raise UserError(f"{root} has iCartoonFace's boxes but no icartoonface_rectrain/; unpack the pictures there")
-    return [Record(n, os.path.join(folder, n), n.split("/")[0], box=b) for n, b in boxes.items()], fetch_files
+    records = [Record(n, n, n.split("/")[0], box=box) for n, box in boxes.items()]
+    return records, partial(fetch_files, root=folder)
 
 
 def read_boxes(path):
@@ -318,26 +319,26 @@ def from_danbooru(path):
     """
     root = path if path.is_dir() else path.parent
     have, records, broken, absent = {}, [], 0, 0
-    for place, name in images_among(walk(root), root):
+    for _, name in images_among(walk(root), root):
         for alias in (Path(name).stem, name):
-            have.setdefault(alias, (place, name))  # of 512px/ and original/ the first
+            have.setdefault(alias, name)  # of 512px/ and original/ the first
     with fileinput.input(metadata_files(path), mode="rb") as lines:
         for line in filter(bytes.strip, lines):
             try:
                 post = json.loads(line)
                 names = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
                 found = next((have[n] for n in names if n in have), None)
-                records += [post_record(post, *found)] if found else []
+                records += [post_record(post, found)] if found else []
                 absent += not found
             except (ValueError, AttributeError, TypeError):
                 broken += 1
     if broken and not records:
         raise UserError(f"{path} has no line that is a post with a picture here; {broken} lines are no JSON objects")
     notes = {"lines of the metadata have no picture here": absent, "lines are no JSON objects": broken}
-    return records, fetch_files, *(f"{n} {note}" for note, n in notes.items() if n)
+    return records, partial(fetch_files, root=root), *(f"{n} {note}" for note, n in notes.items() if n)
 
 
-def post_record(post, place, name):
+def post_record(post, place):
     """Tags are one string (the site's API), a list of words or {name, category} (4: a character), or {kind: list}."""
     tags = post.get("tags")
     if isinstance(tags, dict):
@@ -350,6 +351,6 @@ def post_record(post, place, name):
     else:
         characters = (post.get("tag_string_character") or "").split()
         tags = (post.get("tag_string") or post.get("tag_string_general") or tags or "").split()
-    characters, tags = ([nfc(str(t)) for t in some] for some in (characters, tags))
+    characters, tags = ([sys.intern(nfc(str(t))) for t in some] for some in (characters, tags))
     label, group = characters[0] if len(characters) == 1 else None, post.get("parent_id") or post.get("id")
-    return Record(nfc(name), place, label, None, group and str(group), tuple(t for t in tags if t not in characters))
+    return Record(nfc(place), place, label, None, group and str(group), tuple(t for t in tags if t not in characters))

@@ -23,8 +23,7 @@ PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory") 
 ATTRIBUTES = {      # what makes a character; "no_..." is dealt four times as often as the other values
     "hair_style": ("bob_cut", "long_hair", "twintails", "ponytail", "messy_hair", "drill_hair", "double_bun",
                    "hime_cut", "braid", "wavy_hair", "side_ponytail", "low_twintails"),
-    "fringe": ("blunt_bangs", "choppy_bangs", "swept_bangs", "parted_bangs", "curtain_bangs",
-               "hair_over_one_eye"),
+    "fringe": ("blunt_bangs", "choppy_bangs", "swept_bangs", "parted_bangs", "curtain_bangs", "hair_over_one_eye"),
     "ahoge": ("no_ahoge", "ahoge", "double_ahoge"),
     "glasses": ("no_glasses", "round_glasses", "square_glasses"),
     "hair_colour": ("blonde", "brown", "black", "pink", "blue", "silver"),
@@ -689,9 +688,7 @@ if __name__ == "__main__":
     count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
     if args.who and args.who not in people:
         parser.error(f"--who {args.who} is unknown; there are: {', '.join(people)}")
-    items = plan(count, min(48, count), args.seed)
-    if args.who:
-        items = unseen(people[args.who], count, args.seed)
+    items = unseen(people[args.who], count, args.seed) if args.who else plan(count, min(48, count), args.seed)
     pictures = np.stack([draw(item, args.size)["image"] for item in items])
     sheet = pictures.reshape(args.rows, args.columns, *pictures.shape[1:]).swapaxes(1, 2)
     Image.fromarray(sheet.reshape(args.rows * args.size, args.columns * args.size, 3)).save(args.out)
