@@ -118,8 +118,7 @@ def main():
     device, size = pick_device(args.device), SIZES[args.model]
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
-    step_ms = ms.pop("step")
-    where = {"model": args.model, "batch": BATCH} | about(device)
+    step_ms, where = ms.pop("step"), {"model": args.model, "batch": BATCH} | about(device)
     over = {name: 100 * (x - ms["random"]) / (step_ms + ms["random"]) for name, x in ms.items()}
     rows = [{"mask": name, "guidance_ms": round(x, 3), "step_ms": round(step_ms, 1),
              "over_random_percent": round(over[name], 1), **where} for name, x in ms.items()]  # fmt: skip

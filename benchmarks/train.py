@@ -29,7 +29,7 @@ from common.checkpoints import save_model
 from common.io import Parser, UserError, at_least, between, cli, save_text
 from common.train import pick_device
 from export import export
-from model import MAE, SIZES
+from model import SIZES
 
 PAPER, LIGHT = [512, 8], [256, 2]  # decoders, width and depth: the paper's, and ours
 CANDIDATES = {
@@ -54,18 +54,16 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 # ---- counted, not measured -----------------------------------------------------------------------------------------
 
 
-@functools.cache
-def step_flops(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, K):
+def step_flops(model, K):
     """Matrix operations of forward and backward of our MAE for one image, K patches visible, as torch counts them.
 
-    A multiplication and an addition are 2 operations. Only shapes are computed, and no parameter is filled.
+    A multiplication and an addition are 2 operations. The model is on the device "meta": only shapes are computed.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = MAE(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth)
-        ids = torch.arange((image_size // patch_size) ** 2)[None]
-        patches = torch.empty(1, K, 3 * patch_size**2)
+        ids = torch.arange(model.encoder.side**2)[None]
+        patches = torch.empty(1, K, 3 * model.encoder.patch_size**2)
     with FlopCounterMode(display=False) as counter:
         pred, stats = model(patches, ids[:, :K], ids[:, K:])
         (pred.sum() + stats.sum()).backward()
@@ -170,12 +168,11 @@ def measure(case, names, repeats, steps):
 
 def row_of(case, name, speeds, peak_mb, tflops, phases):
     """A row of results without what compares it to others; speeds: images a second of each repeat; phases: their ms."""
-    (width, blocks), speed, size = CANDIDATES[name]["decoder"], statistics.median(speeds), SIZES[case["model"]]
-    K = masking.kept((case["image_size"] // case["patch_size"]) ** 2, case["ratio"])
+    (width, blocks), speed = CANDIDATES[name]["decoder"], statistics.median(speeds)
     with torch.device("meta"):
-        gradient = 4 * sum(w.numel() for w in build(case | CANDIDATES[name]).parameters())
-    flops = step_flops(case["image_size"], case["patch_size"], *map(size.get, ("dim", "depth", "heads")), width,
-                       blocks, K)  # fmt: skip
+        model = build(case | CANDIDATES[name])
+    gradient = 4 * sum(w.numel() for w in model.parameters())
+    flops = step_flops(model, masking.kept(model.encoder.side**2, case["ratio"]))
     same = {k: case[k] for k in ("model", "image_size", "batch", "dtype", "device")}
     return {"candidate": name, **same, "decoder": f"{width}x{blocks}", "images_per_s": round(speed, 2),
             "low": round(min(speeds), 2), "high": round(max(speeds), 2), "repeats": len(speeds),
