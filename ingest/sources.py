@@ -122,30 +122,21 @@ def fetch_files(records, root=""):
     return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
 
 
-def walk(folder, above=()):
-    """Files below a folder, sorted. Links to folders are followed, except back into a folder that we stand in."""
+def walk(folder, prefix="", above=()):
+    """Names of the images below a folder, sorted. Links are followed, except back into a folder that we stand in."""
     here = os.path.realpath(folder)
-    if here in above:
-        return
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
             continue
         if entry.is_dir():
-            yield from walk(entry.path, (*above, here))
-        elif entry.is_file():
-            yield entry.path
-
-
-def images_among(paths, top):
-    """Paths -> [(path, its name as seen from the folder top)] of the images among them."""
-    named = ((path, Path(os.path.relpath(path, top)).as_posix()) for path in paths)
-    return [(path, name) for path, name in named if is_image(name)]
+            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
+        elif is_image(prefix + entry.name) and entry.is_file():
+            yield prefix + entry.name
 
 
 def from_folder(root):
     """[train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = [(name, name) for _, name in images_among(walk(root), root)]
-    return by_path(names), partial(fetch_files, root=root)
+    return by_path([(name, name) for name in walk(root)]), partial(fetch_files, root=root)
 
 
 def from_list(lines):
@@ -153,7 +144,8 @@ def from_list(lines):
     paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
     if paths and all(map(os.path.isabs, paths)):  # what is above all of them names neither a split nor a class
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
-    return by_path(sorted(images_among(paths, top))), fetch_files
+    named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
+    return by_path([(p, name) for p, name in named if is_image(name)]), fetch_files
 
 
 def from_table(path):
@@ -319,7 +311,7 @@ def from_danbooru(path):
     """
     root = path if path.is_dir() else path.parent
     have, records, broken, absent = {}, [], 0, 0
-    for _, name in images_among(walk(root), root):
+    for name in walk(root):
         for alias in (Path(name).stem, name):
             have.setdefault(alias, name)  # of 512px/ and original/ the first
     with fileinput.input(metadata_files(path), mode="rb") as lines:
