@@ -22,27 +22,11 @@ from tqdm import tqdm
 import data
 import kernels
 import mask as masking
-from common import distributed
+from common import distributed, train
 from common.checkpoints import init_from, load_exactly, save_model
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, collapse_warning, default_source
 from common.io import Parser, UserError, at_least, between, cli
-from common.train import (
-    Meter,
-    Pacer,
-    autocast_of,
-    catch_signals,
-    lr_at,
-    machine,
-    make_optimizer,
-    open_log,
-    open_run,
-    pick_device,
-    pick_dtype,
-    save_state,
-    seeded,
-    set_lr,
-)
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES, Block, SimMIM
@@ -146,23 +130,23 @@ def use_impl(name, device):
         raise UserError(problem) from None
 
 
-def run_name(args, folder):
+def run_name(args):
     """The data, the model, the mask, and every flag that is not at its default."""
-    words = [folder.name, args.model, args.mask.replace(":", "-").replace(",", "-"), args.ratio.replace(":", "-")]
-    words += [] if args.flat_weight == 0.1 else [f"flat{args.flat_weight:g}"]
-    words += ["raw"] if args.no_norm_pix else []
-    words += [] if args.norm_floor == FLOOR else [f"floor{args.norm_floor:g}"]
-    words += [] if args.teacher == "self" else ["by-" + Path(args.teacher).name]
-    words += [] if args.init is None else ["from-" + Path(args.init).name]
-    words += [] if args.attention == default_source(args.teacher) else [args.attention]
-    words += [] if args.maps == "auto" else [Path(args.maps).name]
-    return "-".join([*words, f"s{args.seed}"])
+    words = [Path(args.data).name, args.model, args.mask, args.ratio,
+             "" if args.flat_weight == 0.1 else f"flat{args.flat_weight:g}",
+             "raw" if args.no_norm_pix else "",
+             "" if args.norm_floor == FLOOR else f"floor{args.norm_floor:g}",
+             "" if args.teacher == "self" else f"by-{Path(args.teacher).name}",
+             "" if args.init is None else f"from-{Path(args.init).name}",
+             "" if args.attention == default_source(args.teacher) else args.attention,
+             "" if args.maps == "auto" else Path(args.maps).name, f"s{args.seed}"]  # fmt: skip
+    return "-".join(filter(None, words)).replace(":", "-").replace(",", "-")
 
 
-def config_of(args, folder):
+def config_of(args):
     """The flags that decide the weights: a run can only be resumed under the same."""
     leave_out = ("out", "resume", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on", "every")
-    return {k: v for k, v in vars(args).items() if k not in leave_out} | {"data": str(folder)}
+    return {k: v for k, v in vars(args).items() if k not in leave_out}
 
 
 def build_model(args, strategy):
@@ -198,18 +182,18 @@ def micro_batches(b, n):
     return [slice(i, i + b // n) for i in range(0, b, b // n)]
 
 
-def start_message(args, folder, out, train, held, model, ratios, steps, batch, step, init_message, guided_by):
-    """What is printed before the first step; steps: of an epoch."""
+def start_message(args, out, train_set, held_set, model, ratio, batch, step, init_message, guided_by):
+    """What is printed before the first step."""
     more = [f"{word:9}{line}" for word, line in (("init", init_message), ("guide", guided_by)) if line]
     N, p = model.encoder.side**2, args.patch_size
     count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
+    images, classes = len(train_set["images"]), len(train_set["header"]["classes"])
     return "\n".join((
-        f"data     {folder}: {len(train['images'])} train, {len(held['images'])} {args.eval_on} images, "
-        f"{len(train['header']['classes'])} classes",
+        f"data     {args.data}: {images} train, {len(held_set['images'])} {args.eval_on} images, {classes} classes",
         f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
-        f"{masking.kept(N, ratios[0])} of them visible", *more,
-        f"run      {out}: {args.mask}, {args.epochs} epochs of {steps} steps of {batch} images, learning rate "
-        f"{args.blr * batch / 256:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
+        f"{masking.kept(N, ratio)} of them visible", *more,
+        f"run      {out}: {args.mask}, {args.epochs} epochs of {images // batch} steps of {batch} images, "
+        f"learning rate {args.blr * batch / 256:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
 
 
 def load_run(state, path, model, optimizer, guide):
@@ -226,7 +210,7 @@ def save_run(out, model, optimizer, guide, config, step, seconds):
     """state.pt: everything that a resumed run needs. Maps that it does not name are removed after it is written."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
     state |= {"decoder_heads": model.config["decoder_heads"]} if "decoder_heads" in model.config else {}
-    save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
+    train.save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
     for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
         old.unlink()
 
@@ -236,60 +220,60 @@ def save_run(out, model, optimizer, guide, config, step, seconds):
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dtype, dtype_reason = pick_dtype(args.dtype, device)
+    device = train.pick_device(args.device)
+    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
     fill_defaults(args, device, dtype)
     strategy, params, ratios = parse_masking(args)
     impl, impl_reason = use_impl(args.impl, device)
     rank, world, device = distributed.join(device)
-    autocast = autocast_of(device, dtype)
-    print(f"machine  {machine(device)}{f', {world} processes' if world > 1 else ''}\n"
+    autocast = train.autocast_of(device, dtype)
+    print(f"machine  {train.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
           f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
 
     # network and data
     model = build_model(args, strategy)
     with distributed.zero_first():
-        folder = data.open_or_pack(args.data, args.image_size)
-    train, held = data.open_split(folder, "train"), data.open_split(folder, args.eval_on)
-    out = Path(args.out or f"runs/{run_name(args, folder)}")
+        args.data = str(data.open_or_pack(args.data, args.image_size))
+    train_set, held_set = data.open_split(args.data, "train"), data.open_split(args.data, args.eval_on)
+    out = Path(args.out or f"runs/{run_name(args)}")
     S, p, N = args.image_size, args.patch_size, model.encoder.side**2
     norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
-    B, rank_slice = fit_batch(args, len(train["images"]), rank, world)
+    B, rank_slice = fit_batch(args, len(train_set["images"]), rank, world)
     b = B // world  # images of a batch that this process works on
-    per_epoch, peak_lr = len(train["images"]) // B, args.blr * B / 256
+    per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
     # what guides the mask, optimizer, and the state of a run that is resumed
     init_message = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else ""
-    guide = Guide(strategy, params, model.encoder, train, folder, device, autocast, teacher=args.teacher,
+    guide = Guide(strategy, params, model.encoder, train_set, args.data, device, autocast, teacher=args.teacher,
                   source=args.attention, maps=args.maps, epochs=args.epochs)  # fmt: skip
-    config = config_of(args, folder) | {"images": len(train["images"]), "guide": guide.about}
-    state = open_run(out, config, args.resume)
+    config = config_of(args) | {"images": len(train_set["images"]), "guide": guide.about}
+    state = train.open_run(out, config, args.resume)
     model.to(device)
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
-    optimizer = make_optimizer(learning, peak_lr, WEIGHT_DECAY)
+    optimizer = train.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
     step, seconds = load_run(state, out / "state.pt", model, optimizer, guide) if state else (0, 0.0)
-    log = open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
-    print(start_message(args, folder, out, train, held, model, ratios, per_epoch, B, step, init_message, guide.about))
+    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
+    print(start_message(args, out, train_set, held_set, model, ratios[0], B, step, init_message, guide.about))
 
-    stop_signal, meter, pacer = catch_signals(), Meter(B, device, seconds), Pacer()
-    teacher = guide.networks.get("teacher", model.encoder)
-    judge = functools.partial(evaluate, model, teacher, train, held, args.eval_on, norm, autocast, args.attention)
+    stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer()
+    sets, teacher = (train_set, held_set), guide.networks.get("teacher", model.encoder)
+    judge = functools.partial(evaluate, model, teacher, *sets, args.eval_on, norm, autocast, args.attention)
     if step == 0 and rank == 0:
         log(step=0, **judge(0.0), seconds=meter.seconds())
-    images, view = data.resident(train, device), None
+    images, view = data.resident(train_set, device), None
     bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
-            guide.refresh_maps(epoch, step, train["images"], out)
+            guide.refresh_maps(epoch, step, train_set["images"], out)
         order = data.epoch_order(len(images), args.seed, epoch)
         for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch, rank_slice)):
             # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
             t = step / total  # progress of the run
-            generator = seeded(args.seed, epoch, step)
+            generator = train.seeded(args.seed, epoch, step)
             boxes, flip = data.draw_boxes(B, generator, args.min_crop)
             noise = masking.gumbel_noise(B, N, generator)
             boxes, flip, noise = (data.send(x[rank_slice], device) for x in (boxes, flip, noise))
@@ -318,7 +302,7 @@ def main():
             guide.backward()
             distributed.all_reduce_gradients(learning.parameters())
             grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
-            lr = set_lr(optimizer, lr_at(step, total, args.warmup * total, peak_lr))
+            lr = train.set_lr(optimizer, train.lr_at(step, total, args.warmup * total, peak_lr))
             optimizer.step()
             optimizer.zero_grad()
             guide.update_ema(model.encoder, t)
@@ -351,8 +335,8 @@ def main():
 
     last = None if view is None else (view[:8], ids_mask[:8], guide.shown(patches))  # None: it was finished before
     save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
-    draw_run(out, model, held, norm, autocast, last, args.eval_on,
-             f"{args.mask}, ratio {args.ratio}, {args.model}, {folder.name}")  # fmt: skip
+    draw_run(out, model, held_set, norm, autocast, last, args.eval_on,
+             f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}")  # fmt: skip
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s")
 
 
