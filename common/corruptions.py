@@ -116,7 +116,7 @@ SWEEPS = {  # name: (function, levels, what a level is, the level of the headlin
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
     "rotation": (lambda images, level, _: turned(images, level, 1.0), (10, 20, 45, 90, 180), "degrees", 20),
     "scale": (lambda images, level, _: turned(images, 0.0, level), (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
-    "blur": (blur, (0.5, 1, 2, 4), "deviation, px of 128", 1),
+    "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
     "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
     "grayscale": (grayscale, (1,), "", 1),

@@ -305,7 +305,7 @@ def robust_lines(report):
 def pixel_lines(rows):
     columns = {"psnr": 9, "psnr_figure": 6, "psnr_ground": 6, "psnr_flat": 12, "ssim": 11, "ssim_figure": 6,
                "ssim_ground": 6}  # width of each  # fmt: skip
-    lines = [f"{'mask':10} {'ratio':>5}   PSNR: all figure ground  mean colour   SSIM: all figure ground"]
+    lines = [f"{'mask':10} {'ratio':>5}   PSNR: all     fg     bg  mean colour   SSIM: all     fg     bg"]
     for r in rows:
         cells = (f"{number(r.get(k), 3 if 'ssim' in k else 1):>{width}}" for k, width in columns.items())
         lines.append(f"{r['strategy']:10} {r['ratio']:5.2f}   {' '.join(cells)}")
