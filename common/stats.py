@@ -1,6 +1,6 @@
 """Is a difference more than chance? Student's t, F, power, the bootstrap over seeds and illustrations, Holm.
 
-The distributions are scipy's; it is imported where a figure is judged, not where a stage starts.
+Intervals are of 95 %. The distributions are scipy's, imported where a result is judged, not where a stage starts.
 """
 
 import math
@@ -8,11 +8,17 @@ import math
 import numpy as np
 
 
-def t_quantile(df, confidence=0.95):
-    """The t that |T| stays under with this probability: 12.71 for df 1, 4.30 for 2, 2.78 for 4."""
+def mean_std(values):
+    """-> {"mean", "std", "n"}; no std of a single value."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
+
+
+def t_quantile(df):
+    """The t that |T| stays under with probability .95: 12.71 for df 1, 4.30 for 2, 2.78 for 4."""
     from scipy.stats import t
 
-    return float(t.ppf((1 + confidence) / 2, df))
+    return float(t.ppf((1 + 0.95) / 2, df))
 
 
 def mean_error(differences):
@@ -21,12 +27,12 @@ def mean_error(differences):
     return d.mean(), d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1
 
 
-def paired_t(differences, confidence=0.95):
+def paired_t(differences):
     """Differences of paired seeds, two or more -> {mean, low, high, p}: a t interval (half-width 2.48 s at three)."""
     from scipy.stats import t
 
     mean, error, df = mean_error(differences)
-    half = t_quantile(df, confidence) * error
+    half = t_quantile(df) * error
     p = float(2 * t.sf(abs(mean / error), df)) if error else float(mean == 0)
     return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
 
@@ -39,13 +45,13 @@ def p_below(differences, claim):
     return float(t.cdf((mean - claim) / error, df)) if error else float(mean >= claim)
 
 
-def t_power(effect, std, n, confidence=0.95):
+def t_power(effect, std, n):
     """Chance that a paired t test of n seeds sees a true effect; std: of the differences between seeds."""
     from scipy.stats import nct
 
     if std == 0:
         return float(effect != 0)
-    limit, delta = t_quantile(n - 1, confidence), effect * math.sqrt(n) / std
+    limit, delta = t_quantile(n - 1), effect * math.sqrt(n) / std
     return float(nct.sf(limit, n - 1, delta) + nct.cdf(-limit, n - 1, delta))
 
 
@@ -54,26 +60,25 @@ def seeds_needed(effect, std, power=0.8, most=100):
     return next((n for n in range(2, most + 1) if t_power(effect, std, n) >= power), None)
 
 
-def variance_ratio(values, baseline, confidence=0.95):
-    """Do these seeds vary less than the baseline's? -> {ratio, low, high, p (of lower), p_higher}: the F test.
+def variance_ratio(values, baseline):
+    """F test: do these seeds vary less than the baseline's? -> {ratio, low, high, p (of lower), p_higher}.
 
     ratio = variance / variance of the baseline, with its interval. Needs ten seeds: F(2, 2) at three asks for 19.
     """
     from scipy.stats import f
 
-    first, other = (np.var(np.asarray(x, np.float64), ddof=1) for x in (values, baseline))
+    ratio = np.var(values, ddof=1) / max(np.var(baseline, ddof=1), 1e-30)
     df = len(values) - 1, len(baseline) - 1
-    ratio = first / max(other, 1e-30)
-    p, tail = float(f.cdf(ratio, *df)), (1 - confidence) / 2
-    return {"ratio": ratio, "low": ratio / float(f.ppf(1 - tail, *df)), "high": ratio / float(f.ppf(tail, *df)),
-            "p": min(1.0, 2 * p), "p_higher": min(1.0, 2 * (1 - p))}  # fmt: skip
+    p, tail = float(f.cdf(ratio, *df)), (1 - 0.95) / 2
+    low, high = (ratio / float(f.ppf(q, *df)) for q in (1 - tail, tail))
+    return {"ratio": ratio, "low": low, "high": high, "p": min(1.0, 2 * p), "p_higher": min(1.0, 2 * (1 - p))}
 
 
-def f_power(ratio, n, confidence=0.95):
+def f_power(ratio, n):
     """Chance that this F test, of n seeds on either side, sees a variance that is truly `ratio` of the baseline's."""
     from scipy.stats import f
 
-    return float(f.cdf(f.ppf((1 - confidence) / 2, n - 1, n - 1) / ratio, n - 1, n - 1))
+    return float(f.cdf(f.ppf((1 - 0.95) / 2, n - 1, n - 1) / ratio, n - 1, n - 1))
 
 
 def to_bits(right):
@@ -86,22 +91,21 @@ def from_bits(text, n):
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)
 
 
-def bootstrap(differences, groups, draws=2000, confidence=0.95, seed=0):
+def bootstrap(differences, groups, draws=2000):
     """differences (seeds, images), such as right minus right in points; groups (images) -> {mean, low, high, p}.
 
     Resamples seeds and illustrations, both with replacement: never single images, of which an illustration may hold
-    several. Percentile interval; p is twice the smaller share of draws on the far side of 0. With one seed it says
-    nothing about training again.
+    several. Percentile interval; p is twice the smaller share of draws on the far side of 0.
     """
     d, (_, ids) = np.asarray(differences, np.float64), np.unique(np.asarray(groups), return_inverse=True)
-    size, rng = np.bincount(ids), np.random.default_rng(seed)
+    size, rng = np.bincount(ids), np.random.default_rng(0)
     sums = np.stack([np.bincount(ids, row) for row in d])  # (seeds, groups)
     means = np.empty(draws)
     for i in range(draws):
         times_group = np.bincount(rng.integers(len(size), size=len(size)), minlength=len(size))
         times_seed = np.bincount(rng.integers(len(d), size=len(d)), minlength=len(d)) / len(d)
         means[i] = times_seed @ sums @ times_group / (size @ times_group)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     side = min((means <= 0).mean(), (means >= 0).mean())
     return {"mean": d.mean(), "low": low, "high": high, "p": min(1.0, 2 * max(side, 1 / draws))}
 

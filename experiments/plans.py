@@ -1,4 +1,4 @@
-"""What the study asks, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
+"""The questions of the study, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
 
 An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2 --attention unusual".
 What stands in braces is made before the first run: {pilot}, a run with random masks and a seed that is never reported;
@@ -19,14 +19,14 @@ QUESTIONS = {
     "tune": "Which recipe is best on dev, with as many trials for random masks as for guided ones?",
     "arms": "How do these masks compare?",
 }
-FAMILY = {"H1": 4, "H2a at .75": 2, "H2b at .75": 2, "H2a at .5": 2, "H2b at .5": 2, "H3": 3}  # and their parts
-TEST = " ".join((
-    "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and",
-    "illustrations. Supported: each part of the hypothesis has its intervals above 0 and its estimate at least at the",
-    "claim, and Holm over the family leaves p < .05, p being the largest of its parts (intersection-union test).",
-    "Refuted: for one part a true effect as large as the claim has p < .05, one-sided, after Holm over all parts of",
-    "the family. Variances: F test, from ten seeds on. All else is undecided, and so is what lacks a planned run.",
-))  # fmt: skip
+FAMILY = {"H1": 4, "H2a at .75": 2, "H2b at .75": 2, "H2a at .5": 2, "H2b at .5": 2, "H3": 3}  # and their tests
+TEST = (
+    "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and "
+    "illustrations. Supported: each part of the hypothesis has its intervals above 0 and its estimate at least at the "
+    "claim, and Holm over the family leaves p < .05, p being the largest of its parts (intersection-union test). "
+    "Refuted: for one part a true effect as large as the claim has p < .05, one-sided, after Holm over all parts of "
+    "the family. Variances: F test, from ten seeds on. All else is undecided, and so is what lacks a planned run."
+)
 
 
 def with_parameter(arm, pair):
@@ -35,34 +35,37 @@ def with_parameter(arm, pair):
     return " ".join([f"{mask}{',' if ':' in mask else ':'}{pair}", *rest])
 
 
-def part(what, arm, against, claim):
+def test(what, arm, against, claim):
     """what: top1, cutout, finetuned (points), epochs (percent fewer to the threshold), variance (percent less)."""
     return {"what": what, "arm": arm, "against": against, "claim": claim}
 
 
+def hypothesis(name, claim, *tests):
+    return {"id": name, "claim": claim, "parts": [test(*words) for words in tests]}
+
+
 def h1(guided, **_):
     shuffled = with_parameter(guided, "shuffle=1")
-    parts = [part("top1", guided, "random", 1.0), part("epochs", guided, "random", 10.0),
-             part("top1", guided, shuffled, 0.0), part("top1", guided, "green", 0.0)]  # fmt: skip
     claim = (
         "at least 1 point of Top-1 more than random and 10 % fewer epochs; better than its shuffled control and green"
     )
     return {"arms": dict.fromkeys(["random", guided, shuffled, "green"], "random"),
-            "hypotheses": [{"id": "H1", "claim": f"{guided}: {claim}", "parts": parts}]}  # fmt: skip
+            "hypotheses": [hypothesis("H1", f"{guided}: {claim}",
+                                      ("top1", guided, "random", 1.0), ("epochs", guided, "random", 10.0),
+                                      ("top1", guided, shuffled, 0.0), ("top1", guided, "green", 0.0))]}  # fmt: skip
 
 
 def h2(fg, **_):
     arms, hypotheses = {}, []
-    for ratio in (".75", ".5"):
-        own = "" if ratio == ".75" else f" --ratio {ratio}"
-        base, bg_first, fg_first = f"random{own}", f"bg_heavy --maps {fg}{own}", f"fg_heavy --maps {fg}{own}"
+    for ratio, flag in ((".75", ""), (".5", " --ratio .5")):
+        base, bg_first, fg_first = f"random{flag}", f"bg_heavy --maps {fg}{flag}", f"fg_heavy --maps {fg}{flag}"
         control = with_parameter(fg_first, "shuffle=1")
         arms |= dict.fromkeys([base, bg_first, fg_first, control], base)
         hypotheses += [
-            {"id": f"H2a at {ratio}", "claim": "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
-             "parts": [part("variance", bg_first, base, 0.0), part("epochs", bg_first, base, 0.0)]},
-            {"id": f"H2b at {ratio}", "claim": "fg_heavy: half a point of Top-1 more than random; more than shuffled",
-             "parts": [part("top1", fg_first, base, 0.5), part("top1", fg_first, control, 0.0)]}]  # fmt: skip
+            hypothesis(f"H2a at {ratio}", "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
+                       ("variance", bg_first, base, 0.0), ("epochs", bg_first, base, 0.0)),
+            hypothesis(f"H2b at {ratio}", "fg_heavy: half a point of Top-1 more than random; more than shuffled",
+                       ("top1", fg_first, base, 0.5), ("top1", fg_first, control, 0.0))]  # fmt: skip
     return {"arms": arms, "hypotheses": hypotheses}
 
 
@@ -70,16 +73,15 @@ def h3(parts, **_):
     arm = f"parts --maps {parts}"
     shuffled = with_parameter(arm, "shuffle=1")
     claim = "parts: 15 % fewer epochs than random, 1 point more under Cutout of .3, there also more than shuffled"
-    of_claim = [part("epochs", arm, "random", 15.0), part("cutout", arm, "random", 1.0),
-                part("cutout", arm, shuffled, 0.0)]  # fmt: skip
     return {"arms": dict.fromkeys(["random", arm, shuffled], "random"), "stages": ["stress"],
-            "hypotheses": [{"id": "H3", "claim": claim, "parts": of_claim}]}  # fmt: skip
+            "hypotheses": [hypothesis("H3", claim, ("epochs", arm, "random", 15.0), ("cutout", arm, "random", 1.0),
+                                      ("cutout", arm, shuffled, 0.0))]}  # fmt: skip
 
 
 def levels(arm, flag, values, recipe):
     """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is shared."""
-    own = f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe  # a ratio may be a schedule
-    return {v: arm if f"{float(v):g}" == own else f"{arm} {flag} {v}" for v in values}
+    default = f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe  # ratio: also a schedule
+    return {v: arm if f"{float(v):g}" == default else f"{arm} {flag} {v}" for v in values}
 
 
 def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
@@ -94,7 +96,7 @@ def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
         "teacher": {guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
                     | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})},
         "saliency": {n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")} for n in ("fg_heavy", "bg_heavy")},
-        "schedule of parts": {"parts": {name: f"parts{own} --maps {parts}" for name, own in (
+        "schedule of parts": {"parts": {name: f"parts{params} --maps {parts}" for name, params in (
             ("power 1", ":power=1"), ("power 2", ""), ("power 4", ":power=4"), ("easy", ":whole=0"),
             ("hard", ":whole=1"))}},
         "weight of flat patches": {n: levels(a, "--flat-weight", (".1", ".3", "1"), 1) for n, a in (
@@ -133,9 +135,9 @@ ALL = ("h1", "h2", "h3", "ablations")
 
 def key(plan, arm, seed):
     """What tells a run from every other, whatever machine or folder it is made in: 10 hex digits."""
-    what = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
-    what += [plan["dino"]] if "{dino}" in arm else []
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=5).hexdigest()
+    identity = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
+    identity += [plan["dino"]] if "{dino}" in arm else []
+    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=5).hexdigest()
 
 
 def make(name, more=(), **known):
@@ -171,14 +173,13 @@ def trials(phase, methods, best):
     if phase == "rank":
         return [(f"lora-r{r}", "lora", [*best["lora"], "--r", r]) for r in (4, 16, 32)]
     if phase == "margin":
-        margin = lambda m: [] if m is None else ["--margin", m]  # noqa: E731
-        return [(f"{head}{'' if m is None else m}", "lora", [*best["lora"], "--head", head, *margin(m)])
-                for head, m in HEADS]  # fmt: skip
+        margin = {m: ["--margin", m] for _, m in HEADS if m}
+        return [(f"{head}{m or ''}", "lora", [*best["lora"], "--head", head, *margin.get(m, [])]) for head, m in HEADS]
     seeds = (0,) if phase == "first" else (1, 2)
     return [(f"{m}-s{s}", m, [*best[m], "--seed", s]) for s in seeds for m in methods]
 
 
-def best_rates(rows):
+def best_learning_rates(rows):
     """Rows of phase rates -> {method: [flag, value]} with the highest macro-F1 on dev."""
     best = {}
     for row in rows:

@@ -10,45 +10,44 @@ from pathlib import Path
 
 import numpy as np
 
-from common import compare, evaluate
+from common import evaluate
+from common.compare import markdown, plus_minus
 from common.io import UserError, save_csv, save_json, save_text
+from common.stats import mean_std
 from experiments import plans, study_figures, verdicts
 from experiments.study_run import read_rows
 
-UNDER_ARMS = " ".join((
-    "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95",
-    "% t interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to",
-    f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of",
-    "this. Epochs: of those runs that reached it. Minutes: of",
-    "training and its teacher, without evaluations, and without maps and encoders made before. After so many minutes:",
-    "when the fastest mask was through, so that its schedule has ended and others' have not.",
-))  # fmt: skip
-UNDER_PARTS = " ".join((
-    "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with",
-    "the std found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or",
-    "where that is 0 of the effect found.",
-))  # fmt: skip
-STRICTER = " ".join((
-    "Each data set is a family of its own. Stricter than the plans, since six rows were there: pairs that are one run",
-    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole.",
-))  # fmt: skip
+UNDER_ARMS = (
+    "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95 % t "
+    "interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to "
+    f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
+    "Epochs: of those runs that reached it. Minutes: of training and its teacher, without evaluations, and without "
+    "maps and encoders made before. After so many minutes: when the fastest mask was through, so that its schedule "
+    "has ended and others' have not."
+)
+UNDER_TESTS = (
+    "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with "
+    "the std found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or where "
+    "that is 0 of the effect found."
+)
+STRICTER = (
+    "Each data set is a family of its own. Stricter than the plans, since six rows were there: pairs that are one run "
+    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole."
+)
+PHASES = {  # in the title of a section, and among its threats
+    "reported": [""],
+    "dev": [", on dev", "Numbers of dev: they choose, and prove nothing."],
+    "exploratory": [", exploratory", "Exploratory: no plan was committed; a finding needs fresh seeds."],
+}
 SLOW = 1.3  # times the median
 BEGIN, END = "<!-- experiments.study writes from here -->", "<!-- to here -->"
 
 
 def open_folder(folder):
     """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
-    plan = json.loads((folder / "PLAN.json").read_text())
-    rows = read_rows(folder)
+    plan, rows = json.loads((folder / "PLAN.json").read_text()), read_rows(folder)
     groups = np.array(json.loads((folder / "images.json").read_text())["groups"])
     return {"folder": folder, "plan": plan, "all": rows, "rows": verdicts.by_arm(plan, rows), "groups": groups}
-
-
-def folders(root):
-    """Those of a study, in the order in which it asks."""
-    order = list(plans.QUESTIONS)
-    found = [path.parent for path in Path(root).glob("*/PLAN.json")]
-    return sorted(found, key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name))
 
 
 def open_all(root):
@@ -56,121 +55,115 @@ def open_all(root):
 
     The reported studies of a data set are one family, and stand together; others each its own.
     """
-    families = {}
-    for study in map(open_folder, folders(root)):
+    order, families = list(plans.QUESTIONS), {}
+    found = [path.parent for path in Path(root).glob("*/PLAN.json")]
+    found.sort(key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name))
+    for study in map(open_folder, found):
         plan, rows, groups = (study[k] for k in ("plan", "rows", "groups"))
         study["table"] = verdicts.summary(plan, rows, groups)
-        study["hypotheses"] = [h | {"parts": [verdicts.measure(p, plan, rows, groups) for p in h["parts"]]}
+        study["hypotheses"] = [h | {"parts": [verdicts.measure(t, plan, rows, groups) for t in h["parts"]]}
                                for h in plan["hypotheses"]]  # fmt: skip
         own = study["folder"].name if plan["phase"] != "reported" else ""
         families.setdefault((plan["data"], own), []).append(study)
     for family in families.values():
-        found = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], family[0]["plan"]["family"]))
+        judged = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], family[0]["plan"]["family"]))
         for study in family:
-            study["hypotheses"] = [next(found) for _ in study["hypotheses"]]
+            study["hypotheses"] = [next(judged) for _ in study["hypotheses"]]
     return sum(families.values(), [])
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def markdown(head, rows):
-    """-> lines of a Markdown table."""
-    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
-
-
 def number(x, digits=1):
     """{"mean", "std"} -> "84.20 ± 0.31"; a dash where nothing was measured."""
-    if x is None:
+    return plus_minus(x, digits, "-")
+
+
+def interval(test):
+    if test["effect"] is None:
         return "-"
-    return f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if x["std"] is not None else "")
+    return "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n})".format(**test)
 
 
-def interval(part):
-    if part is None or part["effect"] is None:
-        return "-"
-    return f"{part['effect']:+.2f} ({part['low']:+.2f} to {part['high']:+.2f}; n = {part['n']})"
-
-
-def p_value(part, key):
+def p_value(test, key):
     """A dash where nothing was tested."""
-    return "-" if part is None or part["effect"] is None or part[key] is None else f"{part[key]:.3f}"
+    return "-" if test["effect"] is None or test[key] is None else f"{test[key]:.3f}"
 
 
-def compared(part):
+def compared(test):
     """-> the cells of a difference to the baseline, empty in the baseline's own line."""
-    return [interval(part), p_value(part, "holm_p")] if part else ["", ""]
+    return [interval(test), p_value(test, "holm_p")] if test else ["", ""]
 
 
 def arm_table(table):
     """-> lines of Markdown: a row for each arm."""
-    extra = {k: name for k, name in (("cutout", "under Cutout .3"), ("finetuned", "fine-tuned"))
-             if any(k in line for line in table)}  # fmt: skip
+    names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
+    extra = [key for key in names if any(key in line for line in table)]
     head = ["mask", "runs", "Top-1, %", "against", "difference, points", "p, Holm", "in the run, %",
             "epochs to threshold", "minutes", f"after {table[0]['then']:.1f} min, %"]  # fmt: skip
-    head += [text for name in extra.values() for text in (f"{name}, %", "difference there, points", "p, Holm")]
+    for key in extra:
+        head += [f"{names[key]}, %", "difference there, points", "p, Holm"]
     rows = []
     for line in table:
-        found = line.get("difference")
-        of_all = "" if line["reached"] == line["n"] else f" ({line['reached']} of {line['n']})"
-        rows.append([f"`{line['arm']}`", line["n"], number(line["top1"], 2), f"`{line['against']}`" if found else "",
-                     *compared(found), number(line["linear"]), number(line["epochs"]) + of_all,
-                     number(line["minutes"]), number(line["linear_then"])])  # fmt: skip
-        for k in extra:
-            rows[-1] += [number(line.get(k), 2), *compared(line.get(verdicts.DIFFERENCES[k]))]
+        test, n = line.get("difference"), line["n"]
+        of_all = "" if line["reached"] == n else f" ({line['reached']} of {n})"
+        row = [f"`{line['arm']}`", n, number(line["top1"], 2), f"`{line['against']}`" if test else "", *compared(test)]
+        row += [number(line["linear"]), number(line["epochs"]) + of_all]
+        row += [number(line["minutes"]), number(line["linear_then"])]
+        for key in extra:
+            row += [number(line.get(key), 2), *compared(line.get(verdicts.DIFFERENCES[key]))]
+        rows.append(row)
     return [*markdown(head, rows), "", UNDER_ARMS]
 
 
-def part_table(hypothesis):
-    """-> lines of Markdown: a row for each part of a hypothesis."""
+def table_of_tests(hypothesis):
+    """-> lines of Markdown: a row for each test of a hypothesis."""
     head = ("what", "mask", "against", "claim", "found (95 % t interval)", "95 % bootstrap, seeds x illustrations",
             "p, were there no effect", "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
     rows = []
-    for p in hypothesis["parts"]:
-        b = p["bootstrap"]
-        rows.append([p["unit"], f"`{p['arm']}`", f"`{p['against']}`", f"{p['claim']:g}",
-                     "; ".join([interval(p), *p["notes"]]), f"{b['low']:+.2f} to {b['high']:+.2f}" if b else "-",
-                     *(p_value(p, key) for key in ("p", "holm_against", "power")), p.get("needed") or "-"])  # fmt: skip
-    return [*markdown(head, rows), "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_PARTS}"]
+    for t in hypothesis["parts"]:
+        found, boot = "; ".join([interval(t), *t["notes"]]), t["bootstrap"]
+        rows.append([t["unit"], f"`{t['arm']}`", f"`{t['against']}`", f"{t['claim']:g}", found,
+                     f"{boot['low']:+.2f} to {boot['high']:+.2f}" if boot else "-",
+                     *(p_value(t, key) for key in ("p", "holm_against", "power")), t.get("needed") or "-"])  # fmt: skip
+    return [*markdown(head, rows), "", f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_TESTS}"]
 
 
 def adapt_tables(rows):
     """Rows of plan adapt -> lines of Markdown: methods over their seeds, ranks and margins beside LoRA's default."""
-    groups, lines = {}, []
+    groups, cells = {}, []
     for r in rows:
         if r["phase"] not in ("rates", "rank", "margin"):
             groups.setdefault(f"{r['result']}, {r['epochs']} epochs", []).append(r)
-    over = lambda runs, key: number(compare.spread([float(r[key]) for r in runs]), 2)  # noqa: E731
-    lines += markdown(
-        ("method", "seeds", "Top-1", "Top-5", "macro-F1", "trained", "gradient, optimizer"),
-        [[name, len(runs), *(over(runs, key) for key in ("top1", "top5", "macro_f1")),
-          f"{float(runs[0]['share_trained_percent']):.2f} %", f"{runs[0]['gradient_and_optimizer_mb']} MB"]
-         for name, runs in groups.items()])  # fmt: skip
-    default = [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
+    score = lambda runs, key: number(mean_std([float(r[key]) for r in runs]), 2)  # noqa: E731
+    for name, runs in groups.items():
+        share, memory = runs[0]["share_trained_percent"], runs[0]["gradient_and_optimizer_mb"]
+        scores = (score(runs, key) for key in ("top1", "top5", "macro_f1"))
+        cells.append([name, len(runs), *scores, f"{float(share):.2f} %", f"{memory} MB"])
+    columns = ("method", "seeds", "Top-1", "Top-5", "macro-F1", "trained", "gradient, optimizer")
+    lines, default = markdown(columns, cells), [r for r in rows if r["phase"] == "first" and r["result"] == "lora"]
     for phase in ("rank", "margin"):
         if more := [r for r in rows if r["phase"] == phase]:
-            lines += ["", *markdown(
-                (f"{phase} of LoRA, seed 0", "Top-1", "macro-F1", "parameters trained"),
-                [[f"r {r['r']}, {r['head']} head" + (f", margin {r['margin']}" if r["margin"] else ""),
-                  over([r], "top1"), over([r], "macro_f1"), r["parameters_trained"]]
-                 for r in default + more])]  # fmt: skip
+            named = ((r, f"r {r['r']}, {r['head']} head", r["margin"]) for r in default + more)
+            cells = [[name + (f", margin {margin}" if margin else ""), score([r], "top1"), score([r], "macro_f1"),
+                      r["parameters_trained"]] for r, name, margin in named]  # fmt: skip
+            columns = (f"{phase} of LoRA, seed 0", "Top-1", "macro-F1", "parameters trained")
+            lines += ["", *markdown(columns, cells)]
     return lines
 
 
-def flat(line, rows):
+def flat(line, runs):
     """A row of the CSV: numbers with their machine and commit."""
     cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
     for key in ("top1", "linear", "cutout", "finetuned", "epochs", "minutes", "linear_then"):
         x = line.get(key) or {"mean": None, "std": None}
         cells |= {key: x["mean"], f"{key}_deviation": x["std"]}
-    found = line.get("difference") or {}
-    cells |= {k: found.get(k) for k in ("effect", "low", "high", "holm_p")}
+    cells |= {k: line.get("difference", {}).get(k) for k in ("effect", "low", "high", "holm_p")}
     for name in ("cutout_difference", "finetuned_difference"):
         cells |= {f"{name}_{k}": line.get(name, {}).get(k) for k in ("effect", "low", "high")}
     cells = {k: round(float(x), 4) if isinstance(x, float) else x for k, x in cells.items()}
-    own = rows[line["arm"]].values()
-    return cells | {name: "; ".join(sorted({r[name] for r in own})) for name in ("machine", "commit")}
+    return cells | {name: "; ".join(sorted({r[name] for r in runs})) for name in ("machine", "commit")}
 
 
 # ---- a study's folder ----------------------------------------------------------------------------------------------
@@ -178,20 +171,20 @@ def flat(line, rows):
 
 def write(study):
     """Tables, verdicts and figures of one of `open_all` -> a line about what was written."""
-    plan, rows, folder, table = (study[k] for k in ("plan", "rows", "folder", "table"))
+    plan, folder, table = (study[k] for k in ("plan", "folder", "table"))
     if not table:
         return f"{folder}: no reported run is there yet"
+    done = {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
     save_text("\n".join(arm_table(table)) + "\n", folder / "table.md")
-    save_csv(folder / "table.csv", [flat(line, rows) for line in table])
+    save_csv(folder / "table.csv", [flat(line, done[line["arm"]]) for line in table])
     save_json(study["hypotheses"], folder / "verdicts.json")
-    done = {arm: list(own.values()) for arm, own in rows.items() if own}
     few, most = min(map(len, done.values())), max(map(len, done.values()))
     seeds = f"{few} to {most} seeds" if few < most else f"{most} seed{'s' * (most > 1)}"
     title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {seeds}"
-    logs = {arm: [r["curve"] for r in own] for arm, own in done.items()}
-    thumbnail = next((r["metrics"].get("linear_thumbnail") for own in done.values() for r in own), None)
+    logs = {arm: [r["curve"] for r in runs] for arm, runs in done.items()}
+    thumbnail = next(iter(done.values()))[0]["metrics"].get("linear_thumbnail")
     study_figures.curves(folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}")
-    values = {arm: [r["metrics"]["top1"] for r in own] for arm, own in done.items()}
+    values = {arm: [r["metrics"]["top1"] for r in runs] for arm, runs in done.items()}
     study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
     if plan["panels"]:
         study_figures.grid(folder / "grid.png", plan["panels"], table, f"One factor at a time: {title}")
@@ -203,8 +196,8 @@ def write(study):
 
 def setup(study):
     """How it was measured, in sentences."""
-    plan, rows, groups = study["plan"], study["rows"], study["groups"]
-    there, planned = sum(map(len, rows.values())), len(plan["arms"]) * len(plan["seeds"])
+    plan, groups = study["plan"], study["groups"]
+    there, planned = sum(map(len, study["rows"].values())), len(plan["arms"]) * len(plan["seeds"])
     thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
     first, *more = plan["seeds"]
     seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
@@ -221,34 +214,35 @@ def setup(study):
 
 
 def findings(table):
-    """Who is best per epoch, and who per minute."""
+    """The best arm per epoch, and per minute."""
     best, quick = max(table, key=lambda x: x["top1"]["mean"]), max(table, key=lambda x: x["linear_then"]["mean"])
-    return [f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest in the run after "
+    return (f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest in the run after "
             f"{quick['then']:.1f} minutes, when the fastest arm was through: `{quick['arm']}`, "
-            f"{number(quick['linear_then'])} %."]  # fmt: skip
+            f"{number(quick['linear_then'])} %.")  # fmt: skip
 
 
-def when_reached(arm, own, limit):
+def when_reached(arm, runs, limit):
     """How many runs of a baseline reach the threshold of its pilot, and when."""
-    reached = [e for row in own if (e := verdicts.epochs_to(row, limit)) is not None]
-    line = f"{len(reached)} of {len(own)} runs of `{arm}` reach its threshold"
+    reached = [e for row in runs if (e := verdicts.epochs_to(row, limit)) is not None]
+    line = f"{len(reached)} of {len(runs)} runs of `{arm}` reach its threshold"
     if not reached:
         return f"{line}."
-    mean, last = np.mean(reached), own[0]["curve"]["epoch"][-1]
+    mean, last = np.mean(reached), runs[0]["curve"]["epoch"][-1]
     late = ": a mask that begins to be guided later can hardly save any" if mean < last / 4 else ""
     return f"{line}, after {mean:.1f} of {last:g} epochs{late}."
 
 
 def threats(study):
     """What the rows themselves say against the result."""
-    plan, rows = study["plan"], [r for own in study["rows"].values() for r in own.values()]
+    plan, arms = study["plan"], {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
+    rows, n_seeds = sum(arms.values(), []), len(plan["seeds"])
     lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
-    for arm, limit in plan["thresholds"].items():
-        if own := list(study["rows"].get(arm, {}).values()):
-            lines.append(when_reached(arm, own, limit))
-    times = [r["curve"]["seconds"][-1] / np.median([o["curve"]["seconds"][-1] for o in own.values()])
-             for own in study["rows"].values() for r in own.values()]  # fmt: skip
-    if slow := sum(t > SLOW for t in times):
+    lines += [when_reached(arm, arms[arm], limit) for arm, limit in plan["thresholds"].items() if arm in arms]
+    slow = 0
+    for runs in arms.values():
+        seconds = np.array([r["curve"]["seconds"][-1] for r in runs])
+        slow += (seconds / np.median(seconds) > SLOW).sum()
+    if slow:
         lines.append(f"{slow} of {len(rows)} runs took over {SLOW:g} times the median of their mask, perhaps beside "
                      "other work: minutes are not to be compared.")  # fmt: skip
     machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
@@ -259,32 +253,28 @@ def threats(study):
         lines.append(f"{dirty} of them were made with code that no commit holds.")
     if lost := [f"{r['arm']}, seed {r['seed']}" for r in study["all"] if "error" in r and r["seed"] in plan["seeds"]]:
         lines.append(f"Diverged, and left out: {'; '.join(lost)}.")
-    if missing := sum(max(0, len(plan["seeds"]) - len(own)) for own in study["rows"].values()) - len(lost):
+    if missing := sum(max(0, n_seeds - len(runs)) for runs in study["rows"].values()) - len(lost):
         lines.append(f"{missing} planned runs are missing: what is said here is preliminary.")
-    if plan["phase"] != "reported":
-        why = {"dev": "Numbers of dev: they choose, and prove nothing.",
-               "exploratory": "Exploratory: no plan was committed; a finding needs fresh seeds."}  # fmt: skip
-        lines.append(why[plan["phase"]])
-    return [f"- {line}" for line in lines]
+    return [f"- {line}" for line in lines + PHASES[plan["phase"]][1:]]
 
 
 def section(study, top):
     """A study as a section of STUDY.md -> lines; top: the folder that STUDY.md is in."""
     plan, table, folder = study["plan"], study["table"], study["folder"].relative_to(top)
-    word = {"dev": ", on dev", "exploratory": ", exploratory", "reported": ""}[plan["phase"]]
     name = plan["plan"].upper() if plan["hypotheses"] else plan["plan"]
-    lines = [f"## {name} on {plan['data']}{word}: {plan['question']}", "", *setup(study), ""]
+    title = f"## {name} on {plan['data']}{PHASES[plan['phase']][0]}: {plan['question']}"
+    lines = [title, "", *setup(study), ""]
     if not table:
         return [*lines, "No run is there yet.", ""]
-    lines += [*arm_table(table), "", *findings(table), ""]
+    lines += [*arm_table(table), "", findings(table), ""]
     lines += [f"![{name}]({folder}/{name}.png)" for name in ("curves", "bars", "grid")
               if (study["folder"] / f"{name}.png").exists()]  # fmt: skip
     for h in study["hypotheses"]:
-        lines += ["", f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.", "",
-                  *part_table(h)]  # fmt: skip
-        for p in h["parts"]:
-            if p["what"] == "epochs" and (other := verdicts.checks(p, plan, study["rows"])):
-                lines += ["", f"Not planned, to check the epochs that `{p['arm']}` saves, %: {'; '.join(other)}."]
+        lines += ["", f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.", ""]
+        lines += table_of_tests(h)
+        for t in h["parts"]:
+            if t["what"] == "epochs" and (other := verdicts.checks(t, plan, study["rows"])):
+                lines += ["", f"Not planned, to check the epochs that `{t['arm']}` saves, %: {'; '.join(other)}."]
     return [*lines, "", "Threats:", "", *threats(study), ""]
 
 

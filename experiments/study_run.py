@@ -174,7 +174,7 @@ def adapt_rows(args, path):
     """Yield the rows at path, a CSV, as runs are added. Finished runs are not repeated, a killed one goes on."""
     rows = read_csv(path)
     for phase in args.phases:
-        for name, method, flags in plans.trials(phase, args.methods, plans.best_rates(rows)):
+        for name, method, flags in plans.trials(phase, args.methods, plans.best_learning_rates(rows)):
             out = Path(args.work) / f"{phase}-{name}"
             flags = ["--data", args.data, "--out", out, "--resume", *method_flags(method, args, phase), *flags]
             words = ["finetune_lora.py", args.encoder, *map(str, flags)]

@@ -1,13 +1,13 @@
 """From rows to numbers and verdicts: pure functions. A row is one run, as experiments/study.py writes it.
 
 rows: {arm: {seed: row}}; plan: PLAN.json; groups (n,): the illustration of each image of the reported split.
-A hypothesis is a list of parts, plans.py: what is compared, an arm, against which, and the claim. TEST there says
+A hypothesis is a list of tests, plans.py: what is compared, an arm, against which, and the claim. TEST there says
 when it is supported or refuted.
 """
 
 import numpy as np
 
-from common import compare, metrics, stats
+from common import metrics, stats
 from experiments import plans
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
@@ -28,123 +28,50 @@ def by_arm(plan, rows):
     return found
 
 
-def threshold_of(plan, arm):
-    """Linear Top-1 that an arm is to reach in the run: of the pilot of what it is compared with, else the first."""
-    known = plan["thresholds"]
-    return known.get(plan["arms"].get(arm)) or next(iter(known.values()), None)
+# ---- one test: a difference, its interval and p ----------------------------------------------------------------------
 
 
-def epochs_to(row, threshold):
-    """Epochs until the run's linear Top-1 first crossed the threshold, interpolated; None: not within the run."""
-    return metrics.first_crossing(row["curve"]["epoch"], row["curve"]["linear"], threshold)
-
-
-def equal_epochs(pairs, threshold):
-    """[(row, row of the baseline)] -> percent of the epochs saved, how many of each never reached it, how many tie.
-
-    Who did not reach it is counted with its last epoch: a bound, which `measure` lets decide only what it can. Two
-    runs that reach it in the same instant are one run up to there.
-    """
-    reached = [[epochs_to(r, threshold) for r in pair] for pair in pairs]
-    late = [sum(pair[i] is None for pair in reached) for i in (0, 1)]
-    same = sum(arm is not None and arm == base for arm, base in reached)
-    ends = [[r["curve"]["epoch"][-1] for r in pair] for pair in pairs]
-    full = [[e if e is not None else end for e, end in zip(*both, strict=True)]
-            for both in zip(reached, ends, strict=True)]  # fmt: skip
-    if any(e == 0 for pair in full for e in pair):  # the untrained encoder has it already
-        return None, late, same
-    return [100 * (1 - arm / base) for arm, base in full], late, same
-
-
-def pair_up(part, rows):
-    """-> the seeds that both arms of a part have, and their [(row, row of the baseline)]."""
-    arm, base = rows.get(part["arm"], {}), rows.get(part["against"], {})
-    seeds = sorted(arm.keys() & base.keys())
-    return seeds, [(arm[s], base[s]) for s in seeds]
-
-
-def measure(part, plan, rows, groups):
-    """A part of a hypothesis -> itself with n, effect, low, high, p, p_against, bootstrap, power, needed, notes.
+def measure(test, plan, rows, groups):
+    """A test of a hypothesis -> itself with n, effect, low, high, p, p_against, bootstrap, power, needed, notes.
 
     p: of no effect, two-sided; p_against: of an effect as large as the claim, one-sided. Both are 1 where the data
     can't tell: one seed, a threshold that was not reached.
     """
-    seeds, pairs = pair_up(part, rows)
-    result = part | {"n": len(seeds), "planned": len(plan["seeds"]), "unit": UNITS[part["what"]], "p": 1.0,
-                     "p_against": 1.0, "effect": None, "bootstrap": None, "notes": []}  # fmt: skip
-    if len(seeds) < 2:
-        return result | {"notes": [f"{len(seeds)} pair{'' if len(seeds) == 1 else 's'} of seeds: no interval"]}
-    if part["what"] == "variance":
+    pairs, what, claim = pair_up(test, rows), test["what"], test["claim"]
+    n = len(pairs)
+    result = test | {"n": n, "planned": len(plan["seeds"]), "unit": UNITS[what], "p": 1.0, "p_against": 1.0,
+                     "effect": None, "bootstrap": None, "notes": []}  # fmt: skip
+    if n < 2:
+        return result | {"notes": [f"{n} pair{'' if n == 1 else 's'} of seeds: no interval"]}
+    if what == "variance":
         return result | of_variance(pairs)
-    if part["what"] == "epochs":
-        return result | of_epochs(part, plan, pairs)
-    if part["what"] == "finetuned":
-        return result | of_differences([a["metrics"]["finetuned"] - b["metrics"]["finetuned"] for a, b in pairs], part)
-    key = BITS[part["what"]]
-    right = [[stats.from_bits(row["right"][key], len(groups)) for row in pair] for pair in pairs]
+    if what == "epochs":
+        return result | of_epochs(pairs, plan["thresholds"].get(test["against"]), claim)
+    if what == "finetuned":
+        return result | of_differences([a["metrics"]["finetuned"] - b["metrics"]["finetuned"] for a, b in pairs], claim)
+    right = [[stats.from_bits(row["right"][BITS[what]], len(groups)) for row in pair] for pair in pairs]
     each = np.array([100.0 * a - 100.0 * b for a, b in right])  # (seeds, images)
-    return result | of_differences(each.mean(1), part) | {"bootstrap": stats.bootstrap(each, groups)}
+    return result | of_differences(each.mean(1), claim) | {"bootstrap": stats.bootstrap(each, groups)}
 
 
-def of_differences(values, part):
+def pair_up(test, rows):
+    """-> [(row, row of the baseline)] of the seeds that both arms have."""
+    arm, base = rows.get(test["arm"], {}), rows.get(test["against"], {})
+    return [(arm[s], base[s]) for s in sorted(arm.keys() & base.keys())]
+
+
+def of_differences(values, claim):
     """Paired differences -> interval, p values, and what n seeds can see.
 
     power: chance that n seeds tell an effect as large as the claim from none, the std being the one found;
     needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found, if any).
     """
-    t, std, claim = stats.paired_t(values), float(np.std(values, ddof=1)), part["claim"]
+    t, std = stats.paired_t(values), float(np.std(values, ddof=1))
     effect = claim or max(0.0, float(t["mean"]))
     return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
-            "p_against": float(stats.p_below(values, part["claim"])), "per_seed": [float(v) for v in values],
+            "p_against": float(stats.p_below(values, claim)), "per_seed": [float(v) for v in values],
             "power": stats.t_power(claim, std, len(values)) if claim else None,
             "needed": (stats.seeds_needed(effect, std) or "over 100") if effect else None}  # fmt: skip
-
-
-def of_epochs(part, plan, pairs):
-    threshold = plan["thresholds"].get(part["against"])
-    if threshold is None:
-        return {"notes": ["no pilot, so no threshold"]}
-    saved, (late, base_late), same = equal_epochs(pairs, threshold)
-    if saved is None:
-        return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
-    result, notes = of_differences(saved, part), []
-    if same or late or base_late:
-        result |= {"power": None, "needed": None}
-    if same:
-        notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
-        result |= {"p": 1.0, "p_against": 1.0}
-    if late or base_late:
-        bound = "open" if late and base_late else "at most this" if late else "at least this"
-        notes.append(f"{late} runs and {base_late} baselines of {len(pairs)} pairs never reached {threshold:.1f} %: "
-                     f"the saving is {bound}")  # fmt: skip
-    if late:
-        result["p"] = 1.0
-    if base_late:
-        result["p_against"] = 1.0
-    return result | {"notes": notes}
-
-
-def checks(part, plan, rows):
-    """Two other ways to count the epochs of a part, which no plan asked for -> [line], none where it has no effect.
-
-    A mean of ratios leans against the arm if the baseline's epochs vary; and one pilot may be a lucky seed.
-    """
-    seeds, pairs = pair_up(part, rows)
-    threshold, curves = plan["thresholds"].get(part["against"]), [base["curve"]["linear"] for _, base in pairs]
-    planned = None if len(seeds) < 2 or threshold is None else equal_epochs(pairs, threshold)[0]
-    if planned is None:
-        return []
-    logs = stats.paired_t([np.log(1 - s / 100) for s in planned])
-    mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
-    lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
-    own = float(np.mean([c[0] + 0.9 * (c[-1] - c[0]) for c in curves]))
-    saved, (late, base_late), _ = equal_epochs(pairs, own)
-    if saved is not None:
-        t, never = stats.paired_t(saved), f"; {late} runs and {base_late} baselines never reach it"
-        lines.append(f"with {own:.1f} %, the threshold that these {len(pairs)} baselines would have given instead of "
-                     f"the pilot, {t['mean']:+.1f} ({t['low']:+.1f} to {t['high']:+.1f}"
-                     f"{never if late or base_late else ''})")  # fmt: skip
-    return lines
 
 
 def of_variance(pairs):
@@ -153,84 +80,147 @@ def of_variance(pairs):
     power: chance that n seeds see half the variance; needed: seeds that see the one found in four of five studies.
     """
     n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
-    f = stats.variance_ratio(*values)
+    f, few = stats.variance_ratio(*values), n < TEN
     enough = (k for k in range(TEN, 201) if stats.f_power(f["ratio"], k) >= 0.8)
-    needed = next(enough, "over 200") if f["ratio"] < 1 else None
-    few, power = n < TEN, stats.f_power(0.5, n)
     return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
-            "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2, "needed": needed,
-            "power": power, "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
+            "p": 1.0 if few else f["p"], "p_against": 1.0 if few else f["p_higher"] / 2,
+            "needed": next(enough, "over 200") if f["ratio"] < 1 else None, "power": stats.f_power(0.5, n),
+            "notes": [f"variances need {TEN} seeds, there are {n}"] if few else []}  # fmt: skip
+
+
+def epochs_to(row, threshold):
+    """Epochs until the run's linear Top-1 first crossed the threshold, interpolated; None: not within the run."""
+    return metrics.first_crossing(row["curve"]["epoch"], row["curve"]["linear"], threshold)
+
+
+def saved_epochs(pairs, threshold):
+    """-> percent of the epochs saved by pair, how many (runs, baselines) never reached the threshold, how many tie.
+
+    A run that did not reach it counts with its last epoch: a bound, which `of_epochs` lets decide only what it can.
+    Two runs that reach it in the same instant are one run up to there. None: the untrained encoder has it already.
+    """
+    saved, same, never = [], 0, [0, 0]
+    for pair in pairs:
+        reached = [epochs_to(row, threshold) for row in pair]
+        never = [n + (e is None) for n, e in zip(never, reached, strict=True)]
+        same += reached[0] is not None and reached[0] == reached[1]
+        arm, base = (r["curve"]["epoch"][-1] if e is None else e for r, e in zip(pair, reached, strict=True))
+        saved.append(100 * (1 - arm / base) if arm and base else None)
+    return None if None in saved else saved, never, same
+
+
+def of_epochs(pairs, threshold, claim):
+    if threshold is None:
+        return {"notes": ["no pilot, so no threshold"]}
+    saved, (late, base_late), same = saved_epochs(pairs, threshold)
+    if saved is None:
+        return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
+    result, notes = of_differences(saved, claim), []
+    if same:
+        notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
+    if late or base_late:
+        bound = "open" if late and base_late else "at most this" if late else "at least this"
+        notes.append(f"{late} runs and {base_late} baselines of {len(pairs)} pairs never reached {threshold:.1f} %: "
+                     f"the saving is {bound}")  # fmt: skip
+    if notes:
+        result |= {"power": None, "needed": None}
+    if same or late:
+        result["p"] = 1.0
+    if same or base_late:
+        result["p_against"] = 1.0
+    return result | {"notes": notes}
+
+
+def checks(test, plan, rows):
+    """Two other ways to count the epochs of a test, which no plan has -> [line], none where it has no effect.
+
+    A mean of ratios leans against the arm if the baseline's epochs vary; and one pilot may be a lucky seed.
+    """
+    pairs, threshold = pair_up(test, rows), plan["thresholds"].get(test["against"])
+    planned = None if len(pairs) < 2 or threshold is None else saved_epochs(pairs, threshold)[0]
+    if planned is None:
+        return []
+    logs = stats.paired_t([np.log(1 - s / 100) for s in planned])
+    mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
+    lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+    curves = [base["curve"]["linear"] for _, base in pairs]
+    own = float(np.mean([c[0] + 0.9 * (c[-1] - c[0]) for c in curves]))
+    saved, never, _ = saved_epochs(pairs, own)
+    if saved is not None:
+        t = stats.paired_t(saved)
+        bound = "; {} runs and {} baselines never reach it".format(*never) if any(never) else ""
+        lines.append(f"with {own:.1f} %, the threshold that these {len(pairs)} baselines would have given instead of "
+                     f"the pilot, {t['mean']:+.1f} ({t['low']:+.1f} to {t['high']:+.1f}{bound})")  # fmt: skip
+    return lines
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------
 
 
-def holds(part):
-    """Is this part as claimed? Holm is asked afterwards, of the hypothesis."""
-    above = part["effect"] is not None and part["low"] > 0 and part["effect"] >= part["claim"]
-    return above and part["p"] < 0.05 and (part["bootstrap"] is None or part["bootstrap"]["low"] > 0)
+def holds(test):
+    """Is this as claimed? Holm's correction comes afterwards, for the hypothesis."""
+    above = test["effect"] is not None and test["low"] > 0 and test["effect"] >= test["claim"]
+    return above and test["p"] < 0.05 and (test["bootstrap"] is None or test["bootstrap"]["low"] > 0)
 
 
-def whole(part):
-    """Are all of its planned seeds there? Else it decides nothing."""
-    return part["n"] == part["planned"]
+def whole(test):
+    """Are all planned seeds there? Else it decides nothing."""
+    return test["n"] == test["planned"]
 
 
-def p_of(part):
-    """For Holm: two-sided p of a part that points the right way, and is whole; else 1."""
-    return part["p"] if whole(part) and (part["effect"] or 0) > 0 else 1.0
+def p_of(test):
+    """For Holm: two-sided p of a test that points the right way, and is whole; else 1."""
+    return test["p"] if whole(test) and (test["effect"] or 0) > 0 else 1.0
 
 
 def judge(hypotheses, family):
-    """Hypotheses with measured parts -> each with p, holm_p and its verdict: supported, refuted or undecided.
+    """Hypotheses with measured tests -> each with p, holm_p and its verdict: supported, refuted or undecided.
 
-    family {id: number of parts}: all that were ever to be tested; who has no rows counts with p = 1.
+    family {id: number of tests}: all that were ever planned; a hypothesis without rows counts with p = 1.
     """
     p = {h["id"]: max(map(p_of, h["parts"])) for h in hypotheses}
     holm_p = dict(zip(family, stats.holm([p.get(name, 1.0) for name in family]), strict=True))
-    parts = [part for h in hypotheses for part in h["parts"]]
-    against = [part["p_against"] if whole(part) else 1.0 for part in parts]
-    against += [1.0] * (sum(family.values()) - len(parts))
-    for part, x in zip(parts, stats.holm(against), strict=False):
-        part["holm_against"] = x
-    return [h | {"p": p[h["id"]], "holm_p": holm_p[h["id"]]} | verdict(h, holm_p[h["id"]]) for h in hypotheses]
+    tests = [test for h in hypotheses for test in h["parts"]]
+    against = [test["p_against"] if whole(test) else 1.0 for test in tests]
+    against += [1.0] * (sum(family.values()) - len(tests))
+    for test, x in zip(tests, stats.holm(against), strict=False):
+        test["holm_against"] = x
+    judged = []
+    for h in hypotheses:
+        word, because = verdict(h["parts"], holm_p[h["id"]])
+        judged.append(h | {"p": p[h["id"]], "holm_p": holm_p[h["id"]], "verdict": word, "because": because})
+    return judged
 
 
-def verdict(hypothesis, holm_p):
-    """-> {"verdict", "because"}: one line that says what decided, or what is missing."""
-    parts = hypothesis["parts"]
-    if missing := [p for p in parts if not whole(p)]:
+def verdict(tests, holm_p):
+    """-> the verdict on a hypothesis, and one line that says what decided, or what is missing."""
+    if missing := [t for t in tests if not whole(t)]:
         there = f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there"
-        return {
-            "verdict": "undecided",
-            "because": "; ".join([there, *[line(p) for p in parts if p["effect"] is not None]]),
-        }
-    if refuting := [p for p in parts if p["holm_against"] < 0.05]:
-        worst = min(refuting, key=lambda p: p["holm_against"])
-        return {"verdict": "refuted", "because": f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded "
-                                                 f"(p = {worst['holm_against']:.3g})"}  # fmt: skip
-    if all(map(holds, parts)) and holm_p < 0.05:
-        return {"verdict": "supported", "because": f"every part holds, and p = {holm_p:.3g} after Holm"}
-    open_parts = [p for p in parts if not holds(p)]
-    why = "; ".join(map(line, open_parts)) if open_parts else f"p = {holm_p:.3g} after Holm over the family"
-    return {"verdict": "undecided", "because": why}
+        return "undecided", "; ".join([there, *(line(t) for t in tests if t["effect"] is not None)])
+    worst = min(tests, key=lambda t: t["holm_against"])
+    if (p := worst["holm_against"]) < 0.05:
+        return "refuted", f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded (p = {p:.3g})"
+    if open_tests := [t for t in tests if not holds(t)]:
+        return "undecided", "; ".join(map(line, open_tests))
+    if holm_p < 0.05:
+        return "supported", f"every part holds, and p = {holm_p:.3g} after Holm"
+    return "undecided", f"p = {holm_p:.3g} after Holm over the family"
 
 
-def line(part):
+def line(test):
     """ "attn_high against random: +0.52 points of Top-1 (-0.10 to +1.14, n = 5); ..." """
-    name = f"{part['arm']} against {part['against']}:"
-    if part["effect"] is None:
-        return f"{name} {'; '.join(part['notes'])}"
-    text = f"{name} {part['effect']:+.2f} {part['unit']} ({part['low']:+.2f} to {part['high']:+.2f}, n = {part['n']})"
-    return "; ".join([text, *part["notes"]])
+    name, found = f"{test['arm']} against {test['against']}:", []
+    if test["effect"] is not None:
+        found = ["{effect:+.2f} {unit} ({low:+.2f} to {high:+.2f}, n = {n})".format(**test)]
+    return f"{name} {'; '.join(found + test['notes'])}"
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def spread(values):
-    """-> compare.spread's mean, std and n, and "half" of the 95 % t interval; None where one value can't tell."""
-    found, n = compare.spread(values), len(values)
+def mean_std(values):
+    """-> stats.mean_std, and "half" of the 95 % t interval; None where there is one value."""
+    found, n = stats.mean_std(values), len(values)
     return found | {"half": None if n == 1 else stats.t_quantile(n - 1) * found["std"] / n**0.5}
 
 
@@ -241,27 +231,25 @@ def summary(plan, rows, groups):
     minute.
     """
     done = {arm: list(seeds.values()) for arm, seeds in rows.items() if seeds}
-    if not done:
-        return []
-    then = min(np.mean([r["curve"]["seconds"][-1] for r in arm]) for arm in done.values())
-    table = []
-    for arm, own in done.items():
-        limit = threshold_of(plan, arm)
-        reached = [e for r in own if limit and (e := epochs_to(r, limit)) is not None]
-        at = [float(np.interp(then, r["curve"]["seconds"], r["curve"]["linear"])) for r in own]
-        line = {"arm": arm, "against": plan["arms"][arm], "n": len(own), "linear_then": spread(at),
-                "reached": len(reached), "epochs": spread(reached) if reached else None, "then": float(then / 60),
-                "minutes": spread([r["curve"]["seconds"][-1] / 60 for r in own])}  # fmt: skip
-        line["linear"] = spread([r["curve"]["linear"][-1] for r in own])
+    then = min((np.mean([r["curve"]["seconds"][-1] for r in runs]) for runs in done.values()), default=None)
+    table, thresholds = [], plan["thresholds"]
+    for arm, runs in done.items():
+        base, curves = plan["arms"][arm], [r["curve"] for r in runs]
+        limit = thresholds.get(base) or next(iter(thresholds.values()), None)  # else the first pilot's
+        reached = [e for r in runs if limit and (e := epochs_to(r, limit)) is not None]
+        row = {"arm": arm, "against": base, "n": len(runs), "reached": len(reached), "then": float(then / 60),
+               "linear_then": mean_std([float(np.interp(then, c["seconds"], c["linear"])) for c in curves]),
+               "epochs": mean_std(reached) if reached else None,
+               "minutes": mean_std([c["seconds"][-1] / 60 for c in curves]),
+               "linear": mean_std([c["linear"][-1] for c in curves])}  # fmt: skip
         for key, name in DIFFERENCES.items():
-            if all(key in r["metrics"] for r in own):
-                line[key] = spread([r["metrics"][key] for r in own])
-                if arm != line["against"]:
-                    part = {"what": key, "arm": arm, "against": line["against"], "claim": 0.0}
-                    line[name] = measure(part, plan, rows, groups)
-        table.append(line)
+            if all(key in r["metrics"] for r in runs):
+                row[key] = mean_std([r["metrics"][key] for r in runs])
+                if arm != base:
+                    row[name] = measure(plans.test(key, arm, base, 0.0), plan, rows, groups)
+        table.append(row)
     for name in DIFFERENCES.values():
-        compared = [x[name] for x in table if name in x]
-        for part, p in zip(compared, stats.holm([d["p"] for d in compared]), strict=True):
-            part["holm_p"] = p
+        compared = [row[name] for row in table if name in row]
+        for test, p in zip(compared, stats.holm([t["p"] for t in compared]), strict=True):
+            test["holm_p"] = p
     return table
