@@ -91,18 +91,21 @@ def check(args):
                         "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
-    adapt = args.plan == "adapt"
-    args.out = args.out or (f"results/{Path(args.data).name}/finetune.csv" if adapt else "results/study")
-    args.work = args.work or f"runs/{'adapt' if adapt else 'study'}"
+    is_adapt = args.plan == "adapt"
+    args.out = args.out or (f"results/{Path(args.data).name}/finetune.csv" if is_adapt else "results/study")
+    args.work = args.work or f"runs/{'adapt' if is_adapt else 'study'}"
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
-def value_of(flags, name, otherwise):
-    """The value of a flag in a line of flags, the last if it is there twice."""
-    words = shlex.split(flags)
-    return next((words[i + 1] for i in reversed(range(len(words) - 1)) if words[i] == name), otherwise)
+def recipe_of(text):
+    """Flags of pretrain.py -> those that a plan depends on, the last where one is there twice."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for name, kind, default in (("blr", float, 8e-3), ("epochs", int, 32), ("ratio", str, 0.75),
+                                ("decoder-depth", str, 2), ("eval-every", str, "1")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    return parser.parse_known_args(shlex.split(text))[0]
 
 
 def make_plan(name, args):
@@ -113,13 +116,11 @@ def make_plan(name, args):
         raise UserError(
             f"{args.data}: a study needs two classes or more, and labels on all images of train and {split}"
         )
-    known = {"guided": args.guided, "dino": args.dino, "strategies": list(masking.STRATEGIES),
-             "fg": "truth" if "fg" in train else "{coarse}", "parts": "truth" if "parts" in train else "{parts}",
-             "blr": float(value_of(args.recipe, "--blr", 8e-3)),
-             "epochs": int(value_of(args.recipe, "--epochs", 32)), "ratio": value_of(args.recipe, "--ratio", 0.75),
-             "depth": value_of(args.recipe, "--decoder-depth", 2)}  # fmt: skip
-    plan = plans.make(name, args.arms, **known)
-    if value_of(args.recipe, "--eval-every", "1") != "1" and plan["hypotheses"]:
+    recipe = recipe_of(args.recipe)
+    plan = plans.make(name, args.arms, guided=args.guided, dino=args.dino, strategies=list(masking.STRATEGIES),
+                      fg="truth" if "fg" in train else "{coarse}", parts="truth" if "parts" in train else "{parts}",
+                      blr=recipe.blr, epochs=recipe.epochs, ratio=recipe.ratio, depth=recipe.decoder_depth)  # fmt: skip
+    if recipe.eval_every != "1" and plan["hypotheses"]:
         raise UserError(f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe")
     phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
     first, count = FIRST_SEED.get(name if phase == "dev" else phase, 0), args.seeds or SEEDS.get(name, 5)
@@ -132,17 +133,15 @@ def make_plan(name, args):
 
 
 def open_study(name, args):
-    """-> {"plan", "folder"}: the plan on disk if there is one, which must be the one that is asked for."""
+    """-> {"plan", "folder", "groups"}: the plan on disk if there is one, which must be what the flags make."""
     plan, groups = make_plan(name, args)
     folder = Path(args.out) / (f"{name}-{plan['data']}" + ("-exploratory" if plan["phase"] == "exploratory" else ""))
     path = folder / "PLAN.json"
     if path.exists():
-        there = json.loads(path.read_text())
-        own = json.loads(json.dumps(plan))
-        if other := [k for k in own if k not in ("thresholds", "dtype", "question") and own[k] != there.get(k)]:
+        new, plan = json.loads(json.dumps(plan)), json.loads(path.read_text())
+        if other := [k for k in new if k not in ("thresholds", "dtype", "question") and new[k] != plan.get(k)]:
             raise UserError(f"{path} has another {', '.join(other)} than these flags make; give its flags again, or "
                             "another --out (a new plan wants fresh seeds), or --exploratory")  # fmt: skip
-        plan = there
     return {"plan": plan, "folder": folder, "groups": groups}
 
 
@@ -152,13 +151,11 @@ def fix_thresholds(study, rows):
     Their number format is that of all runs to come, on whatever machine: half of a comparison in bf16 would be none.
     """
     if lost := [row["arm"] for row in rows if "error" in row]:
-        raise UserError(
-            f"the pilot of {lost[0]} diverged: there is nothing to compare with; try a smaller --blr in --recipe"
-        )
+        raise UserError(f"the pilot of {lost[0]} diverged: there is nothing to compare with; "
+                        "try a smaller --blr in --recipe")  # fmt: skip
     plan, curves = study["plan"], {row["arm"]: row["curve"]["linear"] for row in rows}
-    plan["thresholds"] = {
-        arm: round(curves[arm][0] + 0.9 * (curves[arm][-1] - curves[arm][0]), 2) for arm in pilots(plan)
-    }
+    gained = lambda curve: round(curve[0] + 0.9 * (curve[-1] - curve[0]), 2)  # noqa: E731
+    plan["thresholds"] = {arm: gained(curves[arm]) for arm in pilots(plan)}
     formats = {row["config"].get("dtype") for row in rows}
     if len(formats) > 1:
         raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
@@ -179,7 +176,7 @@ def committed(path):
 
 def pilots(plan):
     """Arms that fix a threshold: the first, and those that a saving of epochs is claimed against."""
-    claimed = [p["against"] for h in plan["hypotheses"] for p in h["parts"] if p["what"] == "epochs"]
+    claimed = [t["against"] for h in plan["hypotheses"] for t in h["parts"] if t["what"] == "epochs"]
     return list(dict.fromkeys([next(iter(plan["arms"])), *claimed]))
 
 
@@ -192,18 +189,10 @@ def job_of(plan, arm, seed, args):
             "out": Path(args.work) / plan["data"] / f"{name}-s{seed}-{key}"}  # fmt: skip
 
 
-def jobs_of(plan, args):
-    """Seed by seed: whatever stops the study leaves whole pairs."""
-    return [job_of(plan, arm, seed, args) for seed in plan["seeds"] for arm in plan["arms"]]
-
-
 def done(job, rows):
     """The row of this run, of whatever study; None if it is still to be made."""
-    for row in rows:
-        fits = row["key"] == job["key"] and ("error" in row or set(job["stages"]) <= set(row["stages"]))
-        if fits and row["phase"] == job["phase"]:
-            return row
-    return None
+    same = (row for row in rows if row["key"] == job["key"] and row["phase"] == job["phase"])
+    return next((row for row in same if "error" in row or set(job["stages"]) <= set(row["stages"])), None)
 
 
 def add_row(folder, row):
@@ -215,8 +204,8 @@ def add_row(folder, row):
 def expected_seconds(job, rows):
     """From runs that were timed: of the same arm, else of any; None where none was."""
     timed = [(r["arm"], sum(r["seconds"].values())) for r in rows if r.get("seconds")]
-    own = [s for arm, s in timed if arm == job["arm"]] or [s for _, s in timed]
-    return sum(own) / len(own) if own else None
+    seconds = [s for arm, s in timed if arm == job["arm"]] or [s for _, s in timed]
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 def within(jobs, rows, minutes, side_by_side):
@@ -249,78 +238,77 @@ def stop_all(*_):
 
 def run_all(study, jobs, args, ready):
     """Make these runs, some side by side; a row is written as soon as it is there. -> lines about those that failed."""
-    failed, known = [], all_rows(args)
-    pool = ThreadPoolExecutor(args.jobs)
+    failed, rows, pool = [], all_rows(args), ThreadPoolExecutor(args.jobs)
     waiting = {pool.submit(run_one, job, args, ready): job for job in jobs}
     try:
         for count, future in enumerate(as_completed(list(waiting)), 1):
             job = waiting.pop(future)
+            name = f"{job['arm']}, seed {job['seed']}"
             try:
                 row = future.result()
                 add_row(study["folder"], row)
-                known.append(row)
-                what = row.get("error") or f"Top-1 {row['metrics']['top1']:.1f} %, {sum(row['seconds'].values()):.0f} s"
+                rows.append(row)
+                result = (
+                    row.get("error") or f"Top-1 {row['metrics']['top1']:.1f} %, {sum(row['seconds'].values()):.0f} s"
+                )
             except UserError as problem:
-                failed.append(f"{job['arm']}, seed {job['seed']}: {problem}")
-                what = f"failed: {problem}"
-            left = sum(expected_seconds(other, known) or 0 for other in waiting.values()) / args.jobs
-            print(f"{count}/{len(jobs)} {job['arm']}, seed {job['seed']}: {what}; about {left / 60:.0f} min left",
-                  flush=True)  # fmt: skip
+                failed.append(f"{name}: {problem}")
+                result = f"failed: {problem}"
+            left = sum(expected_seconds(other, rows) or 0 for other in waiting.values()) / args.jobs / 60
+            print(f"{count}/{len(jobs)} {name}: {result}; about {left:.0f} min left", flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return failed
 
 
-def take_or_run(study, jobs, args, budget=None):
-    """Jobs that are done, here or in another study, are taken over; the rest is run as far as the budget goes.
+def reuse_or_run(study, jobs, args, budget=None):
+    """Rows that exist, here or in another study, are reused; the other jobs run as far as the budget goes.
 
     -> lines about those that failed.
     """
-    known, own = all_rows(args), {r["key"]: r for r in read_rows(study["folder"])}
-    rows = {job["key"]: done(job, [*own.values(), *known]) for job in jobs}
-    to_do = [job for job in jobs if not rows[job["key"]]]
-    now, left_out = within(to_do, known, budget, args.jobs)
-    say(study, jobs, now, left_out, known, args)
+    others, here = all_rows(args), {r["key"]: r for r in read_rows(study["folder"])}
+    rows = {job["key"]: done(job, [*here.values(), *others]) for job in jobs}
+    now, left_out = within([job for job in jobs if not rows[job["key"]]], others, budget, args.jobs)
+    say(study, jobs, now, left_out, others, args)
     if args.dry:
         return []
     for key, row in rows.items():
-        if row and own.get(key) != row:
+        if row and here.get(key) != row:
             add_row(study["folder"], row)
     return run_all(study, now, args, make_ready(study["plan"], now, args))
 
 
-def say(study, jobs, now, left_out, known, args):
+def say(study, jobs, now, left_out, rows, args):
     """What will run, what is left out, and how long it takes."""
-    seconds = [expected_seconds(job, known) for job in now]
-    told = f", about {sum(seconds) / 60 / args.jobs:.0f} min" if all(seconds) else ", no run was timed yet"
+    seconds = [expected_seconds(job, rows) for job in now]
+    time_left = f", about {sum(seconds) / 60 / args.jobs:.0f} min" if all(seconds) else ", no run was timed yet"
     print(f"{study['folder']}: {len(jobs)} runs, {len(jobs) - len(now) - len(left_out)} done, {len(now)} to run"
-          + (told if now else ""), flush=True)  # fmt: skip
-    own, device = study["plan"].get("dtype") or "auto", pick_device("auto")
-    if now and pick_dtype(own, device)[0] != pick_dtype("auto", device)[0]:
-        print(f"  in {own}, as the pilot was; this machine would have chosen otherwise, and may be slow at it")
+          + (time_left if now else ""), flush=True)  # fmt: skip
+    dtype, device = study["plan"].get("dtype") or "auto", pick_device("auto")
+    if now and pick_dtype(dtype, device)[0] != pick_dtype("auto", device)[0]:
+        print(f"  in {dtype}, as the pilot was; this machine would have chosen otherwise, and may be slow at it")
     for word, some in (("to run", now if args.dry else []), ("left out by --budget", left_out)):
         for arm in dict.fromkeys(job["arm"] for job in some):
-            seeds = ", ".join(str(job["seed"]) for job in some if job["arm"] == arm)
-            print(f"  {word}: {arm}, seeds {seeds}")
+            print(f"  {word}: {arm}, seeds {', '.join(str(job['seed']) for job in some if job['arm'] == arm)}")
 
 
 def make_ready(plan, jobs, args):
     """Make what these arms have in braces -> {name: path, "commands": {name: [words]}}."""
-    asked = set(re.findall(r"\{(\w+)\}", " ".join(job["arm"] for job in jobs)))
+    needed = set(re.findall(r"\{(\w+)\}", " ".join(job["arm"] for job in jobs)))
     pilot = job_of(plan, pilots(plan)[0], PILOT_SEED, args)
-    home = pilot["out"].with_name(f"maps-{pilot['key']}")
-    first = [commands(pilot, args, {})["pretrain"]]
+    home, first = pilot["out"].with_name(f"maps-{pilot['key']}"), [commands(pilot, args, {})["pretrain"]]
     ready = {"pilot": pilot["out"], "dino": args.dino, **{name: home / name for name in MAPS}}
     ready["commands"] = {"pilot": first}
-    if asked & {"pilot", "refined", "parts"} and not (pilot["out"] / "made.json").exists():  # made on another machine
+    if needed & {"pilot", "refined", "parts"} and not (pilot["out"] / "made.json").exists():  # made on another machine
         run_one(pilot, args, {})
-    for name in sorted(asked & MAPS.keys()):
+    for name in sorted(needed & MAPS.keys()):
         words = ["maps.py", "--data", str(args.data), "--map", *MAPS[name], "--out", str(ready[name])]
-        words += [] if name == "coarse" else ["--run", str(pilot["out"]), *number_format(plan)]
+        if name != "coarse":
+            words += ["--run", str(pilot["out"]), *number_format(plan)]
         if not list(ready[name].glob("*.safetensors")):
             home.mkdir(parents=True, exist_ok=True)
             execute(words, home / f"{name}.log", args.threads)
-        ready["commands"][name] = ([] if name == "coarse" else first) + [words]
+        ready["commands"][name] = [words] if name == "coarse" else [*first, words]
     return ready
 
 
@@ -330,7 +318,7 @@ def prepare(study, args):
     if plan["thresholds"] is not None:
         return
     jobs = [job_of(plan, arm, PILOT_SEED, args) for arm in pilots(plan)]
-    if failed := take_or_run(study, jobs, args):
+    if failed := reuse_or_run(study, jobs, args):
         raise UserError(f"the pilot failed, and there is no threshold without it: {failed[0]}")
     if not args.dry:
         fix_thresholds(study, [r for r in read_rows(study["folder"]) if r["key"] in [job["key"] for job in jobs]])
@@ -340,21 +328,22 @@ def run_studies(studies, args):
     """Pilots and plans first, all of them; then, if they are committed, the runs -> lines about those that failed."""
     for study in studies:
         prepare(study, args)
-    loose = [s["folder"] / "PLAN.json" for s in studies if s["plan"]["phase"] == "reported"]
-    loose = [path for path in loose if not (args.dry or committed(path))]
-    if loose:
-        folders = " ".join(str(path.parent) for path in loose)
+    folders = [s["folder"] for s in studies if s["plan"]["phase"] == "reported" and not args.dry]
+    if new := [str(folder) for folder in folders if not committed(folder / "PLAN.json")]:
         raise UserError("the plan has to be in git before a reported seed runs; look at it, then: git add "
-                        f"{folders} && git commit -m Plan, and this command again (or --exploratory)")  # fmt: skip
+                        f"{' '.join(new)} && git commit -m Plan, and this command again "
+                        "(or --exploratory)")  # fmt: skip
     start_time, failed = time.perf_counter(), []
     for study in studies:
         left = None if args.budget is None else args.budget - (time.perf_counter() - start_time) / 60
-        failed += take_or_run(study, jobs_of(study["plan"], args), args, left)
+        plan = study["plan"]  # seed by seed: whatever stops the study leaves whole pairs
+        jobs = [job_of(plan, arm, seed, args) for seed in plan["seeds"] for arm in plan["arms"]]
+        failed += reuse_or_run(study, jobs, args, left)
     return failed
 
 
 def adapt(args):
-    """Plan adapt: no pilot and no committed plan; learning rates are chosen on dev, all else is reported on val."""
+    """Plan adapt: no pilot and no committed plan; learning rates are chosen on dev, the rest is reported on val."""
     path = Path(args.out)
     for rows in adapt_rows(args, path):
         save_text("\n".join(report.adapt_tables(rows)) + "\n", path.with_suffix(".md"))
@@ -368,20 +357,19 @@ def main():
     signal.signal(signal.SIGTERM, stop_all)
     if args.plan == "adapt":
         return adapt(args)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         names = plans.ALL if args.plan == "all" else [args.plan]
         studies = [] if args.report else [open_study(name, args) for name in names]
-        if not args.dry:
-            for study in studies:
-                held.enter_context(alone(study["folder"] / ".lock", wait=False))
+        for study in [] if args.dry else studies:
+            locks.enter_context(alone(study["folder"] / ".lock", wait=False))
         failed = run_studies(studies, args)
         if args.dry:
             return
-        found = report.open_all(args.out)
-        for study in found:
-            if args.report or study["folder"] in [own["folder"] for own in studies]:
+        judged, changed = report.open_all(args.out), [study["folder"] for study in studies]
+        for study in judged:
+            if args.report or study["folder"] in changed:
                 print(f"wrote    {report.write(study)}")
-        print(f"wrote    {report.write_study(found, args.out)}")
+        print(f"wrote    {report.write_study(judged, args.out)}")
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again. The first: {failed[0]}")
 

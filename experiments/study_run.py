@@ -33,7 +33,7 @@ def number_format(plan):
 
 
 def commands(job, args, ready):
-    """-> {stage: words}: what a user would type behind `python`. A recipe may look less often than once an epoch."""
+    """-> {stage: words}: what a user would type behind `python`. A recipe may evaluate less often than every epoch."""
     out, data, plan = str(job["out"]), str(args.data), job["plan"]
     on = ["--data", data, "--eval-on", plan["split"], "--seed", str(job["seed"]), *number_format(plan)]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
@@ -54,9 +54,9 @@ def execute(words, log, threads, lock=None):
     """
     script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    locks = () if lock is None else (lock,)
     with open(log, "ab") as file:
-        keep = () if lock is None else (lock,)
-        process = subprocess.Popen([sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=keep)
+        process = subprocess.Popen([sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=locks)
         RUNNING.add(process)
         status = process.wait()
         RUNNING.discard(process)
@@ -107,24 +107,22 @@ def run_one(job, args, ready):
 
 def about(job, args, ready):
     """What a row says before anything is measured."""
-    words = [w for name, w in ready.get("commands", {}).items() if f"{{{name}}}" in job["arm"]]
-    lines = [f"OMP_NUM_THREADS={args.threads} python {shlex.join(w)}" for w in
-             [w for group in words for w in group] + list(commands(job, args, ready).values())]  # fmt: skip
-    plan = job["plan"]
-    return {"key": job["key"], "arm": job["arm"], "seed": job["seed"], "phase": job["phase"], "plan": plan["plan"],
-            "data": plan["data"], "split": plan["split"], "stages": job["stages"], "commands": lines}  # fmt: skip
+    before = [group for name, group in ready.get("commands", {}).items() if f"{{{name}}}" in job["arm"]]
+    stages = [*sum(before, []), *commands(job, args, ready).values()]
+    lines = [f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}" for words in stages]
+    row = {k: job[k] for k in ("key", "arm", "seed", "phase")} | {k: job["plan"][k] for k in ("plan", "data", "split")}
+    return row | {"stages": job["stages"], "commands": lines}
 
 
 def curve_of(log):
-    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without evaluations, which only the study asks for."""
-    names, looking, before = ("epoch", "knn", "linear", "mse", "seconds"), 0.0, 0.0
-    curve = {name: [] for name in names}
+    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without evaluations, which only the study needs."""
+    curve, evaluating, before = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}, 0.0, 0.0
     for row in log:
         if "knn" in row:
-            looking += row["seconds"] - before
-            point = (row["epoch"], row["knn"], row["linear"], row["val_mse"], row["seconds"] - looking)
-            for name, value in zip(names, point, strict=True):
-                curve[name].append(round(value, 4))
+            evaluating += row["seconds"] - before
+            point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
+            for name, values in curve.items():
+                values.append(round(point[name], 4))
         before = row["seconds"]
     return curve
 
@@ -133,13 +131,13 @@ def collect(job, args, ready, seconds, commit):
     """What the stages wrote -> the row: configuration, commands, machine, seconds, every metric, each image's right."""
     out = job["out"]
     probe, log = json.loads((out / "probe.json").read_text()), read_log(out / "log.jsonl")
-    seconds = seconds | {"pretrain": log[-1]["seconds"]}  # of all its parts, had it been stopped
-    mean = {name: 100 * head["top1"] for name, head in probe["rows"]["mean"].items() if "top1" in head}
-    detail = {k: v for k, v in probe["rows"]["mean"].items() if k in ("retrieval", "few_shot")}
-    rest = {f"{k}_logistic": v for k, v in probe["rows"]["mean"]["logistic"].items() if not isinstance(v, list)}
-    metrics = {"top1": mean["logistic"], "knn": mean["knn"], **rest, **detail}
+    heads = probe["rows"]["mean"]
+    metrics = {"top1": 100 * heads["logistic"]["top1"], "knn": 100 * heads["knn"]["top1"]}
+    metrics |= {f"{k}_logistic": v for k, v in heads["logistic"].items() if not isinstance(v, list)}
+    metrics |= {k: v for k, v in heads.items() if k in ("retrieval", "few_shot")}
     metrics["linear_thumbnail"] = next((r["linear_thumbnail"] for r in log if "linear_thumbnail" in r), None)
     metrics["peak_memory_mb"] = max((r["memory_mb"] for r in log if "memory_mb" in r), default=None)
+    seconds = seconds | {"pretrain": log[-1]["seconds"]}  # of all its starts, had it been stopped
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}
     if job["phase"] == "pilot":
@@ -165,9 +163,8 @@ def method_flags(method, args, phase):
     if method == "linear":
         return ["--method", "linear"]
     epochs = args.trial_epochs if phase == "rates" else args.epochs or 8
-    if method == "scratch":
-        return ["--method", "full", "--keep", args.keep, "--epochs", epochs * args.scratch_times, "--from-scratch"]
-    return ["--method", method, "--keep", args.keep, "--epochs", epochs]
+    flags = ["--keep", args.keep, "--epochs", epochs * (args.scratch_times if method == "scratch" else 1)]
+    return ["--method", "full", *flags, "--from-scratch"] if method == "scratch" else ["--method", method, *flags]
 
 
 def adapt_rows(args, path):
