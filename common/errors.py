@@ -1,4 +1,4 @@
-"""What a classifier gets wrong, which characters it confuses, and why; and its figures in percent.
+"""What a classifier gets wrong, which characters it confuses, and why; and its scores in percent.
 
 Reasons are defined by rules that can be measured; a mistake may have several, or none of them ("other"):
 
@@ -19,7 +19,7 @@ from common.train import read_log
 CROPS = torch.tensor([[y, x, 0.85, 0.85] for y, x in ((0, 0), (0, 0.15), (0.15, 0), (0.15, 0.15), (0.075, 0.075))])
 
 
-# ---- figures, in percent -------------------------------------------------------------------------------------------
+# ---- scores, in percent --------------------------------------------------------------------------------------------
 
 
 def dev_scores(logits, labels):
@@ -76,25 +76,17 @@ def far_in_style(train, train_labels, styles, labels):
     return far
 
 
-def nearest_colour(train, train_labels, images):
-    """The class whose mean 4x4 thumbnail is nearest: images u8 (n, S, S, 3) -> (n,)."""
-    small = metrics.thumbnails(train, 4)
-    means = torch.stack([small[train_labels == c].mean(0) for c in range(int(train_labels.max()) + 1)])
-    return torch.cdist(metrics.thumbnails(images, 4), means).argmin(1)
-
-
 def reasons(images, labels, predicted, crops_right, train, train_labels, counts):
     """Why each mistake may have been made -> {reason: (n,) bool}.
 
     images u8 (n, S, S, 3) with their labels and what was predicted; crops_right (n, 5) bool for the views of CROPS;
     train u8 (m, S, S, 3) some training pictures, counts (C,) how many each class has.
     """
-    found = {
-        "few": counts[labels] < 20,
-        "crop": crops_right.sum(1) >= 3,
-        "colour": nearest_colour(train, train_labels, images) == predicted,
-        "style": far_in_style(style_of(train), train_labels, style_of(images), labels),
-    }
+    small = metrics.thumbnails(train, 4)
+    means = torch.stack([small[train_labels == c].mean(0) for c in range(int(train_labels.max()) + 1)])
+    nearest = torch.cdist(metrics.thumbnails(images, 4), means).argmin(1)  # by colour alone
+    found = {"few": counts[labels] < 20, "crop": crops_right.sum(1) >= 3, "colour": nearest == predicted,
+             "style": far_in_style(style_of(train), train_labels, style_of(images), labels)}  # fmt: skip
     return found | {"other": ~torch.stack(list(found.values())).any(0)}
 
 

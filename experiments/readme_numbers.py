@@ -7,7 +7,6 @@ Runs them as a user would, one after the other in a folder of its own, and write
 command, and pictures that the set has not: results/demo_recognition.json (--run runs/NAME: only this, from that run).
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -19,20 +18,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.io import cli, save_json
+from common.io import Parser, UserError, cli, save_json
 from common.train import commit, machine, read_log
 from ingest import toon
 
 ROOT = Path(__file__).resolve().parent.parent
 MASKS = ("attn_high", "random")  # the first run also draws the demo set
-PICTURES = {"recon": "recon", "masks": "masks", "curves": "curves", "attention": "probe-attention",
-            "patches": "probe-patches", "neighbours": "probe-neighbours", "scatter": "probe-scatter"}  # fmt: skip
+PICTURES = ("recon", "masks", "curves")  # of pretrain.py
+PROBE_PICTURES = ("attention", "patches", "neighbours", "scatter")
 
 
 def run(folder, *words):
-    """A stage, in this folder -> seconds that it took."""
+    """Run a stage in this folder -> seconds."""
     start_time = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, check=True)
+    if status := subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder).returncode:
+        raise UserError(f"{words[0]} ended with status {status}; its message stands above")
     return time.perf_counter() - start_time
 
 
@@ -57,17 +57,16 @@ def probed(out):
 
 
 def recognised(folder, encoder):
-    """The third command -> its figures, and how many of three new pictures of each character it names rightly."""
-    lora = Path(folder) / "runs/lora"
+    """The third command -> its scores, and how many of three new pictures of each character it names rightly."""
+    lora, pictures = folder / "runs/lora", folder / "new"
     seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--epochs", "60", "--out", lora)
-    pictures = Path(folder) / "new"
     pictures.mkdir()
     for person in toon.cast():
         for i, item in enumerate(toon.unseen(person, 3)):
             Image.fromarray(toon.draw(item)["image"]).save(pictures / f"{person['name']}-{i}.png")
     words = [sys.executable, ROOT / "recognize.py", lora, pictures, "--json"]
-    told = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-    answers = [json.loads(line) for line in told.splitlines()]
+    output = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+    answers = [json.loads(line) for line in output.splitlines()]
     metrics = json.loads((lora / "metrics.json").read_text())
     shutil.copy(lora / "confused.png", ROOT / "results" / "figures")
     return {"command_seconds": round(seconds), "top1": round(metrics["top1"], 1), "top5": round(metrics["top5"], 1),
@@ -92,19 +91,20 @@ def first_and_twin(folder, results):
     for mask in MASKS:
         result[mask] |= probed(runs / mask)
     shutil.copy(runs / MASKS[0] / "probe.json", results / "probe_toon.json")
-    for name, called in PICTURES.items():
-        shutil.copy(runs / MASKS[0] / f"{name}.png", results / "figures" / f"{called}.png")
+    for name in PICTURES + PROBE_PICTURES:
+        prefix = "probe-" if name in PROBE_PICTURES else ""
+        shutil.copy(runs / MASKS[0] / f"{name}.png", results / "figures" / f"{prefix}{name}.png")
     save_json(result, results / "demo.json")
     return runs / MASKS[0]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="only the third command, from this run of the first")
-    args = parser.parse_args()
-    results = ROOT / "results"
+    args, results = parser.parse_args(), ROOT / "results"
     with tempfile.TemporaryDirectory() as folder:
-        guided = args.run.resolve() if args.run else first_and_twin(Path(folder), results)
+        folder = Path(folder)
+        guided = args.run.resolve() if args.run else first_and_twin(folder, results)
         found = recognised(folder, guided) | about(*(["--run", str(args.run)] if args.run else []))
     save_json(found, results / "demo_recognition.json")
     print(json.dumps(found, indent=1))

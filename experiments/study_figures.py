@@ -9,6 +9,7 @@ import numpy as np
 from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, save
 
 MOST = len(COLOURS)  # lines in one picture
+WHISKERS = dict(ecolor=INK, elinewidth=1.2, capsize=3)  # of a 95 % interval
 
 
 def short(arm, width=34):
@@ -36,11 +37,8 @@ def curves(path, done, thresholds, thumbnail, title):
             if banded and len(top1) > 1:
                 middle, std = top1.mean(0), top1.std(0, ddof=1)
                 axis.fill_between(x, middle - std, middle + std, color=colour, alpha=0.15, lw=0)
-    for axis, label in zip(
-        axes,
-        ("epochs" + "\n(band: one std over seeds)" * banded, "minutes of training\n(evaluations not counted)"),
-        strict=True,
-    ):
+    labels = "epochs" + "\n(band: one std over seeds)" * banded, "minutes of training\n(evaluations not counted)"
+    for axis, label in zip(axes, labels, strict=True):
         for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):
             axis.axhline(limit, color=INK, ls=style, lw=1, label=f"threshold {limit:.1f} %")
         if thumbnail is not None:
@@ -52,11 +50,6 @@ def curves(path, done, thresholds, thumbnail, title):
     save(figure, path)
 
 
-def whiskers(axis, value, half, y, colour):
-    """A mean with its 95 % interval, where more than one seed tells it."""
-    axis.errorbar(value, y, xerr=half, fmt="o", ms=5, color=colour, ecolor=INK, elinewidth=1.2, capsize=3)
-
-
 def bars(path, table, values, title):
     """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1; right, with seeds, what an arm adds."""
     table = sorted(table, key=lambda line: line["top1"]["mean"])
@@ -66,7 +59,7 @@ def bars(path, table, values, title):
     left = axes[0, 0]
     for y, line in enumerate(table):
         left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
-        whiskers(left, line["top1"]["mean"], line["top1"]["half"], y, BLUE)
+        left.errorbar(line["top1"]["mean"], y, xerr=line["top1"]["half"], fmt="o", ms=5, color=BLUE, **WHISKERS)
     left.set_ylim(-0.6, len(table) - 0.4)
     left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
     several = any(line["n"] > 1 for line in table)
@@ -86,8 +79,7 @@ def differences(axis, table):
         if found and found["effect"] is not None:
             colour = GREEN if found["low"] > 0 else ORANGE if found["high"] < 0 else "#BBBBBB"
             axis.barh(y, found["effect"], 0.6, color=colour)
-            half = found["high"] - found["effect"]
-            axis.errorbar(found["effect"], y, xerr=half, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+            axis.errorbar(found["effect"], y, xerr=found["high"] - found["effect"], fmt="none", **WHISKERS)
     axis.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
     axis.axvline(0, color=INK, lw=0.8)
     axis.tick_params(left=False)
@@ -98,10 +90,11 @@ def grid(path, panels, table, title):
 
     What was not run is not drawn: levels, lines, and panels with nothing to compare.
     """
-    known = {line["arm"]: line["top1"] for line in table}
-    made = lambda own: {level: known[arm] for level, arm in own.items() if arm in known}  # noqa: E731
-    panels = {f: {name: made(own) for name, own in lines.items() if made(own)} for f, lines in panels.items()}
-    panels = {f: lines for f, lines in panels.items() if sum(map(len, lines.values())) > 1}
+    top1, planned, panels = {line["arm"]: line["top1"] for line in table}, panels, {}
+    for factor, lines in planned.items():
+        lines = {n: {level: top1[arm] for level, arm in arms.items() if arm in top1} for n, arms in lines.items()}
+        if sum(map(len, lines.values())) > 1:
+            panels[factor] = {name: levels for name, levels in lines.items() if levels}
     wide = [f for f, lines in panels.items() if max(map(len, lines.values())) > 6]  # names need the whole width
     small = [f for f in panels if f not in wide]
     columns = min(3, len(small)) or 1
