@@ -81,13 +81,10 @@ def number(x, digits=1):
 
 
 def interval(test):
-    if test["effect"] is None:
-        return "-"
-    return "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n})".format(**test)
+    return "-" if test["effect"] is None else "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n})".format(**test)
 
 
 def p_value(test, key):
-    """A dash where nothing was tested."""
     return "-" if test["effect"] is None or test[key] is None else f"{test[key]:.3f}"
 
 

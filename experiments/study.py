@@ -145,26 +145,6 @@ def open_study(name, args):
     return {"plan": plan, "folder": folder, "groups": groups}
 
 
-def fix_thresholds(study, rows):
-    """The pilots are done: untrained + 90 % of what random masks gain, and PLAN.json is written once and for all.
-
-    Their number format is that of all runs to come, on whatever machine: half of a comparison in bf16 would be none.
-    """
-    if lost := [row["arm"] for row in rows if "error" in row]:
-        raise UserError(f"the pilot of {lost[0]} diverged: there is nothing to compare with; "
-                        "try a smaller --blr in --recipe")  # fmt: skip
-    plan, curves = study["plan"], {row["arm"]: row["curve"]["linear"] for row in rows}
-    gained = lambda curve: round(curve[0] + 0.9 * (curve[-1] - curve[0]), 2)  # noqa: E731
-    plan["thresholds"] = {arm: gained(curves[arm]) for arm in pilots(plan)}
-    formats = {row["config"].get("dtype") for row in rows}
-    if len(formats) > 1:
-        raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
-                        "on one: remove their folders and rows")  # fmt: skip
-    plan["dtype"] = formats.pop()
-    save_json({"split": plan["split"], "groups": study["groups"]}, study["folder"] / "images.json", None)
-    save_json(plan, study["folder"] / "PLAN.json")
-
-
 def committed(path):
     """Is this file in git, as it stands?"""
     git = lambda *words: subprocess.run(["git", *words, path.name], cwd=path.parent, capture_output=True).returncode  # noqa: E731
@@ -313,15 +293,33 @@ def make_ready(plan, jobs, args):
 
 
 def prepare(study, args):
-    """Run the pilots and fix the thresholds, if that was not done before."""
-    plan = study["plan"]
+    """Run the pilots, if that was not done before; PLAN.json is then written once and for all.
+
+    A threshold is untrained + 90 % of what the pilot gained. The pilots' number format is that of all runs to come, on
+    whatever machine: half of a comparison in bf16 would be none.
+    """
+    plan, folder = study["plan"], study["folder"]
     if plan["thresholds"] is not None:
         return
     jobs = [job_of(plan, arm, PILOT_SEED, args) for arm in pilots(plan)]
     if failed := reuse_or_run(study, jobs, args):
         raise UserError(f"the pilot failed, and there is no threshold without it: {failed[0]}")
-    if not args.dry:
-        fix_thresholds(study, [r for r in read_rows(study["folder"]) if r["key"] in [job["key"] for job in jobs]])
+    if args.dry:
+        return
+    rows = {row["key"]: row for row in read_rows(folder)}
+    rows = [rows[job["key"]] for job in jobs]
+    if lost := [row["arm"] for row in rows if "error" in row]:
+        raise UserError(f"the pilot of {lost[0]} diverged: there is nothing to compare with; "
+                        "try a smaller --blr in --recipe")  # fmt: skip
+    formats = {row["config"].get("dtype") for row in rows}
+    if len(formats) > 1:
+        raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
+                        "on one: remove their folders and rows")  # fmt: skip
+    threshold = lambda curve: round(curve[0] + 0.9 * (curve[-1] - curve[0]), 2)  # noqa: E731
+    plan["thresholds"] = {row["arm"]: threshold(row["curve"]["linear"]) for row in rows}
+    plan["dtype"] = formats.pop()
+    save_json({"split": plan["split"], "groups": study["groups"]}, folder / "images.json", None)
+    save_json(plan, folder / "PLAN.json")
 
 
 def run_studies(studies, args):

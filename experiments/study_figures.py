@@ -74,12 +74,11 @@ def bars(path, table, values, title):
 
 def differences(axis, table):
     """What each arm adds to its baseline, as a bar with its interval; lines of the table are one under the other."""
-    for y, line in enumerate(table):
-        found = line.get("difference")
-        if found and found["effect"] is not None:
-            colour = GREEN if found["low"] > 0 else ORANGE if found["high"] < 0 else "#BBBBBB"
-            axis.barh(y, found["effect"], 0.6, color=colour)
-            axis.errorbar(found["effect"], y, xerr=found["high"] - found["effect"], fmt="none", **WHISKERS)
+    for y, test in enumerate(line.get("difference") for line in table):
+        if test and test["effect"] is not None:
+            colour = GREEN if test["low"] > 0 else ORANGE if test["high"] < 0 else "#BBBBBB"
+            axis.barh(y, test["effect"], 0.6, color=colour)
+            axis.errorbar(test["effect"], y, xerr=test["high"] - test["effect"], fmt="none", **WHISKERS)
     axis.set(xlabel="difference to its baseline, points\n(green: above 0, orange: below, gray: open)")
     axis.axvline(0, color=INK, lw=0.8)
     axis.tick_params(left=False)
