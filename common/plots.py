@@ -236,7 +236,7 @@ def mask_sheet(path, title, images, maps, columns, width=1100):
     images, ratios = np.asarray(images), list(columns[0][1])
     names = ["image", *(name for name, _ in maps), *(name for name, _ in columns)]
     n, S = images.shape[:2]
-    side = min(S, width // len(names) - 4) + 4  # of a picture and the gap beside it, in pixels
+    side = min(max(S, 64), width // len(names) - 4) + 4  # of a picture and the gap beside it, in pixels; names need 64
     gap = ((0, 0), *[(0, round(4 * S / (side - 4)))] * 2, (0, 0))
     dark = np.uint8(0.16 * images.mean(3, keepdims=True) + 38)  # a hidden patch
     beside = [images, *(enlarged(coloured(torch.as_tensor(m)), S) for _, m in maps)]
