@@ -140,10 +140,10 @@ def key(plan, arm, seed):
     return hashlib.blake2b(json.dumps(identity).encode(), digest_size=5).hexdigest()
 
 
-def make(name, more=(), **known):
+def make(name, more=(), **settings):
     """A plan, with the further arms of the command line: question, arms {arm: against}, hypotheses, panels, stages."""
     plan = {"plan": name, "question": QUESTIONS[name], "hypotheses": [], "panels": {}, "stages": []}
-    plan |= MAKE[name](**known)
+    plan |= MAKE[name](**settings)
     return plan | {"arms": plan["arms"] | {a: "random" for a in more if a not in plan["arms"]}}
 
 

@@ -20,7 +20,7 @@ from experiments.study_run import read_rows
 UNDER_ARMS = (
     "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95 % t "
     "interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to "
-    f"{evaluate.BANK_IMAGES:,} and asked about {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
+    f"{evaluate.BANK_IMAGES:,} and evaluated on {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
     "Epochs: of those runs that reached it. Minutes: of training and its teacher, without evaluations, and without "
     "maps and encoders made before. After so many minutes: when the fastest mask was through, so that its schedule "
     "has ended and others' have not."

@@ -54,7 +54,7 @@ def parse_args():
     add("--dino", metavar="FILE", help="checkpoint of DINO: one more teacher among the ablations")
     add = parser.add_argument_group("plan adapt: linear, LoRA, full and from scratch side by side").add_argument
     add("--encoder", metavar="RUN", help="as for finetune_lora.py")
-    methods, phases = list(plans.LEARNING_RATES), "; ".join(f"{name}: {what}" for name, what in plans.PHASES.items())
+    methods, phases = list(plans.LEARNING_RATES), "; ".join(f"{name}: {text}" for name, text in plans.PHASES.items())
     add("--phases", nargs="+", default=["rates", "first"], choices=plans.PHASES, metavar="PHASE",
         help=f"{phases} (default: rates first)")  # fmt: skip
     add("--methods", nargs="+", default=methods, choices=methods, metavar="METHOD",
