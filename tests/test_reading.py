@@ -126,4 +126,5 @@ def test_functions_are_short():
     sizes = {(p.relative_to(ROOT).as_posix(), name): n for p in files for (name, _), n in functions(p).items()}
     assert max(sizes.values()) <= 120, max(sizes, key=sizes.get)
     assert sum(n > 60 for n in sizes.values()) < 10
-    assert sum(len(p.read_text().splitlines()) for p in files) < 13_000  # 11,000 is the aim
+    # 11,000 was the aim; a new stage may add its 300
+    assert sum(len(p.read_text().splitlines()) for p in files) < 12_000
