@@ -135,7 +135,11 @@ def test_what_is_unusual_for_its_place_is_found():
 # ---- every strategy, as a user runs it ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)])
+ALL = [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)]
+OFTEN = ("attn_high", "fg_heavy", "parts", "detail", "learned", "simmim", "attn_low:shuffle=1", "learned:shuffle=1")
+
+
+@pytest.mark.parametrize("mask", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in ALL])
 def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     monkeypatch.chdir(tmp_path)
     write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
