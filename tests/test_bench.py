@@ -111,6 +111,7 @@ def test_kernel_ratios_are_over_the_obvious_way():
     assert check.kernel_ratios(rows) == {"reference loss 4 32 8 0.75": 3.0}
 
 
+@pytest.mark.slow
 def test_rows_can_be_tabled_and_drawn(tmp_path):
     case = TINY | {"image_size": 32}
     rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1, {}) for name in train.CANDIDATES]

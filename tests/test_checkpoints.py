@@ -476,6 +476,7 @@ def test_decoder_heads_are_believed(tmp_path):
         C.init_from(small_mae(), tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_decoder_heads_that_it_began_with(small, tmp_path):
     torch.manual_seed(0)
     C.save_model(M.MAE(32, 8, 192, 4, 3, 128, 1, decoder_heads=2), tmp_path / "start" / "model.safetensors", {})

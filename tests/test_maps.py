@@ -164,6 +164,7 @@ def test_files_hold_what_the_docstring_says(small, run, made):
     assert (attention > 0).all() and (attention.sum((1, 2)) < 1).all()  # CLS keeps some for itself
 
 
+@pytest.mark.slow
 def test_same_command_same_bytes(small, run, made, tmp_path):
     here("--data", small, "--map", "saliency", "--out", tmp_path)
     words = ("--map", "parts", "--parts", 3, "--run", run)

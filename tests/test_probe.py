@@ -74,6 +74,7 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert "in the forward pass" in done.stdout and "untrained mean" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
     """In another process, and with features that are extracted again."""
     run = runs[0] / "random-s0"
@@ -189,6 +190,7 @@ def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_features_of_another_run_are_refused(runs, tmp_path, monkeypatch):
     base, run = runs[0], tmp_path / "run"
     shutil.copytree(base / "random-s1", run, ignore=shutil.ignore_patterns("features*"))

@@ -197,6 +197,7 @@ def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeyp
     assert "8 of 8 planned runs are there" in text and "untrained encoder 50.0 %" in text
 
 
+@pytest.mark.slow
 def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, small, monkeypatch, capsys):
     words = ["--plan", "arms", "--arms", "green", "attn_low --ratio .5", "--exploratory", "--seeds", 2]
     ask(monkeypatch, small, *words)
