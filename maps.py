@@ -391,7 +391,7 @@ def sheet_of_all(path, run, split, device, dtype):
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))
     chunks = guidance.attention(model.encoder, size, split["images"], rows, "unusual", autocast)
-    every = torch.arange(g * g, device=device).expand(len(index), -1).contiguous()
+    _, every = model.encoder.all_patches(view)  # (4, N)
     scores = {"attn": torch.cat([score for _, score in chunks]).cpu(), "detail": patch_detail(view, every, p).cpu(),
               "difficulty": difficulty(model, view, autocast).cpu()}  # fmt: skip
     for need, count in (("fg", 0), ("parts", len(split["header"]["parts"]))):

@@ -44,7 +44,7 @@ def parse_args():
     add("runs", nargs="+", metavar="RUN", help="run folders of pretrain.py (or a public checkpoint)")
     add("--data", metavar="DIR", help="packed set with labels (default: what the first run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
-    add("--views", type=at_least(1), default=3, metavar="V", 
+    add("--views", type=at_least(1), default=3, metavar="V",
         help="views of a training image for the MAE recipe: whole + crops")
     add("--headline", action="store_true", help="only logistic regression and kNN on the mean token; no controls, no "
         "pictures\n(what experiments/study.py repeats for every run)")
@@ -206,8 +206,7 @@ def efficiency(rows, threshold):
 def threshold_of(args):
     """-> (kNN Top-1 in percent to be reached, how it was fixed), (None, why) where no log tells.
 
-    Relative: untrained + 90 % of (final - untrained) of a reference run, because an absolute one means nothing where an
-    untrained encoder already has 70 %.
+    Relative to a reference run, by metrics.threshold_of, unless --threshold gives a number.
     """
     if args.threshold is not None:
         return args.threshold, "absolute"
@@ -216,7 +215,7 @@ def threshold_of(args):
     knn = [r["knn"] for r in read_log(home_of(reference) / "log.jsonl") if "knn" in r]
     if not knn:
         return None, f"no kNN in {reference}/log.jsonl"
-    return knn[0] + 0.9 * (knn[-1] - knn[0]), f"untrained + 90 % of the gain of {Path(reference).name}"
+    return metrics.threshold_of(knn), f"untrained + 90 % of the gain of {Path(reference).name}"
 
 
 def efficiency_line(found, how):

@@ -130,6 +130,14 @@ def classification(scores, labels, counts):
             "per_class": recall, "confusion": confusion.tolist()}  # fmt: skip
 
 
+def threshold_of(curve):
+    """What is reached in a run counts from here: untrained + 90 % of what the run gained, curve[0] to curve[-1].
+
+    An absolute threshold means nothing where an untrained encoder already has 70 %.
+    """
+    return curve[0] + 0.9 * (curve[-1] - curve[0])
+
+
 def first_crossing(xs, ys, threshold):
     """The x at which ys first reach threshold, straight lines between the points; None where they never do."""
     i = next((i for i, y in enumerate(ys) if y >= threshold), None)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import data
 import mask as masking
-from common import features
+from common import features, metrics
 from common.io import Parser, UserError, at_least, between, cli, save_json, save_text
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
@@ -295,7 +295,7 @@ def make_ready(plan, jobs, args):
 def prepare(study, args):
     """Run the pilots, if that was not done before; PLAN.json is then written once and for all.
 
-    A threshold is untrained + 90 % of what the pilot gained. The pilots' number format is that of all runs to come, on
+    A threshold is metrics.threshold_of the pilot's ridge. The pilots' number format is that of all runs to come, on
     whatever machine: half of a comparison in bf16 would be none.
     """
     plan, folder = study["plan"], study["folder"]
@@ -315,8 +315,7 @@ def prepare(study, args):
     if len(formats) > 1:
         raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
                         "on one: remove their folders and rows")  # fmt: skip
-    threshold = lambda curve: round(curve[0] + 0.9 * (curve[-1] - curve[0]), 2)  # noqa: E731
-    plan["thresholds"] = {row["arm"]: threshold(row["curve"]["linear"]) for row in rows}
+    plan["thresholds"] = {row["arm"]: round(metrics.threshold_of(row["curve"]["linear"]), 2) for row in rows}
     plan["dtype"] = formats.pop()
     save_json({"split": plan["split"], "groups": study["groups"]}, folder / "images.json", None)
     save_json(plan, folder / "PLAN.json")

@@ -6,7 +6,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, save
+from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, controls, panels, save, shared_legend
 
 MOST = len(COLOURS)  # lines in one picture
 WHISKERS = dict(ecolor=INK, elinewidth=1.2, capsize=3)  # of a 95 % interval
@@ -26,50 +26,45 @@ def curves(path, done, thresholds, thumbnail, title):
     first = next(iter(done))
     shown = [arm for arm in done if arm in [first, *[b for b in best if b != first][: MOST - 1]]]
     banded = len(shown) <= 4 and max(map(len, done.values())) > 1
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.6), sharey=True)
-    figure.suptitle(title)
-    for colour, marker, arm in zip(COLOURS, MARKERS, shown, strict=False):
-        length = min(len(c["linear"]) for c in done[arm])
-        top1 = np.array([c["linear"][:length] for c in done[arm]])  # (seeds, epochs)
-        for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
-            x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
-            axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
-            if banded and len(top1) > 1:
-                middle, std = top1.mean(0), top1.std(0, ddof=1)
-                axis.fill_between(x, middle - std, middle + std, color=colour, alpha=0.15, lw=0)
     labels = "epochs" + "\n(band: one std over seeds)" * banded, "minutes of training\n(evaluations not counted)"
-    for axis, label in zip(axes, labels, strict=True):
-        for limit, style in zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False):
-            axis.axhline(limit, color=INK, ls=style, lw=1, label=f"threshold {limit:.1f} %")
-        if thumbnail is not None:
-            axis.axhline(thumbnail, color=INK, ls=":", lw=1.2, label="4x4 thumbnails")
-        axis.set(xlabel=label)
-    axes[0].set(ylabel="linear Top-1 during the run, %")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside lower center", ncols=3)
-    save(figure, path)
+    limits = zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False)
+    limits = [(limit, style, f"threshold {limit:.1f} %") for limit, style in limits]
+    with panels(path, title, 1, 2, (9.6, 4.6), sharey=True) as axes:
+        for colour, marker, arm in zip(COLOURS, MARKERS, shown, strict=False):
+            length = min(len(c["linear"]) for c in done[arm])
+            top1 = np.array([c["linear"][:length] for c in done[arm]])  # (seeds, epochs)
+            for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
+                x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
+                axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
+                if banded and len(top1) > 1:
+                    middle, std = top1.mean(0), top1.std(0, ddof=1)
+                    axis.fill_between(x, middle - std, middle + std, color=colour, alpha=0.15, lw=0)
+        for axis, label in zip(axes, labels, strict=True):
+            controls(axis, [*limits, (thumbnail, ":", "4x4 thumbnails")])
+            axis.set(xlabel=label)
+        axes[0].set(ylabel="linear Top-1 during the run, %")
+        shared_legend(axes[0], "outside lower center", fontsize=8.5, ncols=3)
 
 
 def bars(path, table, values, title):
     """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1; right, with seeds, what an arm adds."""
     table = sorted(table, key=lambda line: line["top1"]["mean"])
     compared = any(line.get("difference", {}).get("effect") is not None for line in table)
-    figure, axes = plt.subplots(1, 1 + compared, figsize=(9.6, 1.5 + 0.32 * len(table)), sharey=True, squeeze=False)
-    figure.suptitle(title)
-    left = axes[0, 0]
-    for y, line in enumerate(table):
-        left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
-        left.errorbar(line["top1"]["mean"], y, xerr=line["top1"]["half"], fmt="o", ms=5, color=BLUE, **WHISKERS)
-    left.set_ylim(-0.6, len(table) - 0.4)
-    left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
-    several = any(line["n"] > 1 for line in table)
-    seeds = "tick: a seed; whiskers: 95 % interval" if several else "one seed"
-    left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
-    left.grid(axis="x", color="#DDDDDD", lw=0.6)
-    left.set_axisbelow(True)
-    if compared:
-        differences(axes[0, 1], table)
-    save(figure, path)
+    size = (9.6, 1.5 + 0.32 * len(table))
+    with panels(path, title, 1, 1 + compared, size, sharey=True, squeeze=False) as axes:
+        left = axes[0, 0]
+        for y, line in enumerate(table):
+            left.plot(values[line["arm"]], np.full(line["n"], y), "|", ms=9, color=BLUE, alpha=0.7)
+            left.errorbar(line["top1"]["mean"], y, xerr=line["top1"]["half"], fmt="o", ms=5, color=BLUE, **WHISKERS)
+        left.set_ylim(-0.6, len(table) - 0.4)
+        left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
+        several = any(line["n"] > 1 for line in table)
+        seeds = "tick: a seed; whiskers: 95 % interval" if several else "one seed"
+        left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
+        left.grid(axis="x", color="#DDDDDD", lw=0.6)
+        left.set_axisbelow(True)
+        if compared:
+            differences(axes[0, 1], table)
 
 
 def differences(axis, table):
@@ -125,4 +120,4 @@ def panel(axis, factor, lines):
     axis.set(ylabel="Top-1, %")
     axis.margins(x=0.12)
     if len(lines) > 1:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8)

@@ -144,7 +144,7 @@ def checks(test, plan, rows):
     mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
     lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
     curves = [base["curve"]["linear"] for _, base in pairs]
-    own = float(np.mean([c[0] + 0.9 * (c[-1] - c[0]) for c in curves]))
+    own = float(np.mean([metrics.threshold_of(c) for c in curves]))
     saved, never, _ = saved_epochs(pairs, own)
     if saved is not None:
         t = stats.paired_t(saved)
@@ -218,7 +218,7 @@ def line(test):
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def mean_std(values):
+def with_interval(values):
     """-> stats.mean_std, and "half" of the 95 % t interval; None where there is one value."""
     found, n = stats.mean_std(values), len(values)
     return found | {"half": None if n == 1 else stats.t_quantile(n - 1) * found["std"] / n**0.5}
@@ -238,13 +238,13 @@ def summary(plan, rows, groups):
         limit = thresholds.get(base) or next(iter(thresholds.values()), None)  # else the first pilot's
         reached = [e for r in runs if limit and (e := epochs_to(r, limit)) is not None]
         row = {"arm": arm, "against": base, "n": len(runs), "reached": len(reached), "then": float(then / 60),
-               "linear_then": mean_std([float(np.interp(then, c["seconds"], c["linear"])) for c in curves]),
-               "epochs": mean_std(reached) if reached else None,
-               "minutes": mean_std([c["seconds"][-1] / 60 for c in curves]),
-               "linear": mean_std([c["linear"][-1] for c in curves])}  # fmt: skip
+               "linear_then": with_interval([float(np.interp(then, c["seconds"], c["linear"])) for c in curves]),
+               "epochs": with_interval(reached) if reached else None,
+               "minutes": with_interval([c["seconds"][-1] / 60 for c in curves]),
+               "linear": with_interval([c["linear"][-1] for c in curves])}  # fmt: skip
         for key, name in DIFFERENCES.items():
             if all(key in r["metrics"] for r in runs):
-                row[key] = mean_std([r["metrics"][key] for r in runs])
+                row[key] = with_interval([r["metrics"][key] for r in runs])
                 if arm != base:
                     row[name] = measure(plans.test(key, arm, base, 0.0), plan, rows, groups)
         table.append(row)
