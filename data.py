@@ -14,7 +14,7 @@ A view is a crop, flipped or not and resized, made by two matrix products; maps 
 if __name__ == "__main__":  # packing needs no torch: it has a module of its own, and starts in a third of the time
     import sys
 
-    from common.io import cli
+    from common.command import cli
     from ingest.pack import main
 
     sys.exit(cli(main))

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
+from common.command import Parser, at_least, cli
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
-from common.io import Parser, UserError, at_least, cli, save_json, save_safetensors
+from common.io import UserError, save_json, save_safetensors
 from common.lora import load_merged, save_encoder
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT

@@ -26,9 +26,10 @@ import data
 import mask as masking
 from common import classifier, distributed, errors, train
 from common.checkpoints import load_encoder, load_exactly
+from common.command import Parser, at_least, between, cli, command, progress
 from common.corruptions import cutout, jitter_colour, squares
 from common.features import epoch_rows, flags_of, open_rows
-from common.io import Parser, UserError, at_least, between, cli, save_json, save_safetensors
+from common.io import UserError, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 from model import untrained_like
@@ -40,7 +41,7 @@ DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
     "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep=0.25),
 }  # fmt: skip
-NO_CONFIG = ("out", "resume", "log", "device", "eval_on", "seeds", "encoder")  # flags that do not change the weights
+NO_CONFIG = ("out", "resume", "given", "log", "device", "eval_on", "seeds", "encoder")  # change no weights
 
 
 def parse_args():
@@ -264,7 +265,7 @@ def finetune(args, seed, out, device, autocast):
     log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
     print(start_message(args, task, per_epoch, B, step))
     stop_signal, meter, pacer, right = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
-    bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
+    bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
 
     for epoch in range(step // per_epoch, args.epochs):
         if args.patience and epoch - distributed.largest(best["epoch"]) >= args.patience:
@@ -309,7 +310,7 @@ def finetune(args, seed, out, device, autocast):
                                 f"--lr {args.lr:g} --head-lr {args.head_lr:g}")  # fmt: skip
                 top1, right = 100 * torch.stack(right).mean().item(), []
                 log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], train_top1=top1, **row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if ended:
                 row = evaluate(task)
                 log(step=step, epoch=epoch + 1, **row, seconds=meter.seconds())
@@ -353,7 +354,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
            "share_trained_percent": round(100 * task.share, 3),
            "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2), "step_ms": round(float(step_ms), 2),
            "peak_memory_mb": max(row["memory_mb"] for row in steps), "seconds": meter.seconds(),
-           "calibration": calibration, "config": task.config, **where, "command": train.command(),
+           "calibration": calibration, "config": task.config, **where, "command": command(),
            "mistakes": errors.explain(task, logits)}  # fmt: skip
     write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"

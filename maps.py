@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import mask as masking
 from common import guidance
 from common.checkpoints import ENCODER, init_from, load_encoder
+from common.command import Parser, between, cli, progress
 from common.evaluate import hidden_by, hide_at_random, predict
-from common.io import Parser, UserError, between, cli
+from common.io import UserError
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
 from model import MAE
@@ -422,7 +422,7 @@ def main():
               "by": args.run or "", "data": folder.name, "split": args.split, "images": n,
               "data_digest": data.fingerprint(split), "commit": commit()}  # fmt: skip
     header = {key: value for key, value in header.items() if value is not None}
-    bar = tqdm(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK), disable=None)
+    bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     sheet_of_map(sheet, args.map, split["images"], data.open_map(path, args.map, split), args.parts)

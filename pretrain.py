@@ -24,9 +24,10 @@ import kernels
 import mask as masking
 from common import distributed, train
 from common.checkpoints import init_from, load_exactly, save_model
+from common.command import Parser, at_least, between, cli, progress
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, collapse_warning, default_source
-from common.io import Parser, UserError, at_least, between, cli
+from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES, Block, SimMIM
@@ -145,7 +146,8 @@ def run_name(args):
 
 def config_of(args):
     """The flags that decide the weights: a run can only be resumed under the same."""
-    leave_out = ("out", "resume", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on", "every")
+    leave_out = ("out", "resume", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on", "every",
+                 "given")  # fmt: skip
     return {k: v for k, v in vars(args).items() if k not in leave_out}
 
 
@@ -264,7 +266,7 @@ def main():
     if step == 0 and rank == 0:
         log(step=0, **judge(0.0), seconds=meter.seconds())
     images, view = data.resident(train_set, device), None
-    bar = tqdm(total=total, initial=step, unit="step", disable=True if rank else None)
+    bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
 
     for epoch in range(step // per_epoch, args.epochs):
         if step == epoch * per_epoch:
@@ -316,7 +318,7 @@ def main():
                 row = meter.row(step, f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32")
                 masks = guide.statistics(patches, ids_mask)
                 log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row, **masks)
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
+                bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 if warning := collapse_warning(masks):
                     tqdm.write(f"step {step}: {warning}")
                 if rank == 0 and (step % (per_epoch * args.eval_every) == 0 or step == total):

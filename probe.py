@@ -24,8 +24,9 @@ import torch
 import data
 from common import compare, features, metrics, plots, stats
 from common.checkpoints import load_encoder
-from common.io import Parser, UserError, at_least, cli, save_text
-from common.train import command, commit, machine, read_log, seeded
+from common.command import Parser, at_least, cli, command
+from common.io import UserError, save_text
+from common.train import commit, machine, read_log, seeded
 from model import untrained_like
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 import data
 from common import metrics
 from common.classifier import load_classifier, load_gallery, pooled_of, predict, save_gallery
+from common.command import Parser, at_least, between, cli, command
 from common.features import groups_of
-from common.io import Parser, UserError, at_least, between, cli, save_json
-from common.train import autocast_of, command, commit, machine, pick_device, pick_dtype
+from common.io import UserError, save_json
+from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
 from ingest.decode import decode
 

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import ROOT
-from common.io import Parser, UserError, cli, read_csv
+from common.command import Parser, cli
+from common.io import UserError, read_csv
 from common.train import pick_device
 
 LEAST = 0.85

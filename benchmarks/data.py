@@ -25,7 +25,8 @@ from PIL import Image
 
 import data
 from benchmarks import ROOT, about, status_mb
-from common.io import Parser, UserError, at_least, cli, save_csv, write_rows
+from common.command import Parser, at_least, cli
+from common.io import UserError, save_csv, write_rows
 from common.train import read_log
 from ingest import pack, sources, toon
 

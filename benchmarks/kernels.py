@@ -18,7 +18,8 @@ import torch
 
 import kernels
 from benchmarks import DTYPES, TRITON, about, status_mb
-from common.io import Parser, UserError, at_least, cli, save_csv
+from common.command import Parser, at_least, cli
+from common.io import UserError, save_csv
 from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss

@@ -19,7 +19,7 @@ import data
 import mask as masking
 from benchmarks import about, now, replace_rows
 from common import guidance
-from common.io import Parser, at_least, cli
+from common.command import Parser, at_least, cli
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss

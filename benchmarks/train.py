@@ -26,7 +26,8 @@ import mask as masking
 from benchmarks import TRITON, about, replace_rows, step
 from benchmarks.step import PHASES, build
 from common.checkpoints import save_model
-from common.io import Parser, UserError, at_least, between, cli, save_text
+from common.command import Parser, at_least, between, cli
+from common.io import UserError, save_text
 from common.train import pick_device
 from export import export
 from model import SIZES

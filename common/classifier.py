@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
 from common.checkpoints import load_encoder, load_exactly
+from common.command import progress
 from common.io import UserError, read_safetensors, save_safetensors
 from common.lora import fingerprint, load_adapter
 
@@ -139,7 +139,7 @@ def pooled_of(net, split, rows, S, autocast, name=""):
     """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU; name: of a progress bar."""
     pooled, device = [], net.encoder.cls_token.device
     views = data.whole_views(split["images"], rows, S, device)
-    for _, view in tqdm(views, name, -(-len(rows) // data.CHUNK), leave=False, disable=None if name else True):
+    for _, view in progress(views, name, -(-len(rows) // data.CHUNK), leave=False, disable=not name):
         with autocast():
             pooled.append(net.pooled(*net.encoder.all_patches(view)).cpu())
     return torch.cat(pooled)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 from common import metrics
+from common.command import progress
 from common.evaluate import extremes
 from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
@@ -107,7 +107,7 @@ def extract(extractor, split, views, device, name=""):
     """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once for each view."""
     n, chunks = len(split["images"]), []
     boxes = [data.full_boxes(n), *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views))]
-    for rows in tqdm(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False, disable=None):
+    for rows in progress(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False):
         images = data.take(split["images"], rows, device)
         found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
         chunks.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})

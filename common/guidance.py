@@ -15,12 +15,12 @@ import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import mask as masking
 from common import distributed
 from common.checkpoints import load_encoder, load_exactly
+from common.command import progress
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
@@ -214,7 +214,7 @@ def write_attention(teacher, image_size, images, path, autocast, source):
     if rank < len(shares):
         rows = attention_rows(images, teacher, image_size, source, autocast, shares[rank])
         total = math.ceil(len(shares[rank]) / data.CHUNK)
-        bar = tqdm(rows, "attention", total, leave=False, disable=True if rank else None)
+        bar = progress(rows, "attention", total, leave=False, disable=rank > 0)
         data.write_maps(files[rank], "attn", bar, (len(shares[rank]), *shape), "F16")
     if world > 1:
         distributed.largest(0)  # all files are there

@@ -1,16 +1,14 @@
-"""Mistakes of the user, files that are read and written whole or not at all, flags.
+"""Mistakes of the user, and files that are read and written whole or not at all.
 
 Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts without it.
 """
 
-import argparse
 import contextlib
 import csv
 import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +16,6 @@ import numpy as np
 
 class UserError(Exception):
     """A mistake of the user: one line with the value and the fix. The stage prints it and exits with status 2."""
-
-
-def cli(main):
-    """Run a stage's main; a UserError becomes one line on stderr (one a process) and exit status 2."""
-    with contextlib.suppress(AttributeError):  # a file's name may be no text at all
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except UserError as problem:
-        rank = int(os.environ.get("RANK", 0))
-        print(f"error: {problem}" if rank == 0 else f"error in process {rank}: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def remove_leftovers(path):
@@ -55,6 +38,8 @@ def atomic(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         yield temporary
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # some writers keep a new file to themselves
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -194,37 +179,3 @@ def save_text(text, path):
 def save_json(row, path, indent=1):
     """Write a dict as JSON, atomically; indent None: all of it on one line."""
     save_text(json.dumps(row, indent=indent) + "\n", path)
-
-
-# ---- flags: argparse types, and its errors in one line ---------------------------------------------------------------
-
-
-def between(low, high, kind=float):
-    """-> an argparse type: a finite number of this kind in [low, high]."""
-
-    def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number {bounds}")
-        return value
-
-    return number
-
-
-def at_least(low, kind=int):
-    """-> an argparse type: a finite number of this kind, `low` or more."""
-    return between(low, math.inf, kind)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError: one line, as all mistakes of a user."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **({"formatter_class": argparse.RawTextHelpFormatter} | options))
-
-    def error(self, message):
-        raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))

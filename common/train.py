@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -100,11 +99,6 @@ def commit():
         return ""
 
     return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
-
-
-def command():
-    """The command line that this is, for results: the script by its name, wherever it lies."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def peak_memory_mb(device):

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import maps
 import mask as masking
 from common import metrics, plots
 from common.checkpoints import load_encoder
-from common.io import Parser, UserError, cli, read_csv, save_csv
+from common.command import Parser, cli, progress
+from common.io import UserError, read_csv, save_csv
 from common.train import commit, machine, seeded
 from ingest import toon
 from model import untrained_like
@@ -186,7 +186,7 @@ def main():
     for K in (6, 12):
         rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits else []
-    for framing, kind in tqdm(sets, "portraits", disable=None):
+    for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.io import Parser, UserError, cli, save_json
+from common.command import Parser, cli
+from common.io import UserError, save_json
 from common.train import commit, machine, read_log
 from ingest import toon
 

@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import mask as masking
 from common import features, guidance, metrics, plots, stats
 from common.checkpoints import load_encoder, load_exactly
+from common.command import Parser, at_least, cli, progress
 from common.corruptions import SWEEPS, moved, paint
 from common.evaluate import masked_mse, predict
-from common.io import Parser, UserError, at_least, cli, save_json
+from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
 from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
@@ -113,7 +113,7 @@ def hidden_part(task, k, generator=None):
 def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
     return {name: {str(level): percent(right_of(task, corrupted(name, level))) for level in levels}
-            for name, (_, levels, *_) in tqdm(SWEEPS.items(), "robustness", leave=False, disable=None)}  # fmt: skip
+            for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False)}  # fmt: skip
 
 
 def without_parts(task):
@@ -250,7 +250,7 @@ def reconstruction(model, norm, task, strategies=None):
     """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0, 1]."""
     split, S, N, total = task.split, model.config["image_size"], model.encoder.side**2, {}
     views = data.whole_views(split["images"], task.rows, S, task.device)
-    for rows, view in tqdm(views, "pixels", leave=False, disable=None):
+    for rows, view in progress(views, "pixels", leave=False):
         patches, foreground = patches_of(model, split, rows, view), None
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()]).to(task.device)
         if "fg" in split:

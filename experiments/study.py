@@ -28,7 +28,8 @@ from pathlib import Path
 import data
 import mask as masking
 from common import features, metrics
-from common.io import Parser, UserError, at_least, between, cli, save_json, save_text
+from common.command import Parser, at_least, between, cli
+from common.io import UserError, save_json, save_text
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
 from experiments.study_run import RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one

@@ -22,9 +22,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common.io import Parser, UserError, at_least, between, write_rows
+from common.command import Parser, at_least, between, progress
+from common.io import UserError, write_rows
 from ingest import duplicates, sources, toon
 from ingest.decode import any_alpha, decode
 from ingest.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
@@ -121,7 +121,7 @@ def near_duplicates(records, fetch, dedupe):
         thumbs = np.memmap(f, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE))
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
-    for record, row in tqdm(rows, "looking for copies", len(records), unit="img", disable=None):
+    for record, row in progress(rows, "looking for copies", len(records), unit="img"):
         if not isinstance(row, Exception):
             thumbs[place[record.key]] = row
     pairs = duplicates.pairs(thumbs)
@@ -181,7 +181,7 @@ def write_all(out, records, classes, dims, stream, about):
     try:
         for split, path in paths.items():
             if own := [r for r in records if r.split == split]:
-                bar = tqdm(stream(own), f"{Path(out).name}/{split}", len(own), unit="img", disable=None)
+                bar = progress(stream(own), f"{Path(out).name}/{split}", len(own), unit="img")
                 skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
                 lost += skipped
                 check_skipped(out, lost, len(records))

@@ -31,7 +31,7 @@ def stage(*words, cwd, check=None, **more):
 
 def call(script, *words, cwd, check=None):
     """The same in this process, without the seconds that a start takes -> returncode, stdout, stderr."""
-    from common.io import cli
+    from common.command import cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, errors, code, argv, here = io.StringIO(), io.StringIO(), 0, sys.argv, os.getcwd()

@@ -77,7 +77,7 @@ with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
 PRETENDED = """
 import sys
 from pathlib import Path
-from common.io import cli
+from common.command import cli
 from experiments import study, study_run
 study_run.ROOT = Path(sys.argv.pop(1))
 cli(study.main)

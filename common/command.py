@@ -1,0 +1,191 @@
+"""A command of ours: its flags, its mistakes in one line each, what it may overwrite, what is seen while it works.
+
+Imports torch nowhere: `data.py` starts without it.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.io import UserError
+
+NO_MEMORY = ("OutOfMemory", "MemoryError", "can't allocate memory", "alloc_cpu", "calculation overflowed")
+QUIET = 10  # seconds between two lines where output is piped
+
+
+def cli(main):
+    """Run a stage's main; a mistake becomes one line on stderr (one a process) and exit status 2."""
+    with contextlib.suppress(AttributeError):  # a file's name may be no text at all
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough: `| head`
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (UserError, OSError, MemoryError, RuntimeError) as problem:
+        if (line := in_one_line(problem)) is None:
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def in_one_line(problem):
+    """What a user is told of a mistake, of a file that can't be read or written, of full memory; None: a fault."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    if isinstance(problem, OSError):
+        return f"{problem.filename or 'a file'} can't be read or written: {problem.strerror or problem}"
+    if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
+        return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
+    return None
+
+
+def command():
+    """The command line that this is, for results: the script by its name, wherever it lies."""
+    script = Path(sys.argv[0])
+    module = script.parent.name in ("experiments", "benchmarks", "ingest")
+    words = ["-m", f"{script.parent.name}.{script.stem}"] if module else [script.name]
+    return shlex.join(["python", *words, *sys.argv[1:]])
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+def between(low, high, kind=float):
+    """-> an argparse type: a finite number of this kind in [low, high]."""
+
+    def number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low:g}" if high >= MOST else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number {bounds}")
+        return value
+
+    return number
+
+
+def at_least(low, kind=int):
+    """-> an argparse type: a finite number of this kind, `low` or more."""
+    return between(low, MOST, kind)
+
+
+MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
+seed = at_least(0)  # an argparse type
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are a UserError, one line as all mistakes of a user; args.given: the flags given."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **({"formatter_class": argparse.RawTextHelpFormatter} | options))
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")}
+        options = {option: action.dest for option, action in self._option_string_actions.items()}
+        found.given = getattr(found, "given", set()) | {
+            dest for option, dest in options.items() for word in words
+            if option == word or word not in options and option.startswith(word)}  # fmt: skip
+        return found, rest
+
+
+def refuse_unused(args, rows):
+    """Nothing given is ignored. rows: (names of flags, are they used?, what they are for, and not for)."""
+    for names, used, what in rows:
+        if not used and (lost := [name for name in names.split() if name.replace("-", "_") in args.given]):
+            raise UserError(f"--{lost[0]} {what}; leave it out")
+
+
+# ---- files that are there already ----------------------------------------------------------------------------------
+
+
+def refuse_overwrite(paths, force=False, fix="another --out leaves it"):
+    """Nothing that exists is overwritten without --force; but the command that wrote a result may write it again."""
+    for path in map(Path, paths):
+        if not force and os.path.lexists(path) and not by_this_command(path):
+            raise UserError(f"{path} is there already; --force replaces it, {fix}")
+
+
+def by_this_command(path):
+    """Is this a JSON file that says in "command" that this very command made it?"""
+    plain = lambda line: [word for word in shlex.split(line) if word != "--force"]  # noqa: E731
+    try:
+        return plain(json.loads(path.read_text())["command"]) == plain(command())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def refuse_file(folder):
+    """A folder that results go to is no file, and lies under none: said before hours of work."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
+
+
+# ---- while it works ------------------------------------------------------------------------------------------------
+
+
+def starting():
+    """Say at once, on a terminal, that something happens: torch takes two seconds to load."""
+    if sys.stderr.isatty():
+        print("loading ...", end="\r", file=sys.stderr, flush=True)
+
+
+class Lines:
+    """What tqdm writes to where output is piped: each of its bars becomes a line."""
+
+    def write(self, text):
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(items=None, name=None, total=None, disable=False, **options):
+    """tqdm: a bar on a terminal; where output is piped a line every ten seconds, none if it is done before."""
+    if not sys.stderr.isatty():
+        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
+    return tqdm(items, name, total, disable=disable, **options)
+
+
+@contextlib.contextmanager
+def working(what, disable=False):
+    """with working("fitting the probe"): the same for what has no steps to count, the seconds that went by."""
+    done, start_time, terminal = threading.Event(), time.perf_counter(), sys.stderr.isatty()
+
+    def tell():
+        while not done.wait(1 if terminal else QUIET):
+            line = f"{what}, {time.perf_counter() - start_time:.0f} s"
+            print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    if not disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if terminal and not disable:
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
