@@ -6,13 +6,20 @@ Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/f
 Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetensors, and what belongs under it: for lora
         adapter_model.safetensors and adapter_config.json, for full and from scratch model.safetensors;
         gallery.safetensors (embeddings of training pictures, the threshold of "unknown"), metrics.json, log.jsonl,
-        curves.png, confusion.png, confused.png; with --seeds N one such folder a seed, and runs/NAME-METHOD-seeds.json
+        curves.png, confusion.png, confused.png (metrics-test.json and so on if it is then judged on another split);
+        with --seeds 3 one such folder a seed, and runs/NAME-METHOD-seeds0-2.json
 
 Choices (best epoch, threshold) are made on dev, or on a tenth of train held apart by group; --eval-on is reported.
 Several processes take a slice of the views each; neck, head and evaluation are small, and all of them compute these.
 """
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import json
+import shlex
 from argparse import BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,24 +31,28 @@ from tqdm import tqdm
 
 import data
 import mask as masking
-from common import classifier, distributed, errors, train
+from common import classifier, distributed, errors, stats, train
 from common.checkpoints import load_encoder, load_exactly
-from common.command import Parser, at_least, between, cli, command, progress
+from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
+from common.command import seed as seed_of
 from common.corruptions import cutout, jitter_colour, squares
-from common.features import epoch_rows, flags_of, open_rows
-from common.io import UserError, save_json, save_safetensors
+from common.features import epoch_rows, flags_of, groups_of, open_rows
+from common.io import UserError, read_header, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 from model import untrained_like
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
-FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; kept of a character
+FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; of a character, also at the end
+KNOWN = 500  # training pictures of a character that new ones are compared with (results/LOG.md, "Strangers")
 DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
     "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep=0.25),
 }  # fmt: skip
-NO_CONFIG = ("out", "resume", "given", "log", "device", "eval_on", "seeds", "encoder")  # change no weights
+RESULTS = ("metrics.json", "head.safetensors", "gallery.safetensors", "model.safetensors", "adapter_model.safetensors",
+           "adapter_config.json", "curves.png", "confusion.png", "confused.png")  # fmt: skip
+NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "seeds", "encoder")  # change no weights
 
 
 def parse_args():
@@ -51,6 +62,7 @@ def parse_args():
     add("--data", metavar="DIR", help="labelled set (default: what the encoder was trained on, else datasets/toon)")
     add("--out", metavar="DIR", help="run folder (default: the encoder's, and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    add("--force", action="store_true", help="start anew where another run is in --out")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--hold-out", type=at_least(0), default=0, metavar="N", help="characters left out: strangers for recognize.py")
     add = parser.add_argument_group("what is trained").add_argument
@@ -71,11 +83,11 @@ def parse_args():
     add("--batch-size", type=at_least(2), metavar="B", help="images for one step")  # the neck normalises over a batch
     add("--lr", type=between(0, 1), help="peak learning rate of the encoder or the adapter, for any batch size")
     add("--head-lr", type=between(1e-9, 1), metavar="LR", help="of neck and head")
-    add("--layer-decay", type=between(0.01, 1), metavar="D", help="full: a block learns at D times the one above it")
+    add("--layer-decay", type=between(0.01, 1), metavar="D", help="a block learns at D times the one above it")
     add("--weight-decay", type=between(0, 10), metavar="W", help="of matrices")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--patience", type=at_least(0), default=0, metavar="EPOCHS", help="stop after so many without better macro-F1")
-    add("--seed", type=between(0, 10**9, int), default=0, help="of weights, order and augmentation")
+    add("--seed", type=seed_of, default=0, help="of weights, order and augmentation")
     add("--seeds", type=at_least(1), default=1, metavar="N", help="runs, of seed, seed + 1, ...; then mean and std")
     add = parser.add_argument_group("the long tail").add_argument
     add("--balanced", action="store_true", help="draw every character equally often")
@@ -97,17 +109,22 @@ def parse_args():
 
 
 def fill_defaults(args):
-    """What was not given depends on the method; flags that do not go together are refused."""
+    """What was not given depends on the method; flags that do not go together, or are not used, are refused."""
     given = {k: v for k, v in vars(args).items() if v is not None}
     usual = DEFAULTS[args.method] | ({"layer_decay": 1.0} if args.from_scratch else {})
     vars(args).update({"augment": args.method != "linear"} | usual | given)
     args.targets = [t.strip() for t in args.targets.split(",")]
-    if args.margin is not None and args.head not in classifier.MARGINS:
-        raise UserError(f"--margin {args.margin} is for --head {', '.join(classifier.MARGINS)}, not {args.head}")
+    refuse_unused(args, (
+        ("r alpha targets dropout", args.method == "lora", f"is for --method lora, not for {args.method}"),
+        ("lr layer-decay", args.method != "linear", "is for what learns in the encoder; --method linear: --head-lr"),
+        ("unfreeze-every", args.method == "full", f"is for --method full; {args.method} never unfreezes the encoder"),
+        ("margin scale", args.head in classifier.MARGINS, f"is for --head {', '.join(classifier.MARGINS)}"),
+        ("pool", args.head != "ifa", "is not for --head ifa, which reads the CLS token of every block"),
+        ("min-crop colour cutout mixup cutmix", args.augment, f"is augmentation, and {args.method} has none here; "
+         "with --augment it has"),
+    ))  # fmt: skip
     if (args.mixup or args.cutmix) and args.head in classifier.MARGINS:
         raise UserError(f"--head {args.head} puts its margin on one true class: leave --mixup and --cutmix at 0")
-    if args.unfreeze_every and args.method != "full":
-        raise UserError(f"--unfreeze-every is for --method full; {args.method} never unfreezes the encoder")
     if args.from_scratch and args.method == "lora":
         raise UserError("--from-scratch has no weights to adapt: it is the control of --method full and linear")
 
@@ -173,7 +190,8 @@ def open_task(args, seed, out, device, autocast):
         for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
     task.classes = [name for name, k in zip(task.train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
     of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
-    task.gallery = torch.cat([rows[data.evenly_spaced(len(rows), GALLERY)] for rows in of_class])
+    task.gallery, task.known = (
+        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN))
 
     encoder, task.S = load_encoder(args.encoder, args.image_size)  # S: side of a view
     encoder = untrained_like(encoder, seed) if args.from_scratch else encoder
@@ -238,12 +256,10 @@ def finetune(args, seed, out, device, autocast):
     task = open_task(args, seed, out, device, autocast)
     net, train_rows, labels, C = task.net, task.train.rows, task.train.labels, len(task.classes)
     optimizer = classifier.make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
-    state = train.open_run(out, task.config, args.resume)
-    if state and (out / "metrics.json").exists():
-        row = json.loads((out / "metrics.json").read_text())
-        if row.get("evaluated_on") == args.eval_on:
-            print(f"run      {out} is finished")
-            return row
+    state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
+    if state and (out / f"metrics{suffix(args)}.json").exists():
+        print(f"run      {out} is finished")
+        return json.loads((out / f"metrics{suffix(args)}.json").read_text())
     B = min(args.batch_size, len(train_rows))
     if B % world:
         raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
@@ -338,43 +354,73 @@ def finetune(args, seed, out, device, autocast):
 # ---- after the loop: the files, and how good it is -----------------------------------------------------------------
 
 
+def suffix(args):
+    """What the files are called that depend on the split that is reported: metrics.json of val, metrics-test.json."""
+    return "" if args.eval_on == "val" else f"-{args.eval_on}"
+
+
 @torch.no_grad()
 def write_results(args, task, best_epoch, step, batch, meter):
-    """Judge the network on pictures that decided nothing, write all files but state.pt -> the row of metrics."""
-    report, out = task.report, task.out
-    calibration = write_gallery(task)
+    """Judge the network on pictures that decided nothing, write all files but state.pt -> the row of metrics.
+
+    A network that is there already stays as it is, and so does its gallery, in which somebody may be enrolled.
+    """
+    report, out, head = task.report, task.out, task.out / "head.safetensors"
+    where = {"commit": train.commit(), "machine": train.machine(task.device)}
+    before = read_header(head)[1] if head.exists() and list(out.glob("metrics*.json")) else None
+    calibration = read_header(out / "gallery.safetensors")[1] if before else write_gallery(task)
     logits, _ = predict(task, report, report.rows, "reported split")
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
     step_ms = np.median([1000 * batch / row["images_per_s"] for row in steps])
-    where = {"commit": train.commit(), "machine": train.machine(task.device)}
+    right = logits.argmax(1) == report.labels[report.rows]
+    share = stats.bootstrap(100.0 * right[None].double().numpy(), groups_of(report.split)[report.rows].numpy())
+    with working("asking why pictures are mistaken"):
+        thumbnails, mistakes = errors.thumbnail_top1(task), errors.explain(task, logits)
     row = {"run": out.name, "method": args.method, "head": args.head, "seed": task.config["seed"], "data": args.data,
            "evaluated_on": args.eval_on, **errors.scores(logits, report.labels[report.rows], sizes, task.classes),
+           "top1_interval": [round(share["low"], 2), round(share["high"], 2)],
+           "thumbnails_top1": thumbnails,
            "best_epoch": best_epoch, "parameters_trained": task.count,
            "share_trained_percent": round(100 * task.share, 3),
            "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2), "step_ms": round(float(step_ms), 2),
            "peak_memory_mb": max(row["memory_mb"] for row in steps), "seconds": meter.seconds(),
-           "calibration": calibration, "config": task.config, **where, "command": command(),
-           "mistakes": errors.explain(task, logits)}  # fmt: skip
-    write_network(args, task, step, where)
+           "calibration": {k: calibration[k] for k in classifier.CALIBRATED}, "config": task.config, **where,
+           "command": command(), "right": stats.to_bits(right), "mistakes": mistakes}  # fmt: skip
+    if not before:
+        write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    errors.draw(task, row, logits, title)
-    save_json(row, out / "metrics.json")  # last: where it stands, the run is finished
-    print(f"{args.eval_on:<9}Top-1 {row['top1']:.2f} %, Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f} %, "
-          f"epoch {best_epoch} kept\nwrote    {out}/ after {row['seconds']:.0f} s; "
-          f"python recognize.py {out} PICTURE names a character")  # fmt: skip
+    errors.draw(task, row, logits, title, suffix(args))
+    save_json(row, out / f"metrics{suffix(args)}.json")  # last: where it stands, the run is finished
+    print(result_message(row, out))
     return row
 
 
+def result_message(row, out):
+    """What is printed at the end: the result beside its control, and the command that follows."""
+    low, high = row["top1_interval"]
+    return (f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % ({low:.1f} to {high:.1f} by its illustrations; 8x8 "
+            f"thumbnails: {row['thumbnails_top1']:.1f} %), Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f}"
+            f" %, epoch {row['best_epoch']} kept\nwrote    {out}/ after {row['seconds']:.0f} s\n"
+            f"next     python recognize.py {shlex.quote(str(out))} PICTURE names a character, and with --verify "
+            "measures how far to trust it")  # fmt: skip
+
+
 def write_gallery(task):
-    """gallery.safetensors, the embeddings of task.gallery -> what `calibrate` found on dev."""
-    _, embeddings = predict(task, task.train, task.gallery, bn_stats=True)
-    labels, dev = task.train.labels[task.gallery], task.dev
+    """gallery.safetensors, the embeddings of task.known -> what `calibrate` found on dev."""
+    predict(task, task.train, task.gallery, bn_stats=True)
+
+    def faces(images, rows):
+        pooled = classifier.pooled_of(task.net, images.split, rows, task.S, task.autocast, "gallery", mirrored=True)
+        return classifier.predict(task.net, pooled)
+
+    embeddings, labels, dev = faces(task.train, task.known)[1], task.train.labels[task.known], task.dev
     strangers = (dev.labels < 0).nonzero()[:, 0]  # left out by --hold-out: what "unknown" looks like
-    unknown = predict(task, dev, strangers)[1] if len(strangers) else None
-    calibration = classifier.calibrate(embeddings, labels, *predict(task, dev, dev.rows), dev.labels[dev.rows], unknown)
-    keys = [task.train.split["header"]["keys"][i] for i in task.gallery.tolist()]
-    classifier.save_gallery(task.out / "gallery.safetensors", embeddings, labels, task.classes, keys, calibration)
+    unknown = faces(dev, strangers)[1] if len(strangers) else None
+    calibration = classifier.calibrate(embeddings, labels, *faces(dev, dev.rows), dev.labels[dev.rows], unknown)
+    keys = [task.train.split["header"]["keys"][i] for i in task.known.tolist()]
+    path = task.out / "gallery.safetensors"
+    classifier.save_gallery(path, embeddings, labels, task.classes, keys, len(task.classes), calibration)
     return calibration
 
 
@@ -408,12 +454,14 @@ def main():
     words = [path.name if path.is_dir() else path.stem, args.method, args.head.removeprefix("linear")]
     words += [f"r{args.r}" if args.method == "lora" and args.r != 8 else "", "scratch" if args.from_scratch else ""]
     base = Path(args.out or "runs/" + "-".join(filter(None, words)))
+    refuse_file(base)
     bare = args.seed if args.seed == 0 or args.out and args.seeds == 1 else None  # the seed whose folder has no -sN
     rows = [finetune(args, seed, base if seed == bare else base.with_name(f"{base.name}-s{seed}"), device, autocast)
             for seed in range(args.seed, args.seed + args.seeds)]  # fmt: skip
     distributed.leave()
     if args.seeds > 1:
-        summary, path = errors.over_seeds(rows), base.with_name(base.name + "-seeds.json")
+        name = f"{base.name}-seeds{args.seed}-{args.seed + args.seeds - 1}{suffix(args)}.json"
+        summary, path = errors.over_seeds(rows), base.with_name(name)
         save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
         words = (f"{k} {summary[k]['mean']:.2f} +- {summary[k]['deviation']:.2f}" for k in ("top1", "top5", "macro_f1"))
         print(f"{args.seeds} seeds: {', '.join(words)}; wrote {path}")

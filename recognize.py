@@ -2,19 +2,27 @@
 
     python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a list on stdin
     python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is trained
+    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an enrolment back
     python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
 
 Reads:  runs/NAME/ head.safetensors, gallery.safetensors and what finetune_lora.py wrote beside them
-Writes: gallery.safetensors (--enrol); recognize.json, roc.png (--verify); names go to standard output, a line a picture
+Writes: gallery.safetensors (--enrol, --forget); recognize.json, roc.png (--verify; of other data, or of another split
+        than val, in runs/NAME/DATA-SPLIT/); names go to standard output, a line a picture
 
-The trained head names the characters that it learned. An enrolled one has no place in the head: it wins where its
-centroid in the gallery is nearer (by cosine) than that of every trained character. Below the threshold that
-finetune_lora.py calibrated a face is unknown.
+The trained head names the characters that it learned. An enrolled one has no place in the head: it wins where the mean
+of its faces is nearer than that of every learned one. Below a threshold that finetune_lora.py calibrated a face is
+unknown (common/classifier.py, `decide`). A picture and its mirror image are looked at, and their mean is used.
 """
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
 
 import itertools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,15 +32,26 @@ import torch.nn.functional as F
 
 import data
 from common import metrics
-from common.classifier import load_classifier, load_gallery, pooled_of, predict, save_gallery
-from common.command import Parser, at_least, between, cli, command
-from common.features import groups_of
-from common.io import UserError, save_json
+from common.classifier import (
+    CALIBRATED,
+    REMEDY,
+    compared,
+    decide,
+    load_classifier,
+    load_gallery,
+    pooled_of,
+    predict,
+    save_gallery,  # fmt: skip
+)
+from common.command import Parser, at_least, between, cli, command, refuse_overwrite, refuse_unused
+from common.features import groups_of, results_folder
+from common.io import UserError, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
 from ingest.decode import decode
 
 FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
+SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
 FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, that are reported
 
 
@@ -42,16 +61,44 @@ def parse_args():
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar, or - for a list of files")
     add = parser.add_argument
     add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown (default: calibrated)")
-    add("--json", action="store_true", help="print a JSON object a picture")
+    add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
     add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces that are named beside each answer")
     add("--crop", choices=pack.CROPS, help="the square that is used, as in data.py (default: as it was trained)")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
+    add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
+    add("--list", action="store_true", help="say who is known, and by how many pictures")
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add("--eval-on", default="val", choices=["val", "dev", "test", "train"], help="split of --verify")
+    add("--force", action="store_true", help="replace results of another --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_intermixed_args()  # pictures may stand before and after flags
+
+
+def check(args):
+    """-> the task: "name", or one of its flags. What does not go together, or is not used, is refused."""
+    tasks = [name for name in ("verify", "enrol", "forget", "list") if getattr(args, name) not in (None, False)]
+    if len(tasks) > 1:
+        raise UserError(f"--{tasks[0]} and --{tasks[1]} are two tasks; give one of them")
+    task = (tasks or ["name"])[0]
+    if task in ("name", "enrol") and not args.images:
+        raise UserError("give pictures: files, folders, archives, or - for a list on standard input")
+    if task not in ("name", "enrol") and args.images:
+        more = "; it measures on a packed set: --data datasets/NAME" if task == "verify" else ""
+        raise UserError(f"--{task} takes no pictures, such as {args.images[0]}{more}")
+    for who in ("enrol", "forget"):
+        if getattr(args, who) is not None and not getattr(args, who).strip():
+            raise UserError(f"--{who} needs a name")
+    refuse_unused(args, (
+        ("data eval-on force", task == "verify", "is for --verify"),
+        ("threshold", task in ("name", "verify"), f"is for naming and --verify, not for --{task}"),
+        ("json", task not in ("enrol", "forget"), f"is for naming, --verify and --list, not for --{task}"),
+        ("nearest", task == "name", f"is for naming pictures, not for --{task}"),
+        ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
+        ("device dtype", task not in ("forget", "list"), f"is for what computes, not for --{task}"),
+    ))  # fmt: skip
+    return task
 
 
 def is_picture(path):
@@ -88,43 +135,42 @@ def predictions(args, net, header, autocast, problems):
     items = pictures(args, header, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
-        pooled = pooled_of(net, {"images": np.stack(images)}, torch.arange(len(keys)), header["image_size"], autocast)
+        split, size = {"images": np.stack(images)}, header["image_size"]
+        pooled = pooled_of(net, split, torch.arange(len(keys)), size, autocast, mirrored=True)
         yield list(keys), *predict(net, pooled)
 
 
-def answers(keys, logits, embeddings, gallery, threshold, nearest):
+def answers(keys, logits, embeddings, gallery, nearest):
     """-> a dict for each picture: who it is, how sure that is, and the gallery faces nearest to it."""
-    unit, trained = F.normalize(embeddings), logits.shape[1]
-    to_class, to_face = unit @ gallery["centroids"].T, unit @ gallery["unit"].T  # (B, classes), (B, faces)
-    confidence = (logits / gallery["temperature"]).softmax(1)
-    by_cosine = (to_class / gallery["cosine_temperature"]).softmax(1)
-    rows = []
-    for i, key in enumerate(keys):
-        cosine, best = (x.item() for x in to_class[i].max(0))
-        who, sure = (best, by_cosine) if best >= trained else (int(logits[i].argmax()), confidence)
-        name, known = gallery["names"][who], cosine >= threshold
+    to_face, rows = compared(embeddings, gallery) @ gallery["unit"].T, []  # (B, faces)
+    for i, (who, similarity, margin, sure) in enumerate(zip(*decide(logits, embeddings, gallery), strict=True)):
+        name, known = gallery["names"][who], bool(margin >= 0)
         faces = [{"name": gallery["names"][gallery["labels"][j]], "picture": gallery["keys"][j],
-                  "cosine": round(to_face[i, j].item(), 4)}
+                  "similarity": round(to_face[i, j].item(), 4)}
                  for j in to_face[i].topk(min(nearest, to_face.shape[1]))[1]]  # fmt: skip
-        rows.append({"picture": key, "name": name if known else None, "known": known,
-                     "confidence": round(sure[i, who].item(), 4), "cosine": round(cosine, 4), "best_guess": name,
-                     "nearest": faces})  # fmt: skip
+        rows.append({"picture": keys[i], "name": name if known else None, "known": known,
+                     "confidence": None if sure.isnan() else round(sure.item(), 4),
+                     "similarity": round(similarity.item(), 4), "threshold": round((similarity - margin).item(), 4),
+                     "best_guess": name, "nearest": faces})  # fmt: skip
     return rows
 
 
-def in_words(row, threshold):
-    faces = ", ".join(f"{f['picture']} {f['cosine']:.2f}" for f in row["nearest"])
-    who = (f"{row['name']}, confidence {row['confidence']:.0%}, cosine {row['cosine']:.2f}" if row["known"] else
-           f"unknown (most like {row['best_guess']}, cosine {row['cosine']:.2f} under {threshold:.2f})")  # fmt: skip
+def in_words(row):
+    faces = ", ".join(f"{f['picture']} {f['similarity']:.2f}" for f in row["nearest"])
+    sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
+    like = f"similarity {row['similarity']:.2f}"
+    who = (f"{row['name']}, {sure}, {like}" if row["known"] else
+           f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})")  # fmt: skip
     return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "")
 
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
-    problems, count = [], 0
+    problems, count, unknown = [], 0, 0
     for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
-        for row in answers(keys, logits, embeddings, gallery, args.threshold, args.nearest):
-            print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row, args.threshold), flush=True)
+        for row in answers(keys, logits, embeddings, gallery, args.nearest):
+            print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
+            unknown += not row["known"]
         count += len(keys)
     if not count:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
@@ -133,27 +179,79 @@ def recognise(args, net, header, gallery, autocast):
         print(f"skipped: {problem}", file=sys.stderr)
         if args.json:
             print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))
+    if unknown and not args.json:
+        print(f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
+              file=sys.stderr)  # fmt: skip
+
+
+# ---- the gallery: who is known -------------------------------------------------------------------------------------
+
+
+def apart(embeddings, known):
+    """Which rows of embeddings (n, D) show a picture that is neither among known (m, D) nor in an earlier row: (n,)."""
+    unit, known = F.normalize(embeddings), F.normalize(known)
+    again = (unit @ known.T > SAME).any(1) if len(known) else torch.zeros(len(unit), dtype=torch.bool)
+    return ~(again | (torch.tril(unit @ unit.T, -1) > SAME).any(1))
 
 
 def enrol(args, net, header, gallery, autocast):
-    """Add the embeddings of these pictures to the gallery, under one name."""
-    who, names, problems = args.enrol.strip(), gallery["names"], []
+    """Add the embeddings of these pictures to the gallery, under one name; the same picture counts once."""
+    who, names, problems = sources.nfc(args.enrol.strip()), gallery["names"], []
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     found = list(predictions(args, net, header, autocast, problems))
-    new = [key for keys, _, _ in found for key in keys]
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    if len(new) < FEW and who not in names:
-        raise UserError(f"{len(new)} pictures are too few to know {who} by; give {FEW} to 5 different ones")
+    keys, embeddings = [key for some, *_ in found for key in some], torch.cat([x for *_, x in found])
+    own = gallery["labels"] == (names.index(who) if who in names else -1)
+    new = apart(embeddings, gallery["embeddings"][own])
+    if twice := int((~new).sum()):
+        print(f"{twice} of {len(new)} pictures are there already, and count once")
+    if int(new.sum() + own.sum()) < FEW:
+        raise UserError(f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5")
     names = names if who in names else [*names, who]
-    embeddings = torch.cat([gallery["embeddings"], *(x for _, _, x in found)])
-    labels = torch.cat([gallery["labels"], torch.full((len(new),), names.index(who))])
-    calibrated = ("threshold", "false_accept", "false_reject", "by", "temperature", "cosine_temperature")
-    about = {k: gallery[k] for k in calibrated}
-    save_gallery(Path(args.run) / "gallery.safetensors", embeddings, labels, names, gallery["keys"] + new, about)
+    labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
+    keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
+    replace_gallery(args.run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery)
     count = int((labels == names.index(who)).sum())
-    print(f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters")
+    print(f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters\n"
+          f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}")  # fmt: skip
+
+
+def forget(args, header, gallery):
+    """Take an enrolled character and its pictures out of the gallery."""
+    who, names = sources.nfc(args.forget.strip()), gallery["names"]
+    if who in header["classes"]:
+        raise UserError(f"{who} was learned in training; only enrolled characters can be forgotten")
+    if who not in names:
+        raise UserError(f"{who} is not enrolled; --list says who is")
+    k = names.index(who)
+    stay = gallery["labels"] != k
+    labels = gallery["labels"][stay]
+    keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
+    replace_gallery(args.run, gallery["embeddings"][stay], labels - (labels > k).long(), names[:k] + names[k + 1 :],
+                    keys, gallery)  # fmt: skip
+    print(f"{who} is forgotten, with {int((~stay).sum())} pictures; the gallery knows {len(names) - 1} characters")
+
+
+def replace_gallery(run, embeddings, labels, names, keys, old):
+    """Write the gallery of a run again; what was calibrated stays."""
+    about = {k: old[k] for k in CALIBRATED}
+    save_gallery(Path(run) / "gallery.safetensors", embeddings, labels, names, keys, old["learned"], about)
+
+
+def list_known(args, header, gallery):
+    """Print who is known, a line each."""
+    counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
+    rows = [{"name": name, "pictures": n, "learned": name in header["classes"]}
+            for name, n in zip(gallery["names"], counts, strict=True)]  # fmt: skip
+    if args.json:
+        return print(json.dumps(rows, ensure_ascii=False))
+    for row in rows:
+        print(f"{row['name']}: {'learned in training' if row['learned'] else 'enrolled'}, {row['pictures']} pictures")
+
+
+# ---- measured: the same character or not, and strangers ------------------------------------------------------------
 
 
 def percent(shares):
@@ -173,61 +271,112 @@ def verification(same, other):
     return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
-def open_set(known, right, strangers, threshold):
-    """Cosine to the nearest character: of known faces (and whether they are named rightly), and of strangers."""
+def open_set(known, right, enrolled, strangers):
+    """Margins over the threshold of known faces (n,) and strangers (m,): who is unknown? -> figures in percent.
+
+    right (n,): is the name theirs, were they not rejected? enrolled (n,): is it a character that was never trained on?
+    """
     from sklearn.metrics import roc_auc_score
 
-    counts = {"known": len(known), "strangers": len(strangers), "threshold": threshold}
-    shares = {"false_accept_at_threshold": (strangers >= threshold).float().mean().item(),
-              "known_rejected_at_threshold": (known < threshold).float().mean().item()}  # fmt: skip
-    shares |= {f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r) for r in FALSE_RATES}
-    auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
-    return percent({"auroc_unknown": auroc}) | counts | percent(shares)
+    counts = {"known": len(known), "strangers": len(strangers), "enrolled": int(enrolled.sum())}
+    mean, named = lambda x: x.double().mean().item(), right & (known >= 0)  # noqa: E731
+    shares = {"known_rejected": mean(known < 0), "known_named_rightly": mean(named)}
+    if enrolled.any() and not enrolled.all():
+        shares |= {"enrolled_named_rightly": mean(named[enrolled]), "learned_named_rightly": mean(named[~enrolled])}
+    if len(strangers):
+        shares |= {f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r) for r in FALSE_RATES}
+        auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
+        shares |= {"auroc_unknown": auroc, "strangers_unknown": mean(strangers < 0)}
+    return percent(shares) | counts
+
+
+def table(row):
+    """-> lines: what --verify found."""
+    v, o, at = row.get("verification"), row.get("open_set"), [f"{100 * r:g}" for r in FALSE_RATES]
+    lines = [f"{row['data']}, {row['split']}"]
+    if v:
+        accepts = " / ".join(f"{v[f'tpr_at_fpr_{r}']:.1f}" for r in at)
+        lines += ["the same character or not", f"  ROC-AUC {v['roc_auc']:.1f} %, equal error rate {v['eer']:.1f} %, "
+                  f"average precision {v['average_precision']:.1f} %",
+                  f"  right pairs accepted {accepts} % where {' / '.join(at)} % of the wrong ones are "
+                  f"({v['positive_pairs']:,} and {v['negative_pairs']:,} pairs)"]  # fmt: skip
+    if o:
+        shares = f"{o['known_named_rightly']:.1f} % named rightly, {o['known_rejected']:.1f} % called unknown"
+        lines += [f"{o['known']:,} pictures of known characters", f"  {shares}"]
+    if o and "enrolled_named_rightly" in o:
+        lines.append(f"  named rightly: {o['enrolled_named_rightly']:.1f} % of the {o['enrolled']:,} of enrolled ones, "
+                     f"{o['learned_named_rightly']:.1f} % of the others")  # fmt: skip
+    if not o or not o["strangers"]:
+        return lines + ["no strangers in this set: --data OTHER with other characters measures them; finetune_lora.py "
+                        "--hold-out 4 leaves four out of training"]  # fmt: skip
+    named = " / ".join(f"{o[f'dir_at_far_{r}']:.1f}" for r in at)
+    return lines + [
+        f"{o['strangers']:,} pictures of strangers", f"  {o['strangers_unknown']:.1f} % called unknown",
+        f"  {named} % of the known named rightly where {' / '.join(at)} % of the strangers get a name; known against "
+        f"strangers: ROC-AUC {o['auroc_unknown']:.1f} %"]  # fmt: skip
+
+
+def faces_of(args, net, header, gallery, folder, name, autocast):
+    """Pictures of a packed split -> split, rows, embeddings, which known character each shows (-1: a stranger), who it
+    is taken for, and the margin of that."""
+    split = data.open_split(folder, name)
+    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
+    pooled = pooled_of(net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True)
+    logits, embeddings = predict(net, pooled)
+    ids = {who: i for i, who in enumerate(gallery["names"])}
+    own = torch.tensor([*(ids.get(who, -1) for who in split["header"]["classes"]), -1])  # the last: without a label
+    who, _, margin, _ = decide(logits, embeddings, gallery)
+    return split, rows, embeddings, own[split["labels"][rows]], who, margin
 
 
 def verify(args, net, header, gallery, autocast):
-    """recognize.json and roc.png: do two faces show one character, and who is unknown? By the same embeddings."""
+    """recognize.json and roc.png: do two faces show one character, and who is unknown? By the same embeddings.
+
+    Where --data shows strangers alone, the known faces are those of the data that it was trained on.
+    """
     from common import plots  # matplotlib takes half a second to load
 
-    folder = data.open_or_pack(args.data or header["data"])
-    split = data.open_split(folder, args.eval_on)
-    if not data.has_labels(split):
-        raise UserError(f"{folder} has no labels on all pictures of {args.eval_on}: nothing to verify by")
-    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    logits, embeddings = predict(net, pooled_of(net, split, rows, header["image_size"], autocast, "faces"))
-    pairs = metrics.pair_cosines(embeddings, split["labels"][rows], groups_of(split)[rows])
-    row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "verification": verification(*pairs)}
-    ids = {name: i for i, name in enumerate(header["classes"])}
-    own = torch.tensor([ids.get(name, -1) for name in split["header"]["classes"]])[split["labels"][rows]]
-    cosine, known = (F.normalize(embeddings) @ gallery["centroids"].T).amax(1), own >= 0
-    strangers = (cosine[known], cosine[~known]) if known.any() and (~known).any() else None
-    if strangers:
-        right = logits[known].argmax(1) == own[known]
-        row["open_set"] = open_set(cosine[known], right, cosine[~known], args.threshold)
+    folder = Path(data.open_or_pack(args.data or header["data"]))
+    home = results_folder(args.run, folder, args.eval_on, header["data"])
+    refuse_overwrite([home / "recognize.json"], args.force, "other --data or --eval-on go elsewhere")
+    split, rows, embeddings, own, who, margin = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
+    row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "threshold": gallery["threshold"]}
+    unit, labels = compared(embeddings, gallery), split["labels"][rows]
+    pairs, strangers = metrics.pair_cosines(unit, labels, groups_of(split)[rows]), margin[own < 0]
+    if min(map(len, pairs)) and data.has_labels(split):
+        row["verification"] = verification(*pairs)
+    if not (own >= 0).any() and Path(header["data"]).exists():
+        *_, own, who, margin = faces_of(args, net, header, gallery, header["data"], "val", autocast)
+        row["known_of"] = header["data"]
+    known = own >= 0
+    if known.any():
+        row["open_set"] = open_set(margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers)
+    if not {"verification", "open_set"} & row.keys():
+        raise UserError(f"{folder} has neither two labelled characters in {args.eval_on}, nor strangers to measure")
     row |= {"command": command(), "machine": machine(net.encoder.cls_token.device), "commit": commit()}
-    plots.plot_verification(Path(args.run) / "roc.png", pairs, strangers, f"{Path(args.run).name} on {folder.name}")
-    save_json(row, Path(args.run) / "recognize.json")
-    print(json.dumps({k: row[k] for k in ("verification", "open_set") if k in row}, indent=1))
-    if not strangers:
-        print("no strangers in this set: finetune_lora.py --hold-out 4 leaves four characters out of training")
-    print(f"wrote {args.run}/recognize.json, roc.png")
+    title, shown = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
+    plots.plot_verification(home / "roc.png", pairs if "verification" in row else None,
+                            shown if min(map(len, shown)) else None, title)  # fmt: skip
+    save_json(row, home / "recognize.json")
+    print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
+    print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
 
 def main():
     args = parse_args()
-    if args.verify and (args.images or args.enrol):
-        raise UserError("--verify takes no pictures but a packed set: --data datasets/NAME")
-    if not args.verify and not args.images:
-        raise UserError("give pictures to name: files, folders, archives, or - for a list on standard input")
-    if args.enrol is not None and not args.enrol.strip():
-        raise UserError("--enrol needs a name")
+    task = check(args)
+    gallery = load_gallery(args.run)
+    if task in ("forget", "list"):
+        header = read_header(Path(args.run) / "head.safetensors", REMEDY)[1]
+        return (forget if task == "forget" else list_known)(args, header, gallery)
+    net, header = load_classifier(args.run)
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    net, header = load_classifier(args.run)
-    gallery = load_gallery(args.run)
-    args.threshold = gallery["threshold"] if args.threshold is None else args.threshold
-    task = verify if args.verify else enrol if args.enrol else recognise
-    task(args, net.to(device), header, gallery, autocast_of(device, dtype))
+    if args.threshold is not None:  # of those that were learned; that of the enrolled moves with it
+        gallery["enrolled_threshold"] += args.threshold - gallery["threshold"]
+        gallery["threshold"] = args.threshold
+    work = {"verify": verify, "enrol": enrol, "name": recognise}[task]
+    work(args, net.to(device), header, gallery, autocast_of(device, dtype))
 
 
 if __name__ == "__main__":

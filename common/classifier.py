@@ -135,13 +135,17 @@ def unfreeze(net, trained, epoch, every):
 
 
 @torch.no_grad()
-def pooled_of(net, split, rows, S, autocast, name=""):
-    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU; name: of a progress bar."""
+def pooled_of(net, split, rows, S, autocast, name="", mirrored=False):
+    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU; name: of a progress bar.
+
+    mirrored: the mean of the picture and its mirror image, which costs twice the time and tells strangers better.
+    """
     pooled, device = [], net.encoder.cls_token.device
     views = data.whole_views(split["images"], rows, S, device)
     for _, view in progress(views, name, -(-len(rows) // data.CHUNK), leave=False, disable=not name):
         with autocast():
-            pooled.append(net.pooled(*net.encoder.all_patches(view)).cpu())
+            both = [net.pooled(*net.encoder.all_patches(x)).cpu() for x in (view, view.flip(2))[: 1 + mirrored]]
+        pooled.append(torch.stack(both).mean(0))
     return torch.cat(pooled)
 
 
@@ -175,6 +179,13 @@ def frozen_features(task, dtype):
 
 # ---- the gallery: known faces as embeddings ------------------------------------------------------------------------
 
+NEAREST = 3  # faces of a character that a picture is compared with
+FEW, SHRINK = 20, 0.3  # faces of a character that the whitening is fitted to; of its covariance's mean variance, added
+MOST_REJECTED = 0.09  # of known faces that were held apart: on new ones about a tenth
+OTHERS, SHOTS = 0.05, 5  # share of other faces that may pass for one enrolled character; pictures of an enrolment
+HANDICAP = 0.1  # new faces lie this much further from a mean of few faces than from one of many (results/LOG.md)
+CALIBRATED = ("threshold", "enrolled_threshold", "false_accept", "false_reject", "by", "temperature", "platt")
+
 
 def centroids(embeddings, labels):
     """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean direction of each class."""
@@ -183,35 +194,103 @@ def centroids(embeddings, labels):
     return F.normalize(sums)
 
 
-def calibrate(gallery, gallery_labels, logits, known, labels, strangers=None):
+def whitening(embeddings, labels):
+    """embeddings (n, D) of labels (n,) -> mean (D,), matrix (D, D): (x - mean) @ matrix varies alike in all directions
+    within a class.
+
+    Within-class covariance normalisation (Hatch et al. 2006): matrix matrix^T is the inverse of the covariance of what
+    faces of one character differ in. Such directions say nothing of who it is, and cosines then leave them out.
+    """
+    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    rows = [own[data.evenly_spaced(len(own), FEW)] for own in rows]
+    means = torch.stack([embeddings[own].mean(0) for own in rows]).double()
+    apart = torch.cat([embeddings[own].double() - m for own, m in zip(rows, means, strict=True)])
+    W = apart.T @ apart / max(1, len(apart) - len(rows))
+    W += (SHRINK * W.diagonal().mean() + 1e-9) * torch.eye(len(W), dtype=W.dtype)
+    return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
+
+
+def make_gallery(embeddings, labels, learned):
+    """Faces (n, D), labels (n,) of which the first `learned` are the head's -> what `class_scores` takes."""
+    mean, matrix = whitening(embeddings[labels < learned], labels[labels < learned])
+    gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
+    return gallery | {"unit": compared(embeddings, gallery)}
+
+
+def compared(embeddings, gallery):
+    """embeddings (n, D) -> unit vectors (n, D), whitened as the gallery is: their products are similarities."""
+    return F.normalize((embeddings.float() - gallery["mean"]) @ gallery["matrix"])
+
+
+def class_scores(unit, gallery):
+    """Similarity to each learned character: unit (n, D) -> (n, learned), the mean cosine with its three nearest faces.
+
+    -1 where the gallery has no face of it.
+    """
+    scores = []
+    for c in range(gallery["learned"]):
+        own = gallery["unit"][gallery["labels"] == c]
+        k = min(NEAREST, len(own))
+        scores.append((unit @ own.T).topk(k, 1).values.mean(1) if k else unit.new_full((len(unit),), -1.0))
+    return torch.stack(scores, 1)
+
+
+def calibrate(embeddings, labels, logits, known, known_labels, strangers=None):
     """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
 
-    logits (n, C), known (n, D), labels (n,) and strangers (m, D): pictures that were held apart for choices.
-    threshold: the cosine to the nearest class that as large a share of strangers reaches as of known faces fails to.
-    Without strangers each known face plays one, its own class left out of the gallery. The network has learned that it
-    is none of the others: a real stranger passes more often than that share.
-    temperature: of the head's logits, cosine_temperature: of the cosines (Guo et al. 2017, arXiv:1706.04599).
+    embeddings (n, D), labels (n,): the gallery. logits (m, C), known (m, D), known_labels (m,) and strangers (k, D):
+    pictures that were held apart for choices. Without strangers each known face plays one.
+    threshold: the similarity that as large a share of strangers reaches as of known faces fails to; but at most
+    MOST_REJECTED of these fail. enrolled_threshold: for a character of SHOTS pictures.
+    temperature: of the head's logits (Guo et al. 2017, arXiv:1706.04599); platt: a, b of the probability
+    sigmoid(a * (similarity - threshold) + b) that a face is known where half of all are strangers (Platt 1999).
     """
-    centres = centroids(gallery, gallery_labels)
-    cosine = F.normalize(known) @ centres.T
+    C = int(labels.max()) + 1
+    gallery = make_gallery(embeddings, labels, C)
+    score = class_scores(compared(known, gallery), gallery).amax(1)
     if strangers is None:
-        impostor = cosine.scatter(1, labels[:, None], -1.0)
-        by = "known faces held apart for choices, their own class taken out"
+        other = as_strangers(embeddings, labels, known, known_labels)
+        by = "known faces held apart for choices, their characters left out of the gallery in turn"
     else:
-        impostor, by = F.normalize(strangers) @ centres.T, "characters left out of training, held apart for choices"
-    threshold, rejected, accepted = balance(cosine.amax(1), impostor.amax(1))
-    return {"threshold": threshold, "false_accept": accepted, "false_reject": rejected, "by": by,
-            "temperature": fit_temperature(logits, labels),
-            "cosine_temperature": fit_temperature(cosine, labels)}  # fmt: skip
+        other = class_scores(compared(strangers, gallery), gallery).amax(1)
+        by = "characters left out of training, held apart for choices"
+    threshold = min(balance(score, other), score.sort().values[int(MOST_REJECTED * len(score))].item())
+    accepted, rejected = (other >= threshold).float().mean().item(), (score < threshold).float().mean().item()
+    return {"threshold": threshold, "enrolled_threshold": enrolled_threshold(gallery, known, known_labels), "by": by,
+            "false_accept": accepted, "false_reject": rejected, "temperature": fit_temperature(logits, known_labels),
+            "platt": fit_platt(score - threshold, other - threshold)}  # fmt: skip
+
+
+def as_strangers(embeddings, labels, known, known_labels, folds=5):
+    """Known faces as strangers -> their best similarities (m,): cross-validation over the characters.
+
+    A fifth of the characters at a time is left out of gallery and whitening, and their faces are asked for.
+    """
+    found, folds = torch.empty(len(known)), min(folds, int(labels.max()) + 1)
+    for fold in range(folds):
+        stay, asked = labels % folds != fold, known_labels % folds == fold
+        gallery = make_gallery(embeddings[stay], labels[stay], int(labels.max()) + 1)
+        found[asked] = class_scores(compared(known[asked], gallery), gallery).amax(1)
+    return found
+
+
+def enrolled_threshold(gallery, known, known_labels):
+    """The similarity to the mean of SHOTS faces of a character that OTHERS of the faces of all others reach."""
+    unit, others = compared(known, gallery), []
+    for c in gallery["labels"].unique().tolist():
+        own = gallery["unit"][gallery["labels"] == c]
+        mean = F.normalize(own[data.evenly_spaced(len(own), SHOTS)].sum(0), dim=0)
+        others.append((unit @ mean)[known_labels != c])
+    others = torch.cat(others).sort(descending=True).values
+    return others[int(OTHERS * len(others))].item()
 
 
 def balance(known, strangers):
-    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,), and both shares."""
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of strangers (m,)."""
     thresholds = torch.cat([known, strangers]).sort().values
     rejected = torch.searchsorted(known.sort().values, thresholds) / len(known)
     accepted = 1 - torch.searchsorted(strangers.sort().values, thresholds) / len(strangers)
-    best = (rejected - accepted).abs().argmin()
-    return tuple(x[best].item() for x in (thresholds, rejected, accepted))
+    return thresholds[(rejected - accepted).abs().argmin()].item()
 
 
 def fit_temperature(logits, labels):
@@ -219,6 +298,37 @@ def fit_temperature(logits, labels):
     grid = torch.logspace(-2.5, 1.5, 161)
     losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
     return grid[losses.argmin()].item()
+
+
+def fit_platt(known, strangers):
+    """Margins of known (n,) and of strangers (m,) -> [a, b] of a logistic regression, both kinds weighing the same."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = torch.cat([known, strangers])[:, None].numpy(), [1] * len(known) + [0] * len(strangers)
+    fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
+    return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
+
+
+def decide(logits, embeddings, gallery):
+    """Who is it? -> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
+
+    The head names those that it learned. An enrolled character has no place in it: it wins where the mean of its faces
+    is nearer than that of every learned one, HANDICAP given.
+    confidence: the probability that the name is right where half of all pictures show strangers; nan of an enrolled
+    one, whose similarity is no probability.
+    """
+    unit, learned = compared(embeddings, gallery), gallery["learned"]
+    similarity, who = class_scores(unit, gallery).amax(1), logits.argmax(1)
+    margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
+    sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
+    to_mean = unit @ centroids(gallery["unit"], gallery["labels"]).T  # (n, characters)
+    if to_mean.shape[1] == learned:
+        return who, similarity, margin, sure
+    near, enrolled = to_mean[:, learned:].max(1)
+    new = near + HANDICAP > to_mean[:, :learned].amax(1)
+    own = near - gallery["enrolled_threshold"]
+    return (torch.where(new, enrolled + learned, who), torch.where(new, near, similarity),
+            torch.where(new, own, margin), sure.masked_fill(new, math.nan))  # fmt: skip
 
 
 # ---- files: head.safetensors (neck and head; finetune_lora.py writes it) and gallery.safetensors -------------------
@@ -243,20 +353,19 @@ def load_classifier(folder):
     return net.eval(), header
 
 
-def save_gallery(path, embeddings, labels, names, keys, about):
-    """names of the classes 0, 1, ...; keys: one a picture; about: what `calibrate` found."""
+def save_gallery(path, embeddings, labels, names, keys, learned, about):
+    """names of the classes 0, 1, ..., the first `learned` the head's; keys: one a picture; about: CALIBRATED."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
-    save_safetensors(tensors, path, {"names": names, "keys": keys, **about})
+    save_safetensors(tensors, path, {"names": names, "keys": keys, "learned": learned, **about})
 
 
 def load_gallery(folder):
-    """-> a dict: embeddings (n, D), labels (n,), the header's entries, and ready to compare: unit (n, D), centroids."""
+    """-> a dict: embeddings (n, D), labels (n,), the header's entries, and what `make_gallery` makes of them."""
     path = Path(folder) / "gallery.safetensors"
     tensors, header = read_safetensors(path, REMEDY)
-    if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "threshold"} <= header.keys():
-        raise UserError(f"{path} is not a gallery; finetune_lora.py makes it anew")
+    if not {"embeddings", "labels"} <= tensors.keys() or not {"names", "keys", "learned", *CALIBRATED} <= header.keys():
+        raise UserError(f"{path} is not a gallery, or an older one; finetune_lora.py makes it anew")
     faces, keys = len(tensors["embeddings"]), len(header["keys"])
     if faces == 0 or faces != keys:
         raise UserError(f"{path} holds {faces} faces of {keys} that it names; finetune_lora.py makes it anew")
-    unit = F.normalize(tensors["embeddings"])
-    return tensors | header | {"unit": unit, "centroids": centroids(unit, tensors["labels"])}
+    return tensors | header | make_gallery(tensors["embeddings"], tensors["labels"], header["learned"])

@@ -90,6 +90,15 @@ def reasons(images, labels, predicted, crops_right, train, train_labels, counts)
     return found | {"other": ~torch.stack(list(found.values())).any(0)}
 
 
+def thumbnail_top1(task, side=8):
+    """The control: Top-1 in percent on task.report of a ridge regression on thumbnails, its penalty chosen on dev."""
+    found = []
+    for images in (task.train, task.dev, task.report):
+        chunks = (data.take(images.split["images"], rows, torch.device("cpu")) for rows in images.rows.split(1024))
+        found.append((torch.cat([metrics.thumbnails(x, side) for x in chunks]), images.labels[images.rows]))
+    return metrics.ridge_top1(*zip(*found, strict=True), len(task.classes))
+
+
 # ---- of a run: task is the namespace of finetune_lora.open_task ----------------------------------------------------
 
 
@@ -115,8 +124,11 @@ def explain(task, logits):
     return {"count": len(wrong)} | {k: round(100 * v.float().mean().item(), 1) for k, v in found.items()}
 
 
-def draw(task, row, logits, title):
-    """curves.png, confusion.png, confused.png of a run with these metrics and the logits (n, C) of task.report."""
+def draw(task, row, logits, title, suffix=""):
+    """curves.png, confusion.png, confused.png of a run with these metrics and the logits (n, C) of task.report.
+
+    suffix: behind the names of the two that show the split that is reported.
+    """
     from common import plots  # matplotlib takes half a second to load
 
     report, train, out = task.report, task.train, task.out
@@ -127,5 +139,5 @@ def draw(task, row, logits, title):
         pairs.append((f"{names[true]}, {n} times", f"recognised as {names[other]}, who looks like this",
                       report.split["images"][wrong], train.split["images"][like]))  # fmt: skip
     plots.training(out / "curves.png", read_log(out / "log.jsonl"), row["best_epoch"], title)
-    plots.confusion(out / "confusion.png", row["confusion"], names, title)
-    plots.confused(out / "confused.png", pairs, f"Most confused: {title}")
+    plots.confusion(out / f"confusion{suffix}.png", row["confusion"], names, title)
+    plots.confused(out / f"confused{suffix}.png", pairs, f"Most confused: {title}")

@@ -126,6 +126,11 @@ def extract_all(extractor, task, views):
 # ---- the model's file, and the file of its features ----------------------------------------------------------------
 
 
+def home_of(run):
+    """Where a run's results go; those of a single file to a folder of its name beside it."""
+    return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
+
+
 def model_file(run):
     return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
 
@@ -141,6 +146,13 @@ def about_model(run):
 def flags_of(run):
     """The flags under which a run was made; {} where its file does not say."""
     return about_model(run).get("run", {})
+
+
+def results_folder(run, folder, split, own=None):
+    """Where results of a run go: RUN where the data are its own and the split is val, else RUN/DATANAME-SPLIT."""
+    own = own or flags_of(run).get("data")
+    here = own and Path(own).resolve() == Path(folder).resolve() and split == "val"
+    return home_of(run) if here else home_of(run) / f"{Path(folder).resolve().name}-{split}"
 
 
 def digest(path):

@@ -273,6 +273,15 @@ def ridge(x, labels, classes, penalty):
     return torch.linalg.solve(gram, x.T @ (Y - Y.mean(0))), Y.mean(0)
 
 
+def ridge_top1(features, labels, classes):
+    """Top-1 in percent of ridge regression; features ((n, D), (m, D), (k, D)) and labels of the rows that are fitted,
+    chosen on (the penalty) and reported."""
+    x, choose, report = standardise(*features)
+    fits = [ridge(x, labels[0], classes, penalty) for penalty in PENALTIES]
+    W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
+    return 100 * topk(report @ W + b, labels[2], 1)
+
+
 def axes_of(x, classes):
     """x (n, D) -> eigenvalues (D), eigenvectors (D, D) of X^T X / (n classes): the axes of the steps of `logistic`."""
     return torch.linalg.eigh(x.T @ x / (len(x) * classes))

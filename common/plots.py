@@ -452,21 +452,22 @@ def reconstruction(path, rows, title):
 
 
 def plot_verification(path, pairs, strangers, title):
-    """ROC and PR curves of (same character, different ones), the cosines of both; of (known, strangers) where given."""
+    """ROC and PR curves of (same character, different ones) and (known, strangers), and their scores; None: without."""
     from sklearn.metrics import precision_recall_curve
 
-    kinds = [("two faces: same character?", BLUE, pairs, ("same", "different"))]
-    kinds += [("one face: is it known?", ORANGE, strangers, ("known", "stranger"))] if strangers else []
+    kinds = [("two faces: same character?", BLUE, pairs, ("same", "different"), "similarity"),
+             ("one face: is it known?", ORANGE, strangers, ("known", "stranger"), "margin")]  # fmt: skip
+    kinds = [kind for kind in kinds if kind[2]]
     n = 2 + len(kinds)
     with panels(path, title, 1, n, (3.5 * n, 3.5)) as axes:
-        for (name, colour, scores, words), axis in zip(kinds, axes[2:], strict=True):
+        for (name, colour, scores, words, what), axis in zip(kinds, axes[2:], strict=True):
             false, true = metrics.roc(*scores)
             axes[0].plot(100 * false, 100 * true, color=colour, label=name)
             precision, recall, _ = precision_recall_curve(*metrics.truth_and_scores(*scores))
             axes[1].plot(100 * recall, 100 * precision, color=colour)
             for own, label, shade in zip(scores, words, (BLUE, ORANGE), strict=True):
                 axis.hist(own.numpy(), np.linspace(-1, 1, 61), density=True, histtype="step", color=shade, label=label)
-            axis.set(title=name.split(":")[0].capitalize(), xlabel="cosine", ylabel="density", xlim=(-1, 1))
+            axis.set(title=name.split(":")[0].capitalize(), xlabel=what, ylabel="density", xlim=(-1, 1))
             axis.legend(fontsize=8)
         axes[0].set(title="ROC", xlabel="false positive rate, %", ylabel="true positive rate, %", xscale="log")
         axes[0].set(xlim=(0.01, 100), ylim=(0, 100))

@@ -148,7 +148,7 @@ def load_state(path):
         ) from None
 
 
-def open_run(out, config, resume):
+def open_run(out, config, resume, force=False, files=()):
     """-> the state to go on from, or None. A folder with another run in it is left alone."""
     if not (Path(out) / "state.pt").exists():
         return None

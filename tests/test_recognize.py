@@ -96,6 +96,7 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
     row = rows_of(capsys, out, pictures / "class1" / "illust3_0.png", "--nearest", 2)[0]
     assert row["name"] == "class1" and row["known"] and 0.5 < row["confidence"] <= 1
     assert len(row["nearest"]) == 2 and row["nearest"][0]["name"] == "class1"
+    assert row["similarity"] > row["threshold"]
     folder = rows_of(capsys, out, pictures)
     assert len(folder) == 120 and np.mean([r["best_guess"] == r["picture"].split("/")[0] for r in folder]) > 0.9
     archive = shutil.make_archive(tmp_path / "faces", "zip", pictures)
@@ -153,10 +154,39 @@ def test_a_new_character_is_known_from_three_pictures_without_training(run, copy
     assert "enrolled with 4 pictures" in recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
     rows = rows_of(capsys, copy, *pictures[4:], "--threshold", -1)
     assert np.mean([r["name"] == "stranger" for r in rows]) >= 0.75 and rows[0]["nearest"][0]["name"] == "stranger"
+    assert rows[0]["confidence"] is None  # a similarity is no probability
     known = rows_of(capsys, copy, run[1] / "class1", "--threshold", -1)
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
     assert "enrolled with 5 pictures" in recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
     assert (copy / "head.safetensors").read_bytes() == weights
+
+
+def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(run, copy, capsys, tmp_path):
+    before = classifier.load_gallery(copy)
+    pictures = sorted((draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0").iterdir())
+    shutil.copy(pictures[0], tmp_path / "again.png")
+    with pytest.raises(UserError, match="2 different pictures are too few"):
+        recognise(capsys, copy, "--enrol", "Zoë", pictures[0], pictures[1], tmp_path / "again.png")
+    told = recognise(capsys, copy, "--enrol", "Zoë", *pictures[:3], tmp_path / "again.png").out
+    assert "1 of 4 pictures are there already" in told and "enrolled with 3 pictures" in told
+    assert "enrolled with 3 pictures" in recognise(capsys, copy, "--enrol", "Zoe\u0308", *pictures[:2]).out
+    assert "Zoë: enrolled, 3 pictures" in call("recognize.py", copy, "--list", cwd=tmp_path, check=0).stdout
+    assert "not enrolled" in refused(call("recognize.py", copy, "--forget", "nobody", cwd=tmp_path))
+    assert "learned in training" in refused(call("recognize.py", copy, "--forget", "class1", cwd=tmp_path))
+    assert "forgotten" in call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0).stdout
+    after = classifier.load_gallery(copy)
+    assert after["names"] == before["names"] and after["keys"] == before["keys"]
+    assert torch.equal(after["unit"], before["unit"])
+
+
+def test_nothing_given_is_ignored(run, copy, tmp_path):
+    picture = run[1] / "class1" / "illust3_0.png"
+    for words in ((picture, "--data", "x"), (picture, "--eval-on", "dev"), (picture, "--force"), ("--verify", picture),
+                  ("--verify", "--nearest", 2), ("--verify", "--crop", "figure"), ("--verify", "--list"),
+                  ("--list", picture), ("--list", "--device", "cpu"), ("--forget", "class1", "--json"),
+                  ("--forget", " "), ("--enrol", "x", picture, "--threshold", 0.5),
+                  ("--enrol", "x", picture, "--json")):  # fmt: skip
+        refused(call("recognize.py", copy, *words, cwd=tmp_path))
 
 
 def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
@@ -174,19 +204,43 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
 
 
 def test_verification_and_strangers(copy, small, capsys, tmp_path):
-    recognise(capsys, copy, "--verify")
+    told = recognise(capsys, copy, "--verify").out
+    assert "ROC-AUC" in told and "no strangers in this set" in told and "{" not in told
     row = json.loads((copy / "recognize.json").read_text())
-    assert {"machine", "commit", "command"} <= set(row) and "open_set" not in row and (copy / "roc.png").exists()
+    assert {"machine", "commit", "command"} <= set(row) and row["open_set"]["strangers"] == 0
+    assert (copy / "roc.png").exists()
     pairs = row["verification"]
     assert pairs["roc_auc"] > 80 and 0 <= pairs["eer"] < 30 and pairs["tpr_at_fpr_10"] >= pairs["tpr_at_fpr_0.1"]
     # a set with a character that it never saw
     pictures = draw_folder(tmp_path / "pictures", 3, 20)
     shutil.copytree(draw_folder(tmp_path / "new", 1, 20, seed=5) / "class0", pictures / "somebody")
     call("data.py", pictures, "--out", tmp_path / "packed", "--size", 32, cwd=tmp_path, check=0)
-    recognise(capsys, copy, "--verify", "--data", tmp_path / "packed", "--eval-on", "train")
-    row = json.loads((copy / "recognize.json").read_text())["open_set"]
+    words = ("--verify", "--data", tmp_path / "packed", "--eval-on", "train")
+    told = recognise(capsys, copy, *words).out
+    row = json.loads((copy / "packed-train" / "recognize.json").read_text())["open_set"]
     assert row["known"] > 30 and row["strangers"] > 5 and 0 <= row["auroc_unknown"] <= 100
     assert row["dir_at_far_10"] >= row["dir_at_far_0.1"]
+    assert f"{row['strangers_unknown']:.1f} % called unknown" in told
+    with pytest.raises(UserError, match="--force"):
+        recognise(capsys, copy, *words, "--threshold", 0.1)  # another result under the same name
+    assert json.loads(recognise(capsys, copy, *words, "--force", "--json").out)["open_set"] == row
+    # once enrolled, the same character is known, and counted apart
+    somebody = sorted((pictures / "somebody").iterdir())[:5]
+    recognise(capsys, copy, "--enrol", "somebody", *somebody)
+    recognise(capsys, copy, *words, "--force")
+    row = json.loads((copy / "packed-train" / "recognize.json").read_text())["open_set"]
+    assert row["strangers"] == 0 and "strangers_unknown" not in row and row["enrolled"] > 5
+    assert row["enrolled_named_rightly"] > 60
+
+
+def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, capsys, tmp_path):
+    pictures = draw_folder(tmp_path / "pictures", 2, 20, seed=7)
+    for c in range(2):
+        (pictures / f"class{c}").rename(pictures / f"other{c}")
+    call("data.py", pictures, "--out", tmp_path / "others", "--size", 32, cwd=tmp_path, check=0)
+    told = recognise(capsys, copy, "--verify", "--data", tmp_path / "others", "--eval-on", "train").out
+    row = json.loads((copy / "others-train" / "recognize.json").read_text())
+    assert row["known_of"].endswith("packed") and row["open_set"]["strangers"] > 20 and "pictures of strangers" in told
 
 
 # ---- bad runs ------------------------------------------------------------------------------------------------------
@@ -209,10 +263,9 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
     assert "finetune_lora.py" in line(tmp_path / "nothing", picture)
     assert "give pictures" in line(copy) and "--threshold" in line(copy, picture, "--threshold", 2)
     about = read_safetensors(copy / "gallery.safetensors")[1]
-    calibrated = {k: v for k, v in about.items() if k not in ("names", "keys")}
-    classifier.save_gallery(
-        copy / "gallery.safetensors", torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], calibrated
-    )
+    calibrated = {k: about[k] for k in classifier.CALIBRATED}
+    nobody = torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], 3
+    classifier.save_gallery(copy / "gallery.safetensors", *nobody, calibrated)
     assert "holds 0 faces" in line(copy, picture)
     spoiled("gallery.safetensors").unlink()
     assert "gallery.safetensors does not exist" in line(copy, picture)
