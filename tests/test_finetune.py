@@ -274,7 +274,8 @@ def test_the_result_stands_beside_its_control_and_has_an_interval(lora, small):
 
 @pytest.mark.parametrize("words", ["--method linear --r 4", "--method linear --alpha 4", "--method full --targets q",
     "--method linear --layer-decay .5", "--method linear --lr .1", "--method linear --cutout .2",
-    "--method full --dropout .1", "--no-augment --cutout .2", "--no-augment --mixup 1", "--head linear --scale 16", "--head ifa --pool cls",
+    "--method full --dropout .1",
+    "--no-augment --cutout .2", "--no-augment --mixup 1", "--head linear --scale 16", "--head ifa --pool cls",
     "--method lora --unfreeze-every 1"])  # fmt: skip
 def test_nothing_given_is_ignored(encoder, small, tmp_path, words):
     with pytest.raises(UserError, match="leave it out"):
