@@ -135,8 +135,8 @@ def check_skipped(out, skipped, n, most):
     """Stop where more than a share `most` of n images can't be read."""
     if len(skipped) > most * n:
         first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
-        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than {100 * most:g} % (--max-broken "
-                        f"SHARE allows more); the first: {first}")  # fmt: skip
+        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than {100 * most:g} % "
+                        f"(--max-broken SHARE allows more); the first: {first}")  # fmt: skip
 
 
 def open_images(path, size, crop, margin, boxes, layout):

@@ -65,7 +65,7 @@ def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
 
 def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
     for split, each in (("train", 20), ("test", 4)):
-        draw_folder(tmp_path / "images" / split, classes=2, each=each)
+        draw_folder(tmp_path / "images" / split, classes=2, each=each, seed=each)
     pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
     got = {s: keys_of(tmp_path / "out", s) for s in ("train", "dev", "val", "test")}
     assert all(k.startswith("train/") for s in ("train", "dev", "val") for k in got[s])
@@ -392,6 +392,7 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})
     monkeypatch.setattr(pack, "near_duplicates", lambda *_: ([], []))
     monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
+    monkeypatch.setattr(pack, "to_learn", lambda out: "")
     monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed")])
     pack.main()
     data.open_or_pack(tmp_path / "toon")
