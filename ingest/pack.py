@@ -348,13 +348,14 @@ def show(args):
     """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
     path = Path(args.path) / "sheet.png" if is_packed(args.path) else Path(f"{default_out(args.path)}_crops.png")
     refuse_file(path.parent)
-    refuse_overwrite([path], args.force, "moved away it is kept")
+    refuse_overwrite([path], args.force, "or move it away")
     from common import plots  # heavy: only when a picture is asked for
     from data import open_split
 
     if is_packed(args.path):
         names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
-        plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+        with working("drawing the sheet"):
+            plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
         return f"{path} written; next: {to_learn(args.path)}"
     records, fetch, _ = sources.find(args.path, args.boxes, "-")
     both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
@@ -400,7 +401,8 @@ def parse_args():
     add("--dev", type=between(0, 0.99), default=0.0, help="share of train held apart for choices, such as .1")
     add("--group-by", type=regex, metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
     add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
-        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")  # fmt: skip
+        help="near-duplicates stay in one split, and leave the val and test that the source gives (group);\n"
+             "one of them stays (drop, the bare flag); or off")  # fmt: skip
     add("--keep-copies", action="store_true", help="copies that cross the splits of the source stay, as published")
     add("--max-broken", type=between(0, 1), default=TOO_BROKEN, metavar="SHARE",
         help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})")  # fmt: skip
@@ -435,6 +437,8 @@ def main():
     args = parse_args()
     if args.show and args.path in ("toon", "-"):
         raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed")
+    if args.out == "":
+        raise UserError("--out is empty; give a folder")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
     if args.show:

@@ -43,8 +43,9 @@ def find(path, boxes_file=None, layout=None):
 
     layout: a pattern as layouts.py has them, for sources that only folders tell of; "-": all pictures, no labels.
     """
-    if str(path) != "-" and not Path(path).exists():
-        raise UserError(f"{path} does not exist; give a folder, an archive or a list of images, or the word toon")
+    if str(path) != "-" and (not str(path) or not Path(path).exists()):
+        raise UserError(f"{path or 'an empty PATH'} does not exist; give a folder, an archive or a list of images, or "
+                        "the word toon")  # fmt: skip
     with working(f"reading the names in {path}"):
         reader = from_list if str(path) == "-" else reader_of(Path(path))
         more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
