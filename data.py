@@ -2,6 +2,7 @@
 
     python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images, or the word toon
     python data.py --show datasets/NAME         a sheet of what was packed; of images not yet packed, of the two crops
+    python data.py PATH --layout split/-/class  what the folders above a picture say, where that can be read in two ways
 
 Reads:  images, in any layout that ingest/sources.py knows
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it), as ingest/pack.py says
@@ -14,7 +15,9 @@ A view is a crop, flipped or not and resized, made by two matrix products; maps 
 if __name__ == "__main__":  # packing needs no torch: it has a module of its own, and starts in a third of the time
     import sys
 
-    from common.command import cli
+    from common.command import cli, starting
+
+    starting()
     from ingest.pack import main
 
     sys.exit(cli(main))
@@ -23,6 +26,7 @@ if __name__ == "__main__":  # packing needs no torch: it has a module of its own
 import hashlib
 import json
 import math
+import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +62,7 @@ def open_split(folder, name):
     split = open_tensors(path) if there else {"header": {}}
     if "images" not in split or "classes" not in split["header"]:
         wrong = "holds no images" if there else "does not exist"
-        raise UserError(f"{path} {wrong}; python data.py IMAGES --out {folder} makes it")
+        raise UserError(f"{path} {wrong}; python data.py IMAGES --out {shlex.quote(str(folder))} makes it")
     return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
 
 
@@ -109,7 +113,8 @@ def open_map(path, name, split):
     """
     path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
     folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
-    fix = f"python maps.py --data {folder} --map {name}" + ("" if own == "train" else f" --split {own}")
+    fix = f"python maps.py --data {shlex.quote(str(folder))} --map {name}"
+    fix += "" if own == "train" else f" --split {own}"
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")
     tensors, n = open_tensors(path), len(split["images"])
@@ -256,5 +261,5 @@ def open_or_pack(path, image_size=128):
         pack(path, out, max(128, image_size))
     elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
         raise UserError(f"{out} was packed from another place; "
-                        f"python data.py {path} --out datasets/OTHER, then --data that")  # fmt: skip
+                        f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that")  # fmt: skip
     return out

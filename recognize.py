@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import itertools
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -48,7 +47,7 @@ from common.features import groups_of, results_folder
 from common.io import UserError, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
-from ingest.decode import decode
+from ingest.decode import decode, reason
 
 FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
@@ -119,11 +118,10 @@ def pictures(args, header, problems):
             if path != "-" and is_picture(Path(path)):
                 records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
             else:
-                records, fetch, _ = sources.find(path)
+                records, fetch, _ = sources.find(path, layout="-")
             for record, row in pack.decode_records(records, fetch, work):
                 if isinstance(row, Exception):
-                    reason = re.sub(r" <.*?>", "", " ".join(str(row).split()))[:100] or type(row).__name__
-                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason}"))
+                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(row)}"))
                 else:
                     yield record.key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there

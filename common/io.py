@@ -24,7 +24,7 @@ def remove_leftovers(path):
         try:
             os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 asks only whether the process is there
         except (ProcessLookupError, ValueError):
-            old.unlink(missing_ok=True)
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         except OSError:  # it is somebody else's
             continue
 

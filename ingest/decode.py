@@ -7,6 +7,7 @@ What can't be read raises. Pictures of more than 89 megapixels are refused.
 import contextlib
 import io
 import math
+import re
 import warnings
 
 import numpy as np
@@ -103,10 +104,15 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     return {"images": np.asarray(img)} | ({"fg": np.asarray(alpha)} if fg else {})
 
 
-def any_alpha(records, fetch):
-    """Do the images carry a mask of the foreground? Looks at up to 64 of them, evenly spread."""
+def reason(problem):
+    """Why a picture can't be read, in words: an address in memory is no reason, and is another one each time."""
+    return " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())[:100] or type(problem).__name__
+
+
+def count_alpha(records, fetch):
+    """-> how many of up to 64 images, evenly spread, hide something by their alpha, and how many were looked at."""
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception), Image.open(io.BytesIO(load())) as img:  # a broken one is named later
             found += has_alpha(img) and not opaque(img.convert("RGBA"))
-    return found * 2 > len(some)
+    return found, len(some)

@@ -6,57 +6,98 @@ Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for 
         parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
         The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
-Packing streams: memory does not grow with the pictures, but for about 5 KB each while copies are looked for
-(--dedupe off for dumps of millions). data.py reads these files.
+Packing streams: memory does not grow with the pictures, but for about 6 KB each while copies are looked for
+(--dedupe off for dumps of millions). The files are written aside and take their places together: a packing that fails
+or is killed leaves what stood there before. data.py reads them.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
-import tempfile
+import shlex
+import shutil
+import sys
+from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from common.command import Parser, at_least, between, progress
-from common.io import UserError, write_rows
-from ingest import duplicates, sources, toon
-from ingest.decode import any_alpha, decode
-from ingest.splits import assign_splits, crossing, drop_copies, join_groups, large_enough
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    seed,
+    working,
+)
+from common.io import UserError, read_header, remove_leftovers, write_rows
+from ingest import duplicates, layouts, sources, toon
+from ingest.decode import count_alpha, decode, reason
+from ingest.splits import assign_splits, large_enough, without_copies
 
 SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
 CROPS = ("centre", "figure")
+WRITTEN = ("test", "val", "dev", "train")  # in this order: where train stands a data set is whole
+TOO_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
+ROOM, PAINT = 2**28, 256  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
 MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
 
 
-def decode_records(records, fetch, work):
+def decode_records(records, fetch, work, at_once=64):
     """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
 
     def one(item):
         record, load = item
         try:
             return record, work(record, load())
+        except MemoryError:
+            raise UserError(f"memory is full while {record.key} is read; close other programs, or give a smaller "
+                            "--size") from None  # fmt: skip
         except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
             return record, problem
 
     items = iter(fetch(records))
     with ThreadPoolExecutor() as pool:
-        while some := list(islice(items, 64)):  # in chunks, so that results never pile up in memory
+        while some := list(islice(items, at_once)):  # in chunks, so that results never pile up in memory
             yield from pool.map(one, some)
 
 
-def render_toon(records, size):
+def render_toon(records, size, processes):
     """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        items = [r.place for r in records]
-        for r, row in zip(records, pool.map(toon.draw, items, [size] * len(items), chunksize=16), strict=True):
-            style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
-            yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+    items = [r.place for r in records]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            rows = pool.map(toon.draw, items, [size] * len(items), chunksize=16)
+            for r, row in zip(records, rows, strict=True):
+                style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
+                yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+        except BrokenProcessPool:
+            raise UserError(f"a process that draws was killed: memory may be full; --size {size} is large") from None
+
+
+def at_once(size, each, most):
+    """How many pictures of this size, `each` bytes a pixel, memory holds at the same time, up to `most`."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    with contextlib.suppress(ImportError):  # Windows has no limits to ask for
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        memory = limit if 0 < limit < memory else memory
+    if (fit := memory // (each * size**2)) < 1:
+        raise UserError(f"--size {size} takes {each * size**2 / 2**30:.1f} GB of memory for one picture, and there are "
+                        f"{memory / 2**30:.1f}; --size {math.isqrt(memory // each)} fits")  # fmt: skip
+    return int(min(fit, most))
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -72,7 +113,7 @@ def write_split(path, rows, dims, records, labels, about):
     def readable():
         for record, row in rows:
             if isinstance(row, Exception):
-                skipped.append((record.key, " ".join(str(row).split())[:100] or type(row).__name__))
+                skipped.append((record.key, reason(row)))
                 continue
             kept.append(record)
             pixels.update(np.ascontiguousarray(row["images"]).data)
@@ -90,41 +131,53 @@ def write_split(path, rows, dims, records, labels, about):
     return skipped
 
 
-def check_skipped(out, skipped, n):
-    if len(skipped) > 0.05 * n:
+def check_skipped(out, skipped, n, most):
+    """Stop where more than a share `most` of n images can't be read."""
+    if len(skipped) > most * n:
         first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
-        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than 5 %; the first: {first}")
+        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than {100 * most:g} % "
+                        f"(--max-broken SHARE allows more); the first: {first}")  # fmt: skip
 
 
-def open_images(path, size, crop, margin, boxes):
+def open_images(path, size, crop, margin, boxes, layout):
     """-> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
-    records, fetch, notes = sources.find(path, boxes)
-    fg = any_alpha(records, fetch)
+    records, fetch, notes = sources.find(path, boxes, layout)
+    print("\n".join(notes), flush=True)
+    with working("looking for alpha channels"):
+        found, tried = count_alpha(records, fetch)
+    fg = found * 2 > tried
+    rest = "of the others all is foreground" if fg else "they are laid on white: too few for foreground masks"
+    if found:
+        notes.append(f"alpha: {found} of {tried} images that were looked at have transparent pixels"
+                     + f"; {rest}" * (not fg or found < tried))  # fmt: skip
+        print(notes[-1])
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
     work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
-    return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work)
+    chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
+    return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk)
 
 
 def open_toon(size, seed, tail=0.0):
     """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
+    processes = at_once(size, PAINT, os.cpu_count() or 1)
     items = toon.plan(seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
-    return records, [], dims, None, lambda some: render_toon(some, size)
+    return records, [], dims, None, lambda some: render_toon(some, size, processes)
 
 
 def near_duplicates(records, fetch, dedupe):
     """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
     if dedupe == "off" or fetch is None:
         return [], []
-    with tempfile.TemporaryFile() as f:  # takes no memory; of a file that can't be read the thumbnail stays blank
-        thumbs = np.memmap(f, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE))
+    thumbs = np.zeros((len(records), duplicates.SIDE, duplicates.SIDE), np.uint8)  # of what can't be read: blank
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
     for record, row in progress(rows, "looking for copies", len(records), unit="img"):
         if not isinstance(row, Exception):
             thumbs[place[record.key]] = row
-    pairs = duplicates.pairs(thumbs)
+    with working("comparing the pictures"):
+        pairs = duplicates.pairs(thumbs)
     return pairs, duplicates.report(records, pairs)
 
 
@@ -144,55 +197,116 @@ def add_tags(records, dims, stream):
     return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
 
 
+def check_source(path, records, given):
+    """Flags that do nothing where the source brings its own splits; and a source without a train."""
+    brings = {r.split for r in records}
+    if None not in brings and "train" not in brings:
+        raise UserError(f"{path} brings {' and '.join(sorted(brings))}, but no train; name one train, or leave the "
+                        "splits unsaid to have them dealt, by a --layout with - for split")  # fmt: skip
+    deals, own = None in brings or "val" not in brings, "the splits that the source brings"
+    refuse_unused(Namespace(given=given), (
+        ("split", deals, f"is for sources without splits, and {own} are kept"),
+        ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
+        ("keep-copies", None not in brings, "is for sources with splits of their own; here copies cross none"),
+        ("seed", deals or "dev" in given, f"is for what is dealt, and {own} are kept")))  # fmt: skip
+
+
 def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
-         boxes=None, least=0, dedupe="group", tail=0.0):  # fmt: skip
-    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done."""
+         boxes=None, least=0, dedupe="group", tail=0.0, layout=None, keep_copies=False, max_broken=TOO_BROKEN,
+         force=False, given=()):  # fmt: skip
+    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
+    refuse_others(out, force)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes)
+    source = open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes, layout)
     records, notes, dims, fetch, stream = source
+    check_source(path, records, given)
+    refuse_full_disk(out, dims, len(records), size)
     pairs, told = near_duplicates(records, fetch, dedupe)
-    notes += told
-    if dedupe == "drop":
-        stay = drop_copies(records, pairs)
-        notes.append(f"{len(records) - len(stay)} copies dropped")
-        records, pairs = [records[i] for i in stay], []
-    records, few = large_enough(join_groups(records, group_by, pairs), least)
+    records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
+    records, few = large_enough(records, least)
     rows, named = [(r.label, r.group) for r in records], dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, dev, seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     words, dims, stream = add_tags(records, dims, stream)
-    notes += few + crossing(records)
+    told += dropped + few + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
              "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
-             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes,
+             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told,
              "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
-    print("\n".join(notes), end="\n" * bool(notes))
-    write_all(out, records, classes, dims, stream, about)
+    write_all(out, records, dims, stream, max_broken, about)
 
 
-def write_all(out, records, classes, dims, stream, about):
-    """One file per split; train comes last, because where it stands a data set is whole. All or none are left."""
-    labels = {name: i for i, name in enumerate(classes)} | {None: -1}
-    paths, lost = {split: Path(out) / f"{split}.safetensors" for split in ("test", "val", "dev", "train")}, []
-    for path in paths.values():  # what a packing that was killed has left
-        path.unlink(missing_ok=True)
+def too_few_to_deal(splits, shares, records):
+    """A line for a split that was asked for and got no picture; of splits that the source brings only val is dealt."""
+    dealt = ("val", "dev") if records[0].split else shares
+    lost = [s for s in shares if shares[s] and s in dealt and s not in splits]
+    return [f"no picture is left for {' and '.join(lost)}: {len(splits)} are too few"] if lost else []
+
+
+# ---- files: all of them, or none -------------------------------------------------------------------------------------
+
+
+def refuse_others(out, force):
+    """Only what a packing that was killed left is replaced without --force: splits of ours with no train beside."""
+    refuse_file(out)
+    for path in (Path(out) / f"{split}.safetensors" for split in reversed(WRITTEN)):
+        if force or not os.path.lexists(path):
+            continue
+        if path.stem == "train":
+            raise UserError(f"{out} is packed already; give another --out, or --force to replace it")
+        with contextlib.suppress(UserError):  # of a file that is none of ours
+            if read_header(path)[1].get("split") == path.stem:
+                continue
+        refuse_overwrite([path])
+
+
+def refuse_full_disk(out, dims, n, size):
+    """Say before the work that the files will not fit."""
+    free = shutil.disk_usage(next(p for p in Path(out).resolve().parents if p.is_dir())).free
+    if (need := n * sum(map(math.prod, dims.values()))) > free:
+        raise UserError(f"{out} takes {need / 2**30:.1f} GB, and {free / 2**30:.1f} GB are free there; --size "
+                        f"{int(0.99 * size * math.sqrt(free / need))} fits")  # fmt: skip
+
+
+@contextlib.contextmanager
+def written_aside(out):
+    """A folder in `out`; the splits written there take their places together at the end, or none of them does."""
+    folder, out = Path(out) / f".packing.{os.getpid()}.tmp", Path(out)
+    remove_leftovers(out / "packing")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        for split, path in paths.items():
+        yield folder
+        for split in reversed(WRITTEN):  # what stood there: train goes first, the rest is no data set without it
+            (out / f"{split}.safetensors").unlink(missing_ok=True)
+        for split in WRITTEN:
+            if (path := folder / f"{split}.safetensors").exists():
+                os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_all(out, records, dims, stream, max_broken, about):
+    """One file per split, all or none; a split of which nothing can be read is none."""
+    labels = {name: i for i, name in enumerate(about["classes"])} | {None: -1}
+    lost, told = [], []
+    with written_aside(out) as folder:
+        for split in WRITTEN:
             if own := [r for r in records if r.split == split]:
-                bar = progress(stream(own), f"{Path(out).name}/{split}", len(own), unit="img")
-                skipped = write_split(path, bar, dims, own, labels, about | {"split": split})
+                path = Path(out) / f"{split}.safetensors"
+                rows = progress(stream(own), f"{Path(out).name}/{split}", len(own), unit="img")
+                skipped = write_split(folder / path.name, rows, dims, own, labels, about | {"split": split})
                 lost += skipped
-                check_skipped(out, lost, len(records))
-                if len(skipped) == len(own):  # few of all, but nothing is left of this split
-                    check_skipped(path, skipped, len(own))
-                told = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-                print(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, {len(classes)} classes{told}")
-    except BaseException:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
-        raise
+                check_skipped(out, lost, len(records), max_broken)
+                if len(skipped) == len(own):
+                    raise UserError(f"{len(own)} of {len(own)} images for {path} can't be read; the first: "
+                                    f"{skipped[0][0]} ({skipped[0][1]})")  # fmt: skip
+                why = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+                told.append(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, "
+                            f"{len(about['classes'])} classes{why}")  # fmt: skip
+    print("\n".join(told))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -209,7 +323,7 @@ def parse_shares(text):
         shares = [float(x) for x in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares, default=0) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
+    if len(shares) != 3 or not all(0 <= x <= 1 for x in shares) or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
         raise UserError(f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2")
     return shares
 
@@ -221,35 +335,63 @@ def regex(text):
         raise UserError(f"--group-by {text} is not a regular expression: {problem}") from None
 
 
-def show(args, out):
+def pattern(text):
+    layouts.parse_layout(text)
+    return text
+
+
+def is_packed(folder):
+    return (Path(folder) / "train.safetensors").exists()
+
+
+def show(args):
     """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
+    path = Path(args.path) / "sheet.png" if is_packed(args.path) else Path(f"{default_out(args.path)}_crops.png")
+    refuse_file(path.parent)
+    refuse_overwrite([path], args.force, "or move it away")
     from common import plots  # heavy: only when a picture is asked for
     from data import open_split
 
-    if (Path(args.path) / "train.safetensors").exists():
+    if is_packed(args.path):
         names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
-        path = Path(args.path) / "sheet.png"
-        plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
-    else:
-        records, fetch, _ = sources.find(args.path, args.boxes)
-        both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
-        rows = decode_records(records[:: math.ceil(len(records) / 12)], fetch, both)
-        pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
-        if not pictures:
-            raise UserError(f"none of the images of {args.path} that were tried can be read")
-        path = Path(f"{out}_crops.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [(f"--crop {c}", np.stack(p)) for c, p in zip(CROPS, zip(*pictures, strict=True), strict=True)]
-        plots.image_grid(path, "What --crop keeps", rows)
-    print(f"{path} written")
+        with working("drawing the sheet"):
+            plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+        return f"{path} written; next: {to_learn(args.path)}"
+    records, fetch, _ = sources.find(args.path, args.boxes, "-")
+    both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
+    some = records[:: math.ceil(len(records) / 12)]
+    rows = progress(decode_records(some, fetch, both), "cropping", len(some), unit="img")
+    pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
+    if not pictures:
+        raise UserError(f"none of the images of {args.path} that were tried can be read")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(f"--crop {c}", np.stack(p)) for c, p in zip(CROPS, zip(*pictures, strict=True), strict=True)]
+    plots.image_grid(path, "What --crop keeps", rows)
+    return f"{path} written; next: python data.py {shlex.quote(args.path)}, with --crop figure if its row is better"
 
 
-def main():
+def to_learn(out):
+    """The command that learns from a packed set: by its own foreground masks, and on a split that it has."""
+    tensors, header = read_header(Path(out) / "train.safetensors")
+    have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
+    words = ["python", "pretrain.py", "--data", str(out)]
+    words += ["--mask", "fg_heavy"] if "fg" in tensors else []
+    words += ["--eval-on", have[0]] if have and have[0] != "val" else []
+    if not have:
+        return "pack it again with a val: pretrain.py needs one, to evaluate on"
+    few = "; probe.py and finetune_lora.py need labels of two classes or more" if len(header["classes"]) < 2 else ""
+    return shlex.join(words) + few
+
+
+def parse_args():
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
+    add("--layout", type=pattern, metavar="PATTERN",
+        help="what the folders say, from the outside: split, class or - (nothing), such as split/-/class;\n"
+             "- alone: no labels (default: found, and told)")  # fmt: skip
     add("--size", type=between(8, 4096, int), default=128, help="side of the packed images in pixels")
     add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
     add("--margin", type=between(0, 2), default=0.1, help="room around the figure, as a share of it on each side")
@@ -259,20 +401,50 @@ def main():
     add("--dev", type=between(0, 0.99), default=0.0, help="share of train held apart for choices, such as .1")
     add("--group-by", type=regex, metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
     add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
-        help="near-duplicates stay in one split (group), one of them stays (drop, the bare flag), or off")  # fmt: skip
+        help="near-duplicates stay in one split, and leave the val and test that the source gives (group);\n"
+             "one of them stays (drop, the bare flag); or off")  # fmt: skip
+    add("--keep-copies", action="store_true", help="copies that cross the splits of the source stay, as published")
+    add("--max-broken", type=between(0, 1), default=TOO_BROKEN, metavar="SHARE",
+        help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})")  # fmt: skip
     add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
-    add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
-    args = parser.parse_args()
-    if args.tail and args.path != "toon":
-        raise UserError(f"--tail {args.tail:g} is for the demo set: python data.py toon")
+    add("--seed", type=seed, default=0, help="of the split and of the drawn demo set")
+    add("--force", action="store_true", help="replace what is there already")
+    words = iter(sys.argv[1:])  # argparse takes -/class for a flag
+    args = parser.parse_args([f"--layout={next(words, '')}" if w == "--layout" else w for w in words])
+    refuse_unused_flags(args)
+    return args
+
+
+def refuse_unused_flags(args):
+    """Those that depend on what the source brings are left to check_source."""
+    is_toon, packed = args.path == "toon", args.show and is_packed(args.path)
+    by_folders = is_toon or args.path == "-" or not Path(args.path).exists() or (
+        sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
+    refuse_unused(args, (
+        ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class tail seed", not args.show,
+         "is for packing, and --show packs nothing"),
+        ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
+        ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_toon,
+         "is for pictures, and the demo set is drawn"),
+        ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
+        ("tail", is_toon, "is for the demo set: python data.py toon"),
+        ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
+        ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
+
+
+def main():
+    args = parse_args()
+    if args.show and args.path in ("toon", "-"):
+        raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed")
+    if args.out == "":
+        raise UserError("--out is empty; give a folder")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
-    out = args.out or default_out(args.path)
     if args.show:
-        return show(args, out)
-    if (Path(out) / "train.safetensors").exists():
-        raise UserError(f"{out} is packed already; give another --out, or remove it first")
-    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop,
-         args.margin, args.boxes, args.min_per_class, args.dedupe, args.tail)  # fmt: skip
-    print(f"next: python data.py --show {out}, or python pretrain.py --data {out}")
+        return print(show(args))
+    out = args.out or default_out(args.path)
+    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop, args.margin, args.boxes,
+         args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.force,
+         args.given)  # fmt: skip
+    print(f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}")

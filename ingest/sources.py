@@ -8,8 +8,9 @@
     box    (x1, y1, x2, y2) in pixels around the figure, or None
 
 `fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of threads may call it.
-`notes` are lines for the user about what was left out. Nothing is extracted to disk and no picture is opened here.
-Each reader, from_...(path) -> (records, fetch, *notes), knows one layout; `reader_of` is the table of them.
+`notes` are lines for the user: what the path was taken for, and what was left out. Nothing is extracted to disk and no
+picture is opened here. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; `reader_of`
+is the table of them. Where only folders tell split and class, ingest/layouts.py reads them.
 """
 
 import csv
@@ -17,6 +18,7 @@ import fileinput
 import json
 import os
 import re
+import shlex
 import sys
 import tarfile
 import unicodedata
@@ -26,24 +28,35 @@ from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
+from common.command import working
 from common.io import UserError
+from ingest import layouts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev", "test": "test"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may hold one each
 Record = namedtuple("Record", "key place label split group tags box", defaults=(None, None, None, (), None))
 
 
-def find(path, boxes_file=None):
-    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if one is given."""
-    if str(path) == "-":
-        path, (records, fetch, *notes) = "standard input", from_list(sys.stdin)
-    elif Path(path).exists():
-        records, fetch, *notes = reader_of(Path(path))(Path(path))
-    else:
-        raise UserError(f"{path} does not exist; give a folder, an archive or a list of images, or the word toon")
+def find(path, boxes_file=None, layout=None):
+    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if one is given.
+
+    layout: a pattern as layouts.py has them, for sources that only folders tell of; "-": all pictures, no labels.
+    """
+    if str(path) != "-" and (not str(path) or not Path(path).exists()):
+        raise UserError(f"{path or 'an empty PATH'} does not exist; give a folder, an archive or a list of images, or "
+                        "the word toon")  # fmt: skip
+    with working(f"reading the names in {path}"):
+        reader = from_list if str(path) == "-" else reader_of(Path(path))
+        more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
+        try:
+            records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
+        except layouts.Ambiguous as problem:
+            raise UserError(two_readings(path, problem)) from None
     if not records:
-        raise UserError(f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders")
+        raise UserError(nothing_in("standard input" if str(path) == "-" else path))
+    if reader not in BY_FOLDERS:
+        notes.insert(0, layouts.taken_for(f"read as {READ_AS[reader]}", [(r.split, r.label) for r in records]))
     first, alike = {}, defaultdict(list)
     for r in records:
         first.setdefault(r.key, r)
@@ -58,6 +71,24 @@ def find(path, boxes_file=None):
         raise UserError(f"--boxes {boxes_file} names none of the images; it has {next(iter(boxes), None)!r}, "
                         f"the images are named like {records[0].key!r}")  # fmt: skip
     return [r._replace(box=boxes.get(r.key, r.box)) for r in records] if boxes else records, fetch, notes
+
+
+def two_readings(path, problem):
+    """The error for folders that can be read in two ways: both, and the command that chooses."""
+    flag = "/".join(problem.patterns[-1]) or "-"
+    name = "NAME" if str(path) == "-" else shlex.quote(Path(path).resolve().name.split(".")[0])
+    return (f"the folders of {path} can be read in two ways: {layouts.two_ways(problem.dirs, problem.patterns)}; "
+            f"choose: python data.py {shlex.quote(str(path))} --layout {flag} --out datasets/{name}")  # fmt: skip
+
+
+def nothing_in(path):
+    """The error for a source without pictures; they may lie in an archive there."""
+    inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(ARCHIVES)]
+    if inside:
+        more = f" and {len(inside) - 1} more archives" if len(inside) > 1 else ""
+        return (f"no image found in {path}, but {inside[0].name} lies there{more}; "
+                f"give the archive: python data.py {shlex.quote(str(inside[0]))}")  # fmt: skip
+    return f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders"
 
 
 def reader_of(path):
@@ -89,22 +120,34 @@ def is_image(name):
     return suffix.lower() in SUFFIXES and not hidden
 
 
-def by_path(found):
-    """[(place, name)] -> records whose names say split and class: [wrapper/][train|val|test/][class/]anything.png.
+def by_path(found, layout=None):
+    """[(place, name)] -> records whose folders say split and class, and notes: read as what, what is left out.
 
     AnimeFace Character (moeimouto) is thumb/000_hatsune_miku/face_1_2_3.png: its running numbers are no names.
     """
     keys = [nfc(name.removeprefix("./")) for _, name in found]
-    dirs, splits = [key.split("/")[:-1] for key in keys], [None] * len(keys)
-    moeimouto = all("thumb" in d[:-1] and re.match(r"\d+_.", d[-1]) for d in dirs)
-    while dirs and all(len(d) > 1 and d[0] == dirs[0][0] for d in dirs) and dirs[0][0].lower() not in SPLITS:
-        dirs = [d[1:] for d in dirs]  # an archive often wraps everything in one folder
-    if moeimouto:
-        dirs = [[d[-1].split("_", 1)[1]] for d in dirs]
-    elif all(d and d[0].lower() in SPLITS for d in dirs):
-        splits, dirs = [SPLITS[d[0].lower()] for d in dirs], [d[1:] for d in dirs]
-    labels = [d[0] if d else None for d in dirs]
-    return [Record(k, p, c, s) for k, (p, _), c, s in zip(keys, found, labels, splits, strict=True)]
+    dirs = [key.split("/")[:-1] for key in keys]
+    numbered = [len(d) > 1 and d[-2] == "thumb" and re.match(r"\d+_.", d[-1]) is not None for d in dirs]
+    if layout is None and layouts.few(numbered.count(False), len(dirs)):
+        what, rows = "AnimeFace Character", [(None, d[-1].split("_", 1)[1]) if is_class else None
+                                             for d, is_class in zip(dirs, numbered, strict=True)]  # fmt: skip
+    else:
+        try:
+            pattern = layouts.detect(dirs) if layout is None else layout
+        except layouts.Ambiguous as problem:
+            problem.dirs = dirs
+            raise
+        what, rows = "/".join(pattern) or "pictures only", layouts.read(dirs, pattern)
+    records = [Record(key, place, row[1], row[0])
+               for key, (place, _), row in zip(keys, found, rows, strict=True) if row]  # fmt: skip
+    if found and not records:
+        raise UserError(f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}; "
+                        "a split is named train, val, dev or test, or much like it")  # fmt: skip
+    notes = [layouts.taken_for(f"read as {what}", [row for row in rows if row])]
+    if aside := [key for key, row in zip(keys, rows, strict=True) if row is None]:
+        notes.append(f"{len(aside)} pictures set aside, as their folders are not {what}: {', '.join(aside[:2])}"
+                     + ", ..." * (len(aside) > 2))  # fmt: skip
+    return records, notes
 
 
 # ---- files: folder, list, table ------------------------------------------------------------------------------------
@@ -134,18 +177,20 @@ def walk(folder, prefix="", above=()):
             yield prefix + entry.name
 
 
-def from_folder(root):
-    """[train|val|test/][class/]picture.png; or pictures only, without labels."""
-    return by_path([(name, name) for name in walk(root)]), partial(fetch_files, root=root)
+def from_folder(root, layout=None):
+    """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
+    records, notes = by_path([(name, name) for name in walk(root)], layout)
+    return records, partial(fetch_files, root=root), *notes
 
 
-def from_list(lines):
+def from_list(lines, layout=None):
     """One path a line, relative to where you stand; split and class are said by the path, as in a folder."""
     paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
     if paths and all(map(os.path.isabs, paths)):  # what is above all of them names neither a split nor a class
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    return by_path([(p, name) for p, name in named if is_image(name)]), fetch_files
+    records, notes = by_path([(p, name) for p, name in named if is_image(name)], layout)
+    return records, fetch_files, *notes
 
 
 def from_table(path):
@@ -162,11 +207,11 @@ def from_table(path):
         place, split = cells.get("path"), cells.get("split", "").lower()
         if len(row) > len(columns) or not place:
             raise UserError(f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}")
-        if split and split not in SPLITS:
+        if split and not layouts.split_of(split):
             raise UserError(f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev")
         label = sys.intern(nfc(cells.get("label", ""))) or None
         tags = tuple(sys.intern(nfc(tag)) for tag in cells.get("tags", "").split())
-        records.append(Record(nfc(place), place, label, SPLITS.get(split), cells.get("group") or None, tags))
+        records.append(Record(nfc(place), place, label, layouts.split_of(split), cells.get("group") or None, tags))
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none")
@@ -192,7 +237,7 @@ def refuse_escape(archive, name):
         raise UserError(f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew")
 
 
-def from_zip(path):
+def from_zip(path, layout=None):
     """A zip: its members are read in place, by name."""
     try:
         archive = zipfile.ZipFile(path)
@@ -202,18 +247,21 @@ def from_zip(path):
         refuse_escape(path, name)
     images = sorted((i for i in archive.infolist() if is_image(i.filename)), key=lambda i: i.filename)
     fetch = lambda records: ((r, partial(read_member, archive, r.place)) for r in records)  # noqa: E731
-    return by_path([(info, zip_name(info)) for info in images]), fetch
+    records, notes = by_path([(info, zip_name(info)) for info in images], layout)
+    return records, fetch, *notes
 
 
 def zip_name(info):
     """Without the UTF-8 flag zipfile assumes an old code page; such names are mostly UTF-8 (macOS) or Japanese."""
-    if not info.flag_bits & 0x800 and not info.filename.isascii():
+    name = info.filename
+    if not info.flag_bits & 0x800 and not name.isascii():
         for code in ("utf-8", "cp932"):
             try:
-                return info.filename.encode("cp437").decode(code)
+                name = info.filename.encode("cp437").decode(code)
+                break
             except UnicodeError:
                 continue
-    return info.filename
+    return name.replace("\\", "/")  # some tools on Windows write those between folders
 
 
 def read_member(archive, info):
@@ -222,7 +270,7 @@ def read_member(archive, info):
     return archive.read(info)
 
 
-def from_tar(path):
+def from_tar(path, layout=None):
     """A tar, compressed or not: read through from its beginning for every split, never searched, never extracted."""
 
     def fetch(records):
@@ -231,7 +279,8 @@ def from_tar(path):
             if data is not None:
                 yield wanted.pop(name), partial(bytes, data)
 
-    return by_path([(name, name) for name, _ in tar_images(path)]), fetch
+    records, notes = by_path([(name, name) for name, _ in tar_images(path)], layout)
+    return records, fetch, *notes
 
 
 def tar_images(path, wanted=()):
@@ -346,3 +395,8 @@ def post_record(post, place):
     characters, tags = ([sys.intern(nfc(str(t))) for t in some] for some in (characters, tags))
     label, group = characters[0] if len(characters) == 1 else None, post.get("parent_id") or post.get("id")
     return Record(nfc(place), place, label, None, group and str(group), tuple(t for t in tags if t not in characters))
+
+
+BY_FOLDERS = (from_folder, from_list, from_zip, from_tar)  # only folders tell split and class
+READ_AS = {from_dafre: "DAF:re", from_icartoonface: "iCartoonFace", from_danbooru: "Danbooru metadata",
+           from_table: "a table"}  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.io import UserError
 from ingest import duplicates
+from ingest.layouts import ORDER
 
 
 def join_groups(records, pattern, pairs):
@@ -17,10 +18,13 @@ def join_groups(records, pattern, pairs):
 
     The name: the first group of the REGEX `pattern` in the file's stem, else what the source says, else the key.
     """
-    names, first = [], {}
+    names, first, matched = [], {}, 0
     for r in records:
         match = pattern and re.search(pattern, Path(r.key).stem)
         names.append(match[min(1, match.re.groups)] if match else r.group or r.key)
+        matched += bool(match)
+    if pattern and not matched:
+        raise UserError(f"--group-by {pattern} matches none of the names, such as {Path(records[0].key).stem}")
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
@@ -67,12 +71,41 @@ def assign_splits(given, rows, shares, dev, seed):
     return splits
 
 
-def drop_copies(records, pairs):
-    """Of each near-duplicate group one record stays: of the last split that has one, so that train loses the copies."""
-    order, best = ("test", "val", "dev", "train", None), {}
+def copies_to_drop(records, pairs, within):
+    """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
+
+    Those of other splits than the first, which the source gives: what train holds is no test. Within: all but one.
+    """
+    order, groups, drop = (*ORDER, None), defaultdict(list), []
     for i, root in enumerate(duplicates.join(len(records), pairs)):
-        best[root] = min(best.get(root, (9, 0)), (order.index(records[i].split), i))
-    return sorted(i for _, i in best.values())
+        groups[root].append((order.index(records[i].split), i))
+    for group in groups.values():
+        first = min(group)
+        drop += [i for rank, i in group if (within and i != first[1]) or rank != first[0]]
+    return sorted(drop)
+
+
+def without_copies(records, pattern, pairs, dedupe, keep_copies):
+    """-> the records with their groups, copies dropped as --dedupe and --keep-copies say, and lines that tell of it."""
+    drop = [] if keep_copies else copies_to_drop(records, pairs, within=dedupe == "drop")
+    count = Counter(records[i].split for i in drop)
+    places = ", ".join(f"{count[s]} from {s}" for s in ORDER if count[s])
+    notes = [f"{len(drop)} copies dropped{': ' * bool(places)}{places}"] if dedupe == "drop" else []
+    if drop and dedupe == "group":
+        notes = [f"copies across the given splits dropped: {places}; --keep-copies keeps them, as published"]
+    grouped, gone = join_groups(records, pattern, [] if dedupe == "drop" else pairs), set(drop)
+    left = [r for i, r in enumerate(grouped) if i not in gone]
+    fix = ("--keep-copies, without --dedupe, keeps them as published" if dedupe == "drop" else
+           "--keep-copies keeps them, as published")  # fmt: skip
+    refuse_gone(records, left, "images of {} are copies of others", fix)
+    return left, notes + crossing(left, keep_copies)
+
+
+def refuse_gone(before, after, why, fix):
+    """Stop where nothing is left of a split that the source gives."""
+    for split in (s for s in ORDER if s not in {r.split for r in after}):
+        if n := sum(r.split == split for r in before):
+            raise UserError(f"all {n} {why.format(split)}, and nothing would be left of it; {fix}")
 
 
 def large_enough(records, least):
@@ -81,14 +114,16 @@ def large_enough(records, least):
     kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
     if not kept:
         raise UserError(f"--min-per-class {least} leaves nothing: the largest class has {max(count.values())} images")
+    refuse_gone(records, kept, f"images of {{}} have no class of {least} or more", "give a smaller --min-per-class")
     lost, gone = sum(n < least for label, n in count.items() if label is not None), len(records) - len(kept)
     return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
 
 
-def crossing(records):
-    """A warning where the source's own splits tear a group apart: those are kept as published."""
+def crossing(records, keep_copies):
+    """A line where the source's own splits tear a group apart, by name or because copies are kept: it stays torn."""
     splits = defaultdict(set)
     for r in records:
         splits[r.group].add(r.split)
     torn = sum(len(s) > 1 for s in splits.values())
-    return [f"{torn} groups cross the splits that the source gives; --dedupe drops the copies"] if torn else []
+    why = "; a score then counts pictures that were learned from" if keep_copies else ""
+    return [f"{torn} groups cross the splits that the source gives, and stay as published{why}"] if torn else []

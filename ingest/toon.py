@@ -11,13 +11,16 @@ Drawings are text, in hundredths: "20,-76! 34,-105" is a curve from (.20, -.76),
 to (.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. They are
 shared by characters, and differ from picture to picture; a character is a combination of shapes.
 """
-import argparse
 import colorsys
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from common.command import Parser, between, cli, progress, refuse_file, refuse_overwrite, seed
+from common.io import UserError, atomic
 
 PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")     # part id = position
 ATTRIBUTES = {      # what makes a character; "no_..." is dealt four times as often as the other values
@@ -679,16 +682,32 @@ def unseen(person, count, seed=0):
     """Items of one of the cast that no data set has, -> list for draw()."""
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag, default in (("out", "sheet.png"), ("size", 128), ("columns", 8), ("rows", 6), ("seed", 0)):
-        parser.add_argument("--" + flag, default=default, type=type(default), help=f"default: {default}")
-    parser.add_argument("--who", help="one character of the demo set, in pictures that the set has not")
+def main():
+    parser = Parser(prog="ingest.toon", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
+    add("--size", type=between(8, 1024, int), default=128, help="side of a picture in pixels (default: 128)")
+    add("--columns", type=between(1, 100, int), default=8, help="default: 8")
+    add("--rows", type=between(1, 100, int), default=6, help="default: 6")
+    add("--seed", type=seed, default=0, help="default: 0")
+    add("--who", help="one character of the demo set, in pictures that the set has not")
+    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
     if args.who and args.who not in people:
-        parser.error(f"--who {args.who} is unknown; there are: {', '.join(people)}")
+        raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
+    refuse_file(Path(args.out).parent)
+    refuse_overwrite([args.out], args.force)
     items = unseen(people[args.who], count, args.seed) if args.who else plan(count, min(48, count), args.seed)
-    pictures = np.stack([draw(item, args.size)["image"] for item in items])
-    sheet = pictures.reshape(args.rows, args.columns, *pictures.shape[1:]).swapaxes(1, 2)
-    Image.fromarray(sheet.reshape(args.rows * args.size, args.columns * args.size, 3)).save(args.out)
+    sheet = Image.new("RGB", (args.columns * args.size, args.rows * args.size))
+    for i, item in enumerate(progress(items, "drawing")):
+        place = (i % args.columns * args.size, i // args.columns * args.size)
+        sheet.paste(Image.fromarray(draw(item, args.size)["image"]), place)
+    with atomic(args.out) as temporary:
+        sheet.save(temporary, Image.registered_extensions()[Path(args.out).suffix.lower()])
+    print(f"{args.out} written; next: python data.py toon packs the whole demo set")
+
+if __name__ == "__main__":
+    cli(main)

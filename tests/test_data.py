@@ -1,10 +1,14 @@
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+import types
+import unicodedata
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import torch
 from conftest import ROOT, call, draw_folder, refused, shared_file
 from PIL import Image
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import data
 from common.io import UserError
@@ -65,7 +70,7 @@ def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
 
 def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
     for split, each in (("train", 20), ("test", 4)):
-        draw_folder(tmp_path / "images" / split, classes=2, each=each)
+        draw_folder(tmp_path / "images" / split, classes=2, each=each, seed=each)
     pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
     got = {s: keys_of(tmp_path / "out", s) for s in ("train", "dev", "val", "test")}
     assert all(k.startswith("train/") for s in ("train", "dev", "val") for k in got[s])
@@ -268,11 +273,190 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
     assert not (tmp_path / "datasets" / "images").exists()
 
 
-@pytest.mark.parametrize("flags", [["--margin", "-1"], ["--crop", "nose"], ["--dedupe", "maybe"]])
-def test_wrong_flags_exit_with_2_and_write_nothing(tmp_path, flags):
-    draw_folder(tmp_path / "images")
-    done = pack_images(tmp_path / "images", tmp_path / "out", *flags)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+# ---- nothing ignored, nothing overwritten, nothing silent ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path, flags",
+    [("images", "--margin -1"), ("images", "--crop nose"), ("images", "--dedupe maybe"), ("images", "--margin .2"),
+     ("images", "--boxes b.txt"), ("images", "--tail 1"), ("images", "--tail 0"), ("images", "--split nan,0,0"),
+     ("images", "--split 1,nan,0"), ("images", "--split inf,0,0"), ("images", "--split 2,-1,0"),
+     ("images", "--show --out x"), ("images", "--show --dev .1"), ("images", "--show --seed 1"),
+     ("images", "--show --layout class"), ("images", "--show --crop figure"), ("images", "--seed 99999999999999999999"),
+     ("images", "--max-broken 2"), ("images", "--group-by zz"), ("toon", "--crop centre"), ("toon", "--margin .1"),
+     ("toon", "--boxes b.txt"), ("toon", "--group-by ^a"), ("toon", "--dedupe"), ("toon", "--keep-copies"),
+     ("toon", "--layout class"), ("toon", "--max-broken .1"), ("toon", "--show"), ("-", "--show")],
+)  # fmt: skip
+def test_wrong_and_unused_flags_are_one_line_and_write_nothing(tmp_path, path, flags):
+    draw_folder(tmp_path / "images", classes=1, each=2)
+    out = [] if "--show" in flags else ["--out", "out"]
+    line = refused(call("data.py", path, *out, *flags.split(), cwd=tmp_path))
+    assert any(word in line for word in flags.split() if word.startswith("--"))
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]
+
+
+def test_flags_that_given_splits_leave_nothing_to_do_are_refused(tmp_path):
+    for i, split in enumerate(("train", "val", "test", "dev")):
+        draw_folder(tmp_path / "images" / split, classes=2, each=4, seed=i)
+    for flags in (["--split", ".8,.1,.1"], ["--dev", ".1"], ["--seed", 1]):
+        line = refused(pack_images(tmp_path / "images", tmp_path / "out", *flags))
+        assert line.startswith(f"error: {flags[0]} is for") and not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "images" / "val")  # now one is dealt
+    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
+
+
+def test_a_packed_set_and_its_sheet_are_replaced_only_by_force(tmp_path):
+    root = draw_folder(tmp_path / "images")
+    pack_images(root, tmp_path / "out", "--size", 16, check=0)
+    before = (tmp_path / "out" / "train.safetensors").read_bytes()
+    assert "packed already" in refused(pack_images(root, tmp_path / "out", "--size", 24))
+    (root / "class0" / "illust0_0.png").write_bytes(b"no image")
+    assert "more than 1 %" in refused(pack_images(root, tmp_path / "out", "--force", "--max-broken", ".01"))
+    assert (tmp_path / "out" / "train.safetensors").read_bytes() == before  # a packing that failed takes nothing
+    pack_images(root, tmp_path / "out", "--size", 24, "--force", "--split", ".8,.2,0", check=0)
+    assert data.open_split(tmp_path / "out", "train")["images"].shape[1] == 24
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.safetensors", "val.safetensors"]
+    for path, picture in ((tmp_path / "out", tmp_path / "out" / "sheet.png"),
+                          (root, tmp_path / "datasets" / "images_crops.png")):  # fmt: skip
+        picture.parent.mkdir(exist_ok=True)
+        picture.write_bytes(b"mine")
+        line = refused(call("data.py", "--show", path, cwd=tmp_path))
+        assert picture.name in line and "--force" in line and picture.read_bytes() == b"mine"
+        call("data.py", "--show", path, "--force", cwd=tmp_path, check=0)
+        assert picture.read_bytes() != b"mine"
+
+
+@pytest.mark.parametrize("content", [b"mine", None])
+def test_a_file_of_somebody_else_is_neither_removed_nor_overwritten(tmp_path, content):
+    root = draw_folder(tmp_path / "images", classes=2)
+    theirs = tmp_path / "out" / "val.safetensors"
+    theirs.parent.mkdir()
+    save_file({"weight": np.zeros(3, np.float32)}, theirs, {"format": "pt"}) if content is None else (
+        theirs.write_bytes(content))  # fmt: skip
+    before = theirs.read_bytes()
+    line = refused(pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2"))
+    assert "val.safetensors is there already; --force replaces it" in line
+    assert theirs.read_bytes() == before and len(list(theirs.parent.iterdir())) == 1
+    pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2", "--force", check=0)
+    assert sorted(p.stem for p in theirs.parent.iterdir()) == ["test", "train"]
+
+
+def test_what_a_killed_packing_wrote_aside_is_removed_by_the_next(tmp_path):
+    aside = tmp_path / "out" / ".packing.999999999.tmp"
+    aside.mkdir(parents=True)
+    (aside / "test.safetensors").write_bytes(b"half")
+    pack_images(draw_folder(tmp_path / "images", classes=2), tmp_path / "out", "--size", 16, check=0)
+    assert not aside.exists() and (tmp_path / "out" / "train.safetensors").exists()
+
+
+def test_out_that_is_a_file_or_under_one_is_one_line(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=1, each=4)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "set"):
+        assert "file is a file" in refused(call("data.py", root, "--out", out, cwd=tmp_path))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_size_that_memory_or_disk_can_not_hold_is_said_before_the_work(tmp_path, monkeypatch):
+    root = draw_folder(tmp_path / "images", classes=1, each=4)
+    monkeypatch.setattr(pack, "near_duplicates", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
+    line = refused(pack_images(root, tmp_path / "out", "--size", 4096))
+    assert "GB are free there" in line and int(line.split("--size ")[1].split()[0]) in range(270, 290)
+    monkeypatch.setattr(pack.os, "sysconf", lambda name: 4096)  # 16 MB
+    for source, largest in ((root, 724), ("toon", 256)):
+        line = refused(call("data.py", source, "--size", 4096, "--out", tmp_path / "out", cwd=tmp_path))
+        assert "--size 4096 takes" in line and f"--size {largest} fits" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_broken_files_are_skipped_where_allowed_and_reasons_are_words(tmp_path):
+    root, prints = draw_folder(tmp_path / "images", classes=2, each=10), set()
+    for i in range(3):
+        (root / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
+    line = refused(pack_images(root, tmp_path / "a", "--size", 16))
+    assert "3 of 20 images" in line and "more than 5 % (--max-broken SHARE allows more)" in line and "0x" not in line
+    for name in "ab":
+        done = pack_images(root, tmp_path / name, "--size", 16, "--max-broken", ".15", check=0)
+        assert "0x" not in done.stdout and "(cannot identify image file)" in done.stdout
+        header = data.open_split(tmp_path / name, "train")["header"]
+        assert "BytesIO" not in json.dumps(header)
+        prints.add(json.dumps(header["skipped_first"]))
+    assert len(prints) == 1  # an address would make each packing another data set
+    assert decode.reason(OSError("cannot identify image file <_io.BytesIO object at 0x7f00>")) == (
+        "cannot identify image file")  # fmt: skip
+    assert decode.reason(ValueError()) == "ValueError" and decode.reason(ValueError("1 < 2 > 0")) == "1 < 2 > 0"
+
+
+def test_a_split_that_gets_no_picture_is_told(tmp_path):
+    draw_folder(tmp_path / "images", classes=1, each=3)
+    done = pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--split", ".9,.05,.05", check=0)
+    assert "no picture is left for val and test: 3 are too few" in done.stdout
+    assert "pack it again with a val" in done.stdout
+
+
+def next_command(done):
+    """The command to learn from the set, of the last line, as a list of words."""
+    line = done.stdout.splitlines()[-1]
+    return shlex.split(line.partition(", or ")[2].partition(";")[0])
+
+
+def test_the_next_line_is_right(tmp_path):
+    folder = draw_folder(tmp_path / "my images", classes=1)
+    done = call("data.py", folder / "class0", "--out", "a set", "--size", 16, cwd=tmp_path, check=0)
+    assert next_command(done) == ["python", "pretrain.py", "--data", "a set"]
+    assert "python data.py --show 'a set'" in done.stdout and "need labels of two classes" in done.stdout
+    done = call("data.py", draw_folder(tmp_path / "c"), "--size", 16, "--split", ".8,0,.2", cwd=tmp_path, check=0)
+    assert next_command(done) == ["python", "pretrain.py", "--data", "datasets/c", "--eval-on", "test"]
+    assert "need labels" not in done.stdout
+    done = call("data.py", "--show", "datasets/c", cwd=tmp_path, check=0)
+    assert "sheet.png written; next: python pretrain.py --data datasets/c --eval-on test" in done.stdout
+    for path in folder.rglob("*.png"):
+        image = Image.open(path).convert("RGBA")
+        image.putpixel((0, 0), (0, 0, 0, 0))
+        image.save(path)
+    done = call("data.py", folder, "--out", "b", "--size", 16, cwd=tmp_path, check=0)
+    assert next_command(done) == ["python", "pretrain.py", "--data", "b", "--mask", "fg_heavy"]
+    assert "alpha: 12 of 12 images that were looked at have transparent pixels\n" in done.stdout
+
+
+def test_a_folder_as_people_have_it(tmp_path):
+    """Wrapped twice, a stray picture, names in Japanese, copies in and across classes, a broken file, some alpha."""
+    rng, names = np.random.default_rng(0), ("初音ミク", "鏡音リン", "巡音ルカ")
+    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[:: 2400 // 60][:60]]
+    root = tmp_path / "ダウンロード" / "faces (1)" / "faces"
+    for i, face in enumerate(faces):
+        path = root / unicodedata.normalize("NFD", names[i % 3]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i % 10 == 0:  # 6 of 60
+            face.putalpha(Image.fromarray(np.uint8(255 * (rng.random((64, 64)) > 0.2))))
+        face.save(path)
+    faces[1].resize((50, 50)).save(root / names[1] / "copy.png")  # in its class
+    faces[2].resize((50, 50)).save(root / names[0] / "copy.png")  # in another
+    faces[4].resize((50, 50)).save(root / names[2] / "copy.png")
+    (root / names[0] / "broken.png").write_bytes(b"no image")
+    faces[7].save(tmp_path / "ダウンロード" / "cover.png")
+    done = call("data.py", "ダウンロード", "--size", 32, "--dev", ".2", cwd=tmp_path, check=0)
+    out = Path("datasets") / "ダウンロード"
+    packed = {s: data.open_split(tmp_path / out, s) for s in ("train", "dev", "val", "test")}
+    lines = done.stdout.splitlines()
+    assert lines[0] == "read as -/-/class: 3 classes (初音ミク, 巡音ルカ, 鏡音リン)"
+    assert lines[1] == "1 pictures set aside, as their folders are not -/-/class: cover.png"
+    assert lines[2].startswith("alpha: ") and lines[2].endswith("laid on white: too few for foreground masks")
+    assert lines[3].startswith("near-duplicates: 3 groups of 6 images; 2 hold several classes; 2 x ")
+    where = {key.split("/")[-2][:1] + key.split("/")[-1]: s for s, x in packed.items() for key in x["header"]["keys"]}
+    told = {Path(line.split(":")[0]).stem: line for line in lines[4:8]}
+    for split, x in packed.items():
+        broken = "; skipped 1, the first: faces (1)/faces/初音ミク/broken.png (cannot identify image file)"
+        assert told[split] == (f"{out}/{split}.safetensors: {len(x['images'])} images of 32 px, 3 classes"
+                               + broken * x["header"]["skipped"])  # fmt: skip
+        assert x["header"]["classes"] == sorted(names) and "fg" not in x
+        assert x["header"]["notes"] == lines[:4]
+    assert sum(len(x["images"]) for x in packed.values()) == 63 == len(where)
+    assert sum(x["header"]["skipped"] for x in packed.values()) == 1
+    assert where["鏡1.png"] == where["鏡copy.png"] and where["巡2.png"] == where["初copy.png"]
+    assert lines[8:] == [f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or "
+                         f"python pretrain.py --data {shlex.quote(str(out))}"]  # fmt: skip
 
 
 # ---- views and loader ----------------------------------------------------------------------------------------------
@@ -392,6 +576,7 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})
     monkeypatch.setattr(pack, "near_duplicates", lambda *_: ([], []))
     monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
+    monkeypatch.setattr(pack, "to_learn", lambda out: "")
     monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed")])
     pack.main()
     data.open_or_pack(tmp_path / "toon")

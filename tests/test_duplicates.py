@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import call, shared_file
+from conftest import call, refused, shared_file
 from PIL import Image
 
 import data
@@ -111,18 +111,57 @@ def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path):
     assert "near-duplicates" not in said["off"]
 
 
-def test_given_splits_are_kept_but_reported_and_dedupe_takes_the_copy_out_of_train(tmp_path):
-    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[::100]]
-    for split, some in (("train", faces), ("val", faces[:3]), ("test", faces[3:5])):
-        (tmp_path / "images" / split).mkdir(parents=True)
+def write_splits(root, **splits):
+    """Faces under root/SPLIT; those of train are saved otherwise than their copies."""
+    for split, some in splits.items():
+        (root / split).mkdir(parents=True)
         for i, face in enumerate(some):
-            face.save(tmp_path / "images" / split / f"{i}.jpg", quality=60 if split == "train" else 90)
-    for mode in ("group", "drop"):
-        done = call("data.py", tmp_path / "images", "--out", tmp_path / mode, "--size", 16, "--dedupe", mode,
-                     cwd=tmp_path, check=0)  # fmt: skip
-        assert ("5 groups cross the splits" in done.stdout) == (mode == "group")
-    assert [len(keys(tmp_path / "group", s)) for s in ("train", "val", "test")] == [24, 3, 2]
-    assert [len(keys(tmp_path / "drop", s)) for s in ("train", "val", "test")] == [19, 3, 2]
+            face.save(root / split / f"{i}.jpg", quality=60 if split == "train" else 90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[::75]]  # 32
+
+
+def test_copies_leave_the_given_val_and_test_but_never_train(tmp_path, faces):
+    root = write_splits(tmp_path / "images", train=faces[:24], val=[*faces[:3], *faces[24:27]],
+                        test=[*faces[3:5], faces[24], faces[31]])  # fmt: skip
+    flags = {"group": (), "drop": ["--dedupe"], "kept": ["--keep-copies"], "off": ["--dedupe", "off"]}
+    said = {mode: call("data.py", root, "--out", tmp_path / mode, "--size", 16, *more, cwd=tmp_path, check=0).stdout
+            for mode, more in flags.items()}  # fmt: skip
+    sizes = {mode: [len(keys(tmp_path / mode, s)) for s in ("train", "val", "test")] for mode in flags}
+    assert sizes == {"group": [24, 3, 1], "drop": [24, 3, 1], "kept": [24, 6, 4], "off": [24, 6, 4]}
+    assert "copies across the given splits dropped: 3 from val, 3 from test; --keep-copies keeps them" in said["group"]
+    assert "6 copies dropped: 3 from val, 3 from test\n" in said["drop"]
+    assert "6 groups cross the splits that the source gives, and stay as published" in said["kept"]
+    assert "dropped" not in said["off"] and "as they are" not in said["off"]
+    assert "groups cross" not in said["group"] + said["drop"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dedupe"]])
+def test_a_split_that_would_be_gone_stops_the_packing(tmp_path, faces, more):
+    root = write_splits(tmp_path / "images", train=faces[:20], val=faces[20:24], test=faces[:4])
+    line = refused(call("data.py", root, "--out", tmp_path / "out", "--size", 16, *more, cwd=tmp_path))
+    assert "all 4 images of test are copies of others" in line and "--keep-copies" in line
+    assert not (tmp_path / "out").exists()
+    call("data.py", root, "--out", tmp_path / "out", "--size", 16, "--keep-copies", cwd=tmp_path, check=0)
+    assert len(keys(tmp_path / "out", "test")) == 4
+
+
+def test_keep_copies_that_would_do_nothing_is_refused(tmp_path, faces):
+    root = write_splits(tmp_path / "images", train=faces[:8], test=faces[8:12])
+    for more, says in ((["--dedupe"], "not for --dedupe drop"), (["--dedupe", "off"], "not for --dedupe off")):
+        assert says in refused(call("data.py", root, "--out", "no", "--keep-copies", *more, cwd=tmp_path))
+    line = refused(call("data.py", root / "train", "--out", "no", "--keep-copies", cwd=tmp_path))
+    assert "--keep-copies is for sources with splits of their own" in line
+
+
+def test_a_class_too_small_does_not_take_a_split_with_it(tmp_path, faces):
+    root = write_splits(tmp_path / "images", **{"train/a": faces[:8], "train/b": faces[8:10], "test/b": faces[10:12]})
+    line = refused(call("data.py", root, "--out", "no", "--min-per-class", 5, cwd=tmp_path))
+    assert "all 2 images of test have no class of 5 or more" in line and not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

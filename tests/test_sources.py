@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 import types
@@ -17,7 +18,7 @@ from PIL import Image
 
 import data
 from common.io import UserError
-from ingest import decode, pack, sources
+from ingest import decode, layouts, pack, sources
 
 
 def png(colour=(200, 30, 30), size=(24, 24), seed=0):
@@ -186,7 +187,8 @@ def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
             "images/ab/ab12.jpg": ("rin", "263159", ("smile", "hat")),
             "8.png": (None, "8", ("smile",)), "10.png": ("luka", "10", ("hat",)),
             "11.png": (None, "11", ())}  # fmt: skip
-        assert notes == ["1 lines of the metadata have no picture here", "1 lines are no JSON objects"]
+        assert notes == ["read as Danbooru metadata: 3 classes (luka, miku, rin); 2 pictures without a label",
+                         "1 lines of the metadata have no picture here", "1 lines are no JSON objects"]  # fmt: skip
     (tmp_path / "metadata.jsonl").write_text("[1, 2]\nhello\n")
     with pytest.raises(UserError, match="2 lines are no JSON objects"):
         sources.find(tmp_path)
@@ -201,6 +203,130 @@ def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monk
     exec(code, {})
     (folder,) = tmp_path.iterdir()
     assert set(told(folder).values()) == {(None, None)} and len(told(folder)) == 3
+
+
+# ---- layouts of folders ----------------------------------------------------------------------------------------------
+
+C = {"train/a", "train/b", "test/a", "test/b"}  # split/class of the records
+
+
+def many(*folders, each=4):
+    """Names of `each` pictures in each folder."""
+    return [f"{folder}/{i}.png" for folder in folders for i in range(each)]
+
+
+LAYOUTS = {  # pictures -> read as, {split/class of the records}, pictures set aside
+    "wrapped twice": (many("x/y/a", "x/y/b"), "-/-/class", {"None/a", "None/b"}, 0),
+    "split, wrapped once": (many("set/train/a", "set/train/b", "set/test/a", "set/test/b"), "-/split/class", C, 0),
+    "split names": (many("Training/a", "Training/b", "test-set/a", "test-set/b"), "split/class", C, 0),
+    "wrapper below the split": (many("train/genshin/a", "train/genshin/b"), "split/-/class", {"train/a", "train/b"}, 0),
+    "a wrapper of each split": (
+        many("train/train_images/a", "train/train_images/b", "test/test_images/a", "test/test_images/b"),
+        "split/-/class", C, 0),
+    "class above split": (many("a/train", "b/train", "a/test", "b/test"), "class/split", C, 0),
+    "a stray beside the splits": (["x.png", *many("train/a", "train/b", "test/a", "test/b")], "split/class", C, 1),
+    "a stray beside the wrapper": (["x.png", *many("s/a", "s/b")], "-/class", {"None/a", "None/b"}, 1),
+    "a stray beside the classes": (["train/x.png", *many("train/a", "train/b", "test/a", "test/b")],
+                                   "split/class", C, 1),
+    "Val and Dev are characters": (many("Val", "Dev", "Rin"), "class", {"None/Val", "None/Dev", "None/Rin"}, 0),
+    "years below the classes": (many("a/2019", "a/2020", "b/2019"), "class", {"None/a", "None/b"}, 0),
+    "one folder in each class": (many("a/a_faces", "b/b_faces"), "class", {"None/a", "None/b"}, 0),
+    "few lie deeper": ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", {"None/a", "None/b"}, 0),
+    "no folders": (["1.png", "2.png"], "pictures only", {"None/None"}, 0),
+    "splits without classes": (many("train", "val"), "split", {"train/None", "val/None"}, 0),
+    "a test without labels": ([*many("train/a", "train/b"), *many("test")], "split/class",
+                              {"train/a", "train/b", "test/None"}, 0),
+    "numbered, with a stray": (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], "AnimeFace Character",
+                               {"None/a", "None/b"}, 1),
+}  # fmt: skip
+
+
+def as_kind(root, kind):
+    """The folder itself, or a zip of it."""
+    return shutil.make_archive(str(root), "zip", root) if kind == "zip" else root
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_found_and_told(tmp_path, name, kind):
+    names, what, said, aside = LAYOUTS[name]
+    records, _, notes = sources.find(as_kind(lay(tmp_path / "set", names), kind))
+    assert {f"{r.split}/{r.label}" for r in records} == said and len(records) == len(names) - aside
+    assert notes[0].startswith(f"read as {what}: ")
+    labels = {r.label for r in records} - {None}
+    assert (f"{len(labels)} classes ({', '.join(sorted(labels))})" if labels else "no labels") in notes[0]
+    if aside:
+        assert f"{aside} pictures set aside" in notes[1] and "x.png" in notes[1]
+    else:
+        assert len(notes) == 1
+
+
+SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
+AMBIGUOUS = {  # pictures -> the two readings, classes of each
+    "series above characters": (SERIES, {"class": 2, "-/class": 4}),
+    "the same below a split": ([f"train/{n}" for n in SERIES], {"split/class": 2, "split/-/class": 4}),
+    "train beside class folders": (many("train/a", "train/b", "c", "d"), {"class": 3, "split/class": 2}),
+    "many pictures beside folders": ([*many("a", "b"), *(f"{i}.png" for i in range(8))], {"-": 0, "class": 2}),
+    "series once wrapped": ([f"set/{n}" for n in SERIES], {"-/class": 2, "-/-/class": 4}),
+    "one site above the same many": (many(*(f"{s}/{c}" for s in ("pixiv", "boards") for c in "abcdef"), each=1),
+                                     {"class": 2, "-/class": 6}),
+    "split below class, and more": (many("a/train", "a/test", "b/train", "b/raw"), {"class": 2, "class/split": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_ambiguous_layouts_are_refused_with_both_readings(tmp_path, name, kind):
+    names, readings = AMBIGUOUS[name]
+    path = as_kind(lay(tmp_path / "a set", names), kind)
+    line = refused(call("data.py", path, "--out", "out", cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+    assert re.search(r"choose: python data.py '.*' --layout \S+ --out datasets/'a set'", line)
+    for layout, classes in readings.items():
+        told = re.search(rf"--layout {re.escape(layout)}: ([^|]*)", line)[1]
+        assert (f"{classes} classes" if classes else "no labels") in told
+        records, _, notes = sources.find(path, layout=layout)
+        assert len({r.label for r in records} - {None}) == classes
+        aside = len(names) - len(records)
+        assert (f"{aside} pictures set aside" in told) == (aside > 0) == any("set aside" in n for n in notes)
+    assert len(sources.find(path, layout="-")[0]) == len(names)  # pictures to be named are never refused
+
+
+def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
+    lay(tmp_path / "set", SERIES)
+    done = call("data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+    assert "read as -/class: 4 classes (hutao, kiana, mei, ...)" in done.stdout
+    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["hutao", "kiana", "mei", "venti"]
+    for layout, says in (("split", "fits none of the 16 pictures"), ("a/b", "--layout a/b must be folder levels"),
+                         ("class/class", "must be"), ("class/-/-/split", "fits none")):  # fmt: skip
+        assert says in refused(call("data.py", "set", "--layout", layout, "--out", "no", cwd=tmp_path))
+    (tmp_path / "list.csv").write_text("set/genshin/hutao/0.png,x\n")
+    for source in ("list.csv", "toon"):
+        line = refused(call("data.py", source, "--layout", "class", "--out", "no", cwd=tmp_path))
+        assert line.startswith("error: --layout is for") and line.endswith("leave it out")
+
+
+def test_a_source_with_a_test_and_no_train_is_refused(tmp_path):
+    lay(tmp_path / "set", many("test/a", "test/b", "val/a", "val/b"))
+    line = refused(call("data.py", "set", "--out", "out", cwd=tmp_path))
+    assert "brings test and val, but no train" in line
+    call("data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+
+
+def test_a_folder_with_an_archive_and_no_pictures_names_the_archive(tmp_path):
+    lay(tmp_path / "set", [("my faces.zip", b"PK"), ("readme.txt", b"x")])
+    line = refused(call("data.py", "set", cwd=tmp_path))
+    assert "no image found in set, but my faces.zip lies there" in line
+    assert "give the archive: python data.py 'set/my faces.zip'" in line
+
+
+@pytest.mark.parametrize("name, split", [
+    ("train", "train"), ("TRAIN_SET", "train"), ("train-images", "train"), ("training", "train"), ("trainset", "train"),
+    ("train2017", "train"), ("images_train", "train"), ("valid", "val"), ("Validation", "val"), ("val_data", "val"),
+    ("dev", "dev"), ("testing", "test"), ("testset", "test"), ("test 2", "test"), ("Devi", None), ("valkyrie", None),
+    ("test_subject", None), ("miku", None), ("trainer", None), ("", None)])  # fmt: skip
+def test_names_of_splits(name, split):
+    assert layouts.split_of(name) == split
 
 
 # ---- what is refused, and what is skipped --------------------------------------------------------------------------
@@ -253,7 +379,7 @@ def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
             info.size = len(pictures[name])
             tar.addfile(info, io.BytesIO(pictures[name]))
     records, fetch, notes = sources.find(tmp_path / "set.tar")
-    assert len(records) == 9 and notes == ["1 names came twice; the first of each is kept"]
+    assert len(records) == 9 and notes[1:] == ["1 names came twice; the first of each is kept"]
     pairs, _ = pack.near_duplicates(records, fetch, "group")
     assert [{records[i].key for i in pair} for pair in pairs] == [{"a/3.png", "a/8.png"}]
 
@@ -262,7 +388,8 @@ def test_where_a_list_of_whole_paths_lies_says_nothing_of_splits_and_classes(tmp
     lay(tmp_path / "dev" / ".cache" / "set", ["miku/1.png", "miku/2.png", "rin/3.png"])
     root = tmp_path / "dev" / ".cache" / "set"
     lines = [f"{root}/miku/1.png\n", f"{root}/rin/3.png\n", f"{root}/miku/2.png\n", "\n"]
-    records, fetch = sources.from_list(lines)
+    records, fetch, note = sources.from_list(lines)
+    assert note == "read as class: 2 classes (miku, rin)"
     assert {r.key: (r.label, r.split) for r in records} == {
         "miku/1.png": ("miku", None), "miku/2.png": ("miku", None), "rin/3.png": ("rin", None)}  # fmt: skip
     assert all(load() == (root / r.key).read_bytes() for r, load in fetch(records))
@@ -286,7 +413,7 @@ def test_names_that_differ_in_case_are_told_and_doubles_counted(tmp_path):
             z.writestr(name, png(seed=i))
     records, _, notes = sources.find(tmp_path / "set.zip")
     assert [r.key for r in records] == ["Miku/1.png", "miku/1.png", "rin/1.png"]
-    assert notes == ["1 names came twice; the first of each is kept",
+    assert notes == ["read as class: 3 classes (Miku, miku, rin)", "1 names came twice; the first of each is kept",
                      "classes that differ only in case are kept apart: Miku and miku"]  # fmt: skip
 
 

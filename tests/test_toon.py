@@ -4,6 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import call, refused
+from PIL import Image
 
 from ingest import toon
 
@@ -107,3 +109,19 @@ def test_identity_is_not_in_the_thumbnail():
     for strength in (1, 10, 100):
         guess = (x[cut:] @ np.linalg.solve(gram + strength * np.eye(len(gram)), target)).argmax(1)
         assert (guess == y[cut:]).mean() < 0.6
+
+
+def sheet(*words, cwd, **more):
+    return call("ingest.toon", *words, cwd=cwd, **more)
+
+
+def test_the_sheet_is_drawn_once_and_wrong_flags_draw_none(tmp_path):
+    words = ("--rows", 1, "--columns", 2, "--size", 16, "--out", "a.png")
+    assert "a.png written" in sheet(*words, cwd=tmp_path, check=0).stdout
+    assert Image.open(tmp_path / "a.png").size == (32, 16)
+    assert "a.png is there already; --force replaces it" in refused(sheet(*words, cwd=tmp_path))
+    sheet(*words, "--force", cwd=tmp_path, check=0)
+    for more in (["--rows", 0], ["--columns", -1], ["--size", 10**6], ["--seed", 2**70], ["--who", "nobody"],
+                 ["--out", "a.txt"], ["--out", "a.png/b.png"]):  # fmt: skip
+        assert str(more[1]) in refused(sheet(*more, cwd=tmp_path)) or more[0] == "--out"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
