@@ -217,8 +217,7 @@ def check_memory(args, device, strategy, ratio, b):
         seen = N if strategy == "simmim" else int(N * (1 - ratio))  # by the encoder, in a step
         return max(memory(seen, b // args.accumulate, True), memory(N, data.CHUNK, False))
 
-    smaller = "--batch-size, --model or --decoder-dim, or more --accumulate"
-    train.check_memory(device, args.image_size, args.patch_size, need, smaller)
+    train.check_memory(device, args.image_size, args.patch_size, need)
 
 
 def micro_batches(b, n):

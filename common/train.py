@@ -147,14 +147,17 @@ def free_memory(device):
     return math.inf
 
 
-def check_memory(device, image_size, patch, need, smaller="--batch-size or --model"):
+SMALLER = "a smaller --batch-size, --model or --decoder-dim, or more --accumulate"
+
+
+def check_memory(device, image_size, patch, need, fix=SMALLER):
     """A UserError, before the first step, where need(image size) bytes are not free; it says the largest that fits."""
     free, sizes = free_memory(device), range(patch, image_size, patch)  # need(image size) rises with it
     if need(image_size) > free:
         fits = patch * bisect.bisect(sizes, free, key=need)
-        fix = f"--image-size {fits} is the largest that fits, or" if fits else "no --image-size fits:"
+        best = f"--image-size {fits} is the largest that fits, or" if fits else "no --image-size fits:"
         raise UserError(f"--image-size {image_size} needs about {need(image_size) / 2**30:.1f} GB of memory here, and "
-                        f"{free / 2**30:.1f} are free; {fix} give a smaller {smaller}")  # fmt: skip
+                        f"{free / 2**30:.1f} are free; {best} give {fix}")  # fmt: skip
 
 
 def catch_signals():

@@ -14,7 +14,7 @@ import data
 import maps
 import mask as masking
 import model
-from common import evaluate, metrics, plots
+from common import metrics, plots
 from common.io import UserError
 from common.train import seeded
 
@@ -280,6 +280,6 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))
 def test_a_sheet_shows_exactly_what_is_hidden(strategy):
-    hidden = evaluate.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
+    hidden = maps.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
     for ratio, h in hidden.items():
         assert h.shape == (5, 6, 6) and (h.flatten(1).sum(1) == 36 - masking.kept(36, ratio)).all()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import data
 import pretrain
 import probe
-from common import compare, features, stats
+from common import compare, features, plots, stats
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -181,9 +181,9 @@ def test_features_are_those_of_the_encoder(small):
 def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        rollout = ViT(32, 8, 32, 3, 2).eval().rollout(view)
+        rollout = plots.rollout(ViT(32, 8, 32, 3, 2).eval(), view)
         one = ViT(32, 8, 32, 1, 2).eval()
-        torch.testing.assert_close(one.rollout(view), one.patch_attention(view).mean(1) / 2)
+        torch.testing.assert_close(plots.rollout(one, view), one.patch_attention(view).mean(1) / 2)
     assert rollout.shape == (2, 16) and (rollout.sum(1) < 1).all() and (rollout >= 0).all()
 
 
