@@ -442,8 +442,7 @@ def sheet_of_all(path, run, split, device, dtype):
     path.parent.mkdir(parents=True, exist_ok=True)
     with working("drawing"):
         draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
-    print(f"{path}: every strategy on the same faces\n"
-          f"next: python pretrain.py --data {shlex.quote(str(Path(split['images'].filename).parent))} --mask STRATEGY")
+    print(f"{path}: every strategy on the same faces")
 
 
 def main():
@@ -456,7 +455,8 @@ def main():
     if args.map == "all":
         path = out / f"strategies-{name_of(args.run)}{'' if args.split == 'train' else '-' + args.split}.png"
         refuse_overwrite([path], args.force)
-        return sheet_of_all(path, args.run, split, device, pick_dtype(args.dtype, device)[0])
+        sheet_of_all(path, args.run, split, device, pick_dtype(args.dtype, device)[0])
+        return print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
     path = data.map_file(out, args.map, split)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     refuse_overwrite([path, sheet], args.force)
@@ -493,7 +493,7 @@ def about_maps(args, folder, split, maps):
         score = torch.from_numpy(maps[rows]).float()
         true = to_patches(torch.from_numpy(split["fg"][rows]), maps.shape[-1]).flatten() > 127
         auc = metrics.auc((score if args.map == "saliency" else score > 0).float().flatten(), true)
-        lines.append(f"{folder} has exact foreground masks: against them the AUC of this estimate is {auc:.2f}, of 1")
+        lines.append(f"{folder} has exact foreground masks: this estimate has an AUC of {auc:.2f} against them")
     if has_exact(args.map, split):
         lines.append(f"without --maps, pretrain.py takes the exact {guidance.TRUTH[NEEDED_AS[args.map]]}")
     return lines

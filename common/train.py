@@ -124,7 +124,8 @@ def step_memory(stacks, images, item, fused, learns):
              a time where nothing learns
     square   H n^2 probabilities of `item` bytes, kept where it learns; at work two more, scores or gradients. A fused
              attention has none
-    MEASURED
+    On a CPU the peak of the process was 1.19 and 1.10 times as much (steps of small, 128 px, 64 images: 1.1 GB; nano,
+    256 px, 16 images: 2.1 GB) and .98 times (evaluation of small, 224 px: .9 GB); torch itself has .1 GB of it.
     """
     weights, kept, at_work = 0, 0, 0
     for n, D, blocks, H in stacks:
