@@ -253,7 +253,7 @@ def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
     auc = metrics.auc(rows.flatten().float(), true.flatten())
     assert f"true has exact foreground masks: this estimate has an AUC of {auc:.2f}" in text
     assert next_command(text) == ["--data", "true", "--mask", "fg_heavy", "--maps", "maps/true"]
-    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")  # and without --maps the exact ones
+    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")  # the exact ones
     here("--data", "true", "--map", "parts", "--parts", 3, "--run", run, "--quality", "coarse")
     text = capsys.readouterr().out
     assert "3 clusters of the encoder's features" in text and "without names" in text and "by colours alone" in text
