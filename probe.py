@@ -85,17 +85,21 @@ def parse_args():
 # fmt: on
 
 
+def flags_used(args, labelled=True, folder=""):
+    """The table for refuse_unused: asked before the data are read, and when it is known whether they have labels."""
+    several, labels = len(args.runs) > 1, f"needs a label on every image of {folder}"
+    return (
+        ("headline views blocks snapshots threshold reference claim out seed", labelled, labels),
+        ("headline", not several, "is for one run: a comparison needs every head"),
+        ("views blocks snapshots threshold reference", not args.headline, "is for a whole probe, not for --headline"),
+        ("claim out", several, "is for a comparison of several runs"),
+        ("reference", args.threshold is None, "fixes the threshold that --threshold gives as a number"))  # fmt: skip
+
+
 def check(args, task):
     """Nothing given is ignored, nothing that is there replaced; and then the defaults of what was not given."""
-    whole, several, labels = not args.headline, len(args.runs) > 1, f"needs a label on every image of {task.folder}"
-    refuse_unused(args, (
-        ("headline views blocks snapshots threshold reference claim out seed", task.labelled, labels),
-        ("views blocks snapshots threshold reference", whole, "is for a whole probe, not for --headline"),
-        ("claim out", several, "is for a comparison of several runs"),
-        ("reference", args.threshold is None, "fixes the threshold that --threshold gives as a number"),
-    ))  # fmt: skip
-    if args.headline and several:
-        raise UserError("--headline takes one run: a comparison needs every head")
+    refuse_unused(args, flags_used(args, task.labelled, task.folder))
+    several = len(args.runs) > 1
     args.views = 1 if args.headline or not task.labelled else args.views
     for run in args.runs:
         refuse_file(task.home[run])
@@ -431,6 +435,7 @@ def snapshots(run, task):
 
 def main():
     args = parse_args()
+    refuse_unused(args, flags_used(args))
     for run in args.runs:  # every mistake before hours of work
         load_encoder(run)
         if args.snapshots:

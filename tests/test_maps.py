@@ -340,7 +340,7 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
     assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
     with pytest.raises(UserError, match="needs true parts"):
-        here("--data", small, *words)
+        here("--data", small, *words, "--force")
     with pytest.raises(UserError, match="needs an encoder"):
         here("--data", small, "--map", "all")
 

@@ -273,9 +273,9 @@ def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, cap
     pack.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
     shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png"))
     words, home = (tmp_path / "run", "--data", tmp_path / "flat", *FAST[:-2]), tmp_path / "run" / "flat-val"
-    for flag in (["--headline"], ["--views", 2], ["--blocks"], ["--snapshots"], ["--threshold", 50], ["--seed", 1]):
+    for flag in (["--headline"], ["--views", 2], ["--blocks"], ["--threshold", 50], ["--seed", 1]):
         with pytest.raises(UserError, match=f"{flag[0]} needs a label on every image.*leave it out"):
-            run_probe(monkeypatch, *words, *flag)
+            run_probe(monkeypatch, *words, *flag, looking=True)
     run_probe(monkeypatch, *words, looking=True)
     assert "no numbers" in capsys.readouterr().out and (home / "neighbours.png").exists()
     assert "rows" not in json.loads((home / "probe.json").read_text())
