@@ -1,6 +1,6 @@
 """Write an encoder for other tools: public MAE names, timm, transformers, or an adapter merged into its encoder.
 
-    python export.py ENCODER --to mae|timm|hf|merged [--out FILE] [--image-size PX]
+    python export.py ENCODER --to mae|timm|hf|merged [--out FILE] [--image-size PX] [--force]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
@@ -8,17 +8,25 @@ Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder includ
         adapter in it)
 """
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import shlex
 from pathlib import Path
 
 import torch
 
 from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
-from common.command import Parser, at_least, cli
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
 from common.io import UserError, save_json, save_safetensors
 from common.lora import load_merged, save_encoder
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
+
+HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")  # that transformers reads
 
 
 def check_whole(weights, facts, path):
@@ -74,13 +82,20 @@ def timm_line(facts, path):
             f'pretrained_cfg_overlay={pixels}, checkpoint_path="{path}")')  # fmt: skip
 
 
-def export(source, to, out=None, image_size=None):
-    """Write an encoder in the format `to` -> (what was written, a line of Python that loads it)."""
+def export(source, to, out=None, image_size=None, force=False):
+    """Write an encoder in the format `to` -> (what was written, a line of Python that loads it).
+
+    What is there already is replaced only by force.
+    """
     source = Path(source)
     out = Path(out or (source if source.is_dir() else source.parent) / ("hf" if to == "hf" else f"{to}.safetensors"))
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
+    refuse_file(out if to == "hf" else out.parent)
+    if to != "hf" and out.is_dir():
+        raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{to}.safetensors")
+    refuse_overwrite([out / name for name in HF_FILES] if to == "hf" else [out], force)
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})
@@ -104,11 +119,15 @@ def main():
     add("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=["mae", "timm", "hf", "merged"], help="the format")
     add("--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf)")
+    add("--force", action="store_true", help="replace what is there already")
     add("--image-size", type=at_least(1), metavar="PX",
         help="side of a view; positions are resized to it (default: as it is)")  # fmt: skip
     args = parser.parse_args()
-    out, use = export(args.encoder, args.to, args.out, args.image_size)
+    with working("exporting"):
+        out, use = export(args.encoder, args.to, args.out, args.image_size, args.force)
     print(f"wrote    {out}\nload it  {use}")
+    if args.to == "merged":
+        print(f"next: python probe.py {shlex.quote(str(out))} --data DIR")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,27 @@
     python maps.py --data datasets/toon --map saliency
     python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every strategy on the same faces
 
+A set that has exact masks of its own, such as pictures with alpha, needs no maps of foreground: they are estimates.
+
 Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME where an encoder is asked for
 Writes: maps/NAME/ saliency.safetensors, attn.safetensors or parts.safetensors, with what made it in the header, and
-        sheet-saliency.png and so on: images, maps, and what each strategy hides by them at three ratios
+        sheet-saliency.png and so on: images, maps, and what each strategy hides by them at three ratios;
+        strategies-RUN.png where all were asked for
 
     attn      f16 (n, g, g)  attention in an encoder's last block, mean over heads; g patches a side as in the encoder
     saliency  u8 (n, 32, 32) probability of foreground, 255 is 1: coarse (colours alone) or refined (with an encoder)
-    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the foreground
+    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the foreground, the largest first:
+                             numbers, no names; what a cluster shows is seen on the sheet
 """
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import math
+import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -20,10 +31,20 @@ import torch.nn.functional as F
 
 import data
 import mask as masking
-from common import guidance
+from common import guidance, metrics
 from common.checkpoints import ENCODER, init_from, load_encoder
-from common.command import Parser, between, cli, progress
-from common.evaluate import hidden_by, hide_at_random, predict
+from common.command import (
+    Parser,
+    between,
+    cli,
+    command,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    working,
+)
+from common.evaluate import hide_at_random, predict
 from common.io import UserError
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
@@ -32,14 +53,14 @@ from model import MAE
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
 SHEET_RATIOS, DRAWS = (0.5, 0.75, 0.9), 12  # DRAWS: random masks that a patch's difficulty is the mean of
 NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: what strategies call it (masking.NEEDS)
-FLAGS = {"attn": "run source", "saliency": "run quality", "parts": "run quality parts", "all": "run"}
+MAPS = ("attn", "saliency", "parts", "all")
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
-    add("--map", required=True, choices=FLAGS, help="attention, probability of foreground, or parts of it; all: a "
+    add("--map", required=True, choices=MAPS, help="attention, probability of foreground, or parts of it; all: a "
         "sheet\nof every strategy, by a run and the true masks")  # fmt: skip
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but coarse saliency")
     add("--quality", choices=["coarse", "refined"],
@@ -49,6 +70,7 @@ def parse_args():
     add("--parts", type=between(1, 255, int), metavar="K", help="parts of the foreground (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
+    add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder's matrix products")
     return parser.parse_args()
@@ -56,16 +78,18 @@ def parse_args():
 
 def check(args):
     """What is missing, and what does not go together; then the defaults."""
-    given = {name for name in ("run", "quality", "source", "parts") if getattr(args, name) is not None}
-    if extra := given - set(FLAGS[args.map].split()):
-        raise UserError(f"--{min(extra)} has no meaning for --map {args.map}; leave it out")
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
+    by_colours, own = args.map == "saliency" and args.quality == "coarse", f", not for --map {args.map}"
+    refuse_unused(args, (
+        ("quality", args.map in ("saliency", "parts"), f"is for --map saliency and parts{own}"),
+        ("source", args.map == "attn", f"is for --map attn{own}"),
+        ("parts", args.map == "parts", f"is for --map parts{own}"),
+        ("run dtype", not by_colours, "is for an encoder, and coarse saliency uses none (--quality refined does)"),
+    ))  # fmt: skip
+    refuse_file(args.out or "maps")
     args.source = args.source or (guidance.default_source(args.run or "self") if args.map == "attn" else None)
     args.parts = 6 if args.parts is None and args.map == "parts" else args.parts
-    if args.map == "saliency" and args.quality == "coarse":
-        if args.run:
-            raise UserError("--quality coarse uses no encoder; leave --run out, or say --quality refined")
-    elif not args.run:
+    if not by_colours and not args.run:
         raise UserError(f"--map {args.map}{' --quality refined' * (args.map == 'saliency')} needs an encoder; add "
                         "--run runs/NAME, which python pretrain.py makes")  # fmt: skip
 
@@ -320,20 +344,36 @@ def rows_of_map(args, images, device):
     if args.map == "parts" and args.parts > g**2:
         raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")
     stream = lambda rows: tokens_of(images, rows, encoder, size, device, autocast)  # noqa: E731
-    total = sum(tokens.double().sum(0) for _, tokens in stream(some))
+    with working("features of a sample"):
+        total = sum(tokens.double().sum(0) for _, tokens in stream(some))
     place = (total / len(some)).float()  # what the tokens at each place have in common, (N, D)
     if args.map == "saliency":
         return GRID, "U8", ((255 * refined(*chunk, place)).round().byte().cpu().numpy() for chunk in stream(every))
     masked = lambda rows: with_foreground(stream(rows), place, args.quality)  # noqa: E731
-    points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)])
+    with working("foreground of a sample"):
+        points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)])
     if len(points) < args.parts:
         raise UserError(f"--parts {args.parts} are more than the {len(points)} patches of foreground that were found")
-    centres = kmeans(points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0))  # one codebook, (K, D)
+    with working("k-means"):
+        centres = kmeans(points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0))  # one codebook, (K, D)
     chunks = (parts_of(tokens, mask, place, centres) for tokens, mask in masked(every))
     return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in chunks)
 
 
 # ---- sheets: what strategies hide --------------------------------------------------------------------------------
+
+
+def hidden_by(strategy, patches, g, n, ratios, t=1.0):
+    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g) bool}, for sheets.
+
+    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy gets the same noise.
+    """
+    noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
+    for ratio in ratios:
+        K = masking.kept(g * g, ratio)
+        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K)
+        hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
+    return hidden
 
 
 def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
@@ -400,7 +440,8 @@ def sheet_of_all(path, run, split, device, dtype):
     maps = [(name, score.unflatten(1, (g, g))) for name, score in shown.items()]
     title = "What each strategy hides first, at the end of a run"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
+    with working("drawing"):
+        draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
     print(f"{path}: every strategy on the same faces")
 
 
@@ -412,10 +453,13 @@ def main():
     split = data.open_split(folder, args.split)
     out = Path(args.out or Path("maps") / folder.name)
     if args.map == "all":
-        return sheet_of_all(out / "strategies.png", args.run, split, device, pick_dtype(args.dtype, device)[0])
+        path = out / f"strategies-{name_of(args.run)}{'' if args.split == 'train' else '-' + args.split}.png"
+        refuse_overwrite([path], args.force)
+        sheet_of_all(path, args.run, split, device, pick_dtype(args.dtype, device)[0])
+        return print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
     path = data.map_file(out, args.map, split)
-    if path.exists():
-        raise UserError(f"{path} is there already; remove it, or give another --out")
+    sheet = path.with_name(f"sheet-{path.stem}.png")
+    refuse_overwrite([path, sheet], args.force)
     grid, dtype, rows = rows_of_map(args, split["images"], device)
     n = len(split["images"])
     header = {"map": args.map, "quality": args.quality, "source": args.source, "parts": args.parts, "grid": grid,
@@ -424,11 +468,51 @@ def main():
     header = {key: value for key, value in header.items() if value is not None}
     bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    sheet = path.with_name(f"sheet-{path.stem}.png")
-    sheet_of_map(sheet, args.map, split["images"], data.open_map(path, args.map, split), args.parts)
-    strategy = next((s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[args.map]), "random")
-    print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}\n"
-          f"next: python pretrain.py --data {folder} --mask {strategy}")  # fmt: skip
+    maps = data.open_map(path, args.map, split)
+    with working("drawing"):
+        sheet_of_map(sheet, args.map, split["images"], maps, args.parts)
+    print("\n".join([f"{path}: {n} maps of {grid} x {grid}; look at {sheet}",
+                     *about_maps(args, folder, split, maps), next_line(args, folder, out, split)]))  # fmt: skip
+
+
+def name_of(run):
+    """A run by its name, or a checkpoint by that of its file."""
+    path = Path(run).resolve()
+    return path.name if path.is_dir() else path.stem
+
+
+def about_maps(args, folder, split, maps):
+    """-> lines: what the maps are, and how near they are to the exact masks of a set that has some."""
+    lines = []
+    if args.map == "parts":
+        how = "colours alone" if args.quality == "coarse" else "colours and the encoder"
+        lines = [f"parts are {args.parts} clusters of the encoder's features, numbered by size, without names; "
+                 f"what is foreground was found by {how}"]  # fmt: skip
+    if args.map in ("saliency", "parts") and "fg" in split:
+        rows = data.evenly_spaced(len(maps), 256).numpy()
+        score = torch.from_numpy(maps[rows]).float()
+        true = to_patches(torch.from_numpy(split["fg"][rows]), maps.shape[-1]).flatten() > 127
+        auc = metrics.auc((score if args.map == "saliency" else score > 0).float().flatten(), true)
+        lines.append(f"{folder} has exact foreground masks: this estimate has an AUC of {auc:.2f} against them")
+    if has_exact(args.map, split):
+        lines.append(f"without --maps, pretrain.py takes the exact {guidance.TRUTH[NEEDED_AS[args.map]]}")
+    return lines
+
+
+def has_exact(name, split):
+    return NEEDED_AS[name] in guidance.TRUTH and NEEDED_AS[name] in split
+
+
+def next_line(args, folder, out, split):
+    """-> the command that finds these maps; those of another split than train guide no training."""
+    if args.split != "train":
+        train = re.sub(r" --split[ =]\S+", "", command())
+        return f"maps of {args.split} are to look at and to measure; training is guided by those of train: {train}"
+    strategy = next(s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[args.map])
+    found = out.resolve() == (Path("maps") / folder.name).resolve() and not has_exact(args.map, split)
+    words = ["python", "pretrain.py", "--data", str(folder), "--mask", strategy]
+    words += ["--teacher", "maps"] * (args.map == "attn") + ([] if found else ["--maps", str(out)])
+    return f"next: {shlex.join(words)}"
 
 
 if __name__ == "__main__":

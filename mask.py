@@ -265,6 +265,8 @@ def parse_mask(text):
     params = {}
     for pair in filter(None, given.split(",")):
         key, _, value = pair.partition("=")
+        if key in params:
+            raise ValueError(f"--mask {name} has {key} twice; give it once")
         if key not in known:
             raise ValueError(f"--mask {name} has no parameter {key!r}; it has: {', '.join(known) or 'none'}")
         try:
@@ -273,6 +275,9 @@ def parse_mask(text):
             raise ValueError(f"--mask {name}: {key}={value!r} is not a number") from None
         if params[key] != params[key] or params[key] < 0:
             raise ValueError(f"--mask {name}: {key}={value} must be 0 or more")
+    if {"power", "whole"} <= params.keys():
+        raise ValueError(f"--mask {name}: power shapes the curriculum, and whole={params['whole']:g} is without one; "
+                         "leave one of them out")  # fmt: skip
     return name, params
 
 

@@ -181,19 +181,6 @@ class ViT(nn.Module):
         A = last.attn.probabilities(last.norm1(x), 1 if source == "cls" else x.shape[1])
         return A[:, :, 0, 1:] if source == "cls" else A[:, :, 1:, 1:].mean(2)
 
-    def rollout(self, view):
-        """view u8 (B, S, S, 3) -> attention of CLS to each patch through all blocks, (B, N) fp32.
-
-        The product over blocks of (A + I) / 2, A the mean over heads (Abnar and Zuidema 2020, arXiv:2005.00928).
-        """
-        x = self.embed(*self.all_patches(view))
-        flow = eye = torch.eye(x.shape[1], device=x.device)
-        for block in self.blocks:
-            A = block.attn.probabilities(block.norm1(x), x.shape[1])  # (B, H, 1+N, 1+N)
-            flow = (A.mean(1) + eye) / 2 @ flow
-            x = block(x)
-        return flow[:, 0, 1:]
-
 
 class Decoder(nn.Module):
     """Predicts the pixels of the masked patches from the encoder's tokens; thrown away after pre-training."""

@@ -13,7 +13,13 @@ the same order with the same crops, and a run that was killed and resumed ends w
 Several processes draw the same and take a slice each: --batch-size is that of all, and the losses are those of one.
 """
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import functools
+import shlex
 from pathlib import Path
 
 import torch
@@ -24,16 +30,17 @@ import kernels
 import mask as masking
 from common import distributed, train
 from common.checkpoints import init_from, load_exactly, save_model
-from common.command import Parser, at_least, between, cli, progress
+from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused, seed
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, collapse_warning, default_source
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
-from model import MAE, SIZES, Block, SimMIM
+from model import MAE, SIZES, Block, SimMIM, check_config
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOG_EVERY = 10  # steps
+WRITTEN = ("model.safetensors", "*.png")  # by a run that was finished
 DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few large ones (results/LOG.md)
     "cpu": dict(model="nano", epochs=32, batch_size=32, blr=8e-3),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4),
@@ -47,6 +54,7 @@ def parse_args():
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
     add("--out", metavar="DIR", help="run folder (default: runs/ and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    add("--force", action="store_true", help="replace what is there already: begin anew in the folder of another run")
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=SIZES, help="default: small on a GPU, nano on a CPU")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: per model, 96 or 128)")
@@ -62,7 +70,7 @@ def parse_args():
     add("--attention", choices=SOURCES,
         help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
-        help="foreground and parts: by maps.py, or the data's own masks\n(auto: maps/NAME if there, else its own)")
+        help="foreground and parts: the data's own masks, or by maps.py\n(auto: its own if there are, else maps/NAME)")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss weight of a flat patch; 1: as all")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add("--norm-floor", type=between(0, 1), default=FLOOR, metavar="S0",
@@ -75,7 +83,7 @@ def parse_args():
         help="base learning rate: lr = blr * batch / 256 (default: per device)")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
-    add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
+    add("--seed", type=seed, default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
     add("--every", type=at_least(0), default=0, metavar="EPOCHS", help="keep weights in snapshots/ (0: never)")
@@ -108,6 +116,7 @@ def parse_masking(args):
     """--mask and --ratio -> the strategy, its parameters, the ratio at the start and at the end."""
     if not args.data:
         raise UserError("--data is empty: give a folder")
+    refuse_file(args.out or "runs")
     if args.batch_size % args.accumulate:
         raise UserError(f"--batch-size {args.batch_size} must be divisible by --accumulate {args.accumulate}")
     try:
@@ -117,9 +126,26 @@ def parse_masking(args):
             masking.kept((args.image_size // args.patch_size) ** 2, ratio)
     except ValueError as problem:
         raise UserError(problem) from None
+    refuse_unused(args, flags_used(args, name))
+    check_config(**SIZES[args.model] | vars(args))
     if args.teacher != "self" and masking.NEEDS.get(name) == "attn":
         params = {"start": 0.0, "ramp_for": 0.0} | params  # a trained teacher guides from the first step on
     return name, params, ratios
+
+
+def flags_used(args, strategy):
+    """The table for refuse_unused: flags that not every run has a use for."""
+    need, own = masking.NEEDS.get(strategy), f", not for --mask {strategy}"
+    guided = [name for name, what in masking.NEEDS.items() if what == "attn"]
+    return (
+        ("teacher attention", need == "attn", f"is for masks guided by attention ({', '.join(guided)}){own}"),
+        ("attention", args.teacher != "maps", "chooses among an encoder's, and --teacher maps has made its choice"),
+        ("maps", need in ("fg", "parts") or args.teacher == "maps",
+         f"is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), and for --teacher maps{own}"),
+        ("norm-floor", not args.no_norm_pix, "is a part of norm_pix, which --no-norm-pix turns off"),
+        ("decoder-dim decoder-depth", strategy != "simmim", f"is for MAE's decoder, simmim has one linear layer{own}"),
+        ("every", args.every <= args.epochs, f"{args.every} keeps nothing of {args.epochs} epochs"),
+        ("force", not args.resume, "starts anew, and --resume goes on"))  # fmt: skip
 
 
 def use_impl(name, device):
@@ -146,8 +172,8 @@ def run_name(args):
 
 def config_of(args):
     """The flags that decide the weights: a run can only be resumed under the same."""
-    leave_out = ("out", "resume", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on", "every",
-                 "given")  # fmt: skip
+    leave_out = ("out", "resume", "force", "log", "device", "compile", "recompute", "impl", "eval_every", "eval_on",
+                 "every", "given")  # fmt: skip
     return {k: v for k, v in vars(args).items() if k not in leave_out}
 
 
@@ -164,7 +190,7 @@ def build_model(args, strategy):
 
 
 def fit_batch(args, images, rank, world):
-    """-> B: --batch-size, or fewer where the set has fewer images; the slice of its rows that this process works on.
+    """-> B: --batch-size, or fewer where the set has fewer images; the b of them that this process works on, and where.
 
     Every process and every micro-batch gets as many.
     """
@@ -176,7 +202,22 @@ def fit_batch(args, images, rank, world):
         fix = f"--batch-size {fits} is" if fits else f"{args.data} has {images} images: use fewer processes"
         raise UserError(f"--batch-size must be divisible by processes x --accumulate, {world} x {args.accumulate}: "
                         f"{B} is not; {fix}")  # fmt: skip
-    return B, slice(rank * B // world, (rank + 1) * B // world)
+    return B, B // world, slice(rank * B // world, (rank + 1) * B // world)
+
+
+def check_memory(args, device, strategy, ratio, b):
+    """Refuse what memory can't hold: a step of b images on this device, or an evaluation of whole images."""
+    size, item, fused = SIZES[args.model], 4 if args.dtype == "fp32" else 2, device.type != "cpu"
+
+    def need(image_size):
+        N = (image_size // args.patch_size) ** 2
+        decoder = [] if strategy == "simmim" else [(N, args.decoder_dim, args.decoder_depth, args.decoder_dim // 32)]
+        memory = lambda n, images, learns: train.step_memory(  # noqa: E731
+            [(n, size["dim"], size["depth"], size["heads"]), *decoder], images, item, fused, learns)  # fmt: skip
+        seen = N if strategy == "simmim" else int(N * (1 - ratio))  # by the encoder, in a step
+        return max(memory(seen, b // args.accumulate, True), memory(N, data.CHUNK, False))
+
+    train.check_memory(device, args.image_size, args.patch_size, need)
 
 
 def micro_batches(b, n):
@@ -200,12 +241,13 @@ def start_message(args, out, train_set, held_set, model, ratio, batch, step, ini
 
 def load_run(state, path, model, optimizer, guide):
     """Put the state of a run that is resumed in its place -> its step, and the seconds that it took so far."""
-    load_exactly(model, state["model"], path)
-    if "decoder_heads" in state:  # of the checkpoint that it began with
-        model.set_decoder_heads(state["decoder_heads"])
-    guide.load(state, path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
+    with train.taking_up(path):
+        load_exactly(model, state["model"], path)
+        if "decoder_heads" in state:  # of the checkpoint that it began with
+            model.set_decoder_heads(state["decoder_heads"])
+        guide.load(state, path)
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"]), float(state["seconds"])
 
 
 def save_run(out, model, optimizer, guide, config, step, seconds):
@@ -233,25 +275,24 @@ def main():
           f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
 
     # network and data
-    model = build_model(args, strategy)
     with distributed.zero_first():
         args.data = str(data.open_or_pack(args.data, args.image_size))
     train_set, held_set = data.open_split(args.data, "train"), data.open_split(args.data, args.eval_on)
     out = Path(args.out or f"runs/{run_name(args)}")
-    S, p, N = args.image_size, args.patch_size, model.encoder.side**2
+    S, p, N = args.image_size, args.patch_size, (args.image_size // args.patch_size) ** 2
     norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
-    B, rank_slice = fit_batch(args, len(train_set["images"]), rank, world)
-    b = B // world  # images of a batch that this process works on
+    B, b, rank_slice = fit_batch(args, len(train_set["images"]), rank, world)
+    check_memory(args, device, strategy, min(ratios), b)
+    model = build_model(args, strategy).to(device)
     per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * B / 256
     total = per_epoch * args.epochs
 
     # what guides the mask, optimizer, and the state of a run that is resumed
-    init_message = init_from(model, args.init) if args.init and not (out / "state.pt").exists() else ""
+    init_message = init_from(model, args.init) if args.init and (args.force or not (out / "state.pt").exists()) else ""
     guide = Guide(strategy, params, model.encoder, train_set, args.data, device, autocast, teacher=args.teacher,
                   source=args.attention, maps=args.maps, epochs=args.epochs)  # fmt: skip
     config = config_of(args) | {"images": len(train_set["images"]), "guide": guide.about}
-    state = train.open_run(out, config, args.resume)
-    model.to(device)
+    state = train.open_run(out, config, args.resume, args.force, WRITTEN)
     net = torch.compile(model) if args.compile else model
     learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
     optimizer = train.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
@@ -339,7 +380,8 @@ def main():
     save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
     draw_run(out, model, held_set, norm, autocast, last, args.eval_on,
              f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}")  # fmt: skip
-    print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s")
+    print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s\n"
+          f"next: python probe.py {shlex.quote(str(out))}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,26 +5,44 @@
 
 Reads:  runs/NAME (model.safetensors, log.jsonl), datasets/NAME (train, val; choices are made on dev, or on a tenth
         of train)
-Writes: runs/NAME/ probe.json, features.safetensors, attention.png, patches.png, neighbours.png, scatter.png,
-        confusion.png; beside the run controls-DIGEST.safetensors (untrained encoder and thumbnails, for all runs);
-        of several runs compare/ compare.md, compare.json, curves.png
+Writes: runs/NAME/ probe.json (by --headline probe-headline.json), features.safetensors, attention.png, patches.png,
+        neighbours.png, scatter.png, confusion.png; of data that are not the run's own, or of another split than val,
+        to runs/NAME/DATA-SPLIT/; beside the run controls-DIGEST.safetensors (untrained encoder and thumbnails, for all
+        runs); of several runs compare/, or compare-DATA-SPLIT/, with compare.md, compare.json, curves.png
 
 The headline is fixed before any number is seen: logistic regression on the mean patch token, Top-1 on val. All poolings
 are reported, none is chosen on val. The same command gives the same digits: features are kept in fp16, classifiers run
 on the CPU, all random numbers come from --seed.
 """
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 
 import torch
 
 import data
-from common import compare, features, metrics, plots, stats
+from common import features, metrics, stats
 from common.checkpoints import load_encoder
-from common.command import Parser, at_least, cli, command
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    seed,
+    working,  # fmt: skip
+)
 from common.io import UserError, save_text
 from common.train import commit, machine, read_log, seeded
 from model import untrained_like
@@ -52,37 +70,71 @@ def parse_args():
     add("--blocks", action="store_true", help="also the mean token after each block")
     add("--snapshots", action="store_true", help="also a ridge probe of each runs/NAME/snapshots/encoder-EPOCH")
     add = parser.add_argument_group("comparison and efficiency").add_argument
-    add("--threshold", type=float, metavar="PERCENT", help="kNN Top-1 to reach in the run's log\n"
+    add("--threshold", type=between(0, 100), metavar="PERCENT", help="kNN Top-1 to reach in the run's log\n"
         "(default: untrained + 90 %% of the gain of --reference)")
     add("--reference", metavar="RUN", help="run of the threshold (default: the first with random masks, else itself)")
-    add("--claim", type=float, default=0.0, metavar="POINTS", help="a difference is supported if it is at least this")
+    add("--claim", type=between(-100, 100), default=0.0, metavar="POINTS",
+        help="a difference is supported if it is at least this")
     add("--out", metavar="DIR", help="where a comparison goes (default: compare/ beside the first run)")
+    add("--force", action="store_true", help="replace what is there already")
     add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=at_least(0), default=0, help="of crops, mini-batches and episodes")
+    add("--seed", type=seed, default=0, help="of mini-batches and episodes")
     add("--device", default="auto", help="auto, cpu, cuda, mps: of the encoder; classifiers run on the CPU")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder's matrix products")
     return parser.parse_args()
 # fmt: on
 
 
+def flags_used(args, labelled=True, folder=""):
+    """The table for refuse_unused: asked before the data are read, and when it is known whether they have labels."""
+    several, labels = len(args.runs) > 1, f"needs a label on every image of {folder}"
+    return (
+        ("headline views blocks snapshots threshold reference claim out seed", labelled, labels),
+        ("headline", not several, "is for one run: a comparison needs every head"),
+        ("views blocks snapshots threshold reference", not args.headline, "is for a whole probe, not for --headline"),
+        ("claim out", several, "is for a comparison of several runs"),
+        ("reference", args.threshold is None, "fixes the threshold that --threshold gives as a number"))  # fmt: skip
+
+
+def check(args, task):
+    """Nothing given is ignored, nothing that is there replaced; and then the defaults of what was not given."""
+    refuse_unused(args, flags_used(args, task.labelled, task.folder))
+    several = len(args.runs) > 1
+    args.views = 1 if args.headline or not task.labelled else args.views
+    for run in args.runs:
+        refuse_file(task.home[run])
+        refuse_overwrite([results_file(run, task)], args.force, "--headline, --data and --split write to others")
+    if several and task.labelled:
+        refuse_file(task.out)
+        refuse_overwrite([task.out / "compare.json"], args.force)
+
+
+def results_file(run, task):
+    return task.home[run] / f"probe{'-headline' * task.args.headline}.json"
+
+
 # ---- what is measured on ---------------------------------------------------------------------------------------------
 
 
-def home_of(run):
-    """Where a run's results go; those of a single file to a folder of its name beside it."""
-    return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
-
-
 def open_task(args):
-    """features.open_task, with what is fitted, chosen on and reported: the same for every set of features."""
+    """features.open_task, with what is fitted, chosen on and reported: the same for every set of features.
+
+    task.home: {run: where its results go}; task.out: where those of a comparison go.
+    """
     task = features.open_task(args, args.runs[0])
+    task.home = {run: features.results_folder(run, task.folder, args.split) for run in args.runs}
+    first, own = features.home_of(args.runs[0]), task.home[args.runs[0]]
+    task.out = Path(args.out or first.parent / ("compare" if own == first else f"compare-{own.name}"))
+    check(args, task)
     fit, choose, choose_in = features.hold_out(task.splits)
     task.uses, task.fit = (("train", fit), (choose_in, choose), (args.split, slice(None))), fit
     task.labels = {name: split["labels"] for name, split in task.splits.items()}
     task.groups = {name: features.groups_of(split) for name, split in task.splits.items()}
-    task.names, task.threshold, task.controls = task.train["header"]["classes"], threshold_of(args), {}
+    task.names, task.threshold, task.controls = task.train["header"]["classes"], (None, "not asked for"), {}
     if not task.labelled:
         return task
+    if not args.headline:
+        task.threshold = threshold_of(args)
     bank, queries = task.labels["train"], task.labels[args.split]
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
@@ -118,7 +170,13 @@ def linear_scores(found, task):
     return scores(report)[best], {"rate": metrics.LEARNING_RATES[best]}
 
 
-def measure(found, task):
+def measure(found, task, name):
+    """`numbers_of` these features; its seconds are seen."""
+    with working(f"classifiers on {name}"):
+        return numbers_of(found, task)
+
+
+def numbers_of(found, task):
     """Every number about one set of features -> (row of probe.json, {head: which reported images it got right}).
 
     --headline leaves out the MAE recipe, which takes as long as all the rest. Few-shot accuracy is the mean of 600
@@ -210,10 +268,12 @@ def threshold_of(args):
     Relative to a reference run, by metrics.threshold_of, unless --threshold gives a number.
     """
     if args.threshold is not None:
-        return args.threshold, "absolute"
+        return args.threshold, "as --threshold says"
     plain = [run for run in args.runs if features.flags_of(run).get("mask") == "random"]
     reference = args.reference or (plain or args.runs)[0]
-    knn = [r["knn"] for r in read_log(home_of(reference) / "log.jsonl") if "knn" in r]
+    knn = [r["knn"] for r in read_log(features.home_of(reference) / "log.jsonl") if "knn" in r]
+    if args.reference and not knn:
+        raise UserError(f"--reference {reference} has no kNN in its log.jsonl; give a run on labelled data")
     if not knn:
         return None, f"no kNN in {reference}/log.jsonl"
     return metrics.threshold_of(knn), f"untrained + 90 % of the gain of {Path(reference).name}"
@@ -232,7 +292,11 @@ def efficiency_line(found, how):
 
 def draw(home, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; with labels also scatter.png. found: features of the mean token."""
+    from common import plots  # matplotlib takes a second to load: only where a picture is drawn
+
     split, train, held_name, name = task.split, task.train, task.args.split, home.name
+    if not (home / "model.safetensors").exists():  # other data, or another split
+        name = f"{home.parent.name} on {home.name}"
     rows = data.evenly_spaced(len(split["images"]), data.CHUNK)
     _, view = next(data.whole_views(split["images"], rows, size, task.device))
     few = data.evenly_spaced(len(rows), 8)
@@ -258,12 +322,13 @@ def draw(home, encoder, size, task, found):
 
 def probe(run, task):
     """Extract, measure, draw and write one run -> what a comparison needs of it."""
-    args, home = task.args, home_of(run)
+    args, home = task.args, task.home[run]
     encoder, size = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
     found, clock = features.of_run(home, run, encoder, size, task, args.views, args.blocks)
-    report = {"command": command(), "machine": machine(task.device), "commit": commit(), "run": home.name,
-              "config": features.flags_of(run), "split": args.split, "seed": args.seed, "dtype": task.dtype,
+    report = {"command": command(), "machine": machine(task.device), "commit": commit(),
+              "run": features.home_of(run).name, "config": features.flags_of(run), "data": str(task.folder),
+              "split": args.split, "seed": args.seed, "dtype": task.dtype,
               "views": args.views, "images": {name: len(x) for name, x in task.labels.items()}}  # fmt: skip
     if clock:
         print(f"features {sum(report['images'].values()):,} images, {args.views} views of train, in "
@@ -272,35 +337,41 @@ def probe(run, task):
     if args.headline:
         found = {"mean": found["mean"]}
     else:
-        draw(home, encoder, size, task, found["mean"])
+        with working("drawing"):
+            draw(home, encoder, size, task, found["mean"])
     if not task.labelled:
         print(f"{run}: no numbers, they need two classes or more and a label on every image of train and "
               f"{args.split}; attention.png, patches.png and neighbours.png were drawn")  # fmt: skip
-        return write(home, report) | {"right": {}}
-    numbers, right, log = measure_run(home, encoder, size, found, task)
+        return write(results_file(run, task), report) | {"right": {}}
+    numbers, right, log = measure_run(run, encoder, size, found, task)
     report |= numbers
     if args.snapshots:
-        report["snapshots"] = snapshots(home, task)
-    write(home, report)
+        report["snapshots"] = snapshots(run, task)
+    write(results_file(run, task), report)
     return report | {"right": right, "log": log, "path": str(run)}
 
 
-def measure_run(home, encoder, size, found, task):
+def measure_run(run, encoder, size, found, task):
     """Rows of all features and controls, printed -> the report's part, which images are right, and the run's log."""
-    start_time, log, (threshold, how) = time.perf_counter(), read_log(home / "log.jsonl"), task.threshold
-    measured = {pool: measure(x, task) for pool, x in in_order(found).items()}
+    log, (threshold, how) = read_log(features.home_of(run) / "log.jsonl"), task.threshold
+    start_time, home = time.perf_counter(), task.home[run]
+    measured = {pool: measure(x, task, pool) for pool, x in in_order(found).items()}
     rows, right = {pool: row for pool, (row, _) in measured.items()}, measured["mean"][1]
     if not task.args.headline:
-        rows |= control_rows(home, encoder, size, task)
+        from common import plots
+
+        rows |= control_rows(features.home_of(run), encoder, size, task)
         plots.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task.names,
                         f"Logistic regression on mean tokens, {task.args.split}: {home.name}")  # fmt: skip
     rows["chance"] = chance(task)
-    reached = None if threshold is None else efficiency(log, threshold)
     print("\n".join(table(rows)))
-    print(efficiency_line(reached, how) + f"; heads took {time.perf_counter() - start_time:.0f} s")
-    bits = {head: stats.to_bits(x) for head, x in right.items()}
-    return {"classes": task.names, "headline": rows["mean"]["logistic"]["top1"], "rows": slim(rows), "right": bits,
-            "threshold": how, "efficiency": reached}, right, log  # fmt: skip
+    numbers = {"classes": task.names, "headline": rows["mean"]["logistic"]["top1"], "rows": slim(rows),
+               "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
+    if not task.args.headline:
+        numbers |= {"threshold": how, "efficiency": None if threshold is None else efficiency(log, threshold)}
+        print(efficiency_line(numbers["efficiency"], how), end="; ")
+    print(f"heads took {time.perf_counter() - start_time:.0f} s")
+    return numbers, right, log
 
 
 def control_rows(home, encoder, size, task):
@@ -309,7 +380,7 @@ def control_rows(home, encoder, size, task):
     if shape not in task.controls:
         untrained = untrained_like(encoder).to(task.device)
         found = features.of_controls(home.parent, untrained, size, task, task.args.views)
-        task.controls[shape] = {pool: measure(x, task)[0] for pool, x in in_order(found).items()}
+        task.controls[shape] = {pool: measure(x, task, pool)[0] for pool, x in in_order(found).items()}
     return task.controls[shape]
 
 
@@ -327,39 +398,48 @@ def slim(rows):
             for name, row in rows.items()}  # fmt: skip
 
 
-def write(home, report):
+def write(path, report):
     text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)  # lists on one line
-    save_text(text + "\n", home / "probe.json")
-    print(f"wrote    {home}/probe.json, features.safetensors and its figures")
+    save_text(text + "\n", path)
+    print(f"wrote    {path}, features.safetensors" + ("" if "headline" in path.name else " and its figures"))
     return report
 
 
-def snapshots(home, task):
-    """Ridge Top-1 of every runs/NAME/snapshots/encoder-EPOCH.safetensors -> [[epoch, Top-1]], and snapshots.png."""
+def snapshot_files(run):
+    """-> {epoch: file} of runs/NAME/snapshots/encoder-EPOCH.safetensors."""
+    home = features.home_of(run)
     files = {float(f.stem.split("-")[1]): f for f in home.glob("snapshots/encoder-*.safetensors")}
     if not files:
         raise UserError(f"{home}/snapshots holds none; python pretrain.py --every 1 keeps one of every epoch")
-    points = []
+    return files
+
+
+def snapshots(run, task):
+    """Ridge Top-1 of every snapshot of a run -> [[epoch, Top-1]], and snapshots.png."""
+    from common import plots
+
+    files, points = snapshot_files(run), []
     for epoch in (0.0, *sorted(files)):
         encoder, size = load_encoder(files[epoch or min(files)])
         encoder = (encoder if epoch else untrained_like(encoder)).to(task.device).requires_grad_(False)
         extractor = features.encoder_extractor(encoder, size, task.autocast, {})
         tensors = features.extract_all(extractor, task, 1)
-        points.append([epoch, ridge_top1({name: tensors[f"{name}.mean"] for name in task.splits}, task)])
+        with working("ridge regression"):
+            points.append([epoch, ridge_top1({name: tensors[f"{name}.mean"] for name in task.splits}, task)])
         print(f"epoch {epoch:<6g} ridge Top-1 {points[-1][1]:.1f} %" + (" untrained" if epoch == 0 else ""))
-    plots.snapshot_curve(home / "snapshots.png", points[1:], {"untrained": points[0][1]}, f"Snapshots of {home.name}")
+    title = f"Snapshots of {features.home_of(run).name}"
+    plots.snapshot_curve(task.home[run] / "snapshots.png", points[1:], {"untrained": points[0][1]}, title)
     return points
 
 
 def main():
     args = parse_args()
-    if args.headline:
-        if len(args.runs) > 1 or args.snapshots:
-            raise UserError("--headline takes one run and no --snapshots: a comparison needs every head")
-        args.views = 1
-    for run in args.runs:
-        load_encoder(run)  # every mistake before hours of work
+    refuse_unused(args, flags_used(args))
+    for run in args.runs:  # every mistake before hours of work
+        load_encoder(run)
+        if args.snapshots:
+            snapshot_files(run)
     task = open_task(args)
     images = len(task.labels[args.split])
     print(f"data     {task.folder}: {args.split}, {images:,} images, {len(task.names)} classes")
@@ -368,8 +448,13 @@ def main():
         print(f"run      {run}")
         reports.append(probe(run, task))
     if len(reports) > 1 and task.labelled:
-        out = Path(args.out or home_of(args.runs[0]).parent / "compare")
-        compare.write(out, reports, task.groups[args.split], task.threshold, args.claim)
+        from common import compare
+
+        with working("comparing"):
+            compare.write(task.out, reports, task.groups[args.split], task.threshold, args.claim)
+    run, folder = (shlex.quote(str(path)) for path in (args.runs[0], task.folder))
+    print(f"next: python finetune_lora.py {run} --method lora --data {folder}" if task.labelled else
+          f"next: python probe.py {run} --data DIR, a set with labels; python data.py FOLDER makes one")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.io import UserError, save_safetensors
+from common.train import check_memory
 from model import SIZES, ViT
 
 ENCODER = ("image_size", "patch_size", "dim", "depth", "heads")  # what a ViT is built from
@@ -63,6 +64,8 @@ def at_size(weights, facts, image_size, path):
     size, p = image_size or facts["image_size"], facts["patch_size"]
     if size < p or size % p:
         raise UserError(f"{path} has patches of {p} px: an image size of {size} px is no multiple of it")
+    positions = lambda size: 12 * (size // p) ** 2 * facts["dim"]  # noqa: E731 (bytes, with what resizes them)
+    check_memory(torch.device("cpu"), size, p, positions, "another encoder")
     resized = {k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")}
     return weights | resized, facts | {"image_size": size}
 

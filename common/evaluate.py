@@ -12,6 +12,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance, metrics
+from common.command import working
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, patch_error, visible_stats
@@ -111,6 +112,14 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
     -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails), with true parts
     "attention_on", where the teacher's attention goes.
     """
+    with working(f"evaluating on {name}"):
+        row, text = measure(model, teacher, train, held, name, norm, autocast, source, epoch)
+    tqdm.write(text)
+    return row
+
+
+def measure(model, teacher, train, held, name, norm, autocast, source, epoch):
+    """-> the row of `evaluate`, and its line."""
     S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
@@ -124,8 +133,7 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     if held["header"].get("parts"):
         row["attention_on"] = attention_by_part(teacher, S, autocast, held, source)
-    tqdm.write(text)
-    return row
+    return row, text
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -164,16 +172,3 @@ def reconstruct(model, split, norm, autocast):
     pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
     predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
     return view, hide(view, ids_mask, c["patch_size"]), predicted, put_patches(view, ids_mask, pixels)
-
-
-def hidden_by(strategy, patches, g, n, ratios, t=1.0):
-    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g) bool}, for sheets.
-
-    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy gets the same noise.
-    """
-    noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
-    for ratio in ratios:
-        K = masking.kept(g * g, ratio)
-        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K)
-        hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
-    return hidden

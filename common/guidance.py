@@ -237,15 +237,16 @@ def rows_of(paths):
 def open_maps(need, where, folder, train):
     """The maps of the training images -> (rows (n, G, G), how many parts they tell apart, a line about them).
 
-    where: a folder or file of maps.py; "truth", the masks that the data set brings; "auto", maps/NAME, else the truth.
+    where: a folder or file of maps.py; "truth", the masks that the data set brings; "auto", those, else maps/NAME. An
+    estimate never takes the place of exact masks unless it is asked for.
     """
     name, has_truth = IN_FILES[need], need in TRUTH and need in train
-    path = data.map_file(Path("maps") / Path(folder).name, name, train) if where == "auto" else where
-    if where == "truth" or (where == "auto" and has_truth and not path.exists()):
+    if where == "truth" or where == "auto" and has_truth:
         if not has_truth:
             raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
                             f"python maps.py --data {folder} --map {name} makes maps without")  # fmt: skip
         return train[need], len(train["header"].get("parts") or []), f"the true {TRUTH[need]} of {folder}"
+    path = data.map_file(Path("maps") / Path(folder).name, name, train) if where == "auto" else where
     maps = data.open_map(path, name, train)
     about = data.open_tensors(maps.filename)["header"]
     how = [about[key] for key in ("quality", "source", "by") if about.get(key)]

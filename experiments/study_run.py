@@ -37,6 +37,9 @@ def commands(job, args, ready):
     out, data, plan = str(job["out"]), str(args.data), job["plan"]
     on = ["--data", data, "--eval-on", plan["split"], "--seed", str(job["seed"]), *number_format(plan)]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
+    if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
+        at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
+        recipe = [word for i, word in enumerate(recipe) if i not in at]
     probe = ["probe.py", out, "--data", data, "--split", plan["split"], *number_format(plan)]
     every = {
         "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],

@@ -41,7 +41,8 @@ MASKS = ("random", "block", "grid", "green", "attn_high:start=.3", "attn_low:sta
 
 
 def pretrain(name, *flags):
-    return ["pretrain.py", "--out", f"runs/{name}", *NANO, *flags]
+    size = [w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)]  # simmim has no decoder
+    return ["pretrain.py", "--out", f"runs/{name}", *size, *flags]
 
 
 def finetune(name, *flags):
@@ -194,7 +195,8 @@ def outcome(work, name):
     for file in sorted(f for home in homes for f in (work / home).glob("*")):
         if name in ("recognize", "strangers") and file.name != "recognize.json":
             continue
-        if name in ("probe", "headline") and file.name not in ("probe.json", "compare.json", "features.safetensors"):
+        if name in ("probe", "headline") and file.name not in (
+                "probe.json", "probe-headline.json", "compare.json", "features.safetensors"):  # fmt: skip
             continue
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:

@@ -263,6 +263,29 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
             export(tmp_path, "hf", out)
 
 
+def test_export_replaces_nothing_without_force(tmp_path):
+    C.save_model(small_mae(), tmp_path / "run" / "model.safetensors", {})
+    mine = tmp_path / "README.md"
+    mine.write_text("mine")
+    run = lambda *words: call("export.py", tmp_path / "run", *words, cwd=tmp_path)  # noqa: E731
+    assert "README.md is there already; --force" in refused(run("--to", "timm", "--out", mine))
+    assert "is a file, and" in refused(run("--to", "hf", "--out", mine / "hf"))
+    assert "is a file, and" in refused(run("--to", "timm", "--out", mine / "x" / "timm.safetensors"))
+    assert f"--out {tmp_path} is a folder" in refused(run("--to", "timm", "--out", tmp_path))
+    assert mine.read_text() == "mine"
+    for to, name in (("timm", "timm.safetensors"), ("hf", "hf/model.safetensors")):
+        assert run("--to", to).returncode == 0
+        before = (tmp_path / "run" / name).read_bytes()
+        assert f"{name} is there already; --force" in refused(run("--to", to, "--image-size", 64))
+        assert (tmp_path / "run" / name).read_bytes() == before
+        assert run("--to", to, "--image-size", 64, "--force").returncode == 0
+        assert (tmp_path / "run" / name).read_bytes() != before
+    (tmp_path / "run" / "hf" / "model.safetensors").unlink()
+    assert "hf/config.json is there already" in refused(run("--to", "hf"))
+    line = refused(run("--to", "mae", "--image-size", 8 * 10**7))
+    assert "the largest that fits" in line and not (tmp_path / "run" / "mae.safetensors").exists()
+
+
 def test_a_simmim_run_goes_out_as_its_encoder(tmp_path):
     model = M.SimMIM(32, 8, 64, 2, 1)
     C.save_model(model, tmp_path / "run" / "model.safetensors", {})

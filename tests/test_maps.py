@@ -1,6 +1,7 @@
 """maps.py as a user runs it, and the algorithms of maps.py on pictures whose truth is drawn."""
 
 import json
+import shlex
 import sys
 
 import golden
@@ -14,7 +15,7 @@ import data
 import maps
 import mask as masking
 import model
-from common import evaluate, metrics, plots
+from common import guidance, metrics, plots
 from common.io import UserError
 from common.train import seeded
 
@@ -214,6 +215,64 @@ def test_a_hot_cell_follows_crop_and_flip():
         assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == ({4, 5} if flip else {2, 3})
 
 
+# ---- the lines that are printed -----------------------------------------------------------------------------------
+
+
+def next_command(text):
+    """-> flags of the command that stands behind "next: python pretrain.py"."""
+    line = text.splitlines()[-1]
+    assert line.startswith("next: python pretrain.py "), line
+    return shlex.split(line)[3:]
+
+
+def test_the_next_command_finds_these_maps(small, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    attn = ("--map", "attn", "--run", run)
+    for words, flags in ((("--map", "saliency"), ["--mask", "fg_heavy"]),
+                         (("--map", "saliency", "--out", "my maps"), ["--mask", "fg_heavy", "--maps", "my maps"]),
+                         (attn, ["--mask", "attn_high", "--teacher", "maps"]),
+                         ((*attn, "--out", "else"), ["--mask", "attn_high", "--teacher", "maps", "--maps", "else"])):
+        here("--data", small, *words)
+        found = next_command(capsys.readouterr().out)
+        assert found == ["--data", str(small), *flags]
+        need, where = maps.NEEDED_AS[words[1]], dict(zip(found, found[1:], strict=False)).get("--maps", "auto")
+        assert guidance.open_maps(need, where, small, data.open_split(small, "train"))[0] is not None
+    here("--data", small, "--map", "saliency", "--split", "val")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "maps of val are to look at" in line and line.endswith(f"maps.py --data {small} --map saliency")
+
+
+def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
+    golden.write_packed(tmp_path / "true", 32, (("train", 40), ("val", 4)))
+    monkeypatch.chdir(tmp_path)
+    here("--data", "true", "--map", "saliency")
+    text = capsys.readouterr().out
+    train = data.open_split("true", "train")
+    rows = torch.from_numpy(np.array(data.open_map("maps/true", "saliency", train)))
+    true = torch.from_numpy(np.array(train["fg"])) > 127
+    auc = metrics.auc(rows.flatten().float(), true.flatten())
+    assert f"true has exact foreground masks: this estimate has an AUC of {auc:.2f}" in text
+    assert next_command(text) == ["--data", "true", "--mask", "fg_heavy", "--maps", "maps/true"]
+    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")  # the exact ones
+    here("--data", "true", "--map", "parts", "--parts", 3, "--run", run, "--quality", "coarse")
+    text = capsys.readouterr().out
+    assert "3 clusters of the encoder's features" in text and "without names" in text and "by colours alone" in text
+    assert next_command(text)[-2:] == ["--maps", "maps/true"]
+
+
+def test_force_replaces_maps(small, tmp_path):
+    words = ("--data", small, "--map", "saliency", "--out", tmp_path)
+    here(*words)
+    before = (tmp_path / "saliency.safetensors").read_bytes()
+    (tmp_path / "saliency.safetensors").write_text("old")
+    (tmp_path / "sheet-saliency.png").write_text("old")
+    with pytest.raises(UserError, match="is there already"):
+        here(*words)
+    here(*words, "--force")
+    assert (tmp_path / "saliency.safetensors").read_bytes() == before
+    assert (tmp_path / "sheet-saliency.png").read_bytes() != b"old"
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -229,9 +288,14 @@ def test_what_maps_refuses(small, run, made, tmp_path):
     assert "--parts 0" in no("--map", "parts", "--run", run, "--parts", 0)
     assert "--source" in no("--map", "saliency", "--source", "cls")
     assert "--run" in no("--map", "saliency", "--run", run)
+    for words, flag in ((("--dtype", "fp32"), "dtype"), (("--parts", 3), "parts"), (("--source", "cls"), "source")):
+        assert no("--map", "saliency", *words).startswith(f"--{flag} is for")
+    assert "--quality is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
+    (tmp_path.parent / "a file").write_text("mine")
+    assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
     before = (made / "saliency.safetensors").read_bytes()
-    assert "is there already" in no("--map", "saliency", "--out", made)
+    assert "is there already; --force replaces it" in no("--map", "saliency", "--out", made)
     assert (made / "saliency.safetensors").read_bytes() == before and not list(tmp_path.iterdir())
 
 
@@ -269,17 +333,20 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns))
     words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
     here("--data", tmp_path / "true", *words)
+    (tmp_path / "pictures" / f"strategies-{run.name}-val.png").touch()  # drawn by the run's name; another's is left
+    with pytest.raises(UserError, match=f"strategies-{run.name}-val.png is there already"):
+        here("--data", tmp_path / "true", *words)
     assert list(shown) == list(masking.STRATEGIES)[:6] + ["attn_high\nshuffle=1", *list(masking.STRATEGIES)[6:]]
     assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
     assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
     with pytest.raises(UserError, match="needs true parts"):
-        here("--data", small, *words)
+        here("--data", small, *words, "--force")
     with pytest.raises(UserError, match="needs an encoder"):
         here("--data", small, "--map", "all")
 
 
 @pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))
 def test_a_sheet_shows_exactly_what_is_hidden(strategy):
-    hidden = evaluate.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
+    hidden = maps.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
     for ratio, h in hidden.items():
         assert h.shape == (5, 6, 6) and (h.flatten(1).sum(1) == 36 - masking.kept(36, ratio)).all()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,10 +17,14 @@ from conftest import ROOT, call, draw_folder, refused, stage
 import data
 import mask as masking
 import pretrain
-from common.io import save_text
+from common import train as train_module
+from common.io import UserError, save_text
 from common.train import commit, lr_at, read_log
 
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
+
+
+NANO = dict(pretrain.SIZES["nano"])  # that a user has
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +70,9 @@ def test_a_run_writes_what_its_docstring_says(finished):
     assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
     held = [r for r in rows if "val_mse" in r]
     assert held[-1]["val_mse"] < held[0]["val_mse"] and held[0]["knn_thumbnail"] > 0 and held[-1]["step"] == 20
-    assert "untrained" in done.stdout and "model.safetensors" in done.stdout and done.stderr == ""
+    assert "untrained" in done.stdout and "model.safetensors" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"next: python probe.py {out}"
+    assert all("%|" in line or line.endswith(" s") for line in done.stderr.splitlines()), done.stderr  # slow: progress
 
 
 def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
@@ -216,7 +223,9 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
     (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
     (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--eval-on", "dev"], "has no split dev, only test, train, val"), (["--patch-size", 0], "--patch-size 0"),
-    (["--seed", -1], "--seed -1"), (["--data", ""], "--data is empty")])  # fmt: skip
+    (["--seed", -1], "--seed -1"), (["--data", ""], "--data is empty"),
+    (["--seed", 2**70], f"--seed {2**70} must be"), (["--mask", "parts:power=2,whole=1"], "leave one of them out"),
+    (["--mask", "attn_high:beta=1,beta=2"], "has beta twice")])  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
     assert says in refused(train(small, tmp_path / "out", *words))
     assert not (tmp_path / "out").exists()
@@ -226,7 +235,7 @@ def test_an_out_that_is_a_file_is_left_alone(small, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         done = call("pretrain.py", "--data", small, "--out", out, *QUICK, cwd=tmp_path)
-        assert "could not write" in refused(done)
+        assert f"{tmp_path}/file is a file, and" in refused(done)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -258,9 +267,105 @@ def test_a_checkpoint_with_code_in_it_is_refused_unrun(small, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.parametrize("words, flag", [
+    (["--teacher", "self"], "teacher"), (["--teacher", "nowhere"], "teacher"), (["--attention", "cls"], "attention"),
+    (["--maps", "auto"], "maps"), (["--mask", "fg_heavy", "--teacher", "self"], "teacher"),
+    (["--mask", "attn_high", "--maps", "auto"], "maps"), (["--mask", "learned", "--attention", "cls"], "attention"),
+    (["--mask", "attn_low", "--teacher", "maps", "--attention", "cls"], "attention"), (["--every", 5], "every"),
+    (["--no-norm-pix", "--norm-floor", 0.1], "norm-floor"), (["--mask", "simmim"], "decoder-depth"),
+    (["--mask", "simmim", "--decoder-dim", 64], "decoder-dim"), (["--resume", "--force"], "force")])  # fmt: skip
+def test_no_flag_is_ignored(small, tmp_path, words, flag):
+    line = refused(train(small, tmp_path / "out", *words))
+    assert line.startswith(f"error: --{flag} ") and line.endswith("; leave it out") and not (tmp_path / "out").exists()
+
+
+def test_flags_that_are_used_are_no_part_of_the_network(finished):
+    config = torch.load(finished[0] / "state.pt", weights_only=True)["config"]
+    assert not {"given", "force", "resume", "out"} & config.keys()
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--image-size", 8192], "the largest that fits"), (["--decoder-dim", 320000], "no --image-size fits"),
+    (["--image-size", 10**9], "the largest that fits")])  # fmt: skip
+def test_what_memory_cannot_hold_is_refused_before_the_first_step(small, tmp_path, monkeypatch, words, says):
+    line = refused(train(small, tmp_path / "out", *words))
+    assert says in line and "GB of memory" in line and not (tmp_path / "out").exists()
+    monkeypatch.setattr(train_module, "free_memory", lambda _: 2**28)
+    line = refused(train(small, tmp_path / "out", "--image-size", 256))
+    size = int(re.search(r"--image-size (\d+) is the largest", line)[1])
+    assert 32 < size < 256 and size % 8 == 0
+    checked = []
+    monkeypatch.setattr(train_module, "make_optimizer", lambda *_: checked.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it fits: the run gets as far as its optimizer
+        train(small, tmp_path / "fits", "--image-size", size)
+    assert "the largest" in refused(train(small, tmp_path / "out", "--image-size", size + 8)) and checked
+
+
+def test_the_estimate_of_memory_follows_what_is_asked_for():
+    step = lambda n=64, D=192, images=16, item=4, fused=False, learns=True: train_module.step_memory(  # noqa: E731
+        [(n, D, 4, 3)], images, item, fused, learns)
+    weights = 16 * 12 * 192**2 * 4
+    assert step(images=32) - weights == 2 * (step() - weights) and step(item=2) < step() and step(learns=False) < step()
+    long, fused = step(n=4096), step(n=4096, fused=True)
+    assert long - fused == 16 * 3 * 4096**2 * 4 * (4 + 3)  # probabilities of four blocks, and three at work
+    assert train_module.free_memory(torch.device("cpu")) > 2**20
+
+
+def test_a_finished_run_without_its_state_is_not_replaced(small, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("log.jsonl", "attn-00000010.safetensors"):  # what a run leaves that was killed at its start
+        shutil.copy(finished[0] / name, out)
+    done = train(small, out, "--epochs", 1, "--resume", check=0)
+    assert f"nothing to resume in {out}: a new run" in done.stdout
+    (out / "state.pt").unlink()
+    before = (out / "model.safetensors").read_bytes()
+    for more in ((), ("--resume",)):
+        line = refused(train(small, out, "--epochs", 1, "--seed", 1, *more))
+        assert "model.safetensors is there already; --force replaces it" in line
+    assert (out / "model.safetensors").read_bytes() == before
+    done = train(small, out, "--epochs", 1, "--seed", 1, "--force", check=0)
+    assert "going on" not in done.stdout and (out / "model.safetensors").read_bytes() != before
+
+
+def test_force_starts_anew_where_another_run_is(small, tmp_path):
+    train(small, tmp_path / "out", "--epochs", 1, check=0)
+    assert "--force starts anew" in refused(train(small, tmp_path / "out", "--epochs", 2))
+    train(small, tmp_path / "out", "--epochs", 2, "--seed", 1, "--force", check=0)
+    assert torch.load(tmp_path / "out" / "state.pt", weights_only=True)["config"]["seed"] == 1
+    assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if "val_mse" in r][0] == 0
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.pop("step"), lambda s: s.pop("optimizer"), lambda s: s.update(step="many"), lambda s: s.pop("teacher"),
+    lambda s: s["model"].popitem(), lambda s: s.update(model=3), lambda s: s["optimizer"]["param_groups"].pop(),
+    lambda s: s.update(maps="gone.safetensors")])  # fmt: skip
+def test_a_state_that_was_changed_names_the_fix(small, finished, tmp_path, change):
+    shutil.copytree(finished[0], tmp_path / "out")
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "out" / "state.pt")
+    before = (tmp_path / "out" / "state.pt").read_bytes()
+    words = ["pretrain.py", "--data", small, "--out", tmp_path / "out", *QUICK, "--mask", "attn_high:start=.3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pretrain.SIZES, "nano", NANO)
+        line = refused(call(*words, "--resume", cwd=tmp_path))
+    assert "not as it was written" in line and "--force starts anew" in line
+    assert (tmp_path / "out" / "state.pt").read_bytes() == before
+
+
+def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    log = train_module.open_log(tmp_path / "log.jsonl", -1)
+    log(step=1)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="could not write .*log.jsonl: No space left.*--resume"):
+        log(step=2)
+
+
 def test_a_folder_with_a_run_is_left_alone(small, finished):
     before = (finished[0] / "state.pt").read_bytes()
-    assert "--resume" in refused(train(small, finished[0], "--mask", "attn_high:start=.3"))
+    assert "--resume goes on" in refused(train(small, finished[0], "--mask", "attn_high:start=.3"))
     line = refused(train(small, finished[0], "--mask", "random", "--seed", 5, "--resume"))
     assert "mask attn_high:start=.3 (now random)" in line and "seed 0 (now 5)" in line
     assert (finished[0] / "state.pt").read_bytes() == before

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import data
 import pretrain
 import probe
-from common import compare, features, stats
+from common import compare, features, plots, stats
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -80,7 +81,7 @@ def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
     run = runs[0] / "random-s0"
     first = json.loads((run / "probe.json").read_text())
     (run / "features.safetensors").unlink()
-    run_probe(monkeypatch, run, *FAST)
+    run_probe(monkeypatch, run, *FAST, "--force")
     again = json.loads((run / "probe.json").read_text())
     assert again["rows"] == first["rows"] and again["efficiency"] == first["efficiency"]
 
@@ -88,9 +89,11 @@ def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
 def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
     shutil.copytree(runs[0] / "random-s0", tmp_path / "run")
     whole = json.loads((tmp_path / "run" / "probe.json").read_text())
-    run_probe(monkeypatch, tmp_path / "run", *FAST, "--headline")
-    report = json.loads((tmp_path / "run" / "probe.json").read_text())
+    run_probe(monkeypatch, tmp_path / "run", *FAST[:-2], "--headline")
+    assert json.loads((tmp_path / "run" / "probe.json").read_text()) == whole  # it has a file of its own
+    report = json.loads((tmp_path / "run" / "probe-headline.json").read_text())
     assert [*report["rows"]] == ["mean", "chance"] and not list(tmp_path.glob("controls-*"))
+    assert not {"efficiency", "threshold"} & report.keys()
     for head in ("logistic", "knn"):
         assert report["rows"]["mean"][head] == whole["rows"]["mean"][head]
         right = stats.from_bits(report["right"][head], report["images"]["val"])
@@ -102,7 +105,14 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
 def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
     base, _ = runs
     made = (base / "random-s0" / "features.safetensors").stat().st_mtime_ns
-    run_probe(monkeypatch, base / "random-s0", base / "random-s1", base / "green-s0", *FAST)
+    three = (base / "random-s0", base / "random-s1", base / "green-s0", *FAST)
+    with pytest.raises(UserError, match="random-s0/probe.json is there already; --force"):
+        run_probe(monkeypatch, *three)
+    run_probe(monkeypatch, *three, "--force")
+    (base / "green-s0" / "probe.json").unlink()
+    (base / "random-s1" / "probe.json").unlink()
+    with pytest.raises(UserError, match="compare.json is there already; --force"):
+        run_probe(monkeypatch, *three[1:])
     assert (base / "random-s0" / "features.safetensors").stat().st_mtime_ns == made  # extracted once
     report = json.loads((base / "compare" / "compare.json").read_text())
     assert report["configurations"]["random"]["runs"] == 2 and report["configurations"]["green"]["runs"] == 1
@@ -181,9 +191,9 @@ def test_features_are_those_of_the_encoder(small):
 def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        rollout = ViT(32, 8, 32, 3, 2).eval().rollout(view)
+        rollout = plots.rollout(ViT(32, 8, 32, 3, 2).eval(), view)
         one = ViT(32, 8, 32, 1, 2).eval()
-        torch.testing.assert_close(one.rollout(view), one.patch_attention(view).mean(1) / 2)
+        torch.testing.assert_close(plots.rollout(one, view), one.patch_attention(view).mean(1) / 2)
     assert rollout.shape == (2, 16) and (rollout.sum(1) < 1).all() and (rollout >= 0).all()
 
 
@@ -212,10 +222,41 @@ def test_a_run_without_a_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, says", [
     (["--views", 0], "--views 0"), (["--seed", -1], "--seed -1"), (["--data", "nowhere"], "nowhere"),
-    (["--split", "dev"], "no split dev")])  # fmt: skip
-def test_bad_flags_are_one_line(runs, monkeypatch, words, says):
+    (["--split", "dev"], "no split dev"), (["--threshold", "nan"], "--threshold nan"), (["--claim", "-101"], "--claim"),
+    (["--threshold", 101], "--threshold 101"), (["--seed", 2**64], f"--seed {2**64}"),
+    (["--snapshots"], "snapshots holds none"), (["--reference", "nowhere"], "--reference nowhere has no kNN"),
+    (["--out", "here"], "--out is for a comparison.*leave it out"), (["--claim", 1], "--claim is for a comparison"),
+    (["--threshold", 50, "--reference", "x"], "--reference fixes the threshold.*leave it out"),
+    *((["--headline", *words], f"{words[0]} is for .*leave it out") for words in (
+        ["--reference", "x"], ["--threshold", 50], ["--views", 2], ["--claim", 1], ["--out", "x"], ["--snapshots"],
+        ["--blocks"]))])  # fmt: skip
+def test_bad_flags_are_one_line(runs, tmp_path, monkeypatch, words, says):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0] / "random-s1", run, ignore=shutil.ignore_patterns("snapshots", "probe*"))
+    before = sorted(run.iterdir())
     with pytest.raises(UserError, match=says):
-        run_probe(monkeypatch, runs[0] / "random-s1", *FAST, *words)
+        run_probe(monkeypatch, run, *FAST[:-2], *words)
+    assert sorted(run.iterdir()) == before
+
+
+def test_results_of_other_data_stand_beside_those_of_its_own(runs, tmp_path, monkeypatch):
+    draw_folder(tmp_path / "images", classes=3, each=12, seed=5)
+    pack.pack(tmp_path / "images", tmp_path / "other", size=32)
+    run = tmp_path / "run"
+    shutil.copytree(runs[0] / "random-s0", run)
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for words in (["--data", tmp_path / "other"], ["--split", "test"]):
+        run_probe(monkeypatch, run, *FAST[:-2], "--headline", *words)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    for name in ("other-val", "packed-test"):
+        assert {p.name for p in (run / name).iterdir()} == {"probe-headline.json", "features.safetensors"}
+    report = json.loads((run / "other-val" / "probe-headline.json").read_text())
+    assert report["run"] == "run" and report["data"] == str(tmp_path / "other")
+    with pytest.raises(UserError, match="probe-headline.json is there already"):
+        run_probe(monkeypatch, run, "--device", "cpu", "--headline", "--data", tmp_path / "other")
+    own = features.flags_of(run)["data"]
+    assert features.results_folder(run, own, "val") == run == features.results_folder(run, Path(own) / ".", "val")
+    assert features.results_folder("x/dino.pth", own, "val") == Path("x/dino/packed-val")  # it has no data of its own
 
 
 def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_path, monkeypatch):
@@ -231,6 +272,10 @@ def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, cap
     draw_folder(tmp_path / "pictures", classes=1, each=24)
     pack.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
     shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png"))
-    run_probe(monkeypatch, tmp_path / "run", "--data", tmp_path / "flat", *FAST, looking=True)
-    assert "no numbers" in capsys.readouterr().out and (tmp_path / "run" / "neighbours.png").exists()
-    assert "rows" not in json.loads((tmp_path / "run" / "probe.json").read_text())
+    words, home = (tmp_path / "run", "--data", tmp_path / "flat", *FAST[:-2]), tmp_path / "run" / "flat-val"
+    for flag in (["--headline"], ["--views", 2], ["--blocks"], ["--threshold", 50], ["--seed", 1]):
+        with pytest.raises(UserError, match=f"{flag[0]} needs a label on every image.*leave it out"):
+            run_probe(monkeypatch, *words, *flag, looking=True)
+    run_probe(monkeypatch, *words, looking=True)
+    assert "no numbers" in capsys.readouterr().out and (home / "neighbours.png").exists()
+    assert "rows" not in json.loads((home / "probe.json").read_text())
