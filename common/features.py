@@ -143,6 +143,13 @@ def flags_of(run):
     return about_model(run).get("run", {})
 
 
+def results_folder(run, folder, split):
+    """Where results of a run go: RUN where the data are its own and the split is val, else RUN/DATANAME-SPLIT."""
+    own = flags_of(run).get("data")
+    here = own and Path(own).resolve() == Path(folder).resolve() and split == "val"
+    return Path(run) if here else Path(run) / f"{Path(folder).name}-{split}"
+
+
 def digest(path):
     """12 hex digits of a file's bytes."""
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
