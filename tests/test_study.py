@@ -203,7 +203,8 @@ def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeyp
 def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, small, monkeypatch, capsys):
     words = ["--plan", "arms", "--arms", "green", "attn_low --ratio .5", "--exploratory", "--seeds", 2]
     ask(monkeypatch, small, *words)
-    assert len(calls(home)) == 7 and "attn_low" in (home / "runs/study/results/arms-packed-exploratory/table.md").read_text()
+    folder = home / "runs/study/results"
+    assert len(calls(home)) == 7 and "attn_low" in (folder / "arms-packed-exploratory/table.md").read_text()
     (home / "runs").rename(home / "elsewhere")  # another machine has the rows alone
     ask(monkeypatch, small, *words)
     assert len(calls(home)) == 7 and "6 done, 0 to run" in capsys.readouterr().out
