@@ -143,11 +143,16 @@ def flags_of(run):
     return about_model(run).get("run", {})
 
 
+def home_of(run):
+    """The folder of a run; a single file, a public checkpoint, has one of its name beside it."""
+    return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
+
+
 def results_folder(run, folder, split):
     """Where results of a run go: RUN where the data are its own and the split is val, else RUN/DATANAME-SPLIT."""
     own = flags_of(run).get("data")
     here = own and Path(own).resolve() == Path(folder).resolve() and split == "val"
-    return Path(run) if here else Path(run) / f"{Path(folder).name}-{split}"
+    return home_of(run) if here else home_of(run) / f"{Path(folder).resolve().name}-{split}"
 
 
 def digest(path):

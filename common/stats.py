@@ -113,7 +113,8 @@ def t_power(effect, std, n, images=(0.0, 1)):
 
     def power(error, df):
         limit, delta = t_quantile(df), effect / error
-        return float(nct.sf(limit, df, delta) + nct.cdf(-limit, df, delta))
+        far = np.nan_to_num(nct.cdf(-limit, df, delta))  # scipy has no number for some tails of under 1e-20
+        return float(nct.sf(limit, df, delta) + far)
 
     return min(power(*pair) for pair in errors_of(std**2 / n, n, *images)) if std else float(effect != 0)
 

@@ -182,7 +182,7 @@ def method_flags(method, args, phase):
 
 
 def adapt_rows(args, path):
-    """Yield the rows at path, a CSV, as runs are added. Finished runs are not repeated, a killed one goes on."""
+    """Yield the rows at path, a CSV, as runs are added. What has a row is not repeated, a killed run goes on."""
     rows, wanted = rows_there(path, KEEP), [str(args.encoder), "--data", str(args.data)]
     if other := [r["command"] for r in rows if flags_in(r["command"])[: len(wanted)] != wanted]:
         raise UserError(f"{path} has rows of another encoder or data set ({other[0]}); give another --out")
@@ -195,18 +195,22 @@ def adapt_rows(args, path):
             if args.dry:
                 continue
             scores = scores_of(out, "dev" if phase == "rates" else "val")
+            old = [r for r in rows if r["run"] == out.name]
             there = [json.loads(scores.read_text())] if scores.exists() else []
-            for place, row in [(path, r) for r in rows if r["run"] == out.name] + [(out, r) for r in there]:
+            for place, row in [(path, r) for r in old] + [(out, r) for r in there]:
                 if flags_in(row["command"]) != flags_in(line):
                     raise UserError(f"{place} has {out.name} by other flags ({row['command']}); give them again, or "
                                     "another --out and --work")  # fmt: skip
+            if old:
+                yield rows
+                continue
             if not there:
                 with alone(out.with_suffix(".lock")) as lock:
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
             row = {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
-            rows = [r for r in rows if r["run"] != row["run"]] + [row]
+            rows = [*rows, row]
             replace_rows(path, [row], ["run"])
             yield rows
 

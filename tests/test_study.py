@@ -18,7 +18,7 @@ import pretrain
 import probe
 from common import stats
 from common.io import UserError
-from experiments import plans, report, study, study_run, verdicts
+from experiments import plans, readme_numbers, report, study, study_figures, study_run, verdicts
 
 PRETRAIN = """
 import json, os, sys, time, pathlib
@@ -283,6 +283,103 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
         ask(monkeypatch, small, "--plan", "h1", "--exploratory", "--recipe", "--model nano --eval-every 4")
 
 
+# ---- what is written where, and what is refused ----------------------------------------------------------------------
+
+
+def test_tracked_results_are_written_only_where_they_are_named(home, small, monkeypatch, capsys):
+    with pytest.raises(UserError, match="plan h1 is reported: .*--out results/study; or try masks with --exploratory"):
+        ask(monkeypatch, small, "--plan", "h1")
+    monkeypatch.setattr(sys, "argv", ["experiments.study", "--report"])
+    with pytest.raises(UserError, match="say which, as --out results/study"):
+        study.main()
+    ask(monkeypatch, small, "--plan", "h1", "--dry")
+    ask(monkeypatch, small, "--plan", "arms", "--exploratory", "--seeds", 1)
+    assert {p.name for p in home.iterdir()} == {"stages", "runs", ".git"}
+    assert {p.name for p in (home / "runs/study").iterdir()} == {"results", "work", "STUDY.md"}
+
+
+def test_a_study_is_not_spliced_into_the_text_of_others(home, small, monkeypatch):
+    words = ["--plan", "arms", "--exploratory", "--seeds", 1]
+    ask(monkeypatch, small, *words, "--out", "results/study")
+    before = (home / "results/STUDY.md").read_bytes()
+    with pytest.raises(UserError, match="results/STUDY.md tells of the studies in results/study, and would lose them"):
+        ask(monkeypatch, small, *words, "--out", "results/toy")
+    assert (home / "results/STUDY.md").read_bytes() == before and not (home / "results/toy").exists()
+    ask(monkeypatch, small, *words, "--out", "results/study")
+    (home / "notes").write_text("mine")
+    for flags, says in ((["--out", "notes"], "notes is a file"), (["--out", "notes/x"], "notes is a file"),
+                        (["--work", "notes"], "notes is a file"),
+                        (["--out", "runs/x", "--work", "runs/x"], "are both runs/x")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            ask(monkeypatch, small, *words, *flags)
+    assert len(calls(home)) == 2
+
+
+def test_more_seeds_are_added_to_what_was_explored_and_to_nothing_that_is_reported(home, small, monkeypatch):
+    words = ["--plan", "arms", "--arms", "green", "--exploratory", "--seeds"]
+    ask(monkeypatch, small, *words, 2)
+    ask(monkeypatch, small, *words, 3, "--dry")
+    folder = home / "runs/study/results/arms-packed-exploratory"
+    assert json.loads((folder / "PLAN.json").read_text())["seeds"] == [2000, 2001]
+    ask(monkeypatch, small, *words, 3)
+    assert calls(home)[5:] == ["random 2002", "green 2002"]  # and nothing twice
+    assert json.loads((folder / "PLAN.json").read_text())["seeds"] == [2000, 2001, 2002]
+    assert len(study.read_rows(folder)) == 7 and "6 of 6 planned" in (home / "runs/study/STUDY.md").read_text()
+    with pytest.raises(UserError, match="has another seeds"):
+        ask(monkeypatch, small, *words, 2)
+    words = ["--plan", "h1", "--out", "results/study", "--seeds"]
+    with pytest.raises(UserError, match="has to be in git"):
+        ask(monkeypatch, small, *words, 2)
+    with pytest.raises(UserError, match="has another seeds"):
+        ask(monkeypatch, small, *words, 3)
+
+
+ADAPT = ["--plan", "adapt", "--encoder", "runs/e"]
+X = ["--exploratory"]
+
+
+@pytest.mark.parametrize("words, flag", [
+    (["--plan", "h1", *X, "--encoder", "e"], "encoder"), (["--plan", "h1", *X, "--phases", "rates"], "phases"),
+    (["--plan", "arms", *X, "--keep", ".5"], "keep"), (["--plan", "arms", *X, "--scratch-times", "2"], "scratch-times"),
+    (["--plan", "arms", *X, "--guided", "green"], "guided"), (["--plan", "h1", *X, "--dino", "f"], "dino"),
+    (["--plan", "tune", *X], "exploratory"), ([*ADAPT, "--seeds", "3"], "seeds"), ([*ADAPT, "--jobs", "2"], "jobs"),
+    ([*ADAPT, "--recipe", "-"], "recipe"), ([*ADAPT, *X], "exploratory"), ([*ADAPT, "--budget", "3"], "budget"),
+    ([*ADAPT, "--phases", "rank", "--methods", "lora"], "methods"),
+    ([*ADAPT, "--phases", "first", "--trial-epochs", "3"], "trial-epochs"),
+    ([*ADAPT, "--phases", "rates", "--epochs", "3"], "epochs"),
+    ([*ADAPT, "--methods", "linear", "--keep", ".5"], "keep"),
+    ([*ADAPT, "--methods", "full", "--scratch-times", "2"], "scratch-times"),
+    (["--report", "--out", "results/study"], "data"), (["--report", "--out", "o", "--dry"], "data")])  # fmt: skip
+def test_what_a_plan_would_not_use_is_refused(home, small, monkeypatch, words, flag):
+    with pytest.raises(UserError, match=f"^--{flag} .*leave it out"):
+        ask(monkeypatch, small, *words)
+    assert not calls(home)
+
+
+def test_an_experiment_starts_without_what_is_slow_to_load():
+    """--help has torch to wait for, and nothing else."""
+    names = ("study", "stress", "map_quality", "readme_numbers")
+    code = f"import sys, {', '.join('experiments.' + n for n in names)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "scipy", "sklearn", "transformers"} & set(done.stdout.split())
+
+
+def test_the_numbers_of_the_docs_are_written_where_they_are_named(tmp_path, monkeypatch):
+    def ask_for(*words):
+        monkeypatch.setattr(sys, "argv", ["experiments/readme_numbers.py", *map(str, words)])
+        readme_numbers.main()
+
+    monkeypatch.setattr(readme_numbers, "run", lambda *_: pytest.fail("a stage was run"))
+    with pytest.raises(UserError, match="--out"):
+        ask_for()
+    (tmp_path / "demo.json").write_text("{}")
+    with pytest.raises(UserError, match="demo.json is there already; --force"):
+        ask_for("--out", tmp_path)
+    with pytest.raises(UserError, match="demo.json is a file"):
+        ask_for("--out", tmp_path / "demo.json/x")
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.json"]
+
+
 def row_folder(base):
     return next((base / "runs/study/work/packed").glob("random-s2000-*")).name
 
@@ -317,6 +414,7 @@ def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, 
     ask(monkeypatch, small, *words, "rates", "first")
     assert len(calls(home)) == 10 and all("--eval-on dev" in line for line in calls(home)[:8])
     assert "--method linear --head-lr 0.01 --seed 0" in calls(home)[8] and "--lr 0.012 --seed 0" in calls(home)[9]
+    (home / "runs").rename(home / "elsewhere")  # another machine has the table alone
     ask(monkeypatch, small, *words, "rates", "first", "rank", "margin", "seeds")
     assert len(calls(home)) == 10 + 3 + 6 + 4 and "--epochs 2" in calls(home)[4] and "--epochs 8" in calls(home)[9]
     table = (home / "finetune.md").read_text().splitlines()
@@ -324,6 +422,23 @@ def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, 
     assert "| r 32, linear head | 90.50 | 62.00 | 1 |" in table and any("arcface head, margin 0.3" in x for x in table)
     with pytest.raises(UserError, match="--encoder RUN go together"):
         ask(monkeypatch, small, "--plan", "adapt")
+
+    before = (home / "finetune.csv").read_bytes()
+    other = [*words[:2], "--encoder", "runs/other", *words[4:]]
+    with pytest.raises(UserError, match="rows of another encoder or data set"):
+        ask(monkeypatch, small, *other, "first")
+    with pytest.raises(UserError, match="finetune.csv has first-linear-s0 by other flags|first-lora-s0 by other flags"):
+        ask(monkeypatch, small, *words, "first", "--epochs", 9)
+    other[other.index("finetune.csv")] = "other.csv"
+    with pytest.raises(UserError, match="elsewhere/adapt/packed/rates-linear0.01 has rates-linear0.01 by other flags"):
+        ask(monkeypatch, small, *other, "rates", "--work", "elsewhere/adapt/packed")
+    (home / "README.md").write_text("mine")
+    for out, says in (("README.md", "ends in .csv"), ("README.csv", "README.md is there already")):
+        with pytest.raises(UserError, match=says):
+            ask(monkeypatch, small, *words, "rates", "--out", out)
+    assert (home / "finetune.csv").read_bytes() == before and (home / "README.md").read_text() == "mine"
+    ask(monkeypatch, small, *ADAPT, "--methods", "linear", "--phases", "rates", "--dry")
+    assert len(calls(home)) == 10 + 3 + 6 + 4 and "runs/adapt/packed/finetune" not in str(list(home.glob("**/*.csv")))
 
 
 # ---- statistics and verdicts ---------------------------------------------------------------------------------------
@@ -415,6 +530,58 @@ def test_a_guided_mask_that_ties_with_its_control_has_shown_nothing():
     rows = h1_rows(plan, 85.0, 1.4)
     rows["attn_high:shuffle=1"] = rows["attn_high"]
     assert judge(plan, rows)["H1"]["verdict"] == "undecided"
+
+
+@pytest.mark.parametrize("seeds, tie", [(1, False), (2, False), (2, True), (5, True)])
+def test_few_seeds_or_seeds_that_tie_get_no_interval_no_p_and_no_colour(seeds, tie, tmp_path, monkeypatch):
+    plan = plan_of("h1", seeds)
+    rows = h1_rows(plan, 85.0, 1.4)
+    if tie:  # each seed names the same five images more, and is as fast
+        for arm, own in rows.items():
+            right = np.arange(IMAGES) < (240 if arm == "attn_high" else 235)
+            for row in own.values():
+                row |= {"right": dict.fromkeys(("logistic", "cutout"), stats.to_bits(right)), "curve": own[0]["curve"]}
+                row["metrics"]["top1"] = 100 * right.mean()
+    table = verdicts.summary(plan, rows, GROUPS)
+    test = table[1]["difference"]
+    assert test["low"] is test["high"] is test["p"] is test["holm_p"] is test["bootstrap"] is test["power"] is None
+    cells = report.compared(test)
+    assert f"; {seeds} seed" in cells[0] and "no interval" in cells[0] and "(" not in cells[0] and cells[1] == "-"
+    assert table[1]["top1"]["half"] is None
+    found = judge(plan, rows)["H1"]
+    assert found["verdict"] == "undecided" and found["p"] == 1 and " to " not in found["because"]
+    assert " 0.000 " not in "\n".join(report.table_of_tests(found))
+    drawn = []
+    monkeypatch.setattr(study_figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("common.plots.save", lambda figure, path: drawn.append(figure))
+    values = {arm: [r["metrics"]["top1"] for r in own.values()] for arm, own in rows.items()}
+    study_figures.bars(tmp_path / "bars.png", table, values, "")
+    assert len(drawn[0].axes) == 1 and not drawn[0].axes[0].patches  # no bar, so none in a colour
+
+
+def test_the_test_images_are_in_every_interval_of_a_share_of_them():
+    plan = plan_of("h1")
+    rows = h1_rows(plan, 85.0, 1.4, noise=0.05)
+    test = verdicts.measure(plans.test("top1", "attn_high", "random", 1.0), plan, rows, GROUPS)
+    alone = stats.paired_t(test["per_seed"])
+    assert test["high"] - test["low"] > 1.5 * (alone["high"] - alone["low"]) and test["p_against"] > 0.5
+    assert test["over"] == "seeds and illustrations" and "alone" not in report.interval(test)
+    epochs = verdicts.measure(plans.test("epochs", "attn_high", "random", 1.0), plan, rows, GROUPS)
+    assert epochs["over"] == "seeds alone" and "over seeds alone)" in report.interval(epochs)
+
+
+def test_pictures_of_the_study_end_at_100_percent(tmp_path, monkeypatch):
+    plan, drawn = plan_of("h1"), []
+    rows = synthetic(plan, dict.fromkeys(plan["arms"], 99.0), dict.fromkeys(plan["arms"], 5.0), noise=1.0, final=100)
+    table = verdicts.summary(plan, rows, GROUPS)
+    monkeypatch.setattr(study_figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("common.plots.save", lambda figure, path: drawn.append(figure))
+    values = {arm: [r["metrics"]["top1"] for r in own.values()] for arm, own in rows.items()}
+    study_figures.bars("bars.png", table, values, "")
+    study_figures.curves("c.png", {a: [r["curve"] for r in own.values()] for a, own in rows.items()}, {}, None, "")
+    study_figures.grid("g.png", {"a": {"x": dict(zip("1234", plan["arms"], strict=False))}}, table, "")
+    bars, curves, grid = drawn
+    assert bars.axes[0].get_xlim()[1] == 100 and {a.get_ylim()[1] for a in (*curves.axes, *grid.axes)} == {100}
 
 
 def test_a_missing_seed_leaves_all_open():
