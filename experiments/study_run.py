@@ -210,9 +210,8 @@ def adapt_rows(args, path):
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
             row = {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
-            rows = [*rows, row]
             replace_rows(path, [row], ["run"])
-            yield rows
+            yield (rows := rows_there(path, KEEP))
 
 
 def flags_in(line):
