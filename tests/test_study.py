@@ -205,7 +205,7 @@ def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, smal
     ask(monkeypatch, small, *words)
     folder = home / "runs/study/results"
     assert len(calls(home)) == 7 and "attn_low" in (folder / "arms-packed-exploratory/table.md").read_text()
-    (home / "runs").rename(home / "elsewhere")  # another machine has the rows alone
+    (home / "runs/study/work").rename(home / "elsewhere")  # another machine has the rows alone
     ask(monkeypatch, small, *words)
     assert len(calls(home)) == 7 and "6 done, 0 to run" in capsys.readouterr().out
     ask(monkeypatch, small, "--plan", "ablations", "--exploratory", "--seeds", 1, "--budget", 1e-6)
@@ -216,8 +216,8 @@ def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, smal
     assert panels["weight of flat patches"]["raw pixels"]["1"] == "random --no-norm-pix"
     ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
     assert len(calls(home)) == 11  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
-    text = (home / "results/STUDY.md").read_text()
-    assert "Exploratory: no plan was committed" in text and "1 pair of seeds: no interval" in text
+    text = (home / "runs/study/STUDY.md").read_text()
+    assert "Exploratory: no plan was committed" in text and "1 seed: no interval" in text
 
 
 def test_the_budget_leaves_out_whole_seeds_and_says_so(home, small, monkeypatch, capsys):
