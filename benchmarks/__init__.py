@@ -1,16 +1,22 @@
-"""What the benches share: where a row was made, how rows are kept, clocks, and the memory that a process holds."""
+"""What the benches share: where a row was made, where rows go, clocks, and the memory that a process holds."""
 
+import sys
 import time
 from pathlib import Path
 
+from common.command import starting
+
+if sys.argv[0] == "-m":  # python -m benchmarks.X, which imports this first
+    starting()  # torch takes two seconds to load
+
 import torch
 
-from common.io import read_csv, save_csv
 from common.train import commit, machine
 from kernels import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OUT = Path("runs/bench")  # results/ is written where it is named
 TRITON = triton.__version__ if triton else "none"
 
 
@@ -31,8 +37,3 @@ def status_mb(key, process="self"):
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
 
-
-def replace_rows(path, rows, keys):
-    """Write rows to a CSV in the place of those that have the same values under these keys."""
-    made = {tuple(str(r[k]) for k in keys) for r in rows}
-    save_csv(path, [r for r in read_csv(path) if tuple(r[k] for k in keys) not in made] + rows)

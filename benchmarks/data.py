@@ -1,8 +1,8 @@
 """How fast images are packed and handed out, and what memory that takes: python -m benchmarks.data [--pack N | --scale]
 
-Without --pack: the loader, into results/bench_data.csv. With it: data.py on so many generated JPEGs of 512 px, and the
-opening of a table of a million rows, into results/bench_pack.csv. With --scale: files of 10,000 to a million images of
-32 px, epochs of the loader and some steps of pretrain.py on each, into results/bench_scale.csv.
+Without --pack: the loader, into runs/bench/bench_data.csv. With it: data.py on so many generated JPEGs of 512 px, and
+the opening of a table of a million rows, into bench_pack.csv. With --scale: files of 10,000 to a million images of 32
+px, epochs of the loader and some steps of pretrain.py on each, into bench_scale.csv. (--out results: into git.)
 For the loader the packed file is made of noise and really written; it is read once before the clock starts: what is
 measured is the way out of a warm page cache.
 """
@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 import data
-from benchmarks import ROOT, about, status_mb
-from common.command import Parser, at_least, cli
+from benchmarks import OUT, ROOT, about, status_mb
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, refuse_unused, working
 from common.io import UserError, save_csv, write_rows
 from common.train import read_log
 from ingest import pack, sources, toon
@@ -159,17 +159,30 @@ def main():
     add("--batch-size", type=at_least(1), default=128)
     add("--pack", type=at_least(2), metavar="N", help="measure packing of N JPEGs of 512 px instead")
     add("--scale", nargs="*", type=at_least(1), metavar="N", help="files of N images (10000 100000 1000000)")
-    add("--out", help="default: results/bench_data.csv, bench_pack.csv or bench_scale.csv")
-    args, where = parser.parse_args(), about(torch.device("cpu"))
+    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV (default: runs/bench)")
+    add("--force", action="store_true", help="replace what is there already")
+    args, where, rows = parser.parse_args(), about(torch.device("cpu")), []
+    scale = args.scale is not None
+    refuse_unused(args, [
+        ("scale", not args.pack, "is a measurement of its own, not for --pack"),
+        ("images side", not (args.pack or scale), "is for the loader alone, not for --pack or --scale"),
+        ("batch-size", not args.pack, "is for the loader, not for --pack"),
+    ])  # fmt: skip
+    path = args.out / f"bench_{'pack' if args.pack else 'scale' if scale else 'data'}.csv"
+    refuse_file(args.out)
+    refuse_overwrite([path], args.force)
     if args.pack:
-        name, rows = "pack", pack_rows(args.pack)
-    elif args.scale is not None:
-        name, rows = "scale", scale_rows(args.scale or SCALE, args.batch_size)
+        found = pack_rows(args.pack)
+    elif scale:
+        found = scale_rows(args.scale or SCALE, args.batch_size)
     else:
-        name, rows = "data", loader_rows(args.images, args.side, args.batch_size)
-    rows = [row | where for row in rows]
-    save_csv(args.out or f"results/bench_{name}.csv", rows)
-    print("\n".join(", ".join(f"{k} {v}" for k, v in row.items()) for row in rows))
+        found = loader_rows(args.images, args.side, args.batch_size)
+    with working("measuring"):
+        for row in found:
+            rows.append(row | where)
+            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    save_csv(path, rows)
+    print(f"wrote    {path}")
 
 
 if __name__ == "__main__":

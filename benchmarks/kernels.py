@@ -1,7 +1,7 @@
 """How fast the two kernels are, beside the obvious PyTorch and torch.compile of it: python -m benchmarks.kernels
 
-Writes results/bench_kernels.csv and .png on a GPU; without one results/bench_kernels_cpu.csv and .png, where the
-PyTorch references are what is measured. Each number is checked against float64 before any clock starts. A GPU's
+Writes runs/bench/bench_kernels.csv and .png on a GPU; without one bench_kernels_cpu.csv and .png, where the PyTorch
+references are what is measured. Each number is checked against float64 before any clock starts. A GPU's
 times are taken with a cold cache (triton.testing.do_bench); bytes are those that have to move at the least, reads of
 images counted in the 32-byte sectors that memory delivers; their share is of a plain copy, measured in the same run.
 """
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import kernels
-from benchmarks import DTYPES, TRITON, about, status_mb
-from common.command import Parser, at_least, cli
+from benchmarks import DTYPES, OUT, TRITON, about, status_mb
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, refuse_unused
 from common.io import UserError, save_csv
 from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -230,26 +230,29 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
-    add("--batch", type=at_least(1), nargs="+", help="batch sizes (default: 256 1024 4096; on a CPU two cases)")
+    add("--batch", type=at_least(1), nargs="+", help="batch sizes, on a GPU (default: 256 1024 4096)")
     add("--dtype", choices=DTYPES, help="of patches and predictions (default: bf16 on a GPU)")
-    add("--out", type=Path, default=Path("results"), help="folder of the CSV and the plot")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV and the plot (default: runs/bench)")
+    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     device = pick_device(args.device)
+    refuse_unused(args, [("batch", device.type == "cuda", "is for a GPU; a CPU has two cases of its own")])
     if device.type == "cuda":
         grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
         cases, dtype, name = list(itertools.product(*grid.values())), "bf16", "bench_kernels.csv"
     else:
         cases, dtype, name = CPU_CASES, "fp32", "bench_kernels_cpu.csv"
         print("no GPU here: the CPU's paths are measured; the kernels and their bandwidth are not")
-    dtype = DTYPES[args.dtype or dtype]
+    path, dtype = args.out / name, DTYPES[args.dtype or dtype]
+    refuse_file(args.out)
+    refuse_overwrite([path, path.with_suffix(".png")], args.force)
     gate(device, dtype)
     copy_gb_s = copy_speed(device)
     where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=TRITON)
     rows = [row | where for row in measure(cases, dtype, device, copy_gb_s)]
-    path = args.out / name
     save_csv(path, rows)
     draw(rows, path.with_suffix(".png"))
-    print(f"wrote {path} and .png; a copy moves {copy_gb_s:.0f} GB/s")
+    print(f"wrote    {path} and .png; a copy moves {copy_gb_s:.0f} GB/s")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ import contextlib
 import functools
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import data
 import mask as masking
-from benchmarks import about, now, replace_rows
+from benchmarks import OUT, about, now
 from common import guidance
-from common.command import Parser, at_least, cli
+from common.command import Parser, at_least, cli, progress, refuse_file
+from common.io import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss
@@ -89,7 +91,7 @@ def measure(size, train, device, rounds):
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
         guides["true parts"].maps = train["parts"]
     times = {name: [] for name in [*guides, "step", "simmim"]}
-    for i in range(rounds):
+    for i in progress(range(rounds), "rounds", leave=False):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
         boxes, flip = data.draw_boxes(BATCH, draws, 0.4)
@@ -111,10 +113,14 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="packed dataset")
     parser.add_argument("--model", default="nano", choices=SIZES)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=at_least(1), default=40)
-    parser.add_argument("--out", default="results/bench_masks.csv")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--rounds", type=at_least(1), default=40, help="steps that are timed")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of bench_masks.csv, where rows of "
+                        "this model and machine are replaced (default: runs/bench)")  # fmt: skip
     args = parser.parse_args()
+    path, keys = args.out / "bench_masks.csv", ("mask", "model", "machine")
+    refuse_file(args.out)
+    rows_there(path, keys)
     device, size = pick_device(args.device), SIZES[args.model]
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
@@ -122,9 +128,10 @@ def main():
     over = {name: 100 * (x - ms["random"]) / (step_ms + ms["random"]) for name, x in ms.items()}
     rows = [{"mask": name, "guidance_ms": round(x, 3), "step_ms": round(step_ms, 1),
              "over_random_percent": round(over[name], 1), **where} for name, x in ms.items()]  # fmt: skip
-    replace_rows(args.out, rows, ["model"])
+    replace_rows(path, rows, keys)
     for row in rows:
         print(f"{row['mask']:10} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
+    print(f"wrote    {path}")
 
 
 if __name__ == "__main__":

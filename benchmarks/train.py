@@ -1,7 +1,7 @@
 """How fast a training step is, beside transformers' ViTMAE: python -m benchmarks.train [--quick]
 
-Writes results/bench_train_cpu.csv (or _cuda), .png and .md. Each candidate is a process of its own; all start from the
-same weights, get the same images and noise in the same order, and are timed in turns: a disturbance hits all of them.
+Writes runs/bench/bench_train_cpu.csv (or _cuda), .png and .md. Each candidate is a process of its own; all start with
+the same weights, get the same images and noise in the same order, and take turns: a disturbance hits all of them.
 "memory kept" gives transformers what pretrain.py does about glibc on a CPU (keep_freed_memory).
 
 A step is: bytes of the views -> what the network takes -> forward, loss, backward, AdamW. The gate comes first: losses
@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 import mask as masking
-from benchmarks import TRITON, about, replace_rows, step
+from benchmarks import OUT, TRITON, about, step
 from benchmarks.step import PHASES, build
 from common.checkpoints import save_model
-from common.command import Parser, at_least, between, cli
-from common.io import UserError, save_text
+from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite, refuse_unused
+from common.io import UserError, replace_rows, rows_there, save_text
 from common.train import pick_device
 from export import export
 from model import SIZES
@@ -47,6 +47,7 @@ CANDIDATES = {
     "transformers, memory kept, light": dict(net="hf", decoder=LIGHT),
 }
 QUICK = ("AniMask", "transformers, memory kept", "AniMask, light", "transformers, memory kept, light")
+KEYS = ("candidate", "model", "image_size", "batch", "dtype", "device", "decoder")  # of a row: the same again replaces
 # Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in sum well under 1e-5;
 # later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9 = 2 % of a prediction.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -152,7 +153,7 @@ def measure(case, names, repeats, steps):
         running = gated(stack, case, names, folder)
         running["matmul"], _ = started(stack, product, "matmul")
         answers = {name: [] for name in running}
-        for _ in range(repeats):
+        for _ in progress(range(repeats), f"turns, {case['dtype']}", leave=False):
             for name, candidate in running.items():
                 answers[name].append(ask(candidate, name, "steps", steps))
         whole = [name for name in names if CANDIDATES[name].get("whole")]
@@ -249,9 +250,16 @@ def main():
     add("--steps", type=at_least(1), help="steps of a turn (default: 3, on a GPU 30)")
     add("--warmup", type=at_least(1), help="steps before, whose losses are the gate (default: 3, on a GPU 20)")
     add("--quick", action="store_true", help="eager candidates only, 3 turns")
-    add("--out", type=Path, default=Path("results"), metavar="DIR", help="folder of the CSV, the plot and the table")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV, where these candidates' rows are "
+        "replaced, the plot and the table of this call\n(default: runs/bench)")  # fmt: skip
+    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
+    refuse_unused(args, [("repeats", not args.quick, "is 3 with --quick")])
     device = pick_device(args.device)
+    path = args.out / f"bench_train_{device.type}.csv"
+    refuse_file(args.out)
+    rows_there(path, KEYS)
+    refuse_overwrite([path.with_suffix(suffix) for suffix in (".md", ".png")], args.force)
     batch, steps, warmup = (256, 30, 20) if device.type == "cuda" else (16, 3, 3)
     names = args.only or (QUICK if args.quick else list(CANDIDATES))
     if unknown := set(names) - CANDIDATES.keys():
@@ -263,8 +271,7 @@ def main():
         found = measure(case | {"dtype": dtype}, names, 3 if args.quick else args.repeats, args.steps or steps)
         rows += [row | where for row in found]
         print(table(found), flush=True)
-    path = args.out / f"bench_train_{device.type}.csv"
-    replace_rows(path, rows, ("model", "image_size", "batch"))
+    replace_rows(path, rows, KEYS)
     save_text(f"{table(rows)}\n{', '.join(where.values())}\n", path.with_suffix(".md"))
     draw(rows, path.with_suffix(".png"))
     print(f"wrote    {path}, .md and .png")

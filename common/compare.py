@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import plots, stats
+from common import stats
 from common.io import UserError, save_json, save_text
 
 HEADS = {"logistic": "logistic", "linear": "linear", "knn": "kNN"}
@@ -44,21 +44,24 @@ def summary(seeds):
 
 
 def pair(first, other, head, groups):
-    """other minus first in points of Top-1, over the seeds that both have; groups (images): their illustrations."""
+    """other minus first in points of Top-1, over the seeds that both have; groups (images): their illustrations.
+
+    "t", "bootstrap" and "p" are None where the seeds allow no interval.
+    """
     seeds = sorted(first.keys() & other.keys())
     if not seeds:
         return None
     right = [[100.0 * x[s]["right"][head].double().numpy() for s in seeds] for x in (other, first)]
     difference = np.stack(right[0]) - np.stack(right[1])  # (seeds, images)
-    row = {"seeds": seeds, "per_seed": difference.mean(1).tolist(), "bootstrap": stats.bootstrap(difference, groups)}
-    row["t"] = stats.paired_t(difference.mean(1)) if len(seeds) > 1 else None
-    return row | {"p": (row["t"] or row["bootstrap"])["p"]}
+    row = {"seeds": seeds, "per_seed": difference.mean(1).tolist(), "mean": float(difference.mean())}
+    t = stats.paired_t(difference, groups)
+    return row | {"t": t, "bootstrap": t and stats.bootstrap(difference, groups), "p": t and t["p"]}
 
 
 def verdict(row, claim):
-    """Supported: the interval over seeds is above 0, Holm agrees, and the estimate is at least what was claimed."""
+    """Supported: the interval is above 0, Holm agrees, and the estimate is at least what was claimed."""
     if row["t"] is None:
-        return "undecided: one seed"
+        return "undecided"
     if row["holm_p"] < 0.05 and row["t"]["low"] > 0 and row["t"]["mean"] >= claim:
         return "supported"
     return "worse" if row["holm_p"] < 0.05 and row["t"]["high"] < 0 else "undecided"
@@ -69,8 +72,7 @@ def pairs(configs, groups, claim):
     (base, first), *others = configs.items()
     rows = [{"pair": f"{name} - {base}", "head": head} | row for name, other in others for head in HEADS
             if (row := pair(first, other, head, groups))]  # fmt: skip
-    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
-        row["holm_p"] = p
+    stats.add_holm(rows)
     return [row | {"verdict": verdict(row, claim)} for row in rows]
 
 
@@ -98,18 +100,21 @@ def tables(summaries, rows, title):
     columns = ("configuration", "seeds", "logistic Top-1, %", "linear", "kNN", "epochs to threshold", "seconds", "MB")
     lines = [title, "", *markdown(columns, cells), "",
              "Mean ± standard deviation over seeds. Differences in points of Top-1, paired by seed, same images;",
-             "t: 95 % interval over seeds; bootstrap: over seeds and illustrations; p after Holm over all rows.",
+             "t, bootstrap: 95 % intervals over seeds and illustrations; p after Holm over all rows.",
              ""]  # fmt: skip
     cells = []
     for r in rows:
-        both = (f"{x['low']:+.2f} to {x['high']:+.2f}" if x else "one seed" for x in (r["t"], r["bootstrap"]))
-        cells.append([r["pair"], HEADS[r["head"]], f"{r['bootstrap']['mean']:+.2f}", *both, f"{r['holm_p']:.3f}",
-                      r["verdict"]])  # fmt: skip
+        none = stats.why_none(r["per_seed"])
+        both = (f"{x['low']:+.2f} to {x['high']:+.2f}" if x else none for x in (r["t"], r["bootstrap"]))
+        p = "-" if r["holm_p"] is None else f"{r['holm_p']:.3f}"
+        cells.append([r["pair"], HEADS[r["head"]], f"{r['mean']:+.2f}", *both, p, r["verdict"]])
     return "\n".join(lines + markdown(("difference", "head", "points", "t", "bootstrap", "p", ""), cells)) + "\n"
 
 
 def write(out, reports, groups, threshold, claim):
     """compare.md, compare.json and curves.png into the folder out; prints the tables."""
+    from common import plots  # matplotlib takes a second to load
+
     configs, first, out = by_config(reports), reports[0], Path(out)
     summaries = {name: summary(seeds) for name, seeds in configs.items()}
     rows = pairs(configs, groups.numpy(), claim) if len(configs) > 1 else []

@@ -60,6 +60,12 @@ def controls(axis, lines):
             axis.axhline(value, color=INK, ls=style, lw=1, label=label)
 
 
+def percent(axis, along="y", low=None):
+    """Call it when all is drawn: an axis of percentages ends at 0 and 100, whatever its margins; low: begins there."""
+    bottom, top = getattr(axis, f"get_{along}lim")()
+    getattr(axis, f"set_{along}lim")(max(bottom, 0) if low is None else low, min(top, 100))
+
+
 def shared_legend(axis, place="outside right", **options):
     """One legend beside all panels: of what this one shows."""
     axis.figure.legend(*axis.get_legend_handles_labels(), loc=place, **options)
@@ -316,7 +322,8 @@ def recognition(axis, held):
         if key in held[0]:
             plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
             axis.axhline(held[0][f"{key}_thumbnail"], color=colour, ls=":", label=f"4x4 thumbnails, {name}")
-    axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %", ylim=(0, None))
+    axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
+    percent(axis, low=0)
     axis.legend()
 
 
@@ -346,6 +353,7 @@ def learning_curves(path, groups, thumbnail, threshold, title):
                     axis.plot(x, y, marker=marker, ms=4, lw=2, color=colour, label=f"{name}, {len(seeds)} seed(s)")
             controls(axis, limits)
             axis.set(xlabel=label)
+        percent(axes[0])  # both share it
         axes[0].set(ylabel="kNN Top-1 during the run, %")
         axes[0].legend(loc="lower right")
 
@@ -356,6 +364,7 @@ def snapshot_curve(path, points, others, title):
         axis.plot(*zip(*points, strict=True), "o-", color=BLUE, label="snapshots")
         controls(axis, zip(others.values(), ("--", ":"), others, strict=False))
         axis.set(xlabel="epoch", ylabel="ridge probe Top-1, %")
+        percent(axis)
         axis.legend()
 
 
@@ -431,7 +440,8 @@ def robustness(path, report, sweeps, title):
             controls(axis, [(report["clean"], "--", None), (report["chance"], ":", None)])
             axis.set_visible(i < len(curves) + 2)
         for axis in axes[:, 0]:
-            axis.set(ylabel="Top-1, % (dashed: clean)", ylim=(0, None))
+            axis.set(ylabel="Top-1, % (dashed: clean)")
+            percent(axis, low=0)
 
 
 def parts(path, report, title):
@@ -445,7 +455,8 @@ def parts(path, report, title):
             axis.bar(place, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
         controls(axis, [(report["clean"], "--", "clean"), (report["chance"], ":", "chance")])
         axis.set_xticks(range(len(rows)), [f"{n}\n{100 * r['area']:.1f} %" for n, r in rows.items()], fontsize=9)
-        axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %", ylim=(0, None))
+        axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %")
+        percent(axis, low=0)
         shared_legend(axis)
 
 
@@ -487,4 +498,4 @@ def plot_verification(path, pairs, strangers, title):
         axes[0].set(xlim=(0.01, 100), ylim=(0, 100))
         axes[0].legend(fontsize=8, loc="upper left")
         axes[1].set(title="Precision and recall", xlabel="recall, %", ylabel="precision, %")
-        axes[1].set(xlim=(0, 100), ylim=(0, 101))
+        axes[1].set(xlim=(0, 100), ylim=(0, 100))

@@ -1,13 +1,13 @@
 """How true are the maps? Foreground and parts against the true masks of portraits and of the demo set.
 
-    python -m experiments.map_quality --run runs/NAME
+    python -m experiments.map_quality --run runs/NAME       # into runs/truth.csv
 
 Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised cut alone, mean over images. Portraits
 with true alpha (--portraits; development data that is not part of this repository) are laid on four kinds of
 background, in two framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its centre
 square, which the person fills almost entirely. Only the half of the identities is used that no constant was chosen on.
 Parts: adjusted Rand index over the true foreground's patches, beside k-means on what has learned nothing.
-Replaces this run's rows in --out and draws a sheet of the demo set.
+Replaces this run's rows of the same sets in --out; --figure draws a sheet of --data.
 """
 
 import contextlib
@@ -17,6 +17,11 @@ import math
 import zipfile
 from pathlib import Path
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import numpy as np
 import torch
 from PIL import Image
@@ -24,16 +29,17 @@ from PIL import Image
 import data
 import maps
 import mask as masking
-from common import metrics, plots
+from common import metrics
 from common.checkpoints import load_encoder
-from common.command import Parser, cli, progress
-from common.io import UserError, read_csv, save_csv
+from common.command import Parser, cli, progress, refuse_file, refuse_overwrite, refuse_unused, working
+from common.io import UserError, replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
 from model import untrained_like
 
 BACKGROUNDS = ("flat", "gradient", "tone", "photo")
 FRAMINGS = ("whole", "close")
+KEYS = ("run", "set", "map")  # of a row: the same again replaces it
 
 
 # ---- portraits on backgrounds that are drawn here -----------------------------------------------------------------
@@ -176,31 +182,51 @@ def main():
     add("--data", default="datasets/toon", help="packed set with true foreground and parts (default: the demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
     add("--portraits", default="../shared/data/portraits70_alpha.zip", help="zip of RGBA pictures; '' for none")
-    add("--out", default="results/truth.csv", help="CSV in which this run's rows are replaced")
+    add("--out", default="runs/truth.csv", metavar="CSV", help="where this run's rows of these sets are replaced, and "
+        "others kept\n(default: runs/truth.csv)")  # fmt: skip
     add("--figure", metavar="PNG", help="draw a sheet of --data here (only of data that may be shown)")
+    add("--force", action="store_true", help="replace a --figure that is there already")
     args = parser.parse_args()
+    refuse_unused(args, [("force", args.figure, "is for --figure")])
+    check(args)
     images, foreground, parts = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_encoder(args.run)
     name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
-    rows, found = measure_foreground(name, images, foreground, encoder, size)
-    for K in (6, 12):
-        rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
+    with working(f"foreground and parts of {name}"):
+        rows, found = measure_foreground(name, images, foreground, encoder, size)
+        for K in (6, 12):
+            rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
-    kept = [row for row in read_csv(args.out) if row["run"] != run]
-    save_csv(args.out, kept + [{"run": run} | row | made for row in rows])
+    replace_rows(args.out, [{"run": run} | row | made for row in rows], KEYS)
     for row in rows:
         print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
     if args.figure:
-        draw(args.figure, images, foreground, parts, found, encoder, size)
+        draw(args.figure, name, images, foreground, parts, found, encoder, size)
+    print(f"wrote    {args.out}" + (f" and {args.figure}" if args.figure else ""))
 
 
-def draw(path, images, foreground, parts, found, encoder, size, n=10):
+def check(args):
+    """Every mistake before minutes of work."""
+    refuse_file(Path(args.out).parent)
+    rows_there(args.out, KEYS)
+    if args.portraits and not Path(args.portraits).exists():
+        raise UserError(f"{args.portraits} is not here; --portraits '' measures the demo set alone")
+    if args.figure:
+        refuse_file(Path(args.figure).parent)
+        refuse_overwrite([args.figure], args.force, "another --figure leaves it")
+        if Path(args.figure).suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--figure {args.figure} is drawn as .png, .pdf or .svg; give such a name")
+
+
+def draw(path, name, images, foreground, parts, found, encoder, size, n=10):
     """Images, true and found foreground, true and found parts: one line each."""
+    from common import plots  # matplotlib takes a second to load
+
     some, tokens = data.evenly_spaced(len(images), n), tokens_of(encoder, size, images)
     place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
     centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
@@ -208,7 +234,7 @@ def draw(path, images, foreground, parts, found, encoder, size, n=10):
     lines = [("image", images[some]), ("true foreground", foreground[some]), ("coarse", found["coarse"][some]),
              ("refined", found["refined"][some]), ("true parts", plots.coloured(parts[some])),
              ("parts, K=6", plots.coloured(label[some]))]  # fmt: skip
-    plots.image_grid(path, "Foreground and parts without labels, demo set, val", lines)
+    plots.image_grid(path, f"Foreground and parts without labels, {name}", lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The README's first command, its random twin, the probe of both, and its third command.
 
-    python -m experiments.readme_numbers
+    python -m experiments.readme_numbers --out runs/readme
+    python -m experiments.readme_numbers --out results --force      # in git: the numbers that the docs quote
 
-Runs them as a user would, one after the other in a folder of its own, and writes results/demo.json, probe_toon.json
-(the guided run's) and the pictures of results/figures/: what the guided run hid, predicted and learned. Then the third
-command, and pictures that the set has not: results/demo_recognition.json (--run runs/NAME: only this, from that run).
+Runs them as a user would, one after the other in a folder of its own, and writes OUT/demo.json, probe_toon.json (the
+guided run's) and the pictures of OUT/figures/: what the guided run hid, predicted and learned. Then the third command,
+and pictures that the set has not: OUT/demo_recognition.json (--run runs/NAME: only this, from that run).
 """
 
 import json
@@ -15,10 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import torch
 from PIL import Image
 
-from common.command import Parser, cli
+from common.command import Parser, cli, command, progress, refuse_file, refuse_overwrite
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log
 from ingest import toon
@@ -57,27 +63,26 @@ def probed(out):
     return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {"probe_best_thumbnail": best}
 
 
-def recognised(folder, encoder):
+def recognised(folder, encoder, results):
     """The third command -> its scores, and how many of three new pictures of each character it names rightly."""
     lora, pictures = folder / "runs/lora", folder / "new"
     seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--epochs", "60", "--out", lora)
     pictures.mkdir()
-    for person in toon.cast():
+    for person in progress(toon.cast(), "new pictures", leave=False):
         for i, item in enumerate(toon.unseen(person, 3)):
             Image.fromarray(toon.draw(item)["image"]).save(pictures / f"{person['name']}-{i}.png")
     words = [sys.executable, ROOT / "recognize.py", lora, pictures, "--json"]
     output = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
     answers = [json.loads(line) for line in output.splitlines()]
     metrics = json.loads((lora / "metrics.json").read_text())
-    shutil.copy(lora / "confused.png", ROOT / "results" / "figures")
+    shutil.copy(lora / "confused.png", results / "figures")
     return {"command_seconds": round(seconds), "top1": round(metrics["top1"], 1), "top5": round(metrics["top5"], 1),
             "new_pictures": len(answers), "unknown": sum(a["name"] is None for a in answers),
             "named_rightly": sum(a["name"] == a["picture"].rsplit("-", 1)[0] for a in answers)}  # fmt: skip
 
 
-def about(*flags):
-    return {"command": " ".join(["python -m experiments.readme_numbers", *flags]), "commit": commit(),
-            "machine": machine(torch.device("cpu"))}  # fmt: skip
+def about():
+    return {"command": command(), "commit": commit(), "machine": machine(torch.device("cpu"))}
 
 
 def first_and_twin(folder, results):
@@ -101,14 +106,22 @@ def first_and_twin(folder, results):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, help="only the third command, from this run of the first")
-    args, results = parser.parse_args(), ROOT / "results"
+    add = parser.add_argument
+    add("--run", type=Path, help="only the third command, from this run of the first")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of numbers and pictures: results is the one in "
+        "git, runs/readme is not")  # fmt: skip
+    add("--force", action="store_true", help="replace what is there already")
+    args = parser.parse_args()
+    results, names = args.out.resolve(), ["demo_recognition.json"] + ["demo.json", "probe_toon.json"] * (not args.run)
+    refuse_file(results)
+    refuse_overwrite([args.out / name for name in names], args.force)
+    (results / "figures").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         guided = args.run.resolve() if args.run else first_and_twin(folder, results)
-        found = recognised(folder, guided) | about(*(["--run", str(args.run)] if args.run else []))
+        found = recognised(folder, guided, results) | about()
     save_json(found, results / "demo_recognition.json")
-    print(json.dumps(found, indent=1))
+    print(f"{json.dumps(found, indent=1)}\nwrote    {args.out}: {', '.join(names)}, figures/")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Tables, figures and STUDY.md from the rows of the study: every sentence is computed from them, none is written here.
 
-Reads:  results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl
-Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png; and results/STUDY.md, whose text
+Reads:  OUT/PLAN-NAME/ PLAN.json, images.json, rows.jsonl
+Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png; and STUDY.md beside OUT, whose text
         outside the two marks is left as it is
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from common import evaluate
 from common.compare import markdown, plus_minus
 from common.io import UserError, save_csv, save_json, save_text
 from common.stats import mean_std
-from experiments import plans, study_figures, verdicts
+from experiments import plans, verdicts
 from experiments.study_run import read_rows
 
 UNDER_ARMS = (
     "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95 % t "
-    "interval; p after Holm over this table. In the run: a ridge on the mean token, fitted to "
+    "interval over seeds and illustrations (over seeds alone where that is said); p after Holm over this table. In the "
+    "run: a ridge on the mean token, fitted to "
     f"{evaluate.BANK_IMAGES:,} and evaluated on {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
     "Epochs: of those runs that reached it. Minutes: of training and its teacher, without evaluations, and without "
     "maps and encoders made before. After so many minutes: when the fastest mask was through, so that its schedule "
@@ -27,12 +29,16 @@ UNDER_ARMS = (
 )
 UNDER_TESTS = (
     "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with "
-    "the std found; support also asks that the estimate reaches the claim. Seeds for 80 %: of the claim, or where "
-    "that is 0 of the effect found."
+    "the std found and these images; support also asks that the estimate reaches the claim. Seeds for 80 %: of the "
+    "claim, or where that is 0 of the effect found."
 )
 STRICTER = (
     "Each data set is a family of its own. Stricter than the plans, since six rows were there: pairs that are one run "
-    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole."
+    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole. "
+    "And since all were there: every t interval of a share of images, and its p, has the test images in it beside the "
+    "seeds (squared errors add, which counts their interaction twice; Satterthwaite's degrees of freedom; never "
+    "narrower than over seeds alone); epochs and variances have seeds alone; under three seeds, or where seeds do not "
+    "vary, there is no interval and no p."
 )
 PHASES = {  # in the title of a section, and among its threats
     "reported": [""],
@@ -81,16 +87,20 @@ def number(x, digits=1):
 
 
 def interval(test):
-    return "-" if test["effect"] is None else "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n})".format(**test)
+    """ "+0.23 (-0.90 to +1.35; n = 5)"; with "over seeds alone" behind it where no image's right or wrong is kept."""
+    if test["low"] is None:
+        return "-" if test["effect"] is None else f"{test['effect']:+.2f}"
+    alone = f", over {verdicts.SEEDS_ALONE}" if test["over"] == verdicts.SEEDS_ALONE else ""
+    return "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n}{alone})".format(**test, alone=alone)
 
 
 def p_value(test, key):
-    return "-" if test["effect"] is None or test[key] is None else f"{test[key]:.3f}"
+    return "-" if test[key] is None else f"{test[key]:.3f}"
 
 
 def compared(test):
     """-> the cells of a difference to the baseline, empty in the baseline's own line."""
-    return [interval(test), p_value(test, "holm_p")] if test else ["", ""]
+    return ["; ".join([interval(test), *test["notes"]]), p_value(test, "holm_p")] if test else ["", ""]
 
 
 def arm_table(table):
@@ -116,8 +126,9 @@ def arm_table(table):
 
 def table_of_tests(hypothesis):
     """-> lines of Markdown: a row for each test of a hypothesis."""
-    head = ("what", "mask", "against", "claim", "found (95 % t interval)", "95 % bootstrap, seeds x illustrations",
-            "p, were there no effect", "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
+    head = ("what", "mask", "against", "claim", "found (95 % t interval over seeds and illustrations)",
+            "95 % bootstrap, seeds x illustrations", "p, were there no effect",
+            "p, were it the claim or more, Holm", "power", "seeds for 80 %")  # fmt: skip
     rows = []
     for t in hypothesis["parts"]:
         found, boot = "; ".join([interval(t), *t["notes"]]), t["bootstrap"]
@@ -168,6 +179,8 @@ def flat(line, runs):
 
 def write(study):
     """Tables, verdicts and figures of one of `open_all` -> a line about what was written."""
+    from experiments import study_figures  # matplotlib takes a second to load
+
     plan, folder, table = (study[k] for k in ("plan", "folder", "table"))
     if not table:
         return f"{folder}: no reported run is there yet"
@@ -275,9 +288,22 @@ def section(study, top):
     return [*lines, "", "Threats:", "", *threats(study), ""]
 
 
-def write_study(studies, root):
-    """results/STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
+def open_text(root):
+    """-> path of STUDY.md beside root, what stands before and behind its marks; refuses that of another folder."""
     path = Path(root).parent / "STUDY.md"
+    old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in old or END not in old:
+        raise UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")
+    before, (inside, after) = old.split(BEGIN)[0], old.split(BEGIN, 1)[1].split(END, 1)
+    if others := set(re.findall(r"^!\[\w+\]\(([^/()]+)/", inside, re.M)) - {Path(root).name}:
+        raise UserError(f"{path} tells of the studies in {path.parent / min(others)}, and would lose them; "
+                        "give an --out in another folder")  # fmt: skip
+    return path, before, after
+
+
+def write_study(studies, root):
+    """STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
+    path, before, after = open_text(root)
     rows = [[f"{h['id']} on {s['folder'].name.split('-', 1)[1]}", h["verdict"], h["because"]]
             for s in studies for h in s["hypotheses"]]  # fmt: skip
     lines = [*markdown(("hypothesis", "verdict", "decided by"), rows), ""] if rows else []
@@ -286,9 +312,5 @@ def write_study(studies, root):
     lines += ["Supported so means an effect whose estimate reaches the claim, not that the whole interval does.", ""]
     for study in studies:
         lines += section(study, path.parent)
-    old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in old or END not in old:
-        raise UserError(f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file")
-    before, after = old.split(BEGIN)[0], old.split(END, 1)[1]
     save_text("\n".join([before + BEGIN, *lines, END]) + after, path)
     return path

@@ -6,23 +6,38 @@
 
 Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made), datasets/NAME
 Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known), reconstruction.png; with --only
-        stress-cutout.json alone
+        stress-cutout.json alone; of other data than the run's own, or of another split than val, into
+        runs/NAME/DATANAME-SPLIT/
 """
 
 import itertools
 import math
 import shlex
-import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
 
 import torch
 
 import data
 import mask as masking
-from common import features, guidance, metrics, plots, stats
+from common import features, guidance, metrics, stats
 from common.checkpoints import load_encoder, load_exactly
-from common.command import Parser, at_least, cli, progress
+from common.command import (
+    Parser,
+    at_least,
+    cli,
+    command,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    working,
+)
 from common.corruptions import SWEEPS, moved, paint
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
@@ -45,10 +60,15 @@ def parse_args():
     add("--images", type=at_least(8), default=512, metavar="N", help="at most so many of it, evenly spread")
     add("--pool", default="mean", choices=features.POOLS, help="pooling of the tokens that the probe sees")
     add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between")
-    add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded")
+    add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded; writes nothing")
+    add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
+    refuse_unused(args, [
+        ("only pool", not args.midterm, "is of the probe, and --midterm looks at predicted pixels alone"),
+        ("force", not args.midterm, "is for files, and --midterm writes none"),
+    ])  # fmt: skip
     if Path(args.run).is_file():
         raise UserError(f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME")
     if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
@@ -62,6 +82,7 @@ def open_task(args):
     task = features.open_task(args, args.run)
     task.run, task.size, task.encoder = Path(args.run), size, encoder.to(task.device).requires_grad_(False)
     task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
+    task.out = features.results_folder(args.run, task.folder, args.split)
     return task
 
 
@@ -73,7 +94,8 @@ def fit_probe(task):
     found, _ = features.of_run(task.run, task.run, task.encoder, task.size, task)
     fit, _, _ = features.hold_out(task.splits)
     x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], features.groups_of(task.train)
-    task.scores, _ = metrics.logistic_probe(x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit])
+    with working("fitting the probe"):
+        task.scores, _ = metrics.logistic_probe(x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit])
 
 
 @torch.no_grad()
@@ -122,7 +144,7 @@ def without_parts(task):
     -> {part: {"area", "hidden", "control"}}: share of the picture, Top-1 without the part, Top-1 without the control.
     """
     result, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
-    for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:
+    for k, name in progress(list(enumerate(task.split["header"]["parts"]))[1:], "parts", leave=False):
         hidden, control = (right_of(task, hidden_part(task, k, g)) for g in (None, seeded(0, k)))
         area = (parts == k).float().mean((1, 2)).mean().item()
         result[name] = {"area": area, "hidden": percent(hidden), "control": percent(control)}
@@ -145,7 +167,8 @@ def by_resolution(task, clean):
     Attention's memory and time grow with the fourth power of the side: fewer images (at least 48) in smaller chunks.
     """
     result = []
-    for side in (s for s in RESOLUTIONS if s % task.encoder.patch_size == 0):
+    sides = [s for s in RESOLUTIONS if s % task.encoder.patch_size == 0]
+    for side in progress(sides, "resolutions", leave=False):
         encoder = load_encoder(task.run, side)[0].to(task.device).requires_grad_(False)
         some = data.evenly_spaced(len(clean), max(48, int(len(clean) * (task.size / side) ** 2)))
         chunk = max(1, math.floor(data.CHUNK * min(1, (task.size / side) ** 4)))
@@ -173,7 +196,8 @@ def stress_probe(task):
 def stress_some(task):
     """--only: the few numbers that a study needs of every run, with each image's right or wrong."""
     levels = {name: SWEEPS[name][3] for name in task.args.only.split(",")}
-    right = {f"{name} {level}": right_of(task, corrupted(name, level)) for name, level in levels.items()}
+    right = {f"{name} {level}": right_of(task, corrupted(name, level))
+             for name, level in progress(levels.items(), "robustness", leave=False)}  # fmt: skip
     print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
     return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
 
@@ -315,40 +339,69 @@ def pixel_lines(rows):
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
+def names_of(task):
+    """The files that this command writes, the JSON first: once it is there, the pictures are known to be its own."""
+    if task.args.only:
+        return [f"stress-{task.args.only.replace(',', '-')}.json"]
+    probe = ["robustness.png", *["parts.png"] * ("parts" in task.split)] if task.labelled else []
+    return ["stress.json", *probe, "reconstruction.png"]
+
+
+def check(task):
+    """Every mistake before minutes of work."""
+    names = [task.out / name for name in names_of(task)]
+    refuse_file(task.out)
+    refuse_overwrite(names[:1], task.args.force)
+    if not names[0].exists():
+        refuse_overwrite(names[1:], task.args.force)
+    if task.args.only and not task.labelled:
+        raise UserError(f"--only {task.args.only} needs two classes or more, and labels on all images of {task.folder}")
+
+
+def draw(task, report, names):
+    """The pictures of a report."""
+    from common import plots  # matplotlib takes a second to load
+
+    out, run = task.out, task.run.name
+    if "robustness.png" in names:
+        plots.robustness(out / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run}")
+    if "parts.png" in names:
+        plots.parts(out / "parts.png", report, f"Recognised by which part? {run}")
+    plots.reconstruction(out / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run}")
+
+
 def main():
     task = open_task(parse_args())
-    args, run, split = task.args, task.run, task.split
+    args, out, names = task.args, task.out, names_of(task)
+    if not args.midterm:
+        check(task)
+    if not args.only:
+        model, norm = load_mae(task.run, task.device)
     if args.midterm:
-        model, norm = load_mae(run, task.device)
         print("\n".join(midterm(reconstruction(model, norm, task, ["random"]))))
         return
-    report = {"command": f"python -m experiments.stress {shlex.join(sys.argv[1:])}", "machine": machine(task.device),
-              "commit": commit(), "run": run.name, "data": str(task.folder), "split": args.split,
-              "images": len(task.rows)}  # fmt: skip
+    report = {"command": command(), "machine": machine(task.device), "commit": commit(), "run": task.run.name,
+              "data": str(task.folder), "split": args.split, "images": len(task.rows)}  # fmt: skip
     if task.labelled:
         fit_probe(task)
-    elif args.only:
-        raise UserError(f"--only {args.only} needs two classes or more, and labels on all images of {task.folder}")
     if args.only:
-        save_json(report | stress_some(task), run / f"stress-{args.only.replace(',', '-')}.json")
+        save_json(report | stress_some(task), out / names[0])
+        print(f"wrote    {out}/{names[0]}")
         return
     if task.labelled:
         report |= stress_probe(task)
-        print("\n".join(robust_lines(report)))
-        plots.robustness(run / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run.name}")
-        if "parts" in report:
-            plots.parts(run / "parts.png", report, f"Recognised by which part? {run.name}")
+        print("\n".join(robust_lines(report)), flush=True)
     else:
         print("no robustness: that needs two classes or more, and labels on all images")
-    model, norm = load_mae(run, task.device)
-    report["masked_mse"] = masked_mse(model, split, norm, task.autocast)
-    rows = report["reconstruction"] = reconstruction(model, norm, task)
-    print("\n".join(pixel_lines(rows)))
+    report["masked_mse"] = masked_mse(model, task.split, norm, task.autocast)
+    report["reconstruction"] = reconstruction(model, norm, task)
+    print("\n".join(pixel_lines(report["reconstruction"])))
     of = "normalised pixels; pictures by predicted statistics" if norm["norm_pix"] else "raw pixels"
     print(f"masked error under the fixed random mask {report['masked_mse']:.4f} of {of}")
-    plots.reconstruction(run / "reconstruction.png", rows, f"Hidden pixels: {run.name}")
-    save_json(report, run / "stress.json")
-    print(f"wrote    {run}/stress.json, robustness.png, reconstruction.png")
+    save_json(report, out / names[0])
+    draw(task, report, names)
+    print(f"wrote    {out}/{', '.join(names)}; python probe.py {shlex.quote(args.run)} has the clean numbers and their "
+          "controls")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The study: which masks teach what, with error bars. Plans runs, makes them by command line, judges their rows.
 
     python -m experiments.study --plan h1 --data datasets/toon --dry    # which runs, and how long they take
-    python -m experiments.study --plan h1 --data datasets/toon          # pilot, PLAN.json; commit, then again: runs
+    python -m experiments.study --plan h1 --data datasets/toon --exploratory    # in runs/study/results
+    python -m experiments.study --plan h1 --data datasets/toon --out results/study   # pilot; commit its plan, again
     python -m experiments.study --plan adapt --encoder runs/NAME --data datasets/NAME --phases rates first rank
 
-Reads:  datasets/NAME, and what the stages write to runs/study/NAME
-Writes: results/study/PLAN-NAME/ PLAN.json, images.json, rows.jsonl, verdicts.json, table.md, table.csv, curves.png,
-        bars.png, grid.png; results/STUDY.md; of plan adapt results/NAME/finetune.csv and .md
+Reads:  datasets/NAME, and what the stages write to runs/study/work/NAME
+Writes: OUT/PLAN-NAME/ PLAN.json, images.json, rows.jsonl, verdicts.json, table.md, table.csv, curves.png, bars.png,
+        grid.png; STUDY.md beside OUT; of plan adapt runs/adapt/NAME/finetune.csv and .md
 
 A pilot run with a seed that is never reported fixes the threshold; the plan is committed before a reported seed runs.
 rows.jsonl has one line for each run, and is what counts: the same command makes those that are missing, after a kill
@@ -25,20 +26,26 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
 import data
 import mask as masking
 from common import features, metrics
-from common.command import Parser, at_least, between, cli
-from common.io import UserError, save_json, save_text
+from common.command import Parser, at_least, between, cli, refuse_file, refuse_overwrite, refuse_unused, working
+from common.io import UserError, rows_there, save_json, save_text
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
-from experiments.study_run import RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one
+from experiments.study_run import KEEP, RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one
 
 RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
         "parts": ["parts"]}  # of maps.py  # fmt: skip
 PILOT_SEED, FIRST_SEED = 1000, {"tune": 500, "exploratory": 2000}  # what was seen before is not reported
+MOST_SEEDS = 500  # then another phase's begin
 SEEDS = {"tune": 1, "h2": 10}  # a comparison of variances needs ten
 
 
@@ -47,7 +54,8 @@ def parse_args():
     add = parser.add_argument_group("what is asked").add_argument
     add("--plan", choices=[*plans.MAKE, "adapt", "all"], help=f"all: {', '.join(plans.ALL)}")
     add("--data", metavar="DIR", help="packed set with labels")
-    add("--seeds", type=at_least(1), metavar="N", help="paired seeds of every arm (default: 5; h2: 10; tune: 1)")
+    add("--seeds", type=between(1, MOST_SEEDS, int), metavar="N", help="paired seeds of every arm (default: 5; h2: 10; "
+        "tune: 1)\nunder three there is no interval; with --exploratory a larger N adds seeds to what is there")
     add("--arms", nargs="+", default=[], metavar="ARM", help="further arms: a mask, and flags of pretrain.py behind it")
     add("--guided", default="attn_high", metavar="ARM", help="what H1 is about, as dev chose it (default: attn_high)")
     add("--recipe", default=RECIPE, metavar="FLAGS", help="of pretrain.py, for every arm (default: %(default)s)")
@@ -66,21 +74,49 @@ def parse_args():
     add = parser.add_argument_group("how it runs").add_argument
     add("--budget", type=between(1e-9, 1e9), metavar="MINUTES", help="start only what fits; says what is left out")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
-    add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run (default: %(default)s)")
+    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N",
+        help="of each run (default: %(default)s)")  # fmt: skip
     add("--dry", action="store_true", help="say what would run, and stop")
     add("--exploratory", action="store_true", help="without a committed plan; rows and tables say so")
-    add("--report", action="store_true", help="alone: tables, figures and STUDY.md anew from all rows")
-    add("--out", metavar="DIR", help="rows, tables, figures (default: results/study; adapt: results/NAME/finetune.csv)")
-    add("--work", metavar="DIR", help="run folders; their large files are removed after the row (default: runs/study; "
-        "adapt: runs/adapt, all kept)")  # fmt: skip
-    return parser.parse_args()
+    add("--report", action="store_true", help="with --out alone: tables, figures and STUDY.md anew from all rows")
+    add("--out", metavar="DIR", help="rows, tables, figures; STUDY.md beside it (default: runs/study/results, but a "
+        "plan that is reported is asked for a folder in git: results/study; adapt: runs/adapt/NAME/finetune.csv)")
+    add("--work", metavar="DIR", help="run folders; their large files are removed after the row (default: "
+        "runs/study/work; adapt: runs/adapt/NAME, all kept)")  # fmt: skip
+    args = parser.parse_args()
+    refuse_flags(args)
+    return args
+
+
+def refuse_flags(args):
+    """Those that are given and would not be used."""
+    adapt, phases, methods = args.plan == "adapt", set(args.phases), set(args.methods)
+    whole = phases & {"rates", "first", "seeds"}  # what runs all methods; the others run LoRA alone
+    tuned = methods - {"linear"} if whole else {"lora"}
+    refuse_unused(args, [
+        ("plan data seeds arms guided recipe epochs dino encoder phases methods trial-epochs scratch-times keep budget "
+         "jobs threads dry exploratory work", not args.report, "makes runs, and --report makes none"),
+        ("encoder phases methods trial-epochs scratch-times keep", adapt, "is for --plan adapt"),
+        ("seeds arms guided recipe dino budget jobs exploratory", not adapt, "is for masks, not for --plan adapt"),
+        ("methods", whole, "is for --phases rates, first and seeds"),
+        ("trial-epochs", "rates" in phases and tuned, "is for --phases rates, of other methods than linear"),
+        ("epochs", not adapt or phases - {"rates"} and tuned, "is for other --phases than rates, and not for linear"),
+        ("scratch-times", whole and "scratch" in methods, "is for --methods scratch"),
+        ("keep", tuned, "is for other --methods than linear"),
+        ("guided", args.plan in ("h1", "ablations", "finetune", "tune", "all"), "is for plans with a guided mask"),
+        ("dino", args.plan in ("ablations", "all"), "is for --plan ablations"),
+        ("exploratory", args.plan != "tune", "is for plans that are reported, and tune is not"),
+    ])  # fmt: skip
 
 
 def check(args):
     """Refuse flags that do not fit together; fill in defaults that depend on the plan."""
+    if args.report and not args.out:
+        raise UserError("--report rewrites the tables of a folder of studies: say which, as --out results/study")
     if not args.report and not (args.plan and args.data):
-        raise UserError(f"say --plan ({', '.join(plans.MAKE)}, adapt, all) and --data datasets/NAME; or --report alone")
-    if (args.plan == "adapt") != bool(args.encoder):
+        raise UserError(f"say --plan ({', '.join(plans.MAKE)}, adapt, all) and --data datasets/NAME; or --report --out")
+    is_adapt = args.plan == "adapt"
+    if is_adapt and not args.encoder:
         raise UserError("--plan adapt and --encoder RUN go together: what is adapted")
     for arm in [args.guided, *args.arms]:
         try:
@@ -92,9 +128,30 @@ def check(args):
                         "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
-    is_adapt = args.plan == "adapt"
-    args.out = args.out or (f"results/{Path(args.data).name}/finetune.csv" if is_adapt else "results/study")
-    args.work = args.work or f"runs/{'adapt' if is_adapt else 'study'}"
+    if not (args.out or is_adapt or args.plan == "tune" or args.exploratory or args.dry):
+        raise UserError(f"plan {args.plan} is reported: what it writes goes into git, so name it, --out results/study; "
+                        "or try masks with --exploratory")  # fmt: skip
+    home = f"runs/adapt/{Path(args.data or '').name}" if is_adapt else "runs/study"
+    args.out = args.out or f"{home}/{'finetune.csv' if is_adapt else 'results'}"
+    args.work = args.work or (home if is_adapt else f"{home}/work")
+    refuse_file(args.work)
+    if is_adapt:
+        return check_table(Path(args.out))
+    refuse_file(args.out)
+    if Path(args.out).resolve() == Path(args.work).resolve():
+        raise UserError(f"--out and --work are both {args.out}: rows and run folders would mix; give two")
+    report.open_text(args.out)
+
+
+
+
+def check_table(path):
+    """Plan adapt writes a table and its .md: not over what is something else."""
+    if path.suffix != ".csv":
+        raise UserError(f"--out {path} of plan adapt is a table; its name ends in .csv")
+    refuse_file(path.parent)
+    if rows_there(path, KEEP) == []:
+        refuse_overwrite([path.with_suffix(".md")])
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
@@ -140,6 +197,8 @@ def open_study(name, args):
     path = folder / "PLAN.json"
     if path.exists():
         new, plan = json.loads(json.dumps(plan)), json.loads(path.read_text())
+        if plan["phase"] == "exploratory" and new["seeds"][: len(plan["seeds"])] == plan["seeds"]:
+            plan["seeds"] = new["seeds"]  # further seeds; the rows that are there stay
         if other := [k for k in new if k not in ("thresholds", "dtype", "question") and new[k] != plan.get(k)]:
             raise UserError(f"{path} has another {', '.join(other)} than these flags make; give its flags again, or "
                             "another --out (a new plan wants fresh seeds), or --exploratory")  # fmt: skip
@@ -237,6 +296,10 @@ def run_all(study, jobs, args, ready):
                 result = f"failed: {problem}"
             left = sum(expected_seconds(other, rows) or 0 for other in waiting.values()) / args.jobs / 60
             print(f"{count}/{len(jobs)} {name}: {result}; about {left:.0f} min left", flush=True)
+    except BaseException:  # Ctrl-C, a closed pipe, a full disk: nobody waits for what still runs
+        for process in list(RUNNING):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return failed
@@ -301,6 +364,8 @@ def prepare(study, args):
     """
     plan, folder = study["plan"], study["folder"]
     if plan["thresholds"] is not None:
+        if not args.dry and json.loads((folder / "PLAN.json").read_text()) != plan:
+            save_json(plan, folder / "PLAN.json")  # seeds were added
         return
     jobs = [job_of(plan, arm, PILOT_SEED, args) for arm in pilots(plan)]
     if failed := reuse_or_run(study, jobs, args):
@@ -363,11 +428,13 @@ def main():
         failed = run_studies(studies, args)
         if args.dry:
             return
-        judged, changed = report.open_all(args.out), [study["folder"] for study in studies]
+        with working("judging the rows"):
+            judged, changed = report.open_all(args.out), [study["folder"] for study in studies]
         for study in judged:
             if args.report or study["folder"] in changed:
-                print(f"wrote    {report.write(study)}")
-        print(f"wrote    {report.write_study(judged, args.out)}")
+                print(f"wrote    {report.write(study)}", flush=True)
+        print(f"wrote    {report.write_study(judged, args.out)}: read it; its PLAN.json, rows.jsonl and tables are in "
+              f"{shlex.quote(str(args.out))}")  # fmt: skip
     if failed:
         raise UserError(f"{len(failed)} runs failed; the same command tries them again. The first: {failed[0]}")
 

@@ -6,7 +6,8 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, controls, panels, save, shared_legend
+from common.plots import BLUE, COLOURS, GREEN, INK, MARKERS, ORANGE, controls, panels, percent, save, shared_legend
+from common.stats import LEAST_SEEDS
 
 MOST = len(COLOURS)  # lines in one picture
 WHISKERS = dict(ecolor=INK, elinewidth=1.2, capsize=3)  # of a 95 % interval
@@ -25,7 +26,7 @@ def curves(path, done, thresholds, thumbnail, title):
     best = sorted(done, key=lambda arm: -np.mean([c["linear"][-1] for c in done[arm]]))
     first = next(iter(done))
     shown = [arm for arm in done if arm in [first, *[b for b in best if b != first][: MOST - 1]]]
-    banded = len(shown) <= 4 and max(map(len, done.values())) > 1
+    banded = len(shown) <= 4 and max(map(len, done.values())) >= LEAST_SEEDS
     labels = "epochs" + "\n(band: one std over seeds)" * banded, "minutes of training\n(evaluations not counted)"
     limits = zip(sorted(set(thresholds.values())), ("--", "-.", (0, (1, 3))), strict=False)
     limits = [(limit, style, f"threshold {limit:.1f} %") for limit, style in limits]
@@ -36,12 +37,13 @@ def curves(path, done, thresholds, thumbnail, title):
             for axis, key, scale in ((axes[0], "epoch", 1), (axes[1], "seconds", 60)):
                 x = np.mean([c[key][:length] for c in done[arm]], 0) / scale
                 axis.plot(x, top1.mean(0), color=colour, marker=marker, ms=4, lw=1.8, label=short(arm), markevery=0.1)
-                if banded and len(top1) > 1:
+                if banded and len(top1) >= LEAST_SEEDS:
                     middle, std = top1.mean(0), top1.std(0, ddof=1)
                     axis.fill_between(x, middle - std, middle + std, color=colour, alpha=0.15, lw=0)
         for axis, label in zip(axes, labels, strict=True):
             controls(axis, [*limits, (thumbnail, ":", "4x4 thumbnails")])
             axis.set(xlabel=label)
+        percent(axes[0])  # both share it
         axes[0].set(ylabel="linear Top-1 during the run, %")
         shared_legend(axes[0], "outside lower center", fontsize=8.5, ncols=3)
 
@@ -49,7 +51,7 @@ def curves(path, done, thresholds, thumbnail, title):
 def bars(path, table, values, title):
     """table: of verdicts.summary; values {arm: [Top-1 of a seed]}. Left Top-1; right, with seeds, what an arm adds."""
     table = sorted(table, key=lambda line: line["top1"]["mean"])
-    compared = any(line.get("difference", {}).get("effect") is not None for line in table)
+    compared = any(line.get("difference", {}).get("low") is not None for line in table)
     size = (9.6, 1.5 + 0.32 * len(table))
     with panels(path, title, 1, 1 + compared, size, sharey=True, squeeze=False) as axes:
         left = axes[0, 0]
@@ -58,9 +60,10 @@ def bars(path, table, values, title):
             left.errorbar(line["top1"]["mean"], y, xerr=line["top1"]["half"], fmt="o", ms=5, color=BLUE, **WHISKERS)
         left.set_ylim(-0.6, len(table) - 0.4)
         left.set_yticks(range(len(table)), [short(line["arm"]) for line in table], fontsize=8.5)
-        several = any(line["n"] > 1 for line in table)
-        seeds = "tick: a seed; whiskers: 95 % interval" if several else "one seed"
+        whiskers = any(line["top1"]["half"] is not None for line in table)
+        seeds = "tick: a seed" + "; whiskers: 95 % interval over seeds" * whiskers
         left.set(xlabel=f"Top-1 of a logistic regression, %\n({seeds})")
+        percent(left, "x")
         left.grid(axis="x", color="#DDDDDD", lw=0.6)
         left.set_axisbelow(True)
         if compared:
@@ -70,7 +73,7 @@ def bars(path, table, values, title):
 def differences(axis, table):
     """What each arm adds to its baseline, as a bar with its interval; lines of the table are one under the other."""
     for y, test in enumerate(line.get("difference") for line in table):
-        if test and test["effect"] is not None:
+        if test and test["low"] is not None:
             colour = GREEN if test["low"] > 0 else ORANGE if test["high"] < 0 else "#BBBBBB"
             axis.barh(y, test["effect"], 0.6, color=colour)
             axis.errorbar(test["effect"], y, xerr=test["high"] - test["effect"], fmt="none", **WHISKERS)
@@ -94,17 +97,19 @@ def grid(path, panels, table, title):
     columns = min(3, len(small)) or 1
     rows = math.ceil(len(small) / columns) + len(wide)
     figure = plt.figure(figsize=(9.6, 3.0 * rows + 0.4))
-    figure.suptitle(f"{title}\n(whiskers: 95 % interval; open: one seed)")
+    figure.suptitle(f"{title}\n(whiskers: 95 % interval over seeds; open: too few seeds for one)")
     places, shared = figure.add_gridspec(rows, columns), None  # one scale: a factor that matters is seen to matter
     for i, factor in enumerate(small + wide):
         place = places[i // columns, i % columns] if factor in small else places[rows - len(wide) + i - len(small), :]
         shared = figure.add_subplot(place, sharey=shared)
         panel(shared, factor, panels[factor])
+    if shared:
+        percent(shared)
     save(figure, path)
 
 
 def panel(axis, factor, lines):
-    """lines {name: {level: Top-1}}; an open marker is a single seed, which has no interval."""
+    """lines {name: {level: Top-1}}; an open marker has no interval: too few seeds."""
     levels = list(dict.fromkeys(level for own in lines.values() for level in own))
     for i, (colour, marker, (name, own)) in enumerate(zip(COLOURS, MARKERS, lines.items(), strict=False)):
         x = [levels.index(level) + 0.08 * (i - (len(lines) - 1) / 2) for level in own]

@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from common.io import UserError, read_csv, save_csv, save_json
+from common import features
+from common.io import UserError, replace_rows, rows_there, save_json
 from common.train import commit, read_log
 from experiments import plans
 
@@ -130,10 +131,21 @@ def curve_of(log):
     return curve
 
 
+def written(paths):
+    """The first of these files that is there: a stage names its results after what it was asked for."""
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def scores_of(out, split):
+    """What finetune_lora.py says of a run: metrics.json of val, metrics-SPLIT.json of another split."""
+    return Path(out) / ("metrics.json" if split == "val" else f"metrics-{split}.json")
+
+
 def collect(job, args, ready, seconds, commit):
     """What the stages wrote -> the row: configuration, commands, machine, seconds, every metric, each image's right."""
-    out = job["out"]
-    probe, log = json.loads((out / "probe.json").read_text()), read_log(out / "log.jsonl")
+    out, split, log = job["out"], job["plan"]["split"], read_log(job["out"] / "log.jsonl")
+    found, name = features.results_folder(out, args.data, split), "probe" + "-headline" * (job["phase"] != "pilot")
+    probe = json.loads(written([found / f"{name}.json", out / f"{name}.json", out / "probe.json"]).read_text())
     heads = probe["rows"]["mean"]
     metrics = {"top1": 100 * heads["logistic"]["top1"], "knn": 100 * heads["knn"]["top1"]}
     metrics |= {f"{k}_logistic": v for k, v in heads["logistic"].items() if not isinstance(v, list)}
@@ -146,10 +158,12 @@ def collect(job, args, ready, seconds, commit):
     if job["phase"] == "pilot":
         row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != "mean"}
     if "stress" in job["stages"]:
-        stress = json.loads((out / "stress-cutout.json").read_text())
+        stress = json.loads(written([found / "stress-cutout.json", out / "stress-cutout.json"]).read_text())
         (metrics["cutout"],), (row["right"]["cutout"],) = stress["top1"].values(), stress["right"].values()
     if "finetune" in job["stages"]:
-        metrics["finetuned"] = json.loads((Path(f"{out}-full") / "metrics.json").read_text())["top1"]
+        tuned = json.loads(scores_of(f"{out}-full", split).read_text())
+        metrics["finetuned"] = tuned["top1"]
+        row["right"] |= {"finetuned": tuned["right"]} if "right" in tuned else {}
     return row
 
 
@@ -171,22 +185,40 @@ def method_flags(method, args, phase):
 
 
 def adapt_rows(args, path):
-    """Yield the rows at path, a CSV, as runs are added. Finished runs are not repeated, a killed one goes on."""
-    rows = read_csv(path)
+    """Yield the rows at path, a CSV, as runs are added. What has a row is not repeated, a killed run goes on."""
+    rows, wanted = rows_there(path, KEEP), [str(args.encoder), "--data", str(args.data)]
+    if other := [r["command"] for r in rows if flags_in(r["command"])[: len(wanted)] != wanted]:
+        raise UserError(f"{path} has rows of another encoder or data set ({other[0]}); give another --out")
     for phase in args.phases:
         for name, method, flags in plans.trials(phase, args.methods, plans.best_learning_rates(rows)):
             out = Path(args.work) / f"{phase}-{name}"
-            flags = ["--data", args.data, "--out", out, "--resume", *method_flags(method, args, phase), *flags]
-            words = ["finetune_lora.py", args.encoder, *map(str, flags)]
-            print(shlex.join(["python", *words]), flush=True)
+            flags = ["--out", out, "--resume", *method_flags(method, args, phase), *flags]
+            words = ["finetune_lora.py", *wanted, *map(str, flags)]
+            print(line := shlex.join(["python", *words]), flush=True)
             if args.dry:
                 continue
-            with alone(out.with_suffix(".lock")) as lock:
-                if not (out / "metrics.json").exists():
+            scores = scores_of(out, "dev" if phase == "rates" else "val")
+            old = [r for r in rows if r["run"] == out.name]
+            there = [json.loads(scores.read_text())] if scores.exists() else []
+            for place, row in [(path, r) for r in old] + [(out, r) for r in there]:
+                if flags_in(row["command"]) != flags_in(line):
+                    raise UserError(f"{place} has {out.name} by other flags ({row['command']}); give them again, or "
+                                    "another --out and --work")  # fmt: skip
+            if old:
+                yield rows
+                continue
+            if not there:
+                with alone(out.with_suffix(".lock")) as lock:
                     execute(words, out.with_suffix(".log"), args.threads, lock)
-            found = json.loads((out / "metrics.json").read_text())
+            found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
             row = {k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k] for k in KEEP}
-            rows = [r for r in rows if r["run"] != row["run"]] + [row]
-            save_csv(path, rows)
-            yield rows
+            replace_rows(path, [row], ["run"])
+            yield (rows := rows_there(path, KEEP))
+
+
+def flags_in(line):
+    """A command line of finetune_lora.py -> its words, without the script and the run folder: what decides its row."""
+    words = shlex.split(line)[2:]
+    at = words.index("--out") if "--out" in words else len(words)
+    return words[:at] + words[at + 2 :]

@@ -14,7 +14,8 @@ UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetun
          "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
 # metrics of a run, and what the difference to the baseline is called in the line of an arm
 DIFFERENCES = {"top1": "difference", "cutout": "cutout_difference", "finetuned": "finetuned_difference"}
-BITS = {"top1": "logistic", "cutout": "cutout"}  # where each image's right or wrong is kept
+BITS = {"top1": "logistic", "cutout": "cutout", "finetuned": "finetuned"}  # where each image's right or wrong is kept
+SEEDS_ALONE = "seeds alone"  # what an interval is over where no image's right or wrong is kept
 TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
 
 
@@ -35,23 +36,22 @@ def measure(test, plan, rows, groups):
     """A test of a hypothesis -> itself with n, effect, low, high, p, p_against, bootstrap, power, needed, notes.
 
     p: of no effect, two-sided; p_against: of an effect as large as the claim, one-sided. Both are 1 where the data
-    can't tell: one seed, a threshold that was not reached.
+    can't tell: a threshold that was not reached. Under three seeds, or where all tie, there is no interval and no p.
     """
     pairs, what, claim = pair_up(test, rows), test["what"], test["claim"]
-    n = len(pairs)
-    result = test | {"n": n, "planned": len(plan["seeds"]), "unit": UNITS[what], "p": 1.0, "p_against": 1.0,
-                     "effect": None, "bootstrap": None, "notes": []}  # fmt: skip
-    if n < 2:
-        return result | {"notes": [f"{n} pair{'' if n == 1 else 's'} of seeds: no interval"]}
+    empty = dict.fromkeys(("effect", "low", "high", "p", "p_against", "bootstrap", "power", "needed"))
+    result = test | {"n": len(pairs), "planned": len(plan["seeds"]), "unit": UNITS[what], "over": SEEDS_ALONE} | empty
+    result["notes"] = []
     if what == "variance":
         return result | of_variance(pairs)
     if what == "epochs":
         return result | of_epochs(pairs, plan["thresholds"].get(test["against"]), claim)
-    if what == "finetuned":
-        return result | of_differences([a["metrics"]["finetuned"] - b["metrics"]["finetuned"] for a, b in pairs], claim)
+    if not pairs or not all(BITS[what] in row["right"] for pair in pairs for row in pair):
+        return result | of_differences([a["metrics"][what] - b["metrics"][what] for a, b in pairs], claim)
     right = [[stats.from_bits(row["right"][BITS[what]], len(groups)) for row in pair] for pair in pairs]
     each = np.array([100.0 * a - 100.0 * b for a, b in right])  # (seeds, images)
-    return result | of_differences(each.mean(1), claim) | {"bootstrap": stats.bootstrap(each, groups)}
+    result |= of_differences(each, claim, groups) | {"over": "seeds and illustrations"}
+    return result if result["p"] is None else result | {"bootstrap": stats.bootstrap(each, groups)}
 
 
 def pair_up(test, rows):
@@ -60,18 +60,28 @@ def pair_up(test, rows):
     return [(arm[s], base[s]) for s in sorted(arm.keys() & base.keys())]
 
 
-def of_differences(values, claim):
+def no_interval(values):
+    """What a test says where its paired differences allow no interval: at most their mean."""
+    return {"effect": float(np.mean(values)) if len(values) else None, "per_seed": [float(v) for v in values],
+            "notes": [stats.why_none(values)]}  # fmt: skip
+
+
+def of_differences(values, claim, groups=None):
     """Paired differences -> interval, p values, and what n seeds can see.
 
+    values: of seeds; or with groups, the illustration of each image, (seeds, images), and the interval is of both.
     power: chance that n seeds tell an effect as large as the claim from none, the std being the one found;
     needed: seeds that would in four of five studies (where only "more" is claimed: the effect that was found, if any).
     """
-    t, std = stats.paired_t(values), float(np.std(values, ddof=1))
+    each = np.asarray(values, np.float64) if groups is None else np.mean(values, 1)
+    if (t := stats.paired_t(values, groups)) is None:
+        return no_interval(each)
+    std, images = float(np.std(each, ddof=1)), (0.0, 1) if groups is None else stats.image_variance(values, groups)
     effect = claim or max(0.0, float(t["mean"]))
-    return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": float(t["p"]),
-            "p_against": float(stats.p_below(values, claim)), "per_seed": [float(v) for v in values],
-            "power": stats.t_power(claim, std, len(values)) if claim else None,
-            "needed": (stats.seeds_needed(effect, std) or "over 100") if effect else None}  # fmt: skip
+    return {"effect": float(t["mean"]), "low": float(t["low"]), "high": float(t["high"]), "p": t["p"],
+            "p_against": stats.p_below(values, claim, groups), "per_seed": each.tolist(),
+            "power": stats.t_power(claim, std, len(each), images) if claim else None,
+            "needed": (stats.seeds_needed(effect, std, images=images) or "over 100") if effect else None}  # fmt: skip
 
 
 def of_variance(pairs):
@@ -80,6 +90,8 @@ def of_variance(pairs):
     power: chance that n seeds see half the variance; needed: seeds that see the one found in four of five studies.
     """
     n, values = len(pairs), [[row["metrics"]["top1"] for row in rows] for rows in zip(*pairs, strict=True)]
+    if not values or (none := next((v for v in values if not stats.enough(v)), None)):
+        return no_interval([]) if not values else {"notes": [stats.why_none(none)]}
     f, few = stats.variance_ratio(*values), n < TEN
     enough = (k for k in range(TEN, 201) if stats.f_power(f["ratio"], k) >= 0.8)
     return {"effect": 100 * (1 - f["ratio"]), "low": 100 * (1 - f["high"]), "high": 100 * (1 - f["low"]),
@@ -115,7 +127,8 @@ def of_epochs(pairs, threshold, claim):
     saved, (late, base_late), same = saved_epochs(pairs, threshold)
     if saved is None:
         return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
-    result, notes = of_differences(saved, claim), []
+    result = of_differences(saved, claim)
+    notes = result.get("notes", [])
     if same:
         notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")
     if late or base_late:
@@ -124,10 +137,8 @@ def of_epochs(pairs, threshold, claim):
                      f"the saving is {bound}")  # fmt: skip
     if notes:
         result |= {"power": None, "needed": None}
-    if same or late:
-        result["p"] = 1.0
-    if same or base_late:
-        result["p_against"] = 1.0
+    if result.get("p") is not None:
+        result |= ({"p": 1.0} if same or late else {}) | ({"p_against": 1.0} if same or base_late else {})
     return result | {"notes": notes}
 
 
@@ -137,17 +148,16 @@ def checks(test, plan, rows):
     A mean of ratios leans against the arm if the baseline's epochs vary; and one pilot may be a lucky seed.
     """
     pairs, threshold = pair_up(test, rows), plan["thresholds"].get(test["against"])
-    planned = None if len(pairs) < 2 or threshold is None else saved_epochs(pairs, threshold)[0]
-    if planned is None:
+    planned = None if not pairs or threshold is None else saved_epochs(pairs, threshold)[0]
+    logs = planned and stats.paired_t([np.log(1 - s / 100) for s in planned])
+    if not logs:
         return []
-    logs = stats.paired_t([np.log(1 - s / 100) for s in planned])
     mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
     lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
     curves = [base["curve"]["linear"] for _, base in pairs]
     own = float(np.mean([metrics.threshold_of(c) for c in curves]))
     saved, never, _ = saved_epochs(pairs, own)
-    if saved is not None:
-        t = stats.paired_t(saved)
+    if saved is not None and (t := stats.paired_t(saved)):
         bound = "; {} runs and {} baselines never reach it".format(*never) if any(never) else ""
         lines.append(f"with {own:.1f} %, the threshold that these {len(pairs)} baselines would have given instead of "
                      f"the pilot, {t['mean']:+.1f} ({t['low']:+.1f} to {t['high']:+.1f}{bound})")  # fmt: skip
@@ -159,7 +169,7 @@ def checks(test, plan, rows):
 
 def holds(test):
     """Is this as claimed? Holm's correction comes afterwards, for the hypothesis."""
-    above = test["effect"] is not None and test["low"] > 0 and test["effect"] >= test["claim"]
+    above = test["p"] is not None and test["low"] > 0 and test["effect"] >= test["claim"]
     return above and test["p"] < 0.05 and (test["bootstrap"] is None or test["bootstrap"]["low"] > 0)
 
 
@@ -169,8 +179,8 @@ def whole(test):
 
 
 def p_of(test):
-    """For Holm: two-sided p of a test that points the right way, and is whole; else 1."""
-    return test["p"] if whole(test) and (test["effect"] or 0) > 0 else 1.0
+    """For Holm: two-sided p of a test that has one, points the right way, and is whole; else 1."""
+    return test["p"] if test["p"] is not None and whole(test) and test["effect"] > 0 else 1.0
 
 
 def judge(hypotheses, family):
@@ -181,10 +191,10 @@ def judge(hypotheses, family):
     p = {h["id"]: max(map(p_of, h["parts"])) for h in hypotheses}
     holm_p = dict(zip(family, stats.holm([p.get(name, 1.0) for name in family]), strict=True))
     tests = [test for h in hypotheses for test in h["parts"]]
-    against = [test["p_against"] if whole(test) else 1.0 for test in tests]
+    against = [test["p_against"] if test["p"] is not None and whole(test) else 1.0 for test in tests]
     against += [1.0] * (sum(family.values()) - len(tests))
     for test, x in zip(tests, stats.holm(against), strict=False):
-        test["holm_against"] = x
+        test["holm_against"] = None if test["p"] is None else x
     judged = []
     for h in hypotheses:
         word, because = verdict(h["parts"], holm_p[h["id"]])
@@ -197,8 +207,8 @@ def verdict(tests, holm_p):
     if missing := [t for t in tests if not whole(t)]:
         there = f"{missing[0]['n']} of {missing[0]['planned']} planned seeds are there"
         return "undecided", "; ".join([there, *(line(t) for t in tests if t["effect"] is not None)])
-    worst = min(tests, key=lambda t: t["holm_against"])
-    if (p := worst["holm_against"]) < 0.05:
+    worst = min(tests, key=lambda t: 1.0 if t["holm_against"] is None else t["holm_against"])
+    if worst["p"] is not None and (p := worst["holm_against"]) < 0.05:
         return "refuted", f"{line(worst)}: an effect of {worst['claim']:g} or more is excluded (p = {p:.3g})"
     if open_tests := [t for t in tests if not holds(t)]:
         return "undecided", "; ".join(map(line, open_tests))
@@ -210,8 +220,10 @@ def verdict(tests, holm_p):
 def line(test):
     """ "attn_high against random: +0.52 points of Top-1 (-0.10 to +1.14, n = 5); ..." """
     name, found = f"{test['arm']} against {test['against']}:", []
-    if test["effect"] is not None:
+    if test["low"] is not None:
         found = ["{effect:+.2f} {unit} ({low:+.2f} to {high:+.2f}, n = {n})".format(**test)]
+    elif test["effect"] is not None:
+        found = ["{effect:+.2f} {unit}".format(**test)]
     return f"{name} {'; '.join(found + test['notes'])}"
 
 
@@ -219,9 +231,9 @@ def line(test):
 
 
 def with_interval(values):
-    """-> stats.mean_std, and "half" of the 95 % t interval; None where there is one value."""
-    found, n = stats.mean_std(values), len(values)
-    return found | {"half": None if n == 1 else stats.t_quantile(n - 1) * found["std"] / n**0.5}
+    """-> stats.mean_std, and "half" of the 95 % t interval over seeds; None where they allow none."""
+    t = stats.paired_t(values)
+    return stats.mean_std(values) | {"half": t and t["high"] - t["mean"]}
 
 
 def summary(plan, rows, groups):
@@ -249,7 +261,5 @@ def summary(plan, rows, groups):
                     row[name] = measure(plans.test(key, arm, base, 0.0), plan, rows, groups)
         table.append(row)
     for name in DIFFERENCES.values():
-        compared = [row[name] for row in table if name in row]
-        for test, p in zip(compared, stats.holm([t["p"] for t in compared]), strict=True):
-            test["holm_p"] = p
+        stats.add_holm([row[name] for row in table if name in row])
     return table

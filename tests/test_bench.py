@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import check, step, train
+import benchmarks.data
+from benchmarks import check, kernels, masks, step, train
 from common.checkpoints import save_model
-from common.io import save_csv
+from common.io import UserError, replace_rows, rows_there, save_csv
 from model import MAE
 
 TINY = {"device": "cpu", "model": "nano", "image_size": 16, "patch_size": 8, "ratio": 0.5, "batch": 2, "warmup": 2,
@@ -83,6 +84,57 @@ def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--only nobody is no candidate" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bench, words, says", [
+    (benchmarks.data, ["--pack", 4, "--images", 9], "--images is for the loader alone"),
+    (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size is for the loader"),
+    (benchmarks.data, ["--scale", "--side", 9], "--side is for the loader alone"),
+    (benchmarks.data, ["--scale", "--pack", 4], "--scale is a measurement of its own"),
+    (kernels, ["--device", "cpu", "--batch", 4], "--batch is for a GPU"),
+    (train, ["--quick", "--repeats", 9], "--repeats is 3 with --quick")])  # fmt: skip
+def test_a_bench_refuses_what_it_would_not_use(bench, words, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+    with pytest.raises(UserError, match=says):
+        bench.main()
+
+
+@pytest.mark.parametrize("bench, words, name", [
+    (benchmarks.data, ["--pack", 4], "bench_pack.csv"), (benchmarks.data, [], "bench_data.csv"),
+    (kernels, ["--device", "cpu"], "bench_kernels_cpu.png"), (train, ["--device", "cpu"], "bench_train_cpu.md")])
+def test_a_bench_replaces_nothing_and_leaves_results_alone(bench, words, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs/bench" / name  # where it writes without --out
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+    with pytest.raises(UserError, match=f"{name} is there already; --force"):
+        bench.main()
+    assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_bench_of_masks_adds_to_a_table_and_to_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(masks.data, "open_split", lambda *_: None)
+    monkeypatch.setattr(masks, "measure", lambda size, *_: {"random": 1.0, "block": 2.0, "simmim": 9.0, "step": 8.0})
+    for model in ("nano", "tiny", "nano"):
+        words = ["bench", "--data", "x", "--model", model, "--device", "cpu", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", words)
+        masks.main()
+    rows = rows_there(tmp_path / "bench_masks.csv", ["mask"])
+    assert [r["model"] for r in rows] == ["tiny"] * 3 + ["nano"] * 3
+    (tmp_path / "bench_masks.csv").write_text("my,list\n1,2\n")
+    with pytest.raises(UserError, match="no such table"):
+        masks.main()
+
+
+def test_rows_take_the_place_of_those_with_their_keys(tmp_path):
+    path = tmp_path / "t.csv"
+    save_csv(path, [{"run": "a", "x": 1}, {"run": "b", "x": 2}])
+    replace_rows(path, [{"run": "b", "x": 3, "new": 4}], ["run"])
+    assert rows_there(path, ["run"]) == [{"run": "a", "x": "1", "new": ""}, {"run": "b", "x": "3", "new": "4"}]
+    path.write_bytes(b"\xff\x00\n" * 3)
+    with pytest.raises(UserError, match="no such table"):
+        rows_there(path, ["run"])
 
 
 def row(candidate, over):

@@ -110,6 +110,34 @@ def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
         map_quality.portraits(tmp_path / "none.zip", "whole")
 
 
+def ask(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["experiments.map_quality", *map(str, words)])
+    map_quality.main()
+
+
+def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(run, portraits, tmp_path, monkeypatch):
+    drawn = [toon.draw(item, 32) for item in toon.plan(n=4, characters=2)]
+    images, fg, parts = (torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts"))
+    monkeypatch.setattr(map_quality.data, "open_or_pack", lambda path: path)
+    monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
+    monkeypatch.setattr(map_quality, "BACKGROUNDS", ("flat",))
+    monkeypatch.chdir(tmp_path)
+    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", portraits)
+    rows = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
+    assert {r["set"] for r in rows} == {"toon val", "portraits whole, flat", "portraits close, flat"}
+    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "", "--figure", "sheet.png")
+    again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
+    assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
+    (tmp_path / "README.md").write_text("# mine\n\nwords\n")
+    for words, says in ((["--figure", "sheet.png"], "sheet.png is there already; --force"),
+                        (["--figure", "sheet.txt"], "sheet.txt is drawn as"), (["--force"], "--force is for --figure"),
+                        (["--out", "README.md"], "README.md is there already, and no such table"),
+                        (["--out", "README.md/t.csv"], "README.md is a file")):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "", *words)
+    assert (tmp_path / "README.md").read_text() == "# mine\n\nwords\n"
+
+
 def test_the_committed_figures_say_what_is_claimed():
     """Coarse reaches .90 wherever a figure leaves some border free; refined gains; parts beat colours."""
     with open(ROOT / "results" / "truth.csv", newline="") as f:

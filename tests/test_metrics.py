@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, f1_score,
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
-from common import metrics, stats
+from common import metrics, plots, stats
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,57 @@ def test_the_t_interval_is_scipys_and_2_48_deviations_wide_at_three_seeds():
     assert (found["high"] - found["mean"]) / np.std(d, ddof=1) == pytest.approx(2.484, abs=1e-3)
 
 
+@pytest.mark.parametrize("d", [[], [-6.33], [-6.33, -6.33], [1.0, 2.0], [-6.33] * 3, [100 * 0.6833 - 75.0] * 5])
+def test_two_seeds_and_seeds_that_tie_say_no_interval_and_no_p(d):
+    assert stats.paired_t(d) is stats.p_below(d, 1.0) is None
+    each = np.repeat(np.array(d)[:, None], 8, 1) + np.arange(8)  # ties between seeds, though the images vary
+    assert not d or stats.paired_t(each, np.arange(8)) is None
+    assert stats.why_none(d).startswith(f"{len(d)} seed{'' if len(d) == 1 else 's'}: no interval")
+
+
+def test_the_error_of_the_test_images_is_that_of_means_of_illustrations():
+    """Of groups of one size the variance of their means over G; of others the cluster-robust sum, by hand."""
+    each = np.random.default_rng(0).normal(size=(4, 60))
+    variance, count = stats.image_variance(each, np.arange(60) // 3)
+    means = each.mean(0).reshape(20, 3).mean(1)
+    assert count == 20 and variance == pytest.approx(means.var(ddof=1) / 20)
+    d, groups = np.array([[1.0, 2.0, 6.0]]), ["a", "a", "b"]  # mean 3: sums of -3 and +3
+    assert stats.image_variance(d, groups) == (pytest.approx(2 / 1 * (9 + 9) / 9), 2)
+
+
+def test_both_errors_make_the_interval_and_the_degrees_of_freedom_are_satterthwaites():
+    each = np.random.default_rng(3).normal(0, 1, (5, 30)) + np.random.default_rng(4).normal(0, 3, 30)
+    A, (B, G) = each.mean(1).var(ddof=1) / 5, stats.image_variance(each, np.arange(30))
+    df = (A + B) ** 2 / (A**2 / 4 + B**2 / (G - 1))
+    found = stats.paired_t(each, np.arange(30))
+    assert found["high"] - found["mean"] == pytest.approx(scipy_stats.t.ppf(0.975, df) * math.sqrt(A + B))
+    assert found["p"] == pytest.approx(2 * scipy_stats.t.sf(abs(each.mean()) / math.sqrt(A + B), df))
+    below = scipy_stats.t.cdf((each.mean() - 1) / math.sqrt(A + B), df)
+    assert stats.p_below(each, 1.0, np.arange(30)) == pytest.approx(below)
+    std = math.sqrt(5 * A)
+    assert stats.t_power(1.0, std, 5, (B, G)) < stats.t_power(1.0, std, 5) == pytest.approx(1)  # no NaN: t of 18
+    assert stats.seeds_needed(10.0, 0.5) == 3
+
+
+def test_images_never_make_an_interval_narrower_or_a_p_smaller():
+    """With their degrees of freedom alone they would: seeds differ much here, 500 images hardly."""
+    each = np.array([0.0, 1.0, 3.0])[:, None] + np.random.default_rng(0).normal(0, 2, 500)
+    alone, both = stats.paired_t(each.mean(1)), stats.paired_t(each, np.arange(500))
+    (_, df), (error, more) = stats.mean_errors(each, np.arange(500))[1]
+    assert more > df and stats.t_quantile(more) * error < alone["high"] - alone["mean"]
+    assert both == alone and stats.p_below(each, 5.0, np.arange(500)) == stats.p_below(each.mean(1), 5.0)
+
+
+def test_an_interval_covers_what_other_images_would_have_said():
+    """200 experiments of 5 seeds on 40 images that truly tie: seeds alone take the luck of the images for effects."""
+    rng, missed, alone = np.random.default_rng(2), 0, 0
+    for _ in range(200):
+        d = rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 1, 40) + rng.normal(0, 0.2, (5, 40))
+        missed += stats.paired_t(d, np.arange(40))["p"] < 0.05
+        alone += stats.paired_t(d.mean(1))["p"] < 0.05
+    assert missed <= 20 and alone > 60
+
+
 def test_the_bootstrap_resamples_illustrations_not_images():
     """Ten copies of each image in one illustration: the interval must be as wide as that of one of each."""
     rng = np.random.default_rng(0)
@@ -219,3 +270,39 @@ def test_the_bootstrap_covers_the_truth():
 def test_holm():
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.6, 0.7]) == [1.0, 1.0] and stats.holm([]) == []
+    rows = [{"p": 0.02}, {"p": None}]
+    stats.add_holm(rows)
+    assert [row["holm_p"] for row in rows] == [0.04, None]  # what has no p is in the family all the same
+
+
+def test_an_axis_of_percentages_ends_at_100():
+    for values, expected in (([90, 100], 100), ([40, 60], 61), ([0, 1], 1.05)):
+        _, axis = plots.plt.subplots()
+        axis.plot(values)
+        plots.percent(axis)
+        low, high = axis.get_ylim()
+        assert high == pytest.approx(expected) and low >= 0
+        axis.barh([0, 1], [150, 20])
+        plots.percent(axis, "x", low=10)
+        assert axis.get_xlim() == (10, 100)
+        plots.plt.close()
+
+
+def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
+    """All is right everywhere: matplotlib's margins would go to 105 %."""
+    seen = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: (seen.append(figure), plots.plt.close(figure)))
+    log = [{"epoch": e, "seconds": e, "knn": 100.0, "knn_thumbnail": 9.0, "linear": 100.0, "linear_thumbnail": 9.0,
+            "loss": 1.0, "val_mse": 1.0} for e in (0, 1)]  # fmt: skip
+    plots.curves("x.png", log, "val", "")
+    plots.learning_curves("x.png", {"a": [log, log]}, 9.0, 99.0, "")
+    plots.snapshot_curve("x.png", [(0, 99.0), (1, 100.0)], {"untrained": 9.0}, "")
+    report = {"clean": 100.0, "chance": 5.0, "resolution": [{"side": 32, "top1": 100.0}],
+              "robustness": {"cutout": {"0.1": 100.0, "0.3": 99.0}, "gray": {"1": 100.0}},
+              "parts": {"eyes": {"hidden": 99.0, "control": 100.0, "area": 0.1}}}  # fmt: skip
+    plots.robustness("x.png", report, {"cutout": (0, 0, "area")}, "")
+    plots.parts("x.png", report, "")
+    plots.plot_verification("x.png", (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), None, "")
+    axes = [axis for figure in seen for axis in figure.axes]
+    shown = [a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))]
+    assert len(seen) == 6 and len(shown) >= 8 and all(a.get_ylim()[1] <= 100 for a in shown)

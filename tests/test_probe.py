@@ -118,7 +118,8 @@ def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
     assert report["configurations"]["random"]["runs"] == 2 and report["configurations"]["green"]["runs"] == 1
     assert report["configurations"]["random"]["logistic"]["std"] is not None
     assert [row["seeds"] for row in report["pairs"]] == [[0]] * 3
-    assert {row["verdict"] for row in report["pairs"]} == {"undecided: one seed"}
+    assert {(row["verdict"], row["t"], row["p"]) for row in report["pairs"]} == {("undecided", None, None)}
+    assert "| 1 seed: no interval | 1 seed: no interval | - | undecided |" in (base / "compare/compare.md").read_text()
     assert (base / "compare" / "curves.png").exists() and (base / "compare" / "compare.md").read_text() in (
         capsys.readouterr().out)  # fmt: skip
 
@@ -144,6 +145,30 @@ def test_a_difference_is_supported_only_where_there_is_one():
     assert verdicts == {"good - plain": "supported", "same - plain": "undecided"}
     rows = compare.pairs(configs, np.arange(400), claim=50)  # better, but by less than was claimed
     assert {row["verdict"] for row in rows} == {"undecided"}
+
+
+@pytest.mark.parametrize("seeds, says", [(2, "2 seeds: no interval"), (3, "3 seeds: no interval, nothing varies")])
+def test_seeds_that_tie_are_no_evidence(seeds, says):
+    """79 pictures of which five more are right, in each seed: this was an interval of no width, and p 0.000."""
+    kinds = {"a": torch.arange(79) < 40, "b": torch.arange(79) < 45}
+    found = [fake(f"{name}-s{s}", s, right, mask=name) for s in range(seeds) for name, right in kinds.items()]
+    configs = compare.by_config(found)
+    rows = compare.pairs(configs, np.arange(79), claim=0)
+    assert all(r["t"] is r["bootstrap"] is r["p"] is r["holm_p"] is None and r["verdict"] == "undecided" for r in rows)
+    text = compare.tables({name: compare.summary(own) for name, own in configs.items()}, rows, "title")
+    assert f"| +6.33 | {says} | {says} | - | undecided |" in text
+
+
+def test_the_interval_of_a_comparison_has_the_test_images_in_it():
+    """Ten seeds with the same small noise, on 80 images: the seeds agree, and the images are few."""
+    draws = torch.Generator().manual_seed(0)
+    base, other = (torch.rand(80, generator=draws) < 0.6 for _ in range(2))
+    flip = [torch.arange(80) == s for s in range(10)]
+    found = [fake(f"{n}-s{s}", s, x ^ flip[s] if n == "b" else x, mask=n) for s in range(10)
+             for n, x in (("a", base), ("b", other))]  # fmt: skip
+    row = compare.pairs(compare.by_config(found), np.arange(80), claim=0)[0]
+    seeds = stats.paired_t(row["per_seed"])
+    assert row["t"]["high"] - row["t"]["low"] > 3 * (seeds["high"] - seeds["low"])
 
 
 def test_efficiency_against_a_log():

@@ -99,6 +99,37 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert "masked error under the fixed random mask" in text and "without eyes" in text
 
 
+def test_nothing_that_is_there_is_replaced_but_by_the_same_command(drawn, monkeypatch, tmp_path):
+    run = shutil.copytree(drawn / "run", tmp_path / "run")
+    report = json.loads((drawn / "run" / "stress.json").read_text()) | {"command": "python -m experiments.stress other"}
+    (run / "stress.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match=r"stress\.json is there already; --force"):
+        run_stress(monkeypatch, run, "--images", 8)
+    (run / "stress.json").unlink()
+    with pytest.raises(UserError, match=r"robustness\.png is there already; --force"):  # somebody's own
+        run_stress(monkeypatch, run, "--images", 8)
+    words = [run, "--images", 8, "--device", "cpu", "--only", "cutout"]
+    run_stress(monkeypatch, *words)
+    run_stress(monkeypatch, *words)  # the same again is no loss
+    with pytest.raises(UserError, match=r"stress-cutout\.json is there already"):
+        run_stress(monkeypatch, *words[:1], "--images", 9, *words[3:])
+    before = (run / "stress-cutout.json").read_bytes()
+    run_stress(monkeypatch, *words, "--force")
+    assert len((run / "stress-cutout.json").read_bytes()) == len(before) + len(" --force")
+    shutil.copytree(drawn / "toon", tmp_path / "other")
+    run_stress(monkeypatch, *words, "--data", tmp_path / "other")
+    run_stress(monkeypatch, *words, "--split", "test")
+    where = [p.parent.relative_to(run).as_posix() for p in sorted(run.glob("**/stress-cutout.json"))]
+    assert sorted(where) == [".", "other-val", "toon-test"]
+    assert json.loads((run / "toon-test/stress-cutout.json").read_text())["split"] == "test"
+
+
+@pytest.mark.parametrize("words", [["--only", "cutout"], ["--pool", "cls"], ["--force"]])
+def test_what_the_mid_terms_table_would_not_use_is_refused(drawn, monkeypatch, words):
+    with pytest.raises(UserError, match=f"{words[0]} is .*midterm"):
+        run_stress(monkeypatch, drawn / "run", "--midterm", *words)
+
+
 def test_only_one_corruption_is_what_the_whole_sweep_says(drawn, monkeypatch, capsys):
     run_stress(monkeypatch, drawn / "run", "--images", 16, "--device", "cpu", "--only", "cutout,grayscale")
     report = json.loads((drawn / "run" / "stress-cutout-grayscale.json").read_text())
