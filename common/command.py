@@ -51,6 +51,8 @@ def in_one_line(problem):
         return str(problem)
     if isinstance(problem, OSError):
         return f"{problem.filename or 'a file'} can't be read or written: {problem.strerror or problem}"
+    if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
+        return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
     if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
     return None
