@@ -168,11 +168,18 @@ UNUSED = [
     (MAPS, "--map all --run runs/nano", "--quality refined|--source cls|--parts 4"),
     (STUDY, "--plan arms --arms block --exploratory", "--encoder runs/nano|--phases first|--methods lora|--keep .5|"
                                                       "--trial-epochs 1|--scratch-times 2|--dino runs/nano"),
-    (STUDY, "--plan h1 --exploratory", "--arms block"),
     (STUDY, "--plan adapt --encoder runs/nano", "--arms block|--guided attn_low|--recipe x|--exploratory|--dino x"),
     (REPORT, "--out results/study", "--plan arms|--data datasets/tiny|--seeds 2|--arms block|--exploratory|--dry"),
     (STRESS, "--midterm", "--only cutout|--pool cls"),
 ]  # fmt: skip
+TOO_LARGE = [
+    (PRE, "", f"--image-size 1000000|--seed {2**65}"),
+    (TUNE, "", f"--image-size 1000000|--seed {2**65}|--hold-out 4"),
+    (PROBE, "--headline", f"--seed {2**65}"),
+    (PACK, "", f"--size 1000000|--seed {2**65}|--min-per-class 1000"),
+    (["ingest.toon"], "--rows 1 --columns 1 --out new.png", f"--size 1000000|--rows 0|--seed {2**65}"),
+    (["export.py"], "runs/nano --to mae --out new.safetensors", "--image-size 1000000"),
+]
 
 # What would be lost: the last of these commands has to be refused, or to leave every file as it is
 LOST = [
@@ -219,7 +226,7 @@ class Evil:
         return (Path.write_text, (Path("owned"), "by a pickle"))
 
 
-def render_here(records, size):
+def render_here(records, size, *_):
     """pack.render_toon without processes."""
     for r in records:
         row = toon.draw(r.place, size)
@@ -295,6 +302,7 @@ def scratch(tmp_path_factory):
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2})
         patch.setattr(tempfile, "tempdir", str(base / "tmp"))
         patch.setattr("probe.FEW_SHOT", ((2, 1),))
+        patch.setattr("experiments.how_many.EACH", (3,))
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
         call("finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, cwd=base, check=0)
@@ -427,7 +435,7 @@ def repeat_cases(stage):
 def all_cases():
     """Some four hundred calls, always the same."""
     cases = [Case("lost", commands[-1][0], [], commands) for commands in LOST]
-    for base, mode, flags in UNUSED:
+    for base, mode, flags in UNUSED + TOO_LARGE:
         for flag in flags.split("|"):
             words = [*base[1:], *shlex.split(mode), *shlex.split(flag)]
             cases.append(Case("unused", base[0], [], [[base[0], *words]], True))
