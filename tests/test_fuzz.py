@@ -155,7 +155,7 @@ UNUSED = [
     (NAME, PICTURE, "--data datasets/tiny|--eval-on val|--verify"),
     (NAME, "--enrol newcomer pictures/class0", "--data datasets/tiny|--eval-on val|--threshold .5|--nearest 1|--json|"
                                                "--verify"),
-    (NAME, "--verify", "--nearest 1|--crop figure|--json|--enrol newcomer"),
+    (NAME, "--verify", "--nearest 1|--crop figure|--enrol newcomer"),
     (PACK, "", "--margin .2|--tail 1|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
     (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
     (["data.py"], "--show datasets/tiny", "--out new|--size 32|--crop figure|--split .8,.1,.1|--dev .1|--dedupe|"
@@ -302,7 +302,7 @@ def scratch(tmp_path_factory):
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2})
         patch.setattr(tempfile, "tempdir", str(base / "tmp"))
         patch.setattr("probe.FEW_SHOT", ((2, 1),))
-        patch.setattr("experiments.how_many.EACH", (3,))
+        patch.setattr("experiments.how_many.EACH", ())
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
         call("finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, cwd=base, check=0)
@@ -521,6 +521,7 @@ def test_the_scratch_folder_is_put_back(scratch):
     assert {p: m and m[:2] for p, m in state_of(scratch).items()} == wanted
 
 
+@pytest.mark.slow
 def test_the_calls_that_the_bad_ones_are_made_of_work(scratch):
     for stage, words in [*GOOD.items(), *MORE]:
         done = call(stage, *words, cwd=scratch)
