@@ -141,9 +141,9 @@ UNUSED = [
     (PRE, "--mask attn_low --teacher runs/nano", "--maps maps/tiny"),
     (PRE, "--mask simmim", "--teacher runs/nano"),
     (PRE, "--no-norm-pix", "--norm-floor .1"),
-    (TUNE, "--method linear", "--r 4|--alpha 4|--targets q,v|--dropout .1|--layer-decay .5|--cutout .1|--colour .1|"
-                              "--mixup .1|--cutmix .1|--min-crop .5|--unfreeze-every 1"),
-    (TUNE, "--method lora", "--layer-decay .5|--from-scratch|--unfreeze-every 1"),
+    (TUNE, "--method linear", "--lr .1|--r 4|--alpha 4|--targets q,v|--dropout .1|--layer-decay .5|--cutout .1|"
+                              "--colour .1|--mixup .1|--cutmix .1|--min-crop .5|--unfreeze-every 1"),
+    (TUNE, "--method lora", "--from-scratch|--unfreeze-every 1"),
     (TUNE, "--method full", "--r 4|--alpha 4|--targets q,v|--dropout .1"),
     (TUNE, "--method lora --no-augment", "--cutout .1|--colour .1|--mixup .1|--cutmix .1|--min-crop .5"),
     (TUNE, "--method lora --head linear", "--margin .3|--scale 8"),
@@ -303,6 +303,7 @@ def scratch(tmp_path_factory):
         patch.setattr(tempfile, "tempdir", str(base / "tmp"))
         patch.setattr("probe.FEW_SHOT", ((2, 1),))
         patch.setattr("experiments.how_many.EACH", ())
+        patch.setattr("experiments.how_many.FEATURES", {"mean": "mean token"})
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
         call("finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, cwd=base, check=0)
