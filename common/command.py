@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -39,7 +40,7 @@ def cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if (line := in_one_line(problem)) is None:
             raise
-        rank = int(os.environ.get("RANK", 0))
+        line, rank = " ".join(line.splitlines()), int(os.environ.get("RANK", 0))  # a value may hold a line break
         print(f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr)
         sys.exit(2)
 
@@ -50,6 +51,8 @@ def in_one_line(problem):
         return str(problem)
     if isinstance(problem, OSError):
         return f"{problem.filename or 'a file'} can't be read or written: {problem.strerror or problem}"
+    if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
+        return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
     if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
     return None
@@ -101,6 +104,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
 
     def parse_known_args(self, args=None, namespace=None):
+        if none := [word for word in (sys.argv[1:] if args is None else args) if re.fullmatch("--[^=]+=--", word)]:
+            self.error(f"{none[0]} gives no value")  # argparse would make it an empty list
         found, rest = super().parse_known_args(args, namespace)
         words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")}
         options = {option: action.dest for option, action in self._option_string_actions.items()}

@@ -44,7 +44,7 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        free = shutil.disk_usage(next(p for p in path.resolve().parents if p.is_dir())).free / 2**20
+        free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())).free / 2**20
         raise UserError(f"could not write {path} ({free:.0f} MB free): {problem}; "
                         "what stood there before is whole") from problem  # fmt: skip
     finally:

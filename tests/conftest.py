@@ -30,17 +30,20 @@ def stage(*words, cwd, check=None, **more):
 
 
 def call(script, *words, cwd, check=None):
-    """The same in this process, without the seconds that a start takes -> returncode, stdout, stderr."""
+    """The same in this process, without the seconds that a start takes -> returncode, stdout, stderr.
+
+    script: a stage, or a module as after `python -m`, such as experiments.study.
+    """
     from common.command import cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, errors, code, argv, here = io.StringIO(), io.StringIO(), 0, sys.argv, os.getcwd()
-    sys.argv = [str(w) for w in (script, *words)]
+    sys.argv = [script if script.endswith(".py") else f"{script.replace('.', '/')}.py", *map(str, words)]
     module = importlib.import_module("ingest.pack" if script == "data.py" else script.removesuffix(".py"))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             os.chdir(cwd)
-            cli(module.main)
+            cli(getattr(module, "main", lambda: __import__("runpy").run_module(script, run_name="__main__")))
     except SystemExit as done:
         code = done.code or 0
     finally:

@@ -24,7 +24,7 @@ OURS = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "common", "ingest", "ex
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 COMMAND = r"(?:python|torchrun [^\n]*?) (-m [\w.]+|\w+\.py)(?= |$|`)([^\n#`]*)"
-NOT_OURS = {"--nproc-per-node"}  # torchrun's
+NOT_OURS = {"--nproc-per-node", "--torch-backend"}  # torchrun's, uv's
 
 
 @functools.cache
@@ -122,6 +122,22 @@ def test_what_is_to_be_changed_stands_where_the_readme_says():
             assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), f"{file} has no {name}"
 
 
+def test_what_the_glossary_explains_is_where_it_says():
+    rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| `([\w/.]+\.py)[^`]*`(.*) \|$", PAGES["docs/glossary.md"], re.M)
+    assert len(rows) > 50 and len({word for word, *_ in rows}) == len(rows)
+    for word, file, names in rows:
+        code = (ROOT / file).read_text()
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), f"{word}: {file} has no {name}"
+
+
+def test_the_licence_is_there_and_the_readme_names_it():
+    assert "MIT License" in (ROOT / "LICENSE").read_text() and "](LICENSE)" in README
+    cite = (ROOT / "CITATION.cff").read_text()
+    title = re.search(r'^title: "(.*)"$', cite, re.M).group(1)
+    assert "cff-version: 1.2.0" in cite and title in " ".join(README.split())
+
+
 def read_results(links):
     """-> the numbers in the files under results/ that these links name."""
     text = " ".join((ROOT / name).read_text() for name in links)
@@ -149,9 +165,10 @@ def test_the_numbers_in_tables_stand_in_results():
         assert not lost, f"{lost} of {cells[0]!r} are not in its file"
 
 
-def test_the_numbers_of_what_came_out_stand_in_results():
-    paragraph = re.search(r"\*\*What came out\.\*\*.*?\n\n", README, re.S).group()
-    numbers = re.findall(r"\d+\.\d+|\d+(?= characters)", paragraph)
+@pytest.mark.parametrize("title", ["What to expect", "What came out"])
+def test_the_numbers_of_a_paragraph_of_the_readme_stand_in_results(title):
+    paragraph = re.search(rf"\*\*{title}\.\*\*.*?\n\n", README, re.S).group()
+    numbers = re.findall(r"\d+\.\d+|[\d,]+(?= characters| seconds| MB)", paragraph)
     assert len(numbers) >= 4 and not missing(numbers, read_results(re.findall(RESULT, paragraph)))
 
 
