@@ -26,7 +26,8 @@ from PIL import Image
 import data
 from benchmarks import OUT, ROOT, about, status_mb
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, refuse_unused, working
-from common.io import UserError, save_csv, write_rows
+from common.io import UserError, write_rows
+from common.tables import save_csv
 from common.train import read_log
 from ingest import pack, sources, toon
 

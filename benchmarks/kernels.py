@@ -19,7 +19,8 @@ import torch
 import kernels
 from benchmarks import DTYPES, OUT, TRITON, about, status_mb
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, refuse_unused
-from common.io import UserError, save_csv
+from common.io import UserError
+from common.tables import save_csv
 from common.train import pick_device
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss

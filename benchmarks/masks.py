@@ -21,7 +21,7 @@ import mask as masking
 from benchmarks import OUT, about, now
 from common import guidance
 from common.command import Parser, at_least, cli, progress, refuse_file
-from common.io import replace_rows, rows_there
+from common.tables import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss

@@ -27,7 +27,8 @@ from benchmarks import OUT, TRITON, about, step
 from benchmarks.step import PHASES, build
 from common.checkpoints import save_model
 from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite, refuse_unused
-from common.io import UserError, replace_rows, rows_there, save_text
+from common.io import UserError, save_text
+from common.tables import replace_rows, rows_there
 from common.train import pick_device
 from export import export
 from model import SIZES

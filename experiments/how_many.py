@@ -17,7 +17,8 @@ import torch
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
 from common.command import Parser, at_least, cli, command, progress, refuse_file, refuse_overwrite
-from common.io import UserError, save_csv
+from common.io import UserError
+from common.tables import save_csv
 from common.train import commit, machine, seeded
 from model import untrained_like
 

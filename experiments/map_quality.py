@@ -32,7 +32,8 @@ import mask as masking
 from common import metrics
 from common.checkpoints import load_encoder
 from common.command import Parser, cli, progress, refuse_file, refuse_overwrite, refuse_unused, working
-from common.io import UserError, replace_rows, rows_there
+from common.io import UserError
+from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
 from model import untrained_like

@@ -13,8 +13,9 @@ import numpy as np
 
 from common import evaluate
 from common.compare import markdown, plus_minus
-from common.io import UserError, save_csv, save_json, save_text
+from common.io import UserError, save_json, save_text
 from common.stats import mean_std
+from common.tables import save_csv
 from experiments import plans, verdicts
 from experiments.study_run import read_rows
 

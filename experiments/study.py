@@ -35,7 +35,8 @@ import data
 import mask as masking
 from common import features, metrics
 from common.command import Parser, at_least, between, cli, refuse_file, refuse_overwrite, refuse_unused, working
-from common.io import UserError, rows_there, save_json, save_text
+from common.io import UserError, save_json, save_text
+from common.tables import rows_there
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
 from experiments.study_run import KEEP, RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one

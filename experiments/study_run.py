@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from common import features
-from common.io import UserError, replace_rows, rows_there, save_json
+from common.io import UserError, save_json
+from common.tables import replace_rows, rows_there
 from common.train import commit, read_log
 from experiments import plans
 

@@ -11,7 +11,8 @@ from conftest import ROOT
 import benchmarks.data
 from benchmarks import check, kernels, masks, step, train
 from common.checkpoints import save_model
-from common.io import UserError, replace_rows, rows_there, save_csv
+from common.io import UserError
+from common.tables import replace_rows, rows_there, save_csv
 from model import MAE
 
 TINY = {"device": "cpu", "model": "nano", "image_size": 16, "patch_size": 8, "ratio": 0.5, "batch": 2, "warmup": 2,
