@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from conftest import ROOT, refused, stage
 import pretrain
 import probe
 from common import stats
+from common.checkpoints import save_model
 from common.io import UserError
 from experiments import plans, readme_numbers, report, study, study_figures, study_run, verdicts
+from model import MAE
 
 PRETRAIN = """
 import json, os, sys, time, pathlib
@@ -378,6 +381,38 @@ def test_the_numbers_of_the_docs_are_written_where_they_are_named(tmp_path, monk
     with pytest.raises(UserError, match="demo.json is a file"):
         ask_for("--out", tmp_path / "demo.json/x")
     assert [p.name for p in tmp_path.iterdir()] == ["demo.json"]
+
+
+@pytest.mark.parametrize("split, phase", [("val", "reported"), ("dev", "dev"), ("val", "pilot")])
+def test_a_row_is_read_from_the_files_that_its_stages_name(tmp_path, split, phase):
+    """A headline has a file of its own, another split a folder; a whole probe that lies beside them is another's."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (tmp_path / "pretrain.py").write_text(PRETRAIN)
+    words = ["--out", out, "--mask", "random", "--seed", "0"]
+    subprocess.run([sys.executable, tmp_path / "pretrain.py", *words], check=True)
+    found = out if split == "val" else out / "packed-dev"
+    found.mkdir(exist_ok=True)
+    if split == "val":
+        save_model(MAE(32, 8, 32, 1, 2, 32, 1), out / "model.safetensors", {"step": 0, "run": {"data": "packed"}})
+    probe = {"rows": {"mean": {"logistic": {"top1": 0.5}, "knn": {"top1": 0.5}}}, "right": {"logistic": "f0"},
+             "machine": "m", "config": {}}  # fmt: skip
+    name = "probe.json" if phase == "pilot" else "probe-headline.json"
+    for path, top1 in ((out / "probe.json", 0.1), (out / "probe-headline.json", 0.2), (found / name, 0.5)):
+        probe["rows"]["mean"]["logistic"] = {"top1": top1}
+        path.write_text(json.dumps(probe))
+    (found / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 7}, "right": {"cutout 0.3": "0f"}}))
+    (tmp_path / "run-full").mkdir()
+    tuned = study_run.scores_of(tmp_path / "run-full", split)
+    assert tuned.name == ("metrics.json" if split == "val" else "metrics-dev.json")
+    tuned.write_text(json.dumps({"top1": 90.0, "right": "ff"}))
+    plan = {"plan": "finetune", "data": "packed", "split": split, "recipe": "", "dtype": None}
+    job = {"out": out, "plan": plan, "phase": phase, "stages": ["pretrain", "probe", "stress", "finetune"], "key": "k",
+           "arm": "random", "seed": 0}  # fmt: skip
+    args = SimpleNamespace(data="packed", threads=1)
+    row = study_run.collect(job, args, {}, {}, "abc")
+    assert row["metrics"]["top1"] == 50 and row["metrics"]["cutout"] == 7 and row["metrics"]["finetuned"] == 90
+    assert row["right"] == {"logistic": "f0", "cutout": "0f", "finetuned": "ff"}
 
 
 def row_folder(base):
