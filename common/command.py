@@ -119,7 +119,7 @@ def refuse_unused(args, rows):
     """Nothing given is ignored. rows: (names of flags, are they used?, what they are for, and not for)."""
     for names, used, what in rows:
         if not used and (lost := [name for name in names.split() if name.replace("-", "_") in args.given]):
-            value = getattr(args, lost[0].replace("-", "_"))
+            value = getattr(args, lost[0].replace("-", "_"), None)
             value = f" {value}" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
             raise UserError(f"--{lost[0]}{value} {what}; leave it out")
 

@@ -303,7 +303,7 @@ def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
     (tmp_path / "list.csv").write_text("set/genshin/hutao/0.png,x\n")
     for source in ("list.csv", "toon"):
         line = refused(call("data.py", source, "--layout", "class", "--out", "no", cwd=tmp_path))
-        assert line.startswith("error: --layout is for") and line.endswith("leave it out")
+        assert line.startswith("error: --layout class is for") and line.endswith("leave it out")
 
 
 def test_a_source_with_a_test_and_no_train_is_refused(tmp_path):
