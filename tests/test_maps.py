@@ -291,7 +291,7 @@ def test_what_maps_refuses(small, run, made, tmp_path):
     for words, flag in ((("--dtype", "fp32"), "dtype"), (("--parts", 3), "parts"), (("--source", "cls"), "source")):
         line = no("--map", "saliency", *words)
         assert line.startswith(f"--{flag} ") and " is for" in line
-    assert "--quality is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
+    assert "--quality coarse is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
