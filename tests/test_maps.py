@@ -289,8 +289,8 @@ def test_what_maps_refuses(small, run, made, tmp_path):
     assert "--source" in no("--map", "saliency", "--source", "cls")
     assert "--run" in no("--map", "saliency", "--run", run)
     for words, flag in ((("--dtype", "fp32"), "dtype"), (("--parts", 3), "parts"), (("--source", "cls"), "source")):
-        assert no("--map", "saliency", *words).startswith(f"--{flag} is for")
-    assert "--quality is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
+        assert no("--map", "saliency", *words).startswith(f"--{flag} {words[1]} is for")
+    assert "--quality coarse is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
