@@ -398,11 +398,13 @@ def write_results(args, task, best_epoch, step, batch, meter):
 
 def result_message(row, out):
     """What is printed at the end: the result beside its control, and the command that follows."""
-    low, high = row["top1_interval"]
+    (low, high), c = row["top1_interval"], row["calibration"]
     return (f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % ({low:.1f} to {high:.1f} by its illustrations; 8x8 "
             f"thumbnails: {row['thumbnails_top1']:.1f} %), Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f}"
-            f" %, epoch {row['best_epoch']} kept\nwrote    {out}/ after {row['seconds']:.0f} s\n"
-            f"next     python recognize.py {shlex.quote(str(out))} PICTURE names a character, and with --verify "
+            f" %, epoch {row['best_epoch']} kept\n"
+            f"unknown  on dev {100 * c['false_reject']:.0f} % of known faces, {100 - 100 * c['false_accept']:.0f} % of "
+            f"strangers ({c['by']})\nwrote    {out}/ after {row['seconds']:.0f} s\n"
+            f"next: python recognize.py {shlex.quote(str(out))} PICTURE names a character, and with --verify "
             "measures how far to trust it")  # fmt: skip
 
 

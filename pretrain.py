@@ -144,7 +144,7 @@ def flags_used(args, strategy):
          f"is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), and for --teacher maps{own}"),
         ("norm-floor", not args.no_norm_pix, "is a part of norm_pix, which --no-norm-pix turns off"),
         ("decoder-dim decoder-depth", strategy != "simmim", f"is for MAE's decoder, simmim has one linear layer{own}"),
-        ("every", args.every <= args.epochs, f"{args.every} keeps nothing of {args.epochs} epochs"),
+        ("every", args.every <= args.epochs, f"keeps nothing of {args.epochs} epochs"),
         ("force", not args.resume, "starts anew, and --resume goes on"))  # fmt: skip
 
 

@@ -4,7 +4,9 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart; maps are dra
 """
 
 import contextlib
+import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager
 from matplotlib.colors import PowerNorm, to_rgb
 from matplotlib.patches import Patch
 
@@ -30,10 +33,17 @@ plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, 
 plt.rcParams |= {"legend.frameon": False, "legend.fontsize": 9}
 
 
+# names of characters in Japanese, Chinese, Korean: what systems bring for them, where it is installed
+CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
+plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in font_manager.get_font_names())]
+
+
 def save(figure, path):
-    """Whole or not at all, as every file here."""
-    with atomic(path) as temporary:
+    """Whole or not at all, as every file here; letters that no font here has are boxes, and that is said once."""
+    with atomic(path) as temporary, warnings.catch_warnings(record=True) as told:
         figure.savefig(temporary, format=Path(path).suffix[1:])
+    if any("missing from" in str(w.message) for w in told):
+        print(f"note: no font here has all letters of {path}: some are boxes; Noto Sans CJK has them", file=sys.stderr)
     plt.close(figure)
 
 

@@ -66,7 +66,8 @@ def main():
         raise UserError(f"{task.folder} needs labels on all pictures, and two characters or more")
     encoder, untrained = (net.to(task.device).requires_grad_(False) for net in (encoder, untrained_like(encoder)))
     found = features.of_controls(Path(args.run).parent, untrained, size, task)
-    found |= features.of_run(args.run, args.run, encoder, size, task)[0]
+    home = features.results_folder(args.run, task.folder, task.args.split)
+    found |= features.of_run(home, args.run, encoder, size, task)[0]
     made = {"machine": machine(task.device), "commit": commit(), "command": command()}
     rows, held, fit = [], features.groups_of(task.split), features.hold_out(task.splits)[0]
     for name, each, right in measure(found, task, fit, args.draws):

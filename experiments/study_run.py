@@ -105,8 +105,8 @@ def run_one(job, args, ready):
             if stage == "pretrain":
                 save_json({"commit": commit()}, made)
         row = collect(job, args, ready, seconds, json.loads(made.read_text())["commit"])
-        for large in ("state.pt", "features.safetensors"):  # every run would keep a hundred megabytes
-            (out / large).unlink(missing_ok=True)
+        for large in (out / "state.pt", *out.glob("**/features.safetensors")):  # a hundred megabytes each
+            large.unlink(missing_ok=True)
     return row
 
 

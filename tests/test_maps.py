@@ -289,8 +289,7 @@ def test_what_maps_refuses(small, run, made, tmp_path):
     assert "--source" in no("--map", "saliency", "--source", "cls")
     assert "--run" in no("--map", "saliency", "--run", run)
     for words, flag in ((("--dtype", "fp32"), "dtype"), (("--parts", 3), "parts"), (("--source", "cls"), "source")):
-        line = no("--map", "saliency", *words)
-        assert line.startswith(f"--{flag} ") and " is for" in line
+        assert no("--map", "saliency", *words).startswith(f"--{flag} {words[1]} is for")
     assert "--quality coarse is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")

@@ -250,8 +250,8 @@ def test_a_run_without_a_model(tmp_path, monkeypatch):
     (["--split", "dev"], "no split dev"), (["--threshold", "nan"], "--threshold nan"), (["--claim", "-101"], "--claim"),
     (["--threshold", 101], "--threshold 101"), (["--seed", 2**64], f"--seed {2**64}"),
     (["--snapshots"], "snapshots holds none"), (["--reference", "nowhere"], "--reference nowhere has no kNN"),
-    (["--out", "here"], "--out .*is for a comparison.*leave it out"), (["--claim", 1], "--claim .*is for a comparison"),
-    (["--threshold", 50, "--reference", "x"], "--reference .*fixes the threshold.*leave it out"),
+    (["--out", "here"], "--out here is for a comparison.*leave it out"), (["--claim", 1], "--claim 1.0 is for"),
+    (["--threshold", 50, "--reference", "x"], "--reference x fixes the threshold.*leave it out"),
     *((["--headline", *words], f"{words[0]}.* is for .*leave it out") for words in (
         ["--reference", "x"], ["--threshold", 50], ["--views", 2], ["--claim", 1], ["--out", "x"], ["--snapshots"],
         ["--blocks"]))])  # fmt: skip
