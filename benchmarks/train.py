@@ -255,7 +255,7 @@ def main():
         "replaced, the plot and the table of this call\n(default: runs/bench)")  # fmt: skip
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
-    refuse_unused(args, [("repeats", not args.quick, "is always 3 with --quick")])
+    refuse_unused(args, [("repeats", not args.quick, "is not for --quick, which takes 3 turns")])
     device = pick_device(args.device)
     path = args.out / f"bench_train_{device.type}.csv"
     refuse_file(args.out)
