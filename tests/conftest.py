@@ -43,7 +43,7 @@ def call(script, *words, cwd, check=None):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             os.chdir(cwd)
-            cli(getattr(module, "main", lambda: __import__("runpy").run_module(script, run_name="__main__")))
+            cli(module.main)
     except SystemExit as done:
         code = done.code or 0
     finally:
