@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import json
 import shlex
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -37,7 +36,7 @@ from common.command import Parser, at_least, between, cli, command, progress, re
 from common.command import seed as seed_of
 from common.corruptions import cutout, jitter_colour, squares
 from common.features import epoch_rows, flags_of, groups_of, open_rows
-from common.io import UserError, read_header, save_json, save_safetensors
+from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 from model import untrained_like
@@ -212,6 +211,20 @@ def open_task(args, seed, out, device, autocast):
     return task
 
 
+def check_memory(args, task, images):
+    """Refuse what memory can't hold: a step of so many images, or an evaluation of whole ones."""
+    blocks, p = task.net.encoder.blocks, task.net.encoder.patch_size
+    shape = task.net.config["dim"], len(blocks), blocks[0].attn.heads
+    item, fused, learns = 4 if args.dtype == "fp32" else 2, task.device.type != "cpu", args.method != "linear"
+
+    def need(image_size):
+        N = (image_size // p) ** 2
+        step = train.step_memory([(max(1, round(args.keep * N)), *shape)], images, item, fused, learns)
+        return max(step, train.step_memory([(N, *shape)], data.CHUNK, item, fused, False))
+
+    train.check_memory(task.device, task.S, p, need, "a smaller --batch-size or --keep")
+
+
 def start_message(args, task, steps, batch, step):
     """What is printed before the first step; steps: of an epoch."""
     n, held, C = len(task.train.rows), len(task.dev.rows), len(task.classes)
@@ -259,11 +272,12 @@ def finetune(args, seed, out, device, autocast):
     state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
     if state and (out / f"metrics{suffix(args)}.json").exists():
         print(f"run      {out} is finished")
-        return json.loads((out / f"metrics{suffix(args)}.json").read_text())
+        return read_json(out / f"metrics{suffix(args)}.json", ["top1"], "--force starts anew")
     B = min(args.batch_size, len(train_rows))
     if B % world:
         raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
     rank_slice = slice(rank * B // world, (rank + 1) * B // world)  # rows of a batch whose views this process works on
+    check_memory(args, task, B // world)
     per_epoch = len(train_rows) // B
     total = per_epoch * args.epochs
     if args.method == "linear" and not args.augment and args.keep == 1:  # the same views in each epoch
@@ -274,10 +288,11 @@ def finetune(args, seed, out, device, autocast):
     log_prior = (log_prior / log_prior.sum()).log().to(device)
 
     step, seconds, best = 0, 0.0, {"epoch": 0, "macro_f1": -1.0, "weights": {}}
-    if state:
-        load_exactly(net, task.frozen | state["model"], out / "state.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds, best = state["step"], state["seconds"], state["best"]
+    with train.taking_up(out / "state.pt"):
+        if state:
+            load_exactly(net, task.frozen | state["model"], out / "state.pt")
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds, best = state["step"], state["seconds"], state["best"]
     log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
     print(start_message(args, task, per_epoch, B, step))
     stop_signal, meter, pacer, right = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []

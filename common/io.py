@@ -153,6 +153,17 @@ def move(f, start, to, count, step=2**24):
 # ---- small files -----------------------------------------------------------------------------------------------------
 
 
+def read_json(path, keys=(), fix="remove it and run again"):
+    """-> the dict of a JSON file of ours; one that is broken, or lacks one of the keys, is a UserError with the fix."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}") from None
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+        raise UserError(f"{path} is not what we write there: it lacks {', '.join(keys) or 'everything'}; {fix}")
+    return found
+
+
 def save_text(text, path):
     """Write text, atomically."""
     with atomic(path) as temporary:

@@ -24,6 +24,8 @@ def save_csv(path, rows):
 
 def rows_there(path, columns):
     """-> rows of a CSV to which others will be added, none where there is no file; refuses what is no such table."""
+    if Path(path).is_symlink() and not Path(path).exists():
+        raise UserError(f"{path} is a link to nowhere; give another --out")
     try:
         rows = read_csv(path)
     except (ValueError, csv.Error):

@@ -267,12 +267,12 @@ def seeded(*numbers):
 
 
 def read_log(path):
-    """log.jsonl -> list of rows; a last line that was cut by a kill is left out."""
+    """log.jsonl -> list of rows; a last line that was cut by a kill, or what is no row, is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def open_log(path, step, also="", config=None, write=True):
@@ -284,7 +284,7 @@ def open_log(path, step, also="", config=None, write=True):
     if not write:
         return lambda **row: None
     sinks = [extra_sink(name, Path(path).parent, config) for name in filter(None, also.split(","))]
-    save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step), path)
+    save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row.get("step", math.inf) <= step), path)
 
     def append(**row):
         try:

@@ -48,13 +48,17 @@ KEYS = ("run", "set", "map")  # of a row: the same again replaces it
 
 def portraits(path, framing, half=1, side=128):
     """RGBA u8 (n, side, side, 4) of every second identity: half 0 is for choices, half 1 is reported."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is not here; --portraits '' measures the demo set alone")
+    check_zip(path)
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
         people = sorted({n.split("/")[-2] for n in names})[half::2]
         pictures = [Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people]
         return torch.from_numpy(np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures]))
+
+
+def check_zip(path):
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no zip of portraits; --portraits '' measures the demo set alone")
 
 
 def framed(picture, framing, side):
@@ -215,8 +219,8 @@ def check(args):
     """Every mistake before minutes of work."""
     refuse_file(Path(args.out).parent)
     rows_there(args.out, KEYS)
-    if args.portraits and not Path(args.portraits).exists():
-        raise UserError(f"{args.portraits} is not here; --portraits '' measures the demo set alone")
+    if args.portraits:
+        check_zip(args.portraits)
     if args.figure:
         refuse_file(Path(args.figure).parent)
         refuse_overwrite([args.figure], args.force, "another --figure leaves it")

@@ -5,7 +5,6 @@ Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png
         outside the two marks is left as it is
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from common import evaluate
 from common.compare import markdown, plus_minus
-from common.io import UserError, save_json, save_text
+from common.io import UserError, read_json, save_json, save_text
 from common.stats import mean_std
 from common.tables import save_csv
 from experiments import plans, verdicts
@@ -52,8 +51,9 @@ BEGIN, END = "<!-- experiments.study writes from here -->", "<!-- to here -->"
 
 def open_folder(folder):
     """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
-    plan, rows = json.loads((folder / "PLAN.json").read_text()), read_rows(folder)
-    groups = np.array(json.loads((folder / "images.json").read_text())["groups"])
+    fix = f"restore it from git, or move {folder} away"
+    plan = read_json(folder / "PLAN.json", ["plan", "data", "arms", "seeds", "phase", "hypotheses", "thresholds"], fix)
+    rows, groups = read_rows(folder), np.array(read_json(folder / "images.json", ["groups"], fix)["groups"])
     return {"folder": folder, "plan": plan, "all": rows, "rows": verdicts.by_arm(plan, rows), "groups": groups}
 
 

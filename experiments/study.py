@@ -35,7 +35,7 @@ import data
 import mask as masking
 from common import features, metrics
 from common.command import Parser, at_least, between, cli, refuse_file, refuse_overwrite, refuse_unused, working
-from common.io import UserError, save_json, save_text
+from common.io import UserError, read_json, save_json, save_text
 from common.tables import rows_there
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
@@ -164,7 +164,10 @@ def recipe_of(text):
     for name, kind, default in (("blr", float, 8e-3), ("epochs", int, 32), ("ratio", str, 0.75),
                                 ("decoder-depth", str, 2), ("eval-every", str, "1")):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
-    return parser.parse_known_args(shlex.split(text))[0]
+    try:
+        return parser.parse_known_args(shlex.split(text))[0]
+    except ValueError as problem:  # a quotation mark that is never closed
+        raise UserError(f"--recipe {text} is no list of flags: {problem}") from None
 
 
 def make_plan(name, args):
@@ -197,7 +200,7 @@ def open_study(name, args):
     folder = Path(args.out) / (f"{name}-{plan['data']}" + ("-exploratory" if plan["phase"] == "exploratory" else ""))
     path = folder / "PLAN.json"
     if path.exists():
-        new, plan = json.loads(json.dumps(plan)), json.loads(path.read_text())
+        new, plan = json.loads(json.dumps(plan)), read_json(path, plan, "restore it from git, or give another --out")
         if plan["phase"] == "exploratory" and new["seeds"][: len(plan["seeds"])] == plan["seeds"]:
             plan["seeds"] = new["seeds"]  # further seeds; the rows that are there stay
         if other := [k for k in new if k not in ("thresholds", "dtype", "question") and new[k] != plan.get(k)]:

@@ -26,7 +26,7 @@ RUNNING = set()  # processes of ours
 
 def read_rows(folder):
     """Rows of a study, each run once, as it was written last."""
-    return list({row["key"]: row for row in read_log(folder / "rows.jsonl")}.values())
+    return list({row["key"]: row for row in read_log(folder / "rows.jsonl") if "key" in row}.values())
 
 
 def number_format(plan):

@@ -14,7 +14,7 @@ from conftest import call, draw_folder
 
 import data
 import finetune_lora
-from common import classifier, corruptions, errors, features, stats
+from common import classifier, corruptions, errors, features, stats, train
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
 from common.train import read_log, seeded
@@ -262,6 +262,13 @@ def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tm
     assert seen == [len(data.open_split(small, name)["labels"]) for name in ("val", "test")]
     again = {name: (run / name).read_bytes() for name in kept}
     assert {name for name in kept if kept[name] != again[name]} <= {"state.pt", "curves.png"}  # nobody enrolled is lost
+
+
+def test_what_memory_cannot_hold_is_refused_before_the_first_step(encoder, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "free_memory", lambda _: 2**24)
+    with pytest.raises(UserError, match="--image-size 1600 needs about .* is the largest that fits"):
+        main(encoder, "--data", small, "--image-size", 1600, "--out", tmp_path / "x", *QUICK)
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_result_stands_beside_its_control_and_has_an_interval(lora, small):

@@ -183,7 +183,7 @@ def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeyp
     with pytest.raises(UserError, match="git add"):
         ask(monkeypatch, small, *words)  # written is not committed
     commit(home)
-    ask(monkeypatch, small, *words, "--jobs", 2)
+    ask(monkeypatch, small, *words)
     assert len(calls(home)) == 9 and sorted(calls(home)[1:3]) == ["attn_high 0", "random 0"]  # whole seeds first
     with pytest.raises(UserError, match="another recipe"):
         ask(monkeypatch, small, *words, "--epochs", 3)
