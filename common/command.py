@@ -78,7 +78,7 @@ def between(low, high, kind=float):
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" if high >= MOST else f"between {low:g} and {high:g}"
+            bounds = f"at least {low:g}" if high >= MOST and not value > high else f"between {low:g} and {high:g}"
             raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number {bounds}")
         return value
 

@@ -286,6 +286,8 @@ def written_aside(out):
                 os.replace(path, out / path.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is empty: nothing was packed
 
 
 def write_all(out, records, dims, stream, max_broken, about):

@@ -69,7 +69,7 @@ def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_sp
     assert list(train.gated(None, TINY, names, tmp_path)) == names
     monkeypatch.setattr(step, "FLOOR", 0.5)  # another loss
     with pytest.raises(train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
-        train.gated(None, TINY, ["AniMask"], tmp_path)
+        train.gated(None, TINY, ["AniMask"], tmp_path / "again")
 
 
 def test_phases_of_a_step_are_all_there(monkeypatch, tmp_path):
