@@ -59,7 +59,7 @@ FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {
                        *pretrain("two_processes", "--mask", "learned:start=.1")]],
     "raw_pixels": [pretrain("raw_pixels", "--no-norm-pix", "--flat-weight", 1)],
     "schedule": [pretrain("schedule", "--mask", "fg_heavy:shuffle=1", "--ratio", ".5:.8", "--min-crop", .6)],
-    "coarse": [["maps.py", "--data", "packed", "--map", "saliency", "--out", "maps/coarse", *CPU]],
+    "coarse": [["maps.py", "--data", "packed", "--map", "saliency", "--out", "maps/coarse", "--device", "cpu"]],
     "pack": [["data.py", "images", "--out", "datasets/pack", "--size", 32, "--dev", .1, "--group-by", "^[^_]+"]],
     "pack_figure": [["data.py", "images", "--out", "datasets/pack_figure", "--size", 24, "--crop", "figure",
                      "--dedupe", "drop"]],
