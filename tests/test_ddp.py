@@ -59,6 +59,7 @@ def wait_for_step(process, out, step):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
     """Two addends have no order: with weights of 1, whose sum is exact, rank 0 + rank 1 is part 0 + part 1, exactly.
 

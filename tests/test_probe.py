@@ -102,6 +102,7 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
         run_probe(monkeypatch, tmp_path / "run", runs[0] / "random-s1", "--headline")
 
 
+@pytest.mark.slow
 def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
     base, _ = runs
     made = (base / "random-s0" / "features.safetensors").stat().st_mtime_ns
