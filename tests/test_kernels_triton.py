@@ -90,6 +90,7 @@ def test_pretrain_refuses_triton_without_a_gpu(small, tmp_path):
     assert "--impl triton: Triton needs a GPU" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_everything_but_the_kernels_works_without_triton():
     """macOS has none: imports, the references and the gradient go on; asking for Triton says why not."""
     python("-c", """

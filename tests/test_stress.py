@@ -164,6 +164,7 @@ def test_pixels_are_made_without_the_answer(drawn):
     assert torch.equal(made, again) and torch.equal(made[~where], view[~where]) and where.float().mean() == 0.75
 
 
+@pytest.mark.slow
 def test_a_run_without_its_state_and_bad_flags(drawn, tmp_path, monkeypatch):
     shutil.copytree(drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("state.pt"))
     command = [sys.executable, "-m", "experiments.stress"]
