@@ -33,9 +33,8 @@ import mask as masking
 from common import classifier, distributed, errors, stats, train
 from common.checkpoints import load_encoder, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
-from common.command import seed as seed_of
 from common.corruptions import cutout, jitter_colour, squares
-from common.features import epoch_rows, flags_of, groups_of, open_rows
+from common.features import epoch_rows, flags_of, groups_of, open_rows, split_suffix
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -86,7 +85,7 @@ def parse_args():
     add("--weight-decay", type=between(0, 10), metavar="W", help="of matrices")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--patience", type=at_least(0), default=0, metavar="EPOCHS", help="stop after so many without better macro-F1")
-    add("--seed", type=seed_of, default=0, help="of weights, order and augmentation")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add("--seeds", type=at_least(1), default=1, metavar="N", help="runs, of seed, seed + 1, ...; then mean and std")
     add = parser.add_argument_group("the long tail").add_argument
     add("--balanced", action="store_true", help="draw every character equally often")
@@ -270,9 +269,9 @@ def finetune(args, seed, out, device, autocast):
     net, train_rows, labels, C = task.net, task.train.rows, task.train.labels, len(task.classes)
     optimizer = classifier.make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
     state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
-    if state and (out / f"metrics{suffix(args)}.json").exists():
+    if state and (out / f"metrics{split_suffix(args.eval_on)}.json").exists():
         print(f"run      {out} is finished")
-        return read_json(out / f"metrics{suffix(args)}.json", ["top1"], "--force starts anew")
+        return read_json(out / f"metrics{split_suffix(args.eval_on)}.json", ["top1"], "--force starts anew")
     B = min(args.batch_size, len(train_rows))
     if B % world:
         raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
@@ -369,21 +368,16 @@ def finetune(args, seed, out, device, autocast):
 # ---- after the loop: the files, and how good it is -----------------------------------------------------------------
 
 
-def suffix(args):
-    """What the files are called that depend on the split that is reported: metrics.json of val, metrics-test.json."""
-    return "" if args.eval_on == "val" else f"-{args.eval_on}"
-
-
 @torch.no_grad()
 def write_results(args, task, best_epoch, step, batch, meter):
     """Judge the network on pictures that decided nothing, write all files but state.pt -> the row of metrics.
 
     A network that is there already stays as it is, and so does its gallery, in which somebody may be enrolled.
     """
-    report, out, head = task.report, task.out, task.out / "head.safetensors"
+    report, out = task.report, task.out
     where = {"commit": train.commit(), "machine": train.machine(task.device)}
-    before = read_header(head)[1] if head.exists() and list(out.glob("metrics*.json")) else None
-    calibration = read_header(out / "gallery.safetensors")[1] if before else write_gallery(task)
+    judged_before = (out / "head.safetensors").exists() and any(out.glob("metrics*.json"))
+    calibration = read_header(out / "gallery.safetensors")[1] if judged_before else write_gallery(task)
     logits, _ = predict(task, report, report.rows, "reported split")
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
@@ -402,11 +396,11 @@ def write_results(args, task, best_epoch, step, batch, meter):
            "peak_memory_mb": max(row["memory_mb"] for row in steps), "seconds": meter.seconds(),
            "calibration": {k: calibration[k] for k in classifier.CALIBRATED}, "config": task.config, **where,
            "command": command(), "right": stats.to_bits(right), "mistakes": mistakes}  # fmt: skip
-    if not before:
+    if not judged_before:
         write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    errors.draw(task, row, logits, title, suffix(args))
-    save_json(row, out / f"metrics{suffix(args)}.json")  # last: where it stands, the run is finished
+    errors.draw(task, row, logits, title, split_suffix(args.eval_on))
+    save_json(row, out / f"metrics{split_suffix(args.eval_on)}.json")  # last: where it stands, the run is finished
     print(result_message(row, out))
     return row
 
@@ -477,7 +471,7 @@ def main():
             for seed in range(args.seed, args.seed + args.seeds)]  # fmt: skip
     distributed.leave()
     if args.seeds > 1:
-        name = f"{base.name}-seeds{args.seed}-{args.seed + args.seeds - 1}{suffix(args)}.json"
+        name = f"{base.name}-seeds{args.seed}-{args.seed + args.seeds - 1}{split_suffix(args.eval_on)}.json"
         summary, path = errors.over_seeds(rows), base.with_name(name)
         save_json(summary | {k: rows[0][k] for k in ("command", "machine", "commit")}, path)
         words = (f"{k} {summary[k]['mean']:.2f} +- {summary[k]['deviation']:.2f}" for k in ("top1", "top5", "macro_f1"))

@@ -30,7 +30,7 @@ import kernels
 import mask as masking
 from common import distributed, train
 from common.checkpoints import init_from, load_exactly, save_model
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused, seed
+from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, collapse_warning, default_source
 from common.io import UserError
@@ -83,7 +83,7 @@ def parse_args():
         help="base learning rate: lr = blr * batch / 256 (default: per device)")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
-    add("--seed", type=seed, default=0, help="of weights, order, crops and masks")
+    add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
     add("--every", type=at_least(0), default=0, metavar="EPOCHS", help="keep weights in snapshots/ (0: never)")

@@ -40,8 +40,7 @@ from common.command import (
     refuse_file,
     refuse_overwrite,
     refuse_unused,
-    seed,
-    working,  # fmt: skip
+    working,
 )
 from common.io import UserError, save_text
 from common.train import commit, machine, read_log, seeded
@@ -78,7 +77,7 @@ def parse_args():
     add("--out", metavar="DIR", help="where a comparison goes (default: compare/ beside the first run)")
     add("--force", action="store_true", help="replace what is there already")
     add = parser.add_argument_group("machine").add_argument
-    add("--seed", type=seed, default=0, help="of mini-batches and episodes")
+    add("--seed", type=at_least(0), default=0, help="of mini-batches and episodes")
     add("--device", default="auto", help="auto, cpu, cuda, mps: of the encoder; classifiers run on the CPU")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder's matrix products")
     return parser.parse_args()
@@ -170,13 +169,8 @@ def linear_scores(found, task):
     return scores(report)[best], {"rate": metrics.LEARNING_RATES[best]}
 
 
-def measure(found, task, name):
-    """`numbers_of` these features; its seconds are seen."""
-    with working(f"classifiers on {name}"):
-        return numbers_of(found, task)
-
-
-def numbers_of(found, task):
+@working("fitting classifiers")
+def measure(found, task):
     """Every number about one set of features -> (row of probe.json, {head: which reported images it got right}).
 
     --headline leaves out the MAE recipe, which takes as long as all the rest. Few-shot accuracy is the mean of 600
@@ -212,11 +206,7 @@ def chance(task):
 
 def ridge_top1(found, task):
     """Top-1 in percent on the reported rows, the penalty chosen on dev: the probe in one formula, for snapshots."""
-    x, choose, report = metrics.standardise(*rows_of(found, task))
-    y, truth, labels = rows_of(task.labels, task)
-    fits = [metrics.ridge(x, y, len(task.names), penalty) for penalty in metrics.PENALTIES]
-    W, b = max(fits, key=lambda fit: metrics.topk(choose @ fit[0] + fit[1], truth, 1))
-    return 100 * metrics.topk(report @ W + b, labels, 1)
+    return metrics.ridge_top1(rows_of(found, task), rows_of(task.labels, task), len(task.names))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -355,7 +345,7 @@ def measure_run(run, encoder, size, found, task):
     """Rows of all features and controls, printed -> the report's part, which images are right, and the run's log."""
     log, (threshold, how) = read_log(features.home_of(run) / "log.jsonl"), task.threshold
     start_time, home = time.perf_counter(), task.home[run]
-    measured = {pool: measure(x, task, pool) for pool, x in in_order(found).items()}
+    measured = {pool: measure(x, task) for pool, x in in_order(found).items()}
     rows, right = {pool: row for pool, (row, _) in measured.items()}, measured["mean"][1]
     if not task.args.headline:
         from common import plots
@@ -380,7 +370,7 @@ def control_rows(home, encoder, size, task):
     if shape not in task.controls:
         untrained = untrained_like(encoder).to(task.device)
         found = features.of_controls(home.parent, untrained, size, task, task.args.views)
-        task.controls[shape] = {pool: measure(x, task, pool)[0] for pool, x in in_order(found).items()}
+        task.controls[shape] = {pool: measure(x, task)[0] for pool, x in in_order(found).items()}
     return task.controls[shape]
 
 

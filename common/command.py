@@ -91,7 +91,6 @@ def at_least(low, kind=int):
 
 
 MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
-seed = at_least(0)  # an argparse type
 
 
 class Parser(argparse.ArgumentParser):

@@ -106,20 +106,13 @@ def attention_by_part(encoder, image_size, autocast, split, source="cls"):
     return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
 
 
+@working("evaluating")
 def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
     """What the log says of a model after `epoch` epochs, judged on split `held`, called name; printed in one line.
 
     -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails), with true parts
     "attention_on", where the teacher's attention goes.
     """
-    with working(f"evaluating on {name}"):
-        row, text = measure(model, teacher, train, held, name, norm, autocast, source, epoch)
-    tqdm.write(text)
-    return row
-
-
-def measure(model, teacher, train, held, name, norm, autocast, source, epoch):
-    """-> the row of `evaluate`, and its line."""
     S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
@@ -133,7 +126,8 @@ def measure(model, teacher, train, held, name, norm, autocast, source, epoch):
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     if held["header"].get("parts"):
         row["attention_on"] = attention_by_part(teacher, S, autocast, held, source)
-    return row, text
+    tqdm.write(text)
+    return row
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

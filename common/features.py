@@ -148,6 +148,11 @@ def flags_of(run):
     return about_model(run).get("run", {})
 
 
+def split_suffix(split):
+    """Behind the names of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
+    return "" if split == "val" else f"-{split}"
+
+
 def results_folder(run, folder, split, own=None):
     """Where results of a run go: RUN where the data are its own and the split is val, else RUN/DATANAME-SPLIT."""
     own = own or flags_of(run).get("data")

@@ -274,8 +274,9 @@ def ridge(x, labels, classes, penalty):
 
 
 def ridge_top1(features, labels, classes):
-    """Top-1 in percent of ridge regression; features ((n, D), (m, D), (k, D)) and labels of the rows that are fitted,
-    chosen on (the penalty) and reported."""
+    """Top-1 in percent of ridge regression; features ((n, D), (m, D), (k, D)) and labels of three sets of rows: those
+    that are fitted, those that the penalty is chosen on, and those that are reported.
+    """
     x, choose, report = standardise(*features)
     fits = [ridge(x, labels[0], classes, penalty) for penalty in PENALTIES]
     W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))

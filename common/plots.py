@@ -31,18 +31,19 @@ PART_COLOURS = ("#FFFFFF", "#0072B2", "#E69F00", "#000000", "#D55E00", "#009E73"
 plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
 plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, "figure.constrained_layout.use": True}
 plt.rcParams |= {"legend.frameon": False, "legend.fontsize": 9}
-
-
 # names of characters in Japanese, Chinese, Korean: what systems bring for them, where it is installed
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
 plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in font_manager.get_font_names())]
 
 
 def save(figure, path):
-    """Whole or not at all, as every file here; letters that no font here has are boxes, and that is said once."""
+    """Whole or not at all, as every file here; letters that no font here has are boxes, and one line says so."""
     with atomic(path) as temporary, warnings.catch_warnings(record=True) as told:
         figure.savefig(temporary, format=Path(path).suffix[1:])
-    if any("missing from" in str(w.message) for w in told):
+    boxes = [w for w in told if "missing from" in str(w.message)]  # a warning for each letter
+    for other in (w for w in told if w not in boxes):
+        warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+    if boxes:
         print(f"note: no font here has all letters of {path}: some are boxes; Noto Sans CJK has them", file=sys.stderr)
     plt.close(figure)
 
@@ -109,7 +110,6 @@ def image_grid(path, title, rows, columns=()):
             axis.set_title(name, fontsize=9)
 
 
-@torch.no_grad()
 def rollout(encoder, view):
     """view u8 (B, S, S, 3) -> attention of CLS to each patch through all blocks, (B, N) fp32.
 
@@ -124,6 +124,7 @@ def rollout(encoder, view):
     return flow[:, 0, 1:]
 
 
+@torch.no_grad()
 def attention_sheet(path, encoder, view, title):
     """A line for each picture of view u8 (B, S, S, 3): each head of the last block, their mean, the rollout."""
     heads, flow = encoder.patch_attention(view), rollout(encoder, view)

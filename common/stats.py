@@ -9,6 +9,7 @@ import numpy as np
 
 LEAST_SEEDS = 3  # of an interval: two give a t of 12.7, and tie by chance
 
+
 def mean_std(values):
     """-> {"mean", "std", "n"}; no std of a single value."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None

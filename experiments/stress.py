@@ -91,8 +91,7 @@ def open_task(args):
 
 def fit_probe(task):
     """The headline of probe.py, logistic regression on clean train features: task.scores(features (n, D)) -> (n, C)."""
-    home = features.results_folder(task.run, task.folder, task.args.split)
-    found, _ = features.of_run(home, task.run, task.encoder, task.size, task)
+    found, _ = features.of_run(task.out, task.run, task.encoder, task.size, task)
     fit, _, _ = features.hold_out(task.splits)
     x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], features.groups_of(task.train)
     with working("fitting the probe"):

@@ -144,8 +144,6 @@ def check(args):
     report.open_text(args.out)
 
 
-
-
 def check_table(path):
     """Plan adapt writes a table and its .md: not over what is something else."""
     if path.suffix != ".csv":

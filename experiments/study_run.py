@@ -132,21 +132,16 @@ def curve_of(log):
     return curve
 
 
-def written(paths):
-    """The first of these files that is there: a stage names its results after what it was asked for."""
-    return next((path for path in paths if path.exists()), paths[0])
-
-
 def scores_of(out, split):
     """What finetune_lora.py says of a run: metrics.json of val, metrics-SPLIT.json of another split."""
-    return Path(out) / ("metrics.json" if split == "val" else f"metrics-{split}.json")
+    return Path(out) / f"metrics{features.split_suffix(split)}.json"
 
 
 def collect(job, args, ready, seconds, commit):
     """What the stages wrote -> the row: configuration, commands, machine, seconds, every metric, each image's right."""
     out, split, log = job["out"], job["plan"]["split"], read_log(job["out"] / "log.jsonl")
     found, name = features.results_folder(out, args.data, split), "probe" + "-headline" * (job["phase"] != "pilot")
-    probe = json.loads(written([found / f"{name}.json", out / f"{name}.json", out / "probe.json"]).read_text())
+    probe = json.loads((found / f"{name}.json").read_text())
     heads = probe["rows"]["mean"]
     metrics = {"top1": 100 * heads["logistic"]["top1"], "knn": 100 * heads["knn"]["top1"]}
     metrics |= {f"{k}_logistic": v for k, v in heads["logistic"].items() if not isinstance(v, list)}
@@ -159,7 +154,7 @@ def collect(job, args, ready, seconds, commit):
     if job["phase"] == "pilot":
         row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != "mean"}
     if "stress" in job["stages"]:
-        stress = json.loads(written([found / "stress-cutout.json", out / "stress-cutout.json"]).read_text())
+        stress = json.loads((found / "stress-cutout.json").read_text())
         (metrics["cutout"],), (row["right"]["cutout"],) = stress["top1"].values(), stress["right"].values()
     if "finetune" in job["stages"]:
         tuned = json.loads(scores_of(f"{out}-full", split).read_text())

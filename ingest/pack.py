@@ -38,7 +38,6 @@ from common.command import (
     refuse_file,
     refuse_overwrite,
     refuse_unused,
-    seed,
     working,
 )
 from common.io import UserError, read_header, remove_leftovers, write_rows
@@ -410,7 +409,7 @@ def parse_args():
         help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})")  # fmt: skip
     add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
     add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
-    add("--seed", type=seed, default=0, help="of the split and of the drawn demo set")
+    add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     add("--force", action="store_true", help="replace what is there already")
     words = iter(sys.argv[1:])  # argparse takes -/class for a flag
     args = parser.parse_args([f"--layout={next(words, '')}" if w == "--layout" else w for w in words])

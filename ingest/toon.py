@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.command import Parser, between, cli, progress, refuse_file, refuse_overwrite, seed
+from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
 from common.io import UserError, atomic
 
 PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")     # part id = position
@@ -689,7 +689,7 @@ def main():
     add("--size", type=between(8, 1024, int), default=128, help="side of a picture in pixels (default: 128)")
     add("--columns", type=between(1, 100, int), default=8, help="default: 8")
     add("--rows", type=between(1, 100, int), default=6, help="default: 6")
-    add("--seed", type=seed, default=0, help="default: 0")
+    add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--who", help="one character of the demo set, in pictures that the set has not")
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()

@@ -48,20 +48,24 @@ for epoch in range(1, 11):
 (out / "log.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in rows))
 (out / "model.safetensors").write_text("")
 """
-PROBE = """
+FOUND = """
 import json, pathlib, sys
+flags = dict(zip(sys.argv[2:], sys.argv[3:]))
 out = pathlib.Path(sys.argv[1])
+found = out / f"{pathlib.Path(flags['--data']).name}-{flags['--split']}"  # its model does not say what its own data are
+found.mkdir(exist_ok=True)
+"""
+PROBE = FOUND + """
 bits = {"random": "aa", "attn": "ff"}.get(out.name.split("-")[0].split("_")[0], "f0")
 top1 = bin(int(bits, 16)).count("1") / 8
 row = {"logistic": {"top1": top1, "C": 1.0, "per_class": [1]}, "knn": {"top1": top1}, "retrieval": {"map": .5}}
 rows = {"mean": row} | ({} if "--headline" in sys.argv else {"untrained mean": row, "thumb4": row})
-(out / "probe.json").write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
-                                            "machine": "pretended", "config": {"seed": 0, "dtype": "bf16"}}))
+name = "probe-headline.json" if "--headline" in sys.argv else "probe.json"
+(found / name).write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
+                                    "machine": "pretended", "config": {"seed": 0, "dtype": "bf16"}}))
 """
-STRESS = """
-import json, pathlib, sys
-out = pathlib.Path(sys.argv[1])
-(out / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 50.0}, "right": {"cutout 0.3": "f0" * 9}}))
+STRESS = FOUND + """
+(found / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 50.0}, "right": {"cutout 0.3": "f0" * 9}}))
 """
 FINETUNE = """
 import json, pathlib, shlex, sys
