@@ -37,6 +37,7 @@ import torch
 from common.io import DTYPES, UserError, not_whole, read_header, write_rows
 
 APART = 0.1  # of train is held apart for choices where there is no split dev
+LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
 
 
@@ -73,6 +74,12 @@ def fingerprint(split):
 
 def has_labels(split):
     return len(split["header"]["classes"]) > 1 and bool((split["labels"] >= 0).all())
+
+
+def groups_of(split):
+    """-> (n) i64: images of one illustration (or near-duplicates) share a number; each its own where none is known."""
+    names = split["header"].get("groups") or range(len(split["labels"]))
+    return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
 
 
 def hold_apart(groups, labels, share, seed=0):
@@ -160,13 +167,15 @@ def epoch_order(n, seed, epoch):
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(n))
 
 
-def batches(images, order, batch_size, device, start=0, rank_slice=slice(None)):
+def batches(images, order, batch_size, device, start=0, rank_slice=slice(None), times=1):
     """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out.
 
     rank_slice: this process's slice of each batch; only those images are read, the index is the whole batch's.
+    times: how often each image comes, one after the other, for several views of it.
     """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
-    return prefetch((index, take(images, index[rank_slice], device)) for index in chunks)
+    again = lambda x: x.repeat_interleave(times, 0) if times > 1 else x  # noqa: E731
+    return prefetch((again(index), again(take(images, index[rank_slice], device))) for index in chunks)
 
 
 def prefetch(items, depth=3):
@@ -226,6 +235,21 @@ def view_images(images, boxes, flip, side):
     view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, side*3, side)
     view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # the kernels read patch rows of 3p bytes
     return view.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def jitter_colour(images, draws, level):
+    """images u8 (B, S, S, 3) -> with brightness, contrast and saturation times 1 +- level, by draws (B, 3) in [0, 1].
+
+    Hue stays: it tells who it is.
+    """
+    if level == 0:
+        return images
+    light, contrast, saturation = (1 - level + 2 * level * draws).to(images.device).T[..., None, None, None]
+    x = images.float()
+    gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
+    x = gray + saturation * (x - gray)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return ((mean + contrast * (x - mean)) * light).round().clamp(0, 255).to(torch.uint8)
 
 
 def view_maps(maps, boxes, flip, side):

@@ -33,8 +33,8 @@ import mask as masking
 from common import classifier, distributed, errors, stats, train
 from common.checkpoints import load_encoder, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
-from common.corruptions import cutout, jitter_colour, squares
-from common.features import epoch_rows, flags_of, groups_of, open_rows, split_suffix
+from common.corruptions import cutout, squares
+from common.features import epoch_rows, flags_of, open_rows, split_suffix
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -156,7 +156,7 @@ def augment(images, targets, args, S, generator):
         return data.view_images(images, *data.full_boxes(len(images)), S), targets
     view = data.view_images(images, *data.draw_boxes(len(images), generator, args.min_crop), S)
     if args.colour:
-        view = jitter_colour(view, args.colour, generator)
+        view = data.jitter_colour(view, torch.rand(3, len(view), generator=generator).T, args.colour)
     if args.mixup or args.cutmix:
         view, targets = mix(view, targets, args.mixup, args.cutmix, generator)
     return (cutout(view, args.cutout, generator) if args.cutout else view), targets
@@ -189,7 +189,8 @@ def open_task(args, seed, out, device, autocast):
     task.classes = [name for name, k in zip(task.train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
     of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
     task.gallery, task.known = (
-        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN))
+        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN)
+    )
 
     encoder, task.S = load_encoder(args.encoder, args.image_size)  # S: side of a view
     encoder = untrained_like(encoder, seed) if args.from_scratch else encoder
@@ -313,7 +314,7 @@ def finetune(args, seed, out, device, autocast):
                 patches, ids = drop_patches(view, net.encoder, args.keep, generator)  # (B, K, P), (B, K)
                 with task.autocast():
                     batch = net.pooled(patches[rank_slice], ids[rank_slice])
-                batch = distributed.with_others(batch, rank_slice)  # (B, D)
+                batch = distributed.with_others(batch)  # (B, D)
 
             # forward, loss, backward
             logits = net(batch, y)  # (B, C)
@@ -383,7 +384,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
     step_ms = np.median([1000 * batch / row["images_per_s"] for row in steps])
     right = logits.argmax(1) == report.labels[report.rows]
-    share = stats.bootstrap(100.0 * right[None].double().numpy(), groups_of(report.split)[report.rows].numpy())
+    share = stats.bootstrap(100.0 * right[None].double().numpy(), data.groups_of(report.split)[report.rows].numpy())
     with working("asking why pictures are mistaken"):
         thumbnails, mistakes = errors.thumbnail_top1(task), errors.explain(task, logits)
     row = {"run": out.name, "method": args.method, "head": args.head, "seed": task.config["seed"], "data": args.data,

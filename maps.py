@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import data
 import mask as masking
 from common import guidance, metrics
-from common.checkpoints import ENCODER, init_from, load_encoder
+from common.checkpoints import ENCODER, flags_of, init_from, load_teacher
 from common.command import (
     Parser,
     between,
@@ -65,8 +65,8 @@ def parse_args():
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but coarse saliency")
     add("--quality", choices=["coarse", "refined"],
         help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)")  # fmt: skip
-    add("--source", choices=guidance.SOURCES, help="attention of CLS to a patch, of all patches to it, or how unusual "
-        "its token is\n(default: as pretrain.py)")  # fmt: skip
+    add("--source", choices=guidance.SOURCES, help="attention of CLS to a patch, of all patches to it, or how far "
+        "its token is\nfrom the mean of its place (default: as pretrain.py)")  # fmt: skip
     add("--parts", type=between(1, 255, int), metavar="K", help="parts of the foreground (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
@@ -87,7 +87,8 @@ def check(args):
         ("run dtype", not by_colours, "is for an encoder, and coarse saliency uses none (--quality refined does)"),
     ))  # fmt: skip
     refuse_file(args.out or "maps")
-    args.source = args.source or (guidance.default_source(args.run or "self") if args.map == "attn" else None)
+    if args.map == "attn" and args.run:
+        args.source = args.source or guidance.default_source(flags_of(args.run), args.run)
     args.parts = 6 if args.parts is None and args.map == "parts" else args.parts
     if not by_colours and not args.run:
         raise UserError(f"--map {args.map}{' --quality refined' * (args.map == 'saliency')} needs an encoder; add "
@@ -337,7 +338,7 @@ def rows_of_map(args, images, device):
     if args.map == "saliency" and args.quality == "coarse":
         chunks = (data.take(images, index, home(device)) for index in every.split(data.CHUNK))
         return GRID, "U8", ((255 * coarse(chunk)).round().byte().cpu().numpy() for chunk in chunks)
-    encoder, size = load_encoder(args.run)
+    encoder, size = load_teacher(args.run)
     g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
         return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
@@ -430,7 +431,7 @@ def sheet_of_all(path, run, split, device, dtype):
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))
-    chunks = guidance.attention(model.encoder, size, split["images"], rows, "unusual", autocast)
+    chunks = guidance.attention(model.encoder, size, split["images"], rows, "outlier", autocast)
     _, every = model.encoder.all_patches(view)  # (4, N)
     scores = {"attn": torch.cat([score for _, score in chunks]).cpu(), "detail": patch_detail(view, every, p).cpu(),
               "difficulty": difficulty(model, view, autocast).cpu()}  # fmt: skip

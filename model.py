@@ -20,7 +20,7 @@ from common.io import UserError
 from kernels.gather import MEAN, STD, masked_patch_gather
 
 SIZES = {  # width, depth, heads of the encoder; image and patch side, width of the decoder that go with it
-    "nano":  dict(dim=192, depth=4,  heads=3,  image_size=96,  patch_size=8,  decoder_dim=128),
+    "nano":  dict(dim=192, depth=4,  heads=3,  image_size=64,  patch_size=8,  decoder_dim=128),
     "tiny":  dict(dim=256, depth=8,  heads=4,  image_size=96,  patch_size=8,  decoder_dim=128),
     "small": dict(dim=384, depth=12, heads=6,  image_size=128, patch_size=16, decoder_dim=256),
     "base":  dict(dim=768, depth=12, heads=12, image_size=128, patch_size=16, decoder_dim=256),
@@ -130,6 +130,30 @@ def shrink_branches(blocks):
             block.mlp.fc2.weight.mul_((2 * len(blocks)) ** -0.5)
 
 
+class Pooler(nn.Module):
+    """Reads the patch tokens, one learned query a head; what it attends to is a map of what matters.
+
+    Gradients stop at the tokens: it learns from what an encoder has found out, and changes nothing in it.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.query_token = nn.Parameter(torch.randn(heads, dim // heads))
+        self.kv = nn.Linear(dim, 2 * dim)
+        init_weights(self.kv)
+
+    def keys_and_values(self, tokens):
+        """tokens (B, 1+N, D) -> attention (B, H, N) and values (B, H, N, d), fp32."""
+        k, v = self.kv(tokens[:, 1:].detach().float()).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return torch.einsum("bhnd,hd->bhn", k, self.query_token * k.shape[3] ** -0.5).softmax(2), v
+
+    def forward(self, tokens):
+        """tokens (B, 1+N, D), the CLS token first and not read -> (B, D)."""
+        A, v = self.keys_and_values(tokens)
+        return torch.einsum("bhn,bhnd->bhd", A, v).flatten(1)
+
+
 class ViT(nn.Module):
     """The encoder. It takes patches, not images, so that what is masked never reaches it."""
 
@@ -142,6 +166,7 @@ class ViT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(dim, self.side))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pooler = None  # or a Pooler, which pre-training adds for agreement and attention
         self.apply(init_weights)
         shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -159,6 +184,10 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
+    def summary(self, tokens):
+        """tokens (B, 1+K, D) -> (B, D), what two views of an image are compared by: the pooler's, or the CLS token."""
+        return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
+
     def all_patches(self, view):
         """view u8 (B, S, S, 3) -> every patch (B, N, P) and its place (B, N): nothing masked."""
         ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
@@ -169,17 +198,33 @@ class ViT(nn.Module):
         return self(*self.all_patches(view))
 
     def patch_attention(self, view, source="cls"):
-        """view u8 (B, S, S, 3) -> attention to each patch in the last block, (B, H, N) fp32.
+        """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N) fp32.
 
-        source "cls": from the CLS token, as in DINO and AttMask; "received": from all patches, their mean over i of
-        A_ij, which also says something where nothing was trained through the CLS token, as in an MAE.
+        source "cls": from the CLS token in the last block, as in DINO and AttMask; "received": there from all patches,
+        their mean over i of A_ij, which also says something where nothing was trained through the CLS token, as in an
+        MAE; "rollout": from the CLS token through all blocks, H = 1; "pooler": from the pooler's queries.
         """
+        if source == "pooler":
+            return self.pooler.keys_and_values(self.features(view))[0]
+        if source == "rollout":
+            return self.rollout(view)
         x = self.embed(*self.all_patches(view))
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
         A = last.attn.probabilities(last.norm1(x), 1 if source == "cls" else x.shape[1])
         return A[:, :, 0, 1:] if source == "cls" else A[:, :, 1:, 1:].mean(2)
+
+
+    def rollout(self, view):
+        """What the CLS token takes from each patch through all blocks, (B, 1, N): the product over blocks of
+        (mean over heads of A + I) / 2 (Abnar and Zuidema 2020, arXiv:2005.00928)."""
+        x = self.embed(*self.all_patches(view))
+        path = torch.eye(x.shape[1], device=x.device)
+        for block in self.blocks:
+            A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)
+            path, x = (A @ path + path) / 2, block(x)
+        return path[:, None, 0, 1:]
 
 
 class Decoder(nn.Module):
@@ -240,8 +285,9 @@ class MAE(nn.Module):
                 block.attn.heads = heads
 
     def forward(self, patches, ids_keep, ids_mask):
-        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""
-        return self.decoder(self.encoder(patches, ids_keep), ids_keep, ids_mask)
+        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2), tokens."""
+        tokens = self.encoder(patches, ids_keep)
+        return *self.decoder(tokens, ids_keep, ids_mask), tokens
 
 
 class LinearDecoder(nn.Module):
@@ -270,14 +316,14 @@ class SimMIM(nn.Module):
         self.decoder = LinearDecoder(patch_size, dim)
 
     def forward(self, patches, ids_keep, ids_mask):
-        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2)."""
+        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2), None."""
         x = self.encoder.embed(patches, ids_keep)
         hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]
         x = torch.cat([x, hidden.to(x.dtype)], 1)  # attention does not mind the order: see Decoder
         for block in self.encoder.blocks:
             x = block(x)
         x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
-        return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach())
+        return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 
 
 class LossPredictor(nn.Module):

@@ -23,27 +23,32 @@ import shlex
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data
 import kernels
 import mask as masking
 from common import distributed, train
-from common.checkpoints import init_from, load_exactly, save_model
+from common.agreement import Agreement
+from common.checkpoints import init_from, load_exactly, save_model, save_pooler
 from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
 from common.evaluate import draw_run, evaluate
-from common.guidance import SOURCES, Guide, collapse_warning, default_source
+from common.guidance import SOURCES, Guide, default_source, flags_of_teacher, is_blind, warn_of_collapse
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
-from model import MAE, SIZES, Block, SimMIM, check_config
+from model import MAE, SIZES, Block, Pooler, SimMIM, check_config
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
+LOSSES = {"simmim": absolute_loss}  # what is not here has reconstruction_loss
+BLIND = ("nothing trained the teacher's CLS token, so its attention tells where a patch is, and finds the border;\n"
+         "         --contrast W trains it, --attention outlier does without it")  # fmt: skip
+SWAP = 0.7  # share of views with another background, where --contrast is on and the masks for it are there
 LOG_EVERY = 10  # steps
+SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
 WRITTEN = ("model.safetensors", "*.png")  # by a run that was finished
 DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few large ones (results/LOG.md)
-    "cpu": dict(model="nano", epochs=32, batch_size=32, blr=8e-3),
-    "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4),
+    "cpu": dict(model="nano", epochs=24, batch_size=32, blr=8e-3, decoder_depth=1),
+    "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
 }
 
 
@@ -60,7 +65,7 @@ def parse_args():
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: per model, 96 or 128)")
     add("--patch-size", type=at_least(1), metavar="PX", help="side of a patch (default: per model, 8 or 16)")
     add("--decoder-dim", type=at_least(1), metavar="W", help="width of the decoder (default: per model, 128 or 256)")
-    add("--decoder-depth", type=at_least(1), default=2, metavar="N", help="blocks of the decoder")
+    add("--decoder-depth", type=at_least(1), metavar="N", help="blocks of the decoder (default: per device, 1 or 2)")
     add("--init", metavar="PATH", help="start from these weights: a run, or a checkpoint of MAE or DINO")
     add = parser.add_argument_group("mask and loss").add_argument
     add("--mask", default="random", metavar="NAME[:key=value,...]", help=f"one of {', '.join(masking.STRATEGIES)}")
@@ -68,13 +73,26 @@ def parse_args():
     add("--teacher", default="self", metavar="self|maps|PATH",
         help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO")
     add("--attention", choices=SOURCES,
-        help="of the CLS token, of all patches, or unusual tokens\n(default: unusual; cls for a checkpoint file)")
+        help="of the pooler, of the CLS token through all blocks (rollout) or in the last, of all\n"
+        "patches, or outlier: tokens far from the mean of their place (default: what was trained)")
     add("--maps", default="auto", metavar="auto|truth|DIR",
         help="foreground and parts: the data's own masks, or by maps.py\n(auto: its own if there are, else maps/NAME)")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="loss weight of a flat patch; 1: as all")
+    add("--weight-by", choices=["attn", "fg", "detail"],
+        help="weigh the loss of a patch by the teacher's attention, foreground or contrast, too, under any mask")
     add("--no-norm-pix", action="store_true", help="predict raw pixels instead of each patch's contrast")
     add("--norm-floor", type=between(0, 1), default=FLOOR, metavar="S0",
         help="added to a patch's std in norm_pix, squared; plain MAE: --norm-floor .001 --flat-weight 1")
+    add = parser.add_argument_group("agreement of two views of each image (common/agreement.py)").add_argument
+    add("--contrast", type=between(0, 100), metavar="W",
+        help="weight of this second loss; 0: plain MAE, one view (default: 1 where the run's own\n"
+        "attention guides, else 0)")
+    add("--contrast-by", choices=["pooler", "cls"], default="pooler",
+        help="what is compared: a pooler that reads the patch tokens and changes nothing in the\n"
+        "encoder, so that attention learns to look; or CLS tokens, so that features learn, too")
+    add("--temperature", type=between(0.01, 10), default=0.15, metavar="T", help="of the comparison")
+    add("--contrast-loss", choices=["dcl", "nt_xent"], default="dcl",
+        help="nt_xent counts the right answer among the others, which small batches feel")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="passes over the data (default: per device)")
     add("--batch-size", type=at_least(1), metavar="B", help="images for one optimizer step (default: per device)")
@@ -83,6 +101,12 @@ def parse_args():
         help="base learning rate: lr = blr * batch / 256 (default: per device)")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
+    add("--jitter", type=between(0, 0.9), metavar="J",
+        help="brightness, contrast and saturation of a view change by up to this share (default:\n"
+        ".3 with --contrast, else 0)")
+    add("--swap-background", type=between(0, 1), metavar="SHARE",
+        help="of the views, that get another image's background, by --maps (default: .7 with\n"
+        "--contrast where the data have foreground masks of their own, else 0)")
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
@@ -105,10 +129,15 @@ def fill_defaults(args, device, dtype):
     """What was not given depends on the machine, and the sizes on the model."""
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     given = {k: v for k, v in vars(args).items() if v is not None}
-    vars(args).update(DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | given)
+    own = args.teacher == "self" and "attn" in (masking.NEEDS.get(args.mask.partition(":")[0]), args.weight_by)
+    contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, "pooler", "rollout") else 0.0)
+    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | {"jitter": 0.3 if contrast else 0.0}
+    for name in ("epochs", "batch_size") if contrast else ():
+        defaults[name] //= 2  # as many steps of as many views: each image has two
+    vars(args).update(defaults | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
-    args.attention = args.attention or default_source(args.teacher)
+    args.attention = args.attention or default_source(flags_of_teacher(args, args.teacher), args.teacher)
     args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
 
 
@@ -138,10 +167,14 @@ def flags_used(args, strategy):
     need, own = masking.NEEDS.get(strategy), f", not for --mask {strategy}"
     guided = [name for name, what in masking.NEEDS.items() if what == "attn"]
     return (
-        ("teacher attention", need == "attn", f"is for masks guided by attention ({', '.join(guided)}){own}"),
+        ("teacher attention", "attn" in (need, args.weight_by),
+         f"is for masks guided by attention ({', '.join(guided)}), and for --weight-by attn{own}"),
         ("attention", args.teacher != "maps", "chooses among an encoder's, and --teacher maps has made its choice"),
-        ("maps", need in ("fg", "parts") or args.teacher == "maps",
-         f"is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), and for --teacher maps{own}"),
+        ("maps", need in ("fg", "parts") or args.teacher == "maps" or args.weight_by == "fg" or args.swap_background,
+         "is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), for --weight-by fg, for "
+         f"--swap-background and for --teacher maps{own}"),
+        ("contrast", strategy != "simmim", f"compares what MAE's encoder makes of visible patches alone{own}"),
+        ("contrast-by contrast-loss temperature", args.contrast > 0, "belongs to the loss that --contrast W turns on"),
         ("norm-floor", not args.no_norm_pix, "is a part of norm_pix, which --no-norm-pix turns off"),
         ("decoder-dim decoder-depth", strategy != "simmim", f"is for MAE's decoder, simmim has one linear layer{own}"),
         ("every", args.every <= args.epochs, f"keeps nothing of {args.epochs} epochs"),
@@ -165,7 +198,10 @@ def run_name(args):
              "" if args.norm_floor == FLOOR else f"floor{args.norm_floor:g}",
              "" if args.teacher == "self" else f"by-{Path(args.teacher).name}",
              "" if args.init is None else f"from-{Path(args.init).name}",
-             "" if args.attention == default_source(args.teacher) else args.attention,
+             f"contrast{args.contrast:g}" if "contrast" in args.given else "",
+             "cls" if args.contrast and args.contrast_by == "cls" else "",
+             f"weighted-by-{args.weight_by}" if args.weight_by else "",
+             args.attention if "attention" in args.given else "",
              "" if args.maps == "auto" else Path(args.maps).name, f"s{args.seed}"]  # fmt: skip
     return "-".join(filter(None, words)).replace(":", "-").replace(",", "-")
 
@@ -177,6 +213,19 @@ def config_of(args):
     return {k: v for k, v in vars(args).items() if k not in leave_out}
 
 
+def open_data(args):
+    """-> the training split and that of the evaluations, packed first where they are images.
+
+    The default of --swap-background depends on what they hold.
+    """
+    with distributed.zero_first():
+        args.data = str(data.open_or_pack(args.data, args.image_size))
+    train_set = data.open_split(args.data, "train")
+    if args.swap_background is None:
+        args.swap_background = SWAP if args.contrast and "fg" in train_set else 0.0
+    return train_set, data.open_split(args.data, args.eval_on)
+
+
 def build_model(args, strategy):
     """The network, its weights drawn from --seed: MAE, or SimMIM for its own mask."""
     torch.manual_seed(args.seed)
@@ -184,25 +233,47 @@ def build_model(args, strategy):
     build = SimMIM if strategy == "simmim" else MAE
     model = build(args.image_size, args.patch_size, **size,
                   decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth)  # fmt: skip
+    if args.contrast and args.contrast_by == "pooler":
+        model.encoder.pooler = Pooler(size["dim"], size["heads"])
     for block in (m for m in model.modules() if isinstance(m, Block)):
         block.recompute = args.recompute
     return model
 
 
-def fit_batch(args, images, rank, world):
-    """-> B: --batch-size, or fewer where the set has fewer images; the b of them that this process works on, and where.
+def make_guide(args, strategy, params, encoder, train_set, device, autocast, views):
+    """What the flags say of a Guide."""
+    return Guide(strategy, params, encoder, train_set, args.data, device, autocast, teacher=args.teacher,
+                 source=args.attention, maps=args.maps, epochs=args.epochs, views=views, weigh=args.weight_by,
+                 swap=args.swap_background)  # fmt: skip
+
+
+def networks_of(args, model, guide, train_set):
+    """All that a resumed run needs the weights of: the model, what guides the mask, the projector of the agreement."""
+    networks = {"model": model, **guide.networks}
+    if args.contrast:
+        networks["agreement"] = Agreement(model.config["dim"], train_set, args.temperature, args.contrast_loss == "dcl")
+    return torch.nn.ModuleDict(networks)
+
+
+def fit_batch(args, images, rank, world, V):
+    """-> B: --batch-size, or fewer where the set has fewer images; the b of them that this process works on; which of
+    B images those are, and which of V*B views theirs are.
 
     Every process and every micro-batch gets as many.
     """
     B, splits = min(args.batch_size, images // args.accumulate * args.accumulate), world * args.accumulate
     if B == 0:
         raise UserError(f"{args.data} has {images} training images, --accumulate needs {args.accumulate}")
+    if args.contrast and args.accumulate == B:
+        raise UserError(f"--contrast compares each image with others, and --batch-size {B} --accumulate "
+                        f"{args.accumulate} leaves it alone; give a larger batch, 128 if it fits")  # fmt: skip
     if B % splits:
         fits = next((n for n in (-(-B // splits) * splits, B // splits * splits) if 0 < n <= images), None)
         fix = f"--batch-size {fits} is" if fits else f"{args.data} has {images} images: use fewer processes"
         raise UserError(f"--batch-size must be divisible by processes x --accumulate, {world} x {args.accumulate}: "
                         f"{B} is not; {fix}")  # fmt: skip
-    return B, B // world, slice(rank * B // world, (rank + 1) * B // world)
+    b = B // world
+    return B, b, slice(rank * b, (rank + 1) * b), slice(V * rank * b, V * (rank + 1) * b)
 
 
 def check_memory(args, device, strategy, ratio, b):
@@ -225,35 +296,49 @@ def micro_batches(b, n):
     return [slice(i, i + b // n) for i in range(0, b, b // n)]
 
 
-def start_message(args, out, train_set, held_set, model, ratio, batch, step, init_message, guided_by):
+def machine_message(args, device, world, dtype_reason, impl, impl_reason):
+    """What is printed before the data are opened."""
+    return (f"machine  {train.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
+            f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
+
+
+def start_message(args, out, train_set, held_set, model, ratio, batch, peak_lr, step, init_message, guided_by):
     """What is printed before the first step."""
-    more = [f"{word:9}{line}" for word, line in (("init", init_message), ("guide", guided_by)) if line]
+    blind = (guided_by or "").startswith("attention of") and is_blind(
+        args.attention, flags_of_teacher(args, args.teacher), args.teacher)  # fmt: skip
+    lines = (("init", init_message), ("guide", guided_by), ("warning", blind and BLIND))
+    more = [f"{word:9}{line}" for word, line in lines if line]
     N, p = model.encoder.side**2, args.patch_size
     count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
+    views = f", two views each, compared by {args.contrast_by} (weight {args.contrast:g})" if args.contrast else ""
+    swap = args.swap_background
+    views += f", {swap:.0%} of them with another background" if swap else ""
     images, classes = len(train_set["images"]), len(train_set["header"]["classes"])
     return "\n".join((
         f"data     {args.data}: {images} train, {len(held_set['images'])} {args.eval_on} images, {classes} classes",
         f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
         f"{masking.kept(N, ratio)} of them visible", *more,
-        f"run      {out}: {args.mask}, {args.epochs} epochs of {images // batch} steps of {batch} images, "
-        f"learning rate {args.blr * batch / 256:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
+        f"run      {out}: {args.mask}, {args.epochs} epochs of {images // batch} steps of {batch} images{views}, "
+        f"learning rate {peak_lr:.2g}" + (f"; going on from step {step}" if step else "")))  # fmt: skip
 
 
-def load_run(state, path, model, optimizer, guide):
+def load_run(state, path, learning, optimizer, guide):
     """Put the state of a run that is resumed in its place -> its step, and the seconds that it took so far."""
     with train.taking_up(path):
-        load_exactly(model, state["model"], path)
+        for name, network in learning.items():
+            load_exactly(network, state[name], path)
         if "decoder_heads" in state:  # of the checkpoint that it began with
-            model.set_decoder_heads(state["decoder_heads"])
-        guide.load(state, path)
+            learning["model"].set_decoder_heads(state["decoder_heads"])
+        guide.load_maps(state["maps"], path)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"]), float(state["seconds"])
 
 
-def save_run(out, model, optimizer, guide, config, step, seconds):
+def save_run(out, learning, optimizer, guide, config, step, seconds):
     """state.pt: everything that a resumed run needs. Maps that it does not name are removed after it is written."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **guide.state()}
-    state |= {"decoder_heads": model.config["decoder_heads"]} if "decoder_heads" in model.config else {}
+    state, shape = {name: network.state_dict() for name, network in learning.items()}, learning["model"].config
+    state |= {"optimizer": optimizer.state_dict(), "maps": guide.file}
+    state |= {"decoder_heads": shape["decoder_heads"]} if "decoder_heads" in shape else {}
     train.save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
     for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
         old.unlink()
@@ -268,42 +353,40 @@ def main():
     dtype, dtype_reason = train.pick_dtype(args.dtype, device)
     fill_defaults(args, device, dtype)
     strategy, params, ratios = parse_masking(args)
-    impl, impl_reason = use_impl(args.impl, device)
     rank, world, device = distributed.join(device)
     autocast = train.autocast_of(device, dtype)
-    print(f"machine  {train.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
-          f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}")  # fmt: skip
+    print(machine_message(args, device, world, dtype_reason, *use_impl(args.impl, device)))
 
     # network and data
-    with distributed.zero_first():
-        args.data = str(data.open_or_pack(args.data, args.image_size))
-    train_set, held_set = data.open_split(args.data, "train"), data.open_split(args.data, args.eval_on)
+    train_set, held_set = open_data(args)
     out = Path(args.out or f"runs/{run_name(args)}")
     S, p, N = args.image_size, args.patch_size, (args.image_size // args.patch_size) ** 2
     norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
-    B, b, rank_slice = fit_batch(args, len(train_set["images"]), rank, world)
-    check_memory(args, device, strategy, min(ratios), b)
+    loss_fn = functools.partial(LOSSES.get(strategy, reconstruction_loss), return_error=True, **norm)
+    V = 2 if args.contrast else 1  # views of each image: neighbours in a batch of V*B
+    B, b, image_slice, rank_slice = fit_batch(args, len(train_set["images"]), rank, world, V)
+    check_memory(args, device, strategy, min(ratios), V * b)
     model = build_model(args, strategy).to(device)
-    per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * B / 256
+    per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * V * B / 256
     total = per_epoch * args.epochs
 
     # what guides the mask, optimizer, and the state of a run that is resumed
     init_message = init_from(model, args.init) if args.init and (args.force or not (out / "state.pt").exists()) else ""
-    guide = Guide(strategy, params, model.encoder, train_set, args.data, device, autocast, teacher=args.teacher,
-                  source=args.attention, maps=args.maps, epochs=args.epochs)  # fmt: skip
+    guide = make_guide(args, strategy, params, model.encoder, train_set, device, autocast, V)
     config = config_of(args) | {"images": len(train_set["images"]), "guide": guide.about}
     state = train.open_run(out, config, args.resume, args.force, WRITTEN)
     net = torch.compile(model) if args.compile else model
-    learning = torch.nn.ModuleDict({"model": model, **guide.networks})  # a teacher has no gradient, and is left out
+    learning = networks_of(args, model, guide, train_set).to(device)  # a teacher among them has no gradient
     optimizer = train.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
-    clipped = [w for name, w in model.named_parameters() if "stats_head" not in name]
-    step, seconds = load_run(state, out / "state.pt", model, optimizer, guide) if state else (0, 0.0)
+    summed = [w for name, w in learning.named_parameters() if "agreement" not in name]  # over processes
+    clipped = [w for name, w in model.named_parameters() if "stats_head" not in name and "pooler" not in name]
+    step, seconds = load_run(state, out / "state.pt", learning, optimizer, guide) if state else (0, 0.0)
     log = train.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
-    print(start_message(args, out, train_set, held_set, model, ratios[0], B, step, init_message, guide.about))
+    print(start_message(args, out, train_set, held_set, model, ratios[0], B, peak_lr, step, init_message, guide.about))
 
     stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer()
-    sets, teacher = (train_set, held_set), guide.networks.get("teacher", model.encoder)
-    judge = functools.partial(evaluate, model, teacher, *sets, args.eval_on, norm, autocast, args.attention)
+    judge = functools.partial(evaluate, model, guide.networks.get("teacher", model.encoder), train_set, held_set,
+                              args.eval_on, norm, autocast, args.attention)  # fmt: skip
     if step == 0 and rank == 0:
         log(step=0, **judge(0.0), seconds=meter.seconds())
     images, view = data.resident(train_set, device), None
@@ -313,37 +396,40 @@ def main():
         if step == epoch * per_epoch:
             guide.refresh_maps(epoch, step, train_set["images"], out)
         order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch, rank_slice)):
+        for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch, image_slice, V)):
             # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
             t = step / total  # progress of the run
             generator = train.seeded(args.seed, epoch, step)
-            boxes, flip = data.draw_boxes(B, generator, args.min_crop)
-            noise = masking.gumbel_noise(B, N, generator)
-            boxes, flip, noise = (data.send(x[rank_slice], device) for x in (boxes, flip, noise))
-            view = data.view_images(batch, boxes, flip, S)  # u8 (b, S, S, 3)
+            boxes, flip = data.draw_boxes(V * B, generator, args.min_crop)
+            drawn = boxes, flip, masking.gumbel_noise(V * B, N, generator), torch.rand(V * B, 4, generator=generator)
+            boxes, flip, noise, draws = (data.send(x[rank_slice], device) for x in drawn)
+            view = data.view_images(batch, boxes, flip, S)  # u8 (V*b, S, S, 3)
+            view = guide.swap_backgrounds(view, rows, boxes, flip, draws[:, 3], rank_slice)
+            view = data.jitter_colour(view, draws[:, :3], args.jitter)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
             patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view, rank_slice)
             priority = masking.STRATEGIES[strategy](patches, noise, t, **params)  # (b, N)
             ids_keep, ids_mask = masking.sample(priority, K)  # (b, K), (b, M)
 
             # forward, loss, backward, in micro-batches that fit in memory; the weights' sum is the whole batch's
-            weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight)  # (b, M)
+            weight = detail_weight(patch_detail(view, ids_mask, p), args.flat_weight) * guide.weights(patches, ids_mask)
             weight_sum, loss = distributed.all_reduce(weight.sum()), 0.0
-            for now in micro_batches(b, args.accumulate):
-                tokens = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (b/n, K, P)
+            for now in micro_batches(V * b, args.accumulate):
+                visible = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (V*b/n, K, P)
                 with autocast():
-                    pred, stats = net(tokens, ids_keep[now], ids_mask[now])  # (b/n, M, P), (b/n, M, 2)
-                loss_args = (pred, view[now], ids_mask[now], p, weight[now])
-                micro_loss, error = (absolute_loss if strategy == "simmim" else reconstruction_loss)(
-                    *loss_args, weight_sum=weight_sum, return_error=True, **norm)  # fmt: skip
+                    pred, stats, tokens = net(visible, ids_keep[now], ids_mask[now])  # (V*b/n, M, P), ..., 2), 1+K, D)
+                micro_loss, error = loss_fn(pred, view[now], ids_mask[now], p, weight[now], weight_sum=weight_sum)
                 aux_loss = stats_loss(stats, view[now], ids_keep[now], ids_mask[now], p, args.norm_floor)
-                aux_loss = aux_loss + guide.loss(now, ids_mask[now], error)
-                (micro_loss + aux_loss / (args.accumulate * world)).backward()  # aux: no gradient for the network
+                aux_loss = aux_loss + guide.loss(now, ids_mask[now], error)  # so far no gradient for the network
+                if args.contrast:
+                    agreement = learning["agreement"](model.encoder.summary(tokens), rows.view(world, -1)[:, now])
+                    aux_loss = aux_loss + args.contrast * world * agreement  # the whole batch's, in every process
+                (micro_loss + aux_loss / (args.accumulate * world)).backward()
                 loss = loss + micro_loss.detach()
 
             # update
             guide.backward()
-            distributed.all_reduce_gradients(learning.parameters())
+            distributed.all_reduce_gradients(summed)
             grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
             lr = train.set_lr(optimizer, train.lr_at(step, total, args.warmup * total, peak_lr))
             optimizer.step()
@@ -357,26 +443,25 @@ def main():
             stop = distributed.largest(stop_signal[0] if stop_signal else 0)  # all stop after the same step
             if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
                 row = meter.row(step, f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32")
-                masks = guide.statistics(patches, ids_mask)
-                log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row, **masks)
+                row |= guide.statistics(patches, ids_mask)
+                row |= learning["agreement"].statistics() if args.contrast else {}
+                warn_of_collapse(step, row)
+                log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                if warning := collapse_warning(masks):
-                    tqdm.write(f"step {step}: {warning}")
                 if rank == 0 and (step % (per_epoch * args.eval_every) == 0 or step == total):
                     log(step=step, **judge(step / per_epoch), seconds=meter.seconds())
                 if rank == 0 and args.every and step % (per_epoch * args.every) == 0:
-                    about = {"step": step, "run": config, **norm}
-                    save_model(model, out / f"snapshots/encoder-{epoch + 1:04d}.safetensors", about)
+                    save_model(model, out / SNAPSHOT.format(epoch + 1), {"step": step, "run": config, **norm})
                 if stop or step == total or pacer.due():
                     if rank == 0:
-                        pacer.time(save_run, out, model, optimizer, guide, config, step, meter.seconds())
+                        pacer.time(save_run, out, learning, optimizer, guide, config, step, meter.seconds())
                     meter.restart()
-            if stop:
-                distributed.stop_here(stop, step, args.resume)
+            distributed.stop_here(stop, step, args.resume)
     bar.close()
     distributed.leave()
 
-    last = None if view is None else (view[:8], ids_mask[:8], guide.shown(patches))  # None: it was finished before
+    last = None if view is None else (view[: 8 * V : V], ids_mask[: 8 * V : V], guide.shown(patches))  # None: finished
+    save_pooler(model.encoder, out)
     save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
     draw_run(out, model, held_set, norm, autocast, last, args.eval_on,
              f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}")  # fmt: skip

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import data
-from common import features, metrics, stats
+from common import features, guidance, metrics, stats
 from common.checkpoints import load_encoder
 from common.command import (
     Parser,
@@ -51,6 +51,7 @@ COLUMNS = (  # of the printed table: heading, where its number is in a row of pr
     ("Top-1", "logistic.top1"), ("Top-5", "logistic.top5"), ("F1", "logistic.macro_f1"), ("Top-1", "linear.top1"),
     ("Top-1", "knn.top1"), ("mAP", "retrieval.map"), ("R@1", "retrieval.recall1"), ("R@5", "retrieval.recall5"),
     ("1-shot", "few_shot.5-way 1-shot.mean"), ("5-shot", "few_shot.5-way 5-shot.mean"))  # fmt: skip
+TOKENS_OF, ATTENTIVE_RATES = 8192, (1e-3, 3e-3)  # training images at most, and learning rates, of attentive pooling
 COMPARED = {"logistic.top1": "logistic regression", "linear.top1": "linear probe", "knn.top1": "kNN",
             "retrieval.map": "retrieval"}  # with a thumbnail, in words  # fmt: skip
 
@@ -128,7 +129,7 @@ def open_task(args):
     fit, choose, choose_in = features.hold_out(task.splits)
     task.uses, task.fit = (("train", fit), (choose_in, choose), (args.split, slice(None))), fit
     task.labels = {name: split["labels"] for name, split in task.splits.items()}
-    task.groups = {name: features.groups_of(split) for name, split in task.splits.items()}
+    task.groups = {name: data.groups_of(split) for name, split in task.splits.items()}
     task.names, task.threshold, task.controls = task.train["header"]["classes"], (None, "not asked for"), {}
     if not task.labelled:
         return task
@@ -190,6 +191,24 @@ def measure(found, task):
         half = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
         row["few_shot"][name] = {"mean": accuracy.mean().item(), "half": half}
     return row, {head: scores.argmax(1) == labels for head, (scores, _) in heads.items()}
+
+
+@working("attentive pooling")
+def attentive_row(encoder, size, task):
+    """The row of a pooling that is learned with the classifier; its learning rate is the one that was best on dev."""
+    found = []
+    for name, rows in task.uses:
+        rows = torch.arange(len(task.labels[name]))[rows]
+        rows = rows[data.evenly_spaced(len(rows), TOKENS_OF)] if not found else rows
+        images = task.splits[name]["images"]
+        chunks = guidance.patch_tokens(encoder, size, images, rows, task.autocast)
+        found.append((torch.cat([x.half().cpu() for _, x in chunks]), task.labels[name][rows]))
+    (fit, y), (choose, truth), (report, labels) = found
+    scores = [metrics.attentive(fit, y, len(task.names), lr, seed=task.args.seed) for lr in ATTENTIVE_RATES]
+    top1 = [metrics.topk(s(choose), truth, 1) for s in scores]
+    best = top1.index(max(top1))
+    row = metrics.classification(scores[best](report), labels, task.counts)
+    return {"linear": row | {"rate": ATTENTIVE_RATES[best]}}
 
 
 def chance(task):
@@ -350,6 +369,7 @@ def measure_run(run, encoder, size, found, task):
     if not task.args.headline:
         from common import plots
 
+        rows["attentive"] = attentive_row(encoder, size, task)
         rows |= control_rows(features.home_of(run), encoder, size, task)
         plots.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task.names,
                         f"Logistic regression on mean tokens, {task.args.split}: {home.name}")  # fmt: skip
@@ -378,7 +398,7 @@ def in_order(found):
     """Poolings as they are printed: mean, cls, extremes, then blocks; thumbnails last."""
     order = [*features.POOLS, *(f"untrained {p}" for p in features.POOLS), *(f"thumb{side}" for side in features.SIDES)]
     extra = sorted(found.keys() - set(order), key=lambda name: (len(name), name))
-    return {name: found[name] for name in [*order[:3], *extra, *order[3:]] if name in found}
+    return {name: found[name] for name in [*features.POOLS, *extra, *order] if name in found}
 
 
 def slim(rows):

@@ -43,7 +43,7 @@ from common.classifier import (
     save_gallery,  # fmt: skip
 )
 from common.command import Parser, at_least, between, cli, command, refuse_overwrite, refuse_unused
-from common.features import groups_of, results_folder
+from common.features import results_folder
 from common.io import UserError, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
@@ -340,7 +340,7 @@ def verify(args, net, header, gallery, autocast):
     split, rows, embeddings, own, who, margin = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
     row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "threshold": gallery["threshold"]}
     unit, labels = compared(embeddings, gallery), split["labels"][rows]
-    pairs, strangers = metrics.pair_cosines(unit, labels, groups_of(split)[rows]), margin[own < 0]
+    pairs, strangers = metrics.pair_cosines(unit, labels, data.groups_of(split)[rows]), margin[own < 0]
     if min(map(len, pairs)) and data.has_labels(split):
         row["verification"] = verification(*pairs)
     if not (own >= 0).any() and Path(header["data"]).exists():

@@ -73,7 +73,7 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
 def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
     """Forward, backward and update of the network, the same for every strategy but simmim."""
     with autocast():
-        pred, _ = model(masked_patch_gather(view, ids_keep, patch), ids_keep, ids_mask)
+        pred, _, _ = model(masked_patch_gather(view, ids_keep, patch), ids_keep, ids_mask)
     reconstruction_loss(pred, view, ids_mask, patch).backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -42,7 +42,7 @@ def our_loss(case, net, view, noise, dtype, autocast, mark):
         ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
         tokens = masked_patch_gather(view, ids_keep, p, dtype)
         with autocast():
-            pred, _ = net(tokens, ids_keep, ids_mask)
+            pred, _, _ = net(tokens, ids_keep, ids_mask)
         return reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
 
     return loss

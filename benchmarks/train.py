@@ -68,7 +68,7 @@ def step_flops(model, K):
         ids = torch.arange(model.encoder.side**2)[None]
         patches = torch.empty(1, K, 3 * model.encoder.patch_size**2)
     with FlopCounterMode(display=False) as counter:
-        pred, stats = model(patches, ids[:, :K], ids[:, K:])
+        pred, stats, _ = model(patches, ids[:, :K], ids[:, K:])
         (pred.sum() + stats.sum()).backward()
     return counter.get_total_flops()
 

@@ -5,14 +5,15 @@ knows the names of MAE, DINO, timm and Hugging Face, is imported only where a ch
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.io import UserError, save_safetensors
+from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.train import check_memory
-from model import SIZES, ViT
+from model import SIZES, Pooler, ViT
 
 ENCODER = ("image_size", "patch_size", "dim", "depth", "heads")  # what a ViT is built from
 
@@ -25,8 +26,9 @@ def as_convolution(weights):
 
 
 def public_weights(model):
-    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), the picture head left out."""
-    return as_convolution({k.split(".", 1)[1]: w for k, w in model.state_dict().items() if "stats_head" not in k})
+    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), what is only ours left out."""
+    ours = ("decoder.stats_head", "encoder.pooler")
+    return as_convolution({k.split(".", 1)[1]: w for k, w in model.state_dict().items() if not k.startswith(ours)})
 
 
 def save_model(model, path, about):
@@ -47,6 +49,23 @@ def load_exactly(module, weights, path, assign=False):
     if lists:
         raise UserError(f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}")
     module.load_state_dict(weights, assign=assign)
+
+
+def model_file(run):
+    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+
+
+def about_model(run):
+    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {} of other files."""
+    try:
+        return read_header(model_file(run))[1]
+    except UserError:
+        return {}
+
+
+def flags_of(run):
+    """The flags under which a run was made; {} where its file does not say."""
+    return about_model(run).get("run", {})
 
 
 def resize_positions(pos, side):
@@ -86,6 +105,23 @@ def load_encoder(path, image_size=None):
     return encoder.eval(), facts["image_size"]
 
 
+def save_pooler(encoder, run):
+    """runs/NAME/pooler.safetensors, where pre-training trained one: what a teacher's attention is read by."""
+    if encoder.pooler is not None:
+        save_safetensors(encoder.pooler.state_dict(), Path(run) / "pooler.safetensors", {})
+
+
+def load_teacher(path):
+    """load_encoder, and the pooler of the run, if it has one -> the encoder and its image size."""
+    encoder, size = load_encoder(path)
+    beside = model_file(path).with_name("pooler.safetensors")
+    if beside.exists():
+        weights, _ = read_safetensors(beside, "remove it, or make the run again")
+        encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
+        load_exactly(encoder.pooler, weights, beside)
+    return encoder, size
+
+
 def init_from(model, path):
     """Start an MAE from a checkpoint: encoder complete; decoder complete, or absent and left as it is.
 
@@ -109,7 +145,7 @@ def init_from(model, path):
                         f"give --decoder-dim {width} --decoder-depth {depth}")  # fmt: skip
     weights, _ = at_size(weights if decoder else encoder_of(weights), facts, own["image_size"], path)
     loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
-    kept = ("decoder.stats_head",) if decoder else ("decoder.",)  # as they are in the model
+    kept = ("encoder.pooler", "decoder.stats_head" if decoder else "decoder.")  # as they are in the model
     load_exactly(model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path)
     if decoder:
         model.set_decoder_heads(facts["decoder_heads"])

@@ -53,18 +53,6 @@ def cutout(images, level, generator):
     return paint(images, squares(*images.shape[:2], level, generator))
 
 
-def jitter_colour(images, level, generator):
-    """Brightness, contrast, saturation times factors in 1 +- level, one a picture. Hue stays: it tells who it is."""
-    low, high = 1 - level, 1 + level
-    factors = torch.stack([low + (high - low) * torch.rand(len(images), generator=generator) for _ in range(3)])
-    light, contrast, saturation = factors.to(images.device)[..., None, None, None]  # (B, 1, 1, 1) each
-    x = images.float()
-    gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
-    x = gray + saturation * (x - gray)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return to_u8((mean + contrast * (x - mean)) * light)
-
-
 def turned(images, degrees, factor):
     """Turned around the centre and enlarged by a factor; the border is repeated where nothing is known."""
     a = math.radians(degrees)

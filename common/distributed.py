@@ -88,16 +88,16 @@ def all_rows(x):
     return all_reduce(whole).flatten(0, 1)
 
 
-def with_others(x, rank_slice):
-    """x (b, ...) of every process -> (world * b, ...), where only this process's rows, rank_slice, carry a gradient.
+def with_others(x):
+    """x (b, ...) of every process -> (world * b, ...), where only this process's rows carry a gradient.
 
     What is small and needs the whole batch, such as a batch norm and a head, is then computed by every process, all
     of them alike, and needs no summing; what made x gets the gradient of its own rows.
     """
     if not several():
         return x
-    whole = all_rows(x.detach())
-    return torch.cat([whole[: rank_slice.start], x, whole[rank_slice.stop :]])
+    at, whole = place()[0] * len(x), all_rows(x.detach())
+    return torch.cat([whole[:at], x, whole[at + len(x) :]])
 
 
 def largest(number):
@@ -131,7 +131,9 @@ def leave():
 
 
 def stop_here(number, step, resume):
-    """Say how a run that signal `number` stopped goes on, and exit as that signal does (128 + number)."""
+    """Say how a run that signal `number` stopped goes on, and exit as that signal does (128 + number); 0: none came."""
+    if number == 0:
+        return
     how = f"torchrun --nproc-per-node {dist.get_world_size()}" if several() else "python"
     print(f"stopped by {signal.Signals(number).name} at step {step}, saved; go on with:\n"
           f"  {how} {shlex.join(sys.argv)}" + ("" if resume else " --resume"), flush=True)  # fmt: skip

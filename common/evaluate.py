@@ -27,7 +27,7 @@ def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
     """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
     p = model.config["patch_size"]
     with autocast():
-        pred, stats = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
+        pred, stats, _ = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
     return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p, floor)
 
 
@@ -77,6 +77,8 @@ def thumbnails(split, rows, side=4):
 def recognition(features, train, held):
     """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
 
+    "mean_rank": how many directions the ridge's features use, 1 being collapse.
+
     features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
@@ -87,7 +89,8 @@ def recognition(features, train, held):
     x, q = metrics.standardise(flat, query_flat)
     W, b = metrics.ridge(x, labels, classes, penalty=1.0)
     right = metrics.knn_votes(near, labels, query, classes).argmax(1) == truth
-    return {"knn": 100 * right.float().mean().item(), "linear": 100 * metrics.topk(q @ W + b, truth, 1)}
+    linear = 100 * metrics.topk(q @ W + b, truth, 1)
+    return {"knn": 100 * right.float().mean().item(), "linear": linear, "mean_rank": metrics.effective_rank(flat)}
 
 
 @torch.no_grad()

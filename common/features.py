@@ -12,15 +12,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from common import metrics
+from common.checkpoints import about_model, flags_of, model_file  # noqa: F401 (for those who ask about a run)
 from common.command import progress
 from common.evaluate import extremes
-from common.io import UserError, read_header, read_safetensors, save_safetensors
+from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 
-POOLS = ("mean", "cls", "extremes")  # the first is the headline
+POOLS = ("mean", "cls", "extremes", "grid")  # the first is the headline
+GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
 SIDES = (4, 8, 16)  # of the thumbnails
 MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py
 
@@ -59,18 +62,12 @@ def open_splits(folder, held="val"):
     return splits
 
 
-def groups_of(split):
-    """-> (n) i64: images of one illustration (or near-duplicates) share a number; each its own where none is known."""
-    names = split["header"].get("groups") or range(len(split["labels"]))
-    return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
-
-
 def hold_out(splits):
     """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or a tenth of train."""
     labels = splits["train"]["labels"]
     if "dev" in splits:
         return torch.arange(len(labels)), torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = torch.from_numpy(data.hold_apart(groups_of(splits["train"]), labels, data.APART))
+    apart = torch.from_numpy(data.hold_apart(data.groups_of(splits["train"]), labels, data.APART))
     return (~apart).nonzero()[:, 0], apart.nonzero()[:, 0], "train"
 
 
@@ -78,14 +75,17 @@ def hold_out(splits):
 
 
 def pooled(encoder, view, blocks):
-    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS, extremes (B, 2D), and with blocks each block's mean."""
+    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS, extremes (B, 2D), means over the squares of a 4x4 grid
+    (B, 16D), and with blocks each block's mean."""
     found, x = {}, encoder.embed(*encoder.all_patches(view))
     for i, block in enumerate(encoder.blocks):
         x = block(x)
         if blocks:
             found[f"block{i + 1}"] = x[:, 1:].float().mean(1)
     x = encoder.norm(x).float()
-    return found | {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
+    grid = x[:, 1:].unflatten(1, (encoder.side, encoder.side)).permute(0, 3, 1, 2)  # (B, D, g, g)
+    grid = F.adaptive_avg_pool2d(grid, min(GRID, encoder.side)).flatten(1)
+    return found | {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:]), "grid": grid}
 
 
 def encoder_extractor(encoder, size, autocast, clock, blocks=False):
@@ -104,13 +104,17 @@ def encoder_extractor(encoder, size, autocast, clock, blocks=False):
 
 @torch.no_grad()
 def extract(extractor, split, views, device, name=""):
-    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once for each view."""
+    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once for each view.
+
+    The grid, which is sixteen times as large as a token, is that of the whole images alone.
+    """
     n, chunks = len(split["images"]), []
     boxes = [data.full_boxes(n), *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views))]
     for rows in progress(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False):
         images = data.take(split["images"], rows, device)
         found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
-        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in found]) for pool in found[0]})
+        seen = {pool: found[:1] if pool.endswith("grid") else found for pool in found[0]}
+        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in kept]) for pool, kept in seen.items()})
     return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
 
 
@@ -129,23 +133,6 @@ def extract_all(extractor, task, views):
 def home_of(run):
     """Where a run's results go; those of a single file to a folder of its name beside it."""
     return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
-
-
-def model_file(run):
-    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
-
-
-def about_model(run):
-    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {} of other files."""
-    try:
-        return read_header(model_file(run))[1]
-    except UserError:
-        return {}
-
-
-def flags_of(run):
-    """The flags under which a run was made; {} where its file does not say."""
-    return about_model(run).get("run", {})
 
 
 def split_suffix(split):
@@ -254,7 +241,7 @@ def open_rows(folder, eval_on, hold_out):
     own[chosen] = torch.arange(len(chosen))
     rows = {name: (own[split["labels"]] >= 0).nonzero()[:, 0] for name, split in splits.items()}
     if "dev" not in splits:
-        apart = data.hold_apart(groups_of(train)[rows["train"]], train["labels"][rows["train"]], data.APART)
+        apart = data.hold_apart(data.groups_of(train)[rows["train"]], train["labels"][rows["train"]], data.APART)
         splits["dev"], rows["dev"], rows["train"] = train, rows["train"][apart], rows["train"][~apart]
     sizes = torch.bincount(own[train["labels"][rows["train"]]], minlength=len(chosen))
     if sizes.min() < 2:

@@ -15,11 +15,12 @@ import math
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import data
 import mask as masking
 from common import distributed
-from common.checkpoints import load_encoder, load_exactly
+from common.checkpoints import flags_of, load_teacher
 from common.command import progress
 from common.io import UserError
 from kernels.gather import masked_patch_gather
@@ -28,6 +29,7 @@ from model import LossPredictor, ranking_loss
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
 EMA = 0.996  # of the run's own average; rises to 1 by half a cosine (as in AttMask)
+LEAST_RANK = 2.5  # directions that projections use; fewer is collapse
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # what a packed set may hold itself, under the need's name
 
 
@@ -35,26 +37,30 @@ class Guide:
     """What one strategy has to know of the patches of each batch, and the network, if any, that finds it out.
 
     encoder    of the run; teacher "self" is its moving average, else "maps", a run or a checkpoint
-    source     of attention, one of SOURCES; maps: as open_maps has it; epochs: of the run
-    need       as in the table above, or None
-    maps       (n, G, G) of the whole training images, in a file; None before a teacher's first maps
+    source     of attention, one of SOURCES; maps: as open_maps has it; epochs: of the run; views: of each image
+    need       of the mask, as in the table above, or None; weigh: the need whose score the loss is weighted by, or None
+    swap       share of the views that get another image's background
+    maps       {need: (n, G, G) of the whole training images, in a file}; attention is missing before its first maps
     networks   {"teacher"} where it is the run's own average, {"predictor"} for the learned mask: part of its state
     """
 
-    def __init__(self, strategy, params, encoder, train, folder, device, autocast, teacher="self", source="unusual",
-                 maps="auto", epochs=1):  # fmt: skip
+    def __init__(self, strategy, params, encoder, train, folder, device, autocast, teacher="self", source="outlier",
+                 maps="auto", epochs=1, views=1, weigh=None, swap=0.0):  # fmt: skip
         self.need, self.shuffle = masking.NEEDS.get(strategy), params.pop("shuffle", 0) > 0
+        self.weigh, self.needs = weigh, [need for need in dict.fromkeys((self.need, weigh)) if need]
         self.patch, self.side, self.device, self.autocast = encoder.patch_size, encoder.side, device, autocast
-        self.maps, self.parts, self.file, self.source = None, 0, None, source
+        self.maps, self.parts, self.file, self.source, self.views, self.swap = {}, 0, None, source, views, swap
         self.teacher, self.refresh_epochs, self.networks, self.beta = None, [], {}, params.get("beta", 1.0)
-        self.about = {"detail": "the contrast of each view", "difficulty": "a head that learns along"}.get(self.need)
-        if self.need == "difficulty":
+        about = {"detail": "the contrast of each view", "difficulty": "a head that learns along"}
+        if "difficulty" in self.needs:
             self.networks = {"predictor": LossPredictor(self.side, self.patch).to(device)}
-        elif self.need == "attn" and teacher != "maps":
-            self.about = f"attention of {'the average of this run' if teacher == 'self' else teacher}"
+        if "attn" in self.needs and teacher != "maps":
+            about["attn"] = f"attention of {'the average of this run' if teacher == 'self' else teacher}"
             self.choose_teacher(teacher, encoder, epochs, params.get("start", masking.START))
-        elif self.need in IN_FILES:
-            self.maps, self.parts, self.about = open_maps(self.need, maps, folder, train)
+        for need in (IN_FILES.keys() - about).intersection([*self.needs, *["fg"] * (swap > 0)]):
+            self.maps[need], parts, about[need] = open_maps(need, maps, folder, train)
+            self.parts = parts if need == "parts" else self.parts
+        self.about = "; ".join(about[need] for need in self.needs) or None
 
     def choose_teacher(self, teacher, encoder, epochs, start):
         """The run's own average makes maps from epoch `start` on; another encoder once, before the first step."""
@@ -62,26 +68,23 @@ class Guide:
             self.teacher, self.teacher_size = copy.deepcopy(encoder), encoder.side * encoder.patch_size
             self.networks, self.refresh_epochs = {"teacher": self.teacher}, refresh_epochs(epochs, start)
         else:
-            (self.teacher, self.teacher_size), self.refresh_epochs = load_encoder(teacher), [0]
+            (self.teacher, self.teacher_size), self.refresh_epochs = load_teacher(teacher), [0]
+        if self.source == "pooler" and self.teacher.pooler is None:
+            raise UserError(f"--attention pooler: {'this run' if teacher == 'self' else teacher} trains none; "
+                            "--contrast W does, --attention outlier needs nothing that was trained")  # fmt: skip
         self.teacher.to(self.device).requires_grad_(False)
 
-    def state(self):
-        """What a resumed run needs of it."""
-        return {name: network.state_dict() for name, network in self.networks.items()} | {"maps": self.file}
-
-    def load(self, state, path):
-        """Take up what `state` returned, from the run's state.pt at path."""
-        for name, network in self.networks.items():
-            load_exactly(network, state[name], path)
-        if state["maps"]:
-            self.file = state["maps"]
-            self.maps = data.open_tensors(path.parent / self.file)["attn"]
+    def load_maps(self, name, path):
+        """Take up the teacher's maps in file `name` beside the run's state.pt at path; None: there were none yet."""
+        if name:
+            self.file = name
+            self.maps["attn"] = data.open_tensors(path.parent / self.file)["attn"]
 
     def refresh_maps(self, epoch, step, images, out):
         """Let the teacher make its maps of all images, if this is one of its epochs."""
         if epoch in self.refresh_epochs:
             self.file = f"attn-{step:08d}.safetensors"
-            self.maps = write_attention(
+            self.maps["attn"] = write_attention(
                 self.teacher, self.teacher_size, images, out / self.file, self.autocast, self.source
             )
 
@@ -91,20 +94,49 @@ class Guide:
         shuffle=1 takes another image's map under the same crop: what is left then is not about this image.
         rank_slice: which of `rows`, those of the whole batch, the views are; the others belong to other processes.
         """
-        if self.need is None:
-            return {}
-        if self.need in IN_FILES:
-            rows = (rows.roll(1) if self.shuffle else rows)[rank_slice]
-            return {self.need: crop_map(self.need, self.maps, rows, boxes, flip, self.side, self.device, self.parts)}
+        return {need: self.scores_of(need, rows, boxes, flip, view, rank_slice) for need in self.needs}
+
+    def swap_backgrounds(self, view, rows, boxes, flip, draws, rank_slice=slice(None)):
+        """view u8 (B, S, S, 3) -> views; of a share `swap` of them, by draws (B,) in [0, 1], the background is another
+        view's, and where that one has its figure, its background's mean colour.
+
+        Then the figure alone tells whose view it is (BG_Random; Ryali et al. 2021, arXiv:2103.12719). The two views of
+        an image get theirs from two others. rows: as for patch_scores.
+        """
+        if self.swap == 0:
+            return view
+        whole = data.send(torch.from_numpy(self.maps["fg"][rows[rank_slice].numpy()]), view.device)
+        fg, x = data.view_maps(whole, boxes, flip, view.shape[1])[..., None] / 255, view.float()
+        colour = ((1 - fg) * x).sum((1, 2), keepdim=True) / (1 - fg).sum((1, 2), keepdim=True).clamp(min=1e-3)
+        background = ((1 - fg) * x + fg * colour).round().to(torch.uint8)
+        background = distributed.all_rows(background).roll(2 * self.views - 1, 0)[rank_slice]
+        mixed = (fg * x + (1 - fg) * background).round().to(torch.uint8)
+        return torch.where((draws < self.swap)[:, None, None, None], mixed, view)
+
+    def scores_of(self, need, rows, boxes, flip, view, rank_slice):
+        """What patch_scores returns, of one need."""
+        if need in IN_FILES:
+            rows, maps = (rows.roll(self.views) if self.shuffle else rows)[rank_slice], self.maps.get(need)
+            return crop_map(need, maps, rows, boxes, flip, self.side, self.device, self.parts)
         every = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
-        if self.need == "detail":
+        if need == "detail":
             score = patch_detail(view, every, self.patch)
         else:
             with self.autocast():
                 self.graph = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
             self.predicted = self.graph.detach().requires_grad_()  # its gradient gathers over the micro-batches
             score = self.predicted.detach()
-        return {self.need: distributed.all_rows(score).roll(1, 0)[rank_slice] if self.shuffle else score}
+        return distributed.all_rows(score).roll(self.views, 0)[rank_slice] if self.shuffle else score
+
+    def weights(self, patches, ids_mask):
+        """(B, M) of the hidden patches: the score that the loss is weighted by over its mean in the view, or 1.
+
+        A tenth of the weight is everybody's (AttG, Sick et al. 2024, arXiv:2402.15172, where attention is the score).
+        """
+        if self.weigh is None:
+            return 1.0
+        score = patches[self.weigh]
+        return 0.1 + 0.9 * (score / score.mean(1, keepdim=True).clamp(min=1e-12)).gather(1, ids_mask)
 
     def loss(self, now, ids_mask, error):
         """The predictor's loss on rows `now`, from the errors (B, M) of the masked patches; 0 where there is none."""
@@ -133,18 +165,22 @@ class Guide:
 
     def shown(self, patches):
         """The scores of a batch's first images as pictures, {need: (8, g, g)}; of parts the largest one's number."""
-        if self.need is None:
-            return {}
-        score = patches[self.need][:8]
-        return {self.need: (score.argmax(2) if score.dim() == 3 else score).unflatten(1, (self.side, self.side))}
+        scores = {need: patches[need][: 8 * self.views : self.views] for need in self.needs}
+        flat = {need: score.argmax(2) if score.dim() == 3 else score for need, score in scores.items()}
+        return {need: score.unflatten(1, (self.side, self.side)) for need, score in flat.items()}
 
 
-def collapse_warning(numbers):
-    """-> a warning where learned masks are nearly the same for all images, or leave nothing to chance; else ""."""
-    if "mask_entropy" not in numbers or min(numbers["mask_diversity"], numbers["mask_entropy"]) > 0.2:
-        return ""
-    return (f"the learned masks have collapsed: diversity {numbers['mask_diversity']:.2f}, entropy "
-            f"{numbers['mask_entropy']:.2f} (random masks have 1 and 1); try a smaller beta")  # fmt: skip
+def warn_of_collapse(step, numbers):
+    """Say so where learned masks or projections are nearly the same for all images, or masks leave nothing to chance.
+
+    numbers: what the log says of the step.
+    """
+    if "mask_entropy" in numbers and min(numbers["mask_diversity"], numbers["mask_entropy"]) <= 0.2:
+        tqdm.write(f"step {step}: the learned masks have collapsed: diversity {numbers['mask_diversity']:.2f}, entropy "
+                   f"{numbers['mask_entropy']:.2f} (random masks have 1 and 1); try a smaller beta")  # fmt: skip
+    if numbers.get("projection_rank", math.inf) < LEAST_RANK:
+        tqdm.write(f"step {step}: the agreement has collapsed: projections use {numbers['projection_rank']:.1f} of 128 "
+                   "directions; try a smaller --contrast, a larger --batch-size or a higher --temperature")  # fmt: skip
 
 
 def refresh_epochs(epochs, start):
@@ -155,24 +191,39 @@ def refresh_epochs(epochs, start):
     return range(math.ceil(start * epochs), epochs, max(20, epochs // 10))
 
 
-SOURCES = ("cls", "received", "unusual")
+SOURCES = ("pooler", "rollout", "cls", "received", "outlier")
 SAMPLE = 1024  # images that the usual token of each place is the mean of
 
 
-def default_source(teacher):
-    """ "cls" for a checkpoint file, as DINO's are; "unusual" for an MAE of ours, whose CLS token nothing trains."""
-    return "cls" if Path(teacher).is_file() else "unusual"
+def flags_of_teacher(args, teacher):
+    """The flags under which the teacher learned: those of this run, args, of its own run, or {} of any other file."""
+    return vars(args) if teacher == "self" else flags_of(teacher)
+
+
+def default_source(flags, teacher):
+    """What to read a teacher's attention by, from the flags that it learned under.
+
+    Its pooler, if it has one; the CLS token where something trained it: through all blocks where --contrast did, in the
+    last one where nothing is known but that it is a file, as DINO's are; else what needs no training.
+    """
+    if flags.get("contrast", 0) > 0:
+        return "pooler" if flags["contrast_by"] == "pooler" else "rollout"
+    return "cls" if Path(teacher).is_file() else "outlier"
+
+
+def is_blind(source, flags, teacher):
+    """Is attention asked of a CLS token that nothing trained?"""
+    return source in ("cls", "rollout") and default_source(flags, teacher) in ("pooler", "outlier")
 
 
 @torch.no_grad()
 def attention(encoder, image_size, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to each patch of whole images `rows`, mean over heads.
 
-    "cls" and "received" are attention proper (ViT.patch_attention). In a masked autoencoder both mostly tell where a
-    patch is: the CLS token is trained by nothing. "unusual" is the length of token - mean token of its place, and
-    finds eyes and accessories (results/LOG.md, "where an MAE looks").
+    "outlier" is the length of token - mean token of its place; all others are attention proper (ViT.patch_attention).
+    In a plain masked autoencoder that mostly tells where a patch is: nothing trains its CLS token.
     """
-    if source == "unusual":
+    if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)
         sample = patch_tokens(encoder, image_size, images, some, autocast)
         usual = sum(t.cpu().double().sum(0) for _, t in sample) / len(some)  # Metal has no float64

@@ -389,3 +389,40 @@ def bn_linear(views, labels, classes, lrs=LEARNING_RATES, epochs=90, batch=256, 
             W, b = W - factor * peak * speed_W, b - factor * peak * speed_b
     scale = (var + 1e-6).rsqrt()
     return lambda x: torch.addmm(b, (x.float() - mean) * scale, W).view(len(x), R, classes).unbind(1)
+
+
+def attentive(tokens, labels, classes, lr, epochs=20, batch=256, hidden=128, seed=0):
+    """Pooling that is learned with the classifier -> scores(tokens), (n, classes); tokens (n, N, D) of patches, fp16.
+
+    A small network scores each token, the softmax over an image's tokens weighs their mean, then as bn_linear has it:
+    BatchNorm without affine, linear (ABMILP; Przewiezlikowski et al. 2024, arXiv:2412.03215). AdamW, half a cosine.
+    """
+    generator, (n, _, D) = torch.Generator().manual_seed(seed), tokens.shape
+    draw = lambda *shape: (torch.randn(*shape, generator=generator) * shape[0] ** -0.5).requires_grad_()  # noqa: E731
+    A, a, W, b = draw(D, hidden), draw(hidden, 1), draw(D, classes), torch.zeros(classes, requires_grad=True)
+    norm, steps = torch.nn.BatchNorm1d(D, affine=False), max(1, n // batch) * epochs
+    optimizer = torch.optim.AdamW([A, a, W, b], lr, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def scores(x):
+        weight = (torch.tanh(x @ A) @ a).softmax(1)  # (B, N, 1)
+        return norm((weight * x).sum(1)) @ W + b
+
+    for _ in range(epochs):
+        for rows in torch.randperm(n, generator=generator)[: max(1, n // batch) * batch].split(batch):
+            F.cross_entropy(scores(tokens[rows].float()), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    norm.eval()
+    return lambda new: torch.cat([scores(x.float()).detach() for x in new.split(batch)])
+
+
+def effective_rank(x):
+    """x (n, D) -> exp of the entropy of its singular values' shares: how many directions it uses (Roy, Vetterli 2007).
+
+    1 is collapse: all rows differ in one direction.
+    """
+    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
+    share = values / values.sum().clamp(min=1e-30)
+    return round(torch.special.entr(share).sum().exp().item(), 2)

@@ -110,24 +110,10 @@ def image_grid(path, title, rows, columns=()):
             axis.set_title(name, fontsize=9)
 
 
-def rollout(encoder, view):
-    """view u8 (B, S, S, 3) -> attention of CLS to each patch through all blocks, (B, N) fp32.
-
-    The product over blocks of (A + I) / 2, A the mean over heads (Abnar and Zuidema 2020, arXiv:2005.00928).
-    """
-    x = encoder.embed(*encoder.all_patches(view))
-    flow = eye = torch.eye(x.shape[1], device=x.device)
-    for block in encoder.blocks:
-        A = block.attn.probabilities(block.norm1(x), x.shape[1])  # (B, H, 1+N, 1+N)
-        flow = (A.mean(1) + eye) / 2 @ flow
-        x = block(x)
-    return flow[:, 0, 1:]
-
-
 @torch.no_grad()
 def attention_sheet(path, encoder, view, title):
     """A line for each picture of view u8 (B, S, S, 3): each head of the last block, their mean, the rollout."""
-    heads, flow = encoder.patch_attention(view), rollout(encoder, view)
+    heads, flow = encoder.patch_attention(view), encoder.patch_attention(view, "rollout")[:, 0]
     maps = torch.cat([heads, heads.mean(1, keepdim=True), flow[:, None]], 1).unflatten(2, (encoder.side, -1))
     names = ["picture", *[f"head {i + 1}" for i in range(heads.shape[1])], "mean", "rollout"]
     image_grid(path, title, [("", [picture, *own]) for picture, own in zip(view, maps, strict=True)], names)

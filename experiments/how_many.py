@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import data
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
 from common.command import Parser, at_least, cli, command, progress, refuse_file, refuse_overwrite
@@ -34,7 +35,7 @@ def drawn_rows(rows, labels, each, draw):
 
 def measure(found, task, fit, draws):
     """Yield (feature, pictures of each character, (draws, n) bool: which pictures of the split were named rightly)."""
-    labels, groups = task.train["labels"], features.groups_of(task.train)
+    labels, groups = task.train["labels"], data.groups_of(task.train)
     classes, largest = len(task.train["header"]["classes"]), int(labels[fit].bincount().max())
     work = [(each, draws, name) for each in EACH if each < largest for name in FEATURES]
     for each, n, name in progress(work + [(largest, 1, name) for name in FEATURES], "fits"):
@@ -69,7 +70,7 @@ def main():
     home = features.results_folder(args.run, task.folder, task.args.split)
     found |= features.of_run(home, args.run, encoder, size, task)[0]
     made = {"machine": machine(task.device), "commit": commit(), "command": command()}
-    rows, held, fit = [], features.groups_of(task.split), features.hold_out(task.splits)[0]
+    rows, held, fit = [], data.groups_of(task.split), features.hold_out(task.splits)[0]
     for name, each, right in measure(found, task, fit, args.draws):
         top1 = {k: round(float(x), 1) for k, x in stats.bootstrap(100 * right.double(), held).items() if k != "p"}
         rows.append({"features": FEATURES[name], "pictures_each": each, "draws": len(right)} | top1 | made)

@@ -6,6 +6,8 @@ Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised c
 with true alpha (--portraits; development data that is not part of this repository) are laid on four kinds of
 background, in two framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its centre
 square, which the person fills almost entirely. Only the half of the identities is used that no constant was chosen on.
+Attention: the same AUC, and the share of it that falls on the background over the background's share of the area
+(`background`; 1 is no preference), for each way to read the run's attention.
 Parts: adjusted Rand index over the true foreground's patches, beside k-means on what has learned nothing.
 Replaces this run's rows of the same sets in --out; --figure draws a sheet of --data.
 """
@@ -29,8 +31,8 @@ from PIL import Image
 import data
 import maps
 import mask as masking
-from common import metrics
-from common.checkpoints import load_encoder
+from common import guidance, metrics
+from common.checkpoints import load_teacher
 from common.command import Parser, cli, progress, refuse_file, refuse_overwrite, refuse_unused, working
 from common.io import UserError
 from common.tables import replace_rows, rows_there
@@ -126,7 +128,7 @@ def cut_alone(images, tokens, place):
 
 def row_of(name, kind, images, **scores):
     """A row of the CSV; what was not measured is empty."""
-    empty = dict.fromkeys(("auc", "iou", "auc_gain", "gain_half_width_95", "ari"), "")
+    empty = dict.fromkeys(("auc", "iou", "auc_gain", "gain_half_width_95", "ari", "background"), "")
     return {"set": name, "map": kind, "images": len(images)} | empty | scores
 
 
@@ -145,6 +147,19 @@ def measure_foreground(name, images, true, encoder, size):
         rows.append(row_of(name, kind, images, auc=score[:, 0].nanmean().item(), iou=score[:, 1].mean().item(),
                            auc_gain=gain.mean().item(), gain_half_width_95=half_width))  # fmt: skip
     return rows, found
+
+
+def measure_attention(name, images, true, encoder, size, sources):
+    """Rows of AUC and of what falls on the background, a row for each source of attention."""
+    rows, share = [], maps.to_patches(true, encoder.side)  # (n, N)
+    exact = contextlib.nullcontext
+    for source in sources:
+        found = guidance.attention(encoder, size, images.numpy(), torch.arange(len(images)), source, exact)
+        score = torch.cat([x for _, x in found])
+        auc = torch.tensor([metrics.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)]).nanmean().item()
+        mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
+        rows.append(row_of(name, f"attention, {source}", images, auc=auc, background=mass.item()))
+    return rows
 
 
 def main_part(parts, side, kinds):
@@ -195,16 +210,19 @@ def main():
     refuse_unused(args, [("force", args.figure, "is for --figure")])
     check(args)
     images, foreground, parts = true_set(data.open_or_pack(args.data), args.split)
-    encoder, size = load_encoder(args.run)
+    encoder, size = load_teacher(args.run)
+    sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
     with working(f"foreground and parts of {name}"):
         rows, found = measure_foreground(name, images, foreground, encoder, size)
+        rows += measure_attention(name, images, foreground, encoder, size, sources)
         for K in (6, 12):
             rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
+        rows += measure_attention(f"portraits {framing}, {kind}", *laid, encoder, size, sources)
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
     replace_rows(args.out, [{"run": run} | row | made for row in rows], KEYS)

@@ -1,6 +1,6 @@
 """The questions of the study, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
 
-An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2 --attention unusual".
+An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2 --attention outlier".
 What stands in braces is made before the first run: {pilot}, a run with random masks and a seed that is never reported;
 {coarse}, {refined}, {parts}, maps by maps.py (the last two with the pilot's encoder); {dino} is the file of --dino.
 """

@@ -24,6 +24,8 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 
+import data
+from common.checkpoints import load_teacher
 from common.command import Parser, cli, command, progress, refuse_file, refuse_overwrite
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log
@@ -100,8 +102,26 @@ def first_and_twin(folder, results):
     for name in PICTURES + PROBE_PICTURES:
         prefix = "probe-" if name in PROBE_PICTURES else ""
         shutil.copy(runs / MASKS[0] / f"{name}.png", results / "figures" / f"{prefix}{name}.png")
+    draw_attention(folder, {mask: runs / mask for mask in MASKS}, results / "figures" / "attention.png")
     save_json(result, results / "demo.json")
     return runs / MASKS[0]
+
+
+@torch.no_grad()
+def draw_attention(folder, runs, path, n=10):
+    """What is looked at in pictures of the demo set: by a plain MAE's CLS token, and by the pooler of a guided run."""
+    from common import plots  # matplotlib takes a second to load
+
+    split, lines = data.open_split(folder / "datasets/toon", "val"), []
+    rows = data.evenly_spaced(len(split["images"]), n)
+    for name, run, source in (("plain MAE:\nCLS token", runs["random"], "cls"),
+                              ("agreement:\npooler", runs["attn_high"], "pooler")):  # fmt: skip
+        encoder, size = load_teacher(run)
+        _, view = next(data.whole_views(split["images"], rows, size, torch.device("cpu")))
+        score = encoder.patch_attention(view, source).mean(1).unflatten(1, (encoder.side, -1))
+        lines = lines or [("view", view)]
+        lines.append((name, score))
+    plots.image_grid(path, "What a teacher looks at, before and after it is trained to find the other view", lines)
 
 
 def main():

@@ -93,7 +93,7 @@ def fit_probe(task):
     """The headline of probe.py, logistic regression on clean train features: task.scores(features (n, D)) -> (n, C)."""
     found, _ = features.of_run(task.out, task.run, task.encoder, task.size, task)
     fit, _, _ = features.hold_out(task.splits)
-    x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], features.groups_of(task.train)
+    x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], data.groups_of(task.train)
     with working("fitting the probe"):
         task.scores, _ = metrics.logistic_probe(x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit])
 

@@ -189,7 +189,7 @@ def make_plan(name, args):
         "split": split, "recipe": f"{args.recipe} {PLAIN}", "seeds": list(range(first, first + count)),
         "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None, "dtype": None,
         "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
-    }, features.groups_of(held).tolist()  # fmt: skip
+    }, data.groups_of(held).tolist()  # fmt: skip
 
 
 def open_study(name, args):

@@ -139,8 +139,9 @@ def test_balanced_sampling_draws_every_class_equally_often():
 
 def test_augmentation_keeps_its_word():
     view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
-    assert (corruptions.jitter_colour(view, 0.0, seeded(1)).int() - view.int()).abs().max() <= 1
-    assert not torch.equal(corruptions.jitter_colour(view, 0.4, seeded(1)), view)
+    draws = torch.rand(len(view), 3, generator=seeded(1))
+    assert (data.jitter_colour(view, draws, 1e-9).int() - view.int()).abs().max() <= 1
+    assert not torch.equal(data.jitter_colour(view, draws, 0.4), view)
     gray = (corruptions.cutout(view, 0.25, seeded(1)) == corruptions.GRAY).all(3).flatten(1).sum(1)
     assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
     white = torch.tensor([0, 255] * 4, dtype=torch.uint8)[:, None, None, None].expand(8, 32, 32, 3)
@@ -339,9 +340,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkey
     a, b = (torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "whole", out))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
     assert all(torch.equal(a["best"]["weights"][k], b["best"]["weights"][k]) for k in a["best"]["weights"])
-    rows = [
-        [r["loss"] for r in read_log(p / "log.jsonl") if "loss" in r][-1] for p in (tmp_path / "whole", out)
-    ]
+    rows = [[r["loss"] for r in read_log(p / "log.jsonl") if "loss" in r][-1] for p in (tmp_path / "whole", out)]
     assert rows[0] == rows[1] and metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
 
 

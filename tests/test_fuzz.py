@@ -134,7 +134,7 @@ STUDY, PICTURE = ["experiments.study", "--data", "datasets/tiny", "--dry"], "pic
 STRESS, REPORT = ["experiments.stress", "runs/nano", "--images", 8, *CPU], ["experiments.study", "--report"]
 UNUSED = [
     (PRE, "--mask random", "--teacher runs/nano|--teacher self|--attention cls|--maps truth|--maps maps/tiny"),
-    (PRE, "--mask fg_heavy", "--teacher runs/nano|--attention unusual"),
+    (PRE, "--mask fg_heavy", "--teacher runs/nano|--attention outlier"),
     (PRE, "--mask parts", "--teacher runs/nano|--attention received"),
     (PRE, "--mask detail", "--teacher runs/nano|--maps truth"),
     (PRE, "--mask learned", "--teacher runs/nano|--maps truth|--attention cls"),
@@ -450,7 +450,7 @@ def all_cases():
 
 def in_words(case, base):
     """A case as lines for a shell."""
-    python = lambda w: (str(ROOT / w[0]) if w[0].endswith(".py") else f"-m {w[0]}")  # noqa: E731
+    python = lambda w: str(ROOT / w[0]) if w[0].endswith(".py") else f"-m {w[0]}"  # noqa: E731
     lines = [f"# {path} is {how} here" for path, how in case.spoil]
     lines += [f"PYTHONPATH={ROOT} python {python(w)} {shlex.join(map(str, w[1:]))}" for w in case.commands]
     return f"cd {base}\n" + "\n".join(lines)

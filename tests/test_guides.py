@@ -133,7 +133,7 @@ def test_what_is_unusual_for_its_place_is_found():
     for i, k in enumerate(odd):
         images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
     exact = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    ((_, score),) = guidance.attention(encoder, 32, images, torch.arange(24), "unusual", exact)
+    ((_, score),) = guidance.attention(encoder, 32, images, torch.arange(24), "outlier", exact)
     assert torch.equal(score.argmax(1), torch.from_numpy(odd))
 
 

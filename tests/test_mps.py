@@ -24,6 +24,7 @@ import data
 import mask as masking
 import model as M
 from common import guidance
+from common.agreement import Agreement
 from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
@@ -80,6 +81,8 @@ def training_step(log):
     torch.manual_seed(0)
     model = M.MAE(image_size=32, patch_size=8, dim=64, depth=2, heads=2, decoder_dim=32, decoder_depth=1)
     teacher, optimizer = M.MAE(**model.config).encoder.requires_grad_(False), make_optimizer(model, 1e-3, 0.05)
+    model.encoder.pooler, teacher.pooler = M.Pooler(64, 2), M.Pooler(64, 2)
+    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, 0.15)
     images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
     boxes, flip = data.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
@@ -89,7 +92,9 @@ def training_step(log):
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
         patches = {need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
-        attention = [teacher.patch_attention(view, source).mean(1) for source in ("cls", "received")]
+        view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
+        sources = ("cls", "received", "rollout", "pooler")
+        attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
         patches |= {"masked": 12, "attn": sum(attention)}
         tokens, every = teacher.all_patches(view)
         guess = predictor(tokens)
@@ -97,11 +102,12 @@ def training_step(log):
         for strategy in masking.STRATEGIES.values():
             ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
-        pred, stats = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
+        pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
         loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True)
         loss = loss + absolute_loss(pred, view, ids_mask, 8, weight, True, weight.sum())[0]
         heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(guess.gather(1, ids_mask), error)
-        (loss / 2 + heads).backward()
+        agreed = agreement(tokens[:, 0], rows // 2) + agreement(model.encoder.summary(tokens), rows // 2)
+        (loss / 2 + heads + agreed).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -174,7 +180,7 @@ def test_what_is_unusual_is_found_without_float64(monkeypatch):
         tokens = torch.empty(6, 16, 32, device="mps")
         monkeypatch.setattr(guidance, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
         encoder = SimpleNamespace(cls_token=tokens)
-        ((_, found),) = guidance.attention(encoder, 32, range(6), torch.arange(6), "unusual", None)
+        ((_, found),) = guidance.attention(encoder, 32, range(6), torch.arange(6), "outlier", None)
         assert found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
         with pytest.raises(AssertionError):
             tokens.double()

@@ -64,8 +64,8 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert len(list(base.glob("controls-*.safetensors"))) == 1
     report = json.loads((base / "random-s0" / "probe.json").read_text())
     rows = report["rows"]
-    assert [*rows] == ["mean", "cls", "extremes", "untrained mean", "untrained cls", "untrained extremes",
-                       "thumb4", "thumb8", "thumb16", "chance"]  # fmt: skip
+    assert [*rows] == ["mean", "cls", "extremes", "grid", "untrained mean", "untrained cls",
+                       "untrained extremes", "untrained grid", "thumb4", "thumb8", "thumb16", "chance"]  # fmt: skip
     for row in rows.values():
         assert {"logistic", "linear", "knn", "retrieval", "few_shot"} <= set(row)
     assert report["headline"] == rows["mean"]["logistic"]["top1"]
@@ -186,7 +186,7 @@ def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
     parts = features.open_splits(small)
     parts["train"]["header"]["groups"] = [f"g{i // 4}" for i in range(len(parts["train"]["labels"]))]
     fit, choose, where = features.hold_out(parts)
-    groups = features.groups_of(parts["train"])
+    groups = data.groups_of(parts["train"])
     assert where == "train" and 0.05 < len(choose) / len(groups) < 0.2
     assert not set(groups[fit].tolist()) & set(groups[choose].tolist())
 

@@ -1,0 +1,279 @@
+"""common/agreement.py: two views of one image find each other, in every way of running; and what follows the result."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import call, refused
+from test_ddp import alone, losses, nearly_the_same, start
+
+import data
+from common import guidance, metrics
+from common.agreement import Agreement, agreement_loss
+from common.checkpoints import load_teacher
+from common.train import read_log
+from model import MAE, ViT
+
+CLS = ["--contrast", 0.5, "--contrast-by", "cls", "--mask", "attn_high"]
+TINY = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--decoder-depth", 1]
+
+
+def pretrain(data, out, *words, check=0):
+    epochs = [] if "--epochs" in words else ["--epochs", 2]
+    return call("pretrain.py", "--data", data, "--out", out, *TINY, *epochs, *words, cwd=out.parent, check=check)
+
+
+def by_hand(h, groups, T, dcl):
+    """The formula at the head of common/agreement.py, one exponential after the other."""
+    total = 0.0
+    for i in range(len(h)):
+        j = i + 1 if i % 2 == 0 else i - 1
+        among = [k for k in range(len(h)) if groups[k] != groups[i] or (k == j and not dcl)]
+        total -= math.log(math.exp(h[i] @ h[j] / T) / sum(math.exp(h[i] @ h[k] / T) for k in among))
+    return total / len(h)
+
+
+@pytest.mark.parametrize("dcl", [False, True])
+def test_the_loss_is_the_formula(dcl):
+    """Images 0 and 3 are near-duplicates: four views that are nobody's negatives among themselves."""
+    h = F.normalize(torch.randn(10, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    groups = torch.tensor([0, 1, 2, 0, 4]).repeat_interleave(2)
+    loss, _ = agreement_loss(h, groups, 0.3, dcl)
+    assert loss.item() == pytest.approx(by_hand(h, groups.tolist(), 0.3, dcl), rel=1e-5)
+    assert loss.item() != pytest.approx(by_hand(h, torch.arange(5).repeat_interleave(2).tolist(), 0.3, dcl), rel=1e-3)
+
+
+def test_what_is_found_is_counted():
+    h = F.normalize(torch.eye(4).repeat_interleave(2, 0), dim=1)
+    groups = torch.arange(4).repeat_interleave(2)
+    assert agreement_loss(h, groups, 0.1, True)[1] == 1
+    assert agreement_loss(h[[0, 2, 1, 3, 4, 5, 6, 7]], groups, 0.1, True)[1] == 0.5  # two images have the other's
+
+
+def test_effective_rank_counts_directions():
+    turn = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
+    flat = torch.randn(500, 3, dtype=torch.float64) @ turn[:3]
+    assert 2.9 < metrics.effective_rank(flat + 5) <= 3
+    assert metrics.effective_rank(torch.arange(20.0)[:, None] * torch.ones(8)) == 1
+
+
+def test_the_projector_learns_to_find_the_other_view():
+    """Two noisy copies of each of 16 vectors, in 60 steps."""
+    torch.manual_seed(0)
+    agreement = Agreement(32, {"header": {}, "labels": torch.zeros(16)}, 0.15)
+    things, rows = (x.repeat_interleave(2, 0) for x in (torch.randn(16, 32), torch.arange(16)))
+    optimizer, seen = torch.optim.AdamW(agreement.parameters(), 1e-3), []
+    for _ in range(60):
+        agreement(things + 2 * torch.randn(32, 32), rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(agreement.statistics())
+    first, last = (sum(s["found"] for s in part) / 10 for part in (seen[:10], seen[-10:]))
+    assert last > first + 0.1
+    assert seen[-1]["agreement"] < seen[0]["agreement"] and seen[-1]["projection_rank"] > 5
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("agreement") / "whole"
+    return out, pretrain(small, out, *CLS)
+
+
+def test_a_run_learns_its_cls_token_and_follows_it(finished):
+    out, done = finished
+    rows = [r for r in read_log(out / "log.jsonl") if "agreement" in r]
+    assert all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows) and rows
+    assert "two views each, compared by cls (weight 0.5)" in done.stdout and "warning" not in done.stdout
+    assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state["config"]["attention"] == "rollout" and state["agreement"]["projector.0.weight"].shape == (1024, 192)
+    assert state["model"]["encoder.cls_token"].shape == (1, 1, 192)
+    from safetensors.torch import load_file
+
+    assert not any("projector" in name for name in load_file(out / "model.safetensors"))
+
+
+def test_a_stopped_run_ends_with_the_same_bits(small, finished, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch by a signal that comes after four steps."""
+    from common import train
+
+    class Four(list):
+        def __bool__(self):
+            Four.asked += 1
+            return Four.asked >= 4
+
+    Four.asked = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "catch_signals", lambda: Four([15]))
+        pretrain(small, tmp_path / "run", *CLS, check=143)
+    assert 0 < torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] < 10
+    pretrain(small, tmp_path / "run", *CLS, "--resume")
+    one, two = (torch.load(out / "state.pt", weights_only=True) for out in (finished[0], tmp_path / "run"))
+    for part in ("model", "teacher", "agreement"):
+        assert all(torch.equal(one[part][k], two[part][k]) for k in one[part]), part
+
+
+def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
+    """Whatever its loss weighs: under random masks, which no attention guides, the weights are the same to the bit."""
+    for name, weight in (("a", 0.1), ("b", 3)):
+        pretrain(small, tmp_path / name, "--contrast", weight, "--epochs", 1)
+    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("a", "b"))
+    assert one.keys() == two.keys() and "encoder.pooler.query_token" in one
+    assert all(torch.equal(one[k], two[k]) for k in one if "pooler" not in k)
+    assert not torch.equal(one["encoder.pooler.kv.weight"], two["encoder.pooler.kv.weight"])
+
+
+def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
+    """attn_high alone: two views, a pooler; its run is a teacher for another, and maps.py draws what it attends to."""
+    done = pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
+    assert "compared by pooler (weight 1)" in done.stdout and (tmp_path / "a" / "pooler.safetensors").exists()
+    pretrain(small, tmp_path / "b", "--mask", "attn_hint", "--teacher", tmp_path / "a", "--epochs", 1)
+    state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)["config"]
+    assert state["attention"] == "pooler" and state["contrast"] == 0
+    call("maps.py", "--data", small, "--map", "attn", "--run", tmp_path / "a", "--out", tmp_path / "maps",
+         cwd=tmp_path, check=0)  # fmt: skip
+    encoder, _ = load_teacher(tmp_path / "a")
+    split = data.open_split(small, "train")
+    _, view = next(data.whole_views(split["images"], torch.arange(8), 32, torch.device("cpu")))
+    with torch.no_grad():
+        expected = encoder.patch_attention(view, "pooler")
+    assert expected.shape == (8, 3, 16) and torch.allclose(expected.sum(2), torch.ones(8, 3))
+    maps = data.open_map(tmp_path / "maps", "attn", split)[:8].astype("f4")
+    assert abs(maps.reshape(8, 16) - expected.mean(1).numpy()).max() < 1e-3
+    wrong = pretrain(small, tmp_path / "c", "--mask", "attn_high", "--contrast", 0, "--attention", "pooler", check=2)
+    assert "--attention pooler" in refused(wrong)
+
+
+def test_the_rollout_is_the_product_over_blocks():
+    torch.manual_seed(0)
+    encoder, view = ViT(32, 8, 32, 2, 2), torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        x, factors = encoder.embed(*encoder.all_patches(view)), []
+        for block in encoder.blocks:
+            A = block.attn.probabilities(block.norm1(x), 17).mean(1)
+            factors.append(0.5 * A + 0.5 * torch.eye(17))
+            x = block(x)
+        found = encoder.patch_attention(view, "rollout")
+    torch.testing.assert_close(found[:, 0], (factors[1] @ factors[0])[:, 0, 1:])
+
+
+def guide_of(split, swap, views=2):
+    encoder = ViT(32, 8, 32, 1, 1)
+    return guidance.Guide("random", {}, encoder, split, None, torch.device("cpu"), None, views=views, swap=swap)
+
+
+def test_backgrounds_are_another_images():
+    """Left half figure, right half background: of swapped views only the right half changes, to another image's."""
+    fg = np.zeros((4, 32, 32), np.uint8)
+    fg[:, :, :16] = 255
+    split = {"header": {}, "fg": fg}
+    view = (torch.arange(8, dtype=torch.uint8) * 20)[:, None, None, None].repeat(1, 32, 32, 3)  # 4 images, 2 views
+    rows, (boxes, flip) = torch.arange(4).repeat_interleave(2), data.full_boxes(8)
+    draws = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
+    mixed = guide_of(split, 0.5).swap_backgrounds(view, rows, boxes, flip, draws)
+    assert torch.equal(mixed[:, :, :15], view[:, :, :15])
+    right = mixed[:, 0, -1, 0].tolist()
+    assert [i for i in range(8) if right[i] != 20 * i] == [0, 1, 4, 6, 7]
+    others = [x // 40 for x in right]  # the image that it comes from
+    assert all(others[i] != i // 2 for i in (0, 1, 4, 6, 7)) and others[0] != others[1] and others[6] != others[7]
+    assert guide_of(split, 0.0).swap_backgrounds(view, rows, boxes, flip, draws) is view
+
+
+@pytest.mark.parametrize("words", [["--weight-by", "attn"], ["--mask", "fg_heavy", "--weight-by", "attn"],
+                                   ["--mask", "attn_high", "--weight-by", "fg"],
+                                   ["--weight-by", "detail"]])  # fmt: skip
+def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, monkeypatch):
+    """The masks and the weights know what they ask for; another weight is another loss."""
+    fg = np.random.default_rng(0).integers(0, 256, (len(data.open_split(small, "train")["images"]), 32, 32), np.uint8)
+    open_split = data.open_split
+    monkeypatch.setattr(data, "open_split", lambda *a: open_split(*a) | {"fg": fg})
+    pretrain(small, tmp_path / "run", "--epochs", 2, *words)
+    assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r)
+
+
+def test_weights_of_the_loss_are_the_score_over_its_mean():
+    guide = guide_of({"header": {}, "fg": np.zeros((4, 32, 32), np.uint8)}, 0.0)
+    guide.weigh, score = "fg", torch.tensor([[0.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    found = guide.weights({"fg": score}, torch.tensor([[0, 2], [1, 3]]))
+    torch.testing.assert_close(found, torch.tensor([[0.1, 1.9], [0.1, 0.1]]))
+
+
+def test_weight_0_is_a_plain_run(small, tmp_path):
+    for name, words in (("plain", []), ("zero", ["--contrast", 0, "--jitter", 0])):
+        pretrain(small, tmp_path / name, "--epochs", 1, *words)
+    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("plain", "zero"))
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]) and "agreement" not in two
+
+
+@pytest.mark.parametrize("words", [["--accumulate", 4], ["--dtype", "bf16"],
+                                   ["--contrast-loss", "nt_xent", "--temperature", 0.5]])  # fmt: skip
+def test_other_ways_to_run_it(small, tmp_path, words):
+    """Accumulated, an image is compared with those of its part alone; every part still finds whole pairs."""
+    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1, *words)
+    row = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "agreement" in r][-1]
+    views = 2 * 16 // 4 if "--accumulate" in words else 32
+    assert 0 < row["agreement"] < 1.5 * math.log(views) + 1 and math.isfinite(row["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "by"), [(2, "pooler"), (4, "cls")])
+def test_several_processes_compare_as_one(small, tmp_path, processes, by):
+    """The gradient comes back through the projections of all processes' views: see test_ddp for the tolerance."""
+    words = ["--contrast", 1, "--contrast-by", by, "--mask", "detail:shuffle=1", "--jitter", 0.2]
+    several = start(small, tmp_path / "several", *words, processes=processes)
+    text, errors = several.communicate(timeout=300)
+    assert several.returncode == 0, errors
+    alone(small, tmp_path / "one", *words)
+    assert [*losses(tmp_path / "several").values()] == pytest.approx([*losses(tmp_path / "one").values()], rel=1e-4)
+    found = [torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("one", "several")]
+    assert nearly_the_same(found[0]["model"], found[1]["model"])
+    assert nearly_the_same(found[0]["agreement"], found[1]["agreement"])
+
+
+@pytest.mark.slow
+def test_compiled(small, tmp_path):
+    pretrain(small, tmp_path / "run", "--contrast", 1, "--compile", "--epochs", 1)
+
+
+@pytest.mark.parametrize(("words", "say"), [
+    (["--contrast", 1, "--batch-size", 1], "others"),
+    (["--contrast", 1, "--batch-size", 4, "--accumulate", 4], "others"),
+    (["--contrast", 1, "--mask", "simmim"], "--contrast"),
+    (["--contrast", 1, "--temperature", 0], "--temperature"),
+    (["--contrast", 0, "--contrast-by", "cls"], "--contrast"),
+    (["--contrast", -1], "--contrast"), (["--temperature", 0.2], "--contrast"),
+    (["--contrast-loss", "dcl"], "--contrast"), (["--weight-by", "parts"], "--weight-by")])  # fmt: skip
+def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
+    words = [w for w in ["--decoder-depth", 1] if "simmim" not in words] + words
+    done = call("pretrain.py", "--data", small, "--out", tmp_path / "run", "--device", "cpu", "--image-size", 32,
+                "--epochs", 1, *words, cwd=tmp_path)  # fmt: skip
+    assert say in refused(done) and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_a_teacher_that_nothing_trained_is_warned_of(small, finished, tmp_path):
+    """Its own average without --contrast, and a run that had none; not a run that had it."""
+    plain = ["--mask", "attn_high", "--epochs", 1]
+    blind = pretrain(small, tmp_path / "a", *plain, "--attention", "cls")
+    assert "nothing trained the teacher's CLS token" in blind.stdout
+    other = pretrain(small, tmp_path / "b", *plain, "--teacher", tmp_path / "a", "--attention", "cls")
+    assert "nothing trained" in other.stdout
+    seeing = pretrain(small, tmp_path / "c", *plain, "--teacher", finished[0])
+    assert "nothing trained" not in seeing.stdout
+    assert torch.load(tmp_path / "c" / "state.pt", weights_only=True)["config"]["attention"] == "rollout"
+
+
+def test_views_of_one_image_are_neighbours():
+    """Views 2i and 2i+1 of a batch of V*B are crops of image i, whatever process they belong to."""
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3).numpy()
+    batches = data.batches(images, torch.tensor([4, 2, 0, 5]), 4, torch.device("cpu"), 0, slice(2, 4), 2)
+    ((rows, views),) = list(batches)
+    assert rows.tolist() == [4, 4, 2, 2, 0, 0, 5, 5] and views[:, 0, 0, 0].tolist() == [0, 0, 5, 5]
+
+
+def test_a_model_returns_its_tokens():
+    model = MAE(32, 8, 64, 1, 2, 32, 1)
+    patches, ids = torch.randn(2, 4, 192), torch.arange(16).expand(2, 16)
+    *_, tokens = model(patches, ids[:, :4], ids[:, 4:])
+    torch.testing.assert_close(tokens, model.encoder(patches, ids[:, :4]))
