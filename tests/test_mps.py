@@ -29,7 +29,8 @@ from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 
-COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd)
+COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd,
+            torch._C.DispatchKey.CompositeExplicitAutogradNonFunctional)  # fmt: skip
 
 
 @functools.cache
