@@ -10,9 +10,10 @@ Writes: runs/NAME/ probe.json (by --headline probe-headline.json), features.safe
         to runs/NAME/DATA-SPLIT/; beside the run controls-DIGEST.safetensors (untrained encoder and thumbnails, for all
         runs); of several runs compare/, or compare-DATA-SPLIT/, with compare.md, compare.json, curves.png
 
-The headline is fixed before any number is seen: logistic regression on the mean patch token, Top-1 on val. All poolings
-are reported, none is chosen on val. The same command gives the same digits: features are kept in fp16, classifiers run
-on the CPU, all random numbers come from --seed.
+The headline is fixed before any number is seen: logistic regression, Top-1 on val, on the largest and smallest values
+of the patch tokens, a pooling that was chosen on dev (results/LOG.md, "A teacher that can look"). All are reported. The
+same command gives the same digits: features are kept in fp16, classifiers run on the CPU, all random numbers come from
+--seed.
 """
 
 if __name__ == "__main__":
@@ -51,7 +52,10 @@ COLUMNS = (  # of the printed table: heading, where its number is in a row of pr
     ("Top-1", "logistic.top1"), ("Top-5", "logistic.top5"), ("F1", "logistic.macro_f1"), ("Top-1", "linear.top1"),
     ("Top-1", "knn.top1"), ("mAP", "retrieval.map"), ("R@1", "retrieval.recall1"), ("R@5", "retrieval.recall5"),
     ("1-shot", "few_shot.5-way 1-shot.mean"), ("5-shot", "few_shot.5-way 5-shot.mean"))  # fmt: skip
+WIDEST = 2048  # features that logistic regression takes
 TOKENS_OF, ATTENTIVE_RATES = 8192, (1e-3, 3e-3)  # training images at most, and learning rates, of attentive pooling
+WORDS = {"mean": "the mean token", "cls": "the CLS token", "extremes": "largest and smallest values",
+         "grid": "4x4 means"}  # fmt: skip
 COMPARED = {"logistic.top1": "logistic regression", "linear.top1": "linear probe", "knn.top1": "kNN",
             "retrieval.map": "retrieval"}  # with a thumbnail, in words  # fmt: skip
 
@@ -65,8 +69,10 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--views", type=at_least(1), default=3, metavar="V",
         help="views of a training image for the MAE recipe: whole + crops")
-    add("--headline", action="store_true", help="only logistic regression and kNN on the mean token; no controls, no "
+    add("--headline", action="store_true", help="only logistic regression and kNN on one pooling; no controls, no "
         "pictures\n(what experiments/study.py repeats for every run)")
+    add("--pool", choices=features.POOLS[:3], default=features.HEADLINE, help="whose number is the headline (default: "
+        f"{features.HEADLINE})")
     add("--blocks", action="store_true", help="also the mean token after each block")
     add("--snapshots", action="store_true", help="also a ridge probe of each runs/NAME/snapshots/encoder-EPOCH")
     add = parser.add_argument_group("comparison and efficiency").add_argument
@@ -89,7 +95,7 @@ def flags_used(args, labelled=True, folder=""):
     """The table for refuse_unused: asked before the data are read, and when it is known whether they have labels."""
     several, labels = len(args.runs) > 1, f"needs a label on every image of {folder}"
     return (
-        ("headline views blocks snapshots threshold reference claim out seed", labelled, labels),
+        ("headline pool views blocks snapshots threshold reference claim out seed", labelled, labels),
         ("headline", not several, "is for one run: a comparison needs every head"),
         ("views blocks snapshots threshold reference", not args.headline, "is for a whole probe, not for --headline"),
         ("claim out", several, "is for a comparison of several runs"),
@@ -174,11 +180,12 @@ def linear_scores(found, task):
 def measure(found, task):
     """Every number about one set of features -> (row of probe.json, {head: which reported images it got right}).
 
-    --headline leaves out the MAE recipe, which takes as long as all the rest. Few-shot accuracy is the mean of 600
+    --headline leaves out the MAE recipe, which takes as long as all the rest, and wide features (a 4x4 grid) logistic
+    regression, whose solver would take minutes. Few-shot accuracy is the mean of 600
     episodes with half of its 95 % interval.
     """
     bank, queries, labels = found["train"][0], found[task.args.split][0], task.split["labels"]
-    heads = {"logistic": logistic_scores(found, task)}
+    heads = {"logistic": logistic_scores(found, task)} if bank.shape[1] <= WIDEST else {}
     if not task.args.headline:
         heads["linear"] = linear_scores(found, task)
     heads["knn"] = metrics.knn_votes(bank, task.train["labels"], queries, len(task.names)), {}
@@ -238,8 +245,11 @@ def value(row, where):
     return None if row is None else 100 * row
 
 
-def table(rows):
-    """rows {name: row} -> lines of at most 100 characters; < marks what does not beat the best thumbnail."""
+def table(rows, pool):
+    """rows {name: row} -> lines of at most 100 characters; < marks what does not beat the best thumbnail.
+
+    Where those of this pooling lose to one, a line says so.
+    """
     numbers = {name: {where: value(row, where) for _, where in COLUMNS} for name, row in rows.items()}
     thumbs = [row for name, row in numbers.items() if name.startswith("thumb")]
     best = {where: max((row[where] or 0 for row in thumbs), default=-1) for _, where in COLUMNS}
@@ -251,8 +261,7 @@ def table(rows):
         texts = {where: "-" if x is None else f"{x:.1f}" for where, x in row.items()}
         cells = [f"{text:>6}" + ("<" if where in loses.get(name, ()) else " ") for where, text in texts.items()]
         lines.append(f"{name:18}" + "".join(cells).rstrip())
-    pool = features.POOLS[0]
-    return lines + [f"{COMPARED[where]} on the {pool} token loses to a thumbnail: {numbers[pool][where]:.1f} against "
+    return lines + [f"{COMPARED[where]} on {WORDS[pool]} loses to a thumbnail: {numbers[pool][where]:.1f} against "
                     f"{best[where]:.1f} %" for where in loses[pool] if where in COMPARED]  # fmt: skip
 
 
@@ -344,7 +353,7 @@ def probe(run, task):
               f"{clock['all']:.0f} s, {100 * clock['forward'] / clock['all']:.1f} % of it in the forward pass"
               )  # fmt: skip
     if args.headline:
-        found = {"mean": found["mean"]}
+        found = {args.pool: found[args.pool]}
     else:
         with working("drawing"):
             draw(home, encoder, size, task, found["mean"])
@@ -363,19 +372,20 @@ def probe(run, task):
 def measure_run(run, encoder, size, found, task):
     """Rows of all features and controls, printed -> the report's part, which images are right, and the run's log."""
     log, (threshold, how) = read_log(features.home_of(run) / "log.jsonl"), task.threshold
-    start_time, home = time.perf_counter(), task.home[run]
+    start_time, home, pool = time.perf_counter(), task.home[run], task.args.pool
     measured = {pool: measure(x, task) for pool, x in in_order(found).items()}
-    rows, right = {pool: row for pool, (row, _) in measured.items()}, measured["mean"][1]
+    rows, right = {pool: row for pool, (row, _) in measured.items()}, measured[pool][1]
     if not task.args.headline:
         from common import plots
 
         rows["attentive"] = attentive_row(encoder, size, task)
         rows |= control_rows(features.home_of(run), encoder, size, task)
-        plots.confusion(home / "confusion.png", rows["mean"]["logistic"]["confusion"], task.names,
-                        f"Logistic regression on mean tokens, {task.args.split}: {home.name}")  # fmt: skip
+        plots.confusion(home / "confusion.png", rows[pool]["logistic"]["confusion"], task.names,
+                        f"Logistic regression on {WORDS[pool]}, {task.args.split}: {home.name}")  # fmt: skip
     rows["chance"] = chance(task)
-    print("\n".join(table(rows)))
-    numbers = {"classes": task.names, "headline": rows["mean"]["logistic"]["top1"], "rows": slim(rows),
+    print("\n".join(table(rows, pool)))
+    numbers = {"classes": task.names, "pool": pool, "headline": rows[pool]["logistic"]["top1"],
+               "rows": slim(rows, pool),
                "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
     if not task.args.headline:
         numbers |= {"threshold": how, "efficiency": None if threshold is None else efficiency(log, threshold)}
@@ -401,9 +411,9 @@ def in_order(found):
     return {name: found[name] for name in [*features.POOLS, *extra, *order] if name in found}
 
 
-def slim(rows):
+def slim(rows, pool):
     """One confusion is enough, and per-class numbers of the headline."""
-    return {name: {part: {k: x for k, x in numbers.items() if (name, part) == ("mean", "logistic")
+    return {name: {part: {k: x for k, x in numbers.items() if (name, part) == (pool, "logistic")
                           or k not in ("per_class", "confusion")} for part, numbers in row.items()}
             for name, row in rows.items()}  # fmt: skip
 

@@ -3,6 +3,8 @@
 Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and backward) and the
 step itself are timed in one process, interleaved, with cached maps: the forward passes of a self-teacher are extra, see
 experiments/readme_numbers.py.
+What the agreement of two views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS
+token, other backgrounds, colour jitter; and what a teacher would that looks at every view instead of keeping maps.
 `true parts` are the demo set's own, finer than those of maps.py. simmim has a step of its own: it encodes all patches.
 On a CPU it is the processor's time of this process that counts, so that other work on the machine does not.
 """
@@ -20,12 +22,13 @@ import data
 import mask as masking
 from benchmarks import OUT, about, now
 from common import guidance
+from common.agreement import Agreement
 from common.command import Parser, at_least, cli, progress, refuse_file
 from common.tables import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss
-from model import MAE, SIZES, SimMIM
+from model import MAE, SIZES, Pooler, SimMIM
 
 BATCH, RATIO, DECODER_DEPTH = 32, 0.75, 2
 
@@ -55,7 +58,7 @@ def make_guide(name, encoder, train, device, autocast):
     guide = guidance.Guide(name, {}, encoder, train, None, device, autocast, maps="truth")
     guide.networks.pop("teacher", None)
     if need == "attn":
-        guide.maps = fake_maps(need, n, encoder.side)
+        guide.maps["attn"] = fake_maps(need, n, encoder.side)
     return guide
 
 
@@ -79,6 +82,29 @@ def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
     optimizer.zero_grad()
 
 
+def make_extras(model, train, device):
+    """{what is timed beside the masks: f(view, rows, boxes, flip)}: forward, and backward where it learns."""
+    swapper = make_guide("fg_heavy", model.encoder, train, device, contextlib.nullcontext)
+    swapper.swap, swapper.views = 0.7, 2
+    agreement = Agreement(model.config["dim"], train, 0.15).to(device)
+    model.encoder.pooler = Pooler(model.config["dim"], model.config["heads"]).to(device)
+    N, D = model.encoder.side**2, model.config["dim"]
+    tokens = torch.randn(BATCH, 1 + masking.kept(N, RATIO), D, device=device, requires_grad=True)
+    draws, pairs = torch.rand(BATCH, 4, device=device), lambda rows: rows[: BATCH // 2].repeat_interleave(2)
+
+    def look(view, *_):
+        with torch.no_grad():
+            model.encoder.patch_attention(view, "pooler")
+
+    return {
+        "agreement, CLS token": lambda view, rows, *_: agreement(tokens[:, 0], pairs(rows)).backward(),
+        "agreement, pooler": lambda view, rows, *_: agreement(model.encoder.pooler(tokens), pairs(rows)).backward(),
+        "other backgrounds": lambda *batch: swapper.swap_backgrounds(*batch, draws[:, 3]),
+        "colour jitter": lambda view, *_: data.jitter_colour(view, draws[:, :3], 0.3),
+        "a look at every view": look,
+    }
+
+
 def measure(size, train, device, rounds):
     """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its own step."""
     autocast, S, patch = autocast_of(device, pick_dtype("auto", device)[0]), size["image_size"], size["patch_size"]
@@ -89,8 +115,9 @@ def measure(size, train, device, rounds):
     guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
-        guides["true parts"].maps = train["parts"]
-    times = {name: [] for name in [*guides, "step", "simmim"]}
+        guides["true parts"].maps["parts"] = train["parts"]
+    extras = make_extras(model, train, device)
+    times = {name: [] for name in [*guides, "step", "simmim", *extras]}
     for i in progress(range(rounds), "rounds", leave=False):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
@@ -103,6 +130,10 @@ def measure(size, train, device, rounds):
         with timed(times["step"], device):
             data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
             step(model, optimizer, view, *ids, patch, autocast)
+        for name, extra in extras.items():
+            with timed(times[name], device):
+                extra(view, rows, boxes, flip)
+        optimizer.zero_grad()
         with timed(times["simmim"], device):
             ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
             step(baseline, its_optimizer, view, *ids, patch, autocast)
@@ -125,12 +156,13 @@ def main():
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
     step_ms, where = ms.pop("step"), {"model": args.model, "batch": BATCH} | about(device)
-    over = {name: 100 * (x - ms["random"]) / (step_ms + ms["random"]) for name, x in ms.items()}
+    less = lambda name: ms["random"] if name in masking.STRATEGIES or name == "true parts" else 0.0  # noqa: E731
+    over = {name: 100 * (x - less(name)) / (step_ms + ms["random"]) for name, x in ms.items()}
     rows = [{"mask": name, "guidance_ms": round(x, 3), "step_ms": round(step_ms, 1),
              "over_random_percent": round(over[name], 1), **where} for name, x in ms.items()]  # fmt: skip
     replace_rows(path, rows, keys)
     for row in rows:
-        print(f"{row['mask']:10} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
+        print(f"{row['mask']:20} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
     print(f"wrote    {path}")
 
 

@@ -35,7 +35,7 @@ def by_config(reports):
 def summary(seeds):
     """{seed: report} -> Top-1 of each head in percent, and when the threshold was reached by those that did."""
     reports = list(seeds.values())
-    row = {head: stats.mean_std([100 * r["rows"]["mean"][head]["top1"] for r in reports]) for head in HEADS}
+    row = {head: stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports]) for head in HEADS}
     runs = [r["efficiency"] for r in reports if r["efficiency"]]
     measured = lambda key: [e[key] for e in runs if e[key] is not None]  # noqa: E731
     for key in ("reached_epoch", "reached_seconds"):
@@ -118,7 +118,8 @@ def write(out, reports, groups, threshold, claim):
     configs, first, out = by_config(reports), reports[0], Path(out)
     summaries = {name: summary(seeds) for name, seeds in configs.items()}
     rows = pairs(configs, groups.numpy(), claim) if len(configs) > 1 else []
-    title = f"{first['split']} of {first['config'].get('data', 'the data')}, mean token; threshold: {threshold[1]}"
+    data = first["config"].get("data", "the data")
+    title = f"{first['split']} of {data}, {first['pool']} of tokens; threshold: {threshold[1]}"
     text = tables(summaries, rows, title)
     save_text(text, out / "compare.md")
     report = {k: first[k] for k in ("command", "machine", "commit", "split")}

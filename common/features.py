@@ -22,7 +22,7 @@ from common.evaluate import extremes
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 
-POOLS = ("mean", "cls", "extremes", "grid")  # the first is the headline
+POOLS, HEADLINE = ("mean", "cls", "extremes", "grid"), "extremes"
 GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
 SIDES = (4, 8, 16)  # of the thumbnails
 MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py

@@ -215,7 +215,7 @@ def open_run(out, config, resume, force=False, files=()):
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
         raise UserError(f"{out}/state.pt is not a checkpoint of a run of ours; {ANEW}")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
-        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:4])
+        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:8])
         raise UserError(f"{out} holds a run with {pairs}; --resume goes on with the same flags, {ANEW}")
     if not resume:
         raise UserError(f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {ANEW}")

@@ -20,6 +20,7 @@ try:
 except ImportError:  # there is none on Windows: two studies at once are then not told apart
     fcntl = None
 
+POOL = "mean"  # of the tokens: what the study is about since its first plan
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()  # processes of ours
 
@@ -42,7 +43,7 @@ def commands(job, args, ready):
     if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
         at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
         recipe = [word for i, word in enumerate(recipe) if i not in at]
-    probe = ["probe.py", out, "--data", data, "--split", plan["split"], *number_format(plan)]
+    probe = ["probe.py", out, "--data", data, "--split", plan["split"], "--pool", POOL, *number_format(plan)]
     every = {
         "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],
         "probe": probe + ([] if job["phase"] == "pilot" else ["--headline"]),  # the pilot's brings the controls
@@ -142,7 +143,7 @@ def collect(job, args, ready, seconds, commit):
     out, split, log = job["out"], job["plan"]["split"], read_log(job["out"] / "log.jsonl")
     found, name = features.results_folder(out, args.data, split), "probe" + "-headline" * (job["phase"] != "pilot")
     probe = json.loads((found / f"{name}.json").read_text())
-    heads = probe["rows"]["mean"]
+    heads = probe["rows"][POOL]
     metrics = {"top1": 100 * heads["logistic"]["top1"], "knn": 100 * heads["knn"]["top1"]}
     metrics |= {f"{k}_logistic": v for k, v in heads["logistic"].items() if not isinstance(v, list)}
     metrics |= {k: v for k, v in heads.items() if k in ("retrieval", "few_shot")}
@@ -152,7 +153,7 @@ def collect(job, args, ready, seconds, commit):
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}
     if job["phase"] == "pilot":
-        row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != "mean"}
+        row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != POOL}
     if "stress" in job["stages"]:
         stress = json.loads((found / "stress-cutout.json").read_text())
         (metrics["cutout"],), (row["right"]["cutout"],) = stress["top1"].values(), stress["right"].values()

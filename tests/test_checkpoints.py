@@ -82,7 +82,7 @@ def check_pretraining(ours, theirs, view):
     keep, hidden = order[:, :4].contiguous(), order[:, 4:].contiguous()
     with torch.no_grad():
         out = theirs(pixels(view), noise=noise)
-        pred, _ = ours(masked_patch_gather(view, keep, 8), keep, hidden)
+        pred, *_ = ours(masked_patch_gather(view, keep, 8), keep, hidden)
     close(pred, out.logits.gather(1, hidden[..., None].expand(-1, -1, 192)), 2e-5)
     loss = reconstruction_loss(pred, view, hidden, 8, norm_pix=True, floor=1e-3)
     close(loss, out.loss)

@@ -88,7 +88,7 @@ def test_the_main_part_is_the_one_that_covers_most():
 def test_rows_of_figure_and_parts(portraits, run):
     drawn = [toon.draw(item, 64) for item in toon.plan(n=4, characters=2)]
     stacked = {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")}
-    encoder, size = map_quality.load_encoder(run)
+    encoder, size = map_quality.load_teacher(run)
     figure = stacked["fg"] / 255
     rows, found = map_quality.measure_foreground("toon", stacked["image"], figure, encoder, size)
     assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0]["auc_gain"] == 0

@@ -64,7 +64,8 @@ def finished(small, tmp_path_factory):
 def test_a_run_writes_what_its_docstring_says(finished):
     out, done = finished
     assert {p.name for p in out.iterdir()} - {"attn-00000010.safetensors"} == {
-        "state.pt", "model.safetensors", "log.jsonl", "curves.png", "recon.png", "masks.png"}  # fmt: skip
+        "state.pt", "model.safetensors", "pooler.safetensors", "log.jsonl", "curves.png", "recon.png",
+        "masks.png"}  # fmt: skip
     rows = read_log(out / "log.jsonl")
     steps = [r for r in rows if "loss" in r]
     assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
@@ -150,11 +151,12 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
         patched(monkeypatch, data, "view_images", seen[name]["view"])
         patched(monkeypatch, masking, "sample", seen[name]["keep"])
         words = ["pretrain.py", "--data", small, "--out", tmp_path / name.replace(":", "-"), *QUICK, "--mask", name]
+        words += ["--contrast", 1]  # the same for both: two views of each image
         monkeypatch.setattr(sys, "argv", [str(w) for w in words])
         pretrain.main()
         monkeypatch.undo()
     a, b = seen["random"], seen["attn_high:start=0"]
-    views = [[v for v in x["view"] if v.shape[0] == 16] for x in (a, b)]
+    views = [[v for v in x["view"] if v.shape[0] == 32] for x in (a, b)]
     assert len(views[0]) == len(views[1]) == 20 and all(torch.equal(x, y) for x, y in zip(*views, strict=True))
     assert any(not torch.equal(x[0], y[0]) for x, y in zip(a["keep"][1:], b["keep"][1:], strict=False))
 

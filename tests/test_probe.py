@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import data
 import pretrain
 import probe
-from common import compare, features, plots, stats
+from common import compare, features, stats
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -64,11 +64,13 @@ def test_one_command_writes_what_its_docstring_says(runs):
     assert len(list(base.glob("controls-*.safetensors"))) == 1
     report = json.loads((base / "random-s0" / "probe.json").read_text())
     rows = report["rows"]
-    assert [*rows] == ["mean", "cls", "extremes", "grid", "untrained mean", "untrained cls",
+    assert [*rows] == ["mean", "cls", "extremes", "grid", "attentive", "untrained mean", "untrained cls",
                        "untrained extremes", "untrained grid", "thumb4", "thumb8", "thumb16", "chance"]  # fmt: skip
+    assert rows.pop("attentive")["linear"]["top1"] > 0.4  # of three colours
     for row in rows.values():
-        assert {"logistic", "linear", "knn", "retrieval", "few_shot"} <= set(row)
-    assert report["headline"] == rows["mean"]["logistic"]["top1"]
+        assert {"linear", "knn", "retrieval", "few_shot"} <= set(row)
+    assert [name for name, row in rows.items() if "logistic" not in row] == ["grid", "untrained grid"]
+    assert report["headline"] == rows["extremes"]["logistic"]["top1"]
     assert rows["thumb4"]["logistic"]["top1"] > 0.9 and rows["chance"]["logistic"]["top1"] < 0.5  # classes are colours
     assert [epoch for epoch, _ in report["snapshots"]] == [0, 1, 2] and report["efficiency"]["threshold"] > 0
     assert max(map(len, done.stdout.split("wrote")[0].splitlines()[3:15])) <= 100
@@ -92,12 +94,12 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
     run_probe(monkeypatch, tmp_path / "run", *FAST[:-2], "--headline")
     assert json.loads((tmp_path / "run" / "probe.json").read_text()) == whole  # it has a file of its own
     report = json.loads((tmp_path / "run" / "probe-headline.json").read_text())
-    assert [*report["rows"]] == ["mean", "chance"] and not list(tmp_path.glob("controls-*"))
+    assert [*report["rows"]] == ["extremes", "chance"] and not list(tmp_path.glob("controls-*"))
     assert not {"efficiency", "threshold"} & report.keys()
     for head in ("logistic", "knn"):
-        assert report["rows"]["mean"][head] == whole["rows"]["mean"][head]
+        assert report["rows"]["extremes"][head] == whole["rows"]["extremes"][head]
         right = stats.from_bits(report["right"][head], report["images"]["val"])
-        assert right.mean() == pytest.approx(report["rows"]["mean"][head]["top1"])
+        assert right.mean() == pytest.approx(report["rows"]["extremes"][head]["top1"])
     with pytest.raises(UserError, match="one run"):
         run_probe(monkeypatch, tmp_path / "run", runs[0] / "random-s1", "--headline")
 
@@ -127,8 +129,8 @@ def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
 
 def fake(run, seed, right, **config):
     top1 = {head: {"top1": right.double().mean().item()} for head in compare.HEADS}
-    return {"run": run, "path": run, "config": {"seed": seed, **config}, "rows": {"mean": top1}, "efficiency": None,
-            "right": dict.fromkeys(compare.HEADS, right)}  # fmt: skip
+    return {"run": run, "path": run, "config": {"seed": seed, **config}, "pool": "mean", "rows": {"mean": top1},
+            "efficiency": None, "right": dict.fromkeys(compare.HEADS, right)}  # fmt: skip
 
 
 def test_a_difference_is_supported_only_where_there_is_one():
@@ -217,9 +219,9 @@ def test_features_are_those_of_the_encoder(small):
 def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
-        rollout = plots.rollout(ViT(32, 8, 32, 3, 2).eval(), view)
+        rollout = ViT(32, 8, 32, 3, 2).eval().patch_attention(view, "rollout")[:, 0]
         one = ViT(32, 8, 32, 1, 2).eval()
-        torch.testing.assert_close(plots.rollout(one, view), one.patch_attention(view).mean(1) / 2)
+        torch.testing.assert_close(one.patch_attention(view, "rollout")[:, 0], one.patch_attention(view).mean(1) / 2)
     assert rollout.shape == (2, 16) and (rollout.sum(1) < 1).all() and (rollout >= 0).all()
 
 
