@@ -46,7 +46,7 @@ SWAP = 0.7  # share of views with another background, where --contrast is on and
 LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
 WRITTEN = ("model.safetensors", "*.png")  # by a run that was finished
-DEFAULTS = {  # what is not given; on a CPU many small steps learn more than few large ones (results/LOG.md)
+DEFAULTS = {  # what is not given; on a CPU, here in fp32, many small steps learn more than few large ones (LOG.md)
     "cpu": dict(model="nano", epochs=24, batch_size=32, blr=8e-3, decoder_depth=1),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
 }
@@ -130,8 +130,11 @@ def fill_defaults(args, device, dtype):
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     given = {k: v for k, v in vars(args).items() if v is not None}
     own = args.teacher == "self" and "attn" in (masking.NEEDS.get(args.mask.partition(":")[0]), args.weight_by)
-    contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, "pooler", "rollout") else 0.0)
+    trained = "pooler" if args.contrast_by == "pooler" else "rollout"  # what the second loss teaches to look
+    contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, trained) else 0.0)
     defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | {"jitter": 0.3 if contrast else 0.0}
+    if device.type == "cpu" and args.dtype == "bf16":
+        defaults["epochs"] *= 2  # which three times the speed allows
     for name in ("epochs", "batch_size") if contrast else ():
         defaults[name] //= 2  # as many steps of as many views: each image has two
     vars(args).update(defaults | given)
