@@ -140,8 +140,8 @@ class Pooler(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_token = nn.Parameter(torch.randn(heads, dim // heads))
-        self.kv = nn.Linear(dim, 2 * dim)
-        init_weights(self.kv)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)  # a key's changes nothing, and rounding would move it
+        nn.init.xavier_uniform_(self.kv.weight)
 
     def keys_and_values(self, tokens):
         """tokens (B, 1+N, D) -> attention (B, H, N) and values (B, H, N, d), fp32."""

@@ -17,7 +17,6 @@ from torch import nn
 
 import data
 from common import distributed, metrics
-from model import init_weights
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
 
@@ -28,9 +27,11 @@ class Agreement(nn.Module):
     def __init__(self, dim, train, temperature, dcl=True):
         super().__init__()
         norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)  # it knows the batch, and nothing before it
-        self.projector = nn.Sequential(nn.Linear(dim, HIDDEN), norm, nn.ReLU(), nn.Linear(HIDDEN, OUT))
+        first, last = nn.Linear(dim, HIDDEN, bias=False), nn.Linear(HIDDEN, OUT)  # the norm would take off a bias
+        self.projector = nn.Sequential(first, norm, nn.ReLU(), last)
         self.groups, self.temperature, self.dcl = data.groups_of(train), temperature, dcl
-        self.apply(init_weights)
+        for layer in (first, last):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, summary, rows):
         """summary (b, D) of this process's views, 2i and 2i+1 of one image; rows, of all processes' views, the images.
