@@ -53,8 +53,15 @@ def short(mask):
     return mask.split(":")[0]
 
 
-FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {
-    "accumulate": [pretrain("accumulate", "--mask", "attn_high:start=.3", "--accumulate", 2)],
+def plain(mask):
+    """A mask, and no second loss for those that have one by default."""
+    return ["--mask", mask, *["--contrast", 0] * mask.startswith("attn")]
+
+
+FIRST = {short(m): [pretrain(short(m), *plain(m))] for m in MASKS} | {
+    "accumulate": [pretrain("accumulate", *plain("attn_high:start=.3"), "--accumulate", 2)],
+    "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3")],
+    "contrast": [pretrain("contrast", "--contrast", .3, "--contrast-by", "cls", "--weight-by", "attn")],
     "two_processes": [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                        *pretrain("two_processes", "--mask", "learned:start=.1")]],
     "raw_pixels": [pretrain("raw_pixels", "--no-norm-pix", "--flat-weight", 1)],
