@@ -181,6 +181,7 @@ def test_backgrounds_are_another_images():
     assert guide_of(split, 0.0).swap_backgrounds(view, rows, boxes, flip, draws) is view
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--weight-by", "attn"], ["--mask", "fg_heavy", "--weight-by", "attn"],
                                    ["--mask", "attn_high", "--weight-by", "fg"],
                                    ["--weight-by", "detail"]])  # fmt: skip
@@ -207,6 +208,7 @@ def test_weight_0_is_a_plain_run(small, tmp_path):
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]) and "agreement" not in two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--accumulate", 4], ["--dtype", "bf16"],
                                    ["--contrast-loss", "nt_xent", "--temperature", 0.5]])  # fmt: skip
 def test_other_ways_to_run_it(small, tmp_path, words):
