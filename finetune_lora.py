@@ -31,10 +31,10 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import classifier, distributed, errors, stats, train
-from common.checkpoints import load_encoder, load_exactly
+from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
 from common.corruptions import cutout, squares
-from common.features import epoch_rows, flags_of, open_rows, split_suffix
+from common.features import epoch_rows, open_rows, split_suffix
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -189,8 +189,7 @@ def open_task(args, seed, out, device, autocast):
     task.classes = [name for name, k in zip(task.train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
     of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
     task.gallery, task.known = (
-        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN)
-    )
+        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN))
 
     encoder, task.S = load_encoder(args.encoder, args.image_size)  # S: side of a view
     encoder = untrained_like(encoder, seed) if args.from_scratch else encoder

@@ -65,8 +65,7 @@ def parse_args():
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but coarse saliency")
     add("--quality", choices=["coarse", "refined"],
         help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)")  # fmt: skip
-    add("--source", choices=guidance.SOURCES, help="attention of CLS to a patch, of all patches to it, or how far "
-        "its token is\nfrom the mean of its place (default: as pretrain.py)")  # fmt: skip
+    add("--source", choices=guidance.SOURCES, help="as --attention of pretrain.py (default: what was trained)")
     add("--parts", type=between(1, 255, int), metavar="K", help="parts of the foreground (default: 6)")
     add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
@@ -341,6 +340,7 @@ def rows_of_map(args, images, device):
     encoder, size = load_teacher(args.run)
     g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
+        guidance.check_source(args.source, encoder, "--source", args.run)
         return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and args.parts > g**2:
         raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")

@@ -6,11 +6,12 @@
 Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first);
         maps/NAME for the masks that need foreground or parts (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the next stages),
-        log.jsonl, curves.png, recon.png, masks.png, and snapshots/ if asked
+        log.jsonl, curves.png, recon.png, masks.png; pooler.safetensors where --contrast trains one, snapshots/ if asked
 
-All random numbers are drawn on the CPU from (seed, epoch, step): two strategies with one seed see the same images in
-the same order with the same crops, and a run that was killed and resumed ends with the same bits as one that was not.
-Several processes draw the same and take a slice each: --batch-size is that of all, and the losses are those of one.
+All random numbers are drawn on the CPU from (seed, epoch, step): two strategies with one seed, and as many views of an
+image, see the same images in the same order with the same crops, and a run that was killed and resumed ends with the
+same bits as one that was not. Several processes draw the same and take a slice each: --batch-size is that of all, and
+the losses are those of one.
 """
 
 if __name__ == "__main__":
@@ -98,7 +99,7 @@ def parse_args():
     add("--batch-size", type=at_least(1), metavar="B", help="images for one optimizer step (default: per device)")
     add("--accumulate", type=at_least(1), default=1, metavar="N", help="split each batch into N that fit in memory")
     add("--blr", type=between(1e-9, 10), metavar="LR",
-        help="base learning rate: lr = blr * batch / 256 (default: per device)")
+        help="base learning rate: lr = blr * views of a batch / 256 (default: per device)")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
     add("--jitter", type=between(0, 0.9), metavar="J",
@@ -388,8 +389,8 @@ def main():
     print(start_message(args, out, train_set, held_set, model, ratios[0], B, peak_lr, step, init_message, guide.about))
 
     stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer()
-    judge = functools.partial(evaluate, model, guide.networks.get("teacher", model.encoder), train_set, held_set,
-                              args.eval_on, norm, autocast, args.attention)  # fmt: skip
+    judge = functools.partial(evaluate, model, guide.teacher or model.encoder, train_set, held_set, args.eval_on, norm,
+                              autocast, args.attention)  # fmt: skip
     if step == 0 and rank == 0:
         log(step=0, **judge(0.0), seconds=meter.seconds())
     images, view = data.resident(train_set, device), None

@@ -31,7 +31,7 @@ import torch
 
 import data
 from common import features, guidance, metrics, stats
-from common.checkpoints import load_encoder
+from common.checkpoints import flags_of, load_encoder
 from common.command import (
     Parser,
     at_least,
@@ -180,9 +180,9 @@ def linear_scores(found, task):
 def measure(found, task):
     """Every number about one set of features -> (row of probe.json, {head: which reported images it got right}).
 
-    --headline leaves out the MAE recipe, which takes as long as all the rest, and wide features (a 4x4 grid) logistic
-    regression, whose solver would take minutes. Few-shot accuracy is the mean of 600
-    episodes with half of its 95 % interval.
+    --headline leaves out the MAE recipe, which takes as long as all the rest. Wide features (a 4x4 grid) have no
+    logistic regression, whose solver would take minutes. Few-shot accuracy is the mean of 600 episodes with half of its
+    95 % interval.
     """
     bank, queries, labels = found["train"][0], found[task.args.split][0], task.split["labels"]
     heads = {"logistic": logistic_scores(found, task)} if bank.shape[1] <= WIDEST else {}
@@ -287,7 +287,7 @@ def threshold_of(args):
     """
     if args.threshold is not None:
         return args.threshold, "as --threshold says"
-    plain = [run for run in args.runs if features.flags_of(run).get("mask") == "random"]
+    plain = [run for run in args.runs if flags_of(run).get("mask") == "random"]
     reference = args.reference or (plain or args.runs)[0]
     knn = [r["knn"] for r in read_log(features.home_of(reference) / "log.jsonl") if "knn" in r]
     if args.reference and not knn:
@@ -345,7 +345,7 @@ def probe(run, task):
     encoder.to(task.device).requires_grad_(False)
     found, clock = features.of_run(home, run, encoder, size, task, args.views, args.blocks)
     report = {"command": command(), "machine": machine(task.device), "commit": commit(),
-              "run": features.home_of(run).name, "config": features.flags_of(run), "data": str(task.folder),
+              "run": features.home_of(run).name, "config": flags_of(run), "data": str(task.folder),
               "split": args.split, "seed": args.seed, "dtype": task.dtype,
               "views": args.views, "images": {name: len(x) for name, x in task.labels.items()}}  # fmt: skip
     if clock:
@@ -373,8 +373,8 @@ def measure_run(run, encoder, size, found, task):
     """Rows of all features and controls, printed -> the report's part, which images are right, and the run's log."""
     log, (threshold, how) = read_log(features.home_of(run) / "log.jsonl"), task.threshold
     start_time, home, pool = time.perf_counter(), task.home[run], task.args.pool
-    measured = {pool: measure(x, task) for pool, x in in_order(found).items()}
-    rows, right = {pool: row for pool, (row, _) in measured.items()}, measured[pool][1]
+    measured = {name: measure(x, task) for name, x in in_order(found).items()}
+    rows, right = {name: row for name, (row, _) in measured.items()}, measured[pool][1]
     if not task.args.headline:
         from common import plots
 
@@ -385,8 +385,7 @@ def measure_run(run, encoder, size, found, task):
     rows["chance"] = chance(task)
     print("\n".join(table(rows, pool)))
     numbers = {"classes": task.names, "pool": pool, "headline": rows[pool]["logistic"]["top1"],
-               "rows": slim(rows, pool),
-               "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
+               "rows": slim(rows, pool), "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
     if not task.args.headline:
         numbers |= {"threshold": how, "efficiency": None if threshold is None else efficiency(log, threshold)}
         print(efficiency_line(numbers["efficiency"], how), end="; ")

@@ -1,6 +1,6 @@
 """Ways to spoil a picture, as pure functions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3).
 
-Imports nothing of ours. Lengths are in pixels of a 128 px picture and grow with the picture.
+Lengths are in pixels of a 128 px picture and grow with the picture.
 """
 
 import io
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from data import LUMA
+
 GRAY = 128
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def to_u8(x):

@@ -77,9 +77,8 @@ def thumbnails(split, rows, side=4):
 def recognition(features, train, held):
     """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
 
-    "mean_rank": how many directions the ridge's features use, 1 being collapse.
-
-    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
+    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D); "mean_rank": how many
+    directions the latter use, 1 being collapse.
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
@@ -128,7 +127,7 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     if held["header"].get("parts"):
-        row["attention_on"] = attention_by_part(teacher, S, autocast, held, source)
+        row["attention_on"] = attention_by_part(teacher, teacher.side * teacher.patch_size, autocast, held, source)
     tqdm.write(text)
     return row
 

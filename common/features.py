@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import data
 from common import metrics
-from common.checkpoints import about_model, flags_of, model_file  # noqa: F401 (for those who ask about a run)
+from common.checkpoints import flags_of, model_file
 from common.command import progress
 from common.evaluate import extremes
 from common.io import UserError, read_safetensors, save_safetensors

@@ -69,9 +69,7 @@ class Guide:
             self.networks, self.refresh_epochs = {"teacher": self.teacher}, refresh_epochs(epochs, start)
         else:
             (self.teacher, self.teacher_size), self.refresh_epochs = load_teacher(teacher), [0]
-        if self.source == "pooler" and self.teacher.pooler is None:
-            raise UserError(f"--attention pooler: {'this run' if teacher == 'self' else teacher} trains none; "
-                            "--contrast W does, --attention outlier needs nothing that was trained")  # fmt: skip
+        check_source(self.source, self.teacher, "--attention", "this run" if teacher == "self" else teacher)
         self.teacher.to(self.device).requires_grad_(False)
 
     def load_maps(self, name, path):
@@ -105,8 +103,8 @@ class Guide:
         """
         if self.swap == 0:
             return view
-        whole = data.send(torch.from_numpy(self.maps["fg"][rows[rank_slice].numpy()]), view.device)
-        fg, x = data.view_maps(whole, boxes, flip, view.shape[1])[..., None] / 255, view.float()
+        S, x = view.shape[1], view.float()
+        fg = crop_map("fg", self.maps["fg"], rows[rank_slice], boxes, flip, S, self.device).view(-1, S, S, 1)
         colour = ((1 - fg) * x).sum((1, 2), keepdim=True) / (1 - fg).sum((1, 2), keepdim=True).clamp(min=1e-3)
         background = ((1 - fg) * x + fg * colour).round().to(torch.uint8)
         background = distributed.all_rows(background).roll(2 * self.views - 1, 0)[rank_slice]
@@ -207,8 +205,15 @@ def default_source(flags, teacher):
     last one where nothing is known but that it is a file, as DINO's are; else what needs no training.
     """
     if flags.get("contrast", 0) > 0:
-        return "pooler" if flags["contrast_by"] == "pooler" else "rollout"
+        return "pooler" if flags.get("contrast_by") == "pooler" else "rollout"
     return "cls" if Path(teacher).is_file() else "outlier"
+
+
+def check_source(source, encoder, flag, name):
+    """A UserError where the attention of a pooler is asked of an encoder without one; flag: that asks for it."""
+    if source == "pooler" and encoder.pooler is None:
+        raise UserError(f"{flag} pooler: {name} has no pooler, which --contrast W trains; {flag} outlier needs nothing "
+                        "that was trained")  # fmt: skip
 
 
 def is_blind(source, flags, teacher):

@@ -26,7 +26,7 @@ import torch
 import data
 import mask as masking
 from common import features, guidance, metrics, stats
-from common.checkpoints import load_encoder, load_exactly
+from common.checkpoints import about_model, load_encoder, load_exactly
 from common.command import (
     Parser,
     at_least,
@@ -58,7 +58,7 @@ def parse_args():
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
     add("--images", type=at_least(8), default=512, metavar="N", help="at most so many of it, evenly spread")
-    add("--pool", default="mean", choices=features.POOLS, help="pooling of the tokens that the probe sees")
+    add("--pool", default="mean", choices=features.POOLS[:3], help="pooling of the tokens that the probe sees")
     add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between")
     add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded; writes nothing")
     add("--force", action="store_true", help="replace what is there already")
@@ -214,8 +214,8 @@ def load_mae(run, device):
     state = load_state(path)
     if "decoder.decoder_pos_embed" not in state["model"]:
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
-    model, flags = MAE(**features.about_model(run)["config"]), state["config"]
-    load_exactly(model, state["model"], path)
+    model, flags = MAE(**about_model(run)["config"]), state["config"]
+    load_exactly(model, {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}, path)
     norm = {"norm_pix": not flags.get("no_norm_pix", False), "floor": flags.get("norm_floor", FLOOR)}
     return model.to(device).eval(), norm
 

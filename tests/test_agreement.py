@@ -14,6 +14,7 @@ from common import guidance, metrics
 from common.agreement import Agreement, agreement_loss
 from common.checkpoints import load_teacher
 from common.train import read_log
+from experiments import stress
 from model import MAE, ViT
 
 CLS = ["--contrast", 0.5, "--contrast-by", "cls", "--mask", "attn_high"]
@@ -144,6 +145,26 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
     assert abs(maps.reshape(8, 16) - expected.mean(1).numpy()).max() < 1e-3
     wrong = pretrain(small, tmp_path / "c", "--mask", "attn_high", "--contrast", 0, "--attention", "pooler", check=2)
     assert "--attention pooler" in refused(wrong)
+    wrong = call("maps.py", "--data", small, "--map", "attn", "--run", tmp_path / "b", "--source", "pooler",
+                 "--out", tmp_path / "none", cwd=tmp_path, check=2)  # fmt: skip
+    assert "--source pooler" in refused(wrong)
+    stress.load_mae(tmp_path / "a", torch.device("cpu"))  # the network alone: a pooler is no part of it
+
+
+def test_a_teacher_with_a_pooler_is_judged_where_parts_are_known(small, tmp_path, monkeypatch):
+    """The log says where its attention goes, while a network without a pooler learns from it."""
+    open_split = data.open_split
+
+    def with_parts(*words):
+        split = open_split(*words)
+        parts = np.random.default_rng(0).integers(0, 2, (len(split["images"]), 32, 32), np.uint8)
+        return split | {"parts": parts, "header": split["header"] | {"parts": ["background", "hair"]}}
+
+    pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
+    monkeypatch.setattr(data, "open_split", with_parts)
+    pretrain(small, tmp_path / "b", "--mask", "attn_high", "--teacher", tmp_path / "a", "--epochs", 1)
+    on = [r["attention_on"] for r in read_log(tmp_path / "b" / "log.jsonl") if "attention_on" in r]
+    assert len(on) == 2 and on[0] == on[1] and on[0]["hair"] > 0  # the teacher's, which does not learn
 
 
 def test_the_rollout_is_the_product_over_blocks():
@@ -190,8 +211,10 @@ def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, mo
     fg = np.random.default_rng(0).integers(0, 256, (len(data.open_split(small, "train")["images"]), 32, 32), np.uint8)
     open_split = data.open_split
     monkeypatch.setattr(data, "open_split", lambda *a: open_split(*a) | {"fg": fg})
-    pretrain(small, tmp_path / "run", "--epochs", 2, *words)
-    assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r)
+    for name, flags in (("weighted", words), ("plain", words[: words.index("--weight-by")])):
+        pretrain(small, tmp_path / name, "--contrast", 1, *flags)
+    one, two = ([r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r] for x in ("weighted", "plain"))
+    assert all(map(math.isfinite, one)) and one != two
 
 
 def test_weights_of_the_loss_are_the_score_over_its_mean():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import data
 import pretrain
 import probe
-from common import compare, features, stats
+from common import checkpoints, compare, features, stats
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -282,7 +282,7 @@ def test_results_of_other_data_stand_beside_those_of_its_own(runs, tmp_path, mon
     assert report["run"] == "run" and report["data"] == str(tmp_path / "other")
     with pytest.raises(UserError, match="probe-headline.json is there already"):
         run_probe(monkeypatch, run, "--device", "cpu", "--headline", "--data", tmp_path / "other")
-    own = features.flags_of(run)["data"]
+    own = checkpoints.flags_of(run)["data"]
     assert features.results_folder(run, own, "val") == run == features.results_folder(run, Path(own) / ".", "val")
     assert features.results_folder("x/dino.pth", own, "val") == Path("x/dino/packed-val")  # it has no data of its own
 
