@@ -12,6 +12,7 @@ from common.io import UserError
 
 QUESTIONS = {
     "h1": "Does hiding what a teacher looks at teach more, and sooner, than hiding at random?",
+    "look": "The same, by a teacher that was taught to look: does it teach more now?",
     "h2": "Does hiding the background first make training steadier and faster, hiding the foreground first better?",
     "h3": "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
     "ablations": "Which factor of the recipe matters, and how much?",
@@ -20,6 +21,7 @@ QUESTIONS = {
     "arms": "How do these masks compare?",
 }
 FAMILY = {"H1": 4, "H2a at .75": 2, "H2b at .75": 2, "H2a at .5": 2, "H2b at .5": 2, "H3": 3}  # and their tests
+LOOK = {"H1 again on faces20": 4, "H1 again on toon": 4}  # one family for both sets
 TEST = (
     "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and "
     "illustrations. Supported: each part of the hypothesis has its intervals above 0 and its estimate at least at the "
@@ -36,7 +38,8 @@ def with_parameter(arm, pair):
 
 
 def test(what, arm, against, claim):
-    """what: top1, cutout, finetuned (points), epochs (percent fewer to the threshold), variance (percent less)."""
+    """what: top1, cutout, finetuned (points), epochs (percent fewer to the threshold; log_epochs: their geometric
+    mean), variance (percent less)."""
     return {"what": what, "arm": arm, "against": against, "claim": claim}
 
 
@@ -53,6 +56,21 @@ def h1(guided, **_):
             "hypotheses": [hypothesis("H1", f"{guided}: {claim}",
                                       ("top1", guided, "random", 1.0), ("epochs", guided, "random", 10.0),
                                       ("top1", guided, shuffled, 0.0), ("top1", guided, "green", 0.0))]}  # fmt: skip
+
+
+def look(guided, fg, data, **_):
+    """The second verdict on H1: two views and a pooler in every arm, three pilots, epochs by logarithms.
+
+    Compared beside it: a hint, the figure itself, and attention as a weight of the loss instead of a mask.
+    """
+    shuffled, weighted = with_parameter(guided, "shuffle=1"), "random --weight-by attn"
+    figure = [f"fg_heavy --maps {maps}" for maps in dict.fromkeys([fg, "{refined}"]) if maps != "{coarse}"]
+    arms = ["random", guided, f"attn_hint{guided[len('attn_high') :]}", shuffled, "green", *figure, weighted]
+    claim = "what H1 claims of attn_high, on the headline of today"
+    tests = [("top1", guided, "random", 1.0), ("log_epochs", guided, "random", 10.0), ("top1", guided, shuffled, 0.0),
+             ("top1", guided, "green", 0.0)]  # fmt: skip
+    return {"arms": dict.fromkeys(arms, "random"), "pool": "extremes", "pilots": 3, "flags": ["--contrast 1"],
+            "hypotheses": [hypothesis(f"H1 again on {data}", f"{guided}: {claim}", *tests)]}  # fmt: skip
 
 
 def h2(fg, **_):
@@ -129,7 +147,8 @@ def named(**_):
     return {"arms": {"random": "random"}}  # --arms adds the rest
 
 
-MAKE = {"h1": h1, "h2": h2, "h3": h3, "ablations": ablations, "finetune": finetune, "tune": tune, "arms": named}
+MAKE = {"h1": h1, "look": look, "h2": h2, "h3": h3, "ablations": ablations, "finetune": finetune, "tune": tune,
+        "arms": named}  # fmt: skip
 ALL = ("h1", "h2", "h3", "ablations")
 
 

@@ -16,10 +16,10 @@ from common.io import UserError, read_json, save_json, save_text
 from common.stats import mean_std
 from common.tables import save_csv
 from experiments import plans, verdicts
-from experiments.study_run import read_rows
+from experiments.study_run import pool_of, read_rows
 
 UNDER_ARMS = (
-    "Mean ± std over seeds. Top-1: logistic regression on the frozen mean token. Difference: paired by seed, 95 % t "
+    "Mean ± std over seeds. Top-1: logistic regression on the frozen {pool}. Difference: paired by seed, 95 % t "
     "interval over seeds and illustrations (over seeds alone where that is said); p after Holm over this table. In the "
     "run: a ridge on the mean token, fitted to "
     f"{evaluate.BANK_IMAGES:,} and evaluated on {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
@@ -33,12 +33,12 @@ UNDER_TESTS = (
     "claim, or where that is 0 of the effect found."
 )
 STRICTER = (
-    "Each data set is a family of its own. Stricter than the plans, since six rows were there: pairs that are one run "
-    "up to the threshold decide nothing, and Holm counts a hypothesis only if it points the right way and is whole. "
-    "And since all were there: every t interval of a share of images, and its p, has the test images in it beside the "
-    "seeds (squared errors add, which counts their interaction twice; Satterthwaite's degrees of freedom; never "
-    "narrower than over seeds alone); epochs and variances have seeds alone; under three seeds, or where seeds do not "
-    "vary, there is no interval and no p."
+    "Each data set is a family of its own, and plan look one on all of its sets. Stricter than the plans, since six "
+    "rows were there: pairs that are one run up to the threshold decide nothing, and Holm counts a hypothesis only if "
+    "it points the right way and is whole. And since all were there: every t interval of a share of images, and its p, "
+    "has the test images in it beside the seeds (squared errors add, which counts their interaction twice; "
+    "Satterthwaite's degrees of freedom; never narrower than over seeds alone); epochs and variances have seeds alone; "
+    "under three seeds, or where seeds do not vary, there is no interval and no p."
 )
 PHASES = {  # in the title of a section, and among its threats
     "reported": [""],
@@ -60,7 +60,8 @@ def open_folder(folder):
 def open_all(root):
     """-> all studies under root, each with its "table" (a line for each arm) and its judged "hypotheses".
 
-    The reported studies of a data set are one family, and stand together; others each its own.
+    The reported studies of a data set are one family, and stand together; so is plan look on all sets; others each
+    its own.
     """
     order, families = list(plans.QUESTIONS), {}
     found = [path.parent for path in Path(root).glob("*/PLAN.json")]
@@ -71,9 +72,10 @@ def open_all(root):
         study["hypotheses"] = [h | {"parts": [verdicts.measure(t, plan, rows, groups) for t in h["parts"]]}
                                for h in plan["hypotheses"]]  # fmt: skip
         own = study["folder"].name if plan["phase"] != "reported" else ""
-        families.setdefault((plan["data"], own), []).append(study)
+        families.setdefault(("look" if plan["plan"] == "look" else plan["data"], own), []).append(study)
     for family in families.values():
-        judged = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], family[0]["plan"]["family"]))
+        planned = {name: n for study in family for name, n in study["plan"]["family"].items()}
+        judged = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], planned))
         for study in family:
             study["hypotheses"] = [next(judged) for _ in study["hypotheses"]]
     return sum(families.values(), [])
@@ -104,7 +106,7 @@ def compared(test):
     return ["; ".join([interval(test), *test["notes"]]), p_value(test, "holm_p")] if test else ["", ""]
 
 
-def arm_table(table):
+def arm_table(table, pool):
     """-> lines of Markdown: a row for each arm."""
     names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
     extra = [key for key in names if any(key in line for line in table)]
@@ -122,7 +124,7 @@ def arm_table(table):
         for key in extra:
             row += [number(line.get(key), 2), *compared(line.get(verdicts.DIFFERENCES[key]))]
         rows.append(row)
-    return [*markdown(head, rows), "", UNDER_ARMS]
+    return [*markdown(head, rows), "", UNDER_ARMS.format(pool={"mean": "mean token"}.get(pool, f"tokens' {pool}"))]
 
 
 def table_of_tests(hypothesis):
@@ -186,7 +188,7 @@ def write(study):
     if not table:
         return f"{folder}: no reported run is there yet"
     done = {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
-    save_text("\n".join(arm_table(table)) + "\n", folder / "table.md")
+    save_text("\n".join(arm_table(table, pool_of(plan))) + "\n", folder / "table.md")
     save_csv(folder / "table.csv", [flat(line, done[line["arm"]]) for line in table])
     save_json(study["hypotheses"], folder / "verdicts.json")
     few, most = min(map(len, done.values())), max(map(len, done.values()))
@@ -212,15 +214,18 @@ def setup(study):
     thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
     first, *more = plan["seeds"]
     seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
+    n, pilot = plan.get("pilots", 1), plan["pilot_seed"]
+    pilots = f"the pilot, seed {pilot}," if n == 1 else f"the pilots, seeds {pilot} to {pilot + n - 1}, each"
     lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, {seeds}, each `pretrain.py "
              f"{plan['recipe']}`. Numbers are on `{plan['split']}` of {plan['data']}: {len(groups):,} images of "
              f"{len(np.unique(groups)):,} illustrations. The threshold, of the ridge in the run, is {thresholds}: "
-             f"untrained + 90 % of what the pilot, seed {plan['pilot_seed']}, gained."]  # fmt: skip
+             f"untrained + 90 % of what {pilots} gained."]  # fmt: skip
     for row in study["all"]:
         if row["seed"] == plan["pilot_seed"] and row.get("controls") and row["arm"] == next(iter(plan["arms"])):
             thumb = max((v for k, v in row["controls"].items() if k.startswith("thumb")), default=0)
+            untrained = row["controls"][f"untrained {pool_of(plan)}"]
             lines.append(f"By logistic regression the pilot has {row['metrics']['top1']:.1f} %, its untrained encoder "
-                         f"{row['controls']['untrained mean']:.1f} %, the best thumbnail {thumb:.1f} %.")  # fmt: skip
+                         f"{untrained:.1f} %, the best thumbnail {thumb:.1f} %.")  # fmt: skip
     return lines
 
 
@@ -277,7 +282,7 @@ def section(study, top):
     lines = [title, "", *setup(study), ""]
     if not table:
         return [*lines, "No run is there yet.", ""]
-    lines += [*arm_table(table), "", findings(table), ""]
+    lines += [*arm_table(table, pool_of(plan)), "", findings(table), ""]
     lines += [f"![{name}]({folder}/{name}.png)" for name in ("curves", "bars", "grid")
               if (study["folder"] / f"{name}.png").exists()]  # fmt: skip
     for h in study["hypotheses"]:
@@ -305,8 +310,8 @@ def open_text(root):
 def write_study(studies, root):
     """STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
     path, before, after = open_text(root)
-    rows = [[f"{h['id']} on {s['folder'].name.split('-', 1)[1]}", h["verdict"], h["because"]]
-            for s in studies for h in s["hypotheses"]]  # fmt: skip
+    rows = [[h["id"] if " on " in h["id"] else f"{h['id']} on {s['folder'].name.split('-', 1)[1]}", h["verdict"],
+             h["because"]] for s in studies for h in s["hypotheses"]]  # fmt: skip
     lines = [*markdown(("hypothesis", "verdict", "decided by"), rows), ""] if rows else []
     for rules in dict.fromkeys(s["plan"]["test"] for s in studies):
         lines += [f"A verdict follows these rules, which stand in the plans. {rules} {STRICTER}", ""]

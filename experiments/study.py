@@ -25,6 +25,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean
 
 if __name__ == "__main__":
     from common.command import starting
@@ -45,9 +46,9 @@ RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
         "parts": ["parts"]}  # of maps.py  # fmt: skip
-PILOT_SEED, FIRST_SEED = 1000, {"tune": 500, "exploratory": 2000}  # what was seen before is not reported
+PILOT_SEED, FIRST_SEED = 1000, {"look": 100, "tune": 500, "exploratory": 2000}  # what was seen before is not reported
 MOST_SEEDS = 500  # then another phase's begin
-SEEDS = {"tune": 1, "h2": 10}  # a comparison of variances needs ten
+SEEDS = {"tune": 1, "look": 8, "h2": 10}  # a comparison of variances needs ten
 
 
 def parse_args():
@@ -178,17 +179,20 @@ def make_plan(name, args):
         )
     recipe = recipe_of(args.recipe)
     plan = plans.make(name, args.arms, guided=args.guided, dino=args.dino, strategies=list(masking.STRATEGIES),
-                      fg="truth" if "fg" in train else "{coarse}", parts="truth" if "parts" in train else "{parts}",
-                      blr=recipe.blr, epochs=recipe.epochs, ratio=recipe.ratio, depth=recipe.decoder_depth)  # fmt: skip
+                      data=Path(args.data).name, fg="truth" if "fg" in train else "{coarse}",
+                      parts="truth" if "parts" in train else "{parts}", blr=recipe.blr, epochs=recipe.epochs,
+                      ratio=recipe.ratio, depth=recipe.decoder_depth)  # fmt: skip
     if recipe.eval_every != "1" and plan["hypotheses"]:
         raise UserError(f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe")
     phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
-    first, count = FIRST_SEED.get(name if phase == "dev" else phase, 0), args.seeds or SEEDS.get(name, 5)
+    first, count = FIRST_SEED.get(phase if phase == "exploratory" else name, 0), args.seeds or SEEDS.get(name, 5)
+    flags = " ".join([args.recipe, PLAIN, *plan.pop("flags", [])])
+    family = plans.FAMILY if name != "look" else plans.LOOK | {h["id"]: len(h["parts"]) for h in plan["hypotheses"]}
     return plan | {
         "data": Path(args.data).name, "data_digest": f"{data.fingerprint(train)}-{data.fingerprint(held)}",
-        "split": split, "recipe": f"{args.recipe} {PLAIN}", "seeds": list(range(first, first + count)),
-        "pilot_seed": PILOT_SEED, "family": plans.FAMILY, "test": plans.TEST, "thresholds": None, "dtype": None,
-        "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
+        "split": split, "recipe": flags, "seeds": list(range(first, first + count)),
+        "pilot_seed": PILOT_SEED, "family": family, "test": plans.TEST, "thresholds": None,
+        "dtype": None, "phase": phase, "dino": features.digest(args.dino) if args.dino else None,
     }, data.groups_of(held).tolist()  # fmt: skip
 
 
@@ -218,14 +222,18 @@ def committed(path):
 
 def pilots(plan):
     """Arms that fix a threshold: the first, and those that a saving of epochs is claimed against."""
-    claimed = [t["against"] for h in plan["hypotheses"] for t in h["parts"] if t["what"] == "epochs"]
+    claimed = [t["against"] for h in plan["hypotheses"] for t in h["parts"] if "epochs" in t["what"]]
     return list(dict.fromkeys([next(iter(plan["arms"])), *claimed]))
+
+
+def pilot_seeds(plan):
+    return range(plan["pilot_seed"], plan["pilot_seed"] + plan.get("pilots", 1))
 
 
 def job_of(plan, arm, seed, args):
     key = plans.key(plan, arm, seed)
     name = re.sub(r"[^\w.-]+", "-", arm.replace(" --", "-")).strip("-")[:60]
-    pilot = seed == plan["pilot_seed"]
+    pilot = seed in pilot_seeds(plan)
     return {"key": key, "arm": arm, "seed": seed, "phase": "pilot" if pilot else plan["phase"],
             "stages": ["pretrain", "probe", *([] if pilot else plan["stages"])], "plan": plan,
             "out": Path(args.work) / plan["data"] / f"{name}-s{seed}-{key}"}  # fmt: skip
@@ -361,15 +369,15 @@ def make_ready(plan, jobs, args):
 def prepare(study, args):
     """Run the pilots, if that was not done before; PLAN.json is then written once and for all.
 
-    A threshold is metrics.threshold_of the pilot's ridge. The pilots' number format is that of all runs to come, on
-    whatever machine: half of a comparison in bf16 would be none.
+    A threshold is metrics.threshold_of the pilot's ridge, or the mean of several pilots'. Their number format is that
+    of all runs to come, on whatever machine: half of a comparison in bf16 would be none.
     """
     plan, folder = study["plan"], study["folder"]
     if plan["thresholds"] is not None:
         if not args.dry and json.loads((folder / "PLAN.json").read_text()) != plan:
             save_json(plan, folder / "PLAN.json")  # seeds were added
         return
-    jobs = [job_of(plan, arm, PILOT_SEED, args) for arm in pilots(plan)]
+    jobs = [job_of(plan, arm, seed, args) for arm in pilots(plan) for seed in pilot_seeds(plan)]
     if failed := reuse_or_run(study, jobs, args):
         raise UserError(f"the pilot failed, and there is no threshold without it: {failed[0]}")
     if args.dry:
@@ -383,7 +391,8 @@ def prepare(study, args):
     if len(formats) > 1:
         raise UserError(f"the pilots ran in {' and '.join(map(str, formats))}, perhaps on two machines; make them anew "
                         "on one: remove their folders and rows")  # fmt: skip
-    plan["thresholds"] = {row["arm"]: round(metrics.threshold_of(row["curve"]["linear"]), 2) for row in rows}
+    plan["thresholds"] = {arm: round(fmean(metrics.threshold_of(row["curve"]["linear"]) for row in rows
+                                           if row["arm"] == arm), 2) for arm in pilots(plan)}  # fmt: skip
     plan["dtype"] = formats.pop()
     save_json({"split": plan["split"], "groups": study["groups"]}, folder / "images.json", None)
     save_json(plan, folder / "PLAN.json")

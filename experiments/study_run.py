@@ -20,7 +20,6 @@ try:
 except ImportError:  # there is none on Windows: two studies at once are then not told apart
     fcntl = None
 
-POOL = "mean"  # of the tokens: what the study is about since its first plan
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()  # processes of ours
 
@@ -35,6 +34,16 @@ def number_format(plan):
     return ["--dtype", plan["dtype"]] if plan.get("dtype") else []
 
 
+def pool_of(plan):
+    """Which pooling of the tokens a plan is about: the mean where it does not say."""
+    return plan.get("pool", "mean")
+
+
+def is_whole(job):
+    """Does this run get the whole probe? The first pilot's brings the controls."""
+    return job["seed"] == job["plan"]["pilot_seed"]
+
+
 def commands(job, args, ready):
     """-> {stage: words}: what a user would type behind `python`. A recipe may evaluate less often than every epoch."""
     out, data, plan = str(job["out"]), str(args.data), job["plan"]
@@ -43,10 +52,12 @@ def commands(job, args, ready):
     if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
         at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
         recipe = [word for i, word in enumerate(recipe) if i not in at]
-    probe = ["probe.py", out, "--data", data, "--split", plan["split"], "--pool", POOL, *number_format(plan)]
+    elif "--contrast" not in recipe:  # the same for all arms, and none unless the plan says so
+        recipe += ["--contrast", "0"]
+    probe = ["probe.py", out, "--data", data, "--split", plan["split"], "--pool", pool_of(plan), *number_format(plan)]
     every = {
         "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],
-        "probe": probe + ([] if job["phase"] == "pilot" else ["--headline"]),  # the pilot's brings the controls
+        "probe": probe + ([] if is_whole(job) else ["--headline"]),
         "stress": ["-m", "experiments.stress", *probe[1:], "--only", "cutout", "--images", "1000000"],
         "finetune": ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full", "--resume"],
     }  # fmt: skip
@@ -140,10 +151,10 @@ def scores_of(out, split):
 
 def collect(job, args, ready, seconds, commit):
     """What the stages wrote -> the row: configuration, commands, machine, seconds, every metric, each image's right."""
-    out, split, log = job["out"], job["plan"]["split"], read_log(job["out"] / "log.jsonl")
-    found, name = features.results_folder(out, args.data, split), "probe" + "-headline" * (job["phase"] != "pilot")
+    out, split, pool, log = job["out"], job["plan"]["split"], pool_of(job["plan"]), read_log(job["out"] / "log.jsonl")
+    found, name = features.results_folder(out, args.data, split), "probe" + "-headline" * (not is_whole(job))
     probe = json.loads((found / f"{name}.json").read_text())
-    heads = probe["rows"][POOL]
+    heads = probe["rows"][pool]
     metrics = {"top1": 100 * heads["logistic"]["top1"], "knn": 100 * heads["knn"]["top1"]}
     metrics |= {f"{k}_logistic": v for k, v in heads["logistic"].items() if not isinstance(v, list)}
     metrics |= {k: v for k, v in heads.items() if k in ("retrieval", "few_shot")}
@@ -152,8 +163,9 @@ def collect(job, args, ready, seconds, commit):
     seconds = seconds | {"pretrain": log[-1]["seconds"]}  # of all its starts, had it been stopped
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}
-    if job["phase"] == "pilot":
-        row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in probe["rows"].items() if name != POOL}
+    if is_whole(job):
+        controls = {name: r for name, r in probe["rows"].items() if name != pool and "logistic" in r}
+        row["controls"] = {name: 100 * r["logistic"]["top1"] for name, r in controls.items()}
     if "stress" in job["stages"]:
         stress = json.loads((found / "stress-cutout.json").read_text())
         (metrics["cutout"],), (row["right"]["cutout"],) = stress["top1"].values(), stress["right"].values()

@@ -11,7 +11,8 @@ from common import metrics, stats
 from experiments import plans
 
 UNITS = {"top1": "points of Top-1", "cutout": "points under Cutout .3", "finetuned": "points fine-tuned",
-         "epochs": "% of the epochs saved", "variance": "% less variance"}  # fmt: skip
+         "epochs": "% of the epochs saved", "log_epochs": "% of the epochs saved, by logarithms",
+         "variance": "% less variance"}  # fmt: skip
 # metrics of a run, and what the difference to the baseline is called in the line of an arm
 DIFFERENCES = {"top1": "difference", "cutout": "cutout_difference", "finetuned": "finetuned_difference"}
 BITS = {"top1": "logistic", "cutout": "cutout", "finetuned": "finetuned"}  # where each image's right or wrong is kept
@@ -44,8 +45,8 @@ def measure(test, plan, rows, groups):
     result["notes"] = []
     if what == "variance":
         return result | of_variance(pairs)
-    if what == "epochs":
-        return result | of_epochs(pairs, plan["thresholds"].get(test["against"]), claim)
+    if what in ("epochs", "log_epochs"):
+        return result | of_epochs(pairs, plan["thresholds"].get(test["against"]), claim, what == "log_epochs")
     if not pairs or not all(BITS[what] in row["right"] for pair in pairs for row in pair):
         return result | of_differences([a["metrics"][what] - b["metrics"][what] for a, b in pairs], claim)
     right = [[stats.from_bits(row["right"][BITS[what]], len(groups)) for row in pair] for pair in pairs]
@@ -121,13 +122,20 @@ def saved_epochs(pairs, threshold):
     return None if None in saved else saved, never, same
 
 
-def of_epochs(pairs, threshold, claim):
+def of_logarithms(saved, claim):
+    """of_differences of the logarithms of epochs: a mean of ratios leans against the arm where the baseline's vary."""
+    result = of_differences([-100 * np.log1p(-s / 100) for s in saved], -100 * np.log1p(-claim / 100))
+    back = {k: float(-100 * np.expm1(-result[k] / 100)) for k in ("effect", "low", "high") if result.get(k) is not None}
+    return result | back | {"per_seed": [float(s) for s in saved]}
+
+
+def of_epochs(pairs, threshold, claim, logarithms=False):
     if threshold is None:
         return {"notes": ["no pilot, so no threshold"]}
     saved, (late, base_late), same = saved_epochs(pairs, threshold)
     if saved is None:
         return {"notes": [f"the untrained encoder has the threshold of {threshold:.1f} % already"]}
-    result = of_differences(saved, claim)
+    result = (of_logarithms if logarithms else of_differences)(saved, claim)
     notes = result.get("notes", [])
     if same:
         notes.append(f"{same} of {len(pairs)} pairs are the same run up to the threshold: it comes before any guidance")

@@ -26,6 +26,12 @@ from model import ViT
 QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
 
 
+@pytest.mark.parametrize("epochs, start, expected", [
+    (12, 0.1, {2, 3, 6}), (3, 0.1, {1, 2}), (400, 0.1, {40, 100, 200}), (8, 0.4, {4}), (8, 0, {0, 2, 4}), (8, 1, {8})])
+def test_a_teacher_looks_again_while_it_learns_fast(epochs, start, expected):
+    assert set(guidance.refresh_epochs(epochs, start)) == expected
+
+
 def quick(mask):
     """simmim has no decoder to be made shallow."""
     return QUICK[:-2] if mask == "simmim" else QUICK

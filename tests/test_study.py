@@ -59,7 +59,8 @@ PROBE = FOUND + """
 bits = {"random": "aa", "attn": "ff"}.get(out.name.split("-")[0].split("_")[0], "f0")
 top1 = bin(int(bits, 16)).count("1") / 8
 row = {"logistic": {"top1": top1, "C": 1.0, "per_class": [1]}, "knn": {"top1": top1}, "retrieval": {"map": .5}}
-rows = {"mean": row} | ({} if "--headline" in sys.argv else {"untrained mean": row, "thumb4": row})
+pool = flags["--pool"]
+rows = {pool: row} | ({} if "--headline" in sys.argv else {f"untrained {pool}": row, "thumb4": row})
 name = "probe-headline.json" if "--headline" in sys.argv else "probe.json"
 (found / name).write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
                                     "machine": "pretended", "config": {"seed": 0, "dtype": "bf16"}}))
@@ -131,7 +132,8 @@ def calls(home):
 
 
 KNOWN = {"guided": "attn_high", "fg": "{coarse}", "parts": "{parts}", "dino": "d.pth",
-         "strategies": ["random", "learned"], "blr": 4e-3, "epochs": 20, "ratio": 0.75, "depth": "1"}  # fmt: skip
+         "strategies": ["random", "learned"], "data": "toon", "blr": 4e-3, "epochs": 20, "ratio": 0.75,
+         "depth": "1"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", plans.MAKE)
@@ -139,7 +141,7 @@ def test_every_plan_is_whole(name):
     plan = plans.make(name, ["middle:beta=3 --ratio .6"], **KNOWN)
     assert "middle:beta=3 --ratio .6" in plan["arms"] and set(plan["arms"].values()) <= set(plan["arms"])
     for hypothesis in plan["hypotheses"]:
-        assert plans.FAMILY[hypothesis["id"]] == len(hypothesis["parts"])
+        assert (plans.FAMILY | plans.LOOK)[hypothesis["id"]] == len(hypothesis["parts"])
         assert all(p["arm"] in plan["arms"] and p["against"] in plan["arms"] for p in hypothesis["parts"])
         assert all(p["what"] in verdicts.UNITS for p in hypothesis["parts"])
     drawn = [arm for lines in plan["panels"].values() for own in lines.values() for arm in own.values()]
@@ -322,6 +324,28 @@ def test_a_study_is_not_spliced_into_the_text_of_others(home, small, monkeypatch
     assert len(calls(home)) == 2
 
 
+def test_a_threshold_of_three_pilots(home, small, monkeypatch):
+    """Plan look: their mean; views and a teacher in every arm; the headline of today."""
+    words = ["--plan", "look", "--seeds", 1, "--out", "results/study"]
+    with pytest.raises(UserError, match="git add"):
+        ask(monkeypatch, small, *words)
+    assert calls(home) == ["random 1000", "random 1001", "random 1002"]
+    folder = home / "results/study/look-packed"
+    plan = json.loads((folder / "PLAN.json").read_text())
+    ends = [60 + seed % 3 for seed in (1000, 1001, 1002)]
+    assert plan["thresholds"] == {"random": round(20 + 0.9 * (sum(ends) / 3 - 20), 2)} and plan["seeds"] == [100]
+    assert [len(row.get("controls", {})) for row in study.read_rows(folder)] == [2, 0, 0]
+    commit(home)
+    ask(monkeypatch, small, *words)
+    assert set(calls(home)[3:]) == {f"{arm.split()[0]} 100" for arm in plan["arms"]}
+    job = study.job_of(plan, "random", 100, SimpleNamespace(work="w"))
+    words = study_run.commands(job, SimpleNamespace(data="d"), {})
+    assert words["pretrain"].count("--contrast") == 1 and "extremes" in words["probe"]
+    text = (home / "results/STUDY.md").read_text()
+    assert "the pilots, seeds 1000 to 1002, each gained" in text and "tokens' extremes" in text
+    assert "| H1 again on packed |" in text
+
+
 def test_more_seeds_are_added_to_what_was_explored_and_to_nothing_that_is_reported(home, small, monkeypatch):
     words = ["--plan", "arms", "--arms", "green", "--exploratory", "--seeds"]
     ask(monkeypatch, small, *words, 2)
@@ -410,9 +434,9 @@ def test_a_row_is_read_from_the_files_that_its_stages_name(tmp_path, split, phas
     tuned = study_run.scores_of(tmp_path / "run-full", split)
     assert tuned.name == ("metrics.json" if split == "val" else "metrics-dev.json")
     tuned.write_text(json.dumps({"top1": 90.0, "right": "ff"}))
-    plan = {"plan": "finetune", "data": "packed", "split": split, "recipe": "", "dtype": None}
+    plan = {"plan": "finetune", "data": "packed", "split": split, "recipe": "", "dtype": None, "pilot_seed": 1000}
     job = {"out": out, "plan": plan, "phase": phase, "stages": ["pretrain", "probe", "stress", "finetune"], "key": "k",
-           "arm": "random", "seed": 0}  # fmt: skip
+           "arm": "random", "seed": 1000 if phase == "pilot" else 0}  # fmt: skip
     args = SimpleNamespace(data="packed", threads=1)
     row = study_run.collect(job, args, {}, {}, "abc")
     assert row["metrics"]["top1"] == 50 and row["metrics"]["cutout"] == 7 and row["metrics"]["finetuned"] == 90
@@ -544,6 +568,22 @@ def test_epochs_are_counted_two_other_ways_beside_the_plan():
     assert saved == pytest.approx([50, 50], abs=2) and "never" not in own
     assert "5 runs and 0 baselines never" in verdicts.checks(part, plan, h1_rows(plan, 80.0, 0.5))[1]
     assert verdicts.checks(part, plan, h1_rows(plan_of("h1", seeds=1), 80.0, 2.0)) == []
+
+
+def test_epochs_saved_by_logarithms():
+    """Half the epochs and twice as many save nothing, where a mean of ratios has a loss of a quarter."""
+    plan = plan_of("look")
+    test, mean = (plans.test(what, "attn_high", "random", 10.0) for what in ("log_epochs", "epochs"))
+    rows = h1_rows(plan, 80.0, 1.0)
+    for seed, row in rows["random"].items():
+        row["curve"] = rows["attn_high"][seed]["curve"] | {
+            "epoch": [e * (2 if seed % 2 else 0.5) for e in rows["attn_high"][seed]["curve"]["epoch"]]}
+    rows["random"].pop(4)
+    found, other = (verdicts.measure(t, plan, rows, GROUPS) for t in (test, mean))
+    assert found["effect"] == pytest.approx(0, abs=1e-6) and other["effect"] == pytest.approx(-25)
+    assert found["low"] < 0 < found["high"] < 100 and found["per_seed"] == other["per_seed"]
+    even = verdicts.measure(test, plan, h1_rows(plan, 80.0, 1.4), GROUPS)
+    assert even["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3) and even["low"] > 10 and verdicts.holds(even)
 
 
 def test_a_large_effect_is_supported():
@@ -706,7 +746,7 @@ def test_what_comes_after_pre_training_has_its_own_difference():
     for arm, own in rows.items():
         for seed, row in own.items():
             row["metrics"]["finetuned"] = 90.0 + (seed - 4 if arm == "attn_high" else 0)  # 4, 3 and 2 points below
-    text = report.arm_table(verdicts.summary(plan, rows, GROUPS))
+    text = report.arm_table(verdicts.summary(plan, rows, GROUPS), "mean")
     line = next(x for x in text if x.startswith("| `attn_high` |"))
     assert "fine-tuned, %" in text[0] and "| 87.00 ± 1.00 | -3.00 (-5.48 to -0.52; n = 3, over seeds alone) |" in line
     rng = np.random.default_rng(0)
