@@ -215,7 +215,6 @@ class ViT(nn.Module):
         A = last.attn.probabilities(last.norm1(x), 1 if source == "cls" else x.shape[1])
         return A[:, :, 0, 1:] if source == "cls" else A[:, :, 1:, 1:].mean(2)
 
-
     def rollout(self, view):
         """What the CLS token takes from each patch through all blocks, (B, 1, N): the product over blocks of
         (mean over heads of A + I) / 2 (Abnar and Zuidema 2020, arXiv:2005.00928)."""

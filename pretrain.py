@@ -42,13 +42,13 @@ from model import MAE, SIZES, Block, Pooler, SimMIM, check_config
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOSSES = {"simmim": absolute_loss}  # what is not here has reconstruction_loss
 BLIND = ("nothing trained the teacher's CLS token, so its attention tells where a patch is, and finds the border;\n"
-         "         --contrast W trains it, --attention outlier does without it")  # fmt: skip
+         "         --contrast W --contrast-by cls trains it, --attention outlier does without it")  # fmt: skip
 SWAP = 0.7  # share of views with another background, where --contrast is on and the masks for it are there
 LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
-WRITTEN = ("model.safetensors", "*.png")  # by a run that was finished
+WRITTEN = ("model.safetensors", "pooler.safetensors", "*.png")  # by a run that was finished
 DEFAULTS = {  # what is not given; on a CPU, here in fp32, many small steps learn more than few large ones (LOG.md)
-    "cpu": dict(model="nano", epochs=24, batch_size=32, blr=8e-3, decoder_depth=1),
+    "cpu": dict(model="nano", epochs=14, batch_size=32, blr=8e-3, decoder_depth=1),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
 }
 
@@ -106,11 +106,11 @@ def parse_args():
         help="brightness, contrast and saturation of a view change by up to this share (default:\n"
         ".3 with --contrast, else 0)")
     add("--swap-background", type=between(0, 1), metavar="SHARE",
-        help="of the views, that get another image's background, by --maps (default: .7 with\n"
-        "--contrast where the data have foreground masks of their own, else 0)")
+        help="of the views, that get another image's background, by the data's own foreground or\n"
+        "by --maps (default: .7 with --contrast where the data have one, else 0)")
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
-    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: a third, at most 10)")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: half, at most 10)")
     add("--every", type=at_least(0), default=0, metavar="EPOCHS", help="keep weights in snapshots/ (0: never)")
     add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
@@ -130,19 +130,21 @@ def fill_defaults(args, device, dtype):
     """What was not given depends on the machine, and the sizes on the model."""
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     given = {k: v for k, v in vars(args).items() if v is not None}
-    own = args.teacher == "self" and "attn" in (masking.NEEDS.get(args.mask.partition(":")[0]), args.weight_by)
+    simmim = args.mask.startswith("simmim")  # has no second loss
+    needs = masking.NEEDS.get(args.mask.partition(":")[0]), args.weight_by
+    own = args.teacher == "self" and not simmim and "attn" in needs
     trained = "pooler" if args.contrast_by == "pooler" else "rollout"  # what the second loss teaches to look
     contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, trained) else 0.0)
     defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | {"jitter": 0.3 if contrast else 0.0}
     if device.type == "cpu" and args.dtype == "bf16":
-        defaults["epochs"] *= 2  # which three times the speed allows
+        defaults["epochs"] = 48  # which three times the speed allows
     for name in ("epochs", "batch_size") if contrast else ():
         defaults[name] //= 2  # as many steps of as many views: each image has two
     vars(args).update(defaults | given)
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
-    vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, max(1, args.epochs // 3)))})
+    vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, (args.epochs + 1) // 2))})
     args.attention = args.attention or default_source(flags_of_teacher(args, args.teacher), args.teacher)
-    args.ratio = args.ratio or ("0.6" if args.mask.startswith("simmim") else "0.75")
+    args.ratio = args.ratio or ("0.6" if simmim else "0.75")
 
 
 def parse_masking(args):
@@ -308,7 +310,7 @@ def machine_message(args, device, world, dtype_reason, impl, impl_reason):
 
 def start_message(args, out, train_set, held_set, model, ratio, batch, peak_lr, step, init_message, guided_by):
     """What is printed before the first step."""
-    blind = (guided_by or "").startswith("attention of") and is_blind(
+    blind = "attention of" in (guided_by or "") and is_blind(
         args.attention, flags_of_teacher(args, args.teacher), args.teacher)  # fmt: skip
     lines = (("init", init_message), ("guide", guided_by), ("warning", blind and BLIND))
     more = [f"{word:9}{line}" for word, line in lines if line]

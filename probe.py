@@ -404,7 +404,7 @@ def control_rows(home, encoder, size, task):
 
 
 def in_order(found):
-    """Poolings as they are printed: mean, cls, extremes, then blocks; thumbnails last."""
+    """Poolings as they are printed: mean, cls, extremes, grid, then blocks; thumbnails last."""
     order = [*features.POOLS, *(f"untrained {p}" for p in features.POOLS), *(f"thumb{side}" for side in features.SIDES)]
     extra = sorted(found.keys() - set(order), key=lambda name: (len(name), name))
     return {name: found[name] for name in [*features.POOLS, *extra, *order] if name in found}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import distributed
-from common.checkpoints import flags_of, load_teacher
+from common.checkpoints import flags_of, has_pooler, load_teacher
 from common.command import progress
 from common.io import UserError
 from kernels.gather import masked_patch_gather
@@ -39,7 +39,7 @@ class Guide:
     encoder    of the run; teacher "self" is its moving average, else "maps", a run or a checkpoint
     source     of attention, one of SOURCES; maps: as open_maps has it; epochs: of the run; views: of each image
     need       of the mask, as in the table above, or None; weigh: the need whose score the loss is weighted by, or None
-    swap       share of the views that get another image's background
+    swap       share of the views that get another image's background, by the data's own foreground or by maps
     maps       {need: (n, G, G) of the whole training images, in a file}; attention is missing before its first maps
     networks   {"teacher"} where it is the run's own average, {"predictor"} for the learned mask: part of its state
     """
@@ -50,6 +50,9 @@ class Guide:
         self.weigh, self.needs = weigh, [need for need in dict.fromkeys((self.need, weigh)) if need]
         self.patch, self.side, self.device, self.autocast = encoder.patch_size, encoder.side, device, autocast
         self.maps, self.parts, self.file, self.source, self.views, self.swap = {}, 0, None, source, views, swap
+        if self.shuffle and weigh and weigh == self.need:
+            raise UserError(f"--mask {strategy}:shuffle=1 follows another image's map, and --weight-by {weigh} this "
+                            "image's own: leave one of them out")  # fmt: skip
         self.teacher, self.refresh_epochs, self.networks, self.beta = None, [], {}, params.get("beta", 1.0)
         about = {"detail": "the contrast of each view", "difficulty": "a head that learns along"}
         if "difficulty" in self.needs:
@@ -57,9 +60,11 @@ class Guide:
         if "attn" in self.needs and teacher != "maps":
             about["attn"] = f"attention of {'the average of this run' if teacher == 'self' else teacher}"
             self.choose_teacher(teacher, encoder, epochs, params.get("start", masking.START))
-        for need in (IN_FILES.keys() - about).intersection([*self.needs, *["fg"] * (swap > 0)]):
+        for need in (IN_FILES.keys() - about).intersection(self.needs):
             self.maps[need], parts, about[need] = open_maps(need, maps, folder, train)
             self.parts = parts if need == "parts" else self.parts
+        if swap > 0:
+            self.figure = open_maps("fg", "auto" if "fg" in train else maps, folder, train)[0]
         self.about = "; ".join(about[need] for need in self.needs) or None
 
     def choose_teacher(self, teacher, encoder, epochs, start):
@@ -89,7 +94,7 @@ class Guide:
     def patch_scores(self, rows, boxes, flip, view, rank_slice=slice(None)):
         """-> {need: (B, N) or (B, N, P)} of the views u8 (B, S, S, 3) that were cut from images `rows`; {} if no need.
 
-        shuffle=1 takes another image's map under the same crop: what is left then is not about this image.
+        shuffle=1 takes another image's map for the mask, under the same crop: what is left is not about this image.
         rank_slice: which of `rows`, those of the whole batch, the views are; the others belong to other processes.
         """
         return {need: self.scores_of(need, rows, boxes, flip, view, rank_slice) for need in self.needs}
@@ -104,7 +109,7 @@ class Guide:
         if self.swap == 0:
             return view
         S, x = view.shape[1], view.float()
-        fg = crop_map("fg", self.maps["fg"], rows[rank_slice], boxes, flip, S, self.device).view(-1, S, S, 1)
+        fg = crop_map("fg", self.figure, rows[rank_slice], boxes, flip, S, self.device).view(-1, S, S, 1)
         colour = ((1 - fg) * x).sum((1, 2), keepdim=True) / (1 - fg).sum((1, 2), keepdim=True).clamp(min=1e-3)
         background = ((1 - fg) * x + fg * colour).round().to(torch.uint8)
         background = distributed.all_rows(background).roll(2 * self.views - 1, 0)[rank_slice]
@@ -113,8 +118,9 @@ class Guide:
 
     def scores_of(self, need, rows, boxes, flip, view, rank_slice):
         """What patch_scores returns, of one need."""
+        shuffle = self.shuffle and need == self.need
         if need in IN_FILES:
-            rows, maps = (rows.roll(self.views) if self.shuffle else rows)[rank_slice], self.maps.get(need)
+            rows, maps = (rows.roll(self.views) if shuffle else rows)[rank_slice], self.maps.get(need)
             return crop_map(need, maps, rows, boxes, flip, self.side, self.device, self.parts)
         every = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
         if need == "detail":
@@ -124,7 +130,7 @@ class Guide:
                 self.graph = self.networks["predictor"](masked_patch_gather(view, every, self.patch)).float()
             self.predicted = self.graph.detach().requires_grad_()  # its gradient gathers over the micro-batches
             score = self.predicted.detach()
-        return distributed.all_rows(score).roll(self.views, 0)[rank_slice] if self.shuffle else score
+        return distributed.all_rows(score).roll(self.views, 0)[rank_slice] if shuffle else score
 
     def weights(self, patches, ids_mask):
         """(B, M) of the hidden patches: the score that the loss is weighted by over its mean in the view, or 1.
@@ -200,14 +206,14 @@ def flags_of_teacher(args, teacher):
 
 
 def default_source(flags, teacher):
-    """What to read a teacher's attention by, from the flags that it learned under.
+    """What to read a teacher's attention by, from the flags that it learned under; teacher: "self", a run, a file.
 
     Its pooler, if it has one; the CLS token where something trained it: through all blocks where --contrast did, in the
     last one where nothing is known but that it is a file, as DINO's are; else what needs no training.
     """
-    if flags.get("contrast", 0) > 0:
-        return "pooler" if flags.get("contrast_by") == "pooler" else "rollout"
-    return "cls" if Path(teacher).is_file() else "outlier"
+    if flags.get("contrast", 0) > 0 and (flags.get("contrast_by") == "cls" or teacher == "self" or has_pooler(teacher)):
+        return "rollout" if flags.get("contrast_by") == "cls" else "pooler"
+    return "cls" if not flags and Path(teacher).is_file() else "outlier"
 
 
 def check_source(source, encoder, flag, name):

@@ -59,7 +59,7 @@ def summary(out, seconds):
 def probed(out):
     """The lines of a run's probe.json that the README quotes, in percent: logistic regression, Top-1 on val."""
     rows = json.loads((out / "probe.json").read_text())["rows"]
-    top1 = {name: round(100 * row["logistic"]["top1"], 1) for name, row in rows.items()}
+    top1 = {name: round(100 * row["logistic"]["top1"], 1) for name, row in rows.items() if "logistic" in row}
     names = ("mean", "extremes", "untrained mean", "untrained extremes", "chance")
     best = max(x for name, x in top1.items() if name.startswith("thumb"))
     return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {"probe_best_thumbnail": best}

@@ -251,8 +251,9 @@ def when_reached(arm, runs, limit):
 def threats(study):
     """What the rows themselves say against the result."""
     plan, arms = study["plan"], {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
-    rows, n_seeds = sum(arms.values(), []), len(plan["seeds"])
-    lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from one pilot seed."]
+    rows, n_seeds, pilots = sum(arms.values(), []), len(plan["seeds"]), plan.get("pilots", 1)
+    pilots = "one pilot seed" if pilots == 1 else f"{pilots} pilot seeds"
+    lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from {pilots}."]
     lines += [when_reached(arm, arms[arm], limit) for arm, limit in plan["thresholds"].items() if arm in arms]
     slow = 0
     for runs in arms.values():

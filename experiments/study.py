@@ -46,7 +46,8 @@ RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {"coarse": ["saliency", "--quality", "coarse"], "refined": ["saliency", "--quality", "refined"],
         "parts": ["parts"]}  # of maps.py  # fmt: skip
-PILOT_SEED, FIRST_SEED = 1000, {"look": 100, "tune": 500, "exploratory": 2000}  # what was seen before is not reported
+PILOT_SEED = 1000
+FIRST_SEED = {"look": 100, "first": 100, "tune": 500, "exploratory": 2000}  # what was seen before is not reported
 MOST_SEEDS = 500  # then another phase's begin
 SEEDS = {"tune": 1, "look": 8, "h2": 10}  # a comparison of variances needs ten
 
@@ -105,7 +106,7 @@ def refuse_flags(args):
         ("epochs", not adapt or phases - {"rates"} and tuned, "is for other --phases than rates, and not for linear"),
         ("scratch-times", whole and "scratch" in methods, "is for --methods scratch"),
         ("keep", tuned, "is for other --methods than linear"),
-        ("guided", args.plan in ("h1", "ablations", "finetune", "tune", "all"), "is for plans with a guided mask"),
+        ("guided", args.plan not in ("h2", "h3", "arms"), "is for plans with a guided mask"),
         ("dino", args.plan in ("ablations", "all"), "is for --plan ablations"),
         ("exploratory", args.plan != "tune", "is for plans that are reported, and tune is not"),
     ])  # fmt: skip
@@ -125,9 +126,9 @@ def check(args):
             masking.parse_mask(arm.split(" ")[0])
         except ValueError as problem:
             raise UserError(problem) from None
-    if args.plan == "tune" and args.guided.split(" ")[0] != "attn_high":
-        raise UserError(f"--guided {args.guided}: plan tune has trials for attn_high alone, as many as for random; "
-                        "name your own with --plan arms --arms ... --exploratory")  # fmt: skip
+    if args.plan in ("tune", "look") and args.guided.split(" ")[0] != "attn_high":
+        raise UserError(f"--guided {args.guided}: plan {args.plan} asks of attn_high alone, with its hint or as many "
+                        "trials as for random; name your own with --plan arms --arms ... --exploratory")  # fmt: skip
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
     if not (args.out or is_adapt or args.plan == "tune" or args.exploratory or args.dry):

@@ -52,7 +52,7 @@ def commands(job, args, ready):
     if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
         at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
         recipe = [word for i, word in enumerate(recipe) if i not in at]
-    elif "--contrast" not in recipe:  # the same for all arms, and none unless the plan says so
+    elif not any(word.split("=")[0] == "--contrast" for word in recipe):  # none unless the plan says so
         recipe += ["--contrast", "0"]
     probe = ["probe.py", out, "--data", data, "--split", plan["split"], "--pool", pool_of(plan), *number_format(plan)]
     every = {
@@ -160,6 +160,7 @@ def collect(job, args, ready, seconds, commit):
     metrics |= {k: v for k, v in heads.items() if k in ("retrieval", "few_shot")}
     metrics["linear_thumbnail"] = next((r["linear_thumbnail"] for r in log if "linear_thumbnail" in r), None)
     metrics["peak_memory_mb"] = max((r["memory_mb"] for r in log if "memory_mb" in r), default=None)
+    metrics["attention_on"] = next((r["attention_on"] for r in reversed(log) if "attention_on" in r), None)
     seconds = seconds | {"pretrain": log[-1]["seconds"]}  # of all its starts, had it been stopped
     row = about(job, args, ready) | {"commit": commit, "machine": probe["machine"], "config": probe["config"]}
     row |= {"seconds": seconds, "metrics": metrics, "curve": curve_of(log), "right": probe["right"]}

@@ -157,11 +157,10 @@ def checks(test, plan, rows):
     """
     pairs, threshold = pair_up(test, rows), plan["thresholds"].get(test["against"])
     planned = None if not pairs or threshold is None else saved_epochs(pairs, threshold)[0]
-    logs = planned and stats.paired_t([np.log(1 - s / 100) for s in planned])
-    if not logs:
+    logs = of_logarithms(planned, 0.0) if planned else {"notes": []}
+    if "low" not in logs:
         return []
-    mean, low, high = (100 * (1 - np.exp(logs[k])) for k in ("mean", "high", "low"))
-    lines = [f"by logarithms of the epochs {mean:+.1f} ({low:+.1f} to {high:+.1f})"]
+    lines = ["by logarithms of the epochs {effect:+.1f} ({low:+.1f} to {high:+.1f})".format(**logs)]
     curves = [base["curve"]["linear"] for _, base in pairs]
     own = float(np.mean([metrics.threshold_of(c) for c in curves]))
     saved, never, _ = saved_epochs(pairs, own)

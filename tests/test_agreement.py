@@ -167,6 +167,43 @@ def test_a_teacher_with_a_pooler_is_judged_where_parts_are_known(small, tmp_path
     assert len(on) == 2 and on[0] == on[1] and on[0]["hair"] > 0  # the teacher's, which does not learn
 
 
+@pytest.mark.parametrize(("flags", "teacher", "files", "source"), [
+    ({}, "dino.pth", [], "cls"), ({"contrast": 0}, "run", [], "outlier"),
+    ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
+    ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
+    ({"contrast": 1, "contrast_by": "pooler"}, "self", [], "pooler"),
+    ({"contrast": 1, "contrast_by": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
+    ({"contrast": 1, "contrast_by": "pooler"}, "run/snapshots/e.safetensors", ["run/pooler.safetensors"], "outlier")])
+def test_a_teacher_is_read_by_what_was_trained(tmp_path, monkeypatch, flags, teacher, files, source):
+    """A plain run's own file is no foreign checkpoint, and a snapshot has no pooler."""
+    monkeypatch.chdir(tmp_path)
+    for name in ["run/snapshots/e.safetensors", "dino.pth", *files]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert guidance.default_source(flags, teacher) == source
+
+
+def test_what_is_made_anew_has_no_pooler_of_before(small, tmp_path):
+    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1)
+    assert (tmp_path / "run" / "pooler.safetensors").exists()
+    pretrain(small, tmp_path / "run", "--epochs", 1, "--force")
+    assert not (tmp_path / "run" / "pooler.safetensors").exists()
+
+
+def test_only_the_masks_map_is_shuffled():
+    """Weights of the loss are this image's own; backgrounds are cut by the data's own figure, whatever --maps says."""
+    fg, attn = torch.arange(4).view(4, 1, 1).expand(4, 4, 4) * 60, torch.rand(4, 4, 4)
+    split = {"header": {}, "fg": fg.numpy().astype(np.uint8)}
+    guide = guidance.Guide("fg_heavy", {"shuffle": 1}, ViT(32, 8, 16, 1, 1), split, None, torch.device("cpu"), None,
+                           weigh="detail", swap=0.5)  # fmt: skip
+    guide.needs, guide.weigh, guide.maps["attn"] = ["fg", "attn"], "attn", attn.numpy()
+    rows, whole = torch.arange(4), data.full_boxes(4)
+    found = guide.patch_scores(rows, *whole, None)
+    torch.testing.assert_close(found["attn"], attn.flatten(1))
+    torch.testing.assert_close(found["fg"][:, 0] * 255, torch.tensor([180.0, 0, 60, 120]))
+    assert guide.figure is split["fg"]
+
+
 def test_the_rollout_is_the_product_over_blocks():
     torch.manual_seed(0)
     encoder, view = ViT(32, 8, 32, 2, 2), torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
@@ -215,6 +252,14 @@ def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, mo
         pretrain(small, tmp_path / name, "--contrast", 1, *flags)
     one, two = ([r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r] for x in ("weighted", "plain"))
     assert all(map(math.isfinite, one)) and one != two
+
+
+@pytest.mark.slow
+def test_simmim_is_weighted_without_a_second_loss(small, tmp_path):
+    call("pretrain.py", "--data", small, "--out", tmp_path / "a", *TINY[:-2], "--mask", "simmim", "--weight-by", "attn",
+         "--epochs", 1, cwd=tmp_path, check=0)  # fmt: skip
+    rows = read_log(tmp_path / "a" / "log.jsonl")
+    assert math.isfinite(rows[-1]["val_mse"]) and not any("agreement" in r for r in rows)
 
 
 def test_weights_of_the_loss_are_the_score_over_its_mean():
@@ -295,6 +340,7 @@ def test_compiled(small, tmp_path):
     (["--contrast", 1, "--mask", "simmim"], "--contrast"),
     (["--contrast", 1, "--temperature", 0], "--temperature"),
     (["--contrast", 0, "--contrast-by", "cls"], "--contrast"),
+    (["--mask", "attn_high:shuffle=1", "--weight-by", "attn"], "--weight-by attn"),
     (["--contrast", -1], "--contrast"), (["--temperature", 0.2], "--contrast"),
     (["--contrast-loss", "dcl"], "--contrast"), (["--weight-by", "parts"], "--weight-by")])  # fmt: skip
 def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):

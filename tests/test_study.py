@@ -286,7 +286,7 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
                            (["--jobs", 0], "--jobs 0"), (["--seeds", 501], "between 1 and 500")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             ask(monkeypatch, small, "--plan", "h1", "--exploratory", *words)
-    with pytest.raises(UserError, match="plan tune has trials for attn_high alone"):
+    with pytest.raises(UserError, match="plan tune asks of attn_high alone"):
         ask(monkeypatch, small, "--plan", "tune", "--guided", "attn_hint")
     with pytest.raises(UserError, match="leave --eval-every out"):
         ask(monkeypatch, small, "--plan", "h1", "--exploratory", "--recipe", "--model nano --eval-every 4")
@@ -322,6 +322,18 @@ def test_a_study_is_not_spliced_into_the_text_of_others(home, small, monkeypatch
         with pytest.raises(UserError, match=says):
             ask(monkeypatch, small, *words, *flags)
     assert len(calls(home)) == 2
+
+
+def test_the_second_loss_is_what_plan_or_arm_says(home, small):
+    """A recipe or an arm may write it either way; else there is none, as in the first plans."""
+    plan = plan_of("h1") | {"data": "packed", "split": "val", "recipe": "--epochs 2", "pilot_seed": 1000}
+    plan |= {"data_digest": "d", "phase": "dev"}
+    found = {}
+    for arm in ("attn_high", "attn_high --contrast=1", "attn_high --contrast .5", "simmim"):
+        job = study.job_of(plan, arm, 0, SimpleNamespace(work="w"))
+        words = study_run.commands(job, SimpleNamespace(data=small), {})["pretrain"]
+        found[arm] = [w for w, before in zip(words, ["", *words], strict=False) if "--contrast" in (w[:10], before)]
+    assert [*found.values()] == [["--contrast", "0"], ["--contrast=1"], ["--contrast", ".5"], []]
 
 
 def test_a_threshold_of_three_pilots(home, small, monkeypatch):
