@@ -130,9 +130,8 @@ def fill_defaults(args, device, dtype):
     """What was not given depends on the machine, and the sizes on the model."""
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     given = {k: v for k, v in vars(args).items() if v is not None}
-    simmim = args.mask.startswith("simmim")  # has no second loss
-    needs = masking.NEEDS.get(args.mask.partition(":")[0]), args.weight_by
-    own = args.teacher == "self" and not simmim and "attn" in needs
+    mask = args.mask.partition(":")[0]  # simmim has no second loss
+    own = args.teacher == "self" and mask != "simmim" and "attn" in (masking.NEEDS.get(mask), args.weight_by)
     trained = "pooler" if args.contrast_by == "pooler" else "rollout"  # what the second loss teaches to look
     contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, trained) else 0.0)
     defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | {"jitter": 0.3 if contrast else 0.0}
@@ -144,7 +143,7 @@ def fill_defaults(args, device, dtype):
     size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
     vars(args).update(size | given | {"eval_every": given.get("eval_every", min(10, (args.epochs + 1) // 2))})
     args.attention = args.attention or default_source(flags_of_teacher(args, args.teacher), args.teacher)
-    args.ratio = args.ratio or ("0.6" if simmim else "0.75")
+    args.ratio = args.ratio or ("0.6" if mask == "simmim" else "0.75")
 
 
 def parse_masking(args):
@@ -175,6 +174,7 @@ def flags_used(args, strategy):
     return (
         ("teacher attention", "attn" in (need, args.weight_by),
          f"is for masks guided by attention ({', '.join(guided)}), and for --weight-by attn{own}"),
+        ("weight-by", args.weight_by != need or "shuffle=" not in args.mask, f"asks for its own map{own}:shuffle=1"),
         ("attention", args.teacher != "maps", "chooses among an encoder's, and --teacher maps has made its choice"),
         ("maps", need in ("fg", "parts") or args.teacher == "maps" or args.weight_by == "fg" or args.swap_background,
          "is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), for --weight-by fg, for "

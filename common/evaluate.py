@@ -61,9 +61,7 @@ def extremes(tokens):
 def pooled_tokens(encoder, image_size, autocast, split, rows):
     """-> extremes (n, 2D) and mean (n, D) of the patch tokens of whole images, fp32 on the CPU."""
     pools = []
-    for _, view in data.whole_views(split["images"], rows, image_size, encoder.cls_token.device):
-        with autocast():
-            tokens = encoder.features(view)[:, 1:].float()
+    for _, tokens in guidance.patch_tokens(encoder, image_size, split["images"], rows, autocast):
         pools.append((extremes(tokens).cpu(), tokens.mean(1).cpu()))
     return [torch.cat(pool) for pool in zip(*pools, strict=True)]
 

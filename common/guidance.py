@@ -50,9 +50,6 @@ class Guide:
         self.weigh, self.needs = weigh, [need for need in dict.fromkeys((self.need, weigh)) if need]
         self.patch, self.side, self.device, self.autocast = encoder.patch_size, encoder.side, device, autocast
         self.maps, self.parts, self.file, self.source, self.views, self.swap = {}, 0, None, source, views, swap
-        if self.shuffle and weigh and weigh == self.need:
-            raise UserError(f"--mask {strategy}:shuffle=1 follows another image's map, and --weight-by {weigh} this "
-                            "image's own: leave one of them out")  # fmt: skip
         self.teacher, self.refresh_epochs, self.networks, self.beta = None, [], {}, params.get("beta", 1.0)
         about = {"detail": "the contrast of each view", "difficulty": "a head that learns along"}
         if "difficulty" in self.needs:
@@ -238,10 +235,9 @@ def attention(encoder, image_size, images, rows, source, autocast):
     if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)
         sample = patch_tokens(encoder, image_size, images, some, autocast)
-        usual = sum(t.cpu().double().sum(0) for _, t in sample) / len(some)  # Metal has no float64
-        usual = usual.float().to(encoder.cls_token.device)
+        mean = sum(t.cpu().double().sum(0) for _, t in sample) / len(some)  # Metal has no float64
         for index, tokens in patch_tokens(encoder, image_size, images, rows, autocast):
-            yield index, (tokens - usual).norm(dim=2)
+            yield index, (tokens - mean.to(tokens)).norm(dim=2)
         return
     for index, view in data.whole_views(images, rows, image_size, encoder.cls_token.device):
         with autocast():
