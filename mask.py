@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 START, RAMP = 0.1, 0.1  # shares of the run before guidance by a self-teacher starts, and until it is full
+BETA = 0.5  # of attention; 1 hides a teacher's favourites so well that too little of them is seen (results/LOG.md)
 
 
 def gumbel_noise(n, N, generator):
@@ -100,17 +101,17 @@ def green(patches, noise, t, fine=1.0, coarse=2.0):
 # ---- S1: a teacher's attention -------------------------------------------------------------------------------------
 
 
-def attn_high(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP):
+def attn_high(patches, noise, t, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher attends to: what matters has to be predicted (AttMask, arXiv:2203.12719)."""
     return guided(log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
-def attn_low(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP):
+def attn_low(patches, noise, t, beta=BETA, start=START, ramp_for=RAMP):
     """Hides what the teacher does not attend to: the easy opposite."""
     return guided(-log_attention(patches), beta * ramp(t, start, ramp_for), noise)
 
 
-def attn_hint(patches, noise, t, beta=1.0, start=START, ramp_for=RAMP, hint=0.1):
+def attn_hint(patches, noise, t, beta=BETA, start=START, ramp_for=RAMP, hint=0.1):
     """attn_high, but a share `hint` of the patches it would hide first is shown (AttMask-Hint)."""
     priority = attn_high(patches, noise, t, beta, start, ramp_for)
     return show_some(priority, patches["masked"], hint, noise) if ramp(t, start, ramp_for) > 0 else priority
