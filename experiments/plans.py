@@ -60,7 +60,7 @@ def h1(guided, **_):
 
 
 def look(guided, fg, data, **_):
-    """The second verdict on H1: two views and a pooler in every arm, three pilots, epochs by logarithms.
+    """The second verdict on H1: a second loss in every arm, by --recipe; three pilots, epochs by logarithms.
 
     Compared beside it: a hint, the figure itself, and attention as a weight of the loss instead of a mask.
     """
@@ -70,7 +70,7 @@ def look(guided, fg, data, **_):
     claim = "what H1 claims of attn_high, on the headline of today"
     tests = [("top1", guided, "random", 1.0), ("log_epochs", guided, "random", 10.0), ("top1", guided, shuffled, 0.0),
              ("top1", guided, "green", 0.0)]  # fmt: skip
-    return {"arms": dict.fromkeys(arms, "random"), "pool": "extremes", "pilots": 3, "flags": ["--contrast 1"],
+    return {"arms": dict.fromkeys(arms, "random"), "pool": "extremes", "pilots": 3,
             "hypotheses": [hypothesis(f"H1 again on {data}", f"{guided}: {claim}", *tests)]}  # fmt: skip
 
 

@@ -129,6 +129,8 @@ def check(args):
     if args.plan in ("tune", "look") and args.guided.split(" ")[0] != "attn_high":
         raise UserError(f"--guided {args.guided}: plan {args.plan} asks of attn_high alone, with its hint or as many "
                         "trials as for random; name your own with --plan arms --arms ... --exploratory")  # fmt: skip
+    if args.plan == "look" and "--contrast " not in args.recipe:
+        raise UserError(f"--recipe {args.recipe}: plan look is about what a second loss teaches; add --contrast W")
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"
     if not (args.out or is_adapt or args.plan == "tune" or args.exploratory or args.dry):

@@ -339,6 +339,9 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
 def test_a_threshold_of_three_pilots(home, small, monkeypatch):
     """Plan look: their mean; views and a teacher in every arm; the headline of today."""
     words = ["--plan", "look", "--seeds", 1, "--out", "results/study"]
+    with pytest.raises(UserError, match="add --contrast W"):
+        ask(monkeypatch, small, *words)
+    words += ["--recipe", "--model nano --contrast 1"]
     with pytest.raises(UserError, match="git add"):
         ask(monkeypatch, small, *words)
     assert calls(home) == ["random 1000", "random 1001", "random 1002"]
