@@ -164,6 +164,10 @@ def adapt_tables(rows):
     return lines
 
 
+def mean_or_none(values):
+    return None if None in values else float(np.mean(values))
+
+
 def flat(line, runs):
     """A row of the CSV: numbers with their machine and commit."""
     cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
@@ -173,6 +177,11 @@ def flat(line, runs):
     cells |= {k: line.get("difference", {}).get(k) for k in ("effect", "low", "high", "holm_p")}
     for name in ("cutout_difference", "finetuned_difference"):
         cells |= {f"{name}_{k}": line.get(name, {}).get(k) for k in ("effect", "low", "high")}
+    for key in ("knn", "mse"):  # in the run, at its start and its end
+        curves = [r["curve"][key] for r in runs if key in r["curve"]] or [[None]]
+        cells |= {f"{key}_{word}": mean_or_none([c[at] for c in curves]) for word, at in (("before", 0), ("after", -1))}
+    looks = [r["metrics"].get("attention_on") or {} for r in runs]
+    cells |= {f"attention_on_{part}": mean_or_none([x.get(part) for x in looks]) for part in looks[0]}
     cells = {k: round(float(x), 4) if isinstance(x, float) else x for k, x in cells.items()}
     return cells | {name: "; ".join(sorted({r[name] for r in runs})) for name in ("machine", "commit")}
 

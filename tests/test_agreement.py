@@ -15,10 +15,18 @@ from common.agreement import Agreement, agreement_loss
 from common.checkpoints import load_teacher
 from common.train import read_log
 from experiments import stress
-from model import MAE, ViT
+from model import MAE, SIZES, ViT
 
 CLS = ["--contrast", 0.5, "--contrast-by", "cls", "--mask", "attn_high"]
 TINY = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--decoder-depth", 1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_nano():
+    """Half as wide, a sixth as deep, for what runs in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "nano", SIZES["nano"] | {"dim": 96, "depth": 2})
+        yield
 
 
 def pretrain(data, out, *words, check=0):
@@ -89,8 +97,8 @@ def test_a_run_learns_its_cls_token_and_follows_it(finished):
     assert "two views each, compared by cls (weight 0.5)" in done.stdout and "warning" not in done.stdout
     assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
     state = torch.load(out / "state.pt", weights_only=True)
-    assert state["config"]["attention"] == "rollout" and state["agreement"]["projector.0.weight"].shape == (1024, 192)
-    assert state["model"]["encoder.cls_token"].shape == (1, 1, 192)
+    assert state["config"]["attention"] == "rollout" and state["agreement"]["projector.0.weight"].shape == (1024, 96)
+    assert state["model"]["encoder.cls_token"].shape == (1, 1, 96)
     from safetensors.torch import load_file
 
     assert not any("projector" in name for name in load_file(out / "model.safetensors"))
@@ -151,6 +159,7 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
     stress.load_mae(tmp_path / "a", torch.device("cpu"))  # the network alone: a pooler is no part of it
 
 
+@pytest.mark.slow
 def test_a_teacher_with_a_pooler_is_judged_where_parts_are_known(small, tmp_path, monkeypatch):
     """The log says where its attention goes, while a network without a pooler learns from it."""
     open_split = data.open_split
@@ -183,6 +192,7 @@ def test_a_teacher_is_read_by_what_was_trained(tmp_path, monkeypatch, flags, tea
     assert guidance.default_source(flags, teacher) == source
 
 
+@pytest.mark.slow
 def test_what_is_made_anew_has_no_pooler_of_before(small, tmp_path):
     pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1)
     assert (tmp_path / "run" / "pooler.safetensors").exists()
@@ -269,6 +279,7 @@ def test_weights_of_the_loss_are_the_score_over_its_mean():
     torch.testing.assert_close(found, torch.tensor([[0.1, 1.9], [0.1, 0.1]]))
 
 
+@pytest.mark.slow
 def test_weight_0_is_a_plain_run(small, tmp_path):
     for name, words in (("plain", []), ("zero", ["--contrast", 0, "--jitter", 0])):
         pretrain(small, tmp_path / name, "--epochs", 1, *words)
@@ -350,6 +361,7 @@ def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
     assert say in refused(done) and not (tmp_path / "run" / "state.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_nothing_trained_is_warned_of(small, finished, tmp_path):
     """Its own average without --contrast, and a run that had none; not a run that had it."""
     plain = ["--mask", "attn_high", "--epochs", 1]

@@ -515,6 +515,7 @@ def judge(cases, base):
     assert not failed, f"{len(failed)} of {len(cases)} calls:\n\n" + "\n\n".join(failed)
 
 
+@pytest.mark.slow
 def test_the_scratch_folder_is_put_back(scratch):
     wanted = {p: m and m[:2] for p, m in state_of(scratch.parent / "pristine").items()}
     for path in ("notes.txt", "runs/nano", "pictures/class0/illust0_0.png"):
