@@ -83,9 +83,9 @@ def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
     assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("how, times", [(signal.SIGKILL, 1), *(
-    pytest.param(*some, marks=pytest.mark.slow) for some in (
-        (signal.SIGTERM, 1), (signal.SIGKILL, 3), (signal.SIGTERM, 3), (signal.SIGINT, 3)))])
+@pytest.mark.slow  # test_agreement.py stops a run and resumes it in seconds
+@pytest.mark.parametrize("how, times", [(signal.SIGKILL, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 3),
+                                        (signal.SIGTERM, 3), (signal.SIGINT, 3)])  # fmt: skip
 def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how, times):
     """Killed several times, at moments that nobody chose, and resumed: the weights are those of the whole run."""
     out = tmp_path / "killed"
