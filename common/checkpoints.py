@@ -111,16 +111,16 @@ def save_pooler(encoder, run):
         save_safetensors(encoder.pooler.state_dict(), Path(run) / "pooler.safetensors", {})
 
 
-def has_pooler(path):
-    """Is there one beside the weights of this run, or in its folder? A snapshot has none."""
-    return model_file(path).with_name("pooler.safetensors").exists()
+def pooler_file(path):
+    """Where the pooler of a run, or of its weights, stands if it has one; a snapshot has none."""
+    return model_file(path).with_name("pooler.safetensors")
 
 
 def load_teacher(path):
     """load_encoder, and the pooler of the run, if it has one -> the encoder and its image size."""
     encoder, size = load_encoder(path)
-    beside = model_file(path).with_name("pooler.safetensors")
-    if has_pooler(path):
+    beside = pooler_file(path)
+    if beside.exists():
         weights, _ = read_safetensors(beside, "remove it, or make the run again")
         encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
         load_exactly(encoder.pooler, weights, beside)

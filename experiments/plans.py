@@ -150,7 +150,7 @@ def first(guided, epochs, **_):
         raise UserError(f"--epochs {epochs} of plan first: half of them have two views each, so give an even number")
     arm = f"{guided} --contrast 1 --batch-size 16 --epochs {epochs // 2}"
     return {"arms": dict.fromkeys(["random", arm], "random"), "pool": "extremes",
-            "flags": ["--flat-weight 0.1 --batch-size 32"]}  # fmt: skip
+            "flags": "--flat-weight 0.1 --batch-size 32"}  # fmt: skip
 
 
 def named(**_):

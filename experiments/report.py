@@ -16,7 +16,7 @@ from common.io import UserError, read_json, save_json, save_text
 from common.stats import mean_std
 from common.tables import save_csv
 from experiments import plans, verdicts
-from experiments.study_run import pool_of, read_rows
+from experiments.study_run import pilot_seeds, pool_of, read_rows
 
 UNDER_ARMS = (
     "Mean ± std over seeds. Top-1: logistic regression on the frozen {pool}. Difference: paired by seed, 95 % t "
@@ -223,8 +223,8 @@ def setup(study):
     thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
     first, *more = plan["seeds"]
     seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
-    n, pilot = plan.get("pilots", 1), plan["pilot_seed"]
-    pilots = f"the pilot, seed {pilot}," if n == 1 else f"the pilots, seeds {pilot} to {pilot + n - 1}, each"
+    pilot, *more = pilot_seeds(plan)
+    pilots = f"the pilots, seeds {pilot} to {more[-1]}, each" if more else f"the pilot, seed {pilot},"
     lines = [f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, {seeds}, each `pretrain.py "
              f"{plan['recipe']}`. Numbers are on `{plan['split']}` of {plan['data']}: {len(groups):,} images of "
              f"{len(np.unique(groups)):,} illustrations. The threshold, of the ridge in the run, is {thresholds}: "
@@ -260,8 +260,8 @@ def when_reached(arm, runs, limit):
 def threats(study):
     """What the rows themselves say against the result."""
     plan, arms = study["plan"], {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
-    rows, n_seeds, pilots = sum(arms.values(), []), len(plan["seeds"]), plan.get("pilots", 1)
-    pilots = "one pilot seed" if pilots == 1 else f"{pilots} pilot seeds"
+    rows, n_seeds, n = sum(arms.values(), []), len(plan["seeds"]), len(pilot_seeds(plan))
+    pilots = f"{n} pilot seeds" if n > 1 else "one pilot seed"
     lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from {pilots}."]
     lines += [when_reached(arm, arms[arm], limit) for arm, limit in plan["thresholds"].items() if arm in arms]
     slow = 0

@@ -40,7 +40,18 @@ from common.io import UserError, read_json, save_json, save_text
 from common.tables import rows_there
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
-from experiments.study_run import KEEP, RUNNING, adapt_rows, alone, commands, execute, number_format, read_rows, run_one
+from experiments.study_run import (
+    KEEP,
+    RUNNING,
+    adapt_rows,
+    alone,
+    commands,
+    execute,
+    number_format,
+    pilot_seeds,
+    read_rows,
+    run_one,
+)
 
 RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
@@ -189,7 +200,7 @@ def make_plan(name, args):
         raise UserError(f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe")
     phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
     first, count = FIRST_SEED.get(phase if phase == "exploratory" else name, 0), args.seeds or SEEDS.get(name, 5)
-    flags = " ".join([args.recipe, PLAIN, *plan.pop("flags", [])])
+    flags = f"{args.recipe} {PLAIN} {plan.pop('flags', '')}".rstrip()
     family = plans.FAMILY if name != "look" else plans.LOOK | {h["id"]: len(h["parts"]) for h in plan["hypotheses"]}
     return plan | {
         "data": Path(args.data).name, "data_digest": f"{data.fingerprint(train)}-{data.fingerprint(held)}",
@@ -227,10 +238,6 @@ def pilots(plan):
     """Arms that fix a threshold: the first, and those that a saving of epochs is claimed against."""
     claimed = [t["against"] for h in plan["hypotheses"] for t in h["parts"] if "epochs" in t["what"]]
     return list(dict.fromkeys([next(iter(plan["arms"])), *claimed]))
-
-
-def pilot_seeds(plan):
-    return range(plan["pilot_seed"], plan["pilot_seed"] + plan.get("pilots", 1))
 
 
 def job_of(plan, arm, seed, args):

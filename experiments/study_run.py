@@ -39,6 +39,11 @@ def pool_of(plan):
     return plan.get("pool", "mean")
 
 
+def pilot_seeds(plan):
+    """Never reported: they fix the threshold."""
+    return range(plan["pilot_seed"], plan["pilot_seed"] + plan.get("pilots", 1))
+
+
 def is_whole(job):
     """Does this run get the whole probe? The first pilot's brings the controls."""
     return job["seed"] == job["plan"]["pilot_seed"]

@@ -157,7 +157,7 @@ def checks(test, plan, rows):
     """
     pairs, threshold = pair_up(test, rows), plan["thresholds"].get(test["against"])
     planned = None if not pairs or threshold is None else saved_epochs(pairs, threshold)[0]
-    logs = of_logarithms(planned, 0.0) if planned else {"notes": []}
+    logs = of_logarithms(planned, 0.0) if planned else {}
     if "low" not in logs:
         return []
     lines = ["by logarithms of the epochs {effect:+.1f} ({low:+.1f} to {high:+.1f})".format(**logs)]
