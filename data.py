@@ -174,12 +174,16 @@ def batches(images, order, batch_size, device, start=0, rank_slice=slice(None), 
     times: how often each image comes, one after the other, for several views of it.
     """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
-    again = lambda x: x.repeat_interleave(times, 0) if times > 1 else x  # noqa: E731
-    return prefetch((again(index), again(take(images, index[rank_slice], device))) for index in chunks)
+    again = lambda index: index.repeat_interleave(times)  # noqa: E731
+    return prefetch((again(index), take(images, again(index[rank_slice]), device)) for index in chunks)
 
 
 def prefetch(items, depth=3):
-    """Iterate over items, a thread making the next `depth` of them meanwhile; what it raises is raised here."""
+    """Iterate over items, a thread making the next `depth` of them meanwhile; what it raises is raised here.
+
+    On a CPU the items should be made without parallel torch operations: a second team of OpenMP threads makes the
+    loop's own fall asleep between its operations, and a step take half as long again.
+    """
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, items, end) for _ in range(depth))
