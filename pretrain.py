@@ -48,7 +48,7 @@ LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
 WRITTEN = ("model.safetensors", "pooler.safetensors", "*.png")  # by a run that was finished
 DEFAULTS = {  # what is not given; on a CPU, here in fp32, many small steps learn more than few large ones (LOG.md)
-    "cpu": dict(model="nano", epochs=14, batch_size=32, blr=8e-3, decoder_depth=1),
+    "cpu": dict(model="nano", epochs=20, batch_size=32, blr=8e-3, decoder_depth=1),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
 }
 
