@@ -17,7 +17,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes; those that they start take it from here
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def stage(*words, cwd, check=None, **more):

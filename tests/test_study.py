@@ -472,13 +472,14 @@ def test_one_real_run(small, tmp_path, monkeypatch):
     row = report.open_folder(tmp_path / "runs/study/results/arms-packed-exploratory")["rows"]["random"][2000]
     assert row["config"]["seed"] == 2000 and row["config"]["flat_weight"] == 1 and len(row["curve"]["linear"]) == 3
     assert not list((tmp_path / "runs").glob("**/state.pt"))
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the row's commands say
     for line in row["commands"]:
         words = shlex.split(line.replace(f"runs/study/work/packed/{row_folder(tmp_path)}", "again"))
         assert words[:2] == ["OMP_NUM_THREADS=1", "python"]
         monkeypatch.setattr(sys, "argv", words[2:])
         {"pretrain.py": pretrain, "probe.py": probe}[words[2]].main()
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     found = json.loads(next((tmp_path / "again").glob("probe*.json")).read_text())
     assert found["right"] == row["right"] and 100 * found["headline"] == row["metrics"]["top1"]
 
