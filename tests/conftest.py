@@ -60,7 +60,7 @@ def refused(done):
     """The one line with which a stage refuses bad input."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]  # or progress
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 
