@@ -174,8 +174,8 @@ def batches(images, order, batch_size, device, start=0, rank_slice=slice(None), 
     times: how often each image comes, one after the other, for several views of it.
     """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
-    again = lambda index: index.repeat_interleave(times)  # noqa: E731
-    return prefetch((again(index), take(images, again(index[rank_slice]), device)) for index in chunks)
+    read = prefetch((index, take(images, index[rank_slice], device)) for index in chunks)
+    return (tuple(x.repeat_interleave(times, 0) if times > 1 else x for x in pair) for pair in read)
 
 
 def prefetch(items, depth=3):
