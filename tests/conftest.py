@@ -60,7 +60,7 @@ def refused(done):
     """The one line with which a stage refuses bad input."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "%|" not in line]  # or progress
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
 
@@ -78,7 +78,7 @@ def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
     return Path(root)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def small(tmp_path_factory):
     """A packed data set of 3 classes, 32 px: the path of its folder."""
     base = tmp_path_factory.mktemp("small")
@@ -87,7 +87,7 @@ def small(tmp_path_factory):
     return base / "packed"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run(tmp_path_factory):
     """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
     from common.checkpoints import save_model

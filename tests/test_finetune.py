@@ -23,7 +23,7 @@ from model import ViT
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def encoder(tmp_path_factory):
     """A very small encoder that never learned anything, as a run folder."""
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def metrics_of(out):
     return json.loads((out / "metrics.json").read_text())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lora(encoder, small, tmp_path_factory):
     """One finished LoRA run."""
     out = tmp_path_factory.mktemp("runs") / "lora"

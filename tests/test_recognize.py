@@ -22,7 +22,7 @@ from ingest.decode import decode
 from model import ViT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run(small, tmp_path_factory):
     """A recogniser of three colours, trained for seconds: (its folder, the folder of pictures it learned from)."""
     base = tmp_path_factory.mktemp("recognise")
