@@ -1,13 +1,18 @@
-"""How fast images are packed and handed out, and what memory that takes: python -m benchmarks.data [--pack N | --scale]
+"""How fast images are packed and handed out, and what memory that takes.
+
+    python -m benchmarks.data [--pack N | --dump N | --scale]
 
 Without --pack: the loader, into runs/bench/bench_data.csv. With it: data.py on so many generated JPEGs of 512 px, and
-the opening of a table of a million rows, into bench_pack.csv. With --scale: files of 10,000 to a million images of 32
+the opening of a table of a million rows, into bench_pack.csv. With --dump: what a whole dump asks for besides its
+pictures, Danbooru-style metadata of so many lines (24 tags each) and the search for copies among as many thumbnails,
+and a quarter of both, into bench_dump.csv. With --scale: files of 10,000 to a million images of 32
 px, epochs of the loader and some steps of pretrain.py on each, into bench_scale.csv. (--out results: into git.)
 For the loader the packed file is made of noise and really written; it is read once before the clock starts: what is
 measured is the way out of a warm page cache.
 """
 
 import contextlib
+import json
 import multiprocessing
 import signal
 import statistics
@@ -29,7 +34,7 @@ from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite,
 from common.io import UserError, write_rows
 from common.tables import save_csv
 from common.train import read_log
-from ingest import pack, sources, toon
+from ingest import duplicates, pack, sources, tags, toon
 
 SCALE = (10_000, 100_000, 1_000_000)
 
@@ -152,6 +157,50 @@ def pack_rows(n):
         yield pack_row("open a csv", 10**6, sources.find, table)
 
 
+def write_dump(folder, n, words=25_000, each=24):
+    """metadata.jsonl of n posts as the site's API has them, tags by Zipf's law, and n empty files named by ids."""
+    rng, folder = np.random.default_rng(0), Path(folder)
+    (folder / "512px").mkdir(parents=True)
+    with open(folder / "metadata.jsonl", "w") as file:
+        for at in range(0, n, 4096):
+            tags = rng.zipf(1.3, (min(4096, n - at), each)) % words
+            for i, row in enumerate(tags.tolist(), at):
+                named, who = " ".join(f"tag_number_{t}" for t in row), f"character_{i % 14413}"
+                post = {"id": i, "md5": f"{i:032x}", "rating": "g", "score": i % 99, "tag_string_character": who}
+                file.write(json.dumps(post | {"tag_string": f"{who} {named}"}) + "\n")
+                (folder / "512px" / f"{i}.jpg").touch()
+
+
+def words_of(folder):
+    """Read a dump and choose its vocabulary: all of packing that comes before the first picture is opened."""
+    records, _, _ = sources.find(folder)
+    tags.vocabulary([r._replace(split="train") for r in records], above=0.2)
+
+
+def copies_among(n):
+    """Search n thumbnails for copies: blurred noise, in a file; one in 50 is another's, with a little noise on it."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryFile() as file:
+        thumbs = np.memmap(file, np.uint8, "w+", shape=(n, duplicates.SIDE, duplicates.SIDE))
+        for at in range(0, n, 4096):
+            coarse = rng.integers(0, 256, (len(thumbs[at : at + 4096]), 8, 8)).astype(np.float32)
+            smooth = np.repeat(np.repeat(coarse, 4, 1), 4, 2)
+            smooth = (smooth + np.roll(smooth, 2, 1) + np.roll(smooth, 2, 2) + np.roll(smooth, (2, 2), (1, 2))) / 4
+            copies = smooth[0:-1:50]
+            copies[:] = smooth[1::50] + rng.normal(0, 3, copies.shape)
+            thumbs[at : at + 4096] = smooth.clip(0, 255)
+        duplicates.pairs(thumbs)
+
+
+def dump_rows(n):
+    """Rows of results: a quarter of n, and n; what a picture more adds is the difference over their number."""
+    for count in (n // 4, n):
+        with tempfile.TemporaryDirectory() as place:
+            write_dump(Path(place) / "dump", count)
+            yield pack_row("read metadata, choose tags", count, words_of, Path(place) / "dump")
+        yield pack_row("search for copies", count, copies_among, count)
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -159,21 +208,25 @@ def main():
     add("--side", type=at_least(1), default=128, help="their side in pixels")
     add("--batch-size", type=at_least(1), default=128)
     add("--pack", type=at_least(2), metavar="N", help="measure packing of N JPEGs of 512 px instead")
+    add("--dump", type=at_least(400), metavar="N", help="measure metadata of N lines, and copies among N thumbnails")
     add("--scale", nargs="*", type=at_least(1), metavar="N", help="files of N images (10000 100000 1000000)")
     add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV (default: runs/bench)")
     add("--force", action="store_true", help="replace what is there already")
     args, where, rows = parser.parse_args(), about(torch.device("cpu")), []
     scale = args.scale is not None
     refuse_unused(args, [
-        ("scale", not args.pack, "is a measurement of its own, not for --pack"),
-        ("images side", not (args.pack or scale), "is for the loader alone, not for --pack or --scale"),
-        ("batch-size", not args.pack, "is for the loader, not for --pack"),
+        ("scale dump", not args.pack, "is a measurement of its own, not for --pack"),
+        ("scale", not args.dump, "is a measurement of its own, not for --dump"),
+        ("images side", not (args.pack or args.dump or scale), "is for the loader alone"),
+        ("batch-size", not (args.pack or args.dump), "is for the loader, not for --pack or --dump"),
     ])  # fmt: skip
-    path = args.out / f"bench_{'pack' if args.pack else 'scale' if scale else 'data'}.csv"
+    path = args.out / f"bench_{'pack' if args.pack else 'dump' if args.dump else 'scale' if scale else 'data'}.csv"
     refuse_file(args.out)
     refuse_overwrite([path], args.force)
     if args.pack:
         found = pack_rows(args.pack)
+    elif args.dump:
+        found = dump_rows(args.dump)
     elif scale:
         found = scale_rows(args.scale or SCALE, args.batch_size)
     else:

@@ -235,10 +235,19 @@ def about_lines(splits):
     skipped = [s for h in headers for s in h.get("skipped_first", [])]
     lines = [f"source: {headers[0]['source']}", f"skipped: {sum(h.get('skipped', 0) for h in headers)}"]
     lines += [f"  {k}: {why}" for k, why in skipped[:4]] + headers[0].get("notes", [])
-    if tags := headers[0].get("tags"):
-        lines.append(f"{len(tags)} tags: {', '.join(tags[:8])}, ...")
+    lines += tag_lines(splits) if "tags" in splits["train"] else []
     lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
     return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
+
+
+def tag_lines(splits):
+    """How many tags there are and a picture has, and the most frequent ones with the pictures that they are on."""
+    words, planes = splits["train"]["header"]["tags"], [np.asarray(s["tags"]) for s in splits.values()]
+    count = sum(np.bincount(p[p >= 0], minlength=len(words)) for p in planes)
+    each = np.concatenate([(p >= 0).sum(1) for p in planes])
+    most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])
+    return [f"{len(words)} tags, {each.mean():.1f} an image ({each.max()} at most, none on {(each == 0).mean():.0%}), "
+            f"{(count < 10).sum()} on fewer than 10 images: {most}, ..."]  # fmt: skip
 
 
 # ---- a sheet of maps and masks -------------------------------------------------------------------------------------
@@ -300,6 +309,23 @@ def curves(path, rows, split, title):
         axes[1].set(title=f"Masked error on {split}", xlabel="epoch", ylabel="mean squared error, fixed mask")
         for draw, axis in zip(more, axes[2:], strict=True):
             draw(axis, held)
+
+
+def tag_curves(path, rows, title):
+    """Rows of log.jsonl of tags.py -> its losses with the share of hidden tags, and Top-1 on dev, by epoch."""
+    with panels(path, title, 1, 2, (8.4, 3.4)) as axes:
+        plot_rows(axes[0], rows, "epoch", "character_loss", color=BLUE, label="character")
+        if any(r.get("tag_loss") for r in rows):
+            plot_rows(axes[0], rows, "epoch", "tag_loss", "--", color=ORANGE, label="tags")
+        axes[0].set(title="Training loss", xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+        axes[0].legend()
+        lines = {"dev_with_top1": ("s-", ORANGE, "picture and tags"), "dev_without_top1": ("o-", BLUE, "picture alone")}
+        for key, (style, colour, label) in lines.items():
+            plot_rows(axes[1], rows, "epoch", key, style, color=colour, label=label, markersize=4)
+        hidden = [r | {"hidden": 100 * r["hidden"]} for r in rows if "hidden" in r]
+        plot_rows(axes[1], hidden, "epoch", "hidden", ":", color=INK, label="tags hidden in training")
+        axes[1].set(title="Characters on dev", xlabel="epoch", ylabel="Top-1, and share of tags, %", ylim=(0, 100))
+        axes[1].legend(loc="lower right")
 
 
 def attention_on(axis, held):

@@ -6,8 +6,8 @@ tables of short keys; 2. candidates whose hashes differ in few bits and whose fr
 themselves must lie on each other: correlation of edge strength, best window searched. Colours change in a recoloured
 copy; where its lines are, does not. What two pictures of one character share is not enough for step 3.
 
-Pictures come as gray thumbnails u8 (n, 32, 32), 1 KB each; matching took 5 KB more (57 MB for 10,000:
-results/bench_pack.csv), and its work grows about as n log n.
+Pictures come as gray thumbnails u8 (n, 32, 32), 1 KB each, which may stay in a file. Memory holds the hashes and their
+tables, some 100 bytes a picture (results/bench_pack.csv), and the work grows about as n log n.
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ from PIL import Image
 from ingest.decode import PAPER, open_image
 
 SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
+MOST = 2**26  # pictures
 BITS = FREQUENCIES**2 - 1  # without the mean
 MOST_BITS = 14  # of 63 that may differ; copies differ in up to 12, unrelated pictures in 31 on average
 WAVES_ALIKE = 0.7  # cosine of the 63 whitened frequencies
@@ -75,7 +76,7 @@ def frequencies(thumbs, window):
     basis = np.float32(np.cos(np.pi / SIDE * i * np.arange(FREQUENCIES)[:, None]))  # DCT-II
     rows, columns = (basis @ resampling(window[None, a], window[None, a + 2])[0] for a in (0, 1))
     c = (rows @ thumbs.astype(np.float32) @ columns.T) * np.hypot(*np.indices((FREQUENCIES, FREQUENCIES)))  # whitened
-    c = c.reshape(len(thumbs), -1)[:, 1:]
+    c = c.reshape(len(thumbs), FREQUENCIES**2)[:, 1:]
     c -= np.median(c, 1, keepdims=True)
     return np.float32(c / np.maximum(np.linalg.norm(c, axis=1, keepdims=True), 1e-6))
 
@@ -92,16 +93,17 @@ def keys_of(c, bits):
     return packed(c[:, bits] > 0)[:, None] ^ ((1 << unsure.astype(np.int64)) @ ways.T)
 
 
-def tables(wholes):
-    """Yield (bits of the hash that a table uses, its keys (n), sorted, which picture each belongs to (n)).
+def tables(hashes):
+    """Yield (bits of the hash that a table uses, its keys (n), sorted, which picture each belongs to (n)), u32 both.
 
     The more pictures, the longer the key, so that few share one.
     """
-    length = int(np.clip(np.ceil(np.log2(max(len(wholes), 2))) + 3, 12, 24))
+    length = int(np.clip(np.ceil(np.log2(max(len(hashes), 2))) + 3, 12, 24))
     for t in range(TABLES):
-        bits = np.sort(np.random.default_rng(t).permutation(BITS)[:length])
-        key = packed(wholes[:, bits] > 0)
-        order = np.argsort(key, kind="stable")
+        bits, key = np.sort(np.random.default_rng(t).permutation(BITS)[:length]), np.zeros(len(hashes), np.uint32)
+        for place, bit in enumerate(bits):
+            key |= (hashes >> bit & 1).astype(np.uint32) << np.uint32(place)
+        order = np.argsort(key, kind="stable").astype(np.uint32)
         yield bits, key[order], order
 
 
@@ -114,33 +116,33 @@ def matches(key, ask, most):
     return np.repeat(first, count) + step, np.repeat(row, count)
 
 
-def candidates(thumbs, most=16):
+def candidates(thumbs, most=16, size=4096):
     """Yield rows (i, j, w, cosine): picture i as a whole looks like window w of picture j, as far as step 2 can tell.
 
     At most `most` pictures of one key are looked at: pictures almost blank share it by the thousand.
     """
-    size = 4096
     starts = range(0, len(thumbs), size)
-    wholes = np.concatenate([frequencies(thumbs[at : at + size], FULL) for at in starts])
-    hashes, built = packed(wholes > 0), list(tables(wholes))
+    hashes = np.concatenate([packed(frequencies(thumbs[at : at + size], FULL) > 0) for at in starts])
+    built = list(tables(hashes))
     for (w, window), start in product(enumerate(WINDOWS), starts):
-        c = frequencies(thumbs[start : start + size], window)
+        c, found = frequencies(thumbs[start : start + size], window), []
         ask = packed(c > 0)
         for bits, key, order in built:
-            at, j = matches(key, keys_of(c, bits), most)
-            i = order[at]
+            at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
+            i = order[at].astype(np.int64)
             differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
             near = (i != j + start) & (differing <= MOST_BITS)
-            i, j = i[near], j[near]
-            cosine = (wholes[i] * c[j]).sum(1)
-            yield np.stack([i, j + start, np.full(len(i), w), cosine], 1)[cosine > WAVES_ALIKE]
+            found.append(i[near] * MOST + j[near])
+        i, j = np.divmod(np.unique(np.concatenate(found)), MOST)
+        cosine = (frequencies(thumbs[i], FULL) * c[j]).sum(1)
+        yield np.stack([i, j + start, np.full(len(i), w), cosine], 1)[cosine > WAVES_ALIKE]
 
 
 def best_window(rows):
     """Rows (i, j, w, cosine) -> of each pair, either way round, the row with the highest cosine."""
     rows = rows[np.lexsort((rows[:, 2], rows[:, 0], -rows[:, 3]))]
     pair = np.sort(rows[:, :2], 1)
-    _, first = np.unique(pair[:, 0] * 2**26 + pair[:, 1], return_index=True)
+    _, first = np.unique(pair[:, 0] * MOST + pair[:, 1], return_index=True)
     return rows[first, :3].astype(int)
 
 

@@ -3,12 +3,13 @@
 Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables, published data sets
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
         images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the foreground's opacity,
-        parts u8 (n, S, S), tags u8 (n, T), 1 where the picture has the tag, style u8 (n, 3), the demo set's strata.
+        parts u8 (n, S, S), tags i32 (n, T), ids of words of the header's "tags", -1 fills up, style u8 (n, 3), the demo
+        set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T) are the truth.
         The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
-Packing streams: memory does not grow with the pictures, but for about 6 KB each while copies are looked for
-(--dedupe off for dumps of millions). The files are written aside and take their places together: a packing that fails
-or is killed leaves what stood there before. data.py reads them.
+Packing streams: memory holds what is known of each picture, and some 200 bytes more while copies are looked for (their
+thumbnails lie on the disk, a kilobyte each). The files are written aside and take their places together: a packing that
+fails or is killed leaves what stood there before. data.py reads them.
 """
 
 import contextlib
@@ -20,8 +21,8 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from argparse import Namespace
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -41,7 +42,7 @@ from common.command import (
     working,
 )
 from common.io import UserError, read_header, remove_leftovers, write_rows
-from ingest import duplicates, layouts, sources, toon
+from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
 from ingest.splits import assign_splits, large_enough, without_copies
 
@@ -50,7 +51,6 @@ CROPS = ("centre", "figure")
 WRITTEN = ("test", "val", "dev", "train")  # in this order: where train stands a data set is whole
 TOO_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 ROOM, PAINT = 2**28, 256  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
-MOST_TAGS = 512  # the most frequent ones make the vocabulary: a Danbooru dump has 400,000, most of them once
 
 
 def decode_records(records, fetch, work, at_once=64):
@@ -123,7 +123,7 @@ def write_split(path, rows, dims, records, labels, about):
         more |= {"keys": [r.key for r in records], "groups": groups}
         return about | more | {"skipped": len(skipped), "skipped_first": skipped[:100]}
 
-    planes = {p: ("U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
+    planes = {p: ("I32" if "tags" in p else "U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
     room = len(json.dumps(json.dumps(header(records)))) + 2**18  # reasons for a hundred skipped files
     end = lambda: header(kept, pixels=pixels.hexdigest())  # noqa: E731
     write_rows(path, planes, len(records), readable(), end, room)
@@ -165,35 +165,23 @@ def open_toon(size, seed, tail=0.0):
     return records, [], dims, None, lambda some: render_toon(some, size, processes)
 
 
-def near_duplicates(records, fetch, dedupe):
-    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off."""
+def near_duplicates(records, fetch, dedupe, out):
+    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off.
+
+    The thumbnails lie in a file without a name, on the disk of `out`: a million of them are a gigabyte.
+    """
     if dedupe == "off" or fetch is None:
         return [], []
-    thumbs = np.zeros((len(records), duplicates.SIDE, duplicates.SIDE), np.uint8)  # of what can't be read: blank
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
-    for record, row in progress(rows, "looking for copies", len(records), unit="img"):
-        if not isinstance(row, Exception):
-            thumbs[place[record.key]] = row
-    with working("comparing the pictures"):
-        pairs = duplicates.pairs(thumbs)
+    with tempfile.TemporaryFile(dir=next(p for p in Path(out).resolve().parents if p.is_dir())) as file:
+        thumbs = np.memmap(file, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE))
+        for record, row in progress(rows, "looking for copies", len(records), unit="img"):
+            if not isinstance(row, Exception):  # what can't be read stays blank
+                thumbs[place[record.key]] = row
+        with working("comparing the pictures"):
+            pairs = duplicates.pairs(thumbs)
     return pairs, duplicates.report(records, pairs)
-
-
-def add_tags(records, dims, stream):
-    """The vocabulary (most frequent first, MOST_TAGS at most), and dims and stream with a multi-hot plane "tags"."""
-    count = Counter(t for r in records for t in r.tags)
-    words = sorted(count, key=lambda t: (-count[t], t))[:MOST_TAGS]
-    column = {t: i for i, t in enumerate(words)}
-
-    def tagged(some):
-        for r, row in stream(some):
-            if not isinstance(row, Exception):
-                row["tags"] = np.zeros(len(words), np.uint8)
-                row["tags"][[column[t] for t in r.tags if t in column]] = 1
-            yield r, row
-
-    return (words, dims | {"tags": (len(words),)}, tagged) if words else (words, dims, stream)
 
 
 def check_source(path, records, given):
@@ -207,12 +195,14 @@ def check_source(path, records, given):
         ("split", deals, f"is for sources without splits, and {own} are kept"),
         ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
         ("keep-copies", None not in brings, "is for sources with splits of their own; here copies cross none"),
-        ("seed", deals or "dev" in given, f"is for what is dealt, and {own} are kept")))  # fmt: skip
+        ("seed", deals or "dev" in given, f"is for what is dealt, and {own} are kept"),
+        ("min-per-tag tag-importance emoticons", any(r.tags for r in records), f"is for tags, and {path} has none"),
+    ))  # fmt: skip
 
 
 def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0, layout=None, keep_copies=False, max_broken=TOO_BROKEN,
-         force=False, given=()):  # fmt: skip
+         min_per_tag=2, tag_importance=0.0, emoticons=False, force=False, given=()):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
     refuse_others(out, force)
     is_toon = str(path) == "toon"
@@ -221,14 +211,15 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
     records, notes, dims, fetch, stream = source
     check_source(path, records, given)
     refuse_full_disk(out, dims, len(records), size)
-    pairs, told = near_duplicates(records, fetch, dedupe)
+    pairs, told = near_duplicates(records, fetch, dedupe, out)
     records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
     records, few = large_enough(records, least)
     rows, named = [(r.label, r.group) for r in records], dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, dev, seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    words, dims, stream = add_tags(records, dims, stream)
-    told += dropped + few + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    words, left_out = tags.vocabulary(records, min_per_tag, tag_importance, emoticons)
+    dims, stream = tags.add_planes(words, records, dims, stream, thin=is_toon)
+    told += dropped + few + left_out + too_few_to_deal(splits, named | {"dev": dev}, source[0])
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
@@ -408,6 +399,10 @@ def parse_args():
     add("--max-broken", type=between(0, 1), default=TOO_BROKEN, metavar="SHARE",
         help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})")  # fmt: skip
     add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
+    add("--min-per-tag", type=at_least(1), default=2, metavar="N", help="tags on fewer pictures of train are left out")
+    add("--tag-importance", type=between(0, 1e9), default=0.0, metavar="X",
+        help="and those with no more of it; .2 is MFDN's (default: 0, not asked)")  # fmt: skip
+    add("--emoticons", action="store_true", help="keep tags such as :d and ^_^")
     add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     add("--force", action="store_true", help="replace what is there already")
@@ -423,7 +418,8 @@ def refuse_unused_flags(args):
     by_folders = is_toon or args.path == "-" or not Path(args.path).exists() or (
         sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
     refuse_unused(args, (
-        ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class tail seed", not args.show,
+        ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class min-per-tag tag-importance "
+         "emoticons tail seed", not args.show,
          "is for packing, and --show packs nothing"),
         ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
         ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_toon,
@@ -446,6 +442,6 @@ def main():
         return print(show(args))
     out = args.out or default_out(args.path)
     pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop, args.margin, args.boxes,
-         args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.force,
-         args.given)  # fmt: skip
+         args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.min_per_tag,
+         args.tag_importance, args.emoticons, args.force, args.given)  # fmt: skip
     print(f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}")

@@ -34,6 +34,7 @@ from ingest import layouts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may hold one each
 Record = namedtuple("Record", "key place label split group tags box", defaults=(None, None, None, (), None))
 
@@ -301,7 +302,10 @@ def tar_images(path, wanted=()):
 
 
 def from_dafre(root):
-    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; pictures in faces/ or fullMin256/."""
+    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; pictures in faces/ or fullMin256/.
+
+    Its pictures are Danbooru's, named by their id: where metadata lie beside the labels, they give the tags.
+    """
     pictures = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if pictures is None:
         raise UserError(f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there")
@@ -315,7 +319,9 @@ def from_dafre(root):
                 records.append(Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split))
             elif number > 1:  # the first is a header
                 raise UserError(f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}")
-    return records, partial(fetch_files, root=root)
+    posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records}) if metadata_files(root) else ([], [])
+    of = {r.key: r.tags for r in posts}
+    return [r._replace(tags=of.get(r.key, ())) for r in records], partial(fetch_files, root=root), *notes
 
 
 def from_icartoonface(root):
@@ -358,13 +364,20 @@ def from_danbooru(path):
     The class is the character tag where there is exactly one; a picture and its parent are one group; all other tags
     are tags. A dump's metadata covers more than anybody has downloaded: lines without a picture are only counted.
     """
-    root = path if path.is_dir() else path.parent
-    have, records, broken, absent = {}, [], 0, 0
+    root, have = path if path.is_dir() else path.parent, {}
     for name in walk(root):
         for alias in (Path(name).stem, name):
             have.setdefault(alias, name)  # of 512px/ and original/ the first
-    with fileinput.input(metadata_files(path), mode="rb") as lines:
-        for line in filter(bytes.strip, lines):
+    records, notes = read_posts(path, have)
+    return records, partial(fetch_files, root=root), *notes
+
+
+def read_posts(path, have):
+    """Lines of the metadata at path -> (records of the posts whose id or name is in have {name: picture}, notes)."""
+    lines, absent, broken, records = 0, 0, [], []
+    with fileinput.input(metadata_files(path), mode="rb") as file:
+        for line in filter(bytes.strip, file):
+            lines += 1
             try:
                 post = json.loads(line)
                 names = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
@@ -372,11 +385,11 @@ def from_danbooru(path):
                 records += [post_record(post, found)] if found else []
                 absent += not found
             except (ValueError, AttributeError, TypeError):
-                broken += 1
-    if broken and not records:
-        raise UserError(f"{path} has no line that is a post with a picture here; {broken} lines are no JSON objects")
-    notes = {"lines of the metadata have no picture here": absent, "lines are no JSON objects": broken}
-    return records, partial(fetch_files, root=root), *(f"{n} {note}" for note, n in notes.items() if n)
+                broken.append(f"{Path(file.filename()).name}, line {file.filelineno()}")
+    lost = f"{len(broken)} of {lines} lines are no JSON objects, the first: {(broken or [''])[0]}"
+    if len(broken) > MOST_BROKEN * lines:
+        raise UserError(f"{path} is no metadata of pictures: {lost}; remove them, if the others are right")
+    return records, [f"{absent} lines of the metadata have no picture here"] * bool(absent) + [lost] * bool(broken)
 
 
 def post_record(post, place):

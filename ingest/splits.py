@@ -77,8 +77,9 @@ def copies_to_drop(records, pairs, within):
     Those of other splits than the first, which the source gives: what train holds is no test. Within: all but one.
     """
     order, groups, drop = (*ORDER, None), defaultdict(list), []
-    for i, root in enumerate(duplicates.join(len(records), pairs)):
-        groups[root].append((order.index(records[i].split), i))
+    roots = duplicates.join(len(records), pairs)
+    for i in {i for pair in pairs for i in pair}:
+        groups[roots[i]].append((order.index(records[i].split), i))
     for group in groups.values():
         first = min(group)
         drop += [i for rank, i in group if (within and i != first[1]) or rank != first[0]]

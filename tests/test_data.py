@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 import data
 from common.io import UserError
-from ingest import decode, pack, sources, splits, toon
+from ingest import decode, pack, sources, splits, tags, toon
 
 
 def pack_images(source, out, *more, **kw):
@@ -252,13 +252,19 @@ def test_the_demo_set_records_tags_and_strata(monkeypatch):
     plan = toon.plan
     monkeypatch.setattr(toon, "plan", lambda **more: plan(480, **more))
     records, _, dims, _, stream = pack.open_toon(32, 0)
-    words, dims, stream = pack.add_tags(records, dims, stream)
+    records = [r._replace(split="train") for r in records]
+    words, _ = tags.vocabulary(records)
+    dims, stream = tags.add_planes(words, records, dims, stream, thin=True)
     for record, row in stream(records[::160]):
         truth = toon.draw(record.place, 32)
-        assert {w for w, on in zip(words, row["tags"], strict=True) if on} == set(truth["tags"])
+        have = {plane: [words[i] for i in row[plane] if i >= 0] for plane in ("tags", "all_tags")}
+        assert set(have["all_tags"]) == set(truth["tags"]) & set(words)
+        assert set(have["tags"]) == set(tags.thinned(record)) & set(words) <= set(have["all_tags"])
         assert [v[i] for v, i in zip(toon.STRATA.values(), row["style"], strict=True)] == list(truth["style"].values())
         assert {p: row[p].shape for p in dims} == dims
     assert len(words) == len(set(words)) > 80
+    kept = [len(tags.thinned(r)) / len(r.tags) for r in records]
+    assert 0.06 < np.mean(np.equal(kept, 0)) < 0.14 and 0.42 < np.mean(kept) < 0.48  # some have none, others half
 
 
 def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):

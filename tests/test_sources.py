@@ -18,7 +18,7 @@ from PIL import Image
 
 import data
 from common.io import UserError
-from ingest import decode, layouts, pack, sources
+from ingest import decode, layouts, pack, sources, tags
 
 
 def png(colour=(200, 30, 30), size=(24, 24), seed=0):
@@ -179,7 +179,8 @@ POSTS = [{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"},
 def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
     lay(tmp_path, ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg", "8.png", "10.png",
                    "11.png"])  # fmt: skip
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS) + "{broken\n")
+    more = [{"id": 1000 + i} for i in range(14)]  # one line in twenty may be broken, and that is one in 21
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS + more) + "{broken\n")
     for path in (tmp_path, tmp_path / "metadata.jsonl"):
         records, _, notes = sources.find(path)
         assert {r.key: (r.label, r.group, r.tags) for r in records} == {
@@ -188,10 +189,22 @@ def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
             "8.png": (None, "8", ("smile",)), "10.png": ("luka", "10", ("hat",)),
             "11.png": (None, "11", ())}  # fmt: skip
         assert notes == ["read as Danbooru metadata: 3 classes (luka, miku, rin); 2 pictures without a label",
-                         "1 lines of the metadata have no picture here", "1 lines are no JSON objects"]  # fmt: skip
-    (tmp_path / "metadata.jsonl").write_text("[1, 2]\nhello\n")
-    with pytest.raises(UserError, match="2 lines are no JSON objects"):
-        sources.find(tmp_path)
+                         "15 lines of the metadata have no picture here",
+                         "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"]  # fmt: skip
+    for text, lost in (("[1, 2]\nhello\n", "2 of 2"), ("{}\n" * 18 + "hello\n", "1 of 19")):
+        (tmp_path / "metadata.jsonl").write_text(text)
+        with pytest.raises(UserError, match=f"{lost} lines are no JSON objects, the first: metadata.jsonl, line"):
+            sources.find(tmp_path)
+
+
+def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
+    rows = b"0,0159/263159.jpg\n1,0007/7.jpg"
+    lay(tmp_path, ["faces/0159/263159.jpg", "faces/0007/7.jpg", ("labels/train.csv", rows)])
+    assert [r.tags for r in sources.find(tmp_path)[0]] == [(), ()]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS))
+    records, _, notes = sources.find(tmp_path)
+    assert [(r.label, r.tags) for r in records] == [("0", ("smile",)), ("1", ("smile", "hat"))]
+    assert notes[1:] == ["4 lines of the metadata have no picture here"]
 
 
 def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
@@ -380,7 +393,7 @@ def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
             tar.addfile(info, io.BytesIO(pictures[name]))
     records, fetch, notes = sources.find(tmp_path / "set.tar")
     assert len(records) == 9 and notes[1:] == ["1 names came twice; the first of each is kept"]
-    pairs, _ = pack.near_duplicates(records, fetch, "group")
+    pairs, _ = pack.near_duplicates(records, fetch, "group", tmp_path / "out")
     assert [{records[i].key for i in pair} for pair in pairs] == [{"a/3.png", "a/8.png"}]
 
 
@@ -483,14 +496,49 @@ def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
 # ---- tags, strata, the crop ----------------------------------------------------------------------------------------
 
 
-def test_tags_are_multi_hot_with_their_vocabulary(tmp_path):
+def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     lay(tmp_path, [f"{i}.png" for i in range(20)])
-    rows = [f"{i}.png,c{i % 2},,{'smile hat' if i % 2 else 'smile'}" for i in range(20)]
+    rows = [f"{i}.png,c{i % 2},,{f'hat :d once{i} smile' if i % 2 else 'smile'}" for i in range(20)]
     (tmp_path / "list.csv").write_text("path,label,split,tags\n" + "\n".join(rows))
     call("data.py", "list.csv", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
     split = data.open_split(tmp_path / "out", "train")
     assert split["header"]["tags"] == ["smile", "hat"] and split["tags"].shape == (len(split["images"]), 2)
-    assert (split["tags"][:, 0] == 1).all() and (split["tags"][:, 1] == split["labels"].numpy()).all()
+    assert (split["tags"][:, 0] == 0).all() and (split["tags"][:, 1] == split["labels"].numpy() * 2 - 1).all()
+    call("data.py", "list.csv", "--out", "all", "--size", 16, "--emoticons", "--min-per-tag", 1, cwd=tmp_path, check=0)
+    words = data.open_split(tmp_path / "all", "train")["header"]["tags"]
+    assert words[:3] == ["smile", ":d", "hat"] and len(words) == 3 + split["labels"].sum()
+    done = call("data.py", "list.csv", "--out", "few", "--size", 16, "--tag-importance", 0.2, cwd=tmp_path, check=0)
+    assert data.open_split(tmp_path / "few", "train")["header"]["tags"] == ["hat"]  # every picture has smile
+    left_out = "1 emoticons, 7 on fewer than 2 pictures, 1 of an importance up to 0.2"
+    assert f"tags: 1 of 10 are learned; {left_out}" in done.stdout
+    (tmp_path / "list.csv").write_text("path,label\n" + "\n".join(row.partition(",,")[0] for row in rows))
+    assert "has none; leave it out" in refused(call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path))
+
+
+@pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xd", "x3", "0_0", ";)", "\\o/"])
+def test_emoticons_are_told_from_words(tag):
+    assert tags.is_emoticon(tag)
+
+
+@pytest.mark.parametrize("tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero"])
+def test_words_are_no_emoticons(tag):
+    assert not tags.is_emoticon(tag)
+
+
+def test_the_importance_of_a_tag_is_the_papers():
+    lists = [("a", "b"), ("a",), ("a", "b", "c", "d"), ("e",)]
+    assert tags.importance(lists)["a"] == pytest.approx((1 / 2 + 1 + 1 / 4) * np.log(4 / 3))
+    assert tags.importance(lists)["c"] == pytest.approx(1 / 4 * np.log(4))
+
+
+def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
+    lists = [tuple(f"tag{j}" for j in range(i + 1)) for i in range(400)]
+    records = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
+    words, _ = tags.vocabulary(records, least=1)
+    dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
+    assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
+    rows = [row["tags"] for _, row in stream(records[::399])]
+    assert rows[0].tolist() == [0] + [tags.NONE] * (tags.MOST - 1) and rows[1].tolist() == list(range(tags.MOST))
 
 
 def figure(centre, size=(120, 80)):

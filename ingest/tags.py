@@ -1,0 +1,83 @@
+"""Words to learn from: which of a source's tags make the vocabulary, and those of a picture as a padded list of ids.
+
+A list takes as much room as the longest one, whatever the vocabulary: 25,000 words cost no more than 25.
+"""
+
+import math
+import re
+import zlib
+from collections import Counter
+
+import numpy as np
+
+MOST = 256  # tags of a picture; of more the rarest are left out
+NONE = -1  # fills a list up
+KEPT, WITHOUT = 0.5, 0.1  # of the demo set: the share of a picture's tags that it gets, and of pictures with none
+
+
+def is_emoticon(tag):
+    """:d, ^_^, o_o: no two letters or digits in a row, and nothing but ASCII."""
+    return tag.isascii() and not re.search("[a-z0-9]{2}", tag, re.IGNORECASE) or tag in ("xd", "x3", "0_0")
+
+
+def importance(lists):
+    """Lists of tags -> {tag: (sum of 1/k over its pictures, k their number of tags) * log(pictures / its pictures)}.
+
+    As MFDN filters its tags (kept: above .2); what is on every picture has none.
+    """
+    count, share = Counter(), Counter()
+    for tags in lists:
+        for tag in tags:
+            count[tag] += 1
+            share[tag] += 1 / len(tags)
+    return {tag: share[tag] * math.log(len(lists) / n) for tag, n in count.items()}
+
+
+def vocabulary(records, least=2, above=0.0, emoticons=False):
+    """Records -> (words, the most frequent first, lines that tell what was left out), by the pictures of train.
+
+    least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons stay if they may.
+    """
+    lists = [r.tags for r in records if r.split == "train" and r.tags]
+    count = Counter(tag for tags in lists for tag in tags)
+    gone = {"emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
+            f"on fewer than {least} pictures": [t for t, n in count.items() if n < least]}  # fmt: skip
+    if above:
+        gone[f"of an importance up to {above:g}"] = [t for t, x in importance(lists).items() if x <= above]
+    words = set(count).difference(*gone.values())
+    told = [f"{len(tags)} {why}" for why, tags in gone.items() if tags]
+    notes = [f"tags: {len(words)} of {len(count)} are learned; {', '.join(told)}"] if told else []
+    return sorted(words, key=lambda t: (-count[t], t)), notes
+
+
+def as_ids(tags, column, room):
+    """Tags, {word: id} -> i32 (room,): ids from small to large, the order that models see them in, then NONE."""
+    ids = sorted(column[t] for t in set(tags) if t in column)[:room]
+    return np.array(ids + [NONE] * (room - len(ids)), np.int32)
+
+
+def thinned(record):
+    """Some of a picture's tags, the same whenever it is asked for: what a person may have filed it under."""
+    rng = np.random.default_rng(zlib.crc32(record.key.encode()))
+    kept = rng.random(len(record.tags)) < KEPT
+    return () if rng.random() < WITHOUT else tuple(t for t, k in zip(record.tags, kept, strict=True) if k)
+
+
+def add_planes(words, records, dims, stream, thin=False):
+    """dims {plane: shape of a row} and stream(records), with a plane "tags", i32 (T,); thin: and "all_tags", the truth.
+
+    T is the longest list of ids that a picture of the set has.
+    """
+    column = {t: i for i, t in enumerate(words)}
+    room = min(MOST, max((sum(t in column for t in set(r.tags)) for r in records), default=0))
+    if not room:
+        return dims, stream
+
+    def tagged(some):
+        for r, row in stream(some):
+            if not isinstance(row, Exception):
+                row["tags"] = as_ids(thinned(r) if thin else r.tags, column, room)
+                row |= {"all_tags": as_ids(r.tags, column, room)} if thin else {}
+            yield r, row
+
+    return dims | {p: (room,) for p in ("tags", "all_tags")[: 1 + thin]}, tagged
