@@ -27,16 +27,16 @@ SIZES = {  # width, depth, heads of the encoder; image and patch side, width of 
 }  # fmt: skip
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for q, k, v (B, H, N, d); exact everywhere.
+def attention(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); exact everywhere. bias: -inf hides a key.
 
     A GPU wins with the fused kernel, which never writes the (N, N) probabilities. A CPU does not at the lengths of an
     MAE: there two plain matrix products were faster (results/LOG.md, "attention on a CPU").
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-    return scores.softmax(-1) @ v
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -46,11 +46,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, start=0):
-        """x (B, N, D) -> (B, N - start, D): what the tokens from `start` on take from all."""
+    def forward(self, x, start=0, bias=None):
+        """x (B, N, D) -> (B, N - start, D): what the tokens from `start` on take from all; bias as in attention()."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, d)
-        return self.proj(attention(q[:, :, start:], k, v).transpose(1, 2).reshape(B, N - start, D))
+        return self.proj(attention(q[:, :, start:], k, v, bias).transpose(1, 2).reshape(B, N - start, D))
 
     def probabilities(self, x, queries):
         """Attention probabilities: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries` of its rows, fp32.
@@ -87,13 +87,13 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
-    def forward(self, x, start=0):
+    def forward(self, x, start=0, bias=None):
         if self.recompute and torch.is_grad_enabled():  # nothing is random here
-            return checkpoint(self.branches, x, start, use_reentrant=False, preserve_rng_state=False)
-        return self.branches(x, start)
+            return checkpoint(self.branches, x, start, bias, use_reentrant=False, preserve_rng_state=False)
+        return self.branches(x, start, bias)
 
-    def branches(self, x, start):
-        x = x[:, start:] + self.attn(self.norm1(x), start)
+    def branches(self, x, start, bias):
+        x = x[:, start:] + self.attn(self.norm1(x), start, bias)
         return x + self.mlp(self.norm2(x))
 
 

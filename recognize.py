@@ -47,7 +47,7 @@ from common.features import results_folder
 from common.io import UserError, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
-from ingest.decode import decode, reason
+from ingest.pictures import pictures, tell_problems
 
 FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
@@ -100,37 +100,10 @@ def check(args):
     return task
 
 
-def is_picture(path):
-    """A file that is no archive and no list is taken for a picture, whatever its name."""
-    try:
-        return path.is_file() and (sources.is_image(path.name) or not sources.reader_of(path))
-    except UserError:
-        return True
-
-
-def pictures(args, header, problems):
-    """Yield (key, u8 (size, size, 3)) of all that can be read, cut as in training; what can't is noted in problems."""
-    size, margin = header["packed_size"], header.get("margin", 0.1)
-    crop = args.crop or header.get("crop", "centre")
-    work = lambda r, b: decode(b, size, False, r.box, crop, margin)["images"]  # noqa: E731
-    for path in args.images:
-        try:
-            if path != "-" and is_picture(Path(path)):
-                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
-            else:
-                records, fetch, _ = sources.find(path, layout="-")
-            for record, row in pack.decode_records(records, fetch, work):
-                if isinstance(row, Exception):
-                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(row)}"))
-                else:
-                    yield record.key, row
-        except UserError as problem:  # a hostile or broken archive, a path that is not there
-            problems.append((path, str(problem)))
-
-
 def predictions(args, net, header, autocast, problems):
     """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, in batches."""
-    items = pictures(args, header, problems)
+    crop = args.crop or header.get("crop", "centre")
+    items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         split, size = {"images": np.stack(images)}, header["image_size"]
@@ -170,13 +143,7 @@ def recognise(args, net, header, gallery, autocast):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)
-    if not count:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise UserError(problems[0][1] + more if problems else "no picture was given")
-    for key, problem in problems:
-        print(f"skipped: {problem}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))
+    tell_problems(problems, count, args.json)
     if unknown and not args.json:
         print(f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
               file=sys.stderr)  # fmt: skip

@@ -36,6 +36,7 @@ Case = namedtuple("Case", "kind stage spoil commands refused", defaults=(False,)
 SEED, CPU = 0, ["--device", "cpu", "--dtype", "fp32"]
 SMALL = ["--data", "datasets/tiny", "--image-size", 32, "--patch-size", 8, "--batch-size", 16, "--epochs", 1,
          "--decoder-depth", 1, "--decoder-dim", 32, *CPU]  # fmt: skip
+TAGS = ["--data", "datasets/tiny", "--epochs", 2, "--batch-size", 16, *CPU]
 TINY_TUNE = ["--data", "datasets/tiny", "--epochs", 1, "--batch-size", 16, *CPU]
 
 # A call of each stage that works; every bad one is made from it
@@ -46,6 +47,7 @@ GOOD = {
     "probe.py": ["runs/nano", "--data", "datasets/tiny", "--headline", *CPU],
     "finetune_lora.py": ["runs/nano", *TINY_TUNE, "--out", "runs/new", "--method", "linear"],
     "recognize.py": ["runs/lora", "pictures/class0/illust0_0.png", *CPU],
+    "tags.py": ["runs/nano", *TAGS, "--out", "runs/new"],
     "export.py": ["runs/nano", "--to", "timm", "--out", "exports/timm.safetensors"],
     "ingest.toon": ["--rows", 1, "--columns", 1, "--size", 32, "--out", "new.png"],
     "experiments.study": ["--plan", "arms", "--arms", "block", "--exploratory", "--data", "datasets/tiny", "--dry"],
@@ -62,6 +64,8 @@ MORE = [
     ("finetune_lora.py", ["runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, "--resume"]),
     ("recognize.py", ["runs/lora", "--verify", "--data", "datasets/tiny", *CPU]),
     ("recognize.py", ["runs/lora", "--enrol", "newcomer", "pictures/class0", *CPU]),
+    ("tags.py", ["runs/tags", "pictures/class0", *CPU]),
+    ("tags.py", ["runs/tags", "pictures/class0", "--csv", "new.csv", "--like", "runs/tags/selected_tags.csv", *CPU]),
     ("export.py", ["runs/lora", "--to", "merged", "--out", "exports/merged.safetensors"]),
     ("data.py", ["list.csv", "--out", "datasets/new", "--size", 32]),
     ("data.py", ["pictures", "--out", "datasets/new", "--size", 32, "--crop", "figure", "--boxes", "boxes.txt"]),
@@ -81,6 +85,8 @@ INPUTS = {
     "recognize.py": ["runs/lora/head.safetensors", "runs/lora/gallery.safetensors", "runs/lora/adapter_config.json",
                      "runs/lora/adapter_model.safetensors", "runs/nano/model.safetensors",
                      "pictures/class0/illust0_0.png", "datasets/tiny/val.safetensors"],
+    "tags.py": ["runs/nano/model.safetensors", "runs/tags/model.safetensors", "datasets/tiny/train.safetensors",
+                "datasets/tiny/dev.safetensors", "runs/tags/selected_tags.csv", "pictures/class0/illust0_0.png"],
     "export.py": ["runs/nano/model.safetensors", "runs/lora/adapter_model.safetensors",
                   "runs/lora/adapter_config.json"],
     "ingest.toon": [],
@@ -101,7 +107,7 @@ PATHS = ("absent", "absent/deep/er", "notes.txt", "notes.txt/under", "", "x" * 3
 OUTS = ("notes.txt", "notes.txt/under", "runs/nano", "runs/lora", "datasets/tiny", "maps/tiny", "pictures", "table.csv",
         "picture.png", "", "x" * 300, "odd/na\nme/new", "/dev/null/x", "results/study/STUDY.md", "loop")  # fmt: skip
 IS_PATH = {"path", "data", "out", "run", "runs", "encoder", "init", "teacher", "maps", "images", "reference", "boxes",
-           "portraits", "figure", "work", "dino"}  # flags whose value names a file  # fmt: skip
+           "portraits", "figure", "work", "dino", "pictures", "csv", "like"}  # flags that name a file  # fmt: skip
 
 # Values that fit, and take no time: for flags that do not go together
 QUICK = {
@@ -157,6 +163,13 @@ UNUSED = [
     (NAME, "--enrol newcomer pictures/class0", "--data datasets/tiny|--eval-on val|--threshold .5|--nearest 1|--json|"
                                                "--verify"),
     (NAME, "--verify", "--nearest 1|--crop figure|--enrol newcomer"),
+    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm image",
+     "--tag-ratio .3|--tag-weight 2|--length 9|--top 3|--json|--csv x.csv|--tell hat|--threshold .5|--like table.csv"),
+    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm bce", "--lr .1|--layer-decay .5|--tag-weight 2"),
+    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm tags", "--keep .5|--min-crop .5|--colour .1"),
+    (["tags.py", "runs/tags", *CPU], PICTURE, "--arm vilt|--epochs 3|--data datasets/tiny|--resume|--out new|--seed 1|"
+                                              "--like table.csv"),
+    (PACK, "", "--min-per-tag 3|--tag-importance .2|--emoticons"),
     (PACK, "", "--margin .2|--tail 1|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
     (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
     (["data.py"], "--show datasets/tiny", "--out new|--size 32|--crop figure|--split .8,.1,.1|--dev .1|--dedupe|"
@@ -175,6 +188,7 @@ UNUSED = [
 ]  # fmt: skip
 TOO_LARGE = [
     (PRE, "", f"--image-size 1000000|--seed {2**65}"),
+    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "", f"--seed {2**65}|--length 1000|--epochs 1"),
     (TUNE, "", f"--image-size 1000000|--seed {2**65}|--hold-out 4"),
     (PROBE, "--headline", f"--seed {2**65}"),
     (PACK, "", f"--size 1000000|--seed {2**65}|--min-per-class 1000"),
@@ -205,6 +219,9 @@ LOST = [
     [["pretrain.py", *SMALL, "--out", "runs/lora"]],
     [["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora"]],
     [["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/nano"]],
+    [["tags.py", "runs/nano", *TAGS, "--out", "runs/tags"]],
+    [["tags.py", "runs/nano", *TAGS, "--out", "runs/nano"]],
+    [["tags.py", "runs/tags", PICTURE, "--csv", "notes.txt", *CPU]],
     [["ingest.toon", "--rows", 1, "--columns", 1, "--size", 32, "--out", "picture.png"]],
     [["data.py", "pictures", "--out", "datasets/tiny", "--size", 32]],
     [["data.py", "--show", "datasets/tiny"]] * 2,
@@ -308,6 +325,7 @@ def scratch(tmp_path_factory):
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
         call("finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, cwd=base, check=0)
+        call("tags.py", "runs/nano", *TAGS, "--out", "runs/tags", cwd=base, check=0)
         call("maps.py", "--data", "datasets/tiny", "--map", "saliency", "--out", "maps/tiny", cwd=base, check=0)
         make_files(base)
         shutil.copytree(base, base.parent / "pristine", symlinks=True)

@@ -126,5 +126,6 @@ def test_functions_are_short():
     sizes = {(p.relative_to(ROOT).as_posix(), name): n for p in files for (name, _), n in functions(p).items()}
     assert max(sizes.values()) <= 120, max(sizes, key=sizes.get)
     assert sum(n > 60 for n in sizes.values()) < 10
-    # 11,000 was the aim; refusing what a user gets wrong, and telling him what was done, took two thousand more
-    assert sum(len(p.read_text().splitlines()) for p in files) < 14_200
+    # 11,000 was the aim; refusing what a user gets wrong, and telling him what was done, took two thousand more, and
+    # image and tags together another 1,300
+    assert sum(len(p.read_text().splitlines()) for p in files) < 15_500

@@ -14,6 +14,7 @@ from conftest import call, draw_folder, refused
 from PIL import Image
 from safetensors.torch import save_file
 
+import ingest.pictures
 import recognize
 from common import classifier, metrics
 from common.io import UserError, read_safetensors
@@ -108,7 +109,7 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
 
 def test_pictures_are_cut_as_those_it_learned_from(run, copy, capsys, monkeypatch):
     cuts = []
-    monkeypatch.setattr(recognize, "decode", lambda *args: cuts.append(args[4:]) or decode(*args))
+    monkeypatch.setattr(ingest.pictures, "decode", lambda *args: cuts.append(args[4:]) or decode(*args))
     picture = run[1] / "class1" / "illust3_0.png"
     recognise(capsys, copy, picture)
     net, header = classifier.load_classifier(copy)

@@ -1,0 +1,148 @@
+"""Tags, judged and exchanged: average precision, thresholds, what is new but true; the lists that taggers agree on.
+
+    n pictures   V tags   scores (n, V) in [0, 1]   truth (n, V) bool
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from common.io import UserError, atomic
+
+TOP = 25  # the most frequent tags, of which the error is told apart
+FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
+CATEGORIES = {"general": "0", "character": "4", "rating": "9"}  # as boards number them
+COLUMNS = ["tag_id", "name", "category", "count"]  # of selected_tags.csv
+
+
+def average_precisions(scores, truth):
+    """-> (V,) average precision of each tag, nan of one that no picture has."""
+    from sklearn.metrics import average_precision_score
+
+    found = np.full(truth.shape[1], np.nan)
+    for tag in truth.any(0).nonzero()[0]:
+        found[tag] = average_precision_score(truth[:, tag], scores[:, tag])
+    return found
+
+
+def best_threshold(scores, truth):
+    """scores (n,), truth (n,) bool -> the score from which on F1 is best, half way to the next one below."""
+    order = np.argsort(-scores, kind="stable")
+    right = np.cumsum(truth[order])
+    f1 = 2 * right / (np.arange(len(order)) + 1 + truth.sum())
+    last = np.r_[np.diff(scores[order]) < 0, True]  # equal scores are taken together
+    at = int(np.argmax(np.where(last, f1, -1)))
+    below = scores[order[at + 1]] if at + 1 < len(order) else 0.0
+    return float((scores[order[at]] + below) / 2)
+
+
+def fit_thresholds(scores, truth):
+    """-> (V,): of each tag the threshold that is best for its F1, of a rare one that which is best for all together."""
+    common = best_threshold(scores.ravel(), truth.ravel())
+    enough = truth.sum(0) >= FEWEST
+    return np.array([best_threshold(scores[:, t], truth[:, t]) if enough[t] else common for t in range(len(enough))])
+
+
+def f1(right, said, there):
+    """Counts -> F1, 0 where nothing was said and nothing is there."""
+    return 2 * right / np.maximum(said + there, 1)
+
+
+def judge(scores, truth, thresholds):
+    """-> {"map", "micro_f1", "macro_f1", "error", "error_top"} in percent, and "ap", each tag's, None of one that no
+    picture has. map and macro_f1 are means over tags that some picture has; error: wrong among all yes and no."""
+    said, there = scores >= thresholds, truth.any(0)
+    right, ap = said & truth, average_precisions(scores, truth)
+    wrong, top = (said != truth).mean(0), np.argsort(-truth.sum(0), kind="stable")[:TOP]
+    row = {"map": np.nanmean(ap), "micro_f1": f1(right.sum(), said.sum(), truth.sum()), "error": wrong.mean(),
+           "macro_f1": f1(right.sum(0), said.sum(0), truth.sum(0))[there].mean(), "error_top": wrong[top].mean()}
+    return {k: round(100 * float(x), 3) for k, x in row.items()} | {
+        "ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap]}  # fmt: skip
+
+
+def four_kinds(said, given, truth):
+    """bool (V,) each: what was said of a picture, what it is filed under, what is true -> {kind: indices of tags}."""
+    kinds = {"right": said & given, "missed": given & ~said, "new but true": said & truth & ~given,
+             "new and false": said & ~truth & ~given}  # fmt: skip
+    return {kind: tags.nonzero()[0] for kind, tags in kinds.items()}
+
+
+# ---- lists of tags as the WD taggers have them -----------------------------------------------------------------------
+
+
+def read_selected(path):
+    """selected_tags.csv: columns tag_id, name, category, count -> list of its rows, in its order."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise UserError(f"{path} can't be read as a list of tags: {problem}") from None
+    if not rows or not {"name", "category"} <= rows[0].keys():
+        raise UserError(f"{path} is no list of tags: its first line has to name {', '.join(COLUMNS)}")
+    return rows
+
+
+def write_selected(path, words, counts):
+    """The same of ours: ids are places in the list, counts pictures of train."""
+    rows = [[i, word, CATEGORIES["general"], int(n)] for i, (word, n) in enumerate(zip(words, counts, strict=True))]
+    write_csv(path, [COLUMNS, *rows])
+
+
+def write_csv(path, rows):
+    with atomic(Path(path)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def in_their_order(selected, words, classes):
+    """Rows of selected_tags.csv -> for each the column of ours, [tags, then characters] or -1; and those they lack.
+
+    Names are compared in lower case, with _ for spaces; their characters are our classes.
+    """
+    plain = lambda name: name.strip().lower().replace(" ", "_")  # noqa: E731
+    tags = {plain(w): i for i, w in enumerate(words)}
+    people = {plain(c): len(words) + i for i, c in enumerate(classes)}
+    columns = []
+    for row in selected:
+        names = people if row["category"] == CATEGORIES["character"] else tags
+        columns.append(names.get(plain(row["name"]), -1))
+    theirs = {plain(row["name"]) for row in selected}
+    return np.array(columns), [w for w in words if plain(w) not in theirs]
+
+
+# ---- the sheet -------------------------------------------------------------------------------------------------------
+
+KINDS = {"right": "#0072B2", "missed": "#999999", "new but true": "#009E73", "new and false": "#D55E00"}
+SIGNS = {"right": "+", "missed": "-", "new but true": "*", "new and false": "x"}  # where colours can't be told apart
+
+
+def draw_sheet(path, title, images, kinds, words, names):
+    """Pictures u8 (n, S, S, 3), their four kinds of tags, and (true name, said name) of each -> sheet.png."""
+    from common import plots
+
+    columns = 2
+    rows = -(-len(images) // columns)
+    title += "\n" + "     ".join(f"{sign} {kind}" for kind, sign in SIGNS.items())
+    with plots.panels(path, title, rows, 2 * columns, (11, 2.15 * rows + 0.9), squeeze=False,
+                      gridspec_kw={"width_ratios": [1, 1.75] * columns}) as axes:  # fmt: skip
+        for axis in axes.flat:
+            axis.axis("off")
+        for i, (image, found, (true, said)) in enumerate(zip(images, kinds, names, strict=True)):
+            picture, text = axes[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
+            picture.imshow(image)
+            picture.set_title(true if true == said else f"{true}, said: {said}", fontsize=8, loc="left")
+            lines = [(k, line) for k in KINDS for line in lines_of(k, [words[t] for t in found[k]])]
+            for at, (kind, line) in enumerate(lines):
+                text.text(0, 1 - at * 0.105, line, color=KINDS[kind], fontsize=7.5, va="top", family="monospace")
+
+
+def lines_of(kind, tags, width=40, most=4):
+    """Tags of a kind -> lines of so many letters, the sign before each tag."""
+    lines, line = [], ""
+    for tag in tags:
+        if len(line) + len(tag) + 3 > width and line:
+            lines.append(line)
+            line = ""
+        line += f"{SIGNS[kind]}{tag} "
+    lines += [line] * bool(line)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1] + "..."]

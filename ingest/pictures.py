@@ -1,0 +1,49 @@
+"""Pictures that somebody names on a command line, one after the other, cut as a network was trained."""
+
+import json
+import sys
+from pathlib import Path
+
+from common.io import UserError
+from ingest import pack, sources
+from ingest.decode import decode, reason
+
+
+def is_picture(path):
+    """A file that is no archive and no list is taken for a picture, whatever its name."""
+    try:
+        return path.is_file() and (sources.is_image(path.name) or not sources.reader_of(path))
+    except UserError:
+        return True
+
+
+def pictures(paths, size, crop, margin, problems):
+    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)) of all that can be read, cut by `crop`.
+
+    What can't be read is noted in problems, as (key, why).
+    """
+    work = lambda r, b: decode(b, size, False, r.box, crop, margin)["images"]  # noqa: E731
+    for path in paths:
+        try:
+            if path != "-" and is_picture(Path(path)):
+                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
+            else:
+                records, fetch, _ = sources.find(path, layout="-")
+            for record, row in pack.decode_records(records, fetch, work):
+                if isinstance(row, Exception):
+                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(row)}"))
+                else:
+                    yield record.key, row
+        except UserError as problem:  # a hostile or broken archive, a path that is not there
+            problems.append((path, str(problem)))
+
+
+def tell_problems(problems, count, as_json):
+    """Name on stderr what could not be read; where nothing could, of `count` pictures, it is an error."""
+    if not count:
+        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+        raise UserError(problems[0][1] + more if problems else "no picture was given")
+    for key, problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))

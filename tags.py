@@ -1,0 +1,574 @@
+"""Stage 6: image and tags together. Learn who it is and what the picture shows, from both; ask with the picture alone.
+
+    python tags.py runs/NAME --data datasets/toon              # or: torchrun --nproc-per-node 8 ...
+    python tags.py runs/NAME-tags PICTURE...                   # who it is, and tags with their probabilities
+
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and datasets/NAME with
+        tags; to use it runs/NAME-tags, pictures, and a tagger's selected_tags.csv
+Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json, log.jsonl, curves.png,
+        sheet.png, selected_tags.csv (our tags, as taggers list them); answers go to standard output, or to --csv
+
+The network and its arms are in common/mfdn.py. A picture often comes without tags, so hidden tags wean the network:
+their share rises to all of them at the half of the run. Thresholds of tags are chosen on dev, or on a tenth of train
+held apart by group; --eval-on is reported, at the half and at the end.
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import hashlib
+import itertools
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import mask as masking
+from common import classifier, distributed, metrics, mfdn, tagging, train
+from common.checkpoints import flags_of, load_encoder, load_exactly
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    working,
+)
+from common.features import open_rows, split_suffix
+from common.io import UserError, read_json, save_json
+from ingest.pictures import pictures, tell_problems
+from kernels.gather import masked_patch_gather
+
+LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
+JUDGED = 8192  # pictures at most whose tags are judged: a number for each picture and tag is kept
+SHOWN = 8  # pictures on the sheet
+RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet.png", "selected_tags.csv")
+NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "json", "top", "csv",
+             "like", "tell", "threshold")  # fmt: skip
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
+                        "to use what was learned runs/NAME-tags")  # fmt: skip
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive, - for a list of files")
+    add = parser.add_argument_group("what to learn from, and where to write").add_argument
+    add("--data", metavar="DIR", help="set with labels and tags (default: what the encoder learned from, or toon)")
+    add("--out", metavar="DIR", help="run folder (default: the encoder's, tags, and the flags that matter)")
+    add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    add("--force", action="store_true", help="start anew where another run is in --out; replace the file of --csv")
+    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that is reported")
+    add = parser.add_argument_group("what is learned").add_argument
+    arms = "\n".join(f"{arm}: {text}" for arm, text in mfdn.ARMS.items())
+    add("--arm", default="mfdn", choices=mfdn.ARMS, help=arms)
+    add("--tag-ratio", type=between(0, 1), default=0.5, metavar="R", help="share of tags that --arm fixed hides")
+    add("--tag-weight", type=between(0, 100), default=1.0, metavar="W", help="of the tags' loss beside the character's")
+    add("--length", type=between(4, 512, int), metavar="L", help="places for words; two hold no tag (default: 32, or\n"
+        "fewer where no picture has so many)")  # fmt: skip
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=at_least(2), default=30, help="passes over the data")
+    add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
+    add("--lr", type=between(0, 1), default=1e-3, help="peak learning rate of the encoder")
+    add("--head-lr", type=between(1e-9, 1), default=1e-3, metavar="LR", help="of what is new")
+    add("--layer-decay", type=between(0.01, 1), default=0.9, metavar="D", help="a block learns at D times the next")
+    add("--weight-decay", type=between(0, 10), default=0.05, metavar="W", help="of matrices")
+    add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
+    add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd, with momentum .9, is the paper's")
+    add("--schedule", default="cosine", choices=["cosine", "two-stage"], help="two-stage is the paper's: 1 to .6 in "
+        "three fifths of the run, .6 to 0 in the rest")  # fmt: skip
+    add("--seed", type=at_least(0), default=0, help="of weights, order, augmentation and hidden tags")
+    add("--keep", type=between(0.01, 1), default=0.5, metavar="SHARE", help="of the patches shown in training")
+    add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of an image in a crop")
+    add("--colour", type=between(0, 1), default=0.2, metavar="X", help="brightness, contrast, saturation times 1 +- X")
+    add = parser.add_argument_group("what is said of pictures").add_argument
+    add("--tell", metavar="WORDS", help="tags of the pictures that are known, with spaces between them")
+    add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own, from dev)")
+    add("--top", type=at_least(1), default=15, metavar="N", help="tags that are named at most")
+    add("--json", action="store_true", help="print a JSON object a picture")
+    add("--csv", metavar="FILE", help="a row a picture, a column a tag, instead of lines")
+    add("--like", metavar="FILE", help="selected_tags.csv of a tagger: --csv gets its columns, in its order")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    return parser.parse_intermixed_args()
+
+
+def refuse_flags(args):
+    training, hides = not args.pictures, args.arm in mfdn.HIDES_TAGS
+    frozen, blind = args.arm == "bce", args.arm == "tags"
+    refuse_unused(args, (
+        ("data out resume eval-on arm tag-ratio tag-weight length epochs batch-size lr head-lr layer-decay "
+         "weight-decay warmup optimizer schedule seed keep min-crop colour log", training,
+         "is for training, not for pictures"),
+        ("tell threshold top json csv like", not training, "is for pictures: python tags.py runs/NAME-tags PICTURE"),
+        ("tag-ratio", args.arm == "fixed", f"is for --arm fixed, not for {args.arm}"),
+        ("tag-weight", hides or args.arm == "l2l", f"is for arms with a loss of both, not for {args.arm}"),
+        ("length", args.arm in mfdn.READS_TAGS, f"is for arms that read tags, not for {args.arm}"),
+        ("lr layer-decay", not frozen, "is for what learns in the encoder; --arm bce has --head-lr alone"),
+        ("keep min-crop colour", not blind, "is for pictures, and --arm tags sees none"),
+        ("like", args.csv is not None, "is for --csv FILE"),
+        ("threshold top json", args.csv is None, "is for lines; --csv writes every probability"),
+    ))  # fmt: skip
+
+
+# ---- the data: pictures, characters, tags ----------------------------------------------------------------------------
+
+
+def open_task(args, device, autocast):
+    """-> what a run works with, a namespace; the comments say what is in it."""
+    task = SimpleNamespace(device=device, autocast=autocast, arm=args.arm)
+    sets, class_ids = open_rows(args.data, args.eval_on, 0)
+    names = ("train", "train" if sets[1][0] is sets[0][0] else "dev", args.eval_on)
+    task.train, task.dev, task.report = (
+        SimpleNamespace(name=name, split=split, rows=rows, labels=class_ids[split["labels"]])
+        for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
+    header = task.train.split["header"]
+    task.classes, task.words = header["classes"], header["tags"]
+    for images in (task.train, task.dev, task.report):
+        if getattr(images.split.get("tags"), "dtype", None) != np.int32:
+            raise UserError(f"{args.data}, {images.name} has no tags, or those of an older packing; a table with a "
+                            "column of them, or metadata.jsonl, brings them: python data.py IT --out DIR")  # fmt: skip
+    task.each = (np.asarray(task.train.split["tags"]) >= 0).sum(1)  # how many tags a picture has
+    args.length = args.length or min(32, max(2, int(task.each.max())) + 2)
+    encoder, task.S = load_encoder(args.encoder)  # S: side of a view
+    if len(encoder.blocks) < 2:
+        raise UserError(f"{args.encoder} has one block, and half of the blocks see the picture alone; give 2 or more")
+    torch.manual_seed(args.seed)
+    task.net = mfdn.MFDN(encoder, len(task.classes), len(task.words), args.arm, args.length).to(device)
+    encoder.requires_grad_(args.arm != "bce")
+    task.net.reach.copy_(mfdn.reaches(tags_of(task.train, task.train.rows), args.length - 2))
+    known = hashlib.blake2b(json.dumps([task.words, task.classes]).encode(), digest_size=6).hexdigest()
+    task.config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}  # a run is resumed under the same
+    task.config["vocabulary"] = known
+    return task
+
+
+def tags_of(images, rows, plane="tags"):
+    """rows (n,) of a split -> ids i64 (n, T), -1 fills up; plane "all_tags": the truth, where a set knows it."""
+    return torch.from_numpy(np.array(images.split[plane][rows.numpy()])).long()
+
+
+def truth_of(images, rows, V, plane="tags"):
+    return mfdn.many_hot(tags_of(images, rows, plane), V).numpy() > 0
+
+
+def rows_judged(images):
+    return images.rows[data.evenly_spaced(len(images.rows), JUDGED)]
+
+
+def augment(images, args, task, B, mine, generator):
+    """images u8 (b, ., ., 3), this process's slice `mine` of B -> patches (b, K, P), places (b, K), drawn for all B."""
+    boxes, flip = data.draw_boxes(B, generator, args.min_crop)
+    colour, N = torch.rand(B, 3, generator=generator), task.net.encoder.side**2
+    noise, K = torch.rand(B, N, generator=generator), max(1, round(args.keep * N))
+    view = data.view_images(images, boxes[mine], flip[mine], task.S)
+    view = data.jitter_colour(view, colour[mine], args.colour)
+    ids, _ = masking.sample(noise[mine].to(view.device), K)
+    return masked_patch_gather(view, ids, task.net.encoder.patch_size), ids
+
+
+def read_tags(args, task, rows, share, generator):
+    """rows (B,) of train -> words (B, L) as the network reads them, which are hidden (B, L), and what they were (B, L).
+
+    hidden is None where the arm hides none.
+    """
+    truth = mfdn.to_words(tags_of(task.train, rows), len(task.words), args.length, generator)
+    if args.arm not in mfdn.HIDES_TAGS:
+        return truth, None, truth
+    return *mfdn.hide(truth, len(task.words), share, generator), truth
+
+
+# ---- how good it is ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def look(task, images, rows, name=""):
+    """Whole pictures -> logits of characters "with" and "without" their tags, (n, C), and "tags" (n, V), None where the
+    arm has none."""
+    net, found = task.net.eval(), {"with": [], "without": [], "tags": []}
+    chunks = data.whole_views(images.split["images"], rows, task.S, task.device)
+    for index, view in progress(chunks, name, -(-len(rows) // data.CHUNK), leave=False, disable=not name):
+        with task.autocast():
+            without, tags = mfdn.answers(net, view)
+            told = None
+            if task.arm in mfdn.READS_TAGS:
+                words = mfdn.to_words(tags_of(images, index), net.V, net.length)
+                told, _ = mfdn.answers(net, view, words)
+        for key, x in zip(found, (told, without, tags), strict=True):
+            found[key] += [] if x is None else [x.float().cpu()]
+    return {key: torch.cat(some) if some else None for key, some in found.items()}
+
+
+def top(logits, labels, key):
+    """logits (n, C) or None -> {"KEY_top1", "KEY_top5"} in percent; empty where there are none."""
+    if logits is None:
+        return {}
+    return {f"{key}_top{k}": round(100 * metrics.topk(logits, labels, k), 3) for k in (1, 5)}
+
+
+def characters(task, images, rows, name=""):
+    """-> {"with_top1", "with_top5", "without_top1", "without_top5"}, those that the arm has, and what `look` found."""
+    found, labels = look(task, images, rows, name), images.labels[rows]
+    return top(found["with"], labels, "with") | top(found["without"], labels, "without"), found
+
+
+def judge_tags(task, found):
+    """What `look` found of the reported split -> rows of numbers, as filed and against the truth, and thresholds.
+
+    Thresholds are chosen on dev, by the tags that its pictures are filed under.
+    """
+    dev, report, V = rows_judged(task.dev), rows_judged(task.report), len(task.words)
+    thresholds = tagging.fit_thresholds(look(task, task.dev, dev)["tags"].numpy(), truth_of(task.dev, dev, V))
+    planes = {"tags": "tags", "all_tags": "tags_truth"}
+    rows = {key: tagging.judge(found["tags"].numpy(), truth_of(task.report, report, V, plane), thresholds)
+            for plane, key in planes.items() if plane in task.report.split}  # fmt: skip
+    return rows, thresholds
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(net, args):
+    """AdamW or SGD over the groups of common/classifier.py; "peak" of a group is its learning rate."""
+    adamw = classifier.make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
+    if args.optimizer == "adamw":
+        return adamw
+    groups = [{k: group[k] for k in ("params", "peak", "weight_decay")} for group in adamw.param_groups]
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
+
+
+def rate(step, total, args):
+    """The share of its peak that a learning rate has: warm-up, then a cosine to 0, or the paper's two of them."""
+    if args.schedule == "cosine" or step < args.warmup * total:
+        return train.lr_at(step, total, args.warmup * total, 1.0)
+    at = step / total
+    return 0.8 + 0.2 * math.cos(math.pi * at / 0.6) if at < 0.6 else 0.3 + 0.3 * math.cos(math.pi * (at - 0.6) / 0.4)
+
+
+def losses(net, batch, y, B):
+    """This process's share of the losses of a batch of B, the character's and the tags', sums over all processes.
+
+    batch: patches, ids, words, hidden, targets, count. Where tags are hidden, cross-entropy at each hidden place, mean
+    over the `count` of the whole batch; else binary, over all tags, per tag that is there.
+    """
+    logits, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
+    who = 0.0 * net.reach.sum() if logits is None else F.cross_entropy(logits, y, reduction="sum") / B
+    if tags is None:
+        return who, torch.zeros_like(who)
+    tags = tags.float()
+    if batch.hidden is None:
+        return who, F.binary_cross_entropy_with_logits(tags, batch.targets, reduction="sum") / batch.count
+    return who, F.cross_entropy(tags, batch.targets, reduction="sum") / batch.count
+
+
+def make_batch(args, task, rows, images, share, mine, generator):
+    """What one step works on, drawn for the whole batch and cut to this process's slice: see `losses`."""
+    B, V, batch = len(rows), len(task.words), SimpleNamespace(patches=None, ids=None, words=None, hidden=None)
+    if args.arm != "tags":
+        batch.patches, batch.ids = augment(images, args, task, B, mine, generator)
+    if args.arm in mfdn.READS_TAGS:
+        words, hidden, truth = read_tags(args, task, rows, share, generator)
+        batch.words = words[mine].to(task.device)
+        if hidden is not None:
+            batch.count, batch.hidden = max(1, int(hidden.sum())), hidden[mine].to(task.device)
+            batch.targets = truth[mine][hidden[mine]].to(task.device)
+    elif args.arm in mfdn.NAMES_TAGS:
+        there = mfdn.many_hot(tags_of(task.train, rows), V)
+        batch.targets, batch.count = there[mine].to(task.device), max(1.0, float(there.sum()))
+    return batch
+
+
+def save_run(args, task, optimizer, step, seconds, half):
+    state = {"config": task.config, "model": task.net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+             "seconds": seconds, "half": half}  # fmt: skip
+    train.save_state(state, Path(args.out) / "state.pt")
+
+
+def start_message(args, task, per_epoch, B, step):
+    net, count = task.net, sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+    return (f"data     {args.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
+            f"{len(task.words)} tags, {task.each.mean():.1f} an image\n"
+            f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}\n         {net.half} blocks for the picture, "
+            f"{len(net.encoder.blocks) - net.half} for both; {count:,} parameters learn\n"
+            f"run      {args.out}: {args.epochs} epochs of {per_epoch} steps of {B} images"
+            + (f", from step {step}" if step else ""))  # fmt: skip
+
+
+def fit(args, device, autocast):
+    """One run -> its row of metrics. A finished one is only read."""
+    rank, world = distributed.place()
+    task, out = open_task(args, device, autocast), Path(args.out)
+    net, rows_train = task.net, task.train.rows
+    optimizer = make_optimizer(net, args)
+    state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
+    finished = out / f"metrics{split_suffix(args.eval_on)}.json"
+    if state and finished.exists():
+        print(f"run      {out} is finished")
+        return read_json(finished, ["end"], "--force starts anew")
+    B = min(args.batch_size, len(rows_train))
+    if B % world:
+        raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
+    mine = slice(rank * B // world, (rank + 1) * B // world)  # rows of a batch that this process works on
+    per_epoch = len(rows_train) // B
+    total = per_epoch * args.epochs
+    images = data.resident(task.train.split, device)
+
+    step, seconds, half = 0, 0.0, {}
+    with train.taking_up(out / "state.pt"):
+        if state:
+            load_exactly(net, state["model"], out / "state.pt")
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds, half = state["step"], state["seconds"], state["half"]
+    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
+    print(start_message(args, task, per_epoch, B, step))
+    stop_signal, meter, pacer, parts = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
+    bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
+
+    for epoch in range(step // per_epoch, args.epochs):
+        order = rows_train[data.epoch_order(len(rows_train), args.seed, epoch)]
+        for rows, some in meter.timed(data.batches(images, order, B, device, step % per_epoch, mine)):
+            # view and tags; all random numbers are drawn here, on the CPU
+            share = args.tag_ratio if args.arm == "fixed" else mfdn.curriculum(step, total)
+            batch = make_batch(args, task, rows, some, share, mine, train.seeded(args.seed, epoch, step))
+
+            # forward, loss, backward
+            with autocast():
+                who, what = losses(net.train(), batch, task.train.labels[rows][mine].to(device), B)
+            loss = who + args.tag_weight * what
+            loss.backward()
+
+            # update
+            distributed.all_reduce_gradients(net.parameters())
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, total, args)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            # log, evaluate, save
+            bar.update()
+            meter.add(loss.detach(), grad_norm)
+            parts.append(torch.stack([who.detach(), what.detach()]))
+            stop, ended = distributed.largest(stop_signal[0] if stop_signal else 0), step % per_epoch == 0
+            if step % LOG_EVERY == 0 or ended or stop:
+                row = meter.row(step, f"{out}/state.pt keeps the last good state. Try smaller learning rates than "
+                                f"--lr {args.lr:g} --head-lr {args.head_lr:g}")  # fmt: skip
+                of_who, of_tags = distributed.all_reduce(torch.stack(parts).mean(0)).tolist()
+                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], hidden=share, character_loss=of_who,
+                    tag_loss=of_tags, **row)  # fmt: skip
+                parts = []
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if ended:
+                row, _ = characters(task, task.dev, task.dev.rows)
+                log(step=step, epoch=epoch + 1, **{f"dev_{k}": x for k, x in row.items()}, seconds=meter.seconds())
+                tqdm.write(f"epoch {epoch + 1:<4} dev " + in_words(row))
+                if epoch + 1 == args.epochs // 2:
+                    half, _ = characters(task, task.report, task.report.rows, "reported split")
+            if rank == 0 and (stop or step == total or ended and pacer.due()):
+                pacer.time(save_run, args, task, optimizer, step, meter.seconds(), half)
+                meter.restart()
+            if stop:
+                bar.close()
+                distributed.stop_here(stop, step, args.resume)
+    bar.close()
+    return {} if rank > 0 else write_results(args, task, half, B, meter)
+
+
+# ---- after the loop --------------------------------------------------------------------------------------------------
+
+
+def in_words(row):
+    """{"with_top1": .., "without_top1": ..} -> "Top-1 78.0 % with tags, 60.2 % without"."""
+    said = [f"{row[f'{key}_top1']:.1f} % {text}" for key, text in (("with", "with tags"), ("without", "without"))
+            if f"{key}_top1" in row]  # fmt: skip
+    return f"Top-1 {', '.join(said)}" if said else "no characters"
+
+
+def write_results(args, task, half, B, meter):
+    """Judge the network on pictures that decided nothing, and write all files but state.pt -> the row of metrics."""
+    out, suffix = Path(args.out), split_suffix(args.eval_on)
+    end, found = characters(task, task.report, task.report.rows, "reported split")
+    steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
+    row = {"run": out.name, "arm": args.arm, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on,
+           "half": half, "end": end, "parameters": sum(p.numel() for p in task.net.parameters()),
+           "step_ms": round(float(np.median([1000 * B / r["images_per_s"] for r in steps])), 2),
+           "peak_memory_mb": max(r["memory_mb"] for r in steps), "seconds": meter.seconds(), "config": task.config,
+           "command": command(), "machine": train.machine(task.device), "commit": train.commit()}  # fmt: skip
+    thresholds = None
+    if args.arm in mfdn.NAMES_TAGS:
+        with working("judging tags"):
+            found = look(task, task.report, rows_judged(task.report))
+            judged, thresholds = judge_tags(task, found)
+        row |= judged
+    split = task.train.split
+    about = {"run": vars(args), "words": task.words, "classes": task.classes, "image_size": task.S, "data": args.data,
+             "thresholds": None if thresholds is None else thresholds.round(5).tolist(), "base": str(args.encoder),
+             "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
+             "margin": split["header"]["margin"]}  # fmt: skip
+    mfdn.save(task.net, out / "model.safetensors", about | {"run": task.config})
+    counts = mfdn.many_hot(tags_of(task.train, rows_judged(task.train)), len(task.words)).sum(0)
+    tagging.write_selected(out / "selected_tags.csv", task.words, counts)
+    draw(args, task, found, thresholds)
+    save_json(row, out / f"metrics{suffix}.json")  # last: where it stands, the run is finished
+    best = row.get("tags_truth") or row.get("tags")
+    print(f"{args.eval_on:<9}{in_words(end)}")
+    if best:
+        print("tags     mAP {map:.1f} %, F1 {micro_f1:.1f} % (micro), {macro_f1:.1f} % (macro)".format(**best))
+    print(f"wrote    {out}/ after {row['seconds']:.0f} s\nnext: python tags.py {shlex.quote(str(out))} PICTURE")
+    return row
+
+
+def draw(args, task, found, thresholds):
+    """curves.png, and of an arm that names tags sheet.png: tags right, missed, new but true, new and false."""
+    from common import plots
+
+    out = Path(args.out)
+    plots.tag_curves(out / "curves.png", train.read_log(out / "log.jsonl"), f"{out.name} on {Path(args.data).name}")
+    if thresholds is None:
+        return
+    rows, V = rows_judged(task.report), len(task.words)
+    some = data.evenly_spaced(len(rows), SHOWN)
+    given = truth_of(task.report, rows[some], V)
+    truth = truth_of(task.report, rows[some], V, "all_tags" if "all_tags" in task.report.split else "tags")
+    said = found["tags"][some].numpy() >= thresholds
+    kinds = [tagging.four_kinds(*x) for x in zip(said, given, truth, strict=True)]
+    true = [task.classes[c] for c in task.report.labels[rows[some]]]
+    guess = true if found["without"] is None else [task.classes[c] for c in found["without"][some].argmax(1)]
+    tagging.draw_sheet(out / "sheet.png", f"{out.name}: tags of {args.eval_on} pictures, from the picture alone",
+                       task.report.split["images"][rows[some].numpy()], kinds, task.words,
+                       list(zip(true, guess, strict=True)))  # fmt: skip
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+
+def known_words(args, net, header):
+    """--tell -> words (1, L) for every picture; tags that the run does not know are named, skipped and counted."""
+    if args.tell is None:
+        return None
+    if net.arm not in mfdn.READS_TAGS:
+        raise UserError(f"--tell {args.tell} is for a run that reads tags; {args.encoder} is one of --arm {net.arm}")
+    ids = {word: i for i, word in enumerate(header["words"])}
+    told = args.tell.split()
+    if lost := [word for word in told if word not in ids]:
+        print(f"{len(lost)} of {len(told)} tags are none of this run's, and skipped: {' '.join(lost)}", file=sys.stderr)
+    found = sorted({ids[word] for word in told if word in ids})
+    return mfdn.to_words(torch.tensor([found or [-1]]), net.V, net.length)
+
+
+def predictions(args, net, header, device, autocast, problems):
+    """Yield (keys, probabilities of characters (B, C) or None, of tags (B, V) or None) of the pictures, in batches."""
+    words = known_words(args, net, header)
+    items = pictures(args.pictures, header["packed_size"], header["crop"], header["margin"], problems)
+    while some := list(itertools.islice(items, data.CHUNK)):
+        keys, images = zip(*some, strict=True)
+        images = torch.from_numpy(np.stack(images)).to(device)
+        view = data.view_images(images, *data.full_boxes(len(images)), header["image_size"])
+        with autocast():
+            logits, tags = mfdn.answers(net, view)
+            if words is not None:
+                logits, _ = mfdn.answers(net, view, words.expand(len(images), -1))
+        yield keys, None if logits is None else logits.float().softmax(1).cpu(), None if tags is None else tags.cpu()
+
+
+def say(args, header, key, characters, tags):
+    """What is printed of one picture: a dict."""
+    row = {"picture": key}
+    if characters is not None:
+        row |= {"name": header["classes"][characters.argmax()], "confidence": round(characters.max().item(), 4)}
+    if tags is not None:
+        least = torch.tensor(header["thresholds"]) if args.threshold is None else torch.full_like(tags, args.threshold)
+        best = [i for i in tags.argsort(descending=True, stable=True).tolist() if tags[i] >= least[i]][: args.top]
+        row["tags"] = {header["words"][i]: round(tags[i].item(), 4) for i in best}
+    return row
+
+
+def line(row):
+    who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
+    tags = ", ".join(f"{tag} {p:.2f}" for tag, p in row.get("tags", {}).items())
+    return f"{row['picture']}: {who}{tags}".removesuffix("; ")
+
+
+def use(args, device, autocast):
+    """Say of each picture who it is, and its tags; or write all probabilities as a table."""
+    net, header = mfdn.load(args.encoder)
+    if args.csv:
+        refuse_overwrite([args.csv], args.force)
+    selected = tagging.read_selected(args.like) if args.like else None
+    problems, count, table = [], 0, []
+    for keys, characters, tags in predictions(args, net.to(device), header, device, autocast, problems):
+        for i, key in enumerate(keys):
+            one, its = (None if x is None else x[i] for x in (characters, tags))
+            if args.csv:
+                table.append((key, one, its))
+            else:
+                row = say(args, header, key, one, its)
+                print(json.dumps(row, ensure_ascii=False) if args.json else line(row), flush=True)
+        count += len(keys)
+    tell_problems(problems, count, args.json)
+    if args.csv:
+        write_table(args, net, header, selected, table)
+
+
+def write_table(args, net, header, selected, table):
+    """--csv: a row a picture, probabilities of our tags, or of another tagger's in its order; 0 of what we have not."""
+    if net.arm not in mfdn.NAMES_TAGS:
+        raise UserError(f"--csv {args.csv} is for a run that names tags; {args.encoder} is one of --arm {net.arm}")
+    C, names = net.config["C"], header["words"]
+    columns = np.arange(net.V)
+    if selected:
+        columns, lost = tagging.in_their_order(selected, names, header["classes"])
+        names = [row["name"] for row in selected]
+        print(f"{args.like}: {(columns >= 0).sum()} of its {len(columns)} tags are ours, the rest are 0; it lacks "
+              f"{len(lost)} of ours" + (f": {' '.join(lost[:5])} ..." if lost else ""), file=sys.stderr)  # fmt: skip
+    rows = [["picture", *names]]
+    for key, characters, tags in table:
+        characters = torch.zeros(C) if characters is None else characters
+        ours = torch.cat([tags, characters, torch.zeros(1)]).numpy()  # the last one is what -1 asks for
+        rows.append([key, *(f"{x:.5f}" for x in ours[columns])])
+    tagging.write_csv(args.csv, rows)
+    print(f"wrote    {args.csv}: {len(table)} pictures, {len(names)} tags")
+
+
+def main():
+    args = parse_args()
+    refuse_flags(args)
+    device = train.pick_device(args.device)
+    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
+    autocast = train.autocast_of(device, dtype)
+    args.dtype = "fp32" if dtype == torch.float32 else "bf16"
+    if args.pictures:
+        return use(args, device, autocast)
+    if mfdn.is_tagger(args.encoder):
+        raise UserError(f"{args.encoder} is a run of tags.py: give pictures to ask it, or an encoder to train another")
+    print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
+    _, _, device = distributed.join(device)
+    load_encoder(args.encoder)  # what is wrong with it is said before a data set is drawn
+    with distributed.zero_first():
+        args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
+    path, seed = Path(args.encoder), f"-s{args.seed}" if args.seed else ""
+    name = f"{path.name if path.is_dir() else path.stem}-tags{'' if args.arm == 'mfdn' else '-' + args.arm}{seed}"
+    args.out = args.out or f"runs/{name}"
+    refuse_file(args.out)
+    fit(args, device, autocast)
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    cli(main)

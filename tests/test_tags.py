@@ -1,0 +1,388 @@
+"""tags.py and its network: words, masks, curriculum, shapes, arms, resume, processes, answers, tables, bad input."""
+
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, draw_folder, refused
+from PIL import Image
+from safetensors import safe_open
+
+import data
+import tags
+from common import mfdn, tagging
+from common.checkpoints import save_model
+from common.io import UserError
+from model import MAE, ViT
+
+V, L = 10, 8
+QUICK = ["--epochs", 2, "--batch-size", 8, "--device", "cpu", "--dtype", "fp32"]
+WORDS = ("red", "green", "blue", "hat", "smile")
+
+
+@pytest.fixture(scope="package")
+def tagged(tmp_path_factory):
+    """A folder with pictures, a packed set of three colours whose tags name two of them, and an untrained encoder."""
+    base = tmp_path_factory.mktemp("tagged")
+    draw_folder(base / "images", classes=3, each=16)
+    rng, rows = np.random.default_rng(0), ["path,label,tags"]
+    for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
+        some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
+        rows.append(f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}")
+    (base / "list.csv").write_text("\n".join(rows))
+    call("data.py", "list.csv", "--out", "packed", "--size", 32, "--split", ".6,.2,.2", cwd=base, check=0)
+    torch.manual_seed(0)
+    model = MAE(32, 8, 32, 4, 2, 32, 1)
+    (base / "encoder").mkdir()
+    save_model(model, base / "encoder" / "model.safetensors", {})
+    return base
+
+
+@pytest.fixture(scope="package")
+def trained(tagged):
+    """A run of the whole network."""
+    call("tags.py", "encoder", "--data", "packed", "--out", "whole", *QUICK, cwd=tagged, check=0)
+    return tagged / "whole"
+
+
+def net_of(arm="mfdn", classes=3, seed=0):
+    torch.manual_seed(seed)
+    return mfdn.MFDN(ViT(32, 8, 32, 4, 2), classes, V, arm, L).eval()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_words_stand_in_order_between_cls_and_sep():
+    mask, pad, cls, sep = (V + x for x in (mfdn.MASK, mfdn.PAD, mfdn.CLS, mfdn.SEP))
+    ids = torch.tensor([[7, 2, -1], [-1, -1, -1], [0, 9, 4]])
+    assert mfdn.to_words(ids, V, L).tolist() == [
+        [cls, 2, 7, sep, pad, pad, pad, pad], [cls, sep, *[pad] * 6], [cls, 0, 4, 9, sep, pad, pad, pad]]  # fmt: skip
+    assert mfdn.nothing_told(V, L).tolist() == [[cls, *[mask] * 6, sep]]
+
+
+def test_of_too_many_tags_a_random_subset_is_read_and_the_most_frequent_without_a_generator():
+    ids = torch.arange(10).expand(500, 10)
+    assert (mfdn.to_words(ids, V, L)[:, 1:-1] == torch.arange(6)).all()
+    words = mfdn.to_words(ids, V, L, seeded())
+    assert (words[:, 1:-1].diff(dim=1) > 0).all() and (words[:, -1] == V + mfdn.SEP).all()
+    often = torch.bincount(words[:, 1:-1].flatten(), minlength=V) / 500
+    assert (often - 0.6).abs().max() < 0.08
+
+
+def test_hidden_tags_are_a_share_and_where_none_is_left_not_even_their_number_is_told():
+    words = mfdn.to_words(torch.tensor([[1, 2, 3, 4]]).repeat(4000, 1), V, L)
+    seen, hidden = mfdn.hide(words, V, 0.5, seeded())
+    assert abs(hidden[:, 1:5].float().mean() - 0.5) < 0.02 and not hidden[:, [0, 5, 6, 7]].any()
+    all_hidden = hidden.sum(1) == 4
+    assert (seen[all_hidden] == mfdn.nothing_told(V, L)).all() and 0.04 < all_hidden.float().mean() < 0.09
+    some = ~all_hidden
+    assert (seen[some][hidden[some]] == V + mfdn.MASK).all() and (seen[some] == words[some])[~hidden[some]].all()
+    blank, nothing = mfdn.hide(mfdn.to_words(torch.tensor([[-1]]), V, L), V, 0.0, seeded())
+    assert (blank == mfdn.nothing_told(V, L)).all() and not nothing.any()
+
+
+def test_the_curriculum_rises_to_all_at_the_half_and_stays():
+    share = [mfdn.curriculum(s, 100) for s in range(101)]
+    assert share[0] == 0 and share[25] == pytest.approx(0.5) and share[50:] == [1.0] * 51
+    assert share[10] == pytest.approx(1 - (1 + math.cos(2 * math.pi * 0.1)) / 2) and share == sorted(share)
+
+
+def test_many_hot_and_reach():
+    ids = torch.tensor([[0, 3, -1], [-1, -1, -1], [9, 1, 2]])
+    assert mfdn.many_hot(ids, V).nonzero().tolist() == [[0, 0], [0, 3], [2, 1], [2, 2], [2, 9]]
+    assert mfdn.reaches(ids, 4).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", mfdn.ARMS)
+def test_every_arm_answers_in_its_shapes_and_learns_all_that_it_has(arm):
+    net = net_of(arm)
+    view = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=seeded())
+    words = mfdn.to_words(torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]]), V, L)
+    characters, said = mfdn.answers(net, view)
+    told, nothing = mfdn.answers(net, view, words)
+    assert nothing is None and (characters is None) == (arm == "bce")
+    assert characters is None or characters.shape == told.shape == (5, 3)
+    assert (said is not None) == (arm in mfdn.NAMES_TAGS)
+    assert said is None or said.shape == (5, V) and (said >= 0).all() and (said <= 1).all()
+    if characters is not None:
+        assert torch.equal(characters, told) == (arm not in mfdn.READS_TAGS)
+    if arm == "tags":
+        assert torch.equal(characters, mfdn.answers(net, 255 - view)[0]), "it sees no picture"
+    hidden = words < V if arm in mfdn.HIDES_TAGS else None
+    outputs = net(*net.encoder.all_patches(view), words, hidden)
+    sum(x.sum() for x in outputs if x is not None).backward()
+    idle = {n for n, p in net.named_parameters() if p.grad is None}
+    blind = ("encoder.cls_token", "encoder.patch_embed", "encoder.blocks.0", "encoder.blocks.1")
+    assert all(n.startswith(blind) for n in idle) if arm == "tags" else not idle
+
+
+def test_padding_is_never_read():
+    net = net_of()
+    words = mfdn.to_words(torch.tensor([[1, 2]]), V, L)
+    view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    before, _ = mfdn.answers(net, view, words)
+    with torch.no_grad():
+        net.language.embed.weight[V + mfdn.PAD] += 100
+        net.language.pos_token[:, 4:] += 100  # behind CLS, two words, SEP
+    assert torch.equal(before, mfdn.answers(net, view, words)[0])
+
+
+def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
+    net = net_of()
+    net.reach.copy_(torch.tensor([1, 0.5, 0.25, 0, 0, 0]))
+    view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded())
+    words = mfdn.nothing_told(V, L).expand(2, -1)
+    with torch.no_grad():
+        _, logits = net(*net.encoder.all_patches(view), words, words == V + mfdn.MASK)
+    p = logits.softmax(1).view(2, L - 2, V)
+    torch.testing.assert_close(mfdn.answers(net, view)[1], p[:, 0] + p[:, 1] / 2 + p[:, 2] / 4)
+    assert mfdn.answers(net, view)[1].sum(1).tolist() == pytest.approx([1.75, 1.75], abs=1e-5)
+
+
+def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
+    """12 blocks for the picture and 12 for both, 4 of the decoder, 65 and 32 tokens, 25,404 tags, 14,413 characters."""
+    C, tags_, D = 14_413, 25_404, 1024
+    with torch.device("meta"):
+        net = mfdn.MFDN(ViT(128, 16, D, 24, 16), C, tags_, "mfdn", 32)
+        patches, ids = torch.zeros(2, 64, 768), torch.zeros(2, 64, dtype=torch.long)
+        words, hidden = torch.zeros(2, 32, dtype=torch.long), torch.ones(2, 32, dtype=torch.bool)
+    assert (net.half, len(net.encoder.blocks) - net.half, len(net.decoder.blocks)) == (12, 12, 4)
+    assert len(net.language.blocks) == 4 and net.encoder.pos_embed.shape == (1, 65, D)
+    block = 12 * D * D + 13 * D  # qkv, proj, MLP; their biases and two norms
+    decode = block + 4 * D * D + 6 * D  # cross-attention, its biases and a norm
+    count = 24 * block + 2 * D + 769 * D + D  # encoder: blocks, last norm, patch embedding, CLS
+    count += 4 * block + 2 * D + (tags_ + 4) * D + 32 * D + 2 * D  # language, and the two kinds of tokens
+    count += 4 * decode + 2 * D + (tags_ + C) * (D + 1)
+    assert sum(p.numel() for p in net.parameters()) == count
+    x = net.encoder.embed(patches, ids)
+    assert net.language(words, None).shape == (2, 32, D) and x.shape == (2, 65, D)
+    assert net.decoder(x[:, :32], x).shape == (2, 32, D) and hidden.shape == (2, 32)
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_it_says(trained):
+    found = {p.name for p in trained.iterdir()}
+    assert {"state.pt", "model.safetensors", "metrics.json", "log.jsonl", "curves.png", "sheet.png",
+            "selected_tags.csv"} == found  # fmt: skip
+    row = json.loads((trained / "metrics.json").read_text())
+    assert row["half"].keys() == row["end"].keys() == {f"{k}_top{n}" for k in ("with", "without") for n in (1, 5)}
+    assert row["tags"].keys() == {"map", "micro_f1", "macro_f1", "error", "error_top", "ap"}
+    assert len(row["tags"]["ap"]) == 5 and "tags_truth" not in row
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [r["hidden"] for r in log if "hidden" in r][-1] == 1.0
+    assert [r["epoch"] for r in log if "dev_with_top1" in r] == [1, 2]
+    with safe_open(trained / "model.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["animask"])
+    assert header["words"] == sorted(WORDS, key=header["words"].index) and len(header["thresholds"]) == 5
+    listed = list(csv.DictReader((trained / "selected_tags.csv").open()))
+    assert [r["name"] for r in listed] == header["words"] and int(listed[0]["count"]) >= int(listed[-1]["count"]) > 0
+
+
+@pytest.mark.parametrize("arm", [a for a in mfdn.ARMS if a != "mfdn"])
+def test_every_arm_trains(tagged, arm):
+    words = ["encoder", "--data", "packed", "--out", f"arm-{arm}", "--arm", arm]
+    done = call("tags.py", *words, *QUICK, cwd=tagged, check=0)
+    row = json.loads((tagged / f"arm-{arm}" / "metrics.json").read_text())
+    assert ("tags" in row) == (arm in mfdn.NAMES_TAGS) and ("mAP" in done.stdout) == (arm in mfdn.NAMES_TAGS)
+    assert ("without_top1" in row["end"]) == (arm != "bce") and ("with_top1" in row["end"]) == (arm in mfdn.READS_TAGS)
+
+
+def test_it_learns_the_colours_and_their_names(tagged):
+    call("tags.py", "encoder", "--data", "packed", "--out", "long", "--epochs", 40, *QUICK[2:], cwd=tagged, check=0)
+    row = json.loads((tagged / "long" / "metrics.json").read_text())
+    assert row["end"]["without_top1"] > 80, row["end"]  # a third by guessing
+    ap = dict(zip(json.loads(read_header(tagged / "long"))["words"], row["tags"]["ap"], strict=True))
+    assert min(ap[colour] for colour in WORDS[:3]) > 70, ap
+
+
+def read_header(run):
+    with safe_open(run / "model.safetensors", "pt") as file:
+        return file.metadata()["animask"]
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tagged, trained, monkeypatch):
+    catch, calls = tags.train.catch_signals, []
+
+    class StopAfter(list):
+        """Fills as a signal would, when it is read for the fourth time: in the second epoch."""
+
+        def __bool__(self):
+            calls.append(1)
+            return len(calls) == 4
+
+        def __getitem__(self, _):
+            return 15
+
+    monkeypatch.setattr(tags.train, "catch_signals", lambda: StopAfter())
+    words = ["encoder", "--data", "packed", "--out", "stopped", *QUICK]
+    monkeypatch.chdir(tagged)
+    monkeypatch.setattr(sys, "argv", ["tags.py", *map(str, words)])
+    with pytest.raises(SystemExit):
+        tags.main()
+    assert len(calls) == 4
+    monkeypatch.setattr(tags.train, "catch_signals", catch)
+    call("tags.py", *words, "--resume", cwd=tagged, check=0)
+    one, two = (torch.load(tagged / run / "state.pt", weights_only=True) for run in ("whole", "stopped"))
+    assert one["step"] == two["step"] and one["half"] == two["half"]
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    done = call("tags.py", *words, "--resume", cwd=tagged, check=0)
+    assert "is finished" in done.stdout
+
+
+def test_shares_of_a_batch_sum_to_the_whole(tagged):
+    """Losses of two slices, as two processes have them, and their gradients, are those of one process."""
+    args = parse("encoder", "--data", tagged / "packed", *QUICK)
+    args.length, args.encoder = 6, str(tagged / "encoder")
+    for arm in ("mfdn", "l2l", "bce", "vilt", "tags"):
+        args.arm = arm
+        task = tags.open_task(args, torch.device("cpu"), tags.train.autocast_of(torch.device("cpu"), torch.float32))
+        rows = task.train.rows[:8]
+        images, y = data.take(task.train.split["images"], rows, torch.device("cpu")), task.train.labels[rows]
+
+        def gradient(slices, task=task, images=images, rows=rows, y=y):
+            task.net.zero_grad()
+            total = 0
+            for mine in slices:
+                batch = tags.make_batch(args, task, rows, images[mine], 0.5, mine, seeded(3))
+                who, what = tags.losses(task.net.eval(), batch, y[mine], 8)
+                (who + what).backward()
+                total += (who + what).item()
+            return total, torch.cat([p.grad.flatten() for p in task.net.parameters() if p.grad is not None])
+
+        (whole, of_whole), (parts, of_parts) = gradient([slice(0, 8)]), gradient([slice(0, 4), slice(4, 8)])
+        assert parts == pytest.approx(whole, rel=1e-5), arm
+        torch.testing.assert_close(of_parts, of_whole, rtol=1e-3, atol=1e-6, msg=arm)
+
+
+def parse(*words):
+    old, sys.argv = sys.argv, ["tags.py", *map(str, words)]
+    try:
+        return tags.parse_args()
+    finally:
+        sys.argv = old
+
+
+def test_the_papers_schedule():
+    args = parse("encoder", "--schedule", "two-stage", "--warmup", 0)
+    assert [round(tags.rate(s, 100, args), 4) for s in (0, 30, 60, 80, 100)] == [1.0, 0.8, 0.6, 0.3, 0.0]
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_get_a_name_and_tags(tagged, trained):
+    picture = sorted((tagged / "images").rglob("*.png"))[0]
+    done = call("tags.py", "whole", picture, "--json", "--threshold", 0, "--top", 3, cwd=tagged, check=0)
+    row = json.loads(done.stdout)
+    assert row["name"].startswith("class") and 0 <= row["confidence"] <= 1 and len(row["tags"]) == 3
+    assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
+    told = call("tags.py", "whole", picture, "--tell", "hat nosuch red", cwd=tagged, check=0)
+    assert "1 of 3 tags are none of this run's, and skipped: nosuch" in told.stderr
+    assert told.stdout.startswith(f"{picture}: class")
+
+
+def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
+    theirs = "tag_id,name,category,count\n9,general,9,1\n1,Hat,0,5\n2,tail,0,3\n3,class1,4,2\n"
+    (tagged / "selected.csv").write_text(theirs)
+    folder, more = tagged / "images" / "class1", ["--like", "selected.csv", "--force"]
+    done = call("tags.py", "whole", folder, "--csv", "said.csv", *more, cwd=tagged, check=0)
+    assert "2 of its 4 tags are ours, the rest are 0; it lacks 4 of ours" in done.stderr
+    rows = list(csv.reader((tagged / "said.csv").open()))
+    assert rows[0] == ["picture", "general", "Hat", "tail", "class1"] and len(rows) == 17
+    assert all(float(r[1]) == float(r[3]) == 0 < float(r[2]) and 0 < float(r[4]) < 1 for r in rows[1:])
+    call("tags.py", "whole", folder, "--csv", "ours.csv", "--force", cwd=tagged, check=0)
+    assert next(csv.reader((tagged / "ours.csv").open()))[1:] == json.loads(read_header(trained))["words"]
+
+
+BAD = {
+    "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
+    "too shallow": (["shallow", "--data", "packed", *QUICK], "has one block"),
+    "a run of ours to train": (["whole", "--data", "packed", *QUICK], "is a run of tags.py: give pictures"),
+    "an encoder asked": (["encoder", "images"], "it is no run of tags.py"),
+    "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
+    "told to a blind one": (["arm-image", "images", "--tell", "hat"], "is for a run that reads tags"),
+    "a table of none": (["arm-image", "images", "--csv", "no.csv"], "is for a run that names tags"),
+    "no list": (["whole", "images", "--csv", "no.csv", "--like", "list.txt"], "is no list of tags"),
+    "like without a table": (["whole", "images", "--like", "list.txt"], "--like list.txt is for --csv FILE"),
+    "a flag of training": (["whole", "images", "--arm", "vilt"], "--arm vilt is for training, not for pictures"),
+    "a flag of use": (["encoder", "--data", "packed", "--top", 3], "--top 3 is for pictures"),
+    "an unused ratio": (["encoder", "--data", "packed", "--tag-ratio", .3], "--tag-ratio 0.3 is for --arm fixed"),
+    "another vocabulary": (["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK], ", vocabulary "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(tagged, trained, case):
+    words, why = BAD[case]
+    if not (tagged / "plain").exists():
+        call("data.py", "images", "--out", "plain", "--size", 32, cwd=tagged, check=0)
+        text = (tagged / "list.csv").read_text()
+        (tagged / "other.csv").write_text(text.replace("hat", "cap"))
+        call("data.py", "other.csv", "--out", "other", "--size", 32, "--split", ".6,.2,.2", cwd=tagged, check=0)
+        (tagged / "list.txt").write_text("hello\nyou\n")
+        (tagged / "shallow").mkdir()
+        save_model(MAE(32, 8, 32, 1, 2, 32, 1), tagged / "shallow" / "model.safetensors", {})
+        call("tags.py", "encoder", "--data", "packed", "--out", "arm-image", "--arm", "image", "--force", *QUICK,
+             cwd=tagged, check=0)  # fmt: skip
+    assert why in refused(call("tags.py", *words, cwd=tagged))
+
+
+# ---- how tags are judged ---------------------------------------------------------------------------------------------
+
+
+def test_thresholds_are_the_best_for_f1():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    truth = rng.random((200, 6)) < 0.3
+    scores = np.round(rng.random((200, 6)) * 0.5 + truth * 0.3, 2)  # with ties
+    found = tagging.fit_thresholds(scores, truth)
+    for t in range(6):
+        best = max(f1_score(truth[:, t], scores[:, t] >= x) for x in np.unique(scores[:, t]))
+        assert f1_score(truth[:, t], scores[:, t] >= found[t]) == pytest.approx(best)
+
+
+def test_numbers_of_tags_are_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(1)
+    truth = rng.random((100, 30)) < 0.2
+    truth[:, 3] = False
+    scores = rng.random((100, 30))
+    row, said = tagging.judge(scores, truth, np.full(30, 0.6)), scores >= 0.6
+    there = [t for t in range(30) if t != 3]
+    assert row["micro_f1"] == pytest.approx(100 * f1_score(truth, said, average="micro"), abs=1e-3)
+    assert row["macro_f1"] == pytest.approx(100 * f1_score(truth[:, there], said[:, there], average="macro"), abs=1e-3)
+    assert row["error"] == pytest.approx(100 * (said != truth).mean(), abs=1e-3) and row["ap"][3] is None
+    top = np.argsort(-truth.sum(0), kind="stable")[:25]
+    assert row["error_top"] == pytest.approx(100 * (said != truth)[:, top].mean(), abs=1e-3)
+
+
+def test_what_is_said_of_a_picture_falls_into_four_kinds():
+    said, given, truth = (np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0]))
+    kinds = tagging.four_kinds(said, given, truth)
+    assert {k: v.tolist() for k, v in kinds.items()} == {"right": [0], "missed": [2], "new but true": [1],
+                                                         "new and false": [3]}  # fmt: skip
+
+
+def test_a_list_without_names_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="its first line has to name tag_id, name, category, count"):
+        tagging.read_selected(tmp_path / "x.csv")
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="can't be read as a list of tags"):
+        tagging.read_selected(tmp_path / "x.png")
