@@ -27,10 +27,11 @@ import shlex
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
-from common import features, guidance, metrics, stats
+from common import features, guidance, metrics, stats, tagging
 from common.checkpoints import flags_of, load_encoder
 from common.command import (
     Parser,
@@ -235,6 +236,35 @@ def ridge_top1(found, task):
     return metrics.ridge_top1(rows_of(found, task), rows_of(task.labels, task), len(task.names))
 
 
+def pictured(found, task):
+    """What one set of features knows of tags and of style, where the set has them: two more parts of probe.json."""
+    row, header = {}, task.train["header"]
+    if "tags" in task.train:
+        words, plane = header["tags"][: tagging.MOST], "all_tags" if "all_tags" in task.train else "tags"
+        hot = {k: torch.from_numpy(tagging.many_hot(split[plane], len(words))) for k, split in task.splits.items()}
+        row["tags"] = tagging.tag_row(rows_of(found, task), rows_of(hot, task), words)
+    if "style" in task.train:
+        style = {name: torch.from_numpy(np.array(split["style"])) for name, split in task.splits.items()}
+        groups = task.groups["train"][task.fit]
+        row["style"] = tagging.style_row(rows_of(found, task), rows_of(style, task), groups, header["style"])
+    return row
+
+
+@working("asking for tags and style")
+def pictured_rows(home, encoder, size, found, task):
+    """`pictured` of the headline's pooling and of its controls -> {name: row}, printed a line each."""
+    untrained, pool = untrained_like(encoder).to(task.device), task.args.pool
+    controls = features.of_controls(home.parent, untrained, size, task, task.args.views)
+    names = [f"untrained {pool}", *(f"thumb{side}" for side in features.SIDES)]
+    rows = {name: pictured(x, task) for name, x in ({pool: found[pool]} | {k: controls[k] for k in names}).items()}
+    for name, row in rows.items():
+        tags, styles = row.get("tags"), row.get("style", {}).items()
+        said = [f"tags, mAP {100 * tags['map']:.1f} %"] if tags else []
+        said += [f"{k} {100 * x['top1']:.1f} ({100 * x['guess']:.1f} by guessing)" for k, x in styles]
+        print(f"{name:20}{', '.join(said)}")
+    return rows
+
+
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +416,8 @@ def measure_run(run, encoder, size, found, task):
     print("\n".join(table(rows, pool)))
     numbers = {"classes": task.names, "pool": pool, "headline": rows[pool]["logistic"]["top1"],
                "rows": slim(rows, pool), "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
+    if not task.args.headline and {"tags", "style"} & task.train.keys():
+        numbers["pictured"] = pictured_rows(features.home_of(run), encoder, size, found, task)
     if not task.args.headline:
         numbers |= {"threshold": how, "efficiency": None if threshold is None else efficiency(log, threshold)}
         print(efficiency_line(numbers["efficiency"], how), end="; ")

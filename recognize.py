@@ -1,6 +1,7 @@
 """Stage 5: name the character in a picture, or say that it is nobody known; enrol new ones; measure how well it does.
 
     python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a list on stdin
+    python recognize.py runs/NAME IMAGE --tags runs/TAGS      and what it shows, by a run of tags.py
     python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is trained
     python recognize.py runs/NAME --list                      who is known; --forget WHO takes an enrolment back
     python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import metrics
+from common import metrics, mfdn
 from common.classifier import (
     CALIBRATED,
     REMEDY,
@@ -62,6 +63,7 @@ def parse_args():
     add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown (default: calibrated)")
     add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
     add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces that are named beside each answer")
+    add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
     add("--crop", choices=pack.CROPS, help="the square that is used, as in data.py (default: as it was trained)")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
@@ -93,7 +95,7 @@ def check(args):
         ("data eval-on force", task == "verify", "is for --verify"),
         ("threshold", task in ("name", "verify"), f"is for naming and --verify, not for --{task}"),
         ("json", task not in ("enrol", "forget"), f"is for naming, --verify and --list, not for --{task}"),
-        ("nearest", task == "name", f"is for naming pictures, not for --{task}"),
+        ("nearest tags", task == "name", f"is for naming pictures, not for --{task}"),
         ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
         ("device dtype", task not in ("forget", "list"), f"is for what computes, not for --{task}"),
     ))  # fmt: skip
@@ -101,14 +103,14 @@ def check(args):
 
 
 def predictions(args, net, header, autocast, problems):
-    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, in batches."""
+    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in batches."""
     crop = args.crop or header.get("crop", "centre")
     items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         split, size = {"images": np.stack(images)}, header["image_size"]
         pooled = pooled_of(net, split, torch.arange(len(keys)), size, autocast, mirrored=True)
-        yield list(keys), *predict(net, pooled)
+        yield list(keys), torch.from_numpy(split["images"]), *predict(net, pooled)
 
 
 def answers(keys, logits, embeddings, gallery, nearest):
@@ -132,14 +134,34 @@ def in_words(row):
     like = f"similarity {row['similarity']:.2f}"
     who = (f"{row['name']}, {sure}, {like}" if row["known"] else
            f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})")  # fmt: skip
-    return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "")
+    tags = ", ".join(f"{tag} {p:.2f}" for tag, p in row.get("tags", {}).items())
+    return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "") + (f"; tags: {tags}" if tags else "")
+
+
+def tagger(run, device, autocast):
+    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each answer, {"tags": ...}."""
+    net, header = mfdn.load(run)
+    if net.arm not in mfdn.NAMES_TAGS:
+        raise UserError(f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn")
+    net.to(device)
+
+    def shown(images):
+        view = data.view_images(images.to(device), *data.full_boxes(len(images)), header["image_size"])
+        with autocast():
+            _, tags = mfdn.answers(net, view)
+        return [{"tags": mfdn.named(row.cpu(), header)} for row in tags]
+
+    return shown
 
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
     problems, count, unknown = [], 0, 0
-    for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
-        for row in answers(keys, logits, embeddings, gallery, args.nearest):
+    shown = tagger(args.tags, net.encoder.cls_token.device, autocast) if args.tags else None
+    for keys, images, logits, embeddings in predictions(args, net, header, autocast, problems):
+        rows = answers(keys, logits, embeddings, gallery, args.nearest)
+        for row, tags in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
+            row |= tags
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)

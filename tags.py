@@ -164,7 +164,8 @@ def tags_of(images, rows, plane="tags"):
 
 
 def truth_of(images, rows, V, plane="tags"):
-    return mfdn.many_hot(tags_of(images, rows, plane), V).numpy() > 0
+    """-> (n, V) bool."""
+    return tagging.many_hot(tags_of(images, rows, plane), V)
 
 
 def rows_judged(images):
@@ -288,7 +289,7 @@ def make_batch(args, task, rows, images, share, mine, generator):
             batch.count, batch.hidden = max(1, int(hidden.sum())), hidden[mine].to(task.device)
             batch.targets = truth[mine][hidden[mine]].to(task.device)
     elif args.arm in mfdn.NAMES_TAGS:
-        there = mfdn.many_hot(tags_of(task.train, rows), V)
+        there = torch.from_numpy(truth_of(task.train, rows, V)).float()
         batch.targets, batch.count = there[mine].to(task.device), max(1.0, float(there.sum()))
     return batch
 
@@ -422,7 +423,8 @@ def write_results(args, task, half, B, meter):
              "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
              "margin": split["header"]["margin"]}  # fmt: skip
     mfdn.save(task.net, out / "model.safetensors", about | {"run": task.config})
-    counts = mfdn.many_hot(tags_of(task.train, rows_judged(task.train)), len(task.words)).sum(0)
+    ids = np.asarray(split["tags"])
+    counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
     tagging.write_selected(out / "selected_tags.csv", task.words, counts)
     draw(args, task, found, thresholds)
     save_json(row, out / f"metrics{suffix}.json")  # last: where it stands, the run is finished
@@ -493,9 +495,7 @@ def say(args, header, key, characters, tags):
     if characters is not None:
         row |= {"name": header["classes"][characters.argmax()], "confidence": round(characters.max().item(), 4)}
     if tags is not None:
-        least = torch.tensor(header["thresholds"]) if args.threshold is None else torch.full_like(tags, args.threshold)
-        best = [i for i in tags.argsort(descending=True, stable=True).tolist() if tags[i] >= least[i]][: args.top]
-        row["tags"] = {header["words"][i]: round(tags[i].item(), 4) for i in best}
+        row["tags"] = mfdn.named(tags, header, args.threshold, args.top)
     return row
 
 

@@ -77,11 +77,6 @@ def curriculum(step, total):
     return 1.0 if 2 * step >= total else 0.5 - 0.5 * math.cos(2 * math.pi * step / total)
 
 
-def many_hot(ids, V):
-    """ids i64 (B, T), -1 fills up -> fp32 (B, V), 1 where the picture has the tag."""
-    return torch.zeros(len(ids), V + 1).scatter(1, ids.masked_fill(ids < 0, V), 1.0)[:, :V]
-
-
 def reaches(ids, room):
     """ids i64 (n, T) -> (room,): the share of the pictures that have at least 1, 2, ... tags."""
     count = (ids >= 0).sum(1).clamp(max=room)
@@ -243,6 +238,13 @@ def answers(net, view, words=None):
         at = tags.float().softmax(1).view(len(view), -1, net.V)  # (B, R, V)
         return characters, (net.reach[:, None] * at).sum(1).clamp(max=1)
     return characters, tags.float().sigmoid()
+
+
+def named(tags, header, threshold=None, most=15):
+    """Probabilities (V,) -> {tag: probability} of those over their thresholds, or over this one, the highest first."""
+    least = torch.tensor(header["thresholds"]) if threshold is None else torch.full_like(tags, threshold)
+    best = [i for i in tags.argsort(descending=True, stable=True).tolist() if tags[i] >= least[i]][:most]
+    return {header["words"][i]: round(tags[i].item(), 4) for i in best}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,23 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
+from common import metrics
 from common.io import UserError, atomic
 
 TOP = 25  # the most frequent tags, of which the error is told apart
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 CATEGORIES = {"general": "0", "character": "4", "rating": "9"}  # as boards number them
 COLUMNS = ["tag_id", "name", "category", "count"]  # of selected_tags.csv
+
+
+def many_hot(ids, V):
+    """ids (n, T) of tags, -1 fills up; those from V on are left out -> (n, V) bool: which picture has which tag."""
+    ids, hot = np.asarray(ids), np.zeros((len(ids), V + 1), bool)
+    hot[np.arange(len(ids))[:, None], np.where((ids < 0) | (ids >= V), V, ids)] = True
+    return hot[:, :V]
 
 
 def average_precisions(scores, truth):
@@ -66,6 +76,55 @@ def four_kinds(said, given, truth):
     kinds = {"right": said & given, "missed": given & ~said, "new but true": said & truth & ~given,
              "new and false": said & ~truth & ~given}  # fmt: skip
     return {kind: tags.nonzero()[0] for kind, tags in kinds.items()}
+
+
+# ---- what frozen features know of tags and of style ------------------------------------------------------------------
+
+MOST, PENALTIES = 1000, (1e-3, 1e-2, 1e-1)  # the most frequent tags are asked for; of the squared weights
+STEPS = 60  # of L-BFGS
+
+
+def many_logistic(x, truth, penalty):
+    """x (n, D) standardised, truth fp32 (n, V) -> W (D, V), b (V,): a logistic regression for each tag, all at once."""
+    W, b = (torch.zeros(shape, requires_grad=True) for shape in ((x.shape[1], truth.shape[1]), truth.shape[1]))
+    solver = torch.optim.LBFGS([W, b], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        error = F.binary_cross_entropy_with_logits(x @ W + b, truth) + penalty / truth.shape[1] * W.square().sum()
+        error.backward()
+        return error
+
+    solver.step(closure)
+    return W.detach(), b.detach()
+
+
+def tag_row(features, truths, words):
+    """features (n, D) and truths (n, V) bool of what is fitted, chosen on, reported -> map, penalty, ap of each.
+
+    As many logistic regressions as tags; the one penalty of all is that which is best on what is chosen on.
+    """
+    (x, choose, report), (y, truth, judged) = features, (some.numpy() for some in truths)
+    z = [some.float() for some in metrics.standardise(x, choose, report)]
+    fits = {p: many_logistic(z[0], torch.from_numpy(y).float(), p) for p in PENALTIES}
+    score = lambda z, fit: (z @ fit[0] + fit[1]).numpy()  # noqa: E731
+    best = max(PENALTIES, key=lambda p: np.nanmean(average_precisions(score(z[1], fits[p]), truth)))
+    ap = average_precisions(score(z[2], fits[best]), judged)
+    return {"map": float(np.nanmean(ap)), "penalty": best,
+            "ap": {w: None if np.isnan(a) else round(float(a), 4) for w, a in zip(words, ap, strict=True)}}  # fmt: skip
+
+
+def style_row(features, styles, groups, strata):
+    """styles u8 (n, 3) of what is fitted and reported -> {stratum: {"top1", "macro_f1", "guess"}} by the headline's
+    logistic regression; guess: of the most frequent value."""
+    (x, _, report), (y, _, truth), row = features, styles, {}
+    for i, (name, values) in enumerate(strata.items()):
+        learned, labels = y[:, i].long(), truth[:, i].long()
+        scores, _ = metrics.logistic_probe(x, learned, len(values), groups)
+        said = scores(report).argmax(1)
+        row[name] = {"top1": (said == labels).double().mean().item(), "macro_f1": metrics.macro_f1(said, labels),
+                     "guess": (labels == learned.mode().values).double().mean().item()}  # fmt: skip
+    return row
 
 
 # ---- lists of tags as the WD taggers have them -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ import data
 import tags
 from common import mfdn, tagging
 from common.checkpoints import save_model
-from common.io import UserError
+from common.io import UserError, read_safetensors, save_safetensors
 from model import MAE, ViT
 
 V, L = 10, 8
@@ -98,7 +98,8 @@ def test_the_curriculum_rises_to_all_at_the_half_and_stays():
 
 def test_many_hot_and_reach():
     ids = torch.tensor([[0, 3, -1], [-1, -1, -1], [9, 1, 2]])
-    assert mfdn.many_hot(ids, V).nonzero().tolist() == [[0, 0], [0, 3], [2, 1], [2, 2], [2, 9]]
+    assert np.argwhere(tagging.many_hot(ids, V)).tolist() == [[0, 0], [0, 3], [2, 1], [2, 2], [2, 9]]
+    assert np.argwhere(tagging.many_hot(ids, 2)).tolist() == [[0, 0], [2, 1]]
     assert mfdn.reaches(ids, 4).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
 
 
@@ -308,6 +309,17 @@ def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
     assert next(csv.reader((tagged / "ours.csv").open()))[1:] == json.loads(read_header(trained))["words"]
 
 
+def test_recognize_says_tags_beside_names(tagged, trained):
+    call("finetune_lora.py", "encoder", "--data", "packed", "--out", "linear", "--method", "linear", "--epochs", 1,
+         *QUICK[4:], cwd=tagged, check=0)  # fmt: skip
+    picture = sorted((tagged / "images").rglob("*.png"))[0]
+    done = call("recognize.py", "linear", picture, "--json", "--tags", "whole", cwd=tagged, check=0)
+    alone = call("tags.py", "whole", picture, "--json", cwd=tagged, check=0)
+    assert json.loads(done.stdout)["tags"] == json.loads(alone.stdout)["tags"]
+    assert "no run of tags.py" in refused(call("recognize.py", "linear", picture, "--tags", "encoder", cwd=tagged))
+    assert "is for naming" in refused(call("recognize.py", "linear", "--list", "--tags", "whole", cwd=tagged))
+
+
 BAD = {
     "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
     "too shallow": (["shallow", "--data", "packed", *QUICK], "has one block"),
@@ -370,6 +382,37 @@ def test_numbers_of_tags_are_scikit_learns():
     assert row["error"] == pytest.approx(100 * (said != truth).mean(), abs=1e-3) and row["ap"][3] is None
     top = np.argsort(-truth.sum(0), kind="stable")[:25]
     assert row["error_top"] == pytest.approx(100 * (said != truth)[:, top].mean(), abs=1e-3)
+
+
+def test_a_logistic_regression_for_each_tag_is_scikit_learns():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(2)
+    x = torch.from_numpy(rng.normal(size=(200, 5))).float()
+    truth = (x.numpy() @ rng.normal(size=(5, 3)) + rng.normal(size=(200, 3))) > 0.5
+    W, b = tagging.many_logistic(x, torch.from_numpy(truth).float(), 0.01)
+    for t in range(3):  # theirs: C * sum of errors + |w|^2 / 2; ours: mean of errors + penalty * |w|^2
+        fit = LogisticRegression(C=1 / (2 * 0.01 * 200), tol=1e-8).fit(x.numpy(), truth[:, t])
+        np.testing.assert_allclose(W[:, t], fit.coef_[0], atol=2e-3)
+        assert abs(b[t] - fit.intercept_[0]) < 2e-3
+
+
+def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
+    monkeypatch.setattr("probe.FEW_SHOT", ((2, 1),))
+    path = tagged / "styled"
+    for split in ("train", "val", "test"):
+        tensors, header = read_safetensors(tagged / "packed" / f"{split}.safetensors")
+        shade = (tensors["labels"] == 1).to(torch.uint8)[:, None]  # what the colour tells
+        path.mkdir(exist_ok=True)
+        more = {"style": {"shade": [0, 1]}}
+        save_safetensors(tensors | {"style": shade}, path / f"{split}.safetensors", header | more)
+    done = call("probe.py", "encoder", "--data", "styled", "--views", 1, "--device", "cpu", cwd=tagged, check=0)
+    rows = json.loads((tagged / "encoder" / "styled-val" / "probe.json").read_text())["pictured"]
+    assert rows.keys() == {"extremes", "untrained extremes", "thumb4", "thumb8", "thumb16"}
+    ap = rows["thumb4"]["tags"]["ap"]
+    assert min(ap[colour] for colour in WORDS[:3]) > 0.5, ap  # a third of the pictures; some are filed under nothing
+    assert rows["thumb4"]["style"]["shade"]["top1"] > 0.9 > rows["thumb4"]["style"]["shade"]["guess"]
+    assert "tags, mAP" in done.stdout and "by guessing" in done.stdout
 
 
 def test_what_is_said_of_a_picture_falls_into_four_kinds():
