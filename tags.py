@@ -229,16 +229,15 @@ def characters(task, images, rows, name=""):
 
 
 def judge_tags(task, found):
-    """What `look` found of the reported split -> rows of numbers, as filed and against the truth, and thresholds.
-
-    Thresholds are chosen on dev, by the tags that its pictures are filed under.
-    """
+    """What `look` found of the reported split -> rows of numbers, as filed and against the truth; mAP on dev, as filed;
+    thresholds, which are chosen there."""
     dev, report, V = rows_judged(task.dev), rows_judged(task.report), len(task.words)
-    thresholds = tagging.fit_thresholds(look(task, task.dev, dev)["tags"].numpy(), truth_of(task.dev, dev, V))
+    scores, filed = look(task, task.dev, dev)["tags"].numpy(), truth_of(task.dev, dev, V)
+    thresholds = tagging.fit_thresholds(scores, filed)
     planes = {"tags": "tags", "all_tags": "tags_truth"}
     rows = {key: tagging.judge(found["tags"].numpy(), truth_of(task.report, report, V, plane), thresholds)
             for plane, key in planes.items() if plane in task.report.split}  # fmt: skip
-    return rows, thresholds
+    return rows, tagging.judge(scores, filed, thresholds)["map"], thresholds
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -405,9 +404,11 @@ def write_results(args, task, half, B, meter):
     """Judge the network on pictures that decided nothing, and write all files but state.pt -> the row of metrics."""
     out, suffix = Path(args.out), split_suffix(args.eval_on)
     end, found = characters(task, task.report, task.report.rows, "reported split")
-    steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
+    log = train.read_log(out / "log.jsonl")
+    steps, dev = [row for row in log if "loss" in row], [row for row in log if "loss" not in row][-1]
     row = {"run": out.name, "arm": args.arm, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on,
-           "half": half, "end": end, "parameters": sum(p.numel() for p in task.net.parameters()),
+           "half": half, "end": end, "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
+           "parameters": sum(p.numel() for p in task.net.parameters()),
            "step_ms": round(float(np.median([1000 * B / r["images_per_s"] for r in steps])), 2),
            "peak_memory_mb": max(r["memory_mb"] for r in steps), "seconds": meter.seconds(), "config": task.config,
            "command": command(), "machine": train.machine(task.device), "commit": train.commit()}  # fmt: skip
@@ -415,8 +416,8 @@ def write_results(args, task, half, B, meter):
     if args.arm in mfdn.NAMES_TAGS:
         with working("judging tags"):
             found = look(task, task.report, rows_judged(task.report))
-            judged, thresholds = judge_tags(task, found)
-        row |= judged
+            judged, dev_map, thresholds = judge_tags(task, found)
+        row |= judged | {"dev": row["dev"] | {"map": dev_map}}
     split = task.train.split
     about = {"run": vars(args), "words": task.words, "classes": task.classes, "image_size": task.S, "data": args.data,
              "thresholds": None if thresholds is None else thresholds.round(5).tolist(), "base": str(args.encoder),

@@ -12,7 +12,9 @@ from conftest import call, draw_folder, refused
 from PIL import Image
 from safetensors import safe_open
 
+import benchmarks.tags
 import data
+import experiments.mfdn
 import tags
 from common import mfdn, tagging
 from common.checkpoints import save_model
@@ -351,6 +353,70 @@ def test_bad_input_is_one_line(tagged, trained, case):
         call("tags.py", "encoder", "--data", "packed", "--out", "arm-image", "--arm", "image", "--force", *QUICK,
              cwd=tagged, check=0)  # fmt: skip
     assert why in refused(call("tags.py", *words, cwd=tagged))
+
+
+# ---- the table of arms, and what a tag costs -------------------------------------------------------------------------
+
+
+def test_the_table_of_arms_pairs_seeds():
+    made = {"mfdn": [60, 62, 64], "image": [50, 55, 51], "vilt": [30, 20, 10]}
+    none = {"true_map": "", "map": "", "micro_f1": "", "macro_f1": ""}
+    rows = [{"arm": arm, "seed": str(100 + i), "without": str(x), "with": str(x + 40)} | none
+            for arm, xs in made.items() for i, x in enumerate(xs)]  # fmt: skip
+    lines = list(experiments.mfdn.answers(experiments.mfdn.by_arm(rows), rows))
+    assert "| full MFDN on the picture alone against the image-only ViT | +10.0 (" in lines[0]
+    low, high = (float(x) for x in lines[0].split("(")[1].split(";")[0].split(" to "))
+    half = 4.303 * np.std([10, 7, 13], ddof=1) / 3**0.5
+    assert (low, high) == pytest.approx((10 - half, 10 + half), abs=0.06)
+    assert "-40.0 (3 seeds: no interval, nothing varies; n = 3)" in lines[1]
+    assert not any("tags alone" in line or "linear head" in line for line in lines)  # no such runs
+
+
+@pytest.mark.slow
+def test_arms_are_run_once_and_written_as_a_table(tagged, monkeypatch):
+    words = ["encoder", "--data", "packed", "--arms", "mfdn", "image", "--out", "table", "--work", "work", "--threads",
+             1, "--flags", "--epochs 2 --batch-size 8 --device cpu"]  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    call("experiments.mfdn", *words, "--seeds", 1, cwd=tagged, check=0)
+    done = call("experiments.mfdn", *words, "--seeds", 2, cwd=tagged, check=0)
+    assert "4 runs, 2 done" in done.stdout
+    rows = list(csv.DictReader((tagged / "table/arms.csv").open()))
+    assert [r["arm"] + r["seed"] for r in rows] == ["mfdn100", "image100", "mfdn101", "image101"]
+    text = (tagged / "table/arms.md").read_text()
+    assert "| `mfdn`: picture and tags" in text and (tagged / "table/arms.png").exists()
+    assert "2 seeds: no interval" in text
+    tried = call("experiments.mfdn", *words, "--rates", 1e-3, 2e-3, cwd=tagged, check=0)
+    rows = list(csv.DictReader((tagged / "table/rates.csv").open()))
+    assert "4 runs, 0 done" in tried.stdout and [r["flags"] for r in rows] == ["--lr 0.001"] * 2 + ["--lr 0.002"] * 2
+    assert rows[0].keys() & {"half_with", "error"} == set()  # of val it has nothing
+
+
+def test_the_cost_of_tags_is_measured_and_what_does_not_fit_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmarks.tags.SIZES, "nano", benchmarks.tags.SIZES["nano"] | {"dim": 32, "heads": 2})
+    row = benchmarks.tags.one("l2l", 25, 2, "nano", "cpu", 1, 1)
+    assert row["step_ms"] > 0 and row["peak_mb"] > 50
+    monkeypatch.setattr(benchmarks.tags, "one", lambda *_: row)
+    monkeypatch.setattr(benchmarks.tags, "ProcessPoolExecutor", lambda *_: Here())
+    words = ["--words", 25, 300_000, "--out", tmp_path, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.tags", *map(str, words)])
+    benchmarks.tags.main()
+    rows = list(csv.DictReader((tmp_path / "bench_tags.csv").open()))
+    assert len(rows) == 6 and [r["arm"] for r in rows if not r["step_ms"]] == ["l2l"]
+    assert "GB for attention among its queries" in rows[3]["note"] and (tmp_path / "bench_tags.png").exists()
+
+
+class Here:
+    """A pool of processes that is none."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *words):
+        self.result = lambda: function(*words)
+        return self
 
 
 # ---- how tags are judged ---------------------------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""What do tags bring, and can they be done without? All arms of tags.py, several seeds each, in one table.
+
+    python -m experiments.mfdn runs/NAME --data datasets/toon --seeds 5 --out results/tags
+    python -m experiments.mfdn runs/NAME --data datasets/toon --rates 5e-4 1e-3 2e-3 --out results/tags     # on dev
+
+Reads:  what tags.py reads; its runs under --work, which are made if they are not there
+Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --rates OUT/rates.csv
+
+Every arm has the same pictures, crops, epochs and batches for a seed, so that differences are paired.
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import os
+import shlex
+from argparse import RawTextHelpFormatter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from common import mfdn, plots, stats
+from common.command import Parser, at_least, between, cli, refuse_file, refuse_unused
+from common.io import UserError, read_json, save_text
+from common.tables import read_csv, replace_rows
+from experiments.study_run import alone, execute
+
+PARTS = {"half_with": ("half", "with_top1"), "half_without": ("half", "without_top1"), "with": ("end", "with_top1"),
+         "without": ("end", "without_top1"), "map": ("tags", "map"), "micro_f1": ("tags", "micro_f1"),
+         "macro_f1": ("tags", "macro_f1"), "error_top": ("tags", "error_top"), "error": ("tags", "error"),
+         "true_map": ("tags_truth", "map"), "true_micro_f1": ("tags_truth", "micro_f1"),
+         "true_macro_f1": ("tags_truth", "macro_f1"), "true_error_top": ("tags_truth", "error_top"),
+         "true_error": ("tags_truth", "error")}  # columns, and where metrics.json has them  # fmt: skip
+DEV = {"with": ("dev", "with_top1"), "without": ("dev", "without_top1"), "map": ("dev", "map")}
+HEADINGS = {"half_with": "with tags, at the half", "with": "with tags", "half_without": "picture alone, at the half",
+            "without": "picture alone", "map": "mAP of tags", "micro_f1": "F1, micro", "macro_f1": "F1, macro",
+            "error_top": "error, top 25", "error": "error"}  # fmt: skip
+QUESTIONS = (  # (arm, column), (arm, column), what their difference says
+    (("mfdn", "without"), ("image", "without"), "full MFDN on the picture alone against the image-only ViT"),
+    (("vilt", "without"), ("vilt", "with"), "without hidden tags: what is lost on the picture alone"),
+    (("mfdn", "without"), ("mfdn", "with"), "with the curriculum: what is lost on the picture alone"),
+    (("mfdn", "without"), ("vilt", "without"), "the curriculum against no hidden tags, on the picture alone"),
+    (("mfdn", "without"), ("fixed", "without"), "the curriculum against a fixed share, on the picture alone"),
+    (("mfdn", "with"), ("tags", "with"), "picture and tags against the tags alone"),
+    (("mfdn", "MAP"), ("bce", "MAP"), "tags: MFDN against a linear head on the frozen encoder, mAP"),
+    (("mfdn", "MAP"), ("l2l", "MAP"), "tags: MFDN against a query for each tag, mAP"),
+    (("mfdn", "MICRO"), ("bce", "MICRO"), "the same in F1, micro, against the linear head"),
+    (("mfdn", "MACRO"), ("bce", "MACRO"), "the same in F1, macro"),
+)  # fmt: skip
+
+
+def words_of(args, arm, seed, more=()):
+    """A run's folder, and what a user would type behind `python` to make it."""
+    name = "-".join([arm, *(str(x).strip("-") for x in more), f"s{seed}"])
+    out = Path(args.work) / Path(args.data).name / name
+    flags = shlex.split(args.flags)
+    return out, ["tags.py", args.encoder, "--data", args.data, "--arm", arm, "--seed", str(seed), *map(str, more),
+                 *flags, "--out", str(out), "--resume"]  # fmt: skip
+
+
+def run(args, arm, seed, more=()):
+    """Make a run, or go on with it -> its row of the table; of a trial of --rates what it has on dev alone."""
+    out, words = words_of(args, arm, seed, more)
+    scores = out / "metrics.json"
+    with alone(out.with_suffix(".lock")) as lock:
+        if not scores.exists():
+            execute(words, out.with_suffix(".log"), args.threads, lock)
+    found = read_json(scores, ["half", "end"], "remove its folder and run again")
+    row = {"arm": arm, "seed": seed, "flags": " ".join(map(str, more))}
+    parts = DEV if args.rates else PARTS
+    row |= {column: found.get(part, {}).get(key, "") for column, (part, key) in parts.items()}
+    row |= {k: found[k] for k in ("parameters", "step_ms", "seconds", "machine", "commit")}
+    return row | {"command": shlex.join([f"OMP_NUM_THREADS={args.threads}", "python", *words])}
+
+
+def run_all(args, jobs, path):
+    """jobs [(arm, seed, flags)]: side by side, a row is written as soon as it is there."""
+    keys = ("arm", "seed", "flags")
+    done = {tuple(row[k] for k in keys) for row in read_csv(path)}
+    left = [(arm, seed, more) for arm, seed, more in jobs if (arm, str(seed), " ".join(map(str, more))) not in done]
+    print(f"{path}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = {pool.submit(run, args, *job): job for job in left}
+        for future in as_completed(waiting):
+            row = future.result()
+            replace_rows(path, [row], keys)
+            said = [f"{HEADINGS[k]} {row[k]:.1f}" for k in ("with", "without", "map") if row[k] != ""]
+            print(f"{row['arm']} {row['flags']}, seed {row['seed']}: {', '.join(said)}", flush=True)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def by_arm(rows):
+    """Rows of the CSV -> {arm: {seed: row}}, in the order of mfdn.ARMS."""
+    return {arm: {int(r["seed"]): r for r in rows if r["arm"] == arm} for arm in mfdn.ARMS
+            if any(r["arm"] == arm for r in rows)}  # fmt: skip
+
+
+def column_of(rows, name):
+    """MAP, MICRO and MACRO: against the truth where the set knows it, else as pictures are filed."""
+    plain = {"MAP": "map", "MICRO": "micro_f1", "MACRO": "macro_f1"}.get(name)
+    if plain is None:
+        return name
+    return f"true_{plain}" if any(r.get(f"true_{plain}") for r in rows) else plain
+
+
+def cell(seeds, column):
+    values = [float(r[column]) for r in seeds.values() if r[column] != ""]
+    found = stats.mean_std(values) if values else None
+    if found is None:
+        return "-"
+    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+
+
+def answers(arms, rows):
+    """Lines: each question with its paired difference, its interval, and the seeds that it stands on."""
+    for (a, x), (b, y), text in QUESTIONS:
+        x, y = column_of(rows, x), column_of(rows, y)
+        if a not in arms or b not in arms:
+            continue
+        seeds = sorted(s for s in arms[a].keys() & arms[b].keys() if arms[a][s][x] != "" and arms[b][s][y] != "")
+        differences = [float(arms[a][s][x]) - float(arms[b][s][y]) for s in seeds]
+        if not differences:
+            continue
+        found, mean = stats.paired_t(differences), sum(differences) / len(differences)
+        how = f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
+        yield f"| {text} | {mean:+.1f} ({how}; n = {len(seeds)}) |"
+
+
+def write_table(args, rows):
+    """OUT/arms.md and arms.png of the rows that are there."""
+    arms, truth = by_arm(rows), any(r["true_map"] for r in rows)
+    columns = [(f"true_{k}" if truth and f"true_{k}" in PARTS else k) for k in HEADINGS]
+    title = f"Arms of tags.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
+    lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
+             "|---" * (len(columns) + 3) + "|"]  # fmt: skip
+    for arm, seeds in arms.items():
+        minutes = stats.mean_std([float(r["seconds"]) / 60 for r in seeds.values()])["mean"]
+        cells = [cell(seeds, column) for column in columns]
+        lines.append(f"| `{arm}`: {mfdn.ARMS[arm]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    against = "all the tags that are true" if truth else "the tags that pictures are filed under"
+    lines += ["", f"Top-1 of characters. Tags are judged against {against}, from the picture alone; error: wrong among "
+              "all yes and no. Thresholds of tags are from dev.", "",
+              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|", *answers(arms, rows),
+              "", "![Top-1 by arm](arms.png)", ""]  # fmt: skip
+    save_text("\n".join(lines), Path(args.out) / "arms.md")
+    draw(Path(args.out) / "arms.png", arms, f"What tags bring: {Path(args.data).name}, val")
+
+
+def draw(path, arms, title):
+    """Top-1 of each arm, with tags and on the picture alone, at the half and at the end: dots are seeds."""
+    with plots.panels(path, title, 1, 2, (9.6, 3.8), sharey=True) as axes:
+        for axis, when in zip(axes, ("half_", ""), strict=True):
+            for shift, key, colour, mark, text in ((-0.12, "with", plots.ORANGE, "s", "picture and tags"),
+                                                   (0.12, "without", plots.BLUE, "o", "picture alone")):  # fmt: skip
+                points = [(i + shift, float(r[when + key])) for i, seeds in enumerate(arms.values())
+                          for r in seeds.values() if r[when + key] != ""]  # fmt: skip
+                axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=text)
+            axis.set_xticks(range(len(arms)), arms)
+            axis.set(title="at the half of the run" if when else "at its end", xlabel="arm")
+        plots.percent(axes[0])
+        axes[0].set(ylabel="characters, Top-1, %")
+        axes[0].legend()
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=RawTextHelpFormatter)
+    add = parser.add_argument
+    add("encoder", metavar="ENCODER", help="as for tags.py")
+    add("--data", default="datasets/toon", metavar="DIR", help="set with labels and tags (default: %(default)s)")
+    add("--arms", nargs="+", default=list(mfdn.ARMS), choices=mfdn.ARMS, metavar="ARM", help="default: all")
+    add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, 100, 101, ... (default: 5)")
+    add("--rates", type=between(1e-6, 1), nargs="+", default=[], metavar="LR",
+        help="try these learning rates with seed 500 on dev instead; of --arm bce, of its head")  # fmt: skip
+    add("--flags", default="", help="more flags of tags.py, for every run")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
+    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
+    add("--out", default="runs/mfdn", metavar="DIR", help="tables and figure (default: %(default)s)")
+    add("--work", default="runs/mfdn", metavar="DIR", help="run folders (default: %(default)s)")
+    args = parser.parse_args()
+    refuse_unused(args, [("seeds", not args.rates, "is for the table, and --rates are tried once, on dev")])
+    refuse_file(args.out)
+    if not (Path(args.data) / "train.safetensors").exists():
+        raise UserError(f"{args.data} is no packed set; python data.py toon draws one with tags")
+    if args.rates:
+        jobs = [(arm, 500, ("--head-lr" if arm == "bce" else "--lr", lr)) for lr in args.rates for arm in args.arms]
+        return run_all(args, jobs, Path(args.out) / "rates.csv")
+    path = Path(args.out) / "arms.csv"
+    run_all(args, [(arm, seed, ()) for seed in range(100, 100 + args.seeds) for arm in args.arms], path)
+    write_table(args, read_csv(path))
+    print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
+
+
+if __name__ == "__main__":
+    cli(main)
