@@ -239,7 +239,7 @@ def ridge_top1(found, task):
 def pictured(found, task):
     """What one set of features knows of tags and of style, where the set has them: two more parts of probe.json."""
     row, header = {}, task.train["header"]
-    if "tags" in task.train:
+    if tagging.has_tags(task.train):
         words, plane = header["tags"][: tagging.MOST], "all_tags" if "all_tags" in task.train else "tags"
         hot = {k: torch.from_numpy(tagging.many_hot(split[plane], len(words))) for k, split in task.splits.items()}
         row["tags"] = tagging.tag_row(rows_of(found, task), rows_of(hot, task), words)

@@ -138,9 +138,15 @@ def in_words(row):
     return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "") + (f"; tags: {tags}" if tags else "")
 
 
-def tagger(run, device, autocast):
-    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each answer, {"tags": ...}."""
+def tagger(run, own, device, autocast):
+    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each answer, {"tags": ...}.
+
+    own: the header of the recogniser, whose pictures it gets.
+    """
     net, header = mfdn.load(run)
+    if other := [k for k in ("packed_size", "crop", "margin") if header[k] != own.get(k, header[k])]:
+        raise UserError(f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
+                        f"{own[other[0]]}); train both on one data set")  # fmt: skip
     if net.arm not in mfdn.NAMES_TAGS:
         raise UserError(f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn")
     net.to(device)
@@ -157,7 +163,7 @@ def tagger(run, device, autocast):
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
     problems, count, unknown = [], 0, 0
-    shown = tagger(args.tags, net.encoder.cls_token.device, autocast) if args.tags else None
+    shown = tagger(args.tags, header, net.encoder.cls_token.device, autocast) if args.tags else None
     for keys, images, logits, embeddings in predictions(args, net, header, autocast, problems):
         rows = answers(keys, logits, embeddings, gallery, args.nearest)
         for row, tags in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):

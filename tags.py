@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import hashlib
 import itertools
 import json
 import math
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 import data
 import mask as masking
-from common import classifier, distributed, metrics, mfdn, tagging, train
+from common import classifier, distributed, mfdn, tagging, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import (
     Parser,
@@ -50,13 +49,14 @@ from common.command import (
 )
 from common.features import open_rows, split_suffix
 from common.io import UserError, read_json, save_json
+from common.lora import fingerprint
 from ingest.pictures import pictures, tell_problems
 from kernels.gather import masked_patch_gather
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 JUDGED = 8192  # pictures at most whose tags are judged: a number for each picture and tag is kept
 SHOWN = 8  # pictures on the sheet
-RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet.png", "selected_tags.csv")
+RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet*.png", "selected_tags.csv")
 NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "json", "top", "csv",
              "like", "tell", "threshold")  # fmt: skip
 
@@ -71,7 +71,7 @@ def parse_args():
     add("--out", metavar="DIR", help="run folder (default: the encoder's, tags, and the flags that matter)")
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     add("--force", action="store_true", help="start anew where another run is in --out; replace the file of --csv")
-    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that is reported")
+    add("--eval-on", default="val", choices=["val", "test"], help="split that is reported")
     add = parser.add_argument_group("what is learned").add_argument
     arms = "\n".join(f"{arm}: {text}" for arm, text in mfdn.ARMS.items())
     add("--arm", default="mfdn", choices=mfdn.ARMS, help=arms)
@@ -122,8 +122,12 @@ def refuse_flags(args):
         ("lr layer-decay", not frozen, "is for what learns in the encoder; --arm bce has --head-lr alone"),
         ("keep min-crop colour", not blind, "is for pictures, and --arm tags sees none"),
         ("like", args.csv is not None, "is for --csv FILE"),
+        ("force", training or args.csv is not None, "is for what is written, a run or --csv"),
         ("threshold top json", args.csv is None, "is for lines; --csv writes every probability"),
     ))  # fmt: skip
+    for flag in ("tell", "csv", "like"):
+        if getattr(args, flag) is not None and not getattr(args, flag).strip():
+            raise UserError(f"--{flag} is empty; give {'tags' if flag == 'tell' else 'a file'}, or leave it out")
 
 
 # ---- the data: pictures, characters, tags ----------------------------------------------------------------------------
@@ -140,21 +144,21 @@ def open_task(args, device, autocast):
     header = task.train.split["header"]
     task.classes, task.words = header["classes"], header["tags"]
     for images in (task.train, task.dev, task.report):
-        if getattr(images.split.get("tags"), "dtype", None) != np.int32:
-            raise UserError(f"{args.data}, {images.name} has no tags, or those of an older packing; a table with a "
-                            "column of them, or metadata.jsonl, brings them: python data.py IT --out DIR")  # fmt: skip
+        if not tagging.has_tags(images.split) or not (images.split["tags"][images.rows.numpy()] >= 0).any():
+            raise UserError(f"{args.data}, {images.name} has no tags; a table with a column of them, or "
+                            "metadata.jsonl, brings them: python data.py IT --out DIR")  # fmt: skip
     task.each = (np.asarray(task.train.split["tags"]) >= 0).sum(1)  # how many tags a picture has
     args.length = args.length or min(32, max(2, int(task.each.max())) + 2)
     encoder, task.S = load_encoder(args.encoder)  # S: side of a view
     if len(encoder.blocks) < 2:
         raise UserError(f"{args.encoder} has one block, and half of the blocks see the picture alone; give 2 or more")
     torch.manual_seed(args.seed)
+    prints = fingerprint(encoder)
     task.net = mfdn.MFDN(encoder, len(task.classes), len(task.words), args.arm, args.length).to(device)
     encoder.requires_grad_(args.arm != "bce")
     task.net.reach.copy_(mfdn.reaches(tags_of(task.train, task.train.rows), args.length - 2))
-    known = hashlib.blake2b(json.dumps([task.words, task.classes]).encode(), digest_size=6).hexdigest()
-    task.config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}  # a run is resumed under the same
-    task.config["vocabulary"] = known
+    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}  # a run is resumed under the same
+    task.config = config | {"encoder": prints, "images": data.fingerprint(task.train.split)}
     return task
 
 
@@ -198,46 +202,47 @@ def read_tags(args, task, rows, share, generator):
 
 
 @torch.no_grad()
-def look(task, images, rows, name=""):
-    """Whole pictures -> logits of characters "with" and "without" their tags, (n, C), and "tags" (n, V), None where the
-    arm has none."""
-    net, found = task.net.eval(), {"with": [], "without": [], "tags": []}
-    chunks = data.whole_views(images.split["images"], rows, task.S, task.device)
-    for index, view in progress(chunks, name, -(-len(rows) // data.CHUNK), leave=False, disable=not name):
+def characters(task, images, name=""):
+    """Top-1 and Top-5 of whole pictures, in percent: {"with_top1", "with_top5"} with their tags, {"without_top1",
+    "without_top5"} without, those that the arm has."""
+    net, ranks = task.net.eval(), {"with": [], "without": []}
+    chunks = data.whole_views(images.split["images"], images.rows, task.S, task.device)
+    for index, view in progress(chunks, name, -(-len(images.rows) // data.CHUNK), leave=False, disable=not name):
+        asked = {"with": tags_of(images, index)} if task.arm in mfdn.READS_TAGS else {}
+        for key, ids in (asked | ({} if task.arm == "bce" else {"without": None})).items():
+            with task.autocast():
+                logits, _ = mfdn.answers(net, view, ids, ask_tags=False)
+            order = logits.cpu().argsort(dim=1, descending=True, stable=True)
+            ranks[key].append((order == images.labels[index][:, None]).int().argmax(1))
+    return {f"{key}_top{k}": round(100 * (torch.cat(rank) < k).double().mean().item(), 3)
+            for key, rank in ranks.items() if rank for k in (1, 5)}  # fmt: skip
+
+
+@torch.no_grad()
+def named(task, images, rows):
+    """Whole pictures alone -> the most probable class of each (n,), None of arm bce; scores of tags (n, V)."""
+    guesses, scores = [], []
+    for _, view in data.whole_views(images.split["images"], rows, task.S, task.device):
         with task.autocast():
-            without, tags = mfdn.answers(net, view)
-            told = None
-            if task.arm in mfdn.READS_TAGS:
-                words = mfdn.to_words(tags_of(images, index), net.V, net.length)
-                told, _ = mfdn.answers(net, view, words)
-        for key, x in zip(found, (told, without, tags), strict=True):
-            found[key] += [] if x is None else [x.float().cpu()]
-    return {key: torch.cat(some) if some else None for key, some in found.items()}
+            logits, tags = mfdn.answers(task.net.eval(), view)
+        guesses += [] if logits is None else [logits.argmax(1).cpu()]
+        scores.append(tags.cpu())
+    return torch.cat(guesses) if guesses else None, torch.cat(scores).numpy()
 
 
-def top(logits, labels, key):
-    """logits (n, C) or None -> {"KEY_top1", "KEY_top5"} in percent; empty where there are none."""
-    if logits is None:
-        return {}
-    return {f"{key}_top{k}": round(100 * metrics.topk(logits, labels, k), 3) for k in (1, 5)}
-
-
-def characters(task, images, rows, name=""):
-    """-> {"with_top1", "with_top5", "without_top1", "without_top5"}, those that the arm has, and what `look` found."""
-    found, labels = look(task, images, rows, name), images.labels[rows]
-    return top(found["with"], labels, "with") | top(found["without"], labels, "without"), found
-
-
-def judge_tags(task, found):
-    """What `look` found of the reported split -> rows of numbers, as filed and against the truth; mAP on dev, as filed;
+def judge_tags(task, scores):
+    """Scores (n, V) of the reported split -> rows of numbers, as filed and against the truth; mAP on dev, as filed;
     thresholds, which are chosen there."""
     dev, report, V = rows_judged(task.dev), rows_judged(task.report), len(task.words)
-    scores, filed = look(task, task.dev, dev)["tags"].numpy(), truth_of(task.dev, dev, V)
-    thresholds = tagging.fit_thresholds(scores, filed)
-    planes = {"tags": "tags", "all_tags": "tags_truth"}
-    rows = {key: tagging.judge(found["tags"].numpy(), truth_of(task.report, report, V, plane), thresholds)
-            for plane, key in planes.items() if plane in task.report.split}  # fmt: skip
-    return rows, tagging.judge(scores, filed, thresholds)["map"], thresholds
+    (_, on_dev), filed = named(task, task.dev, dev), truth_of(task.dev, dev, V)
+    thresholds = tagging.fit_thresholds(on_dev, filed)
+    planes = {"tags": "tags", "tags_truth": "all_tags"}
+    truths = {k: truth_of(task.report, report, V, plane) for k, plane in planes.items() if plane in task.report.split}
+    rows = {key: tagging.judge(scores, truth, thresholds) for key, truth in truths.items()}
+    if "tags_truth" in truths:
+        kinds = tagging.four_kinds(scores >= thresholds, truths["tags"], truths["tags_truth"])
+        rows["tags_truth"]["counts"] = {kind: int(some.sum()) for kind, some in kinds.items()}
+    return rows, tagging.judge(on_dev, filed, thresholds)["map"], thresholds
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -300,11 +305,10 @@ def save_run(args, task, optimizer, step, seconds, half):
 
 
 def start_message(args, task, per_epoch, B, step):
-    net, count = task.net, sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
     return (f"data     {args.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
             f"{len(task.words)} tags, {task.each.mean():.1f} an image\n"
-            f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}\n         {net.half} blocks for the picture, "
-            f"{len(net.encoder.blocks) - net.half} for both; {count:,} parameters learn\n"
+            f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}; {count:,} parameters learn\n"
             f"run      {args.out}: {args.epochs} epochs of {per_epoch} steps of {B} images"
             + (f", from step {step}" if step else ""))  # fmt: skip
 
@@ -370,16 +374,17 @@ def fit(args, device, autocast):
                 row = meter.row(step, f"{out}/state.pt keeps the last good state. Try smaller learning rates than "
                                 f"--lr {args.lr:g} --head-lr {args.head_lr:g}")  # fmt: skip
                 of_who, of_tags = distributed.all_reduce(torch.stack(parts).mean(0)).tolist()
-                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], hidden=share, character_loss=of_who,
-                    tag_loss=of_tags, **row)  # fmt: skip
+                shares = {"hidden": share} if args.arm in mfdn.HIDES_TAGS else {}
+                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], character_loss=of_who,
+                    tag_loss=of_tags, **shares, **row)  # fmt: skip
                 parts = []
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if ended:
-                row, _ = characters(task, task.dev, task.dev.rows)
+                row = characters(task, task.dev)
                 log(step=step, epoch=epoch + 1, **{f"dev_{k}": x for k, x in row.items()}, seconds=meter.seconds())
                 tqdm.write(f"epoch {epoch + 1:<4} dev " + in_words(row))
                 if epoch + 1 == args.epochs // 2:
-                    half, _ = characters(task, task.report, task.report.rows, "reported split")
+                    half = {args.eval_on: characters(task, task.report, "reported split")}
             if rank == 0 and (stop or step == total or ended and pacer.due()):
                 pacer.time(save_run, args, task, optimizer, step, meter.seconds(), half)
                 meter.restart()
@@ -403,31 +408,32 @@ def in_words(row):
 def write_results(args, task, half, B, meter):
     """Judge the network on pictures that decided nothing, and write all files but state.pt -> the row of metrics."""
     out, suffix = Path(args.out), split_suffix(args.eval_on)
-    end, found = characters(task, task.report, task.report.rows, "reported split")
+    end = characters(task, task.report, "reported split")
     log = train.read_log(out / "log.jsonl")
     steps, dev = [row for row in log if "loss" in row], [row for row in log if "loss" not in row][-1]
     row = {"run": out.name, "arm": args.arm, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on,
-           "half": half, "end": end, "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
+           "half": half.get(args.eval_on, {}), "end": end,
+           "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
            "parameters": sum(p.numel() for p in task.net.parameters()),
            "step_ms": round(float(np.median([1000 * B / r["images_per_s"] for r in steps])), 2),
            "peak_memory_mb": max(r["memory_mb"] for r in steps), "seconds": meter.seconds(), "config": task.config,
            "command": command(), "machine": train.machine(task.device), "commit": train.commit()}  # fmt: skip
-    thresholds = None
+    guesses = scores = thresholds = None
     if args.arm in mfdn.NAMES_TAGS:
         with working("judging tags"):
-            found = look(task, task.report, rows_judged(task.report))
-            judged, dev_map, thresholds = judge_tags(task, found)
+            guesses, scores = named(task, task.report, rows_judged(task.report))
+            judged, dev_map, thresholds = judge_tags(task, scores)
         row |= judged | {"dev": row["dev"] | {"map": dev_map}}
     split = task.train.split
-    about = {"run": vars(args), "words": task.words, "classes": task.classes, "image_size": task.S, "data": args.data,
-             "thresholds": None if thresholds is None else thresholds.round(5).tolist(), "base": str(args.encoder),
+    about = {"run": task.config, "words": task.words, "classes": task.classes, "image_size": task.S, "data": args.data,
+             "thresholds": None if thresholds is None else thresholds.tolist(), "base": str(args.encoder),
              "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
              "margin": split["header"]["margin"]}  # fmt: skip
-    mfdn.save(task.net, out / "model.safetensors", about | {"run": task.config})
+    mfdn.save(task.net, out / "model.safetensors", about)
     ids = np.asarray(split["tags"])
     counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
     tagging.write_selected(out / "selected_tags.csv", task.words, counts)
-    draw(args, task, found, thresholds)
+    draw(args, task, guesses, scores, thresholds)
     save_json(row, out / f"metrics{suffix}.json")  # last: where it stands, the run is finished
     best = row.get("tags_truth") or row.get("tags")
     print(f"{args.eval_on:<9}{in_words(end)}")
@@ -437,7 +443,7 @@ def write_results(args, task, half, B, meter):
     return row
 
 
-def draw(args, task, found, thresholds):
+def draw(args, task, guesses, scores, thresholds):
     """curves.png, and of an arm that names tags sheet.png: tags right, missed, new but true, new and false."""
     from common import plots
 
@@ -449,35 +455,42 @@ def draw(args, task, found, thresholds):
     some = data.evenly_spaced(len(rows), SHOWN)
     given = truth_of(task.report, rows[some], V)
     truth = truth_of(task.report, rows[some], V, "all_tags" if "all_tags" in task.report.split else "tags")
-    said = found["tags"][some].numpy() >= thresholds
-    kinds = [tagging.four_kinds(*x) for x in zip(said, given, truth, strict=True)]
+    kinds = tagging.four_kinds(scores[some.numpy()] >= thresholds, given, truth)
     true = [task.classes[c] for c in task.report.labels[rows[some]]]
-    guess = true if found["without"] is None else [task.classes[c] for c in found["without"][some].argmax(1)]
-    tagging.draw_sheet(out / "sheet.png", f"{out.name}: tags of {args.eval_on} pictures, from the picture alone",
-                       task.report.split["images"][rows[some].numpy()], kinds, task.words,
-                       list(zip(true, guess, strict=True)))  # fmt: skip
+    guess = true if guesses is None else [task.classes[c] for c in guesses[some]]
+    path = out / f"sheet{split_suffix(args.eval_on)}.png"
+    title = f"Tags of {args.eval_on}, from the picture alone: {out.name}"
+    images = task.report.split["images"][rows[some].numpy()]
+    tagging.draw_sheet(path, title, images, kinds, task.words, list(zip(true, guess, strict=True)))
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
 
 
-def known_words(args, net, header):
-    """--tell -> words (1, L) for every picture; tags that the run does not know are named, skipped and counted."""
-    if args.tell is None:
-        return None
-    if net.arm not in mfdn.READS_TAGS:
-        raise UserError(f"--tell {args.tell} is for a run that reads tags; {args.encoder} is one of --arm {net.arm}")
-    ids = {word: i for i, word in enumerate(header["words"])}
-    told = args.tell.split()
+def known_tags(args, net, header):
+    """--tell -> ids (1, T) for every picture, None: nothing is known. Tags that the run does not know are named, skipped
+    and counted."""
+    ids, told = {word: i for i, word in enumerate(header["words"])}, (args.tell or "").split()
     if lost := [word for word in told if word not in ids]:
         print(f"{len(lost)} of {len(told)} tags are none of this run's, and skipped: {' '.join(lost)}", file=sys.stderr)
     found = sorted({ids[word] for word in told if word in ids})
-    return mfdn.to_words(torch.tensor([found or [-1]]), net.V, net.length)
+    if len(found) > net.length - 2:
+        print(f"{len(found)} tags are more than this run reads; the {net.length - 2} most frequent count", file=sys.stderr)
+    return torch.tensor([found]) if found else None
+
+
+def refuse_arm(args, net):
+    """What a run of this arm can't be asked."""
+    arm, names = f"{args.encoder} is a run of --arm {net.arm}", net.arm in mfdn.NAMES_TAGS
+    if net.arm == "tags" and args.tell is None:
+        raise UserError(f"{arm}, which sees no picture; tell it tags: --tell 'WORD WORD'")
+    refuse_unused(args, (("tell", net.arm in mfdn.READS_TAGS, f"is for a run that reads tags, and {arm}"),
+                         ("csv threshold top", names, f"is for a run that names tags, and {arm}")))  # fmt: skip
 
 
 def predictions(args, net, header, device, autocast, problems):
-    """Yield (keys, probabilities of characters (B, C) or None, of tags (B, V) or None) of the pictures, in batches."""
-    words = known_words(args, net, header)
+    """Yield (key, probabilities of characters (C,) or None, of tags (V,) or None) of each picture."""
+    known = known_tags(args, net, header)
     items = pictures(args.pictures, header["packed_size"], header["crop"], header["margin"], problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
@@ -485,9 +498,11 @@ def predictions(args, net, header, device, autocast, problems):
         view = data.view_images(images, *data.full_boxes(len(images)), header["image_size"])
         with autocast():
             logits, tags = mfdn.answers(net, view)
-            if words is not None:
-                logits, _ = mfdn.answers(net, view, words.expand(len(images), -1))
-        yield keys, None if logits is None else logits.float().softmax(1).cpu(), None if tags is None else tags.cpu()
+            if known is not None:
+                logits, _ = mfdn.answers(net, view, known.expand(len(images), -1))
+        logits, tags = (None if x is None else x.cpu() for x in (logits, tags))
+        for i, key in enumerate(keys):
+            yield key, None if logits is None else logits[i].softmax(0), None if tags is None else tags[i]
 
 
 def say(args, header, key, characters, tags):
@@ -509,42 +524,40 @@ def line(row):
 def use(args, device, autocast):
     """Say of each picture who it is, and its tags; or write all probabilities as a table."""
     net, header = mfdn.load(args.encoder)
+    refuse_arm(args, net)
+    problems, count = [], 0
+    found = predictions(args, net.to(device), header, device, autocast, problems)
     if args.csv:
-        refuse_overwrite([args.csv], args.force)
-    selected = tagging.read_selected(args.like) if args.like else None
-    problems, count, table = [], 0, []
-    for keys, characters, tags in predictions(args, net.to(device), header, device, autocast, problems):
-        for i, key in enumerate(keys):
-            one, its = (None if x is None else x[i] for x in (characters, tags))
-            if args.csv:
-                table.append((key, one, its))
-            else:
-                row = say(args, header, key, one, its)
-                print(json.dumps(row, ensure_ascii=False) if args.json else line(row), flush=True)
-        count += len(keys)
+        return write_table(args, net, header, found, problems)
+    for key, characters, tags in found:
+        row = say(args, header, key, characters, tags)
+        print(json.dumps(row, ensure_ascii=False) if args.json else line(row), flush=True)
+        count += 1
     tell_problems(problems, count, args.json)
-    if args.csv:
-        write_table(args, net, header, selected, table)
 
 
-def write_table(args, net, header, selected, table):
+def write_table(args, net, header, found, problems):
     """--csv: a row a picture, probabilities of our tags, or of another tagger's in its order; 0 of what we have not."""
-    if net.arm not in mfdn.NAMES_TAGS:
-        raise UserError(f"--csv {args.csv} is for a run that names tags; {args.encoder} is one of --arm {net.arm}")
-    C, names = net.config["C"], header["words"]
-    columns = np.arange(net.V)
-    if selected:
+    refuse_overwrite([args.csv], args.force)
+    columns, names, written = np.arange(net.V), header["words"], []
+    if args.like:
+        selected = tagging.read_selected(args.like)
         columns, lost = tagging.in_their_order(selected, names, header["classes"])
         names = [row["name"] for row in selected]
         print(f"{args.like}: {(columns >= 0).sum()} of its {len(columns)} tags are ours, the rest are 0; it lacks "
               f"{len(lost)} of ours" + (f": {' '.join(lost[:5])} ..." if lost else ""), file=sys.stderr)  # fmt: skip
-    rows = [["picture", *names]]
-    for key, characters, tags in table:
-        characters = torch.zeros(C) if characters is None else characters
-        ours = torch.cat([tags, characters, torch.zeros(1)]).numpy()  # the last one is what -1 asks for
-        rows.append([key, *(f"{x:.5f}" for x in ours[columns])])
-    tagging.write_csv(args.csv, rows)
-    print(f"wrote    {args.csv}: {len(table)} pictures, {len(names)} tags")
+
+    def rows():
+        yield ["picture", *names]
+        for key, characters, tags in found:
+            characters = torch.zeros(net.config["C"]) if characters is None else characters
+            ours = torch.cat([tags, characters, torch.zeros(1)]).numpy()  # the last one is what -1 asks for
+            written.append(key)
+            yield [key, *(f"{x:.5f}" for x in ours[columns])]
+        tell_problems(problems, len(written), False)
+
+    tagging.write_csv(args.csv, rows())
+    print(f"wrote    {args.csv}: {len(written)} pictures, {len(names)} tags")
 
 
 def main():

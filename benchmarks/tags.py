@@ -2,7 +2,8 @@
 
 Arms of tags.py that name tags, on synthetic pictures and lists: mfdn asks at 30 places, whatever the vocabulary; l2l
 has a query for each tag, which look at each other; bce is one linear layer. Each in a process of its own, into
-runs/bench/bench_tags.csv and .png (--out results: into git). What can't fit into the memory says so.
+runs/bench/bench_tags.csv and .png (--out results: into git). What can't fit into the memory says so. In the number
+format of the machine, as tags.py has it.
 """
 
 import multiprocessing
@@ -19,14 +20,17 @@ from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite,
 from common.tables import save_csv
 from model import SIZES, ViT
 
-ARMS, WORDS, EACH = ("mfdn", "l2l", "bce"), (25, 200, 5000, 25_000), 24
+ARMS, WORDS, EACH = ("mfdn", "l2l", "bce"), (25, 200, 5000, 25_000), 30
 IMAGES = 1000  # an epoch of so many is told
 
 
-def need_gb(arm, V, batch, size):
-    """GB that the squares of an attention among V queries take, in each block of its decoder: kept, and two at work."""
-    blocks = max(1, size["depth"] // 6)
-    return (blocks + 2) * batch * size["heads"] * V * V * 4 / 2**30 if arm == "l2l" else 0.0
+def need_gb(arm, V, batch, size, device):
+    """GB that the squares of an attention among V queries take, in each block of its decoder: kept, and two at work.
+
+    A GPU's fused attention writes none.
+    """
+    blocks, squares = max(1, size["depth"] // 6), arm == "l2l" and device.type == "cpu"
+    return (blocks + 2) * batch * size["heads"] * V * V * 4 / 2**30 if squares else 0.0
 
 
 def one(arm, V, batch, model, device, steps, threads):
@@ -45,8 +49,9 @@ def one(arm, V, batch, model, device, steps, threads):
     words, milliseconds = words.to(device) if arm == "mfdn" else None, []
     for _ in range(steps + 1):
         start_time = now(device)
-        characters, tags = net(*places, words, hidden)
-        loss = tags.float().logsumexp(1).mean() + (0 if characters is None else characters.logsumexp(1).mean())
+        with train.autocast_of(device, train.pick_dtype("auto", device)[0])():
+            characters, tags = net(*places, words, hidden)
+        loss = tags.logsumexp(1).mean() + (0 if characters is None else characters.logsumexp(1).mean())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -61,7 +66,7 @@ def measure(args, device):
     for arm in ARMS:
         for V in args.words:
             row = {"arm": arm, "tags": V, "batch": args.batch_size, "model": args.model, "note": ""}
-            gb, free = need_gb(arm, V, args.batch_size, SIZES[args.model]), train.free_memory(device) / 2**30
+            gb, free = need_gb(arm, V, args.batch_size, SIZES[args.model], device), train.free_memory(device) / 2**30
             found = {"step_ms": "", "epoch_s": "", "peak_mb": ""}
             if gb > free:
                 row["note"] = f"needs {gb:.0f} GB for attention among its queries; {free:.0f} are free"

@@ -59,6 +59,8 @@ def open_splits(folder, held="val"):
             other = sorted(set(classes) ^ set(split["header"]["classes"]))[:4]
             raise UserError(f"{folder}: {name} has other classes than train ({', '.join(map(str, other))}, ...); "
                             "pack both in one run of data.py")  # fmt: skip
+        if split["header"].get("tags") != splits["train"]["header"].get("tags"):
+            raise UserError(f"{folder}: {name} has other tags than train; pack both in one run of data.py")
     return splits
 
 

@@ -9,13 +9,12 @@ Multimodality Modeling"; without masks and decoder it is ViLT, Kim et al. 2021, 
 """
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoints import load_exactly
+from common.checkpoints import about_model, load_exactly, model_file
 from common.io import UserError, read_safetensors, save_safetensors
 from model import MLP, Attention, Block, ViT, attention, init_weights, shrink_branches
 
@@ -62,11 +61,18 @@ def nothing_told(V, length):
 
 
 def hide(words, V, share, generator):
-    """words (B, L) -> with this share of the tags behind masks, and which ones (B, L) bool."""
+    """words (B, L) -> with this share of the tags behind masks, and which ones (B, L) bool; where none is left to be
+    seen, or there was none, nothing is told."""
     tags = words < V
     hidden = tags & (torch.rand(words.shape, generator=generator) < share)
     left = (tags & ~hidden).any(1, keepdim=True)
     return torch.where(left, words.masked_fill(hidden, V + MASK), nothing_told(V, words.shape[1])), hidden
+
+
+def as_read(net, ids):
+    """ids (B, T) of tags that are known -> words (B, L) as this network learned to read them."""
+    words = to_words(ids, net.V, net.length)
+    return hide(words, net.V, 0.0, None)[0] if net.arm in HIDES_TAGS else words
 
 
 def curriculum(step, total):
@@ -195,18 +201,17 @@ class MFDN(nn.Module):
             seen, bias = x.shape[1], None
         for block in upper:
             x = block(x, bias=bias)
-        x = self.encoder.norm(x)
-        return None if self.arm == "bce" else self.head(x[:, 0].float()), self.name_tags(x, seen, bias, hidden)
-
-    def name_tags(self, x, seen, bias, hidden):
-        """Tokens (B, seen + L, D) of the picture and its words -> logits of tags, as forward gives them."""
+        x, tags = self.encoder.norm(x), None
         if self.arm == "bce":
-            return self.tag_head(x[:, 1:].mean(1).float())
-        if self.arm == "l2l":
-            return self.tag_head(self.decoder(self.query_token.expand(len(x), -1, -1), x))[:, :, 0]
-        if self.arm not in HIDES_TAGS or hidden is None:
-            return None
-        return self.tag_head(self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden])
+            tags = x[:, 1:].mean(1)
+        elif self.arm == "l2l":
+            tags = self.decoder(self.query_token.expand(len(x), -1, -1), x)
+        elif self.arm in HIDES_TAGS and hidden is not None:
+            tags = self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden]
+        with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is in
+            characters = None if self.arm == "bce" else self.head(x[:, 0].float())
+            tags = None if tags is None else self.tag_head(tags.float())
+        return characters, tags[:, :, 0] if self.arm == "l2l" else tags
 
 
 def padding(words, V):
@@ -218,32 +223,31 @@ def padding(words, V):
 
 
 @torch.no_grad()
-def answers(net, view, words=None):
-    """view u8 (B, S, S, 3), whole; words (B, L) of tags that are known, None: none are.
+def answers(net, view, ids=None, ask_tags=True):
+    """view u8 (B, S, S, 3), whole; ids (B, T) of tags that are known, -1 fills up, None: none are.
 
     -> logits (B, C) of characters, None of arm bce; probabilities (B, V) of tags, from the picture alone, None where
-    words are given or the arm names none. Where hidden tags are named one by one, a picture has a tag if it stands
-    at any place: the sum over places of (share of pictures that get there) * (probability that it stands there).
+    ids are given, nobody asks, or the arm names none. Where hidden tags are named one by one, a picture has a tag if it
+    stands at any place: the sum over places of (share of pictures that get there) * (probability that it stands there).
     """
-    device, told = view.device, words is not None
-    if net.arm in READS_TAGS and not told:
-        none = to_words(torch.full((1, 1), -1), net.V, net.length)
-        words = (nothing_told(net.V, net.length) if net.arm in HIDES_TAGS else none).expand(len(view), -1)
-    words = words.to(device) if net.arm in READS_TAGS else None
-    asked = words == net.V + MASK if net.arm in HIDES_TAGS and not told else None
+    ask_tags, words, asked = ask_tags and ids is None and net.arm in NAMES_TAGS, None, None
+    if net.arm in READS_TAGS:
+        words = as_read(net, torch.full((len(view), 1), -1) if ids is None else ids).to(view.device)
+        asked = words == net.V + MASK if ask_tags else None
     characters, tags = net(*net.encoder.all_patches(view), words, asked)
-    if told or net.arm not in NAMES_TAGS:
+    if not ask_tags:
         return characters, None
     if net.arm in HIDES_TAGS:
-        at = tags.float().softmax(1).view(len(view), -1, net.V)  # (B, R, V)
+        at = tags.softmax(1).view(len(view), -1, net.V)  # (B, R, V)
         return characters, (net.reach[:, None] * at).sum(1).clamp(max=1)
-    return characters, tags.float().sigmoid()
+    return characters, tags.sigmoid()
 
 
 def named(tags, header, threshold=None, most=15):
     """Probabilities (V,) -> {tag: probability} of those over their thresholds, or over this one, the highest first."""
     least = torch.tensor(header["thresholds"]) if threshold is None else torch.full_like(tags, threshold)
-    best = [i for i in tags.argsort(descending=True, stable=True).tolist() if tags[i] >= least[i]][:most]
+    over = (tags >= least).nonzero()[:, 0]
+    best = over[tags[over].argsort(descending=True, stable=True)].tolist()[:most]
     return {header["words"][i]: round(tags[i].item(), 4) for i in best}
 
 
@@ -257,16 +261,15 @@ def save(net, path, about):
 
 def is_tagger(path):
     """Did tags.py write this run folder?"""
-    from common.checkpoints import about_model
-
     return "tags" in about_model(path)
 
 
 def load(folder):
     """runs/NAME of tags.py -> (MFDN in eval mode, header of its model file)."""
-    path = Path(folder) / "model.safetensors"
+    path = model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
-    if lost := sorted({"tags", "words", "classes", "thresholds", "image_size", "packed_size"} - header.keys()):
+    keys = {"tags", "words", "classes", "thresholds", "image_size", "packed_size", "crop", "margin"}
+    if lost := sorted(keys - header.keys()):
         raise UserError(f"{path} has no {lost[0]!r}: it is no run of tags.py; {REMEDY}")
     config = header["tags"]
     net = MFDN(ViT(**config["encoder"]), config["C"], config["V"], config["arm"], config["length"])

@@ -235,7 +235,7 @@ def about_lines(splits):
     skipped = [s for h in headers for s in h.get("skipped_first", [])]
     lines = [f"source: {headers[0]['source']}", f"skipped: {sum(h.get('skipped', 0) for h in headers)}"]
     lines += [f"  {k}: {why}" for k, why in skipped[:4]] + headers[0].get("notes", [])
-    lines += tag_lines(splits) if "tags" in splits["train"] else []
+    lines += tag_lines(splits) if splits["train"]["header"].get("tags") else []
     lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
     return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
 
@@ -243,6 +243,8 @@ def about_lines(splits):
 def tag_lines(splits):
     """How many tags there are and a picture has, and the most frequent ones with the pictures that they are on."""
     words, planes = splits["train"]["header"]["tags"], [np.asarray(s["tags"]) for s in splits.values()]
+    if planes[0].dtype != np.int32:
+        return [f"{len(words)} tags, of an older packing: make it again with data.py --force"]
     count = sum(np.bincount(p[p >= 0], minlength=len(words)) for p in planes)
     each = np.concatenate([(p >= 0).sum(1) for p in planes])
     most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])
@@ -325,7 +327,8 @@ def tag_curves(path, rows, title):
         hidden = [r | {"hidden": 100 * r["hidden"]} for r in rows if "hidden" in r]
         plot_rows(axes[1], hidden, "epoch", "hidden", ":", color=INK, label="tags hidden in training")
         axes[1].set(title="Characters on dev", xlabel="epoch", ylabel="Top-1, and share of tags, %", ylim=(0, 100))
-        axes[1].legend(loc="lower right")
+        if axes[1].lines:
+            axes[1].legend(loc="lower right")
 
 
 def attention_on(axis, held):

@@ -4,7 +4,6 @@
 """
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from common import metrics
 from common.io import UserError, atomic
 
 TOP = 25  # the most frequent tags, of which the error is told apart
+MOST = 1000  # the most frequent tags are asked for one by one: it takes half a minute
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 CATEGORIES = {"general": "0", "character": "4", "rating": "9"}  # as boards number them
 COLUMNS = ["tag_id", "name", "category", "count"]  # of selected_tags.csv
@@ -26,12 +26,20 @@ def many_hot(ids, V):
     return hot[:, :V]
 
 
+def has_tags(split):
+    """Does a packed split bring lists of tags? Those of an older packing, one column a tag, are refused."""
+    plane = split.get("tags")
+    if plane is not None and plane.dtype != np.int32:
+        raise UserError(f"{plane.filename} has the tags of an older packing; make it again with data.py --force")
+    return plane is not None
+
+
 def average_precisions(scores, truth):
-    """-> (V,) average precision of each tag, nan of one that no picture has."""
+    """-> (V,) average precision of each tag, nan of one that no picture has, and of those behind the MOST first."""
     from sklearn.metrics import average_precision_score
 
     found = np.full(truth.shape[1], np.nan)
-    for tag in truth.any(0).nonzero()[0]:
+    for tag in truth[:, :MOST].any(0).nonzero()[0]:
         found[tag] = average_precision_score(truth[:, tag], scores[:, tag])
     return found
 
@@ -47,9 +55,16 @@ def best_threshold(scores, truth):
     return float((scores[order[at]] + below) / 2)
 
 
+def common_threshold(scores, truth, bins=10_000):
+    """The same for all tags together, by counts of scores in bins: there may be two hundred million."""
+    edges = np.linspace(0, 1, bins + 1)
+    said, right = (np.histogram(x, edges)[0][::-1].cumsum()[::-1] for x in (scores, scores[truth]))
+    return float(edges[np.argmax(f1(right, said, truth.sum()))])
+
+
 def fit_thresholds(scores, truth):
     """-> (V,): of each tag the threshold that is best for its F1, of a rare one that which is best for all together."""
-    common = best_threshold(scores.ravel(), truth.ravel())
+    common = common_threshold(scores, truth)
     enough = truth.sum(0) >= FEWEST
     return np.array([best_threshold(scores[:, t], truth[:, t]) if enough[t] else common for t in range(len(enough))])
 
@@ -61,26 +76,26 @@ def f1(right, said, there):
 
 def judge(scores, truth, thresholds):
     """-> {"map", "micro_f1", "macro_f1", "error", "error_top"} in percent, and "ap", each tag's, None of one that no
-    picture has. map and macro_f1 are means over tags that some picture has; error: wrong among all yes and no."""
+    picture has. map and macro_f1 are means over tags that some picture has (map: of the MOST most frequent ones);
+    error: wrong among all yes and no."""
     said, there = scores >= thresholds, truth.any(0)
     right, ap = said & truth, average_precisions(scores, truth)
     wrong, top = (said != truth).mean(0), np.argsort(-truth.sum(0), kind="stable")[:TOP]
     row = {"map": np.nanmean(ap), "micro_f1": f1(right.sum(), said.sum(), truth.sum()), "error": wrong.mean(),
            "macro_f1": f1(right.sum(0), said.sum(0), truth.sum(0))[there].mean(), "error_top": wrong[top].mean()}
     return {k: round(100 * float(x), 3) for k, x in row.items()} | {
-        "ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap]}  # fmt: skip
+        "ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap[:MOST]]}  # fmt: skip
 
 
 def four_kinds(said, given, truth):
-    """bool (V,) each: what was said of a picture, what it is filed under, what is true -> {kind: indices of tags}."""
-    kinds = {"right": said & given, "missed": given & ~said, "new but true": said & truth & ~given,
-             "new and false": said & ~truth & ~given}  # fmt: skip
-    return {kind: tags.nonzero()[0] for kind, tags in kinds.items()}
+    """What was said of pictures, what they are filed under, what is true, bool (n, V) each -> {kind: bool (n, V)}."""
+    return {"right": said & given, "missed": given & ~said, "new but true": said & truth & ~given,
+            "new and false": said & ~truth & ~given}  # fmt: skip
 
 
 # ---- what frozen features know of tags and of style ------------------------------------------------------------------
 
-MOST, PENALTIES = 1000, (1e-3, 1e-2, 1e-1)  # the most frequent tags are asked for; of the squared weights
+PENALTIES = 1e-3, 1e-2, 1e-1  # of the squared weights
 STEPS = 60  # of L-BFGS
 
 
@@ -139,6 +154,10 @@ def read_selected(path):
         raise UserError(f"{path} can't be read as a list of tags: {problem}") from None
     if not rows or not {"name", "category"} <= rows[0].keys():
         raise UserError(f"{path} is no list of tags: its first line has to name {', '.join(COLUMNS)}")
+    names = [row["name"] for row in rows]
+    for at, row in enumerate(rows):
+        if not row["name"] or not row["category"] or row["name"] in names[:at]:
+            raise UserError(f"{path}, entry {at + 1} is no tag of its own, with name and category: {row['name']!r}")
     return rows
 
 
@@ -149,7 +168,8 @@ def write_selected(path, words, counts):
 
 
 def write_csv(path, rows):
-    with atomic(Path(path)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    """Write an iterable of rows as they come, atomically."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
@@ -176,7 +196,7 @@ SIGNS = {"right": "+", "missed": "-", "new but true": "*", "new and false": "x"}
 
 
 def draw_sheet(path, title, images, kinds, words, names):
-    """Pictures u8 (n, S, S, 3), their four kinds of tags, and (true name, said name) of each -> sheet.png."""
+    """Pictures u8 (n, S, S, 3), the four kinds of their tags (n, V), (true name, said name) of each -> sheet.png."""
     from common import plots
 
     columns = 2
@@ -186,11 +206,11 @@ def draw_sheet(path, title, images, kinds, words, names):
                       gridspec_kw={"width_ratios": [1, 1.75] * columns}) as axes:  # fmt: skip
         for axis in axes.flat:
             axis.axis("off")
-        for i, (image, found, (true, said)) in enumerate(zip(images, kinds, names, strict=True)):
+        for i, (image, (true, said)) in enumerate(zip(images, names, strict=True)):
             picture, text = axes[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
             picture.imshow(image)
             picture.set_title(true if true == said else f"{true}, said: {said}", fontsize=8, loc="left")
-            lines = [(k, line) for k in KINDS for line in lines_of(k, [words[t] for t in found[k]])]
+            lines = [(k, line) for k in KINDS for line in lines_of(k, [words[t] for t in kinds[k][i].nonzero()[0]])]
             for at, (kind, line) in enumerate(lines):
                 text.text(0, 1 - at * 0.105, line, color=KINDS[kind], fontsize=7.5, va="top", family="monospace")
 

@@ -320,7 +320,10 @@ def from_dafre(root):
             elif number > 1:  # the first is a header
                 raise UserError(f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}")
     posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records}) if metadata_files(root) else ([], [])
-    of = {r.key: r.tags for r in posts}
+    plain = lambda name: name.lower().replace(" ", "_")  # noqa: E731
+    people = {plain(r.label) for r in records}  # whoever wrote no categories has the characters among the tags
+    of = {r.key: tuple(t for t in r.tags if plain(t) not in people) for r in posts}
+    notes += [f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags"] if posts else []
     return [r._replace(tags=of.get(r.key, ())) for r in records], partial(fetch_files, root=root), *notes
 
 

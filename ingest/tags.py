@@ -16,8 +16,9 @@ KEPT, WITHOUT = 0.5, 0.1  # of the demo set: the share of a picture's tags that 
 
 
 def is_emoticon(tag):
-    """:d, ^_^, o_o: no two letters or digits in a row, and nothing but ASCII."""
-    return tag.isascii() and not re.search("[a-z0-9]{2}", tag, re.IGNORECASE) or tag in ("xd", "x3", "0_0")
+    """:d, ^_^, o_o: no two letters or digits in a row, nothing but ASCII, and a sign that draws a face; xd, x3."""
+    face = re.search(r"[:;=^<>_@|/\\()]", tag) and len(tag) > 1
+    return bool(face and tag.isascii() and not re.search("[a-z0-9]{2}", tag.lower())) or tag.lower() in ("xd", "x3")
 
 
 def importance(lists):
@@ -38,7 +39,7 @@ def vocabulary(records, least=2, above=0.0, emoticons=False):
 
     least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons stay if they may.
     """
-    lists = [r.tags for r in records if r.split == "train" and r.tags]
+    lists = [set(r.tags) for r in records if r.split == "train" and r.tags]
     count = Counter(tag for tags in lists for tag in tags)
     gone = {"emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
             f"on fewer than {least} pictures": [t for t, n in count.items() if n < least]}  # fmt: skip

@@ -204,7 +204,10 @@ def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS))
     records, _, notes = sources.find(tmp_path)
     assert [(r.label, r.tags) for r in records] == [("0", ("smile",)), ("1", ("smile", "hat"))]
-    assert notes[1:] == ["4 lines of the metadata have no picture here"]
+    assert notes[1:] == ["4 lines of the metadata have no picture here", "2 of 2 pictures have tags"]
+    (tmp_path / "labels/classid_classname.csv").write_text("0,Miku\n1,smile\n")  # nobody's tag is his name
+    (tmp_path / "metadata.jsonl").write_text('{"id": 7, "tags": "smile hat"}\n{"id": 263159, "tags": "miku blue"}\n')
+    assert [r.tags for r in sources.find(tmp_path)[0]] == [("blue",), ("hat",)]
 
 
 def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
@@ -515,12 +518,12 @@ def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     assert "has none; leave it out" in refused(call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path))
 
 
-@pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xd", "x3", "0_0", ";)", "\\o/"])
+@pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xD", "x3", "0_0", ";)", "\\o/"])
 def test_emoticons_are_told_from_words(tag):
     assert tags.is_emoticon(tag)
 
 
-@pytest.mark.parametrize("tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero"])
+@pytest.mark.parametrize("tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero", "v", "..."])
 def test_words_are_no_emoticons(tag):
     assert not tags.is_emoticon(tag)
 

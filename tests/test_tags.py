@@ -112,15 +112,18 @@ def test_many_hot_and_reach():
 def test_every_arm_answers_in_its_shapes_and_learns_all_that_it_has(arm):
     net = net_of(arm)
     view = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=seeded())
-    words = mfdn.to_words(torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]]), V, L)
+    ids = torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]])
+    words = mfdn.to_words(ids, V, L)
     characters, said = mfdn.answers(net, view)
-    told, nothing = mfdn.answers(net, view, words)
+    told, nothing = mfdn.answers(net, view, ids)
+    assert mfdn.answers(net, view, ask_tags=False)[1] is None
     assert nothing is None and (characters is None) == (arm == "bce")
     assert characters is None or characters.shape == told.shape == (5, 3)
     assert (said is not None) == (arm in mfdn.NAMES_TAGS)
     assert said is None or said.shape == (5, V) and (said >= 0).all() and (said <= 1).all()
     if characters is not None:
         assert torch.equal(characters, told) == (arm not in mfdn.READS_TAGS)
+        torch.testing.assert_close(characters[2], told[2])  # of whom nothing is known, told or not
     if arm == "tags":
         assert torch.equal(characters, mfdn.answers(net, 255 - view)[0]), "it sees no picture"
     hidden = words < V if arm in mfdn.HIDES_TAGS else None
@@ -133,13 +136,13 @@ def test_every_arm_answers_in_its_shapes_and_learns_all_that_it_has(arm):
 
 def test_padding_is_never_read():
     net = net_of()
-    words = mfdn.to_words(torch.tensor([[1, 2]]), V, L)
+    ids = torch.tensor([[1, 2]])
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    before, _ = mfdn.answers(net, view, words)
+    before, _ = mfdn.answers(net, view, ids)
     with torch.no_grad():
         net.language.embed.weight[V + mfdn.PAD] += 100
         net.language.pos_token[:, 4:] += 100  # behind CLS, two words, SEP
-    assert torch.equal(before, mfdn.answers(net, view, words)[0])
+    assert torch.equal(before, mfdn.answers(net, view, ids)[0])
 
 
 def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
@@ -186,7 +189,7 @@ def test_a_run_writes_what_it_says(trained):
     assert row["tags"].keys() == {"map", "micro_f1", "macro_f1", "error", "error_top", "ap"}
     assert len(row["tags"]["ap"]) == 5 and "tags_truth" not in row
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert [r["hidden"] for r in log if "hidden" in r][-1] == 1.0
+    assert [r["hidden"] for r in log if "hidden" in r][-1] == 1.0 and row["dev"].keys() > row["end"].keys()
     assert [r["epoch"] for r in log if "dev_with_top1" in r] == [1, 2]
     with safe_open(trained / "model.safetensors", "pt") as file:
         header = json.loads(file.metadata()["animask"])
@@ -201,6 +204,8 @@ def test_every_arm_trains(tagged, arm):
     done = call("tags.py", *words, *QUICK, cwd=tagged, check=0)
     row = json.loads((tagged / f"arm-{arm}" / "metrics.json").read_text())
     assert ("tags" in row) == (arm in mfdn.NAMES_TAGS) and ("mAP" in done.stdout) == (arm in mfdn.NAMES_TAGS)
+    log = (tagged / f"arm-{arm}" / "log.jsonl").read_text()
+    assert ('"hidden"' in log) == (arm in mfdn.HIDES_TAGS)
     assert ("without_top1" in row["end"]) == (arm != "bce") and ("with_top1" in row["end"]) == (arm in mfdn.READS_TAGS)
 
 
@@ -329,13 +334,23 @@ BAD = {
     "an encoder asked": (["encoder", "images"], "it is no run of tags.py"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
     "told to a blind one": (["arm-image", "images", "--tell", "hat"], "is for a run that reads tags"),
+    "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
+    "no name for a table": (["whole", "images", "--csv", ""], "--csv is empty"),
+    "force for nothing": (["whole", "images", "--force"], "--force is for what is written"),
+    "thresholds of none": (["arm-image", "images", "--top", 3], "is for a run that names tags"),
+    "a list with a gap": (["whole", "images", "--csv", "no.csv", "--like", "gap.csv"], "entry 2 is no tag of its own"),
+    "a split of other tags": (["encoder", "--data", "mixed", *QUICK], "val has other tags than train"),
+    "an older packing": (["encoder", "--data", "older", *QUICK], "has the tags of an older packing"),
+    "an older packing probed": (["encoder", "--data", "older", "--views", 1, "--device", "cpu"], "of an older packing"),
+    "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
+    "another encoder": (["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK], "encoder "),
     "a table of none": (["arm-image", "images", "--csv", "no.csv"], "is for a run that names tags"),
     "no list": (["whole", "images", "--csv", "no.csv", "--like", "list.txt"], "is no list of tags"),
     "like without a table": (["whole", "images", "--like", "list.txt"], "--like list.txt is for --csv FILE"),
     "a flag of training": (["whole", "images", "--arm", "vilt"], "--arm vilt is for training, not for pictures"),
     "a flag of use": (["encoder", "--data", "packed", "--top", 3], "--top 3 is for pictures"),
     "an unused ratio": (["encoder", "--data", "packed", "--tag-ratio", .3], "--tag-ratio 0.3 is for --arm fixed"),
-    "another vocabulary": (["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK], ", vocabulary "),
+    "another vocabulary": (["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK], ", images "),
 }  # fmt: skip
 
 
@@ -343,6 +358,7 @@ BAD = {
 def test_bad_input_is_one_line(tagged, trained, case):
     words, why = BAD[case]
     if not (tagged / "plain").exists():
+        spoil_sets(tagged)
         call("data.py", "images", "--out", "plain", "--size", 32, cwd=tagged, check=0)
         text = (tagged / "list.csv").read_text()
         (tagged / "other.csv").write_text(text.replace("hat", "cap"))
@@ -352,7 +368,24 @@ def test_bad_input_is_one_line(tagged, trained, case):
         save_model(MAE(32, 8, 32, 1, 2, 32, 1), tagged / "shallow" / "model.safetensors", {})
         call("tags.py", "encoder", "--data", "packed", "--out", "arm-image", "--arm", "image", "--force", *QUICK,
              cwd=tagged, check=0)  # fmt: skip
-    assert why in refused(call("tags.py", *words, cwd=tagged))
+    assert why in refused(call("probe.py" if "probed" in case else "tags.py", *words, cwd=tagged))
+
+
+def spoil_sets(base):
+    """Packed sets that are wrong in one way each, and another encoder."""
+    changes = {
+        "mixed": lambda split, t, h: (t, h | {"tags": h["tags"][::-1]}) if split == "val" else (t, h),
+        "older": lambda _, t, h: (t | {"tags": (t["tags"] >= 0).to(torch.uint8)}, h),
+        "empty": lambda split, t, h: (t | {"tags": t["tags"] * 0 - 1}, h) if split == "val" else (t, h),
+    }
+    for name, change in changes.items():
+        (base / name).mkdir()
+        for path in (base / "packed").glob("*.safetensors"):
+            tensors, header = change(path.stem, *read_safetensors(path))
+            save_safetensors(tensors, base / name / path.name, header)
+    (base / "encoder2").mkdir()
+    save_model(MAE(32, 8, 32, 4, 2, 32, 1), base / "encoder2" / "model.safetensors", {})
+    (base / "gap.csv").write_text("tag_id,name,category,count\n1,hat,0,5\n9\n")
 
 
 # ---- the table of arms, and what a tag costs -------------------------------------------------------------------------
@@ -484,8 +517,8 @@ def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
 def test_what_is_said_of_a_picture_falls_into_four_kinds():
     said, given, truth = (np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0]))
     kinds = tagging.four_kinds(said, given, truth)
-    assert {k: v.tolist() for k, v in kinds.items()} == {"right": [0], "missed": [2], "new but true": [1],
-                                                         "new and false": [3]}  # fmt: skip
+    assert {k: v.nonzero()[0].tolist() for k, v in kinds.items()} == {
+        "right": [0], "missed": [2], "new but true": [1], "new and false": [3]}  # fmt: skip
 
 
 def test_a_list_without_names_is_refused(tmp_path):
