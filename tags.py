@@ -468,14 +468,13 @@ def draw(args, task, guesses, scores, thresholds):
 
 
 def known_tags(args, net, header):
-    """--tell -> ids (1, T) for every picture, None: nothing is known. Tags that the run does not know are named, skipped
-    and counted."""
+    """--tell -> ids (1, T) for every picture, None: nothing is known; tags that the run lacks are named and skipped."""
     ids, told = {word: i for i, word in enumerate(header["words"])}, (args.tell or "").split()
     if lost := [word for word in told if word not in ids]:
         print(f"{len(lost)} of {len(told)} tags are none of this run's, and skipped: {' '.join(lost)}", file=sys.stderr)
     found = sorted({ids[word] for word in told if word in ids})
     if len(found) > net.length - 2:
-        print(f"{len(found)} tags are more than this run reads; the {net.length - 2} most frequent count", file=sys.stderr)
+        print(f"of {len(found)} tags the {net.length - 2} most frequent are read", file=sys.stderr)
     return torch.tensor([found]) if found else None
 
 
