@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes; those that they start take it from here
@@ -97,6 +98,27 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
     return folder
+
+
+@pytest.fixture(scope="package")
+def tagged(tmp_path_factory):
+    """A folder with pictures, a packed set of three colours whose tags name two of them, and an untrained encoder."""
+    base = tmp_path_factory.mktemp("tagged")
+    draw_folder(base / "images", classes=3, each=16)
+    rng, rows = np.random.default_rng(0), ["path,label,tags"]
+    for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
+        some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
+        rows.append(f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}")
+    (base / "list.csv").write_text("\n".join(rows))
+    call("data.py", "list.csv", "--out", "packed", "--size", 32, "--split", ".6,.2,.2", cwd=base, check=0)
+    from common.checkpoints import save_model
+    from model import MAE
+
+    torch.manual_seed(0)
+    model = MAE(32, 8, 32, 4, 2, 32, 1)
+    (base / "encoder").mkdir()
+    save_model(model, base / "encoder" / "model.safetensors", {})
+    return base
 
 
 def shared_file(name):

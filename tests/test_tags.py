@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call, draw_folder, refused
+from conftest import WORDS, call, refused
 from PIL import Image
 from safetensors import safe_open
 
@@ -23,25 +23,6 @@ from model import MAE, ViT
 
 V, L = 10, 8
 QUICK = ["--epochs", 2, "--batch-size", 8, "--device", "cpu", "--dtype", "fp32"]
-WORDS = ("red", "green", "blue", "hat", "smile")
-
-
-@pytest.fixture(scope="package")
-def tagged(tmp_path_factory):
-    """A folder with pictures, a packed set of three colours whose tags name two of them, and an untrained encoder."""
-    base = tmp_path_factory.mktemp("tagged")
-    draw_folder(base / "images", classes=3, each=16)
-    rng, rows = np.random.default_rng(0), ["path,label,tags"]
-    for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
-        some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
-        rows.append(f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}")
-    (base / "list.csv").write_text("\n".join(rows))
-    call("data.py", "list.csv", "--out", "packed", "--size", 32, "--split", ".6,.2,.2", cwd=base, check=0)
-    torch.manual_seed(0)
-    model = MAE(32, 8, 32, 4, 2, 32, 1)
-    (base / "encoder").mkdir()
-    save_model(model, base / "encoder" / "model.safetensors", {})
-    return base
 
 
 @pytest.fixture(scope="package")
