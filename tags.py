@@ -187,17 +187,6 @@ def augment(images, args, task, B, mine, generator):
     return masked_patch_gather(view, ids, task.net.encoder.patch_size), ids
 
 
-def read_tags(args, task, rows, share, generator):
-    """rows (B,) of train -> words (B, L) as the network reads them, which are hidden (B, L), and what they were (B, L).
-
-    hidden is None where the arm hides none.
-    """
-    truth = mfdn.to_words(tags_of(task.train, rows), len(task.words), args.length, generator)
-    if args.arm not in mfdn.HIDES_TAGS:
-        return truth, None, truth
-    return *mfdn.hide(truth, len(task.words), share, generator), truth
-
-
 # ---- how good it is ------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +264,6 @@ def losses(net, batch, y, B):
     who = 0.0 * net.reach.sum() if logits is None else F.cross_entropy(logits, y, reduction="sum") / B
     if tags is None:
         return who, torch.zeros_like(who)
-    tags = tags.float()
     if batch.hidden is None:
         return who, F.binary_cross_entropy_with_logits(tags, batch.targets, reduction="sum") / batch.count
     return who, F.cross_entropy(tags, batch.targets, reduction="sum") / batch.count
@@ -287,11 +275,12 @@ def make_batch(args, task, rows, images, share, mine, generator):
     if args.arm != "tags":
         batch.patches, batch.ids = augment(images, args, task, B, mine, generator)
     if args.arm in mfdn.READS_TAGS:
-        words, hidden, truth = read_tags(args, task, rows, share, generator)
-        batch.words = words[mine].to(task.device)
-        if hidden is not None:
+        words = truth = mfdn.to_words(tags_of(task.train, rows), V, args.length, generator)  # (B, L)
+        if args.arm in mfdn.HIDES_TAGS:
+            words, hidden = mfdn.hide(truth, V, share, generator)
             batch.count, batch.hidden = max(1, int(hidden.sum())), hidden[mine].to(task.device)
             batch.targets = truth[mine][hidden[mine]].to(task.device)
+        batch.words = words[mine].to(task.device)
     elif args.arm in mfdn.NAMES_TAGS:
         there = torch.from_numpy(truth_of(task.train, rows, V)).float()
         batch.targets, batch.count = there[mine].to(task.device), max(1.0, float(there.sum()))

@@ -19,9 +19,10 @@ import shlex
 from argparse import RawTextHelpFormatter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from statistics import fmean
 
 from common import mfdn, plots, stats
-from common.command import Parser, at_least, between, cli, refuse_file, refuse_unused
+from common.command import Parser, at_least, between, cli, refuse_file
 from common.io import UserError, read_json, save_text
 from common.tables import read_csv, replace_rows
 from experiments.study_run import alone, execute
@@ -85,9 +86,10 @@ def line_of(args, words):
 def best_rate(path, arm):
     """The flags with which --rates found this arm best on dev: by characters on the picture alone, those with tags
     where it sees none, tags where it names nothing else; none where it was not tried."""
-    key = {"tags": "with", "bce": "map"}.get(arm, "without")
-    tried = [row for row in read_csv(path) if row["arm"] == arm]
-    return tuple(max(tried, key=lambda row: float(row[key]))["flags"].split()) if tried else ()
+    key, tried = {"tags": "with", "bce": "map"}.get(arm, "without"), {}
+    for row in (row for row in read_csv(path) if row["arm"] == arm):
+        tried.setdefault(row["flags"], []).append(float(row[key]))
+    return tuple(max(tried, key=lambda flags: fmean(tried[flags])).split()) if tried else ()
 
 
 def run_all(args, jobs, path):
@@ -195,25 +197,26 @@ def main():
     add("encoder", metavar="ENCODER", help="as for tags.py")
     add("--data", default="datasets/toon", metavar="DIR", help="set with labels and tags (default: %(default)s)")
     add("--arms", nargs="+", default=list(mfdn.ARMS), choices=mfdn.ARMS, metavar="ARM", help="default: all")
-    add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, 100, 101, ... (default: 5)")
+    add("--seeds", type=at_least(1), metavar="N", help="of each arm, from 100 on (default: 5); of a rate, from 500 on (1)")
     add("--rates", type=between(1e-6, 1), nargs="+", default=[], metavar="LR",
-        help="try these learning rates with seed 500 on dev instead; of --arm bce, of its head")  # fmt: skip
+        help="try these learning rates on dev instead; of --arm bce, of its head")  # fmt: skip
     add("--flags", default="", help="more flags of tags.py, for every run")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
     add("--out", default="runs/mfdn", metavar="DIR", help="tables and figure (default: %(default)s)")
     add("--work", default="runs/mfdn", metavar="DIR", help="run folders (default: %(default)s)")
     args = parser.parse_args()
-    refuse_unused(args, [("seeds", not args.rates, "is for the table, and --rates are tried once, on dev")])
     refuse_file(args.out)
     if not (Path(args.data) / "train.safetensors").exists():
         raise UserError(f"{args.data} is no packed set; python data.py toon draws one with tags")
     if args.rates:
-        jobs = [(arm, 500, ("--head-lr" if arm == "bce" else "--lr", lr)) for lr in args.rates for arm in args.arms]
+        seeds = range(500, 500 + (args.seeds or 1))
+        jobs = [(arm, seed, ("--head-lr" if arm == "bce" else "--lr", lr))
+                for seed in seeds for lr in args.rates for arm in args.arms]  # fmt: skip
         return run_all(args, jobs, Path(args.out) / "rates.csv")
     path = Path(args.out) / "arms.csv"
     rates = {arm: best_rate(Path(args.out) / "rates.csv", arm) for arm in args.arms}
-    run_all(args, [(arm, seed, rates[arm]) for seed in range(100, 100 + args.seeds) for arm in args.arms], path)
+    run_all(args, [(arm, seed, rates[arm]) for seed in range(100, 100 + (args.seeds or 5)) for arm in args.arms], path)
     write_table(args, read_csv(path))
     print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
 
