@@ -197,7 +197,7 @@ def main():
     add("encoder", metavar="ENCODER", help="as for tags.py")
     add("--data", default="datasets/toon", metavar="DIR", help="set with labels and tags (default: %(default)s)")
     add("--arms", nargs="+", default=list(mfdn.ARMS), choices=mfdn.ARMS, metavar="ARM", help="default: all")
-    add("--seeds", type=at_least(1), metavar="N", help="of each arm, from 100 on (default: 5); of a rate, from 500 on (1)")
+    add("--seeds", type=at_least(1), metavar="N", help="of each arm, from 100 on (default: 5); of a rate, from 500 (1)")
     add("--rates", type=between(1e-6, 1), nargs="+", default=[], metavar="LR",
         help="try these learning rates on dev instead; of --arm bce, of its head")  # fmt: skip
     add("--flags", default="", help="more flags of tags.py, for every run")

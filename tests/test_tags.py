@@ -389,7 +389,7 @@ def test_the_table_of_arms_pairs_seeds():
 def test_each_arm_takes_the_rate_that_was_best_on_dev(tmp_path):
     lines = ["arm,seed,flags,with,without,map,command"]
     lines += ["mfdn,500,--lr 0.001,90,50,20,c", "mfdn,501,--lr 0.001,90,40,20,c", "mfdn,500,--lr 0.002,80,47,10,c",
-              "tags,500,--lr 0.001,60,2,,c", "tags,500,--lr 0.002,61,1,,c", "bce,500,--head-lr 0.01,,,30,c"]  # fmt: skip
+              "tags,500,--lr 0.001,60,2,,c", "tags,500,--lr 0.002,61,1,,c", "bce,500,--head-lr 0.01,,,3,c"]  # fmt: skip
     (tmp_path / "rates.csv").write_text("\n".join(lines))
     found = {a: experiments.mfdn.best_rate(tmp_path / "rates.csv", a) for a in ("mfdn", "tags", "bce", "image")}
     assert found == {"mfdn": ("--lr", "0.002"), "tags": ("--lr", "0.002"), "bce": ("--head-lr", "0.01"), "image": ()}
