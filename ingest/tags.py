@@ -27,7 +27,7 @@ def importance(lists):
     As MFDN filters its tags (kept: above .2); what is on every picture has none.
     """
     count, share = Counter(), Counter()
-    for tags in lists:
+    for tags in map(set, lists):
         for tag in tags:
             count[tag] += 1
             share[tag] += 1 / len(tags)
@@ -39,8 +39,8 @@ def vocabulary(records, least=2, above=0.0, emoticons=False):
 
     least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons stay if they may.
     """
-    lists = [set(r.tags) for r in records if r.split == "train" and r.tags]
-    count = Counter(tag for tags in lists for tag in tags)
+    lists = [r.tags for r in records if r.split == "train" and r.tags]
+    count = Counter(tag for tags in lists for tag in set(tags))
     gone = {"emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
             f"on fewer than {least} pictures": [t for t, n in count.items() if n < least]}  # fmt: skip
     if above:
