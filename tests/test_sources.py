@@ -532,7 +532,8 @@ def test_the_importance_of_a_tag_is_the_papers():
     lists = [("a", "b"), ("a",), ("a", "b", "c", "d"), ("e",)]
     assert tags.importance(lists)["a"] == pytest.approx((1 / 2 + 1 + 1 / 4) * np.log(4 / 3))
     assert tags.importance(lists)["c"] == pytest.approx(1 / 4 * np.log(4))
-    twice = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate([("a", "a"), ("b",), ("b",)])]
+    lists = [("a", "a"), ("b",), ("b",)]
+    twice = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
     assert tags.vocabulary(twice)[0] == ["b"]  # a tag that is said twice of one picture is still on one
 
 
