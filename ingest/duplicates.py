@@ -7,7 +7,7 @@ themselves must lie on each other: correlation of edge strength, best window sea
 copy; where its lines are, does not. What two pictures of one character share is not enough for step 3.
 
 Pictures come as gray thumbnails u8 (n, 32, 32), 1 KB each, which may stay in a file. Memory holds the hashes and their
-tables, some 100 bytes a picture (results/bench_dump.csv), and the work grows about as n log n.
+tables, some 250 bytes a picture (results/LOG.md), and the work grows about as n log n.
 """
 
 from collections import Counter

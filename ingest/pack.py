@@ -7,7 +7,7 @@ Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for 
         set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T) are the truth.
         The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
-Packing streams: memory holds what is known of each picture, and some 200 bytes more while copies are looked for (their
+Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies are looked for (their
 thumbnails lie on the disk, a kilobyte each). The files are written aside and take their places together: a packing that
 fails or is killed leaves what stood there before. data.py reads them.
 """
