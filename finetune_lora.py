@@ -181,12 +181,7 @@ def drop_patches(view, encoder, keep, generator):
 def open_task(args, seed, out, device, autocast):
     """-> what a run works with, a namespace; the comments say what is in it."""
     task = SimpleNamespace(out=out, device=device, autocast=autocast, features=None)
-    sets, class_ids = open_rows(args.data, args.eval_on, args.hold_out)
-    names = ("train", "train" if sets[1][0] is sets[0][0] else "dev", args.eval_on)
-    task.train, task.dev, task.report = (  # labels: the class of each image of the split, -1 if it is left out
-        SimpleNamespace(name=name, split=split, rows=rows, labels=class_ids[split["labels"]])
-        for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
-    task.classes = [name for name, k in zip(task.train.split["header"]["classes"], class_ids, strict=True) if k >= 0]
+    (task.train, task.dev, task.report), task.classes = open_rows(args.data, args.eval_on, args.hold_out)
     of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
     task.gallery, task.known = (
         torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN))

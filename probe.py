@@ -140,6 +140,7 @@ def open_task(args):
     task.names, task.threshold, task.controls = task.train["header"]["classes"], (None, "not asked for"), {}
     if not task.labelled:
         return task
+    task.tagged = not args.headline and tagging.has_tags(task.train)
     if not args.headline:
         task.threshold = threshold_of(args)
     bank, queries = task.labels["train"], task.labels[args.split]
@@ -236,27 +237,24 @@ def ridge_top1(found, task):
     return metrics.ridge_top1(rows_of(found, task), rows_of(task.labels, task), len(task.names))
 
 
-def pictured(found, task):
-    """What one set of features knows of tags and of style, where the set has them: two more parts of probe.json."""
-    row, header = {}, task.train["header"]
-    if tagging.has_tags(task.train):
-        words, plane = header["tags"][: tagging.MOST], "all_tags" if "all_tags" in task.train else "tags"
-        hot = {k: torch.from_numpy(tagging.many_hot(split[plane], len(words))) for k, split in task.splits.items()}
-        row["tags"] = tagging.tag_row(rows_of(found, task), rows_of(hot, task), words)
-    if "style" in task.train:
-        style = {name: torch.from_numpy(np.array(split["style"])) for name, split in task.splits.items()}
-        groups = task.groups["train"][task.fit]
-        row["style"] = tagging.style_row(rows_of(found, task), rows_of(style, task), groups, header["style"])
-    return row
-
-
 @working("asking for tags and style")
 def pictured_rows(home, encoder, size, found, task):
-    """`pictured` of the headline's pooling and of its controls -> {name: row}, printed a line each."""
-    untrained, pool = untrained_like(encoder).to(task.device), task.args.pool
+    """What the headline's pooling and its controls know of tags and of style -> {name: row}, printed a line each."""
+    untrained, pool, header = untrained_like(encoder).to(task.device), task.args.pool, task.train["header"]
     controls = features.of_controls(home.parent, untrained, size, task, task.args.views)
     names = [f"untrained {pool}", *(f"thumb{side}" for side in features.SIDES)]
-    rows = {name: pictured(x, task) for name, x in ({pool: found[pool]} | {k: controls[k] for k in names}).items()}
+    asked = {name: rows_of(x, task) for name, x in ({pool: found[pool]} | {k: controls[k] for k in names}).items()}
+    rows = {name: {} for name in asked}
+    if task.tagged:
+        words, plane = header["tags"][: tagging.MOST], "all_tags" if "all_tags" in task.train else "tags"
+        hot = {k: torch.from_numpy(tagging.many_hot(split[plane], len(words))) for k, split in task.splits.items()}
+        for name, x in asked.items():
+            rows[name]["tags"] = tagging.tag_row(x, rows_of(hot, task), words)
+    if "style" in task.train:
+        style = {k: torch.from_numpy(np.array(split["style"])) for k, split in task.splits.items()}
+        for name, x in asked.items():
+            groups = task.groups["train"][task.fit]
+            rows[name]["style"] = tagging.style_row(x, rows_of(style, task), groups, header["style"])
     for name, row in rows.items():
         tags, styles = row.get("tags"), row.get("style", {}).items()
         said = [f"tags, mAP {100 * tags['map']:.1f} %"] if tags else []
@@ -416,7 +414,7 @@ def measure_run(run, encoder, size, found, task):
     print("\n".join(table(rows, pool)))
     numbers = {"classes": task.names, "pool": pool, "headline": rows[pool]["logistic"]["top1"],
                "rows": slim(rows, pool), "right": {head: stats.to_bits(x) for head, x in right.items()}}  # fmt: skip
-    if not task.args.headline and {"tags", "style"} & task.train.keys():
+    if not task.args.headline and (task.tagged or "style" in task.train):
         numbers["pictured"] = pictured_rows(features.home_of(run), encoder, size, found, task)
     if not task.args.headline:
         numbers |= {"threshold": how, "efficiency": None if threshold is None else efficiency(log, threshold)}

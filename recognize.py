@@ -134,7 +134,7 @@ def in_words(row):
     like = f"similarity {row['similarity']:.2f}"
     who = (f"{row['name']}, {sure}, {like}" if row["known"] else
            f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})")  # fmt: skip
-    tags = ", ".join(f"{tag} {p:.2f}" for tag, p in row.get("tags", {}).items())
+    tags = mfdn.in_words(row.get("tags", {}))
     return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "") + (f"; tags: {tags}" if tags else "")
 
 

@@ -136,29 +136,24 @@ def refuse_flags(args):
 def open_task(args, device, autocast):
     """-> what a run works with, a namespace; the comments say what is in it."""
     task = SimpleNamespace(device=device, autocast=autocast, arm=args.arm)
-    sets, class_ids = open_rows(args.data, args.eval_on, 0)
-    names = ("train", "train" if sets[1][0] is sets[0][0] else "dev", args.eval_on)
-    task.train, task.dev, task.report = (
-        SimpleNamespace(name=name, split=split, rows=rows, labels=class_ids[split["labels"]])
-        for name, (split, rows) in zip(names, sets, strict=True))  # fmt: skip
-    header = task.train.split["header"]
-    task.classes, task.words = header["classes"], header["tags"]
+    (task.train, task.dev, task.report), task.classes = open_rows(args.data, args.eval_on, hold_out=0)
+    task.words = task.train.split["header"]["tags"]
     for images in (task.train, task.dev, task.report):
         if not tagging.has_tags(images.split) or not (images.split["tags"][images.rows.numpy()] >= 0).any():
             raise UserError(f"{args.data}, {images.name} has no tags; a table with a column of them, or "
                             "metadata.jsonl, brings them: python data.py IT --out DIR")  # fmt: skip
-    task.each = (np.asarray(task.train.split["tags"]) >= 0).sum(1)  # how many tags a picture has
+    task.each = torch.from_numpy((task.train.split["tags"] >= 0).sum(1))[task.train.rows]  # tags of a picture
     args.length = args.length or min(32, max(2, int(task.each.max())) + 2)
     encoder, task.S = load_encoder(args.encoder)  # S: side of a view
     if len(encoder.blocks) < 2:
         raise UserError(f"{args.encoder} has one block, and half of the blocks see the picture alone; give 2 or more")
     torch.manual_seed(args.seed)
-    prints = fingerprint(encoder)
+    base = fingerprint(encoder)  # before training
     task.net = mfdn.MFDN(encoder, len(task.classes), len(task.words), args.arm, args.length).to(device)
     encoder.requires_grad_(args.arm != "bce")
-    task.net.reach.copy_(mfdn.reaches(tags_of(task.train, task.train.rows), args.length - 2))
+    task.net.reach.copy_(mfdn.reaches(task.each, args.length - 2))
     config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}  # a run is resumed under the same
-    task.config = config | {"encoder": prints, "images": data.fingerprint(task.train.split)}
+    task.config = config | {"encoder": base, "images": data.fingerprint(task.train.split)}
     return task
 
 
@@ -296,7 +291,7 @@ def save_run(args, task, optimizer, step, seconds, half):
 def start_message(args, task, per_epoch, B, step):
     count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
     return (f"data     {args.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
-            f"{len(task.words)} tags, {task.each.mean():.1f} an image\n"
+            f"{len(task.words)} tags, {task.each.double().mean():.1f} an image\n"
             f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}; {count:,} parameters learn\n"
             f"run      {args.out}: {args.epochs} epochs of {per_epoch} steps of {B} images"
             + (f", from step {step}" if step else ""))  # fmt: skip
@@ -422,7 +417,7 @@ def write_results(args, task, half, B, meter):
     ids = np.asarray(split["tags"])
     counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
     tagging.write_selected(out / "selected_tags.csv", task.words, counts)
-    draw(args, task, guesses, scores, thresholds)
+    draw(args, task, log, guesses, scores, thresholds)
     save_json(row, out / f"metrics{suffix}.json")  # last: where it stands, the run is finished
     best = row.get("tags_truth") or row.get("tags")
     print(f"{args.eval_on:<9}{in_words(end)}")
@@ -432,12 +427,12 @@ def write_results(args, task, half, B, meter):
     return row
 
 
-def draw(args, task, guesses, scores, thresholds):
+def draw(args, task, log, guesses, scores, thresholds):
     """curves.png, and of an arm that names tags sheet.png: tags right, missed, new but true, new and false."""
     from common import plots
 
     out = Path(args.out)
-    plots.tag_curves(out / "curves.png", train.read_log(out / "log.jsonl"), f"{out.name} on {Path(args.data).name}")
+    plots.tag_curves(out / "curves.png", log, f"{out.name} on {Path(args.data).name}")
     if thresholds is None:
         return
     rows, V = rows_judged(task.report), len(task.words)
@@ -505,8 +500,7 @@ def say(args, header, key, characters, tags):
 
 def line(row):
     who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
-    tags = ", ".join(f"{tag} {p:.2f}" for tag, p in row.get("tags", {}).items())
-    return f"{row['picture']}: {who}{tags}".removesuffix("; ")
+    return f"{row['picture']}: {who}{mfdn.in_words(row.get('tags', {}))}".removesuffix("; ")
 
 
 def use(args, device, autocast):

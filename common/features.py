@@ -227,9 +227,10 @@ def of_controls(folder, untrained, size, task, views=1):
 
 
 def open_rows(folder, eval_on, hold_out):
-    """-> [(split, rows) to learn from, to choose by, to report], and each class's id among the learned, -1 if none.
+    """-> what is learned from, chosen by and reported, and the names of the classes that are learned.
 
-    All classes are learned but hold_out of them, always the same for one data set.
+    Each of the three is a namespace: name, split, rows, labels: the id of each image's class among the learned, -1 of
+    others. All classes are learned but hold_out of them, always the same for one data set.
     """
     splits = open_splits(folder, eval_on)
     if unlabelled := [name for name, split in splits.items() if not data.has_labels(split)]:
@@ -252,7 +253,9 @@ def open_rows(folder, eval_on, hold_out):
                         "them later")  # fmt: skip
     if len(rows["dev"]) == 0:
         raise UserError(f"{folder} has too few pictures to hold some apart for choices; data.py --dev .1 makes a split")
-    return [(splits[name], rows[name]) for name in ("train", "dev", eval_on)], own
+    sets = [SimpleNamespace(name="train" if splits[name] is train else name, split=splits[name], rows=rows[name],
+                            labels=own[splits[name]["labels"]]) for name in ("train", "dev", eval_on)]  # fmt: skip
+    return sets, [classes[c] for c in chosen]
 
 
 def epoch_rows(rows, labels, balanced, seed, epoch):

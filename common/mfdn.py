@@ -83,9 +83,8 @@ def curriculum(step, total):
     return 1.0 if 2 * step >= total else 0.5 - 0.5 * math.cos(2 * math.pi * step / total)
 
 
-def reaches(ids, room):
-    """ids i64 (n, T) -> (room,): the share of the pictures that have at least 1, 2, ... tags."""
-    count = (ids >= 0).sum(1).clamp(max=room)
+def reaches(count, room):
+    """How many tags each picture has (n,) -> (room,): the share of pictures that have at least 1, 2, ... of them."""
     return (count[:, None] > torch.arange(room)).float().mean(0)
 
 
@@ -249,6 +248,11 @@ def named(tags, header, threshold=None, most=15):
     over = (tags >= least).nonzero()[:, 0]
     best = over[tags[over].argsort(descending=True, stable=True)].tolist()[:most]
     return {header["words"][i]: round(tags[i].item(), 4) for i in best}
+
+
+def in_words(tags):
+    """What `named` found, as text."""
+    return ", ".join(f"{tag} {p:.2f}" for tag, p in tags.items())
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

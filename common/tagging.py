@@ -15,7 +15,7 @@ from common.io import UserError, atomic
 TOP = 25  # the most frequent tags, of which the error is told apart
 MOST = 1000  # the most frequent tags are asked for one by one: it takes half a minute
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
-CATEGORIES = {"general": "0", "character": "4", "rating": "9"}  # as boards number them
+GENERAL, CHARACTER = "0", "4"  # categories of tags, as boards number them
 COLUMNS = ["tag_id", "name", "category", "count"]  # of selected_tags.csv
 
 
@@ -48,9 +48,8 @@ def best_threshold(scores, truth):
     """scores (n,), truth (n,) bool -> the score from which on F1 is best, half way to the next one below."""
     order = np.argsort(-scores, kind="stable")
     right = np.cumsum(truth[order])
-    f1 = 2 * right / (np.arange(len(order)) + 1 + truth.sum())
     last = np.r_[np.diff(scores[order]) < 0, True]  # equal scores are taken together
-    at = int(np.argmax(np.where(last, f1, -1)))
+    at = int(np.argmax(np.where(last, f1(right, np.arange(1, len(order) + 1), truth.sum()), -1)))
     below = scores[order[at + 1]] if at + 1 < len(order) else 0.0
     return float((scores[order[at]] + below) / 2)
 
@@ -163,7 +162,7 @@ def read_selected(path):
 
 def write_selected(path, words, counts):
     """The same of ours: ids are places in the list, counts pictures of train."""
-    rows = [[i, word, CATEGORIES["general"], int(n)] for i, (word, n) in enumerate(zip(words, counts, strict=True))]
+    rows = [[i, word, GENERAL, int(n)] for i, (word, n) in enumerate(zip(words, counts, strict=True))]
     write_csv(path, [COLUMNS, *rows])
 
 
@@ -183,7 +182,7 @@ def in_their_order(selected, words, classes):
     people = {plain(c): len(words) + i for i, c in enumerate(classes)}
     columns = []
     for row in selected:
-        names = people if row["category"] == CATEGORIES["character"] else tags
+        names = people if row["category"] == CHARACTER else tags
         columns.append(names.get(plain(row["name"]), -1))
     theirs = {plain(row["name"]) for row in selected}
     return np.array(columns), [w for w in words if plain(w) not in theirs]
@@ -191,7 +190,6 @@ def in_their_order(selected, words, classes):
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 
-KINDS = {"right": "#0072B2", "missed": "#999999", "new but true": "#009E73", "new and false": "#D55E00"}
 SIGNS = {"right": "+", "missed": "-", "new but true": "*", "new and false": "x"}  # where colours can't be told apart
 
 
@@ -199,7 +197,7 @@ def draw_sheet(path, title, images, kinds, words, names):
     """Pictures u8 (n, S, S, 3), the four kinds of their tags (n, V), (true name, said name) of each -> sheet.png."""
     from common import plots
 
-    columns = 2
+    columns, colours = 2, dict(zip(SIGNS, (plots.BLUE, "#999999", plots.GREEN, "#D55E00"), strict=True))
     rows = -(-len(images) // columns)
     title += "\n" + "     ".join(f"{sign} {kind}" for kind, sign in SIGNS.items())
     with plots.panels(path, title, rows, 2 * columns, (11, 2.15 * rows + 0.9), squeeze=False,
@@ -210,9 +208,9 @@ def draw_sheet(path, title, images, kinds, words, names):
             picture, text = axes[i // columns, 2 * (i % columns) : 2 * (i % columns) + 2]
             picture.imshow(image)
             picture.set_title(true if true == said else f"{true}, said: {said}", fontsize=8, loc="left")
-            lines = [(k, line) for k in KINDS for line in lines_of(k, [words[t] for t in kinds[k][i].nonzero()[0]])]
+            lines = [(k, line) for k in SIGNS for line in lines_of(k, [words[t] for t in kinds[k][i].nonzero()[0]])]
             for at, (kind, line) in enumerate(lines):
-                text.text(0, 1 - at * 0.105, line, color=KINDS[kind], fontsize=7.5, va="top", family="monospace")
+                text.text(0, 1 - at * 0.105, line, color=colours[kind], fontsize=7.5, va="top", family="monospace")
 
 
 def lines_of(kind, tags, width=40, most=4):

@@ -44,12 +44,12 @@ QUESTIONS = (  # (arm, column), (arm, column), what their difference says
     (("mfdn", "without"), ("vilt", "without"), "the curriculum against no hidden tags, on the picture alone"),
     (("mfdn", "without"), ("fixed", "without"), "the curriculum against a fixed share, on the picture alone"),
     (("mfdn", "with"), ("tags", "with"), "picture and tags against the tags alone"),
-    (("mfdn", "MAP"), ("bce", "MAP"), "tags: MFDN against a linear head on the frozen encoder, mAP"),
-    (("mfdn", "MAP"), ("l2l", "MAP"), "tags: MFDN against a query for each tag, mAP"),
-    (("mfdn", "MICRO"), ("bce", "MICRO"), "the same in F1, micro, against the linear head"),
-    (("mfdn", "MACRO"), ("bce", "MACRO"), "the same in F1, macro"),
-    (("mfdn", "TOP"), ("l2l", "TOP"), "the same in error on the top 25 tags, against a query for each"),
-    (("mfdn", "ALL"), ("l2l", "ALL"), "the same in error on all tags"),
+    (("mfdn", "map"), ("bce", "map"), "tags: MFDN against a linear head on the frozen encoder, mAP"),
+    (("mfdn", "map"), ("l2l", "map"), "tags: MFDN against a query for each tag, mAP"),
+    (("mfdn", "micro_f1"), ("bce", "micro_f1"), "the same in F1, micro, against the linear head"),
+    (("mfdn", "macro_f1"), ("bce", "macro_f1"), "the same in F1, macro"),
+    (("mfdn", "error_top"), ("l2l", "error_top"), "the same in error on the top 25 tags, against a query for each"),
+    (("mfdn", "error"), ("l2l", "error"), "the same in error on all tags"),
 )  # fmt: skip
 
 
@@ -123,11 +123,8 @@ def by_arm(rows):
 
 
 def column_of(rows, name):
-    """MAP and its like: against the truth where the set knows it, else as pictures are filed."""
-    plain = {"MAP": "map", "MICRO": "micro_f1", "MACRO": "macro_f1", "TOP": "error_top", "ALL": "error"}.get(name)
-    if plain is None:
-        return name
-    return f"true_{plain}" if any(r.get(f"true_{plain}") for r in rows) else plain
+    """What is known of tags: against the truth where the set knows it, else as pictures are filed."""
+    return f"true_{name}" if any(r.get(f"true_{name}") for r in rows) else name
 
 
 def cell(seeds, column):
@@ -156,7 +153,7 @@ def answers(arms, rows):
 def write_table(args, rows):
     """OUT/arms.md and arms.png of the rows that are there."""
     arms, truth = by_arm(rows), any(r["true_map"] for r in rows)
-    columns = [(f"true_{k}" if truth and f"true_{k}" in PARTS else k) for k in HEADINGS]
+    columns = [column_of(rows, k) for k in HEADINGS]
     title = f"Arms of tags.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
     lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
              "|---" * (len(columns) + 3) + "|"]  # fmt: skip
@@ -166,8 +163,8 @@ def write_table(args, rows):
         lines.append(f"| `{arm}`: {mfdn.ARMS[arm]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
     against = "all the tags that are true" if truth else "the tags that pictures are filed under"
     lines += ["", f"Top-1 of characters. Tags are judged against {against}, from the picture alone; error: wrong among "
-              "all yes and no. Thresholds of tags are from dev. Pictures that are filed "
-              "under nothing show `vilt` in training what it is asked without tags: it has seen some.", "",
+              "all yes and no. Thresholds of tags are from dev. `vilt` has seen pictures without tags in training: "
+              "those that are filed under nothing.", "",
               "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|", *answers(arms, rows),
               "", "![Top-1 by arm](arms.png)", ""]  # fmt: skip
     save_text("\n".join(lines), Path(args.out) / "arms.md")
