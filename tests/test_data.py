@@ -650,7 +650,7 @@ def test_dev_gets_illustrations_with_several_faces_too():
 
 
 def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
-    """The same from another folder is the same set; one picture changed, and maps of the one are no maps of the other."""
+    """The same from another folder is the same set; one picture changed, and maps of the one do not fit the other."""
     digests = []
     for name, source in (("a", "images"), ("c", tmp_path / "c" / "images"), ("b", "images")):
         draw_folder(tmp_path / name / "images", seed=0)
