@@ -116,26 +116,35 @@ def matches(key, ask, most):
     return np.repeat(first, count) + step, np.repeat(row, count)
 
 
+def lookup(c, built, hashes, most):
+    """Frequencies (m, 63) -> i, j: the hash of picture i, found in a table, differs from that of row j in few bits."""
+    ask, found = packed(c > 0), []
+    for bits, key, order in built:
+        at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
+        i = order[at].astype(np.int64)
+        differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
+        found.append((i * MOST + j)[differing <= MOST_BITS])
+    return np.divmod(np.unique(np.concatenate(found)), MOST)
+
+
 def candidates(thumbs, most=16, size=4096):
     """Yield rows (i, j, w, cosine): picture i as a whole looks like window w of picture j, as far as step 2 can tell.
 
-    At most `most` pictures of one key are looked at: pictures almost blank share it by the thousand.
+    For each `size` pictures j only their best windows stay. At most `most` pictures of one key are looked at: pictures
+    almost blank share it by the thousand.
     """
     starts = range(0, len(thumbs), size)
     hashes = np.concatenate([packed(frequencies(thumbs[at : at + size], FULL) > 0) for at in starts])
     built = list(tables(hashes))
-    for (w, window), start in product(enumerate(WINDOWS), starts):
-        c, found = frequencies(thumbs[start : start + size], window), []
-        ask = packed(c > 0)
-        for bits, key, order in built:
-            at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
-            i = order[at].astype(np.int64)
-            differing = np.unpackbits((hashes[i] ^ ask[j])[:, None].view(np.uint8), axis=1).sum(1)
-            near = (i != j + start) & (differing <= MOST_BITS)
-            found.append(i[near] * MOST + j[near])
-        i, j = np.divmod(np.unique(np.concatenate(found)), MOST)
-        cosine = (frequencies(thumbs[i], FULL) * c[j]).sum(1)
-        yield np.stack([i, j + start, np.full(len(i), w), cosine], 1)[cosine > WAVES_ALIKE]
+    for start in starts:
+        rows, some = [], np.array(thumbs[start : start + size])
+        for w, window in enumerate(WINDOWS):
+            c = frequencies(some, window)
+            i, j = lookup(c, built, hashes, most)
+            cosine = (frequencies(thumbs[i], FULL) * c[j]).sum(1)
+            near = (cosine > WAVES_ALIKE) & (i != j + start)
+            rows.append(np.stack([i, j + start, np.full(len(i), w), cosine], 1)[near])
+        yield best_window(np.concatenate(rows))
 
 
 def best_window(rows):
@@ -143,7 +152,7 @@ def best_window(rows):
     rows = rows[np.lexsort((rows[:, 2], rows[:, 0], -rows[:, 3]))]
     pair = np.sort(rows[:, :2], 1)
     _, first = np.unique(pair[:, 0] * MOST + pair[:, 1], return_index=True)
-    return rows[first, :3].astype(int)
+    return rows[first]
 
 
 def alike(thumbs, i, j, windows):
@@ -171,7 +180,7 @@ def pairs(thumbs):
     if not len(thumbs):
         return []
     joined = set()
-    rows = best_window(np.concatenate(list(candidates(thumbs))))
+    rows = best_window(np.concatenate(list(candidates(thumbs))))[:, :3].astype(int)
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
         score = alike(thumbs, i, j, WINDOWS[w])
