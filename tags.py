@@ -54,6 +54,7 @@ from ingest.pictures import pictures, tell_problems
 from kernels.gather import masked_patch_gather
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
+HEAD_LR = {"bce": 3e-2}  # a linear head on its own wants more
 JUDGED = 8192  # pictures at most whose tags are judged: a number for each picture and tag is kept
 SHOWN = 8  # pictures on the sheet
 RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet*.png", "selected_tags.csv")
@@ -76,14 +77,14 @@ def parse_args():
     arms = "\n".join(f"{arm}: {text}" for arm, text in mfdn.ARMS.items())
     add("--arm", default="mfdn", choices=mfdn.ARMS, help=arms)
     add("--tag-ratio", type=between(0, 1), default=0.5, metavar="R", help="share of tags that --arm fixed hides")
-    add("--tag-weight", type=between(0, 100), default=1.0, metavar="W", help="of the tags' loss beside the character's")
+    add("--tag-weight", type=between(0, 100), default=0.3, metavar="W", help="of the tags' loss beside the character's")
     add("--length", type=between(4, 512, int), metavar="L", help="places for words; two hold no tag (default: 32, or\n"
         "fewer where no picture has so many)")  # fmt: skip
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
-    add("--lr", type=between(0, 1), default=1e-3, help="peak learning rate of the encoder")
-    add("--head-lr", type=between(1e-9, 1), default=1e-3, metavar="LR", help="of what is new")
+    add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate of the encoder")
+    add("--head-lr", type=between(1e-9, 1), metavar="LR", help="of what is new (default: 1e-3; of --arm bce 3e-2)")
     add("--layer-decay", type=between(0.01, 1), default=0.9, metavar="D", help="a block learns at D times the next")
     add("--weight-decay", type=between(0, 10), default=0.05, metavar="W", help="of matrices")
     add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
@@ -91,7 +92,7 @@ def parse_args():
     add("--schedule", default="cosine", choices=["cosine", "two-stage"], help="two-stage is the paper's: 1 to .6 in "
         "three fifths of the run, .6 to 0 in the rest")  # fmt: skip
     add("--seed", type=at_least(0), default=0, help="of weights, order, augmentation and hidden tags")
-    add("--keep", type=between(0.01, 1), default=0.5, metavar="SHARE", help="of the patches shown in training")
+    add("--keep", type=between(0.01, 1), default=0.25, metavar="SHARE", help="of the patches shown in training")
     add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of an image in a crop")
     add("--colour", type=between(0, 1), default=0.2, metavar="X", help="brightness, contrast, saturation times 1 +- X")
     add = parser.add_argument_group("what is said of pictures").add_argument
@@ -553,6 +554,7 @@ def main():
         return use(args, device, autocast)
     if mfdn.is_tagger(args.encoder):
         raise UserError(f"{args.encoder} is a run of tags.py: give pictures to ask it, or an encoder to train another")
+    args.head_lr = args.head_lr or HEAD_LR.get(args.arm, 1e-3)
     print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     _, _, device = distributed.join(device)
     load_encoder(args.encoder)  # what is wrong with it is said before a data set is drawn
