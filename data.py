@@ -107,8 +107,7 @@ def hold_apart(groups, labels, share, seed=0):
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
     """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor, `name`."""
-    rows = ({name: chunk} for chunk in chunks)
-    write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
+    write_rows(path, {name: (dtype, shape[1:])}, shape[0], ({name: x} for x in chunks), lambda: header or {})
 
 
 def map_file(folder, name, split):
