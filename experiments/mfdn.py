@@ -17,15 +17,14 @@ if __name__ == "__main__":
 import os
 import shlex
 from argparse import RawTextHelpFormatter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
 from common import mfdn, plots, stats
 from common.command import Parser, at_least, between, cli, refuse_file
-from common.io import UserError, read_json, save_text
-from common.tables import read_csv, replace_rows
-from experiments.study_run import alone, execute
+from common.io import UserError, save_text
+from common.tables import read_csv
+from experiments.arms import answers, by_arm, cell, run_all
 
 PARTS = {"half_with": ("half", "with_top1"), "half_without": ("half", "without_top1"), "with": ("end", "with_top1"),
          "without": ("end", "without_top1"), "map": ("tags", "map"), "micro_f1": ("tags", "micro_f1"),
@@ -62,25 +61,15 @@ def words_of(args, arm, seed, more=()):
                  *flags, "--out", str(out), "--resume"]  # fmt: skip
 
 
-def run(args, arm, seed, more=()):
-    """Make a run, or go on with it -> its row of the table; of a trial of --rates what it has on dev alone."""
-    out, words = words_of(args, arm, seed, more)
-    scores = out / "metrics.json"
-    with alone(out.with_name(out.name + ".lock")) as lock:
-        if not scores.exists():
-            execute(words, out.with_name(out.name + ".log"), args.threads, lock)
-    found = read_json(scores, ["half", "end", "command"], "remove its folder and run again")
-    if shlex.split(found["command"])[1:] != words:
-        raise UserError(f"{out} was made by other flags ({found['command']}); give another --work")
-    row = {"arm": arm, "seed": seed, "flags": " ".join(map(str, more))}
+def row_of(args, found):
+    """metrics.json -> columns of a row; of a trial of --rates what it has on dev alone."""
     parts = DEV if args.rates else PARTS
-    row |= {column: found.get(part, {}).get(key, "") for column, (part, key) in parts.items()}
-    row |= {k: found[k] for k in ("parameters", "step_ms", "seconds", "machine", "commit")}
-    return row | {"command": line_of(args, words)}
+    row = {column: found.get(part, {}).get(key, "") for column, (part, key) in parts.items()}
+    return row | {k: found[k] for k in ("parameters", "step_ms", "seconds", "machine", "commit")}
 
 
-def line_of(args, words):
-    return f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}"
+def said(row):
+    return ", ".join(f"{HEADINGS[k]} {row[k]:.1f}" for k in ("with", "without", "map") if row[k] != "")
 
 
 def best_rate(path, arm):
@@ -92,34 +81,7 @@ def best_rate(path, arm):
     return tuple(max(tried, key=lambda flags: fmean(tried[flags])).split()) if tried else ()
 
 
-def run_all(args, jobs, path):
-    """jobs [(arm, seed, flags)]: side by side, a row is written as soon as it is there."""
-    keys = ("arm", "seed", "flags")
-    done = {tuple(row[k] for k in keys): row["command"].partition(" ")[2] for row in read_csv(path)}
-    left = []
-    for arm, seed, more in jobs:
-        there = done.get((arm, str(seed), " ".join(map(str, more))))
-        command = line_of(args, words_of(args, arm, seed, more)[1]).partition(" ")[2]
-        if there not in (None, command):
-            raise UserError(f"{path} has --arm {arm} of seed {seed} by other flags ({there}); give another --out")
-        left += [(arm, seed, more)] * (there is None)
-    print(f"{path}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = {pool.submit(run, args, *job): job for job in left}
-        for future in as_completed(waiting):
-            row = future.result()
-            replace_rows(path, [row], keys)
-            said = [f"{HEADINGS[k]} {row[k]:.1f}" for k in ("with", "without", "map") if row[k] != ""]
-            print(f"{row['arm']} {row['flags']}, seed {row['seed']}: {', '.join(said)}", flush=True)
-
-
 # ---- the table -------------------------------------------------------------------------------------------------------
-
-
-def by_arm(rows):
-    """Rows of the CSV -> {arm: {seed: row}}, in the order of mfdn.ARMS."""
-    return {arm: {int(r["seed"]): r for r in rows if r["arm"] == arm} for arm in mfdn.ARMS
-            if any(r["arm"] == arm for r in rows)}  # fmt: skip
 
 
 def column_of(rows, name):
@@ -127,32 +89,14 @@ def column_of(rows, name):
     return f"true_{name}" if any(r.get(f"true_{name}") for r in rows) else name
 
 
-def cell(seeds, column):
-    values = [float(r[column]) for r in seeds.values() if r[column] != ""]
-    found = stats.mean_std(values) if values else None
-    if found is None:
-        return "-"
-    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
-
-
-def answers(arms, rows):
-    """Lines: each question with its paired difference, its interval, and the seeds that it stands on."""
-    for (a, x), (b, y), text in QUESTIONS:
-        x, y = column_of(rows, x), column_of(rows, y)
-        if a not in arms or b not in arms:
-            continue
-        seeds = sorted(s for s in arms[a].keys() & arms[b].keys() if arms[a][s][x] != "" and arms[b][s][y] != "")
-        differences = [float(arms[a][s][x]) - float(arms[b][s][y]) for s in seeds]
-        if not differences:
-            continue
-        found, mean = stats.paired_t(differences), sum(differences) / len(differences)
-        how = f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
-        yield f"| {text} | {mean:+.1f} ({how}; n = {len(seeds)}) |"
+def questions(rows):
+    """QUESTIONS with the columns that these rows have."""
+    return [((a, column_of(rows, x)), (b, column_of(rows, y)), text) for (a, x), (b, y), text in QUESTIONS]
 
 
 def write_table(args, rows):
     """OUT/arms.md and arms.png of the rows that are there."""
-    arms, truth = by_arm(rows), any(r["true_map"] for r in rows)
+    arms, truth = by_arm(rows, mfdn.ARMS), any(r["true_map"] for r in rows)
     columns = [column_of(rows, k) for k in HEADINGS]
     title = f"Arms of tags.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
     lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
@@ -165,8 +109,8 @@ def write_table(args, rows):
     lines += ["", f"Top-1 of characters. Tags are judged against {against}, from the picture alone; error: wrong among "
               "all yes and no. Thresholds of tags are from dev. `vilt` has seen pictures without tags in training: "
               "those that are filed under nothing.", "",
-              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|", *answers(arms, rows),
-              "", "![Top-1 by arm](arms.png)", ""]  # fmt: skip
+              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
+              *answers(arms, questions(rows)), "", "![Top-1 by arm](arms.png)", ""]  # fmt: skip
     save_text("\n".join(lines), Path(args.out) / "arms.md")
     draw(Path(args.out) / "arms.png", arms, f"What tags bring: {Path(args.data).name}, val")
 
@@ -210,10 +154,11 @@ def main():
         seeds = range(500, 500 + (args.seeds or 1))
         jobs = [(arm, seed, ("--head-lr" if arm == "bce" else "--lr", lr))
                 for seed in seeds for lr in args.rates for arm in args.arms]  # fmt: skip
-        return run_all(args, jobs, Path(args.out) / "rates.csv")
+        return run_all(args, jobs, Path(args.out) / "rates.csv", words_of, row_of, said)
     path = Path(args.out) / "arms.csv"
     rates = {arm: best_rate(Path(args.out) / "rates.csv", arm) for arm in args.arms}
-    run_all(args, [(arm, seed, rates[arm]) for seed in range(100, 100 + (args.seeds or 5)) for arm in args.arms], path)
+    jobs = [(arm, seed, rates[arm]) for seed in range(100, 100 + (args.seeds or 5)) for arm in args.arms]
+    run_all(args, jobs, path, words_of, row_of, said)
     write_table(args, read_csv(path))
     print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
 

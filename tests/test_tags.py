@@ -377,7 +377,8 @@ def test_the_table_of_arms_pairs_seeds():
     none = {"true_map": "", "map": "", "micro_f1": "", "macro_f1": ""}
     rows = [{"arm": arm, "seed": str(100 + i), "without": str(x), "with": str(x + 40)} | none
             for arm, xs in made.items() for i, x in enumerate(xs)]  # fmt: skip
-    lines = list(experiments.mfdn.answers(experiments.mfdn.by_arm(rows), rows))
+    arms = experiments.mfdn.by_arm(rows, mfdn.ARMS)
+    lines = list(experiments.mfdn.answers(arms, experiments.mfdn.questions(rows)))
     assert "| full MFDN on the picture alone against the image-only ViT | +10.0 (" in lines[0]
     low, high = (float(x) for x in lines[0].split("(")[1].split(";")[0].split(" to "))
     half = 4.303 * np.std([10, 7, 13], ddof=1) / 3**0.5

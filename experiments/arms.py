@@ -1,0 +1,83 @@
+"""Arms of a stage side by side: each run is made once and is a row of a CSV; arms are compared over paired seeds.
+
+experiments.mfdn asks tags.py with it, and experiments.hybrid segment.py.
+"""
+
+import shlex
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from common import stats
+from common.io import UserError, read_json
+from common.tables import read_csv, replace_rows
+from experiments.study_run import alone, execute
+
+KEYS = ("arm", "seed", "flags")
+
+
+def line_of(args, words):
+    return f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}"
+
+
+def run(args, out, words):
+    """Make a run, or go on with it -> its metrics.json. words: what a user would type behind `python`."""
+    scores = out / "metrics.json"
+    with alone(out.with_name(out.name + ".lock")) as lock:
+        if not scores.exists():
+            execute(words, out.with_name(out.name + ".log"), args.threads, lock)
+    found = read_json(scores, ["command"], "remove its folder and run again")
+    if shlex.split(found["command"])[1:] != words:
+        raise UserError(f"{out} was made by other flags ({found['command']}); give another --work")
+    return found
+
+
+def run_all(args, jobs, path, words_of, row_of, said):
+    """jobs [(arm, seed, flags)], side by side; a row is written as soon as it is there.
+
+    words_of(args, *job) -> run folder, its command; row_of(args, metrics) -> columns of its row; said(row) -> text.
+    """
+    done = {tuple(row[k] for k in KEYS): row["command"].partition(" ")[2] for row in read_csv(path)}
+    left = []
+    for arm, seed, more in jobs:
+        there = done.get((arm, str(seed), " ".join(map(str, more))))
+        command = line_of(args, words_of(args, arm, seed, more)[1]).partition(" ")[2]
+        if there not in (None, command):
+            raise UserError(f"{path} has arm {arm} of seed {seed} by other flags ({there}); give another --out")
+        left += [(arm, seed, more)] * (there is None)
+    print(f"{path}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = {pool.submit(run, args, *words_of(args, *job)): job for job in left}
+        for future in as_completed(waiting):
+            job, found = waiting[future], future.result()
+            row = dict(zip(KEYS, (job[0], job[1], " ".join(map(str, job[2]))), strict=True)) | row_of(args, found)
+            row |= {"command": line_of(args, words_of(args, *job)[1])}
+            replace_rows(path, [row], KEYS)
+            print(f"{row['arm']} {row['flags']}, seed {row['seed']}: {said(row)}", flush=True)
+
+
+def by_arm(rows, names):
+    """Rows of the CSV -> {arm: {seed: row}}, in the order of names."""
+    return {arm: {int(r["seed"]): r for r in rows if r["arm"] == arm} for arm in names
+            if any(r["arm"] == arm for r in rows)}  # fmt: skip
+
+
+def cell(seeds, column):
+    """{seed: row} -> "mean ± std" of a column, - where no row has it."""
+    values = [float(r[column]) for r in seeds.values() if r[column] != ""]
+    found = stats.mean_std(values) if values else None
+    if found is None:
+        return "-"
+    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+
+
+def answers(arms, questions):
+    """questions ((arm, column), (arm, column), text) -> lines: each paired difference, its interval, its seeds."""
+    for (a, x), (b, y), text in questions:
+        if a not in arms or b not in arms:
+            continue
+        seeds = sorted(s for s in arms[a].keys() & arms[b].keys() if arms[a][s][x] != "" and arms[b][s][y] != "")
+        differences = [float(arms[a][s][x]) - float(arms[b][s][y]) for s in seeds]
+        if not differences:
+            continue
+        found, mean = stats.paired_t(differences), sum(differences) / len(differences)
+        how = f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
+        yield f"| {text} | {mean:+.1f} ({how}; n = {len(seeds)}) |"
