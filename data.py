@@ -283,9 +283,9 @@ def open_or_pack(path, image_size=128):
         return path
     from ingest.pack import default_out, pack  # only now: the painter, archives and decoders are behind it
 
-    if path.name == "toon" and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):  # or cut short
-        print(f"drawing the demo set into {path} (once)")
-        pack("toon", path)
+    if path.name in ("toon", "hybrid") and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):
+        print(f"drawing {path} (once)")  # also where that was cut short
+        pack(path.name, path)
         return path
     out = default_out(path)
     if not (out / "train.safetensors").exists():

@@ -25,6 +25,7 @@ import tempfile
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -72,15 +73,15 @@ def decode_records(records, fetch, work, at_once=64):
             yield from pool.map(one, some)
 
 
-def render_toon(records, size, processes):
-    """The demo set: yield (record, planes), drawn by a process per core (drawing holds the GIL)."""
+def render(records, draw, size, dims, processes):
+    """Yield (record, planes) of what draw(item, size) makes, by a process per core (drawing holds the GIL)."""
     items = [r.place for r in records]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
-            rows = pool.map(toon.draw, items, [size] * len(items), chunksize=16)
+            rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for r, row in zip(records, rows, strict=True):
                 style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
-                yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+                yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
         except BrokenProcessPool:
             raise UserError(f"a process that draws was killed: memory may be full; --size {size} is large") from None
 
@@ -162,7 +163,22 @@ def open_toon(size, seed, tail=0.0):
     items = toon.plan(seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
-    return records, [], dims, None, lambda some: render_toon(some, size, processes)
+    return records, [], dims, None, lambda some: render(some, toon.draw, size, dims, processes)
+
+
+def open_hybrid(size, seed):
+    """The same for frames that are drawn, photographed, or both; its photographs are in one split each."""
+    from ingest import hybrid
+
+    processes = at_once(size, PAINT, os.cpu_count() or 1)
+    with working("reading photographs, mixing colours"):
+        draw = partial(hybrid.draw, photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
+                       colours=hybrid.palettes(seed))  # fmt: skip
+    records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in hybrid.plan(seed)]
+    dims = {"images": (size, size, 3), "drawn": (size, size), "style": (3,)}
+    notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
+    notes += [f"photograph {name}, from {of}, for {split}: {by}" for name, (of, split, by) in hybrid.PHOTOS.items()]
+    return records, notes, dims, None, lambda some: render(some, draw, size, dims, processes)
 
 
 def near_duplicates(records, fetch, dedupe, out):
@@ -205,11 +221,12 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
          min_per_tag=2, tag_importance=0.0, emoticons=False, force=False, given=()):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
     refuse_others(out, force)
-    is_toon = str(path) == "toon"
+    is_toon, is_hybrid = str(path) == "toon", str(path) == "hybrid"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = open_toon(size, seed, tail) if is_toon else open_images(path, size, crop, margin, boxes, layout)
+    source = (open_toon(size, seed, tail) if is_toon else open_hybrid(size, seed) if is_hybrid else
+              open_images(path, size, crop, margin, boxes, layout))  # fmt: skip
     records, notes, dims, fetch, stream = source
-    check_source(path, records, given)
+    check_source(path, records, set(given) - {"seed"} if is_hybrid else given)
     refuse_full_disk(out, dims, len(records), size)
     pairs, told = near_duplicates(records, fetch, dedupe, out)
     records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
@@ -225,7 +242,11 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
              "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
              "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told,
-             "style": toon.STRATA if is_toon else None, "parts": toon.PARTS if is_toon else None}  # fmt: skip
+             "style": toon.STRATA if is_toon or is_hybrid else None, "parts": toon.PARTS if is_toon else None}
+    if is_hybrid:
+        from ingest import hybrid
+
+        about["hybrid"] = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
     write_all(out, records, dims, stream, max_broken, about)
 
 
@@ -378,7 +399,8 @@ def to_learn(out):
 def parse_args():
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the demo set")
+    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the\n"
+        "demo set, or hybrid, frames that are drawn, photographed or both")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
     add("--layout", type=pattern, metavar="PATTERN",
@@ -414,25 +436,25 @@ def parse_args():
 
 def refuse_unused_flags(args):
     """Those that depend on what the source brings are left to check_source."""
-    is_toon, packed = args.path == "toon", args.show and is_packed(args.path)
-    by_folders = is_toon or args.path == "-" or not Path(args.path).exists() or (
+    is_drawn, packed = args.path in ("toon", "hybrid"), args.show and is_packed(args.path)
+    by_folders = is_drawn or args.path == "-" or not Path(args.path).exists() or (
         sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
     refuse_unused(args, (
         ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class min-per-tag tag-importance "
          "emoticons tail seed", not args.show,
          "is for packing, and --show packs nothing"),
         ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
-        ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_toon,
-         "is for pictures, and the demo set is drawn"),
+        ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_drawn,
+         f"is for pictures, and {args.path} is drawn"),
         ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
-        ("tail", is_toon, "is for the demo set: python data.py toon"),
+        ("tail", args.path == "toon", "is for the demo set: python data.py toon"),
         ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
         ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
 
 
 def main():
     args = parse_args()
-    if args.show and args.path in ("toon", "-"):
+    if args.show and args.path in ("toon", "hybrid", "-"):
         raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed")
     if args.out == "":
         raise UserError("--out is empty; give a folder")

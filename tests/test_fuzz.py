@@ -244,12 +244,12 @@ class Evil:
         return (Path.write_text, (Path("owned"), "by a pickle"))
 
 
-def render_here(records, size, *_):
-    """pack.render_toon without processes."""
+def render_here(records, draw, size, dims, *_):
+    """pack.render without processes."""
     for r in records:
-        row = toon.draw(r.place, size)
+        row = draw(r.place, size)
         style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
-        yield r, {"images": row["image"], "fg": row["fg"], "parts": row["parts"], "style": style}
+        yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
 
 
 def make_sets(base, patch):
@@ -257,7 +257,7 @@ def make_sets(base, patch):
     plan = toon.plan
     few = lambda n=64, characters=4, *more, **options: plan(min(n, 64), min(characters, 4), *more, **options)  # noqa: E731
     patch.setattr(toon, "plan", few)
-    patch.setattr(pack, "render_toon", render_here)
+    patch.setattr(pack, "render", render_here)
     for seed, name in enumerate(("tiny", "other")):
         pack.pack("toon", base / "datasets" / name, size=32, dev=0.2, seed=seed)
 

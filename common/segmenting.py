@@ -1,0 +1,206 @@
+"""Drawn or photographed: the networks of segment.py, masks between patches and pixels, and how masks are judged.
+
+    B batch   S side of a view in pixels   g patches on a side   K patches seen   D width   H, W sides of any picture
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from common.checkpoints import load_exactly
+from common.io import UserError, read_safetensors
+from model import ViT
+
+KINDS = ("photographed", "drawn")  # what a frame, a patch, a pixel may be: 0 or 1
+EPS = 1e-2  # of the guided filter: contrasts under a tenth of the range are no edges
+TOLERANCE = 2  # pixels that a border may be off
+REMEDY = "remove it and run segment.py again"
+
+
+# ---- patches: stage 1 ------------------------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """An encoder, a head to learn by, and centroids, which decide later. `config` is for load_patches."""
+
+    def __init__(self, encoder, decide):
+        super().__init__()
+        dim, heads = encoder.cls_token.shape[2], encoder.blocks[0].attn.heads
+        self.config = {"encoder": dict(image_size=encoder.side * encoder.patch_size, patch_size=encoder.patch_size,
+                       dim=dim, depth=len(encoder.blocks), heads=heads), "norm_eps": encoder.norm.eps,
+                       "decide": decide}  # fmt: skip
+        self.encoder, self.decide, self.head = encoder, decide, nn.Linear(dim, 2)
+        self.register_buffer("centroids", torch.zeros(2, dim))
+        self.register_buffer("scale", torch.ones(()))  # std of a patch's score
+
+    def forward(self, patches, ids):
+        """patches (B, K, P), ids (B, K) -> logits (B, 2) of the CLS token, (B, K, 2) of patches."""
+        logits = self.head(self.encoder(patches, ids).float())
+        return logits[:, 0], logits[:, 1:]
+
+    def scores(self, view):
+        """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches: over 0 where it is drawn."""
+        tokens = self.encoder.features(view).float()
+        if self.decide == "cls":
+            logits = self.head(tokens)
+            s = logits[..., 1] - logits[..., 0]
+        else:  # squared distance to one centroid minus that to the other
+            s = 2 * tokens @ (self.centroids[1] - self.centroids[0])
+            s = s + (self.centroids[0] ** 2).sum() - (self.centroids[1] ** 2).sum()
+        s, g = s / self.scale, self.encoder.side
+        frame = s[:, 0] if self.decide == "cls" else s[:, 1:].mean(1)
+        return frame, s[:, 1:].unflatten(1, (g, g))
+
+
+def cut_masks(B, g, share, generator):
+    """(B, g*g) bool: patches on one side of a random line, in `share` of the frames; none in the others."""
+    u = torch.rand(4, B, 1, generator=generator)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, g)] * 2, indexing="ij")
+    angle = 2 * math.pi * u[0]
+    far = x.flatten() * angle.cos() + y.flatten() * angle.sin() > u[1] - 0.5
+    return far & (u[2] < share)
+
+
+def load_patches(path):
+    """patches.safetensors -> Patches in eval mode."""
+    weights, header = read_safetensors(path, REMEDY)
+    config = header["patches"]
+    net = Patches(ViT(**config["encoder"]), config["decide"])
+    for norm in (m for m in net.encoder.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = config["norm_eps"]
+    load_exactly(net, weights, path)
+    return net.eval()
+
+
+# ---- from patches to pixels: stage 2 ---------------------------------------------------------------------------------
+
+
+def fine_scores(net, view):
+    """view u8 (B, S, S, 3) -> (B, 2g, 2g): means over frames moved by nothing and by half a patch, each way."""
+    h, g = net.encoder.patch_size // 2, net.encoder.side
+    total, count = torch.zeros(2, len(view), 2 * g + 1, 2 * g + 1, device=view.device)
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        moved = F.pad(view.permute(0, 3, 1, 2).float(), (0, dx * h, 0, dy * h), mode="replicate")
+        moved = moved[..., dy * h :, dx * h :].permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        patches = net.scores(moved)[1]
+        cells = patches.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        total[:, dy : dy + 2 * g, dx : dx + 2 * g] += cells
+        count[:, dy : dy + 2 * g, dx : dx + 2 * g] += 1
+    return (total / count)[:, : 2 * g, : 2 * g]
+
+
+def guided_filter(values, view, radius):
+    """values (B, H, W) as a linear function of brightness in each window of `view` u8 (B, H, W, 3) -> (B, H, W).
+
+    Where the picture has an edge, so has the result (He, Sun & Tang 2013, equations 5, 6 and 8).
+    """
+    mean = lambda x: F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]  # noqa: E731
+    guide = (view.float() * view.new_tensor(data.LUMA, dtype=torch.float32)).sum(3) / 255
+    m_guide, m_values = mean(guide), mean(values)
+    a = (mean(guide * values) - m_guide * m_values) / (mean(guide**2) - m_guide**2 + EPS)
+    return mean(a) * guide + mean(m_values - a * m_guide)
+
+
+@torch.no_grad()
+def proxy_masks(net, view, autocast):
+    """view u8 (B, S, S, 3) -> probability of drawn, (B, S, S), and the same before the picture's edges were asked."""
+    with autocast():
+        cells = fine_scores(net.eval(), view).sigmoid()
+    coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
+    return guided_filter(coarse, view, net.encoder.patch_size).clamp(0, 1), coarse
+
+
+# ---- pixels: stage 3 -------------------------------------------------------------------------------------------------
+
+
+def transformers():
+    """The library of the segmenter; only stage 3 and its use need it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("stage 3 needs transformers: pip install transformers; --until 2 stops before it") from None
+    return transformers
+
+
+def segmenter():
+    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.9 million parameters."""
+    config = transformers().SegformerConfig(
+        num_labels=2, depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
+        decoder_hidden_size=64, drop_path_rate=0.0, classifier_dropout_prob=0.0)  # fmt: skip
+    return transformers().SegformerForSemanticSegmentation(config).eval()
+
+
+def pixel_logits(net, view):
+    """view u8 (B, H, W, 3), any size -> (B, 2, H, W), fp32."""
+    x = view.permute(0, 3, 1, 2).float() / 127.5 - 1
+    logits = net(pixel_values=x).logits.float()  # (B, 2, H/4, W/4)
+    return F.interpolate(logits, size=view.shape[1:3], mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def pixel_masks(net, view, autocast):
+    """view u8 (B, H, W, 3) -> probability of drawn (B, H, W)."""
+    with autocast():
+        return pixel_logits(net, view).softmax(1)[:, 1]
+
+
+def load(folder, device, autocast):
+    """runs/NAME of segment.py -> (masks_of(view), side that it learned at, does it want squares?).
+
+    By the segmenter, or by patches where stage 3 was not made; those want squares of that side.
+    """
+    last, patches = Path(folder) / "model.safetensors", Path(folder) / "patches.safetensors"
+    if not patches.exists():
+        raise UserError(f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one")
+    net = load_patches(patches).to(device)
+    if not last.exists():
+        return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
+    weights, header = read_safetensors(last, REMEDY)
+    pixels = segmenter()
+    load_exactly(pixels, weights, last)
+    pixels.to(device)
+    return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
+
+
+# ---- judging and showing ---------------------------------------------------------------------------------------------
+
+
+def border(mask):
+    """mask (B, H, W) bool -> its pixels that touch the other kind."""
+    x = mask.float()[:, None]
+    return ((F.max_pool2d(x, 3, 1, 1) - -F.max_pool2d(-x, 3, 1, 1))[:, 0] > 0) & mask
+
+
+def within(mask, reach):
+    """mask (B, H, W) bool -> pixels no further than `reach` from one of its own, in rows and columns."""
+    return F.max_pool2d(mask.float()[:, None], 2 * reach + 1, 1, reach)[:, 0] > 0
+
+
+def judge_masks(pairs):
+    """pairs of (said, true) masks (B, H, W) bool -> percent: IoU of drawn, of photographed, their mean; boundary F.
+
+    Pixels are counted over all frames together; a border counts as found within TOLERANCE pixels.
+    """
+    both, either, found = torch.zeros(2), torch.zeros(2), torch.zeros(4)
+    for said, true in pairs:
+        for k, (a, b) in enumerate(((~said, ~true), (said, true))):
+            both[k] += (a & b).sum()
+            either[k] += (a | b).sum()
+        a, b = border(said), border(true)
+        found += torch.tensor([(a & within(b, TOLERANCE)).sum(), a.sum(), (b & within(a, TOLERANCE)).sum(), b.sum()])
+    iou = 100 * both / either.clamp(min=1)
+    precision, recall = found[0] / found[1].clamp(min=1), found[2] / found[3].clamp(min=1)
+    row = {"iou_drawn": iou[1], "iou_photographed": iou[0], "miou": iou.mean(),
+           "boundary_f": 100 * 2 * precision * recall / (precision + recall).clamp(min=1e-9)}  # fmt: skip
+    return {k: round(x.item(), 2) for k, x in row.items()}
+
+
+def laid_on(view, mask):
+    """view u8 (B, H, W, 3), mask (B, H, W) bool -> u8, with orange over what is not drawn."""
+    orange = view.new_tensor([230, 159, 0]).float()
+    tinted = 0.35 * view.float() + 0.65 * orange
+    return torch.where(mask[..., None].to(view.device), view.float(), tinted).round().byte()

@@ -1,0 +1,242 @@
+"""Drawn or photographed: what do proxy masks bring? All arms of segment.py, several seeds each, in one table.
+
+    python -m experiments.hybrid runs/NAME --data datasets/hybrid --seeds 5 --out results/hybrid
+    python -m experiments.hybrid --cues --data datasets/hybrid --out results/hybrid
+
+Reads:  what segment.py reads; its runs under --work, which are made if they are not there
+Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --cues OUT/cues.md: how
+        well colours alone and noise alone tell frames of one kind apart, which should be little better than chance
+
+Arms that differ in stage 3 alone share stages 1 and 2 of a seed.
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+import data
+from common import plots, stats
+from common.command import Parser, at_least, between, cli, command, refuse_file
+from common.io import UserError, save_text
+from common.tables import read_csv
+from common.train import commit
+from experiments.arms import answers, by_arm, cell, run_all
+
+ARMS = {  # flags of segment.py, and what they say
+    "proxies": ("", "proxy masks and frames of one kind: the method"),
+    "frames": ("--learn-from frames", "frames of one kind alone"),
+    "truth": ("--learn-from truth", "true masks: fully supervised, a control"),
+    "flip10": ("--flip .1", "a tenth of the patches of proxies inverted"),
+    "flip20": ("--flip .2", "a fifth"),
+    "balanced": ("--balanced", "both kinds of pixels weigh the same"),
+    "saliency": ("--proxies {saliency}", "saliency maps in the place of proxies"),
+    "cls": ("--decide cls", "patches named by a head of the CLS token"),
+    "no_cut": ("--cut 0", "frames never mixed in stage 1"),
+    "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
+}
+OWN = ("proxies", "cls", "no_cut", "bold")  # arms with a stage 1 of their own
+PARTS = {"frames": ("frames", "val"), "proxy": ("proxies", "val", "mixed", "miou"),
+         "proxy_coarse": ("proxies", "val_coarse", "mixed", "miou"), "miou": ("pixels", "val", "mixed", "miou"),
+         "iou_drawn": ("pixels", "val", "mixed", "iou_drawn"), "border": ("pixels", "val", "mixed", "boundary_f"),
+         "purely": ("pixels", "val", "purely", "miou"), "left_out": ("left_out", "mixed", "miou"),
+         "seconds": ("frames", "seconds"), "pixel_seconds": ("pixel_seconds",)}  # where metrics.json has them
+HEADINGS = {"frames": "frames named rightly", "proxy_coarse": "proxies by patches", "proxy": "proxies, mean IoU",
+            "miou": "mean IoU, mixed", "iou_drawn": "IoU of drawn", "border": "boundary F",
+            "purely": "mean IoU, purely hybrid"}  # fmt: skip
+QUESTIONS = (
+    (("proxies", "miou"), ("frames", "miou"), "proxies against frames of one kind alone"),
+    (("proxies", "purely"), ("frames", "purely"), "the same on purely hybrid frames"),
+    (("proxies", "miou"), ("truth", "miou"), "proxies against true masks"),
+    (("proxies", "miou"), ("proxies", "proxy"), "pixels against the proxies that taught them"),
+    (("proxies", "proxy"), ("proxies", "proxy_coarse"), "proxies carried to edges against patches"),
+    (("proxies", "proxy"), ("cls", "proxy"), "nearest centroid against a head of the CLS token, proxies"),
+    (("proxies", "proxy"), ("no_cut", "proxy"), "frames cut together in stage 1 against never, proxies"),
+    (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),
+    (("flip20", "miou"), ("proxies", "miou"), "a fifth"),
+    (("balanced", "miou"), ("proxies", "miou"), "both kinds of pixels weigh the same"),
+    (("saliency", "miou"), ("proxies", "miou"), "saliency in the place of proxies"),
+)
+
+
+def words_of(args, arm, seed, more=()):
+    """A run's folder, and what a user would type behind `python` to make it."""
+    place = Path(args.work) / Path(args.data).name
+    words = shlex.split(ARMS[arm][0].format(saliency=place / "saliency/saliency.safetensors")) + [*map(str, more)]
+    words += [] if arm in OWN else ["--patches", str(place / f"proxies-s{seed}")]
+    out = place / f"{arm}-s{seed}"
+    return out, ["segment.py", args.encoder, "--data", args.data, "--seed", str(seed), *words, *shlex.split(args.flags),
+                 "--out", str(out), "--resume"]  # fmt: skip
+
+
+def value_at(found, path):
+    for key in path:
+        found = found.get(key, {}) if isinstance(found, dict) else {}
+    return "" if found == {} else found
+
+
+def row_of(args, found):
+    row = {column: value_at(found, path) for column, path in PARTS.items()}
+    return row | {k: found[k] for k in ("machine", "commit")}
+
+
+def said(row):
+    return ", ".join(f"{HEADINGS[k]} {row[k]:.1f}" for k in ("proxy", "miou", "purely") if row[k] != "")
+
+
+def write_table(args, rows):
+    """OUT/arms.md and arms.png of the rows that are there."""
+    arms = by_arm(rows, ARMS)
+    title = f"Arms of segment.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
+    lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
+             "|---" * (len(HEADINGS) + 3) + "|"]  # fmt: skip
+    for arm, seeds in arms.items():
+        took = [(float(r["pixel_seconds"]) + (float(r["seconds"]) if arm in OWN else 0)) / 60 for r in seeds.values()]
+        cells = [cell(seeds, column) for column in HEADINGS]
+        minutes = stats.mean_std(took)["mean"]
+        lines.append(f"| `{arm}`: {ARMS[arm][1]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    new, every = (cell(arms.get("bold", {}), column) for column in ("left_out", "miou"))
+    lines += ["", "Pixels are counted over all frames together. Where bold lines were left out of train, mixed frames "
+              f"that have them reach {new}, all frames {every}.", "",
+              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
+              *answers(arms, QUESTIONS), "", "![Mean IoU by arm](arms.png)", ""]  # fmt: skip
+    save_text("\n".join(lines), Path(args.out) / "arms.md")
+    draw(Path(args.out) / "arms.png", arms, f"Drawn or photographed: {Path(args.data).name}, val")
+
+
+def draw(path, arms, title):
+    """Mean IoU of each arm on mixed and on purely hybrid frames: dots are seeds."""
+    lines = ((-0.12, "miou", plots.BLUE, "o", "mixed frames"),
+             (0.12, "purely", plots.ORANGE, "s", "purely hybrid frames"))  # fmt: skip
+    with plots.panels(path, title, 1, 1, (9.6, 3.8)) as axis:
+        for shift, key, colour, mark, text in lines:
+            points = [(i + shift, float(r[key])) for i, seeds in enumerate(arms.values()) for r in seeds.values()
+                      if r[key] != ""]  # fmt: skip
+            if points:
+                axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=text)
+        axis.set_xticks(range(len(arms)), arms)
+        plots.percent(axis)
+        axis.set(ylabel="mean IoU, %", xlabel="arm")
+        axis.legend()
+
+
+# ---- do colours or noise give a frame away? --------------------------------------------------------------------------
+
+
+def colours(images):
+    """Mean and covariance of the colours of each frame u8 (n, S, S, 3) -> (n, 9)."""
+    x = images.reshape(len(images), -1, 3).astype(np.float64)
+    return np.concatenate([x.mean(1), [np.cov(one.T)[np.triu_indices(3)] / 100 for one in x]], 1)
+
+
+def histograms(images, bins=4):
+    """Square roots of the shares of bins^3 colours -> (n, bins^3)."""
+    place = (images.reshape(len(images), -1, 3) // (256 // bins)).astype(np.int64) @ [bins**2, bins, 1]
+    return np.sqrt([np.bincount(one, minlength=bins**3) / len(one) for one in place])
+
+
+def noise(images, side=8, quiet=0.05):
+    """What is left of the most even squares of each frame when its neighbours' mean is taken away -> (n, 8): how much,
+    how it hangs together, how often it is extreme, how much of it is colour, and how large it is at JPEG's borders."""
+    x = images.astype(np.float32)
+    gray = x @ np.float32(data.LUMA)
+    left = residual(gray)
+    squares = tiles(left, side)  # (n, m, side, side)
+    rank = squares.std((2, 3)).argsort(1)[:, : max(1, int(quiet * squares.shape[1]))]
+    even = np.take_along_axis(squares, rank[..., None, None], 1)
+    std = even.std((1, 2, 3)) + 0.1
+    near = [(even[..., k:] * even[..., :-k]).mean((1, 2, 3)) / std**2 for k in (1, 2)]
+    near += [(even[:, :, 1:] * even[:, :, :-1]).mean((1, 2, 3)) / std**2]
+    hue = [np.take_along_axis(tiles(residual(x[..., c] - gray), side), rank[..., None, None], 1).std((1, 2, 3))
+           for c in (0, 2)]  # fmt: skip
+    jpeg = np.abs(even[..., [0, -1]]).mean((1, 2, 3)) / (np.abs(even[..., 1:-1]).mean((1, 2, 3)) + 0.1)
+    return np.stack([np.log(std), *near, (even**4).mean((1, 2, 3)) / std**4, *np.log(np.array(hue) + 0.1), jpeg], 1)
+
+
+def residual(x):
+    """(n, H, W) minus the mean of its four neighbours."""
+    return x - (np.roll(x, 1, 1) + np.roll(x, -1, 1) + np.roll(x, 1, 2) + np.roll(x, -1, 2)) / 4
+
+
+def tiles(x, side):
+    """(n, H, W) -> (n, H/side * W/side, side, side)."""
+    n, H, W = x.shape
+    x = x[:, : H // side * side, : W // side * side].reshape(n, H // side, side, W // side, side)
+    return x.transpose(0, 1, 3, 2, 4).reshape(n, -1, side, side)
+
+
+def cues(args):
+    """OUT/cues.md: frames of one kind, named by logistic regression and by boosted trees from each cue alone."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    sets = {name: plain_frames(data.open_split(args.data, name)) for name in ("train", "val")}
+    drawn = sets["val"][1].mean()
+    lines = ["# What gives a frame away?", "", f"`{command()}`, commit {commit()}. Frames of one kind, val, named "
+             f"rightly, in percent; chance is {100 * max(drawn, 1 - drawn):.0f}.", "",
+             "| from | logistic regression | boosted trees |", "|---|---|---|"]  # fmt: skip
+    for name, cue in (("mean and covariance of colours", colours), ("histogram of 64 colours", histograms),
+                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnails)):  # fmt: skip
+        x, held = (cue(sets[split][0]) for split in ("train", "val"))
+        linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        models = linear, HistGradientBoostingClassifier()
+        scores = [100 * m.fit(x, sets["train"][1]).score(held, sets["val"][1]) for m in models]
+        lines.append(f"| {name} | " + " | ".join(f"{s:.1f}" for s in scores) + " |")
+        print(lines[-1], flush=True)
+    save_text("\n".join(lines) + "\n", Path(args.out) / "cues.md")
+
+
+def thumbnails(images, side=16):
+    n, S = images.shape[:2]
+    return images.reshape(n, side, S // side, side, S // side, 3).mean((2, 4)).reshape(n, -1)
+
+
+def plain_frames(split):
+    """-> images u8 (n, S, S, 3) and is each drawn? (n,) of frames of one kind."""
+    names = np.array(split["header"]["classes"])[split["labels"].numpy()]
+    rows = np.nonzero(np.isin(names, ("drawn", "photographed")))[0]
+    return np.array(split["images"][rows]), names[rows] == "drawn"
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("encoder", nargs="?", metavar="ENCODER", help="as for segment.py")
+    add("--data", default="datasets/hybrid", metavar="DIR", help="set of frames (default: %(default)s)")
+    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
+    add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, from 100 on (default: 5)")
+    add("--flags", default="", help="more flags of segment.py, for every run")
+    add("--cues", action="store_true", help="how well colours and noise alone tell frames apart, instead")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
+    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
+    add("--out", default="runs/hybrid", metavar="DIR", help="tables and figure (default: %(default)s)")
+    add("--work", default="runs/hybrid", metavar="DIR", help="run folders (default: %(default)s)")
+    args = parser.parse_args()
+    refuse_file(args.out)
+    if not (Path(args.data) / "train.safetensors").exists():
+        raise UserError(f"{args.data} is no packed set; python data.py hybrid makes one")
+    if args.cues:
+        return cues(args)
+    if not args.encoder:
+        raise UserError("an encoder is missing: runs/NAME of pretrain.py")
+    saliency = Path(args.work) / Path(args.data).name / "saliency/saliency.safetensors"
+    if "saliency" in args.arms and not saliency.exists():
+        raise UserError(f"the arm saliency needs maps: python maps.py --data {args.data} --map saliency --out "
+                        f"{saliency.parent}, or --arms without it")  # fmt: skip
+    path, seeds = Path(args.out) / "arms.csv", range(100, 100 + args.seeds)
+    for arms in ([a for a in args.arms if a in OWN], [a for a in args.arms if a not in OWN]):  # proxies come first
+        run_all(args, [(arm, seed, ()) for seed in seeds for arm in arms], path, words_of, row_of, said)
+    write_table(args, read_csv(path))
+    print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
+
+
+if __name__ == "__main__":
+    cli(main)

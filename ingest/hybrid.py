@@ -1,0 +1,253 @@
+"""Frames that are drawn, photographed, or both: what segment.py learns to tell apart, for anybody to make.
+
+    python data.py hybrid --out datasets/hybrid
+    python -m ingest.hybrid --out sheet.png        # a sheet of every kind, and its masks
+
+Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib and scikit-image; each is in one split
+alone, and half of what counts as photographed is a texture like a photograph: dead leaves (Lee, Mumford & Huang 2001),
+lit, out of focus in places. Nothing but what is shown may tell the two apart. So each layer takes mean and covariance
+of its colours from a layer that may be of either kind (Reinhard et al. 2001), and each finished frame the same grain
+and the same JPEG. The true mask, `drawn`, is for judging: nothing learns from it but the fully supervised arm.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
+from common.io import UserError, atomic
+from ingest import toon
+
+KINDS = {
+    "drawn": "a drawing",
+    "photographed": "a photograph, or a texture like one",
+    "figure_on_photo": "a drawn figure in front of a photograph",
+    "photo_in_drawing": "a photograph in a frame, within a drawing",
+    "panels": "a drawing and a photograph side by side",
+    "soft_blend": "a drawing that becomes a photograph little by little; the mask is how much of it is drawn",
+    "photo_clothes": "a drawing whose clothes are cut from a photograph, and keep the drawn folds",
+}
+MIXED, PURELY = tuple(KINDS)[2:5], tuple(KINDS)[5:]  # heterogeneous; purely hybrid: no layer is in front of another
+PHOTOS = {  # file: (library, split, licence and author)
+    "china.jpg": ("sklearn", "train", "CC BY 2.0, danielbuechele"),
+    "astronaut.png": ("skimage", "train", "public domain, NASA"),
+    "grace_hopper.jpg": ("matplotlib", "train", "public domain, US Navy"),
+    "coins.png": ("skimage", "train", "no known restrictions, Brooklyn Museum"),
+    "clock_motion.png": ("skimage", "train", "public domain, Stefan van der Walt"),
+    "grass.png": ("skimage", "train", "CC0, linolafett"),
+    "moon.png": ("skimage", "train", "public domain, NASA"),
+    "camera.png": ("skimage", "dev", "CC0, Lav Varshney"),
+    "brick.png": ("skimage", "dev", "CC0, CC0Textures"),
+    "flower.jpg": ("sklearn", "val", "CC BY 2.0, vultilion"),
+    "chelsea.png": ("skimage", "val", "CC0, Stefan van der Walt"),
+    "gravel.png": ("skimage", "val", "CC0, CC0Textures"),
+    "coffee.png": ("skimage", "test", "CC0, Rachel Michetti"),
+    "rocket.jpg": ("skimage", "test", "public domain, SpaceX"),
+}
+COUNTS = {  # frames of each homogeneous, each heterogeneous and each purely hybrid kind
+    "train": (480, 160, 0), "dev": (60, 20, 20), "val": (96, 48, 48), "test": (96, 48, 48)}  # fmt: skip
+TEXTURES = 0.5  # of the photographed layers: made, not photographed
+PALETTES = 64  # layers of each kind whose colours are dealt out
+
+
+# ---- what is photographed --------------------------------------------------------------------------------------------
+
+
+def open_photos(split):
+    """The photographs of a split -> list of u8 (H, W, 3)."""
+    import matplotlib
+    import sklearn
+
+    try:
+        import skimage
+    except ImportError:
+        raise UserError("the photographs of the hybrid set ship with scikit-image: pip install scikit-image") from None
+    folders = {"sklearn": Path(sklearn.__path__[0]) / "datasets/images", "skimage": Path(skimage.__path__[0]) / "data",
+               "matplotlib": Path(matplotlib.get_data_path()) / "sample_data"}  # fmt: skip
+    return [np.asarray(Image.open(folders[library] / name).convert("RGB"))
+            for name, (library, of, _) in PHOTOS.items() if of == split]  # fmt: skip
+
+
+def crop(photo, rng, size):
+    """A square of a photograph, mirrored or not -> f32 (size, size, 3). Small ones are never enlarged by much."""
+    height, width = photo.shape[:2]
+    side = int(rng.uniform(min(size, min(height, width)), min(height, width) + 1))
+    y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    square = Image.fromarray(photo[y : y + side, x : x + side]).resize((size, size), Image.LANCZOS)
+    return np.float32(square)[:, :: rng.choice([-1, 1])]
+
+
+def clouds(rng, size, slope):
+    """Noise whose amplitude falls with frequency to the power -slope, as in photographs -> (size, size), std 1."""
+    fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
+    amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
+    amplitude[0, 0] = 0
+    waves = np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (size, size))
+    return waves / waves.std()
+
+
+def dead_leaves(rng, size):
+    """Ellipses of all sizes on each other, each with its own surface and light -> f32 (size, size, 3).
+
+    Radii follow r^-3, so that it looks the same at all distances; what lies at some depth is out of focus.
+    """
+    frame = np.full((size, size, 3), rng.uniform(0, 255, 3)) + 30 * clouds(rng, size, 1.2)[..., None]
+    surfaces, y, x = [clouds(rng, size, s) for s in (0.6, 1.0, 1.6)], *np.mgrid[:size, :size]
+    least = rng.uniform(0.02, 0.08)
+    for _ in range(rng.integers(40, 400)):
+        radius = size * min(0.5, least / np.sqrt(1 - rng.random()))
+        cy, cx, angle, ratio = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.3, 1)
+        top, left = (int(max(0, c - radius)) for c in (cy, cx))
+        here = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
+        dy, dx = (y[here] - cy) / radius, (x[here] - cx) / radius
+        u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / ratio
+        inside = np.clip((1 - np.hypot(u, v)) * radius * ratio, 0, 1)[..., None]  # a soft rim of a pixel
+        light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
+        skin = rng.uniform(5, 40) * np.roll(surfaces[rng.integers(3)], rng.integers(size, size=2), (0, 1))[here]
+        leaf = rng.uniform(10, 245, 3) * light[..., None] + skin[..., None]
+        frame[here] += inside * (leaf - frame[here])
+    return defocus(np.float32(frame.clip(0, 255)), rng)
+
+
+def defocus(frame, rng):
+    """Blur a frame where smooth noise says that it is far from the focus -> f32, the same shape."""
+    size = len(frame)
+    blurred = np.float32(Image.fromarray(np.uint8(frame)).filter(ImageFilter.GaussianBlur(size * rng.uniform(0, 0.02))))
+    far = 1 / (1 + np.exp(-2 * clouds(rng, size, 2.0) - rng.normal()))[..., None]
+    return np.float32(frame + far * (blurred - frame))
+
+
+def photographed(photos, rng, size):
+    return dead_leaves(rng, size) if rng.random() < TEXTURES else crop(photos[rng.integers(len(photos))], rng, size)
+
+
+# ---- nothing but what is shown tells the two apart -------------------------------------------------------------------
+
+
+def statistics(layer):
+    """f32 (., ., 3) -> mean (3), Cholesky factor (3, 3) of the covariance of its colours."""
+    x = layer.reshape(-1, 3).astype(np.float64)
+    return x.mean(0), np.linalg.cholesky(np.cov(x.T) + 4 * np.eye(3))
+
+
+def recolour(layer, palette):
+    """The same layer with another's mean and covariance of colours, out of (0, 255) cut off -> f32."""
+    (mean, root), (their_mean, their_root) = statistics(layer), palette
+    return np.float32(((layer - mean) @ np.linalg.inv(root).T @ their_root.T + their_mean).clip(0, 255))
+
+
+def develop(frame, rng):
+    """The camera of all frames: grain of some strength and size, film that is uneven, a JPEG of some quality -> u8."""
+    size = len(frame)
+    grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1) + rng.normal(0, 1, (size, size, 1))
+    if rng.random() < 0.5:  # coarse grain
+        grain = (grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1) + np.roll(grain, (1, 1), (0, 1))) / 2
+    slope, gray, colour = rng.uniform(0.4, 1.2), *rng.uniform(0, 8, 2)
+    film = gray * clouds(rng, size, slope)[..., None] + colour * np.stack([clouds(rng, size, slope) for _ in "rgb"], 2)
+    noisy = np.uint8((frame + film + rng.uniform(5, 14) * grain / grain.std()).round().clip(0, 255))
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2])))
+    return np.asarray(Image.open(file))
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def plan(seed=0):
+    """-> items {key, kind, split, seed, who} for draw()."""
+    people, items = toon.cast(seed=seed), []
+    for split, counts in COUNTS.items():
+        for kind, place in ((k, 0 if k in ("drawn", "photographed") else 1 + (k in PURELY)) for k in KINDS):
+            items += [{"kind": kind, "split": split, "seed": (seed, len(items) + i)} for i in range(counts[place])]
+    return [i | {"key": f"{i['kind']}/{n:05d}", "who": people[n % len(people)]} for n, i in enumerate(items)]
+
+
+def palettes(seed=0):
+    """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
+    rng, photos = np.random.default_rng((seed, 7)), open_photos("train")
+    drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, min(48, PALETTES), seed)]
+    return [statistics(x) for x in drawn] + [statistics(photographed(photos, rng, 64)) for _ in range(PALETTES)]
+
+
+def ramp(rng, size, width):
+    """A straight border at any angle through the middle third, `width` pixels wide -> (size, size), 0 to 1."""
+    angle, y, x = rng.uniform(0, 2 * np.pi), *np.mgrid[:size, :size]
+    along = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle) - rng.uniform(-1, 1) * size / 6
+    return np.clip(0.5 + along / width, 0, 1)
+
+
+def window(rng, size):
+    """Where a rectangle or an ellipse is, and a rim as wide as a line -> two (size, size) in 0 to 1."""
+    y, x = (2 * np.mgrid[:size, :size] + 1) / size - 1
+    (cy, cx), (h, w) = rng.uniform(-0.4, 0.4, 2), rng.uniform(0.35, 0.7, 2)
+    u, v, n = np.abs(y - cy) / h, np.abs(x - cx) / w, rng.choice([2, 20])  # 20: a rectangle
+    reach = (1 - (u**n + v**n) ** (1 / n)) * min(h, w) * size / 2  # about pixels from the border
+    rim = rng.uniform(1, 4) * size / 128
+    return np.clip(reach + 0.5, 0, 1), np.clip(reach + rim + 0.5, 0, 1)
+
+
+def mix(kind, figure, drawing, photo, rng):
+    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S). figure: what toon drew."""
+    size, white = len(drawing), np.ones(drawing.shape[:2])
+    if kind in ("drawn", "photographed"):
+        share = white * (kind == "drawn")
+    elif kind == "figure_on_photo":
+        share = figure["fg"] / 255
+    elif kind == "photo_in_drawing":
+        inside, framed = window(rng, size)
+        ink = rng.uniform(0, 60) if rng.random() < 0.5 else 255
+        drawing, share = drawing + framed[..., None] * (ink - drawing), 1 - inside
+    elif kind == "panels":
+        share = ramp(rng, size, 1)
+    elif kind == "soft_blend":
+        share = ramp(rng, size, size * rng.uniform(0.25, 0.6))
+    else:
+        share = 1 - (figure["parts"] == toon.PARTS.index("clothes"))
+        folds = drawing.mean(2, keepdims=True) / max(1, drawing[share == 0].mean() if (share == 0).any() else 1)
+        photo = photo * (0.4 + 0.6 * folds.clip(0, 1.5))
+    return photo + share[..., None] * (drawing - photo), share
+
+
+def draw(item, size, photos, colours):
+    """An item of a plan -> {image u8 (size, size, 3), drawn u8 (size, size), 255 where it is drawn, style}."""
+    rng = np.random.default_rng(item["seed"])
+    for _ in range(20):  # of clothes enough is in sight
+        figure = toon.draw({"who": item["who"], "seed": (*item["seed"], int(rng.integers(2**31)))}, size)
+        if item["kind"] != "photo_clothes" or (figure["parts"] == toon.PARTS.index("clothes")).mean() > 0.08:
+            break
+    layers = figure["image"].astype(np.float32), photographed(photos[item["split"]], rng, size)
+    drawing, photo = (recolour(layer, colours[rng.integers(len(colours))]) for layer in layers)
+    frame, share = mix(item["kind"], figure, drawing, photo, rng)
+    return {"image": develop(frame, rng), "drawn": np.uint8(255 * share + 0.5), "style": figure["style"]}
+
+
+def main():
+    parser = Parser(prog="ingest.hybrid", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
+    add("--size", type=between(8, 1024, int), default=128, help="side of a frame in pixels (default: 128)")
+    add("--columns", type=between(1, 100, int), default=6, help="frames of a kind, each beside its mask (default: 6)")
+    add("--seed", type=at_least(0), default=0, help="default: 0")
+    add("--force", action="store_true", help="replace what is there already")
+    args = parser.parse_args()
+    if Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
+    refuse_file(Path(args.out).parent)
+    refuse_overwrite([args.out], args.force)
+    photos, colours, items = {"val": open_photos("val")}, palettes(args.seed), plan(args.seed)
+    some = [i for kind in KINDS for i in [i for i in items if (i["kind"], i["split"]) == (kind, "val")][: args.columns]]
+    sheet = Image.new("RGB", (2 * args.columns * args.size, len(KINDS) * args.size))
+    for i, item in enumerate(progress(some, "drawing")):
+        found = draw(item, args.size, photos, colours)
+        for k, plane in enumerate(("image", "drawn")):
+            place = ((i % args.columns * 2 + k) * args.size, i // args.columns * args.size)
+            sheet.paste(Image.fromarray(found[plane]), place)
+    with atomic(args.out) as temporary:
+        sheet.save(temporary, Image.registered_extensions()[Path(args.out).suffix.lower()])
+    print(f"{args.out} written; next: python data.py hybrid packs the whole set")
+
+
+if __name__ == "__main__":
+    cli(main)

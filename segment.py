@@ -1,0 +1,618 @@
+"""Stage 7: drawn or photographed? Learn from labels of whole frames, and say it of every pixel of a frame that is both.
+
+    python segment.py runs/NAME --data datasets/hybrid
+    python segment.py runs/NAME-seg PICTURE... --out masks
+
+Reads:  an encoder; datasets/NAME with the classes "drawn" and "photographed", and frames of other classes: mixed ones
+Writes: runs/NAME-seg/ patches.safetensors (stage 1), proxies/drawn.safetensors (stage 2), model.safetensors (stage 3),
+        state.pt (what a resumed run needs), metrics.json, log.jsonl, overlays.png; with pictures masks and overlays
+
+1. An encoder learns from frames of one kind, and a patch is what the nearest centroid of patch tokens is. 2. Patches of
+mixed frames are named, also half a patch further, and carried to pixels along the picture's edges: proxy masks. 3. A
+SegFormer learns from proxies, and from frames of one kind, whose masks are known for nothing (arXiv:2410.04789). No
+mask that somebody drew is learned from; the set's own (plane "drawn") judge, and teach --learn-from truth alone.
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import csv
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import mask as masking
+from common import distributed, train
+from common.checkpoints import load_encoder, load_exactly
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    command,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    working,
+)
+from common.features import open_splits, split_suffix
+from common.io import UserError, atomic, read_header, read_json, read_safetensors, save_json, save_safetensors
+from common.lora import fingerprint
+from common.segmenting import (
+    KINDS,
+    Patches,
+    cut_masks,
+    guided_filter,
+    judge_masks,
+    laid_on,
+    load,
+    load_patches,
+    pixel_logits,
+    pixel_masks,
+    proxy_masks,
+    segmenter,
+    transformers,
+)
+from ingest import pack, sources
+from ingest.decode import PAPER, open_image, reason
+from ingest.pictures import is_picture, tell_problems
+from kernels.gather import masked_patch_gather
+
+LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
+BATCH = 32
+RESULTS = ("metrics*.json", "*.safetensors", "proxies/*.safetensors", "overlays*.png")
+NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "until", "share",
+             "side")  # fmt: skip
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
+                        "to use what was learned runs/NAME-seg")  # fmt: skip
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="file, folder (a video's frames), archive")
+    add = parser.add_argument_group("what to learn from, and where to write").add_argument
+    add("--data", metavar="DIR", help="set of frames: python data.py hybrid makes one (default: datasets/hybrid)")
+    add("--out", metavar="DIR", help="run folder (default: the encoder's and seg); of pictures, folder of the masks")
+    add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
+    add("--force", action="store_true", help="start anew where another run is in --out; replace masks")
+    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
+    add("--until", type=int, default=3, choices=[1, 2, 3], help="last stage; 3 needs transformers")
+    add = parser.add_argument_group("stages 1 and 2: patches").add_argument
+    add("--patches", metavar="RUN", help="take both from another run of segment.py, and make stage 3 alone")
+    add("--decide", default="centroid", choices=["centroid", "cls"], help="what names a patch: the nearest centroid\n"
+        "of patch tokens, or a head that learned on the CLS token")  # fmt: skip
+    add("--image-size", type=at_least(16), metavar="S", help="side of the frames in pixels (default: as packed)")
+    add("--epochs", type=at_least(1), default=12, help="passes over the frames of one kind")
+    add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate")
+    add("--keep", type=between(0.01, 1), default=0.5, metavar="SHARE", help="of the patches shown in training")
+    add("--cut", type=between(0, 1), default=0.5, metavar="SHARE", help="of the frames that show patches of another "
+        "one, too")  # fmt: skip
+    add = parser.add_argument_group("stage 3: pixels").add_argument
+    add("--learn-from", default="proxies", choices=["proxies", "frames", "truth"], help="mixed frames with proxies; "
+        "frames\nof one kind alone; mixed frames with the true masks (a fully supervised control)")  # fmt: skip
+    add("--proxies", metavar="FILE", help="other masks of train than those of stage 2: saliency of maps.py")
+    add("--flip", type=between(0, 1), default=0.0, metavar="SHARE", help="of the patches of proxies that are inverted")
+    add("--balanced", action="store_true", help="both kinds of pixels weigh the same, however many there are")
+    add("--pixel-epochs", type=at_least(1), default=12, metavar="N", help="passes over all frames")
+    add("--pixel-lr", type=between(0, 1), default=1e-3, metavar="LR", help="peak learning rate")
+    add = parser.add_argument_group("both").add_argument
+    add("--leave-out", metavar="WHAT=VALUE", help="drawings of this style are not learned from, such as line=bold")
+    add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of a frame in a crop")
+    add("--colour", type=between(0, 1), default=0.3, metavar="X", help="brightness, contrast, saturation times 1 +- X")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
+    add = parser.add_argument_group("what is said of pictures").add_argument
+    add("--share", action="store_true", help="print how much of each picture is drawn, as CSV")
+    add("--side", type=between(32, 4096, int), metavar="PX", help="short side that pictures are resized to "
+        "(default: as trained)")  # fmt: skip
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    return parser.parse_intermixed_args()
+
+
+def refuse_flags(args):
+    training, third = not args.pictures, args.until == 3
+    refuse_unused(args, (
+        ("data resume eval-on until decide image-size epochs lr keep cut learn-from proxies flip balanced pixel-epochs "
+         "pixel-lr leave-out min-crop colour seed log", training, "is for training, not for pictures"),
+        ("share side", not training, "is for pictures: python segment.py runs/NAME-seg PICTURE"),
+        ("cut", args.decide == "centroid", "is for patches that are learned one by one, not for --decide cls"),
+        ("learn-from proxies flip balanced pixel-epochs pixel-lr", third,
+         f"is for stage 3, not for --until {args.until}"),
+        ("decide image-size epochs lr keep cut", args.patches is None, "is for stage 1, and --patches brings it"),
+        ("patches", training, "is for training, not for pictures"),
+        ("proxies flip", args.learn_from == "proxies", f"is for proxies, not for --learn-from {args.learn_from}"),
+    ))  # fmt: skip
+
+
+# ---- the data: frames of one kind, and mixed ones --------------------------------------------------------------------
+
+
+def open_task(args, device, autocast):
+    """-> what a run works with, a namespace; the comments say what is in it."""
+    task, splits = SimpleNamespace(args=args, device=device, autocast=autocast), open_splits(args.data, args.eval_on)
+    classes = splits["train"]["header"]["classes"]
+    if missing := [kind for kind in KINDS if kind not in classes]:
+        raise UserError(f"{args.data} has no frames labelled {missing[0]!r}, only {', '.join(map(str, classes))[:80]}; "
+                        "segment.py needs two folders of frames, drawn and photographed, and may have more of mixed "
+                        "ones: python data.py FOLDER")  # fmt: skip
+    kind = torch.full((len(classes) + 1,), -1)  # of a class: 0, 1, or -1: mixed, or without a label
+    for k, name in enumerate(KINDS):
+        kind[classes.index(name)] = k
+    sets = {name: frames_of(split, kind, name == "train" and args.leave_out) for name, split in splits.items()}
+    if "dev" not in sets:
+        sets["dev"] = hold_apart(sets["train"])
+    task.train, task.dev, task.report = (sets[name] for name in ("train", "dev", args.eval_on))
+    task.report_name = args.eval_on
+    for k, name in enumerate(KINDS):
+        if not (task.train.kind[task.train.plain] == k).any():
+            raise UserError(f"{args.data}, train has no frames that are {name}; there have to be frames of both kinds")
+    if args.until == 3 and args.learn_from != "frames" and not len(task.train.mixed):
+        print(f"{args.data}, train has no mixed frames: no stage 3; --learn-from frames makes it without them")
+        args.until = 2
+    if args.until == 3 and args.learn_from == "truth" and "drawn" not in task.train.split:
+        raise UserError(f"{args.data} has no true masks to learn from; --learn-from proxies needs none")
+    task.encoder, _ = load_encoder(args.encoder, args.image_size or splits["train"]["images"].shape[1])
+    task.S = task.encoder.side * task.encoder.patch_size
+    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
+    task.config = config | {"encoder": fingerprint(task.encoder), "images": data.fingerprint(splits["train"])}
+    return task
+
+
+def frames_of(split, kind, leave_out):
+    """-> namespace: split, kind (n,) of each frame, and rows: plain ones (of one kind), mixed ones."""
+    kinds = kind[split["labels"]]
+    rows = torch.arange(len(kinds))
+    if leave_out:
+        rows = rows[~in_style(split, leave_out) | (kinds == KINDS.index("photographed"))]
+    return SimpleNamespace(split=split, kind=kinds, plain=rows[kinds[rows] >= 0], mixed=rows[kinds[rows] < 0])
+
+
+def in_style(split, text):
+    """ "line=bold" -> (n,) bool: is the drawing in a frame of this style?"""
+    what, _, value = text.partition("=")
+    strata = split["header"].get("style") or {}
+    if value not in strata.get(what, ()):
+        known = "; ".join(f"{k}={'|'.join(v)}" for k, v in strata.items()) or "none: the set knows no styles"
+        raise UserError(f"--leave-out {text} is unknown; there are: {known}")
+    column = list(strata).index(what)
+    return torch.from_numpy(np.array(split["style"])[:, column] == strata[what].index(value))
+
+
+def of_style(frames, text):
+    """Those mixed frames whose drawing has the style that was left out."""
+    rows = frames.mixed[in_style(frames.split, text)[frames.mixed]]
+    return SimpleNamespace(split=frames.split, kind=frames.kind, plain=rows[:0], mixed=rows)
+
+
+def hold_apart(frames):
+    """A tenth of train leaves it, by group -> the namespace of what left."""
+    apart = torch.from_numpy(data.hold_apart(data.groups_of(frames.split), frames.kind, data.APART))
+    dev = SimpleNamespace(split=frames.split, kind=frames.kind)
+    for name in ("plain", "mixed"):
+        rows = getattr(frames, name)
+        setattr(dev, name, rows[apart[rows]])
+        setattr(frames, name, rows[~apart[rows]])
+    return dev
+
+
+def views(task, split, rows):
+    """Yield (rows, u8 (B, S, S, 3)) of whole frames."""
+    return data.whole_views(split["images"], rows, task.S, task.device)
+
+
+# ---- stage 1: patches by labels of frames ----------------------------------------------------------------------------
+
+
+def patch_loss(task, net, rows, images, generator):
+    """Cross-entropy of each patch that is shown, labelled as its frame; some frames get patches of another one."""
+    args, B, p = task.args, len(images), net.encoder.patch_size
+    boxes, flip = data.draw_boxes(B, generator, args.min_crop)
+    colour, N = torch.rand(B, 3, generator=generator), net.encoder.side**2
+    noise, cut = torch.rand(B, N, generator=generator), cut_masks(B, net.encoder.side, args.cut, generator)
+    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, args.colour)
+    ids, _ = masking.sample(noise.to(view.device), max(1, round(args.keep * N)))
+    y, patches = task.train.kind[rows].to(view.device), masked_patch_gather(view, ids, p)
+    if net.decide == "cls":
+        return F.cross_entropy(net(patches, ids)[0], y)
+    theirs = cut.to(view.device).gather(1, ids)  # (B, K)
+    patches = torch.where(theirs[..., None], masked_patch_gather(view.flip(0).contiguous(), ids, p), patches)
+    label = torch.where(theirs, y.flip(0)[:, None], y[:, None])
+    return F.cross_entropy(net(patches, ids)[1].flatten(0, 1), label.flatten())
+
+
+@torch.no_grad()
+def set_centroids(task, net):
+    """The mean patch token of each kind, over the frames of one kind in train; and the std of a patch's score."""
+    net.eval()
+    total, count, scores = torch.zeros_like(net.centroids), torch.zeros(2, 1, device=task.device), []
+    for index, view in views(task, task.train.split, task.train.plain):
+        with task.autocast():
+            tokens = net.encoder.features(view)[:, 1:].float().mean(1)
+        one_hot = F.one_hot(task.train.kind[index], 2).float().to(task.device)
+        total += one_hot.T @ tokens
+        count += one_hot.sum(0)[:, None]
+    net.centroids.copy_(total / count)
+    some = task.train.plain[data.evenly_spaced(len(task.train.plain), 4 * data.CHUNK)]
+    for _, view in views(task, task.train.split, some):
+        with task.autocast():
+            scores.append(net.scores(view)[1].flatten())
+    net.scale.copy_(torch.cat(scores).std())
+
+
+@torch.no_grad()
+def judge_frames(task, net, frames):
+    """-> share of the frames of one kind that are named rightly, in percent."""
+    right = []
+    for index, view in views(task, frames.split, frames.plain):
+        with task.autocast():
+            right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[index] == 1))
+    return round(100 * torch.cat(right).float().mean().item(), 2) if right else None
+
+
+# ---- stage 2: proxy masks --------------------------------------------------------------------------------------------
+
+
+def write_proxies(task, net, out):
+    """Proxy masks of all mixed frames of train -> out/drawn.safetensors, a row a frame of the split; others are 0."""
+    split, S, n = task.train.split, task.S, len(task.train.split["labels"])
+    chosen = torch.zeros(n, dtype=torch.bool).scatter(0, task.train.mixed, True)
+
+    def rows():
+        for index, view in progress(views(task, split, torch.arange(n)), "proxies", -(-n // data.CHUNK)):
+            found, some = np.zeros((len(index), S, S), np.uint8), chosen[index]
+            if some.any():
+                probability, _ = proxy_masks(net, view[some.to(view.device)], task.autocast)
+                found[some.numpy()] = (255 * probability).round().byte().cpu().numpy()
+            yield found
+
+    header = {"map": "drawn", "grid": S, "data_digest": data.fingerprint(split), "commit": train.commit()}
+    out.mkdir(parents=True, exist_ok=True)
+    data.write_maps(data.map_file(out, "drawn", split), "drawn", rows(), (n, S, S), "U8", header)
+
+
+# ---- stage 3: pixels -------------------------------------------------------------------------------------------------
+
+
+def masks_to_learn(task, rows):
+    """Masks (B, ., .) fp32 of frames: all of one kind, or of mixed ones what --learn-from says."""
+    kind, side = task.train.kind[rows], task.masks.shape[1]
+    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()], np.float32)) / 255
+    if task.args.flip:
+        mixed = torch.where(inverted(task, rows, side), 1 - mixed, mixed)
+    return torch.where((kind < 0)[:, None, None], mixed, kind.clamp(min=0).float()[:, None, None])
+
+
+def inverted(task, rows, side):
+    """--flip: (B, side, side) bool, the same patches of a frame whenever it comes."""
+    g = task.encoder.side
+    draws = torch.stack([torch.rand(g, g, generator=train.seeded(task.args.seed, 9, int(r))) for r in rows])
+    place = torch.arange(side) * g // side
+    return (draws < task.args.flip)[:, place][:, :, place]
+
+
+def pixel_loss(task, net, rows, images, generator):
+    """Cross-entropy of each pixel; --balanced: each kind's pixels weigh half of the batch."""
+    args, B = task.args, len(images)
+    boxes, flip = data.draw_boxes(B, generator, args.min_crop)
+    colour = torch.rand(B, 3, generator=generator)
+    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, args.colour)
+    masks = data.view_maps(masks_to_learn(task, rows), boxes, flip, task.S).to(view.device)
+    target = (masks > 0.5).long()
+    loss = F.cross_entropy(pixel_logits(net, view), target, reduction="none")
+    if not args.balanced:
+        return loss.mean()
+    share = target.float().mean().clamp(1e-3, 1 - 1e-3)
+    return (loss * torch.where(target == 1, 0.5 / share, 0.5 / (1 - share))).mean()
+
+
+# ---- training: one loop for stages 1 and 3 ---------------------------------------------------------------------------
+
+
+def logged(stage, step):
+    """A step's number in the log: those of stage 3 come after all of stage 1."""
+    return step + 10**6 * (stage == 3)
+
+
+def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
+    """Train `net` for stage 1 or 3 by loss_of(task, net, rows, images, generator); goes on where `state` stood."""
+    args, out, B = task.args, Path(task.args.out), min(BATCH, len(rows))
+    per_epoch = len(rows) // B
+    total, optimizer = per_epoch * epochs, train.make_optimizer(net, lr, 0.05)
+    step, seconds = 0, 0.0
+    if state.get("stage") == stage:
+        with train.taking_up(out / "state.pt"):
+            load_exactly(net, state["model"], out / "state.pt")
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds = state["step"], state["seconds"]
+    images = data.resident(task.train.split, task.device)
+    stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, task.device, seconds), train.Pacer()
+
+    def save():
+        train.save_state({"config": task.config, "stage": stage, "model": net.state_dict(), "step": step,
+                          "optimizer": optimizer.state_dict(), "seconds": meter.seconds()},
+                         out / "state.pt")  # fmt: skip
+
+    bar = progress(total=total, initial=step, unit="step")
+    for epoch in range(step // per_epoch, epochs):
+        order = rows[data.epoch_order(len(rows), args.seed, epoch)]
+        for index, some in meter.timed(data.batches(images, order, B, task.device, step % per_epoch)):
+            generator = train.seeded(args.seed, stage, epoch, step)
+            with task.autocast():
+                loss = loss_of(task, net.train(), index, some, generator)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, lr))
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            meter.add(loss.detach(), grad_norm)
+            stop = stop_signal[0] if stop_signal else 0
+            if step % LOG_EVERY == 0 or step == total or stop:
+                row = meter.row(step, f"try a smaller learning rate than {lr:g}")
+                log(step=logged(stage, step), stage=stage, epoch=round(step / per_epoch, 3), **row)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if stop or step == total or pacer.due():
+                pacer.time(save)
+                meter.restart()
+            if stop:
+                bar.close()
+                distributed.stop_here(stop, step, args.resume)
+    bar.close()
+    return meter.seconds()
+
+
+# ---- how good it is --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def judge(task, frames, masks_of):
+    """masks_of(view) -> (B, S, S) probability of drawn. -> {kind of frame: row of judge_masks}, and of all mixed ones
+    that are heterogeneous, and all purely hybrid ones, where the set tells them; {} where it has no true masks."""
+    if "drawn" not in frames.split or not len(frames.mixed):
+        return {}
+    header, pairs = frames.split["header"], {}
+    for index, view in views(task, frames.split, frames.mixed):
+        said = masks_of(view) > 0.5
+        true = torch.from_numpy(np.array(frames.split["drawn"][index.numpy()])).float()
+        true = F.interpolate(true[:, None], size=said.shape[1:], mode="area")[:, 0].to(said.device) > 127.5
+        for i, row in enumerate(index.tolist()):
+            kind = header["classes"][frames.split["labels"][row]]
+            pairs.setdefault(kind, []).append((said[i : i + 1], true[i : i + 1]))
+    found = {kind: judge_masks(pairs[kind]) for kind in sorted(pairs)}
+    for name, of in (header.get("hybrid") or {"mixed": list(pairs)}).items():
+        if some := [pair for kind in of for pair in pairs.get(kind, [])]:
+            found[name] = judge_masks(some)
+    return found
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def learn_patches(task, state, log):
+    """Stage 1 -> the network, from its file where it is finished."""
+    args, path = task.args, Path(task.args.patches or task.args.out) / "patches.safetensors"
+    if path.exists() or args.patches:
+        return load_patches(path).to(task.device)
+    torch.manual_seed(args.seed)
+    net = Patches(task.encoder, args.decide).to(task.device)
+    seconds = fit(task, 1, net, task.train.plain, patch_loss, args.epochs, args.lr, state, log)
+    with working("centroids"):
+        set_centroids(task, net)
+        row = {"seconds": seconds, "dev": judge_frames(task, net, task.dev),
+               task.report_name: judge_frames(task, net, task.report)}  # fmt: skip
+    save_safetensors(net.state_dict(), path, {"patches": net.config, "stage": row})
+    print(f"stage 1  frames named rightly: dev {row['dev']} %, {task.report_name} {row[task.report_name]} %; "
+          f"{seconds:.0f} s")  # fmt: skip
+    return net
+
+
+def make_proxies(task, net):
+    """Stage 2 -> rows of judge for dev and the reported split, before and after edges were asked."""
+    args, out = task.args, Path(task.args.patches or task.args.out) / "proxies"
+    if not len(task.train.mixed):
+        print("stage 2  no mixed frames in train: there is nothing to make proxies for")
+        return {}
+    if not data.map_file(out, "drawn", task.train.split).exists():
+        write_proxies(task, net, out)
+    found = {}
+    for name, frames in (("dev", task.dev), (args.eval_on, task.report)):
+        for k, suffix in enumerate(("", "_coarse")):  # coarse: before the picture's edges were asked
+            found[name + suffix] = judge(task, frames, lambda view, k=k: proxy_masks(net, view, task.autocast)[k])
+    print(f"stage 2  proxies on {args.eval_on}: {in_words(found[args.eval_on])}")
+    return found
+
+
+def learn_pixels(task, state, log):
+    """Stage 3 -> the segmenter, and its seconds; from its file where it is finished."""
+    args, path = task.args, Path(task.args.out) / "model.safetensors"
+    torch.manual_seed(args.seed)
+    net = segmenter().to(task.device)
+    if path.exists():
+        weights, header = read_safetensors(path, "remove it and run again")
+        load_exactly(net, weights, path)
+        return net.eval(), header["seconds"]
+    split = task.train.split
+    if args.learn_from == "truth":
+        task.masks = split["drawn"]
+    elif args.proxies:
+        task.masks = data.open_map(args.proxies, "saliency", split)
+    elif args.learn_from == "proxies":
+        task.masks = data.open_map(Path(args.patches or args.out) / "proxies", "drawn", split)
+    else:
+        task.masks = np.zeros((len(split["labels"]), 1, 1), np.uint8)
+    rows = task.train.plain if args.learn_from == "frames" else torch.cat([task.train.plain, task.train.mixed])
+    seconds = fit(task, 3, net, rows, pixel_loss, args.pixel_epochs, args.pixel_lr, state, log)
+    save_safetensors(net.state_dict(), path, {"image_size": task.S, "seconds": seconds})
+    return net.eval(), seconds
+
+
+def run(args, device, autocast):
+    """All stages up to --until -> the row of metrics. What is finished is only read."""
+    task, out = open_task(args, device, autocast), Path(args.out)
+    state = train.open_run(out, task.config, args.resume, args.force, RESULTS) or {}
+    out.mkdir(parents=True, exist_ok=True)
+    if not state:
+        train.save_state({"config": task.config, "stage": 0}, out / "state.pt")
+    finished = out / f"metrics{split_suffix(args.eval_on)}.json"
+    if state and finished.exists() and read_json(finished, ["until"])["until"] >= args.until:
+        print(f"run      {out} is finished")
+        return read_json(finished)
+    at = logged(state["stage"], state["step"]) if state.get("stage") else -1
+    log = train.open_log(out / "log.jsonl", at, args.log, task.config)
+    mixed = len(task.train.mixed)
+    print(f"data     {args.data}: {len(task.train.plain)} frames of one kind, {mixed} mixed, {task.S} px\n"
+          f"run      {out}: stages 1 to {args.until}, --decide {args.decide}, --learn-from {args.learn_from}")
+    net = learn_patches(task, state, log)
+    stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
+    row = {"run": out.name, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on, "until": args.until,
+           "frames": stage}  # fmt: skip
+    if args.until > 1:
+        row["proxies"] = make_proxies(task, net)
+    last = lambda view: proxy_masks(net, view, task.autocast)[0]  # noqa: E731
+    if args.until > 2:
+        pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
+        last = lambda view: pixel_masks(pixels, view, task.autocast)  # noqa: E731
+        row["pixels"] = {name: judge(task, f, last) for name, f in (("dev", task.dev), (args.eval_on, task.report))}
+        told = in_words(row["pixels"][args.eval_on])
+        print(f"stage 3  pixels on {args.eval_on}: {told}; {row['pixel_seconds']:.0f} s")
+    if args.leave_out:
+        row["left_out"] = judge(task, of_style(task.report, args.leave_out), last)
+    draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
+    row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
+    save_json(row, finished)
+    print(f"wrote    {out}/\nnext: python segment.py {shlex.quote(str(out))} PICTURE --out masks")
+    return row
+
+
+def in_words(found):
+    said = [f"{name} mean IoU {found[name]['miou']:.1f} %" for name in ("mixed", "purely") if name in found]
+    return ", ".join(said) or "no true masks to judge by"
+
+
+@torch.no_grad()
+def draw(task, net, masks_of, path, most=8):
+    """Frames of the reported split, their true masks, patches, and what is said at last."""
+    from common import plots
+
+    frames = task.report if len(task.report.mixed) else task.train
+    rows = frames.mixed if len(frames.mixed) else frames.plain
+    rows = rows[data.evenly_spaced(len(rows), most)]
+    _, view = next(views(task, frames.split, rows))
+    with task.autocast():
+        patches = (net.scores(view)[1] > 0).repeat_interleave(net.encoder.patch_size, 1)
+    patches = laid_on(view, patches.repeat_interleave(net.encoder.patch_size, 2))
+    lines = [("frame", view), ("patches", patches), ("mask", laid_on(view, masks_of(view) > 0.5))]
+    if "drawn" in frames.split:
+        true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
+        lines.append(("true mask", laid_on(view, F.interpolate(true[:, None], size=view.shape[1:3])[:, 0] > 127)))
+    plots.image_grid(path, "What is photographed, in orange", lines)
+
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+
+def whole_pictures(paths, problems):
+    """Files, folders, archives -> yield (key, u8 (H, W, 3)), uncut."""
+    for path in paths:
+        try:
+            if is_picture(Path(path)):
+                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
+            else:
+                records, fetch, _ = sources.find(path, layout="-")
+            for record, img in pack.decode_records(records, fetch, lambda r, b: on_paper(open_image(b, 2**15)[0]), 4):
+                if isinstance(img, Exception):
+                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(img)}"))
+                else:
+                    yield record.key, img
+        except UserError as problem:
+            problems.append((path, str(problem)))
+
+
+def on_paper(img):
+    if img.mode == "RGBA":
+        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
+    return np.array(img.convert("RGB"))
+
+
+@torch.no_grad()
+def mask_of(picture, masks_of, side, squared, device):
+    """picture u8 (H, W, 3) -> probability of drawn (H, W): found at short side `side`, then carried to its edges."""
+    H, W = picture.shape[:2]
+    scale = side / min(H, W)
+    size = (side, side) if squared else tuple(min(8 * side, max(32, round(x * scale / 32) * 32)) for x in (W, H))
+    small = torch.from_numpy(np.array(Image.fromarray(picture).resize(size, Image.BICUBIC)))[None].to(device)
+    found = F.interpolate(masks_of(small)[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
+    full = torch.from_numpy(picture)[None].to(device)
+    return guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)[0].cpu().numpy()
+
+
+def use(args, device, autocast):
+    """Write NAME-mask.png (white is drawn) and NAME-overlay.png of each picture, or print shares."""
+    masks_of, side, squared = load(args.encoder, device, autocast)
+    if not args.share and not args.out:
+        raise UserError("--out DIR says where the masks go; --share prints how much is drawn instead")
+    refuse_unused(args, (("side", not squared, f"is for stage 3, and {args.encoder} stopped before it"),))
+    side = args.side or side
+    problems, count, table = [], 0, csv.writer(sys.stdout)
+    if args.share:
+        table.writerow(["picture", "drawn"])
+    for key, picture in whole_pictures(args.pictures, problems):
+        found = mask_of(picture, masks_of, side, squared, device)
+        count += 1
+        if args.share:
+            table.writerow([key, f"{found.mean():.4f}"])
+        if args.out:
+            write_masks(Path(args.out), key, picture, found > 0.5, args.force)
+    tell_problems(problems, count, False)
+    if args.out:
+        print(f"wrote    {args.out}/: masks and overlays of {count} pictures", file=sys.stderr)
+
+
+def write_masks(out, key, picture, mask, force):
+    out.mkdir(parents=True, exist_ok=True)
+    name = "-".join(Path(key).with_suffix("").parts[-2:]).strip("/").replace("/", "-")
+    overlay = laid_on(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
+    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay)):
+        path = out / f"{name}-{what}.png"
+        refuse_overwrite([path], force)
+        with atomic(path) as temporary:
+            Image.fromarray(pixels).save(temporary, "PNG")
+
+
+def main():
+    args = parse_args()
+    refuse_flags(args)
+    device = train.pick_device(args.device)
+    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
+    args.dtype = "fp32" if dtype == torch.float32 else "bf16"
+    if args.out is not None:
+        refuse_file(args.out)
+    if args.pictures:
+        return use(args, device, train.autocast_of(device, dtype))
+    if args.until == 3:
+        transformers()
+    print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
+    load_encoder(args.encoder)  # what is wrong with it is said before a data set is made
+    args.data = str(data.open_or_pack(args.data or "datasets/hybrid"))
+    path = Path(args.encoder)
+    name = path.name if path.is_dir() else path.stem
+    args.out = args.out or f"runs/{name}-seg{f'-s{args.seed}' if args.seed else ''}"
+    refuse_file(args.out)
+    run(args, device, train.autocast_of(device, dtype))
+
+
+if __name__ == "__main__":
+    cli(main)

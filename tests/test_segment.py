@@ -1,0 +1,341 @@
+"""Drawn or photographed: the made frames, patches by labels of frames, proxies, pixels, and the command line."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, draw_folder, refused
+from PIL import Image
+
+import data
+import experiments.hybrid
+import segment
+from common import segmenting
+from common.train import seeded
+from ingest import hybrid
+from model import ViT
+
+QUICK = ["--epochs", 2, "--pixel-epochs", 1, "--device", "cpu", "--dtype", "fp32"]
+FEW = {"train": (12, 4, 0), "dev": (2, 1, 1), "val": (3, 2, 2), "test": (1, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return {split: hybrid.open_photos(split) for split in FEW}
+
+
+@pytest.fixture(scope="module")
+def colours():
+    return hybrid.palettes()
+
+
+@pytest.fixture(scope="package")
+def frames(tmp_path_factory):
+    """A folder with a few packed frames of every kind, 32 px, and an untrained encoder."""
+    from common.checkpoints import save_model
+    from model import MAE
+
+    base, counts = tmp_path_factory.mktemp("frames"), hybrid.COUNTS
+    hybrid.COUNTS = FEW
+    try:
+        call("data.py", "hybrid", "--out", "packed", "--size", 32, cwd=base, check=0)
+    finally:
+        hybrid.COUNTS = counts
+    torch.manual_seed(0)
+    (base / "encoder").mkdir()
+    save_model(MAE(32, 8, 32, 2, 2, 32, 1), base / "encoder" / "model.safetensors", {})
+    return base
+
+
+@pytest.fixture(scope="package")
+def learned(frames):
+    call("segment.py", "encoder", "--data", "packed", "--out", "learned", *QUICK, cwd=frames, check=0)
+    return frames / "learned"
+
+
+# ---- the made frames -------------------------------------------------------------------------------------------------
+
+
+def test_a_photograph_is_in_one_split_and_says_whose_it_is(photos):
+    assert sum(map(len, photos.values())) == len(hybrid.PHOTOS) == 14
+    assert {split for _, split, _ in hybrid.PHOTOS.values()} == set(hybrid.COUNTS)
+    assert all(photo.dtype == np.uint8 and photo.shape[2] == 3 for some in photos.values() for photo in some)
+    lines, libraries = (ROOT / "docs/hybrid.md").read_text(), {"sklearn": "scikit-learn", "skimage": "scikit-image"}
+    for name, (library, split, licence) in hybrid.PHOTOS.items():
+        assert f"| {name} | {libraries.get(library, library)} | {split} | {licence} |" in lines
+
+
+def test_masks_say_what_is_drawn(photos, colours):
+    """Without grain and JPEG a drawn pixel is the drawing's, a photographed one the photograph's."""
+    rng = np.random.default_rng(0)
+    figure = hybrid.toon.draw(hybrid.toon.plan(1)[0], 64)
+    drawing, photo = np.full((64, 64, 3), 200.0), np.full((64, 64, 3), 20.0)
+    for kind in hybrid.KINDS:
+        frame, share = hybrid.mix(kind, figure, drawing.copy(), photo, rng)
+        inside = share == 1
+        assert frame[share == 0].max(initial=0) <= 40, kind  # folds may lighten clothes
+        assert kind == "photographed" or (frame[inside] == 200).mean() > 0.85, kind  # all but the rim of a window
+        assert share.mean() == {"drawn": 1, "photographed": 0}.get(kind, pytest.approx(0.5, abs=0.48)), kind
+    assert ((share > 0) & (share < 1)).sum() == 0  # of clothes
+    share = hybrid.mix("soft_blend", figure, drawing, photo, rng)[1]
+    assert ((share > 0.05) & (share < 0.95)).mean() > 0.15
+
+
+def test_frames_are_made_again_alike(photos, colours):
+    items = [item for item in hybrid.plan() if item["kind"] in hybrid.MIXED][::160]
+    for item in items:
+        a, b = (hybrid.draw(dict(item), 32, photos, colours) for _ in range(2))
+        assert all(np.array_equal(a[k], b[k]) for k in ("image", "drawn")) and a["style"] == b["style"]
+        assert a["image"].shape == (32, 32, 3) and a["drawn"].dtype == a["image"].dtype == np.uint8
+
+
+def test_layers_take_mean_and_covariance_of_another(colours):
+    rng = np.random.default_rng(1)
+    layer = np.float32(128 + 20 * rng.normal(size=(64, 64, 3)) @ rng.normal(size=(3, 3)))
+    palette = np.array([120.0, 130, 140]), np.linalg.cholesky(np.diag([90.0, 60, 30]) + 20)
+    mean, root = hybrid.statistics(hybrid.recolour(layer, palette))
+    assert mean == pytest.approx(palette[0], abs=0.5)
+    assert root == pytest.approx(palette[1], rel=0.15, abs=0.6)  # both have a little added to the diagonal
+
+
+def test_neither_brightness_nor_contrast_tells_the_two_apart(photos, colours):
+    items = {kind: [i for i in hybrid.plan() if i["kind"] == kind][:40] for kind in ("drawn", "photographed")}
+    found = [np.stack([hybrid.draw(i, 32, photos, colours)["image"] for i in some]) for some in items.values()]
+    for measure in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3))):
+        a, b = (measure(x.astype(float)) for x in found)
+        assert abs(a.mean() - b.mean()) < 3 * np.sqrt(a.var() / len(a) + b.var() / len(b))
+
+
+def test_the_packed_set_tells_kinds_photographs_and_masks(frames):
+    train, val = (data.open_split(frames / "packed", name) for name in ("train", "val"))
+    header = val["header"]
+    assert header["hybrid"] == {"mixed": list(hybrid.MIXED), "purely": list(hybrid.PURELY)}
+    assert sum("photograph" in note and "CC" in note for note in header["notes"]) >= 6
+    assert len(train["labels"]) == 2 * 12 + 3 * 4 and len(val["labels"]) == 2 * 3 + 5 * 2
+    names = np.array(header["classes"])[val["labels"]]
+    assert (val["drawn"][names == "drawn"] == 255).all() and (val["drawn"][names == "photographed"] == 0).all()
+    assert 0.05 < (val["drawn"][np.isin(names, hybrid.MIXED)] > 127).mean() < 0.95
+
+
+# ---- patches, proxies, masks -----------------------------------------------------------------------------------------
+
+
+def tiny():
+    torch.manual_seed(0)
+    return segmenting.Patches(ViT(32, 8, 32, 1, 2), "centroid").eval()
+
+
+def test_the_nearest_centroid_decides():
+    net, view = tiny(), torch.randint(0, 256, (3, 32, 32, 3), generator=seeded(0), dtype=torch.uint8)
+    net.centroids.copy_(torch.randn(2, 32, generator=seeded(1)))
+    frame, patches = net.scores(view)
+    tokens = net.encoder.features(view)[:, 1:]
+    near = torch.cdist(tokens, net.centroids.expand(3, 2, 32)).argmin(2).view(3, 4, 4)
+    assert torch.equal(patches > 0, near == 1)
+    mean = torch.cdist(tokens.mean(1), net.centroids).argmin(1)  # a frame is where the mean of its patches is
+    assert torch.equal(frame > 0, mean == 1)
+
+
+def test_patches_of_another_frame_keep_its_label(monkeypatch):
+    """One frame is black and photographed, one white and drawn: a patch's label has to be its colour."""
+    seen = []
+
+    class Net(torch.nn.Module):
+        decide, encoder = "centroid", ViT(32, 8, 32, 1, 2)
+
+        def forward(self, patches, ids):
+            seen.append((patches.mean(2) > 0.5).long())
+            return None, torch.zeros(*ids.shape, 2, requires_grad=True)
+
+    monkeypatch.setattr(segment.F, "cross_entropy", lambda logits, labels: seen.append(labels))
+    args = SimpleNamespace(min_crop=1, colour=0, cut=1, keep=1)
+    task = SimpleNamespace(args=args, S=32, train=SimpleNamespace(kind=torch.tensor([0, 1])))
+    images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 32, 32, 3).contiguous()
+    segment.patch_loss(task, Net(), torch.tensor([0, 1]), images, seeded(3))
+    patches, labels = seen
+    assert torch.equal(patches.flatten(), labels) and 0 < patches[0].sum() < 16  # and some are another frame's
+
+
+def test_scores_between_patches_are_means_of_moved_frames():
+    """A network that answers with the brightness of a patch, on a frame with one bright square of half a patch."""
+    view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    view[:, 8:12, 8:12] = 240
+    brightness = lambda x: (None, x.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))  # noqa: E731
+    net = SimpleNamespace(encoder=SimpleNamespace(patch_size=8, side=4), scores=brightness)
+    fine = segmenting.fine_scores(net, view)
+    assert fine.shape == (1, 8, 8) and fine[0, 2, 2] == fine.max() and fine[0, 2, 2] == pytest.approx(60)
+    assert fine[0, 2, 3] == fine[0, 3, 2] == pytest.approx(30) and fine[0, 6, 6] == 0
+
+
+def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
+    view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    view[:, :, 18:] = 200
+    blurred = torch.sigmoid((torch.arange(32.0) - 16) / 3).expand(1, 32, 32)
+    found, true = segmenting.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
+    assert torch.equal((found > 0.5).float(), true.expand(1, 32, 32))
+    assert ((blurred > 0.5) != (true > 0)).any() and found[0, 16, 18] - found[0, 16, 17] > 0.3  # a step, not a slope
+    flat = segmenting.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
+    assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
+
+
+def test_masks_are_judged_as_by_hand():
+    true, said = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    true[:, :, :4], said[:, :, :6] = True, True
+    row = segmenting.judge_masks([(said, true)])
+    assert row["iou_drawn"] == pytest.approx(100 * 32 / 48, abs=0.01)
+    assert row["iou_photographed"] == pytest.approx(100 * 16 / 32, abs=0.01)
+    assert row["miou"] == pytest.approx((200 / 3 + 50) / 2, abs=0.01)
+    assert row["boundary_f"] == 100  # two pixels off
+    said[:, :, :7] = True
+    assert segmenting.judge_masks([(said, true)])["boundary_f"] == 0
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def test_three_stages_leave_their_files_and_numbers(frames, learned):
+    found = json.loads((learned / "metrics.json").read_text())
+    assert 0 <= found["frames"]["val"] <= 100 and found["pixels"]["val"].keys() >= {"mixed", "purely", "panels"}
+    assert found["proxies"].keys() == {"dev", "dev_coarse", "val", "val_coarse"}
+    split = data.open_split(learned.parent / "packed", "train")
+    proxies = data.open_map(learned / "proxies", "drawn", split)
+    names = np.array(split["header"]["classes"])[split["labels"]]
+    assert proxies.shape == (36, 32, 32) and not proxies[np.isin(names, segmenting.KINDS)].any()
+    assert (learned / "overlays.png").exists()
+    again = call("segment.py", "encoder", "--data", "packed", "--out", "learned", "--resume", *QUICK, cwd=frames)
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(frames, learned, tmp_path, monkeypatch, step):
+    """Stopped in stage 1 and in stage 3 (its first step is the third of all)."""
+    count, plain, signals = 0, segment.train.Meter.add, []
+
+    def add(self, *words):
+        nonlocal count
+        count += 1
+        if count == step:
+            signals[-1].append(segment.train.signal.SIGTERM)
+        return plain(self, *words)
+
+    monkeypatch.setattr(segment.train, "catch_signals", lambda: signals.append([]) or signals[-1])
+    monkeypatch.setattr(segment.train.Meter, "add", add)
+    words = ["segment.py", frames / "encoder", "--data", frames / "packed", "--out", tmp_path / "run", *QUICK]
+    stopped = call(*words, cwd=frames)
+    assert stopped.returncode == 128 + 15 and not (tmp_path / "run/metrics.json").exists()
+    call(*words, "--resume", cwd=frames, check=0)
+    for name in ("patches", "model"):
+        a, b = (segmenting.read_safetensors(place / f"{name}.safetensors")[0] for place in (learned, tmp_path / "run"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
+    split = data.open_split(frames / "packed", "train")
+    of_class = [{"photographed": 0, "drawn": 1}.get(name, -1) for name in split["header"]["classes"]]
+    kind = torch.tensor(of_class)[split["labels"]]
+    task = SimpleNamespace(args=SimpleNamespace(flip=0.0, seed=0), masks=split["drawn"],
+                           encoder=SimpleNamespace(side=4), train=SimpleNamespace(kind=kind))  # fmt: skip
+    rows = torch.arange(len(kind))
+    masks = segment.masks_to_learn(task, rows)
+    assert torch.equal(masks, torch.from_numpy(np.array(split["drawn"])) / 255)
+    task.args.flip = 0.25
+    turned = segment.masks_to_learn(task, rows)
+    share = ((turned - masks).abs() > 0)[kind < 0].float().mean()
+    assert 0.1 < share < 0.4 and torch.equal(turned[kind >= 0], masks[kind >= 0])
+    assert torch.equal(turned, segment.masks_to_learn(task, rows))  # the same patches whenever they come
+
+
+def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("wide", (90, 40)), ("dot", (1, 1)), ("square", (32, 32))):
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "none.png").write_text("no picture")
+    names = ["wide.png", "dot.png", "square.png"]
+    done = call("segment.py", learned, *names, "none.png", "--out", "masks", "--share", cwd=tmp_path, check=0)
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert [r["picture"] for r in rows] == names and "none.png is not a picture" in done.stderr
+    for row in rows:
+        stem = row["picture"].removesuffix(".png")
+        mask = np.asarray(Image.open(tmp_path / f"masks/{stem}-mask.png"))
+        assert mask.shape == np.asarray(Image.open(tmp_path / row["picture"])).shape[:2] and set(mask.flat) <= {0, 255}
+        assert 0 <= float(row["drawn"]) <= 1 and (tmp_path / f"masks/{stem}-overlay.png").exists()
+    assert "is there already" in refused(call("segment.py", learned, "dot.png", "--out", "masks", cwd=tmp_path))
+
+
+def test_patches_alone_segment_too(frames, tmp_path):
+    words = ["segment.py", "encoder", "--data", "packed", "--out", "second", "--until", 2, *QUICK[:2], *QUICK[4:]]
+    call(*words, cwd=frames, check=0)
+    assert not (frames / "second/model.safetensors").exists()
+    Image.new("RGB", (50, 30), "white").save(tmp_path / "white.png")
+    call("segment.py", frames / "second", "white.png", "--out", "m", cwd=tmp_path, check=0)
+    assert np.asarray(Image.open(tmp_path / "m/white-mask.png")).shape == (30, 50)
+    call("segment.py", "encoder", "--data", "packed", "--out", "third", "--patches", "second", "--learn-from", "frames",
+         *QUICK[2:], cwd=frames, check=0)  # fmt: skip
+    assert not (frames / "third/patches.safetensors").exists() and (frames / "third/model.safetensors").exists()
+
+
+def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
+    """Without masks, without mixed frames, without a split dev."""
+    draw_folder(tmp_path / "own", classes=2, each=16)
+    for i, name in enumerate(segmenting.KINDS):
+        (tmp_path / f"own/class{i}").rename(tmp_path / "own" / name)
+    call("data.py", "own", "--out", "packed", "--size", 32, cwd=tmp_path, check=0)
+    done = call("segment.py", frames / "encoder", "--data", "packed", "--out", "run", *QUICK, cwd=tmp_path, check=0)
+    assert "no mixed frames: no stage 3" in done.stdout and (tmp_path / "run/patches.safetensors").exists()
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["--data", "none"], "does not exist"),
+    (["--until", 2, "--flip", 0.1], "--flip 0.1 is for stage 3, not for --until 2"),
+    (["--learn-from", "truth", "--flip", 0.1], "--flip 0.1 is for proxies, not for --learn-from truth"),
+    (["--decide", "cls", "--cut", 0.1], "--cut 0.1 is for patches that are learned one by one"),
+    (["--leave-out", "line=thick"], "--leave-out line=thick is unknown; there are: palette=natural|"),
+    (["--share"], "--share is for pictures"), (["--image-size", 33], "no multiple"),
+    (["--patches", "nowhere"], "nowhere/patches.safetensors does not exist"),
+    (["--proxies", "nowhere"], "no saliency maps at nowhere"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(frames, tmp_path, words, reason):
+    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run", *words, "--device", "cpu"]
+    assert reason in refused(call(*words, cwd=frames))
+
+
+def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(frames, small, learned, tmp_path):
+    words = ["segment.py", frames / "encoder", "--data", small, "--out", tmp_path / "run"]
+    assert "no frames labelled 'photographed', only class0, class1" in refused(call(*words, cwd=tmp_path))
+    other = call("segment.py", frames / "encoder", "x.png", "--share", cwd=tmp_path)
+    assert "is no run of segment.py" in refused(other)
+    assert "--out DIR says where" in refused(call("segment.py", learned, "x.png", cwd=tmp_path))
+    assert "x.png" in refused(call("segment.py", learned, "x.png", "--share", cwd=tmp_path))
+
+
+def test_without_transformers_stage_3_names_it(frames, tmp_path, monkeypatch):
+    monkeypatch.setitem(segment.sys.modules, "transformers", None)
+    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run"]
+    assert "pip install transformers; --until 2 stops before it" in refused(call(*words, cwd=frames))
+
+
+# ---- the table of arms, and what gives a frame away ------------------------------------------------------------------
+
+
+def test_cues_that_give_all_away_are_found(tmp_path):
+    """Gray frames against red ones, quiet ones against noisy ones: each cue finds its own difference alone."""
+    rng = np.random.default_rng(0)
+    noisy = [rng.normal(128, s, (20, 64, 64, 3)).clip(0, 255).astype(np.uint8) for s in (2, 9)]
+    a, b = (experiments.hybrid.noise(x) for x in noisy)
+    assert (a[:, 0].max() < b[:, 0].min()) and a.shape == (20, 8) and np.isfinite(a).all()
+    red = noisy[0].copy()
+    red[..., 0] += 20
+    a, b = (experiments.hybrid.colours(x) for x in (noisy[0], red))
+    assert a[:, 0].max() < b[:, 0].min() and a.shape == (20, 9)
+    assert experiments.hybrid.histograms(red).shape == (20, 64)
+
+
+def test_arms_share_stages_1_and_2_but_those_that_change_them():
+    args = SimpleNamespace(work="w", data="datasets/hybrid", encoder="runs/x", flags="")
+    for arm in experiments.hybrid.ARMS:
+        out, words = experiments.hybrid.words_of(args, arm, 100)
+        shared = "--patches w/hybrid/proxies-s100" in " ".join(words)
+        assert shared == (arm not in experiments.hybrid.OWN) and str(out) == f"w/hybrid/{arm}-s100"
