@@ -92,10 +92,10 @@ def parse_args():
     add("--decide", default="centroid", choices=["centroid", "cls"], help="what names a patch: the nearest centroid\n"
         "of patch tokens, or a head that learned on the CLS token")  # fmt: skip
     add("--image-size", type=at_least(16), metavar="S", help="side of the frames in pixels (default: as packed)")
-    add("--epochs", type=at_least(1), default=12, help="passes over the frames of one kind")
+    add("--epochs", type=at_least(1), default=20, help="passes over the frames of one kind")
     add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate")
-    add("--keep", type=between(0.01, 1), default=0.5, metavar="SHARE", help="of the patches shown in training")
-    add("--cut", type=between(0, 1), default=0.5, metavar="SHARE", help="of the frames that show patches of another "
+    add("--keep", type=between(0.01, 1), default=0.25, metavar="SHARE", help="of the patches shown in training")
+    add("--cut", type=between(0, 1), default=1.0, metavar="SHARE", help="of the frames that show patches of another "
         "one, too")  # fmt: skip
     add = parser.add_argument_group("stage 3: pixels").add_argument
     add("--learn-from", default="proxies", choices=["proxies", "frames", "truth"], help="mixed frames with proxies; "
