@@ -34,11 +34,10 @@ from common import classifier, distributed, errors, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
 from common.corruptions import cutout, squares
-from common.features import epoch_rows, open_rows, split_suffix
+from common.features import epoch_rows, open_rows, split_suffix, untrained_like
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
-from model import untrained_like
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; of a character, also at the end

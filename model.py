@@ -364,12 +364,10 @@ def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
         raise UserError(f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads")
 
 
-def untrained_like(encoder, seed=0):
-    """An encoder of the same shape as it was before it learned anything: the control of every feature."""
-    torch.manual_seed(seed)
-    block, p = encoder.blocks[0], encoder.patch_size
-    dim, heads = encoder.cls_token.shape[2], block.attn.heads
-    return ViT(encoder.side * p, p, dim, len(encoder.blocks), heads).eval()
+def shape_of(encoder):
+    """What a ViT of this shape is built from: ViT(**shape_of(encoder))."""
+    p, dim, blocks = encoder.patch_size, encoder.cls_token.shape[2], encoder.blocks
+    return dict(image_size=encoder.side * p, patch_size=p, dim=dim, depth=len(blocks), heads=blocks[0].attn.heads)
 
 
 # ---- patches back to pixels ----------------------------------------------------------------------------------------

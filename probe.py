@@ -46,7 +46,7 @@ from common.command import (
 )
 from common.io import UserError, save_text
 from common.train import commit, machine, read_log, seeded
-from model import untrained_like
+from model import shape_of
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 COLUMNS = (  # of the printed table: heading, where its number is in a row of probe.json
@@ -240,7 +240,7 @@ def ridge_top1(found, task):
 @working("asking for tags and style")
 def pictured_rows(home, encoder, size, found, task):
     """What the headline's pooling and its controls know of tags and of style -> {name: row}, printed a line each."""
-    untrained, pool, header = untrained_like(encoder).to(task.device), task.args.pool, task.train["header"]
+    untrained, pool, header = features.untrained_like(encoder).to(task.device), task.args.pool, task.train["header"]
     controls = features.of_controls(home.parent, untrained, size, task, task.args.views)
     names = [f"untrained {pool}", *(f"thumb{side}" for side in features.SIDES)]
     asked = {name: rows_of(x, task) for name, x in ({pool: found[pool]} | {k: controls[k] for k in names}).items()}
@@ -425,9 +425,9 @@ def measure_run(run, encoder, size, found, task):
 
 def control_rows(home, encoder, size, task):
     """Rows of the untrained encoder and of thumbnails: measured once for all runs of one shape."""
-    shape = features.shape_of(encoder, size)
+    shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
-        untrained = untrained_like(encoder).to(task.device)
+        untrained = features.untrained_like(encoder).to(task.device)
         found = features.of_controls(home.parent, untrained, size, task, task.args.views)
         task.controls[shape] = {pool: measure(x, task)[0] for pool, x in in_order(found).items()}
     return task.controls[shape]
@@ -471,7 +471,7 @@ def snapshots(run, task):
     files, points = snapshot_files(run), []
     for epoch in (0.0, *sorted(files)):
         encoder, size = load_encoder(files[epoch or min(files)])
-        encoder = (encoder if epoch else untrained_like(encoder)).to(task.device).requires_grad_(False)
+        encoder = (encoder if epoch else features.untrained_like(encoder)).to(task.device).requires_grad_(False)
         extractor = features.encoder_extractor(encoder, size, task.autocast, {})
         tensors = features.extract_all(extractor, task, 1)
         with working("ridge regression"):

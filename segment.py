@@ -46,7 +46,7 @@ from common.command import (
     working,
 )
 from common.features import open_splits, split_suffix
-from common.io import UserError, atomic, read_header, read_json, read_safetensors, save_json, save_safetensors
+from common.io import UserError, atomic, read_header, read_json, save_json, save_safetensors
 from common.lora import fingerprint
 from common.segmenting import (
     KINDS,
@@ -54,18 +54,17 @@ from common.segmenting import (
     cut_masks,
     guided_filter,
     judge_masks,
-    laid_on,
     load,
     load_patches,
+    load_pixels,
+    overlay,
     pixel_logits,
     pixel_masks,
     proxy_masks,
     segmenter,
     transformers,
 )
-from ingest import pack, sources
-from ingest.decode import PAPER, open_image, reason
-from ingest.pictures import is_picture, tell_problems
+from ingest.pictures import tell_problems, whole_pictures
 from kernels.gather import masked_patch_gather
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
@@ -153,8 +152,8 @@ def open_task(args, device, autocast):
     sets = {name: frames_of(split, kind, name == "train" and args.leave_out) for name, split in splits.items()}
     if "dev" not in sets:
         sets["dev"] = hold_apart(sets["train"])
-    task.train, task.dev, task.report = (sets[name] for name in ("train", "dev", args.eval_on))
-    task.report_name = args.eval_on
+    task.train, task.report = sets["train"], sets[args.eval_on]
+    task.judged = {name: sets[name] for name in ("dev", args.eval_on)}  # choices are made on dev
     for k, name in enumerate(KINDS):
         if not (task.train.kind[task.train.plain] == k).any():
             raise UserError(f"{args.data}, train has no frames that are {name}; there have to be frames of both kinds")
@@ -379,21 +378,30 @@ def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
 
 @torch.no_grad()
 def judge(task, frames, masks_of):
-    """masks_of(view) -> (B, S, S) probability of drawn. -> {kind of frame: row of judge_masks}, and of all mixed ones
-    that are heterogeneous, and all purely hybrid ones, where the set tells them; {} where it has no true masks."""
-    if "drawn" not in frames.split or not len(frames.mixed):
+    """masks_of(view) -> {name: (B, S, S)}, probabilities of drawn. -> {name: {kind of frame: row of judge_masks}}.
+
+    Beside the kinds stand all heterogeneous frames and all purely hybrid ones, where the set tells them; {} where it
+    has no true masks.
+    """
+    if "drawn" not in frames.split:
         return {}
     header, pairs = frames.split["header"], {}
     for index, view in views(task, frames.split, frames.mixed):
-        said = masks_of(view) > 0.5
         true = torch.from_numpy(np.array(frames.split["drawn"][index.numpy()])).float()
-        true = F.interpolate(true[:, None], size=said.shape[1:], mode="area")[:, 0].to(said.device) > 127.5
-        for i, row in enumerate(index.tolist()):
-            kind = header["classes"][frames.split["labels"][row]]
-            pairs.setdefault(kind, []).append((said[i : i + 1], true[i : i + 1]))
+        true = F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0].to(view.device) > 127.5
+        for name, mask in masks_of(view).items():
+            for i, row in enumerate(index.tolist()):
+                kind = header["classes"][frames.split["labels"][row]]
+                of_kind = pairs.setdefault(name, {}).setdefault(kind, [])
+                of_kind.append((mask[i : i + 1] > 0.5, true[i : i + 1]))
+    return {name: judge_kinds(kinds, header.get("hybrid") or {"mixed": list(kinds)}) for name, kinds in pairs.items()}
+
+
+def judge_kinds(pairs, groups):
+    """{kind: pairs of masks}, {group: kinds} -> {kind or group: row of judge_masks}."""
     found = {kind: judge_masks(pairs[kind]) for kind in sorted(pairs)}
-    for name, of in (header.get("hybrid") or {"mixed": list(pairs)}).items():
-        if some := [pair for kind in of for pair in pairs.get(kind, [])]:
+    for name, kinds in groups.items():
+        if some := [pair for kind in kinds for pair in pairs.get(kind, [])]:
             found[name] = judge_masks(some)
     return found
 
@@ -411,10 +419,9 @@ def learn_patches(task, state, log):
     seconds = fit(task, 1, net, task.train.plain, patch_loss, args.epochs, args.lr, state, log)
     with working("centroids"):
         set_centroids(task, net)
-        row = {"seconds": seconds, "dev": judge_frames(task, net, task.dev),
-               task.report_name: judge_frames(task, net, task.report)}  # fmt: skip
+        row = {"seconds": seconds} | {name: judge_frames(task, net, some) for name, some in task.judged.items()}
     save_safetensors(net.state_dict(), path, {"patches": net.config, "stage": row})
-    print(f"stage 1  frames named rightly: dev {row['dev']} %, {task.report_name} {row[task.report_name]} %; "
+    print(f"stage 1  frames named rightly: dev {row['dev']} %, {args.eval_on} {row[args.eval_on]} %; "
           f"{seconds:.0f} s")  # fmt: skip
     return net
 
@@ -427,10 +434,15 @@ def make_proxies(task, net):
         return {}
     if not data.map_file(out, "drawn", task.train.split).exists():
         write_proxies(task, net, out)
+
+    def masks_of(view):
+        fine, coarse = proxy_masks(net, view, task.autocast)  # after and before the picture's edges were asked
+        return {"fine": fine, "coarse": coarse}
+
     found = {}
-    for name, frames in (("dev", task.dev), (args.eval_on, task.report)):
-        for k, suffix in enumerate(("", "_coarse")):  # coarse: before the picture's edges were asked
-            found[name + suffix] = judge(task, frames, lambda view, k=k: proxy_masks(net, view, task.autocast)[k])
+    for name, frames in task.judged.items():
+        both = judge(task, frames, masks_of)
+        found |= {name: both.get("fine", {}), f"{name}_coarse": both.get("coarse", {})}
     print(f"stage 2  proxies on {args.eval_on}: {in_words(found[args.eval_on])}")
     return found
 
@@ -438,12 +450,11 @@ def make_proxies(task, net):
 def learn_pixels(task, state, log):
     """Stage 3 -> the segmenter, and its seconds; from its file where it is finished."""
     args, path = task.args, Path(task.args.out) / "model.safetensors"
+    if path.exists():
+        net, header = load_pixels(path)
+        return net.to(task.device), header["seconds"]
     torch.manual_seed(args.seed)
     net = segmenter().to(task.device)
-    if path.exists():
-        weights, header = read_safetensors(path, "remove it and run again")
-        load_exactly(net, weights, path)
-        return net.eval(), header["seconds"]
     split = task.train.split
     if args.learn_from == "truth":
         task.masks = split["drawn"]
@@ -482,14 +493,15 @@ def run(args, device, autocast):
     if args.until > 1:
         row["proxies"] = make_proxies(task, net)
     last = lambda view: proxy_masks(net, view, task.autocast)[0]  # noqa: E731
+    judge_last = lambda frames: judge(task, frames, lambda view: {"last": last(view)}).get("last", {})  # noqa: E731
     if args.until > 2:
         pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
         last = lambda view: pixel_masks(pixels, view, task.autocast)  # noqa: E731
-        row["pixels"] = {name: judge(task, f, last) for name, f in (("dev", task.dev), (args.eval_on, task.report))}
+        row["pixels"] = {name: judge_last(some) for name, some in task.judged.items()}
         told = in_words(row["pixels"][args.eval_on])
         print(f"stage 3  pixels on {args.eval_on}: {told}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
-        row["left_out"] = judge(task, of_style(task.report, args.leave_out), last)
+        row["left_out"] = judge_last(of_style(task.report, args.leave_out))
     draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
     row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
     save_json(row, finished)
@@ -513,38 +525,15 @@ def draw(task, net, masks_of, path, most=8):
     _, view = next(views(task, frames.split, rows))
     with task.autocast():
         patches = (net.scores(view)[1] > 0).repeat_interleave(net.encoder.patch_size, 1)
-    patches = laid_on(view, patches.repeat_interleave(net.encoder.patch_size, 2))
-    lines = [("frame", view), ("patches", patches), ("mask", laid_on(view, masks_of(view) > 0.5))]
+    patches = overlay(view, patches.repeat_interleave(net.encoder.patch_size, 2))
+    lines = [("frame", view), ("patches", patches), ("mask", overlay(view, masks_of(view) > 0.5))]
     if "drawn" in frames.split:
         true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
-        lines.append(("true mask", laid_on(view, F.interpolate(true[:, None], size=view.shape[1:3])[:, 0] > 127)))
+        lines.append(("true mask", overlay(view, F.interpolate(true[:, None], size=view.shape[1:3])[:, 0] > 127)))
     plots.image_grid(path, "What is photographed, in orange", lines)
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
-
-
-def whole_pictures(paths, problems):
-    """Files, folders, archives -> yield (key, u8 (H, W, 3)), uncut."""
-    for path in paths:
-        try:
-            if is_picture(Path(path)):
-                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
-            else:
-                records, fetch, _ = sources.find(path, layout="-")
-            for record, img in pack.decode_records(records, fetch, lambda r, b: on_paper(open_image(b, 2**15)[0]), 4):
-                if isinstance(img, Exception):
-                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(img)}"))
-                else:
-                    yield record.key, img
-        except UserError as problem:
-            problems.append((path, str(problem)))
-
-
-def on_paper(img):
-    if img.mode == "RGBA":
-        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
-    return np.array(img.convert("RGB"))
 
 
 @torch.no_grad()
@@ -584,8 +573,8 @@ def use(args, device, autocast):
 def write_masks(out, key, picture, mask, force):
     out.mkdir(parents=True, exist_ok=True)
     name = "-".join(Path(key).with_suffix("").parts[-2:]).strip("/").replace("/", "-")
-    overlay = laid_on(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
-    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay)):
+    shown = overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
+    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
         path = out / f"{name}-{what}.png"
         refuse_overwrite([path], force)
         with atomic(path) as temporary:

@@ -83,10 +83,18 @@ def at_size(weights, facts, image_size, path):
     size, p = image_size or facts["image_size"], facts["patch_size"]
     if size < p or size % p:
         raise UserError(f"{path} has patches of {p} px: an image size of {size} px is no multiple of it")
-    positions = lambda size: 12 * (size // p) ** 2 * facts["dim"]  # noqa: E731 (bytes, with what resizes them)
-    check_memory(torch.device("cpu"), size, p, positions, "another encoder")
+    # bytes of positions, with what resizes them
+    check_memory(torch.device("cpu"), size, p, lambda side: 12 * (side // p) ** 2 * facts["dim"], "another encoder")
     resized = {k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")}
     return weights | resized, facts | {"image_size": size}
+
+
+def blank_encoder(shape, norm_eps):
+    """A ViT of this shape whose weights are still to be loaded; epsilons of its norms are no weights."""
+    encoder = ViT(**{k: shape[k] for k in ENCODER})
+    for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
+        norm.eps = norm_eps
+    return encoder
 
 
 def load_encoder(path, image_size=None):
@@ -98,9 +106,7 @@ def load_encoder(path, image_size=None):
 
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
     with torch.device("meta"):  # shapes only: nothing is drawn, so that loading leaves the seed alone
-        encoder = ViT(**{k: facts[k] for k in ENCODER})
-    for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = facts["norm_eps"]
+        encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path, assign=True)
     return encoder.eval(), facts["image_size"]
 

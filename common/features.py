@@ -21,6 +21,7 @@ from common.command import progress
 from common.evaluate import extremes
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
+from model import ViT, shape_of
 
 POOLS, HEADLINE = ("mean", "cls", "extremes", "grid"), "extremes"
 GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
@@ -71,6 +72,12 @@ def hold_out(splits):
         return torch.arange(len(labels)), torch.arange(len(splits["dev"]["labels"])), "dev"
     apart = torch.from_numpy(data.hold_apart(data.groups_of(splits["train"]), labels, data.APART))
     return (~apart).nonzero()[:, 0], apart.nonzero()[:, 0], "train"
+
+
+def untrained_like(encoder, seed=0):
+    """An encoder of the same shape as it was before it learned anything: the control of every feature."""
+    torch.manual_seed(seed)
+    return ViT(**shape_of(encoder)).eval()
 
 
 # ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B, D)} ---------------
@@ -200,17 +207,12 @@ def of_run(folder, run, encoder, size, task, views=1, blocks=False):
     return found, clock | {"all": time.perf_counter() - start_time} if clock else {}
 
 
-def shape_of(encoder, size):
-    """What makes two untrained encoders the same."""
-    return (size, encoder.patch_size, encoder.cls_token.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads)
-
-
 def of_controls(folder, untrained, size, task, views=1):
     """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ..., ...}.
 
     They depend on the architecture and the data alone: one file in the folder of runs serves all runs alike.
     """
-    header = header_of(f"untrained {shape_of(untrained, size)}", size, task, views)
+    header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task, views)
     name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
     tokens = encoder_extractor(untrained, size, task.autocast, {})
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import formats
-from common.checkpoints import ENCODER, as_convolution, load_encoder
+from common.checkpoints import as_convolution, load_encoder
 from common.io import UserError, save_json, save_safetensors
+from model import shape_of
 
 # matrices that LoRA can change, and the Linear of a block that holds them
 LAYERS = {"attn.qkv": ("q", "k", "v"), "attn.proj": ("o",), "mlp.fc1": ("fc1",), "mlp.fc2": ("fc2",)}
@@ -109,9 +110,7 @@ def save_encoder(encoder, path, about):
     """Write an encoder alone, without a decoder; an adapter has to be merged and removed before."""
     if lora_layers(encoder):
         raise ValueError("merge_lora and remove_lora first: a file of ours holds plain layers")
-    p, dim, blocks = encoder.patch_size, encoder.cls_token.shape[2], encoder.blocks
-    sizes = (encoder.side * p, p, dim, len(blocks), blocks[0].attn.heads)
-    config = dict(zip(ENCODER, sizes, strict=True)) | {"norm_eps": encoder.norm.eps}
+    config = shape_of(encoder) | {"norm_eps": encoder.norm.eps}
     save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **about})
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoints import about_model, load_exactly, model_file
+from common.checkpoints import about_model, blank_encoder, load_exactly, model_file
 from common.io import UserError, read_safetensors, save_safetensors
-from model import MLP, Attention, Block, ViT, attention, init_weights, shrink_branches
+from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
 ARMS = {  # what is read, and what is learned besides the character
     "mfdn": "picture and tags; hidden tags, more and more of them, and all from the half on",
@@ -162,9 +162,8 @@ class MFDN(nn.Module):
 
     def __init__(self, encoder, C, V, arm="mfdn", length=32):
         super().__init__()
-        dim, depth, heads = encoder.cls_token.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads
-        shape = dict(image_size=encoder.side * encoder.patch_size, patch_size=encoder.patch_size, dim=dim, depth=depth,
-                     heads=heads)  # fmt: skip
+        shape = shape_of(encoder)
+        dim, depth, heads = (shape[k] for k in ("dim", "depth", "heads"))
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps, "C": C, "V": V, "arm": arm, "length": length}
         self.encoder, self.arm, self.V, self.length = encoder, arm, V, length
         self.half, few = depth // 2, max(1, depth // 6)
@@ -276,8 +275,7 @@ def load(folder):
     if lost := sorted(keys - header.keys()):
         raise UserError(f"{path} has no {lost[0]!r}: it is no run of tags.py; {REMEDY}")
     config = header["tags"]
-    net = MFDN(ViT(**config["encoder"]), config["C"], config["V"], config["arm"], config["length"])
-    for norm in (m for m in net.encoder.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = config["norm_eps"]
+    encoder = blank_encoder(config["encoder"], config["norm_eps"])
+    net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
     load_exactly(net, weights, path)
     return net.eval(), header

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.checkpoints import load_exactly
+from common.checkpoints import blank_encoder, load_exactly
 from common.io import UserError, read_safetensors
-from model import ViT
+from model import shape_of
 
 KINDS = ("photographed", "drawn")  # what a frame, a patch, a pixel may be: 0 or 1
 EPS = 1e-2  # of the guided filter: contrasts under a tenth of the range are no edges
@@ -29,10 +29,8 @@ class Patches(nn.Module):
 
     def __init__(self, encoder, decide):
         super().__init__()
-        dim, heads = encoder.cls_token.shape[2], encoder.blocks[0].attn.heads
-        self.config = {"encoder": dict(image_size=encoder.side * encoder.patch_size, patch_size=encoder.patch_size,
-                       dim=dim, depth=len(encoder.blocks), heads=heads), "norm_eps": encoder.norm.eps,
-                       "decide": decide}  # fmt: skip
+        shape = shape_of(encoder)
+        self.config, dim = {"encoder": shape, "norm_eps": encoder.norm.eps, "decide": decide}, shape["dim"]
         self.encoder, self.decide, self.head = encoder, decide, nn.Linear(dim, 2)
         self.register_buffer("centroids", torch.zeros(2, dim))
         self.register_buffer("scale", torch.ones(()))  # std of a patch's score
@@ -69,9 +67,7 @@ def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
     config = header["patches"]
-    net = Patches(ViT(**config["encoder"]), config["decide"])
-    for norm in (m for m in net.encoder.modules() if isinstance(m, nn.LayerNorm)):
-        norm.eps = config["norm_eps"]
+    net = Patches(blank_encoder(config["encoder"], config["norm_eps"]), config["decide"])
     load_exactly(net, weights, path)
     return net.eval()
 
@@ -127,11 +123,19 @@ def transformers():
 
 
 def segmenter():
-    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.9 million parameters."""
+    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.8 million parameters."""
     config = transformers().SegformerConfig(
         num_labels=2, depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
         decoder_hidden_size=64, drop_path_rate=0.0, classifier_dropout_prob=0.0)  # fmt: skip
     return transformers().SegformerForSemanticSegmentation(config).eval()
+
+
+def load_pixels(path):
+    """model.safetensors of stage 3 -> the segmenter in eval mode, header of its file."""
+    weights, header = read_safetensors(path, REMEDY)
+    net = segmenter()
+    load_exactly(net, weights, path)
+    return net, header
 
 
 def pixel_logits(net, view):
@@ -159,9 +163,7 @@ def load(folder, device, autocast):
     net = load_patches(patches).to(device)
     if not last.exists():
         return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
-    weights, header = read_safetensors(last, REMEDY)
-    pixels = segmenter()
-    load_exactly(pixels, weights, last)
+    pixels, header = load_pixels(last)
     pixels.to(device)
     return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
 
@@ -199,7 +201,7 @@ def judge_masks(pairs):
     return {k: round(x.item(), 2) for k, x in row.items()}
 
 
-def laid_on(view, mask):
+def overlay(view, mask):
     """view u8 (B, H, W, 3), mask (B, H, W) bool -> u8, with orange over what is not drawn."""
     orange = view.new_tensor([230, 159, 0]).float()
     tinted = 0.35 * view.float() + 0.65 * orange

@@ -3,15 +3,26 @@
 experiments.mfdn asks tags.py with it, and experiments.hybrid segment.py.
 """
 
+import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from common import stats
+from common.command import at_least, between
 from common.io import UserError, read_json
 from common.tables import read_csv, replace_rows
 from experiments.study_run import alone, execute
 
 KEYS = ("arm", "seed", "flags")
+
+
+def add_flags(add, stage, folder):
+    """The flags of every table of arms: what its runs get, how many run at once, and where all goes."""
+    add("--flags", default="", help=f"more flags of {stage}, for every run")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
+    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
+    add("--out", default=folder, metavar="DIR", help="tables and figure (default: %(default)s)")
+    add("--work", default=folder, metavar="DIR", help="run folders (default: %(default)s)")
 
 
 def line_of(args, words):
@@ -81,3 +92,14 @@ def answers(arms, questions):
         found, mean = stats.paired_t(differences), sum(differences) / len(differences)
         how = f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
         yield f"| {text} | {mean:+.1f} ({how}; n = {len(seeds)}) |"
+
+
+def plot_seeds(axis, arms, columns):
+    """A dot for each seed of each arm; columns: (column, colour, marker, label), side by side."""
+    for shift, (column, colour, mark, label) in zip((-0.12, 0.12), columns, strict=True):
+        points = [(i + shift, float(r[column])) for i, seeds in enumerate(arms.values()) for r in seeds.values()
+                  if r[column] != ""]  # fmt: skip
+        if points:
+            axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=label)
+    axis.set_xticks(range(len(arms)), arms)
+    axis.set(xlabel="arm")

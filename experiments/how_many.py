@@ -21,7 +21,6 @@ from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.io import UserError
 from common.tables import save_csv
 from common.train import commit, machine, seeded
-from model import untrained_like
 
 EACH = (3, 5, 10, 20, 50, 100)  # pictures of each character; then all of them
 FEATURES = {"mean": "mean token", "thumb4": "4x4 thumbnail", "thumb8": "8x8 thumbnail"}
@@ -65,7 +64,8 @@ def main():
     task = features.open_task(args, args.run)
     if not task.labelled:
         raise UserError(f"{task.folder} needs labels on all pictures, and two characters or more")
-    encoder, untrained = (net.to(task.device).requires_grad_(False) for net in (encoder, untrained_like(encoder)))
+    both = encoder, features.untrained_like(encoder)
+    encoder, untrained = (net.to(task.device).requires_grad_(False) for net in both)
     found = features.of_controls(Path(args.run).parent, untrained, size, task)
     home = features.results_folder(args.run, task.folder, task.args.split)
     found |= features.of_run(home, args.run, encoder, size, task)[0]

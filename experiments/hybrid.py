@@ -15,19 +15,20 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import os
 import shlex
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
-from common import plots, stats
-from common.command import Parser, at_least, between, cli, command, refuse_file
+from common import metrics, plots, stats
+from common.command import Parser, at_least, cli, command, refuse_file
 from common.io import UserError, save_text
+from common.segmenting import KINDS
 from common.tables import read_csv
 from common.train import commit
-from experiments.arms import answers, by_arm, cell, run_all
+from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
 
 ARMS = {  # flags of segment.py, and what they say
     "proxies": ("", "proxy masks and frames of one kind: the method"),
@@ -112,17 +113,11 @@ def write_table(args, rows):
 
 def draw(path, arms, title):
     """Mean IoU of each arm on mixed and on purely hybrid frames: dots are seeds."""
-    lines = ((-0.12, "miou", plots.BLUE, "o", "mixed frames"),
-             (0.12, "purely", plots.ORANGE, "s", "purely hybrid frames"))  # fmt: skip
     with plots.panels(path, title, 1, 1, (9.6, 3.8)) as axis:
-        for shift, key, colour, mark, text in lines:
-            points = [(i + shift, float(r[key])) for i, seeds in enumerate(arms.values()) for r in seeds.values()
-                      if r[key] != ""]  # fmt: skip
-            if points:
-                axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=text)
-        axis.set_xticks(range(len(arms)), arms)
+        plot_seeds(axis, arms, (("miou", plots.BLUE, "o", "mixed frames"),
+                                ("purely", plots.ORANGE, "s", "purely hybrid frames")))  # fmt: skip
         plots.percent(axis)
-        axis.set(ylabel="mean IoU, %", xlabel="arm")
+        axis.set(ylabel="mean IoU, %")
         axis.legend()
 
 
@@ -184,7 +179,7 @@ def cues(args):
              f"rightly, in percent; chance is {100 * max(drawn, 1 - drawn):.0f}.", "",
              "| from | logistic regression | boosted trees |", "|---|---|---|"]  # fmt: skip
     for name, cue in (("mean and covariance of colours", colours), ("histogram of 64 colours", histograms),
-                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnails)):  # fmt: skip
+                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnail)):  # fmt: skip
         x, held = (cue(sets[split][0]) for split in ("train", "val"))
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
         models = linear, HistGradientBoostingClassifier()
@@ -194,15 +189,14 @@ def cues(args):
     save_text("\n".join(lines) + "\n", Path(args.out) / "cues.md")
 
 
-def thumbnails(images, side=16):
-    n, S = images.shape[:2]
-    return images.reshape(n, side, S // side, side, S // side, 3).mean((2, 4)).reshape(n, -1)
+def thumbnail(images):
+    return metrics.thumbnails(torch.from_numpy(images), 16).numpy()
 
 
 def plain_frames(split):
     """-> images u8 (n, S, S, 3) and is each drawn? (n,) of frames of one kind."""
     names = np.array(split["header"]["classes"])[split["labels"].numpy()]
-    rows = np.nonzero(np.isin(names, ("drawn", "photographed")))[0]
+    rows = np.nonzero(np.isin(names, KINDS))[0]
     return np.array(split["images"][rows]), names[rows] == "drawn"
 
 
@@ -213,12 +207,8 @@ def main():
     add("--data", default="datasets/hybrid", metavar="DIR", help="set of frames (default: %(default)s)")
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
     add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, from 100 on (default: 5)")
-    add("--flags", default="", help="more flags of segment.py, for every run")
     add("--cues", action="store_true", help="how well colours and noise alone tell frames apart, instead")
-    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
-    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
-    add("--out", default="runs/hybrid", metavar="DIR", help="tables and figure (default: %(default)s)")
-    add("--work", default="runs/hybrid", metavar="DIR", help="run folders (default: %(default)s)")
+    add_flags(add, "segment.py", "runs/hybrid")
     args = parser.parse_args()
     refuse_file(args.out)
     if not (Path(args.data) / "train.safetensors").exists():

@@ -34,11 +34,11 @@ import mask as masking
 from common import guidance, metrics
 from common.checkpoints import load_teacher
 from common.command import Parser, cli, progress, refuse_file, refuse_overwrite, refuse_unused, working
+from common.features import untrained_like
 from common.io import UserError
 from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
-from model import untrained_like
 
 BACKGROUNDS = ("flat", "gradient", "tone", "photo")
 FRAMINGS = ("whole", "close")

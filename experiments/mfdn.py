@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import os
 import shlex
 from argparse import RawTextHelpFormatter
 from pathlib import Path
@@ -24,7 +23,7 @@ from common import mfdn, plots, stats
 from common.command import Parser, at_least, between, cli, refuse_file
 from common.io import UserError, save_text
 from common.tables import read_csv
-from experiments.arms import answers, by_arm, cell, run_all
+from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
 
 PARTS = {"half_with": ("half", "with_top1"), "half_without": ("half", "without_top1"), "with": ("end", "with_top1"),
          "without": ("end", "without_top1"), "map": ("tags", "map"), "micro_f1": ("tags", "micro_f1"),
@@ -119,14 +118,9 @@ def draw(path, arms, title):
     """Top-1 of each arm, with tags and on the picture alone, at the half and at the end: dots are seeds."""
     with plots.panels(path, title, 1, 2, (9.6, 3.8), sharey=True) as axes:
         for axis, when in zip(axes, ("half_", ""), strict=True):
-            for shift, key, colour, mark, text in ((-0.12, "with", plots.ORANGE, "s", "picture and tags"),
-                                                   (0.12, "without", plots.BLUE, "o", "picture alone")):  # fmt: skip
-                points = [(i + shift, float(r[when + key])) for i, seeds in enumerate(arms.values())
-                          for r in seeds.values() if r[when + key] != ""]  # fmt: skip
-                if points:
-                    axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=text)
-            axis.set_xticks(range(len(arms)), arms)
-            axis.set(title="at the half of the run" if when else "at its end", xlabel="arm")
+            plot_seeds(axis, arms, ((f"{when}with", plots.ORANGE, "s", "picture and tags"),
+                                    (f"{when}without", plots.BLUE, "o", "picture alone")))  # fmt: skip
+            axis.set(title="at the half of the run" if when else "at its end")
         plots.percent(axes[0])
         axes[0].set(ylabel="characters, Top-1, %")
         axes[0].legend()
@@ -141,11 +135,7 @@ def main():
     add("--seeds", type=at_least(1), metavar="N", help="of each arm, from 100 on (default: 5); of a rate, from 500 (1)")
     add("--rates", type=between(1e-6, 1), nargs="+", default=[], metavar="LR",
         help="try these learning rates on dev instead; of --arm bce, of its head")  # fmt: skip
-    add("--flags", default="", help="more flags of tags.py, for every run")
-    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
-    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
-    add("--out", default="runs/mfdn", metavar="DIR", help="tables and figure (default: %(default)s)")
-    add("--work", default="runs/mfdn", metavar="DIR", help="run folders (default: %(default)s)")
+    add_flags(add, "tags.py", "runs/mfdn")
     args = parser.parse_args()
     refuse_file(args.out)
     if not (Path(args.data) / "train.safetensors").exists():

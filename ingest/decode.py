@@ -104,6 +104,13 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     return {"images": np.asarray(img)} | ({"fg": np.asarray(alpha)} if fg else {})
 
 
+def on_paper(img):
+    """RGB or RGBA -> RGB: what is transparent shows PAPER."""
+    if img.mode == "RGBA":
+        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
+    return img.convert("RGB")
+
+
 def reason(problem):
     """Why a picture can't be read, in words: an address in memory is no reason, and is another one each time."""
     return " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())[:100] or type(problem).__name__

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from PIL import Image
 
-from ingest.decode import PAPER, open_image
+from ingest.decode import on_paper, open_image
 
 SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
 MOST = 2**26  # pictures
@@ -32,9 +32,7 @@ WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CRO
 def thumbnail(data):
     """Bytes of an image file -> gray u8 (32, 32), JPEGs are decoded at a fraction of their size."""
     img = open_image(data, 2 * SIDE)[0].resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-    if img.mode == "RGBA":  # the copy may have been flattened
-        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
-    return np.asarray(img.convert("L"))
+    return np.asarray(on_paper(img).convert("L"))  # the copy may have been flattened
 
 
 def join(n, pairs):

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
-from common.io import UserError, atomic
+from common.command import Parser, at_least, between, cli, progress
+from common.io import UserError
 from ingest import toon
 
 KINDS = {
@@ -232,20 +232,12 @@ def main():
     add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
-    if Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
-    refuse_file(Path(args.out).parent)
-    refuse_overwrite([args.out], args.force)
+    toon.refuse_sheet(args.out, args.force)
     photos, colours, items = {"val": open_photos("val")}, palettes(args.seed), plan(args.seed)
     some = [i for kind in KINDS for i in [i for i in items if (i["kind"], i["split"]) == (kind, "val")][: args.columns]]
-    sheet = Image.new("RGB", (2 * args.columns * args.size, len(KINDS) * args.size))
-    for i, item in enumerate(progress(some, "drawing")):
-        found = draw(item, args.size, photos, colours)
-        for k, plane in enumerate(("image", "drawn")):
-            place = ((i % args.columns * 2 + k) * args.size, i // args.columns * args.size)
-            sheet.paste(Image.fromarray(found[plane]), place)
-    with atomic(args.out) as temporary:
-        sheet.save(temporary, Image.registered_extensions()[Path(args.out).suffix.lower()])
+    frames = (draw(item, args.size, photos, colours) for item in progress(some, "drawing"))
+    pictures = (frame[plane] for frame in frames for plane in ("image", "drawn"))
+    toon.write_sheet(args.out, pictures, len(KINDS), 2 * args.columns, args.size)
     print(f"{args.out} written; next: python data.py hybrid packs the whole set")
 
 

@@ -140,7 +140,7 @@ def check_skipped(out, skipped, n, most):
 
 
 def open_images(path, size, crop, margin, boxes, layout):
-    """-> records, notes, dims {plane: shape of one row}, fetch, and stream(records) of decoded rows."""
+    """-> records, notes, dims {plane: shape of one row}, fetch, stream(records) of decoded rows, more of the header."""
     records, fetch, notes = sources.find(path, boxes, layout)
     print("\n".join(notes), flush=True)
     with working("looking for alpha channels"):
@@ -154,7 +154,7 @@ def open_images(path, size, crop, margin, boxes, layout):
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
     work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
     chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
-    return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk)
+    return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk), {}
 
 
 def open_toon(size, seed, tail=0.0):
@@ -163,7 +163,8 @@ def open_toon(size, seed, tail=0.0):
     items = toon.plan(seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
-    return records, [], dims, None, lambda some: render(some, toon.draw, size, dims, processes)
+    more = {"style": toon.STRATA, "parts": toon.PARTS}
+    return records, [], dims, None, lambda some: render(some, toon.draw, size, dims, processes), more
 
 
 def open_hybrid(size, seed):
@@ -178,7 +179,8 @@ def open_hybrid(size, seed):
     dims = {"images": (size, size, 3), "drawn": (size, size), "style": (3,)}
     notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
     notes += [f"photograph {name}, from {of}, for {split}: {by}" for name, (of, split, by) in hybrid.PHOTOS.items()]
-    return records, notes, dims, None, lambda some: render(some, draw, size, dims, processes)
+    more = {"style": toon.STRATA, "hybrid": {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}}
+    return records, notes, dims, None, lambda some: render(some, draw, size, dims, processes), more
 
 
 def near_duplicates(records, fetch, dedupe, out):
@@ -200,7 +202,7 @@ def near_duplicates(records, fetch, dedupe, out):
     return pairs, duplicates.report(records, pairs)
 
 
-def check_source(path, records, given):
+def check_source(path, records, given, is_drawn):
     """Flags that do nothing where the source brings its own splits; and a source without a train."""
     brings = {r.split for r in records}
     if None not in brings and "train" not in brings:
@@ -211,7 +213,7 @@ def check_source(path, records, given):
         ("split", deals, f"is for sources without splits, and {own} are kept"),
         ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
         ("keep-copies", None not in brings, "is for sources with splits of their own; here copies cross none"),
-        ("seed", deals or "dev" in given, f"is for what is dealt, and {own} are kept"),
+        ("seed", is_drawn or deals or "dev" in given, f"is for what is dealt, and {own} are kept"),
         ("min-per-tag tag-importance emoticons", any(r.tags for r in records), f"is for tags, and {path} has none"),
     ))  # fmt: skip
 
@@ -221,12 +223,12 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
          min_per_tag=2, tag_importance=0.0, emoticons=False, force=False, given=()):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
     refuse_others(out, force)
-    is_toon, is_hybrid = str(path) == "toon", str(path) == "hybrid"
+    is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = (open_toon(size, seed, tail) if is_toon else open_hybrid(size, seed) if is_hybrid else
+    source = (open_toon(size, seed, tail) if is_toon else open_hybrid(size, seed) if str(path) == "hybrid" else
               open_images(path, size, crop, margin, boxes, layout))  # fmt: skip
-    records, notes, dims, fetch, stream = source
-    check_source(path, records, set(given) - {"seed"} if is_hybrid else given)
+    records, notes, dims, fetch, stream, more = source
+    check_source(path, records, given, is_drawn=fetch is None)
     refuse_full_disk(out, dims, len(records), size)
     pairs, told = near_duplicates(records, fetch, dedupe, out)
     records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
@@ -242,11 +244,7 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
              "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
              "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told,
-             "style": toon.STRATA if is_toon or is_hybrid else None, "parts": toon.PARTS if is_toon else None}
-    if is_hybrid:
-        from ingest import hybrid
-
-        about["hybrid"] = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
+             "style": None, "parts": None} | more  # fmt: skip
     write_all(out, records, dims, stream, max_broken, about)
 
 

@@ -4,9 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from common.io import UserError
 from ingest import pack, sources
-from ingest.decode import decode, reason
+from ingest.decode import decode, on_paper, open_image, reason
 
 
 def is_picture(path):
@@ -22,14 +24,23 @@ def pictures(paths, size, crop, margin, problems):
 
     What can't be read is noted in problems, as (key, why).
     """
-    work = lambda r, b: decode(b, size, False, r.box, crop, margin)["images"]  # noqa: E731
+    return each_picture(paths, lambda r, b: decode(b, size, False, r.box, crop, margin)["images"], problems)
+
+
+def whole_pictures(paths, problems):
+    """The same, uncut: yield (key, u8 (H, W, 3))."""
+    return each_picture(paths, lambda r, b: np.array(on_paper(open_image(b, 2**15)[0])), problems, at_once=4)
+
+
+def each_picture(paths, work, problems, at_once=64):
+    """Yield (key, work(record, bytes)) of all that can be read, `at_once` of them in memory."""
     for path in paths:
         try:
             if path != "-" and is_picture(Path(path)):
                 records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
             else:
                 records, fetch, _ = sources.find(path, layout="-")
-            for record, row in pack.decode_records(records, fetch, work):
+            for record, row in pack.decode_records(records, fetch, work, at_once):
                 if isinstance(row, Exception):
                     problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(row)}"))
                 else:

@@ -682,6 +682,21 @@ def unseen(person, count, seed=0):
     """Items of one of the cast that no data set has, -> list for draw()."""
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
 
+def refuse_sheet(path, force):
+    """What a sheet is written to has the name of a picture, and is not there yet."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {path} must be the name of a picture, such as sheet.png")
+    refuse_file(Path(path).parent)
+    refuse_overwrite([path], force)
+
+def write_sheet(path, pictures, rows, columns, size):
+    """Pictures u8 (size, size[, 3]), as many as come, line by line -> a picture file."""
+    sheet = Image.new("RGB", (columns * size, rows * size))
+    for i, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (i % columns * size, i // columns * size))
+    with atomic(path) as temporary:
+        sheet.save(temporary, Image.registered_extensions()[Path(path).suffix.lower()])
+
 def main():
     parser = Parser(prog="ingest.toon", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -696,17 +711,10 @@ def main():
     count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
     if args.who and args.who not in people:
         raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
-    if Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {args.out} must be the name of a picture, such as sheet.png")
-    refuse_file(Path(args.out).parent)
-    refuse_overwrite([args.out], args.force)
+    refuse_sheet(args.out, args.force)
     items = unseen(people[args.who], count, args.seed) if args.who else plan(count, min(48, count), args.seed)
-    sheet = Image.new("RGB", (args.columns * args.size, args.rows * args.size))
-    for i, item in enumerate(progress(items, "drawing")):
-        place = (i % args.columns * args.size, i // args.columns * args.size)
-        sheet.paste(Image.fromarray(draw(item, args.size)["image"]), place)
-    with atomic(args.out) as temporary:
-        sheet.save(temporary, Image.registered_extensions()[Path(args.out).suffix.lower()])
+    pictures = (draw(item, args.size)["image"] for item in progress(items, "drawing"))
+    write_sheet(args.out, pictures, args.rows, args.columns, args.size)
     print(f"{args.out} written; next: python data.py toon packs the whole demo set")
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_the_shared_faces_pack_whole(tmp_path):
 def test_the_demo_set_records_tags_and_strata(monkeypatch):
     plan = toon.plan
     monkeypatch.setattr(toon, "plan", lambda **more: plan(480, **more))
-    records, _, dims, _, stream = pack.open_toon(32, 0)
+    records, _, dims, _, stream, _ = pack.open_toon(32, 0)
     records = [r._replace(split="train") for r in records]
     words, _ = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, dims, stream, thin=True)
