@@ -1,11 +1,11 @@
-"""Write an encoder for other tools: public MAE names, timm, transformers, or an adapter merged into its encoder.
+"""Write an encoder for other tools: public MAE names, timm, transformers, ONNX, or an adapter merged into its encoder.
 
-    python export.py ENCODER --to mae|timm|hf|merged [--out FILE] [--image-size PX] [--force]
+    python export.py ENCODER --to mae|timm|hf|merged|onnx [--out FILE] [--image-size PX] [--force]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
-        vit_small_patch16_224 and kin), hf/ (a folder for transformers), or merged.safetensors (an encoder of ours, its
-        adapter in it)
+        vit_small_patch16_224 and kin), hf/ (a folder for transformers), merged.safetensors (an encoder of ours, its
+        adapter in it), or model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out)
 """
 
 if __name__ == "__main__":
@@ -21,6 +21,7 @@ import torch
 from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
+from common.graphs import save_onnx
 from common.io import UserError, save_json, save_safetensors
 from common.lora import load_merged, save_encoder
 from kernels.gather import MEAN, STD
@@ -88,14 +89,17 @@ def export(source, to, out=None, image_size=None, force=False):
     What is there already is replaced only by force.
     """
     source = Path(source)
-    out = Path(out or (source if source.is_dir() else source.parent) / ("hf" if to == "hf" else f"{to}.safetensors"))
+    name = {"hf": "hf", "onnx": "model.onnx"}.get(to, f"{to}.safetensors")
+    out = Path(out or (source if source.is_dir() else source.parent) / name)
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
     refuse_file(out if to == "hf" else out.parent)
     if to != "hf" and out.is_dir():
-        raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{to}.safetensors")
+        raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}")
     refuse_overwrite([out / name for name in HF_FILES] if to == "hf" else [out], force)
+    if to == "onnx":
+        return out, save_onnx(source, out, image_size)
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})
@@ -117,7 +121,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint file")
-    add("--to", required=True, choices=["mae", "timm", "hf", "merged"], help="the format")
+    add("--to", required=True, choices=["mae", "timm", "hf", "merged", "onnx"], help="the format")
     add("--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf)")
     add("--force", action="store_true", help="replace what is there already")
     add("--image-size", type=at_least(1), metavar="PX",

@@ -174,7 +174,7 @@ class ViT(nn.Module):
     def embed(self, patches, ids):
         """patches (B, K, P) that stand at places ids (B, K) -> tokens (B, 1+K, D)."""
         x = self.patch_embed["proj"](patches) + self.pos_embed[0, 1:][ids]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls.to(x.dtype), x], 1)
 
     def forward(self, patches, ids):
@@ -190,7 +190,7 @@ class ViT(nn.Module):
 
     def all_patches(self, view):
         """view u8 (B, S, S, 3) -> every patch (B, N, P) and its place (B, N): nothing masked."""
-        ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
+        ids = torch.arange(self.side**2, device=view.device).expand(view.shape[0], -1).contiguous()
         return masked_patch_gather(view, ids, self.patch_size), ids
 
     def features(self, view):

@@ -211,10 +211,15 @@ def whitening(embeddings, labels):
 
 
 def make_gallery(embeddings, labels, learned):
-    """Faces (n, D), labels (n,) of which the first `learned` are the head's -> what `class_scores` takes."""
+    """Faces (n, D), labels (n,) of which the first `learned` are the head's -> what `class_scores` and `decide` take.
+
+    faces: those of each learned character, apart; means: the mean direction of every character.
+    """
     mean, matrix = whitening(embeddings[labels < learned], labels[labels < learned])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
-    return gallery | {"unit": compared(embeddings, gallery)}
+    unit = compared(embeddings, gallery)
+    faces = [unit[labels == c] for c in range(learned)]
+    return gallery | {"unit": unit, "faces": faces, "means": centroids(unit, labels)}
 
 
 def compared(embeddings, gallery):
@@ -228,10 +233,9 @@ def class_scores(unit, gallery):
     -1 where the gallery has no face of it.
     """
     scores = []
-    for c in range(gallery["learned"]):
-        own = gallery["unit"][gallery["labels"] == c]
+    for own in gallery["faces"]:
         k = min(NEAREST, len(own))
-        scores.append((unit @ own.T).topk(k, 1).values.mean(1) if k else unit.new_full((len(unit),), -1.0))
+        scores.append((unit @ own.T).topk(k, 1).values.mean(1) if k else unit.new_full(unit.shape[:1], -1.0))
     return torch.stack(scores, 1)
 
 
@@ -321,7 +325,7 @@ def decide(logits, embeddings, gallery):
     similarity, who = class_scores(unit, gallery).amax(1), logits.argmax(1)
     margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
     sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
-    to_mean = unit @ centroids(gallery["unit"], gallery["labels"]).T  # (n, characters)
+    to_mean = unit @ gallery["means"].T  # (n, characters)
     if to_mean.shape[1] == learned:
         return who, similarity, margin, sure
     near, enrolled = to_mean[:, learned:].max(1)

@@ -70,9 +70,13 @@ def hide(words, V, share, generator):
 
 
 def as_read(net, ids):
-    """ids (B, T) of tags that are known -> words (B, L) as this network learned to read them."""
-    words = to_words(ids, net.V, net.length)
-    return hide(words, net.V, 0.0, None)[0] if net.arm in HIDES_TAGS else words
+    """ids (B, T) of tags that are known, or None where no picture's are -> words (B, L), or (1, L), as this network
+    learned to read them."""
+    nothing = nothing_told(net.V, net.length)
+    if ids is None and net.arm in HIDES_TAGS:
+        return nothing
+    words = to_words(torch.full((1, 1), -1) if ids is None else ids, net.V, net.length)
+    return torch.where((words < net.V).any(1, keepdim=True), words, nothing) if net.arm in HIDES_TAGS else words
 
 
 def curriculum(step, total):
@@ -184,8 +188,8 @@ class MFDN(nn.Module):
 
     def forward(self, patches, ids, words=None, hidden=None):
         """patches (B, K, P) at places ids (B, K), words (B, L) where the arm reads them -> logits of the characters
-        (B, C) or None, and of tags: (B, V) one by one, or (hidden.sum(), V), which tag stands at each place that hidden
-        (B, L) asks for; None where there are none."""
+        (B, C) or None, and of tags: (B, V) one by one, or (., V), which tag stands at each place of (B, L) that hidden
+        asks for, a mask or an index; None where there are none."""
         x = None if self.arm == "tags" else self.encoder.embed(patches, ids)
         lower, upper = self.encoder.blocks[: self.half], self.encoder.blocks[self.half :]
         for block in () if x is None else lower:
@@ -203,7 +207,7 @@ class MFDN(nn.Module):
         if self.arm == "bce":
             tags = x[:, 1:].mean(1)
         elif self.arm == "l2l":
-            tags = self.decoder(self.query_token.expand(len(x), -1, -1), x)
+            tags = self.decoder(self.query_token.expand(x.shape[0], -1, -1), x)
         elif self.arm in HIDES_TAGS and hidden is not None:
             tags = self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden]
         with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is in
@@ -228,16 +232,15 @@ def answers(net, view, ids=None, ask_tags=True):
     ids are given, nobody asks, or the arm names none. Where hidden tags are named one by one, a picture has a tag if it
     stands at any place: the sum over places of (share of pictures that get there) * (probability that it stands there).
     """
-    ask_tags, words, asked = ask_tags and ids is None and net.arm in NAMES_TAGS, None, None
+    ask_tags, words = ask_tags and ids is None and net.arm in NAMES_TAGS, None
     if net.arm in READS_TAGS:
-        words = as_read(net, torch.full((len(view), 1), -1) if ids is None else ids).to(view.device)
-        asked = words == net.V + MASK if ask_tags else None
-    characters, tags = net(*net.encoder.all_patches(view), words, asked)
+        words = as_read(net, ids).to(view.device).expand(view.shape[0], -1)
+    every = (slice(None), slice(1, -1)) if ask_tags else None  # place of a tag: between CLS and SEP
+    characters, tags = net(*net.encoder.all_patches(view), words, every)
     if not ask_tags:
         return characters, None
     if net.arm in HIDES_TAGS:
-        at = tags.softmax(1).view(len(view), -1, net.V)  # (B, R, V)
-        return characters, (net.reach[:, None] * at).sum(1).clamp(max=1)
+        return characters, (net.reach[:, None] * tags.softmax(2)).sum(1).clamp(max=1)  # of (B, R, V)
     return characters, tags.sigmoid()
 
 

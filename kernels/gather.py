@@ -40,7 +40,7 @@ def check_patches(view, ids, patch):
         raise ValueError(f"view must be uint8 (B, S, S, 1 to 4), not {view.dtype} {tuple(view.shape)}")
     if patch < 1 or S % patch:
         raise ValueError(f"patches of {patch} px do not divide a view of {S} px")
-    if ids.ndim != 2 or len(ids) != len(view) or ids.dtype != torch.int64 or ids.device != device:
+    if ids.ndim != 2 or ids.shape[0] != view.shape[0] or ids.dtype != torch.int64 or ids.device != device:
         wrong = f"{ids.dtype} {tuple(ids.shape)} on {ids.device}"
         raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, on {device}, not {wrong}")
     if device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():  # on a GPU a look is a wait

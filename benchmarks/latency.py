@@ -1,0 +1,68 @@
+"""How long an answer takes, by torch and by onnxruntime: python -m benchmarks.latency runs/NAME [runs/NAME-lora ...]
+
+What export.py --to onnx writes of each run, on the CPU, in fp32, side by side and in turns; medians. Into
+runs/bench/bench_latency.csv (--out results: into git).
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import OUT, about
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
+from common.graphs import graph_of, library, save_onnx
+from common.tables import save_csv
+
+
+def milliseconds(call):
+    start_time = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start_time)
+
+
+@torch.no_grad()
+def measure(run, batch, turns, folder):
+    """-> a row: medians of both for one batch of noise."""
+    (graph, facts), path, onnxruntime = graph_of(run), Path(folder) / f"{Path(run).name}.onnx", library()
+    if not path.exists():
+        save_onnx(run, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options)
+    images = torch.randint(256, (batch, *graph.example.shape[1:]), dtype=torch.uint8)
+    ways = {"torch_ms": lambda: graph(images), "onnx_ms": lambda: session.run(None, {"images": images.numpy()})}
+    found = {name: [] for name in ways}
+    for _ in range(turns + 1):
+        for name, call in ways.items():
+            found[name].append(milliseconds(call))
+    row = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}  # the first is a warm-up
+    row |= {"onnx_over_torch": round(row["onnx_ms"] / row["torch_ms"], 2)}
+    return {"run": Path(run).name, "is": facts["is"], "side": facts["side"], "pictures": batch, **row,
+            "file_mb": round(path.stat().st_size / 2**20, 1)}  # fmt: skip
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="encoders, recognisers, taggers")
+    add("--batch-size", type=at_least(1), nargs="+", default=[1, 16], metavar="B", help="pictures at once (1 16)")
+    add("--turns", type=at_least(1), default=20, help="that are timed (default: 20)")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the table (default: runs/bench)")
+    add("--force", action="store_true", help="replace what is there already")
+    args, rows = parser.parse_args(), []
+    refuse_file(args.out)
+    refuse_overwrite([args.out / "bench_latency.csv"], args.force)
+    with working("measuring"), tempfile.TemporaryDirectory() as folder:
+        for run in args.runs:
+            for batch in args.batch_size:
+                rows.append(measure(run, batch, args.turns, folder) | about(torch.device("cpu")))
+                print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    save_csv(args.out / "bench_latency.csv", rows)
+    print(f"wrote    {args.out}/bench_latency.csv")
+
+
+if __name__ == "__main__":
+    cli(main)
