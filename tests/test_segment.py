@@ -181,6 +181,13 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
 
+def test_convolutions_of_one_channel_are_not_silent():
+    torch.manual_seed(0)
+    convs = [m for m in segmenting.segmenter().modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
+    assert len(convs) == 8 and min(loud) > 0.7 and max(loud) < 2
+
+
 def test_masks_are_judged_as_by_hand():
     true, said = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     true[:, :, :4], said[:, :, :6] = True, True
