@@ -2,7 +2,8 @@
 
     python export.py ENCODER --to mae|timm|hf|merged|onnx [--out FILE] [--image-size PX] [--force]
 
-Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists
+Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists; for onnx
+        also a run of finetune_lora.py with its head and gallery, or of tags.py
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
         vit_small_patch16_224 and kin), hf/ (a folder for transformers), merged.safetensors (an encoder of ours, its
         adapter in it), or model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out)

@@ -24,24 +24,26 @@ def milliseconds(call):
 
 
 @torch.no_grad()
-def measure(run, batch, turns, folder):
-    """-> a row: medians of both for one batch of noise."""
-    (graph, facts), path, onnxruntime = graph_of(run), Path(folder) / f"{Path(run).name}.onnx", library()
-    if not path.exists():
-        save_onnx(run, path)
+def measure(run, batches, turns):
+    """Yield a row for each size of a batch of noise: medians of both."""
+    onnxruntime, (graph, facts) = library(), graph_of(run)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options)
-    images = torch.randint(256, (batch, *graph.example.shape[1:]), dtype=torch.uint8)
-    ways = {"torch_ms": lambda: graph(images), "onnx_ms": lambda: session.run(None, {"images": images.numpy()})}
-    found = {name: [] for name in ways}
-    for _ in range(turns + 1):
-        for name, call in ways.items():
-            found[name].append(milliseconds(call))
-    row = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}  # the first is a warm-up
-    row |= {"onnx_over_torch": round(row["onnx_ms"] / row["torch_ms"], 2)}
-    return {"run": Path(run).name, "is": facts["is"], "side": facts["side"], "pictures": batch, **row,
-            "file_mb": round(path.stat().st_size / 2**20, 1)}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(run, path)
+        session, megabytes = onnxruntime.InferenceSession(str(path), options), path.stat().st_size / 2**20
+    for B in batches:
+        x = torch.randint(256, (B, *graph.example.shape[1:]), dtype=torch.uint8)
+        ways = {"torch_ms": lambda x=x: graph(x), "onnx_ms": lambda x=x: session.run(None, {"images": x.numpy()})}
+        found = {name: [] for name in ways}
+        for _ in range(turns + 1):
+            for name, call in ways.items():
+                found[name].append(milliseconds(call))
+        row = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}  # the first is a warm-up
+        yield {"run": str(run), "is": facts["is"], "side": facts["side"], "pictures": B, **row,
+               "onnx_over_torch": round(row["onnx_ms"] / row["torch_ms"], 2), "file_mb": round(megabytes, 1),
+               **about(torch.device("cpu"), onnxruntime=onnxruntime.__version__)}  # fmt: skip
 
 
 def main():
@@ -53,13 +55,14 @@ def main():
     add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the table (default: runs/bench)")
     add("--force", action="store_true", help="replace what is there already")
     args, rows = parser.parse_args(), []
+    library()
     refuse_file(args.out)
     refuse_overwrite([args.out / "bench_latency.csv"], args.force)
-    with working("measuring"), tempfile.TemporaryDirectory() as folder:
+    with working("measuring"):
         for run in args.runs:
-            for batch in args.batch_size:
-                rows.append(measure(run, batch, args.turns, folder) | about(torch.device("cpu")))
-                print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+            for row in measure(run, args.batch_size, args.turns):
+                rows.append(row)
+                print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     save_csv(args.out / "bench_latency.csv", rows)
     print(f"wrote    {args.out}/bench_latency.csv")
 

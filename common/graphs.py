@@ -22,7 +22,7 @@ from common.checkpoints import load_encoder
 from common.classifier import decide, load_classifier, load_gallery
 from common.io import UserError, atomic
 
-PIP = "pip install -r requirements-onnx.txt"
+PIP, MOST = "pip install -r requirements-onnx.txt", 3 * 2**29  # bytes of weights in a file: 2 GB would be too many
 
 
 class Graph(nn.Module):
@@ -106,6 +106,8 @@ def save_onnx(source, out, image_size=None):
     """Write the graph of `source` to out, where it says what torch says -> a line of Python that loads it."""
     onnxruntime = library()
     graph, about = graph_of(source, image_size)
+    if (size := sum(w.numel() * w.element_size() for w in graph.state_dict().values())) > MOST:
+        raise UserError(f"{source} has {size / 2**30:.1f} GB of weights; one ONNX file holds {MOST / 2**30:.1f} GB")
     seed = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, *graph.example.shape[1:]), dtype=torch.uint8, generator=seed)
     with torch.no_grad():

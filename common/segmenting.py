@@ -125,15 +125,15 @@ def transformers():
 def segmenter():
     """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.8 million parameters.
 
-    Convolutions are drawn as in the paper's own code, by what each puts out; transformers' std of .02 all but silences
-    those of a single channel, and nothing was learned. Its fused attention is slower on a CPU than plain products.
+    The encoder's convolutions are drawn as in the paper's own code, by what each puts out; transformers' std of .02 all
+    but silences those of a single channel, and nothing was learned. Fused attention is slower on a CPU than products.
     """
     config = transformers().SegformerConfig(
         num_labels=2, depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
         decoder_hidden_size=64, drop_path_rate=0.0, classifier_dropout_prob=0.0,
         attn_implementation="eager")  # fmt: skip
     net = transformers().SegformerForSemanticSegmentation(config)
-    for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
+    for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         numbers = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, std=math.sqrt(2 / numbers))
     return net.eval()

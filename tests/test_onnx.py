@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, call, refused
+from PIL import ExifTags, Image
 
 import data
 from common import graphs, mfdn
@@ -28,6 +29,16 @@ def session_of(path):
 
 def pictures(B, S, seed=0):
     return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def turn_and_clear(path, turned, clear):
+    """A picture as a camera stores one that it held upright, and with its lower half transparent."""
+    img = Image.open(path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    img.save(turned, exif=exif, quality=95)
+    img.putalpha(Image.linear_gradient("L").resize(img.size))
+    img.save(clear)
 
 
 def near(found, expected):
@@ -65,6 +76,8 @@ def test_a_recogniser_and_its_reader_without_torch(recogniser, small, tmp_path):
     assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
     faces = [sorted((small.parent / "images" / f"class{c}").iterdir())[-1] for c in range(3)]
     faces += sorted((small.parent / "images" / "class0").iterdir())[:2]
+    faces += [tmp_path / "turned.jpg", tmp_path / "clear.png"]
+    turn_and_clear(faces[1], *faces[-2:])
     said = call("recognize.py", recogniser, *faces, "--json", *QUICK, cwd=tmp_path, check=0).stdout
     rows = [json.loads(line) for line in said.splitlines()]
     assert {row["best_guess"] for row in rows} == {"class1", "class2", "somebody"}  # who looks like class0
@@ -105,6 +118,9 @@ def test_what_can_not_be_written_says_why(tagged, run, tmp_path, monkeypatch):
          "--out", tmp_path / "run", cwd=tagged, check=0)  # fmt: skip
     line = refused(call("export.py", tmp_path / "run", "--to", "onnx", cwd=tmp_path))
     assert "--arm vilt, which names no tags" in line
+    monkeypatch.setattr(graphs, "MOST", 1000)
+    line = refused(call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path))
+    assert "GB of weights" in line
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     line = refused(call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path))
     assert f"--to onnx needs onnxscript: {graphs.PIP}" in line and not (tmp_path / "x.onnx").exists()

@@ -181,9 +181,12 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
 
-def test_convolutions_of_one_channel_are_not_silent():
+def test_a_segmenter_begins_at_chance_and_none_of_its_convolutions_is_silent():
     torch.manual_seed(0)
-    convs = [m for m in segmenting.segmenter().modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    net = segmenting.segmenter()
+    noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(2, (4, 64, 64))
+    assert torch.nn.functional.cross_entropy(segmenting.pixel_logits(net.train(), noise), target) < 0.8
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
     assert len(convs) == 8 and min(loud) > 0.7 and max(loud) < 2
 
