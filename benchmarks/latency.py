@@ -17,12 +17,6 @@ from common.graphs import graph_of, library, save_onnx
 from common.tables import save_csv
 
 
-def milliseconds(call):
-    start_time = time.perf_counter()
-    call()
-    return 1000 * (time.perf_counter() - start_time)
-
-
 @torch.no_grad()
 def measure(run, batches, turns):
     """Yield a row for each size of a batch of noise: medians of both."""
@@ -39,8 +33,10 @@ def measure(run, batches, turns):
         found = {name: [] for name in ways}
         for _ in range(turns + 1):
             for name, call in ways.items():
-                found[name].append(milliseconds(call))
-        row = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}  # the first is a warm-up
+                start_time = time.perf_counter()
+                call()
+                found[name].append(1000 * (time.perf_counter() - start_time))
+        row = {name: round(statistics.median(times[1:]), 2) for name, times in found.items()}  # the first warms up
         yield {"run": str(run), "is": facts["is"], "side": facts["side"], "pictures": B, **row,
                "onnx_over_torch": round(row["onnx_ms"] / row["torch_ms"], 2), "file_mb": round(megabytes, 1),
                **about(torch.device("cpu"), onnxruntime=onnxruntime.__version__)}  # fmt: skip
@@ -55,7 +51,6 @@ def main():
     add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the table (default: runs/bench)")
     add("--force", action="store_true", help="replace what is there already")
     args, rows = parser.parse_args(), []
-    library()
     refuse_file(args.out)
     refuse_overwrite([args.out / "bench_latency.csv"], args.force)
     with working("measuring"):
