@@ -22,7 +22,7 @@ import torch
 from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
-from common.graphs import save_onnx
+from common.graphs import graph_of, library, save_onnx
 from common.io import UserError, save_json, save_safetensors
 from common.lora import load_merged, save_encoder
 from kernels.gather import MEAN, STD
@@ -100,7 +100,8 @@ def export(source, to, out=None, image_size=None, force=False):
         raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}")
     refuse_overwrite([out / name for name in HF_FILES] if to == "hf" else [out], force)
     if to == "onnx":
-        return out, save_onnx(source, out, image_size)
+        library()  # what is missing is said before anything is loaded
+        return out, save_onnx(*graph_of(source, image_size), out)
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})

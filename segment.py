@@ -392,9 +392,13 @@ def judge(task, frames, masks_of):
         for name, mask in masks_of(view).items():
             for i, row in enumerate(index.tolist()):
                 kind = header["classes"][frames.split["labels"][row]]
-                of_kind = pairs.setdefault(name, {}).setdefault(kind, [])
-                of_kind.append((mask[i : i + 1] > 0.5, true[i : i + 1]))
+                pairs.setdefault(name, {}).setdefault(kind, []).append((mask[i : i + 1] > 0.5, true[i : i + 1]))
     return {name: judge_kinds(kinds, header.get("hybrid") or {"mixed": list(kinds)}) for name, kinds in pairs.items()}
+
+
+def judge_one(task, frames, masks_of):
+    """The same where masks_of(view) is one mask a frame -> {kind of frame: row}."""
+    return judge(task, frames, lambda view: {"": masks_of(view)}).get("", {})
 
 
 def judge_kinds(pairs, groups):
@@ -493,15 +497,14 @@ def run(args, device, autocast):
     if args.until > 1:
         row["proxies"] = make_proxies(task, net)
     last = lambda view: proxy_masks(net, view, task.autocast)[0]  # noqa: E731
-    judge_last = lambda frames: judge(task, frames, lambda view: {"last": last(view)}).get("last", {})  # noqa: E731
     if args.until > 2:
         pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
         last = lambda view: pixel_masks(pixels, view, task.autocast)  # noqa: E731
-        row["pixels"] = {name: judge_last(some) for name, some in task.judged.items()}
+        row["pixels"] = {name: judge_one(task, some, last) for name, some in task.judged.items()}
         told = in_words(row["pixels"][args.eval_on])
         print(f"stage 3  pixels on {args.eval_on}: {told}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
-        row["left_out"] = judge_last(of_style(task.report, args.leave_out))
+        row["left_out"] = judge_one(task, of_style(task.report, args.leave_out), last)
     draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
     row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
     save_json(row, finished)

@@ -25,11 +25,11 @@ def measure(run, batches, turns):
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save_onnx(run, path)
-        session, megabytes = onnxruntime.InferenceSession(str(path), options), path.stat().st_size / 2**20
+        save_onnx(graph, facts, path)
+        onnx, megabytes = onnxruntime.InferenceSession(str(path), options), path.stat().st_size / 2**20
     for B in batches:
         x = torch.randint(256, (B, *graph.example.shape[1:]), dtype=torch.uint8)
-        ways = {"torch_ms": lambda x=x: graph(x), "onnx_ms": lambda x=x: session.run(None, {"images": x.numpy()})}
+        ways = {"torch_ms": lambda x=x: graph(x), "onnx_ms": lambda x=x: onnx.run(None, {"images": x.numpy()})}
         found = {name: [] for name in ways}
         for _ in range(turns + 1):
             for name, call in ways.items():

@@ -41,7 +41,7 @@ class EncoderGraph(Graph):
     outputs = ("tokens",)
 
     def forward(self, images):
-        return self.encoder.features(self.view(images))
+        return (self.encoder.features(self.view(images)),)
 
 
 class RecogniserGraph(Graph):
@@ -75,7 +75,7 @@ class TaggerGraph(Graph):
 
     def forward(self, images):
         characters, tags = mfdn.answers(self.net, self.view(images))
-        return tags if characters is None else (characters.softmax(1), tags)
+        return (tags,) if characters is None else (characters.softmax(1), tags)
 
 
 def graph_of(source, image_size=None):
@@ -100,12 +100,11 @@ def graph_of(source, image_size=None):
     return graph.eval(), about | {"side": header["packed_size"], "crop": header.get("crop", "centre")}
 
 
-def save_onnx(source, out, image_size=None):
-    """Write the graph of `source` to out, where it says what torch says -> a line of Python that loads it."""
+def save_onnx(graph, about, out):
+    """Write what graph_of gave to out, if onnxruntime says what torch says -> a line of Python that loads it."""
     onnxruntime = library()
-    graph, about = graph_of(source, image_size)
-    if (size := sum(w.numel() * w.element_size() for w in graph.state_dict().values())) > MOST:
-        raise UserError(f"{source} has {size / 2**30:.1f} GB of weights; one ONNX file holds {MOST / 2**30:.1f} GB")
+    if (size := sum(w.numel() * w.element_size() for w in graph.parameters())) > MOST:
+        raise UserError(f"{size / 2**30:.1f} GB of weights are more than the {MOST / 2**30:.1f} GB of an ONNX file")
     seed = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, *graph.example.shape[1:]), dtype=torch.uint8, generator=seed)
     with torch.no_grad():
@@ -115,7 +114,7 @@ def save_onnx(source, out, image_size=None):
     with atomic(out) as temporary:
         program.save(str(temporary), external_data=False)
         found = onnxruntime.InferenceSession(str(temporary)).run(None, {"images": images.numpy()})
-        pairs = zip(map(torch.from_numpy, found), expected if len(found) > 1 else [expected], strict=True)
+        pairs = zip(map(torch.from_numpy, found), expected, strict=True)
         if not all(torch.allclose(x, y, atol=1e-4, equal_nan=True) for x, y in pairs):
             raise UserError(f"onnxruntime's answers are not torch's: nothing was written; try newer ones: {PIP}")
     return f"onnxruntime.InferenceSession({str(out)!r})"

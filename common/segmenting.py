@@ -130,8 +130,7 @@ def segmenter():
     """
     config = transformers().SegformerConfig(
         num_labels=2, depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
-        decoder_hidden_size=64, drop_path_rate=0.0, classifier_dropout_prob=0.0,
-        attn_implementation="eager")  # fmt: skip
+        decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0, attn_implementation="eager")  # fmt: skip
     net = transformers().SegformerForSemanticSegmentation(config)
     for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         numbers = math.prod(conv.kernel_size) * conv.out_channels // conv.groups

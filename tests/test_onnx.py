@@ -19,12 +19,12 @@ from common.checkpoints import load_encoder
 QUICK = ["--device", "cpu", "--dtype", "fp32"]
 
 
-def session_of(path):
+def model_of(path):
     """-> a function from pictures to a dict of outputs, and what the file says of itself."""
-    session = onnxruntime.InferenceSession(str(path))
-    names = [output.name for output in session.get_outputs()]
-    about = json.loads(session.get_modelmeta().custom_metadata_map["animask"])
-    return lambda x: dict(zip(names, session.run(names, {"images": x.numpy()}), strict=True)), about
+    model = onnxruntime.InferenceSession(str(path))
+    names = [output.name for output in model.get_outputs()]
+    about = json.loads(model.get_modelmeta().custom_metadata_map["animask"])
+    return lambda x: dict(zip(names, model.run(names, {"images": x.numpy()}), strict=True)), about
 
 
 def pictures(B, S, seed=0):
@@ -60,7 +60,7 @@ def test_an_encoder(run, tmp_path):
     done = call("export.py", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx", "--image-size", 16, cwd=tmp_path)
     assert done.returncode == 0 and "InferenceSession" in done.stdout, done.stderr
     net, _ = load_encoder(run, 16)
-    ask, about = session_of(tmp_path / "encoder.onnx")
+    ask, about = model_of(tmp_path / "encoder.onnx")
     assert about == {"is": "encoder", "side": 16}
     for B in (1, 5):
         near(ask(pictures(B, 16))["tokens"], net.features(pictures(B, 16)))
@@ -72,7 +72,7 @@ def test_a_recogniser_and_its_reader_without_torch(recogniser, small, tmp_path):
     call("export.py", recogniser, "--to", "onnx", cwd=tmp_path, check=0)
     assert "keeps the size" in refused(call("export.py", recogniser, "--to", "onnx", "--image-size", 64, "--out",
                                             tmp_path / "x.onnx", cwd=tmp_path))  # fmt: skip
-    ask, about = session_of(recogniser / "model.onnx")
+    ask, about = model_of(recogniser / "model.onnx")
     assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
     faces = [sorted((small.parent / "images" / f"class{c}").iterdir())[-1] for c in range(3)]
     faces += sorted((small.parent / "images" / "class0").iterdir())[:2]
@@ -101,7 +101,7 @@ def test_a_tagger(arm, tagged, tmp_path):
     call("tags.py", "encoder", "--data", "packed", "--arm", arm, "--epochs", 2, "--batch-size", 8, *QUICK,
          "--out", tmp_path / "run", cwd=tagged, check=0)  # fmt: skip
     call("export.py", tmp_path / "run", "--to", "onnx", cwd=tmp_path, check=0)
-    ask, about = session_of(tmp_path / "run" / "model.onnx")
+    ask, about = model_of(tmp_path / "run" / "model.onnx")
     net, header = mfdn.load(tmp_path / "run")
     assert about["tags"] == header["words"] and len(about["thresholds"]) == len(header["words"])
     for B in (1, 4):
