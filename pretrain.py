@@ -43,6 +43,8 @@ WEIGHT_DECAY, CLIP = 0.05, 1.0
 LOSSES = {"simmim": absolute_loss}  # what is not here has reconstruction_loss
 BLIND = ("nothing trained the teacher's CLS token, so its attention tells where a patch is, and finds the border;\n"
          "         --contrast W --contrast-by cls trains it, --attention outlier does without it")  # fmt: skip
+AGREEMENT = {"pooler": dict(contrast=1.0, temperature=0.15, contrast_loss="dcl"),  # changes no feature; CLS tokens do
+             "cls": dict(contrast=0.01, temperature=0.07, contrast_loss="nt_xent")}  # fmt: skip
 SWAP = 0.7  # share of views with another background, where --contrast is on and the masks for it are there
 LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
@@ -86,14 +88,14 @@ def parse_args():
         help="added to a patch's std in norm_pix, squared; plain MAE: --norm-floor .001 --flat-weight 1")
     add = parser.add_argument_group("agreement of two views of each image (common/agreement.py)").add_argument
     add("--contrast", type=between(0, 100), metavar="W",
-        help="weight of this second loss; 0: plain MAE, one view (default: 1 where the run's own\n"
-        "attention guides, else 0)")
+        help="weight of this second loss; 0: plain MAE, one view (default: 0; where the run's own\n"
+        "attention guides, 1 with a pooler, .01 with cls)")
     add("--contrast-by", choices=["pooler", "cls"], default="pooler",
         help="what is compared: a pooler that reads the patch tokens and changes nothing in the\n"
         "encoder, so that attention learns to look; or CLS tokens, so that features learn, too")
-    add("--temperature", type=between(0.01, 10), default=0.15, metavar="T", help="of the comparison")
-    add("--contrast-loss", choices=["dcl", "nt_xent"], default="dcl",
-        help="nt_xent counts the right answer among the others, which small batches feel")
+    add("--temperature", type=between(0.01, 10), metavar="T", help="of the comparison (default: .15; cls .07)")
+    add("--contrast-loss", choices=["dcl", "nt_xent"],
+        help="nt_xent counts the right answer among the others, which small batches feel (default: dcl; cls nt_xent)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(1), help="passes over the data (default: per device)")
     add("--batch-size", type=at_least(1), metavar="B", help="images for one optimizer step (default: per device)")
@@ -133,8 +135,9 @@ def fill_defaults(args, device, dtype):
     mask = args.mask.partition(":")[0]  # simmim has no second loss
     own = args.teacher == "self" and mask != "simmim" and "attn" in (masking.NEEDS.get(mask), args.weight_by)
     trained = "pooler" if args.contrast_by == "pooler" else "rollout"  # what the second loss teaches to look
-    contrast = given.setdefault("contrast", 1.0 if own and args.attention in (None, trained) else 0.0)
-    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | {"jitter": 0.3 if contrast else 0.0}
+    by = AGREEMENT[args.contrast_by]
+    contrast = given.setdefault("contrast", by["contrast"] if own and args.attention in (None, trained) else 0.0)
+    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"] | by | {"jitter": 0.3 if contrast else 0.0}
     if device.type == "cpu" and args.dtype == "bf16":
         defaults["epochs"] = 48  # which three times the speed allows
     for name in ("epochs", "batch_size") if contrast else ():
@@ -317,8 +320,7 @@ def start_message(args, out, train_set, held_set, model, ratio, batch, peak_lr, 
     N, p = model.encoder.side**2, args.patch_size
     count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
     views = f", two views each, compared by {args.contrast_by} (weight {args.contrast:g})" if args.contrast else ""
-    swap = args.swap_background
-    views += f", {swap:.0%} of them with another background" if swap else ""
+    views += f", {args.swap_background:.0%} of them with another background" if args.swap_background else ""
     images, classes = len(train_set["images"]), len(train_set["header"]["classes"])
     return "\n".join((
         f"data     {args.data}: {images} train, {len(held_set['images'])} {args.eval_on} images, {classes} classes",

@@ -139,8 +139,7 @@ def draw_run(out, model, held, norm, autocast, last, name, title):
 
     if last:
         view, ids_mask, scores = last
-        seen = hide(view, ids_mask, model.config["patch_size"])
-        lines = [("view", view), *scores.items(), ("seen", seen)]
+        lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, model.config["patch_size"]))]
         plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
     plots.curves(out / "curves.png", read_log(out / "log.jsonl"), name, title)
     lines = zip(("original", "seen", "predicted", "pasted"), reconstruct(model, held, norm, autocast), strict=True)

@@ -76,8 +76,7 @@ class Guide:
     def load_maps(self, name, path):
         """Take up the teacher's maps in file `name` beside the run's state.pt at path; None: there were none yet."""
         if name:
-            self.file = name
-            self.maps["attn"] = data.open_tensors(path.parent / self.file)["attn"]
+            self.file, self.maps["attn"] = name, data.open_tensors(path.parent / name)["attn"]
 
     def refresh_maps(self, epoch, step, images, out):
         """Let the teacher make its maps of all images, if this is one of its epochs."""
