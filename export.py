@@ -6,7 +6,8 @@ Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint t
         also a run of finetune_lora.py with its head and gallery, or of tags.py
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
         vit_small_patch16_224 and kin), hf/ (a folder for transformers), merged.safetensors (an encoder of ours, its
-        adapter in it), or model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out)
+        adapter in it), or model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out);
+        beside it a card, FILE.md or hf/README.md: data, recipe, figures, limits, licence
 """
 
 if __name__ == "__main__":
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from common.card import card_file, write_card
 from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
@@ -98,7 +100,7 @@ def export(source, to, out=None, image_size=None, force=False):
     refuse_file(out if to == "hf" else out.parent)
     if to != "hf" and out.is_dir():
         raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}")
-    refuse_overwrite([out / name for name in HF_FILES] if to == "hf" else [out], force)
+    refuse_overwrite([*([out / name for name in HF_FILES] if to == "hf" else [out]), card_file(out, to)], force)
     if to == "onnx":
         library()  # what is missing is said before anything is loaded
         return out, save_onnx(*graph_of(source, image_size), out)
@@ -131,7 +133,8 @@ def main():
     args = parser.parse_args()
     with working("exporting"):
         out, use = export(args.encoder, args.to, args.out, args.image_size, args.force)
-    print(f"wrote    {out}\nload it  {use}")
+        write_card(args.encoder, args.to, out, use)
+    print(f"wrote    {out}, {card_file(out, args.to).name}\nload it  {use}")
     if args.to == "merged":
         print(f"next: python probe.py {shlex.quote(str(out))} --data DIR")
 

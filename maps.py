@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import data
 import mask as masking
 from common import guidance, metrics
-from common.checkpoints import ENCODER, flags_of, init_from, load_teacher
+from common.checkpoints import flags_of, load_teacher
 from common.command import (
     Parser,
     between,
@@ -45,10 +45,10 @@ from common.command import (
     working,
 )
 from common.evaluate import hide_at_random, predict
+from common.features import load_mae
 from common.io import UserError
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
-from model import MAE
 
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
 SHEET_RATIOS, DRAWS = (0.5, 0.75, 0.9), 12  # DRAWS: random masks that a patch's difficulty is the mean of
@@ -418,16 +418,9 @@ def difficulty(model, view, autocast):
 
 def sheet_of_all(path, run, split, device, dtype):
     """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
-    from common.formats import read_checkpoint
-
     if not split["header"].get("parts") or "fg" not in split:
         raise UserError("--map all needs true parts; python data.py toon --out datasets/toon makes a set with them")
-    _, facts = read_checkpoint(run)
-    if not facts["decoder_depth"]:
-        raise UserError(f"{run} has no decoder, as simmim has none; give a run with another mask")
-    model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
-    init_from(model, run)
-    model, autocast = model.eval().to(device), autocast_of(device, dtype)
+    model, autocast = load_mae(run).to(device), autocast_of(device, dtype)
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))

@@ -6,7 +6,8 @@
 Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed first);
         maps/NAME for the masks that need foreground or parts (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the next stages),
-        log.jsonl, curves.png, recon.png, masks.png; pooler.safetensors where --contrast trains one, snapshots/ if asked
+        stats_head.safetensors (for pictures), pooler.safetensors (where --contrast trains one), log.jsonl, curves.png,
+        recon.png, masks.png, snapshots/ if asked
 
 All random numbers are drawn on the CPU from (seed, epoch, step): two strategies with one seed, and as many views of an
 image, see the same images in the same order with the same crops, and a run that was killed and resumed ends with the
@@ -30,7 +31,7 @@ import kernels
 import mask as masking
 from common import distributed, train
 from common.agreement import Agreement
-from common.checkpoints import init_from, load_exactly, save_model, save_pooler
+from common.checkpoints import init_from, load_exactly, save_beside, save_model
 from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
 from common.evaluate import draw_run, evaluate
 from common.guidance import SOURCES, Guide, default_source, flags_of_teacher, is_blind, warn_of_collapse
@@ -48,7 +49,7 @@ AGREEMENT = {"pooler": dict(contrast=1.0, temperature=0.15, contrast_loss="dcl")
 SWAP = 0.7  # share of views with another background, where --contrast is on and the masks for it are there
 LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
-WRITTEN = ("model.safetensors", "pooler.safetensors", "*.png")  # by a run that was finished
+WRITTEN = ("model.safetensors", "pooler.safetensors", "stats_head.safetensors", "*.png")  # by a run that was finished
 DEFAULTS = {  # what is not given; on a CPU, here in fp32, many small steps learn more than few large ones (LOG.md)
     "cpu": dict(model="nano", epochs=20, batch_size=32, blr=8e-3, decoder_depth=1),
     "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
@@ -469,7 +470,7 @@ def main():
     distributed.leave()
 
     last = None if view is None else (view[: 8 * V : V], ids_mask[: 8 * V : V], guide.shown(patches))  # None: finished
-    save_pooler(model.encoder, out)
+    save_beside(model, out)
     save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
     draw_run(out, model, held_set, norm, autocast, last, args.eval_on,
              f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}")  # fmt: skip

@@ -188,32 +188,43 @@ def apart(embeddings, known):
 
 
 def enrol(args, net, header, gallery, autocast):
-    """Add the embeddings of these pictures to the gallery, under one name; the same picture counts once."""
-    who, names, problems = sources.nfc(args.enrol.strip()), gallery["names"], []
-    if who in header["classes"]:
-        raise UserError(f"{who} was learned in training and is known already; enrol another name")
+    """Add these pictures to the gallery, under one name."""
+    problems = []
     found = list(predictions(args, net, header, autocast, problems))
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     keys, embeddings = [key for some, *_ in found for key in some], torch.cat([x for *_, x in found])
+    print(add_faces(args.run, args.enrol, keys, embeddings, header, gallery))
+    who = sources.nfc(args.enrol.strip())
+    print(f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}")
+
+
+def add_faces(run, who, keys, embeddings, header, gallery):
+    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a picture counts once."""
+    who, names = sources.nfc(who.strip()), gallery["names"]
+    if who in header["classes"]:
+        raise UserError(f"{who} was learned in training and is known already; enrol another name")
     own = gallery["labels"] == (names.index(who) if who in names else -1)
     new = apart(embeddings, gallery["embeddings"][own])
-    if twice := int((~new).sum()):
-        print(f"{twice} of {len(new)} pictures are there already, and count once")
     if int(new.sum() + own.sum()) < FEW:
         raise UserError(f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5")
     names = names if who in names else [*names, who]
     labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
     keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
-    replace_gallery(args.run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery)
+    replace_gallery(run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery)
+    twice = int((~new).sum())
+    again = f"{twice} of {len(new)} pictures are there already, and count once\n" if twice else ""
     count = int((labels == names.index(who)).sum())
-    print(f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters\n"
-          f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}")  # fmt: skip
+    return f"{again}{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
 
 
 def forget(args, header, gallery):
-    """Take an enrolled character and its pictures out of the gallery."""
-    who, names = sources.nfc(args.forget.strip()), gallery["names"]
+    print(take_out(args.run, args.forget, header, gallery))
+
+
+def take_out(run, who, header, gallery):
+    """Take an enrolled character and its pictures out of the run's gallery -> what is said of it."""
+    who, names = sources.nfc(who.strip()), gallery["names"]
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training; only enrolled characters can be forgotten")
     if who not in names:
@@ -222,9 +233,9 @@ def forget(args, header, gallery):
     stay = gallery["labels"] != k
     labels = gallery["labels"][stay]
     keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
-    replace_gallery(args.run, gallery["embeddings"][stay], labels - (labels > k).long(), names[:k] + names[k + 1 :],
-                    keys, gallery)  # fmt: skip
-    print(f"{who} is forgotten, with {int((~stay).sum())} pictures; the gallery knows {len(names) - 1} characters")
+    replace_gallery(run, gallery["embeddings"][stay], labels - (labels > k).long(), names[:k] + names[k + 1 :], keys,
+                    gallery)  # fmt: skip
+    return f"{who} is forgotten, with {int((~stay).sum())} pictures; the gallery knows {len(names) - 1} characters"
 
 
 def replace_gallery(run, embeddings, labels, names, keys, old):

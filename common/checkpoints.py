@@ -111,25 +111,29 @@ def load_encoder(path, image_size=None):
     return encoder.eval(), facts["image_size"]
 
 
-def save_pooler(encoder, run):
-    """runs/NAME/pooler.safetensors, where pre-training trained one: what a teacher's attention is read by."""
-    if encoder.pooler is not None:
-        save_safetensors(encoder.pooler.state_dict(), Path(run) / "pooler.safetensors", {})
+def save_beside(model, run):
+    """What public files have no place for: pooler.safetensors, which a teacher's attention is read by, where
+    pre-training trained one; stats_head.safetensors, which tells mean and contrast of a hidden patch in a picture."""
+    for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
+        if part is not None:
+            save_safetensors(part.state_dict(), Path(run) / f"{name}.safetensors", {})
 
 
-def pooler_file(path):
-    """Where the pooler of a run, or of its weights, stands if it has one; a snapshot has none."""
-    return model_file(path).with_name("pooler.safetensors")
+def beside(path, name):
+    """Where such a file of a run, or of its weights, stands if it has one; a snapshot has none."""
+    return model_file(path).with_name(f"{name}.safetensors")
+
+
+def load_beside(part, path, name):
+    load_exactly(part, read_safetensors(beside(path, name), "remove it, or make the run again")[0], beside(path, name))
 
 
 def load_teacher(path):
     """load_encoder, and the pooler of the run, if it has one -> the encoder and its image size."""
     encoder, size = load_encoder(path)
-    beside = pooler_file(path)
-    if beside.exists():
-        weights, _ = read_safetensors(beside, "remove it, or make the run again")
+    if beside(path, "pooler").exists():
         encoder.pooler = Pooler(encoder.cls_token.shape[2], encoder.blocks[0].attn.heads)
-        load_exactly(encoder.pooler, weights, beside)
+        load_beside(encoder.pooler, path, "pooler")
     return encoder, size
 
 

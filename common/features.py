@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 import data
 from common import metrics
-from common.checkpoints import flags_of, model_file
+from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
 from common.evaluate import extremes
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
-from model import ViT, shape_of
+from model import MAE, ViT, shape_of
 
 POOLS, HEADLINE = ("mean", "cls", "extremes", "grid"), "extremes"
 GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
@@ -72,6 +72,20 @@ def hold_out(splits):
         return torch.arange(len(labels)), torch.arange(len(splits["dev"]["labels"])), "dev"
     apart = torch.from_numpy(data.hold_apart(data.groups_of(splits["train"]), labels, data.APART))
     return (~apart).nonzero()[:, 0], apart.nonzero()[:, 0], "train"
+
+
+def load_mae(path):
+    """A run or a checkpoint with a decoder -> MAE in eval mode; statistics of patches as its own run learned them."""
+    from common.formats import read_checkpoint
+
+    _, facts = read_checkpoint(path)
+    if not facts["decoder_depth"]:
+        raise UserError(f"{path} has no decoder, as simmim has none; give a run with another mask")
+    model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
+    init_from(model, path)
+    if beside(path, "stats_head").exists():
+        load_beside(model.decoder.stats_head, path, "stats_head")
+    return model.eval()
 
 
 def untrained_like(encoder, seed=0):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import distributed
-from common.checkpoints import flags_of, load_teacher, pooler_file
+from common.checkpoints import beside, flags_of, load_teacher
 from common.command import progress
 from common.io import UserError
 from kernels.gather import masked_patch_gather
@@ -207,7 +207,7 @@ def default_source(flags, teacher):
     last one where nothing is known but that it is a file, as DINO's are; else what needs no training.
     """
     by_cls = flags.get("contrast_by") == "cls"
-    if flags.get("contrast", 0) > 0 and (by_cls or teacher == "self" or pooler_file(teacher).exists()):
+    if flags.get("contrast", 0) > 0 and (by_cls or teacher == "self" or beside(teacher, "pooler").exists()):
         return "rollout" if by_cls else "pooler"
     return "cls" if not flags and Path(teacher).is_file() else "outlier"
 

@@ -197,7 +197,8 @@ def floor_of(name):
     top, _, rest = name.partition(".")
     grounds = {"mask": 0, "kernels": 0, "common.io": 0, "common.command": 0, "model": 1, "data": 1, "ingest": 2}
     found = grounds.get(f"common.{rest}" if top == "common" else top)
-    return found if found is not None else {"common": 2, "experiments": 4, "benchmarks": 4}.get(top, 3)
+    above = {"common": 2, "experiments": 4, "benchmarks": 4, "demo": 4}  # the page is made of the stages
+    return found if found is not None else above.get(top, 3)
 
 
 def module_files():

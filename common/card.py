@@ -1,0 +1,96 @@
+"""The card beside exported weights: what they learned from, how, how good they are, how they are loaded.
+
+It has the layout that model hubs read: a head of `key: value` lines, then text.
+"""
+
+from pathlib import Path
+
+from common.checkpoints import flags_of
+from common.io import UserError, read_header, read_json, save_text
+
+LIBRARY = {"hf": "transformers", "timm": "timm", "onnx": "onnx"}  # of the others pytorch
+OURS = "datasets/toon"  # drawn by ingest/toon.py: nobody else's pictures
+SHOWN = ("data", "model", "image_size", "patch_size", "mask", "ratio", "contrast", "contrast_by", "arm", "method",
+         "head", "pool", "epochs", "batch_size", "blr", "lr", "seed")  # fmt: skip
+KINDS = {  # by a flag that only its stage has
+    "arm": "Names the character and the tags of a drawing, from the picture alone (MFDN; `tags.py`).",
+    "method": 'Names the character in a drawing, or says "unknown" (`finetune_lora.py`).',
+    "mask": "A Vision Transformer, pre-trained by masked reconstruction (`pretrain.py`); its tokens are features of a "
+            "picture and of its patches.",
+}  # fmt: skip
+LIMITS = """It learned from pictures of faces that fill the frame, and was judged on such pictures alone. A name is a
+guess, so is a tag, and a confidence is right on average at best. Who drew a picture was not asked, and is not named."""
+
+
+def card_file(out, to):
+    """README.md in a folder, as hubs read it, else the file's own name with .md."""
+    return out / "README.md" if to == "hf" else out.with_suffix(".md")
+
+
+def write_card(source, to, out, use):
+    """Write the card of `out`, which was made from `source`; use: the line that loads it."""
+    flags = flags_of_run(Path(source))
+    kind = next((kind for kind in KINDS if kind in flags), None)
+    ours = flags.get("data") == OURS
+    head = [f"license: {'mit' if ours else 'other'}", f"library_name: {LIBRARY.get(to, 'pytorch')}",
+            f"pipeline_tag: image-{'classification' if kind in ('arm', 'method') else 'feature-extraction'}",
+            "tags: [masked-autoencoder, vision-transformer, anime]"]  # fmt: skip
+    parts = {
+        "How to load it": f"    {use}",
+        "What it learned from, and how": recipe(flags),
+        "How good it is": figures(Path(source)),
+        "Limits": LIMITS,
+        "Licence": "MIT. The pictures that it learned from were drawn by the project's own program." if ours else
+                   f"The code is MIT. The weights bear what the pictures bear that they learned from "
+                   f"({flags.get('data', 'not known here')}): ask before you pass them on.",
+    }  # fmt: skip
+    text = KINDS.get(kind, "A Vision Transformer from elsewhere, in another format; its own card says more.")
+    body = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    lines = ["---", *head, "---", "", f"# {Path(source).name}", "", f"{text} Made by AniMask.", "", body, ""]
+    save_text("\n".join(lines), card_file(out, to))
+
+
+def flags_of_run(source):
+    """The flags of pretrain.py or tags.py, of finetune_lora.py where it has a head; {} of what others made."""
+    head = source / "head.safetensors"
+    if not head.exists():
+        return flags_of(source)
+    header = read_header(head)[1]
+    return {k: header[k] for k in ("data", "method")} | header["config"]
+
+
+def recipe(flags):
+    """A table of the flags that matter."""
+    rows = [f"| {k} | `{flags[k]}` |" for k in SHOWN if flags.get(k) is not None]
+    return "\n".join(["| flag | value |", "|---|---|", *rows]) if rows else "Not known here."
+
+
+def figures(source):
+    """What was measured of it, each with its command; read from the files beside the weights."""
+    folder, found = source if source.is_dir() else source.parent, []
+    for name, say in (("probe.json", of_probe), ("metrics.json", of_metrics), ("recognize.json", of_pairs)):
+        try:
+            row = read_json(folder / name)
+            found.append(f"- {say(row)}: `{row['command']}`")
+        except (UserError, OSError, KeyError, TypeError):  # not measured, or not by us
+            continue
+    return "\n".join(found) or "Nothing was measured."
+
+
+def of_probe(row):
+    best = max(x["logistic"]["top1"] for name, x in row["rows"].items() if name.startswith("thumb"))
+    return (f"frozen, with a linear classifier on {row['pool']}, Top-1 {row['headline']:.1%} on {row['split']} of "
+            f"{row['data']} (thumbnails: {best:.1%})")  # fmt: skip
+
+
+def of_metrics(row):
+    where = f"on {row['evaluated_on']} of {row['data']}"
+    if "top1" in row:
+        return f"Top-1 {row['top1']:.1f} %, macro-F1 {row['macro_f1']:.1f} % {where}"
+    best = row.get("tags_truth") or row["tags"]
+    return f"Top-1 {row['end']['without_top1']:.1f} %, mAP of tags {best['map']:.1f} %, from the picture alone, {where}"
+
+
+def of_pairs(row):
+    pairs = row["verification"]
+    return f"the same character or not, ROC-AUC {pairs['roc_auc']:.1f} %, equal error rate {pairs['eer']:.1f} %"

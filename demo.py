@@ -1,0 +1,624 @@
+"""Stage 9: everything in a web page. Masks as a slider moves, names, tags, drawn or photographed, two runs, curves.
+
+    pip install -r requirements-demo.txt && python demo.py [runs/NAME]
+
+Reads:  a run of pretrain.py (default: the newest in runs/) and what was made of it: runs/NAME-lora, -tags, -seg
+Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a button makes
+
+The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is read as every stage
+reads it (ingest/decode.py), in memory; nothing that a visitor sends names a file or a command.
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import base64
+import functools
+import inspect
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import maps
+import mask as masking
+import recognize
+import segment
+from common import classifier, guidance, metrics, mfdn, plots, segmenting
+from common.checkpoints import about_model, load_teacher
+from common.command import Parser, between, cli
+from common.evaluate import hide, predict
+from common.features import load_mae
+from common.io import UserError, read_json
+from common.train import autocast_of, pick_device, pick_dtype, seeded
+from ingest import toon
+from ingest.decode import decode, on_paper, open_image, reason
+from kernels.loss import FLOOR, patch_detail
+from model import put_patches, to_pixels
+
+FIRST_RUN = "runs/toon-nano-attn_high-0.75-s0"  # what README's first command makes on a CPU
+DRAWN = 256  # side of a picture that the page draws itself
+MOST_MB = 32  # of a file that somebody drops
+LOCK = threading.Lock()  # of the gallery: two visitors may enrol at once
+CSS = """
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 12px }
+.figures figure { margin: 0 } .figures img { width: 100%; image-rendering: pixelated; border-radius: 6px }
+.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)) }
+.wide img { image-rendering: auto }
+.bars { display: grid; grid-template-columns: max-content minmax(80px, 320px) max-content; gap: 4px 12px }
+.bars div { background: var(--border-color-primary); border-radius: 4px; overflow: hidden }
+.bars i { display: block; height: 100%; background: #0072B2 }
+.table { overflow-x: auto } .table td { padding: 2px 12px }
+"""
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", nargs="?", metavar="runs/NAME", help="of pretrain.py, or of what was made of it (default: the newest)")
+    add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 opens the page to the network (default: to "
+        "this machine alone)")  # fmt: skip
+    add("--share", action="store_true", help="a public address for three days, by gradio's server")
+    add("--open", action="store_true", help="open the browser")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    return parser.parse_args()
+
+
+# ---- which runs there are --------------------------------------------------------------------------------------------
+
+
+def newest(found):
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def encoders():
+    """Runs of pretrain.py with a decoder, the newest first."""
+    found = [path.parent for path in Path("runs").glob("*/model.safetensors")
+             if "decoder_dim" in about_model(path).get("config", {})]  # fmt: skip
+    return [str(path) for path in sorted(found, key=lambda path: -(path / "model.safetensors").stat().st_mtime)]
+
+
+def choose_run(name):
+    """The run that the page is about: what was given, the encoder under it, or the newest; else the first command's."""
+    if name is None:
+        return next(iter(encoders()), FIRST_RUN)
+    if not Path(name).is_dir():
+        raise UserError(f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to")
+    if (Path(name) / "head.safetensors").exists():
+        return str(classifier.load_classifier(name)[1]["base"])
+    return about_model(name)["base"] if mfdn.is_tagger(name) else name
+
+
+def made_of(run, file):
+    """The newest run that was made of this one and has this file, or None."""
+    found = newest([path for path in Path(run).parent.glob(f"{Path(run).name}-*/{file}") if path.is_file()])
+    return str(found.parent) if found else None
+
+
+def recogniser_of(run):
+    return made_of(run, "gallery.safetensors")
+
+
+def tagger_of(run):
+    return made_of(run, "selected_tags.csv")
+
+
+def segmenter_of(run):
+    return made_of(run, "patches.safetensors")
+
+
+def commands(run):
+    """What a button makes where it is missing -> {tab: (words behind python, about how many minutes)}."""
+    return {
+        "Mask": (["pretrain.py", "--mask", "attn_high", "--ratio", "0.75", "--out", run], 5),
+        "Recognise": (["finetune_lora.py", run, "--method", "lora", "--epochs", "60"], 7),
+        "Tags": (["tags.py", run], 4),
+        "Drawn or photographed": (["segment.py", run], 15),
+    }
+
+
+def make(words):
+    """Run one of `commands`, yielding how far it is, a line of HTML."""
+    yield f"<p>python {escape(shlex.join(words))}</p>"
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace", env=env) as process:  # fmt: skip
+        for line in process.stdout:
+            share = re.match(r"\s*(\d+)%\|", line)
+            bar = f'<progress value="{share[1]}" max="100"></progress>' if share else ""
+            yield f"<p>{bar} {escape(line.strip()[-160:])}</p>"
+    yield "<p>Done.</p>" if process.returncode == 0 else f"<p>It ended with status {process.returncode}: {line}</p>"
+
+
+# ---- what is loaded, once --------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """Device and number format, set by main."""
+
+    device, autocast = torch.device("cpu"), autocast_of(torch.device("cpu"), torch.float32)
+
+
+@functools.lru_cache(4)
+def networks(run):
+    """A run of pretrain.py -> its MAE, the encoder that attends (with its pooler), its header."""
+    return load_mae(run).to(Machine.device), load_teacher(run)[0].to(Machine.device), about_model(run)
+
+
+@functools.lru_cache(2)
+def tagger(run):
+    net, header = mfdn.load(run)
+    return net.to(Machine.device), header
+
+
+@functools.lru_cache(2)
+def recogniser(run):
+    net, header = classifier.load_classifier(run)
+    return net.to(Machine.device), header
+
+
+@functools.lru_cache(2)
+def segmenter(run):
+    return segmenting.load(run, Machine.device, Machine.autocast)
+
+
+# ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} ----------------------------------------------
+
+
+def drawing(who, number):
+    """One of the demo set's cast as no data set has it; its foreground and parts are known."""
+    person = next(person for person in toon.cast() if person["name"] == who)
+    figure, file = toon.draw(toon.unseen(person, number + 1, seed=1000)[number], DRAWN), io.BytesIO()
+    Image.fromarray(figure["image"]).save(file, "PNG")
+    return {"name": who, "bytes": file.getvalue(), "truth": {"fg": figure["fg"], "parts": figure["parts"]}}
+
+
+def dropped(path):
+    """A file that the page put into its upload folder -> a picture; UserError where it is none."""
+    name, file = Path(path).name, Path(path).read_bytes()
+    try:
+        size = open_image(file, 2**15)[0].size
+    except Exception as problem:  # Pillow raises what it likes
+        raise UserError(f"{name} is not a picture that can be read: {reason(problem)}") from None
+    if min(size) < 8:
+        raise UserError(f"{name} has {size[0]}x{size[1]} pixels; give a picture of at least 8x8")
+    return {"name": name, "bytes": file, "truth": None}
+
+
+def view_of(picture, size):
+    """-> u8 (1, size, size, 3) on the device: the centre square."""
+    return torch.from_numpy(decode(picture["bytes"], size, False)["images"].copy())[None].to(Machine.device)
+
+
+def cut_as(picture, header):
+    """The square that a recogniser or a tagger would take -> u8 (1, ., ., 3)."""
+    found = decode(picture["bytes"], header["packed_size"], False, None, header["crop"], header["margin"])
+    return found["images"][None].copy()
+
+
+# ---- HTML: pictures, bars, tables ------------------------------------------------------------------------------------
+
+
+def png(pixels):
+    """u8 (H, W, 3), or a map (g, g), parts by number, other maps in viridis -> the address of an <img>."""
+    pixels = torch.as_tensor(np.array(pixels) if isinstance(pixels, np.ndarray) else pixels).cpu()
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy() if pixels.dim() == 3 else plots.coloured(pixels[None])[0]).save(file, "PNG")
+    return address(file.getvalue())
+
+
+def address(file):
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
+
+
+def figures(items, kind=""):
+    """[(caption, address)] side by side, as many as the screen has room for."""
+    cells = (f'<figure><img src="{src}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
+             for name, src in items)  # fmt: skip
+    return f'<div class="figures {kind}">{"".join(cells)}</div>'
+
+
+def bars(shares):
+    """{name: 0 to 1} -> a bar each."""
+    cells = (f'<span>{escape(name)}</span><div><i style="width: {x:.1%}"></i></div><span>{x:.0%}</span>'
+             for name, x in shares.items())  # fmt: skip
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
+def same_as(words):
+    """The command that does what is seen."""
+    return f"<p><code>python {escape(words)}</code></p>"
+
+
+def answer(work):
+    """A function of a tab: its mistakes are sentences in the page."""
+
+    @functools.wraps(work)
+    def page(*args):
+        try:
+            with torch.inference_mode():
+                return work(*args)
+        except UserError as problem:
+            return f"<p>{escape(str(problem))}</p>"
+
+    return page
+
+
+def missing(tab, run):
+    """UserError that says what the button below makes."""
+    words, minutes = commands(run)[tab]
+    raise UserError(f"There is no run for this yet; the button below makes one in about {minutes} minutes: "
+                    f"python {shlex.join(words)}")  # fmt: skip
+
+
+# ---- tabs: what each says of the picture -----------------------------------------------------------------------------
+
+
+def attention_of(teacher, view, flags, run):
+    """(1, g, g): by its pooler, or by its CLS token through all blocks; and how, in words."""
+    source = guidance.default_source(flags, run)
+    with Machine.autocast():
+        scores = teacher.patch_attention(view, "rollout" if source == "outlier" else source).float().mean(1)
+    how = "attention" if source != "outlier" else "attention, which nothing trained"
+    return scores.unflatten(1, (teacher.side, -1)), how
+
+
+def scores_of(net, teacher, view, picture, need, run, flags):
+    """What a strategy reads of a picture: (1, N), or (1, N, P) of parts."""
+    g, (_, every) = teacher.side, teacher.all_patches(view)
+    if need == "attn":
+        return attention_of(teacher, view, flags, run)[0].flatten(1)
+    if need == "detail":
+        return patch_detail(view, every, net.config["patch_size"])
+    if need == "difficulty":
+        return maps.difficulty(net, view, Machine.autocast)
+    return patch_shares(picture, view, need, g)
+
+
+def patch_shares(picture, view, need, g):
+    """Foreground (1, N) or parts (1, N, P): the truth of a drawing, else foreground by colours; parts are not known."""
+    if picture["truth"] is None and need == "parts":
+        raise UserError("the parts of a picture of your own are not known: choose a drawing, or another strategy")
+    plane = picture["truth"][need] if picture["truth"] else (255 * maps.coarse(view)[0]).byte().cpu().numpy()
+    whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
+    return guidance.crop_map(need, plane[None], *whole, g, view.device, len(toon.PARTS))
+
+
+def filled_in(net, header, view, ids_keep, ids_mask):
+    """The network's prediction in the hidden patches -> u8 (1, S, S, 3), and its PSNR there in dB."""
+    pred, stats = predict(net, view, ids_keep, ids_mask, Machine.autocast, header.get("floor", FLOOR))
+    pixels = to_pixels(pred, stats if header.get("norm_pix", True) else None)
+    pasted = put_patches(view, ids_mask, pixels)
+    where = put_patches(torch.zeros_like(view), ids_mask, torch.full_like(pixels, 255))[..., 0] > 0
+    return pasted, metrics.psnr(pasted, view, where).item()
+
+
+def known_maps(picture, view, teacher, flags, run):
+    """What may guide a mask, to be seen: [(name, (g, g))]."""
+    g, (attention, how) = teacher.side, attention_of(teacher, view, flags, run)
+    found = [(how, attention[0]), ("foreground", patch_shares(picture, view, "fg", g).view(g, g))]
+    if picture["truth"]:
+        found.append(("parts", patch_shares(picture, view, "parts", g).argmax(2).view(g, g)))
+    return found
+
+
+@answer
+def mask_page(run, picture, strategy, ratio, beta, hint, t, seed):
+    """What the strategy hides of the picture, and what the network predicts there."""
+    if not Path(run).is_dir():
+        missing("Mask", run)
+    net, teacher, header = networks(run)
+    view, N, p = view_of(picture, net.config["image_size"]), teacher.side**2, net.config["patch_size"]
+    need, K, flags = masking.NEEDS.get(strategy), masking.kept(N, ratio), header.get("run", {})
+    patches = {"masked": N - K} | ({need: scores_of(net, teacher, view, picture, need, run, flags)} if need else {})
+    takes = inspect.signature(masking.STRATEGIES[strategy]).parameters
+    params = {name: x for name, x in (("beta", beta), ("hint", hint)) if name in takes}
+    noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(view.device)
+    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
+    pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
+    items = [("picture", view[0]), *known_maps(picture, view, teacher, flags, run),
+             (f"seen: {K} of {N} patches", hide(view, ids_mask, p)[0]), (f"predicted, {decibel:.1f} dB", pasted[0])]
+    words = strategy + "".join(f"{',' if i else ':'}{k}={x:g}" for i, (k, x) in enumerate(params.items()))
+    return figures((name, png(x)) for name, x in items) + same_as(f"pretrain.py --mask {words} --ratio {ratio:g}")
+
+
+@answer
+def compare_page(run, picture, other, ratio, seed):
+    """Attention and prediction of two runs, the same patches hidden."""
+    found = []
+    for name in (run, other):
+        if not name or not Path(name).is_dir():
+            raise UserError("choose two runs of pretrain.py; there is nothing to compare yet")
+        net, teacher, header = networks(name)
+        view, N = view_of(picture, net.config["image_size"]), teacher.side**2
+        noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(view.device)
+        ids_keep, ids_mask = masking.sample(noise, masking.kept(N, ratio))
+        pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
+        attention, how = attention_of(teacher, view, header.get("run", {}), name)
+        items = [(how, attention[0]), ("seen", hide(view, ids_mask, net.config["patch_size"])[0]),
+                 (f"predicted, {decibel:.1f} dB", pasted[0])]  # fmt: skip
+        found.append(f"<h3>{escape(Path(name).name)}</h3>" + figures((name, png(x)) for name, x in items))
+    return "".join(found) + same_as(f"probe.py {shlex.quote(run)} {shlex.quote(other)}")
+
+
+@answer
+def recognise_page(run, picture):
+    """Who it is, how sure that is, and the faces of the gallery that are nearest."""
+    name = recogniser_of(run) or missing("Recognise", run)
+    net, header = recogniser(name)
+    gallery, image = classifier.load_gallery(name), cut_as(picture, header)
+    logits, embeddings = embed(net, header, image)
+    row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
+    who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
+    sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
+    faces = [(f"{f['name']}, {f['similarity']:.2f}", face_of(header["data"], f["picture"])) for f in row["nearest"]]
+    shown = figures([("what is looked at", png(image[0])), *((name, src) for name, src in faces if src)])
+    like = {"similarity": max(0.0, row["similarity"]), "threshold": max(0.0, row["threshold"])}
+    return f"<h2>{who}</h2>" + bars(sure | like) + shown + same_as(f"recognize.py {name} PICTURE")
+
+
+def embed(net, header, images):
+    """images u8 (B, ., ., 3) -> logits (B, C), embeddings (B, D), as recognize.py makes them."""
+    split, rows = {"images": images}, torch.arange(len(images))
+    pooled = classifier.pooled_of(net, split, rows, header["image_size"], Machine.autocast, mirrored=True)
+    return classifier.predict(net, pooled)
+
+
+@functools.lru_cache(256)
+def face_of(folder, key):
+    """A picture of the gallery by its key, where the set that it came from is still there; None else."""
+    if not (Path(folder) / "train.safetensors").exists():
+        return None
+    split = data.open_split(folder, "train")
+    keys = split["header"].get("keys", [])
+    return png(np.array(split["images"][keys.index(key)])) if key in keys else None
+
+
+def enrolled(run):
+    """Names that recognize.py --enrol or the page added."""
+    name = recogniser_of(run)
+    gallery = classifier.load_gallery(name) if name else {"names": [], "learned": 0}
+    return gallery["names"][gallery["learned"] :]
+
+
+@answer
+def enrol_page(run, who, files):
+    """Add a character to the gallery -> what happened, in a sentence."""
+    name = recogniser_of(run) or missing("Recognise", run)
+    if not (who or "").strip():
+        raise UserError("give the character a name")
+    net, header = recogniser(name)
+    pictures = [dropped(path) for path in files or []]
+    if not pictures:
+        raise UserError(f"give {recognize.FEW} to 5 pictures of {who}")
+    images = np.concatenate([cut_as(picture, header) for picture in pictures])
+    with LOCK:
+        keys, (_, embeddings) = [x["name"] for x in pictures], embed(net, header, images)
+        said = recognize.add_faces(name, who, keys, embeddings, header, classifier.load_gallery(name))
+    return f"<p>{escape(said)}</p>"
+
+
+@answer
+def forget_page(run, who):
+    """Take an enrolled character out again -> what happened, in a sentence."""
+    name = recogniser_of(run) or missing("Recognise", run)
+    with LOCK:
+        said = recognize.take_out(name, who or "", recogniser(name)[1], classifier.load_gallery(name))
+    return f"<p>{escape(said)}</p>"
+
+
+@answer
+def tags_page(run, picture):
+    """The character and the tags that the picture alone tells."""
+    name = tagger_of(run) or missing("Tags", run)
+    net, header = tagger(name)
+    view = data.view_images(torch.from_numpy(cut_as(picture, header)).to(Machine.device), *data.full_boxes(1),
+                            header["image_size"])  # fmt: skip
+    with Machine.autocast():
+        logits, tags = mfdn.answers(net, view)
+    said = bars(mfdn.named(tags[0].float().cpu(), header)) if tags is not None else ""
+    if logits is not None:
+        sure, who = logits[0].float().softmax(0).max(0)
+        said = f"<h2>{escape(header['classes'][who])}, {sure:.0%}</h2>" + said
+    return said + same_as(f"tags.py {name} PICTURE")
+
+
+@answer
+def segment_page(run, picture):
+    """What of the picture is drawn; what is photographed is orange."""
+    name = segmenter_of(run) or missing("Drawn or photographed", run)
+    masks_of, side, squared = segmenter(name)
+    whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
+    whole.thumbnail((1024, 1024))
+    pixels = np.array(whole)
+    mask = segment.mask_of(pixels, masks_of, side, squared, Machine.device)
+    laid_over = segmenting.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[0]
+    items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
+    command = same_as(f"segment.py {name} PICTURE --out masks")
+    return bars({"drawn": float(mask.mean())}) + figures(items, "wide") + command
+
+
+@answer
+def learn_page(run, picture):
+    """Curves, what the encoder knows beside its controls, and who is mistaken for whom."""
+    home, made = Path(run), recogniser_of(run)
+    pictures = [("pre-training", home / "curves.png"), ("hidden at random, and predicted", home / "recon.png")]
+    pictures += [(f"who {Path(made).name} mistakes for whom", Path(made) / "confusion.png")] if made else []
+    found = [(name, address(path.read_bytes())) for name, path in pictures if path.exists()]
+    if not found:
+        missing("Mask", run)
+    return probe_table(home / "probe.json") + figures(found, "wide") + same_as(f"probe.py {shlex.quote(run)}")
+
+
+def probe_table(path):
+    """Top-1 of what probe.py found, as a table of HTML; the command that makes it where there is none."""
+    if not path.exists():
+        return f"<p>python probe.py {escape(str(path.parent))} adds a table of what the encoder knows.</p>"
+    rows = read_json(path, ["rows"])["rows"]
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind, x in row.items() if "top1" in x))
+    head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+    body = "".join(f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{top1(row, kind)}</td>" for kind in kinds) + "</tr>"
+                   for name, row in rows.items())  # fmt: skip
+    return f'<div class="table"><table><tr><th>Top-1</th>{head}</tr>{body}</table></div>'
+
+
+def top1(row, kind):
+    return f"{row[kind]['top1']:.1%}" if kind in row else ""
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def drawn(who, number):
+    """-> the state, how it is shown, nothing to complain of."""
+    picture = drawing(who, int(number))
+    return picture, shown(picture), ""
+
+
+def taken(path, before):
+    """What somebody dropped, or what was there before and a sentence."""
+    try:
+        picture = dropped(path)
+        return picture, shown(picture), ""
+    except UserError as problem:
+        return before, shown(before), f"<p>{escape(str(problem))}</p>"
+
+
+def shown(picture):
+    return figures([(picture["name"], png(decode(picture["bytes"], 160, False)["images"]))])
+
+
+def tab_of(gr, name, text, run, found, controls, page, below=list):
+    """A tab: a sentence, controls, what `page` says, a button where a run is missing, more below; functions make them.
+
+    -> page, its inputs behind the picture, where its answer goes, events after which it is asked again.
+    """
+    with gr.Tab(name):
+        gr.Markdown(text)
+        with gr.Row():
+            inputs = controls()
+        out = gr.HTML(elem_id=name.split()[0].lower())
+        if name in commands(run) and not found:
+            words, minutes = commands(run)[name]
+            button = gr.Button(f"Make it: about {minutes} minutes", elem_id=f"make-{name.split()[0].lower()}")
+            button.click(functools.partial(make, words), None, out, api_visibility="private")
+        events = below()
+    return page, inputs, out, events
+
+
+def mask_controls(gr):
+    strategies = list(masking.STRATEGIES)
+    return [gr.Dropdown(strategies, value="attn_high", label="strategy", elem_id="strategy"),
+            gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden", elem_id="ratio"),
+            gr.Slider(-3, 3, 0.5, step=0.1, label="beta", info="how much the map decides"),
+            gr.Slider(0, 0.5, 0.1, step=0.05, label="hint", info="share of it that is shown"),
+            gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run"),
+            gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")]  # fmt: skip
+
+
+def compare_controls(gr, run):
+    others = encoders()
+    return [gr.Dropdown(others, value=others[-1] if others else None, label="beside it", elem_id="other"),
+            gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden"),
+            gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")]  # fmt: skip
+
+
+def enrol_controls(gr, run):
+    """Rows under the answer: add a character, take one out; returns what has to be done when one was."""
+    with gr.Row():
+        who = gr.Textbox(label="name of somebody new", elem_id="new")
+        files = gr.File(file_count="multiple", label="three to five pictures", height=120, elem_id="faces")
+        add = gr.Button("Enrol", elem_id="enrol")
+    with gr.Row():
+        known = gr.Dropdown(enrolled(run), label="who was enrolled", elem_id="known")
+        forget = gr.Button("Forget", elem_id="forget")
+    told = gr.HTML(elem_id="told")
+    done = [add.click(functools.partial(enrol_page, run), [who, files], told, api_visibility="private"),
+            forget.click(functools.partial(forget_page, run), [known], told, api_visibility="private")]  # fmt: skip
+    for event in done:
+        event.then(lambda: gr.Dropdown(enrolled(run), value=None), None, known, api_visibility="private")
+    return done
+
+
+def build(gr, run):
+    """The page of gradio, `gr`, about one run of pretrain.py."""
+    private = {"api_visibility": "private", "show_progress": "hidden"}
+    bound = lambda page: functools.partial(page, run)  # noqa: E731
+    with gr.Blocks(title="AniMask", analytics_enabled=False, delete_cache=(600, 600)) as page:
+        gr.Markdown(f"# AniMask\nOne picture, and what networks make of it that learned from drawings: `{run}`")
+        picture = gr.State()
+        with gr.Row():
+            with gr.Column(scale=0, min_width=200):
+                seen = gr.HTML(elem_id="picture")
+            with gr.Column(min_width=240):
+                who = gr.Dropdown([x["name"] for x in toon.cast()], label="a drawing of", elem_id="who")
+                number = gr.Slider(0, 99, 0, step=1, label="which drawing", elem_id="number")
+            with gr.Column(min_width=240):
+                file = gr.File(label="or a picture of your own", height=140, elem_id="file")
+                said = gr.HTML(elem_id="said")
+        tabs = [
+            tab_of(gr, "Mask", "Patches are hidden, and the network predicts them from the rest.", run,
+                   Path(run).is_dir(), lambda: mask_controls(gr), bound(mask_page)),
+            tab_of(gr, "Recognise", "Which character it is, or \"unknown\"; and the faces that are nearest.", run,
+                   recogniser_of(run), list, bound(recognise_page), lambda: enrol_controls(gr, run)),
+            tab_of(gr, "Tags", "What the picture shows, from the picture alone.", run, tagger_of(run), list,
+                   bound(tags_page)),
+            tab_of(gr, "Drawn or photographed", "Which pixels are drawn; what is photographed is orange.", run,
+                   segmenter_of(run), list, bound(segment_page)),
+            tab_of(gr, "Compare", "Two runs, the same patches hidden.", run, True, lambda: compare_controls(gr, run),
+                   bound(compare_page)),
+            tab_of(gr, "Learn", "How the run learned, and what it knows.", run, True, list, bound(learn_page)),
+        ]  # fmt: skip
+        where = [picture, seen, said]
+        changes = [gr.on([who.input, number.input], drawn, [who, number], where, trigger_mode="always_last", **private),
+                   file.upload(taken, [file, picture], where, **private),
+                   page.load(drawn, [who, number], where, **private)]  # fmt: skip
+        for work, inputs, out, events in tabs:
+            for event in [*changes, *events]:
+                event.then(work, [picture, *inputs], out, **private)
+            if inputs:
+                gr.on([x.input for x in inputs], work, [picture, *inputs], out, trigger_mode="always_last", **private)
+    return page
+
+
+def library():
+    """gradio, told to send nothing home."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("demo.py needs gradio: pip install -r requirements-demo.txt") from None
+    return gradio
+
+
+def main():
+    args = parse_args()
+    run, Machine.device = choose_run(args.run), pick_device(args.device)
+    Machine.autocast = autocast_of(Machine.device, pick_dtype(args.dtype, Machine.device)[0])
+    gr = library()
+    fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # those of the system: nothing is fetched
+    page = build(gr, run)
+    _, address, public = page.launch(
+        server_name=args.host, server_port=args.port, share=args.share, inbrowser=args.open, quiet=True, css=CSS,
+        prevent_thread_lock=True, max_file_size=MOST_MB * 2**20, footer_links=[], ssr_mode=False,
+        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]))  # fmt: skip
+    print(f"page     {public or address}; control-C ends it", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    cli(main)

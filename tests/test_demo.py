@@ -1,0 +1,178 @@
+"""The page: what each tab says of a picture, bad files, names with markup; and clicked through in a real browser."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, call, refused
+from PIL import Image
+
+import demo
+import mask as masking
+from common import classifier
+
+QUICK = ["--device", "cpu", "--dtype", "fp32"]
+WHO = "akika"
+
+
+@pytest.fixture(scope="package")
+def site(small, tagged, tmp_path_factory):
+    """A folder with an untrained run of pretrain.py, and a recogniser and a tagger that were made of it in seconds."""
+    base = tmp_path_factory.mktemp("site")
+    run = base / "runs" / "a"
+    shutil.copytree(tagged / "encoder", run)
+    words = ["--batch-size", 8, "--epochs", 2, *QUICK]
+    call("finetune_lora.py", run, "--data", small, "--method", "linear", *words, cwd=base, check=0)
+    call("tags.py", run, "--data", tagged / "packed", *words, cwd=base, check=0)
+    return base
+
+
+@pytest.fixture
+def at(site, monkeypatch):
+    monkeypatch.chdir(site)
+    return "runs/a"
+
+
+def mask_page(run, strategy="random", ratio=0.75, beta=0.5, hint=0.1, t=1.0, seed=0, picture=None):
+    return demo.mask_page(run, picture or demo.drawing(WHO, 0), strategy, ratio, beta, hint, t, seed)
+
+
+def own(path, size=(50, 40)):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return demo.dropped(path)
+
+
+@pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "simmim"])
+def test_every_strategy_is_shown(at, strategy):
+    text = mask_page(at, strategy)
+    assert "seen: 4 of 16 patches" in text and text.count("<img") == 6 and f"--mask {strategy}" in text
+
+
+def test_sliders_change_what_is_hidden(at):
+    assert "seen: 8 of 16" in mask_page(at, ratio=0.5)
+    once, again, other = mask_page(at), mask_page(at), mask_page(at, seed=1)
+    assert once == again != other
+    assert mask_page(at, "attn_high", beta=3) != mask_page(at, "attn_high", beta=-3)
+    assert mask_page(at, "attn_high", t=0) == mask_page(at, "random").replace("random", "attn_high:beta=0.5")
+
+
+def test_a_picture_of_ones_own_has_no_known_parts(at, tmp_path):
+    picture = own(tmp_path / "mine.png")
+    assert mask_page(at, "fg_heavy", picture=picture).count("<img") == 5
+    assert "not known" in mask_page(at, "parts", picture=picture)
+
+
+def test_who_it_is_with_what_tags(at):
+    said = demo.recognise_page(at, demo.drawing(WHO, 0))
+    assert re.search("<h2>(unknown, most like )?class", said) and "similarity" in said and "recognize.py" in said
+    assert re.search(r"<h2>class\d, \d+%</h2>", demo.tags_page(at, demo.drawing(WHO, 0)))
+
+
+def test_somebody_is_enrolled_and_forgotten_and_markup_stays_text(at, tmp_path):
+    name, files = "<b>me</b>", []
+    for i in range(3):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(files[-1])
+    before = Path("runs/a-linear/gallery.safetensors").read_bytes()
+    assert "too few" in demo.enrol_page(at, name, files[:2]) and "a name" in demo.enrol_page(at, " ", files)
+    assert "known already" in demo.enrol_page(at, "class0", files)
+    assert Path("runs/a-linear/gallery.safetensors").read_bytes() == before
+    said = demo.enrol_page(at, name, files)
+    assert "&lt;b&gt;me&lt;/b&gt; is enrolled with 3 pictures" in said and demo.enrolled(at) == [name]
+    assert not any("/" in key for key in classifier.load_gallery("runs/a-linear")["keys"][-3:])  # no folder of uploads
+    assert "<b>me" not in demo.recognise_page(at, demo.dropped(files[0]))
+    assert "is forgotten" in demo.forget_page(at, name) and demo.enrolled(at) == []
+    assert "is not enrolled" in demo.forget_page(at, None)
+
+
+@pytest.mark.parametrize("bad", ["text", "half", "empty", "pixel", "bomb"])
+def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
+    path, before = tmp_path / "<i>bad.png", demo.drawing(WHO, 1)
+    own(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    if bad == "pixel":
+        Image.new("RGB", (1, 1)).save(path)
+    elif bad == "bomb":
+        Image.new("1", (20_000, 20_000)).save(path)
+    else:
+        path.write_bytes({"text": b"GIF89a no", "half": good[: len(good) // 2], "empty": b""}[bad])
+    picture, _, said = demo.taken(path, before)
+    assert picture is before and "<i>" not in said and "&lt;i&gt;bad.png" in said
+
+
+def test_what_is_missing_says_how_it_is_made(at):
+    for page in (demo.recognise_page, demo.tags_page, demo.segment_page):
+        assert "python " in page("runs/none", demo.drawing(WHO, 0)) and "minutes" in page("runs/none", None)
+    assert "pretrain.py" in mask_page("runs/none") and "pretrain.py" in demo.learn_page("runs/none", None)
+    program = "print('data'); print(' 41%|####', flush=True); raise SystemExit(3)"
+    said = list(demo.make(["-c", program]))
+    assert 'value="41"' in said[2] and "status 3" in said[-1]
+
+
+def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):
+    assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
+    for made in ("runs/a-linear", "runs/a-tags"):
+        assert Path(demo.choose_run(made)).resolve() == Path("runs/a").resolve()
+    assert "no run" in refused(call("demo.py", "runs/none", cwd=Path.cwd()))
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(site):
+    """The page in chromium, and the addresses that it asked for."""
+    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
+    browsers = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no chromium on this machine: apt install chromium")
+    server = subprocess.Popen([sys.executable, ROOT / "demo.py", *QUICK], cwd=site, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
+        with browsers.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.asked = []
+            page.on("request", lambda request: page.asked.append(request.url))
+            page.goto(address)
+            page.wait_for_selector("#mask img")
+            yield page
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def says(page, where, words, seconds=20):
+    """Wait until these words are seen there."""
+    end = time.time() + seconds
+    while words not in (text := page.locator(where).inner_text()):
+        assert time.time() < end, text
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(page, tmp_path):
+    for name, words in (("Recognise", "similarity"), ("Tags", "tags.py"), ("Drawn", "button below"), ("Compare", "dB"),
+                        ("Learn", "probe.py"), ("Mask", "pretrain.py --mask")):  # fmt: skip
+        page.get_by_role("tab", name=name).first.click()
+        says(page, f"#{name.lower()}", words)
+    page.locator("#ratio input[type=number]").fill("0.5")
+    page.locator("#ratio input[type=number]").press("Enter")
+    says(page, "#mask", "8 of 16")
+    own(tmp_path / "mine.png")
+    page.locator("#file input[type=file]").set_input_files(tmp_path / "mine.png")
+    says(page, "#picture", "mine.png")
+    page.locator("#file").get_by_label("Remove").or_(page.locator("#file button[aria-label=Clear]")).first.click()
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    page.locator("#file input[type=file]").set_input_files(tmp_path / "none.png")
+    says(page, "#said", "not a picture")
+    assert "mine.png" in page.locator("#picture").inner_text()
+    assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.asked), page.asked
