@@ -87,8 +87,8 @@ def draw(path, rows, title):
                 fits = [r for r in own if r[key] != ""]
                 axis.plot([r["tags"] for r in fits], [r[key] for r in fits], marker=mark, color=colour, label=arm)
                 for r in own[len(fits) :][:1]:
-                    axis.annotate(f"{arm}: {r['tags']:,} tags do not fit", (r["tags"], fits[-1][key]), fontsize=8,
-                                  color=colour, ha="right", va="bottom")  # fmt: skip
+                    axis.annotate("does\nnot fit", (r["tags"], fits[-1][key]), (0, -25), textcoords="offset points",
+                                  fontsize=8, color=colour, ha="center")  # fmt: skip
                     axis.plot(r["tags"], fits[-1][key], "x", color=colour)
             axis.set(xscale="log", yscale="log", xlabel="tags in the vocabulary", ylabel=label)
         axes[0].legend()

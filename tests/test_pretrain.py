@@ -64,8 +64,8 @@ def finished(small, tmp_path_factory):
 def test_a_run_writes_what_its_docstring_says(finished):
     out, done = finished
     assert {p.name for p in out.iterdir()} - {"attn-00000010.safetensors"} == {
-        "state.pt", "model.safetensors", "pooler.safetensors", "log.jsonl", "curves.png", "recon.png",
-        "masks.png"}  # fmt: skip
+        "state.pt", "model.safetensors", "pooler.safetensors", "stats_head.safetensors", "log.jsonl", "curves.png",
+        "recon.png", "masks.png"}  # fmt: skip
     rows = read_log(out / "log.jsonl")
     steps = [r for r in rows if "loss" in r]
     assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
