@@ -116,6 +116,7 @@ def write_table(args, rows):
 
 def draw(path, arms, title):
     """Top-1 of each arm, with tags and on the picture alone, at the half and at the end: dots are seeds."""
+    arms = {arm: seeds for arm, seeds in arms.items() if any(r["with"] or r["without"] for r in seeds.values())}
     with plots.panels(path, title, 1, 2, (9.6, 3.8), sharey=True) as axes:
         for axis, when in zip(axes, ("half_", ""), strict=True):
             plot_seeds(axis, arms, ((f"{when}with", plots.ORANGE, "s", "picture and tags"),
