@@ -326,7 +326,8 @@ def test_several_processes_compare_as_one(small, tmp_path, processes, by):
 
     1.8e-4 of the length of all weights was measured in 15 steps; a pooler leaves the encoder within test_ddp's 1e-5.
     """
-    words = ["--contrast", 1, "--contrast-by", by, "--mask", "detail:shuffle=1", "--jitter", 0.2]
+    words = ["--contrast", 1, "--contrast-by", by, "--contrast-loss", "dcl", "--temperature", 0.15,
+             "--mask", "detail:shuffle=1", "--jitter", 0.2]  # fmt: skip
     several = start(small, tmp_path / "several", *words, processes=processes)
     text, errors = several.communicate(timeout=300)
     assert several.returncode == 0, errors
