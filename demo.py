@@ -26,6 +26,7 @@ import sys
 import threading
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
-from common.io import UserError, read_json
+from common.io import UserError, read_header, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -81,15 +82,15 @@ def parse_args():
 # ---- which runs there are --------------------------------------------------------------------------------------------
 
 
-def newest(found):
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def newest(files):
+    """Files -> the folders that they are in, the newest file's first."""
+    return [str(path.parent) for path in sorted(files, key=lambda path: -path.stat().st_mtime)]
 
 
 def encoders():
     """Runs of pretrain.py with a decoder, the newest first."""
-    found = [path.parent for path in Path("runs").glob("*/model.safetensors")
-             if "decoder_dim" in about_model(path).get("config", {})]  # fmt: skip
-    return [str(path) for path in sorted(found, key=lambda path: -(path / "model.safetensors").stat().st_mtime)]
+    found = Path("runs").glob("*/model.safetensors")
+    return newest(path for path in found if "decoder_dim" in about_model(path).get("config", {}))
 
 
 def choose_run(name):
@@ -98,15 +99,14 @@ def choose_run(name):
         return next(iter(encoders()), FIRST_RUN)
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to")
-    if (Path(name) / "head.safetensors").exists():
-        return str(classifier.load_classifier(name)[1]["base"])
+    if (head := Path(name) / "head.safetensors").exists():
+        return read_header(head)[1]["base"]
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 
 def made_of(run, file):
     """The newest run that was made of this one and has this file, or None."""
-    found = newest([path for path in Path(run).parent.glob(f"{Path(run).name}-*/{file}") if path.is_file()])
-    return str(found.parent) if found else None
+    return next(iter(newest(Path(run).parent.glob(f"{Path(run).name}-*/{file}"))), None)
 
 
 def recogniser_of(run):
@@ -147,33 +147,33 @@ def make(words):
 # ---- what is loaded, once --------------------------------------------------------------------------------------------
 
 
-class Machine:
-    """Device and number format, set by main."""
-
-    device, autocast = torch.device("cpu"), autocast_of(torch.device("cpu"), torch.float32)
+MACHINE = SimpleNamespace(device=torch.device("cpu"))  # main may set others
+MACHINE.autocast = autocast_of(MACHINE.device, torch.float32)
 
 
 @functools.lru_cache(4)
-def networks(run):
-    """A run of pretrain.py -> its MAE, the encoder that attends (with its pooler), its header."""
-    return load_mae(run).to(Machine.device), load_teacher(run)[0].to(Machine.device), about_model(run)
+def network(run):
+    """A run of pretrain.py -> its MAE, with the pooler that it attends by, and its header."""
+    net = load_mae(run)
+    net.encoder.pooler = load_teacher(run)[0].pooler
+    return net.to(MACHINE.device), about_model(run)
 
 
 @functools.lru_cache(2)
 def tagger(run):
     net, header = mfdn.load(run)
-    return net.to(Machine.device), header
+    return net.to(MACHINE.device), header
 
 
 @functools.lru_cache(2)
 def recogniser(run):
     net, header = classifier.load_classifier(run)
-    return net.to(Machine.device), header
+    return net.to(MACHINE.device), header
 
 
 @functools.lru_cache(2)
 def segmenter(run):
-    return segmenting.load(run, Machine.device, Machine.autocast)
+    return segmenting.load(run, MACHINE.device, MACHINE.autocast)
 
 
 # ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} ----------------------------------------------
@@ -201,7 +201,7 @@ def dropped(path):
 
 def view_of(picture, size):
     """-> u8 (1, size, size, 3) on the device: the centre square."""
-    return torch.from_numpy(decode(picture["bytes"], size, False)["images"].copy())[None].to(Machine.device)
+    return torch.from_numpy(decode(picture["bytes"], size, False)["images"].copy())[None].to(MACHINE.device)
 
 
 def cut_as(picture, header):
@@ -268,52 +268,45 @@ def missing(tab, run):
 # ---- tabs: what each says of the picture -----------------------------------------------------------------------------
 
 
-def attention_of(teacher, view, flags, run):
-    """(1, g, g): by its pooler, or by its CLS token through all blocks; and how, in words."""
-    source = guidance.default_source(flags, run)
-    with Machine.autocast():
-        scores = teacher.patch_attention(view, "rollout" if source == "outlier" else source).float().mean(1)
-    how = "attention" if source != "outlier" else "attention, which nothing trained"
-    return scores.unflatten(1, (teacher.side, -1)), how
+def attention_of(run, encoder, view, header):
+    """(1, N): by its pooler, or by its CLS token through all blocks; and how, in words."""
+    source = guidance.default_source(header.get("run", {}), run)
+    with MACHINE.autocast():
+        scores = encoder.patch_attention(view, "rollout" if source == "outlier" else source).float().mean(1)
+    return scores, "attention" if source != "outlier" else "attention, which nothing trained"
 
 
-def scores_of(net, teacher, view, picture, need, run, flags):
-    """What a strategy reads of a picture: (1, N), or (1, N, P) of parts."""
-    g, (_, every) = teacher.side, teacher.all_patches(view)
-    if need == "attn":
-        return attention_of(teacher, view, flags, run)[0].flatten(1)
-    if need == "detail":
-        return patch_detail(view, every, net.config["patch_size"])
-    if need == "difficulty":
-        return maps.difficulty(net, view, Machine.autocast)
-    return patch_shares(picture, view, need, g)
-
-
-def patch_shares(picture, view, need, g):
-    """Foreground (1, N) or parts (1, N, P): the truth of a drawing, else foreground by colours; parts are not known."""
-    if picture["truth"] is None and need == "parts":
-        raise UserError("the parts of a picture of your own are not known: choose a drawing, or another strategy")
-    plane = picture["truth"][need] if picture["truth"] else (255 * maps.coarse(view)[0]).byte().cpu().numpy()
+def known_scores(picture, view, side):
+    """Foreground (1, N) and parts (1, N, P): the truth of a drawing, else foreground by colours alone."""
+    planes = picture["truth"] or {"fg": (255 * maps.coarse(view)[0]).byte().cpu().numpy()}
     whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
-    return guidance.crop_map(need, plane[None], *whole, g, view.device, len(toon.PARTS))
+    return {need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
+            for need, plane in planes.items()}  # fmt: skip
+
+
+def measured(net, view, need):
+    """What a strategy reads that no map tells: {need: (1, N)} of detail and difficulty, {} of others."""
+    if need == "detail":
+        return {need: patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])}
+    return {need: maps.difficulty(net, view, MACHINE.autocast)} if need == "difficulty" else {}
 
 
 def filled_in(net, header, view, ids_keep, ids_mask):
     """The network's prediction in the hidden patches -> u8 (1, S, S, 3), and its PSNR there in dB."""
-    pred, stats = predict(net, view, ids_keep, ids_mask, Machine.autocast, header.get("floor", FLOOR))
+    pred, stats = predict(net, view, ids_keep, ids_mask, MACHINE.autocast, header.get("floor", FLOOR))
     pixels = to_pixels(pred, stats if header.get("norm_pix", True) else None)
     pasted = put_patches(view, ids_mask, pixels)
     where = put_patches(torch.zeros_like(view), ids_mask, torch.full_like(pixels, 255))[..., 0] > 0
     return pasted, metrics.psnr(pasted, view, where).item()
 
 
-def known_maps(picture, view, teacher, flags, run):
-    """What may guide a mask, to be seen: [(name, (g, g))]."""
-    g, (attention, how) = teacher.side, attention_of(teacher, view, flags, run)
-    found = [(how, attention[0]), ("foreground", patch_shares(picture, view, "fg", g).view(g, g))]
-    if picture["truth"]:
-        found.append(("parts", patch_shares(picture, view, "parts", g).argmax(2).view(g, g)))
-    return found
+def draw_mask(strategy, scores, N, ratio, wanted, t, seed):
+    """scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask, and which of the wanted parameters the strategy has."""
+    K, takes = masking.kept(N, ratio), inspect.signature(masking.STRATEGIES[strategy]).parameters
+    params = {name: x for name, x in wanted.items() if name in takes}
+    noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
+    priority = masking.STRATEGIES[strategy](scores | {"masked": N - K}, noise, t, **params)
+    return *masking.sample(priority, K), params
 
 
 @answer
@@ -321,17 +314,20 @@ def mask_page(run, picture, strategy, ratio, beta, hint, t, seed):
     """What the strategy hides of the picture, and what the network predicts there."""
     if not Path(run).is_dir():
         missing("Mask", run)
-    net, teacher, header = networks(run)
-    view, N, p = view_of(picture, net.config["image_size"]), teacher.side**2, net.config["patch_size"]
-    need, K, flags = masking.NEEDS.get(strategy), masking.kept(N, ratio), header.get("run", {})
-    patches = {"masked": N - K} | ({need: scores_of(net, teacher, view, picture, need, run, flags)} if need else {})
-    takes = inspect.signature(masking.STRATEGIES[strategy]).parameters
-    params = {name: x for name, x in (("beta", beta), ("hint", hint)) if name in takes}
-    noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(view.device)
-    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, **params), K)
+    net, header = network(run)
+    view, g, need = view_of(picture, net.config["image_size"]), net.encoder.side, masking.NEEDS.get(strategy)
+    attention, how = attention_of(run, net.encoder, view, header)
+    known = {"attn": attention} | known_scores(picture, view, g)
+    scores = known | measured(net, view, need)
+    if need and need not in scores:
+        raise UserError(f"the {need} of a picture of your own are not known: choose a drawing, or another strategy")
+    ids_keep, ids_mask, params = draw_mask(strategy, scores, g * g, ratio, {"beta": beta, "hint": hint}, t, seed)
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
-    items = [("picture", view[0]), *known_maps(picture, view, teacher, flags, run),
-             (f"seen: {K} of {N} patches", hide(view, ids_mask, p)[0]), (f"predicted, {decibel:.1f} dB", pasted[0])]
+    names = {"attn": how, "fg": "foreground"}
+    shown = [(names.get(need, need), x.argmax(2) if x.dim() == 3 else x) for need, x in known.items()]
+    items = [("picture", view[0]), *((name, x.view(g, g)) for name, x in shown),
+             (f"seen: {ids_keep.shape[1]} of {g * g} patches", hide(view, ids_mask, net.config["patch_size"])[0]),
+             (f"predicted, {decibel:.1f} dB", pasted[0])]  # fmt: skip
     words = strategy + "".join(f"{',' if i else ':'}{k}={x:g}" for i, (k, x) in enumerate(params.items()))
     return figures((name, png(x)) for name, x in items) + same_as(f"pretrain.py --mask {words} --ratio {ratio:g}")
 
@@ -343,13 +339,12 @@ def compare_page(run, picture, other, ratio, seed):
     for name in (run, other):
         if not name or not Path(name).is_dir():
             raise UserError("choose two runs of pretrain.py; there is nothing to compare yet")
-        net, teacher, header = networks(name)
-        view, N = view_of(picture, net.config["image_size"]), teacher.side**2
-        noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(view.device)
-        ids_keep, ids_mask = masking.sample(noise, masking.kept(N, ratio))
+        net, header = network(name)
+        view, g = view_of(picture, net.config["image_size"]), net.encoder.side
+        ids_keep, ids_mask, _ = draw_mask("random", {}, g * g, ratio, {}, 1.0, seed)
         pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
-        attention, how = attention_of(teacher, view, header.get("run", {}), name)
-        items = [(how, attention[0]), ("seen", hide(view, ids_mask, net.config["patch_size"])[0]),
+        attention, how = attention_of(name, net.encoder, view, header)
+        items = [(how, attention.view(g, g)), ("seen", hide(view, ids_mask, net.config["patch_size"])[0]),
                  (f"predicted, {decibel:.1f} dB", pasted[0])]  # fmt: skip
         found.append(f"<h3>{escape(Path(name).name)}</h3>" + figures((name, png(x)) for name, x in items))
     return "".join(found) + same_as(f"probe.py {shlex.quote(run)} {shlex.quote(other)}")
@@ -361,7 +356,7 @@ def recognise_page(run, picture):
     name = recogniser_of(run) or missing("Recognise", run)
     net, header = recogniser(name)
     gallery, image = classifier.load_gallery(name), cut_as(picture, header)
-    logits, embeddings = embed(net, header, image)
+    logits, embeddings = recognize.embed(net, header, image, MACHINE.autocast)
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
     who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
     sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
@@ -369,13 +364,6 @@ def recognise_page(run, picture):
     shown = figures([("what is looked at", png(image[0])), *((name, src) for name, src in faces if src)])
     like = {"similarity": max(0.0, row["similarity"]), "threshold": max(0.0, row["threshold"])}
     return f"<h2>{who}</h2>" + bars(sure | like) + shown + same_as(f"recognize.py {name} PICTURE")
-
-
-def embed(net, header, images):
-    """images u8 (B, ., ., 3) -> logits (B, C), embeddings (B, D), as recognize.py makes them."""
-    split, rows = {"images": images}, torch.arange(len(images))
-    pooled = classifier.pooled_of(net, split, rows, header["image_size"], Machine.autocast, mirrored=True)
-    return classifier.predict(net, pooled)
 
 
 @functools.lru_cache(256)
@@ -402,13 +390,14 @@ def enrol_page(run, who, files):
     if not (who or "").strip():
         raise UserError("give the character a name")
     net, header = recogniser(name)
+    who = recognize.new_name(who, header)
     pictures = [dropped(path) for path in files or []]
     if not pictures:
         raise UserError(f"give {recognize.FEW} to 5 pictures of {who}")
     images = np.concatenate([cut_as(picture, header) for picture in pictures])
     with LOCK:
-        keys, (_, embeddings) = [x["name"] for x in pictures], embed(net, header, images)
-        said = recognize.add_faces(name, who, keys, embeddings, header, classifier.load_gallery(name))
+        keys, (_, embeddings) = [x["name"] for x in pictures], recognize.embed(net, header, images, MACHINE.autocast)
+        said = recognize.add_faces(name, who, keys, embeddings, classifier.load_gallery(name))
     return f"<p>{escape(said)}</p>"
 
 
@@ -426,9 +415,9 @@ def tags_page(run, picture):
     """The character and the tags that the picture alone tells."""
     name = tagger_of(run) or missing("Tags", run)
     net, header = tagger(name)
-    view = data.view_images(torch.from_numpy(cut_as(picture, header)).to(Machine.device), *data.full_boxes(1),
+    view = data.view_images(torch.from_numpy(cut_as(picture, header)).to(MACHINE.device), *data.full_boxes(1),
                             header["image_size"])  # fmt: skip
-    with Machine.autocast():
+    with MACHINE.autocast():
         logits, tags = mfdn.answers(net, view)
     said = bars(mfdn.named(tags[0].float().cpu(), header)) if tags is not None else ""
     if logits is not None:
@@ -445,7 +434,7 @@ def segment_page(run, picture):
     whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
     whole.thumbnail((1024, 1024))
     pixels = np.array(whole)
-    mask = segment.mask_of(pixels, masks_of, side, squared, Machine.device)
+    mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device)
     laid_over = segmenting.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[0]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
     command = same_as(f"segment.py {name} PICTURE --out masks")
@@ -607,8 +596,8 @@ def library():
 
 def main():
     args = parse_args()
-    run, Machine.device = choose_run(args.run), pick_device(args.device)
-    Machine.autocast = autocast_of(Machine.device, pick_dtype(args.dtype, Machine.device)[0])
+    run, MACHINE.device = choose_run(args.run), pick_device(args.device)
+    MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     gr = library()
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # those of the system: nothing is fetched
     page = build(gr, run)

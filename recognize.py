@@ -108,9 +108,14 @@ def predictions(args, net, header, autocast, problems):
     items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
-        split, size = {"images": np.stack(images)}, header["image_size"]
-        pooled = pooled_of(net, split, torch.arange(len(keys)), size, autocast, mirrored=True)
-        yield list(keys), torch.from_numpy(split["images"]), *predict(net, pooled)
+        images = np.stack(images)
+        yield list(keys), torch.from_numpy(images), *embed(net, header, images, autocast)
+
+
+def embed(net, header, images, autocast):
+    """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings (B, D)."""
+    rows, size = torch.arange(len(images)), header["image_size"]
+    return predict(net, pooled_of(net, {"images": images}, rows, size, autocast, mirrored=True))
 
 
 def answers(keys, logits, embeddings, gallery, nearest):
@@ -189,33 +194,38 @@ def apart(embeddings, known):
 
 def enrol(args, net, header, gallery, autocast):
     """Add these pictures to the gallery, under one name."""
-    problems = []
+    who, problems = new_name(args.enrol, header), []
     found = list(predictions(args, net, header, autocast, problems))
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     keys, embeddings = [key for some, *_ in found for key in some], torch.cat([x for *_, x in found])
-    print(add_faces(args.run, args.enrol, keys, embeddings, header, gallery))
-    who = sources.nfc(args.enrol.strip())
+    print(add_faces(args.run, who, keys, embeddings, gallery))
     print(f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}")
 
 
-def add_faces(run, who, keys, embeddings, header, gallery):
-    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a picture counts once."""
-    who, names = sources.nfc(who.strip()), gallery["names"]
+def new_name(text, header):
+    """A name as it is stored; UserError where training has taught it."""
+    who = sources.nfc(text.strip())
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
+    return who
+
+
+def add_faces(run, who, keys, embeddings, gallery):
+    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a picture counts once."""
+    names = gallery["names"]
     own = gallery["labels"] == (names.index(who) if who in names else -1)
     new = apart(embeddings, gallery["embeddings"][own])
+    if twice := int((~new).sum()):
+        print(f"{twice} of {len(new)} pictures are there already, and count once")
     if int(new.sum() + own.sum()) < FEW:
         raise UserError(f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5")
     names = names if who in names else [*names, who]
     labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
     keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
     replace_gallery(run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery)
-    twice = int((~new).sum())
-    again = f"{twice} of {len(new)} pictures are there already, and count once\n" if twice else ""
     count = int((labels == names.index(who)).sum())
-    return f"{again}{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
+    return f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
 
 
 def forget(args, header, gallery):

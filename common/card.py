@@ -39,15 +39,15 @@ def write_card(source, to, out, use):
         "How to load it": f"    {use}",
         "What it learned from, and how": recipe(flags),
         "How good it is": figures(Path(source)),
-        "Limits": LIMITS,
+        "Limits": LIMITS if kind else "Not known here.",
         "Licence": "MIT. The pictures that it learned from were drawn by the project's own program." if ours else
                    f"The code is MIT. The weights bear what the pictures bear that they learned from "
                    f"({flags.get('data', 'not known here')}): ask before you pass them on.",
     }  # fmt: skip
     text = KINDS.get(kind, "A Vision Transformer from elsewhere, in another format; its own card says more.")
     body = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
-    lines = ["---", *head, "---", "", f"# {Path(source).name}", "", f"{text} Made by AniMask.", "", body, ""]
-    save_text("\n".join(lines), card_file(out, to))
+    lines = ["---", *head, "---", "", f"# {Path(source).name}", "", text, "Written by AniMask's export.py.", "", body]
+    save_text("\n".join([*lines, ""]), card_file(out, to))
 
 
 def flags_of_run(source):
