@@ -7,10 +7,10 @@ Reads:  an encoder; datasets/NAME with the classes "drawn" and "photographed", a
 Writes: runs/NAME-seg/ patches.safetensors (stage 1), proxies/drawn.safetensors (stage 2), model.safetensors (stage 3),
         state.pt (what a resumed run needs), metrics.json, log.jsonl, overlays.png; with pictures masks and overlays
 
-1. An encoder learns from frames of one kind, and a patch is what the nearest centroid of patch tokens is. 2. Patches of
-mixed frames are named, also half a patch further, and carried to pixels along the picture's edges: proxy masks. 3. A
-SegFormer learns from proxies, and from frames of one kind, whose masks are known for nothing (arXiv:2410.04789). No
-mask that somebody drew is learned from; the set's own (plane "drawn") judge, and teach --learn-from truth alone.
+1. An encoder learns from frames of one kind, cut together; a patch is what the nearest centroid of patch tokens is.
+2. Patches of mixed frames are named, also half a patch further, and carried to the picture's edges: proxy masks. 3. A
+U-Net learns from them, and from frames of one kind, cut together (arXiv:2410.04789, where it is a SegFormer). No mask
+that somebody drew is learned from; the set's own (plane "drawn") judge, and teach --learn-from truth alone.
 """
 
 if __name__ == "__main__":
@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 import mask as masking
-from common import distributed, train
+from common import distributed, segmenting, train
 from common.checkpoints import load_encoder, load_exactly
 from common.command import (
     Parser,
@@ -48,27 +48,11 @@ from common.command import (
 from common.features import open_splits, split_suffix
 from common.io import UserError, atomic, read_header, read_json, save_json, save_safetensors
 from common.lora import fingerprint
-from common.segmenting import (
-    KINDS,
-    Patches,
-    cut_masks,
-    guided_filter,
-    judge_masks,
-    load,
-    load_patches,
-    load_pixels,
-    overlay,
-    pixel_logits,
-    pixel_masks,
-    proxy_masks,
-    segmenter,
-    transformers,
-)
 from ingest.pictures import tell_problems, whole_pictures
 from kernels.gather import masked_patch_gather
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
-BATCH = 32
+BATCH, FIRST = 32, {1: 0, 3: 10**6}  # frames of a step; a stage's first step in the log
 RESULTS = ("metrics*.json", "*.safetensors", "proxies/*.safetensors", "overlays*.png")
 NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "until", "share",
              "side")  # fmt: skip
@@ -85,27 +69,29 @@ def parse_args():
     add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
     add("--force", action="store_true", help="start anew where another run is in --out; replace masks")
     add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
-    add("--until", type=int, default=3, choices=[1, 2, 3], help="last stage; 3 needs transformers")
+    add("--until", type=int, default=3, choices=[1, 2, 3], help="last stage")
     add = parser.add_argument_group("stages 1 and 2: patches").add_argument
     add("--patches", metavar="RUN", help="take both from another run of segment.py, and make stage 3 alone")
     add("--decide", default="centroid", choices=["centroid", "cls"], help="what names a patch: the nearest centroid\n"
         "of patch tokens, or a head that learned on the CLS token")  # fmt: skip
     add("--image-size", type=at_least(16), metavar="S", help="side of the frames in pixels (default: as packed)")
-    add("--epochs", type=at_least(1), default=20, help="passes over the frames of one kind")
+    add("--epochs", type=at_least(1), default=70, help="passes over the frames of one kind")
     add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate")
-    add("--keep", type=between(0.01, 1), default=0.25, metavar="SHARE", help="of the patches shown in training")
-    add("--cut", type=between(0, 1), default=1.0, metavar="SHARE", help="of the frames that show patches of another "
-        "one, too")  # fmt: skip
+    add("--keep", type=between(0.01, 1), default=0.5, metavar="SHARE", help="of the patches shown in training")
     add = parser.add_argument_group("stage 3: pixels").add_argument
     add("--learn-from", default="proxies", choices=["proxies", "frames", "truth"], help="mixed frames with proxies; "
         "frames\nof one kind alone; mixed frames with the true masks (a fully supervised control)")  # fmt: skip
+    add("--network", default="unet", choices=["unet", "segformer"], help="segformer is the source's, and needs "
+        "transformers")  # fmt: skip
     add("--proxies", metavar="FILE", help="other masks of train than those of stage 2: saliency of maps.py")
     add("--flip", type=between(0, 1), default=0.0, metavar="SHARE", help="of the patches of proxies that are inverted")
     add("--balanced", action="store_true", help="both kinds of pixels weigh the same, however many there are")
-    add("--pixel-epochs", type=at_least(1), default=12, metavar="N", help="passes over all frames")
-    add("--pixel-lr", type=between(0, 1), default=1e-3, metavar="LR", help="peak learning rate")
+    add("--pixel-steps", type=at_least(1), default=1600, metavar="N", help=f"of {BATCH} frames each")
+    add("--pixel-lr", type=between(0, 1), default=2e-3, metavar="LR", help="peak learning rate")
     add = parser.add_argument_group("both").add_argument
     add("--leave-out", metavar="WHAT=VALUE", help="drawings of this style are not learned from, such as line=bold")
+    add("--cut", type=between(0, 1), default=1.0, metavar="SHARE", help="of the frames that show a part of another "
+        "one, too")  # fmt: skip
     add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of a frame in a crop")
     add("--colour", type=between(0, 1), default=0.3, metavar="X", help="brightness, contrast, saturation times 1 +- X")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
@@ -123,13 +109,12 @@ def parse_args():
 def refuse_flags(args):
     training, third = not args.pictures, args.until == 3
     refuse_unused(args, (
-        ("data resume eval-on until decide image-size epochs lr keep cut learn-from proxies flip balanced pixel-epochs "
-         "pixel-lr leave-out min-crop colour seed log", training, "is for training, not for pictures"),
+        ("data resume eval-on until decide image-size epochs lr keep cut learn-from network proxies flip balanced "
+         "pixel-steps pixel-lr leave-out min-crop colour seed log", training, "is for training, not for pictures"),
         ("share side", not training, "is for pictures: python segment.py runs/NAME-seg PICTURE"),
-        ("cut", args.decide == "centroid", "is for patches that are learned one by one, not for --decide cls"),
-        ("learn-from proxies flip balanced pixel-epochs pixel-lr", third,
+        ("learn-from network proxies flip balanced pixel-steps pixel-lr", third,
          f"is for stage 3, not for --until {args.until}"),
-        ("decide image-size epochs lr keep cut", args.patches is None, "is for stage 1, and --patches brings it"),
+        ("decide image-size epochs lr keep", args.patches is None, "is for stage 1, and --patches brings it"),
         ("patches", training, "is for training, not for pictures"),
         ("proxies flip", args.learn_from == "proxies", f"is for proxies, not for --learn-from {args.learn_from}"),
     ))  # fmt: skip
@@ -142,21 +127,20 @@ def open_task(args, device, autocast):
     """-> what a run works with, a namespace; the comments say what is in it."""
     task, splits = SimpleNamespace(args=args, device=device, autocast=autocast), open_splits(args.data, args.eval_on)
     classes = splits["train"]["header"]["classes"]
-    if missing := [kind for kind in KINDS if kind not in classes]:
+    if missing := [kind for kind in segmenting.KINDS if kind not in classes]:
         raise UserError(f"{args.data} has no frames labelled {missing[0]!r}, only {', '.join(map(str, classes))[:80]}; "
                         "segment.py needs two folders of frames, drawn and photographed, and may have more of mixed "
                         "ones: python data.py FOLDER")  # fmt: skip
     kind = torch.full((len(classes) + 1,), -1)  # of a class: 0, 1, or -1: mixed, or without a label
-    for k, name in enumerate(KINDS):
+    for k, name in enumerate(segmenting.KINDS):
         kind[classes.index(name)] = k
     sets = {name: frames_of(split, kind, name == "train" and args.leave_out) for name, split in splits.items()}
     if "dev" not in sets:
         sets["dev"] = hold_apart(sets["train"])
     task.train, task.report = sets["train"], sets[args.eval_on]
     task.judged = {name: sets[name] for name in ("dev", args.eval_on)}  # choices are made on dev
-    for k, name in enumerate(KINDS):
-        if not (task.train.kind[task.train.plain] == k).any():
-            raise UserError(f"{args.data}, train has no frames that are {name}; there have to be frames of both kinds")
+    if none := [name for k, name in enumerate(segmenting.KINDS) if not (task.train.kind[task.train.plain] == k).any()]:
+        raise UserError(f"{args.data}, train has no frames that are {none[0]}; there have to be frames of both kinds")
     if args.until == 3 and args.learn_from != "frames" and not len(task.train.mixed):
         print(f"{args.data}, train has no mixed frames: no stage 3; --learn-from frames makes it without them")
         args.until = 2
@@ -174,7 +158,7 @@ def frames_of(split, kind, leave_out):
     kinds = kind[split["labels"]]
     rows = torch.arange(len(kinds))
     if leave_out:
-        rows = rows[~in_style(split, leave_out) | (kinds == KINDS.index("photographed"))]
+        rows = rows[~in_style(split, leave_out) | (kinds == segmenting.KINDS.index("photographed"))]
     return SimpleNamespace(split=split, kind=kinds, plain=rows[kinds[rows] >= 0], mixed=rows[kinds[rows] < 0])
 
 
@@ -187,12 +171,6 @@ def in_style(split, text):
         raise UserError(f"--leave-out {text} is unknown; there are: {known}")
     column = list(strata).index(what)
     return torch.from_numpy(np.array(split["style"])[:, column] == strata[what].index(value))
-
-
-def of_style(frames, text):
-    """Those mixed frames whose drawing has the style that was left out."""
-    rows = frames.mixed[in_style(frames.split, text)[frames.mixed]]
-    return SimpleNamespace(split=frames.split, kind=frames.kind, plain=rows[:0], mixed=rows)
 
 
 def hold_apart(frames):
@@ -214,21 +192,26 @@ def views(task, split, rows):
 # ---- stage 1: patches by labels of frames ----------------------------------------------------------------------------
 
 
+def crops(task, images, masks, generator, share):
+    """-> views u8 (B, S, S, 3), masks (B, S, S) of the same places; a `share` of them shows a part of another one."""
+    boxes, flip = data.draw_boxes(len(images), generator, task.args.min_crop)
+    colour = torch.rand(len(images), 3, generator=generator)
+    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, task.args.colour)
+    return segmenting.cut_together(view, data.view_maps(masks, boxes, flip, task.S).to(view.device), share, generator)
+
+
 def patch_loss(task, net, rows, images, generator):
-    """Cross-entropy of each patch that is shown, labelled as its frame; some frames get patches of another one."""
-    args, B, p = task.args, len(images), net.encoder.patch_size
-    boxes, flip = data.draw_boxes(B, generator, args.min_crop)
-    colour, N = torch.rand(B, 3, generator=generator), net.encoder.side**2
-    noise, cut = torch.rand(B, N, generator=generator), cut_masks(B, net.encoder.side, args.cut, generator)
-    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, args.colour)
-    ids, _ = masking.sample(noise.to(view.device), max(1, round(args.keep * N)))
-    y, patches = task.train.kind[rows].to(view.device), masked_patch_gather(view, ids, p)
-    if net.decide == "cls":
-        return F.cross_entropy(net(patches, ids)[0], y)
-    theirs = cut.to(view.device).gather(1, ids)  # (B, K)
-    patches = torch.where(theirs[..., None], masked_patch_gather(view.flip(0).contiguous(), ids, p), patches)
-    label = torch.where(theirs, y.flip(0)[:, None], y[:, None])
-    return F.cross_entropy(net(patches, ids)[1].flatten(0, 1), label.flatten())
+    """Cross-entropy of each patch that is shown; its label is the share of its pixels whose frame is drawn."""
+    args, y, N = task.args, task.train.kind[rows].float(), net.encoder.side**2
+    whole = net.decide == "cls"  # a CLS token has one label, its frame's
+    view, drawn = crops(task, images, y[:, None, None], generator, 0 if whole else args.cut)
+    noise = torch.rand(len(rows), N, generator=generator).to(view.device)
+    ids, _ = masking.sample(noise, max(1, round(args.keep * N)))
+    frame, patches = net(masked_patch_gather(view, ids, net.encoder.patch_size), ids)
+    if whole:
+        return F.binary_cross_entropy_with_logits(frame, y.to(view.device))
+    share = F.avg_pool2d(drawn[:, None], net.encoder.patch_size).flatten(1).gather(1, ids)
+    return F.binary_cross_entropy_with_logits(patches, share)
 
 
 @torch.no_grad()
@@ -272,7 +255,7 @@ def write_proxies(task, net, out):
         for index, view in progress(views(task, split, torch.arange(n)), "proxies", -(-n // data.CHUNK)):
             found, some = np.zeros((len(index), S, S), np.uint8), chosen[index]
             if some.any():
-                probability, _ = proxy_masks(net, view[some.to(view.device)], task.autocast)
+                probability, _ = segmenting.proxy_masks(net, view[some.to(view.device)], task.autocast)
                 found[some.numpy()] = (255 * probability).round().byte().cpu().numpy()
             yield found
 
@@ -285,9 +268,9 @@ def write_proxies(task, net, out):
 
 
 def masks_to_learn(task, rows):
-    """Masks (B, ., .) fp32 of frames: all of one kind, or of mixed ones what --learn-from says."""
+    """Masks (B, ., .) fp32, 0 or 1: a frame of one kind is all of it, a mixed one is what --learn-from says."""
     kind, side = task.train.kind[rows], task.masks.shape[1]
-    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()], np.float32)) / 255
+    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()]) > 127).float()
     if task.args.flip:
         mixed = torch.where(inverted(task, rows, side), 1 - mixed, mixed)
     return torch.where((kind < 0)[:, None, None], mixed, kind.clamp(min=0).float()[:, None, None])
@@ -302,33 +285,24 @@ def inverted(task, rows, side):
 
 
 def pixel_loss(task, net, rows, images, generator):
-    """Cross-entropy of each pixel; --balanced: each kind's pixels weigh half of the batch."""
-    args, B = task.args, len(images)
-    boxes, flip = data.draw_boxes(B, generator, args.min_crop)
-    colour = torch.rand(B, 3, generator=generator)
-    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, args.colour)
-    masks = data.view_maps(masks_to_learn(task, rows), boxes, flip, task.S).to(view.device)
-    target = (masks > 0.5).long()
-    loss = F.cross_entropy(pixel_logits(net, view), target, reduction="none")
-    if not args.balanced:
+    """Cross-entropy where the network answers; --balanced: what is drawn weighs as much as what is not."""
+    view, drawn = crops(task, images, masks_to_learn(task, rows), generator, task.args.cut)
+    logits = segmenting.pixel_logits(net, view)
+    drawn = F.interpolate(drawn[:, None], size=logits.shape[1:], mode="area")[:, 0]
+    loss = F.binary_cross_entropy_with_logits(logits, drawn, reduction="none")
+    if not task.args.balanced:
         return loss.mean()
-    share = target.float().mean().clamp(1e-3, 1 - 1e-3)
-    return (loss * torch.where(target == 1, 0.5 / share, 0.5 / (1 - share))).mean()
+    share = drawn.mean().clamp(1e-3, 1 - 1e-3)
+    return (loss * (0.5 * drawn / share + 0.5 * (1 - drawn) / (1 - share))).mean()
 
 
 # ---- training: one loop for stages 1 and 3 ---------------------------------------------------------------------------
 
 
-def logged(stage, step):
-    """A step's number in the log: those of stage 3 come after all of stage 1."""
-    return step + 10**6 * (stage == 3)
-
-
-def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
-    """Train `net` for stage 1 or 3 by loss_of(task, net, rows, images, generator); goes on where `state` stood."""
+def fit(task, stage, net, rows, loss_of, total, lr, state, log):
+    """Train `net` for `total` steps of loss_of(task, net, rows, images, generator), or what `state` leaves of them."""
     args, out, B = task.args, Path(task.args.out), min(BATCH, len(rows))
-    per_epoch = len(rows) // B
-    total, optimizer = per_epoch * epochs, train.make_optimizer(net, lr, 0.05)
+    per_epoch, optimizer = len(rows) // B, train.make_optimizer(net, lr, 0.05, (0.9, 0.999))
     step, seconds = 0, 0.0
     if state.get("stage") == stage:
         with train.taking_up(out / "state.pt"):
@@ -344,8 +318,8 @@ def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
                          out / "state.pt")  # fmt: skip
 
     bar = progress(total=total, initial=step, unit="step")
-    for epoch in range(step // per_epoch, epochs):
-        order = rows[data.epoch_order(len(rows), args.seed, epoch)]
+    for epoch in range(step // per_epoch, -(-total // per_epoch)):
+        order = rows[data.epoch_order(len(rows), args.seed, epoch)][: B * (total - epoch * per_epoch)]
         for index, some in meter.timed(data.batches(images, order, B, task.device, step % per_epoch)):
             generator = train.seeded(args.seed, stage, epoch, step)
             with task.autocast():
@@ -361,7 +335,7 @@ def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
             stop = stop_signal[0] if stop_signal else 0
             if step % LOG_EVERY == 0 or step == total or stop:
                 row = meter.row(step, f"try a smaller learning rate than {lr:g}")
-                log(step=logged(stage, step), stage=stage, epoch=round(step / per_epoch, 3), **row)
+                log(step=FIRST[stage] + step, stage=stage, epoch=round(step / per_epoch, 3), **row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if stop or step == total or pacer.due():
                 pacer.time(save)
@@ -378,36 +352,26 @@ def fit(task, stage, net, rows, loss_of, epochs, lr, state, log):
 
 @torch.no_grad()
 def judge(task, frames, masks_of):
-    """masks_of(view) -> {name: (B, S, S)}, probabilities of drawn. -> {name: {kind of frame: row of judge_masks}}.
+    """masks_of(view) -> (B, S, S), probabilities of drawn. -> {kind of frame: row of judge_masks}.
 
-    Beside the kinds stand all heterogeneous frames and all purely hybrid ones, where the set tells them; {} where it
-    has no true masks.
+    Beside the kinds stand all heterogeneous and all purely hybrid frames, where the set tells; {} without true masks.
     """
     if "drawn" not in frames.split:
         return {}
     header, pairs = frames.split["header"], {}
     for index, view in views(task, frames.split, frames.mixed):
-        true = torch.from_numpy(np.array(frames.split["drawn"][index.numpy()])).float()
-        true = F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0].to(view.device) > 127.5
-        for name, mask in masks_of(view).items():
-            for i, row in enumerate(index.tolist()):
-                kind = header["classes"][frames.split["labels"][row]]
-                pairs.setdefault(name, {}).setdefault(kind, []).append((mask[i : i + 1] > 0.5, true[i : i + 1]))
-    return {name: judge_kinds(kinds, header.get("hybrid") or {"mixed": list(kinds)}) for name, kinds in pairs.items()}
+        kinds = [header["classes"][c] for c in frames.split["labels"][index]]
+        for kind, said, true in zip(kinds, masks_of(view) > 0.5, true_masks(frames, index, view), strict=True):
+            pairs.setdefault(kind, []).append((said[None], true[None]))
+    groups = header.get("hybrid") or {"mixed": list(pairs)}
+    pairs |= {name: [pair for kind in kinds for pair in pairs.get(kind, [])] for name, kinds in groups.items()}
+    return {name: segmenting.judge_masks(some) for name, some in pairs.items() if some}
 
 
-def judge_one(task, frames, masks_of):
-    """The same where masks_of(view) is one mask a frame -> {kind of frame: row}."""
-    return judge(task, frames, lambda view: {"": masks_of(view)}).get("", {})
-
-
-def judge_kinds(pairs, groups):
-    """{kind: pairs of masks}, {group: kinds} -> {kind or group: row of judge_masks}."""
-    found = {kind: judge_masks(pairs[kind]) for kind in sorted(pairs)}
-    for name, kinds in groups.items():
-        if some := [pair for kind in kinds for pair in pairs.get(kind, [])]:
-            found[name] = judge_masks(some)
-    return found
+def true_masks(frames, rows, view):
+    """(B, S, S) bool, at the side of `view`."""
+    true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
+    return F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0].to(view.device) > 127.5
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -417,10 +381,12 @@ def learn_patches(task, state, log):
     """Stage 1 -> the network, from its file where it is finished."""
     args, path = task.args, Path(task.args.patches or task.args.out) / "patches.safetensors"
     if path.exists() or args.patches:
-        return load_patches(path).to(task.device)
+        return segmenting.load_patches(path).to(task.device)
     torch.manual_seed(args.seed)
-    net = Patches(task.encoder, args.decide).to(task.device)
-    seconds = fit(task, 1, net, task.train.plain, patch_loss, args.epochs, args.lr, state, log)
+    net = segmenting.Patches(task.encoder, args.decide).to(task.device)
+    rows = task.train.plain
+    total = args.epochs * (len(rows) // min(BATCH, len(rows)))
+    seconds = fit(task, 1, net, rows, patch_loss, total, args.lr, state, log)
     with working("centroids"):
         set_centroids(task, net)
         row = {"seconds": seconds} | {name: judge_frames(task, net, some) for name, some in task.judged.items()}
@@ -439,14 +405,11 @@ def make_proxies(task, net):
     if not data.map_file(out, "drawn", task.train.split).exists():
         write_proxies(task, net, out)
 
-    def masks_of(view):
-        fine, coarse = proxy_masks(net, view, task.autocast)  # after and before the picture's edges were asked
-        return {"fine": fine, "coarse": coarse}
-
     found = {}
     for name, frames in task.judged.items():
-        both = judge(task, frames, masks_of)
-        found |= {name: both.get("fine", {}), f"{name}_coarse": both.get("coarse", {})}
+        for k, suffix in enumerate(("", "_coarse")):  # after and before the picture's edges were asked
+            masks_of = lambda view, k=k: segmenting.proxy_masks(net, view, task.autocast)[k]  # noqa: E731
+            found[name + suffix] = judge(task, frames, masks_of)
     print(f"stage 2  proxies on {args.eval_on}: {in_words(found[args.eval_on])}")
     return found
 
@@ -455,22 +418,21 @@ def learn_pixels(task, state, log):
     """Stage 3 -> the segmenter, and its seconds; from its file where it is finished."""
     args, path = task.args, Path(task.args.out) / "model.safetensors"
     if path.exists():
-        net, header = load_pixels(path)
+        net, header = segmenting.load_pixels(path)
         return net.to(task.device), header["seconds"]
     torch.manual_seed(args.seed)
-    net = segmenter().to(task.device)
-    split = task.train.split
+    net = segmenting.pixel_network(args.network).to(task.device)
     if args.learn_from == "truth":
-        task.masks = split["drawn"]
+        task.masks = task.train.split["drawn"]
     elif args.proxies:
-        task.masks = data.open_map(args.proxies, "saliency", split)
+        task.masks = data.open_map(args.proxies, "saliency", task.train.split)
     elif args.learn_from == "proxies":
-        task.masks = data.open_map(Path(args.patches or args.out) / "proxies", "drawn", split)
+        task.masks = data.open_map(Path(args.patches or args.out) / "proxies", "drawn", task.train.split)
     else:
-        task.masks = np.zeros((len(split["labels"]), 1, 1), np.uint8)
+        task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
     rows = task.train.plain if args.learn_from == "frames" else torch.cat([task.train.plain, task.train.mixed])
-    seconds = fit(task, 3, net, rows, pixel_loss, args.pixel_epochs, args.pixel_lr, state, log)
-    save_safetensors(net.state_dict(), path, {"image_size": task.S, "seconds": seconds})
+    seconds = fit(task, 3, net, rows, pixel_loss, args.pixel_steps, args.pixel_lr, state, log)
+    save_safetensors(net.state_dict(), path, {"network": args.network, "image_size": task.S, "seconds": seconds})
     return net.eval(), seconds
 
 
@@ -485,10 +447,9 @@ def run(args, device, autocast):
     if state and finished.exists() and read_json(finished, ["until"])["until"] >= args.until:
         print(f"run      {out} is finished")
         return read_json(finished)
-    at = logged(state["stage"], state["step"]) if state.get("stage") else -1
+    at = FIRST[state["stage"]] + state["step"] if state.get("stage") else -1
     log = train.open_log(out / "log.jsonl", at, args.log, task.config)
-    mixed = len(task.train.mixed)
-    print(f"data     {args.data}: {len(task.train.plain)} frames of one kind, {mixed} mixed, {task.S} px\n"
+    print(f"data     {args.data}: {len(task.train.plain)} of one kind, {len(task.train.mixed)} mixed, {task.S} px\n"
           f"run      {out}: stages 1 to {args.until}, --decide {args.decide}, --learn-from {args.learn_from}")
     net = learn_patches(task, state, log)
     stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
@@ -496,15 +457,16 @@ def run(args, device, autocast):
            "frames": stage}  # fmt: skip
     if args.until > 1:
         row["proxies"] = make_proxies(task, net)
-    last = lambda view: proxy_masks(net, view, task.autocast)[0]  # noqa: E731
+    last = lambda view: segmenting.proxy_masks(net, view, task.autocast)[0]  # noqa: E731
     if args.until > 2:
         pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
-        last = lambda view: pixel_masks(pixels, view, task.autocast)  # noqa: E731
-        row["pixels"] = {name: judge_one(task, some, last) for name, some in task.judged.items()}
+        last = lambda view: segmenting.pixel_masks(pixels, view, task.autocast)  # noqa: E731
+        row["pixels"] = {name: judge(task, some, last) for name, some in task.judged.items()}
         told = in_words(row["pixels"][args.eval_on])
         print(f"stage 3  pixels on {args.eval_on}: {told}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
-        row["left_out"] = judge_one(task, of_style(task.report, args.leave_out), last)
+        mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
+        row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last)
     draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
     row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
     save_json(row, finished)
@@ -513,8 +475,8 @@ def run(args, device, autocast):
 
 
 def in_words(found):
-    said = [f"{name} mean IoU {found[name]['miou']:.1f} %" for name in ("mixed", "purely") if name in found]
-    return ", ".join(said) or "no true masks to judge by"
+    some = [name for name in ("mixed", "purely") if name in found]
+    return ", ".join(f"{name} mean IoU {found[name]['miou']:.1f} %" for name in some) or "no true masks to judge by"
 
 
 @torch.no_grad()
@@ -528,11 +490,10 @@ def draw(task, net, masks_of, path, most=8):
     _, view = next(views(task, frames.split, rows))
     with task.autocast():
         patches = (net.scores(view)[1] > 0).repeat_interleave(net.encoder.patch_size, 1)
-    patches = overlay(view, patches.repeat_interleave(net.encoder.patch_size, 2))
-    lines = [("frame", view), ("patches", patches), ("mask", overlay(view, masks_of(view) > 0.5))]
+    patches = segmenting.overlay(view, patches.repeat_interleave(net.encoder.patch_size, 2))
+    lines = [("frame", view), ("patches", patches), ("mask", segmenting.overlay(view, masks_of(view) > 0.5))]
     if "drawn" in frames.split:
-        true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
-        lines.append(("true mask", overlay(view, F.interpolate(true[:, None], size=view.shape[1:3])[:, 0] > 127)))
+        lines.append(("true mask", segmenting.overlay(view, true_masks(frames, rows, view))))
     plots.image_grid(path, "What is photographed, in orange", lines)
 
 
@@ -548,12 +509,12 @@ def mask_of(picture, masks_of, side, squared, device):
     small = torch.from_numpy(np.array(Image.fromarray(picture).resize(size, Image.BICUBIC)))[None].to(device)
     found = F.interpolate(masks_of(small)[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
     full = torch.from_numpy(picture)[None].to(device)
-    return guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)[0].cpu().numpy()
+    return segmenting.guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)[0].cpu().numpy()
 
 
 def use(args, device, autocast):
     """Write NAME-mask.png (white is drawn) and NAME-overlay.png of each picture, or print shares."""
-    masks_of, side, squared = load(args.encoder, device, autocast)
+    masks_of, side, squared = segmenting.load(args.encoder, device, autocast)
     if not args.share and not args.out:
         raise UserError("--out DIR says where the masks go; --share prints how much is drawn instead")
     refuse_unused(args, (("side", not squared, f"is for stage 3, and {args.encoder} stopped before it"),))
@@ -575,8 +536,8 @@ def use(args, device, autocast):
 
 def write_masks(out, key, picture, mask, force):
     out.mkdir(parents=True, exist_ok=True)
-    name = "-".join(Path(key).with_suffix("").parts[-2:]).strip("/").replace("/", "-")
-    shown = overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
+    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
+    shown = segmenting.overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
     for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
         path = out / f"{name}-{what}.png"
         refuse_overwrite([path], force)
@@ -590,19 +551,18 @@ def main():
     device = train.pick_device(args.device)
     dtype, dtype_reason = train.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
+    if not args.pictures and args.out is None:
+        name = Path(args.encoder).name.removesuffix(".safetensors")
+        args.out = f"runs/{name}-seg{f'-s{args.seed}' if args.seed else ''}"
     if args.out is not None:
         refuse_file(args.out)
     if args.pictures:
         return use(args, device, train.autocast_of(device, dtype))
     if args.until == 3:
-        transformers()
+        segmenting.pixel_network(args.network)  # a missing library is said now, not after stages 1 and 2
     print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     load_encoder(args.encoder)  # what is wrong with it is said before a data set is made
     args.data = str(data.open_or_pack(args.data or "datasets/hybrid"))
-    path = Path(args.encoder)
-    name = path.name if path.is_dir() else path.stem
-    args.out = args.out or f"runs/{name}-seg{f'-s{args.seed}' if args.seed else ''}"
-    refuse_file(args.out)
     run(args, device, train.autocast_of(device, dtype))
 
 

@@ -3,6 +3,7 @@
     B batch   S side of a view in pixels   g patches on a side   K patches seen   D width   H, W sides of any picture
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from torch import nn
 
 import data
 from common.checkpoints import blank_encoder, load_exactly
-from common.io import UserError, read_safetensors
+from common.io import UserError, read_header, read_safetensors
 from model import shape_of
 
 KINDS = ("photographed", "drawn")  # what a frame, a patch, a pixel may be: 0 or 1
-EPS = 1e-2  # of the guided filter: contrasts under a tenth of the range are no edges
+EPS = 1e-3  # of the guided filter: contrasts under a thirtieth of the range are no edges
 TOLERANCE = 2  # pixels that a border may be off
 REMEDY = "remove it and run segment.py again"
 
@@ -31,21 +32,20 @@ class Patches(nn.Module):
         super().__init__()
         shape = shape_of(encoder)
         self.config, dim = {"encoder": shape, "norm_eps": encoder.norm.eps, "decide": decide}, shape["dim"]
-        self.encoder, self.decide, self.head = encoder, decide, nn.Linear(dim, 2)
+        self.encoder, self.decide, self.head = encoder, decide, nn.Linear(dim, 1)
         self.register_buffer("centroids", torch.zeros(2, dim))
         self.register_buffer("scale", torch.ones(()))  # std of a patch's score
 
     def forward(self, patches, ids):
-        """patches (B, K, P), ids (B, K) -> logits (B, 2) of the CLS token, (B, K, 2) of patches."""
-        logits = self.head(self.encoder(patches, ids).float())
+        """patches (B, K, P), ids (B, K) -> logits of "drawn": (B,) of the CLS token, (B, K) of patches."""
+        logits = self.head(self.encoder(patches, ids).float())[..., 0]
         return logits[:, 0], logits[:, 1:]
 
     def scores(self, view):
         """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches: over 0 where it is drawn."""
         tokens = self.encoder.features(view).float()
         if self.decide == "cls":
-            logits = self.head(tokens)
-            s = logits[..., 1] - logits[..., 0]
+            s = self.head(tokens)[..., 0]
         else:  # squared distance to one centroid minus that to the other
             s = 2 * tokens @ (self.centroids[1] - self.centroids[0])
             s = s + (self.centroids[0] ** 2).sum() - (self.centroids[1] ** 2).sum()
@@ -54,13 +54,22 @@ class Patches(nn.Module):
         return frame, s[:, 1:].unflatten(1, (g, g))
 
 
-def cut_masks(B, g, share, generator):
-    """(B, g*g) bool: patches on one side of a random line, in `share` of the frames; none in the others."""
-    u = torch.rand(4, B, 1, generator=generator)
-    y, x = torch.meshgrid(*[torch.linspace(-1, 1, g)] * 2, indexing="ij")
-    angle = 2 * math.pi * u[0]
-    far = x.flatten() * angle.cos() + y.flatten() * angle.sin() > u[1] - 0.5
-    return far & (u[2] < share)
+def cut_masks(B, S, share, generator):
+    """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, nothing in the others."""
+    u = torch.rand(8, B, 1, 1, generator=generator)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
+    angle, (cy, cx, height, width), power = 2 * math.pi * u[0], u[1:5], torch.where(u[5] < 0.5, 2, 20)
+    plane = x * angle.cos() + y * angle.sin() > 1.2 * cy - 0.6
+    v, h = (y - 1.2 * cy + 0.6).abs() / (0.25 + 0.6 * height), (x - 1.2 * cx + 0.6).abs() / (0.25 + 0.6 * width)
+    blobs = F.interpolate(torch.randn(B, 1, 4, 4, generator=generator), size=(S, S), mode="bicubic")[:, 0] > cy - 0.5
+    shapes = torch.stack([plane, v**power + h**power < 1, blobs])  # power 2: an ellipse, 20: a rectangle
+    return shapes[(3 * u[6, :, 0, 0]).long(), torch.arange(B)] & (u[7] < share)
+
+
+def cut_together(view, drawn, share, generator):
+    """Frames (B, S, S, 3) and masks (B, S, S), of which `share` show a part of another frame of the batch."""
+    cut = cut_masks(len(view), view.shape[1], share, generator).to(view.device)
+    return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
 def load_patches(path):
@@ -107,57 +116,87 @@ def proxy_masks(net, view, autocast):
     with autocast():
         cells = fine_scores(net.eval(), view).sigmoid()
     coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
-    return guided_filter(coarse, view, net.encoder.patch_size).clamp(0, 1), coarse
+    return guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1), coarse
 
 
 # ---- pixels: stage 3 -------------------------------------------------------------------------------------------------
 
 
-def transformers():
-    """The library of the segmenter; only stage 3 and its use need it."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("stage 3 needs transformers: pip install transformers; --until 2 stops before it") from None
-    return transformers
+class UNet(nn.Module):
+    """3x3 convolutions, down to a sixteenth of the side and up to half of it (Ronneberger, Fischer & Brox 2015).
+
+    x (B, 3, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
+    """
+
+    def __init__(self, widths=(16, 32, 64, 96)):
+        super().__init__()
+        pairs = [*itertools.pairwise(widths)]
+        self.stem = convs(3, widths[0], size=5, stride=2)
+        self.down = nn.ModuleList(convs(a, b, b) for a, b in [(widths[0], widths[0]), *pairs])
+        self.up = nn.ModuleList(convs(a + b, a, a) for a, b in reversed(pairs))
+        self.out = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, x):
+        x, seen = self.down[0](self.stem(x)), []
+        for down in self.down[1:]:
+            seen.append(x)
+            x = down(F.max_pool2d(x, 2))
+        for up in self.up:
+            before = seen.pop()
+            x = up(torch.cat([F.interpolate(x, size=before.shape[2:]), before], 1))
+        return self.out(x)
 
 
-def segmenter():
-    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.8 million parameters.
+def convs(*widths, size=3, stride=1):
+    return nn.Sequential(*[layer for a, b in itertools.pairwise(widths) for layer in (
+        nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())])  # fmt: skip
+
+
+def segformer():
+    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million parameters.
 
     The encoder's convolutions are drawn as in the paper's own code, by what each puts out; transformers' std of .02 all
     but silences those of a single channel, and nothing was learned. Fused attention is slower on a CPU than products.
     """
-    config = transformers().SegformerConfig(
-        num_labels=2, depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
-        decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0, attn_implementation="eager")  # fmt: skip
-    net = transformers().SegformerForSemanticSegmentation(config)
+    try:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    except ImportError:
+        raise UserError("--network segformer needs transformers: pip install transformers; unet does not") from None
+    net = SegformerForSemanticSegmentation(SegformerConfig(
+        num_labels=1, depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], num_attention_heads=[1, 2, 4, 8],
+        decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0, attn_implementation="eager"))  # fmt: skip
     for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         numbers = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, std=math.sqrt(2 / numbers))
-    return net.eval()
+    return net
+
+
+def pixel_network(name):
+    """ "unet" or "segformer", with random weights, in eval mode."""
+    net = UNet() if name == "unet" else segformer()
+    return net.to(memory_format=torch.channels_last).eval()
 
 
 def load_pixels(path):
-    """model.safetensors of stage 3 -> the segmenter in eval mode, header of its file."""
+    """model.safetensors of stage 3 -> its network in eval mode, header of its file."""
     weights, header = read_safetensors(path, REMEDY)
-    net = segmenter()
+    net = pixel_network(header["network"])
     load_exactly(net, weights, path)
     return net, header
 
 
 def pixel_logits(net, view):
-    """view u8 (B, H, W, 3), any size -> (B, 2, H, W), fp32."""
-    x = view.permute(0, 3, 1, 2).float() / 127.5 - 1
-    logits = net(pixel_values=x).logits.float()  # (B, 2, H/4, W/4)
-    return F.interpolate(logits, size=view.shape[1:3], mode="bilinear", align_corners=False)
+    """view u8 (B, H, W, 3), any size -> (B, h, w) fp32, at the side at which the network answers."""
+    logits = net(view.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return getattr(logits, "logits", logits)[:, 0].float()
 
 
 @torch.no_grad()
 def pixel_masks(net, view, autocast):
     """view u8 (B, H, W, 3) -> probability of drawn (B, H, W)."""
     with autocast():
-        return pixel_logits(net, view).softmax(1)[:, 1]
+        logits = pixel_logits(net, view)
+    return F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
 
 
 def load(folder, device, autocast):
@@ -166,14 +205,14 @@ def load(folder, device, autocast):
     By the segmenter, or by patches where stage 3 was not made; those want squares of that side.
     """
     last, patches = Path(folder) / "model.safetensors", Path(folder) / "patches.safetensors"
+    if "network" in (read_header(last)[1] if last.exists() else {}):
+        pixels, header = load_pixels(last)
+        pixels.to(device)
+        return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
     if not patches.exists():
         raise UserError(f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one")
     net = load_patches(patches).to(device)
-    if not last.exists():
-        return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
-    pixels, header = load_pixels(last)
-    pixels.to(device)
-    return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
+    return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
 
 
 # ---- judging and showing ---------------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ ARMS = {  # flags of segment.py, and what they say
     "balanced": ("--balanced", "both kinds of pixels weigh the same"),
     "saliency": ("--proxies {saliency}", "saliency maps in the place of proxies"),
     "cls": ("--decide cls", "patches named by a head of the CLS token"),
-    "no_cut": ("--cut 0", "frames never mixed in stage 1"),
+    "no_cut": ("--cut 0", "frames never cut together, in no stage"),
+    "whole": ("--learn-from frames --cut 0", "the same with frames of one kind alone"),
+    "segformer": ("--network segformer", "a SegFormer in the place of a U-Net"),
     "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
 }
 OWN = ("proxies", "cls", "no_cut", "bold")  # arms with a stage 1 of their own
@@ -58,7 +60,10 @@ QUESTIONS = (
     (("proxies", "miou"), ("proxies", "proxy"), "pixels against the proxies that taught them"),
     (("proxies", "proxy"), ("proxies", "proxy_coarse"), "proxies carried to edges against patches"),
     (("proxies", "proxy"), ("cls", "proxy"), "nearest centroid against a head of the CLS token, proxies"),
-    (("proxies", "proxy"), ("no_cut", "proxy"), "frames cut together in stage 1 against never, proxies"),
+    (("proxies", "proxy"), ("no_cut", "proxy"), "frames cut together against never, proxies"),
+    (("proxies", "miou"), ("no_cut", "miou"), "the same, pixels"),
+    (("no_cut", "miou"), ("whole", "miou"), "never cut: proxies against frames of one kind alone"),
+    (("proxies", "miou"), ("segformer", "miou"), "U-Net against SegFormer"),
     (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),
     (("flip20", "miou"), ("proxies", "miou"), "a fifth"),
     (("balanced", "miou"), ("proxies", "miou"), "both kinds of pixels weigh the same"),
@@ -178,8 +183,9 @@ def cues(args):
     lines = ["# What gives a frame away?", "", f"`{command()}`, commit {commit()}. Frames of one kind, val, named "
              f"rightly, in percent; chance is {100 * max(drawn, 1 - drawn):.0f}.", "",
              "| from | logistic regression | boosted trees |", "|---|---|---|"]  # fmt: skip
+    thumbnails = lambda x: metrics.thumbnails(torch.from_numpy(x), 16).numpy()  # noqa: E731
     for name, cue in (("mean and covariance of colours", colours), ("histogram of 64 colours", histograms),
-                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnail)):  # fmt: skip
+                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnails)):  # fmt: skip
         x, held = (cue(sets[split][0]) for split in ("train", "val"))
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
         models = linear, HistGradientBoostingClassifier()
@@ -187,10 +193,6 @@ def cues(args):
         lines.append(f"| {name} | " + " | ".join(f"{s:.1f}" for s in scores) + " |")
         print(lines[-1], flush=True)
     save_text("\n".join(lines) + "\n", Path(args.out) / "cues.md")
-
-
-def thumbnail(images):
-    return metrics.thumbnails(torch.from_numpy(images), 16).numpy()
 
 
 def plain_frames(split):

@@ -47,7 +47,7 @@ PHOTOS = {  # file: (library, split, licence and author)
     "rocket.jpg": ("skimage", "test", "public domain, SpaceX"),
 }
 COUNTS = {  # frames of each homogeneous, each heterogeneous and each purely hybrid kind
-    "train": (480, 160, 0), "dev": (60, 20, 20), "val": (96, 48, 48), "test": (96, 48, 48)}  # fmt: skip
+    "train": (720, 240, 0), "dev": (60, 20, 20), "val": (96, 48, 48), "test": (96, 48, 48)}  # fmt: skip
 TEXTURES = 0.5  # of the photographed layers: made, not photographed
 PALETTES = 64  # layers of each kind whose colours are dealt out
 
@@ -91,12 +91,14 @@ def clouds(rng, size, slope):
 def dead_leaves(rng, size):
     """Ellipses of all sizes on each other, each with its own surface and light -> f32 (size, size, 3).
 
-    Radii follow r^-3, so that it looks the same at all distances; what lies at some depth is out of focus.
+    Radii follow r^-3, so that it looks the same at all distances; what lies at some depth is out of focus. A few large
+    leaves are as smooth as a wall, a cup or a sky; many small ones as rough as gravel.
     """
-    frame = np.full((size, size, 3), rng.uniform(0, 255, 3)) + 30 * clouds(rng, size, 1.2)[..., None]
+    sky = rng.uniform(10, 60) * clouds(rng, size, rng.uniform(1.2, 2.5))
+    frame = np.full((size, size, 3), rng.uniform(0, 255, 3)) + sky[..., None]
     surfaces, y, x = [clouds(rng, size, s) for s in (0.6, 1.0, 1.6)], *np.mgrid[:size, :size]
-    least = rng.uniform(0.02, 0.08)
-    for _ in range(rng.integers(40, 400)):
+    least = 0.02 * 10 ** rng.uniform(0, 1)
+    for _ in range(int(1 / least * 10 ** rng.uniform(0, 1))):
         radius = size * min(0.5, least / np.sqrt(1 - rng.random()))
         cy, cx, angle, ratio = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.3, 1)
         top, left = (int(max(0, c - radius)) for c in (cy, cx))
@@ -114,7 +116,8 @@ def dead_leaves(rng, size):
 def defocus(frame, rng):
     """Blur a frame where smooth noise says that it is far from the focus -> f32, the same shape."""
     size = len(frame)
-    blurred = np.float32(Image.fromarray(np.uint8(frame)).filter(ImageFilter.GaussianBlur(size * rng.uniform(0, 0.02))))
+    blur = ImageFilter.GaussianBlur(size * 0.06 * rng.random() ** 2)
+    blurred = np.float32(Image.fromarray(np.uint8(frame)).filter(blur))
     far = 1 / (1 + np.exp(-2 * clouds(rng, size, 2.0) - rng.normal()))[..., None]
     return np.float32(frame + far * (blurred - frame))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,7 @@ from common.train import seeded
 from ingest import hybrid
 from model import ViT
 
-QUICK = ["--epochs", 2, "--pixel-epochs", 1, "--device", "cpu", "--dtype", "fp32"]
+QUICK = ["--epochs", 2, "--pixel-steps", 1, "--device", "cpu", "--dtype", "fp32"]
 FEW = {"train": (12, 4, 0), "dev": (2, 1, 1), "val": (3, 2, 2), "test": (1, 1, 1)}
 
 
@@ -140,23 +141,38 @@ def test_the_nearest_centroid_decides():
 
 
 def test_patches_of_another_frame_keep_its_label(monkeypatch):
-    """One frame is black and photographed, one white and drawn: a patch's label has to be its colour."""
+    """One frame is black and photographed, one white and drawn: a patch's label has to be its brightness."""
     seen = []
 
     class Net(torch.nn.Module):
         decide, encoder = "centroid", ViT(32, 8, 32, 1, 2)
 
         def forward(self, patches, ids):
-            seen.append((patches.mean(2) > 0.5).long())
-            return None, torch.zeros(*ids.shape, 2, requires_grad=True)
+            seen.append(patches.mean(2))
+            return None, patches.mean(2)
 
-    monkeypatch.setattr(segment.F, "cross_entropy", lambda logits, labels: seen.append(labels))
-    args = SimpleNamespace(min_crop=1, colour=0, cut=1, keep=1)
+    monkeypatch.setattr(segment.F, "binary_cross_entropy_with_logits", lambda logits, labels: seen.append(labels))
+    args = SimpleNamespace(min_crop=1, colour=0, cut=1, keep=0.75)
     task = SimpleNamespace(args=args, S=32, train=SimpleNamespace(kind=torch.tensor([0, 1])))
     images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 32, 32, 3).contiguous()
     segment.patch_loss(task, Net(), torch.tensor([0, 1]), images, seeded(3))
     patches, labels = seen
-    assert torch.equal(patches.flatten(), labels) and 0 < patches[0].sum() < 16  # and some are another frame's
+    low, high = patches.min(), patches.max()
+    assert torch.allclose((patches - low) / (high - low), labels, atol=1e-5) and labels.shape == (2, 12)
+    assert 0 < labels[0].sum() < 12  # and some are another frame's
+
+
+def test_cuts_have_all_shapes_and_no_frame_is_cut_more_often_than_asked():
+    cut = segmenting.cut_masks(400, 32, 0.25, seeded(0))
+    assert 0.2 < cut.any((1, 2)).float().mean() < 0.3 and not segmenting.cut_masks(9, 32, 0, seeded(0)).any()
+    corners = segmenting.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
+    assert 0.2 < (corners == 0).float().mean() < 0.6  # windows, and a few blobs
+    assert all((corners == n).any() for n in range(5))
+    view, drawn = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8), torch.rand(6, 32, 32)
+    shown, masks = segmenting.cut_together(view, drawn, 1, seeded(2))
+    theirs = masks != drawn
+    assert theirs.any((1, 2)).all() and torch.equal(shown[theirs], view.flip(0)[theirs])
+    assert torch.equal(shown[~theirs], view[~theirs]) and torch.equal(masks[theirs], drawn.flip(0)[theirs])
 
 
 def test_scores_between_patches_are_means_of_moved_frames():
@@ -181,14 +197,22 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
 
-def test_a_segmenter_begins_at_chance_and_none_of_its_convolutions_is_silent():
+@pytest.mark.parametrize(("name", "part"), [("unet", 2), ("segformer", 4)])
+def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(name, part):
     torch.manual_seed(0)
-    net = segmenting.segmenter()
-    noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(2, (4, 64, 64))
-    assert torch.nn.functional.cross_entropy(segmenting.pixel_logits(net.train(), noise), target) < 0.8
-    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    net = segmenting.pixel_network(name)
+    noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.rand(4, 64 // part, 64 // part)
+    logits = segmenting.pixel_logits(net.train(), noise)
+    assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
+    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
+    assert masks.shape == (1, 36, 50) and masks.min() >= 0 and masks.max() <= 1
+
+
+def test_no_convolution_of_a_segformer_is_silent():
+    torch.manual_seed(0)
+    convs = [m for m in segmenting.segformer().modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
-    assert len(convs) == 8 and min(loud) > 0.7 and max(loud) < 2
+    assert len(convs) == 7 and min(loud) > 0.7 and max(loud) < 2
 
 
 def test_masks_are_judged_as_by_hand():
@@ -250,7 +274,7 @@ def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
                            encoder=SimpleNamespace(side=4), train=SimpleNamespace(kind=kind))  # fmt: skip
     rows = torch.arange(len(kind))
     masks = segment.masks_to_learn(task, rows)
-    assert torch.equal(masks, torch.from_numpy(np.array(split["drawn"])) / 255)
+    assert torch.equal(masks, (torch.from_numpy(np.array(split["drawn"])) > 127).float())
     task.args.flip = 0.25
     turned = segment.masks_to_learn(task, rows)
     share = ((turned - masks).abs() > 0)[kind < 0].float().mean()
@@ -273,6 +297,8 @@ def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
         assert mask.shape == np.asarray(Image.open(tmp_path / row["picture"])).shape[:2] and set(mask.flat) <= {0, 255}
         assert 0 <= float(row["drawn"]) <= 1 and (tmp_path / f"masks/{stem}-overlay.png").exists()
     assert "is there already" in refused(call("segment.py", learned, "dot.png", "--out", "masks", cwd=tmp_path))
+    call("segment.py", learned, "../dot.png", "--out", "up", cwd=tmp_path / "masks", check=0)
+    assert sorted(p.name for p in (tmp_path / "masks/up").iterdir()) == ["dot-mask.png", "dot-overlay.png"]
 
 
 def test_patches_alone_segment_too(frames, tmp_path):
@@ -285,6 +311,7 @@ def test_patches_alone_segment_too(frames, tmp_path):
     call("segment.py", "encoder", "--data", "packed", "--out", "third", "--patches", "second", "--learn-from", "frames",
          *QUICK[2:], cwd=frames, check=0)  # fmt: skip
     assert not (frames / "third/patches.safetensors").exists() and (frames / "third/model.safetensors").exists()
+    call("segment.py", frames / "third", "white.png", "--share", cwd=tmp_path, check=0)
 
 
 def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
@@ -301,7 +328,7 @@ def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
     (["--data", "none"], "does not exist"),
     (["--until", 2, "--flip", 0.1], "--flip 0.1 is for stage 3, not for --until 2"),
     (["--learn-from", "truth", "--flip", 0.1], "--flip 0.1 is for proxies, not for --learn-from truth"),
-    (["--decide", "cls", "--cut", 0.1], "--cut 0.1 is for patches that are learned one by one"),
+    (["--until", 2, "--network", "segformer"], "--network segformer is for stage 3, not for --until 2"),
     (["--leave-out", "line=thick"], "--leave-out line=thick is unknown; there are: palette=natural|"),
     (["--share"], "--share is for pictures"), (["--image-size", 33], "no multiple"),
     (["--patches", "nowhere"], "nowhere/patches.safetensors does not exist"),
@@ -321,10 +348,10 @@ def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(frames, small
     assert "x.png" in refused(call("segment.py", learned, "x.png", "--share", cwd=tmp_path))
 
 
-def test_without_transformers_stage_3_names_it(frames, tmp_path, monkeypatch):
+def test_without_transformers_a_segformer_is_refused(frames, tmp_path, monkeypatch):
     monkeypatch.setitem(segment.sys.modules, "transformers", None)
-    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run"]
-    assert "pip install transformers; --until 2 stops before it" in refused(call(*words, cwd=frames))
+    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run", "--network", "segformer"]
+    assert "pip install transformers; unet does not" in refused(call(*words, cwd=frames))
 
 
 # ---- the table of arms, and what gives a frame away ------------------------------------------------------------------
