@@ -384,9 +384,8 @@ def learn_patches(task, state, log):
         return segmenting.load_patches(path).to(task.device)
     torch.manual_seed(args.seed)
     net = segmenting.Patches(task.encoder, args.decide).to(task.device)
-    rows = task.train.plain
-    total = args.epochs * (len(rows) // min(BATCH, len(rows)))
-    seconds = fit(task, 1, net, rows, patch_loss, total, args.lr, state, log)
+    total = args.epochs * (len(task.train.plain) // min(BATCH, len(task.train.plain)))
+    seconds = fit(task, 1, net, task.train.plain, patch_loss, total, args.lr, state, log)
     with working("centroids"):
         set_centroids(task, net)
         row = {"seconds": seconds} | {name: judge_frames(task, net, some) for name, some in task.judged.items()}
@@ -462,8 +461,7 @@ def run(args, device, autocast):
         pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
         last = lambda view: segmenting.pixel_masks(pixels, view, task.autocast)  # noqa: E731
         row["pixels"] = {name: judge(task, some, last) for name, some in task.judged.items()}
-        told = in_words(row["pixels"][args.eval_on])
-        print(f"stage 3  pixels on {args.eval_on}: {told}; {row['pixel_seconds']:.0f} s")
+        print(f"stage 3  {args.eval_on}: {in_words(row['pixels'][args.eval_on])}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
         mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
         row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last)
@@ -489,12 +487,12 @@ def draw(task, net, masks_of, path, most=8):
     rows = rows[data.evenly_spaced(len(rows), most)]
     _, view = next(views(task, frames.split, rows))
     with task.autocast():
-        patches = (net.scores(view)[1] > 0).repeat_interleave(net.encoder.patch_size, 1)
-    patches = segmenting.overlay(view, patches.repeat_interleave(net.encoder.patch_size, 2))
-    lines = [("frame", view), ("patches", patches), ("mask", segmenting.overlay(view, masks_of(view) > 0.5))]
+        patches = F.interpolate(net.scores(view)[1][:, None].float(), size=view.shape[1:3])[:, 0] > 0
+    masks = {"patches": patches, "mask": masks_of(view) > 0.5}
     if "drawn" in frames.split:
-        lines.append(("true mask", segmenting.overlay(view, true_masks(frames, rows, view))))
-    plots.image_grid(path, "What is photographed, in orange", lines)
+        masks["true mask"] = true_masks(frames, rows, view)
+    shown = [("frame", view), *((name, segmenting.overlay(view, mask)) for name, mask in masks.items())]
+    plots.image_grid(path, "What is photographed, in orange", shown)
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
@@ -518,12 +516,11 @@ def use(args, device, autocast):
     if not args.share and not args.out:
         raise UserError("--out DIR says where the masks go; --share prints how much is drawn instead")
     refuse_unused(args, (("side", not squared, f"is for stage 3, and {args.encoder} stopped before it"),))
-    side = args.side or side
     problems, count, table = [], 0, csv.writer(sys.stdout)
     if args.share:
         table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(args.pictures, problems):
-        found = mask_of(picture, masks_of, side, squared, device)
+        found = mask_of(picture, masks_of, args.side or side, squared, device)
         count += 1
         if args.share:
             table.writerow([key, f"{found.mean():.4f}"])

@@ -179,9 +179,8 @@ def cues(args):
     from sklearn.preprocessing import StandardScaler
 
     sets = {name: plain_frames(data.open_split(args.data, name)) for name in ("train", "val")}
-    drawn = sets["val"][1].mean()
     lines = ["# What gives a frame away?", "", f"`{command()}`, commit {commit()}. Frames of one kind, val, named "
-             f"rightly, in percent; chance is {100 * max(drawn, 1 - drawn):.0f}.", "",
+             f"rightly, in percent; chance is {100 * max(m := sets['val'][1].mean(), 1 - m):.0f}.", "",
              "| from | logistic regression | boosted trees |", "|---|---|---|"]  # fmt: skip
     thumbnails = lambda x: metrics.thumbnails(torch.from_numpy(x), 16).numpy()  # noqa: E731
     for name, cue in (("mean and covariance of colours", colours), ("histogram of 64 colours", histograms),

@@ -38,6 +38,9 @@ PHOTOS = {  # file: (library, split, licence and author)
     "clock_motion.png": ("skimage", "train", "public domain, Stefan van der Walt"),
     "grass.png": ("skimage", "train", "CC0, linolafett"),
     "moon.png": ("skimage", "train", "public domain, NASA"),
+    "hubble_deep_field.jpg": ("skimage", "train", "public domain, NASA"),
+    "retina.jpg": ("skimage", "train", "CC0, Mikael Haggstrom"),
+    "ihc.png": ("skimage", "train", "no known restrictions, CMMI"),
     "camera.png": ("skimage", "dev", "CC0, Lav Varshney"),
     "brick.png": ("skimage", "dev", "CC0, CC0Textures"),
     "flower.jpg": ("sklearn", "val", "CC BY 2.0, vultilion"),
@@ -91,8 +94,8 @@ def clouds(rng, size, slope):
 def dead_leaves(rng, size):
     """Ellipses of all sizes on each other, each with its own surface and light -> f32 (size, size, 3).
 
-    Radii follow r^-3, so that it looks the same at all distances; what lies at some depth is out of focus. A few large
-    leaves are as smooth as a wall, a cup or a sky; many small ones as rough as gravel.
+    Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as a wall or a sky,
+    many small ones as rough as gravel.
     """
     sky = rng.uniform(10, 60) * clouds(rng, size, rng.uniform(1.2, 2.5))
     frame = np.full((size, size, 3), rng.uniform(0, 255, 3)) + sky[..., None]
@@ -110,7 +113,7 @@ def dead_leaves(rng, size):
         skin = rng.uniform(5, 40) * np.roll(surfaces[rng.integers(3)], rng.integers(size, size=2), (0, 1))[here]
         leaf = rng.uniform(10, 245, 3) * light[..., None] + skin[..., None]
         frame[here] += inside * (leaf - frame[here])
-    return defocus(np.float32(frame.clip(0, 255)), rng)
+    return np.float32(frame.clip(0, 255))
 
 
 def defocus(frame, rng):
@@ -123,7 +126,8 @@ def defocus(frame, rng):
 
 
 def photographed(photos, rng, size):
-    return dead_leaves(rng, size) if rng.random() < TEXTURES else crop(photos[rng.integers(len(photos))], rng, size)
+    leaves = rng.random() < TEXTURES
+    return defocus(dead_leaves(rng, size) if leaves else crop(photos[rng.integers(len(photos))], rng, size), rng)
 
 
 # ---- nothing but what is shown tells the two apart -------------------------------------------------------------------

@@ -61,7 +61,7 @@ def learned(frames):
 
 
 def test_a_photograph_is_in_one_split_and_says_whose_it_is(photos):
-    assert sum(map(len, photos.values())) == len(hybrid.PHOTOS) == 14
+    assert sum(map(len, photos.values())) == len(hybrid.PHOTOS) == 17
     assert {split for _, split, _ in hybrid.PHOTOS.values()} == set(hybrid.COUNTS)
     assert all(photo.dtype == np.uint8 and photo.shape[2] == 3 for some in photos.values() for photo in some)
     lines, libraries = (ROOT / "docs/hybrid.md").read_text(), {"sklearn": "scikit-learn", "skimage": "scikit-image"}
