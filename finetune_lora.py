@@ -34,7 +34,7 @@ from common import classifier, distributed, errors, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
 from common.corruptions import cutout, squares
-from common.features import epoch_rows, open_rows, split_suffix, untrained_like
+from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -455,8 +455,8 @@ def main():
     load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
     with distributed.zero_first():
         args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
-    path, autocast = Path(args.encoder), train.autocast_of(device, dtype)
-    words = [path.name if path.is_dir() else path.stem, args.method, args.head.removeprefix("linear")]
+    autocast = train.autocast_of(device, dtype)
+    words = [name_of(args.encoder), args.method, args.head.removeprefix("linear")]
     words += [f"r{args.r}" if args.method == "lora" and args.r != 8 else "", "scratch" if args.from_scratch else ""]
     base = Path(args.out or "runs/" + "-".join(filter(None, words)))
     refuse_file(base)

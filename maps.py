@@ -45,7 +45,7 @@ from common.command import (
     working,
 )
 from common.evaluate import hide_at_random, predict
-from common.features import load_mae
+from common.features import load_mae, name_of
 from common.io import UserError
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
@@ -447,7 +447,8 @@ def main():
     split = data.open_split(folder, args.split)
     out = Path(args.out or Path("maps") / folder.name)
     if args.map == "all":
-        path = out / f"strategies-{name_of(args.run)}{'' if args.split == 'train' else '-' + args.split}.png"
+        named = name_of(args.run) + ("" if args.split == "train" else f"-{args.split}")
+        path = out / f"strategies-{named}.png"
         refuse_overwrite([path], args.force)
         sheet_of_all(path, args.run, split, device, pick_dtype(args.dtype, device)[0])
         return print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
@@ -467,12 +468,6 @@ def main():
         sheet_of_map(sheet, args.map, split["images"], maps, args.parts)
     print("\n".join([f"{path}: {n} maps of {grid} x {grid}; look at {sheet}",
                      *about_maps(args, folder, split, maps), next_line(args, folder, out, split)]))  # fmt: skip
-
-
-def name_of(run):
-    """A run by its name, or a checkpoint by that of its file."""
-    path = Path(run).resolve()
-    return path.name if path.is_dir() else path.stem
 
 
 def about_maps(args, folder, split, maps):

@@ -45,7 +45,7 @@ from common.command import (
     refuse_unused,
     working,
 )
-from common.features import open_splits, split_suffix
+from common.features import name_of, open_splits, split_suffix
 from common.io import UserError, atomic, read_header, read_json, save_json, save_safetensors
 from common.lora import fingerprint
 from ingest.pictures import tell_problems, whole_pictures
@@ -352,7 +352,7 @@ def fit(task, stage, net, rows, loss_of, total, lr, state, log):
 
 @torch.no_grad()
 def judge(task, frames, masks_of):
-    """masks_of(view) -> (B, S, S), probabilities of drawn. -> {kind of frame: row of judge_masks}.
+    """masks_of(view) -> {version: (B, S, S)}, probabilities of drawn. -> {version: {kind: row of judge_masks}}.
 
     Beside the kinds stand all heterogeneous and all purely hybrid frames, where the set tells; {} without true masks.
     """
@@ -360,12 +360,15 @@ def judge(task, frames, masks_of):
         return {}
     header, pairs = frames.split["header"], {}
     for index, view in views(task, frames.split, frames.mixed):
-        kinds = [header["classes"][c] for c in frames.split["labels"][index]]
-        for kind, said, true in zip(kinds, masks_of(view) > 0.5, true_masks(frames, index, view), strict=True):
-            pairs.setdefault(kind, []).append((said[None], true[None]))
-    groups = header.get("hybrid") or {"mixed": list(pairs)}
-    pairs |= {name: [pair for kind in kinds for pair in pairs.get(kind, [])] for name, kinds in groups.items()}
-    return {name: segmenting.judge_masks(some) for name, some in pairs.items() if some}
+        kinds, truth = [header["classes"][c] for c in frames.split["labels"][index]], true_masks(frames, index, view)
+        for version, masks in masks_of(view).items():
+            for kind, said, true in zip(kinds, masks > 0.5, truth, strict=True):
+                pairs.setdefault(version, {}).setdefault(kind, []).append((said[None], true[None]))
+    for some in pairs.values():
+        groups = header.get("hybrid") or {"mixed": list(some)}
+        some |= {name: [pair for kind in kinds for pair in some.get(kind, [])] for name, kinds in groups.items()}
+    return {version: {name: segmenting.judge_masks(found) for name, found in some.items() if found}
+            for version, some in pairs.items()}  # fmt: skip
 
 
 def true_masks(frames, rows, view):
@@ -395,20 +398,18 @@ def learn_patches(task, state, log):
     return net
 
 
-def make_proxies(task, net):
-    """Stage 2 -> rows of judge for dev and the reported split, before and after edges were asked."""
+def make_proxies(task, net, masks_of):
+    """Stage 2 -> rows of judge for dev and the reported split, after and before edges were asked."""
     args, out = task.args, Path(task.args.patches or task.args.out) / "proxies"
     if not len(task.train.mixed):
         print("stage 2  no mixed frames in train: there is nothing to make proxies for")
         return {}
     if not data.map_file(out, "drawn", task.train.split).exists():
         write_proxies(task, net, out)
-
     found = {}
     for name, frames in task.judged.items():
-        for k, suffix in enumerate(("", "_coarse")):  # after and before the picture's edges were asked
-            masks_of = lambda view, k=k: segmenting.proxy_masks(net, view, task.autocast)[k]  # noqa: E731
-            found[name + suffix] = judge(task, frames, masks_of)
+        both = judge(task, frames, masks_of)
+        found |= {name + version: both.get(version, {}) for version in ("", "_coarse")}
     print(f"stage 2  proxies on {args.eval_on}: {in_words(found[args.eval_on])}")
     return found
 
@@ -454,17 +455,17 @@ def run(args, device, autocast):
     stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
     row = {"run": out.name, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on, "until": args.until,
            "frames": stage}  # fmt: skip
+    last = lambda view: dict(zip(("", "_coarse"), segmenting.proxy_masks(net, view, task.autocast), strict=True))  # noqa: E731
     if args.until > 1:
-        row["proxies"] = make_proxies(task, net)
-    last = lambda view: segmenting.proxy_masks(net, view, task.autocast)[0]  # noqa: E731
+        row["proxies"] = make_proxies(task, net, last)
     if args.until > 2:
         pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
-        last = lambda view: segmenting.pixel_masks(pixels, view, task.autocast)  # noqa: E731
-        row["pixels"] = {name: judge(task, some, last) for name, some in task.judged.items()}
+        last = lambda view: {"": segmenting.pixel_masks(pixels, view, task.autocast)}  # noqa: E731
+        row["pixels"] = {name: judge(task, some, last).get("", {}) for name, some in task.judged.items()}
         print(f"stage 3  {args.eval_on}: {in_words(row['pixels'][args.eval_on])}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
         mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
-        row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last)
+        row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last).get("", {})
     draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
     row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
     save_json(row, finished)
@@ -488,7 +489,7 @@ def draw(task, net, masks_of, path, most=8):
     _, view = next(views(task, frames.split, rows))
     with task.autocast():
         patches = F.interpolate(net.scores(view)[1][:, None].float(), size=view.shape[1:3])[:, 0] > 0
-    masks = {"patches": patches, "mask": masks_of(view) > 0.5}
+    masks = {"patches": patches, "mask": masks_of(view)[""] > 0.5}
     if "drawn" in frames.split:
         masks["true mask"] = true_masks(frames, rows, view)
     shown = [("frame", view), *((name, segmenting.overlay(view, mask)) for name, mask in masks.items())]
@@ -549,8 +550,7 @@ def main():
     dtype, dtype_reason = train.pick_dtype(args.dtype, device)
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     if not args.pictures and args.out is None:
-        name = Path(args.encoder).name.removesuffix(".safetensors")
-        args.out = f"runs/{name}-seg{f'-s{args.seed}' if args.seed else ''}"
+        args.out = f"runs/{name_of(args.encoder)}-seg{f'-s{args.seed}' if args.seed else ''}"
     if args.out is not None:
         refuse_file(args.out)
     if args.pictures:

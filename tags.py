@@ -47,7 +47,7 @@ from common.command import (
     refuse_unused,
     working,
 )
-from common.features import open_rows, split_suffix
+from common.features import name_of, open_rows, split_suffix
 from common.io import UserError, read_json, save_json
 from common.lora import fingerprint
 from ingest.pictures import pictures, tell_problems
@@ -560,9 +560,8 @@ def main():
     load_encoder(args.encoder)  # what is wrong with it is said before a data set is drawn
     with distributed.zero_first():
         args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
-    path, seed = Path(args.encoder), f"-s{args.seed}" if args.seed else ""
-    name = f"{path.name if path.is_dir() else path.stem}-tags{'' if args.arm == 'mfdn' else '-' + args.arm}{seed}"
-    args.out = args.out or f"runs/{name}"
+    arm, seed = "" if args.arm == "mfdn" else f"-{args.arm}", f"-s{args.seed}" if args.seed else ""
+    args.out = args.out or f"runs/{name_of(args.encoder)}-tags{arm}{seed}"
     refuse_file(args.out)
     fit(args, device, autocast)
     distributed.leave()

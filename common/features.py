@@ -158,6 +158,11 @@ def home_of(run):
     return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
 
 
+def name_of(encoder):
+    """A run by its name, or a checkpoint by that of its file."""
+    return home_of(encoder).absolute().name
+
+
 def split_suffix(split):
     """Behind the names of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
     return "" if split == "val" else f"-{split}"

@@ -148,6 +148,7 @@ class UNet(nn.Module):
 
 
 def convs(*widths, size=3, stride=1):
+    """A convolution, BatchNorm and ReLU from each width to the next."""
     return nn.Sequential(*[layer for a, b in itertools.pairwise(widths) for layer in (
         nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())])  # fmt: skip
 
@@ -188,7 +189,7 @@ def load_pixels(path):
 def pixel_logits(net, view):
     """view u8 (B, H, W, 3), any size -> (B, h, w) fp32, at the side at which the network answers."""
     logits = net(view.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    return getattr(logits, "logits", logits)[:, 0].float()
+    return getattr(logits, "logits", logits)[:, 0].float()  # transformers wraps what its networks answer
 
 
 @torch.no_grad()
