@@ -3,11 +3,11 @@
     python data.py hybrid --out datasets/hybrid
     python -m ingest.hybrid --out sheet.png        # a sheet of every kind, and its masks
 
-Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib and scikit-image; each is in one split
-alone, and half of what counts as photographed is a texture like a photograph: dead leaves (Lee, Mumford & Huang 2001),
-lit, out of focus in places. Nothing but what is shown may tell the two apart. So each layer takes mean and covariance
-of its colours from a layer that may be of either kind (Reinhard et al. 2001), and each finished frame the same grain
-and the same JPEG. The true mask, `drawn`, is for judging: nothing learns from it but the fully supervised arm.
+Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib, scikit-image and PyWavelets; each is
+in one split alone, and half of what counts as photographed is a texture like a photograph: dead leaves (Lee, Mumford &
+Huang 2001), lit, out of focus in places. Nothing but what is shown may tell the two apart. So each layer takes mean and
+covariance of its colours from a layer that may be of either kind (Reinhard et al. 2001), and each finished frame the
+same grain and the same JPEG. The true mask, `drawn`, is for judging: only the fully supervised arm learns from it.
 """
 
 import io
@@ -41,6 +41,8 @@ PHOTOS = {  # file: (library, split, licence and author)
     "hubble_deep_field.jpg": ("skimage", "train", "public domain, NASA"),
     "retina.jpg": ("skimage", "train", "CC0, Mikael Haggstrom"),
     "ihc.png": ("skimage", "train", "no known restrictions, CMMI"),
+    "aero.npz": ("pywt", "train", "public domain"),
+    "ascent.npz": ("pywt", "train", "public domain, public-domain-image.com"),
     "camera.png": ("skimage", "dev", "CC0, Lav Varshney"),
     "brick.png": ("skimage", "dev", "CC0, CC0Textures"),
     "flower.jpg": ("sklearn", "val", "CC BY 2.0, vultilion"),
@@ -59,27 +61,34 @@ PALETTES = 64  # layers of each kind whose colours are dealt out
 
 
 def open_photos(split):
-    """The photographs of a split -> list of u8 (H, W, 3)."""
+    """The photographs of a split -> list of pictures."""
     import matplotlib
     import sklearn
 
     try:
+        import pywt
         import skimage
     except ImportError:
-        raise UserError("the photographs of the hybrid set ship with scikit-image: pip install scikit-image") from None
+        raise UserError("its photographs ship with libraries: pip install -r requirements-segment.txt") from None
     folders = {"sklearn": Path(sklearn.__path__[0]) / "datasets/images", "skimage": Path(skimage.__path__[0]) / "data",
-               "matplotlib": Path(matplotlib.get_data_path()) / "sample_data"}  # fmt: skip
-    return [np.asarray(Image.open(folders[library] / name).convert("RGB"))
-            for name, (library, of, _) in PHOTOS.items() if of == split]  # fmt: skip
+               "matplotlib": Path(matplotlib.get_data_path()) / "sample_data",
+               "pywt": Path(pywt.__path__[0]) / "data"}  # fmt: skip
+    paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
+    photos = [np.uint8(np.load(p)["data"]) if p.suffix == ".npz" else Image.open(p) for p in paths]
+    return [(Image.fromarray(p) if isinstance(p, np.ndarray) else p).convert("RGB") for p in photos]
 
 
-def crop(photo, rng, size):
-    """A square of a photograph, mirrored or not -> f32 (size, size, 3). Small ones are never enlarged by much."""
-    height, width = photo.shape[:2]
-    side = int(rng.uniform(min(size, min(height, width)), min(height, width) + 1))
-    y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    square = Image.fromarray(photo[y : y + side, x : x + side]).resize((size, size), Image.LANCZOS)
-    return np.float32(square)[:, :: rng.choice([-1, 1])]
+def crop(photos, rng, size):
+    """A square of one of them, turned, stretched, mirrored -> f32 (size, size, 3). Small ones are hardly enlarged."""
+    photo, angle, stretch = photos[rng.integers(len(photos))], rng.normal(0, 20), np.exp(rng.normal(0, 0.15))
+    reach = sum(abs(f(np.radians(angle))) for f in (np.cos, np.sin))  # of a turned square
+    most = min(photo.width * stretch, photo.height / stretch) / reach
+    scale = size / rng.uniform(min(size, most), most)
+    shape = np.ceil([photo.width * stretch * scale, photo.height / stretch * scale]).astype(int)
+    centre = [rng.uniform(reach * size / 2, max(reach * size / 2, side - reach * size / 2)) for side in shape]
+    turned = photo.resize(shape, Image.LANCZOS).rotate(angle, Image.BICUBIC, center=centre)
+    left, top = (int(x) - size // 2 for x in centre)
+    return np.float32(turned.crop((left, top, left + size, top + size)))[:, :: rng.choice([-1, 1])]
 
 
 def clouds(rng, size, slope):
@@ -91,28 +100,35 @@ def clouds(rng, size, slope):
     return waves / waves.std()
 
 
-def dead_leaves(rng, size):
-    """Ellipses of all sizes on each other, each with its own surface and light -> f32 (size, size, 3).
+def surfaces(photos, rng, size):
+    """Clouds, from rough to smooth, and as many cuts of photographs -> list of f32 (size, size, 3), mean 0, std 1."""
+    made = [np.repeat(clouds(rng, size, slope)[..., None], 3, 2) for slope in (0.6, 1.0, 1.6, 2.2)]
+    return made + [(x - x.mean((0, 1))) / (x.std() + 1) for x in (crop(photos, rng, size) for _ in made)]
+
+
+def dead_leaves(photos, rng, size):
+    """Ellipses and boxes of all sizes on each other, with surfaces, light and shadows -> f32 (size, size, 3).
 
     Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as a wall or a sky,
     many small ones as rough as gravel.
     """
-    sky = rng.uniform(10, 60) * clouds(rng, size, rng.uniform(1.2, 2.5))
-    frame = np.full((size, size, 3), rng.uniform(0, 255, 3)) + sky[..., None]
-    surfaces, y, x = [clouds(rng, size, s) for s in (0.6, 1.0, 1.6)], *np.mgrid[:size, :size]
-    least = 0.02 * 10 ** rng.uniform(0, 1)
+    skins, paints = surfaces(photos, rng, size), rng.uniform(10, 245, (rng.integers(2, 7), 3))
+    frame = paints[0] + rng.uniform(0, 60) * skins[rng.integers(len(skins))]
+    (y, x), least = np.mgrid[:size, :size], 0.02 * 10 ** rng.uniform(0, 1)
     for _ in range(int(1 / least * 10 ** rng.uniform(0, 1))):
         radius = size * min(0.5, least / np.sqrt(1 - rng.random()))
-        cy, cx, angle, ratio = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.3, 1)
-        top, left = (int(max(0, c - radius)) for c in (cy, cx))
-        here = np.s_[top : int(cy + radius) + 2, left : int(cx + radius) + 2]
+        cy, cx, angle, ratio = *rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.1, 1)
+        top, left = (int(max(0, c - 1.5 * radius)) for c in (cy, cx))
+        here = np.s_[top : int(cy + 1.5 * radius) + 2, left : int(cx + 1.5 * radius) + 2]
         dy, dx = (y[here] - cy) / radius, (x[here] - cx) / radius
         u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / ratio
-        inside = np.clip((1 - np.hypot(u, v)) * radius * ratio, 0, 1)[..., None]  # a soft rim of a pixel
-        light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
-        skin = rng.uniform(5, 40) * np.roll(surfaces[rng.integers(3)], rng.integers(size, size=2), (0, 1))[here]
-        leaf = rng.uniform(10, 245, 3) * light[..., None] + skin[..., None]
-        frame[here] += inside * (leaf - frame[here])
+        n = rng.choice([2, 4, 20])  # 2: an ellipse, 20: a box
+        far = ((np.abs(u) ** n + np.abs(v) ** n) ** (1 / n))[..., None]
+        inside = np.clip((1 - far) * radius * ratio, 0, 1)  # a soft rim of a pixel
+        light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal()) - rng.uniform(0, 0.4) * (u**2 + v**2)
+        skin = rng.uniform(0, 50) * np.roll(skins[rng.integers(len(skins))], rng.integers(size, size=2), (0, 1))[here]
+        frame[here] *= 1 - rng.uniform(0, 0.8) * np.clip(3 * (1.3 - far), 0, 1)  # its shadow
+        frame[here] += inside * (paints[rng.integers(len(paints))] * light[..., None] + skin - frame[here])
     return np.float32(frame.clip(0, 255))
 
 
@@ -126,8 +142,7 @@ def defocus(frame, rng):
 
 
 def photographed(photos, rng, size):
-    leaves = rng.random() < TEXTURES
-    return defocus(dead_leaves(rng, size) if leaves else crop(photos[rng.integers(len(photos))], rng, size), rng)
+    return defocus((dead_leaves if rng.random() < TEXTURES else crop)(photos, rng, size), rng)
 
 
 # ---- nothing but what is shown tells the two apart -------------------------------------------------------------------
@@ -153,7 +168,7 @@ def develop(frame, rng):
         grain = (grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1) + np.roll(grain, (1, 1), (0, 1))) / 2
     slope, gray, colour = rng.uniform(0.4, 1.2), *rng.uniform(0, 8, 2)
     film = gray * clouds(rng, size, slope)[..., None] + colour * np.stack([clouds(rng, size, slope) for _ in "rgb"], 2)
-    noisy = np.uint8((frame + film + rng.uniform(5, 14) * grain / grain.std()).round().clip(0, 255))
+    noisy = np.uint8((frame + film + rng.uniform(3, 10) * grain / grain.std()).round().clip(0, 255))
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2])))
     return np.asarray(Image.open(file))
