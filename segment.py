@@ -9,8 +9,9 @@ Writes: runs/NAME-seg/ patches.safetensors (stage 1), proxies/drawn.safetensors 
 
 1. An encoder learns from frames of one kind, cut together; a patch is what the nearest centroid of patch tokens is.
 2. Patches of mixed frames are named, also half a patch further, and carried to the picture's edges: proxy masks. 3. A
-U-Net learns from them, and from frames of one kind, cut together (arXiv:2410.04789, where it is a SegFormer). No mask
-that somebody drew is learned from; the set's own (plane "drawn") judge, and teach --learn-from truth alone.
+U-Net, shown colours and what patches say, learns from them, and from frames of one kind, cut together. No mask that
+somebody drew is learned from; the set's own (plane "drawn") judge, and teach --learn-from truth alone. The source
+(arXiv:2410.04789) has a SegFormer in the U-Net's place.
 """
 
 if __name__ == "__main__":
@@ -55,7 +56,7 @@ LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 BATCH, FIRST = 32, {1: 0, 3: 10**6}  # frames of a step; a stage's first step in the log
 RESULTS = ("metrics*.json", "*.safetensors", "proxies/*.safetensors", "overlays*.png")
 NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "until", "share",
-             "side")  # fmt: skip
+             "side", "mixed")  # fmt: skip
 
 
 def parse_args():
@@ -83,10 +84,11 @@ def parse_args():
         "frames\nof one kind alone; mixed frames with the true masks (a fully supervised control)")  # fmt: skip
     add("--network", default="unet", choices=["unet", "segformer"], help="segformer is the source's, and needs "
         "transformers")  # fmt: skip
+    add("--no-hint", action="store_true", help="it sees colours alone, not what stage 1 says of patches")
     add("--proxies", metavar="FILE", help="other masks of train than those of stage 2: saliency of maps.py")
     add("--flip", type=between(0, 1), default=0.0, metavar="SHARE", help="of the patches of proxies that are inverted")
     add("--balanced", action="store_true", help="both kinds of pixels weigh the same, however many there are")
-    add("--pixel-steps", type=at_least(1), default=1600, metavar="N", help=f"of {BATCH} frames each")
+    add("--pixel-steps", type=at_least(1), default=800, metavar="N", help=f"of {BATCH} frames each")
     add("--pixel-lr", type=between(0, 1), default=2e-3, metavar="LR", help="peak learning rate")
     add = parser.add_argument_group("both").add_argument
     add("--leave-out", metavar="WHAT=VALUE", help="drawings of this style are not learned from, such as line=bold")
@@ -96,6 +98,7 @@ def parse_args():
     add("--colour", type=between(0, 1), default=0.3, metavar="X", help="brightness, contrast, saturation times 1 +- X")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add = parser.add_argument_group("what is said of pictures").add_argument
+    add("--mixed", action="store_true", help="all of them hold both kinds: each picture gets a threshold of its own")
     add("--share", action="store_true", help="print how much of each picture is drawn, as CSV")
     add("--side", type=between(32, 4096, int), metavar="PX", help="short side that pictures are resized to "
         "(default: as trained)")  # fmt: skip
@@ -109,10 +112,11 @@ def parse_args():
 def refuse_flags(args):
     training, third = not args.pictures, args.until == 3
     refuse_unused(args, (
-        ("data resume eval-on until decide image-size epochs lr keep cut learn-from network proxies flip balanced "
-         "pixel-steps pixel-lr leave-out min-crop colour seed log", training, "is for training, not for pictures"),
-        ("share side", not training, "is for pictures: python segment.py runs/NAME-seg PICTURE"),
-        ("learn-from network proxies flip balanced pixel-steps pixel-lr", third,
+        ("data resume eval-on until decide image-size epochs lr keep cut learn-from network no-hint proxies flip "
+         "balanced pixel-steps pixel-lr leave-out min-crop colour seed log", training,
+         "is for training, not for pictures"),
+        ("share side mixed", not training, "is for pictures: python segment.py runs/NAME-seg PICTURE"),
+        ("learn-from network no-hint proxies flip balanced pixel-steps pixel-lr", third,
          f"is for stage 3, not for --until {args.until}"),
         ("decide image-size epochs lr keep", args.patches is None, "is for stage 1, and --patches brings it"),
         ("patches", training, "is for training, not for pictures"),
@@ -255,7 +259,7 @@ def write_proxies(task, net, out):
         for index, view in progress(views(task, split, torch.arange(n)), "proxies", -(-n // data.CHUNK)):
             found, some = np.zeros((len(index), S, S), np.uint8), chosen[index]
             if some.any():
-                probability, _ = segmenting.proxy_masks(net, view[some.to(view.device)], task.autocast)
+                probability = segmenting.proxy_masks(net, view[some.to(view.device)], task.autocast)["_known"]
                 found[some.numpy()] = (255 * probability).round().byte().cpu().numpy()
             yield found
 
@@ -287,7 +291,7 @@ def inverted(task, rows, side):
 def pixel_loss(task, net, rows, images, generator):
     """Cross-entropy where the network answers; --balanced: what is drawn weighs as much as what is not."""
     view, drawn = crops(task, images, masks_to_learn(task, rows), generator, task.args.cut)
-    logits = segmenting.pixel_logits(net, view)
+    logits = net(view)
     drawn = F.interpolate(drawn[:, None], size=logits.shape[1:], mode="area")[:, 0]
     loss = F.binary_cross_entropy_with_logits(logits, drawn, reduction="none")
     if not task.args.balanced:
@@ -371,6 +375,12 @@ def judge(task, frames, masks_of):
             for version, some in pairs.items()}  # fmt: skip
 
 
+def judge_all(task, masks_of):
+    """-> {split and version: {kind: row of judge_masks}} of dev and the reported split."""
+    return {name + version: found for name, frames in task.judged.items()
+            for version, found in judge(task, frames, masks_of).items()}  # fmt: skip
+
+
 def true_masks(frames, rows, view):
     """(B, S, S) bool, at the side of `view`."""
     true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
@@ -399,29 +409,26 @@ def learn_patches(task, state, log):
 
 
 def make_proxies(task, net, masks_of):
-    """Stage 2 -> rows of judge for dev and the reported split, after and before edges were asked."""
+    """Stage 2 -> rows of judge for dev and the reported split, of each version of proxy_masks."""
     args, out = task.args, Path(task.args.patches or task.args.out) / "proxies"
     if not len(task.train.mixed):
         print("stage 2  no mixed frames in train: there is nothing to make proxies for")
         return {}
     if not data.map_file(out, "drawn", task.train.split).exists():
         write_proxies(task, net, out)
-    found = {}
-    for name, frames in task.judged.items():
-        both = judge(task, frames, masks_of)
-        found |= {name + version: both.get(version, {}) for version in ("", "_coarse")}
-    print(f"stage 2  proxies on {args.eval_on}: {in_words(found[args.eval_on])}")
+    found = judge_all(task, masks_of)
+    print(f"stage 2  proxies on {args.eval_on}: {in_words(found.get(args.eval_on + '_known', {}))}")
     return found
 
 
-def learn_pixels(task, state, log):
+def learn_pixels(task, patches, state, log):
     """Stage 3 -> the segmenter, and its seconds; from its file where it is finished."""
     args, path = task.args, Path(task.args.out) / "model.safetensors"
     if path.exists():
         net, header = segmenting.load_pixels(path)
         return net.to(task.device), header["seconds"]
     torch.manual_seed(args.seed)
-    net = segmenting.pixel_network(args.network).to(task.device)
+    net = segmenting.Pixels(args.network, None if args.no_hint else patches).to(task.device)
     if args.learn_from == "truth":
         task.masks = task.train.split["drawn"]
     elif args.proxies:
@@ -432,7 +439,8 @@ def learn_pixels(task, state, log):
         task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
     rows = task.train.plain if args.learn_from == "frames" else torch.cat([task.train.plain, task.train.mixed])
     seconds = fit(task, 3, net, rows, pixel_loss, args.pixel_steps, args.pixel_lr, state, log)
-    save_safetensors(net.state_dict(), path, {"network": args.network, "image_size": task.S, "seconds": seconds})
+    save_safetensors(net.state_dict(), path, {"network": args.network, "patches": net.patches and patches.config,
+                                              "image_size": task.S, "seconds": seconds})  # fmt: skip
     return net.eval(), seconds
 
 
@@ -455,14 +463,15 @@ def run(args, device, autocast):
     stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
     row = {"run": out.name, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on, "until": args.until,
            "frames": stage}  # fmt: skip
-    last = lambda view: dict(zip(("", "_coarse"), segmenting.proxy_masks(net, view, task.autocast), strict=True))  # noqa: E731
+    last = lambda view: segmenting.proxy_masks(net, view, task.autocast)  # noqa: E731
     if args.until > 1:
         row["proxies"] = make_proxies(task, net, last)
     if args.until > 2:
-        pixels, row["pixel_seconds"] = learn_pixels(task, state, log)
-        last = lambda view: {"": segmenting.pixel_masks(pixels, view, task.autocast)}  # noqa: E731
-        row["pixels"] = {name: judge(task, some, last).get("", {}) for name, some in task.judged.items()}
-        print(f"stage 3  {args.eval_on}: {in_words(row['pixels'][args.eval_on])}; {row['pixel_seconds']:.0f} s")
+        pixels, row["pixel_seconds"] = learn_pixels(task, net, state, log)
+        last = lambda view: segmenting.pixel_masks(pixels, view, task.autocast)  # noqa: E731
+        row["pixels"] = judge_all(task, last)
+        found = in_words(row["pixels"].get(args.eval_on, {}))
+        print(f"stage 3  {args.eval_on}: {found}; {row['pixel_seconds']:.0f} s")
     if args.leave_out:
         mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
         row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last).get("", {})
@@ -500,7 +509,7 @@ def draw(task, net, masks_of, path, most=8):
 
 
 @torch.no_grad()
-def mask_of(picture, masks_of, side, squared, device):
+def mask_of(picture, masks_of, side, squared, device, mixed=False):
     """picture u8 (H, W, 3) -> probability of drawn (H, W): found at short side `side`, then carried to its edges."""
     H, W = picture.shape[:2]
     scale = side / min(H, W)
@@ -508,7 +517,8 @@ def mask_of(picture, masks_of, side, squared, device):
     small = torch.from_numpy(np.array(Image.fromarray(picture).resize(size, Image.BICUBIC)))[None].to(device)
     found = F.interpolate(masks_of(small)[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
     full = torch.from_numpy(picture)[None].to(device)
-    return segmenting.guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)[0].cpu().numpy()
+    found = segmenting.guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)
+    return (segmenting.two_means(found) if mixed else found)[0].cpu().numpy()
 
 
 def use(args, device, autocast):
@@ -521,7 +531,7 @@ def use(args, device, autocast):
     if args.share:
         table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(args.pictures, problems):
-        found = mask_of(picture, masks_of, args.side or side, squared, device)
+        found = mask_of(picture, masks_of, args.side or side, squared, device, args.mixed)
         count += 1
         if args.share:
             table.writerow([key, f"{found.mean():.4f}"])
@@ -556,7 +566,7 @@ def main():
     if args.pictures:
         return use(args, device, train.autocast_of(device, dtype))
     if args.until == 3:
-        segmenting.pixel_network(args.network)  # a missing library is said now, not after stages 1 and 2
+        segmenting.Pixels(args.network)  # a missing library is said now, not after stages 1 and 2
     print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     load_encoder(args.encoder)  # what is wrong with it is said before a data set is made
     args.data = str(data.open_or_pack(args.data or "datasets/hybrid"))

@@ -26,7 +26,7 @@ REMEDY = "remove it and run segment.py again"
 
 
 class Patches(nn.Module):
-    """An encoder, a head to learn by, and centroids, which decide later. `config` is for load_patches."""
+    """An encoder, a head to learn by, and centroids, which decide later. `config` is for blank_patches."""
 
     def __init__(self, encoder, decide):
         super().__init__()
@@ -72,11 +72,14 @@ def cut_together(view, drawn, share, generator):
     return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
+def blank_patches(config):
+    return Patches(blank_encoder(config["encoder"], config["norm_eps"]), config["decide"])
+
+
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    config = header["patches"]
-    net = Patches(blank_encoder(config["encoder"], config["norm_eps"]), config["decide"])
+    net = blank_patches(header["patches"])
     load_exactly(net, weights, path)
     return net.eval()
 
@@ -110,28 +113,68 @@ def guided_filter(values, view, radius):
     return mean(a) * guide + mean(m_values - a * m_guide)
 
 
+def two_means(probability):
+    """(B, S, S) of frames that hold both kinds -> the same, moved: .5 is midway between the means over and under it.
+
+    Whatever else is in a frame moves all of its scores; their order within the frame stays right. So each frame has a
+    threshold of its own (Ridler & Calvard 1978).
+    """
+    mean = lambda x, where: (x * where).sum((1, 2), keepdim=True) / where.sum((1, 2), keepdim=True).clamp(min=1)  # noqa: E731
+    threshold = probability.mean((1, 2), keepdim=True)
+    for _ in range(16):
+        threshold = (mean(probability, probability > threshold) + mean(probability, probability <= threshold)) / 2
+    return (probability + 0.5 - threshold).clamp(0, 1)
+
+
 @torch.no_grad()
 def proxy_masks(net, view, autocast):
-    """view u8 (B, S, S, 3) -> probability of drawn, (B, S, S), and the same before the picture's edges were asked."""
+    """view u8 (B, S, S, 3) -> probabilities of drawn, each (B, S, S): "" of any frame, "_known" of frames known to hold
+    both kinds, "_coarse" of those before the picture's edges were asked."""
     with autocast():
         cells = fine_scores(net.eval(), view).sigmoid()
     coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
-    return guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1), coarse
+    fine = guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1)
+    return {"": fine, "_known": two_means(fine), "_coarse": two_means(coarse)}
 
 
 # ---- pixels: stage 3 -------------------------------------------------------------------------------------------------
 
 
+class Pixels(nn.Module):
+    """A U-Net or SegFormer; beside colours it is shown what `patches` of stage 1, which stay as they are, say."""
+
+    def __init__(self, network, patches=None):
+        super().__init__()
+        self.patches = patches and patches.requires_grad_(False)
+        self.net = (UNet if network == "unet" else segformer)(3 + (patches is not None))
+        self.net.to(memory_format=torch.channels_last)
+
+    def forward(self, view):
+        """view u8 (B, H, W, 3), any size -> logits of "drawn" (B, h, w) fp32, at the size of the network's answer."""
+        x = view.permute(0, 3, 1, 2).float()
+        seen = [x / 127.5 - 1] if self.patches is None else [x / 127.5 - 1, self.hint(x)]
+        logits = self.net(torch.cat(seen, 1))
+        return getattr(logits, "logits", logits)[:, 0].float()  # transformers wraps what its networks answer
+
+    @torch.no_grad()
+    def hint(self, x):
+        """Colours (B, 3, H, W), 0 to 255 -> scores of patches (B, 1, H, W)."""
+        side = self.patches.encoder.side * self.patches.encoder.patch_size
+        small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True).round().byte()
+        _, scores = self.patches.scores(small.permute(0, 2, 3, 1).contiguous())
+        return F.interpolate(scores[:, None], size=x.shape[2:], mode="bilinear")
+
+
 class UNet(nn.Module):
     """3x3 convolutions, down to a sixteenth of the side and up to half of it (Ronneberger, Fischer & Brox 2015).
 
-    x (B, 3, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
+    x (B, channels, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
     """
 
-    def __init__(self, widths=(16, 32, 64, 96)):
+    def __init__(self, channels, widths=(16, 32, 64, 96)):
         super().__init__()
         pairs = [*itertools.pairwise(widths)]
-        self.stem = convs(3, widths[0], size=5, stride=2)
+        self.stem = convs(channels, widths[0], size=5, stride=2)
         self.down = nn.ModuleList(convs(a, b, b) for a, b in [(widths[0], widths[0]), *pairs])
         self.up = nn.ModuleList(convs(a + b, a, a) for a, b in reversed(pairs))
         self.out = nn.Conv2d(widths[0], 1, 1)
@@ -153,7 +196,7 @@ def convs(*widths, size=3, stride=1):
         nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())])  # fmt: skip
 
 
-def segformer():
+def segformer(channels):
     """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million parameters.
 
     The encoder's convolutions are drawn as in the paper's own code, by what each puts out; transformers' std of .02 all
@@ -164,40 +207,31 @@ def segformer():
     except ImportError:
         raise UserError("--network segformer needs transformers: pip install transformers; unet does not") from None
     net = SegformerForSemanticSegmentation(SegformerConfig(
-        num_labels=1, depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], num_attention_heads=[1, 2, 4, 8],
-        decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0, attn_implementation="eager"))  # fmt: skip
+        num_labels=1, num_channels=channels, depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96],
+        num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0,
+        attn_implementation="eager"))  # fmt: skip
     for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         numbers = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, std=math.sqrt(2 / numbers))
     return net
 
 
-def pixel_network(name):
-    """ "unet" or "segformer", with random weights, in eval mode."""
-    net = UNet() if name == "unet" else segformer()
-    return net.to(memory_format=torch.channels_last).eval()
-
-
 def load_pixels(path):
-    """model.safetensors of stage 3 -> its network in eval mode, header of its file."""
+    """model.safetensors of stage 3 -> its Pixels in eval mode, header of its file."""
     weights, header = read_safetensors(path, REMEDY)
-    net = pixel_network(header["network"])
+    config = header["patches"]
+    net = Pixels(header["network"], config and blank_patches(config))
     load_exactly(net, weights, path)
-    return net, header
-
-
-def pixel_logits(net, view):
-    """view u8 (B, H, W, 3), any size -> (B, h, w) fp32, at the side at which the network answers."""
-    logits = net(view.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    return getattr(logits, "logits", logits)[:, 0].float()  # transformers wraps what its networks answer
+    return net.eval(), header
 
 
 @torch.no_grad()
 def pixel_masks(net, view, autocast):
-    """view u8 (B, H, W, 3) -> probability of drawn (B, H, W)."""
+    """view u8 (B, H, W, 3) -> probabilities of drawn, each (B, H, W), as proxy_masks has them."""
     with autocast():
-        logits = pixel_logits(net, view)
-    return F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
+        logits = net(view)
+    found = F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
+    return {"": found, "_known": two_means(found)}
 
 
 def load(folder, device, autocast):
@@ -209,11 +243,11 @@ def load(folder, device, autocast):
     if "network" in (read_header(last)[1] if last.exists() else {}):
         pixels, header = load_pixels(last)
         pixels.to(device)
-        return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
+        return (lambda view: pixel_masks(pixels, view, autocast)[""]), header["image_size"], False
     if not patches.exists():
         raise UserError(f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one")
     net = load_patches(patches).to(device)
-    return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
+    return (lambda view: proxy_masks(net, view, autocast)[""]), net.encoder.side * net.encoder.patch_size, True
 
 
 # ---- judging and showing ---------------------------------------------------------------------------------------------

@@ -187,6 +187,15 @@ def test_scores_between_patches_are_means_of_moved_frames():
     assert fine[0, 2, 3] == fine[0, 3, 2] == pytest.approx(30) and fine[0, 6, 6] == 0
 
 
+def test_two_means_finds_the_halves_of_each_frame_whatever_its_level():
+    true = torch.arange(24)[None] < torch.tensor([6, 12, 20])[:, None]
+    low = torch.tensor([0.1, 0.2, 0.62])[:, None]
+    probability = (low + 0.25 * true)[:, None].expand(3, 24, 24) + 0.02 * torch.randn(3, 24, 24)
+    moved = segmenting.two_means(probability)
+    assert ((moved > 0.5) == true[:, None]).all() and not ((probability > 0.5) == true[:, None]).all((1, 2)).any()
+    assert segmenting.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
+
+
 def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     view[:, :, 18:] = 200
@@ -201,17 +210,27 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
 @pytest.mark.parametrize(("name", "part"), [("unet", 2), ("segformer", 4)])
 def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(name, part):
     torch.manual_seed(0)
-    net = segmenting.pixel_network(name)
+    net = segmenting.Pixels(name, segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid"))
     noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.rand(4, 64 // part, 64 // part)
-    logits = segmenting.pixel_logits(net.train(), noise)
+    logits = net.train()(noise)
     assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
-    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
+    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)["_known"]
     assert masks.shape == (1, 36, 50) and masks.min() >= 0 and masks.max() <= 1
+
+
+def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
+    patches = segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid")
+    patches.scores = lambda view: (None, view.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))
+    net, view = segmenting.Pixels("unet", patches), torch.zeros(1, 64, 96, 3)  # seen by the encoder at 32 by 32
+    view[:, 32:, :48] = 200
+    hint = net.hint(view.permute(0, 3, 1, 2))
+    assert hint.shape == (1, 1, 64, 96) and hint[0, 0, 60, 4] == pytest.approx(200) and hint[0, 0, 4, 4] == 0
+    assert hint[0, 0, 60, 90] == 0 and not any(p.requires_grad for p in patches.parameters())
 
 
 def test_no_convolution_of_a_segformer_is_silent():
     torch.manual_seed(0)
-    convs = [m for m in segmenting.segformer().modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    convs = [m for m in segmenting.segformer(3).modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
     assert len(convs) == 7 and min(loud) > 0.7 and max(loud) < 2
 
@@ -234,7 +253,7 @@ def test_masks_are_judged_as_by_hand():
 def test_three_stages_leave_their_files_and_numbers(frames, learned):
     found = json.loads((learned / "metrics.json").read_text())
     assert 0 <= found["frames"]["val"] <= 100 and found["pixels"]["val"].keys() >= {"mixed", "purely", "panels"}
-    assert found["proxies"].keys() == {"dev", "dev_coarse", "val", "val_coarse"}
+    assert found["proxies"].keys() == {k + v for k in ("dev", "val") for v in ("", "_known", "_coarse")}
     split = data.open_split(learned.parent / "packed", "train")
     proxies = data.open_map(learned / "proxies", "drawn", split)
     names = np.array(split["header"]["classes"])[split["labels"]]
