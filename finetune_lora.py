@@ -286,7 +286,7 @@ def finetune(args, seed, out, device, autocast):
             load_exactly(net, task.frozen | state["model"], out / "state.pt")
             optimizer.load_state_dict(state["optimizer"])
             step, seconds, best = state["step"], state["seconds"], state["best"]
-    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
+    log = train.Log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
     print(start_message(args, task, per_epoch, B, step))
     stop_signal, meter, pacer, right = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
     bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
@@ -356,7 +356,9 @@ def finetune(args, seed, out, device, autocast):
     if step < total:  # stopped early
         save_run(task, optimizer, step, meter.seconds(), best)
     load_exactly(net, task.frozen | best["weights"], out / "state.pt")
-    return write_results(args, task, best["epoch"], step, B, meter)
+    row = write_results(args, task, best["epoch"], step, B, meter)
+    log.pictures()
+    return row
 
 
 # ---- after the loop: the files, and how good it is -----------------------------------------------------------------

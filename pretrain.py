@@ -390,7 +390,7 @@ def main():
     summed = [w for name, w in learning.named_parameters() if "agreement" not in name]  # over processes
     clipped = [w for name, w in model.named_parameters() if "stats_head" not in name and "pooler" not in name]
     step, seconds = load_run(state, out / "state.pt", learning, optimizer, guide) if state else (0, 0.0)
-    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
+    log = train.Log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
     print(start_message(args, out, train_set, held_set, model, ratios[0], B, peak_lr, step, init_message, guide.about))
 
     stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer()
@@ -472,7 +472,7 @@ def main():
     last = None if view is None else (view[: 8 * V : V], ids_mask[: 8 * V : V], guide.shown(patches))  # None: finished
     save_beside(model, out)
     save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
-    draw_run(out, model, held_set, norm, autocast, last, args.eval_on,
+    draw_run(log, model, held_set, norm, autocast, last, args.eval_on,
              f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}")  # fmt: skip
     print(f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s\n"
           f"next: python probe.py {shlex.quote(str(out))}")  # fmt: skip

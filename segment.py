@@ -456,7 +456,7 @@ def run(args, device, autocast):
         print(f"run      {out} is finished")
         return read_json(finished)
     at = FIRST[state["stage"]] + state["step"] if state.get("stage") else -1
-    log = train.open_log(out / "log.jsonl", at, args.log, task.config)
+    log = train.Log(out / "log.jsonl", at, args.log, task.config)
     print(f"data     {args.data}: {len(task.train.plain)} of one kind, {len(task.train.mixed)} mixed, {task.S} px\n"
           f"run      {out}: stages 1 to {args.until}, --decide {args.decide}, --learn-from {args.learn_from}")
     net = learn_patches(task, state, log)
@@ -476,6 +476,7 @@ def run(args, device, autocast):
         mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
         row["left_out"] = judge(task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last).get("", {})
     draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
+    log.pictures()
     row |= {"config": task.config, "command": command(), "machine": train.machine(device), "commit": train.commit()}
     save_json(row, finished)
     print(f"wrote    {out}/\nnext: python segment.py {shlex.quote(str(out))} PICTURE --out masks")

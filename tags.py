@@ -323,7 +323,7 @@ def fit(args, device, autocast):
             load_exactly(net, state["model"], out / "state.pt")
             optimizer.load_state_dict(state["optimizer"])
             step, seconds, half = state["step"], state["seconds"], state["half"]
-    log = train.open_log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
+    log = train.Log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
     print(start_message(args, task, per_epoch, B, step))
     stop_signal, meter, pacer, parts = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
     bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
@@ -377,7 +377,9 @@ def fit(args, device, autocast):
                 bar.close()
                 distributed.stop_here(stop, step, args.resume)
     bar.close()
-    return {} if rank > 0 else write_results(args, task, half, B, meter)
+    row = {} if rank > 0 else write_results(args, task, half, B, meter)
+    log.pictures()
+    return row
 
 
 # ---- after the loop --------------------------------------------------------------------------------------------------

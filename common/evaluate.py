@@ -133,18 +133,20 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def draw_run(out, model, held, norm, autocast, last, name, title):
-    """recon.png, curves.png and, of the last batch (view, ids_mask, what guided the mask), masks.png."""
+def draw_run(log, model, held, norm, autocast, last, name, title):
+    """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what guided the mask)."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
+    out = log.path.parent
     if last:
         view, ids_mask, scores = last
         lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, model.config["patch_size"]))]
         plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
-    plots.curves(out / "curves.png", read_log(out / "log.jsonl"), name, title)
+    plots.curves(out / "curves.png", read_log(log.path), name, title)
     lines = zip(("original", "seen", "predicted", "pasted"), reconstruct(model, held, norm, autocast), strict=True)
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
     plots.image_grid(out / "recon.png", title, list(lines))
+    log.pictures()
 
 
 def hide(view, ids, patch):

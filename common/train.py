@@ -275,45 +275,39 @@ def read_log(path):
     return [row for row in rows if isinstance(row, dict)]
 
 
-def open_log(path, step, also="", config=None, write=True):
-    """-> append(**row): writes one JSON line, and repeats its numbers to "tensorboard" and "wandb" where asked.
+class Log:
+    """log(**row) writes a line of JSON, and repeats its numbers to "tensorboard" and "wandb" where asked.
 
     Rows after `step` are dropped first: the checkpoint alone decides where a resumed run stands.
     write=False is for processes that leave the log to another: their rows are dropped.
     """
-    if not write:
-        return lambda **row: None
-    sinks = [extra_sink(name, Path(path).parent, config) for name in filter(None, also.split(","))]
-    save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row.get("step", math.inf) <= step), path)
 
-    def append(**row):
+    def __init__(self, path, step, also="", config=None, write=True):
+        self.path, self.write, self.step, self.trackers = Path(path), write, max(step, 0), []
+        if not write:
+            return
+        if also:
+            from common.tracking import open_tracker
+
+            self.trackers = [open_tracker(name, self.path.parent, config) for name in also.split(",")]
+        save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row.get("step", math.inf) <= step), path)
+
+    def __call__(self, **row):
+        if not self.write:
+            return
+        self.step = row["step"]
         try:
-            with open(path, "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as problem:  # a full disk; a line cut short is left out when the log is read
-            raise UserError(f"could not write {path}: {problem.strerror}; make room, then add --resume") from None
-        for sink in sinks:
-            sink({k: v for k, v in row.items() if isinstance(v, int | float)}, row["step"])
+            raise UserError(f"could not write {self.path}: {problem.strerror}; make room, then add --resume") from None
+        for tracker in self.trackers:
+            tracker.numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
-    return append
-
-
-def extra_sink(name, out, config):
-    """ "tensorboard" or "wandb" -> sink(numbers, step). Neither is a requirement: they are imported when asked for."""
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(out)
-            return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-        if name == "wandb":
-            import wandb
-
-            run = wandb.init(project="animask", name=out.name, dir=out, config=config)
-            return lambda numbers, step: run.log(numbers, step=step)
-    except ImportError as problem:
-        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
-    raise UserError(f"--log {name} is unknown; choose from tensorboard, wandb (log.jsonl is always written)")
+    def pictures(self):
+        """Those that the run has drawn: the last thing that is said of it."""
+        for tracker in self.trackers:
+            tracker.pictures(sorted(self.path.parent.glob("*.png")), self.step)
 
 
 class Meter:

@@ -358,7 +358,7 @@ def test_a_state_that_was_changed_names_the_fix(small, finished, tmp_path, chang
 
 
 def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    log = train_module.open_log(tmp_path / "log.jsonl", -1)
+    log = train_module.Log(tmp_path / "log.jsonl", -1)
     log(step=1)
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")

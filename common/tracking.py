@@ -1,0 +1,61 @@
+"""--log tensorboard,wandb: numbers of log.jsonl, the run's configuration and its pictures, where others look at them.
+
+Neither package is a requirement: it is imported when asked for.
+"""
+
+import json
+import os
+
+import numpy as np
+from PIL import Image
+
+from common.io import UserError
+
+
+class TensorBoard:
+    """Event files in the run's folder: tensorboard --logdir runs shows all runs."""
+
+    def __init__(self, out, config):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(out)
+        self.writer.add_text("config", f"```\n{json.dumps(config, indent=1, default=str)}\n```")
+
+    def numbers(self, row, step):
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+
+    def pictures(self, paths, step):
+        for path in paths:
+            self.writer.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self.writer.close()
+
+
+class Wandb:
+    """A run of the project animask, in the run's folder and, unless WANDB_MODE=offline, at Weights & Biases."""
+
+    def __init__(self, out, config):
+        import wandb
+
+        self.image = wandb.Image
+        self.run = wandb.init(project="animask", name=out.name, dir=os.fspath(out), config=config)
+
+    def numbers(self, row, step):
+        self.run.log(row, step=step)
+
+    def pictures(self, paths, step):
+        self.run.log({path.stem: self.image(os.fspath(path)) for path in paths}, step=step)
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def open_tracker(name, out, config):
+    """ "tensorboard" or "wandb" -> what is told of numbers and pictures."""
+    if name not in TRACKERS:
+        raise UserError(f"--log {name} is unknown; choose from {', '.join(TRACKERS)} (log.jsonl is always written)")
+    try:
+        return TRACKERS[name](out, config)
+    except ImportError as problem:
+        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
