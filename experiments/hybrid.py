@@ -2,10 +2,12 @@
 
     python -m experiments.hybrid runs/NAME --data datasets/hybrid --seeds 5 --out results/hybrid
     python -m experiments.hybrid --cues --data datasets/hybrid --out results/hybrid
+    python -m experiments.hybrid runs/NAME-seg --composites --out results/hybrid
 
 Reads:  what segment.py reads; its runs under --work, which are made if they are not there
 Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --cues OUT/cues.md: how
-        well colours alone and noise alone tell frames of one kind apart, which should be little better than chance
+        well colours alone and noise alone tell frames of one kind apart, which should be little better than chance;
+        with --composites OUT/composites.png: drawings that no run saw laid on photographs of val and test
 
 Arms that differ in stage 3 alone share stages 1 and 2 of a seed.
 """
@@ -16,19 +18,22 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 
 import data
-from common import metrics, plots, stats
+import segment
+from common import metrics, plots, segmenting, stats
 from common.command import Parser, at_least, cli, command, refuse_file
 from common.io import UserError, save_text
-from common.segmenting import KINDS
 from common.tables import read_csv
 from common.train import commit
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from ingest import hybrid, toon
 
 ARMS = {  # flags of segment.py, and what they say
     "proxies": ("", "proxy masks and frames of one kind: the method"),
@@ -40,7 +45,6 @@ ARMS = {  # flags of segment.py, and what they say
     "saliency": ("--proxies {saliency}", "saliency maps in the place of proxies"),
     "cls": ("--decide cls", "patches named by a head of the CLS token"),
     "no_cut": ("--cut 0", "frames never cut together, in no stage"),
-    "whole": ("--learn-from frames --cut 0", "the same with frames of one kind alone"),
     "no_hint": ("--no-hint", "the U-Net is not shown what patches say"),
     "segformer": ("--network segformer", "a SegFormer in the place of a U-Net"),
     "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
@@ -67,7 +71,6 @@ QUESTIONS = (
     (("proxies", "proxy"), ("cls", "proxy"), "nearest centroid against a head of the CLS token, proxies"),
     (("proxies", "proxy"), ("no_cut", "proxy"), "frames cut together against never, proxies"),
     (("proxies", "miou"), ("no_cut", "miou"), "the same, pixels"),
-    (("no_cut", "miou"), ("whole", "miou"), "never cut: proxies against frames of one kind alone"),
     (("proxies", "miou"), ("no_hint", "miou"), "a U-Net shown what patches say against one that is not"),
     (("proxies", "miou"), ("segformer", "miou"), "U-Net against SegFormer"),
     (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),
@@ -203,8 +206,29 @@ def cues(args):
 def plain_frames(split):
     """-> images u8 (n, S, S, 3) and is each drawn? (n,) of frames of one kind."""
     names = np.array(split["header"]["classes"])[split["labels"].numpy()]
-    rows = np.nonzero(np.isin(names, KINDS))[0]
+    rows = np.nonzero(np.isin(names, segmenting.KINDS))[0]
     return np.array(split["images"][rows]), names[rows] == "drawn"
+
+
+# ---- composites by hand ----------------------------------------------------------------------------------------------
+
+
+def composites(args, side=384):
+    """OUT/composites.png: two drawings on each photograph of val and test, without grain or JPEG, and their masks."""
+    masks_of, at, squared = segmenting.load(args.encoder, torch.device("cpu"), nullcontext)
+    photos, rows, scores = [p for split in ("val", "test") for p in hybrid.open_photos(split)], [], []
+    for k, person in enumerate(toon.cast()[3 : 3 + 2 * len(photos)]):
+        figure = toon.draw(toon.unseen(person, 1, seed=k)[0], side)
+        true, photo = figure["fg"][..., None] / 255, np.array(ImageOps.fit(photos[k // 2], (side, side)))
+        picture = np.uint8(true * figure["image"] + (1 - true) * photo + 0.5)
+        said = segment.mask_of(picture, masks_of, at, squared, torch.device("cpu"), mixed=True) > 0.5
+        said, true = (torch.from_numpy(x)[None] for x in (said, figure["fg"] > 127))
+        scores.append(segmenting.judge_masks([(said, true)])["miou"])
+        rows.append((picture, segmenting.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
+    print("mean IoU " + " ".join(f"{score:.0f}" for score in scores) + f"; mean {np.mean(scores):.1f} %")
+    title = f"Drawings on photographs that no run saw, --mixed: what counts as photographed, in orange; {commit()}"
+    lines = zip(("picture", "mask"), zip(*rows, strict=True), strict=True)
+    plots.image_grid(Path(args.out) / "composites.png", title, list(lines), [f"{score:.0f} %" for score in scores])
 
 
 def main():
@@ -215,9 +239,12 @@ def main():
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
     add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, from 100 on (default: 5)")
     add("--cues", action="store_true", help="how well colours and noise alone tell frames apart, instead")
+    add("--composites", action="store_true", help="ENCODER is a run of segment.py: composites by hand, instead")
     add_flags(add, "segment.py", "runs/hybrid")
     args = parser.parse_args()
     refuse_file(args.out)
+    if args.composites and args.encoder:
+        return composites(args)
     if not (Path(args.data) / "train.safetensors").exists():
         raise UserError(f"{args.data} is no packed set; python data.py hybrid makes one")
     if args.cues:

@@ -396,3 +396,11 @@ def test_arms_share_stages_1_and_2_but_those_that_change_them():
         out, words = experiments.hybrid.words_of(args, arm, 100)
         shared = "--patches w/hybrid/proxies-s100" in " ".join(words)
         assert shared == (arm not in experiments.hybrid.OWN) and str(out) == f"w/hybrid/{arm}-s100"
+
+
+def test_composites_by_hand_are_judged(learned, tmp_path, capsys):
+    args = SimpleNamespace(encoder=learned, out=tmp_path)
+    experiments.hybrid.composites(args, side=48)
+    scores = capsys.readouterr().out.split(";")[0].split()[2:]
+    assert len(scores) == 10 and all(0 <= int(score) < 90 for score in scores)  # nothing was learned
+    assert Image.open(tmp_path / "composites.png").width > 1000
