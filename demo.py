@@ -427,17 +427,17 @@ def tags_page(run, picture):
 
 
 @answer
-def segment_page(run, picture):
-    """What of the picture is drawn; what is photographed is orange."""
+def segment_page(run, picture, mixed=False):
+    """What of the picture is drawn; what is photographed is orange. mixed: it is known to hold both."""
     name = segmenter_of(run) or missing("Drawn or photographed", run)
     masks_of, side, squared = segmenter(name)
     whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
     whole.thumbnail((1024, 1024))
     pixels = np.array(whole)
-    mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device)
+    mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
     laid_over = segmenting.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[0]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
-    command = same_as(f"segment.py {name} PICTURE --out masks")
+    command = same_as(f"segment.py {name} PICTURE --out masks{' --mixed' * mixed}")
     return bars({"drawn": float(mask.mean())}) + figures(items, "wide") + command
 
 
@@ -567,7 +567,8 @@ def build(gr, run):
             tab_of(gr, "Tags", "What the picture shows, from the picture alone.", run, tagger_of(run), list,
                    bound(tags_page)),
             tab_of(gr, "Drawn or photographed", "Which pixels are drawn; what is photographed is orange.", run,
-                   segmenter_of(run), list, bound(segment_page)),
+                   segmenter_of(run), lambda: [gr.Checkbox(label="it holds both", elem_id="both")],
+                   bound(segment_page)),
             tab_of(gr, "Compare", "Two runs, the same patches hidden.", run, True, lambda: compare_controls(gr, run),
                    bound(compare_page)),
             tab_of(gr, "Learn", "How the run learned, and what it knows.", run, True, list, bound(learn_page)),

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, call, refused
 from PIL import Image
 
 import demo
 import mask as masking
-from common import classifier
+from common import classifier, segmenting
+from common.checkpoints import load_encoder
+from common.io import save_safetensors
 
 QUICK = ["--device", "cpu", "--dtype", "fp32"]
 WHO = "akika"
@@ -113,6 +116,19 @@ def test_what_is_missing_says_how_it_is_made(at):
     program = "print('data'); print(' 41%|####', flush=True); raise SystemExit(3)"
     said = list(demo.make(["-c", program]))
     assert 'value="41"' in said[2] and "status 3" in said[-1]
+
+
+def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = segmenting.Patches(load_encoder(at)[0], "centroid")
+    net.centroids.normal_()
+    net.centroids[0] = 0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
+    save_safetensors(net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config})
+    monkeypatch.setattr(demo, "segmenter_of", lambda run: tmp_path)
+    picture = own(tmp_path / "mine.png", (64, 64))
+    alone, known = demo.segment_page(at, picture), demo.segment_page(at, picture, True)
+    assert "--mixed" in known and "--mixed" not in alone
+    assert known.replace(" --mixed", "") != alone
 
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):
