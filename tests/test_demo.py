@@ -19,6 +19,7 @@ import mask as masking
 from common import classifier, segmenting
 from common.checkpoints import load_encoder
 from common.io import save_safetensors
+from experiments import front_page
 
 QUICK = ["--device", "cpu", "--dtype", "fp32"]
 WHO = "akika"
@@ -129,6 +130,14 @@ def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_
     alone, known = demo.segment_page(at, picture), demo.segment_page(at, picture, True)
     assert "--mixed" in known and "--mixed" not in alone
     assert known.replace(" --mixed", "") != alone
+
+
+def test_the_front_page_shows_what_the_page_does(at, tmp_path):
+    call("experiments.front_page", at, "--who", WHO, "--out", tmp_path, cwd=Path.cwd(), check=0)
+    both = [Image.open(tmp_path / f"front-{theme}.png").convert("RGB") for theme in ("light", "dark")]
+    assert [paper.getpixel((0, 0)) for paper in both] == [(255, 255, 255), (13, 17, 23)]
+    pictures, names = front_page.story(at, WHO, 0)
+    assert "seen: 4 of 16" in pictures[2][0] and len(names) == 3 and names[0][1] >= names[1][1] >= names[2][1]
 
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):
