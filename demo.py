@@ -607,6 +607,7 @@ def main():
         prevent_thread_lock=True, max_file_size=MOST_MB * 2**20, footer_links=[], ssr_mode=False,
         theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]))  # fmt: skip
     print(f"page     {public or address}; control-C ends it", flush=True)
+    mask_page(run, drawing(toon.cast()[0]["name"], 0), "attn_high", 0.75, 0.5, 0.1, 1.0, 0)  # loads what is asked first
     page.block_thread()
 
 

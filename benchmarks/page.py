@@ -1,0 +1,121 @@
+"""How fast is the page, and does it grow? python -m benchmarks.page runs/NAME
+
+Starts demo.py and visits it with the system's chromium, by playwright: seconds until it is there and until its first
+answer, milliseconds from a move of a slider to the new picture, and memory over pictures dropped by two visitors at
+once. Into runs/bench/bench_page.csv (--out results: into git).
+"""
+
+import contextlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import OUT, ROOT, about, status_mb
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite
+from common.io import UserError
+from common.tables import save_csv
+
+SAYS = "([where, words]) => document.querySelector(where).innerText.includes(words)"
+TIMES = "([where, words]) => !document.querySelector(where).innerText.includes(words)"
+
+
+def browser_of(play):
+    if not (chromium := shutil.which("chromium")):
+        raise UserError("no chromium on this machine: apt install chromium")
+    return play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+
+
+@contextlib.contextmanager
+def server(words):
+    process = subprocess.Popen([sys.executable, ROOT / "demo.py", *words], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, re.search(r"http://\S+?:\d+", process.stdout.readline()).group()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def visit(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#ratio")
+    return page
+
+
+def slide(page, moves):
+    """Milliseconds of each move: the ratio is changed until the answer tells of another number of patches."""
+    found, box = [], page.locator("#ratio input[type=number]")
+    for k in range(moves):
+        before = re.search(r"seen: \d+ of", page.locator("#mask").inner_text()).group()
+        start_time = time.perf_counter()
+        box.fill(str((0.5, 0.75)[k % 2]))
+        box.press("Enter")
+        page.wait_for_function(TIMES, arg=["#mask", before], polling=5)
+        found.append(1000 * (time.perf_counter() - start_time))
+    return found
+
+
+def drop(pages, folder, number):
+    """Each visitor drops a picture at the same time; all have been answered when it returns."""
+    rng = np.random.default_rng(number)
+    for k, page in enumerate(pages):
+        path = folder / f"{number}-{k}.png"
+        Image.fromarray(rng.integers(0, 255, (300, 200, 3), dtype=np.uint8)).save(path)
+        if number:
+            remove = page.locator("#file").get_by_label("Remove")
+            page.locator("#file button[aria-label=Clear]").or_(remove).first.click()
+        page.locator("#file input[type=file]").set_input_files(path)
+    for k, page in enumerate(pages):
+        page.wait_for_function(SAYS, arg=["#picture", f"{number}-{k}.png"])
+
+
+def measure(run, moves, drops):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
+        browser, start_time = browser_of(play), time.perf_counter()
+        with server([run]) as (process, address):
+            page = visit(browser, address)
+            up = time.perf_counter() - start_time
+            page.wait_for_selector("#mask img")
+            answer = time.perf_counter() - start_time - up
+            times = slide(page, moves + 2)[2:]
+            pages, warm = [page, visit(browser, address)], max(2, drops // 5)
+            for number in range(warm):
+                drop(pages, Path(folder), number)
+            before = status_mb("VmRSS", process.pid)
+            for number in range(warm, warm + drops):
+                drop(pages, Path(folder), number)
+            after = status_mb("VmRSS", process.pid)
+    return {"run": run, "up_s": round(up, 2), "first_answer_s": round(answer, 2),
+            "slider_ms": round(statistics.median(times), 1), "visitors": len(pages), "pictures": len(pages) * drops,
+            "memory_mb": round(before), "grown_mb": round(after - before)}  # fmt: skip
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", metavar="RUN", help="runs/NAME of pretrain.py")
+    add("--moves", type=at_least(1), default=30, help="of the slider (default: 30)")
+    add("--drops", type=at_least(1), default=25, help="pictures of each of two visitors (default: 25)")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the table (default: runs/bench)")
+    add("--force", action="store_true", help="replace what is there already")
+    args = parser.parse_args()
+    refuse_file(args.out)
+    refuse_overwrite([args.out / "bench_page.csv"], args.force)
+    row = measure(args.run, args.moves, args.drops) | about(torch.device("cpu"))
+    print(", ".join(f"{k} {v}" for k, v in row.items()))
+    save_csv(args.out / "bench_page.csv", [row])
+
+
+if __name__ == "__main__":
+    cli(main)
