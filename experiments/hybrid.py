@@ -116,10 +116,11 @@ def write_table(args, rows):
         cells = [cell(seeds, column) for column in HEADINGS]
         minutes = stats.mean_std(took)["mean"]
         lines.append(f"| `{arm}`: {ARMS[arm][1]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
-    new, every = (cell(arms.get("bold", {}), column) for column in ("left_out", "miou"))
-    lines += ["", "Pixels are counted over all frames together. Where bold lines were left out of train, mixed frames "
-              f"that have them reach {new}, all frames {every}.", "",
-              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
+    lines += ["", "Pixels are counted over all frames together."]
+    if "bold" in arms:
+        new, every = (cell(arms["bold"], column) for column in ("left_out", "miou"))
+        lines[-1] += f" Where bold lines were left out of train, mixed frames that have them reach {new}, all {every}."
+    lines += ["", "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
               *answers(arms, QUESTIONS), "", "![Mean IoU by arm](arms.png)", ""]  # fmt: skip
     save_text("\n".join(lines), Path(args.out) / "arms.md")
     draw(Path(args.out) / "arms.png", arms, f"Drawn or photographed: {Path(args.data).name}, val")
