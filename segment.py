@@ -84,7 +84,7 @@ def parse_args():
         "frames\nof one kind alone; mixed frames with the true masks (a fully supervised control)")  # fmt: skip
     add("--network", default="unet", choices=["unet", "segformer"], help="segformer is the source's, and needs "
         "transformers")  # fmt: skip
-    add("--no-hint", action="store_true", help="it sees colours alone, not what stage 1 says of patches")
+    add("--no-hint", action="store_true", help="the network sees colours alone, not what stage 1 says of patches")
     add("--proxies", metavar="FILE", help="other masks of train than those of stage 2: saliency of maps.py")
     add("--flip", type=between(0, 1), default=0.0, metavar="SHARE", help="of the patches of proxies that are inverted")
     add("--balanced", action="store_true", help="both kinds of pixels weigh the same, however many there are")
@@ -259,8 +259,8 @@ def write_proxies(task, net, out):
         for index, view in progress(views(task, split, torch.arange(n)), "proxies", -(-n // data.CHUNK)):
             found, some = np.zeros((len(index), S, S), np.uint8), chosen[index]
             if some.any():
-                probability = segmenting.proxy_masks(net, view[some.to(view.device)], task.autocast)["_known"]
-                found[some.numpy()] = (255 * probability).round().byte().cpu().numpy()
+                probability, _ = segmenting.proxy_masks(net, view[some.to(view.device)], task.autocast)
+                found[some.numpy()] = (255 * segmenting.two_means(probability)).round().byte().cpu().numpy()
             yield found
 
     header = {"map": "drawn", "grid": S, "data_digest": data.fingerprint(split), "commit": train.commit()}
@@ -375,6 +375,12 @@ def judge(task, frames, masks_of):
             for version, some in pairs.items()}  # fmt: skip
 
 
+def versions(masks, coarse=None):
+    """Probabilities (B, S, S) -> those to judge: at .5, with each frame's threshold, and coarse ones with theirs."""
+    known = {"_known": masks} | ({} if coarse is None else {"_coarse": coarse})
+    return {"": masks} | {name: segmenting.two_means(some) for name, some in known.items()}
+
+
 def judge_all(task, masks_of):
     """-> {split and version: {kind: row of judge_masks}} of dev and the reported split."""
     return {name + version: found for name, frames in task.judged.items()
@@ -409,7 +415,7 @@ def learn_patches(task, state, log):
 
 
 def make_proxies(task, net, masks_of):
-    """Stage 2 -> rows of judge for dev and the reported split, of each version of proxy_masks."""
+    """Stage 2 -> rows of judge for dev and the reported split, of all `versions`."""
     args, out = task.args, Path(task.args.patches or task.args.out) / "proxies"
     if not len(task.train.mixed):
         print("stage 2  no mixed frames in train: there is nothing to make proxies for")
@@ -463,12 +469,12 @@ def run(args, device, autocast):
     stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
     row = {"run": out.name, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on, "until": args.until,
            "frames": stage}  # fmt: skip
-    last = lambda view: segmenting.proxy_masks(net, view, task.autocast)  # noqa: E731
+    last = lambda view: versions(*segmenting.proxy_masks(net, view, task.autocast))  # noqa: E731
     if args.until > 1:
         row["proxies"] = make_proxies(task, net, last)
     if args.until > 2:
         pixels, row["pixel_seconds"] = learn_pixels(task, net, state, log)
-        last = lambda view: segmenting.pixel_masks(pixels, view, task.autocast)  # noqa: E731
+        last = lambda view: versions(segmenting.pixel_masks(pixels, view, task.autocast))  # noqa: E731
         row["pixels"] = judge_all(task, last)
         found = in_words(row["pixels"].get(args.eval_on, {}))
         print(f"stage 3  {args.eval_on}: {found}; {row['pixel_seconds']:.0f} s")

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -25,7 +24,7 @@ from common.io import UserError
 from common.tables import save_csv
 
 SAYS = "([where, words]) => document.querySelector(where).innerText.includes(words)"
-TIMES = "([where, words]) => !document.querySelector(where).innerText.includes(words)"
+SAYS_NOT = "([where, words]) => !document.querySelector(where).innerText.includes(words)"
 
 
 def browser_of(play):
@@ -35,8 +34,9 @@ def browser_of(play):
 
 
 @contextlib.contextmanager
-def server(words):
-    process = subprocess.Popen([sys.executable, ROOT / "demo.py", *words], stdout=subprocess.PIPE, text=True)
+def server(words, **where):
+    """demo.py with these words -> its process, its address."""
+    process = subprocess.Popen([sys.executable, ROOT / "demo.py", *words], stdout=subprocess.PIPE, text=True, **where)
     try:
         yield process, re.search(r"http://\S+?:\d+", process.stdout.readline()).group()
     finally:
@@ -59,17 +59,16 @@ def slide(page, moves):
         start_time = time.perf_counter()
         box.fill(str((0.5, 0.75)[k % 2]))
         box.press("Enter")
-        page.wait_for_function(TIMES, arg=["#mask", before], polling=5)
+        page.wait_for_function(SAYS_NOT, arg=["#mask", before], polling=5)
         found.append(1000 * (time.perf_counter() - start_time))
     return found
 
 
 def drop(pages, folder, number):
-    """Each visitor drops a picture at the same time; all have been answered when it returns."""
-    rng = np.random.default_rng(number)
+    """Each visitor drops a picture at the same time; all are shown theirs when it returns."""
     for k, page in enumerate(pages):
         path = folder / f"{number}-{k}.png"
-        Image.fromarray(rng.integers(0, 255, (300, 200, 3), dtype=np.uint8)).save(path)
+        Image.effect_noise((200, 300), 60 + number).save(path)
         if number:
             remove = page.locator("#file").get_by_label("Remove")
             page.locator("#file button[aria-label=Clear]").or_(remove).first.click()

@@ -73,6 +73,7 @@ def cut_together(view, drawn, share, generator):
 
 
 def blank_patches(config):
+    """What Patches.config was -> Patches of that shape, with random weights."""
     return Patches(blank_encoder(config["encoder"], config["norm_eps"]), config["decide"])
 
 
@@ -128,13 +129,11 @@ def two_means(probability):
 
 @torch.no_grad()
 def proxy_masks(net, view, autocast):
-    """view u8 (B, S, S, 3) -> probabilities of drawn, each (B, S, S): "" of any frame, "_known" of frames known to hold
-    both kinds, "_coarse" of those before the picture's edges were asked."""
+    """view u8 (B, S, S, 3) -> probability of drawn, (B, S, S), and the same before the picture's edges were asked."""
     with autocast():
         cells = fine_scores(net.eval(), view).sigmoid()
     coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
-    fine = guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1)
-    return {"": fine, "_known": two_means(fine), "_coarse": two_means(coarse)}
+    return guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1), coarse
 
 
 # ---- pixels: stage 3 -------------------------------------------------------------------------------------------------
@@ -227,11 +226,10 @@ def load_pixels(path):
 
 @torch.no_grad()
 def pixel_masks(net, view, autocast):
-    """view u8 (B, H, W, 3) -> probabilities of drawn, each (B, H, W), as proxy_masks has them."""
+    """view u8 (B, H, W, 3) -> probability of drawn (B, H, W)."""
     with autocast():
         logits = net(view)
-    found = F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
-    return {"": found, "_known": two_means(found)}
+    return F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
 
 
 def load(folder, device, autocast):
@@ -243,11 +241,11 @@ def load(folder, device, autocast):
     if "network" in (read_header(last)[1] if last.exists() else {}):
         pixels, header = load_pixels(last)
         pixels.to(device)
-        return (lambda view: pixel_masks(pixels, view, autocast)[""]), header["image_size"], False
+        return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
     if not patches.exists():
         raise UserError(f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one")
     net = load_patches(patches).to(device)
-    return (lambda view: proxy_masks(net, view, autocast)[""]), net.encoder.side * net.encoder.patch_size, True
+    return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
 
 
 # ---- judging and showing ---------------------------------------------------------------------------------------------

@@ -289,7 +289,7 @@ class Log:
         if also:
             from common.tracking import open_tracker
 
-            self.trackers = [open_tracker(name, self.path.parent, config) for name in also.split(",")]
+            self.trackers = [open_tracker(name, self.path.parent, config) for name in filter(None, also.split(","))]
         save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row.get("step", math.inf) <= step), path)
 
     def __call__(self, **row):

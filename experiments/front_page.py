@@ -25,7 +25,7 @@ from common.evaluate import hide
 from common.io import UserError
 from ingest import toon
 
-THEMES = {"light": ("#FFFFFF", "#333333"), "dark": ("#0D1117", "#E6EDF3")}  # paper and ink of a README
+THEMES = {"light": ("#FFFFFF", plots.INK), "dark": ("#0D1117", "#E6EDF3")}  # paper and ink of a README
 SIZE = 2.1  # inches of a panel
 
 

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from PIL import Image
 
 import demo
 import mask as masking
+from benchmarks import page as bench
 from common import classifier, segmenting
 from common.checkpoints import load_encoder
 from common.io import save_safetensors
@@ -155,24 +154,16 @@ def page(site):
     """The page in chromium, and the addresses that it asked for."""
     pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
     browsers = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if not (chromium := shutil.which("chromium")):
+    if not shutil.which("chromium"):
         pytest.skip("no chromium on this machine: apt install chromium")
-    server = subprocess.Popen([sys.executable, ROOT / "demo.py", *QUICK], cwd=site, stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    try:
-        address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
-        with browsers.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page()
-            page.asked = []
-            page.on("request", lambda request: page.asked.append(request.url))
-            page.goto(address)
-            page.wait_for_selector("#mask img")
-            yield page
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait()
+    here = {"cwd": site, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    with bench.server(QUICK, **here) as (_, address), browsers.sync_playwright() as play:
+        page = bench.browser_of(play).new_page()
+        page.asked = []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#mask img")
+        yield page
 
 
 def says(page, where, words, seconds=20):

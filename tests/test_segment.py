@@ -214,7 +214,7 @@ def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(na
     noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.rand(4, 64 // part, 64 // part)
     logits = net.train()(noise)
     assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
-    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)["_known"]
+    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
     assert masks.shape == (1, 36, 50) and masks.min() >= 0 and masks.max() <= 1
 
 
