@@ -105,7 +105,7 @@ def load_encoder(path, image_size=None):
     from common.formats import encoder_of, read_checkpoint
 
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
-    with torch.device("meta"):  # shapes only: nothing is drawn, so that loading leaves the seed alone
+    with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone; "meta" would import torch's compiler
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path, assign=True)
     return encoder.eval(), facts["image_size"]
