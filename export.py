@@ -1,13 +1,14 @@
-"""Write an encoder for other tools: public MAE names, timm, transformers, ONNX, or an adapter merged into its encoder.
+"""Write an encoder for other tools: public MAE names, timm, transformers, ONNX, an adapter merged, a run at half size.
 
-    python export.py ENCODER --to mae|timm|hf|merged|onnx [--out FILE] [--image-size PX] [--force]
+    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX] [--force]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists; for onnx
-        also a run of finetune_lora.py with its head and gallery, or of tags.py
+        and half also a run of finetune_lora.py with its head and gallery, or of tags.py
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
         vit_small_patch16_224 and kin), hf/ (a folder for transformers), merged.safetensors (an encoder of ours, its
-        adapter in it), or model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out);
-        beside it a card, FILE.md or hf/README.md: data, recipe, figures, limits, licence
+        adapter in it), model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out), or
+        half/ (what stages read of a run, numbers in 16 bits); beside it a card, FILE.md or README.md in the folder:
+        data, recipe, figures, limits, licence
 """
 
 if __name__ == "__main__":
@@ -21,16 +22,18 @@ from pathlib import Path
 import torch
 
 from common.card import card_file, write_card
-from common.checkpoints import ENCODER, as_convolution, at_size, load_exactly
+from common.checkpoints import ENCODER, as_convolution, at_size, load_encoder, load_exactly
 from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
 from common.graphs import graph_of, library, save_onnx
-from common.io import UserError, save_json, save_safetensors
-from common.lora import load_merged, save_encoder
+from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
+from common.lora import fingerprint, load_merged, save_encoder
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
 
 HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")  # that transformers reads
+TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery")  # of a run, that stages read
+BESIDE = ("adapter_config.json", "selected_tags.csv")
 
 
 def check_whole(weights, facts, path):
@@ -86,21 +89,39 @@ def timm_line(facts, path):
             f'pretrained_cfg_overlay={pixels}, checkpoint_path="{path}")')  # fmt: skip
 
 
+def save_half(source, out):
+    """What stages read of a run, into the folder `out`, its numbers in 16 bits -> how it is used."""
+    for name in [f"{name}.safetensors" for name in TENSORS if (source / f"{name}.safetensors").exists()]:
+        tensors, header = read_safetensors(source / name)
+        if "fingerprint" in header and (out / "model.safetensors").exists():  # a whole network, rounded by now
+            header["fingerprint"] = fingerprint(load_encoder(out, header["image_size"])[0])
+        half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
+        save_safetensors(half, out / name, header or None)
+    for name in [name for name in BESIDE if (source / name).exists()]:
+        save_text((source / name).read_text(), out / name)
+    return f"give {out} wherever a stage asks for a run"
+
+
 def export(source, to, out=None, image_size=None, force=False):
     """Write an encoder in the format `to` -> (what was written, a line of Python that loads it).
 
     What is there already is replaced only by force.
     """
     source = Path(source)
-    name = {"hf": "hf", "onnx": "model.onnx"}.get(to, f"{to}.safetensors")
+    name = {"hf": "hf", "half": "half", "onnx": "model.onnx"}.get(to, f"{to}.safetensors")
     out = Path(out or (source if source.is_dir() else source.parent) / name)
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
-    refuse_file(out if to == "hf" else out.parent)
-    if to != "hf" and out.is_dir():
+    folder = {"hf": HF_FILES, "half": (*(f"{name}.safetensors" for name in TENSORS), *BESIDE)}.get(to)
+    refuse_file(out if folder else out.parent)
+    if not folder and out.is_dir():
         raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}")
-    refuse_overwrite([*([out / name for name in HF_FILES] if to == "hf" else [out]), card_file(out, to)], force)
+    refuse_overwrite([*([out / name for name in folder] if folder else [out]), card_file(out, to)], force)
+    if to == "half":
+        if not any((source / f"{name}.safetensors").exists() for name in ("model", "head")):
+            raise UserError(f"{source} is no run, and --to half takes one; --to mae writes a file of any checkpoint")
+        return out, save_half(source, out)
     if to == "onnx":
         library()  # what is missing is said before anything is loaded
         return out, save_onnx(*graph_of(source, image_size), out)
@@ -125,8 +146,8 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint file")
-    add("--to", required=True, choices=["mae", "timm", "hf", "merged", "onnx"], help="the format")
-    add("--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf)")
+    add("--to", required=True, choices=["mae", "timm", "hf", "merged", "onnx", "half"], help="the format")
+    add("--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf and half)")
     add("--force", action="store_true", help="replace what is there already")
     add("--image-size", type=at_least(1), metavar="PX",
         help="side of a view; positions are resized to it (default: as it is)")  # fmt: skip

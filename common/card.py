@@ -24,7 +24,7 @@ guess, so is a tag, and a confidence is right on average at best. Who drew a pic
 
 def card_file(out, to):
     """README.md in a folder, as hubs read it, else the file's own name with .md."""
-    return out / "README.md" if to == "hf" else out.with_suffix(".md")
+    return out / "README.md" if to in ("hf", "half") else out.with_suffix(".md")
 
 
 def write_card(source, to, out, use):

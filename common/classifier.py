@@ -372,4 +372,5 @@ def load_gallery(folder):
     faces, keys = len(tensors["embeddings"]), len(header["keys"])
     if faces == 0 or faces != keys:
         raise UserError(f"{path} holds {faces} faces of {keys} that it names; finetune_lora.py makes it anew")
+    tensors["embeddings"] = tensors["embeddings"].float()
     return tensors | header | make_gallery(tensors["embeddings"], tensors["labels"], header["learned"])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call, draw_folder, refused
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ingest.pictures
 import recognize
@@ -245,6 +245,24 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
 
 
 # ---- bad runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_of_half_the_size_says_the_same(run, small, tmp_path, capsys, method):
+    whole, half = run[0], tmp_path / "half"
+    if method == "full":
+        whole, words = tmp_path / "full", ["--epochs", 2, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
+        call("finetune_lora.py", run[0].parent / "encoder", "--data", small, "--method", "full", *words, "--out", whole,
+             cwd=tmp_path, check=0)  # fmt: skip
+    call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path, check=0)
+    files = {path.stem: path for path in half.glob("*.safetensors")}
+    assert files.keys() == {"head", "gallery", "adapter_model" if method == "lora" else "model"}
+    assert all(x.dtype != torch.float32 for file in files.values() for x in load_file(file).values())
+    first, second = (rows_of(capsys, folder, run[1]) for folder in (whole, half))
+    assert [x["name"] for x in first] == [x["name"] for x in second]
+    assert max(abs(x["similarity"] - y["similarity"]) for x, y in zip(first, second, strict=True)) < 5e-3
+    assert "half/" in refused(call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path))
+    assert "is no run" in refused(call("export.py", run[1], "--to", "half", cwd=tmp_path))
 
 
 def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
