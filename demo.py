@@ -44,7 +44,7 @@ from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
 from common.io import UserError, read_header, read_json
-from common.train import autocast_of, pick_device, pick_dtype, seeded
+from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from kernels.loss import FLOOR, patch_detail
@@ -379,8 +379,7 @@ def face_of(folder, key):
 
 def enrolled(run):
     """Names that recognize.py --enrol or the page added."""
-    name = recogniser_of(run)
-    gallery = classifier.load_gallery(name) if name else {"names": [], "learned": 0}
+    gallery = classifier.load_gallery(name) if (name := recogniser_of(run)) else {"names": [], "learned": 0}
     return gallery["names"][gallery["learned"] :]
 
 
@@ -596,11 +595,11 @@ def library():
 
 def main():
     args = parse_args()
+    set_malloc(arena_max=1)  # else each of the server's threads keeps a heap of its own
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
-    gr = library()
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # those of the system: nothing is fetched
-    page = build(gr, run)
+    page = build(gr := library(), run)
     _, address, public = page.launch(
         server_name=args.host, server_port=args.port, share=args.share, inbrowser=args.open, quiet=True, css=CSS,
         prevent_thread_lock=True, max_file_size=MOST_MB * 2**20, footer_links=[], ssr_mode=False,

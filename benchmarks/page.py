@@ -88,16 +88,13 @@ def measure(run, moves, drops):
             page.wait_for_selector("#mask img")
             answer = time.perf_counter() - start_time - up
             times = slide(page, moves + 2)[2:]
-            pages, warm = [page, visit(browser, address)], max(2, drops // 5)
-            for number in range(warm):
+            pages, memory = [page, visit(browser, address)], []
+            for number in range(2 * drops):  # the first half fills caches and heaps
                 drop(pages, Path(folder), number)
-            before = status_mb("VmRSS", process.pid)
-            for number in range(warm, warm + drops):
-                drop(pages, Path(folder), number)
-            after = status_mb("VmRSS", process.pid)
+                memory.append(status_mb("VmRSS", process.pid))
     return {"run": run, "up_s": round(up, 2), "first_answer_s": round(answer, 2),
             "slider_ms": round(statistics.median(times), 1), "visitors": len(pages), "pictures": len(pages) * drops,
-            "memory_mb": round(before), "grown_mb": round(after - before)}  # fmt: skip
+            "memory_mb": round(memory[drops - 1]), "grown_mb": round(memory[-1] - memory[drops - 1])}  # fmt: skip
 
 
 def main():

@@ -57,16 +57,20 @@ def pick_device(name):
 
 
 def keep_freed_memory():
-    """Let glibc keep the blocks that it frees for the next step; where there is no glibc this does nothing.
+    """Let glibc keep the blocks that it frees for the next step.
 
     It gives blocks over 32 MB back to the kernel, which clears new pages for the same tensors in every step: 15 % of
     the time of a ViT-S on a CPU (results/LOG.md). mallopt(3): no block by mmap, the heap is not trimmed under 2 GB.
     """
-    m_mmap_max, m_trim_threshold = -4, -1
+    set_malloc(mmap_max=0, trim_threshold=2**31 - 1)
+
+
+def set_malloc(**options):
+    """mallopt(3), by the names there; where there is no glibc this does nothing."""
+    numbers = {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        for name, value in options.items():
+            ctypes.CDLL(None).mallopt(numbers[name], value)
 
 
 def pick_dtype(name, device):
