@@ -157,10 +157,10 @@ def open_images(path, size, crop, margin, boxes, layout):
     return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk), {}
 
 
-def open_toon(size, seed, tail=0.0):
+def open_toon(size, seed, tail=0.0, drawings=None):
     """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
     processes = at_once(size, PAINT, os.cpu_count() or 1)
-    items = toon.plan(seed=seed, tail=tail)
+    items = toon.plan(n=drawings or toon.COUNT, seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
     dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
     more = {"style": toon.STRATA, "parts": toon.PARTS}
@@ -220,12 +220,13 @@ def check_source(path, records, given, is_drawn):
 
 def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0, layout=None, keep_copies=False, max_broken=TOO_BROKEN,
-         min_per_tag=2, tag_importance=0.0, emoticons=False, force=False, given=()):  # fmt: skip
+         min_per_tag=2, tag_importance=0.0, emoticons=False, drawings=None, force=False, given=()):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
     refuse_others(out, force)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = (open_toon(size, seed, tail) if is_toon else open_hybrid(size, seed) if str(path) == "hybrid" else
+    source = (open_toon(size, seed, tail, drawings) if is_toon else
+              open_hybrid(size, seed) if str(path) == "hybrid" else
               open_images(path, size, crop, margin, boxes, layout))  # fmt: skip
     records, notes, dims, fetch, stream, more = source
     check_source(path, records, given, is_drawn=fetch is None)
@@ -424,6 +425,7 @@ def parse_args():
         help="and those with no more of it; .2 is MFDN's (default: 0, not asked)")  # fmt: skip
     add("--emoticons", action="store_true", help="keep tags such as :d and ^_^")
     add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
+    add("--drawings", type=at_least(1), metavar="N", help=f"toon only: how many (default: {toon.COUNT})")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     add("--force", action="store_true", help="replace what is there already")
     words = iter(sys.argv[1:])  # argparse takes -/class for a flag
@@ -439,13 +441,13 @@ def refuse_unused_flags(args):
         sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
     refuse_unused(args, (
         ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class min-per-tag tag-importance "
-         "emoticons tail seed", not args.show,
+         "emoticons tail drawings seed", not args.show,
          "is for packing, and --show packs nothing"),
         ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
         ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_drawn,
          f"is for pictures, and {args.path} is drawn"),
         ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
-        ("tail", args.path == "toon", "is for the demo set: python data.py toon"),
+        ("tail drawings", args.path == "toon", "is for the demo set: python data.py toon"),
         ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
         ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
 
@@ -463,5 +465,5 @@ def main():
     out = args.out or default_out(args.path)
     pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop, args.margin, args.boxes,
          args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.min_per_tag,
-         args.tag_importance, args.emoticons, args.force, args.given)  # fmt: skip
+         args.tag_importance, args.emoticons, args.drawings, args.force, args.given)  # fmt: skip
     print(f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}")

@@ -22,6 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
 from common.io import UserError, atomic
 
+COUNT = 2400        # drawings in the demo set
 PARTS = ("background", "hair", "face", "eyes", "mouth", "clothes", "accessory")     # part id = position
 ATTRIBUTES = {      # what makes a character; "no_..." is dealt four times as often as the other values
     "hair_style": ("bob_cut", "long_hair", "twintails", "ponytail", "messy_hair", "drill_hair", "double_bun",
@@ -71,7 +72,7 @@ def cast(characters=48, seed=0):
         if all(sum(map(str.__ne__, p, q)) >= 3 for i, p in enumerate(people) for q in people[:i]):
             return [{"name": names[i]} | dict(zip(ATTRIBUTES, p, strict=True)) for i, p in enumerate(people)]
 
-def plan(n=2400, characters=48, seed=0, tail=0.0):
+def plan(n=COUNT, characters=48, seed=0, tail=0.0):
     """-> n items {key, label, seed, who} for draw(). Class sizes follow rank^-tail, at least 5 where n allows."""
     floor, weights = min(5, n // characters), np.arange(1, characters + 1) ** -float(tail)
     sizes = (floor + (n - floor * characters) * weights / weights.sum()).astype(int)

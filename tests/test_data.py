@@ -250,7 +250,7 @@ def test_the_shared_faces_pack_whole(tmp_path):
 
 def test_the_demo_set_records_tags_and_strata(monkeypatch):
     plan = toon.plan
-    monkeypatch.setattr(toon, "plan", lambda **more: plan(480, **more))
+    monkeypatch.setattr(toon, "plan", lambda **more: plan(**more | {"n": 480}))
     records, _, dims, _, stream, _ = pack.open_toon(32, 0)
     records = [r._replace(split="train") for r in records]
     words, _ = tags.vocabulary(records)
@@ -285,8 +285,9 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
 @pytest.mark.parametrize(
     "path, flags",
     [("images", "--margin -1"), ("images", "--crop nose"), ("images", "--dedupe maybe"), ("images", "--margin .2"),
-     ("images", "--boxes b.txt"), ("images", "--tail 1"), ("images", "--tail 0"), ("images", "--split nan,0,0"),
-     ("images", "--split 1,nan,0"), ("images", "--split inf,0,0"), ("images", "--split 2,-1,0"),
+     ("images", "--boxes b.txt"), ("images", "--tail 1"), ("images", "--tail 0"), ("images", "--drawings 9"),
+     ("images", "--split nan,0,0"), ("images", "--split 1,nan,0"), ("images", "--split inf,0,0"),
+     ("images", "--split 2,-1,0"),
      ("images", "--show --out x"), ("images", "--show --dev .1"), ("images", "--show --seed 1"),
      ("images", "--show --layout class"), ("images", "--show --crop figure"), ("images", "--seed 99999999999999999999"),
      ("images", "--max-broken 2"), ("images", "--group-by zz"), ("toon", "--crop centre"), ("toon", "--margin .1"),
@@ -597,15 +598,17 @@ def test_the_demo_set_can_be_long_tailed(monkeypatch):
 
 
 def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):
-    shares = []
+    shares, numbers = [], []
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})
     monkeypatch.setattr(pack, "near_duplicates", lambda *_: ([], []))
-    monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]))
+    monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]) or
+                        numbers.append(len(args[1])))  # fmt: skip
     monkeypatch.setattr(pack, "to_learn", lambda out: "")
-    monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed")])
-    pack.main()
+    for words in ([], ["--drawings", "480"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed"), *words])
+        pack.main()
     data.open_or_pack(tmp_path / "toon")
-    assert shares == [pack.TOON_SHARES] * 2
+    assert shares == [pack.TOON_SHARES] * 3 and numbers == [2400, 480, 2400]
 
 
 def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
