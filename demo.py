@@ -2,7 +2,8 @@
 
     pip install -r requirements-demo.txt && python demo.py [runs/NAME]
 
-Reads:  a run of pretrain.py (default: the newest in runs/) and what was made of it: runs/NAME-lora, -tags, -seg
+Reads:  a run of pretrain.py (default: the newest in runs/, else in weights/), and what was made of it: runs/NAME-lora,
+        -tags, -seg
 Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a button makes
 
 The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is read as every stage
@@ -89,9 +90,10 @@ def newest(files):
 
 
 def encoders():
-    """Runs of pretrain.py with a decoder, the newest first."""
-    found = Path("runs").glob("*/model.safetensors")
-    return newest(path for path in found if "decoder_dim" in about_model(path).get("config", {}))
+    """Runs of pretrain.py with a decoder, the newest first, and behind them those that ship."""
+    fills = lambda path: "decoder_dim" in about_model(path).get("config", {})  # noqa: E731
+    found = (Path(home).glob("*/model.safetensors") for home in ("runs", "weights"))
+    return [run for files in found for run in newest(filter(fills, files))]
 
 
 def choose_run(name):

@@ -44,12 +44,11 @@ ARMS = {  # flags of segment.py, and what they say
     "balanced": ("--balanced", "both kinds of pixels weigh the same"),
     "saliency": ("--proxies {saliency}", "saliency maps in the place of proxies"),
     "cls": ("--decide cls", "patches named by a head of the CLS token"),
-    "no_cut": ("--cut 0", "frames never cut together, in no stage"),
     "no_hint": ("--no-hint", "the U-Net is not shown what patches say"),
     "segformer": ("--network segformer", "a SegFormer in the place of a U-Net"),
     "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
 }
-OWN = ("proxies", "cls", "no_cut", "bold")  # arms with a stage 1 of their own
+OWN = ("proxies", "cls", "bold")  # arms with a stage 1 of their own
 PARTS = {"frames": ("frames", "val"), "proxy": ("proxies", "val_known", "mixed", "miou"),
          "proxy_coarse": ("proxies", "val_coarse", "mixed", "miou"),
          "proxy_half": ("proxies", "val", "mixed", "miou"), "miou": ("pixels", "val", "mixed", "miou"),
@@ -69,8 +68,6 @@ QUESTIONS = (
     (("proxies", "proxy"), ("proxies", "proxy_half"), "proxies by each frame's threshold against .5"),
     (("proxies", "proxy"), ("proxies", "proxy_coarse"), "proxies carried to edges against patches"),
     (("proxies", "proxy"), ("cls", "proxy"), "nearest centroid against a head of the CLS token, proxies"),
-    (("proxies", "proxy"), ("no_cut", "proxy"), "frames cut together against never, proxies"),
-    (("proxies", "miou"), ("no_cut", "miou"), "the same, pixels"),
     (("proxies", "miou"), ("no_hint", "miou"), "a U-Net shown what patches say against one that is not"),
     (("proxies", "miou"), ("segformer", "miou"), "U-Net against SegFormer"),
     (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),

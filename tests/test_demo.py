@@ -146,6 +146,15 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):
     assert "no run" in refused(call("demo.py", "runs/none", cwd=Path.cwd()))
 
 
+def test_weights_that_ship_stand_behind_own_runs(at, tmp_path, monkeypatch):
+    shutil.copytree("runs/a", tmp_path / "weights" / "b")
+    monkeypatch.chdir(tmp_path)
+    assert demo.encoders() == [demo.choose_run(None)] == ["weights/b"]
+    shutil.copytree("weights/b", "runs/c")
+    os.utime("runs/c/model.safetensors", (0, 0))  # older
+    assert demo.encoders() == ["runs/c", "weights/b"]
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
