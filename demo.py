@@ -162,15 +162,10 @@ def network(run):
     return net.to(MACHINE.device), about_model(run)
 
 
-@functools.lru_cache(2)
-def tagger(run):
-    net, header = mfdn.load(run)
-    return net.to(MACHINE.device), header
-
-
-@functools.lru_cache(2)
-def recogniser(run):
-    net, header = classifier.load_classifier(run)
+@functools.lru_cache(4)
+def loaded(load, run):
+    """load: of recognisers or of taggers -> the network on its device, its header."""
+    net, header = load(run)
     return net.to(MACHINE.device), header
 
 
@@ -357,7 +352,7 @@ def compare_page(run, picture, other, ratio, seed):
 def recognise_page(run, picture):
     """Who it is, how sure that is, and the faces of the gallery that are nearest."""
     name = recogniser_of(run) or missing("Recognise", run)
-    net, header = recogniser(name)
+    net, header = loaded(classifier.load_classifier, name)
     gallery, image = classifier.load_gallery(name), cut_as(picture, header)
     logits, embeddings = recognize.embed(net, header, image, MACHINE.autocast)
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
@@ -391,7 +386,7 @@ def enrol_page(run, who, files):
     name = recogniser_of(run) or missing("Recognise", run)
     if not (who or "").strip():
         raise UserError("give the character a name")
-    net, header = recogniser(name)
+    net, header = loaded(classifier.load_classifier, name)
     who = recognize.new_name(who, header)
     pictures = [dropped(path) for path in files or []]
     if not pictures:
@@ -408,7 +403,8 @@ def forget_page(run, who):
     """Take an enrolled character out again -> what happened, in a sentence."""
     name = recogniser_of(run) or missing("Recognise", run)
     with LOCK:
-        said = recognize.take_out(name, who or "", recogniser(name)[1], classifier.load_gallery(name))
+        _, header = loaded(classifier.load_classifier, name)
+        said = recognize.take_out(name, who or "", header, classifier.load_gallery(name))
     return f"<p>{escape(said)}</p>"
 
 
@@ -416,7 +412,7 @@ def forget_page(run, who):
 def tags_page(run, picture):
     """The character and the tags that the picture alone tells."""
     name = tagger_of(run) or missing("Tags", run)
-    net, header = tagger(name)
+    net, header = loaded(mfdn.load, name)
     view = data.view_images(torch.from_numpy(cut_as(picture, header)).to(MACHINE.device), *data.full_boxes(1),
                             header["image_size"])  # fmt: skip
     with MACHINE.autocast():

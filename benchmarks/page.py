@@ -78,8 +78,10 @@ def drop(pages, folder, number):
 
 
 def measure(run, moves, drops):
-    from playwright.sync_api import sync_playwright
-
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("benchmarks.page needs playwright: pip install playwright") from None
     with sync_playwright() as play, tempfile.TemporaryDirectory() as folder:
         browser, start_time = browser_of(play), time.perf_counter()
         with server([run]) as (process, address):

@@ -53,11 +53,13 @@ def story(run, who, number):
     name = demo.recogniser_of(run)
     if name is None:
         raise UserError(f"no recogniser was made of {run} yet: python finetune_lora.py {run}")
-    net, header = demo.recogniser(name)
+    net, header = demo.loaded(classifier.load_classifier, name)
     gallery = classifier.load_gallery(name)
     logits, embeddings = recognize.embed(net, header, demo.cut_as(picture, header), demo.MACHINE.autocast)
-    print(recognize.in_words(recognize.answers([who], logits, embeddings, gallery, 1)[0]))
+    row = recognize.answers([who], logits, embeddings, gallery, 1)[0]
+    print(recognize.in_words(row))
     shares, ids = (logits[0].float() / gallery["temperature"]).softmax(0).topk(3)
+    shares = shares * row["confidence"] / shares[0]  # the rest: it may be nobody known
     return pictures, [(header["classes"][k], share) for k, share in zip(ids.tolist(), shares.tolist(), strict=True)]
 
 
