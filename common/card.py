@@ -68,11 +68,11 @@ def recipe(flags):
 def figures(source):
     """What was measured of it, each with its command; read from the files beside the weights."""
     folder, found = source if source.is_dir() else source.parent, []
-    for name, say in (("probe.json", of_probe), ("metrics.json", of_metrics), ("recognize.json", of_pairs)):
+    for name, say in READ.items():
         try:
             row = read_json(folder / name)
             found.append(f"- {say(row)}: `{row['command']}`")
-        except (UserError, OSError, KeyError, TypeError):  # not measured, or not by us
+        except (UserError, OSError, KeyError, TypeError, StopIteration):  # not measured, or not by us
             continue
     return "\n".join(found) or "Nothing was measured."
 
@@ -81,6 +81,11 @@ def of_probe(row):
     best = max(x["logistic"]["top1"] for name, x in row["rows"].items() if name.startswith("thumb"))
     return (f"frozen, with a linear classifier on {row['pool']}, Top-1 {row['headline']:.1%} on {row['split']} of "
             f"{row['data']} (thumbnails: {best:.1%})")  # fmt: skip
+
+
+def of_stress(row):
+    psnr = next(r["psnr"] for r in row["reconstruction"] if (r["strategy"], r["ratio"]) == ("random", 0.75))
+    return f"PSNR {psnr:.1f} dB of hidden pixels, three quarters hidden at random, {row['split']} of {row['data']}"
 
 
 def of_metrics(row):
@@ -94,3 +99,6 @@ def of_metrics(row):
 def of_pairs(row):
     pairs = row["verification"]
     return f"the same character or not, ROC-AUC {pairs['roc_auc']:.1f} %, equal error rate {pairs['eer']:.1f} %"
+
+
+READ = {"stress.json": of_stress, "probe.json": of_probe, "metrics.json": of_metrics, "recognize.json": of_pairs}

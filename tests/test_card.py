@@ -27,11 +27,15 @@ def test_a_card_tells_flags_figures_and_whose_pictures_they_were(tmp_path, data,
     rows = {name: {"logistic": {"top1": x}} for name, x in (("mean", 0.4), ("thumb4", 0.31), ("thumb8", 0.305))}
     probe = {"rows": rows, "headline": 0.414, "pool": "mean", "split": "val", "data": data, "command": "probe.py X"}
     (tmp_path / "run" / "probe.json").write_text(json.dumps(probe))
+    filled = [{"strategy": "random", "ratio": r, "psnr": p} for r, p in ((0.5, 20.0), (0.75, 18.26))]
+    stress = {"reconstruction": filled, "split": "val", "data": data, "command": "stress X"}
+    (tmp_path / "run" / "stress.json").write_text(json.dumps(stress))
     (tmp_path / "run" / "metrics.json").write_text("{}")  # another program's
     call("export.py", "run", "--to", "mae", cwd=tmp_path, check=0)
     text = (tmp_path / "run" / "mae.md").read_text()
     assert f"license: {licence}" in text and data in text
     assert "| mask | `attn_high` |" in text and "| seed | `3` |" in text
+    assert f"PSNR 18.3 dB of hidden pixels, three quarters hidden at random, val of {data}: `stress X`" in text
     assert "Top-1 41.4% on val" in text and "(thumbnails: 31.0%): `probe.py X`" in text
 
 

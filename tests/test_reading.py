@@ -131,5 +131,6 @@ def test_functions_are_short():
     # what runs without torch, 200; the web page, and the cards of exported weights, 750; thresholds of
     # frames and hints for pixels, composites, and pictures where logs are sent, 135; the front
     # page's picture, 105; the web page's bench, 120; a run at half its size, and
-    # demo sets of any number, 24
-    assert sum(len(p.read_text().splitlines()) for p in files) < 18_659
+    # demo sets of any number, 24; how many may be called unknown, and what a card says of hidden pixels, 15; other
+    # networks and methods beside ours in one table, long-tailed sets, strata, and how far off confidences are, 826
+    assert sum(len(p.read_text().splitlines()) for p in files) < 19_500

@@ -1,0 +1,70 @@
+"""weights/: what ships is small, good, and taken by every stage; drawings that no data set has decide."""
+
+import statistics
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import demo
+import recognize
+from common import classifier, mfdn
+from common.io import read_safetensors
+from ingest import toon
+
+WEIGHTS = ROOT / "weights"
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """Two of each character, no two alike -> [name], u8 (n, 128, 128, 3)."""
+    people = toon.cast() * 2
+    images = [toon.draw(toon.unseen(person, i + 1, seed=99)[i], 128)["image"] for i, person in enumerate(people)]
+    return [person["name"] for person in people], np.stack(images)
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)  # an adapter knows its encoder as weights/toon
+
+
+def test_they_are_small_in_16_bits_and_have_cards():
+    files = list(WEIGHTS.glob("*/*.safetensors"))
+    assert len(files) >= 6 and sum(path.stat().st_size for path in WEIGHTS.glob("**/*")) < 12e6
+    for path in files:
+        assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}, path
+    for folder in WEIGHTS.iterdir():
+        card = (folder / "README.md").read_text()
+        assert "license: mit" in card and "How good it is" in card and "Nothing was measured" not in card
+
+
+def test_its_encoder_fills_in_three_quarters(drawings):
+    names, images = drawings
+    net, header = demo.network("weights/toon")
+    N, found = net.encoder.side**2, []
+    views = data.whole_views(images, torch.arange(len(names)), net.config["image_size"], demo.MACHINE.device)
+    for rows, view in views:
+        for i, own in zip(rows.tolist(), view.split(1), strict=True):
+            ids_keep, ids_mask, _ = demo.draw_mask("random", {}, N, 0.75, {}, 1.0, i)
+            found.append(demo.filled_in(net, header, own, ids_keep, ids_mask)[1])
+    assert statistics.fmean(found) > 18  # dB, of the mid-term report
+
+
+def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
+    names, images = drawings
+    net, header = classifier.load_classifier("weights/toon-lora")
+    logits, embeddings = recognize.embed(net, header, images, nullcontext)
+    rows = recognize.answers(names, logits, embeddings, classifier.load_gallery("weights/toon-lora"), 1)
+    assert statistics.fmean(row["name"] == who for row, who in zip(rows, names, strict=True)) >= 0.95
+
+
+def test_its_tagger_names_them_too_from_the_picture_alone(drawings):
+    names, images = drawings
+    net, header = mfdn.load("weights/toon-tags")
+    views = data.whole_views(images, torch.arange(len(names)), header["image_size"], demo.MACHINE.device)
+    with torch.no_grad():
+        said = [header["classes"][c] for _, view in views for c in mfdn.answers(net, view)[0].argmax(1).tolist()]
+    assert statistics.fmean(a == b for a, b in zip(said, names, strict=True)) >= 0.95
