@@ -31,8 +31,9 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import classifier, distributed, errors, stats, train
-from common.checkpoints import flags_of, load_encoder, load_exactly
+from common.checkpoints import flags_of, load_exactly
 from common.command import Parser, at_least, between, cli, command, progress, refuse_file, refuse_unused, working
+from common.convnets import NETWORKS, is_convnet, load_any
 from common.corruptions import cutout, squares
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, read_header, read_json, save_json, save_safetensors
@@ -41,7 +42,7 @@ from kernels.gather import masked_patch_gather
 
 LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; of a character, also at the end
-KNOWN = 500  # training pictures of a character that new ones are compared with (results/LOG.md, "Strangers")
+HARDEST = 4  # strata that are named at the end
 DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short runs (results/LOG.md)
     "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
     "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
@@ -49,12 +50,13 @@ DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short
 }  # fmt: skip
 RESULTS = ("metrics.json", "head.safetensors", "gallery.safetensors", "model.safetensors", "adapter_model.safetensors",
            "adapter_config.json", "curves.png", "confusion.png", "confused.png")  # fmt: skip
-NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "seeds", "encoder")  # change no weights
+NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "seeds", "encoder")  # change nothing
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF")
+    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; from "
+                        f"scratch also {', '.join(NETWORKS)}")  # fmt: skip
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
     add("--data", metavar="DIR", help="labelled set (default: what the encoder was trained on, else datasets/toon)")
     add("--out", metavar="DIR", help="run folder (default: the encoder's, and the flags that matter)")
@@ -64,7 +66,8 @@ def parse_args():
     add("--hold-out", type=at_least(0), default=0, metavar="N", help="characters left out: strangers for recognize.py")
     add = parser.add_argument_group("what is trained").add_argument
     add("--method", default="lora", choices=DEFAULTS, help="head alone, low-rank adapters, everything")
-    add("--head", default="linear", choices=classifier.HEADS, help="classifier; ifa uses the CLS token of every block")
+    add("--head", default="linear", choices=classifier.HEADS, help="classifier; mlp has a hidden "
+        "layer, ifa uses the CLS token of every block")  # fmt: skip
     add("--margin", type=between(0, 1), metavar="M", help="of a margin head (default: 0.5, cosface 0.35)")
     add("--scale", type=between(1, 1000), default=32, metavar="S", help="of the cosine in a margin head")
     add("--pool", default="mean", choices=classifier.POOLS, help="patch tokens averaged, or the CLS token")
@@ -86,6 +89,10 @@ def parse_args():
     add("--patience", type=at_least(0), default=0, metavar="EPOCHS", help="stop after so many without better macro-F1")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add("--seeds", type=at_least(1), default=1, metavar="N", help="runs, of seed, seed + 1, ...; then mean and std")
+    add = parser.add_argument_group("who is unknown (results/LOG.md, Strangers)").add_argument
+    add("--faces", type=at_least(1), default=500, metavar="N", help="training pictures of a character in the gallery")
+    add("--reject", type=between(0, 1), default=classifier.MOST_REJECTED, metavar="SHARE",
+        help="of known faces that may be called unknown, at most (default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("the long tail").add_argument
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="tau * log(class share) on the logits")
@@ -114,12 +121,17 @@ def fill_defaults(args):
     refuse_unused(args, (
         ("r alpha targets dropout", args.method == "lora", f"is for --method lora, not for {args.method}"),
         ("lr layer-decay", args.method != "linear", "is for what learns in the encoder; --method linear: --head-lr"),
+        ("keep layer-decay unfreeze-every pool", not is_convnet(args.encoder), f"is for a ViT; {args.encoder} is none"),
         ("unfreeze-every", args.method == "full", f"is for --method full; {args.method} never unfreezes the encoder"),
         ("margin scale", args.head in classifier.MARGINS, f"is for --head {', '.join(classifier.MARGINS)}"),
         ("pool", args.head != "ifa", "is not for --head ifa, which reads the CLS token of every block"),
         ("min-crop colour cutout mixup cutmix", args.augment, f"is augmentation, and {args.method} has none here; "
          "with --augment it has"),
     ))  # fmt: skip
+    if is_convnet(args.encoder):
+        args.keep = 1.0
+        if args.method == "lora" or args.head == "ifa" or not (args.from_scratch or Path(args.encoder).exists()):
+            raise UserError(f"{args.encoder} is no ViT: give --method full --from-scratch, and a head that is not ifa")
     if (args.mixup or args.cutmix) and args.head in classifier.MARGINS:
         raise UserError(f"--head {args.head} puts its margin on one true class: leave --mixup and --cutmix at 0")
     if args.from_scratch and args.method == "lora":
@@ -183,9 +195,9 @@ def open_task(args, seed, out, device, autocast):
     (task.train, task.dev, task.report), task.classes = open_rows(args.data, args.eval_on, args.hold_out)
     of_class = [task.train.rows[task.train.labels[task.train.rows] == c] for c in range(len(task.classes))]
     task.gallery, task.known = (
-        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, KNOWN))
+        torch.cat([rows[data.evenly_spaced(len(rows), n)] for rows in of_class]) for n in (GALLERY, args.faces))
 
-    encoder, task.S = load_encoder(args.encoder, args.image_size)  # S: side of a view
+    encoder, task.S = load_any(args.encoder, args.image_size)  # S: side of a view
     encoder = untrained_like(encoder, seed) if args.from_scratch else encoder
     task.base = fingerprint(encoder)  # before training
     torch.manual_seed(seed)
@@ -207,6 +219,8 @@ def open_task(args, seed, out, device, autocast):
 def check_memory(args, task, images):
     """Refuse what memory can't hold: a step of so many images, or an evaluation of whole ones."""
     blocks, p = task.net.encoder.blocks, task.net.encoder.patch_size
+    if not blocks:  # a convolutional network
+        return
     shape = task.net.config["dim"], len(blocks), blocks[0].attn.heads
     item, fused, learns = 4 if args.dtype == "fp32" else 2, task.device.type != "cpu", args.method != "linear"
 
@@ -373,7 +387,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
     report, out = task.report, task.out
     where = {"commit": train.commit(), "machine": train.machine(task.device)}
     judged_before = (out / "head.safetensors").exists() and any(out.glob("metrics*.json"))
-    calibration = read_header(out / "gallery.safetensors")[1] if judged_before else write_gallery(task)
+    calibration = read_header(out / "gallery.safetensors")[1] if judged_before else write_gallery(args, task)
     logits, _ = predict(task, report, report.rows, "reported split")
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
@@ -385,7 +399,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
     row = {"run": out.name, "method": args.method, "head": args.head, "seed": task.config["seed"], "data": args.data,
            "evaluated_on": args.eval_on, **errors.scores(logits, report.labels[report.rows], sizes, task.classes),
            "top1_interval": [round(share["low"], 2), round(share["high"], 2)],
-           "thumbnails_top1": thumbnails,
+           "by_stratum": errors.by_stratum(report.split, report.rows, right), "thumbnails_top1": thumbnails,
            "best_epoch": best_epoch, "parameters_trained": task.count,
            "share_trained_percent": round(100 * task.share, 3),
            "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2), "step_ms": round(float(step_ms), 2),
@@ -404,16 +418,19 @@ def write_results(args, task, best_epoch, step, batch, meter):
 def result_message(row, out):
     """What is printed at the end: the result beside its control, and the command that follows."""
     (low, high), c = row["top1_interval"], row["calibration"]
+    strata = sorted((r["top1"], r["pictures"], name) for name, r in row["by_stratum"].items())[:HARDEST]
+    hardest = ", ".join(f"{name} {top1:.0f} % of {n}" for top1, n, name in strata)
     return (f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % ({low:.1f} to {high:.1f} by its illustrations; 8x8 "
             f"thumbnails: {row['thumbnails_top1']:.1f} %), Top-5 {row['top5']:.2f} %, macro-F1 {row['macro_f1']:.2f}"
             f" %, epoch {row['best_epoch']} kept\n"
+            + f"hardest  {hardest}\n" * bool(strata) +
             f"unknown  on dev {100 * c['false_reject']:.0f} % of known faces, {100 - 100 * c['false_accept']:.0f} % of "
             f"strangers ({c['by']})\nwrote    {out}/ after {row['seconds']:.0f} s\n"
             f"next: python recognize.py {shlex.quote(str(out))} PICTURE names a character, and with --verify "
             "measures how far to trust it")  # fmt: skip
 
 
-def write_gallery(task):
+def write_gallery(args, task):
     """gallery.safetensors, the embeddings of task.known -> what `calibrate` found on dev."""
     predict(task, task.train, task.gallery, bn_stats=True)
 
@@ -424,7 +441,8 @@ def write_gallery(task):
     embeddings, labels, dev = faces(task.train, task.known)[1], task.train.labels[task.known], task.dev
     strangers = (dev.labels < 0).nonzero()[:, 0]  # left out by --hold-out: what "unknown" looks like
     unknown = faces(dev, strangers)[1] if len(strangers) else None
-    calibration = classifier.calibrate(embeddings, labels, *faces(dev, dev.rows), dev.labels[dev.rows], unknown)
+    known = *faces(dev, dev.rows), dev.labels[dev.rows]
+    calibration = classifier.calibrate(embeddings, labels, *known, unknown, args.reject)
     keys = [task.train.split["header"]["keys"][i] for i in task.known.tolist()]
     path = task.out / "gallery.safetensors"
     classifier.save_gallery(path, embeddings, labels, task.classes, keys, len(task.classes), calibration)
@@ -454,7 +472,7 @@ def main():
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     _, _, device = distributed.join(device)
-    load_encoder(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
+    load_any(args.encoder, args.image_size)  # what is wrong with it is said before a data set is drawn
     with distributed.zero_first():
         args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
     autocast = train.autocast_of(device, dtype)

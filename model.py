@@ -171,15 +171,16 @@ class ViT(nn.Module):
         shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def embed(self, patches, ids):
-        """patches (B, K, P) that stand at places ids (B, K) -> tokens (B, 1+K, D)."""
-        x = self.patch_embed["proj"](patches) + self.pos_embed[0, 1:][ids]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+    def embed(self, patches, ids, pos=None):
+        """patches (B, K, P) that stand at places ids (B, K) -> tokens (B, 1+K, D); pos: others than its own."""
+        pos = self.pos_embed if pos is None else pos
+        x = self.patch_embed["proj"](patches) + pos[0, 1:][ids]
+        cls = (self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls.to(x.dtype), x], 1)
 
-    def forward(self, patches, ids):
+    def forward(self, patches, ids, pos=None):
         """patches (B, K, P), ids (B, K) -> normalised tokens (B, 1+K, D), the CLS token first."""
-        x = self.embed(patches, ids)
+        x = self.embed(patches, ids, pos)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

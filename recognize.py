@@ -304,6 +304,19 @@ def open_set(known, right, enrolled, strangers):
     return percent(shares) | counts
 
 
+def reliability(known, right, strangers):
+    """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in percent, and points.
+
+    Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is left out.
+    """
+    sure = torch.cat([known, strangers])
+    right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
+    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, strangers)])
+    there = ~sure.isnan()
+    error, points = metrics.calibration_error(sure[there], right[there], weights[there])
+    return round(100 * error, 3), points
+
+
 def table(row):
     """-> lines: what --verify found."""
     v, o, at = row.get("verification"), row.get("open_set"), [f"{100 * r:g}" for r in FALSE_RATES]
@@ -324,6 +337,8 @@ def table(row):
         return lines + ["no strangers in this set: --data OTHER with other characters measures them; finetune_lora.py "
                         "--hold-out 4 leaves four out of training"]  # fmt: skip
     named = " / ".join(f"{o[f'dir_at_far_{r}']:.1f}" for r in at)
+    if "calibration_error" in row:
+        lines.append(f"confidences are {row['calibration_error']:.1f} points off in the mean, where half are strangers")
     return lines + [
         f"{o['strangers']:,} pictures of strangers", f"  {o['strangers_unknown']:.1f} % called unknown",
         f"  {named} % of the known named rightly where {' / '.join(at)} % of the strangers get a name; known against "
@@ -332,15 +347,15 @@ def table(row):
 
 def faces_of(args, net, header, gallery, folder, name, autocast):
     """Pictures of a packed split -> split, rows, embeddings, which known character each shows (-1: a stranger), who it
-    is taken for, and the margin of that."""
+    is taken for, the margin of that, and the confidence."""
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
     pooled = pooled_of(net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True)
     logits, embeddings = predict(net, pooled)
     ids = {who: i for i, who in enumerate(gallery["names"])}
     own = torch.tensor([*(ids.get(who, -1) for who in split["header"]["classes"]), -1])  # the last: without a label
-    who, _, margin, _ = decide(logits, embeddings, gallery)
-    return split, rows, embeddings, own[split["labels"][rows]], who, margin
+    who, _, margin, sure = decide(logits, embeddings, gallery)
+    return split, rows, embeddings, own[split["labels"][rows]], who, margin, sure
 
 
 def verify(args, net, header, gallery, autocast):
@@ -353,24 +368,29 @@ def verify(args, net, header, gallery, autocast):
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.eval_on, header["data"])
     refuse_overwrite([home / "recognize.json"], args.force, "other --data or --eval-on go elsewhere")
-    split, rows, embeddings, own, who, margin = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
+    found = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
+    split, rows, embeddings, own, who, margin, sure = found
     row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "threshold": gallery["threshold"]}
     unit, labels = compared(embeddings, gallery), split["labels"][rows]
     pairs, strangers = metrics.pair_cosines(unit, labels, data.groups_of(split)[rows]), margin[own < 0]
+    sure_of_strangers = sure[own < 0]
     if min(map(len, pairs)) and data.has_labels(split):
         row["verification"] = verification(*pairs)
     if not (own >= 0).any() and Path(header["data"]).exists():
-        *_, own, who, margin = faces_of(args, net, header, gallery, header["data"], "val", autocast)
+        *_, own, who, margin, sure = faces_of(args, net, header, gallery, header["data"], "val", autocast)
         row["known_of"] = header["data"]
     known = own >= 0
     if known.any():
         row["open_set"] = open_set(margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers)
+    learned, points = known & (own < gallery["learned"]), ()
+    if learned.any() and len(strangers):
+        row["calibration_error"], points = reliability(sure[learned], (who == own)[learned], sure_of_strangers)
     if not {"verification", "open_set"} & row.keys():
         raise UserError(f"{folder} has neither two labelled characters in {args.eval_on}, nor strangers to measure")
     row |= {"command": command(), "machine": machine(net.encoder.cls_token.device), "commit": commit()}
     title, shown = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
     plots.plot_verification(home / "roc.png", pairs if "verification" in row else None,
-                            shown if min(map(len, shown)) else None, title)  # fmt: skip
+                            shown if min(map(len, shown)) else None, title, points)  # fmt: skip
     save_json(row, home / "recognize.json")
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)

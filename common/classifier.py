@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common.checkpoints import load_encoder, load_exactly
+from common.checkpoints import load_exactly
 from common.command import progress
+from common.convnets import load_any
 from common.io import UserError, read_safetensors, save_safetensors
 from common.lora import fingerprint, load_adapter
 
 MARGINS = {"arcface": 0.5, "cosface": 0.35, "curricularface": 0.5}  # radians, cosine, radians: the papers' values
-HEADS = ("linear", *MARGINS, "ifa")
+HEADS = ("linear", "mlp", *MARGINS, "ifa")
 POOLS = {"mean": lambda tokens: tokens[:, 1:].mean(1), "cls": lambda tokens: tokens[:, 0]}
+HIDDEN = 512  # width of the one hidden layer of mlp
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
 
 
@@ -77,6 +79,15 @@ class Fusion(nn.Module):
         return self.norm(F.relu(self.mix(x).squeeze(2)))
 
 
+def build_head(kind, dim, classes, margin, scale):
+    """(B, D) -> (B, C); ifa differs from linear in its neck alone."""
+    if kind in MARGINS:
+        return MarginHead(dim, classes, kind, margin, scale)
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
+    return nn.Linear(dim, classes)
+
+
 class Classifier(nn.Module):
     """Encoder, neck and head. `config` and the class names travel in head.safetensors."""
 
@@ -86,7 +97,7 @@ class Classifier(nn.Module):
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
         self.encoder = encoder
         self.neck = Fusion(dim, len(encoder.blocks)) if head == "ifa" else nn.BatchNorm1d(dim, 1e-6, affine=False)
-        self.head = MarginHead(dim, classes, head, margin, scale) if head in MARGINS else nn.Linear(dim, classes)
+        self.head = build_head(head, dim, classes, margin, scale)
 
     def pooled(self, patches, ids):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); the CLS tokens of all blocks, (B, D, L), for ifa."""
@@ -239,13 +250,13 @@ def class_scores(unit, gallery):
     return torch.stack(scores, 1)
 
 
-def calibrate(embeddings, labels, logits, known, known_labels, strangers=None):
+def calibrate(embeddings, labels, logits, known, known_labels, strangers=None, reject=MOST_REJECTED):
     """When a face is unknown, and how sure an answer is -> a dict of plain values for the gallery's header.
 
     embeddings (n, D), labels (n,): the gallery. logits (m, C), known (m, D), known_labels (m,) and strangers (k, D):
     pictures that were held apart for choices. Without strangers each known face plays one.
     threshold: the similarity that as large a share of strangers reaches as of known faces fails to; but at most
-    MOST_REJECTED of these fail. enrolled_threshold: for a character of SHOTS pictures.
+    a share `reject` of these fails. enrolled_threshold: for a character of SHOTS pictures.
     temperature: of the head's logits (Guo et al. 2017, arXiv:1706.04599); platt: a, b of the probability
     sigmoid(a * (similarity - threshold) + b) that a face is known where half of all are strangers (Platt 1999).
     """
@@ -258,7 +269,7 @@ def calibrate(embeddings, labels, logits, known, known_labels, strangers=None):
     else:
         other = class_scores(compared(strangers, gallery), gallery).amax(1)
         by = "characters left out of training, held apart for choices"
-    threshold = min(balance(score, other), score.sort().values[int(MOST_REJECTED * len(score))].item())
+    threshold = min(balance(score, other), score.sort().values[min(int(reject * len(score)), len(score) - 1)].item())
     accepted, rejected = (other >= threshold).float().mean().item(), (score < threshold).float().mean().item()
     return {"threshold": threshold, "enrolled_threshold": enrolled_threshold(gallery, known, known_labels), "by": by,
             "false_accept": accepted, "false_reject": rejected, "temperature": fit_temperature(logits, known_labels),
@@ -345,7 +356,7 @@ def load_classifier(folder):
     if lost := sorted({"base", "classes", "config", "method", "image_size", "fingerprint"} - header.keys()):
         raise UserError(f"{path} has no {lost[0]!r}; finetune_lora.py makes it anew")
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
-    encoder, _ = load_encoder(base, header["image_size"])
+    encoder, _ = load_any(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
         raise UserError(f"{base} is not the encoder that {folder} was trained on any more; "
                         "put that one back, or run finetune_lora.py again")  # fmt: skip

@@ -39,6 +39,25 @@ def scores(logits, labels, sizes, names):
             "confusion": found["confusion"]}  # fmt: skip
 
 
+def in_styles(split, rows):
+    """Rows (n,) of a split -> {"palette: vivid": (n,) bool}: which of them are drawn so; {} of a set without styles."""
+    strata = enumerate((split["header"].get("style") or {}).items())
+    return {f"{stratum}: {value}": torch.from_numpy(np.asarray(split["style"])[rows, column] == i)
+            for column, (stratum, values) in strata for i, value in enumerate(values)}  # fmt: skip
+
+
+def by_stratum(split, rows, right, least=20):
+    """Top-1 of pictures that share a style or a tag, as packed -> {name: {"top1": in percent, "pictures"}}.
+
+    rows (n,) of a split, right (n,) bool; strata of fewer than `least` pictures, or of all, are left out.
+    """
+    found = in_styles(split, rows)
+    if tags := split["header"].get("tags"):
+        found |= {t: torch.from_numpy((np.asarray(split["tags"])[rows] == i).any(1)) for i, t in enumerate(tags)}
+    found = {name: right[there] for name, there in found.items() if least <= there.sum() < len(rows)}
+    return {k: {"top1": 100 * r.double().mean().item(), "pictures": len(r)} for k, r in found.items()}
+
+
 def over_seeds(rows):
     """Metrics of several seeds -> {number: {"mean", "deviation", "of each"}} of the plain numbers that they share."""
     shared = set.intersection(*map(set, rows)) - {"seed"}

@@ -18,6 +18,7 @@ import data
 from common import metrics
 from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
+from common.convnets import ConvNet
 from common.evaluate import extremes
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
@@ -91,7 +92,7 @@ def load_mae(path):
 def untrained_like(encoder, seed=0):
     """An encoder of the same shape as it was before it learned anything: the control of every feature."""
     torch.manual_seed(seed)
-    return ViT(**shape_of(encoder)).eval()
+    return (ConvNet(**encoder.config) if isinstance(encoder, ConvNet) else ViT(**shape_of(encoder))).eval()
 
 
 # ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B, D)} ---------------

@@ -14,6 +14,7 @@ from torch import nn
 
 from common import formats
 from common.checkpoints import as_convolution, load_encoder
+from common.convnets import ConvNet
 from common.io import UserError, save_json, save_safetensors
 from model import shape_of
 
@@ -110,6 +111,8 @@ def save_encoder(encoder, path, about):
     """Write an encoder alone, without a decoder; an adapter has to be merged and removed before."""
     if lora_layers(encoder):
         raise ValueError("merge_lora and remove_lora first: a file of ours holds plain layers")
+    if isinstance(encoder, ConvNet):
+        return save_safetensors(encoder.state_dict(), path, {"config": encoder.config, **about})
     config = shape_of(encoder) | {"norm_eps": encoder.norm.eps}
     save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **about})
 

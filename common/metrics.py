@@ -130,6 +130,21 @@ def classification(scores, labels, counts):
             "per_class": recall, "confusion": confusion.tolist()}  # fmt: skip
 
 
+def calibration_error(sure, right, weights, bins=10):
+    """Is a confidence right as often as it says? sure in [0, 1], right bool, weights: (n,) each -> error, points.
+
+    The expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of equal bins, in [0, 1]; points: (mean
+    confidence, share right, weight) of each bin with a picture.
+    """
+    place, points = (sure * bins).long().clamp(0, bins - 1), []
+    weights = (weights / weights.sum()).double()
+    for b in range(bins):
+        w = weights * (place == b)
+        if (total := w.sum().item()) > 0:
+            points.append(((w * sure).sum().item() / total, (w * right).sum().item() / total, total))
+    return sum(total * abs(said - true) for said, true, total in points), points
+
+
 def threshold_of(curve):
     """What is reached in a run counts from here: untrained + 90 % of what the run gained, curve[0] to curve[-1].
 

@@ -502,16 +502,25 @@ def reconstruction(path, rows, title):
 # ---- verification --------------------------------------------------------------------------------------------------
 
 
-def plot_verification(path, pairs, strangers, title):
-    """ROC and PR curves of (same character, different ones) and (known, strangers), and their scores; None: without."""
+def plot_verification(path, pairs, strangers, title, reliable=()):
+    """ROC and PR curves of (same character, different ones) and (known, strangers), and their scores; None: without.
+
+    reliable: points of metrics.calibration_error, in a panel of their own.
+    """
     from sklearn.metrics import precision_recall_curve
 
     kinds = [("two faces: same character?", BLUE, pairs, ("same", "different"), "similarity"),
              ("one face: is it known?", ORANGE, strangers, ("known", "stranger"), "margin")]  # fmt: skip
     kinds = [kind for kind in kinds if kind[2]]
-    n = 2 + len(kinds)
+    n = 2 + len(kinds) + bool(reliable)
     with panels(path, title, 1, n, (3.5 * n, 3.5)) as axes:
-        for (name, colour, scores, words, what), axis in zip(kinds, axes[2:], strict=True):
+        if reliable:
+            said, true, weight = (100 * np.array(x) for x in zip(*reliable, strict=True))
+            axes[-1].plot((0, 100), (0, 100), color=INK, ls=":")
+            axes[-1].plot(said, true, color=BLUE)
+            axes[-1].scatter(said, true, 8 + 4 * weight, color=BLUE)
+            axes[-1].set(title="Is the confidence right?", xlabel="confidence, %", ylabel="named rightly, %")
+        for (name, colour, scores, words, what), axis in zip(kinds, axes[2 : 2 + len(kinds)], strict=True):
             false, true = metrics.roc(*scores)
             axes[0].plot(100 * false, 100 * true, color=colour, label=name)
             precision, recall, _ = precision_recall_curve(*metrics.truth_and_scores(*scores))

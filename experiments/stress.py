@@ -25,7 +25,7 @@ import torch
 
 import data
 import mask as masking
-from common import features, guidance, metrics, stats
+from common import errors, features, guidance, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
 from common.command import (
     Parser,
@@ -153,12 +153,8 @@ def without_parts(task):
 
 def by_style(task, right):
     """Top-1 and number of images of each value of each of the demo set's strata, on clean pictures."""
-    style, result = torch.from_numpy(task.split["style"][task.rows.numpy()].astype("int64")), {}
-    for column, (stratum, values) in enumerate(task.split["header"]["style"].items()):
-        for i, value in enumerate(values):
-            here = right[style[:, column] == i]
-            result[f"{stratum}: {value}"] = {"top1": percent(here) if len(here) else None, "images": len(here)}
-    return result
+    found = {name: right[here] for name, here in errors.in_styles(task.split, task.rows).items()}
+    return {name: {"top1": percent(x) if len(x) else None, "images": len(x)} for name, x in found.items()}
 
 
 def by_resolution(task, clean):

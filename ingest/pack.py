@@ -45,7 +45,7 @@ from common.command import (
 from common.io import UserError, read_header, remove_leftovers, write_rows
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
-from ingest.splits import assign_splits, large_enough, without_copies
+from ingest.splits import assign_splits, large_enough, long_tailed, without_copies
 
 SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
 CROPS = ("centre", "figure")
@@ -237,9 +237,10 @@ def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop=
     rows, named = [(r.label, r.group) for r in records], dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, dev, seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
+    records, thinned = long_tailed(records, tail) if tail and not is_toon else (records, [])
     words, left_out = tags.vocabulary(records, min_per_tag, tag_importance, emoticons)
     dims, stream = tags.add_planes(words, records, dims, stream, thin=is_toon)
-    told += dropped + few + left_out + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    told += dropped + few + thinned + left_out + too_few_to_deal(splits, named | {"dev": dev}, source[0])
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
     about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
@@ -424,7 +425,7 @@ def parse_args():
     add("--tag-importance", type=between(0, 1e9), default=0.0, metavar="X",
         help="and those with no more of it; .2 is MFDN's (default: 0, not asked)")  # fmt: skip
     add("--emoticons", action="store_true", help="keep tags such as :d and ^_^")
-    add("--tail", type=between(0, 5), default=0.0, help="toon only: class sizes follow rank^-TAIL; 0 is balanced")
+    add("--tail", type=between(0, 5), default=0.0, help="class sizes follow rank^-TAIL; of pictures in train alone")
     add("--drawings", type=at_least(1), metavar="N", help=f"toon only: how many (default: {toon.COUNT})")
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     add("--force", action="store_true", help="replace what is there already")
@@ -447,7 +448,8 @@ def refuse_unused_flags(args):
         ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_drawn,
          f"is for pictures, and {args.path} is drawn"),
         ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
-        ("tail drawings", args.path == "toon", "is for the demo set: python data.py toon"),
+        ("drawings", args.path == "toon", "is for the demo set: python data.py toon"),
+        ("tail", args.path != "hybrid", "is for characters, and hybrid has two classes"),
         ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
         ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
 

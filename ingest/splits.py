@@ -3,6 +3,7 @@
 Plain functions on the records of ingest/sources.py. The same records and the same seed give the same splits.
 """
 
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
@@ -118,6 +119,24 @@ def large_enough(records, least):
     refuse_gone(records, kept, f"images of {{}} have no class of {least} or more", "give a smaller --min-per-class")
     lost, gone = sum(n < least for label, n in count.items() if label is not None), len(records) - len(kept)
     return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
+
+
+def long_tailed(records, tail, least=5):
+    """Training pictures left out until class sizes follow rank^-tail, at least `least`, and a note on them.
+
+    The largest class stays whole; of the others those stay whose names come first in the order of their digests, which
+    is the same on every machine. Other splits stay whole: they ask for each character as often as before.
+    """
+    train = [r for r in records if r.split == "train" and r.label is not None]
+    count = Counter(r.label for r in train)
+    ranked = sorted(count, key=lambda label: (-count[label], label))
+    room = {label: max(least, round(count[ranked[0]] * rank**-tail)) for rank, label in enumerate(ranked, 1)}
+    gone = set()
+    for r in sorted(train, key=lambda r: hashlib.blake2b(r.key.encode()).digest()):
+        room[r.label] -= 1
+        gone |= {r.key} if room[r.label] < 0 else set()
+    note = [f"{len(gone)} training images left out: class sizes follow rank^-{tail:g}"] if gone else []
+    return [r for r in records if r.key not in gone], note
 
 
 def crossing(records, keep_copies):

@@ -285,7 +285,7 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
 @pytest.mark.parametrize(
     "path, flags",
     [("images", "--margin -1"), ("images", "--crop nose"), ("images", "--dedupe maybe"), ("images", "--margin .2"),
-     ("images", "--boxes b.txt"), ("images", "--tail 1"), ("images", "--tail 0"), ("images", "--drawings 9"),
+     ("images", "--boxes b.txt"), ("images", "--tail 6"), ("hybrid", "--tail 1"), ("images", "--drawings 9"),
      ("images", "--split nan,0,0"), ("images", "--split 1,nan,0"), ("images", "--split inf,0,0"),
      ("images", "--split 2,-1,0"),
      ("images", "--show --out x"), ("images", "--show --dev .1"), ("images", "--show --seed 1"),
@@ -595,6 +595,23 @@ def test_the_demo_set_can_be_long_tailed(monkeypatch):
     records, *_ = pack.open_toon(16, 0, 1.2)
     sizes = sorted(Counter(r.label for r in records).values())
     assert sizes[0] >= 5 and sizes[-1] > 20 * sizes[0] and len(sizes) == 48
+
+
+def test_any_set_can_be_long_tailed_in_train_alone(tmp_path):
+    draw_folder(tmp_path / "images", classes=4, each=40)
+    words = ["data.py", "images", "--size", 16, "--split", ".5,.1,.4", "--dedupe", "off", "--group-by", "(.*)"]
+    for out, more in (("whole", []), ("tail", ["--tail", 1.2]), ("again", ["--tail", 1.2])):
+        done = call(*words, *more, "--out", out, cwd=tmp_path, check=0)
+    assert "left out: class sizes follow rank^-1.2" in done.stdout
+    whole, tail, again = ({name: data.open_split(tmp_path / out, name) for name in ("train", "val", "test")}
+                          for out in ("whole", "tail", "again"))  # fmt: skip
+    most = whole["train"]["labels"].bincount().max().item()
+    assert sorted(tail["train"]["labels"].bincount().tolist()) == sorted(
+        max(5, round(most * rank**-1.2)) for rank in (1, 2, 3, 4))  # fmt: skip
+    assert set(tail["train"]["header"]["keys"]) < set(whole["train"]["header"]["keys"])
+    for name in ("val", "test"):
+        assert tail[name]["header"]["keys"] == whole[name]["header"]["keys"]
+    assert data.fingerprint(tail["train"]) == data.fingerprint(again["train"]) != data.fingerprint(whole["train"])
 
 
 def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):

@@ -186,6 +186,17 @@ def test_no_more_known_faces_are_rejected_than_promised_however_alike_strangers_
     known, twins = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
     found = classifier.calibrate(known, labels, known @ centre.T, twins, labels, twins[:50])
     assert found["false_reject"] < 0.091 and found["false_accept"] > 0.5
+    fewer = classifier.calibrate(known, labels, known @ centre.T, twins, labels, twins[:50], reject=0.03)
+    assert fewer["false_reject"] <= 0.03 and fewer["threshold"] < found["threshold"]
+    assert fewer["false_accept"] >= found["false_accept"]
+
+
+def test_a_gallery_has_as_many_faces_as_are_asked_for(small, encoder, tmp_path):
+    words = [encoder, "--data", small, "--method", "linear", "--epochs", 1, "--faces", 3, "--out", tmp_path / "run"]
+    call("finetune_lora.py", *words, cwd=tmp_path, check=0)
+    tensors, _ = read_safetensors(tmp_path / "run" / "gallery.safetensors")
+    assert tensors["labels"].bincount().tolist() == [3, 3, 3]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]["faces"] == 3
 
 
 def test_whitening_makes_what_faces_of_one_character_differ_in_count_less():
@@ -413,3 +424,17 @@ def test_sets_that_can_not_teach_are_refused(encoder, tmp_path):
     call("data.py", *words, cwd=tmp_path, check=0)
     with pytest.raises(UserError, match="class2.*--min-per-class"):
         main(encoder, "--data", tmp_path / "one", "--out", tmp_path / "x")
+
+
+def test_strata_are_those_of_styles_and_tags_that_enough_pictures_have():
+    header = {"style": {"palette": ["natural", "vivid"]}, "tags": ["hat", "rare"]}
+    split = {"header": header, "style": np.uint8([[0]] * 20 + [[1]] * 30),
+             "tags": np.int32([[0, -1]] * 25 + [[1, -1]] * 5 + [[-1, -1]] * 20)}  # fmt: skip
+    right = torch.arange(50) < 22
+    found = errors.by_stratum(split, torch.arange(50), right)
+    assert found == {"palette: natural": {"top1": 100, "pictures": 20},
+                     "palette: vivid": {"top1": pytest.approx(100 * 2 / 30), "pictures": 30},
+                     "hat": {"top1": 88, "pictures": 25}}  # fmt: skip
+    rows = torch.arange(20, 50)  # all of them vivid: no stratum
+    assert errors.by_stratum(split, rows, right[rows], least=5).keys() == {"hat", "rare"}
+    assert errors.by_stratum({"header": {}}, rows, right[rows]) == {}

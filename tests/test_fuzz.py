@@ -170,7 +170,7 @@ UNUSED = [
     (["tags.py", "runs/tags", *CPU], PICTURE, "--arm vilt|--epochs 3|--data datasets/tiny|--resume|--out new|--seed 1|"
                                               "--like table.csv"),
     (PACK, "", "--min-per-tag 3|--tag-importance .2|--emoticons"),
-    (PACK, "", "--margin .2|--tail 1|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
+    (PACK, "", "--margin .2|--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
     (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
     (["data.py"], "--show datasets/tiny", "--out new|--size 32|--crop figure|--split .8,.1,.1|--dev .1|--dedupe|"
                                           "--seed 1|--min-per-class 2"),

@@ -306,3 +306,10 @@ def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
     axes = [axis for figure in seen for axis in figure.axes]
     shown = [a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))]
     assert len(seen) == 6 and len(shown) >= 8 and all(a.get_ylim()[1] <= 100 for a in shown)
+
+
+def test_calibration_error_is_the_mean_gap_of_its_bins():
+    sure, right = torch.tensor([0.05, 0.95, 0.95, 0.95]), torch.tensor([False, True, True, False])
+    error, points = metrics.calibration_error(sure, right, torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    assert error == pytest.approx(0.2 * 0.05 + 0.8 * (0.95 - 0.5)) and len(points) == 2
+    assert metrics.calibration_error(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2))[0] == 0

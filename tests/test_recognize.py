@@ -242,6 +242,15 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
     told = recognise(capsys, copy, "--verify", "--data", tmp_path / "others", "--eval-on", "train").out
     row = json.loads((copy / "others-train" / "recognize.json").read_text())
     assert row["known_of"].endswith("packed") and row["open_set"]["strangers"] > 20 and "pictures of strangers" in told
+    assert 0 <= row["calibration_error"] <= 100 and f"{row['calibration_error']:.1f} points off" in told
+
+
+def test_a_confidence_is_judged_where_half_are_strangers():
+    known, right = torch.tensor([0.9, 0.9, torch.nan]), torch.tensor([True, True, False])
+    error, points = recognize.reliability(known, right, torch.full((8,), 0.9))  # weights 2/3, right, and 1, wrong
+    assert points == [(pytest.approx(0.9), pytest.approx(0.4), pytest.approx(1.0))] and error == pytest.approx(50)
+    error, _ = recognize.reliability(torch.ones(3), torch.ones(3, dtype=torch.bool), torch.zeros(5))
+    assert error == 0
 
 
 # ---- bad runs ------------------------------------------------------------------------------------------------------
