@@ -113,8 +113,7 @@ def tuned(args, arm, encoder, rate, epochs, seed, phase, more=()):
     """A run of finetune_lora.py -> its folder. epochs None: the default of its method."""
     _, command, flag, _ = ARMS[arm]
     words = ["finetune_lora.py", encoder, *shlex.split(command), flag, f"{rate:g}", "--seed", str(seed), *more]
-    words += ["--epochs", str(epochs)] if epochs else []
-    return make(args, args.home / f"{phase}-{arm}-{rate:g}-s{seed}", words)
+    return make(args, args.home / f"{phase}-{arm}-{rate:g}-s{seed}", words + ["--epochs", str(epochs)] * bool(epochs))
 
 
 def core_seconds(args, out):
@@ -135,14 +134,15 @@ def pilot(args, plan):
     """Epochs of every encoder and arm."""
     for name in args.encoders:
         if name not in plan["epochs"]:
-            out = Path(encoder_of(args, name, ENCODERS[name][2][1], 1, 0, "pilot"))
+            out = Path(encoder_of(args, name, statistics.median_low(ENCODERS[name][2]), 1, 0, "pilot"))
             plan["epochs"][name] = max(1, round(60 * args.pretrain_minutes / core_seconds(args, out)))
             save_json(plan, args.plan)
     for arm in args.arms:
         if arm not in plan["epochs"] and not is_cached(arm):
             name, _, _, rates = ARMS[arm]
-            encoder = encoder_of(args, name, ENCODERS[name][2][1] if name in ENCODERS else 0, 1, 0, "pilot")
-            out = tuned(args, arm, encoder, rates[1], 1, 0, "pilot")
+            first = statistics.median_low(ENCODERS[name][2] if name in ENCODERS else [0])
+            encoder = encoder_of(args, name, first, 1, 0, "pilot")
+            out = tuned(args, arm, encoder, statistics.median_low(rates), 1, 0, "pilot")
             plan["epochs"][arm] = max(1, round(60 * args.minutes / core_seconds(args, out)))
             save_json(plan, args.plan)
 
