@@ -2,10 +2,15 @@
 
     python -m experiments.baselines --data datasets/NAME --dry    # what would run
     python -m experiments.baselines --data datasets/NAME --out results/baselines
+    python -m experiments.baselines --data datasets/NAME --table margin
 
 Reads:  datasets/NAME
-Writes: OUT/NAME/ plan.json (epochs, learning rates), rows.csv with a row a run and the command that makes it again,
-        table.md, table.json, table.png
+Writes: OUT/NAME/ (behind it -TABLE) plan.json (epochs, learning rates), rows.csv with a row a run and the command that
+        makes it again, table.md, table.json, table.png
+
+Four tables: `recognition` has the baselines, `tail` what is done where few characters have most pictures (a set of
+data.py --tail), `margin` how the threshold of "unknown" moves with the margin of a head, and `shape` which pictures,
+patches, batches and depths transfer best.
 
 pilot   an epoch of everything: how many epochs fill --pretrain-minutes and --minutes of one core
 tune    three learning rates each, in a third of the epochs, judged on dev
@@ -67,14 +72,36 @@ for network in ("resnet10", "resnet50", "efficientnet_b0"):
     for head in ("", "arcface"):
         name = "-".join(filter(None, (network, head)))
         ARMS[name] = network, f"{SCRATCH} --head {head or 'linear'}", "--lr", (3e-4, 1e-3, 3e-3)
+TABLES = {"recognition": list(ARMS)}  # the arms of each; those of the others begin with mae-full
+for table, more in (
+    ("tail", {"balanced": "--balanced", "adjusted": "--logit-adjust 1", "arcface": "--head arcface --margin .3",
+              "cosface": "--head cosface --margin .2"}),
+    ("margin", {f"{head}-{m:g}": f"--head {head} --margin {m:g}"
+                for head, margins in (("arcface", (0.1, 0.3, 0.5)), ("cosface", (0.1, 0.2, 0.35))) for m in margins}),
+):  # fmt: skip
+    new = {f"mae-full-{name}": ("mae", f"--method full {flags}", *METHODS["full"][1:]) for name, flags in more.items()}
+    TABLES[table], ARMS = ["mae-full", *new], ARMS | new
+SHAPES = {"64p4": "--patch-size 4", "64p16": "--patch-size 16", "96p8": "--image-size 96",
+          "96p12": "--image-size 96 --patch-size 12", "128p16": "--image-size 128 --patch-size 16",
+          "b32": "--batch-size 32", "b128": "--batch-size 128", "tiny": "--model tiny"}  # fmt: skip
+for name, flags in SHAPES.items():
+    ENCODERS["mae" + name] = f"{ENCODERS['mae'][0]} {flags}", *ENCODERS["mae"][1:]
+    ARMS[f"mae{name}-full"] = "mae" + name, *METHODS["full"]
+TABLES["shape"] = ["mae-full", *(f"mae{name}-full" for name in SHAPES)]
 LARGE = ("resnet50", "efficientnet_b0")  # networks that get one seed
 CACHED = ("linear", "mlp", "ifa")  # arms that learn from features which are computed once
 LEFT_OUT, BATCHES = 5, (1, 64)  # characters, of the run with strangers; pictures at once, of latency
 CPU = torch.device("cpu")  # where answers are timed, and spoiled pictures named
 GOOD = {"top1": "Top-1", "top5": "Top-5", "macro_f1": "macro-F1", "head": "head", "mid": "mid", "tail": "tail",
         "tpr_at_fpr_0.1": "TPR at FPR .1 %", "tpr_at_fpr_1": "1 %", "tpr_at_fpr_10": "10 %", "eer": "EER",
-        "roc_auc": "ROC-AUC", "auroc_unknown": "strangers: AUROC", "dir_at_far_1": "DIR at FAR 1 %",
-        "dir_at_far_10": "10 %", "one_shot": "5-way, one shot", "five_shot": "five", "spoiled": "spoiled"}  # fmt: skip
+        "roc_auc": "ROC-AUC", "spoiled": "spoiled"}  # fmt: skip
+NEW = {"auroc_unknown": "AUROC", "dir_at_far_1": "DIR at FAR 1 %", "dir_at_far_10": "10 %", "threshold": "threshold, %",
+       "known_rejected": "known refused", "strangers_unknown": "strangers refused",
+       "strangers_unknown_at_5": "at 5 % of the known", "calibration_error": "confidence off by",
+       "one_shot": "5-way, one shot", "five_shot": "five"}  # fmt: skip
+PANELS = {"recognition": (("top1", "Top-1"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %")),
+          "tail": (("top1", "Top-1"), ("macro_f1", "macro-F1")),
+          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused"))}
 COST = {"epochs": "epochs", "parameters_m": "parameters, M", "gflop": "GFLOP a picture", "step_ms": "step, ms",
         "peak_memory_mb": "peak memory, MB", "ms_1": "ms for 1", "ms_64": "ms for 64"}  # fmt: skip
 
@@ -241,8 +268,9 @@ def row_of(args, out, strangers=None):
     (net, header), autocast = load_classifier(out), autocast_of(CPU, args.dtype)
     row |= spoiled(args, net, header, autocast) | cost(net, header["image_size"], autocast)
     if strangers:
-        against = read_json(strangers / "recognize.json", ["open_set"], "remove it")["open_set"]
-        row |= {k: v for k, v in against.items() if k in GOOD}
+        new = read_json(strangers / "recognize.json", ["open_set"], "remove it")
+        new |= new["open_set"] | {"threshold": 100 * new["threshold"]}
+        row |= {k: v for k, v in new.items() if k in NEW}
         row |= few_shot(args, *load_classifier(strangers), autocast)
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} | {
         "right": found["right"], "machine": found["machine"], "commit": found["commit"],
@@ -300,31 +328,32 @@ def few_shot(args, net, header, autocast):
 
 def write_table(args):
     """table.md, table.json and table.png of the rows that are there; the best arm is the one with the highest Top-1."""
-    rows = [{column: row.get(column, "") for column in (*row, *GOOD, *COST)} for row in read_csv(args.rows)]
+    rows = [{column: row.get(column, "") for column in (*row, *GOOD, *NEW, *COST)} for row in read_csv(args.rows)]
     arms = by_arm(rows, ARMS)
     order = sorted(arms, key=lambda arm: -statistics.fmean(float(r["top1"]) for r in arms[arm].values()))
-    arms, split = {arm: arms[arm] for arm in order}, data.open_split(args.data, "val")
-    behind = {arm: against(arms[arm], arms[order[0]], split) for arm in order}
-    good = [c for c in GOOD if any(r[c] != "" for r in rows)]
-    title = f"Recognition on {args.data_name}, val"
+    behind = {arm: against(arms[arm], arms[order[0]], data.open_split(args.data, "val")) for arm in order}
+    arms = {arm: arms[arm] for arm in (TABLES["margin"] if args.table == "margin" else order) if arm in arms}
+    good, new = ([c for c in columns if any(r[c] != "" for r in rows)] for columns in (GOOD, NEW))
+    title = f"{args.table.capitalize()} on {args.data_name}, val"
     about = (f"`{VIT}`; {args.minutes:g} minutes of one core for each arm, {args.pretrain_minutes:g} for each encoder "
              "before. Behind: points of Top-1 behind the best arm, with a 95 % interval by seeds and illustrations. "
-             f"Strangers and few-shot: {LEFT_OUT} characters left out of training, one seed. Spoiled: Top-1 under "
-             f"eight corruptions.{missing(good)}")  # fmt: skip
+             f"Spoiled: Top-1 under eight corruptions.{missing(good + new)}")  # fmt: skip
+    strangers = (f"{LEFT_OUT} characters left out of training, seed 0: who is refused by the threshold of dev, and "
+                 "few-shot episodes among those five:")  # fmt: skip
     lines = [f"# {title}, in percent; mean ± std over seeds", "", about, "",
-             *table_lines(arms, good, GOOD, cell, behind), "", *table_lines(arms, COST, COST, mean), "",
-             "![Top-1 and verification by arm](table.png)", ""]  # fmt: skip
+             *table_lines(arms, good, GOOD, cell, behind), "", strangers, "", *table_lines(arms, new, NEW, cell), "",
+             "What it costs:", "", *table_lines(arms, COST, COST, mean), "", "![The arms, a dot a seed](table.png)", ""]
     save_text("\n".join(lines), args.out / "table.md")
-    save_json({arm: {"behind": behind[arm]} | {c: cell(seeds, c) for c in good} | {c: mean(seeds, c) for c in COST}
-               for arm, seeds in arms.items()}, args.out / "table.json")  # fmt: skip
-    draw(args.out / "table.png", arms, f"{title}: a dot is a seed")
+    cells = {arm: {c: cell(of, c) for c in good + new} | {c: mean(of, c) for c in COST} for arm, of in arms.items()}
+    save_json({arm: {"behind": behind[arm]} | found for arm, found in cells.items()}, args.out / "table.json")
+    draw(args.out / "table.png", arms, f"{title}: a dot is a seed", PANELS.get(args.table, PANELS["recognition"]))
 
 
 def missing(good):
     """Why a column is not there."""
     why = {"head": "no character has more than 100 pictures", "tail": "none has fewer than 20",
            "eer": "no character has two illustrations in val", "one_shot": "too few characters to leave five out"}
-    said = [f"{GOOD[c]} ({text})" for c, text in why.items() if c not in good]
+    said = [f"{(GOOD | NEW)[c]} ({text})" for c, text in why.items() if c not in good]
     return f" Columns left out: {', '.join(said)}." if said else ""
 
 
@@ -354,9 +383,8 @@ def against(seeds, best, split):
     return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
-def draw(path, arms, title):
-    """A dot for each seed, the best arm above."""
-    panels = (("top1", "Top-1, %"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %"))
+def draw(path, arms, title, panels):
+    """A dot for each seed, the best arm above; panels: (column, its name), two."""
     kinds = {True: ("pre-trained ViT", plots.BLUE), False: ("from scratch", plots.ORANGE)}
     with plots.panels(path, title, 1, 2, (9.6, 1.2 + 0.24 * len(arms)), sharey=True) as axes:
         for axis, (column, name) in zip(axes, panels, strict=True):
@@ -377,7 +405,8 @@ def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="packed set with labels")
-    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
+    add("--table", choices=TABLES, default="recognition", help="which one (default: %(default)s)")
+    add("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"default: the table's; all: {' '.join(ARMS)}")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="of each arm, from 0 on (default: 3)")
     add("--minutes", type=between(1e-4, 1e4), default=3, metavar="M", help="of one core for each arm (default: 3)")
     add("--pretrain-minutes", type=between(1e-4, 1e4), default=6, metavar="M", help="for each encoder (default: 6)")
@@ -389,12 +418,13 @@ def parse_args():
 def say_plan(args):
     """How much would run, in minutes of one core."""
     learn, quick = [a for a in args.arms if not is_cached(a)], [a for a in args.arms if is_cached(a)]
+    gone = [a for a in TABLES[args.table] if a not in args.arms]
     encoders = len(args.encoders) * args.pretrain_minutes * (1 + args.seeds)
     arms = args.minutes * sum(1 + seeds_of(args, arm) + 1 for arm in learn)
     print(f"encoders {', '.join(args.encoders)}: trials and {args.seeds} seeds, {encoders:g} minutes of one core\n"
           f"arms     {', '.join(learn)}: trials, {args.seeds} seeds ({', '.join(LARGE)} one), one with strangers, "
           f"{arms:g} minutes\n"
-          f"seconds  {', '.join(quick)}\nleft out {', '.join(a for a in ARMS if a not in args.arms) or 'nothing'}\n"
+          f"seconds  {', '.join(quick)}\nleft out {', '.join(gone) or 'nothing'}\n"
           f"in all   {(encoders + arms) / 60 / args.threads / args.jobs:.1f} hours here")  # fmt: skip
 
 
@@ -405,10 +435,11 @@ def main():
         raise UserError(f"{args.data} is no packed set; python data.py FOLDER makes one, a folder per character")
     train = data.open_split(args.data, "train")
     args.images, args.classes = len(train["labels"]), len(train["header"]["classes"])
-    args.data_name = Path(args.data).name
+    args.data_name, args.arms = Path(args.data).name, args.arms or TABLES[args.table]
     args.encoders = [name for name in ENCODERS if any(ARMS[arm][0] == name for arm in args.arms)]
     args.dtype = pick_dtype("auto", CPU)[0]
-    args.out, args.home = Path(args.out) / args.data_name, Path(args.work) / args.data_name
+    folder = args.data_name + f"-{args.table}" * (args.table != "recognition")
+    args.out, args.home = Path(args.out) / folder, Path(args.work) / args.data_name
     args.plan, args.rows = args.out / "plan.json", args.out / "rows.csv"
     say_plan(args)
     if args.dry:
