@@ -162,7 +162,7 @@ def open_toon(size, seed, tail=0.0, drawings=None):
     processes = at_once(size, PAINT, os.cpu_count() or 1)
     items = toon.plan(n=drawings or toon.COUNT, seed=seed, tail=tail)
     records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
-    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (3,)}
+    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (len(toon.STRATA),)}
     more = {"style": toon.STRATA, "parts": toon.PARTS}
     return records, [], dims, None, lambda some: render(some, toon.draw, size, dims, processes), more
 
@@ -176,7 +176,7 @@ def open_hybrid(size, seed):
         draw = partial(hybrid.draw, photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
                        colours=hybrid.palettes(seed))  # fmt: skip
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in hybrid.plan(seed)]
-    dims = {"images": (size, size, 3), "drawn": (size, size), "style": (3,)}
+    dims = {"images": (size, size, 3), "drawn": (size, size), "style": (len(toon.STRATA),)}
     notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
     notes += [f"photograph {name}, from {of}, for {split}: {by}" for name, (of, split, by) in hybrid.PHOTOS.items()]
     more = {"style": toon.STRATA, "hybrid": {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}}

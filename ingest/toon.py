@@ -51,7 +51,8 @@ WHITE, INK, WATER, SKIN, MOUTH = (235, .02, 1), (262, .45, .24), (200, .3, 1), (
 GRADES = {"natural": (1, 1, 0), "vivid": (1.2, 1.02, 0), "pastel": (.6, .85, .17), "muted": (.7, .94, .02),
           "dusk": (.9, .84, 0), "monochrome": (.03, .95, .03)}     # saturation times, value times, value plus
 LINES = {"fine": (.013, None), "bold": (.021, None), "dark": (.016, INK)}  # width, colour if not a local one
-STRATA = {"palette": tuple(GRADES), "line": tuple(LINES), "shading": ("flat", "cel", "soft")}
+TURNS = {"frontal": .2, "turned": .4, "far turned": np.inf}        # how far the head is turned, in radians, at most
+STRATA = {"palette": tuple(GRADES), "line": tuple(LINES), "shading": ("flat", "cel", "soft"), "yaw": tuple(TURNS)}
 SS = 4                      # supersampling: everything is drawn four times too large and then reduced
 
 # ---- who is in the data set --------------------------------------------------------------------------------
@@ -665,7 +666,8 @@ def facts(s):
             "food": s.held in FOOD, "monochrome": s.palette == "monochrome"}
     words += [word for word, holds in also.items() if holds]
     return {"tags": sorted({word for word in words if word and not word.startswith("no_")}),
-            "style": {stratum: getattr(s, stratum) for stratum in STRATA}}
+            "style": {"palette": s.palette, "line": s.line, "shading": s.shading,
+                      "yaw": next(name for name, most in TURNS.items() if abs(s.yaw) <= most)}}
 
 def describe(item):
     """What draw() will say of an item, without drawing it -> {tags, style}."""

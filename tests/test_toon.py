@@ -24,7 +24,7 @@ def test_draw_is_deterministic_and_well_formed():
         assert a["image"].shape == (128, 128, 3) and a["fg"].shape == a["parts"].shape == (128, 128)
         assert {a[k].dtype for k in ("image", "fg", "parts")} == {np.dtype("uint8")}
         assert a["tags"] and all(isinstance(t, str) and t for t in a["tags"])
-        assert set(a["style"]) == {"palette", "line", "shading"}
+        assert {k: v in toon.STRATA[k] for k, v in a["style"].items()} == dict.fromkeys(toon.STRATA, True)
     assert not np.array_equal(*(toon.draw(item)["image"] for item in toon.plan(2, 1)))
 
 
@@ -125,3 +125,12 @@ def test_the_sheet_is_drawn_once_and_wrong_flags_draw_none(tmp_path):
                  ["--out", "a.txt"], ["--out", "a.png/b.png"]):  # fmt: skip
         assert str(more[1]) in refused(sheet(*more, cwd=tmp_path)) or more[0] == "--out"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_the_yaw_that_is_stored_is_the_yaw_that_was_drawn(monkeypatch):
+    drawn, pose = [], toon.Canvas.pose
+    monkeypatch.setattr(toon.Canvas, "pose", lambda c, yaw, *more: drawn.append(abs(yaw)) or pose(c, yaw, *more))
+    said = [toon.draw(item, 16)["style"]["yaw"] for item in toon.plan(40, 4)]
+    assert len(drawn) == 4 * 40 and set(said) == {"frontal", "turned", "far turned"}
+    for name, yaw in zip(said, drawn[::4], strict=True):  # the head's pose comes first
+        assert name == ("frontal" if yaw <= 0.2 else "turned" if yaw <= 0.4 else "far turned")
