@@ -61,8 +61,8 @@ def plain(mask):
 FIRST = {short(m): [pretrain(short(m), *plain(m))] for m in MASKS} | {
     "accumulate": [pretrain("accumulate", *plain("attn_high:start=.3"), "--accumulate", 2)],
     "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3")],
-    # a large weight magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all but alike
-    "contrast": [pretrain("contrast", "--contrast", .03, "--contrast-by", "cls", "--temperature", .15,
+    # a sharp temperature magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all but alike
+    "contrast": [pretrain("contrast", "--contrast", .03, "--contrast-by", "cls", "--temperature", 1,
                           "--contrast-loss", "dcl", "--weight-by", "attn")],
     "two_processes": [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                        *pretrain("two_processes", "--mask", "learned:start=.1")]],
