@@ -19,7 +19,7 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import shlex
-from argparse import BooleanOptionalAction
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,9 +44,9 @@ LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
 FEW, GALLERY = 256, 20  # training pictures: for the neck's statistics after an epoch; of a character, also at the end
 HARDEST = 4  # strata that are named at the end
 DEFAULTS = {  # by method; learning rates were chosen on dev of faces20 in short runs (results/LOG.md)
-    "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep=1.0),
-    "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep=0.25),
-    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep=0.25),
+    "linear": dict(lr=0.0, head_lr=3e-2, batch_size=256, weight_decay=1e-4, layer_decay=1.0, epochs=50, keep="1"),
+    "lora":   dict(lr=3e-3, head_lr=1e-2, batch_size=32, weight_decay=1e-4, layer_decay=1.0, epochs=30, keep="0.25"),
+    "full":   dict(lr=1e-3, head_lr=1e-2, batch_size=32, weight_decay=0.05, layer_decay=0.9, epochs=30, keep="0.25"),
 }  # fmt: skip
 RESULTS = ("metrics.json", "head.safetensors", "gallery.safetensors", "model.safetensors", "adapter_model.safetensors",
            "adapter_config.json", "curves.png", "confusion.png", "confused.png")  # fmt: skip
@@ -98,7 +98,7 @@ def parse_args():
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="tau * log(class share) on the logits")
     add = parser.add_argument_group("augmentation (linear without any caches its features)").add_argument
     add("--augment", action=BooleanOptionalAction, help="crop, flip, colour, cutout (default: all but linear)")
-    add("--keep", type=between(0.01, 1), metavar="SHARE", help="of the patches shown in training (PatchDropout)")
+    add("--keep", type=shares, metavar="SHARE", help="of the patches shown in training (PatchDropout); .25:.75 rises")
     add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of an image in a crop")
     add("--colour", type=between(0, 1), default=0.2, metavar="X", help="brightness, contrast, saturation times 1 +- X")
     add("--cutout", type=between(0, 0.9), default=0.1, metavar="AREA", help="share of a view under a gray square")
@@ -129,7 +129,7 @@ def fill_defaults(args):
          "with --augment it has"),
     ))  # fmt: skip
     if is_convnet(args.encoder):
-        args.keep = 1.0
+        args.keep = "1"
         if args.method == "lora" or args.head == "ifa" or not (args.from_scratch or Path(args.encoder).exists()):
             raise UserError(f"{args.encoder} is no ViT: give --method full --from-scratch, and a head that is not ifa")
     if (args.mixup or args.cutmix) and args.head in classifier.MARGINS:
@@ -171,6 +171,20 @@ def augment(images, targets, args, S, generator):
     if args.mixup or args.cutmix:
         view, targets = mix(view, targets, args.mixup, args.cutmix, generator)
     return (cutout(view, args.cutout, generator) if args.cutout else view), targets
+
+
+def shares(text):
+    """An argparse type: a share, or the first and the last of a run: ".25:.75" -> "0.25:0.75"."""
+    parts = [f"{between(0.01, 1)(part):g}" for part in text.split(":")]
+    if len(parts) > 2:
+        raise ArgumentTypeError(f"{text} must be a share, such as .5, or the first and the last, such as .25:.75")
+    return ":".join(parts)
+
+
+def shown(keep, t):
+    """The share of the patches at t of a run, which begins at 0 and ends at 1; keep as `shares` gives it."""
+    first, last = (float(x) for x in (keep.split(":") * 2)[:2])
+    return first + (last - first) * t
 
 
 def drop_patches(view, encoder, keep, generator):
@@ -222,11 +236,12 @@ def check_memory(args, task, images):
     if not blocks:  # a convolutional network
         return
     shape = task.net.config["dim"], len(blocks), blocks[0].attn.heads
+    keep = max(shown(args.keep, 0), shown(args.keep, 1))
     item, fused, learns = 4 if args.dtype == "fp32" else 2, task.device.type != "cpu", args.method != "linear"
 
     def need(image_size):
         N = (image_size // p) ** 2
-        step = train.step_memory([(max(1, round(args.keep * N)), *shape)], images, item, fused, learns)
+        step = train.step_memory([(max(1, round(keep * N)), *shape)], images, item, fused, learns)
         return max(step, train.step_memory([(N, *shape)], data.CHUNK, item, fused, False))
 
     train.check_memory(task.device, task.S, p, need, "a smaller --batch-size or --keep")
@@ -235,10 +250,11 @@ def check_memory(args, task, images):
 def start_message(args, task, steps, batch, step):
     """What is printed before the first step; steps: of an epoch."""
     n, held, C = len(task.train.rows), len(task.dev.rows), len(task.classes)
+    keep = " to ".join(f"{float(share):.0%}" for share in args.keep.split(":"))
     return (f"data     {args.data}: {n} images to learn from, {held} to choose by, {C} characters\n"
             f"model    {args.method} of {args.encoder}, {args.head} head: {task.count:,} parameters trained, "
             f"{task.share:.2%}\nrun      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, "
-            f"learning rates {args.lr:.2g} and {args.head_lr:.2g}, {args.keep:.0%} of the patches"
+            f"learning rates {args.lr:.2g} and {args.head_lr:.2g}, {keep} of the patches"
             + (f"; going on from step {step}" if step else ""))  # fmt: skip
 
 
@@ -287,7 +303,7 @@ def finetune(args, seed, out, device, autocast):
     check_memory(args, task, B // world)
     per_epoch = len(train_rows) // B
     total = per_epoch * args.epochs
-    if args.method == "linear" and not args.augment and args.keep == 1:  # the same views in each epoch
+    if args.method == "linear" and not args.augment and args.keep == "1":  # the same views in each epoch
         with distributed.zero_first():
             task.features = classifier.frozen_features(task, args.dtype)  # {name of the split: (n, D)}
     images = task.features["train"].to(device) if task.features else data.resident(task.train.split, device)
@@ -318,7 +334,8 @@ def finetune(args, seed, out, device, autocast):
             targets = F.one_hot(y, C) * (1 - args.label_smoothing) + args.label_smoothing / C  # (B, C)
             if not task.features:
                 view, targets = augment(batch, targets, args, task.S, generator)
-                patches, ids = drop_patches(view, net.encoder, args.keep, generator)  # (B, K, P), (B, K)
+                keep = shown(args.keep, step / total)
+                patches, ids = drop_patches(view, net.encoder, keep, generator)  # (B, K, P), (B, K)
                 with task.autocast():
                     batch = net.pooled(patches[rank_slice], ids[rank_slice])
                 batch = distributed.with_others(batch)  # (B, D)

@@ -58,15 +58,17 @@ ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
 }  # fmt: skip
 METHODS = {  # flags of finetune_lora.py, the flag of the learning rate, trials
     "linear": ("--method linear", "--head-lr", (1e-2, 3e-2, 1e-1)),
-    "lora": ("--method lora", "--lr", (1e-3, 3e-3, 1e-2)),
-    "full": ("--method full", "--lr", (3e-4, 1e-3, 3e-3)),
+    "lora": ("--method lora --keep .25", "--lr", (1e-3, 3e-3, 1e-2)),
+    "full": ("--method full --keep .25", "--lr", (3e-4, 1e-3, 3e-3)),
 }
 SCRATCH = "--method full --from-scratch --image-size 64"
 ARMS = {f"{encoder}-{method}": (encoder, *METHODS[method]) for encoder in ENCODERS for method in METHODS}
 ARMS |= {
     "mae-mlp": ("mae", "--method linear --head mlp", "--head-lr", (3e-3, 1e-2, 3e-2)),
     "mae-ifa": ("mae", "--method linear --head ifa", "--head-lr", (1e-2, 3e-2, 1e-1)),
-    "vit": ("mae", SCRATCH, "--lr", (3e-4, 1e-3, 3e-3)),
+    "agree-lora-rise": ("agree", "--method lora --keep .25:.75", *METHODS["lora"][1:]),
+    "agree-full-rise": ("agree", "--method full --keep .25:.75", *METHODS["full"][1:]),
+    "vit": ("mae", f"{SCRATCH} --keep .25", *METHODS["full"][1:]),
 }
 for network in ("resnet10", "resnet50", "efficientnet_b0"):
     for head in ("", "arcface"):
@@ -79,7 +81,8 @@ for table, more in (
     ("margin", {f"{head}-{m:g}": f"--head {head} --margin {m:g}"
                 for head, margins in (("arcface", (0.1, 0.3, 0.5)), ("cosface", (0.1, 0.2, 0.35))) for m in margins}),
 ):  # fmt: skip
-    new = {f"mae-full-{name}": ("mae", f"--method full {flags}", *METHODS["full"][1:]) for name, flags in more.items()}
+    full, *rates = METHODS["full"]
+    new = {f"mae-full-{name}": ("mae", f"{full} {flags}", *rates) for name, flags in more.items()}
     TABLES[table], ARMS = ["mae-full", *new], ARMS | new
 SHAPES = {"64p4": "--patch-size 4", "64p16": "--patch-size 16", "96p8": "--image-size 96",
           "96p12": "--image-size 96 --patch-size 12", "128p16": "--image-size 128 --patch-size 16",
@@ -99,9 +102,9 @@ NEW = {"auroc_unknown": "AUROC", "dir_at_far_1": "DIR at FAR 1 %", "dir_at_far_1
        "known_rejected": "known refused", "strangers_unknown": "strangers refused",
        "strangers_unknown_at_5": "at 5 % of the known", "calibration_error": "confidence off by",
        "one_shot": "5-way, one shot", "five_shot": "five"}  # fmt: skip
-PANELS = {"recognition": (("top1", "Top-1"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %")),
-          "tail": (("top1", "Top-1"), ("macro_f1", "macro-F1")),
-          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused"))}
+PANELS = {"recognition": (("top1", "Top-1, %"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %, %")),
+          "tail": (("top1", "Top-1, %"), ("macro_f1", "macro-F1, %")),
+          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused, %"))}
 COST = {"epochs": "epochs", "parameters_m": "parameters, M", "gflop": "GFLOP a picture", "step_ms": "step, ms",
         "peak_memory_mb": "peak memory, MB", "ms_1": "ms for 1", "ms_64": "ms for 64"}  # fmt: skip
 
@@ -368,8 +371,9 @@ def table_lines(arms, columns, names, text, behind=None):
 
 
 def mean(seeds, column):
-    """{seed: row} -> the mean of a column, to three digits."""
-    return f"{statistics.fmean(float(r[column]) for r in seeds.values()):.3g}"
+    """{seed: row} -> the mean of a column, to three digits or whole."""
+    value = statistics.fmean(float(r[column]) for r in seeds.values())
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def against(seeds, best, split):

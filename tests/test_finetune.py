@@ -137,6 +137,17 @@ def test_balanced_sampling_draws_every_class_equally_often():
     assert torch.equal(again, features.epoch_rows(rows, labels, True, 0, 3))
 
 
+def test_more_of_each_picture_is_shown_as_training_goes_on(encoder, small, tmp_path, monkeypatch):
+    assert [finetune_lora.shares(text) for text in (".5", "1.0", ".25:.75")] == ["0.5", "1", "0.25:0.75"]
+    assert [finetune_lora.shown("0.25:0.75", t) for t in (0, 0.5, 1)] == [0.25, 0.5, 0.75]
+    assert finetune_lora.shown("0.5", 0) == finetune_lora.shown("0.5", 1) == 0.5
+    seen, real = [], finetune_lora.drop_patches
+    monkeypatch.setattr(finetune_lora, "drop_patches", lambda view, encoder, keep, generator: (
+        seen.append(keep), real(view, encoder, keep, generator))[1])  # fmt: skip
+    main(encoder, "--data", small, "--method", "full", "--out", tmp_path / "run", *QUICK, "--keep", ".2:1")
+    assert seen[0] == 0.2 and seen == sorted(seen) and 0.2 < seen[-1] < 1
+
+
 def test_augmentation_keeps_its_word():
     view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
     draws = torch.rand(len(view), 3, generator=seeded(1))
@@ -391,6 +402,8 @@ def test_bad_input_is_one_line_and_overwrites_nothing(encoder, small, lora, tmp_
         return str(problem.value)
 
     assert "--margin 0.3" in line("--margin", 0.3)
+    assert "2 must be a number between 0.01 and 1" in line("--keep", ".5:2")
+    assert ".2:.5:1 must be a share" in line("--keep", ".2:.5:1")
     assert "--mixup" in line("--head", "arcface", "--mixup", 1)
     assert "--unfreeze-every" in line("--unfreeze-every", 2)
     assert "--hold-out 2" in line("--hold-out", 2)
