@@ -94,6 +94,7 @@ TABLES["shape"] = ["mae-full", *(f"mae{name}-full" for name in SHAPES)]
 LARGE = ("resnet50", "efficientnet_b0")  # networks that get one seed
 CACHED = ("linear", "mlp", "ifa")  # arms that learn from features which are computed once
 LEFT_OUT, BATCHES = 5, (1, 64)  # characters, of the run with strangers; pictures at once, of latency
+GRAY = 8  # difference of the colours of a pixel, of 255, in the mean of a picture: less is no colour
 CPU = torch.device("cpu")  # where answers are timed, and spoiled pictures named
 GOOD = {"top1": "Top-1", "top5": "Top-5", "macro_f1": "macro-F1", "head": "head", "mid": "mid", "tail": "tail",
         "tpr_at_fpr_0.1": "TPR at FPR .1 %", "tpr_at_fpr_1": "1 %", "tpr_at_fpr_10": "10 %", "eer": "EER",
@@ -334,13 +335,14 @@ def write_table(args):
     rows = [{column: row.get(column, "") for column in (*row, *GOOD, *NEW, *COST)} for row in read_csv(args.rows)]
     arms = by_arm(rows, ARMS)
     order = sorted(arms, key=lambda arm: -statistics.fmean(float(r["top1"]) for r in arms[arm].values()))
-    behind = {arm: against(arms[arm], arms[order[0]], data.open_split(args.data, "val")) for arm in order}
+    val = data.open_split(args.data, "val")
+    behind = {arm: against(arms[arm], arms[order[0]], val) for arm in order}
     arms = {arm: arms[arm] for arm in (TABLES["margin"] if args.table == "margin" else order) if arm in arms}
     good, new = ([c for c in columns if any(r[c] != "" for r in rows)] for columns in (GOOD, NEW))
     title = f"{args.table.capitalize()} on {args.data_name}, val"
     about = (f"`{VIT}`; {args.minutes:g} minutes of one core for each arm, {args.pretrain_minutes:g} for each encoder "
              "before. Behind: points of Top-1 behind the best arm, with a 95 % interval by seeds and illustrations. "
-             f"Spoiled: Top-1 under eight corruptions.{missing(good + new)}")  # fmt: skip
+             f"Spoiled: Top-1 under eight corruptions.{missing(good + new)} {hardest(arms, val)}")  # fmt: skip
     strangers = (f"{LEFT_OUT} characters left out of training, seed 0: who is refused by the threshold of dev, and "
                  "few-shot episodes among those five:")  # fmt: skip
     lines = [f"# {title}, in percent; mean ± std over seeds", "", about, "",
@@ -350,6 +352,16 @@ def write_table(args):
     cells = {arm: {c: cell(of, c) for c in good + new} | {c: mean(of, c) for c in COST} for arm, of in arms.items()}
     save_json({arm: {"behind": behind[arm]} | found for arm, found in cells.items()}, args.out / "table.json")
     draw(args.out / "table.png", arms, f"{title}: a dot is a seed", PANELS.get(args.table, PANELS["recognition"]))
+
+
+def hardest(arms, split):
+    """How many pictures no arm names, and how those without colour fare."""
+    n, pixels = len(split["labels"]), np.asarray(split["images"]).astype(np.int16)
+    right = np.array([stats.from_bits(row["right"], n) for of in arms.values() for row in of.values()], bool)
+    gray = (pixels.max(3) - pixels.min(3)).mean((1, 2)) < GRAY
+    words = [f"of {k.sum()} pictures {name} colour {100 * right[:, k].mean():.1f} % are named rightly"
+             for name, k in (("without", gray), ("with", ~gray)) if k.any()]  # fmt: skip
+    return f"No arm names {(~right.any(0)).sum()} of {n} pictures; in the mean of the arms, {', '.join(words)}."
 
 
 def missing(good):

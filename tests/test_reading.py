@@ -133,5 +133,6 @@ def test_functions_are_short():
     # page's picture, 105; the web page's bench, 120; a run at half its size, and
     # demo sets of any number, 24; how many may be called unknown, and what a card says of hidden pixels, 15; other
     # networks and methods beside ours in one table, long-tailed sets, strata, and how far off confidences are, 826, and
-    # with tables of long tails, margins and shapes 860; a share of patches that rises while all weights learn, 20
-    assert sum(len(p.read_text().splitlines()) for p in files) < 19_560
+    # with tables of long tails, margins and shapes 860; a share of patches that rises while weights learn, and
+    # pictures that no arm names, 30
+    assert sum(len(p.read_text().splitlines()) for p in files) < 19_570
