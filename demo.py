@@ -128,7 +128,7 @@ def commands(run):
     """What a button makes where it is missing -> {tab: (words behind python, about how many minutes)}."""
     return {
         "Mask": (["pretrain.py", "--mask", "attn_high", "--ratio", "0.75", "--out", run], 5),
-        "Recognise": (["finetune_lora.py", run, "--method", "lora", "--epochs", "60"], 7),
+        "Recognise": (["finetune_lora.py", run, "--method", "lora"], 7),
         "Tags": (["tags.py", run], 4),
         "Drawn or photographed": (["segment.py", run], 15),
     }

@@ -68,7 +68,7 @@ def probed(out):
 def recognised(folder, encoder, results):
     """The third command -> its scores, and how many of three new pictures of each character it names rightly."""
     lora, pictures = folder / "runs/lora", folder / "new"
-    seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--epochs", "60", "--out", lora)
+    seconds = run(folder, "finetune_lora.py", encoder, "--method", "lora", "--out", lora)
     pictures.mkdir()
     for person in progress(toon.cast(), "new pictures", leave=False):
         for i, item in enumerate(toon.unseen(person, 3)):
