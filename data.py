@@ -283,7 +283,7 @@ def open_or_pack(path, image_size=128):
         return path
     from ingest.pack import default_out, pack  # only now: the painter, archives and decoders are behind it
 
-    if path.name in ("toon", "hybrid") and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):
+    if path.name in ("toon", "hybrid", "scenes") and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):
         print(f"drawing {path} (once)")  # also where that was cut short
         pack(path.name, path)
         return path

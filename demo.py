@@ -39,7 +39,7 @@ import maps
 import mask as masking
 import recognize
 import segment
-from common import classifier, guidance, metrics, mfdn, plots, segmenting
+from common import classifier, detection, guidance, metrics, mfdn, plots, segmenting
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
@@ -48,6 +48,7 @@ from common.io import UserError, read_header, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
+from ingest.scenes import outlined
 from kernels.loss import FLOOR, patch_detail
 from model import put_patches, to_pixels
 
@@ -124,6 +125,10 @@ def segmenter_of(run):
     return made_of(run, "patches.safetensors")
 
 
+def detector_of(run):
+    return made_of(run, "precision.png")
+
+
 def commands(run):
     """What a button makes where it is missing -> {tab: (words behind python, about how many minutes)}."""
     return {
@@ -131,6 +136,7 @@ def commands(run):
         "Recognise": (["finetune_lora.py", run, "--method", "lora"], 7),
         "Tags": (["tags.py", run], 4),
         "Drawn or photographed": (["segment.py", run], 15),
+        "Pages": (["detect.py", run], 15),
     }
 
 
@@ -440,6 +446,30 @@ def segment_page(run, picture, mixed=False):
 
 
 @answer
+def pages_page(run, picture):
+    """Where faces are, and who they are where there is a recogniser."""
+    name, who = detector_of(run) or missing("Pages", run), recogniser_of(run)
+    net, about = loaded(detection.load, name)
+    whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
+    whole.thumbnail((1024, 1024))
+    pixels = np.array(whole)
+    with MACHINE.autocast():
+        boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
+    cut = [detection.cut_out(pixels, box, detection.MARGIN) for box in boxes.tolist()]
+    names = [f"score {score:.2f}" for score in scores.tolist()]
+    if who and cut:
+        known, header = loaded(classifier.load_classifier, who)
+        cut = [detection.cut_out(pixels, box, detection.MARGIN, header["packed_size"]) for box in boxes.tolist()]
+        found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
+        rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
+        names = [row["name"] or "unknown" for row in rows]
+    shown = outlined(pixels, boxes.numpy() / np.array([whole.width, whole.height] * 2))
+    items = [(f"{len(cut)} faces", png(shown)), *((name, png(x)) for name, x in zip(names, cut, strict=True))]
+    return figures(items, "wide") + same_as(f"recognize.py {who} PICTURE --detect {name}" if who else
+                                            f"detect.py {name} PICTURE --out found")  # fmt: skip
+
+
+@answer
 def learn_page(run, picture):
     """Curves, what the encoder knows beside its controls, and who is mistaken for whom."""
     home, made = Path(run), recogniser_of(run)
@@ -564,6 +594,7 @@ def build(gr, run):
             tab_of(gr, "Drawn or photographed", "Which pixels are drawn; what is photographed is orange.", run,
                    segmenter_of(run), lambda: [gr.Checkbox(label="it holds both", elem_id="both")],
                    bound(segment_page)),
+            tab_of(gr, "Pages", "Where faces are, and who they are.", run, detector_of(run), list, bound(pages_page)),
             tab_of(gr, "Compare", "Two runs, the same patches hidden.", run, True, lambda: compare_controls(gr, run),
                    bound(compare_page)),
             tab_of(gr, "Learn", "How the run learned, and what it knows.", run, True, list, bound(learn_page)),

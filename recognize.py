@@ -2,6 +2,7 @@
 
     python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a list on stdin
     python recognize.py runs/NAME IMAGE --tags runs/TAGS      and what it shows, by a run of tags.py
+    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of detect.py
     python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is trained
     python recognize.py runs/NAME --list                      who is known; --forget WHO takes an enrolment back
     python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
@@ -48,7 +49,7 @@ from common.features import results_folder
 from common.io import UserError, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
-from ingest.pictures import pictures, tell_problems
+from ingest.pictures import pictures, tell_problems, whole_pictures
 
 FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
@@ -64,6 +65,7 @@ def parse_args():
     add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
     add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces that are named beside each answer")
     add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
+    add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face that it finds, from left to right")
     add("--crop", choices=pack.CROPS, help="the square that is used, as in data.py (default: as it was trained)")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
@@ -95,8 +97,9 @@ def check(args):
         ("data eval-on force", task == "verify", "is for --verify"),
         ("threshold", task in ("name", "verify"), f"is for naming and --verify, not for --{task}"),
         ("json", task not in ("enrol", "forget"), f"is for naming, --verify and --list, not for --{task}"),
-        ("nearest tags", task == "name", f"is for naming pictures, not for --{task}"),
+        ("nearest tags detect", task == "name", f"is for naming pictures, not for --{task}"),
         ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
+        ("crop", not args.detect, "is for whole pictures, and --detect cuts out faces"),
         ("device dtype", task not in ("forget", "list"), f"is for what computes, not for --{task}"),
     ))  # fmt: skip
     return task
@@ -106,10 +109,27 @@ def predictions(args, net, header, autocast, problems):
     """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in batches."""
     crop = args.crop or header.get("crop", "centre")
     items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
+    if args.detect:
+        items = faces(args, header["packed_size"], problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = np.stack(images)
         yield list(keys), torch.from_numpy(images), *embed(net, header, images, autocast)
+
+
+def faces(args, size, problems):
+    """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without one is said."""
+    from common import detection
+
+    net, about = detection.load(args.detect)
+    net.to(pick_device(args.device))
+    for key, picture in whole_pictures(args.images, problems):
+        boxes, _ = detection.faces_of(net, picture, about["page"], about["threshold"])
+        if not len(boxes):
+            print(f"{key}: no face was found", file=sys.stderr)
+        for box in boxes.tolist():
+            where = ",".join(str(round(x)) for x in box)
+            yield f"{key}[{where}]", detection.cut_out(picture, box, detection.MARGIN, size)
 
 
 def embed(net, header, images, autocast):
@@ -176,7 +196,8 @@ def recognise(args, net, header, gallery, autocast):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)
-    tell_problems(problems, count, args.json)
+    if count or problems or not args.detect:  # pages without a face are fine
+        tell_problems(problems, count, args.json)
     if unknown and not args.json:
         print(f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
               file=sys.stderr)  # fmt: skip

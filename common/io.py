@@ -53,7 +53,7 @@ def atomic(path):
 
 # ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the other ---------------
 
-DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16}  # of rows, as the format names them
+DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}  # of rows
 
 
 def not_whole(path, problem, remedy):

@@ -4,7 +4,8 @@ Reads:  whatever ingest/sources.py can read: folders and archives with a folder 
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
         images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the foreground's opacity,
         parts u8 (n, S, S), tags i32 (n, T), ids of words of the header's "tags", -1 fills up, style u8 (n, 3), the demo
-        set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T) are the truth.
+        set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T) are the truth;
+        boxes f32 (n, K, 4) of faces, x1, y1, x2, y2 in shares of the picture, -1 fills up; of pages heads, too.
         The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
 
 Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies are looked for (their
@@ -49,6 +50,10 @@ from ingest.splits import assign_splits, large_enough, long_tailed, without_copi
 
 SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
 CROPS = ("centre", "figure")
+DRAWN = ("toon", "hybrid", "scenes")  # what a painter makes
+LARGE = 256  # side of packed pages; of other pictures SIDE
+SIDE = 128
+DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # of planes; others are U8
 WRITTEN = ("test", "val", "dev", "train")  # in this order: where train stands a data set is whole
 TOO_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 ROOM, PAINT = 2**28, 256  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
@@ -80,7 +85,7 @@ def render(records, draw, size, dims, processes):
         try:
             rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for r, row in zip(records, rows, strict=True):
-                style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
+                style = np.array([toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8)
                 yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
         except BrokenProcessPool:
             raise UserError(f"a process that draws was killed: memory may be full; --size {size} is large") from None
@@ -124,7 +129,7 @@ def write_split(path, rows, dims, records, labels, about):
         more |= {"keys": [r.key for r in records], "groups": groups}
         return about | more | {"skipped": len(skipped), "skipped_first": skipped[:100]}
 
-    planes = {p: ("I32" if "tags" in p else "U8", shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
+    planes = {p: (DTYPE.get(p, "U8"), shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
     room = len(json.dumps(json.dumps(header(records)))) + 2**18  # reasons for a hundred skipped files
     end = lambda: header(kept, pixels=pixels.hexdigest())  # noqa: E731
     write_rows(path, planes, len(records), readable(), end, room)
@@ -183,6 +188,37 @@ def open_hybrid(size, seed):
     return records, notes, dims, None, lambda some: render(some, draw, size, dims, processes), more
 
 
+def open_scenes(size, seed):
+    """The same for pages with drawn figures, and boxes of their faces."""
+    from ingest import scenes
+
+    records = [sources.Record(i["key"], i, split=i["split"]) for i in scenes.plan(seed)]
+    dims = {"images": (size, size, 3), "boxes": (scenes.MOST, 4), "heads": (scenes.MOST, 4)}
+    processes = at_once(size, PAINT, os.cpu_count() or 1)
+    return records, [], dims, None, lambda some: render(some, scenes.draw, size, dims, processes), {}
+
+
+def open_boxes(path, size):
+    """The same for pictures with boxes: all of each picture, filled up to a square."""
+    from ingest import boxes
+
+    with working(f"reading the boxes of {path}"):
+        records, fetch, notes, shares = boxes.find(path)
+    print("\n".join(notes), flush=True)
+    most, clipped = max(1, *(len(r.box) for r in records)), []
+    dims = {"images": (size, size, 3), "boxes": (most, 4)}
+    work = lambda r, data: boxes.decode(data, size, r.box, most, shares, clipped)  # noqa: E731
+    chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
+
+    def stream(some):
+        clipped.clear()
+        yield from decode_records(some, fetch, work, chunk)
+        if any(clipped):
+            print(f"{sum(clipped)} boxes reached out of their pictures, and were cut off there", flush=True)
+
+    return records, notes, dims, fetch, stream, {}
+
+
 def near_duplicates(records, fetch, dedupe, out):
     """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off.
 
@@ -218,15 +254,19 @@ def check_source(path, records, given, is_drawn):
     ))  # fmt: skip
 
 
-def pack(path, out, size=128, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
+def pack(path, out, size=None, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
          boxes=None, least=0, dedupe="group", tail=0.0, layout=None, keep_copies=False, max_broken=TOO_BROKEN,
-         min_per_tag=2, tag_importance=0.0, emoticons=False, drawings=None, force=False, given=()):  # fmt: skip
+         min_per_tag=2, tag_importance=0.0, emoticons=False, drawings=None, detect=False, force=False,
+         given=()):  # fmt: skip
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
     refuse_others(out, force)
+    size = size or (LARGE if detect or str(path) == "scenes" else SIDE)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
     source = (open_toon(size, seed, tail, drawings) if is_toon else
               open_hybrid(size, seed) if str(path) == "hybrid" else
+              open_scenes(size, seed) if str(path) == "scenes" else
+              open_boxes(path, size) if detect else
               open_images(path, size, crop, margin, boxes, layout))  # fmt: skip
     records, notes, dims, fetch, stream, more = source
     check_source(path, records, given, is_drawn=fetch is None)
@@ -371,7 +411,7 @@ def show(args):
             plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
         return f"{path} written; next: {to_learn(args.path)}"
     records, fetch, _ = sources.find(args.path, args.boxes, "-")
-    both = lambda r, data: [decode(data, args.size, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
+    both = lambda r, data: [decode(data, args.size or SIDE, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
     some = records[:: math.ceil(len(records) / 12)]
     rows = progress(decode_records(some, fetch, both), "cropping", len(some), unit="img")
     pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
@@ -387,6 +427,8 @@ def to_learn(out):
     """The command that learns from a packed set: by its own foreground masks, and on a split that it has."""
     tensors, header = read_header(Path(out) / "train.safetensors")
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
+    if "boxes" in tensors:
+        return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
     words += ["--eval-on", have[0]] if have and have[0] != "val" else []
@@ -400,13 +442,16 @@ def parse_args():
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the\n"
-        "demo set, or hybrid, frames that are drawn, photographed or both")
+        "demo set, hybrid, frames that are drawn, photographed or both, or scenes, pages with faces")
+    add("--detect", action="store_true", help="PATH has boxes of faces: a COCO file, a csv of picture,x1,y1,x2,y2, a\n"
+        "folder in Pascal VOC's or YOLO's layout")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
     add("--layout", type=pattern, metavar="PATTERN",
         help="what the folders say, from the outside: split, class or - (nothing), such as split/-/class;\n"
              "- alone: no labels (default: found, and told)")  # fmt: skip
-    add("--size", type=between(8, 4096, int), default=128, help="side of the packed images in pixels")
+    add("--size", type=between(8, 4096, int), help=f"side of the packed images in pixels (default: {SIDE}; of pages\n"
+        f"{LARGE})")  # fmt: skip
     add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
     add("--margin", type=between(0, 2), default=0.1, help="room around the figure, as a share of it on each side")
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
@@ -437,26 +482,27 @@ def parse_args():
 
 def refuse_unused_flags(args):
     """Those that depend on what the source brings are left to check_source."""
-    is_drawn, packed = args.path in ("toon", "hybrid"), args.show and is_packed(args.path)
-    by_folders = is_drawn or args.path == "-" or not Path(args.path).exists() or (
+    is_drawn, packed = args.path in DRAWN, args.show and is_packed(args.path)
+    by_folders = is_drawn or args.detect or args.path == "-" or not Path(args.path).exists() or (
         sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
     refuse_unused(args, (
         ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class min-per-tag tag-importance "
          "emoticons tail drawings seed", not args.show,
          "is for packing, and --show packs nothing"),
         ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
-        ("layout crop margin boxes group-by dedupe keep-copies max-broken", not is_drawn,
+        ("layout crop margin boxes group-by dedupe keep-copies max-broken detect", not is_drawn,
          f"is for pictures, and {args.path} is drawn"),
+        ("layout crop margin boxes min-per-class min-per-tag tail", not args.detect, "is not for --detect"),
         ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
         ("drawings", args.path == "toon", "is for the demo set: python data.py toon"),
-        ("tail", args.path != "hybrid", "is for characters, and hybrid has two classes"),
+        ("tail", args.path not in DRAWN[1:], f"is for characters, and {args.path} has no classes of them"),
         ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
         ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
 
 
 def main():
     args = parse_args()
-    if args.show and args.path in ("toon", "hybrid", "-"):
+    if args.show and args.path in (*DRAWN, "-"):
         raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed")
     if args.out == "":
         raise UserError("--out is empty; give a folder")
@@ -467,5 +513,5 @@ def main():
     out = args.out or default_out(args.path)
     pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop, args.margin, args.boxes,
          args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.min_per_tag,
-         args.tag_importance, args.emoticons, args.drawings, args.force, args.given)  # fmt: skip
+         args.tag_importance, args.emoticons, args.drawings, args.detect, args.force, args.given)  # fmt: skip
     print(f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}")

@@ -432,6 +432,7 @@ def draw_face(c, s):
     """Ears, the face itself, blush and a small nose."""
     draw_pieces(c, s, "ears", .3)
     draw_pieces(c, s, "face", 1)
+    c.face = c.pixels(spline(both(DRAWINGS["face"][0][2]), closed=True), 1)      # from the forehead to the chin
     for side in (-1, 1)[:2 * bool(s.blush)]:
         cheek, face = oval(side * .31, .32, .13, .065), len(c.owner) - 1
         c.fill(cheek, (354, .55, 1), alpha=.27 * s.blush, inside=[face], soft=1.5)
@@ -653,7 +654,8 @@ def finish(c, s, rng, size):
     lamp, fall = rng.normal(1, .05, 3), 1 + s.sun * np.linspace(-.09, .09, size)[None, :, None]  # coloured light
     lit = np.asarray(image) * fall * (rng.uniform(.85, 1.12) * lamp)
     alpha, picked = parts.point([0] + [255] * 255).reduce(SS), np.array(parts)[SS // 2::SS, SS // 2::SS]
-    return {"image": np.uint8(np.clip(lit + .5, 0, 255)), "fg": np.array(alpha), "parts": picked.copy()}
+    return {"image": np.uint8(np.clip(lit + .5, 0, 255)), "fg": np.array(alpha), "parts": picked.copy(),
+            "face": np.concatenate([c.face.min(0), c.face.max(0)]) / SS}
 
 def facts(s):
     """-> {tags: the words under which a picture board would file this picture, style: its STRATA}."""
@@ -674,7 +676,10 @@ def describe(item):
     return facts(scene(item["who"], np.random.default_rng(item["seed"])))
 
 def draw(item, size=128):
-    """An item of a plan -> {image u8 (size, size, 3), fg u8 and parts u8 (size, size), tags, style}."""
+    """An item of a plan -> {image u8 (size, size, 3), fg u8 and parts u8 (size, size), face, tags, style}.
+
+    face: x1, y1, x2, y2 of its outline in pixels, whatever hides it and whether it leaves the picture.
+    """
     rng = np.random.default_rng(item["seed"])
     s = scene(item["who"], rng)
     c = Canvas(backdrop(s.backdrop, s.palette, rng, size * SS), s)

@@ -185,8 +185,9 @@ def says(page, where, words, seconds=20):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
-    for name, words in (("Recognise", "similarity"), ("Tags", "tags.py"), ("Drawn", "button below"), ("Compare", "dB"),
-                        ("Learn", "probe.py"), ("Mask", "pretrain.py --mask")):  # fmt: skip
+    for name, words in (("Recognise", "similarity"), ("Tags", "tags.py"), ("Drawn", "button below"),
+                        ("Pages", "button below"), ("Compare", "dB"), ("Learn", "probe.py"),
+                        ("Mask", "pretrain.py --mask")):  # fmt: skip
         page.get_by_role("tab", name=name).first.click()
         says(page, f"#{name.lower()}", words)
     page.locator("#ratio input[type=number]").fill("0.5")

@@ -248,7 +248,7 @@ def render_here(records, draw, size, dims, *_):
     """pack.render without processes."""
     for r in records:
         row = draw(r.place, size)
-        style = np.array([toon.STRATA[k].index(v) for k, v in row["style"].items()], np.uint8)
+        style = np.array([toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8)
         yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
 
 

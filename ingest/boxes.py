@@ -1,0 +1,169 @@
+"""Pictures with any number of boxes each: what detect.py learns from, as people publish it.
+
+    python data.py PATH --detect --out datasets/NAME
+
+COCO        a JSON file; its pictures lie beside it, or in a folder there
+iCartoonFace (Zheng et al. 2020), detection: a csv of picture,x1,y1,x2,y2; pictures lie as COCO's do
+Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside
+YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and images/ or pictures
+            beside them; pictures without a file have no box
+
+A folder train, val or test on the way to a picture is its split. All classes become one. A record's `box` is a list of
+(x1, y1, x2, y2) in pixels, YOLO's in shares of the picture.
+"""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.io import UserError
+from ingest import layouts
+from ingest.decode import on_paper, open_image
+from ingest.sources import Record, fetch_files, nfc, table_rows, walk
+
+GRAY = (128, 128, 128)  # what fills a picture up to a square
+
+
+# ---- readers: path -> {picture: [(x1, y1, x2, y2)]}, names of the classes, are boxes shares of the picture? ----------
+
+
+def from_coco(path):
+    try:
+        found = json.loads(path.read_bytes())
+        names = {image["id"]: image["file_name"] for image in found["images"]}
+        classes = {c["id"]: str(c["name"]) for c in found.get("categories", ())}
+        boxes = {name: [] for name in names.values()}
+        for one in found["annotations"]:
+            x, y, w, h = map(float, one["bbox"])
+            boxes[names[one["image_id"]]].append((x, y, x + w, y + h))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]}); it needs images with "
+                        "id and file_name, and annotations with image_id and bbox") from None  # fmt: skip
+    return boxes, [classes.get(one.get("category_id"), "face") for one in found["annotations"]], False
+
+
+def from_csv(path):
+    boxes, classes = {}, []
+    for number, row in table_rows(path):
+        try:
+            x1, y1, x2, y2 = map(float, row[1:5])
+        except ValueError:
+            if number == 1:  # a header
+                continue
+            raise UserError(f"{path}, line {number} is not picture,x1,y1,x2,y2 but {','.join(row)[:80]!r}") from None
+        boxes.setdefault(row[0], []).append((x1, y1, x2, y2))
+        classes.append(row[5] if len(row) > 5 else "face")
+    return boxes, classes, False
+
+
+def from_voc(root):
+    boxes, classes = {}, []
+    for path in sorted((root / "Annotations").rglob("*.xml")):
+        try:
+            tree = ElementTree.parse(path).getroot()
+            own = boxes.setdefault(tree.findtext("filename") or path.stem + ".jpg", [])
+            for one in tree.iter("object"):
+                own.append(tuple(float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")))
+                classes.append(one.findtext("name") or "face")
+        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as problem:
+            raise UserError(f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it") from None
+    return boxes, classes, False
+
+
+def from_yolo(root):
+    boxes, classes, labels = {}, [], {p.stem: p for p in sorted((root / "labels").rglob("*.txt"))}
+    for name in walk(root):
+        own, path = boxes.setdefault(name, []), labels.get(Path(name).stem)
+        for number, line in enumerate(path.read_text("utf-8-sig").splitlines() if path else (), 1):
+            try:
+                kind, x, y, w, h = map(float, line.split()[:5])
+            except ValueError:
+                raise UserError(f"{path}, line {number} is not class x y width height but {line[:60]!r}") from None
+            own.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+            classes.append(f"{kind:g}")
+    return boxes, classes, True
+
+
+def reader_of(path):
+    layouts = (
+        (lambda p: p.suffix.lower() == ".json", from_coco, "COCO"),
+        (lambda p: p.suffix.lower() == ".csv", from_csv, "a table of boxes"),
+        (lambda p: (p / "Annotations").is_dir(), from_voc, "Pascal VOC"),
+        (lambda p: (p / "labels").is_dir(), from_yolo, "YOLO"),
+    )
+    for fits, reader, name in layouts:
+        if fits(path):
+            return reader, name
+    raise UserError(f"{path} has no boxes that we know: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a "
+                    "folder with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)")  # fmt: skip
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def find(path):
+    """-> (records, fetch, notes, are boxes shares): as sources.find, but `box` is a list of boxes."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a file or a folder of boxes")
+    reader, name = reader_of(path)
+    boxes, classes, shares = reader(path)
+    root = path if path.is_dir() else path.parent
+    have = {alias: found for found in walk(root) for alias in (Path(found).name, found)}
+    places = {told: have.get(told.removeprefix("./")) or have.get(Path(told).name) for told in boxes}
+    notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
+    lost = [told for told, place in places.items() if not place]
+    if len(lost) == len(boxes):
+        raise UserError(f"none of the {len(boxes)} pictures that {path} names lies in {root}; the first: "
+                        f"{next(iter(boxes), None)!r}")  # fmt: skip
+    if lost:
+        notes.append(f"{len(lost)} pictures are not there, the first: {lost[0]}")
+    if len(kinds := Counter(classes)) > 1:
+        notes.append(f"{len(kinds)} classes are taken as one: {', '.join(k for k, _ in kinds.most_common(5))}")
+    wrong = [(name, box) for name, own in boxes.items() for box in own if not usable(box)]
+    if wrong:
+        notes.append(f"{len(wrong)} boxes are empty or inverted, and left out, the first: {wrong[0][0]} "
+                     f"{','.join(f'{x:g}' for x in wrong[0][1])}")  # fmt: skip
+    records = [Record(nfc(place), place, split=split_of(place), box=[b for b in boxes[told] if usable(b)])
+               for told, place in places.items() if place]  # fmt: skip
+    return records, partial(fetch_files, root=root), notes, shares
+
+
+def usable(box):
+    return all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+
+
+def split_of(place):
+    return next((split for part in Path(place).parts[:-1] if (split := layouts.split_of(part))), None)
+
+
+def decode(data, size, boxes, most, shares, clipped):
+    """Bytes of a picture -> {"images": u8 (size, size, 3), "boxes": f32 (most, 4)}: all of it, filled up to a square.
+
+    Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut off, and counted
+    in the list `clipped`.
+    """
+    img, scale = open_image(data, 2 * size)
+    img, side = on_paper(img), max(img.size)
+    shown = [max(1, round(x * size / side)) for x in img.size]
+    square = Image.new("RGB", (size, size), GRAY)
+    square.paste(img.resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    edge = np.array([*img.size, *img.size], np.float32)
+    found = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
+    inside = found.clip(0, edge)
+    clipped.append(int((np.abs(inside - found) > 1).any(1).sum()))
+    inside = inside[(inside[:, 2:] > inside[:, :2]).all(1)] / side
+    return {"images": np.asarray(square), "boxes": padded(inside, most)}
+
+
+def padded(boxes, most):
+    """(k, 4) -> f32 (most, 4): -1 fills up."""
+    rows = np.full((most, 4), -1, np.float32)
+    rows[: len(boxes)] = boxes
+    return rows

@@ -1,0 +1,264 @@
+"""detect.py: what it learns from boxes, how answers are judged, and a run from its beginning to its use."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, refused
+from PIL import Image
+from test_fuzz import render_here
+
+import data
+import detect
+from common import detection
+from ingest import pack, scenes
+from model import ViT
+
+pytest.importorskip("pycocotools", reason="detectors are judged by pycocotools: pip install -r requirements-detect.txt")
+BOXES = torch.tensor([[[8.0, 8, 24, 24], [30, 10, 62, 60], [2, 40, 5, 60]], [[-1] * 4] * 3])
+
+
+def tiny():
+    torch.manual_seed(0)
+    return detection.Detector(ViT(64, 8, 32, 1, 2)).eval()
+
+
+def test_a_box_is_taught_at_its_centre_on_the_level_of_its_size_and_weighs_one():
+    heat, boxes, weight = detection.targets(BOXES, 64, 8)
+    assert heat.shape == weight.shape == (2, 16**2 + 8**2 + 4**2) and (heat[1] == 0).all() and (weight[1] == 0).all()
+    peaks = (heat[0] == 1).nonzero()[:, 0]
+    first = boxes[0, peaks] == BOXES[0, 0]
+    assert first.all(1).sum() >= 1 and not (boxes[0, peaks] == BOXES[0, 2]).all(1).any()  # 3 px wide: not asked for
+    assert (peaks[first.all(1)] < 16**2).all()  # 16 px: the finest level
+    second = peaks[(boxes[0, peaks] == BOXES[0, 1]).all(1)]
+    assert len(second) and ((second >= 16**2) & (second < 16**2 + 8**2)).all()  # 40 px
+    for k in (0, 1):
+        own = (boxes[0] == BOXES[0, k]).all(1)
+        assert weight[0, own].sum() == pytest.approx(1, abs=0.15)
+    centre = torch.cat([detection.cells(n * n, 64 // n, "cpu") for n in (16, 8, 4)])
+    assert ((centre[peaks] - 16).abs().amax(1) <= 4)[first.all(1)].all()
+
+
+def test_giou_and_iou_are_what_their_formulas_say():
+    a, b = torch.tensor([0.0, 0, 4, 4]), torch.tensor([2.0, 2, 6, 6])
+    assert detection.iou(a, b) == pytest.approx(4 / 28) and detection.giou(a, a) == pytest.approx(1)
+    assert detection.giou(a, b) == pytest.approx(4 / 28 - 1 + 28 / 36)
+    far = torch.tensor([10.0, 0, 12, 4])
+    assert detection.iou(a, far) == 0 and detection.giou(a, far) == pytest.approx(-1 + 24 / 48)
+
+
+def test_the_loss_falls_where_answers_come_nearer():
+    heat, boxes, _ = detection.targets(BOXES, 64, 8)
+    sure = torch.where(heat == 1, 6.0, -6.0)
+    losses = [detection.loss_of(logits, boxes + off, BOXES, 64, 8).item()
+              for logits, off in ((sure, 0), (sure, 3), (-sure, 0), (torch.zeros_like(sure), 0))]  # fmt: skip
+    assert losses[0] < 0.1 < losses[1] and losses[0] < losses[3] < losses[2]
+    nobody = detection.loss_of(-6 * torch.ones_like(heat[1:]), boxes[1:], BOXES[1:], 64, 8)
+    assert 0 <= nobody < 0.01
+
+
+def test_a_crop_stands_at_its_place_on_the_page():
+    """Without blocks a token is its patch and its position: of a crop the page's, where it was cut."""
+    net = tiny()
+    net.encoder.blocks = torch.nn.ModuleList()
+    page = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    whole, part = net.tokens(page), net.tokens(page[:, 16:48, 8:40].contiguous(), (2, 1))
+    assert torch.allclose(part, whole[:, :, 2:6, 1:5], atol=1e-5)
+    assert not torch.allclose(net.tokens(page[:, 16:48, 8:40].contiguous()), part, atol=1e-2)
+    logits, boxes = net(torch.zeros(2, 96, 96, 3, dtype=torch.uint8))  # larger than it was made for
+    assert logits.shape == (2, 24**2 + 12**2 + 6**2) and boxes.shape == (*logits.shape, 4)
+
+
+def test_answers_are_peaks_and_none_is_given_twice():
+    net = tiny()
+    logits = torch.full((1, 336), -9.0)
+    boxes = torch.zeros(1, 336, 4)
+    for cell, score, box in ((40, 3.0, [8, 8, 24, 24]), (41, 2.0, [8, 8, 24, 24]),  # 41: beside a peak, no peak
+                             (300, 1.0, [9, 8, 24, 24]), (200, 0.5, [40, 40, 70, 60])):  # fmt: skip
+        logits[0, cell], boxes[0, cell] = score, torch.tensor(box, dtype=torch.float)
+    net.forward = lambda view: (logits, boxes)
+    found, scores = detection.detect(net, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0]
+    sure = scores > 0.5
+    assert sure.sum() == 2 and torch.allclose(scores[sure], torch.tensor([3.0, 0.5]).sigmoid())
+    assert torch.allclose(64 * found[sure], torch.tensor([[8.0, 8, 24, 24], [40, 40, 64, 60]]))
+
+
+def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
+    truth = [torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
+    right = [(truth[0], torch.tensor([0.9, 0.8])), (torch.zeros(0, 4), torch.zeros(0))]
+    row, precision = detection.coco(right, truth, 256)
+    assert row["ap"] == row["ap50"] == row["ar"] == 100 and row["ap_small"] is None and len(precision) == 101
+    shifted = [(truth[0] + 0.02, torch.tensor([0.9, 0.8])), right[1]]
+    assert 30 < detection.coco(shifted, truth, 256)[0]["ap"] < 90
+    nothing = [(torch.zeros(0, 4), torch.zeros(0))] * 2
+    assert detection.coco(nothing, truth, 256)[0]["ap"] == 0
+    wrong = [(torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.1, 0.1, 0.3, 0.31], [0.6, 0.6, 0.75, 0.75], [0.0, 0.8, 0.1, 0.9]]),
+              torch.tensor([0.9, 0.8, 0.7, 0.6])), right[1]]  # fmt: skip
+    found = detection.mistakes(wrong, truth, 0.5, 256)
+    assert found == {"right": 1, "double": 1, "off": 1, "background": 1, "missed_small": 0, "missed_covered": 0,
+                     "missed": 1}  # fmt: skip
+    assert detection.mistakes(right, truth, 0.85, 50)["missed_small"] == 1
+    assert 0.6 < detection.best_threshold(wrong, truth) <= 0.9
+
+
+def test_crops_carry_their_boxes_along():
+    """A page whose face is the only red: the boxes of its crops hold what is red there."""
+    args = detect.SimpleNamespace(colour=0.0)
+    pages = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
+    pages[:, 20:36, 30:50, 0] = 255
+    boxes = torch.tensor([[[30, 20, 50, 36]]]).expand(16, 1, 4) / 64
+    boxes = torch.cat([boxes, -torch.ones(16, 1, 4)], 1)
+    for cut in (detect.crops, detect.mosaic):
+        view, found = cut(args, pages, boxes, torch.Generator().manual_seed(1), 64)
+        assert view.shape == (16, 64, 64, 3)
+        seen = 0
+        for picture, own in zip(view, found, strict=True):
+            for x1, y1, x2, y2 in own[own[:, 0] >= 0].round().int().tolist():
+                assert picture[y1:y2, x1:x2, 0].float().mean() > 200
+                seen += 1
+            outside = picture[..., 0].float().clone()
+            for x1, y1, x2, y2 in own[own[:, 0] >= 0].int().tolist():
+                outside[max(0, y1 - 1) : y2 + 2, max(0, x1 - 1) : x2 + 2] = 0
+            assert cut is detect.mosaic or len(own[own[:, 0] >= 0]) == 0 or outside.max() < 60
+        assert seen > 8 and (found[:, 1:2] == -1).all() | (cut is detect.mosaic)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A folder with datasets/scenes, of 24 pages, and runs/det, what two epochs made of a random encoder."""
+    root = tmp_path_factory.mktemp("detect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "COUNTS", {"train": 16, "dev": 4, "val": 4})
+        patch.setattr(pack, "render", render_here)
+        call("data.py", "scenes", "--out", "datasets/scenes", "--size", 64, cwd=root, check=0)
+    return root
+
+
+WORDS = ("--data", "datasets/scenes", "--view", 48, "--batch-size", 8, "--device", "cpu")
+
+
+def trained(pages, encoder, out, *more):
+    return call("detect.py", encoder, *WORDS, "--out", out, *more, cwd=pages)
+
+
+@pytest.fixture(scope="module")
+def encoder(pages):
+    from common.lora import save_encoder
+
+    torch.manual_seed(0)
+    (pages / "runs/enc").mkdir(parents=True)
+    save_encoder(ViT(64, 8, 192, 2, 3), pages / "runs/enc/model.safetensors", {"step": 1})
+    return "runs/enc"
+
+
+@pytest.fixture(scope="module")
+def det(pages, encoder):
+    assert trained(pages, encoder, "runs/det", "--epochs", 2).returncode == 0
+    return pages / "runs/det"
+
+
+def test_a_run_writes_what_it_says(det):
+    row = json.loads((det / "metrics.json").read_text())
+    truth = data.open_split(det.parent.parent / "datasets/scenes", "val")["boxes"]
+    assert row["faces"] == (np.array(truth)[..., 0] >= 0).sum() and row["pages"] == 4 and 0 <= row["ap"] <= 100
+    found = row["mistakes"]
+    assert row["faces"] == found["right"] + sum(found[k] for k in found if "missed" in k)
+    assert (det / "precision.png").exists() and (det / "pages.png").exists()
+    net, header = detection.load(det)
+    assert header["page"] == 64 and not [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    real, steps = detect.step_loss, []
+    monkeypatch.setattr(detect.train.Pacer, "due", lambda self: True)  # a checkpoint at each step
+    monkeypatch.setattr(detect, "step_loss", lambda *a: steps.append(1) or (real if len(steps) < 4 else stop)(*a))
+    assert trained(pages, encoder, "runs/cut", "--epochs", 2).returncode and len(steps) == 4
+    monkeypatch.setattr(detect, "step_loss", real)
+    assert "--resume goes on" in refused(trained(pages, encoder, "runs/cut", "--epochs", 2))
+    assert trained(pages, encoder, "runs/cut", "--epochs", 2, "--resume").returncode == 0
+    a, b = (detection.load(p)[0].state_dict() for p in (det, pages / "runs/cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
+    face = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.0, 0.0, 0.1, 0.1]])
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(face, torch.tensor([0.9, 0.01]))])
+    Image.new("RGB", (200, 100), (90, 90, 90)).save(pages / "wide.png")
+    Image.new("RGB", (1, 1)).save(pages / "dot.png")
+    done = call("detect.py", det, "wide.png", "dot.png", "--out", "found", "--crop", "--margin", 0, cwd=pages, check=0)
+    wide, dot = map(json.loads, done.stdout.splitlines())
+    assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
+    assert Image.open(pages / "found/wide_0.png").size == (50, 50)
+    assert "already" in refused(call("detect.py", det, "wide.png", "--out", "found", "--crop", cwd=pages))
+    call("detect.py", det, "wide.png", "--out", "shown", "--threshold", 0.95, cwd=pages, check=0)
+    assert Image.open(pages / "shown/wide.png").size == (200, 100)  # a page without a face is fine
+
+
+def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
+    def said(*words):
+        return refused(call("detect.py", *words, cwd=pages))
+
+    assert "has no boxes" in said(encoder, "--data", small)
+    assert "is no detector" in said(encoder, "wide.png") and "does not exist" in said("runs/none", "wide.png")
+    assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
+    assert "larger than the pages" in said(encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64)
+    assert "--method full" in said(encoder, *WORDS, "--out", "x", "--from-scratch")
+    assert "--epochs" in said(det, "wide.png", "--epochs", 3) and "--crop" in said(encoder, *WORDS, "--crop")
+    assert "--out DIR says where" in said(det, "wide.png", "--crop")
+    (pages / "text.png").write_text("no picture")
+    assert "not a picture" in said(det, "text.png")
+
+
+def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypatch):
+    """recognize.py --detect: a line for each face, by the recogniser that was learned from whole drawings."""
+    run = pages / "runs/known"
+    words = ["--data", small, "--method", "linear", "--epochs", 1, "--device", "cpu", "--out", run]
+    call("finetune_lora.py", tagged / "encoder", *words, cwd=pages, check=0)
+    faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
+    Image.new("RGB", (64, 64), (200, 90, 90)).save(pages / "page.png")
+    lines = call("recognize.py", run, "page.png", "--detect", det, "--json", cwd=pages, check=0).stdout.splitlines()
+    assert [json.loads(line)["picture"] for line in lines] == ["page.png[6,6,19,19]", "page.png[32,16,48,32]"]
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
+    done = call("recognize.py", run, "page.png", "--detect", det, cwd=pages, check=0)
+    assert done.stdout == "" and "page.png: no face was found" in done.stderr
+    assert "is no detector" in refused(call("recognize.py", run, "page.png", "--detect", pages / "runs/enc", cwd=pages))
+
+
+def test_what_is_cut_out_is_the_face_and_room_around_it():
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[10:20, 30:40] = 255
+    assert (detection.cut_out(picture, (30, 10, 40, 20), 0) == 255).all()
+    room = detection.cut_out(picture, (30, 10, 40, 20), 0.5)
+    assert room.shape == (20, 20, 3) and (room[5:15, 5:15] == 255).all() and room.mean() == pytest.approx(255 / 4)
+    assert detection.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (16, 16, 3)  # reaches out of the picture
+
+
+def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypatch):
+    import demo
+
+    monkeypatch.chdir(pages)
+    if not Path("runs/a").exists():
+        shutil.copytree(tagged / "encoder", "runs/a")
+    picture = demo.drawing("akika", 0)
+    assert "button below" in demo.pages_page("runs/a", picture)
+    shutil.copytree(det, "runs/a-det")
+    faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
+    text = demo.pages_page("runs/a", picture)
+    assert text.count("<img") == 3 and "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
+    words = ["--data", small, "--method", "linear", "--epochs", 1, "--device", "cpu"]
+    call("finetune_lora.py", "runs/a", *words, cwd=pages, check=0)
+    text = demo.pages_page("runs/a", picture)
+    assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
+    assert "0 faces" in demo.pages_page("runs/a", picture)
