@@ -260,7 +260,8 @@ def test_a_confidence_is_judged_where_half_are_strangers():
 def test_a_run_of_half_the_size_says_the_same(run, small, tmp_path, capsys, method):
     whole, half = run[0], tmp_path / "half"
     if method == "full":
-        whole, words = tmp_path / "full", ["--epochs", 2, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
+        whole = tmp_path / "full"
+        words = ["--epochs", 2, "--keep", 0.25, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
         call("finetune_lora.py", run[0].parent / "encoder", "--data", small, "--method", "full", *words, "--out", whole,
              cwd=tmp_path, check=0)  # fmt: skip
     call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path, check=0)
