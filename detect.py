@@ -7,8 +7,8 @@ Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a
 Writes: runs/NAME-det/ model.safetensors, state.pt (what a resumed run needs), log.jsonl, metrics.json, precision.png,
         pages.png; with pictures a JSON line for each on standard output
 
-The network and its loss are in common/detection.py. It learns from crops of pages, at the scale of the page or half of
-it, and is asked about whole pages; its choices (the threshold) are made on dev.
+The network and its loss are in common/detection.py. It learns from crops of pages, which are larger in the last epochs,
+and is asked about whole pages; its choices (the threshold) are made on dev.
 """
 
 if __name__ == "__main__":
@@ -67,9 +67,11 @@ def parse_args():
     add = parser.add_argument_group("how").add_argument
     add("--method", default="lora", choices=RATES, help="of the encoder: frozen (linear), low-rank, everything")
     add("--from-scratch", action="store_true", help="control: the encoder begins with random weights")
-    add("--page", type=at_least(32), metavar="PX", help="side of whole pages in pixels (default: 1.5 times --view)")
+    add("--page", type=at_least(32), metavar="PX", help="side of whole pages in pixels (default: 1.75 times --view)")
     add("--view", type=at_least(16), default=128, metavar="PX", help="side of the crops that are learned from")
     add("--epochs", type=at_least(1), default=16, help="passes over the pages")
+    add("--late", type=between(0, 1), default=0.25, metavar="SHARE", help="of the epochs, the last ones: "
+        "crops are nearly whole pages")  # fmt: skip
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: lora 2e-3, linear 2e-3, full 1e-3)")
     add("--mosaic", type=between(0, 1), default=0.3, metavar="SHARE", help="of the steps whose crops show four pages")
@@ -90,7 +92,7 @@ def parse_args():
 def refuse_flags(args):
     training = not args.pictures
     refuse_unused(args, (
-        ("data boxes resume eval-on method from-scratch page view epochs batch-size lr mosaic colour seed log",
+        ("data boxes resume eval-on method from-scratch page view epochs late batch-size lr mosaic colour seed log",
          training, "is for training, not for pictures"),
         ("crop margin threshold side", not training, "is for pictures: python detect.py runs/NAME-det PICTURE"),
         ("margin", args.crop, "is for --crop"),
@@ -115,12 +117,13 @@ def open_task(args, device, autocast):
     task.rows = rows if "dev" in splits else rows[~apart]
     task.train, task.dev = train_split, (splits["dev"], None) if "dev" in splits else (train_split, rows[apart])
     two = 2 * load_encoder(args.encoder)[0].patch_size  # a cell of the coarsest map
-    task.page = args.page or args.view * 3 // 2 // two * two
+    task.page = args.page or args.view * 7 // 4 // two * two
     if args.view > task.page:
         raise UserError(f"--view {args.view} is larger than the pages of {task.page} px; give at most that")
     if args.view % two or task.page % two:
         raise UserError(f"--view {args.view} and pages of {task.page} px must be multiples of {two}, two patches of "
                         f"{args.encoder}")  # fmt: skip
+    task.late = max(args.view, task.page * 6 // 7 // two * two)  # side of the crops of the last epochs
     task.encoder, _ = load_encoder(args.encoder, task.page)
     config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
     task.config = config | {"encoder": fingerprint(task.encoder), "images": data.fingerprint(train_split)}
@@ -132,12 +135,12 @@ def boxes_of(split, name, rows):
     return torch.from_numpy(np.array(split[name][rows.numpy()]))
 
 
-def crops(args, images, boxes, generator, side, shrink=1.0):
+def crops(args, images, boxes, generator, side, least, most=1.0):
     """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in their pixels.
 
-    Crops have half the page's side to all of it, times `shrink`; boxes of which little is left are taken out.
+    Crops have a share of `least` to `most` of the page's side; boxes of which little is left are taken out.
     """
-    share = (0.5 + 0.5 * torch.rand(len(images), 1, generator=generator)) * shrink
+    share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
     flip = torch.rand(len(images), generator=generator) < 0.5
     view = data.view_images(images, torch.cat([corner, share, share], 1), flip, side)
@@ -151,11 +154,11 @@ def crops(args, images, boxes, generator, side, shrink=1.0):
     return data.jitter_colour(view, draws, args.colour), torch.where(kept[..., None], left * side, -1.0)
 
 
-def mosaic(args, images, boxes, generator, side):
+def mosaic(args, images, boxes, generator, side, least):
     """The same, each crop of four pages: the batch's, one further in each corner."""
     half, views, found = side // 2, [], []
     for turn, (y, x) in enumerate(((0, 0), (0, half), (half, 0), (half, half))):
-        view, own = crops(args, images.roll(turn, 0), boxes.roll(turn, 0), generator, half, 0.7)
+        view, own = crops(args, images.roll(turn, 0), boxes.roll(turn, 0), generator, half, 0.7 * least, 0.7)
         views.append(view)
         found.append(torch.where(own >= 0, own + torch.tensor([x, y, x, y]), own))
     rows = torch.cat(views[:2], 2), torch.cat(views[2:], 2)
@@ -188,7 +191,8 @@ def learn(task, net, optimizer, state, log):
             load_exactly(net, state["model"], out / "state.pt")
             optimizer.load_state_dict(state["optimizer"])
             step, seconds = state["step"], state["seconds"]
-    total, images = args.epochs * per_epoch, data.resident(task.train, task.device)
+    late, total = round((1 - args.late) * args.epochs), args.epochs * per_epoch
+    images = data.resident(task.train, task.device)
     stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, task.device, seconds), train.Pacer()
 
     def save():
@@ -199,7 +203,7 @@ def learn(task, net, optimizer, state, log):
     for epoch in range(step // per_epoch, args.epochs):
         order = task.rows[data.epoch_order(n, args.seed, epoch)]
         for rows, pages in meter.timed(data.batches(images, order, B, task.device, step % per_epoch)):
-            loss = step_loss(task, net.train(), rows, pages, train.seeded(args.seed, epoch, step))
+            loss = step_loss(task, net.train(), rows, pages, epoch >= late, train.seeded(args.seed, epoch, step))
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, args.lr))
@@ -223,16 +227,17 @@ def learn(task, net, optimizer, state, log):
     return meter.seconds()
 
 
-def step_loss(task, net, rows, pages, generator):
+def step_loss(task, net, rows, pages, late, generator):
     """The loss of a batch of crops; a crop stands at some place of the encoder's grid, as crops of whole pages do."""
     args, boxes = task.args, boxes_of(task.train, task.args.boxes, rows)
     cut = mosaic if torch.rand(1, generator=generator) < args.mosaic else crops
-    view, boxes = cut(args, pages, boxes, generator, args.view)
-    room = (task.page - args.view) // net.patch + 1
+    side, least = (task.late, 0.7) if late else (args.view, 0.5)
+    view, boxes = cut(args, pages, boxes, generator, side, least)
+    room = (task.page - side) // net.patch + 1
     corner = torch.randint(room, (2,), generator=generator).tolist()
     with task.autocast():
         logits, said = net(view, corner)
-    return detection.loss_of(logits, said, boxes.to(task.device), args.view, net.patch)
+    return detection.loss_of(logits, said, boxes.to(task.device), side, net.patch)
 
 
 def write_results(task, net, seconds):
@@ -290,7 +295,7 @@ def run(args, device, autocast):
     log = train.Log(out / "log.jsonl", state.get("step", -1), args.log, task.config)
     net, optimizer = build(task)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"data     {args.data}: {len(task.rows)} pages of {task.page} px, crops of {args.view} px\n"
+    print(f"data     {args.data}: {len(task.rows)} pages of {task.page} px, crops of {args.view}, late {task.late} px\n"
           f"run      {out}: {args.method}, {count:,} parameters trained, {args.epochs} epochs, rate {args.lr:g}")
     seconds = learn(task, net, optimizer, state, log)
     if args.method == "lora":  # the file is a plain network

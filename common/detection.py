@@ -150,14 +150,16 @@ def detect(net, view):
     """view u8 (B, S, S, 3) -> list of (boxes (k, 4) in shares of the view, scores (k,)), the surest first."""
     logits, boxes = net(view)
     S, scores = view.shape[1], logits.sigmoid()
-    kept, at = torch.zeros_like(scores, dtype=torch.bool), 0
-    for level in range(len(net.maps)):  # a cell that is no peak of its map is no centre
+    kept, at = [], 0
+    for level in range(len(net.maps)):
         g = S // (net.patch * 2**level // 2)
-        own = scores[:, at : at + g * g].unflatten(1, (g, g))
-        kept[:, at : at + g * g] = (F.max_pool2d(own[:, None], 3, 1, 1)[:, 0] == own).flatten(1)
+        heat, said = (x[:, at : at + g * g].mT.unflatten(2, (g, g)) for x in (scores[..., None], boxes))
+        kept.append((F.max_pool2d(heat, 3, 1, 1) == heat).flatten(1))  # a cell that is no peak of its map is no centre
+        near = F.avg_pool2d(heat**2 * said, 3, 1, 1) / F.avg_pool2d(heat**2, 3, 1, 1).clamp(min=1e-12)
+        boxes[:, at : at + g * g] = near.flatten(2).mT  # the mean of a cell and its neighbours, the surest most
         at += g * g
     answers = []
-    for p, where, peak in zip(scores, boxes.clamp(0, S) / S, kept, strict=True):
+    for p, where, peak in zip(scores, boxes.clamp(0, S) / S, torch.cat(kept, 1), strict=True):
         best = torch.where(peak, p, 0).topk(min(MOST, len(p))).indices
         best = best[((where[best, 2:] - where[best, :2]) > 0).all(1)]
         best = best[suppress(where[best])]

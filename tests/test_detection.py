@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from test_fuzz import render_here
 
 import data
 import detect
+import experiments.detection
 from common import detection
+from common.tables import read_csv
 from ingest import pack, scenes
 from model import ViT
 
@@ -76,14 +79,16 @@ def test_answers_are_peaks_and_none_is_given_twice():
     net = tiny()
     logits = torch.full((1, 336), -9.0)
     boxes = torch.zeros(1, 336, 4)
-    for cell, score, box in ((40, 3.0, [8, 8, 24, 24]), (41, 2.0, [8, 8, 24, 24]),  # 41: beside a peak, no peak
+    for cell, score, box in ((40, 3.0, [8, 8, 24, 24]), (41, 2.0, [8, 8, 28, 24]),  # 41: beside a peak, no peak
                              (300, 1.0, [9, 8, 24, 24]), (200, 0.5, [40, 40, 70, 60])):  # fmt: skip
         logits[0, cell], boxes[0, cell] = score, torch.tensor(box, dtype=torch.float)
     net.forward = lambda view: (logits, boxes)
     found, scores = detection.detect(net, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0]
     sure = scores > 0.5
     assert sure.sum() == 2 and torch.allclose(scores[sure], torch.tensor([3.0, 0.5]).sigmoid())
-    assert torch.allclose(64 * found[sure], torch.tensor([[8.0, 8, 24, 24], [40, 40, 64, 60]]))
+    peak, beside = torch.tensor([3.0, 2.0]).sigmoid().square()  # neighbours say where a box is, too
+    side = (24 * peak + 28 * beside) / (peak + beside)
+    assert torch.allclose(64 * found[sure], torch.tensor([[8.0, 8, side, 24], [40, 40, 64, 60]]), atol=1e-3)
 
 
 def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
@@ -112,7 +117,7 @@ def test_crops_carry_their_boxes_along():
     boxes = torch.tensor([[[30, 20, 50, 36]]]).expand(16, 1, 4) / 64
     boxes = torch.cat([boxes, -torch.ones(16, 1, 4)], 1)
     for cut in (detect.crops, detect.mosaic):
-        view, found = cut(args, pages, boxes, torch.Generator().manual_seed(1), 64)
+        view, found = cut(args, pages, boxes, torch.Generator().manual_seed(1), 64, 0.5)
         assert view.shape == (16, 64, 64, 3)
         seen = 0
         for picture, own in zip(view, found, strict=True):
@@ -171,7 +176,7 @@ def test_a_run_writes_what_it_says(det):
     assert row["faces"] == found["right"] + sum(found[k] for k in found if "missed" in k)
     assert (det / "precision.png").exists() and (det / "pages.png").exists()
     net, header = detection.load(det)
-    assert header["page"] == 64 and not [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
+    assert header["page"] == 80 and not [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, monkeypatch):
@@ -262,3 +267,28 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     assert "0 faces" in demo.pages_page("runs/a", picture)
+
+
+# ---- arms ------------------------------------------------------------------------------------------------------------
+
+
+def test_arms_share_a_table_and_a_detector_is_asked_at_other_sides(pages, encoder, det, monkeypatch):
+    flags = f"{' '.join(map(str, WORDS[2:]))} --epochs 1"
+    args = SimpleNamespace(encoder=encoder, data="datasets/scenes", flags=flags, work="runs")
+    for arm in ("linear", "scratch"):  # here, and not in processes of their own
+        call(*experiments.detection.words_of(args, arm, 0)[1], cwd=pages, check=0)
+    words = ("experiments.detection", encoder, "--arms", "linear", "scratch", "--seeds", 1, "--flags", flags)
+    assert call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout.count("AP50") == 2
+    rows = read_csv(pages / "arms/arms.csv")
+    assert [row["arm"] for row in rows] == ["linear", "scratch"] and "--from-scratch" in rows[1]["command"]
+    table = (pages / "arms/arms.md").read_text()
+    assert f"| 1 | {float(rows[0]['ap']):.1f} | {float(rows[0]['ap50']):.1f} |" in table and "`linear` against" in table
+    assert Image.open(pages / "arms/arms.png").width > 600
+    assert "2 done" in call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout
+    assert "made by other flags" in refused(call(*words[:-1], "--epochs 1", "--out", "a", "--work", "runs", cwd=pages))
+
+    monkeypatch.setattr(experiments.detection, "SIDES", (64, 80))
+    call("experiments.detection", det, "--sides", "--data", "datasets/scenes", "--out", "arms", cwd=pages, check=0)
+    rows, found = read_csv(pages / "arms/sides.csv"), json.loads((det / "metrics.json").read_text())
+    assert [row["side"] for row in rows] == ["64", "80"] and all(float(row["ms"]) > 0 for row in rows)
+    assert float(rows[1]["ap50"]) == pytest.approx(found["ap50"], abs=0.1)  # 80 px is what it was trained for

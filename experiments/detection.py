@@ -1,0 +1,125 @@
+"""Where are the faces: what does pre-training bring, and what must learn? Arms of detect.py, several seeds each.
+
+    python -m experiments.detection weights/toon --data datasets/scenes --seeds 3 --out results/detection
+    python -m experiments.detection runs/NAME-det --sides --data datasets/scenes --out results/detection
+
+Reads:  what detect.py reads; its runs under --work, which are made if they are not there
+Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --sides OUT/sides.csv:
+        how good a detector is, and how long it takes, on pages of other sizes
+"""
+
+if __name__ == "__main__":
+    from common.command import starting
+
+    starting()  # torch takes two seconds to load
+
+import shlex
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import detect
+from common import detection, plots, stats
+from common.command import Parser, at_least, cli, command, refuse_file
+from common.features import open_splits
+from common.io import UserError, save_text
+from common.tables import read_csv, replace_rows
+from common.train import autocast_of, commit, machine, pick_dtype
+from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+
+ARMS = {  # flags of detect.py, and what they say
+    "full": ("--method full", "all weights learn, from a pre-trained encoder"),
+    "lora": ("--method lora", "low-rank adapters in the encoder"),
+    "linear": ("--method linear", "the encoder is frozen"),
+    "scratch": ("--method full --from-scratch", "all weights learn, from random ones"),
+}
+HEADINGS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium", "ap_large": "large",
+            "ar": "AR"}  # fmt: skip
+QUESTIONS = tuple(((arm, column), ("scratch", column), f"{HEADINGS[column]}, `{arm}` against `scratch`")
+                  for arm in ("full", "lora", "linear") for column in ("ap", "ap50"))  # fmt: skip
+SIDES = (128, 160, 192, 224, 256, 320, 384, 512)  # pixels, of pages
+
+
+def words_of(args, arm, seed, more=()):
+    """A run's folder, and what a user would type behind `python` to make it."""
+    out = Path(args.work) / Path(args.data).name / f"{arm}-s{seed}"
+    return out, ["detect.py", args.encoder, "--data", args.data, "--seed", str(seed), *shlex.split(ARMS[arm][0]),
+                 *shlex.split(args.flags), "--out", str(out), "--resume"]  # fmt: skip
+
+
+def row_of(args, found):
+    row = {column: found[column] for column in (*HEADINGS, "threshold", "seconds", "machine", "commit")}
+    return row | found["mistakes"]
+
+
+def said(row):
+    return ", ".join(f"{HEADINGS[k]} {row[k]:.1f}" for k in ("ap", "ap50", "ap75"))
+
+
+def write_table(args, rows):
+    """OUT/arms.md and arms.png of the rows that are there."""
+    arms, out = by_arm(rows, ARMS), Path(args.out)
+    title = f"Arms of detect.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
+    lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
+             "|---" * (len(HEADINGS) + 3) + "|"]  # fmt: skip
+    for arm, seeds in arms.items():
+        minutes = stats.mean_std([float(r["seconds"]) / 60 for r in seeds.values()])["mean"]
+        cells = [f"`{arm}`: {ARMS[arm][1]}", str(len(seeds)), *(cell(seeds, c) for c in HEADINGS), f"{minutes:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "AP as COCO has it, over IoU .5 to .95; a face is small under 32 x 32 pixels of a packed page, large "
+              f"over 96 x 96. Minutes are those of training, {args.threads} threads a run, {args.jobs} at once.", "",
+              "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
+              *answers(arms, QUESTIONS), "", "![AP by arm](arms.png)", ""]  # fmt: skip
+    save_text("\n".join(lines), out / "arms.md")
+    with plots.panels(out / "arms.png", f"Faces found: {Path(args.data).name}, val", 1, 1, (7.2, 3.4)) as axis:
+        plot_seeds(axis, arms, (("ap50", plots.BLUE, "o", "AP50"), ("ap", plots.ORANGE, "s", "AP")))
+        plots.percent(axis)
+        axis.set(ylabel="AP on val, %")
+        axis.legend()
+
+
+def sides(args, device=torch.device("cpu")):  # noqa: B008
+    """OUT/sides.csv: a detector asked at each of SIDES, about val; seconds are those of one page at a time."""
+    net, header = detection.load(args.encoder)
+    autocast, split = autocast_of(device, pick_dtype("auto", device)[0]), open_splits(args.data, "val")["val"]
+    for side in SIDES:
+        task = SimpleNamespace(args=SimpleNamespace(boxes=header["boxes"]), device=device, autocast=autocast, page=side)
+        found, _ = detection.coco(*detect.judge(task, net, split, None), split["images"].shape[1])
+        took = []
+        for page in split["images"][:16]:
+            start_time = time.perf_counter()
+            with autocast():
+                detection.faces_of(net, page, side, header["threshold"])
+            took.append(1000 * (time.perf_counter() - start_time))
+        row = {"side": side} | {k: found[k] for k in HEADINGS} | {"ms": round(statistics.median(took), 1)}
+        row |= {"pages_per_s": round(1000 / row["ms"], 1), "machine": machine(device), "commit": commit()}
+        replace_rows(Path(args.out) / "sides.csv", [row | {"command": command()}], ("side",))
+        print(f"{side} px: {said(row)}, {row['ms']} ms a page", flush=True)
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("encoder", metavar="ENCODER", help="as for detect.py; with --sides a run of it")
+    add("--data", default="datasets/scenes", metavar="DIR", help="set with boxes (default: %(default)s)")
+    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
+    add("--seeds", type=at_least(1), default=3, metavar="N", help="of each arm, from 0 on (default: 3)")
+    add("--sides", action="store_true", help="a detector on pages of other sizes, instead")
+    add_flags(add, "detect.py", "runs/detection")
+    args = parser.parse_args()
+    refuse_file(args.out)
+    if not (Path(args.data) / "train.safetensors").exists():
+        raise UserError(f"{args.data} is no packed set; python data.py scenes makes one")
+    if args.sides:
+        return sides(args)
+    jobs = [(arm, seed, ()) for seed in range(args.seeds) for arm in args.arms]
+    run_all(args, jobs, Path(args.out) / "arms.csv", words_of, row_of, said)
+    write_table(args, read_csv(Path(args.out) / "arms.csv"))
+    print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
+
+
+if __name__ == "__main__":
+    cli(main)
