@@ -105,7 +105,7 @@ NEW = {"auroc_unknown": "AUROC", "dir_at_far_1": "DIR at FAR 1 %", "dir_at_far_1
        "one_shot": "5-way, one shot", "five_shot": "five"}  # fmt: skip
 PANELS = {"recognition": (("top1", "Top-1, %"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %, %")),
           "tail": (("top1", "Top-1, %"), ("macro_f1", "macro-F1, %")),
-          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused, %"))}
+          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused with 5 % of the known, %"))}
 COST = {"epochs": "epochs", "parameters_m": "parameters, M", "gflop": "GFLOP a picture", "step_ms": "step, ms",
         "peak_memory_mb": "peak memory, MB", "ms_1": "ms for 1", "ms_64": "ms for 64"}  # fmt: skip
 
@@ -340,7 +340,7 @@ def write_table(args):
     arms = {arm: arms[arm] for arm in (TABLES["margin"] if args.table == "margin" else order) if arm in arms}
     good, new = ([c for c in columns if any(r[c] != "" for r in rows)] for columns in (GOOD, NEW))
     title = f"{args.table.capitalize()} on {args.data_name}, val"
-    about = (f"`{VIT}`; {args.minutes:g} minutes of one core for each arm, {args.pretrain_minutes:g} for each encoder "
+    about = (f"`{VIT}`; {args.minutes:g} min of one core for each arm, {args.pretrain_minutes:g} for each encoder "
              "before. Behind: points of Top-1 behind the best arm, with a 95 % interval by seeds and illustrations. "
              f"Spoiled: Top-1 under eight corruptions.{missing(good + new)} {hardest(arms, val)}")  # fmt: skip
     strangers = (f"{LEFT_OUT} characters left out of training, seed 0: who is refused by the threshold of dev, and "
