@@ -179,6 +179,13 @@ def test_a_run_writes_what_it_says(det):
     assert header["page"] == 80 and not [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
 
 
+def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(pages, encoder, monkeypatch):
+    sides, loss_of = [], detection.loss_of
+    monkeypatch.setattr(detection, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words))
+    trained(pages, encoder, "runs/late", "--epochs", 4, "--method", "linear")
+    assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
+
+
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
