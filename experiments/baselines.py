@@ -454,7 +454,7 @@ def main():
     args.data_name, args.arms = Path(args.data).name, args.arms or TABLES[args.table]
     args.encoders = [name for name in ENCODERS if any(ARMS[arm][0] == name for arm in args.arms)]
     args.dtype = pick_dtype("auto", CPU)[0]
-    folder = args.data_name + f"-{args.table}" * (args.table != "recognition")
+    folder = args.data_name.removesuffix(f"-{args.table}") + f"-{args.table}" * (args.table != "recognition")
     args.out, args.home = Path(args.out) / folder, Path(args.work) / args.data_name
     args.plan, args.rows = args.out / "plan.json", args.out / "rows.csv"
     say_plan(args)
