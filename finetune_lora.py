@@ -252,7 +252,10 @@ def start_message(args, task, steps, batch, step):
     """What is printed before the first step; steps: of an epoch."""
     n, held, C = len(task.train.rows), len(task.dev.rows), len(task.classes)
     keep = " to ".join(f"{float(share):.0%}" for share in args.keep.split(":"))
-    return (f"data     {args.data}: {n} images to learn from, {held} to choose by, {C} characters\n"
+    sizes, told = torch.bincount(task.train.labels[task.train.rows]), args.balanced or args.logit_adjust
+    uneven = f" of {sizes.min()} to {sizes.max()}: --balanced names the rare ones better"
+    uneven = uneven if sizes.max() > 5 * sizes.min() and not told else ""
+    return (f"data     {args.data}: {n} images to learn from, {held} to choose by, {C} characters{uneven}\n"
             f"model    {args.method} of {args.encoder}, {args.head} head: {task.count:,} parameters trained, "
             f"{task.share:.2%}\nrun      {task.out}: {args.epochs} epochs of {steps} steps of {batch} images, "
             f"learning rates {args.lr:.2g} and {args.head_lr:.2g}, {keep} of the patches"

@@ -105,7 +105,8 @@ NEW = {"auroc_unknown": "AUROC", "dir_at_far_1": "DIR at FAR 1 %", "dir_at_far_1
        "one_shot": "5-way, one shot", "five_shot": "five"}  # fmt: skip
 PANELS = {"recognition": (("top1", "Top-1, %"), ("tpr_at_fpr_1", "right pairs accepted at FPR 1 %, %")),
           "tail": (("top1", "Top-1, %"), ("macro_f1", "macro-F1, %")),
-          "margin": (("threshold", "threshold of the cosine, %"), ("strangers_unknown_at_5", "strangers refused with 5 % of the known, %"))}
+          "margin": (("threshold", "threshold of the cosine, %"),
+                     ("strangers_unknown_at_5", "strangers refused at 5 % of the known, %"))}
 COST = {"epochs": "epochs", "parameters_m": "parameters, M", "gflop": "GFLOP a picture", "step_ms": "step, ms",
         "peak_memory_mb": "peak memory, MB", "ms_1": "ms for 1", "ms_64": "ms for 64"}  # fmt: skip
 
