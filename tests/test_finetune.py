@@ -5,6 +5,7 @@ import math
 import pickle
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -451,3 +452,17 @@ def test_strata_are_those_of_styles_and_tags_that_enough_pictures_have():
     rows = torch.arange(20, 50)  # all of them vivid: no stratum
     assert errors.by_stratum(split, rows, right[rows], least=5).keys() == {"hat", "rare"}
     assert errors.by_stratum({"header": {}}, rows, right[rows]) == {}
+
+
+def test_a_run_on_uneven_sizes_is_told_of_balanced():
+    def said(sizes, **flags):
+        labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        rows = SimpleNamespace(rows=torch.arange(len(labels)), labels=labels)
+        args = SimpleNamespace(data="d", keep=".5", method="full", encoder="e", head="linear", epochs=1, lr=1,
+                               head_lr=1, **{"balanced": False, "logit_adjust": 0.0} | flags)  # fmt: skip
+        task = SimpleNamespace(train=rows, dev=rows, classes=sizes, count=1, share=1, out="o")
+        return finetune_lora.start_message(args, task, 1, 1, 0)
+
+    assert "3 characters of 4 to 24: --balanced" in said([4, 24, 9])
+    for text in (said([4, 20, 9]), said([4, 24], balanced=True), said([4, 24], logit_adjust=1.0)):
+        assert "--balanced" not in text
