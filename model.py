@@ -387,7 +387,6 @@ def put_patches(view, ids, patches):
     B, S = view.shape[:2]
     p = math.isqrt(patches.shape[2] // 3)
     out = view.clone().view(B, S // p, p, S // p, 3 * p)
-    out[torch.arange(B, device=view.device)[:, None], ids // (S // p), :, ids % (S // p)] = patches.unflatten(
-        2, (p, 3 * p)
-    )
+    pictures, patches = torch.arange(B, device=view.device)[:, None], patches.unflatten(2, (p, 3 * p))
+    out[pictures, ids // (S // p), :, ids % (S // p)] = patches
     return out.view(B, S, S, 3)

@@ -82,9 +82,8 @@ class Guide:
         """Let the teacher make its maps of all images, if this is one of its epochs."""
         if epoch in self.refresh_epochs:
             self.file = f"attn-{step:08d}.safetensors"
-            self.maps["attn"] = write_attention(
-                self.teacher, self.teacher_size, images, out / self.file, self.autocast, self.source
-            )
+            self.maps["attn"] = write_attention(self.teacher, self.teacher_size, images, out / self.file, self.autocast,
+                                                self.source)  # fmt: skip
 
     def patch_scores(self, rows, boxes, flip, view, rank_slice=slice(None)):
         """-> {need: (B, N) or (B, N, P)} of the views u8 (B, S, S, 3) that were cut from images `rows`; {} if no need.

@@ -258,9 +258,8 @@ def reconstruction_loss(pred, view, ids_mask, patch, weight=None, norm_pix=True,
     return_error  -> (loss, errors (B, M)); the errors give no gradient
     """
     need = torch.is_grad_enabled() and pred.requires_grad
-    loss, _, error = loss_gradient_error(
-        pred, view, ids_mask, patch, weight, norm_pix, weight_sum, impl, floor, scale, need
-    )
+    loss, _, error = loss_gradient_error(pred, view, ids_mask, patch, weight, norm_pix, weight_sum, impl, floor, scale,
+                                         need)  # fmt: skip
     return (loss, error) if return_error else loss
 
 

@@ -411,3 +411,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path, mon
 def test_log_rows_are_json(finished):
     for line in (finished[0] / "log.jsonl").read_text().splitlines():
         assert json.loads(line)["seconds"] >= 0
+
+
+@pytest.mark.parametrize(("gain", "dtype"), [(0.5, torch.float32), (1.1, torch.float32), (3.0, torch.bfloat16)])
+def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(train_module, "bf16_gain", lambda: gain)
+    chosen, reason = train_module.pick_dtype("auto", torch.device("cpu"))
+    assert chosen == dtype and f"{gain:.1f} times" in reason
+    assert train_module.pick_dtype("bf16", torch.device("cpu"))[0] == torch.bfloat16
