@@ -126,7 +126,7 @@ def segmenter_of(run):
 
 
 def detector_of(run):
-    return made_of(run, "precision.png")
+    return made_of(run, "detector.safetensors")
 
 
 def commands(run):

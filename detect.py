@@ -4,8 +4,8 @@
     python detect.py runs/NAME-det PICTURE... --out found      # outlines; --crop: faces, which data.py reads
 
 Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a set, data.py PATH --detect packs one
-Writes: runs/NAME-det/ model.safetensors, state.pt (what a resumed run needs), log.jsonl, metrics.json, precision.png,
-        pages.png; with pictures a JSON line for each on standard output
+Writes: runs/NAME-det/ detector.safetensors, state.pt (what a resumed run needs), log.jsonl, metrics.json,
+        precision.png, pages.png; with pictures a JSON line for each on standard output
 
 The network and its loss are in common/detection.py. It learns from crops of pages, which are larger in the last epochs,
 and is asked about whole pages; its choices (the threshold) are made on dev.
@@ -47,7 +47,7 @@ from ingest.pictures import tell_problems, whole_pictures
 
 LOG_EVERY, CLIP, CHUNK = 10, 1.0, 16  # steps, norm of the gradient, pages at a time
 RATES = {"lora": 2e-3, "full": 1e-3, "linear": 2e-3}  # peak learning rates
-RESULTS = ("metrics*.json", "model.safetensors", "precision*.png", "pages*.png")
+RESULTS = ("metrics*.json", "detector.safetensors", "precision*.png", "pages*.png")
 NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "crop", "margin",
              "threshold", "side", "json")  # fmt: skip
 
@@ -65,7 +65,7 @@ def parse_args():
     add("--force", action="store_true", help="start anew where another run is in --out; replace pictures")
     add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add = parser.add_argument_group("how").add_argument
-    add("--method", default="lora", choices=RATES, help="of the encoder: frozen (linear), low-rank, everything")
+    add("--method", default="full", choices=RATES, help="of the encoder: frozen (linear), low-rank, everything")
     add("--from-scratch", action="store_true", help="control: the encoder begins with random weights")
     add("--page", type=at_least(32), metavar="PX", help="side of whole pages in pixels (default: 1.75 times --view)")
     add("--view", type=at_least(16), default=128, metavar="PX", help="side of the crops that are learned from")
@@ -302,8 +302,8 @@ def run(args, device, autocast):
         merge_lora(net.encoder)
         remove_lora(net.encoder)
     row = write_results(task, net, seconds)
-    header = {"detector": net.config, "page": task.page, "threshold": row["threshold"], "boxes": args.boxes}
-    save_safetensors(net.state_dict(), out / "model.safetensors", header)
+    header = {"detector": net.config, "page": task.page, "threshold": row["threshold"], "run": task.config}
+    save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     save_json(row, finished)
     log.pictures()
     wrong = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in row["mistakes"].items())

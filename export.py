@@ -3,7 +3,7 @@
     python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX] [--force]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that common/formats.py lists; for onnx
-        and half also a run of finetune_lora.py with its head and gallery, or of tags.py
+        and half also a run of finetune_lora.py with its head and gallery, or of tags.py; for half of detect.py
 Writes: beside ENCODER, mae.safetensors (names of the public MAE, decoder included), timm.safetensors (the encoder, for
         vit_small_patch16_224 and kin), hf/ (a folder for transformers), merged.safetensors (an encoder of ours, its
         adapter in it), model.onnx (an encoder, a recogniser with its gallery, a tagger: pictures in, answers out), or
@@ -32,7 +32,7 @@ from kernels.gather import MEAN, STD
 from model import Decoder, ViT
 
 HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")  # that transformers reads
-TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery")  # of a run, that stages read
+TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")  # that stages read
 BESIDE = ("adapter_config.json", "selected_tags.csv")
 
 
@@ -119,7 +119,7 @@ def export(source, to, out=None, image_size=None, force=False):
         raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}")
     refuse_overwrite([*([out / name for name in folder] if folder else [out]), card_file(out, to)], force)
     if to == "half":
-        if not any((source / f"{name}.safetensors").exists() for name in ("model", "head")):
+        if not any((source / f"{name}.safetensors").exists() for name in ("model", "head", "detector")):
             raise UserError(f"{source} is no run, and --to half takes one; --to mae writes a file of any checkpoint")
         return out, save_half(source, out)
     if to == "onnx":

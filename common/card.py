@@ -9,17 +9,21 @@ from common.checkpoints import flags_of
 from common.io import UserError, read_header, read_json, save_text
 
 LIBRARY = {"hf": "transformers", "timm": "timm", "onnx": "onnx"}  # of the others pytorch
-OURS = "datasets/toon"  # drawn by ingest/toon.py: nobody else's pictures
+OURS = ("datasets/toon", "datasets/scenes")  # drawn by ingest/toon.py: nobody else's pictures
 SHOWN = ("data", "model", "image_size", "patch_size", "mask", "ratio", "contrast", "contrast_by", "arm", "method",
-         "head", "pool", "epochs", "batch_size", "blr", "lr", "seed")  # fmt: skip
+         "head", "pool", "boxes", "epochs", "batch_size", "blr", "lr", "seed")  # fmt: skip
 KINDS = {  # by a flag that only its stage has
     "arm": "Names the character and the tags of a drawing, from the picture alone (MFDN; `tags.py`).",
+    "boxes": "Says where the faces are on a page (`detect.py`).",
     "method": 'Names the character in a drawing, or says "unknown" (`finetune_lora.py`).',
     "mask": "A Vision Transformer, pre-trained by masked reconstruction (`pretrain.py`); its tokens are features of a "
             "picture and of its patches.",
 }  # fmt: skip
+TASKS = {"arm": "image-classification", "method": "image-classification", "boxes": "object-detection"}  # of hubs
 LIMITS = """It learned from pictures of faces that fill the frame, and was judged on such pictures alone. A name is a
 guess, so is a tag, and a confidence is right on average at best. Who drew a picture was not asked, and is not named."""
+OF_PAGES = """It learned from pages of one set, and was judged on such pages alone. Foreheads under hair, and faces
+behind bubbles and other figures, are guessed. Pages of other hands need boxes of their own: `data.py PATH --detect`."""
 
 
 def card_file(out, to):
@@ -31,15 +35,15 @@ def write_card(source, to, out, use):
     """Write the card of `out`, which was made from `source`; use: the line that loads it."""
     flags = flags_of_run(Path(source))
     kind = next((kind for kind in KINDS if kind in flags), None)
-    ours = flags.get("data") == OURS
+    ours = flags.get("data") in OURS
     head = [f"license: {'mit' if ours else 'other'}", f"library_name: {LIBRARY.get(to, 'pytorch')}",
-            f"pipeline_tag: image-{'classification' if kind in ('arm', 'method') else 'feature-extraction'}",
+            f"pipeline_tag: {TASKS.get(kind, 'image-feature-extraction')}",
             "tags: [masked-autoencoder, vision-transformer, anime]"]  # fmt: skip
     parts = {
         "How to load it": f"    {use}",
         "What it learned from, and how": recipe(flags),
         "How good it is": figures(Path(source)),
-        "Limits": LIMITS if kind else "Not known here.",
+        "Limits": "Not known here." if kind is None else OF_PAGES if kind == "boxes" else LIMITS,
         "Licence": "MIT. The pictures that it learned from were drawn by the project's own program." if ours else
                    f"The code is MIT. The weights bear what the pictures bear that they learned from "
                    f"({flags.get('data', 'not known here')}): ask before you pass them on.",
@@ -51,8 +55,10 @@ def write_card(source, to, out, use):
 
 
 def flags_of_run(source):
-    """The flags of pretrain.py or tags.py, of finetune_lora.py where it has a head; {} of what others made."""
-    head = source / "head.safetensors"
+    """The flags of pretrain.py or tags.py, of detect.py, of finetune_lora.py where it has a head; else {}."""
+    head, detector = source / "head.safetensors", source / "detector.safetensors"
+    if detector.exists():
+        return read_header(detector)[1]["run"]
     if not head.exists():
         return flags_of(source)
     header = read_header(head)[1]
@@ -92,6 +98,8 @@ def of_metrics(row):
     where = f"on {row['evaluated_on']} of {row['data']}"
     if "top1" in row:
         return f"Top-1 {row['top1']:.1f} %, macro-F1 {row['macro_f1']:.1f} % {where}"
+    if "ap" in row:
+        return f"AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} % {where}"
     best = row.get("tags_truth") or row["tags"]
     return f"Top-1 {row['end']['without_top1']:.1f} %, mAP of tags {best['map']:.1f} %, from the picture alone, {where}"
 

@@ -85,8 +85,8 @@ def blank(config):
 
 
 def load(path):
-    """A run of detect.py, or its model.safetensors -> the network, and its header."""
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    """A run of detect.py, or its detector.safetensors -> the network, and its header."""
+    path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
     weights, header = read_safetensors(path, "python detect.py ENCODER makes it")
     if not isinstance(header.get("detector"), dict):
         raise UserError(f"{path} is no detector; python detect.py ENCODER makes one")

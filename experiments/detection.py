@@ -86,7 +86,7 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
     net, header = detection.load(args.encoder)
     autocast, split = autocast_of(device, pick_dtype("auto", device)[0]), open_splits(args.data, "val")["val"]
     for side in SIDES:
-        task = SimpleNamespace(args=SimpleNamespace(boxes=header["boxes"]), device=device, autocast=autocast, page=side)
+        task = SimpleNamespace(args=SimpleNamespace(**header["run"]), device=device, autocast=autocast, page=side)
         found, _ = detection.coco(*detect.judge(task, net, split, None), split["images"].shape[1])
         took = []
         for page in split["images"][:16]:

@@ -145,7 +145,7 @@ def pages(tmp_path_factory):
     return root
 
 
-WORDS = ("--data", "datasets/scenes", "--view", 48, "--batch-size", 8, "--device", "cpu")
+WORDS = ("--data", "datasets/scenes", "--view", 48, "--batch-size", 8, "--device", "cpu", "--method", "lora")
 
 
 def trained(pages, encoder, out, *more):
@@ -182,7 +182,7 @@ def test_a_run_writes_what_it_says(det):
 def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(pages, encoder, monkeypatch):
     sides, loss_of = [], detection.loss_of
     monkeypatch.setattr(detection, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words))
-    trained(pages, encoder, "runs/late", "--epochs", 4, "--method", "linear")
+    trained(pages, encoder, "runs/late", "--epochs", 4, "--method", "full")
     assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
 
 
@@ -215,13 +215,26 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     assert Image.open(pages / "shown/wide.png").size == (200, 100)  # a page without a face is fine
 
 
+def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
+    call("export.py", det, "--to", "half", "--out", "half", cwd=pages, check=0)
+    (whole, about), (half, same) = detection.load(det), detection.load(pages / "half")
+    view = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(half(view)[1], whole(view)[1], rtol=0, atol=0.5)  # pixels
+    text = (pages / "half/README.md").read_text()
+    assert about == same and "object-detection" in text and "license: mit" in text and "| boxes | `boxes` |" in text
+    assert f"AP {json.loads((det / 'metrics.json').read_text())['ap']:.1f}, AP50" in text
+
+
 def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
     def said(*words):
         return refused(call("detect.py", *words, cwd=pages))
 
     assert "has no boxes" in said(encoder, "--data", small)
-    assert "is no detector" in said(encoder, "wide.png") and "does not exist" in said("runs/none", "wide.png")
+    assert "detector.safetensors does not exist" in said(encoder, "wide.png")
+    assert "does not exist" in said("runs/none", "wide.png")
     assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
+    assert "is no detector" in said(Path(encoder) / "model.safetensors", "wide.png")
     assert "larger than the pages" in said(encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64)
     assert "--method full" in said(encoder, *WORDS, "--out", "x", "--from-scratch")
     assert "--epochs" in said(det, "wide.png", "--epochs", 3) and "--crop" in said(encoder, *WORDS, "--crop")
@@ -243,7 +256,8 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     done = call("recognize.py", run, "page.png", "--detect", det, cwd=pages, check=0)
     assert done.stdout == "" and "page.png: no face was found" in done.stderr
-    assert "is no detector" in refused(call("recognize.py", run, "page.png", "--detect", pages / "runs/enc", cwd=pages))
+    done = call("recognize.py", run, "page.png", "--detect", "runs/enc/model.safetensors", cwd=pages)
+    assert "is no detector" in refused(done)
 
 
 def test_what_is_cut_out_is_the_face_and_room_around_it():
@@ -280,7 +294,7 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
 
 
 def test_arms_share_a_table_and_a_detector_is_asked_at_other_sides(pages, encoder, det, monkeypatch):
-    flags = f"{' '.join(map(str, WORDS[2:]))} --epochs 1"
+    flags = f"{' '.join(map(str, WORDS[2:-2]))} --epochs 1"
     args = SimpleNamespace(encoder=encoder, data="datasets/scenes", flags=flags, work="runs")
     for arm in ("linear", "scratch"):  # here, and not in processes of their own
         call(*experiments.detection.words_of(args, arm, 0)[1], cwd=pages, check=0)
