@@ -2,10 +2,12 @@
 
     python -m experiments.detection weights/toon --data datasets/scenes --seeds 3 --out results/detection
     python -m experiments.detection runs/NAME-det --sides --data datasets/scenes --out results/detection
+    python -m experiments.detection weights/toon-det --names weights/toon-lora --out results/detection
 
 Reads:  what detect.py reads; its runs under --work, which are made if they are not there
 Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --sides OUT/sides.csv:
-        how good a detector is, and how long it takes, on pages of other sizes
+        how good a detector is, and how long it takes, on pages of other sizes; with --names OUT/names.json: what a
+        recogniser says of the faces that it finds, where the painter knows who they are
 """
 
 if __name__ == "__main__":
@@ -16,19 +18,23 @@ if __name__ == "__main__":
 import shlex
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import detect
+import recognize
 from common import detection, plots, stats
-from common.command import Parser, at_least, cli, command, refuse_file
+from common.classifier import load_classifier, load_gallery
+from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.features import open_splits
-from common.io import UserError, save_text
+from common.io import UserError, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, machine, pick_dtype
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from ingest import scenes
 
 ARMS = {  # flags of detect.py, and what they say
     "full": ("--method full", "all weights learn, from a pre-trained encoder"),
@@ -100,6 +106,24 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
         print(f"{side} px: {said(row)}, {row['ms']} ms a page", flush=True)
 
 
+def names(detector, recogniser, pages, side=512):
+    """Pages as scenes.plan has them -> {right, wrong, unknown, background: answers, missed, drawn: faces}."""
+    (net, about), (known, header) = detection.load(detector), load_classifier(recogniser)
+    gallery, found = load_gallery(recogniser), dict.fromkeys(("right", "wrong", "unknown", "background", "missed"), 0)
+    for page in map(lambda item: scenes.draw(item, side), progress(pages, "naming")):
+        true, seen = side * torch.from_numpy(page["boxes"][: len(page["names"])]), set()
+        boxes, _ = detection.faces_of(net, page["image"], about["page"], about["threshold"])
+        for box in boxes:
+            cut = detection.cut_out(page["image"], box.tolist(), detection.MARGIN, header["packed_size"])
+            row = recognize.answers([""], *recognize.embed(known, header, cut[None], nullcontext), gallery, 0)[0]
+            own = [i for i, x in enumerate(detection.iou(box, true).tolist()) if x >= 0.5]
+            right = row["name"] in [page["names"][i] for i in own]
+            found["background" if not own else "unknown" if not row["known"] else "right" if right else "wrong"] += 1
+            seen |= set(own)
+        found["missed"] += len(true) - len(seen)
+    return found
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -108,9 +132,15 @@ def main():
     add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="of each arm, from 0 on (default: 3)")
     add("--sides", action="store_true", help="a detector on pages of other sizes, instead")
+    add("--names", metavar="RUN", help="what this recogniser says of the faces that a detector finds on val, instead")
     add_flags(add, "detect.py", "runs/detection")
     args = parser.parse_args()
     refuse_file(args.out)
+    if args.names:
+        found = names(args.encoder, args.names, [item for item in scenes.plan() if item["split"] == "val"])
+        row = found | {"command": command(), "machine": machine(torch.device("cpu")), "commit": commit()}
+        save_json(row, Path(args.out) / "names.json")
+        return print(", ".join(f"{n} {name}" for name, n in found.items()))
     if not (Path(args.data) / "train.safetensors").exists():
         raise UserError(f"{args.data} is no packed set; python data.py scenes makes one")
     if args.sides:
