@@ -60,7 +60,7 @@ CSS = """
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 12px }
 .figures figure { margin: 0 } .figures img { width: 100%; image-rendering: pixelated; border-radius: 6px }
 .figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)) }
-.wide img { image-rendering: auto }
+.wide figure { max-width: 640px } .wide img { image-rendering: auto }
 .bars { display: grid; grid-template-columns: max-content minmax(80px, 320px) max-content; gap: 4px 12px }
 .bars div { background: var(--border-color-primary); border-radius: 4px; overflow: hidden }
 .bars i { display: block; height: 100%; background: #0072B2 }
@@ -464,9 +464,9 @@ def pages_page(run, picture):
         rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     shown = outlined(pixels, boxes.numpy() / np.array([whole.width, whole.height] * 2))
-    items = [(f"{len(cut)} faces", png(shown)), *((name, png(x)) for name, x in zip(names, cut, strict=True))]
-    return figures(items, "wide") + same_as(f"recognize.py {who} PICTURE --detect {name}" if who else
-                                            f"detect.py {name} PICTURE --out found")  # fmt: skip
+    faces = figures((name, png(x)) for name, x in zip(names, cut, strict=True))
+    command = f"recognize.py {who} PICTURE --detect {name}" if who else f"detect.py {name} PICTURE --out found"
+    return figures([(f"{len(cut)} faces", png(shown))], "wide") + faces + same_as(command)
 
 
 @answer

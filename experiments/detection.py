@@ -75,8 +75,10 @@ def write_table(args, rows):
         minutes = stats.mean_std([float(r["seconds"]) / 60 for r in seeds.values()])["mean"]
         cells = [f"`{arm}`: {ARMS[arm][1]}", str(len(seeds)), *(cell(seeds, c) for c in HEADINGS), f"{minutes:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "AP as COCO has it, over IoU .5 to .95; a face is small under 32 x 32 pixels of a packed page, large "
-              f"over 96 x 96. Minutes are those of training, {args.threads} threads a run, {args.jobs} at once.", "",
+    flags = f"`{args.flags or 'the defaults'}`"
+    lines += ["", f"Every run with {flags}, {args.threads} thread(s) a run, {args.jobs} at once; minutes are those of "
+              "training. AP as COCO has it, over IoU .5 to .95; a face is small under 32 x 32 pixels of a packed page, "
+              "large over 96 x 96.", "",
               "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
               *answers(arms, QUESTIONS), "", "![AP by arm](arms.png)", ""]  # fmt: skip
     save_text("\n".join(lines), out / "arms.md")
