@@ -108,9 +108,9 @@ def refuse_flags(args):
 def open_task(args, device, autocast):
     """-> what a run works with, a namespace."""
     task, splits = SimpleNamespace(args=args, device=device, autocast=autocast), open_splits(args.data, args.eval_on)
-    if args.boxes not in splits["train"]:
-        raise UserError(f"{args.data} has no {args.boxes}; python data.py scenes draws pages with boxes, python "
-                        "data.py PATH --detect packs your own")  # fmt: skip
+    if name := next((k for k in ("train", args.eval_on) if (np.array(splits[k].get(args.boxes, -1)) < 0).all()), None):
+        raise UserError(f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages with "
+                        "some, python data.py PATH --detect packs your own")  # fmt: skip
     train_split, task.report = splits["train"], splits[args.eval_on]
     rows = torch.arange(len(train_split["images"]))
     apart = torch.from_numpy(data.hold_apart(data.groups_of(train_split), np.zeros(len(rows)), data.APART))

@@ -46,7 +46,7 @@ HEADINGS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap
             "ar": "AR"}  # fmt: skip
 QUESTIONS = tuple(((arm, column), ("scratch", column), f"{HEADINGS[column]}, `{arm}` against `scratch`")
                   for arm in ("full", "lora", "linear") for column in ("ap", "ap50"))  # fmt: skip
-SIDES = (128, 160, 192, 224, 256, 320, 384, 512)  # pixels, of pages
+SIDES = (128, 160, 192, 224, 256, 320, 384)  # pixels, of pages
 
 
 def words_of(args, arm, seed, more=()):

@@ -231,6 +231,12 @@ def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
         return refused(call("detect.py", *words, cwd=pages))
 
     assert "has no boxes" in said(encoder, "--data", small)
+    for i in range(40):
+        Image.effect_noise((40, 40), 60).save(pages / f"n{i}.png")
+    nothing = {"images": [{"id": i, "file_name": f"n{i}.png"} for i in range(40)], "annotations": []}
+    (pages / "nothing.json").write_text(json.dumps(nothing))
+    call("data.py", "nothing.json", "--detect", "--size", 64, "--out", "none", cwd=pages, check=0)
+    assert "none has no boxes on pages of train" in said(encoder, "--data", "none", "--out", "x")
     assert "detector.safetensors does not exist" in said(encoder, "wide.png")
     assert "does not exist" in said("runs/none", "wide.png")
     assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
