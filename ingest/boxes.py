@@ -5,8 +5,8 @@
 COCO        a JSON file; its pictures lie beside it, or in a folder there
 iCartoonFace (Zheng et al. 2020), detection: a csv of picture,x1,y1,x2,y2; pictures lie as COCO's do
 Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside
-YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and images/ or pictures
-            beside them; pictures without a file have no box
+YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and images/ of the same
+            folders and names, or pictures beside the files; pictures without a file have no box
 
 A folder train, val or test on the way to a picture is its split. All classes become one. A record's `box` is a list of
 (x1, y1, x2, y2) in pixels, YOLO's in shares of the picture.
@@ -76,10 +76,16 @@ def from_voc(root):
     return boxes, classes, False
 
 
+def place(path):
+    """Where a picture lies, and the file with its boxes: a/images/b.png and a/labels/b.txt are both a/b."""
+    return nfc("/".join(x for x in Path(path).with_suffix("").parts if x not in ("images", "labels")))
+
+
 def from_yolo(root):
-    boxes, classes, labels = {}, [], {p.stem: p for p in sorted((root / "labels").rglob("*.txt"))}
+    boxes, classes = {}, []
+    labels = {place(p.relative_to(root)): p for p in sorted((root / "labels").rglob("*.txt"))}
     for name in walk(root):
-        own, path = boxes.setdefault(name, []), labels.get(Path(name).stem)
+        own, path = boxes.setdefault(name, []), labels.get(place(name))
         for number, line in enumerate(path.read_text("utf-8-sig").splitlines() if path else (), 1):
             try:
                 kind, x, y, w, h = map(float, line.split()[:5])
@@ -87,7 +93,8 @@ def from_yolo(root):
                 raise UserError(f"{path}, line {number} is not class x y width height but {line[:60]!r}") from None
             own.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
             classes.append(f"{kind:g}")
-    return boxes, classes, True
+    lost = sorted(labels.keys() - set(map(place, boxes)))
+    return boxes | {str(labels[k].relative_to(root)): [] for k in lost}, classes, True
 
 
 def reader_of(path):
@@ -115,7 +122,8 @@ def find(path):
     reader, name = reader_of(path)
     boxes, classes, shares = reader(path)
     root = path if path.is_dir() else path.parent
-    have = {alias: found for found in walk(root) for alias in (Path(found).name, found)}
+    bare = Counter(Path(found).name for found in walk(root))  # without a folder a name must be that of one picture
+    have = {Path(n).name: n for n in walk(root) if bare[Path(n).name] == 1} | {n: n for n in walk(root)}
     places = {told: have.get(told.removeprefix("./")) or have.get(Path(told).name) for told in boxes}
     notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
     lost = [told for told, place in places.items() if not place]

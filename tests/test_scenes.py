@@ -112,13 +112,13 @@ def as_voc(root):
 
 
 def as_yolo(root):
-    (root / "labels").mkdir(parents=True)
+    (root / "labels/train").mkdir(parents=True)
     write_pictures(root / "images")
     for name, own in TRUE.items():
         w, h = PICTURES[name]
         lines = [f"0 {(a + c) / 2 / w} {(b + d) / 2 / h} {(c - a) / w} {(d - b) / h}" for a, b, c, d in own]
         if lines:
-            (root / "labels" / f"{name.split('/')[-1][:-4]}.txt").write_text("\n".join(lines))
+            (root / "labels" / f"{name[:-4]}.txt").write_text("\n".join(lines))
     return root
 
 
@@ -152,6 +152,21 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     found = [data.open_split(tmp_path / "packed", p.stem) for p in (tmp_path / "packed").glob("*.safetensors")]
     own = np.concatenate([split["boxes"].reshape(-1, 4) for split in found])
     assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1
+
+
+def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
+    write_pictures(tmp_path / "yolo/images", {"train/a.png": (40, 40), "val/a.png": (40, 40)})
+    for at, text in (("train/a", "0 .5 .5 .5 .5"), ("val/a", "0 .25 .25 .5 .5"), ("val/gone", "0 .5 .5 .1 .1")):
+        (tmp_path / f"yolo/labels/{at}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"yolo/labels/{at}.txt").write_text(text)
+    records, _, notes, _ = boxes.find(tmp_path / "yolo")
+    assert {r.split: r.box for r in records} == {"train": [(0.25, 0.25, 0.75, 0.75)], "val": [(0, 0, 0.5, 0.5)]}
+    assert "1 pictures are not there, the first: labels/val/gone.txt" in notes
+    write_pictures(tmp_path / "csv", {"x/a.png": (40, 40), "y/a.png": (40, 40), "y/b.png": (40, 40)})
+    (tmp_path / "csv/t.csv").write_text("a.png,1,2,3,4\nz/a.png,1,2,3,4\ny/a.png,5,6,7,8\nb.png,1,1,9,9\n")
+    records, _, notes, _ = boxes.find(tmp_path / "csv/t.csv")
+    assert {r.key: r.box for r in records} == {"y/a.png": [(5, 6, 7, 8)], "y/b.png": [(1, 1, 9, 9)]}
+    assert "2 pictures are not there, the first: a.png" in notes  # two have that name
 
 
 @pytest.mark.parametrize("name, text, said", [
