@@ -13,7 +13,6 @@ A folder train, val or test on the way to a picture is its split. All classes be
 """
 
 import json
-import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
@@ -27,6 +26,7 @@ from ingest import layouts
 from ingest.decode import on_paper, open_image
 from ingest.sources import Record, fetch_files, nfc, table_rows, walk
 
+HEADERS = ("x1,y1,x2,y2", "xmin,ymin,xmax,ymax", "left,top,right,bottom")  # of a table of boxes
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 
 
@@ -36,16 +36,19 @@ GRAY = (128, 128, 128)  # what fills a picture up to a square
 def from_coco(path):
     try:
         found = json.loads(path.read_bytes())
-        names = {image["id"]: image["file_name"] for image in found["images"]}
-        classes = {c["id"]: str(c["name"]) for c in found.get("categories", ())}
-        boxes = {name: [] for name in names.values()}
+        names = {image["id"]: "" + image["file_name"] for image in found["images"]}
+        if len(names) < len(found["images"]):
+            raise ValueError("two images have one id")
+        kinds = {c["id"]: str(c["name"]) for c in found.get("categories", ())}
+        classes, boxes = [], {name: [] for name in names.values()}
         for one in found["annotations"]:
             x, y, w, h = map(float, one["bbox"])
             boxes[names[one["image_id"]]].append((x, y, x + w, y + h))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            classes.append(kinds.get(one.get("category_id"), "face"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as problem:
         raise UserError(f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]}); it needs images with "
                         "id and file_name, and annotations with image_id and bbox") from None  # fmt: skip
-    return boxes, [classes.get(one.get("category_id"), "face") for one in found["annotations"]], False
+    return boxes, classes, False
 
 
 def from_csv(path):
@@ -54,7 +57,7 @@ def from_csv(path):
         try:
             x1, y1, x2, y2 = map(float, row[1:5])
         except ValueError:
-            if number == 1:  # a header
+            if number == 1 and ",".join(row[1:5]).lower() in HEADERS:
                 continue
             raise UserError(f"{path}, line {number} is not picture,x1,y1,x2,y2 but {','.join(row)[:80]!r}") from None
         boxes.setdefault(row[0], []).append((x1, y1, x2, y2))
@@ -67,11 +70,13 @@ def from_voc(root):
     for path in sorted((root / "Annotations").rglob("*.xml")):
         try:
             tree = ElementTree.parse(path).getroot()
-            own = boxes.setdefault(tree.findtext("filename") or path.stem + ".jpg", [])
+            if (name := tree.findtext("filename") or path.stem + ".jpg") in boxes:
+                raise ValueError(f"{name} is another file's picture")
+            own = boxes[name] = []
             for one in tree.iter("object"):
                 own.append(tuple(float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")))
                 classes.append(one.findtext("name") or "face")
-        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as problem:
+        except (ElementTree.ParseError, AttributeError, TypeError, ValueError, LookupError) as problem:
             raise UserError(f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it") from None
     return boxes, classes, False
 
@@ -86,14 +91,19 @@ def from_yolo(root):
     labels = {place(p.relative_to(root)): p for p in sorted((root / "labels").rglob("*.txt"))}
     for name in walk(root):
         own, path = boxes.setdefault(name, []), labels.get(place(name))
-        for number, line in enumerate(path.read_text("utf-8-sig").splitlines() if path else (), 1):
+        for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines() if path else (), 1):
             try:
-                kind, x, y, w, h = map(float, line.split()[:5])
+                kind, x, y, w, h, *sure = map(float, line.split())
+                if len(sure) > 1 or max(x, y, w, h) > 2:  # an outline, or pixels
+                    raise ValueError
             except ValueError:
-                raise UserError(f"{path}, line {number} is not class x y width height but {line[:60]!r}") from None
+                raise UserError(f"{path}, line {number} is not class x y width height, in shares of the "
+                                f"picture, but {line[:60]!r}") from None
             own.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
             classes.append(f"{kind:g}")
     lost = sorted(labels.keys() - set(map(place, boxes)))
+    if lost and len(lost) == len(labels):
+        raise UserError(f"{root}: no picture in images/ has folder and name of a file in labels/; the first: {lost[0]}")
     return boxes | {str(labels[k].relative_to(root)): [] for k in lost}, classes, True
 
 
@@ -122,9 +132,7 @@ def find(path):
     reader, name = reader_of(path)
     boxes, classes, shares = reader(path)
     root = path if path.is_dir() else path.parent
-    bare = Counter(Path(found).name for found in walk(root))  # without a folder a name must be that of one picture
-    have = {Path(n).name: n for n in walk(root) if bare[Path(n).name] == 1} | {n: n for n in walk(root)}
-    places = {told: have.get(told.removeprefix("./")) or have.get(Path(told).name) for told in boxes}
+    places = find_places(list(boxes), list(walk(root)))
     notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
     lost = [told for told, place in places.items() if not place]
     if len(lost) == len(boxes):
@@ -140,11 +148,24 @@ def find(path):
                      f"{','.join(f'{x:g}' for x in wrong[0][1])}")  # fmt: skip
     records = [Record(nfc(place), place, split=split_of(place), box=[b for b in boxes[told] if usable(b)])
                for told, place in places.items() if place]  # fmt: skip
+    if twice := [place for place, n in Counter(r.key for r in records).items() if n > 1]:
+        raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
     return records, partial(fetch_files, root=root), notes, shares
 
 
+def find_places(told, found):
+    """What a file calls its pictures, and pictures that are there -> {told: found or None}.
+
+    In another folder than the one that is told lies a picture whose name is that of one picture alone, in both lists.
+    """
+    bare, named = (Counter(Path(nfc(n)).name for n in names) for names in (found, told))
+    exact = {nfc(n): n for n in found}
+    alone = {Path(k).name: n for k, n in exact.items() if bare[Path(k).name] == named[Path(k).name] == 1}
+    return {name: exact.get(k) or alone.get(Path(k).name) for name in told for k in [nfc(name).removeprefix("./")]}
+
+
 def usable(box):
-    return all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+    return all(abs(x) < 1e6 for x in box) and box[0] < box[2] and box[1] < box[3]
 
 
 def split_of(place):

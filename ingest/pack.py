@@ -214,7 +214,7 @@ def open_boxes(path, size):
         clipped.clear()
         yield from decode_records(some, fetch, work, chunk)
         if any(clipped):
-            print(f"{sum(clipped)} boxes reached out of their pictures, and were cut off there", flush=True)
+            print(f"{sum(clipped)} boxes reached out of their pictures, and were cut off or left out", flush=True)
 
     return records, notes, dims, fetch, stream, {}
 

@@ -55,8 +55,11 @@ def deal(rows, shares, seed):
 
 
 def assign_splits(given, rows, shares, dev, seed):
-    """Given splits stay; else rows of (class, group) are dealt. A missing val, and dev, are taken out of train."""
-    splits = list(given) if None not in given else deal(rows, shares, seed)
+    """Given splits stay, what has none beside them is train; else rows of (class, group) are dealt.
+
+    A missing val, and dev, are taken out of train.
+    """
+    splits = [s or "train" for s in given] if any(given) else deal(rows, shares, seed)
     train = [i for i, s in enumerate(splits) if s == "train"]
     if shares["val"] and "val" not in splits:
         dealt = deal([rows[i] for i in train], {"train": 1 - shares["val"], "val": shares["val"]}, seed)

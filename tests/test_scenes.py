@@ -1,6 +1,7 @@
 """Pages with boxes: those that are drawn, and those that others publish."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import call, refused
 from PIL import Image
 
 import data
-from ingest import boxes, scenes, toon
+from ingest import boxes, scenes, splits, toon
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,7 @@ def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
 
 # ---- what others publish ---------------------------------------------------------------------------------------------
 
+IMAGES = '{"images": [{"file_name": %s, "id": %s}%s], "annotations": []}'  # of a COCO file
 PICTURES = {"a.png": (80, 40), "train/b.png": (30, 60), "empty.png": (20, 20)}
 TRUE = {"a.png": [(10, 5, 30, 25), (50, 10, 80, 40)], "train/b.png": [(5, 20, 15, 30)], "empty.png": []}
 
@@ -169,17 +171,38 @@ def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
     assert "2 pictures are not there, the first: a.png" in notes  # two have that name
 
 
+def test_a_picture_is_found_by_its_name_where_that_is_one_pictures_alone():
+    accent = "caf\u00e9.png"
+    there = ["x/a.png", "y/a.png", "y/b.png", unicodedata.normalize("NFD", accent)]
+    told = ["./x/a.png", "a.png", "b.png", accent, "p/c.png"]
+    assert list(boxes.find_places(told, there).values()) == ["x/a.png", None, "y/b.png", there[3], None]
+    assert boxes.find_places(["p/b.png", "q/b.png"], there) == {"p/b.png": None, "q/b.png": None}
+
+
+def test_pictures_without_a_split_beside_given_ones_are_train():
+    rows, shares = [(None, str(i)) for i in range(40)], dict(train=0.5, val=0.25, test=0.25)
+    dealt = splits.assign_splits(["val"] * 10 + [None] * 30, rows, shares, 0, 0)
+    assert dealt == ["val"] * 10 + ["train"] * 30
+    assert {"train", "val", "test"} == set(splits.assign_splits([None] * 40, rows, shares, 0, 0))
+
+
 @pytest.mark.parametrize("name, text, said", [
     ("x.json", "[1, 2]", "is no COCO file"), ("x.json", '{"images": []}', "is no COCO file"),
+    ("x.json", "[" * 99999, "is no COCO file"), ("x.json", IMAGES % (7, 1, ""), "is no COCO file"),
+    ("x.json", IMAGES % ('"a.png"', 1, ', {"id": 1, "file_name": "b.png"}'), "two images have one id"),
+    ("x.json", IMAGES % ('"a.png"', 1, ', {"id": 2, "file_name": "./a.png"}'), "names a.png twice"),
+    ("x.json", IMAGES % ('"a.png"', "[1]", ""), "is no COCO file"), ("x.csv", "a.png,1,2,3,nose", "line 1 is not pict"),
     ("x.json", '{"images": [{"id": 1, "file_name": "no.png"}], "annotations": []}', "none of the 1 pictures"),
     ("x.csv", "a.png,1,2,3,4\na.png,1,2,x,4", "line 2 is not picture,x1,y1,x2,y2"),
     ("Annotations/a.xml", "<annotation><object/></annotation>", "is not an annotation of Pascal VOC"),
     ("labels/a.txt", "0 .5 .5 here .1", "line 1 is not class x y width height"), ("x.txt", "", "no boxes that we know"),
+    ("labels/a.txt", "0 .1 .1 .9 .1 .5 .9", "line 1 is not class"), ("labels/a.txt", "0 9 9 4 4", "line 1 is not cl"),
+    ("labels/a.txt", "\xff\xfe0", "line 1 is not class"), ("labels/b.txt", "0 .5 .5 .1 .1", "no picture in images/"),
 ])  # fmt: skip
 def test_what_is_no_set_of_boxes_is_named(name, text, said, tmp_path):
     write_pictures(tmp_path, {"a.png": (9, 9)})
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, "latin-1")
     path = tmp_path if "/" in name else tmp_path / name
     assert said in refused(call("data.py", path, "--detect", "--out", "packed", cwd=tmp_path))
     assert not (tmp_path / "packed").exists()
