@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
+import itertools
 import json
 import shlex
 import sys
@@ -67,8 +68,8 @@ def parse_args():
     add = parser.add_argument_group("how").add_argument
     add("--method", default="full", choices=RATES, help="of the encoder: frozen (linear), low-rank, everything")
     add("--from-scratch", action="store_true", help="control: the encoder begins with random weights")
-    add("--page", type=at_least(32), metavar="PX", help="side of whole pages in pixels (default: 1.75 times --view)")
-    add("--view", type=at_least(16), default=128, metavar="PX", help="side of the crops that are learned from")
+    add("--page", type=between(32, 4096, int), metavar="PX", help="side of whole pages (default: 1.75 times --view)")
+    add("--view", type=between(16, 4096, int), default=128, metavar="PX", help="side of crops, in pixels")
     add("--epochs", type=at_least(1), default=16, help="passes over the pages")
     add("--late", type=between(0, 1), default=0.25, metavar="SHARE", help="of the epochs, the last ones: "
         "crops are nearly whole pages")  # fmt: skip
@@ -85,7 +86,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add("--log", type=train.trackers, default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     return parser.parse_intermixed_args()
 
 
@@ -108,14 +109,16 @@ def refuse_flags(args):
 def open_task(args, device, autocast):
     """-> what a run works with, a namespace."""
     task, splits = SimpleNamespace(args=args, device=device, autocast=autocast), open_splits(args.data, args.eval_on)
-    if name := next((k for k in ("train", args.eval_on) if (np.array(splits[k].get(args.boxes, -1)) < 0).all()), None):
-        raise UserError(f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages with "
-                        "some, python data.py PATH --detect packs your own")  # fmt: skip
     train_split, task.report = splits["train"], splits[args.eval_on]
     rows = torch.arange(len(train_split["images"]))
     apart = torch.from_numpy(data.hold_apart(data.groups_of(train_split), np.zeros(len(rows)), data.APART))
     task.rows = rows if "dev" in splits else rows[~apart]
     task.train, task.dev = train_split, (splits["dev"], None) if "dev" in splits else (train_split, rows[apart])
+    parts = {"train": (train_split, task.rows), "dev": task.dev, args.eval_on: (task.report, None)}
+    for name, (split, some) in parts.items():
+        if args.boxes not in split or (boxes_of(split, args.boxes, some) < 0).all():
+            raise UserError(f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages "
+                            "with some, python data.py PATH --detect packs your own")  # fmt: skip
     two = 2 * load_encoder(args.encoder)[0].patch_size  # a cell of the coarsest map
     task.page = args.page or args.view * 7 // 4 // two * two
     if args.view > task.page:
@@ -131,8 +134,8 @@ def open_task(args, device, autocast):
 
 
 def boxes_of(split, name, rows):
-    """-> (n, K, 4) fp32, in shares of the pages; -1 fills up."""
-    return torch.from_numpy(np.array(split[name][rows.numpy()]))
+    """-> (n, K, 4) fp32, in shares of the pages; -1 fills up. rows: None takes all."""
+    return torch.from_numpy(np.array(split[name] if rows is None else split[name][rows.numpy()]))
 
 
 def crops(args, images, boxes, generator, side, least, most=1.0):
@@ -267,9 +270,9 @@ def write_results(task, net, seconds):
 
 def judge(task, net, split, rows):
     """-> answers and truth of pages, lists in the order of rows."""
-    rows, answers = torch.arange(len(split["images"])) if rows is None else rows, []
+    every, answers = torch.arange(len(split["images"])) if rows is None else rows, []
     net.eval()
-    for some in progress(rows.split(CHUNK), "judging"):
+    for some in progress(every.split(CHUNK), "judging"):
         view = data.view_images(data.take(split["images"], some, task.device), *data.full_boxes(len(some)), task.page)
         with task.autocast():
             answers += detection.detect(net, view)
@@ -322,7 +325,7 @@ def use(args, device, autocast):
     net, threshold = net.to(device), header["threshold"] if args.threshold is None else args.threshold
     if args.crop and not args.out:
         raise UserError("--crop writes pictures; --out DIR says where")
-    problems, count = [], 0
+    problems, count, taken = [], 0, set()
     for key, picture in whole_pictures(args.pictures, problems):
         with autocast():
             boxes, scores = detection.faces_of(net, picture, args.side or header["page"], threshold)
@@ -331,16 +334,24 @@ def use(args, device, autocast):
             {"box": [round(x) for x in box], "score": round(score, 3)}
             for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)]}, ensure_ascii=False))  # fmt: skip
         if args.out:
-            write_pictures(args, key, picture, boxes)
+            write_pictures(args, own_name(key, taken), picture, boxes)
     tell_problems(problems, count, False)
     if args.out:
         print(f"wrote    {args.out}/ of {count} pictures", file=sys.stderr)
 
 
-def write_pictures(args, key, picture, boxes):
+def own_name(key, taken):
+    """A picture's folder and name, with a number where another one's is the same -> what its results are called."""
+    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
+    own = next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
+    taken.add(own)
+    return own
+
+
+def write_pictures(args, name, picture, boxes):
+    """Outlines, or faces; those that an earlier run found beyond them go with --force."""
     from ingest.scenes import outlined as draw
 
-    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
     shown = {name: draw(picture, boxes.numpy() / np.array([picture.shape[1], picture.shape[0]] * 2))}
     if args.crop:
         shown = {f"{name}_{i}": detection.cut_out(picture, box, args.margin) for i, box in enumerate(boxes.tolist())}
@@ -349,6 +360,10 @@ def write_pictures(args, key, picture, boxes):
         refuse_overwrite([path], args.force)
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
+    for i in itertools.count(len(boxes)) if args.crop and args.force else ():
+        if not (old := Path(args.out) / f"{name}_{i}.png").exists():
+            break
+        old.unlink()
 
 
 def main():

@@ -105,19 +105,22 @@ def check(args):
     return task
 
 
-def predictions(args, net, header, autocast, problems):
-    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in batches."""
+def predictions(args, net, header, autocast, problems, blank=None):
+    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in batches.
+
+    blank: a list that gets the pages on which --detect finds no face.
+    """
     crop = args.crop or header.get("crop", "centre")
     items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
     if args.detect:
-        items = faces(args, header["packed_size"], problems)
+        items = faces(args, header["packed_size"], problems, blank)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = np.stack(images)
         yield list(keys), torch.from_numpy(images), *embed(net, header, images, autocast)
 
 
-def faces(args, size, problems):
+def faces(args, size, problems, blank):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without one is said."""
     from common import detection
 
@@ -126,6 +129,7 @@ def faces(args, size, problems):
     for key, picture in whole_pictures(args.images, problems):
         boxes, _ = detection.faces_of(net, picture, about["page"], about["threshold"])
         if not len(boxes):
+            blank.append(key)
             print(f"{key}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
@@ -187,17 +191,16 @@ def tagger(run, own, device, autocast):
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
-    problems, count, unknown = [], 0, 0
+    problems, blank, count, unknown = [], [], 0, 0
     shown = tagger(args.tags, header, net.encoder.cls_token.device, autocast) if args.tags else None
-    for keys, images, logits, embeddings in predictions(args, net, header, autocast, problems):
+    for keys, images, logits, embeddings in predictions(args, net, header, autocast, problems, blank):
         rows = answers(keys, logits, embeddings, gallery, args.nearest)
         for row, tags in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
             row |= tags
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)
-    if count or problems or not args.detect:  # pages without a face are fine
-        tell_problems(problems, count, args.json)
+    tell_problems(problems, count + len(blank), args.json)
     if unknown and not args.json:
         print(f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
               file=sys.stderr)  # fmt: skip

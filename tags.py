@@ -105,7 +105,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add("--log", type=train.trackers, default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     return parser.parse_intermixed_args()
 
 
@@ -126,9 +126,8 @@ def refuse_flags(args):
         ("force", training or args.csv is not None, "is for what is written, a run or --csv"),
         ("threshold top json", args.csv is None, "is for lines; --csv writes every probability"),
     ))  # fmt: skip
-    for flag in ("tell", "csv", "like"):
-        if getattr(args, flag) is not None and not getattr(args, flag).strip():
-            raise UserError(f"--{flag} is empty; give {'tags' if flag == 'tell' else 'a file'}, or leave it out")
+    if args.tell is not None and not args.tell.strip():
+        raise UserError("--tell is empty; give tags, or leave it out")
 
 
 # ---- the data: pictures, characters, tags ----------------------------------------------------------------------------

@@ -55,7 +55,6 @@ def in_one_line(problem):
         return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
     if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
-    return None
 
 
 def command():
@@ -103,10 +102,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
 
     def parse_known_args(self, args=None, namespace=None):
-        if none := [word for word in (sys.argv[1:] if args is None else args) if re.fullmatch("--[^=]+=--", word)]:
-            self.error(f"{none[0]} gives no value")  # argparse would make it an empty list
+        given = list(sys.argv[1:] if args is None else args)
+        for word, value in zip(given, [*given[1:], None], strict=False):
+            if re.fullmatch("--[^=]+=(--)?", word) or re.fullmatch("--[^=]+", word) and value == "":
+                self.error(f"{word} gives no value")  # argparse would make --x=-- an empty list
         found, rest = super().parse_known_args(args, namespace)
-        words = {word.partition("=")[0] for word in (sys.argv[1:] if args is None else args) if word.startswith("--")}
+        words = {word.partition("=")[0] for word in given if word.startswith("--")}
         options = {option: action.dest for option, action in self._option_string_actions.items()}
         found.given = getattr(found, "given", set()) | {
             dest for option, dest in options.items() for word in words

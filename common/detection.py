@@ -88,9 +88,12 @@ def load(path):
     """A run of detect.py, or its detector.safetensors -> the network, and its header."""
     path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
     weights, header = read_safetensors(path, "python detect.py ENCODER makes it")
-    if not isinstance(header.get("detector"), dict):
-        raise UserError(f"{path} is no detector; python detect.py ENCODER makes one")
-    net = blank(header["detector"])
+    try:
+        header |= {"page": int(header["page"]), "threshold": float(header["threshold"])}
+        net = blank(header["detector"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        reason = f"{type(problem).__name__}: {str(problem)[:60]}"
+        raise UserError(f"{path} is no detector ({reason}); python detect.py ENCODER makes one") from None
     load_exactly(net, weights, path)
     return net.eval(), header
 

@@ -3,13 +3,13 @@
 Neither package is a requirement: it is imported when asked for.
 """
 
+import argparse
 import json
 import os
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image
-
-from common.io import UserError
 
 
 class TensorBoard:
@@ -51,11 +51,13 @@ class Wandb:
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
-def open_tracker(name, out, config):
-    """ "tensorboard" or "wandb" -> what is told of numbers and pictures."""
-    if name not in TRACKERS:
-        raise UserError(f"--log {name} is unknown; choose from {', '.join(TRACKERS)} (log.jsonl is always written)")
-    try:
-        return TRACKERS[name](out, config)
-    except ImportError as problem:
-        raise UserError(f"--log {name} needs a package that is not installed ({problem}): pip install {name}") from None
+def known(text):
+    """What --log says -> of TRACKERS, those named, if their packages are there."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in TRACKERS:
+            choices = f"choose from {', '.join(TRACKERS)} (log.jsonl is always written)"
+            raise argparse.ArgumentTypeError(f"{name} is unknown; {choices}")
+        if not find_spec(name):
+            raise argparse.ArgumentTypeError(f"{name} needs a package that is not installed: pip install {name}")
+    return [TRACKERS[name] for name in names]

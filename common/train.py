@@ -216,9 +216,8 @@ def open_run(out, config, resume, force=False, files=()):
     """
     refuse_file(out)
     there = [path for pattern in ("state.pt", *files) for path in Path(out).glob(pattern)]
-    if force and place()[0] == 0:
-        for path in there:
-            path.unlink()
+    for path in there if force and place()[0] == 0 else ():
+        path.unlink()
     if force or not (Path(out) / "state.pt").exists():
         refuse_overwrite(there, force)
         if resume:
@@ -288,6 +287,13 @@ def read_log(path):
     return [row for row in rows if isinstance(row, dict)]
 
 
+def trackers(text):
+    """An argparse type: what a log is sent to, found before anything is written."""
+    from common.tracking import known
+
+    return known(text)
+
+
 class Log:
     """log(**row) writes a line of JSON, and repeats its numbers to "tensorboard" and "wandb" where asked.
 
@@ -295,15 +301,11 @@ class Log:
     write=False is for processes that leave the log to another: their rows are dropped.
     """
 
-    def __init__(self, path, step, also="", config=None, write=True):
-        self.path, self.write, self.step, self.trackers = Path(path), write, max(step, 0), []
-        if not write:
-            return
-        if also:
-            from common.tracking import open_tracker
-
-            self.trackers = [open_tracker(name, self.path.parent, config) for name in filter(None, also.split(","))]
-        save_text("".join(json.dumps(row) + "\n" for row in read_log(path) if row.get("step", math.inf) <= step), path)
+    def __init__(self, path, step, also=(), config=None, write=True):
+        self.path, self.write, self.step = Path(path), write, max(step, 0)
+        self.trackers = [kind(self.path.parent, config) for kind in also if write]
+        if write:
+            save_text("".join(json.dumps(r) + "\n" for r in read_log(path) if r.get("step", math.inf) <= step), path)
 
     def __call__(self, **row):
         if not self.write:

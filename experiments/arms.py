@@ -3,6 +3,7 @@
 experiments.mfdn asks tags.py with it, and experiments.hybrid segment.py.
 """
 
+import argparse
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,11 +19,19 @@ KEYS = ("arm", "seed", "flags")
 
 def add_flags(add, stage, folder):
     """The flags of every table of arms: what its runs get, how many run at once, and where all goes."""
-    add("--flags", default="", help=f"more flags of {stage}, for every run")
+    add("--flags", type=as_words, default="", help=f"more flags of {stage}, for every run")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
     add("--out", default=folder, metavar="DIR", help="tables and figure (default: %(default)s)")
     add("--work", default=folder, metavar="DIR", help="run folders (default: %(default)s)")
+
+
+def as_words(text):
+    """An argparse type: text that a shell could take apart."""
+    try:
+        return shlex.join(shlex.split(text)) and text
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{text} can't be taken apart ({problem})") from None
 
 
 def line_of(args, words):

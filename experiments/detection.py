@@ -93,6 +93,8 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
     """OUT/sides.csv: a detector asked at each of SIDES, about val; seconds are those of one page at a time."""
     net, header = detection.load(args.encoder)
     autocast, split = autocast_of(device, pick_dtype("auto", device)[0]), open_splits(args.data, "val")["val"]
+    if "boxes" not in split:
+        raise UserError(f"{args.data} has no boxes; python data.py scenes draws pages with some")
     for side in SIDES:
         task = SimpleNamespace(args=SimpleNamespace(**header["run"]), device=device, autocast=autocast, page=side)
         found, _ = detection.coco(*detect.judge(task, net, split, None), split["images"].shape[1])
@@ -102,9 +104,10 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
             with autocast():
                 detection.faces_of(net, page, side, header["threshold"])
             took.append(1000 * (time.perf_counter() - start_time))
-        row = {"side": side} | {k: found[k] for k in HEADINGS} | {"ms": round(statistics.median(took), 1)}
+        row = {"detector": args.encoder, "side": side} | {k: found[k] for k in HEADINGS}
+        row |= {"ms": round(statistics.median(took), 1)}
         row |= {"pages_per_s": round(1000 / row["ms"], 1), "machine": machine(device), "commit": commit()}
-        replace_rows(Path(args.out) / "sides.csv", [row | {"command": command()}], ("side",))
+        replace_rows(Path(args.out) / "sides.csv", [row | {"command": command()}], ("detector", "side"))
         print(f"{side} px: {said(row)}, {row['ms']} ms a page", flush=True)
 
 

@@ -60,7 +60,7 @@ def portraits(path, framing, half=1, side=128):
 
 def check_zip(path):
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no zip of portraits; --portraits '' measures the demo set alone")
+        raise UserError(f"{path} is no zip of portraits; --portraits none measures the demo set alone")
 
 
 def framed(picture, framing, side):
@@ -201,7 +201,7 @@ def main():
     add("--run", required=True, help="a run folder of pretrain.py: the encoder of the refined maps and the parts")
     add("--data", default="datasets/toon", help="packed set with true foreground and parts (default: the demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
-    add("--portraits", default="../shared/data/portraits70_alpha.zip", help="zip of RGBA pictures; '' for none")
+    add("--portraits", default="../shared/data/portraits70_alpha.zip", help="zip of RGBA pictures, or none")
     add("--out", default="runs/truth.csv", metavar="CSV", help="where this run's rows of these sets are replaced, and "
         "others kept\n(default: runs/truth.csv)")  # fmt: skip
     add("--figure", metavar="PNG", help="draw a sheet of --data here (only of data that may be shown)")
@@ -218,7 +218,7 @@ def main():
         rows += measure_attention(name, images, foreground, encoder, size, sources)
         for K in (6, 12):
             rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
-    sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits else []
+    sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits != "none" else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
@@ -237,7 +237,7 @@ def check(args):
     """Every mistake before minutes of work."""
     refuse_file(Path(args.out).parent)
     rows_there(args.out, KEYS)
-    if args.portraits:
+    if args.portraits != "none":
         check_zip(args.portraits)
     if args.figure:
         refuse_file(Path(args.figure).parent)

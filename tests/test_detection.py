@@ -16,6 +16,7 @@ import data
 import detect
 import experiments.detection
 from common import detection
+from common.io import read_safetensors, save_safetensors
 from common.tables import read_csv
 from ingest import pack, scenes
 from model import ViT
@@ -215,6 +216,21 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     assert Image.open(pages / "shown/wide.png").size == (200, 100)  # a page without a face is fine
 
 
+def test_pictures_of_one_name_and_faces_of_an_earlier_run(pages, det, monkeypatch):
+    found = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]])
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(found, torch.ones(len(found)))])
+    for folder in ("p/same", "q/same"):
+        (pages / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(pages / folder / "x.png")
+    words = ("detect.py", det, "p/same/x.png", "q/same/x.png", "--out", "two", "--crop")
+    call(*words, cwd=pages, check=0)
+    names = {path.name for path in (pages / "two").iterdir()}
+    assert names == {"same-x_0.png", "same-x_1.png", "same-x-2_0.png", "same-x-2_1.png"}
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(found[:1], torch.ones(1))])
+    call(*words, "--force", cwd=pages, check=0)
+    assert {path.name for path in (pages / "two").iterdir()} == {"same-x_0.png", "same-x-2_0.png"}
+
+
 def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
     call("export.py", det, "--to", "half", "--out", "half", cwd=pages, check=0)
     (whole, about), (half, same) = detection.load(det), detection.load(pages / "half")
@@ -237,10 +253,21 @@ def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
     (pages / "nothing.json").write_text(json.dumps(nothing))
     call("data.py", "nothing.json", "--detect", "--size", 64, "--out", "none", cwd=pages, check=0)
     assert "none has no boxes on pages of train" in said(encoder, "--data", "none", "--out", "x")
+    shutil.copytree(pages / "datasets/scenes", pages / "blank")
+    rows, about = read_safetensors(pages / "blank/dev.safetensors")
+    save_safetensors(rows | {"boxes": torch.full_like(rows["boxes"], -1)}, pages / "blank/dev.safetensors", about)
+    assert "blank has no boxes on pages of dev" in said(encoder, *WORDS[2:], "--data", "blank", "--out", "x")
+    done = call("experiments.detection", det, "--sides", "--data", small, cwd=pages)
+    assert f"{small} has no boxes" in refused(done)
+    assert "No closing quotation" in refused(call("experiments.detection", encoder, "--flags", '"', cwd=pages))
     assert "detector.safetensors does not exist" in said(encoder, "wide.png")
     assert "does not exist" in said("runs/none", "wide.png")
     assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
     assert "is no detector" in said(Path(encoder) / "model.safetensors", "wide.png")
+    weights, header = read_safetensors(det / "detector.safetensors")
+    for i, lost in enumerate(({"page": None}, {"threshold": "high"}, {"detector": {"encoder": {}, "norm_eps": 1e-6}})):
+        save_safetensors(weights, pages / f"odd{i}.safetensors", header | lost)
+        assert "is no detector" in said(f"odd{i}.safetensors", "wide.png")
     assert "larger than the pages" in said(encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64)
     assert "--method full" in said(encoder, *WORDS, "--out", "x", "--from-scratch")
     assert "--epochs" in said(det, "wide.png", "--epochs", 3) and "--crop" in said(encoder, *WORDS, "--crop")
@@ -262,6 +289,10 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     done = call("recognize.py", run, "page.png", "--detect", det, cwd=pages, check=0)
     assert done.stdout == "" and "page.png: no face was found" in done.stderr
+    (pages / "torn.png").write_text("no picture")
+    done = call("recognize.py", run, "page.png", "torn.png", "--detect", det, cwd=pages, check=0)
+    assert "page.png: no face was found" in done.stderr and "skipped: torn.png is not a picture" in done.stderr
+    assert "torn.png is not" in refused(call("recognize.py", run, "torn.png", "--detect", det, cwd=pages))
     done = call("recognize.py", run, "page.png", "--detect", "runs/enc/model.safetensors", cwd=pages)
     assert "is no detector" in refused(done)
 

@@ -101,12 +101,11 @@ def test_rows_of_figure_and_parts(portraits, run):
 
 def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
     out = tmp_path / "t.csv"
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, ("--run", run, "--data", small, "--portraits", "", "--out", out))])
     with pytest.raises(UserError) as told:
-        map_quality.main()
+        ask(monkeypatch, "--run", run, "--data", small, "--portraits", "none", "--out", out)
     line = str(told.value)
     assert "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="--portraits ''"):
+    with pytest.raises(UserError, match="--portraits none"):
         map_quality.portraits(tmp_path / "none.zip", "whole")
 
 
@@ -125,7 +124,7 @@ def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(run, 
     ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", portraits)
     rows = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
     assert {r["set"] for r in rows} == {"toon val", "portraits whole, flat", "portraits close, flat"}
-    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "", "--figure", "sheet.png")
+    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", "--figure", "sheet.png")
     again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
     assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
     (tmp_path / "README.md").write_text("# mine\n\nwords\n")
@@ -134,7 +133,7 @@ def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(run, 
                         (["--out", "README.md"], "README.md is there already, and no such table"),
                         (["--out", "README.md/t.csv"], "README.md is a file")):  # fmt: skip
         with pytest.raises(UserError, match=says):
-            ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "", *words)
+            ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", *words)
     assert (tmp_path / "README.md").read_text() == "# mine\n\nwords\n"
 
 

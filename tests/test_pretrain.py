@@ -226,7 +226,7 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
     (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
     (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
     (["--eval-on", "dev"], "has no split dev, only test, train, val"), (["--patch-size", 0], "--patch-size 0"),
-    (["--seed", -1], "--seed -1"), (["--data", ""], "--data is empty"),
+    (["--seed", -1], "--seed -1"), (["--data", ""], "--data gives no value"),
     (["--seed", 2**70], f"--seed {2**70} must be"), (["--mask", "parts:power=2,whole=1"], "leave one of them out"),
     (["--mask", "attn_high:beta=1,beta=2"], "has beta twice")])  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):

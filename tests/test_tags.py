@@ -316,7 +316,7 @@ BAD = {
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
     "told to a blind one": (["arm-image", "images", "--tell", "hat"], "is for a run that reads tags"),
     "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
-    "no name for a table": (["whole", "images", "--csv", ""], "--csv is empty"),
+    "no name for a table": (["whole", "images", "--csv", ""], "--csv gives no value"),
     "force for nothing": (["whole", "images", "--force"], "--force is for what is written"),
     "thresholds of none": (["arm-image", "images", "--top", 3], "is for a run that names tags"),
     "a list with a gap": (["whole", "images", "--csv", "no.csv", "--like", "gap.csv"], "entry 2 is no tag of its own"),

@@ -75,3 +75,11 @@ def test_an_unknown_place_is_refused(small, tmp_path):
     words = ["pretrain.py", "--data", small, "--out", tmp_path / "run", "--log", "mlflow", *STEP]
     line = refused(call(*words, cwd=tmp_path))
     assert "--log mlflow is unknown; choose from tensorboard, wandb" in line
+
+
+def test_a_slip_in_a_flag_leaves_a_finished_run_as_it_is(run, small):
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    for words in (("--log", "mlflow"), ("--data", ""), ("--mask=",)):
+        line = refused(call("pretrain.py", "--data", small, "--out", run, "--force", *STEP, *words, cwd=run.parent))
+        assert words[0] in line
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
