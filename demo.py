@@ -3,7 +3,7 @@
     pip install -r requirements-demo.txt && python demo.py [runs/NAME]
 
 Reads:  a run of pretrain.py (default: the newest in runs/, else in weights/), and what was made of it: runs/NAME-lora,
-        -tags, -seg
+        -tags, -seg, -det
 Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a button makes
 
 The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is read as every stage
@@ -105,12 +105,16 @@ def choose_run(name):
         raise UserError(f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to")
     if (head := Path(name) / "head.safetensors").exists():
         return read_header(head)[1]["base"]
+    if (found := Path(name) / "detector.safetensors").exists():
+        return read_header(found)[1].get("base", name.rstrip("/").removesuffix("-det"))
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 
 def made_of(run, file):
-    """The newest run that was made of this one and has this file, or None."""
-    return next(iter(newest(Path(run).parent.glob(f"{Path(run).name}-*/{file}"))), None)
+    """The newest run that was made of this one and has this file, or None; runs/a-b-det is that of runs/a-b."""
+    others = tuple(f"{name}-" for name in encoders() if name.startswith(f"{run}-"))
+    found = newest(Path(run).parent.glob(f"{Path(run).name}-*/{file}"))
+    return next((made for made in found if not made.startswith(others)), None)
 
 
 def recogniser_of(run):
@@ -435,7 +439,7 @@ def segment_page(run, picture, mixed=False):
     """What of the picture is drawn; what is photographed is orange. mixed: it is known to hold both."""
     name = segmenter_of(run) or missing("Drawn or photographed", run)
     masks_of, side, squared = segmenter(name)
-    whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
+    whole = on_paper(open_image(picture["bytes"], 1024)[0])
     whole.thumbnail((1024, 1024))
     pixels = np.array(whole)
     mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
@@ -450,16 +454,15 @@ def pages_page(run, picture):
     """Where faces are, and who they are where there is a recogniser."""
     name, who = detector_of(run) or missing("Pages", run), recogniser_of(run)
     net, about = loaded(detection.load, name)
-    whole = on_paper(open_image(picture["bytes"], DRAWN)[0])
+    whole = on_paper(open_image(picture["bytes"], 1024)[0])
     whole.thumbnail((1024, 1024))
     pixels = np.array(whole)
     with MACHINE.autocast():
         boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
-    cut = [detection.cut_out(pixels, box, detection.MARGIN) for box in boxes.tolist()]
+    known, header = loaded(classifier.load_classifier, who) if who else (None, {})
+    cut = [detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size")) for box in boxes.tolist()]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     if who and cut:
-        known, header = loaded(classifier.load_classifier, who)
-        cut = [detection.cut_out(pixels, box, detection.MARGIN, header["packed_size"]) for box in boxes.tolist()]
         found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]

@@ -20,6 +20,7 @@ import itertools
 import json
 import shlex
 import sys
+from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,7 +51,7 @@ LOG_EVERY, CLIP, CHUNK = 10, 1.0, 16  # steps, norm of the gradient, pages at a 
 RATES = {"lora": 2e-3, "full": 1e-3, "linear": 2e-3}  # peak learning rates
 RESULTS = ("metrics*.json", "detector.safetensors", "precision*.png", "pages*.png")
 NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "crop", "margin",
-             "threshold", "side", "json")  # fmt: skip
+             "threshold", "side")  # fmt: skip
 
 
 def parse_args():
@@ -129,7 +130,8 @@ def open_task(args, device, autocast):
     task.late = max(args.view, task.page * 6 // 7 // two * two)  # side of the crops of the last epochs
     task.encoder, _ = load_encoder(args.encoder, task.page)
     config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
-    task.config = config | {"encoder": fingerprint(task.encoder), "images": data.fingerprint(train_split)}
+    task.config = config | {"encoder": fingerprint(task.encoder), "images": data.fingerprint(train_split),
+                            "truth": blake2b(np.array(train_split[args.boxes]), digest_size=6).hexdigest()}  # fmt: skip
     return task
 
 
@@ -305,7 +307,8 @@ def run(args, device, autocast):
         merge_lora(net.encoder)
         remove_lora(net.encoder)
     row = write_results(task, net, seconds)
-    header = {"detector": net.config, "page": task.page, "threshold": row["threshold"], "run": task.config}
+    header = {"detector": net.config, "base": args.encoder, "page": task.page, "threshold": row["threshold"],
+              "run": task.config}  # fmt: skip
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     save_json(row, finished)
     log.pictures()

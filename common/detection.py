@@ -163,7 +163,7 @@ def detect(net, view):
         at += g * g
     answers = []
     for p, where, peak in zip(scores, boxes.clamp(0, S) / S, torch.cat(kept, 1), strict=True):
-        best = torch.where(peak, p, 0).topk(min(MOST, len(p))).indices
+        best = torch.where(peak, p, 0).topk(min(MOST, int(peak.sum()))).indices
         best = best[((where[best, 2:] - where[best, :2]) > 0).all(1)]
         best = best[suppress(where[best])]
         answers.append((where[best].cpu(), p[best].cpu()))
@@ -205,9 +205,10 @@ def faces_of(net, picture, side, threshold):
     boxes, scores = detect(net, view.to(net.out.weight.device))[0]
     sure = scores >= threshold
     edge = torch.tensor([picture.shape[1], picture.shape[0]] * 2)
-    boxes = (boxes[sure] / share.repeat(2)).clamp(0, 1) * edge
-    order = boxes[:, 0].argsort()
-    return boxes[order], scores[sure][order]
+    boxes, scores = (boxes[sure] / share.repeat(2)).clamp(0, 1) * edge, scores[sure]
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]  # and not in what fills up the square
+    order = inside[boxes[inside, 0].argsort()]
+    return boxes[order], scores[order]
 
 
 def cut_out(picture, box, margin, size=None):
@@ -274,14 +275,12 @@ def mistakes(answers, truth, threshold, side):
     for (boxes, scores), true in zip(answers, truth, strict=True):
         overlap, taken = iou(boxes[:, None], true[None]), torch.zeros(len(true), dtype=torch.bool)
         for row in overlap[scores >= threshold]:
-            best = row.argmax() if len(row) else None
-            if best is None or row[best] < 0.1:
-                count["background"] += 1
-            elif row[best] < 0.5:
-                count["off"] += 1
+            free, most = row.masked_fill(taken, 0), max(row, default=0)
+            if max(free, default=0) >= 0.5:
+                count["right"] += 1
+                taken[free.argmax()] = True
             else:
-                count["double" if taken[best] else "right"] += 1
-                taken[best] = True
+                count["double" if most >= 0.5 else "off" if most >= 0.1 else "background"] += 1
         for i in (~taken).nonzero()[:, 0]:
             small = (true[i, 2:] - true[i, :2]).min() * side < SMALL
             others = torch.cat([true[:i], true[i + 1 :]])

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import shlex
 import statistics
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def row_of(args, found):
     return row | found["mistakes"]
 
 
-def said(row):
+def in_words(row):
     return ", ".join(f"{HEADINGS[k]} {row[k]:.1f}" for k in ("ap", "ap50", "ap75"))
 
 
@@ -95,9 +96,11 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
     autocast, split = autocast_of(device, pick_dtype("auto", device)[0]), open_splits(args.data, "val")["val"]
     if "boxes" not in split:
         raise UserError(f"{args.data} has no boxes; python data.py scenes draws pages with some")
+    packed = split["images"].shape[1]
     for side in SIDES:
         task = SimpleNamespace(args=SimpleNamespace(**header["run"]), device=device, autocast=autocast, page=side)
-        found, _ = detection.coco(*detect.judge(task, net, split, None), split["images"].shape[1])
+        said, truth = detect.judge(task, net, split, None)
+        found, _ = detection.coco(said, truth, packed)
         took = []
         for page in split["images"][:16]:
             start_time = time.perf_counter()
@@ -105,15 +108,19 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
                 detection.faces_of(net, page, side, header["threshold"])
             took.append(1000 * (time.perf_counter() - start_time))
         row = {"detector": args.encoder, "side": side} | {k: found[k] for k in HEADINGS}
+        row |= detection.mistakes(said, truth, header["threshold"], packed)
         row |= {"ms": round(statistics.median(took), 1)}
         row |= {"pages_per_s": round(1000 / row["ms"], 1), "machine": machine(device), "commit": commit()}
         replace_rows(Path(args.out) / "sides.csv", [row | {"command": command()}], ("detector", "side"))
-        print(f"{side} px: {said(row)}, {row['ms']} ms a page", flush=True)
+        print(f"{side} px: {in_words(row)}, {row['ms']} ms a page", flush=True)
 
 
 def names(detector, recogniser, pages, side=512):
-    """Pages as scenes.plan has them -> {right, wrong, unknown, background: answers, missed, drawn: faces}."""
-    (net, about), (known, header) = detection.load(detector), load_classifier(recogniser)
+    """Pages as scenes.plan has them -> {right, wrong, unknown, background: answers, missed: faces; median widths}.
+
+    Widths of the answers that are right and of the unknown are in pixels of a page of 256.
+    """
+    (net, about), (known, header), widths = detection.load(detector), load_classifier(recogniser), defaultdict(list)
     gallery, found = load_gallery(recogniser), dict.fromkeys(("right", "wrong", "unknown", "background", "missed"), 0)
     for page in map(lambda item: scenes.draw(item, side), progress(pages, "naming")):
         true, seen = side * torch.from_numpy(page["boxes"][: len(page["names"])]), set()
@@ -123,10 +130,12 @@ def names(detector, recogniser, pages, side=512):
             row = recognize.answers([""], *recognize.embed(known, header, cut[None], nullcontext), gallery, 0)[0]
             own = [i for i, x in enumerate(detection.iou(box, true).tolist()) if x >= 0.5]
             right = row["name"] in [page["names"][i] for i in own]
-            found["background" if not own else "unknown" if not row["known"] else "right" if right else "wrong"] += 1
+            said = "background" if not own else "unknown" if not row["known"] else "right" if right else "wrong"
+            found[said] += 1
+            widths[said].append(256 / side * (box[2] - box[0]).item())
             seen |= set(own)
         found["missed"] += len(true) - len(seen)
-    return found
+    return found | {f"{k}_width": round(statistics.median(widths[k] or [0]), 1) for k in ("right", "unknown")}
 
 
 def main():
@@ -151,7 +160,7 @@ def main():
     if args.sides:
         return sides(args)
     jobs = [(arm, seed, ()) for seed in range(args.seeds) for arm in args.arms]
-    run_all(args, jobs, Path(args.out) / "arms.csv", words_of, row_of, said)
+    run_all(args, jobs, Path(args.out) / "arms.csv", words_of, row_of, in_words)
     write_table(args, read_csv(Path(args.out) / "arms.csv"))
     print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
 

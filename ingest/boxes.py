@@ -4,7 +4,7 @@
 
 COCO        a JSON file; its pictures lie beside it, or in a folder there
 iCartoonFace (Zheng et al. 2020), detection: a csv of picture,x1,y1,x2,y2; pictures lie as COCO's do
-Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside
+Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside; it counts pixels from 1
 YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and images/ of the same
             folders and names, or pictures beside the files; pictures without a file have no box
 
@@ -74,7 +74,8 @@ def from_voc(root):
                 raise ValueError(f"{name} is another file's picture")
             own = boxes[name] = []
             for one in tree.iter("object"):
-                own.append(tuple(float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")))
+                x1, y1, x2, y2 = (float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                own.append((x1 - 1, y1 - 1, x2, y2))
                 classes.append(one.findtext("name") or "face")
         except (ElementTree.ParseError, AttributeError, TypeError, ValueError, LookupError) as problem:
             raise UserError(f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it") from None

@@ -23,7 +23,7 @@ PEOPLE = {"train": 30, "dev": 6, "val": 6, "test": 6}  # characters of the cast
 MOST = 6  # figures of a page
 EMPTY = 0.1  # of the pages: nobody is there
 FACE = (16, 160)  # width of a face in pixels of a page of 256
-VISIBLE = 0.4  # of a face that is not hidden, at least, for a box
+VISIBLE = 0.4  # of what the panel shows of a face (this much, too), for a box
 IN_FACE = [toon.PARTS.index(part) for part in ("face", "eyes", "mouth")]
 ON_HEAD = [toon.PARTS.index(part) for part in ("hair", "accessory")]
 
@@ -112,9 +112,10 @@ def bubble(page, owner, rng):
     size = len(page)
     w, h = rng.uniform(0.08, 0.2, 2) * size
     x, y = rng.uniform(w, size - w), rng.uniform(h, size - h)
+    tip = rng.choice([-1, 1], 2)[0]  # the second is drawn since published pages had one
     layer, hole = Image.fromarray(np.uint8(page)), Image.new("L", (size, size))
     for pen, fill in ((ImageDraw.Draw(layer), (255, 255, 255)), (ImageDraw.Draw(hole), 255)):
-        pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + rng.choice([-1, 1]) * w, y + 1.5 * h)], fill=fill)
+        pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + tip * w, y + 1.5 * h)], fill=fill)
         pen.ellipse((x - w, y - h, x + w, y + h), fill=fill, outline=(30, 25, 35) if fill != 255 else 255)
     pen = ImageDraw.Draw(layer)
     for line in np.arange(y - h / 2, y + h / 2, max(3, size / 50)):

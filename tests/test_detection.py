@@ -92,6 +92,13 @@ def test_answers_are_peaks_and_none_is_given_twice():
     assert torch.allclose(64 * found[sure], torch.tensor([[8.0, 8, side, 24], [40, 40, 64, 60]]), atol=1e-3)
 
 
+def test_the_surest_answer_is_the_first_also_where_there_are_few():
+    for seed in range(8):
+        view = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        scores = detection.detect(tiny(), view)[0][1]
+        assert len(scores) and (scores.diff() <= 0).all()
+
+
 def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
     truth = [torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
     right = [(truth[0], torch.tensor([0.9, 0.8])), (torch.zeros(0, 4), torch.zeros(0))]
@@ -108,6 +115,12 @@ def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
                      "missed": 1}  # fmt: skip
     assert detection.mistakes(right, truth, 0.85, 50)["missed_small"] == 1
     assert 0.6 < detection.best_threshold(wrong, truth) <= 0.9
+    close = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.1, 0.6, 0.5]])  # IoU .6, and answers nearer to the first
+    found = torch.tensor([[0.11, 0.1, 0.51, 0.5], [0.14, 0.1, 0.54, 0.5]])
+    assert detection.iou(found[1], close).argmax() == 0 and detection.iou(found[1], close).amin() >= 0.5
+    near = [(found, torch.tensor([0.9, 0.8]))]
+    assert detection.coco(near, [close], 256)[0]["ap50"] == 100
+    assert detection.mistakes(near, [close], 0.5, 256)["right"] == 2
 
 
 def test_crops_carry_their_boxes_along():
@@ -200,6 +213,12 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, 
     assert trained(pages, encoder, "runs/cut", "--epochs", 2, "--resume").returncode == 0
     a, b = (detection.load(p)[0].state_dict() for p in (det, pages / "runs/cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    path = pages / "datasets/scenes/train.safetensors"
+    before, (rows, header) = path.read_bytes(), read_safetensors(path)
+    save_safetensors(rows | {"boxes": rows["boxes"] * 0.9}, path, header)
+    again = refused(trained(pages, encoder, "runs/cut", "--epochs", 2, "--resume"))
+    path.write_bytes(before)
+    assert "runs/cut holds a run with truth" in again
 
 
 def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
@@ -212,6 +231,10 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
     assert Image.open(pages / "found/wide_0.png").size == (50, 50)
     assert "already" in refused(call("detect.py", det, "wide.png", "--out", "found", "--crop", cwd=pages))
+    below = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9]])  # the second in what makes it a square
+    monkeypatch.setattr(detection, "detect", lambda net, view: [(below, torch.tensor([0.9, 0.8]))])
+    done = call("detect.py", det, "wide.png", "--out", "square", "--crop", cwd=pages, check=0)
+    assert len(json.loads(done.stdout)["faces"]) == len(list((pages / "square").iterdir())) == 1
     call("detect.py", det, "wide.png", "--out", "shown", "--threshold", 0.95, cwd=pages, check=0)
     assert Image.open(pages / "shown/wide.png").size == (200, 100)  # a page without a face is fine
 
@@ -315,6 +338,7 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     picture = demo.drawing("akika", 0)
     assert "button below" in demo.pages_page("runs/a", picture)
     shutil.copytree(det, "runs/a-det")
+    assert demo.choose_run("runs/a-det") == "runs/enc" and demo.detector_of("runs/a") == "runs/a-det"
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a", picture)

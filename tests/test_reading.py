@@ -137,5 +137,5 @@ def test_functions_are_short():
     # pictures that no arm names, 30; pages with faces and four layouts of boxes, a detector, how it is judged and
     # used, 1,270; a recogniser asked at other sizes, 90; who is on pages, 32; files of
     # boxes in folders of their own, 9, those that were read wrongly, 22, and what of a
-    # detector's words, names and files was taken as it came, 40
-    assert sum(len(p.read_text().splitlines()) for p in files) < 21_034
+    # detector's words, names and files was taken as it came, 60
+    assert sum(len(p.read_text().splitlines()) for p in files) < 21_054

@@ -56,6 +56,15 @@ def test_a_box_holds_the_face_that_was_painted(monkeypatch):
     assert seen > 5
 
 
+def test_what_a_bubble_covers_is_nobody_s():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        page, owner = np.full((128, 128, 3), 99, np.float32), np.ones((128, 128), np.int16)
+        scenes.bubble(page, owner, rng)
+        drawn = (page != 99).any(2)
+        assert drawn.any() and (drawn & (owner == 1)).sum() < 0.02 * drawn.sum()
+
+
 def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
     from test_fuzz import render_here
 
@@ -107,7 +116,8 @@ def as_voc(root):
     write_pictures(root / "JPEGImages")
     for name, own in TRUE.items():
         box = "<xmin>%s</xmin><ymin>%s</ymin><xmax>%s</xmax><ymax>%s</ymax>"
-        text = "".join(f"<object><name>face</name><bndbox>{box % b}</bndbox></object>" for b in own)
+        text = "".join(f"<object><name>face</name><bndbox>{box % (a + 1, b + 1, c, d)}</bndbox></object>"
+                       for a, b, c, d in own)  # fmt: skip
         text = f"<annotation><filename>{name.split('/')[-1]}</filename>{text}</annotation>"
         (root / "Annotations" / f"{name.split('/')[-1][:-4]}.xml").write_text(text)
     return root
