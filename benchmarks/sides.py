@@ -1,7 +1,8 @@
 """A recogniser asked at other sizes than it was trained at: python -m benchmarks.sides runs/NAME-lora --data datasets/X
 
 Positions are resized, pictures as well (over the packed size nothing new is in them). Top-1 on val, and milliseconds to
-name a picture, of one and of 16 at once. Into runs/bench/bench_sides.csv (--out results: into git).
+look at one picture and at 16 at once (recognize.py looks at the mirror image, too). Into runs/bench/bench_sides.csv
+(--out results: into git).
 """
 
 import statistics

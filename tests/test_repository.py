@@ -17,7 +17,7 @@ from conftest import ROOT
 import mask as masking
 
 STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py",
-          "tags.py", "export.py") if (ROOT / name).exists()]  # fmt: skip
+          "tags.py", "segment.py", "detect.py", "export.py") if (ROOT / name).exists()]  # fmt: skip
 OURS = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "common", "ingest", "experiments", "benchmarks"}
 
 
