@@ -52,7 +52,8 @@ GOOD = {
     "ingest.toon": ["--rows", 1, "--columns", 1, "--size", 32, "--out", "new.png"],
     "experiments.study": ["--plan", "arms", "--arms", "block", "--exploratory", "--data", "datasets/tiny", "--dry"],
     "experiments.stress": ["runs/nano", "--data", "datasets/tiny", "--only", "cutout", "--images", 8, *CPU],
-    "experiments.map_quality": ["--run", "runs/nano", "--data", "datasets/tiny", "--portraits", "", "--out", "new.csv"],
+    "experiments.map_quality": ["--run", "runs/nano", "--data", "datasets/tiny", "--portraits", "none",
+                                "--out", "new.csv"],
     "experiments.how_many": ["runs/nano", "--data", "datasets/tiny", "--draws", 1, "--out", "new.csv"],
 }
 # Other calls that work, whose inputs are spoiled, too
