@@ -434,14 +434,19 @@ def tags_page(run, picture):
     return said + same_as(f"tags.py {name} PICTURE")
 
 
+def whole_of(picture):
+    """A picture that somebody dropped -> u8 (H, W, 3), uncut, its longer side 1024 px at most."""
+    whole = on_paper(open_image(picture["bytes"], 1024)[0])
+    whole.thumbnail((1024, 1024))
+    return np.array(whole)
+
+
 @answer
 def segment_page(run, picture, mixed=False):
     """What of the picture is drawn; what is photographed is orange. mixed: it is known to hold both."""
     name = segmenter_of(run) or missing("Drawn or photographed", run)
     masks_of, side, squared = segmenter(name)
-    whole = on_paper(open_image(picture["bytes"], 1024)[0])
-    whole.thumbnail((1024, 1024))
-    pixels = np.array(whole)
+    pixels = whole_of(picture)
     mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
     laid_over = segmenting.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[0]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
@@ -454,9 +459,7 @@ def pages_page(run, picture):
     """Where faces are, and who they are where there is a recogniser."""
     name, who = detector_of(run) or missing("Pages", run), recogniser_of(run)
     net, about = loaded(detection.load, name)
-    whole = on_paper(open_image(picture["bytes"], 1024)[0])
-    whole.thumbnail((1024, 1024))
-    pixels = np.array(whole)
+    pixels = whole_of(picture)
     with MACHINE.autocast():
         boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
     known, header = loaded(classifier.load_classifier, who) if who else (None, {})
@@ -466,7 +469,7 @@ def pages_page(run, picture):
         found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
-    shown = outlined(pixels, boxes.numpy() / np.array([whole.width, whole.height] * 2))
+    shown = outlined(pixels, boxes.numpy() / np.array([pixels.shape[1], pixels.shape[0]] * 2))
     faces = figures((name, png(x)) for name, x in zip(names, cut, strict=True))
     command = f"recognize.py {who} PICTURE --detect {name}" if who else f"detect.py {name} PICTURE --out found"
     return figures([(f"{len(cut)} faces", png(shown))], "wide") + faces + same_as(command)

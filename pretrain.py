@@ -115,7 +115,7 @@ def parse_args():
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="between evaluations (default: half, at most 10)")
     add("--every", type=at_least(0), default=0, metavar="EPOCHS", help="keep weights in snapshots/ (0: never)")
-    add("--log", type=train.trackers, default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")

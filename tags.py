@@ -105,7 +105,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", type=train.trackers, default="", metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
     return parser.parse_intermixed_args()
 
 
