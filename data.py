@@ -1,18 +1,25 @@
 """Stage 0: packed sets. Opened as memory maps, read ahead in batches, and cut into views on the device.
 
-    python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images, or the word toon
-    python data.py --show datasets/NAME         a sheet of what was packed; of images not yet packed, of the two crops
-    python data.py PATH --layout split/-/class  what the folders above a picture say, where that can be read in two ways
+    python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images,
+                                                or the word toon
+    python data.py --show datasets/NAME         a sheet of what was packed; of images not yet
+                                                packed, of the two crops
+    python data.py PATH --layout split/-/class  what the folders above a picture say, where that can
+                                                be read in two ways
 
 Reads:  images, in any layout that ingest/sources.py knows
-Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it), as ingest/pack.py says
+Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it), as
+ingest/pack.py says
 
-A split is a dict of arrays that stay in their file: a batch is copied out of the page cache, so memory does not grow
-with the data set, and there are no worker processes: one thread reads ahead.
-A view is a crop, flipped or not and resized, made by two matrix products; maps and masks go through the same two.
+A split is a dict of arrays that stay in their file: a batch is copied out of the page cache, so
+memory does not grow with the data set, and there are no worker processes: one thread reads ahead. A
+view is a crop, flipped or not and resized, made by two matrix products; maps and masks go through
+the same two.
 """
 
-if __name__ == "__main__":  # packing needs no torch: it has a module of its own, and starts in a third of the time
+if (
+    __name__ == "__main__"
+):  # packing needs no torch: it has a module of its own, and starts in a third of the time
     import sys
 
     from common.command import cli, starting
@@ -38,39 +45,55 @@ from common.io import DTYPES, UserError, not_whole, read_header, write_rows
 
 APART = 0.1  # of train is held apart for choices where there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
-CHUNK = 64  # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower (results/LOG.md)
+# whole images at a time for teachers and evaluations: on a CPU 256 were four times slower
+# (results/LOG.md)
+CHUNK = 64
 
 
-# ---- reading: a split is a dict of arrays that stay in the file ----------------------------------------------------
+# ---- reading: a split is a dict of arrays that stay in the file ----------------------------------
 
 
 def open_tensors(path):
     """A safetensors file -> {name: memory map} and, as "header", the "animask" entry of its header."""
     entries, header = read_header(path)
     try:
-        tensors = {name: np.memmap(path, DTYPES[dtype], "r", at, shape) for name, (dtype, shape, at) in entries.items()}
+        tensors = {
+            name: np.memmap(path, DTYPES[dtype], "r", at, shape)
+            for name, (dtype, shape, at) in entries.items()
+        }
     except (OSError, ValueError, KeyError, TypeError) as problem:  # cut short, or not of rows
         raise not_whole(path, problem, "remove it and make it again") from None
     return tensors | {"header": header}
 
 
 def open_split(folder, name):
-    """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header"; "fg", "parts"}."""
-    path, there = Path(folder) / f"{name}.safetensors", sorted(p.stem for p in Path(folder).glob("*.safetensors"))
+    """datasets/NAME, "train" -> {"images": u8 (n, S, S, 3) memory map, "labels": i64 (n), "header";
+    "fg", "parts"}.
+    """
+    path, there = (
+        Path(folder) / f"{name}.safetensors",
+        sorted(p.stem for p in Path(folder).glob("*.safetensors")),
+    )
     if there and name not in there:
-        raise UserError(f"{folder} has no split {name}, only {', '.join(there)}; --eval-on chooses another, "
-                        "data.py --split and --dev make them")  # fmt: skip
+        raise UserError(
+            f"{folder} has no split {name}, only {', '.join(there)}; --eval-on chooses another, "
+            "data.py --split and --dev make them"
+        )
     split = open_tensors(path) if there else {"header": {}}
     if "images" not in split or "classes" not in split["header"]:
         wrong = "holds no images" if there else "does not exist"
-        raise UserError(f"{path} {wrong}; python data.py IMAGES --out {shlex.quote(str(folder))} makes it")
+        raise UserError(
+            f"{path} {wrong}; python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
+        )
     return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
 
 
 def fingerprint(split):
-    """What tells one packed split from another: a hash of its header, which holds a digest of the pixels, too.
+    """What tells one packed split from another: a hash of its header, which holds a digest of the
+    pixels, too.
 
-    Where the source lay, and what packing said of it, don't count: the same pictures are the same set on each machine.
+    Where the source lay, and what packing said of it, don't count: the same pictures are the same
+    set on each machine.
     """
     about = {k: v for k, v in split["header"].items() if k not in ("source", "notes")}
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -81,15 +104,19 @@ def has_labels(split):
 
 
 def groups_of(split):
-    """-> (n) i64: images of one illustration (or near-duplicates) share a number; each its own where none is known."""
+    """-> (n) i64: images of one illustration (or near-duplicates) share a number; each its own
+    where none is known.
+    """
     names = split["header"].get("groups") or range(len(split["labels"]))
     return torch.from_numpy(np.unique(np.asarray(names), return_inverse=True)[1]).reshape(-1)
 
 
 def hold_apart(groups, labels, share, seed=0):
-    """Which rows are held apart for choices, (n,) bool: about `share` of them, by whole groups, in a seeded order.
+    """Which rows are held apart for choices, (n,) bool: about `share` of them, by whole groups, in
+    a seeded order.
 
-    groups (n), such as illustrations with one face or several; labels (n) of any kind: two of each class stay.
+    groups (n), such as illustrations with one face or several; labels (n) of any kind: two of each
+    class stay.
     """
     (_, of), (_, labels) = (np.unique(np.asarray(x), return_inverse=True) for x in (groups, labels))
     left, held = np.bincount(labels), np.zeros(len(labels), bool)
@@ -102,24 +129,36 @@ def hold_apart(groups, labels, share, seed=0):
     return held
 
 
-# ---- maps: what maps.py makes of a split, one row per image --------------------------------------------------------
+# ---- maps: what maps.py makes of a split, one row per image --------------------------------------
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
-    """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor, `name`."""
-    write_rows(path, {name: (dtype, shape[1:])}, shape[0], ({name: x} for x in chunks), lambda: header or {})
+    """Stream chunks (b, g, g) of maps of this whole shape (n, g, g) into a file of one tensor,
+    `name`.
+    """
+    write_rows(
+        path,
+        {name: (dtype, shape[1:])},
+        shape[0],
+        ({name: x} for x in chunks),
+        lambda: header or {},
+    )
 
 
 def map_file(folder, name, split):
-    """maps/NAME, "saliency", split -> maps/NAME/saliency.safetensors, or saliency-val.safetensors of split val."""
+    """maps/NAME, "saliency", split -> maps/NAME/saliency.safetensors, or saliency-val.safetensors
+    of split val.
+    """
     own = split["header"].get("split", "train")
     return Path(folder) / f"{name}{'' if own == 'train' else '-' + own}.safetensors"
 
 
 def open_map(path, name, split):
-    """The map `name` of this split's images -> memory map (n, g, g): f16 attention, u8 saliency or u8 parts.
+    """The map `name` of this split's images -> memory map (n, g, g): f16 attention, u8 saliency or
+    u8 parts.
 
-    path: the file, or its folder. Missing, of other images or of another shape: a UserError with the right command.
+    path: the file, or its folder. Missing, of other images or of another shape: a UserError with
+    the right command.
     """
     path = Path(path) if Path(path).suffix == ".safetensors" else map_file(path, name, split)
     folder, own = Path(split["images"].filename).parent, split["header"].get("split", "train")
@@ -140,11 +179,13 @@ def open_map(path, name, split):
     raise UserError(f"{path} holds {wrong}; {fix} --out OTHER makes those of {folder}")
 
 
-# ---- the loader: one prefetch thread, no worker processes ----------------------------------------------------------
+# ---- the loader: one prefetch thread, no worker processes ----------------------------------------
 
 
 def resident(split, device):
-    """The images as one tensor on a GPU if they fit in a quarter of its free memory, else the memory map as it is."""
+    """The images as one tensor on a GPU if they fit in a quarter of its free memory, else the
+    memory map as it is.
+    """
     if device.type != "cuda" or split["images"].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return split["images"]
     images = torch.empty(split["images"].shape, dtype=torch.uint8, device=device)
@@ -154,7 +195,9 @@ def resident(split, device):
 
 
 def send(x, device):
-    """A CPU tensor to the device, without waiting for it: only from pinned memory does a copy to a GPU not wait."""
+    """A CPU tensor to the device, without waiting for it: only from pinned memory does a copy to a
+    GPU not wait.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -171,10 +214,11 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, order, batch_size, device, start=0, rank_slice=slice(None), times=1):
-    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B is left out.
+    """Yield (index (B,), images u8 (B, S, S, 3) on device) from batch `start` on; the rest of n/B
+    is left out.
 
-    rank_slice: this process's slice of each batch; only those images are read, the index is the whole batch's.
-    times: how often each image comes, one after the other, for several views of it.
+    rank_slice: this process's slice of each batch; only those images are read, the index is the
+    whole batch's. times: how often each image comes, one after the other, for several views of it.
     """
     chunks = order[: len(order) // batch_size * batch_size].split(batch_size)[start:]
     read = prefetch((index, take(images, index[rank_slice], device)) for index in chunks)
@@ -182,10 +226,12 @@ def batches(images, order, batch_size, device, start=0, rank_slice=slice(None), 
 
 
 def prefetch(items, depth=3):
-    """Iterate over items, a thread making the next `depth` of them meanwhile; what it raises is raised here.
+    """Iterate over items, a thread making the next `depth` of them meanwhile; what it raises is
+    raised here.
 
-    On a CPU the items should be made without parallel torch operations: a second team of OpenMP threads makes the
-    loop's own fall asleep between its operations, and a step take half as long again.
+    On a CPU the items should be made without parallel torch operations: a second team of OpenMP
+    threads makes the loop's own fall asleep between its operations, and a step take half as long
+    again.
     """
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
@@ -195,11 +241,12 @@ def prefetch(items, depth=3):
             yield item
 
 
-# ---- views: crop, flip and resize as two matrix products -----------------------------------------------------------
+# ---- views: crop, flip and resize as two matrix products -----------------------------------------
 
 
 def draw_boxes(n, generator, min_area):
-    """Random resized crops: boxes (n, 4) = top, left, height, width in [0, 1], and flips (n,) bool, drawn on the CPU.
+    """Random resized crops: boxes (n, 4) = top, left, height, width in [0, 1], and flips (n,) bool,
+    drawn on the CPU.
 
     Area uniform in [min_area, 1], aspect log-uniform in [3/4, 4/3], as in He et al. 2021.
     """
@@ -215,12 +262,18 @@ def full_boxes(n):
 
 
 def resampling_matrix(start, length, n_in, n_out):
-    """(B,) start and length of a crop in [0, 1] -> (B, n_out, n_in): row i holds the weights of output pixel i.
+    """(B,) start and length of a crop in [0, 1] -> (B, n_out, n_in): row i holds the weights of
+    output pixel i.
 
-    A triangle filter as wide as the reduction (antialiased linear, the same as Pillow's BILINEAR); rows sum to 1.
+    A triangle filter as wide as the reduction (antialiased linear, the same as Pillow's BILINEAR);
+    rows sum to 1.
     """
     step = length * n_in / n_out  # input pixels for one output pixel, (B,)
-    centre = (start * n_in)[:, None] + (torch.arange(n_out, device=start.device) + 0.5) * step[:, None] - 0.5
+    centre = (
+        (start * n_in)[:, None]
+        + (torch.arange(n_out, device=start.device) + 0.5) * step[:, None]
+        - 0.5
+    )
     distance = torch.arange(n_in, device=start.device) - centre[:, :, None]  # (B, n_out, n_in)
     weight = (1 - distance.abs() / step.clamp(min=1)[:, None, None]).clamp(min=0)
     return weight / weight.sum(2, keepdim=True)
@@ -235,23 +288,30 @@ def view_matrices(boxes, flip, n_in, n_out):
 
 
 def view_images(images, boxes, flip, side):
-    """images u8 (B, S, S, 3) -> views u8 (B, side, side, 3) on the same device: what the kernels read."""
+    """images u8 (B, S, S, 3) -> views u8 (B, side, side, 3) on the same device: what the kernels
+    read.
+    """
     B, S = images.shape[:2]
     Wy, Wx = view_matrices(boxes.to(images.device), flip.to(images.device), S, side)
     rows = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
     view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, side*3, side)
-    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # the kernels read patch rows of 3p bytes
+    view = (
+        view.view(B, side, 3, side).transpose(2, 3).contiguous()
+    )  # the kernels read patch rows of 3p bytes
     return view.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def jitter_colour(images, draws, level):
-    """images u8 (B, S, S, 3) -> with brightness, contrast and saturation times 1 +- level, by draws (B, 3) in [0, 1].
+    """images u8 (B, S, S, 3) -> with brightness, contrast and saturation times 1 +- level, by draws
+    (B, 3) in [0, 1].
 
     Hue stays: it tells who it is.
     """
     if level == 0:
         return images
-    light, contrast, saturation = (1 - level + 2 * level * draws).to(images.device).T[..., None, None, None]
+    light, contrast, saturation = (
+        (1 - level + 2 * level * draws).to(images.device).T[..., None, None, None]
+    )
     x = images.float()
     gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
     x = gray + saturation * (x - gray)
@@ -260,7 +320,9 @@ def jitter_colour(images, draws, level):
 
 
 def view_maps(maps, boxes, flip, side):
-    """maps (B, G, G) of the whole images -> the same crops of them, fp32 (B, side, side): they follow the images."""
+    """maps (B, G, G) of the whole images -> the same crops of them, fp32 (B, side, side): they
+    follow the images.
+    """
     Wy, Wx = view_matrices(boxes.to(maps.device), flip.to(maps.device), maps.shape[-1], side)
     return Wy @ maps.float() @ Wx
 
@@ -271,19 +333,28 @@ def evenly_spaced(n, most):
 
 
 def whole_views(images, rows, side, device):
-    """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in order."""
+    """Yield (index, view u8 (B, side, side, 3)) of the whole, uncropped images `rows` (i64), in
+    order.
+    """
     for index in rows.split(CHUNK):
         yield index, view_images(take(images, index, device), *full_boxes(len(index)), side)
 
 
 def open_or_pack(path, image_size=128):
-    """What --data names -> a packed folder: drawn (the demo set) or packed (images) first where it is not one yet."""
+    """What --data names -> a packed folder: drawn (the demo set) or packed (images) first where it
+    is not one yet.
+    """
     path = Path(path)
     if (path / "train.safetensors").exists():
         return path
-    from ingest.pack import default_out, pack  # only now: the painter, archives and decoders are behind it
+    from ingest.pack import (
+        default_out,
+        pack,
+    )  # only now: the painter, archives and decoders are behind it
 
-    if path.name in ("toon", "hybrid", "scenes") and all(p.suffix in (".safetensors", ".tmp") for p in path.glob("*")):
+    if path.name in ("toon", "hybrid", "scenes") and all(
+        p.suffix in (".safetensors", ".tmp") for p in path.glob("*")
+    ):
         print(f"drawing {path} (once)")  # also where that was cut short
         pack(path.name, path)
         return path
@@ -291,6 +362,8 @@ def open_or_pack(path, image_size=128):
     if not (out / "train.safetensors").exists():
         pack(path, out, max(128, image_size))
     elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
-        raise UserError(f"{out} was packed from another place; "
-                        f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that")  # fmt: skip
+        raise UserError(
+            f"{out} was packed from another place; "
+            f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
+        )
     return out

@@ -2,12 +2,14 @@
 
     pip install -r requirements-demo.txt && python demo.py [runs/NAME]
 
-Reads:  a run of pretrain.py (default: the newest in runs/, else in weights/), and what was made of it: runs/NAME-lora,
-        -tags, -seg, -det
-Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a button makes
+Reads:  a run of pretrain.py (default: the newest in runs/, else in weights/), and what was made of
+        it: runs/NAME-lora, -tags, -seg, -det
+Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a
+button makes
 
-The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is read as every stage
-reads it (ingest/decode.py), in memory; nothing that a visitor sends names a file or a command.
+The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is
+read as every stage reads it (ingest/decode.py), in memory; nothing that a visitor sends names a
+file or a command.
 """
 
 if __name__ == "__main__":
@@ -71,10 +73,19 @@ CSS = """
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("run", nargs="?", metavar="runs/NAME", help="of pretrain.py, or of what was made of it (default: the newest)")
+    add(
+        "run",
+        nargs="?",
+        metavar="runs/NAME",
+        help="of pretrain.py, or of what was made of it (default: the newest)",
+    )
     add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 opens the page to the network (default: to "
-        "this machine alone)")  # fmt: skip
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="0.0.0.0 opens the page to the network (default: to this machine alone)",
+    )
     add("--share", action="store_true", help="a public address for three days, by gradio's server")
     add("--open", action="store_true", help="open the browser")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -82,7 +93,7 @@ def parse_args():
     return parser.parse_args()
 
 
-# ---- which runs there are --------------------------------------------------------------------------------------------
+# ---- which runs there are ------------------------------------------------------------------------
 
 
 def newest(files):
@@ -92,17 +103,24 @@ def newest(files):
 
 def encoders():
     """Runs of pretrain.py with a decoder, the newest first, and behind them those that ship."""
-    fills = lambda path: "decoder_dim" in about_model(path).get("config", {})  # noqa: E731
+
+    def fills(path):
+        return "decoder_dim" in about_model(path).get("config", {})
+
     found = (Path(home).glob("*/model.safetensors") for home in ("runs", "weights"))
     return [run for files in found for run in newest(filter(fills, files))]
 
 
 def choose_run(name):
-    """The run that the page is about: what was given, the encoder under it, or the newest; else the first command's."""
+    """The run that the page is about: what was given, the encoder under it, or the newest; else the
+    first command's.
+    """
     if name is None:
         return next(iter(encoders()), FIRST_RUN)
     if not Path(name).is_dir():
-        raise UserError(f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to")
+        raise UserError(
+            f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to"
+        )
     if (head := Path(name) / "head.safetensors").exists():
         return read_header(head)[1]["base"]
     if (found := Path(name) / "detector.safetensors").exists():
@@ -111,7 +129,9 @@ def choose_run(name):
 
 
 def made_of(run, file):
-    """The newest run that was made of this one and has this file, or None; runs/a-b-det is that of runs/a-b."""
+    """The newest run that was made of this one and has this file, or None; runs/a-b-det is that of
+    runs/a-b.
+    """
     others = tuple(f"{name}-" for name in encoders() if name.startswith(f"{run}-"))
     found = newest(Path(run).parent.glob(f"{Path(run).name}-*/{file}"))
     return next((made for made in found if not made.startswith(others)), None)
@@ -134,7 +154,9 @@ def detector_of(run):
 
 
 def commands(run):
-    """What a button makes where it is missing -> {tab: (words behind python, about how many minutes)}."""
+    """What a button makes where it is missing -> {tab: (words behind python, about how many
+    minutes)}.
+    """
     return {
         "Mask": (["pretrain.py", "--mask", "attn_high", "--ratio", "0.75", "--out", run], 5),
         "Recognise": (["finetune_lora.py", run, "--method", "lora"], 7),
@@ -148,16 +170,26 @@ def make(words):
     """Run one of `commands`, yielding how far it is, a line of HTML."""
     yield f"<p>python {escape(shlex.join(words))}</p>"
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace", env=env) as process:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=env,
+    ) as process:
         for line in process.stdout:
             share = re.match(r"\s*(\d+)%\|", line)
             bar = f'<progress value="{share[1]}" max="100"></progress>' if share else ""
             yield f"<p>{bar} {escape(line.strip()[-160:])}</p>"
-    yield "<p>Done.</p>" if process.returncode == 0 else f"<p>It ended with status {process.returncode}: {line}</p>"
+    yield (
+        "<p>Done.</p>"
+        if process.returncode == 0
+        else f"<p>It ended with status {process.returncode}: {line}</p>"
+    )
 
 
-# ---- what is loaded, once --------------------------------------------------------------------------------------------
+# ---- what is loaded, once ------------------------------------------------------------------------
 
 
 MACHINE = SimpleNamespace(device=torch.device("cpu"))  # main may set others
@@ -184,15 +216,22 @@ def segmenter(run):
     return segmenting.load(run, MACHINE.device, MACHINE.autocast)
 
 
-# ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} ----------------------------------------------
+# ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} --------------------------
 
 
 def drawing(who, number):
     """One of the demo set's cast as no data set has it; its foreground and parts are known."""
     person = next(person for person in toon.cast() if person["name"] == who)
-    figure, file = toon.draw(toon.unseen(person, number + 1, seed=1000)[number], DRAWN), io.BytesIO()
+    figure, file = (
+        toon.draw(toon.unseen(person, number + 1, seed=1000)[number], DRAWN),
+        io.BytesIO(),
+    )
     Image.fromarray(figure["image"]).save(file, "PNG")
-    return {"name": who, "bytes": file.getvalue(), "truth": {"fg": figure["fg"], "parts": figure["parts"]}}
+    return {
+        "name": who,
+        "bytes": file.getvalue(),
+        "truth": {"fg": figure["fg"], "parts": figure["parts"]},
+    }
 
 
 def dropped(path):
@@ -209,23 +248,31 @@ def dropped(path):
 
 def view_of(picture, size):
     """-> u8 (1, size, size, 3) on the device: the centre square."""
-    return torch.from_numpy(decode(picture["bytes"], size, False)["images"].copy())[None].to(MACHINE.device)
+    return torch.from_numpy(decode(picture["bytes"], size, False)["images"].copy())[None].to(
+        MACHINE.device
+    )
 
 
 def cut_as(picture, header):
     """The square that a recogniser or a tagger would take -> u8 (1, ., ., 3)."""
-    found = decode(picture["bytes"], header["packed_size"], False, None, header["crop"], header["margin"])
+    found = decode(
+        picture["bytes"], header["packed_size"], False, None, header["crop"], header["margin"]
+    )
     return found["images"][None].copy()
 
 
-# ---- HTML: pictures, bars, tables ------------------------------------------------------------------------------------
+# ---- HTML: pictures, bars, tables ----------------------------------------------------------------
 
 
 def png(pixels):
-    """u8 (H, W, 3), or a map (g, g), parts by number, other maps in viridis -> the address of an <img>."""
+    """u8 (H, W, 3), or a map (g, g), parts by number, other maps in viridis -> the address of an
+    <img>.
+    """
     pixels = torch.as_tensor(np.array(pixels) if isinstance(pixels, np.ndarray) else pixels).cpu()
     file = io.BytesIO()
-    Image.fromarray(pixels.numpy() if pixels.dim() == 3 else plots.coloured(pixels[None])[0]).save(file, "PNG")
+    Image.fromarray(pixels.numpy() if pixels.dim() == 3 else plots.coloured(pixels[None])[0]).save(
+        file, "PNG"
+    )
     return address(file.getvalue())
 
 
@@ -235,15 +282,19 @@ def address(file):
 
 def figures(items, kind=""):
     """[(caption, address)] side by side, as many as the screen has room for."""
-    cells = (f'<figure><img src="{src}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
-             for name, src in items)  # fmt: skip
+    cells = (
+        f'<figure><img src="{src}" alt="{escape(name)}"><figcaption>{escape(name)}</figcaption></figure>'
+        for name, src in items
+    )
     return f'<div class="figures {kind}">{"".join(cells)}</div>'
 
 
 def bars(shares):
     """{name: 0 to 1} -> a bar each."""
-    cells = (f'<span>{escape(name)}</span><div><i style="width: {x:.1%}"></i></div><span>{x:.0%}</span>'
-             for name, x in shares.items())  # fmt: skip
+    cells = (
+        f'<span>{escape(name)}</span><div><i style="width: {x:.1%}"></i></div><span>{x:.0%}</span>'
+        for name, x in shares.items()
+    )
     return f'<div class="bars">{"".join(cells)}</div>'
 
 
@@ -269,39 +320,55 @@ def answer(work):
 def missing(tab, run):
     """UserError that says what the button below makes."""
     words, minutes = commands(run)[tab]
-    raise UserError(f"There is no run for this yet; the button below makes one in about {minutes} minutes: "
-                    f"python {shlex.join(words)}")  # fmt: skip
+    raise UserError(
+        f"There is no run for this yet; the button below makes one in about {minutes} minutes: "
+        f"python {shlex.join(words)}"
+    )
 
 
-# ---- tabs: what each says of the picture -----------------------------------------------------------------------------
+# ---- tabs: what each says of the picture ---------------------------------------------------------
 
 
 def attention_of(run, encoder, view, header):
     """(1, N): by its pooler, or by its CLS token through all blocks; and how, in words."""
     source = guidance.default_source(header.get("run", {}), run)
     with MACHINE.autocast():
-        scores = encoder.patch_attention(view, "rollout" if source == "outlier" else source).float().mean(1)
+        scores = (
+            encoder.patch_attention(view, "rollout" if source == "outlier" else source)
+            .float()
+            .mean(1)
+        )
     return scores, "attention" if source != "outlier" else "attention, which nothing trained"
 
 
 def known_scores(picture, view, side):
-    """Foreground (1, N) and parts (1, N, P): the truth of a drawing, else foreground by colours alone."""
+    """Foreground (1, N) and parts (1, N, P): the truth of a drawing, else foreground by colours
+    alone.
+    """
     planes = picture["truth"] or {"fg": (255 * maps.coarse(view)[0]).byte().cpu().numpy()}
     whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
-    return {need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
-            for need, plane in planes.items()}  # fmt: skip
+    return {
+        need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
+        for need, plane in planes.items()
+    }
 
 
 def measured(net, view, need):
-    """What a strategy reads that no map tells: {need: (1, N)} of detail and difficulty, {} of others."""
+    """What a strategy reads that no map tells: {need: (1, N)} of detail and difficulty, {} of
+    others.
+    """
     if need == "detail":
-        return {need: patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])}
+        return {
+            need: patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
+        }
     return {need: maps.difficulty(net, view, MACHINE.autocast)} if need == "difficulty" else {}
 
 
 def filled_in(net, header, view, ids_keep, ids_mask):
     """The network's prediction in the hidden patches -> u8 (1, S, S, 3), and its PSNR there in dB."""
-    pred, stats = predict(net, view, ids_keep, ids_mask, MACHINE.autocast, header.get("floor", FLOOR))
+    pred, stats = predict(
+        net, view, ids_keep, ids_mask, MACHINE.autocast, header.get("floor", FLOOR)
+    )
     pixels = to_pixels(pred, stats if header.get("norm_pix", True) else None)
     pasted = put_patches(view, ids_mask, pixels)
     where = put_patches(torch.zeros_like(view), ids_mask, torch.full_like(pixels, 255))[..., 0] > 0
@@ -309,7 +376,9 @@ def filled_in(net, header, view, ids_keep, ids_mask):
 
 
 def draw_mask(strategy, scores, N, ratio, wanted, t, seed):
-    """scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask, and which of the wanted parameters the strategy has."""
+    """scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask, and which of the wanted parameters
+    the strategy has.
+    """
     K, takes = masking.kept(N, ratio), inspect.signature(masking.STRATEGIES[strategy]).parameters
     params = {name: x for name, x in wanted.items() if name in takes}
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
@@ -323,21 +392,41 @@ def mask_page(run, picture, strategy, ratio, beta, hint, t, seed):
     if not Path(run).is_dir():
         missing("Mask", run)
     net, header = network(run)
-    view, g, need = view_of(picture, net.config["image_size"]), net.encoder.side, masking.NEEDS.get(strategy)
+    view, g, need = (
+        view_of(picture, net.config["image_size"]),
+        net.encoder.side,
+        masking.NEEDS.get(strategy),
+    )
     attention, how = attention_of(run, net.encoder, view, header)
     known = {"attn": attention} | known_scores(picture, view, g)
     scores = known | measured(net, view, need)
     if need and need not in scores:
-        raise UserError(f"the {need} of a picture of your own are not known: choose a drawing, or another strategy")
-    ids_keep, ids_mask, params = draw_mask(strategy, scores, g * g, ratio, {"beta": beta, "hint": hint}, t, seed)
+        raise UserError(
+            f"the {need} of a picture of your own are not known: choose a drawing, or another strategy"
+        )
+    ids_keep, ids_mask, params = draw_mask(
+        strategy, scores, g * g, ratio, {"beta": beta, "hint": hint}, t, seed
+    )
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
     names = {"attn": how, "fg": "foreground"}
-    shown = [(names.get(need, need), x.argmax(2) if x.dim() == 3 else x) for need, x in known.items()]
-    items = [("picture", view[0]), *((name, x.view(g, g)) for name, x in shown),
-             (f"seen: {ids_keep.shape[1]} of {g * g} patches", hide(view, ids_mask, net.config["patch_size"])[0]),
-             (f"predicted, {decibel:.1f} dB", pasted[0])]  # fmt: skip
-    words = strategy + "".join(f"{',' if i else ':'}{k}={x:g}" for i, (k, x) in enumerate(params.items()))
-    return figures((name, png(x)) for name, x in items) + same_as(f"pretrain.py --mask {words} --ratio {ratio:g}")
+    shown = [
+        (names.get(need, need), x.argmax(2) if x.dim() == 3 else x) for need, x in known.items()
+    ]
+    items = [
+        ("picture", view[0]),
+        *((name, x.view(g, g)) for name, x in shown),
+        (
+            f"seen: {ids_keep.shape[1]} of {g * g} patches",
+            hide(view, ids_mask, net.config["patch_size"])[0],
+        ),
+        (f"predicted, {decibel:.1f} dB", pasted[0]),
+    ]
+    words = strategy + "".join(
+        f"{',' if i else ':'}{k}={x:g}" for i, (k, x) in enumerate(params.items())
+    )
+    return figures((name, png(x)) for name, x in items) + same_as(
+        f"pretrain.py --mask {words} --ratio {ratio:g}"
+    )
 
 
 @answer
@@ -352,9 +441,14 @@ def compare_page(run, picture, other, ratio, seed):
         ids_keep, ids_mask, _ = draw_mask("random", {}, g * g, ratio, {}, 1.0, seed)
         pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
         attention, how = attention_of(name, net.encoder, view, header)
-        items = [(how, attention.view(g, g)), ("seen", hide(view, ids_mask, net.config["patch_size"])[0]),
-                 (f"predicted, {decibel:.1f} dB", pasted[0])]  # fmt: skip
-        found.append(f"<h3>{escape(Path(name).name)}</h3>" + figures((name, png(x)) for name, x in items))
+        items = [
+            (how, attention.view(g, g)),
+            ("seen", hide(view, ids_mask, net.config["patch_size"])[0]),
+            (f"predicted, {decibel:.1f} dB", pasted[0]),
+        ]
+        found.append(
+            f"<h3>{escape(Path(name).name)}</h3>" + figures((name, png(x)) for name, x in items)
+        )
     return "".join(found) + same_as(f"probe.py {shlex.quote(run)} {shlex.quote(other)}")
 
 
@@ -368,15 +462,22 @@ def recognise_page(run, picture):
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
     who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
     sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
-    faces = [(f"{f['name']}, {f['similarity']:.2f}", face_of(header["data"], f["picture"])) for f in row["nearest"]]
-    shown = figures([("what is looked at", png(image[0])), *((name, src) for name, src in faces if src)])
+    faces = [
+        (f"{f['name']}, {f['similarity']:.2f}", face_of(header["data"], f["picture"]))
+        for f in row["nearest"]
+    ]
+    shown = figures(
+        [("what is looked at", png(image[0])), *((name, src) for name, src in faces if src)]
+    )
     like = {"similarity": max(0.0, row["similarity"]), "threshold": max(0.0, row["threshold"])}
     return f"<h2>{who}</h2>" + bars(sure | like) + shown + same_as(f"recognize.py {name} PICTURE")
 
 
 @functools.lru_cache(256)
 def face_of(folder, key):
-    """A picture of the gallery by its key, where the set that it came from is still there; None else."""
+    """A picture of the gallery by its key, where the set that it came from is still there; None
+    else.
+    """
     if not (Path(folder) / "train.safetensors").exists():
         return None
     split = data.open_split(folder, "train")
@@ -386,7 +487,11 @@ def face_of(folder, key):
 
 def enrolled(run):
     """Names that recognize.py --enrol or the page added."""
-    gallery = classifier.load_gallery(name) if (name := recogniser_of(run)) else {"names": [], "learned": 0}
+    gallery = (
+        classifier.load_gallery(name)
+        if (name := recogniser_of(run))
+        else {"names": [], "learned": 0}
+    )
     return gallery["names"][gallery["learned"] :]
 
 
@@ -403,7 +508,10 @@ def enrol_page(run, who, files):
         raise UserError(f"give {recognize.FEW} to 5 pictures of {who}")
     images = np.concatenate([cut_as(picture, header) for picture in pictures])
     with LOCK:
-        keys, (_, embeddings) = [x["name"] for x in pictures], recognize.embed(net, header, images, MACHINE.autocast)
+        keys, (_, embeddings) = (
+            [x["name"] for x in pictures],
+            recognize.embed(net, header, images, MACHINE.autocast),
+        )
         said = recognize.add_faces(name, who, keys, embeddings, classifier.load_gallery(name))
     return f"<p>{escape(said)}</p>"
 
@@ -423,8 +531,11 @@ def tags_page(run, picture):
     """The character and the tags that the picture alone tells."""
     name = tagger_of(run) or missing("Tags", run)
     net, header = loaded(mfdn.load, name)
-    view = data.view_images(torch.from_numpy(cut_as(picture, header)).to(MACHINE.device), *data.full_boxes(1),
-                            header["image_size"])  # fmt: skip
+    view = data.view_images(
+        torch.from_numpy(cut_as(picture, header)).to(MACHINE.device),
+        *data.full_boxes(1),
+        header["image_size"],
+    )
     with MACHINE.autocast():
         logits, tags = mfdn.answers(net, view)
     said = bars(mfdn.named(tags[0].float().cpu(), header)) if tags is not None else ""
@@ -443,12 +554,16 @@ def whole_of(picture):
 
 @answer
 def segment_page(run, picture, mixed=False):
-    """What of the picture is drawn; what is photographed is orange. mixed: it is known to hold both."""
+    """What of the picture is drawn; what is photographed is orange. mixed: it is known to hold
+    both.
+    """
     name = segmenter_of(run) or missing("Drawn or photographed", run)
     masks_of, side, squared = segmenter(name)
     pixels = whole_of(picture)
     mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
-    laid_over = segmenting.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[0]
+    laid_over = segmenting.overlay(
+        torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None]
+    )[0]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
     command = same_as(f"segment.py {name} PICTURE --out masks{' --mixed' * mixed}")
     return bars({"drawn": float(mask.mean())}) + figures(items, "wide") + command
@@ -463,7 +578,10 @@ def pages_page(run, picture):
     with MACHINE.autocast():
         boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
     known, header = loaded(classifier.load_classifier, who) if who else (None, {})
-    cut = [detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size")) for box in boxes.tolist()]
+    cut = [
+        detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size"))
+        for box in boxes.tolist()
+    ]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     if who and cut:
         found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
@@ -471,7 +589,11 @@ def pages_page(run, picture):
         names = [row["name"] or "unknown" for row in rows]
     shown = outlined(pixels, boxes.numpy() / np.array([pixels.shape[1], pixels.shape[0]] * 2))
     faces = figures((name, png(x)) for name, x in zip(names, cut, strict=True))
-    command = f"recognize.py {who} PICTURE --detect {name}" if who else f"detect.py {name} PICTURE --out found"
+    command = (
+        f"recognize.py {who} PICTURE --detect {name}"
+        if who
+        else f"detect.py {name} PICTURE --out found"
+    )
     return figures([(f"{len(cut)} faces", png(shown))], "wide") + faces + same_as(command)
 
 
@@ -479,28 +601,48 @@ def pages_page(run, picture):
 def learn_page(run, picture):
     """Curves, what the encoder knows beside its controls, and who is mistaken for whom."""
     home, made = Path(run), recogniser_of(run)
-    pictures = [("pre-training", home / "curves.png"), ("hidden at random, and predicted", home / "recon.png")]
-    pictures += [(f"who {Path(made).name} mistakes for whom", Path(made) / "confusion.png")] if made else []
+    pictures = [
+        ("pre-training", home / "curves.png"),
+        ("hidden at random, and predicted", home / "recon.png"),
+    ]
+    pictures += (
+        [(f"who {Path(made).name} mistakes for whom", Path(made) / "confusion.png")] if made else []
+    )
     found = [(name, address(path.read_bytes())) for name, path in pictures if path.exists()]
     if not found:
         missing("Mask", run)
-    return probe_table(home / "probe.json") + figures(found, "wide") + same_as(f"probe.py {shlex.quote(run)}")
+    return (
+        probe_table(home / "probe.json")
+        + figures(found, "wide")
+        + same_as(f"probe.py {shlex.quote(run)}")
+    )
 
 
 def probe_table(path):
-    """Top-1 of what probe.py found, as a table of HTML; the command that makes it where there is none."""
+    """Top-1 of what probe.py found, as a table of HTML; the command that makes it where there is
+    none.
+    """
     if not path.exists():
         return f"<p>python probe.py {escape(str(path.parent))} adds a table of what the encoder knows.</p>"
     rows = read_json(path, ["rows"])["rows"]
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind, x in row.items() if "top1" in x))
-    top1 = lambda row, kind: f"{row[kind]['top1']:.1%}" if kind in row else ""  # noqa: E731
+    kinds = list(
+        dict.fromkeys(kind for row in rows.values() for kind, x in row.items() if "top1" in x)
+    )
+
+    def top1(row, kind):
+        return f"{row[kind]['top1']:.1%}" if kind in row else ""
+
     head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
-    body = "".join(f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{top1(row, kind)}</td>" for kind in kinds) + "</tr>"
-                   for name, row in rows.items())  # fmt: skip
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f"<td>{top1(row, kind)}</td>" for kind in kinds)
+        + "</tr>"
+        for name, row in rows.items()
+    )
     return f'<div class="table"><table><tr><th>Top-1</th>{head}</tr>{body}</table></div>'
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def drawn(who, number):
@@ -523,9 +665,11 @@ def shown(picture):
 
 
 def tab_of(gr, name, text, run, found, controls, page, below=list):
-    """A tab: a sentence, controls, what `page` says, a button where a run is missing, more below; functions make them.
+    """A tab: a sentence, controls, what `page` says, a button where a run is missing, more below;
+    functions make them.
 
-    -> page, its inputs behind the picture, where its answer goes, events after which it is asked again.
+    -> page, its inputs behind the picture, where its answer goes, events after which it is asked
+    again.
     """
     with gr.Tab(name):
         gr.Markdown(text)
@@ -534,7 +678,9 @@ def tab_of(gr, name, text, run, found, controls, page, below=list):
         out = gr.HTML(elem_id=name.split()[0].lower())
         if name in commands(run) and not found:
             words, minutes = commands(run)[name]
-            button = gr.Button(f"Make it: about {minutes} minutes", elem_id=f"make-{name.split()[0].lower()}")
+            button = gr.Button(
+                f"Make it: about {minutes} minutes", elem_id=f"make-{name.split()[0].lower()}"
+            )
             button.click(functools.partial(make, words), None, out, api_visibility="private")
         events = below()
     return page, inputs, out, events
@@ -542,78 +688,168 @@ def tab_of(gr, name, text, run, found, controls, page, below=list):
 
 def mask_controls(gr):
     strategies = list(masking.STRATEGIES)
-    return [gr.Dropdown(strategies, value="attn_high", label="strategy", elem_id="strategy"),
-            gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden", elem_id="ratio"),
-            gr.Slider(-3, 3, 0.5, step=0.1, label="beta", info="how much the map decides"),
-            gr.Slider(0, 0.5, 0.1, step=0.05, label="hint", info="share of it that is shown"),
-            gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run"),
-            gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")]  # fmt: skip
+    return [
+        gr.Dropdown(strategies, value="attn_high", label="strategy", elem_id="strategy"),
+        gr.Slider(
+            0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden", elem_id="ratio"
+        ),
+        gr.Slider(-3, 3, 0.5, step=0.1, label="beta", info="how much the map decides"),
+        gr.Slider(0, 0.5, 0.1, step=0.05, label="hint", info="share of it that is shown"),
+        gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run"),
+        gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise"),
+    ]
 
 
 def compare_controls(gr, run):
     others = encoders()
-    return [gr.Dropdown(others, value=others[-1] if others else None, label="beside it", elem_id="other"),
-            gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden"),
-            gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")]  # fmt: skip
+    return [
+        gr.Dropdown(
+            others, value=others[-1] if others else None, label="beside it", elem_id="other"
+        ),
+        gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio", info="share that is hidden"),
+        gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise"),
+    ]
 
 
 def enrol_controls(gr, run):
-    """Rows under the answer: add a character, take one out; returns what has to be done when one was."""
+    """Rows under the answer: add a character, take one out; returns what has to be done when one
+    was.
+    """
     with gr.Row():
         who = gr.Textbox(label="name of somebody new", elem_id="new")
-        files = gr.File(file_count="multiple", label="three to five pictures", height=120, elem_id="faces")
+        files = gr.File(
+            file_count="multiple", label="three to five pictures", height=120, elem_id="faces"
+        )
         add = gr.Button("Enrol", elem_id="enrol")
     with gr.Row():
         known = gr.Dropdown(enrolled(run), label="who was enrolled", elem_id="known")
         forget = gr.Button("Forget", elem_id="forget")
     told = gr.HTML(elem_id="told")
-    done = [add.click(functools.partial(enrol_page, run), [who, files], told, api_visibility="private"),
-            forget.click(functools.partial(forget_page, run), [known], told, api_visibility="private")]  # fmt: skip
+    done = [
+        add.click(functools.partial(enrol_page, run), [who, files], told, api_visibility="private"),
+        forget.click(functools.partial(forget_page, run), [known], told, api_visibility="private"),
+    ]
     for event in done:
-        event.then(lambda: gr.Dropdown(enrolled(run), value=None), None, known, api_visibility="private")
+        event.then(
+            lambda: gr.Dropdown(enrolled(run), value=None), None, known, api_visibility="private"
+        )
     return done
 
 
 def build(gr, run):
     """The page of gradio, `gr`, about one run of pretrain.py."""
     private = {"api_visibility": "private", "show_progress": "hidden"}
-    bound = lambda page: functools.partial(page, run)  # noqa: E731
+
+    def bound(page):
+        return functools.partial(page, run)
+
     with gr.Blocks(title="AniMask", analytics_enabled=False, delete_cache=(600, 600)) as page:
-        gr.Markdown(f"# AniMask\nOne picture, and what networks make of it that learned from drawings: `{run}`")
+        gr.Markdown(
+            f"# AniMask\nOne picture, and what networks make of it that learned from drawings: `{run}`"
+        )
         picture = gr.State()
         with gr.Row():
             with gr.Column(scale=0, min_width=200):
                 seen = gr.HTML(elem_id="picture")
             with gr.Column(min_width=240):
-                who = gr.Dropdown([x["name"] for x in toon.cast()], label="a drawing of", elem_id="who")
+                who = gr.Dropdown(
+                    [x["name"] for x in toon.cast()], label="a drawing of", elem_id="who"
+                )
                 number = gr.Slider(0, 99, 0, step=1, label="which drawing", elem_id="number")
             with gr.Column(min_width=240):
                 file = gr.File(label="or a picture of your own", height=140, elem_id="file")
                 said = gr.HTML(elem_id="said")
         tabs = [
-            tab_of(gr, "Mask", "Patches are hidden, and the network predicts them from the rest.", run,
-                   Path(run).is_dir(), lambda: mask_controls(gr), bound(mask_page)),
-            tab_of(gr, "Recognise", "Which character it is, or \"unknown\"; and the faces that are nearest.", run,
-                   recogniser_of(run), list, bound(recognise_page), lambda: enrol_controls(gr, run)),
-            tab_of(gr, "Tags", "What the picture shows, from the picture alone.", run, tagger_of(run), list,
-                   bound(tags_page)),
-            tab_of(gr, "Drawn or photographed", "Which pixels are drawn; what is photographed is orange.", run,
-                   segmenter_of(run), lambda: [gr.Checkbox(label="it holds both", elem_id="both")],
-                   bound(segment_page)),
-            tab_of(gr, "Pages", "Where faces are, and who they are.", run, detector_of(run), list, bound(pages_page)),
-            tab_of(gr, "Compare", "Two runs, the same patches hidden.", run, True, lambda: compare_controls(gr, run),
-                   bound(compare_page)),
-            tab_of(gr, "Learn", "How the run learned, and what it knows.", run, True, list, bound(learn_page)),
-        ]  # fmt: skip
+            tab_of(
+                gr,
+                "Mask",
+                "Patches are hidden, and the network predicts them from the rest.",
+                run,
+                Path(run).is_dir(),
+                lambda: mask_controls(gr),
+                bound(mask_page),
+            ),
+            tab_of(
+                gr,
+                "Recognise",
+                'Which character it is, or "unknown"; and the faces that are nearest.',
+                run,
+                recogniser_of(run),
+                list,
+                bound(recognise_page),
+                lambda: enrol_controls(gr, run),
+            ),
+            tab_of(
+                gr,
+                "Tags",
+                "What the picture shows, from the picture alone.",
+                run,
+                tagger_of(run),
+                list,
+                bound(tags_page),
+            ),
+            tab_of(
+                gr,
+                "Drawn or photographed",
+                "Which pixels are drawn; what is photographed is orange.",
+                run,
+                segmenter_of(run),
+                lambda: [gr.Checkbox(label="it holds both", elem_id="both")],
+                bound(segment_page),
+            ),
+            tab_of(
+                gr,
+                "Pages",
+                "Where faces are, and who they are.",
+                run,
+                detector_of(run),
+                list,
+                bound(pages_page),
+            ),
+            tab_of(
+                gr,
+                "Compare",
+                "Two runs, the same patches hidden.",
+                run,
+                True,
+                lambda: compare_controls(gr, run),
+                bound(compare_page),
+            ),
+            tab_of(
+                gr,
+                "Learn",
+                "How the run learned, and what it knows.",
+                run,
+                True,
+                list,
+                bound(learn_page),
+            ),
+        ]
         where = [picture, seen, said]
-        changes = [gr.on([who.input, number.input], drawn, [who, number], where, trigger_mode="always_last", **private),
-                   file.upload(taken, [file, picture], where, **private),
-                   page.load(drawn, [who, number], where, **private)]  # fmt: skip
+        changes = [
+            gr.on(
+                [who.input, number.input],
+                drawn,
+                [who, number],
+                where,
+                trigger_mode="always_last",
+                **private,
+            ),
+            file.upload(taken, [file, picture], where, **private),
+            page.load(drawn, [who, number], where, **private),
+        ]
         for work, inputs, out, events in tabs:
             for event in [*changes, *events]:
                 event.then(work, [picture, *inputs], out, **private)
             if inputs:
-                gr.on([x.input for x in inputs], work, [picture, *inputs], out, trigger_mode="always_last", **private)
+                gr.on(
+                    [x.input for x in inputs],
+                    work,
+                    [picture, *inputs],
+                    out,
+                    trigger_mode="always_last",
+                    **private,
+                )
     return page
 
 
@@ -621,7 +857,9 @@ def library():
     """gradio, told to send nothing home."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     try:
-        with mock.patch("inspect.getfile", side_effect=OSError):  # half its time: stubs of its own are written anew
+        with mock.patch(
+            "inspect.getfile", side_effect=OSError
+        ):  # half its time: stubs of its own are written anew
             import gradio
     except ImportError:
         raise UserError("demo.py needs gradio: pip install -r requirements-demo.txt") from None
@@ -633,14 +871,28 @@ def main():
     set_malloc(arena_max=1)  # else each of the server's threads keeps a heap of its own
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
-    fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # those of the system: nothing is fetched
+    fonts = (
+        ["system-ui", "sans-serif"],
+        ["ui-monospace", "monospace"],
+    )  # those of the system: nothing is fetched
     page = build(gr := library(), run)
     _, address, public = page.launch(
-        server_name=args.host, server_port=args.port, share=args.share, inbrowser=args.open, quiet=True, css=CSS,
-        prevent_thread_lock=True, max_file_size=MOST_MB * 2**20, footer_links=[], ssr_mode=False,
-        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]))  # fmt: skip
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        inbrowser=args.open,
+        quiet=True,
+        css=CSS,
+        prevent_thread_lock=True,
+        max_file_size=MOST_MB * 2**20,
+        footer_links=[],
+        ssr_mode=False,
+        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
+    )
     print(f"page     {public or address}; control-C ends it", flush=True)
-    mask_page(run, drawing(toon.cast()[0]["name"], 0), "attn_high", 0.75, 0.5, 0.1, 1.0, 0)  # loads what is asked first
+    mask_page(
+        run, drawing(toon.cast()[0]["name"], 0), "attn_high", 0.75, 0.5, 0.1, 1.0, 0
+    )  # loads what is asked first
     page.block_thread()
 
 

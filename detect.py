@@ -1,14 +1,17 @@
 """Stage 8: where are the faces? Learn it from pages with boxes, and find them in any picture.
 
     python detect.py weights/toon --data datasets/scenes
-    python detect.py runs/NAME-det PICTURE... --out found      # outlines; --crop: faces, which data.py reads
+    python detect.py runs/NAME-det PICTURE... --out found      # outlines; --crop: faces, which
+    data.py reads
 
-Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a set, data.py PATH --detect packs one
-Writes: runs/NAME-det/ detector.safetensors, state.pt (what a resumed run needs), log.jsonl, metrics.json,
+Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a set, data.py PATH
+        --detect packs one
+Writes: runs/NAME-det/ detector.safetensors, state.pt (what a resumed run needs), log.jsonl,
+metrics.json,
         precision.png, pages.png; with pictures a JSON line for each on standard output
 
-The network and its loss are in common/detection.py. It learns from crops of pages, which are larger in the last epochs,
-and is asked about whole pages; its choices (the threshold) are made on dev.
+The network and its loss are in common/detection.py. It learns from crops of pages, which are larger
+in the last epochs, and is asked about whole pages; its choices (the threshold) are made on dev.
 """
 
 if __name__ == "__main__":
@@ -50,88 +53,220 @@ from ingest.pictures import tell_problems, whole_pictures
 LOG_EVERY, CLIP, CHUNK = 10, 1.0, 16  # steps, norm of the gradient, pages at a time
 RATES = {"lora": 2e-3, "full": 1e-3, "linear": 2e-3}  # peak learning rates
 RESULTS = ("metrics*.json", "detector.safetensors", "precision*.png", "pages*.png")
-NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "crop", "margin",
-             "threshold", "side")  # fmt: skip
+NO_CONFIG = (
+    "out",
+    "resume",
+    "force",
+    "given",
+    "log",
+    "device",
+    "eval_on",
+    "encoder",
+    "pictures",
+    "crop",
+    "margin",
+    "threshold",
+    "side",
+)
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
-                        "to use what was learned runs/NAME-det")  # fmt: skip
+    parser.add_argument(
+        "encoder",
+        metavar="ENCODER",
+        help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
+        "to use what was learned runs/NAME-det",
+    )
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive")
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add("--data", metavar="DIR", help="set with boxes: python data.py scenes makes one (default: datasets/scenes)")
-    add("--boxes", default="boxes", choices=["boxes", "heads"], help="faces, or heads with hair and hats")
-    add("--out", metavar="DIR", help="run folder (default: the encoder's and det); of pictures, a folder for them")
-    add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
-    add("--force", action="store_true", help="start anew where another run is in --out; replace pictures")
+    add(
+        "--data",
+        metavar="DIR",
+        help="set with boxes: python data.py scenes makes one (default: datasets/scenes)",
+    )
+    add(
+        "--boxes",
+        default="boxes",
+        choices=["boxes", "heads"],
+        help="faces, or heads with hair and hats",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        help="run folder (default: the encoder's and det); of pictures, a folder for them",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, from its last checkpoint",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="start anew where another run is in --out; replace pictures",
+    )
     add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add = parser.add_argument_group("how").add_argument
-    add("--method", default="full", choices=RATES, help="of the encoder: frozen (linear), low-rank, everything")
-    add("--from-scratch", action="store_true", help="control: the encoder begins with random weights")
-    add("--page", type=between(32, 4096, int), metavar="PX", help="side of whole pages (default: 1.75 times --view)")
-    add("--view", type=between(16, 4096, int), default=128, metavar="PX", help="side of crops, in pixels")
+    add(
+        "--method",
+        default="full",
+        choices=RATES,
+        help="of the encoder: frozen (linear), low-rank, everything",
+    )
+    add(
+        "--from-scratch",
+        action="store_true",
+        help="control: the encoder begins with random weights",
+    )
+    add(
+        "--page",
+        type=between(32, 4096, int),
+        metavar="PX",
+        help="side of whole pages (default: 1.75 times --view)",
+    )
+    add(
+        "--view",
+        type=between(16, 4096, int),
+        default=128,
+        metavar="PX",
+        help="side of crops, in pixels",
+    )
     add("--epochs", type=at_least(1), default=16, help="passes over the pages")
-    add("--late", type=between(0, 1), default=0.25, metavar="SHARE", help="of the epochs, the last ones: "
-        "crops are nearly whole pages")  # fmt: skip
+    add(
+        "--late",
+        type=between(0, 1),
+        default=0.25,
+        metavar="SHARE",
+        help="of the epochs, the last ones: crops are nearly whole pages",
+    )
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
-    add("--lr", type=between(0, 1), help="peak learning rate (default: lora 2e-3, linear 2e-3, full 1e-3)")
-    add("--mosaic", type=between(0, 1), default=0.3, metavar="SHARE", help="of the steps whose crops show four pages")
-    add("--colour", type=between(0, 1), default=0.3, metavar="X", help="brightness, contrast, saturation times 1 +- X")
+    add(
+        "--lr",
+        type=between(0, 1),
+        help="peak learning rate (default: lora 2e-3, linear 2e-3, full 1e-3)",
+    )
+    add(
+        "--mosaic",
+        type=between(0, 1),
+        default=0.3,
+        metavar="SHARE",
+        help="of the steps whose crops show four pages",
+    )
+    add(
+        "--colour",
+        type=between(0, 1),
+        default=0.3,
+        metavar="X",
+        help="brightness, contrast, saturation times 1 +- X",
+    )
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add = parser.add_argument_group("what is done with pictures").add_argument
     add("--crop", action="store_true", help="write each face as a picture of its own")
-    add("--margin", type=between(0, 3), default=detection.MARGIN, help="room around a cropped face, as a share of it")
-    add("--threshold", type=between(0, 1), metavar="SCORE", help="of an answer, at least (default: dev's best)")
-    add("--side", type=between(32, 4096, int), metavar="PX", help="pictures are resized to it (default: as trained)")
+    add(
+        "--margin",
+        type=between(0, 3),
+        default=detection.MARGIN,
+        help="room around a cropped face, as a share of it",
+    )
+    add(
+        "--threshold",
+        type=between(0, 1),
+        metavar="SCORE",
+        help="of an answer, at least (default: dev's best)",
+    )
+    add(
+        "--side",
+        type=between(32, 4096, int),
+        metavar="PX",
+        help="pictures are resized to it (default: as trained)",
+    )
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add(
+        "--log",
+        type=train.trackers,
+        default=(),
+        metavar="NAMES",
+        help="tensorboard,wandb beside log.jsonl",
+    )
     return parser.parse_intermixed_args()
 
 
 def refuse_flags(args):
     training = not args.pictures
-    refuse_unused(args, (
-        ("data boxes resume eval-on method from-scratch page view epochs late batch-size lr mosaic colour seed log",
-         training, "is for training, not for pictures"),
-        ("crop margin threshold side", not training, "is for pictures: python detect.py runs/NAME-det PICTURE"),
-        ("margin", args.crop, "is for --crop"),
-    ))  # fmt: skip
+    refuse_unused(
+        args,
+        (
+            (
+                "data boxes resume eval-on method from-scratch page view epochs late "
+                "batch-size lr mosaic colour seed log",
+                training,
+                "is for training, not for pictures",
+            ),
+            (
+                "crop margin threshold side",
+                not training,
+                "is for pictures: python detect.py runs/NAME-det PICTURE",
+            ),
+            ("margin", args.crop, "is for --crop"),
+        ),
+    )
     if args.from_scratch and args.method != "full":
-        raise UserError(f"--from-scratch trains all weights; with --method {args.method} they would stay random: "
-                        "give --method full")  # fmt: skip
+        raise UserError(
+            f"--from-scratch trains all weights; with --method {args.method} they would stay random: "
+            "give --method full"
+        )
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
+# ---- the data ------------------------------------------------------------------------------------
 
 
 def open_task(args, device, autocast):
     """-> what a run works with, a namespace."""
-    task, splits = SimpleNamespace(args=args, device=device, autocast=autocast), open_splits(args.data, args.eval_on)
+    task, splits = (
+        SimpleNamespace(args=args, device=device, autocast=autocast),
+        open_splits(args.data, args.eval_on),
+    )
     train_split, task.report = splits["train"], splits[args.eval_on]
     rows = torch.arange(len(train_split["images"]))
-    apart = torch.from_numpy(data.hold_apart(data.groups_of(train_split), np.zeros(len(rows)), data.APART))
+    apart = torch.from_numpy(
+        data.hold_apart(data.groups_of(train_split), np.zeros(len(rows)), data.APART)
+    )
     task.rows = rows if "dev" in splits else rows[~apart]
-    task.train, task.dev = train_split, (splits["dev"], None) if "dev" in splits else (train_split, rows[apart])
+    task.train, task.dev = (
+        train_split,
+        (splits["dev"], None) if "dev" in splits else (train_split, rows[apart]),
+    )
     parts = {"train": (train_split, task.rows), "dev": task.dev, args.eval_on: (task.report, None)}
     for name, (split, some) in parts.items():
         if args.boxes not in split or (boxes_of(split, args.boxes, some) < 0).all():
-            raise UserError(f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages "
-                            "with some, python data.py PATH --detect packs your own")  # fmt: skip
+            raise UserError(
+                f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages "
+                "with some, python data.py PATH --detect packs your own"
+            )
     two = 2 * load_encoder(args.encoder)[0].patch_size  # a cell of the coarsest map
     task.page = args.page or args.view * 7 // 4 // two * two
     if args.view > task.page:
-        raise UserError(f"--view {args.view} is larger than the pages of {task.page} px; give at most that")
+        raise UserError(
+            f"--view {args.view} is larger than the pages of {task.page} px; give at most that"
+        )
     if args.view % two or task.page % two:
-        raise UserError(f"--view {args.view} and pages of {task.page} px must be multiples of {two}, two patches of "
-                        f"{args.encoder}")  # fmt: skip
-    task.late = max(args.view, task.page * 6 // 7 // two * two)  # side of the crops of the last epochs
+        raise UserError(
+            f"--view {args.view} and pages of {task.page} px must be multiples of {two}, two patches of "
+            f"{args.encoder}"
+        )
+    task.late = max(
+        args.view, task.page * 6 // 7 // two * two
+    )  # side of the crops of the last epochs
     task.encoder, _ = load_encoder(args.encoder, task.page)
     config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
-    task.config = config | {"encoder": fingerprint(task.encoder), "images": data.fingerprint(train_split),
-                            "truth": blake2b(np.array(train_split[args.boxes]), digest_size=6).hexdigest()}  # fmt: skip
+    task.config = config | {
+        "encoder": fingerprint(task.encoder),
+        "images": data.fingerprint(train_split),
+        "truth": blake2b(np.array(train_split[args.boxes]), digest_size=6).hexdigest(),
+    }
     return task
 
 
@@ -141,9 +276,11 @@ def boxes_of(split, name, rows):
 
 
 def crops(args, images, boxes, generator, side, least, most=1.0):
-    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in their pixels.
+    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in
+    their pixels.
 
-    Crops have a share of `least` to `most` of the page's side; boxes of which little is left are taken out.
+    Crops have a share of `least` to `most` of the page's side; boxes of which little is left are
+    taken out.
     """
     share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
@@ -155,22 +292,28 @@ def crops(args, images, boxes, generator, side, least, most=1.0):
     mirrored = torch.stack([1 - moved[..., 2], moved[..., 1], 1 - moved[..., 0], moved[..., 3]], 2)
     moved = torch.where(flip[:, None, None], mirrored, moved)
     left = moved.clamp(0, 1)
-    kept = there[..., 0] & ((left[..., 2:] - left[..., :2]).prod(2) > 0.3 * (moved[..., 2:] - moved[..., :2]).prod(2))
-    return data.jitter_colour(view, draws, args.colour), torch.where(kept[..., None], left * side, -1.0)
+    kept = there[..., 0] & (
+        (left[..., 2:] - left[..., :2]).prod(2) > 0.3 * (moved[..., 2:] - moved[..., :2]).prod(2)
+    )
+    return data.jitter_colour(view, draws, args.colour), torch.where(
+        kept[..., None], left * side, -1.0
+    )
 
 
 def mosaic(args, images, boxes, generator, side, least):
     """The same, each crop of four pages: the batch's, one further in each corner."""
     half, views, found = side // 2, [], []
     for turn, (y, x) in enumerate(((0, 0), (0, half), (half, 0), (half, half))):
-        view, own = crops(args, images.roll(turn, 0), boxes.roll(turn, 0), generator, half, 0.7 * least, 0.7)
+        view, own = crops(
+            args, images.roll(turn, 0), boxes.roll(turn, 0), generator, half, 0.7 * least, 0.7
+        )
         views.append(view)
         found.append(torch.where(own >= 0, own + torch.tensor([x, y, x, y]), own))
     rows = torch.cat(views[:2], 2), torch.cat(views[2:], 2)
     return torch.cat(rows, 1), torch.cat(found, 1)
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
+# ---- a run ---------------------------------------------------------------------------------------
 
 
 def build(task):
@@ -198,17 +341,33 @@ def learn(task, net, optimizer, state, log):
             step, seconds = state["step"], state["seconds"]
     late, total = round((1 - args.late) * args.epochs), args.epochs * per_epoch
     images = data.resident(task.train, task.device)
-    stop_signal, meter, pacer = train.catch_signals(), train.Meter(B, task.device, seconds), train.Pacer()
+    stop_signal, meter, pacer = (
+        train.catch_signals(),
+        train.Meter(B, task.device, seconds),
+        train.Pacer(),
+    )
 
     def save():
-        train.save_state({"config": task.config, "model": net.state_dict(), "step": step, "seconds": meter.seconds(),
-                          "optimizer": optimizer.state_dict()}, out / "state.pt")  # fmt: skip
+        train.save_state(
+            {
+                "config": task.config,
+                "model": net.state_dict(),
+                "step": step,
+                "seconds": meter.seconds(),
+                "optimizer": optimizer.state_dict(),
+            },
+            out / "state.pt",
+        )
 
     bar = progress(total=total, initial=step, unit="step")
     for epoch in range(step // per_epoch, args.epochs):
         order = task.rows[data.epoch_order(n, args.seed, epoch)]
-        for rows, pages in meter.timed(data.batches(images, order, B, task.device, step % per_epoch)):
-            loss = step_loss(task, net.train(), rows, pages, epoch >= late, train.seeded(args.seed, epoch, step))
+        for rows, pages in meter.timed(
+            data.batches(images, order, B, task.device, step % per_epoch)
+        ):
+            loss = step_loss(
+                task, net.train(), rows, pages, epoch >= late, train.seeded(args.seed, epoch, step)
+            )
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, args.lr))
@@ -233,7 +392,9 @@ def learn(task, net, optimizer, state, log):
 
 
 def step_loss(task, net, rows, pages, late, generator):
-    """The loss of a batch of crops; a crop stands at some place of the encoder's grid, as crops of whole pages do."""
+    """The loss of a batch of crops; a crop stands at some place of the encoder's grid, as crops of
+    whole pages do.
+    """
     args, boxes = task.args, boxes_of(task.train, task.args.boxes, rows)
     cut = mosaic if torch.rand(1, generator=generator) < args.mosaic else crops
     side, least = (task.late, 0.7) if late else (args.view, 0.5)
@@ -246,7 +407,9 @@ def step_loss(task, net, rows, pages, late, generator):
 
 
 def write_results(task, net, seconds):
-    """metrics.json, precision.png, pages.png: how good it is on the reported split, by a threshold of dev."""
+    """metrics.json, precision.png, pages.png: how good it is on the reported split, by a threshold
+    of dev.
+    """
     from common import plots
     from ingest.toon import write_sheet
 
@@ -256,16 +419,31 @@ def write_results(task, net, seconds):
     answers, truth = judge(task, net, task.report, None)
     side = task.report["images"].shape[1]  # sizes of faces are told in pixels of the packed pages
     row, precision = detection.coco(answers, truth, side)
-    row = {"run": out.name, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on} | row
-    row |= {"threshold": threshold, "mistakes": detection.mistakes(answers, truth, threshold, side),
-            "precision": precision, "pages": len(truth), "faces": sum(map(len, truth)), "seconds": round(seconds, 1),
-            "config": task.config, "command": command(), "machine": train.machine(task.device),
-            "commit": train.commit()}  # fmt: skip
+    row = {
+        "run": out.name,
+        "seed": args.seed,
+        "data": args.data,
+        "evaluated_on": args.eval_on,
+    } | row
+    row |= {
+        "threshold": threshold,
+        "mistakes": detection.mistakes(answers, truth, threshold, side),
+        "precision": precision,
+        "pages": len(truth),
+        "faces": sum(map(len, truth)),
+        "seconds": round(seconds, 1),
+        "config": task.config,
+        "command": command(),
+        "machine": train.machine(task.device),
+        "commit": train.commit(),
+    }
     suffix = split_suffix(args.eval_on)
     title = f"{out.name} on {args.eval_on} of {Path(args.data).name}"
     plots.plot_precision(out / f"precision{suffix}.png", precision, row, title)
     some = data.evenly_spaced(len(truth), 8)
-    pages = [outlined(np.array(task.report["images"][i]), answers[i], threshold) for i in some.tolist()]
+    pages = [
+        outlined(np.array(task.report["images"][i]), answers[i], threshold) for i in some.tolist()
+    ]
     write_sheet(out / f"pages{suffix}.png", pages, 2, 4, side)
     return row
 
@@ -275,7 +453,9 @@ def judge(task, net, split, rows):
     every, answers = torch.arange(len(split["images"])) if rows is None else rows, []
     net.eval()
     for some in progress(every.split(CHUNK), "judging"):
-        view = data.view_images(data.take(split["images"], some, task.device), *data.full_boxes(len(some)), task.page)
+        view = data.view_images(
+            data.take(split["images"], some, task.device), *data.full_boxes(len(some)), task.page
+        )
         with task.autocast():
             answers += detection.detect(net, view)
     return answers, [own[own[:, 0] >= 0] for own in boxes_of(split, task.args.boxes, rows)]
@@ -291,8 +471,10 @@ def outlined(page, answer, threshold):
 def run(args, device, autocast):
     """A run from its beginning to metrics.json -> what stands there. What is finished is only read."""
     task, out = open_task(args, device, autocast), Path(args.out)
-    state, finished = (train.open_run(out, task.config, args.resume, args.force, RESULTS) or {},
-                       out / f"metrics{split_suffix(args.eval_on)}.json")  # fmt: skip
+    state, finished = (
+        train.open_run(out, task.config, args.resume, args.force, RESULTS) or {},
+        out / f"metrics{split_suffix(args.eval_on)}.json",
+    )
     out.mkdir(parents=True, exist_ok=True)
     if state and finished.exists():
         print(f"run      {out} is finished")
@@ -300,32 +482,44 @@ def run(args, device, autocast):
     log = train.Log(out / "log.jsonl", state.get("step", -1), args.log, task.config)
     net, optimizer = build(task)
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(f"data     {args.data}: {len(task.rows)} pages of {task.page} px, crops of {args.view}, late {task.late} px\n"
-          f"run      {out}: {args.method}, {count:,} parameters trained, {args.epochs} epochs, rate {args.lr:g}")
+    print(
+        f"data     {args.data}: {len(task.rows)} pages of {task.page} px, crops of {args.view}, late {task.late} px\n"
+        f"run      {out}: {args.method}, {count:,} parameters trained, {args.epochs} epochs, rate {args.lr:g}"
+    )
     seconds = learn(task, net, optimizer, state, log)
     if args.method == "lora":  # the file is a plain network
         merge_lora(net.encoder)
         remove_lora(net.encoder)
     row = write_results(task, net, seconds)
-    header = {"detector": net.config, "base": args.encoder, "page": task.page, "threshold": row["threshold"],
-              "run": task.config}  # fmt: skip
+    header = {
+        "detector": net.config,
+        "base": args.encoder,
+        "page": task.page,
+        "threshold": row["threshold"],
+        "run": task.config,
+    }
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     save_json(row, finished)
     log.pictures()
     wrong = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in row["mistakes"].items())
-    print(f"{args.eval_on:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
-          f"{row['faces']} faces on {row['pages']} pages\nanswers  {wrong}, at a score of {row['threshold']:g}\n"
-          f"wrote    {out}/ after {seconds:.0f} s\nnext: python detect.py {shlex.quote(str(out))} PICTURE --out found")
+    print(
+        f"{args.eval_on:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
+        f"{row['faces']} faces on {row['pages']} pages\nanswers  {wrong}, at a score of {row['threshold']:g}\n"
+        f"wrote    {out}/ after {seconds:.0f} s\nnext: python detect.py {shlex.quote(str(out))} PICTURE --out found"
+    )
     return row
 
 
-# ---- use -------------------------------------------------------------------------------------------------------------
+# ---- use -----------------------------------------------------------------------------------------
 
 
 def use(args, device, autocast):
     """A JSON line for each picture; --out: the pictures with outlines, or, by --crop, the faces."""
     net, header = detection.load(args.encoder)
-    net, threshold = net.to(device), header["threshold"] if args.threshold is None else args.threshold
+    net, threshold = (
+        net.to(device),
+        header["threshold"] if args.threshold is None else args.threshold,
+    )
     if args.crop and not args.out:
         raise UserError("--crop writes pictures; --out DIR says where")
     problems, count, taken = [], 0, set()
@@ -333,9 +527,20 @@ def use(args, device, autocast):
         with autocast():
             boxes, scores = detection.faces_of(net, picture, args.side or header["page"], threshold)
         count += 1
-        print(json.dumps({"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": [
-            {"box": [round(x) for x in box], "score": round(score, 3)}
-            for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)]}, ensure_ascii=False))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "picture": key,
+                    "width": picture.shape[1],
+                    "height": picture.shape[0],
+                    "faces": [
+                        {"box": [round(x) for x in box], "score": round(score, 3)}
+                        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+                    ],
+                },
+                ensure_ascii=False,
+            )
+        )
         if args.out:
             write_pictures(args, own_name(key, taken), picture, boxes)
     tell_problems(problems, count, False)
@@ -344,9 +549,15 @@ def use(args, device, autocast):
 
 
 def own_name(key, taken):
-    """A picture's folder and name, with a number where another one's is the same -> what its results are called."""
+    """A picture's folder and name, with a number where another one's is the same -> what its
+    results are called.
+    """
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    own = next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
+    own = next(
+        n
+        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        if n not in taken
+    )
     taken.add(own)
     return own
 
@@ -355,9 +566,14 @@ def write_pictures(args, name, picture, boxes):
     """Outlines, or faces; those that an earlier run found beyond them go with --force."""
     from ingest.scenes import outlined as draw
 
-    shown = {name: draw(picture, boxes.numpy() / np.array([picture.shape[1], picture.shape[0]] * 2))}
+    shown = {
+        name: draw(picture, boxes.numpy() / np.array([picture.shape[1], picture.shape[0]] * 2))
+    }
     if args.crop:
-        shown = {f"{name}_{i}": detection.cut_out(picture, box, args.margin) for i, box in enumerate(boxes.tolist())}
+        shown = {
+            f"{name}_{i}": detection.cut_out(picture, box, args.margin)
+            for i, box in enumerate(boxes.tolist())
+        }
     for stem, pixels in shown.items():
         path = Path(args.out) / f"{stem}.png"
         refuse_overwrite([path], args.force)

@@ -1,18 +1,26 @@
 """Stage 1: maps of a data set that masks are guided by: attention, foreground (saliency), parts; once, in a file.
 
     python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every strategy on the same faces
+    python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every
+    strategy on the same faces
 
-A set that has exact masks of its own, such as pictures with alpha, needs no maps of foreground: they are estimates.
+A set that has exact masks of its own, such as pictures with alpha, needs no maps of foreground:
+they are estimates.
 
-Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME where an encoder is asked for
-Writes: maps/NAME/ saliency.safetensors, attn.safetensors or parts.safetensors, with what made it in the header, and
-        sheet-saliency.png and so on: images, maps, and what each strategy hides by them at three ratios;
+Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME where an encoder is
+        asked for
+Writes: maps/NAME/ saliency.safetensors, attn.safetensors or parts.safetensors, with what made it in
+the header, and
+        sheet-saliency.png and so on: images, maps, and what each strategy hides by them at three
+        ratios;
         strategies-RUN.png where all were asked for
 
-    attn      f16 (n, g, g)  attention in an encoder's last block, mean over heads; g patches a side as in the encoder
-    saliency  u8 (n, 32, 32) probability of foreground, 255 is 1: coarse (colours alone) or refined (with an encoder)
-    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the foreground, the largest first:
+    attn      f16 (n, g, g)  attention in an encoder's last block, mean over heads; g patches a side
+              as in the encoder
+    saliency  u8 (n, 32, 32) probability of foreground, 255 is 1: coarse (colours alone) or refined
+              (with an encoder)
+    parts     u8 (n, g, g)   0 background, 1..K clusters of the encoder's features on the
+              foreground, the largest first:
                              numbers, no names; what a cluster shows is seen on the sheet
 """
 
@@ -51,65 +59,121 @@ from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
 
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
-SHEET_RATIOS, DRAWS = (0.5, 0.75, 0.9), 12  # DRAWS: random masks that a patch's difficulty is the mean of
-NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: what strategies call it (masking.NEEDS)
+SHEET_RATIOS, DRAWS = (
+    (0.5, 0.75, 0.9),
+    12,
+)  # DRAWS: random masks that a patch's difficulty is the mean of
+NEEDED_AS = {
+    name: need for need, name in guidance.IN_FILES.items()
+}  # map: what strategies call it (masking.NEEDS)
 MAPS = ("attn", "saliency", "parts", "all")
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack (default: the demo set)")
-    add("--map", required=True, choices=MAPS, help="attention, probability of foreground, or parts of it; all: a "
-        "sheet\nof every strategy, by a run and the true masks")  # fmt: skip
+    add(
+        "--data",
+        default="datasets/toon",
+        metavar="DIR",
+        help="packed set, or images to pack (default: the demo set)",
+    )
+    add(
+        "--map",
+        required=True,
+        choices=MAPS,
+        help="attention, probability of foreground, or parts of it; all: a "
+        "sheet\nof every strategy, by a run and the true masks",
+    )
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but coarse saliency")
-    add("--quality", choices=["coarse", "refined"],
-        help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)")  # fmt: skip
-    add("--source", choices=guidance.SOURCES, help="as --attention of pretrain.py (default: what was trained)")
-    add("--parts", type=between(1, 255, int), metavar="K", help="parts of the foreground (default: 6)")
-    add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images (default: train)")
+    add(
+        "--quality",
+        choices=["coarse", "refined"],
+        help="saliency from colours alone, or with the encoder (default: coarse; for parts: refined)",
+    )
+    add(
+        "--source",
+        choices=guidance.SOURCES,
+        help="as --attention of pretrain.py (default: what was trained)",
+    )
+    add(
+        "--parts",
+        type=between(1, 255, int),
+        metavar="K",
+        help="parts of the foreground (default: 6)",
+    )
+    add(
+        "--split",
+        default="train",
+        choices=["train", "dev", "val", "test"],
+        help="whose images (default: train)",
+    )
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder's matrix products")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bf16", "fp32"],
+        help="of the encoder's matrix products",
+    )
     return parser.parse_args()
 
 
 def check(args):
     """What is missing, and what does not go together; then the defaults."""
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
-    by_colours, own = args.map == "saliency" and args.quality == "coarse", f", not for --map {args.map}"
-    refuse_unused(args, (
-        ("quality", args.map in ("saliency", "parts"), f"is for --map saliency and parts{own}"),
-        ("source", args.map == "attn", f"is for --map attn{own}"),
-        ("parts", args.map == "parts", f"is for --map parts{own}"),
-        ("run dtype", not by_colours, "is for an encoder, and coarse saliency uses none (--quality refined does)"),
-    ))  # fmt: skip
+    by_colours, own = (
+        args.map == "saliency" and args.quality == "coarse",
+        f", not for --map {args.map}",
+    )
+    refuse_unused(
+        args,
+        (
+            ("quality", args.map in ("saliency", "parts"), f"is for --map saliency and parts{own}"),
+            ("source", args.map == "attn", f"is for --map attn{own}"),
+            ("parts", args.map == "parts", f"is for --map parts{own}"),
+            (
+                "run dtype",
+                not by_colours,
+                "is for an encoder, and coarse saliency uses none (--quality refined does)",
+            ),
+        ),
+    )
     refuse_file(args.out or "maps")
     if args.map == "attn" and args.run:
         args.source = args.source or guidance.default_source(flags_of(args.run), args.run)
     args.parts = 6 if args.parts is None and args.map == "parts" else args.parts
     if not by_colours and not args.run:
-        raise UserError(f"--map {args.map}{' --quality refined' * (args.map == 'saliency')} needs an encoder; add "
-                        "--run runs/NAME, which python pretrain.py makes")  # fmt: skip
+        raise UserError(
+            f"--map {args.map}{' --quality refined' * (args.map == 'saliency')} needs an encoder; add "
+            "--run runs/NAME, which python pretrain.py makes"
+        )
 
 
-# ---- coarse saliency: no weights of any network --------------------------------------------------------------------
+# ---- coarse saliency: no weights of any network --------------------------------------------------
 
 GRID = 32  # cells a side of every saliency map, whatever the encoder's grid: view_maps resamples
-CONNECTIVITY_GRID = 12  # all shortest paths between N cells cost N^3: 2 ms an image at 12, 8 ms at 16, AUC the same
+CONNECTIVITY_GRID = (
+    12  # all shortest paths between N cells cost N^3: 2 ms an image at 12, 8 ms at 16, AUC the same
+)
 BANDWIDTH = 8.0  # of a colour, in Lab units (about 2.3 are a just noticeable difference)
 NOISE = 2.0  # Lab units that a step between neighbours may differ for free: grain is no edge
-# Weights of the evidence in `coarse`: a logistic fit on composites of half of the portraits' identities and on train of
-# the demo set; results are reported on the others. Threshold .5 depends on how large that mixture's foregrounds are.
+# Weights of the evidence in `coarse`: a logistic fit on composites of half of the portraits'
+# identities and on train of the demo set; results are reported on the others. Threshold .5 depends
+# on how large that mixture's foregrounds are.
 WEIGHTS = dict(colour=-0.9, connectivity=-0.4, centre=1.55, bias=-2.4)
 
 
 def to_lab(images):
-    """images u8 (B, S, S, 3), sRGB -> CIE Lab under D65, fp32 (B, S, S, 3): distances are what an eye would say."""
+    """images u8 (B, S, S, 3), sRGB -> CIE Lab under D65, fp32 (B, S, S, 3): distances are what an
+    eye would say.
+    """
     rgb = torch.arange(256, device=images.device) / 255
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)[images.long()]
-    to_xyz = torch.tensor([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9502]]).T
+    to_xyz = torch.tensor(
+        [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9502]]
+    ).T
     xyz = linear @ (to_xyz / to_xyz.sum(0)).to(images.device)
     f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
     L, a, b = 116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])
@@ -117,7 +181,9 @@ def to_lab(images):
 
 
 def cells(lab, G):
-    """lab (B, S, S, 3) -> (B, G, G, 4): mean colour of each of G x G cells, and its std, a little texture."""
+    """lab (B, S, S, 3) -> (B, G, G, 4): mean colour of each of G x G cells, and its std, a little
+    texture.
+    """
     x = lab.permute(0, 3, 1, 2)
     mean = F.adaptive_avg_pool2d(x, G)
     variance = (F.adaptive_avg_pool2d(x * x, G) - mean * mean).clamp(min=0).sum(1, keepdim=True)
@@ -125,16 +191,20 @@ def cells(lab, G):
 
 
 def border(G):
-    """(G*G,) bool: the cells of the upper, left and right edge. People stand on the lower edge: it says nothing."""
+    """(G*G,) bool: the cells of the upper, left and right edge. People stand on the lower edge: it
+    says nothing.
+    """
     edge = torch.ones(G, G, dtype=torch.bool)
     edge[1:, 1:-1] = False
     return edge.flatten()
 
 
 def border_colour(colours):
-    """colours (B, G, G, C) -> (B, G, G) in [0, 1]: the share of the border's cells that look like this one.
+    """colours (B, G, G, C) -> (B, G, G) in [0, 1]: the share of the border's cells that look like
+    this one.
 
-    A kernel density estimate of the background's colours, which may be several: a gradient, a screen tone.
+    A kernel density estimate of the background's colours, which may be several: a gradient, a
+    screen tone.
     """
     x, edge = colours.flatten(1, 2), border(colours.shape[1])
     apart = torch.cdist(x, x[:, edge])  # (B, N, border cells)
@@ -142,10 +212,11 @@ def border_colour(colours):
 
 
 def geodesic(colours):
-    """colours (B, G, G, C) -> (B, N, N): the cheapest path between any two cells, over 8 neighbours.
+    """colours (B, G, G, C) -> (B, N, N): the cheapest path between any two cells, over 8
+    neighbours.
 
-    A step costs its difference of colour beyond NOISE: a flat region is near to itself however far it stretches. Floyd
-    and Warshall's algorithm.
+    A step costs its difference of colour beyond NOISE: a flat region is near to itself however far
+    it stretches. Floyd and Warshall's algorithm.
     """
     B, G, x = len(colours), colours.shape[1], colours.flatten(1, 2)
     distance = x.new_full((B, G * G, G * G), float("inf"))
@@ -155,28 +226,41 @@ def geodesic(colours):
     falling, rising = (place[:-1, :-1], place[1:, 1:]), (place[1:, :-1], place[:-1, 1:])
     for start, end in (down, right, falling, rising):
         i, j = start.flatten(), end.flatten()
-        distance[:, i, j] = distance[:, j, i] = ((x[:, i] - x[:, j]).norm(dim=2) - NOISE).clamp(min=0)
+        distance[:, i, j] = distance[:, j, i] = ((x[:, i] - x[:, j]).norm(dim=2) - NOISE).clamp(
+            min=0
+        )
     for k in range(G * G):
         torch.minimum(distance, distance[:, :, k, None] + distance[:, k, None, :], out=distance)
     return distance
 
 
 def boundary_connectivity(colours, scale=10.0):
-    """colours (B, G, G, C) -> (B, G, G): length of a cell's region on the border over the root of its area.
+    """colours (B, G, G, C) -> (B, G, G): length of a cell's region on the border over the root of
+    its area.
 
-    High for background, low for foreground, even where it touches the border (Zhu et al. 2014, "Saliency
-    Optimization from Robust Background Detection", eq. 5-7; regions are soft, by geodesic distance).
+    High for background, low for foreground, even where it touches the border (Zhu et al. 2014,
+    "Saliency Optimization from Robust Background Detection", eq. 5-7; regions are soft, by geodesic
+    distance).
     """
-    region = (-geodesic(colours).square() / (2 * scale**2)).exp()  # (B, N, N): does j belong to i's region?
+    region = (
+        -geodesic(colours).square() / (2 * scale**2)
+    ).exp()  # (B, N, N): does j belong to i's region?
     length = region[:, :, border(colours.shape[1])].sum(2)
     return (length / region.sum(2).sqrt()).unflatten(1, colours.shape[1:3])
 
 
 def diffuse(values, colours, steps=6):
-    """values (B, G, G), colours (B, G, G, C) -> values averaged with neighbours of like colour, edges kept."""
-    down = (-(colours[:, 1:] - colours[:, :-1]).square().sum(3) / (2 * BANDWIDTH**2)).exp()  # (B, G-1, G)
+    """values (B, G, G), colours (B, G, G, C) -> values averaged with neighbours of like colour,
+    edges kept.
+    """
+    down = (
+        -(colours[:, 1:] - colours[:, :-1]).square().sum(3) / (2 * BANDWIDTH**2)
+    ).exp()  # (B, G-1, G)
     right = (-(colours[:, :, 1:] - colours[:, :, :-1]).square().sum(3) / (2 * BANDWIDTH**2)).exp()
-    above, below = F.pad(down, (0, 0, 1, 0)), F.pad(down, (0, 0, 0, 1))  # weight of the upper and the lower neighbour
+    above, below = (
+        F.pad(down, (0, 0, 1, 0)),
+        F.pad(down, (0, 0, 0, 1)),
+    )  # weight of the upper and the lower neighbour
     left, beyond = F.pad(right, (1, 0)), F.pad(right, (0, 1))
     for _ in range(steps):
         column = above * values.roll(1, 1) + below * values.roll(-1, 1)
@@ -186,14 +270,21 @@ def diffuse(values, colours, steps=6):
 
 
 def coarse_logit(images):
-    """images u8 (B, S, S, 3) -> log-odds of foreground (B, GRID, GRID), the cells' colours (B, GRID, GRID, 4)."""
+    """images u8 (B, S, S, 3) -> log-odds of foreground (B, GRID, GRID), the cells' colours (B,
+    GRID, GRID, 4).
+    """
     lab = to_lab(images)
     colours = cells(lab, GRID)
     connected = boundary_connectivity(cells(lab, CONNECTIVITY_GRID)).add(0.01).log()
     connected = F.interpolate(connected[:, None], size=GRID, mode="bilinear")[:, 0]
     x = torch.linspace(-1, 1, GRID)
-    centre = (-(x[:, None].square() + x.square()) / 0.8).exp().to(lab.device)  # 1 in the middle, falls as a Gaussian
-    logit = WEIGHTS["colour"] * border_colour(colours).add(0.003).log() + WEIGHTS["connectivity"] * connected
+    centre = (
+        (-(x[:, None].square() + x.square()) / 0.8).exp().to(lab.device)
+    )  # 1 in the middle, falls as a Gaussian
+    logit = (
+        WEIGHTS["colour"] * border_colour(colours).add(0.003).log()
+        + WEIGHTS["connectivity"] * connected
+    )
     logit = logit + WEIGHTS["centre"] * centre + WEIGHTS["bias"]
     return diffuse(logit, colours), colours
 
@@ -203,7 +294,7 @@ def coarse(images):
     return coarse_logit(images)[0].sigmoid()
 
 
-# ---- refined saliency: with the features of an encoder -------------------------------------------------------------
+# ---- refined saliency: with the features of an encoder -------------------------------------------
 
 
 def to_patches(maps, g):
@@ -212,31 +303,43 @@ def to_patches(maps, g):
 
 
 def contrast(tokens, place):
-    """Patch tokens (B, N, D), their mean over many images at each place (N, D) -> unit vectors (B, N, D).
+    """Patch tokens (B, N, D), their mean over many images at each place (N, D) -> unit vectors (B,
+    N, D).
 
-    Without what a token says because of its place, and without what all patches of the picture share.
+    Without what a token says because of its place, and without what all patches of the picture
+    share.
     """
     apart = tokens - place
     return F.normalize(apart - apart.mean(1, keepdim=True), dim=2)
 
 
 def normalized_cut(features, temperature=0.2):
-    """Unit vectors (B, N, D) -> (B, N): on which side of the best cut each patch lies, mean 0 and std 1.
+    """Unit vectors (B, N, D) -> (B, N): on which side of the best cut each patch lies, mean 0 and
+    std 1.
 
-    The second smallest eigenvector of (D - W) x = lambda D x, W = exp(cosine / temperature) (Shi and Malik 2000; on
-    an encoder's features TokenCut, Wang et al. 2022, arXiv:2202.11539). Its sign is arbitrary.
+    The second smallest eigenvector of (D - W) x = lambda D x, W = exp(cosine / temperature) (Shi
+    and Malik 2000; on an encoder's features TokenCut, Wang et al. 2022, arXiv:2202.11539). Its sign
+    is arbitrary.
     """
-    W = (features @ features.transpose(1, 2) / temperature).exp().cpu()  # eigh is exact and batched there
+    W = (
+        (features @ features.transpose(1, 2) / temperature).exp().cpu()
+    )  # eigh is exact and batched there
     root = W.sum(2).rsqrt()  # (B, N), D^-1/2
-    _, vectors = torch.linalg.eigh(root[:, :, None] * W * root[:, None])  # ascending: of I - L, so the last is trivial
-    return masking.standard_score((vectors[:, :, -2] * root * len(features[0]) ** 0.5).to(features.device))
+    _, vectors = torch.linalg.eigh(
+        root[:, :, None] * W * root[:, None]
+    )  # ascending: of I - L, so the last is trivial
+    return masking.standard_score(
+        (vectors[:, :, -2] * root * len(features[0]) ** 0.5).to(features.device)
+    )
 
 
 def refined(images, tokens, place):
-    """images u8 (B, S, S, 3), their patch tokens (B, N, D), place (N, D) -> probability of foreground, (B, GRID, GRID).
+    """images u8 (B, S, S, 3), their patch tokens (B, N, D), place (N, D) -> probability of
+    foreground, (B, GRID, GRID).
 
-    The cut alone ranks patches worse than `coarse` does: in some pictures it parts hair from face. It is added to the
-    log-odds times its correlation with them, which also gives it its sign (results/LOG.md, "refined saliency").
+    The cut alone ranks patches worse than `coarse` does: in some pictures it parts hair from face.
+    It is added to the log-odds times its correlation with them, which also gives it its sign
+    (results/LOG.md, "refined saliency").
     """
     logit, colours = coarse_logit(images)
     g = round(tokens.shape[1] ** 0.5)
@@ -246,14 +349,16 @@ def refined(images, tokens, place):
     return diffuse(logit + cut, colours).sigmoid()
 
 
-# ---- parts: clusters of foreground patches ---------------------------------------------------------------------------
+# ---- parts: clusters of foreground patches -------------------------------------------------------
 
 
 def relative_to_foreground(tokens, foreground, place):
-    """Patch tokens (B, N, D), foreground (B, N) bool, place (N, D) -> what parts are told apart by, (B, N, D).
+    """Patch tokens (B, N, D), foreground (B, N) bool, place (N, D) -> what parts are told apart by,
+    (B, N, D).
 
-    The mean over the picture's own foreground is taken away: it holds the picture's colours, by which whole pictures
-    would cluster instead of parts. Of what each place has in common half is left: a part is known by its place, too.
+    The mean over the picture's own foreground is taken away: it holds the picture's colours, by
+    which whole pictures would cluster instead of parts. Of what each place has in common half is
+    left: a part is known by its place, too.
     """
     apart, weight = tokens - 0.5 * place, foreground[..., None].to(tokens.dtype)
     return apart - (apart * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
@@ -262,8 +367,9 @@ def relative_to_foreground(tokens, foreground, place):
 def kmeans(x, K, generator, tries=4, steps=50):
     """x (n, D) -> K centres (K, D), the largest cluster first. n < K repeats points.
 
-    Lloyd's iterations; the best of several tries. scikit-learn's KMeans finds other parts, as good as these: the
-    figures of results/truth.csv are of these. The generator is a CPU one: the same seed gives the same centres.
+    Lloyd's iterations; the best of several tries. scikit-learn's KMeans finds other parts, as good
+    as these: the figures of results/truth.csv are of these. The generator is a CPU one: the same
+    seed gives the same centres.
     """
     best, least = None, float("inf")
     for _ in range(tries):
@@ -284,7 +390,9 @@ def kmeans(x, K, generator, tries=4, steps=50):
 
 
 def first_centres(x, K, generator):
-    """k-means++ (Arthur and Vassilvitskii 2007): each is drawn with odds of its squared distance from those before."""
+    """k-means++ (Arthur and Vassilvitskii 2007): each is drawn with odds of its squared distance
+    from those before.
+    """
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     nearest = (x - x[chosen[0]]).square().sum(1)
     for _ in range(K - 1):
@@ -296,16 +404,20 @@ def first_centres(x, K, generator):
 
 
 def parts_of(tokens, foreground, place, centres):
-    """Tokens (B, N, D), foreground (B, N) bool, centres (K, D) -> u8 (B, N): 0 is background, 1..K the nearest."""
+    """Tokens (B, N, D), foreground (B, N) bool, centres (K, D) -> u8 (B, N): 0 is background, 1..K
+    the nearest.
+    """
     label = torch.cdist(relative_to_foreground(tokens, foreground, place), centres).argmin(2) + 1
     return torch.where(foreground, label, 0).to(torch.uint8)
 
 
-# ---- what the encoder says of whole images, a chunk at a time --------------------------------------------------------
+# ---- what the encoder says of whole images, a chunk at a time ------------------------------------
 
 
 def home(device):
-    """Where maps are computed: Metal has no eigh, and no pooling to a grid that does not divide the picture."""
+    """Where maps are computed: Metal has no eigh, and no pooling to a grid that does not divide the
+    picture.
+    """
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -313,8 +425,8 @@ def home(device):
 def tokens_of(images, rows, encoder, image_size, device, autocast):
     """Yield (images u8 (B, S, S, 3), patch tokens fp32 (B, N, D)) of rows (i64), in order.
 
-    Tokens after the last block, before the final LayerNorm: on the demo set the normalised ones gave worse parts
-    (adjusted Rand index .16 against .22) and equal cuts.
+    Tokens after the last block, before the final LayerNorm: on the demo set the normalised ones
+    gave worse parts (adjusted Rand index .16 against .22) and equal cuts.
     """
     for index, view in data.whole_views(images, rows, image_size, device):
         with autocast():
@@ -325,14 +437,18 @@ def tokens_of(images, rows, encoder, image_size, device, autocast):
 
 
 def with_foreground(stream, place, quality):
-    """Yield (tokens (B, N, D), which patches are foreground (B, N) bool) of a stream of (images, tokens)."""
+    """Yield (tokens (B, N, D), which patches are foreground (B, N) bool) of a stream of (images,
+    tokens).
+    """
     for images, tokens in stream:
         probability = refined(images, tokens, place) if quality == "refined" else coarse(images)
         yield tokens, to_patches(probability, math.isqrt(len(place))) > 0.5
 
 
 def rows_of_map(args, images, device):
-    """-> (g, dtype, generator of chunks (b, g, g)) of the map that was asked for, in the order of the images."""
+    """-> (g, dtype, generator of chunks (b, g, g)) of the map that was asked for, in the order of
+    the images.
+    """
     every, some = torch.arange(len(images)), data.evenly_spaced(len(images), SAMPLE)
     if args.map == "saliency" and args.quality == "coarse":
         chunks = (data.take(images, index, home(device)) for index in every.split(data.CHUNK))
@@ -343,42 +459,70 @@ def rows_of_map(args, images, device):
         guidance.check_source(args.source, encoder, "--source", args.run)
         return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and args.parts > g**2:
-        raise UserError(f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}")
-    stream = lambda rows: tokens_of(images, rows, encoder, size, device, autocast)  # noqa: E731
+        raise UserError(
+            f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}"
+        )
+
+    def stream(rows):
+        return tokens_of(images, rows, encoder, size, device, autocast)
+
     with working("features of a sample"):
         total = sum(tokens.double().sum(0) for _, tokens in stream(some))
     place = (total / len(some)).float()  # what the tokens at each place have in common, (N, D)
     if args.map == "saliency":
-        return GRID, "U8", ((255 * refined(*chunk, place)).round().byte().cpu().numpy() for chunk in stream(every))
-    masked = lambda rows: with_foreground(stream(rows), place, args.quality)  # noqa: E731
+        return (
+            GRID,
+            "U8",
+            (
+                (255 * refined(*chunk, place)).round().byte().cpu().numpy()
+                for chunk in stream(every)
+            ),
+        )
+
+    def masked(rows):
+        return with_foreground(stream(rows), place, args.quality)
+
     with working("foreground of a sample"):
-        points = torch.cat([relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)])
+        points = torch.cat(
+            [relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)]
+        )
     if len(points) < args.parts:
-        raise UserError(f"--parts {args.parts} are more than the {len(points)} patches of foreground that were found")
+        raise UserError(
+            f"--parts {args.parts} are more than the {len(points)} patches of foreground that were found"
+        )
     with working("k-means"):
-        centres = kmeans(points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0))  # one codebook, (K, D)
+        centres = kmeans(
+            points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0)
+        )  # one codebook, (K, D)
     chunks = (parts_of(tokens, mask, place, centres) for tokens, mask in masked(every))
     return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in chunks)
 
 
-# ---- sheets: what strategies hide --------------------------------------------------------------------------------
+# ---- sheets: what strategies hide ----------------------------------------------------------------
 
 
 def hidden_by(strategy, patches, g, n, ratios, t=1.0):
-    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g) bool}, for sheets.
+    """What a strategy would hide of n images, patches a dict as in mask.py -> {ratio: (n, g, g)
+    bool}, for sheets.
 
-    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy gets the same noise.
+    t = 1 is the end of a run: guidance is full, and a curriculum has become hard. Every strategy
+    gets the same noise.
     """
     noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
     for ratio in ratios:
         K = masking.kept(g * g, ratio)
-        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K)
-        hidden[ratio] = torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
+        _, ids_mask = masking.sample(
+            masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K
+        )
+        hidden[ratio] = (
+            torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
+        )
     return hidden
 
 
 def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
-    """What strategies hide of images u8 (n, S, S, 3) by the scores of their g*g patches; maps: [(name, (n, g, g))].
+    """What strategies hide of images u8 (n, S, S, 3) by the scores of their g*g patches; maps:
+    [(name, (n, g, g))].
 
     The first strategy that is guided is also shown by the maps of another image, the control.
     """
@@ -388,26 +532,42 @@ def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
     control = next(s for s in strategies if s in masking.NEEDS)
     for s in strategies:
         by = {s: scores} | ({f"{s}\nshuffle=1": shuffled} if s == control else {})
-        columns += [(name, hidden_by(s, some, g, len(images), SHEET_RATIOS)) for name, some in by.items()]
+        columns += [
+            (name, hidden_by(s, some, g, len(images), SHEET_RATIOS)) for name, some in by.items()
+        ]
     plots.mask_sheet(path, title, images, maps, columns, **options)
 
 
 def sheet_of_map(path, name, images, maps, parts):
     """What the strategies that need these maps (n, g, g) hide by them, beside those that need none."""
     need, rows = NEEDED_AS[name], data.evenly_spaced(len(maps), 8)
-    g = 12 if name == "saliency" else maps.shape[-1]  # as with the demo's network; saliency has no encoder's grid
-    scores = {need: guidance.crop_map(need, maps, rows, *data.full_boxes(len(rows)), g, "cpu", 1 + (parts or 0))}
+    g = (
+        12 if name == "saliency" else maps.shape[-1]
+    )  # as with the demo's network; saliency has no encoder's grid
+    scores = {
+        need: guidance.crop_map(
+            need, maps, rows, *data.full_boxes(len(rows)), g, "cpu", 1 + (parts or 0)
+        )
+    }
     strategies = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == need]
     strategies += [s for s in masking.STRATEGIES if s not in masking.NEEDS]
-    shown, title = [(name, torch.from_numpy(maps[rows.numpy()]))], f"What each strategy hides, by {name} maps"
+    shown, title = (
+        [(name, torch.from_numpy(maps[rows.numpy()]))],
+        f"What each strategy hides, by {name} maps",
+    )
     draw_sheet(path, title, images[rows.numpy()], shown, strategies, scores, g)
 
 
 @torch.no_grad()
 def difficulty(model, view, autocast):
-    """view u8 (B, S, S, 3) -> (B, N): each patch's mean error over random masks, what the mask `learned` predicts."""
+    """view u8 (B, S, S, 3) -> (B, N): each patch's mean error over random masks, what the mask
+    `learned` predicts.
+    """
     B, N, p = len(view), model.encoder.side**2, model.config["patch_size"]
-    total, count = torch.zeros(B, N, device=view.device), torch.full((B, N), 1e-9, device=view.device)
+    total, count = (
+        torch.zeros(B, N, device=view.device),
+        torch.full((B, N), 1e-9, device=view.device),
+    )
     for i in range(DRAWS):
         ids_keep, ids = hide_at_random(masking.gumbel_noise(B, N, seeded(i)), view.device)
         pred, _ = predict(model, view, ids_keep, ids, autocast)
@@ -417,19 +577,28 @@ def difficulty(model, view, autocast):
 
 
 def sheet_of_all(path, run, split, device, dtype):
-    """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and parts the true."""
+    """Every strategy on the same four faces. Attention and difficulty are the run's, foreground and
+    parts the true.
+    """
     if not split["header"].get("parts") or "fg" not in split:
-        raise UserError("--map all needs true parts; python data.py toon --out datasets/toon makes a set with them")
+        raise UserError(
+            "--map all needs true parts; python data.py toon --out datasets/toon makes a set with them"
+        )
     model, autocast = load_mae(run).to(device), autocast_of(device, dtype)
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))
     chunks = guidance.attention(model.encoder, size, split["images"], rows, "outlier", autocast)
     _, every = model.encoder.all_patches(view)  # (4, N)
-    scores = {"attn": torch.cat([score for _, score in chunks]).cpu(), "detail": patch_detail(view, every, p).cpu(),
-              "difficulty": difficulty(model, view, autocast).cpu()}  # fmt: skip
+    scores = {
+        "attn": torch.cat([score for _, score in chunks]).cpu(),
+        "detail": patch_detail(view, every, p).cpu(),
+        "difficulty": difficulty(model, view, autocast).cpu(),
+    }
     for need, count in (("fg", 0), ("parts", len(split["header"]["parts"]))):
-        scores[need] = guidance.crop_map(need, split[need], index, *data.full_boxes(len(index)), g, "cpu", count)
+        scores[need] = guidance.crop_map(
+            need, split[need], index, *data.full_boxes(len(index)), g, "cpu", count
+        )
     shown = {"attention": scores["attn"], "parts": scores["parts"].argmax(2)}
     maps = [(name, score.unflatten(1, (g, g))) for name, score in shown.items()]
     title = "What each strategy hides first, at the end of a run"
@@ -457,17 +626,34 @@ def main():
     refuse_overwrite([path, sheet], args.force)
     grid, dtype, rows = rows_of_map(args, split["images"], device)
     n = len(split["images"])
-    header = {"map": args.map, "quality": args.quality, "source": args.source, "parts": args.parts, "grid": grid,
-              "by": args.run or "", "data": folder.name, "split": args.split, "images": n,
-              "data_digest": data.fingerprint(split), "commit": commit()}  # fmt: skip
+    header = {
+        "map": args.map,
+        "quality": args.quality,
+        "source": args.source,
+        "parts": args.parts,
+        "grid": grid,
+        "by": args.run or "",
+        "data": folder.name,
+        "split": args.split,
+        "images": n,
+        "data_digest": data.fingerprint(split),
+        "commit": commit(),
+    }
     header = {key: value for key, value in header.items() if value is not None}
     bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
     maps = data.open_map(path, args.map, split)
     with working("drawing"):
         sheet_of_map(sheet, args.map, split["images"], maps, args.parts)
-    print("\n".join([f"{path}: {n} maps of {grid} x {grid}; look at {sheet}",
-                     *about_maps(args, folder, split, maps), next_line(args, folder, out, split)]))  # fmt: skip
+    print(
+        "\n".join(
+            [
+                f"{path}: {n} maps of {grid} x {grid}; look at {sheet}",
+                *about_maps(args, folder, split, maps),
+                next_line(args, folder, out, split),
+            ]
+        )
+    )
 
 
 def about_maps(args, folder, split, maps):
@@ -475,16 +661,22 @@ def about_maps(args, folder, split, maps):
     lines = []
     if args.map == "parts":
         how = "colours alone" if args.quality == "coarse" else "colours and the encoder"
-        lines = [f"parts are {args.parts} clusters of the encoder's features, numbered by size, without names; "
-                 f"what is foreground was found by {how}"]  # fmt: skip
+        lines = [
+            f"parts are {args.parts} clusters of the encoder's features, numbered by size, without names; "
+            f"what is foreground was found by {how}"
+        ]
     if args.map in ("saliency", "parts") and "fg" in split:
         rows = data.evenly_spaced(len(maps), 256).numpy()
         score = torch.from_numpy(maps[rows]).float()
         true = to_patches(torch.from_numpy(split["fg"][rows]), maps.shape[-1]).flatten() > 127
         auc = metrics.auc((score if args.map == "saliency" else score > 0).float().flatten(), true)
-        lines.append(f"{folder} has exact foreground masks: this estimate has an AUC of {auc:.2f} against them")
+        lines.append(
+            f"{folder} has exact foreground masks: this estimate has an AUC of {auc:.2f} against them"
+        )
     if has_exact(args.map, split):
-        lines.append(f"without --maps, pretrain.py takes the exact {guidance.TRUTH[NEEDED_AS[args.map]]}")
+        lines.append(
+            f"without --maps, pretrain.py takes the exact {guidance.TRUTH[NEEDED_AS[args.map]]}"
+        )
     return lines
 
 
@@ -498,7 +690,9 @@ def next_line(args, folder, out, split):
         train = re.sub(r" --split[ =]\S+", "", command())
         return f"maps of {args.split} are to look at and to measure; training is guided by those of train: {train}"
     strategy = next(s for s in masking.STRATEGIES if masking.NEEDS.get(s) == NEEDED_AS[args.map])
-    found = out.resolve() == (Path("maps") / folder.name).resolve() and not has_exact(args.map, split)
+    found = out.resolve() == (Path("maps") / folder.name).resolve() and not has_exact(
+        args.map, split
+    )
     words = ["python", "pretrain.py", "--data", str(folder), "--mask", strategy]
     words += ["--teacher", "maps"] * (args.map == "attn") + ([] if found else ["--maps", str(out)])
     return f"next: {shlex.join(words)}"

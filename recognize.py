@@ -1,19 +1,25 @@
 """Stage 5: name the character in a picture, or say that it is nobody known; enrol new ones; measure how well it does.
 
-    python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a list on stdin
+    python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a
+    list on stdin
     python recognize.py runs/NAME IMAGE --tags runs/TAGS      and what it shows, by a run of tags.py
-    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of detect.py
-    python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is trained
-    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an enrolment back
+    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of
+    detect.py
+    python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is
+    trained
+    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an
+    enrolment back
     python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
 
 Reads:  runs/NAME/ head.safetensors, gallery.safetensors and what finetune_lora.py wrote beside them
-Writes: gallery.safetensors (--enrol, --forget); recognize.json, roc.png (--verify; of other data, or of another split
+Writes: gallery.safetensors (--enrol, --forget); recognize.json, roc.png (--verify; of other data,
+or of another split
         than val, in runs/NAME/DATA-SPLIT/); names go to standard output, a line a picture
 
-The trained head names the characters that it learned. An enrolled one has no place in the head: it wins where the mean
-of its faces is nearer than that of every learned one. Below a threshold that finetune_lora.py calibrated a face is
-unknown (common/classifier.py, `decide`). A picture and its mirror image are looked at, and their mean is used.
+The trained head names the characters that it learned. An enrolled one has no place in the head: it
+wins where the mean of its faces is nearer than that of every learned one. Below a threshold that
+finetune_lora.py calibrated a face is unknown (common/classifier.py, `decide`). A picture and its
+mirror image are looked at, and their mean is used.
 """
 
 if __name__ == "__main__":
@@ -42,7 +48,7 @@ from common.classifier import (
     load_gallery,
     pooled_of,
     predict,
-    save_gallery,  # fmt: skip
+    save_gallery,
 )
 from common.command import Parser, at_least, between, cli, command, refuse_overwrite, refuse_unused
 from common.features import results_folder
@@ -51,7 +57,10 @@ from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
-FEW, PAIRS_OF = 3, 4000  # pictures that an enrolment needs; images of which all pairs are compared, at most
+FEW, PAIRS_OF = (
+    3,
+    4000,
+)  # pictures that an enrolment needs; images of which all pairs are compared, at most
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
 FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, that are reported
 
@@ -59,20 +68,53 @@ FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, tha
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar, or - for a list of files")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="file, folder, zip, tar, or - for a list of files",
+    )
     add = parser.add_argument
-    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown (default: calibrated)")
+    add(
+        "--threshold",
+        type=between(-1, 1),
+        metavar="COSINE",
+        help="a face below it is unknown (default: calibrated)",
+    )
     add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
-    add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces that are named beside each answer")
+    add(
+        "--nearest",
+        type=at_least(0),
+        default=3,
+        metavar="N",
+        help="gallery faces that are named beside each answer",
+    )
     add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
-    add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face that it finds, from left to right")
-    add("--crop", choices=pack.CROPS, help="the square that is used, as in data.py (default: as it was trained)")
-    add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one, to the gallery")
+    add(
+        "--detect",
+        metavar="RUN",
+        help="runs/NAME of detect.py: name each face that it finds, from left to right",
+    )
+    add(
+        "--crop",
+        choices=pack.CROPS,
+        help="the square that is used, as in data.py (default: as it was trained)",
+    )
+    add(
+        "--enrol",
+        metavar="WHO",
+        help="add a character, or pictures of an enrolled one, to the gallery",
+    )
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
-    add("--eval-on", default="val", choices=["val", "dev", "test", "train"], help="split of --verify")
+    add(
+        "--eval-on",
+        default="val",
+        choices=["val", "dev", "test", "train"],
+        help="split of --verify",
+    )
     add("--force", action="store_true", help="replace results of another --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
@@ -80,33 +122,57 @@ def parse_args():
 
 
 def check(args):
-    """-> the task: "name", or one of its flags. What does not go together, or is not used, is refused."""
-    tasks = [name for name in ("verify", "enrol", "forget", "list") if getattr(args, name) not in (None, False)]
+    """-> the task: "name", or one of its flags. What does not go together, or is not used, is
+    refused.
+    """
+    tasks = [
+        name
+        for name in ("verify", "enrol", "forget", "list")
+        if getattr(args, name) not in (None, False)
+    ]
     if len(tasks) > 1:
         raise UserError(f"--{tasks[0]} and --{tasks[1]} are two tasks; give one of them")
     task = (tasks or ["name"])[0]
     if task in ("name", "enrol") and not args.images:
-        raise UserError("give pictures: files, folders, archives, or - for a list on standard input")
+        raise UserError(
+            "give pictures: files, folders, archives, or - for a list on standard input"
+        )
     if task not in ("name", "enrol") and args.images:
         more = "; it measures on a packed set: --data datasets/NAME" if task == "verify" else ""
         raise UserError(f"--{task} takes no pictures, such as {args.images[0]}{more}")
     for who in ("enrol", "forget"):
         if getattr(args, who) is not None and not getattr(args, who).strip():
             raise UserError(f"--{who} needs a name")
-    refuse_unused(args, (
-        ("data eval-on force", task == "verify", "is for --verify"),
-        ("threshold", task in ("name", "verify"), f"is for naming and --verify, not for --{task}"),
-        ("json", task not in ("enrol", "forget"), f"is for naming, --verify and --list, not for --{task}"),
-        ("nearest tags detect", task == "name", f"is for naming pictures, not for --{task}"),
-        ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
-        ("crop", not args.detect, "is for whole pictures, and --detect cuts out faces"),
-        ("device dtype", task not in ("forget", "list"), f"is for what computes, not for --{task}"),
-    ))  # fmt: skip
+    refuse_unused(
+        args,
+        (
+            ("data eval-on force", task == "verify", "is for --verify"),
+            (
+                "threshold",
+                task in ("name", "verify"),
+                f"is for naming and --verify, not for --{task}",
+            ),
+            (
+                "json",
+                task not in ("enrol", "forget"),
+                f"is for naming, --verify and --list, not for --{task}",
+            ),
+            ("nearest tags detect", task == "name", f"is for naming pictures, not for --{task}"),
+            ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
+            ("crop", not args.detect, "is for whole pictures, and --detect cuts out faces"),
+            (
+                "device dtype",
+                task not in ("forget", "list"),
+                f"is for what computes, not for --{task}",
+            ),
+        ),
+    )
     return task
 
 
 def predictions(args, net, header, autocast, problems, blank=None):
-    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in batches.
+    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in
+    batches.
 
     blank: a list that gets the pages on which --detect finds no face.
     """
@@ -121,7 +187,9 @@ def predictions(args, net, header, autocast, problems, blank=None):
 
 
 def faces(args, size, problems, blank):
-    """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without one is said."""
+    """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without
+    one is said.
+    """
     from common import detection
 
     net, about = detection.load(args.detect)
@@ -137,7 +205,9 @@ def faces(args, size, problems, blank):
 
 
 def embed(net, header, images, autocast):
-    """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings (B, D)."""
+    """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings
+    (B, D).
+    """
     rows, size = torch.arange(len(images)), header["image_size"]
     return predict(net, pooled_of(net, {"images": images}, rows, size, autocast, mirrored=True))
 
@@ -145,15 +215,30 @@ def embed(net, header, images, autocast):
 def answers(keys, logits, embeddings, gallery, nearest):
     """-> a dict for each picture: who it is, how sure that is, and the gallery faces nearest to it."""
     to_face, rows = compared(embeddings, gallery) @ gallery["unit"].T, []  # (B, faces)
-    for i, (who, similarity, margin, sure) in enumerate(zip(*decide(logits, embeddings, gallery), strict=True)):
+    for i, (who, similarity, margin, sure) in enumerate(
+        zip(*decide(logits, embeddings, gallery), strict=True)
+    ):
         name, known = gallery["names"][who], bool(margin >= 0)
-        faces = [{"name": gallery["names"][gallery["labels"][j]], "picture": gallery["keys"][j],
-                  "similarity": round(to_face[i, j].item(), 4)}
-                 for j in to_face[i].topk(min(nearest, to_face.shape[1]))[1]]  # fmt: skip
-        rows.append({"picture": keys[i], "name": name if known else None, "known": known,
-                     "confidence": None if sure.isnan() else round(sure.item(), 4),
-                     "similarity": round(similarity.item(), 4), "threshold": round((similarity - margin).item(), 4),
-                     "best_guess": name, "nearest": faces})  # fmt: skip
+        faces = [
+            {
+                "name": gallery["names"][gallery["labels"][j]],
+                "picture": gallery["keys"][j],
+                "similarity": round(to_face[i, j].item(), 4),
+            }
+            for j in to_face[i].topk(min(nearest, to_face.shape[1]))[1]
+        ]
+        rows.append(
+            {
+                "picture": keys[i],
+                "name": name if known else None,
+                "known": known,
+                "confidence": None if sure.isnan() else round(sure.item(), 4),
+                "similarity": round(similarity.item(), 4),
+                "threshold": round((similarity - margin).item(), 4),
+                "best_guess": name,
+                "nearest": faces,
+            }
+        )
     return rows
 
 
@@ -161,27 +246,43 @@ def in_words(row):
     faces = ", ".join(f"{f['picture']} {f['similarity']:.2f}" for f in row["nearest"])
     sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
     like = f"similarity {row['similarity']:.2f}"
-    who = (f"{row['name']}, {sure}, {like}" if row["known"] else
-           f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})")  # fmt: skip
+    who = (
+        f"{row['name']}, {sure}, {like}"
+        if row["known"]
+        else f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})"
+    )
     tags = mfdn.in_words(row.get("tags", {}))
-    return f"{row['picture']}: {who}" + (f"; nearest: {faces}" if faces else "") + (f"; tags: {tags}" if tags else "")
+    return (
+        f"{row['picture']}: {who}"
+        + (f"; nearest: {faces}" if faces else "")
+        + (f"; tags: {tags}" if tags else "")
+    )
 
 
 def tagger(run, own, device, autocast):
-    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each answer, {"tags": ...}.
+    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each
+    answer, {"tags": ...}.
 
     own: the header of the recogniser, whose pictures it gets.
     """
     net, header = mfdn.load(run)
-    if other := [k for k in ("packed_size", "crop", "margin") if header[k] != own.get(k, header[k])]:
-        raise UserError(f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
-                        f"{own[other[0]]}); train both on one data set")  # fmt: skip
+    if other := [
+        k for k in ("packed_size", "crop", "margin") if header[k] != own.get(k, header[k])
+    ]:
+        raise UserError(
+            f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
+            f"{own[other[0]]}); train both on one data set"
+        )
     if net.arm not in mfdn.NAMES_TAGS:
-        raise UserError(f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn")
+        raise UserError(
+            f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn"
+        )
     net.to(device)
 
     def shown(images):
-        view = data.view_images(images.to(device), *data.full_boxes(len(images)), header["image_size"])
+        view = data.view_images(
+            images.to(device), *data.full_boxes(len(images)), header["image_size"]
+        )
         with autocast():
             _, tags = mfdn.answers(net, view)
         return [{"tags": mfdn.named(row.cpu(), header)} for row in tags]
@@ -193,7 +294,9 @@ def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
     problems, blank, count, unknown = [], [], 0, 0
     shown = tagger(args.tags, header, net.encoder.cls_token.device, autocast) if args.tags else None
-    for keys, images, logits, embeddings in predictions(args, net, header, autocast, problems, blank):
+    for keys, images, logits, embeddings in predictions(
+        args, net, header, autocast, problems, blank
+    ):
         rows = answers(keys, logits, embeddings, gallery, args.nearest)
         for row, tags in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
             row |= tags
@@ -202,17 +305,23 @@ def recognise(args, net, header, gallery, autocast):
         count += len(keys)
     tell_problems(problems, count + len(blank), args.json)
     if unknown and not args.json:
-        print(f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
+            file=sys.stderr,
+        )
 
 
-# ---- the gallery: who is known -------------------------------------------------------------------------------------
+# ---- the gallery: who is known -------------------------------------------------------------------
 
 
 def apart(embeddings, known):
-    """Which rows of embeddings (n, D) show a picture that is neither among known (m, D) nor in an earlier row: (n,)."""
+    """Which rows of embeddings (n, D) show a picture that is neither among known (m, D) nor in an
+    earlier row: (n,).
+    """
     unit, known = F.normalize(embeddings), F.normalize(known)
-    again = (unit @ known.T > SAME).any(1) if len(known) else torch.zeros(len(unit), dtype=torch.bool)
+    again = (
+        (unit @ known.T > SAME).any(1) if len(known) else torch.zeros(len(unit), dtype=torch.bool)
+    )
     return ~(again | (torch.tril(unit @ unit.T, -1) > SAME).any(1))
 
 
@@ -222,9 +331,14 @@ def enrol(args, net, header, gallery, autocast):
     found = list(predictions(args, net, header, autocast, problems))
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    keys, embeddings = [key for some, *_ in found for key in some], torch.cat([x for *_, x in found])
+    keys, embeddings = (
+        [key for some, *_ in found for key in some],
+        torch.cat([x for *_, x in found]),
+    )
     print(add_faces(args.run, who, keys, embeddings, gallery))
-    print(f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}")
+    print(
+        f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
+    )
 
 
 def new_name(text, header):
@@ -236,18 +350,24 @@ def new_name(text, header):
 
 
 def add_faces(run, who, keys, embeddings, gallery):
-    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a picture counts once."""
+    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a
+    picture counts once.
+    """
     names = gallery["names"]
     own = gallery["labels"] == (names.index(who) if who in names else -1)
     new = apart(embeddings, gallery["embeddings"][own])
     if twice := int((~new).sum()):
         print(f"{twice} of {len(new)} pictures are there already, and count once")
     if int(new.sum() + own.sum()) < FEW:
-        raise UserError(f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5")
+        raise UserError(
+            f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5"
+        )
     names = names if who in names else [*names, who]
     labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
     keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
-    replace_gallery(run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery)
+    replace_gallery(
+        run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery
+    )
     count = int((labels == names.index(who)).sum())
     return f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
 
@@ -267,29 +387,41 @@ def take_out(run, who, header, gallery):
     stay = gallery["labels"] != k
     labels = gallery["labels"][stay]
     keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
-    replace_gallery(run, gallery["embeddings"][stay], labels - (labels > k).long(), names[:k] + names[k + 1 :], keys,
-                    gallery)  # fmt: skip
+    replace_gallery(
+        run,
+        gallery["embeddings"][stay],
+        labels - (labels > k).long(),
+        names[:k] + names[k + 1 :],
+        keys,
+        gallery,
+    )
     return f"{who} is forgotten, with {int((~stay).sum())} pictures; the gallery knows {len(names) - 1} characters"
 
 
 def replace_gallery(run, embeddings, labels, names, keys, old):
     """Write the gallery of a run again; what was calibrated stays."""
     about = {k: old[k] for k in CALIBRATED}
-    save_gallery(Path(run) / "gallery.safetensors", embeddings, labels, names, keys, old["learned"], about)
+    save_gallery(
+        Path(run) / "gallery.safetensors", embeddings, labels, names, keys, old["learned"], about
+    )
 
 
 def list_known(args, header, gallery):
     """Print who is known, a line each."""
     counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
-    rows = [{"name": name, "pictures": n, "learned": name in header["classes"]}
-            for name, n in zip(gallery["names"], counts, strict=True)]  # fmt: skip
+    rows = [
+        {"name": name, "pictures": n, "learned": name in header["classes"]}
+        for name, n in zip(gallery["names"], counts, strict=True)
+    ]
     if args.json:
         return print(json.dumps(rows, ensure_ascii=False))
     for row in rows:
-        print(f"{row['name']}: {'learned in training' if row['learned'] else 'enrolled'}, {row['pictures']} pictures")
+        print(
+            f"{row['name']}: {'learned in training' if row['learned'] else 'enrolled'}, {row['pictures']} pictures"
+        )
 
 
-# ---- measured: the same character or not, and strangers ------------------------------------------------------------
+# ---- measured: the same character or not, and strangers ------------------------------------------
 
 
 def percent(shares):
@@ -297,42 +429,62 @@ def percent(shares):
 
 
 def verification(same, other):
-    """Cosines of all pairs of pictures, of one character and of two: can they be told apart? -> figures in percent."""
+    """Cosines of all pairs of pictures, of one character and of two: can they be told apart? ->
+    figures in percent.
+    """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if len(same) == 0 or len(other) == 0:
-        raise UserError("verification needs two characters or more, and one with two illustrations or more")
+        raise UserError(
+            "verification needs two characters or more, and one with two illustrations or more"
+        )
     shares = {f"tpr_at_fpr_{100 * r:g}": metrics.tpr_at_fpr(same, other, r) for r in FALSE_RATES}
     pairs = metrics.truth_and_scores(same, other)
-    shares |= {"roc_auc": roc_auc_score(*pairs), "eer": metrics.equal_error_rate(same, other),
-               "average_precision": average_precision_score(*pairs)}  # fmt: skip
+    shares |= {
+        "roc_auc": roc_auc_score(*pairs),
+        "eer": metrics.equal_error_rate(same, other),
+        "average_precision": average_precision_score(*pairs),
+    }
     return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
 def open_set(known, right, enrolled, strangers):
-    """Margins over the threshold of known faces (n,) and strangers (m,): who is unknown? -> figures in percent.
+    """Margins over the threshold of known faces (n,) and strangers (m,): who is unknown? -> figures
+    in percent.
 
-    right (n,): is the name theirs, were they not rejected? enrolled (n,): is it a character that was never trained on?
+    right (n,): is the name theirs, were they not rejected? enrolled (n,): is it a character that
+    was never trained on?
     """
     from sklearn.metrics import roc_auc_score
 
     counts = {"known": len(known), "strangers": len(strangers), "enrolled": int(enrolled.sum())}
-    mean, named = lambda x: x.double().mean().item(), right & (known >= 0)  # noqa: E731
+    mean, named = lambda x: x.double().mean().item(), right & (known >= 0)
     shares = {"known_rejected": mean(known < 0), "known_named_rightly": mean(named)}
     if enrolled.any() and not enrolled.all():
-        shares |= {"enrolled_named_rightly": mean(named[enrolled]), "learned_named_rightly": mean(named[~enrolled])}
+        shares |= {
+            "enrolled_named_rightly": mean(named[enrolled]),
+            "learned_named_rightly": mean(named[~enrolled]),
+        }
     if len(strangers):
-        shares |= {f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r) for r in FALSE_RATES}
+        shares |= {
+            f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r)
+            for r in FALSE_RATES
+        }
         auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
-        shares |= {"auroc_unknown": auroc, "strangers_unknown": mean(strangers < 0),
-                   "strangers_unknown_at_5": mean(strangers < known.quantile(0.05))}  # fmt: skip
+        shares |= {
+            "auroc_unknown": auroc,
+            "strangers_unknown": mean(strangers < 0),
+            "strangers_unknown_at_5": mean(strangers < known.quantile(0.05)),
+        }
     return percent(shares) | counts
 
 
 def reliability(known, right, strangers):
-    """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in percent, and points.
+    """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in
+    percent, and points.
 
-    Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is left out.
+    Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is
+    left out.
     """
     sure = torch.cat([known, strangers])
     right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
@@ -348,27 +500,38 @@ def table(row):
     lines = [f"{row['data']}, {row['split']}"]
     if v:
         accepts = " / ".join(f"{v[f'tpr_at_fpr_{r}']:.1f}" for r in at)
-        lines += ["the same character or not", f"  ROC-AUC {v['roc_auc']:.1f} %, equal error rate {v['eer']:.1f} %, "
-                  f"average precision {v['average_precision']:.1f} %",
-                  f"  right pairs accepted {accepts} % where {' / '.join(at)} % of the wrong ones are "
-                  f"({v['positive_pairs']:,} and {v['negative_pairs']:,} pairs)"]  # fmt: skip
+        lines += [
+            "the same character or not",
+            f"  ROC-AUC {v['roc_auc']:.1f} %, equal error rate {v['eer']:.1f} %, "
+            f"average precision {v['average_precision']:.1f} %",
+            f"  right pairs accepted {accepts} % where {' / '.join(at)} % of the wrong ones are "
+            f"({v['positive_pairs']:,} and {v['negative_pairs']:,} pairs)",
+        ]
     if o:
         shares = f"{o['known_named_rightly']:.1f} % named rightly, {o['known_rejected']:.1f} % called unknown"
         lines += [f"{o['known']:,} pictures of known characters", f"  {shares}"]
     if o and "enrolled_named_rightly" in o:
-        lines.append(f"  named rightly: {o['enrolled_named_rightly']:.1f} % of the {o['enrolled']:,} of enrolled ones, "
-                     f"{o['learned_named_rightly']:.1f} % of the others")  # fmt: skip
+        lines.append(
+            f"  named rightly: {o['enrolled_named_rightly']:.1f} % of the {o['enrolled']:,} of enrolled ones, "
+            f"{o['learned_named_rightly']:.1f} % of the others"
+        )
     if not o or not o["strangers"]:
-        return lines + ["no strangers in this set: --data OTHER with other characters measures them; finetune_lora.py "
-                        "--hold-out 4 leaves four out of training"]  # fmt: skip
+        return lines + [
+            "no strangers in this set: --data OTHER with other characters measures them; finetune_lora.py "
+            "--hold-out 4 leaves four out of training"
+        ]
     named = " / ".join(f"{o[f'dir_at_far_{r}']:.1f}" for r in at)
     if "calibration_error" in row:
-        lines.append(f"confidences are {row['calibration_error']:.1f} points off in the mean, where half are strangers")
+        lines.append(
+            f"confidences are {row['calibration_error']:.1f} points off in the mean, where half are strangers"
+        )
     return lines + [
-        f"{o['strangers']:,} pictures of strangers", f"  {o['strangers_unknown']:.1f} % called unknown"
+        f"{o['strangers']:,} pictures of strangers",
+        f"  {o['strangers_unknown']:.1f} % called unknown"
         f" ({o['strangers_unknown_at_5']:.1f} % where 5 % of the known were)",
         f"  {named} % of the known named rightly where {' / '.join(at)} % of the strangers get a name; known against "
-        f"strangers: ROC-AUC {o['auroc_unknown']:.1f} %"]  # fmt: skip
+        f"strangers: ROC-AUC {o['auroc_unknown']:.1f} %",
+    ]
 
 
 def faces_of(args, net, header, gallery, folder, name, autocast):
@@ -376,47 +539,80 @@ def faces_of(args, net, header, gallery, folder, name, autocast):
     is taken for, the margin of that, and the confidence."""
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    pooled = pooled_of(net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True)
+    pooled = pooled_of(
+        net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True
+    )
     logits, embeddings = predict(net, pooled)
     ids = {who: i for i, who in enumerate(gallery["names"])}
-    own = torch.tensor([*(ids.get(who, -1) for who in split["header"]["classes"]), -1])  # the last: without a label
+    own = torch.tensor(
+        [*(ids.get(who, -1) for who in split["header"]["classes"]), -1]
+    )  # the last: without a label
     who, _, margin, sure = decide(logits, embeddings, gallery)
     return split, rows, embeddings, own[split["labels"][rows]], who, margin, sure
 
 
 def verify(args, net, header, gallery, autocast):
-    """recognize.json and roc.png: do two faces show one character, and who is unknown? By the same embeddings.
+    """recognize.json and roc.png: do two faces show one character, and who is unknown? By the same
+    embeddings.
 
-    Where --data shows strangers alone, the known faces are those of the data that it was trained on.
+    Where --data shows strangers alone, the known faces are those of the data that it was trained
+    on.
     """
     from common import plots  # matplotlib takes half a second to load
 
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.eval_on, header["data"])
-    refuse_overwrite([home / "recognize.json"], args.force, "other --data or --eval-on go elsewhere")
+    refuse_overwrite(
+        [home / "recognize.json"], args.force, "other --data or --eval-on go elsewhere"
+    )
     found = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
     split, rows, embeddings, own, who, margin, sure = found
-    row = {"run": str(args.run), "data": str(folder), "split": args.eval_on, "threshold": gallery["threshold"]}
+    row = {
+        "run": str(args.run),
+        "data": str(folder),
+        "split": args.eval_on,
+        "threshold": gallery["threshold"],
+    }
     unit, labels = compared(embeddings, gallery), split["labels"][rows]
-    pairs, strangers = metrics.pair_cosines(unit, labels, data.groups_of(split)[rows]), margin[own < 0]
+    pairs, strangers = (
+        metrics.pair_cosines(unit, labels, data.groups_of(split)[rows]),
+        margin[own < 0],
+    )
     sure_of_strangers = sure[own < 0]
     if min(map(len, pairs)) and data.has_labels(split):
         row["verification"] = verification(*pairs)
     if not (own >= 0).any() and Path(header["data"]).exists():
-        *_, own, who, margin, sure = faces_of(args, net, header, gallery, header["data"], "val", autocast)
+        *_, own, who, margin, sure = faces_of(
+            args, net, header, gallery, header["data"], "val", autocast
+        )
         row["known_of"] = header["data"]
     known = own >= 0
     if known.any():
-        row["open_set"] = open_set(margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers)
+        row["open_set"] = open_set(
+            margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers
+        )
     learned, points = known & (own < gallery["learned"]), ()
     if learned.any() and len(strangers):
-        row["calibration_error"], points = reliability(sure[learned], (who == own)[learned], sure_of_strangers)
+        row["calibration_error"], points = reliability(
+            sure[learned], (who == own)[learned], sure_of_strangers
+        )
     if not {"verification", "open_set"} & row.keys():
-        raise UserError(f"{folder} has neither two labelled characters in {args.eval_on}, nor strangers to measure")
-    row |= {"command": command(), "machine": machine(net.encoder.cls_token.device), "commit": commit()}
+        raise UserError(
+            f"{folder} has neither two labelled characters in {args.eval_on}, nor strangers to measure"
+        )
+    row |= {
+        "command": command(),
+        "machine": machine(net.encoder.cls_token.device),
+        "commit": commit(),
+    }
     title, shown = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
-    plots.plot_verification(home / "roc.png", pairs if "verification" in row else None,
-                            shown if min(map(len, shown)) else None, title, points)  # fmt: skip
+    plots.plot_verification(
+        home / "roc.png",
+        pairs if "verification" in row else None,
+        shown if min(map(len, shown)) else None,
+        title,
+        points,
+    )
     save_json(row, home / "recognize.json")
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)

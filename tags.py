@@ -1,16 +1,21 @@
 """Stage 6: image and tags together. Learn who it is and what the picture shows, from both; ask with the picture alone.
 
     python tags.py runs/NAME --data datasets/toon              # or: torchrun --nproc-per-node 8 ...
-    python tags.py runs/NAME-tags PICTURE...                   # who it is, and tags with their probabilities
+    python tags.py runs/NAME-tags PICTURE...                   # who it is, and tags with their
+    probabilities
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and datasets/NAME with
-        tags; to use it runs/NAME-tags, pictures, and a tagger's selected_tags.csv
-Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json, log.jsonl, curves.png,
-        sheet.png, selected_tags.csv (our tags, as taggers list them); answers go to standard output, or to --csv
+Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
+        datasets/NAME with tags; to use it runs/NAME-tags, pictures, and a tagger's
+        selected_tags.csv
+Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
+log.jsonl, curves.png,
+        sheet.png, selected_tags.csv (our tags, as taggers list them); answers go to standard
+        output, or to --csv
 
-The network and its arms are in common/mfdn.py. A picture often comes without tags, so hidden tags wean the network:
-their share rises to all of them at the half of the run. Thresholds of tags are chosen on dev, or on a tenth of train
-held apart by group; --eval-on is reported, at the half and at the end.
+The network and its arms are in common/mfdn.py. A picture often comes without tags, so hidden tags
+wean the network: their share rises to all of them at the half of the run. Thresholds of tags are
+chosen on dev, or on a tenth of train held apart by group; --eval-on is reported, at the half and at
+the end.
 """
 
 if __name__ == "__main__":
@@ -58,107 +63,275 @@ HEAD_LR = {"bce": 3e-2}  # a linear head on its own wants more
 JUDGED = 8192  # pictures at most whose tags are judged: a number for each picture and tag is kept
 SHOWN = 8  # pictures on the sheet
 RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet*.png", "selected_tags.csv")
-NO_CONFIG = ("out", "resume", "force", "given", "log", "device", "eval_on", "encoder", "pictures", "json", "top", "csv",
-             "like", "tell", "threshold")  # fmt: skip
+NO_CONFIG = (
+    "out",
+    "resume",
+    "force",
+    "given",
+    "log",
+    "device",
+    "eval_on",
+    "encoder",
+    "pictures",
+    "json",
+    "top",
+    "csv",
+    "like",
+    "tell",
+    "threshold",
+)
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("encoder", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
-                        "to use what was learned runs/NAME-tags")  # fmt: skip
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive, - for a list of files")
+    parser.add_argument(
+        "encoder",
+        metavar="ENCODER",
+        help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
+        "to use what was learned runs/NAME-tags",
+    )
+    parser.add_argument(
+        "pictures",
+        nargs="*",
+        metavar="PICTURE",
+        help="file, folder, archive, - for a list of files",
+    )
     add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add("--data", metavar="DIR", help="set with labels and tags (default: what the encoder learned from, or toon)")
-    add("--out", metavar="DIR", help="run folder (default: the encoder's, tags, and the flags that matter)")
-    add("--resume", action="store_true", help="go on with the run in --out, from its last checkpoint")
-    add("--force", action="store_true", help="start anew where another run is in --out; replace the file of --csv")
+    add(
+        "--data",
+        metavar="DIR",
+        help="set with labels and tags (default: what the encoder learned from, or toon)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        help="run folder (default: the encoder's, tags, and the flags that matter)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, from its last checkpoint",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="start anew where another run is in --out; replace the file of --csv",
+    )
     add("--eval-on", default="val", choices=["val", "test"], help="split that is reported")
     add = parser.add_argument_group("what is learned").add_argument
     arms = "\n".join(f"{arm}: {text}" for arm, text in mfdn.ARMS.items())
     add("--arm", default="mfdn", choices=mfdn.ARMS, help=arms)
-    add("--tag-ratio", type=between(0, 1), default=0.5, metavar="R", help="share of tags that --arm fixed hides")
-    add("--tag-weight", type=between(0, 100), default=0.3, metavar="W", help="of the tags' loss beside the character's")
-    add("--length", type=between(4, 512, int), metavar="L", help="places for words; two hold no tag (default: 32, or\n"
-        "fewer where no picture has so many)")  # fmt: skip
+    add(
+        "--tag-ratio",
+        type=between(0, 1),
+        default=0.5,
+        metavar="R",
+        help="share of tags that --arm fixed hides",
+    )
+    add(
+        "--tag-weight",
+        type=between(0, 100),
+        default=0.3,
+        metavar="W",
+        help="of the tags' loss beside the character's",
+    )
+    add(
+        "--length",
+        type=between(4, 512, int),
+        metavar="L",
+        help="places for words; two hold no tag (default: 32, or\n"
+        "fewer where no picture has so many)",
+    )
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
     add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate of the encoder")
-    add("--head-lr", type=between(1e-9, 1), metavar="LR", help="of what is new (default: 1e-3; of --arm bce 3e-2)")
-    add("--layer-decay", type=between(0.01, 1), default=0.9, metavar="D", help="a block learns at D times the next")
+    add(
+        "--head-lr",
+        type=between(1e-9, 1),
+        metavar="LR",
+        help="of what is new (default: 1e-3; of --arm bce 3e-2)",
+    )
+    add(
+        "--layer-decay",
+        type=between(0.01, 1),
+        default=0.9,
+        metavar="D",
+        help="a block learns at D times the next",
+    )
     add("--weight-decay", type=between(0, 10), default=0.05, metavar="W", help="of matrices")
-    add("--warmup", type=between(0, 1), default=0.1, metavar="SHARE", help="share of the run with a rising rate")
-    add("--optimizer", default="adamw", choices=["adamw", "sgd"], help="sgd, with momentum .9, is the paper's")
-    add("--schedule", default="cosine", choices=["cosine", "two-stage"], help="two-stage is the paper's: 1 to .6 in "
-        "three fifths of the run, .6 to 0 in the rest")  # fmt: skip
-    add("--seed", type=at_least(0), default=0, help="of weights, order, augmentation and hidden tags")
-    add("--keep", type=between(0.01, 1), default=0.25, metavar="SHARE", help="of the patches shown in training")
-    add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest share of an image in a crop")
-    add("--colour", type=between(0, 1), default=0.2, metavar="X", help="brightness, contrast, saturation times 1 +- X")
+    add(
+        "--warmup",
+        type=between(0, 1),
+        default=0.1,
+        metavar="SHARE",
+        help="share of the run with a rising rate",
+    )
+    add(
+        "--optimizer",
+        default="adamw",
+        choices=["adamw", "sgd"],
+        help="sgd, with momentum .9, is the paper's",
+    )
+    add(
+        "--schedule",
+        default="cosine",
+        choices=["cosine", "two-stage"],
+        help="two-stage is the paper's: 1 to .6 in three fifths of the run, .6 to 0 in the rest",
+    )
+    add(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="of weights, order, augmentation and hidden tags",
+    )
+    add(
+        "--keep",
+        type=between(0.01, 1),
+        default=0.25,
+        metavar="SHARE",
+        help="of the patches shown in training",
+    )
+    add(
+        "--min-crop",
+        type=between(0.01, 1),
+        default=0.5,
+        metavar="AREA",
+        help="smallest share of an image in a crop",
+    )
+    add(
+        "--colour",
+        type=between(0, 1),
+        default=0.2,
+        metavar="X",
+        help="brightness, contrast, saturation times 1 +- X",
+    )
     add = parser.add_argument_group("what is said of pictures").add_argument
-    add("--tell", metavar="WORDS", help="tags of the pictures that are known, with spaces between them")
-    add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own, from dev)")
+    add(
+        "--tell",
+        metavar="WORDS",
+        help="tags of the pictures that are known, with spaces between them",
+    )
+    add(
+        "--threshold",
+        type=between(0, 1),
+        metavar="P",
+        help="of every tag (default: its own, from dev)",
+    )
     add("--top", type=at_least(1), default=15, metavar="N", help="tags that are named at most")
     add("--json", action="store_true", help="print a JSON object a picture")
     add("--csv", metavar="FILE", help="a row a picture, a column a tag, instead of lines")
-    add("--like", metavar="FILE", help="selected_tags.csv of a tagger: --csv gets its columns, in its order")
+    add(
+        "--like",
+        metavar="FILE",
+        help="selected_tags.csv of a tagger: --csv gets its columns, in its order",
+    )
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb beside log.jsonl")
+    add(
+        "--log",
+        type=train.trackers,
+        default=(),
+        metavar="NAMES",
+        help="tensorboard,wandb beside log.jsonl",
+    )
     return parser.parse_intermixed_args()
 
 
 def refuse_flags(args):
     training, hides = not args.pictures, args.arm in mfdn.HIDES_TAGS
     frozen, blind = args.arm == "bce", args.arm == "tags"
-    refuse_unused(args, (
-        ("data out resume eval-on arm tag-ratio tag-weight length epochs batch-size lr head-lr layer-decay "
-         "weight-decay warmup optimizer schedule seed keep min-crop colour log", training,
-         "is for training, not for pictures"),
-        ("tell threshold top json csv like", not training, "is for pictures: python tags.py runs/NAME-tags PICTURE"),
-        ("tag-ratio", args.arm == "fixed", f"is for --arm fixed, not for {args.arm}"),
-        ("tag-weight", hides or args.arm == "l2l", f"is for arms with a loss of both, not for {args.arm}"),
-        ("length", args.arm in mfdn.READS_TAGS, f"is for arms that read tags, not for {args.arm}"),
-        ("lr layer-decay", not frozen, "is for what learns in the encoder; --arm bce has --head-lr alone"),
-        ("keep min-crop colour", not blind, "is for pictures, and --arm tags sees none"),
-        ("like", args.csv is not None, "is for --csv FILE"),
-        ("force", training or args.csv is not None, "is for what is written, a run or --csv"),
-        ("threshold top json", args.csv is None, "is for lines; --csv writes every probability"),
-    ))  # fmt: skip
+    refuse_unused(
+        args,
+        (
+            (
+                "data out resume eval-on arm tag-ratio tag-weight length epochs batch-size lr head-lr layer-decay "
+                "weight-decay warmup optimizer schedule seed keep min-crop colour log",
+                training,
+                "is for training, not for pictures",
+            ),
+            (
+                "tell threshold top json csv like",
+                not training,
+                "is for pictures: python tags.py runs/NAME-tags PICTURE",
+            ),
+            ("tag-ratio", args.arm == "fixed", f"is for --arm fixed, not for {args.arm}"),
+            (
+                "tag-weight",
+                hides or args.arm == "l2l",
+                f"is for arms with a loss of both, not for {args.arm}",
+            ),
+            (
+                "length",
+                args.arm in mfdn.READS_TAGS,
+                f"is for arms that read tags, not for {args.arm}",
+            ),
+            (
+                "lr layer-decay",
+                not frozen,
+                "is for what learns in the encoder; --arm bce has --head-lr alone",
+            ),
+            ("keep min-crop colour", not blind, "is for pictures, and --arm tags sees none"),
+            ("like", args.csv is not None, "is for --csv FILE"),
+            ("force", training or args.csv is not None, "is for what is written, a run or --csv"),
+            (
+                "threshold top json",
+                args.csv is None,
+                "is for lines; --csv writes every probability",
+            ),
+        ),
+    )
     if args.tell is not None and not args.tell.strip():
         raise UserError("--tell is empty; give tags, or leave it out")
 
 
-# ---- the data: pictures, characters, tags ----------------------------------------------------------------------------
+# ---- the data: pictures, characters, tags --------------------------------------------------------
 
 
 def open_task(args, device, autocast):
     """-> what a run works with, a namespace; the comments say what is in it."""
     task = SimpleNamespace(device=device, autocast=autocast, arm=args.arm)
-    (task.train, task.dev, task.report), task.classes = open_rows(args.data, args.eval_on, hold_out=0)
+    (task.train, task.dev, task.report), task.classes = open_rows(
+        args.data, args.eval_on, hold_out=0
+    )
     task.words = task.train.split["header"]["tags"]
     for images in (task.train, task.dev, task.report):
-        if not tagging.has_tags(images.split) or not (images.split["tags"][images.rows.numpy()] >= 0).any():
-            raise UserError(f"{args.data}, {images.name} has no tags; a table with a column of them, or "
-                            "metadata.jsonl, brings them: python data.py IT --out DIR")  # fmt: skip
-    task.each = torch.from_numpy((task.train.split["tags"] >= 0).sum(1))[task.train.rows]  # tags of a picture
+        if (
+            not tagging.has_tags(images.split)
+            or not (images.split["tags"][images.rows.numpy()] >= 0).any()
+        ):
+            raise UserError(
+                f"{args.data}, {images.name} has no tags; a table with a column of them, or "
+                "metadata.jsonl, brings them: python data.py IT --out DIR"
+            )
+    task.each = torch.from_numpy((task.train.split["tags"] >= 0).sum(1))[
+        task.train.rows
+    ]  # tags of a picture
     args.length = args.length or min(32, max(2, int(task.each.max())) + 2)
     encoder, task.S = load_encoder(args.encoder)  # S: side of a view
     if len(encoder.blocks) < 2:
-        raise UserError(f"{args.encoder} has one block, and half of the blocks see the picture alone; give 2 or more")
+        raise UserError(
+            f"{args.encoder} has one block, and half of the blocks see the picture alone; give 2 or more"
+        )
     torch.manual_seed(args.seed)
     base = fingerprint(encoder)  # before training
-    task.net = mfdn.MFDN(encoder, len(task.classes), len(task.words), args.arm, args.length).to(device)
+    task.net = mfdn.MFDN(encoder, len(task.classes), len(task.words), args.arm, args.length).to(
+        device
+    )
     encoder.requires_grad_(args.arm != "bce")
     task.net.reach.copy_(mfdn.reaches(task.each, args.length - 2))
-    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}  # a run is resumed under the same
+    config = {
+        k: v for k, v in vars(args).items() if k not in NO_CONFIG
+    }  # a run is resumed under the same
     task.config = config | {"encoder": base, "images": data.fingerprint(task.train.split)}
     return task
 
 
 def tags_of(images, rows, plane="tags"):
-    """rows (n,) of a split -> ids i64 (n, T), -1 fills up; plane "all_tags": the truth, where a set knows it."""
+    """rows (n,) of a split -> ids i64 (n, T), -1 fills up; plane "all_tags": the truth, where a set
+    knows it.
+    """
     return torch.from_numpy(np.array(images.split[plane][rows.numpy()])).long()
 
 
@@ -172,7 +345,9 @@ def rows_judged(images):
 
 
 def augment(images, args, task, B, mine, generator):
-    """images u8 (b, ., ., 3), this process's slice `mine` of B -> patches (b, K, P), places (b, K), drawn for all B."""
+    """images u8 (b, ., ., 3), this process's slice `mine` of B -> patches (b, K, P), places (b, K),
+    drawn for all B.
+    """
     boxes, flip = data.draw_boxes(B, generator, args.min_crop)
     colour, N = torch.rand(B, 3, generator=generator), task.net.encoder.side**2
     noise, K = torch.rand(B, N, generator=generator), max(1, round(args.keep * N))
@@ -182,7 +357,7 @@ def augment(images, args, task, B, mine, generator):
     return masked_patch_gather(view, ids, task.net.encoder.patch_size), ids
 
 
-# ---- how good it is ------------------------------------------------------------------------------------------------
+# ---- how good it is ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -191,20 +366,28 @@ def characters(task, images, name=""):
     "without_top5"} without, those that the arm has."""
     net, ranks = task.net.eval(), {"with": [], "without": []}
     chunks = data.whole_views(images.split["images"], images.rows, task.S, task.device)
-    for index, view in progress(chunks, name, -(-len(images.rows) // data.CHUNK), leave=False, disable=not name):
+    for index, view in progress(
+        chunks, name, -(-len(images.rows) // data.CHUNK), leave=False, disable=not name
+    ):
         asked = {"with": tags_of(images, index)} if task.arm in mfdn.READS_TAGS else {}
         for key, ids in (asked | ({} if task.arm == "bce" else {"without": None})).items():
             with task.autocast():
                 logits, _ = mfdn.answers(net, view, ids, ask_tags=False)
             order = logits.cpu().argsort(dim=1, descending=True, stable=True)
             ranks[key].append((order == images.labels[index][:, None]).int().argmax(1))
-    return {f"{key}_top{k}": round(100 * (torch.cat(rank) < k).double().mean().item(), 3)
-            for key, rank in ranks.items() if rank for k in (1, 5)}  # fmt: skip
+    return {
+        f"{key}_top{k}": round(100 * (torch.cat(rank) < k).double().mean().item(), 3)
+        for key, rank in ranks.items()
+        if rank
+        for k in (1, 5)
+    }
 
 
 @torch.no_grad()
 def named(task, images, rows):
-    """Whole pictures alone -> the most probable class of each (n,), None of arm bce; scores of tags (n, V)."""
+    """Whole pictures alone -> the most probable class of each (n,), None of arm bce; scores of tags
+    (n, V).
+    """
     guesses, scores = [], []
     for _, view in data.whole_views(images.split["images"], rows, task.S, task.device):
         with task.autocast():
@@ -221,7 +404,11 @@ def judge_tags(task, scores):
     (_, on_dev), filed = named(task, task.dev, dev), truth_of(task.dev, dev, V)
     thresholds = tagging.fit_thresholds(on_dev, filed)
     planes = {"tags": "tags", "tags_truth": "all_tags"}
-    truths = {k: truth_of(task.report, report, V, plane) for k, plane in planes.items() if plane in task.report.split}
+    truths = {
+        k: truth_of(task.report, report, V, plane)
+        for k, plane in planes.items()
+        if plane in task.report.split
+    }
     rows = {key: tagging.judge(scores, truth, thresholds) for key, truth in truths.items()}
     if "tags_truth" in truths:
         kinds = tagging.four_kinds(scores >= thresholds, truths["tags"], truths["tags_truth"])
@@ -229,48 +416,72 @@ def judge_tags(task, scores):
     return rows, tagging.judge(on_dev, filed, thresholds)["map"], thresholds
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def make_optimizer(net, args):
     """AdamW or SGD over the groups of common/classifier.py; "peak" of a group is its learning rate."""
-    adamw = classifier.make_optimizer(net, args.lr, args.head_lr, args.weight_decay, args.layer_decay)
+    adamw = classifier.make_optimizer(
+        net, args.lr, args.head_lr, args.weight_decay, args.layer_decay
+    )
     if args.optimizer == "adamw":
         return adamw
-    groups = [{k: group[k] for k in ("params", "peak", "weight_decay")} for group in adamw.param_groups]
+    groups = [
+        {k: group[k] for k in ("params", "peak", "weight_decay")} for group in adamw.param_groups
+    ]
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9)
 
 
 def rate(step, total, args):
-    """The share of its peak that a learning rate has: warm-up, then a cosine to 0, or the paper's two of them."""
+    """The share of its peak that a learning rate has: warm-up, then a cosine to 0, or the paper's
+    two of them.
+    """
     if args.schedule == "cosine" or step < args.warmup * total:
         return train.lr_at(step, total, args.warmup * total, 1.0)
     at = step / total
-    return 0.8 + 0.2 * math.cos(math.pi * at / 0.6) if at < 0.6 else 0.3 + 0.3 * math.cos(math.pi * (at - 0.6) / 0.4)
+    return (
+        0.8 + 0.2 * math.cos(math.pi * at / 0.6)
+        if at < 0.6
+        else 0.3 + 0.3 * math.cos(math.pi * (at - 0.6) / 0.4)
+    )
 
 
 def losses(net, batch, y, B):
-    """This process's share of the losses of a batch of B, the character's and the tags', sums over all processes.
+    """This process's share of the losses of a batch of B, the character's and the tags', sums over
+    all processes.
 
-    batch: patches, ids, words, hidden, targets, count. Where tags are hidden, cross-entropy at each hidden place, mean
-    over the `count` of the whole batch; else binary, over all tags, per tag that is there.
+    batch: patches, ids, words, hidden, targets, count. Where tags are hidden, cross-entropy at each
+    hidden place, mean over the `count` of the whole batch; else binary, over all tags, per tag that
+    is there.
     """
     logits, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
-    who = 0.0 * net.reach.sum() if logits is None else F.cross_entropy(logits, y, reduction="sum") / B
+    who = (
+        0.0 * net.reach.sum() if logits is None else F.cross_entropy(logits, y, reduction="sum") / B
+    )
     if tags is None:
         return who, torch.zeros_like(who)
     if batch.hidden is None:
-        return who, F.binary_cross_entropy_with_logits(tags, batch.targets, reduction="sum") / batch.count
+        return who, F.binary_cross_entropy_with_logits(
+            tags, batch.targets, reduction="sum"
+        ) / batch.count
     return who, F.cross_entropy(tags, batch.targets, reduction="sum") / batch.count
 
 
 def make_batch(args, task, rows, images, share, mine, generator):
-    """What one step works on, drawn for the whole batch and cut to this process's slice: see `losses`."""
-    B, V, batch = len(rows), len(task.words), SimpleNamespace(patches=None, ids=None, words=None, hidden=None)
+    """What one step works on, drawn for the whole batch and cut to this process's slice: see
+    `losses`.
+    """
+    B, V, batch = (
+        len(rows),
+        len(task.words),
+        SimpleNamespace(patches=None, ids=None, words=None, hidden=None),
+    )
     if args.arm != "tags":
         batch.patches, batch.ids = augment(images, args, task, B, mine, generator)
     if args.arm in mfdn.READS_TAGS:
-        words = truth = mfdn.to_words(tags_of(task.train, rows), V, args.length, generator)  # (B, L)
+        words = truth = mfdn.to_words(
+            tags_of(task.train, rows), V, args.length, generator
+        )  # (B, L)
         if args.arm in mfdn.HIDES_TAGS:
             words, hidden = mfdn.hide(truth, V, share, generator)
             batch.count, batch.hidden = max(1, int(hidden.sum())), hidden[mine].to(task.device)
@@ -283,18 +494,26 @@ def make_batch(args, task, rows, images, share, mine, generator):
 
 
 def save_run(args, task, optimizer, step, seconds, half):
-    state = {"config": task.config, "model": task.net.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-             "seconds": seconds, "half": half}  # fmt: skip
+    state = {
+        "config": task.config,
+        "model": task.net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "half": half,
+    }
     train.save_state(state, Path(args.out) / "state.pt")
 
 
 def start_message(args, task, per_epoch, B, step):
     count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-    return (f"data     {args.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
-            f"{len(task.words)} tags, {task.each.double().mean():.1f} an image\n"
-            f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}; {count:,} parameters learn\n"
-            f"run      {args.out}: {args.epochs} epochs of {per_epoch} steps of {B} images"
-            + (f", from step {step}" if step else ""))  # fmt: skip
+    return (
+        f"data     {args.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
+        f"{len(task.words)} tags, {task.each.double().mean():.1f} an image\n"
+        f"model    --arm {args.arm}: {mfdn.ARMS[args.arm]}; {count:,} parameters learn\n"
+        f"run      {args.out}: {args.epochs} epochs of {per_epoch} steps of {B} images"
+        + (f", from step {step}" if step else "")
+    )
 
 
 def fit(args, device, autocast):
@@ -310,8 +529,12 @@ def fit(args, device, autocast):
         return read_json(finished, ["end"], "--force starts anew")
     B = min(args.batch_size, len(rows_train))
     if B % world:
-        raise UserError(f"--batch-size must be divisible by processes: {B} is not by {world}; choose another")
-    mine = slice(rank * B // world, (rank + 1) * B // world)  # rows of a batch that this process works on
+        raise UserError(
+            f"--batch-size must be divisible by processes: {B} is not by {world}; choose another"
+        )
+    mine = slice(
+        rank * B // world, (rank + 1) * B // world
+    )  # rows of a batch that this process works on
     per_epoch = len(rows_train) // B
     total = per_epoch * args.epochs
     images = data.resident(task.train.split, device)
@@ -322,17 +545,28 @@ def fit(args, device, autocast):
             load_exactly(net, state["model"], out / "state.pt")
             optimizer.load_state_dict(state["optimizer"])
             step, seconds, half = state["step"], state["seconds"], state["half"]
-    log = train.Log(out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0)
+    log = train.Log(
+        out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0
+    )
     print(start_message(args, task, per_epoch, B, step))
-    stop_signal, meter, pacer, parts = train.catch_signals(), train.Meter(B, device, seconds), train.Pacer(), []
+    stop_signal, meter, pacer, parts = (
+        train.catch_signals(),
+        train.Meter(B, device, seconds),
+        train.Pacer(),
+        [],
+    )
     bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
 
     for epoch in range(step // per_epoch, args.epochs):
         order = rows_train[data.epoch_order(len(rows_train), args.seed, epoch)]
-        for rows, some in meter.timed(data.batches(images, order, B, device, step % per_epoch, mine)):
+        for rows, some in meter.timed(
+            data.batches(images, order, B, device, step % per_epoch, mine)
+        ):
             # view and tags; all random numbers are drawn here, on the CPU
             share = args.tag_ratio if args.arm == "fixed" else mfdn.curriculum(step, total)
-            batch = make_batch(args, task, rows, some, share, mine, train.seeded(args.seed, epoch, step))
+            batch = make_batch(
+                args, task, rows, some, share, mine, train.seeded(args.seed, epoch, step)
+            )
 
             # forward, loss, backward
             with autocast():
@@ -353,19 +587,37 @@ def fit(args, device, autocast):
             bar.update()
             meter.add(loss.detach(), grad_norm)
             parts.append(torch.stack([who.detach(), what.detach()]))
-            stop, ended = distributed.largest(stop_signal[0] if stop_signal else 0), step % per_epoch == 0
+            stop, ended = (
+                distributed.largest(stop_signal[0] if stop_signal else 0),
+                step % per_epoch == 0,
+            )
             if step % LOG_EVERY == 0 or ended or stop:
-                row = meter.row(step, f"{out}/state.pt keeps the last good state. Try smaller learning rates than "
-                                f"--lr {args.lr:g} --head-lr {args.head_lr:g}")  # fmt: skip
+                row = meter.row(
+                    step,
+                    f"{out}/state.pt keeps the last good state. Try smaller learning rates than "
+                    f"--lr {args.lr:g} --head-lr {args.head_lr:g}",
+                )
                 of_who, of_tags = distributed.all_reduce(torch.stack(parts).mean(0)).tolist()
                 shares = {"hidden": share} if args.arm in mfdn.HIDES_TAGS else {}
-                log(step=step, epoch=round(step / per_epoch, 4), lr=group["lr"], character_loss=of_who,
-                    tag_loss=of_tags, **shares, **row)  # fmt: skip
+                log(
+                    step=step,
+                    epoch=round(step / per_epoch, 4),
+                    lr=group["lr"],
+                    character_loss=of_who,
+                    tag_loss=of_tags,
+                    **shares,
+                    **row,
+                )
                 parts = []
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if ended:
                 row = characters(task, task.dev)
-                log(step=step, epoch=epoch + 1, **{f"dev_{k}": x for k, x in row.items()}, seconds=meter.seconds())
+                log(
+                    step=step,
+                    epoch=epoch + 1,
+                    **{f"dev_{k}": x for k, x in row.items()},
+                    seconds=meter.seconds(),
+                )
                 tqdm.write(f"epoch {epoch + 1:<4} dev " + in_words(row))
                 if epoch + 1 == args.epochs // 2:
                     half = {args.eval_on: characters(task, task.report, "reported split")}
@@ -381,29 +633,48 @@ def fit(args, device, autocast):
     return row
 
 
-# ---- after the loop --------------------------------------------------------------------------------------------------
+# ---- after the loop ------------------------------------------------------------------------------
 
 
 def in_words(row):
     """{"with_top1": .., "without_top1": ..} -> "Top-1 78.0 % with tags, 60.2 % without"."""
-    said = [f"{row[f'{key}_top1']:.1f} % {text}" for key, text in (("with", "with tags"), ("without", "without"))
-            if f"{key}_top1" in row]  # fmt: skip
+    said = [
+        f"{row[f'{key}_top1']:.1f} % {text}"
+        for key, text in (("with", "with tags"), ("without", "without"))
+        if f"{key}_top1" in row
+    ]
     return f"Top-1 {', '.join(said)}" if said else "no characters"
 
 
 def write_results(args, task, half, B, meter):
-    """Judge the network on pictures that decided nothing, and write all files but state.pt -> the row of metrics."""
+    """Judge the network on pictures that decided nothing, and write all files but state.pt -> the
+    row of metrics.
+    """
     out, suffix = Path(args.out), split_suffix(args.eval_on)
     end = characters(task, task.report, "reported split")
     log = train.read_log(out / "log.jsonl")
-    steps, dev = [row for row in log if "loss" in row], [row for row in log if "loss" not in row][-1]
-    row = {"run": out.name, "arm": args.arm, "seed": args.seed, "data": args.data, "evaluated_on": args.eval_on,
-           "half": half.get(args.eval_on, {}), "end": end,
-           "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
-           "parameters": sum(p.numel() for p in task.net.parameters()),
-           "step_ms": round(float(np.median([1000 * B / r["images_per_s"] for r in steps])), 2),
-           "peak_memory_mb": max(r["memory_mb"] for r in steps), "seconds": meter.seconds(), "config": task.config,
-           "command": command(), "machine": train.machine(task.device), "commit": train.commit()}  # fmt: skip
+    steps, dev = (
+        [row for row in log if "loss" in row],
+        [row for row in log if "loss" not in row][-1],
+    )
+    row = {
+        "run": out.name,
+        "arm": args.arm,
+        "seed": args.seed,
+        "data": args.data,
+        "evaluated_on": args.eval_on,
+        "half": half.get(args.eval_on, {}),
+        "end": end,
+        "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
+        "parameters": sum(p.numel() for p in task.net.parameters()),
+        "step_ms": round(float(np.median([1000 * B / r["images_per_s"] for r in steps])), 2),
+        "peak_memory_mb": max(r["memory_mb"] for r in steps),
+        "seconds": meter.seconds(),
+        "config": task.config,
+        "command": command(),
+        "machine": train.machine(task.device),
+        "commit": train.commit(),
+    }
     guesses = scores = thresholds = None
     if args.arm in mfdn.NAMES_TAGS:
         with working("judging tags"):
@@ -411,10 +682,18 @@ def write_results(args, task, half, B, meter):
             judged, dev_map, thresholds = judge_tags(task, scores)
         row |= judged | {"dev": row["dev"] | {"map": dev_map}}
     split = task.train.split
-    about = {"run": task.config, "words": task.words, "classes": task.classes, "image_size": task.S, "data": args.data,
-             "thresholds": None if thresholds is None else thresholds.tolist(), "base": str(args.encoder),
-             "packed_size": split["images"].shape[1], "crop": split["header"]["crop"],
-             "margin": split["header"]["margin"]}  # fmt: skip
+    about = {
+        "run": task.config,
+        "words": task.words,
+        "classes": task.classes,
+        "image_size": task.S,
+        "data": args.data,
+        "thresholds": None if thresholds is None else thresholds.tolist(),
+        "base": str(args.encoder),
+        "packed_size": split["images"].shape[1],
+        "crop": split["header"]["crop"],
+        "margin": split["header"]["margin"],
+    }
     mfdn.save(task.net, out / "model.safetensors", about)
     ids = np.asarray(split["tags"])
     counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
@@ -424,13 +703,21 @@ def write_results(args, task, half, B, meter):
     best = row.get("tags_truth") or row.get("tags")
     print(f"{args.eval_on:<9}{in_words(end)}")
     if best:
-        print("tags     mAP {map:.1f} %, F1 {micro_f1:.1f} % (micro), {macro_f1:.1f} % (macro)".format(**best))
-    print(f"wrote    {out}/ after {row['seconds']:.0f} s\nnext: python tags.py {shlex.quote(str(out))} PICTURE")
+        print(
+            "tags     mAP {map:.1f} %, F1 {micro_f1:.1f} % (micro), {macro_f1:.1f} % (macro)".format(
+                **best
+            )
+        )
+    print(
+        f"wrote    {out}/ after {row['seconds']:.0f} s\nnext: python tags.py {shlex.quote(str(out))} PICTURE"
+    )
     return row
 
 
 def draw(args, task, log, guesses, scores, thresholds):
-    """curves.png, and of an arm that names tags sheet.png: tags right, missed, new but true, new and false."""
+    """curves.png, and of an arm that names tags sheet.png: tags right, missed, new but true, new
+    and false.
+    """
     from common import plots
 
     out = Path(args.out)
@@ -440,7 +727,9 @@ def draw(args, task, log, guesses, scores, thresholds):
     rows, V = rows_judged(task.report), len(task.words)
     some = data.evenly_spaced(len(rows), SHOWN)
     given = truth_of(task.report, rows[some], V)
-    truth = truth_of(task.report, rows[some], V, "all_tags" if "all_tags" in task.report.split else "tags")
+    truth = truth_of(
+        task.report, rows[some], V, "all_tags" if "all_tags" in task.report.split else "tags"
+    )
     kinds = tagging.four_kinds(scores[some.numpy()] >= thresholds, given, truth)
     true = [task.classes[c] for c in task.report.labels[rows[some]]]
     guess = true if guesses is None else [task.classes[c] for c in guesses[some]]
@@ -450,14 +739,19 @@ def draw(args, task, log, guesses, scores, thresholds):
     tagging.draw_sheet(path, title, images, kinds, task.words, list(zip(true, guess, strict=True)))
 
 
-# ---- use -------------------------------------------------------------------------------------------------------------
+# ---- use -----------------------------------------------------------------------------------------
 
 
 def known_tags(args, net, header):
-    """--tell -> ids (1, T) for every picture, None: nothing is known; tags that the run lacks are named and skipped."""
+    """--tell -> ids (1, T) for every picture, None: nothing is known; tags that the run lacks are
+    named and skipped.
+    """
     ids, told = {word: i for i, word in enumerate(header["words"])}, (args.tell or "").split()
     if lost := [word for word in told if word not in ids]:
-        print(f"{len(lost)} of {len(told)} tags are none of this run's, and skipped: {' '.join(lost)}", file=sys.stderr)
+        print(
+            f"{len(lost)} of {len(told)} tags are none of this run's, and skipped: {' '.join(lost)}",
+            file=sys.stderr,
+        )
     found = sorted({ids[word] for word in told if word in ids})
     if len(found) > net.length - 2:
         print(f"of {len(found)} tags the {net.length - 2} most frequent are read", file=sys.stderr)
@@ -469,14 +763,21 @@ def refuse_arm(args, net):
     arm, names = f"{args.encoder} is a run of --arm {net.arm}", net.arm in mfdn.NAMES_TAGS
     if net.arm == "tags" and args.tell is None:
         raise UserError(f"{arm}, which sees no picture; tell it tags: --tell 'WORD WORD'")
-    refuse_unused(args, (("tell", net.arm in mfdn.READS_TAGS, f"is for a run that reads tags, and {arm}"),
-                         ("csv threshold top", names, f"is for a run that names tags, and {arm}")))  # fmt: skip
+    refuse_unused(
+        args,
+        (
+            ("tell", net.arm in mfdn.READS_TAGS, f"is for a run that reads tags, and {arm}"),
+            ("csv threshold top", names, f"is for a run that names tags, and {arm}"),
+        ),
+    )
 
 
 def predictions(args, net, header, device, autocast, problems):
     """Yield (key, probabilities of characters (C,) or None, of tags (V,) or None) of each picture."""
     known = known_tags(args, net, header)
-    items = pictures(args.pictures, header["packed_size"], header["crop"], header["margin"], problems)
+    items = pictures(
+        args.pictures, header["packed_size"], header["crop"], header["margin"], problems
+    )
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = torch.from_numpy(np.stack(images)).to(device)
@@ -487,14 +788,21 @@ def predictions(args, net, header, device, autocast, problems):
                 logits, _ = mfdn.answers(net, view, known.expand(len(images), -1))
         logits, tags = (None if x is None else x.cpu() for x in (logits, tags))
         for i, key in enumerate(keys):
-            yield key, None if logits is None else logits[i].softmax(0), None if tags is None else tags[i]
+            yield (
+                key,
+                None if logits is None else logits[i].softmax(0),
+                None if tags is None else tags[i],
+            )
 
 
 def say(args, header, key, characters, tags):
     """What is printed of one picture: a dict."""
     row = {"picture": key}
     if characters is not None:
-        row |= {"name": header["classes"][characters.argmax()], "confidence": round(characters.max().item(), 4)}
+        row |= {
+            "name": header["classes"][characters.argmax()],
+            "confidence": round(characters.max().item(), 4),
+        }
     if tags is not None:
         row["tags"] = mfdn.named(tags, header, args.threshold, args.top)
     return row
@@ -521,21 +829,28 @@ def use(args, device, autocast):
 
 
 def write_table(args, net, header, found, problems):
-    """--csv: a row a picture, probabilities of our tags, or of another tagger's in its order; 0 of what we have not."""
+    """--csv: a row a picture, probabilities of our tags, or of another tagger's in its order; 0 of
+    what we have not.
+    """
     refuse_overwrite([args.csv], args.force)
     columns, names, written = np.arange(net.V), header["words"], []
     if args.like:
         selected = tagging.read_selected(args.like)
         columns, lost = tagging.in_their_order(selected, names, header["classes"])
         names = [row["name"] for row in selected]
-        print(f"{args.like}: {(columns >= 0).sum()} of its {len(columns)} tags are ours, the rest are 0; it lacks "
-              f"{len(lost)} of ours" + (f": {' '.join(lost[:5])} ..." if lost else ""), file=sys.stderr)  # fmt: skip
+        print(
+            f"{args.like}: {(columns >= 0).sum()} of its {len(columns)} tags are ours, the rest are 0; it lacks "
+            f"{len(lost)} of ours" + (f": {' '.join(lost[:5])} ..." if lost else ""),
+            file=sys.stderr,
+        )
 
     def rows():
         yield ["picture", *names]
         for key, characters, tags in found:
             characters = torch.zeros(net.config["C"]) if characters is None else characters
-            ours = torch.cat([tags, characters, torch.zeros(1)]).numpy()  # the last one is what -1 asks for
+            ours = torch.cat(
+                [tags, characters, torch.zeros(1)]
+            ).numpy()  # the last one is what -1 asks for
             written.append(key)
             yield [key, *(f"{x:.5f}" for x in ours[columns])]
         tell_problems(problems, len(written), False)
@@ -554,13 +869,17 @@ def main():
     if args.pictures:
         return use(args, device, autocast)
     if mfdn.is_tagger(args.encoder):
-        raise UserError(f"{args.encoder} is a run of tags.py: give pictures to ask it, or an encoder to train another")
+        raise UserError(
+            f"{args.encoder} is a run of tags.py: give pictures to ask it, or an encoder to train another"
+        )
     args.head_lr = args.head_lr or HEAD_LR.get(args.arm, 1e-3)
     print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
     _, _, device = distributed.join(device)
     load_encoder(args.encoder)  # what is wrong with it is said before a data set is drawn
     with distributed.zero_first():
-        args.data = str(data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon")))
+        args.data = str(
+            data.open_or_pack(args.data or flags_of(args.encoder).get("data", "datasets/toon"))
+        )
     arm, seed = "" if args.arm == "mfdn" else f"-{args.arm}", f"-s{args.seed}" if args.seed else ""
     args.out = args.out or f"runs/{name_of(args.encoder)}-tags{arm}{seed}"
     refuse_file(args.out)

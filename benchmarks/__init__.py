@@ -33,6 +33,8 @@ def now(device):
 
 
 def status_mb(key, process="self"):
-    """What Linux says of a process's memory, in MB: RssAnon (backed by no file), VmRSS, VmHWM (the most so far)."""
+    """What Linux says of a process's memory, in MB: RssAnon (backed by no file), VmRSS, VmHWM (the
+    most so far).
+    """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024

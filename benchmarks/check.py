@@ -1,8 +1,9 @@
 """Has anything become slower? Measures again and compares ratios with the recorded ones: python -m benchmarks.check
 
-Run by hand before a release, on a quiet machine of the kind that results/ was made on. Absolute times are never
-compared: another machine has others. A ratio, ours over a peer's in the same run, has to keep 85 % of what
-results/*.csv records. Writes nothing; exits with status 1 if something fell below.
+Run by hand before a release, on a quiet machine of the kind that results/ was made on. Absolute
+times are never compared: another machine has others. A ratio, ours over a peer's in the same run,
+has to keep 85 % of what results/*.csv records. Writes nothing; exits with status 1 if something
+fell below.
 """
 
 import subprocess
@@ -27,7 +28,9 @@ def train_ratios(rows):
 
 
 def kernel_ratios(rows):
-    """rows of benchmarks.kernels -> {what: how many times as fast as the obvious way of writing it}."""
+    """rows of benchmarks.kernels -> {what: how many times as fast as the obvious way of writing
+    it}.
+    """
     case = "{operation} {batch} {size} {patch} {ratio}".format
     slow = {case(**r): float(r["ms"]) for r in rows if r["impl"] == "obvious"}
     others = [r for r in rows if r["impl"] != "obvious"]
@@ -35,7 +38,11 @@ def kernel_ratios(rows):
 
 
 BENCHES = {  # module: (its arguments, the file that it writes on a CPU and on a GPU, its ratios)
-    "train": (["--quick"], {"cpu": "bench_train_cpu.csv", "cuda": "bench_train_cuda.csv"}, train_ratios),
+    "train": (
+        ["--quick"],
+        {"cpu": "bench_train_cpu.csv", "cuda": "bench_train_cuda.csv"},
+        train_ratios,
+    ),
     "kernels": ([], {"cpu": "bench_kernels_cpu.csv", "cuda": "bench_kernels.csv"}, kernel_ratios),
 }
 
@@ -43,7 +50,16 @@ BENCHES = {  # module: (its arguments, the file that it writes on a CPU and on a
 def measure(module, device, folder):
     """Run a bench on this device, its files in `folder` -> its rows."""
     words, files, _ = BENCHES[module]
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", device, *words, "--out", folder]
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{module}",
+        "--device",
+        device,
+        *words,
+        "--out",
+        folder,
+    ]
     if status := subprocess.run(command, cwd=ROOT).returncode:
         raise UserError(f"benchmarks.{module} ended with status {status}; its message is above")
     return read_csv(Path(folder) / files[device])
@@ -51,9 +67,13 @@ def measure(module, device, folder):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)")
+    parser.add_argument(
+        "benches", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} (default: all)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="what is recorded")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="what is recorded"
+    )
     args = parser.parse_args()
     device, slower = pick_device(args.device).type, 0
     for module in args.benches or BENCHES:

@@ -1,9 +1,10 @@
 """How fast the two kernels are, beside the obvious PyTorch and torch.compile of it: python -m benchmarks.kernels
 
-Writes runs/bench/bench_kernels.csv and .png on a GPU; without one bench_kernels_cpu.csv and .png, where the PyTorch
-references are what is measured. Each number is checked against float64 before any clock starts. A GPU's
-times are taken with a cold cache (triton.testing.do_bench); bytes are those that have to move at the least, reads of
-images counted in the 32-byte sectors that memory delivers; their share is of a plain copy, measured in the same run.
+Writes runs/bench/bench_kernels.csv and .png on a GPU; without one bench_kernels_cpu.csv and .png,
+where the PyTorch references are what is measured. Each number is checked against float64 before any
+clock starts. A GPU's times are taken with a cold cache (triton.testing.do_bench); bytes are those
+that have to move at the least, reads of images counted in the 32-byte sectors that memory delivers;
+their share is of a plain copy, measured in the same run.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ GPU_CASES = dict(batch=(256, 1024, 4096), size=(128, 224), patch=(8, 16), ratio=
 CPU_CASES = [(128, 96, 8, 0.75), (32, 224, 16, 0.75)]
 
 
-# ---- the obvious way, as it is written most often; in float64 it is the truth ----------------------------------------
+# ---- the obvious way, as it is written most often; in float64 it is the truth --------------------
 
 
 def pick_patches(x, ids, patch):
@@ -70,7 +71,7 @@ def contenders(device):
     return found
 
 
-# ---- one case ------------------------------------------------------------------------------------------------------
+# ---- one case ------------------------------------------------------------------------------------
 
 
 def inputs(batch, size, patch, ratio, dtype, device):
@@ -94,22 +95,32 @@ def calls(functions, view, keep, mask, pred, weight, patch):
         loss(pred, view, mask, patch, weight).backward()
         return pred.grad
 
-    return {"gather": lambda: gather(view, keep, patch, pred.dtype), "detail": lambda: detail(view, mask, patch),
-            "loss": there_and_back}  # fmt: skip
+    return {
+        "gather": lambda: gather(view, keep, patch, pred.dtype),
+        "detail": lambda: detail(view, mask, patch),
+        "loss": there_and_back,
+    }
 
 
 def gate(device, dtype):
-    """Every contender's numbers against the obvious way's in float64; a speed is never reported where one is wrong."""
+    """Every contender's numbers against the obvious way's in float64; a speed is never reported
+    where one is wrong.
+    """
     given = view, keep, mask, pred, weight = inputs(4, 64, 16, 0.75, dtype, device)
     exact = pred.detach().double().requires_grad_()
     obvious_loss(exact, view, mask, 16, weight.double()).backward()
-    truth = {"gather": obvious_gather(view, keep, 16, torch.float64), "loss": exact.grad,
-             "detail": obvious_detail(view, mask, 16, torch.float64)}  # fmt: skip
+    truth = {
+        "gather": obvious_gather(view, keep, 16, torch.float64),
+        "loss": exact.grad,
+        "detail": obvious_detail(view, mask, 16, torch.float64),
+    }
     for name, functions in contenders(device).items():
         for operation, call in calls(functions, *given, 16).items():
             off = (call().double() - truth[operation]).abs().max() / truth[operation].abs().max()
             if not off <= (1e-5 if dtype == torch.float32 or operation == "detail" else 2**-8):
-                raise UserError(f"{name} {operation} is off by {off:.1e} of the largest value; no speed is reported")
+                raise UserError(
+                    f"{name} {operation} is off by {off:.1e} of the largest value; no speed is reported"
+                )
 
 
 def bytes_to_move(operation, view, keep, mask, pred, patch):
@@ -125,7 +136,9 @@ def sectors(ids, size, patch):
     y, x = ids // (size // patch) * patch, ids % (size // patch) * patch
     rows = y[..., None] + torch.arange(patch, device=ids.device)  # (B, K, p)
     image = torch.arange(len(ids), device=ids.device)[:, None, None]
-    first = ((image * size + rows) * size + x[..., None]) * 3  # the address of each row's first byte
+    first = (
+        (image * size + rows) * size + x[..., None]
+    ) * 3  # the address of each row's first byte
     touched = [(first + o) // 32 for o in (*range(0, patch * 3, 32), patch * 3 - 1)]
     return torch.stack(touched).unique().numel()
 
@@ -143,7 +156,9 @@ def milliseconds(call, device):
 
 
 def peak_mb(call, device):
-    """Most memory that a call holds beyond what was there before, its result included. Linux only where no GPU is."""
+    """Most memory that a call holds beyond what was there before, its result included. Linux only
+    where no GPU is.
+    """
     if device.type == "cuda":
         call()
         torch.cuda.reset_peak_memory_stats(device)
@@ -163,11 +178,13 @@ def peak_mb(call, device):
     return peak
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 def measure(cases, dtype, device, copy_gb_s):
-    """-> one row for each case, contender and operation. Memory last: measuring it changes how malloc behaves."""
+    """-> one row for each case, contender and operation. Memory last: measuring it changes how
+    malloc behaves.
+    """
     rows, later = [], []
     for case in cases:
         torch.compiler.reset()
@@ -177,29 +194,45 @@ def measure(cases, dtype, device, copy_gb_s):
                 try:
                     median, low, high = milliseconds(call, device)
                 except torch.cuda.OutOfMemoryError:
-                    print(f"{name} {operation} of {case} does not fit in this GPU's memory; left out")
+                    print(
+                        f"{name} {operation} of {case} does not fit in this GPU's memory; left out"
+                    )
                     continue
                 moved = bytes_to_move(operation, *given[:4], case[2])
                 speed = moved / median / 1e6
-                row = dict(zip(GPU_CASES, case, strict=True), operation=operation, impl=name, dtype=str(dtype)[6:],
-                           ms=round(median, 4), ms_20=round(low, 4), ms_80=round(high, 4),
-                           mb_to_move=round(moved / 1e6, 2), gb_per_s=round(speed, 1),
-                           copy_share=round(speed / copy_gb_s, 3))  # fmt: skip
+                row = dict(
+                    zip(GPU_CASES, case, strict=True),
+                    operation=operation,
+                    impl=name,
+                    dtype=str(dtype)[6:],
+                    ms=round(median, 4),
+                    ms_20=round(low, 4),
+                    ms_80=round(high, 4),
+                    mb_to_move=round(moved / 1e6, 2),
+                    gb_per_s=round(speed, 1),
+                    copy_share=round(speed / copy_gb_s, 3),
+                )
                 if device.type == "cuda":
                     row["peak_mb"] = round(peak_mb(call, device), 1)
                 rows.append(row)
                 later.append((case, functions, operation))
                 print(*row.values(), sep="  ", flush=True)
         given = call = None
-    for row, (case, functions, operation) in zip(rows, later, strict=True) if device.type != "cuda" else ():
+    for row, (case, functions, operation) in (
+        zip(rows, later, strict=True) if device.type != "cuda" else ()
+    ):
         call = calls(functions, *inputs(*case, dtype, device), case[2])[operation]
         row["peak_mb"] = round(peak_mb(call, device), 1)
     return rows
 
 
 def copy_speed(device):
-    """GB a second, read and written, of a plain copy: of 1 GB on a GPU, of 256 MB on a CPU (beyond its caches)."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device).fill_(1)
+    """GB a second, read and written, of a plain copy: of 1 GB on a GPU, of 256 MB on a CPU (beyond
+    its caches).
+    """
+    source = torch.empty(
+        2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device
+    ).fill_(1)
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), device)[0] / 1e6
 
@@ -215,9 +248,13 @@ def draw(rows, path):
         for axis, operation in zip(axes, operations, strict=True):
             for name, colour in zip(names, plots.COLOURS, strict=False):
                 own = [r for r in rows if (r["impl"], r["operation"]) == (name, operation)]
-                ms, low, high = (np.array([r[key] for r in own]) for key in ("ms", "ms_20", "ms_80"))
+                ms, low, high = (
+                    np.array([r[key] for r in own]) for key in ("ms", "ms_20", "ms_80")
+                )
                 cases = ["{batch} x {size}/{patch}, {ratio}".format(**r) for r in own]
-                axis.errorbar(cases, ms, [ms - low, high - ms], fmt="o", ms=6, label=name, color=colour)
+                axis.errorbar(
+                    cases, ms, [ms - low, high - ms], fmt="o", ms=6, label=name, color=colour
+                )
             axis.tick_params("x", rotation=90, labelsize=7)
             axis.set(yscale="log", title=operation)
             axis.margins(x=0.2)
@@ -231,13 +268,26 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda")
-    add("--batch", type=at_least(1), nargs="+", help="batch sizes, on a GPU (default: 256 1024 4096)")
+    add(
+        "--batch",
+        type=at_least(1),
+        nargs="+",
+        help="batch sizes, on a GPU (default: 256 1024 4096)",
+    )
     add("--dtype", choices=DTYPES, help="of patches and predictions (default: bf16 on a GPU)")
-    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV and the plot (default: runs/bench)")
+    add(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="DIR",
+        help="folder of the CSV and the plot (default: runs/bench)",
+    )
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     device = pick_device(args.device)
-    refuse_unused(args, [("batch", device.type == "cuda", "is for a GPU; a CPU has two cases of its own")])
+    refuse_unused(
+        args, [("batch", device.type == "cuda", "is for a GPU; a CPU has two cases of its own")]
+    )
     if device.type == "cuda":
         grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
         cases, dtype, name = list(itertools.product(*grid.values())), "bf16", "bench_kernels.csv"

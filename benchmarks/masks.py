@@ -1,12 +1,13 @@
 """What each strategy adds to a training step: python -m benchmarks.masks --data datasets/toon
 
-Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and backward) and the
-step itself are timed in one process, interleaved, with cached maps: the forward passes of a self-teacher are extra, see
-experiments/readme_numbers.py.
-What the agreement of two views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS
-token, other backgrounds, colour jitter; and what a teacher would that looks at every view instead of keeping maps.
-`true parts` are the demo set's own, finer than those of maps.py. simmim has a step of its own: it encodes all patches.
-On a CPU it is the processor's time of this process that counts, so that other work on the machine does not.
+Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and
+backward) and the step itself are timed in one process, interleaved, with cached maps: the forward
+passes of a self-teacher are extra, see experiments/readme_numbers.py. What the agreement of two
+views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS token,
+other backgrounds, colour jitter; and what a teacher would that looks at every view instead of
+keeping maps. `true parts` are the demo set's own, finer than those of maps.py. simmim has a step of
+its own: it encodes all patches. On a CPU it is the processor's time of this process that counts, so
+that other work on the machine does not.
 """
 
 import contextlib
@@ -35,7 +36,9 @@ BATCH, RATIO, DECODER_DEPTH = 32, 0.75, 2
 
 @contextlib.contextmanager
 def timed(times, device):
-    """Append the seconds of what happens inside: of this process's CPU work, or until all work of the GPU has ended."""
+    """Append the seconds of what happens inside: of this process's CPU work, or until all work of
+    the GPU has ended.
+    """
     clock = functools.partial(now, device) if device.type == "cuda" else time.process_time
     start_time = clock()
     yield
@@ -52,9 +55,15 @@ def fake_maps(need, n, side):
 
 
 def make_guide(name, encoder, train, device, autocast):
-    """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's are not measured."""
+    """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's
+    are not measured.
+    """
     need, n = masking.NEEDS.get(name), len(train["images"])
-    train = train | {k: fake_maps(k, n, encoder.side) for k in guidance.TRUTH} | {"header": {"parts": range(7)}}
+    train = (
+        train
+        | {k: fake_maps(k, n, encoder.side) for k in guidance.TRUTH}
+        | {"header": {"parts": range(7)}}
+    )
     guide = guidance.Guide(name, {}, encoder, train, None, device, autocast, maps="truth")
     guide.networks.pop("teacher", None)
     if need == "attn":
@@ -63,7 +72,9 @@ def make_guide(name, encoder, train, device, autocast):
 
 
 def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
-    """What a strategy does before the forward pass, and its head's backward after it -> ids_keep, ids_mask."""
+    """What a strategy does before the forward pass, and its head's backward after it -> ids_keep,
+    ids_mask.
+    """
     N = noise.shape[1]
     patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view)
     ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
@@ -83,22 +94,31 @@ def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
 
 
 def make_extras(model, train, device):
-    """{what is timed beside the masks: f(view, rows, boxes, flip)}: forward, and backward where it learns."""
+    """{what is timed beside the masks: f(view, rows, boxes, flip)}: forward, and backward where it
+    learns.
+    """
     swapper = make_guide("fg_heavy", model.encoder, train, device, contextlib.nullcontext)
     swapper.swap, swapper.views = 0.7, 2
     agreement = Agreement(model.config["dim"], train, 0.15).to(device)
     model.encoder.pooler = Pooler(model.config["dim"], model.config["heads"]).to(device)
     N, D = model.encoder.side**2, model.config["dim"]
     tokens = torch.randn(BATCH, 1 + masking.kept(N, RATIO), D, device=device, requires_grad=True)
-    draws, pairs = torch.rand(BATCH, 4, device=device), lambda rows: rows[: BATCH // 2].repeat_interleave(2)
+    draws, pairs = (
+        torch.rand(BATCH, 4, device=device),
+        lambda rows: rows[: BATCH // 2].repeat_interleave(2),
+    )
 
     def look(view, *_):
         with torch.no_grad():
             model.encoder.patch_attention(view, "pooler")
 
     return {
-        "agreement, CLS token": lambda view, rows, *_: agreement(tokens[:, 0], pairs(rows)).backward(),
-        "agreement, pooler": lambda view, rows, *_: agreement(model.encoder.pooler(tokens), pairs(rows)).backward(),
+        "agreement, CLS token": lambda view, rows, *_: agreement(
+            tokens[:, 0], pairs(rows)
+        ).backward(),
+        "agreement, pooler": lambda view, rows, *_: agreement(
+            model.encoder.pooler(tokens), pairs(rows)
+        ).backward(),
         "other backgrounds": lambda *batch: swapper.swap_backgrounds(*batch, draws[:, 3]),
         "colour jitter": lambda view, *_: data.jitter_colour(view, draws[:, :3], 0.3),
         "a look at every view": look,
@@ -106,8 +126,14 @@ def make_extras(model, train, device):
 
 
 def measure(size, train, device, rounds):
-    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its own step."""
-    autocast, S, patch = autocast_of(device, pick_dtype("auto", device)[0]), size["image_size"], size["patch_size"]
+    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its
+    own step.
+    """
+    autocast, S, patch = (
+        autocast_of(device, pick_dtype("auto", device)[0]),
+        size["image_size"],
+        size["patch_size"],
+    )
     model, baseline = MAE(**size, decoder_depth=DECODER_DEPTH).to(device), SimMIM(**size).to(device)
     optimizer, its_optimizer = (make_optimizer(net, 1e-4, 0.05) for net in (model, baseline))
     N = model.encoder.side**2
@@ -126,7 +152,9 @@ def measure(size, train, device, rounds):
         view = data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
         for name, guide in guides.items():
             with timed(times[name], device):
-                ids = masked_ids(name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO))
+                ids = masked_ids(
+                    name.split()[-1], guide, rows, boxes, flip, view, noise, masking.kept(N, RATIO)
+                )
         with timed(times["step"], device):
             data.view_images(data.take(train["images"], rows, device), boxes, flip, S)
             step(model, optimizer, view, *ids, patch, autocast)
@@ -146,8 +174,14 @@ def main():
     parser.add_argument("--model", default="nano", choices=SIZES)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--rounds", type=at_least(1), default=40, help="steps that are timed")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of bench_masks.csv, where rows of "
-                        "this model and machine are replaced (default: runs/bench)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="DIR",
+        help="folder of bench_masks.csv, where rows of "
+        "this model and machine are replaced (default: runs/bench)",
+    )
     args = parser.parse_args()
     path, keys = args.out / "bench_masks.csv", ("mask", "model", "machine")
     refuse_file(args.out)
@@ -156,13 +190,26 @@ def main():
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
     ms["simmim"] -= ms["step"]  # what it takes more
     step_ms, where = ms.pop("step"), {"model": args.model, "batch": BATCH} | about(device)
-    less = lambda name: ms["random"] if name in masking.STRATEGIES or name == "true parts" else 0.0  # noqa: E731
+
+    def less(name):
+        return ms["random"] if name in masking.STRATEGIES or name == "true parts" else 0.0
+
     over = {name: 100 * (x - less(name)) / (step_ms + ms["random"]) for name, x in ms.items()}
-    rows = [{"mask": name, "guidance_ms": round(x, 3), "step_ms": round(step_ms, 1),
-             "over_random_percent": round(over[name], 1), **where} for name, x in ms.items()]  # fmt: skip
+    rows = [
+        {
+            "mask": name,
+            "guidance_ms": round(x, 3),
+            "step_ms": round(step_ms, 1),
+            "over_random_percent": round(over[name], 1),
+            **where,
+        }
+        for name, x in ms.items()
+    ]
     replace_rows(path, rows, keys)
     for row in rows:
-        print(f"{row['mask']:20} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random")
+        print(
+            f"{row['mask']:20} {row['guidance_ms']:8.3f} ms   {row['over_random_percent']:+.1f} % over random"
+        )
     print(f"wrote    {path}")
 
 

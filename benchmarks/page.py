@@ -1,9 +1,9 @@
 """How fast is the page, and does it grow? python -m benchmarks.page runs/NAME
 
-Starts demo.py and visits it with the system's chromium, by playwright: seconds until the page is served, until a
-browser that never saw it has drawn it, and from then until its first answer; milliseconds from a move of a slider to
-the new picture; memory over pictures dropped by two visitors at once. Into runs/bench/bench_page.csv (--out results:
-into git).
+Starts demo.py and visits it with the system's chromium, by playwright: seconds until the page is
+served, until a browser that never saw it has drawn it, and from then until its first answer;
+milliseconds from a move of a slider to the new picture; memory over pictures dropped by two
+visitors at once. Into runs/bench/bench_page.csv (--out results: into git).
 """
 
 import contextlib
@@ -38,7 +38,9 @@ def browser_of(play):
 @contextlib.contextmanager
 def server(words, **where):
     """demo.py with these words -> its process, its address."""
-    process = subprocess.Popen([sys.executable, ROOT / "demo.py", *words], stdout=subprocess.PIPE, text=True, **where)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "demo.py", *words], stdout=subprocess.PIPE, text=True, **where
+    )
     try:
         yield process, re.search(r"http://\S+?:\d+", process.stdout.readline()).group()
     finally:
@@ -54,7 +56,9 @@ def visit(browser, address):
 
 
 def slide(page, moves):
-    """Milliseconds of each move: the ratio is changed until the answer tells of another number of patches."""
+    """Milliseconds of each move: the ratio is changed until the answer tells of another number of
+    patches.
+    """
     found, box = [], page.locator("#ratio input[type=number]")
     for k in range(moves):
         before = re.search(r"seen: \d+ of", page.locator("#mask").inner_text()).group()
@@ -98,9 +102,17 @@ def measure(run, moves, drops):
             for number in range(2 * drops):  # the first half fills caches and heaps
                 drop(pages, Path(folder), number)
                 memory.append(status_mb("VmRSS", process.pid))
-    return {"run": run, "served_s": round(served, 2), "drawn_s": round(drawn, 2), "first_answer_s": round(answer, 2),
-            "slider_ms": round(statistics.median(times), 1), "visitors": len(pages), "pictures": len(pages) * drops,
-            "memory_mb": round(memory[drops - 1]), "grown_mb": round(memory[-1] - memory[drops - 1])}  # fmt: skip
+    return {
+        "run": run,
+        "served_s": round(served, 2),
+        "drawn_s": round(drawn, 2),
+        "first_answer_s": round(answer, 2),
+        "slider_ms": round(statistics.median(times), 1),
+        "visitors": len(pages),
+        "pictures": len(pages) * drops,
+        "memory_mb": round(memory[drops - 1]),
+        "grown_mb": round(memory[-1] - memory[drops - 1]),
+    }
 
 
 def main():
@@ -108,8 +120,19 @@ def main():
     add = parser.add_argument
     add("run", metavar="RUN", help="runs/NAME of pretrain.py")
     add("--moves", type=at_least(1), default=30, help="of the slider (default: 30)")
-    add("--drops", type=at_least(1), default=25, help="pictures of each of two visitors (default: 25)")
-    add("--out", type=Path, default=OUT, metavar="DIR", help="folder of the table (default: runs/bench)")
+    add(
+        "--drops",
+        type=at_least(1),
+        default=25,
+        help="pictures of each of two visitors (default: 25)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="DIR",
+        help="folder of the table (default: runs/bench)",
+    )
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     refuse_file(args.out)

@@ -1,6 +1,7 @@
 """One candidate of benchmarks/train.py in a process of its own: a network, its training step, and answers on demand.
 
-It warms up, sends its losses, and then answers each ("steps" or "phases", count) that comes through its pipe.
+It warms up, sends its losses, and then answers each ("steps" or "phases", count) that comes through
+its pipe.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ FLOOR = 1e-3  # under a patch's std: that of transformers, sqrt(1e-6), so that b
 
 
 def fixed_views(case, device):
-    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every process."""
+    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every
+    process.
+    """
     draws, B, S = seeded(0), case["batch"], case["image_size"]
     coarse = torch.rand(B, 3, 7, 7, generator=draws)
     smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
@@ -53,7 +56,11 @@ def their_loss(case, net, view, noise, dtype, autocast, mark):
     scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
 
     def loss(i):
-        pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+        pixels = (
+            view.permute(0, 3, 1, 2)
+            .to(torch.float32, memory_format=torch.contiguous_format)
+            .mul_(scale)
+        )
         with autocast():
             return net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
 
@@ -61,12 +68,17 @@ def their_loss(case, net, view, noise, dtype, autocast, mark):
 
 
 def whole_loss(case, net, view, noise, dtype, autocast, mark):
-    """-> loss(i) with all that pretrain.py does for it; mark(phase) is called as each phase of the step ends.
+    """-> loss(i) with all that pretrain.py does for it; mark(phase) is called as each phase of the
+    step ends.
 
-    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the latent the decoder.
+    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the
+    latent the decoder.
     """
     device, B, p = view.device, case["batch"], case["patch_size"]
-    images, K = view.cpu().numpy() if device.type == "cpu" else view, masking.kept(noise.shape[2], case["ratio"])
+    images, K = (
+        view.cpu().numpy() if device.type == "cpu" else view,
+        masking.kept(noise.shape[2], case["ratio"]),
+    )
 
     def loss(i):
         draws = seeded(0, i)
@@ -119,7 +131,10 @@ def make_step(case, device):
         how = {"attn_implementation": case["attention"]} if "attention" in case else {}
         net = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
         net.config.norm_pix_loss, net.config.mask_ratio, make_loss = True, case["ratio"], their_loss
-        for name, weight in net.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
+        for (
+            name,
+            weight,
+        ) in net.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
             weight.requires_grad_("position" not in name and "pos_embed" not in name)
     else:
         net, make_loss = build(case), whole_loss if whole else our_loss
@@ -138,7 +153,9 @@ def make_step(case, device):
 def build(case):
     size = {k: SIZES[case["model"]][k] for k in ("dim", "depth", "heads")}
     width, depth = case["decoder"]
-    return MAE(case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth)
+    return MAE(
+        case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth
+    )
 
 
 def multiply_step(case, device):
@@ -199,11 +216,19 @@ def serve(case, pipe):
     if case.get("keep", True):
         keep_freed_memory()
     device = torch.device(case["device"])
-    make = functools.partial(multiply_step, case, device) if case["net"] == "matmul" else make_step(case, device)
+    make = (
+        functools.partial(multiply_step, case, device)
+        if case["net"] == "matmul"
+        else make_step(case, device)
+    )
     step = make()
     losses = [float(step(i)) for i in range(case["warmup"])]
     pipe.send({"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""})
     with contextlib.suppress(EOFError):
         while True:
             what, count = pipe.recv()
-            pipe.send(timed_phases(make, device, count) if what == "phases" else timed_steps(step, device, count))
+            pipe.send(
+                timed_phases(make, device, count)
+                if what == "phases"
+                else timed_steps(step, device, count)
+            )

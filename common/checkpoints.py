@@ -1,7 +1,8 @@
 """Networks in files: what a run saves, and any public checkpoint as an encoder or as a start.
 
-What fits only in part is refused, and the line says what is missing and what is left over. common/formats.py, which
-knows the names of MAE, DINO, timm and Hugging Face, is imported only where a checkpoint is read.
+What fits only in part is refused, and the line says what is missing and what is left over.
+common/formats.py, which knows the names of MAE, DINO, timm and Hugging Face, is imported only where
+a checkpoint is read.
 """
 
 import math
@@ -22,13 +23,19 @@ def as_convolution(weights):
     """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
     kernel = weights["patch_embed.proj.weight"]
     p = math.isqrt(kernel.shape[1] // 3)
-    return weights | {"patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()}
+    return weights | {
+        "patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
+    }
 
 
 def public_weights(model):
-    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), what is only ours left out."""
+    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), what is only
+    ours left out.
+    """
     ours = ("decoder.stats_head", "encoder.pooler")
-    return as_convolution({k.split(".", 1)[1]: w for k, w in model.state_dict().items() if not k.startswith(ours)})
+    return as_convolution(
+        {k.split(".", 1)[1]: w for k, w in model.state_dict().items() if not k.startswith(ours)}
+    )
 
 
 def save_model(model, path, about):
@@ -37,17 +44,28 @@ def save_model(model, path, about):
 
 
 def load_exactly(module, weights, path, assign=False):
-    """Load weights into module, all of them and no others; what is missing, left over or of another shape is named.
+    """Load weights into module, all of them and no others; what is missing, left over or of another
+    shape is named.
 
     assign: a module on the device "meta", which has no memory, takes their tensors as its own.
     """
     own = {k: tuple(w.shape) for k, w in module.state_dict().items()}
     given = {k: tuple(w.shape) for k, w in weights.items()}
     other = [f"{k} {given[k]} against {own[k]}" for k in own if k in given and own[k] != given[k]]
-    found = {"missing": sorted(own.keys() - given), "left over": sorted(given.keys() - own), "other shape": other}
-    lists = {kind: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") for kind, names in found.items() if names}
+    found = {
+        "missing": sorted(own.keys() - given),
+        "left over": sorted(given.keys() - own),
+        "other shape": other,
+    }
+    lists = {
+        kind: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        for kind, names in found.items()
+        if names
+    }
     if lists:
-        raise UserError(f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}")
+        raise UserError(
+            f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}"
+        )
     module.load_state_dict(weights, assign=assign)
 
 
@@ -56,7 +74,9 @@ def model_file(run):
 
 
 def about_model(run):
-    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {} of other files."""
+    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {}
+    of other files.
+    """
     try:
         return read_header(model_file(run))[1]
     except UserError:
@@ -69,7 +89,9 @@ def flags_of(run):
 
 
 def resize_positions(pos, side):
-    """Positions (1, 1+n*n, D) -> (1, 1+side*side, D): bicubic over the grid, the CLS token's row as it is."""
+    """Positions (1, 1+n*n, D) -> (1, 1+side*side, D): bicubic over the grid, the CLS token's row as
+    it is.
+    """
     n = math.isqrt(pos.shape[1] - 1)
     if n == side:
         return pos
@@ -82,15 +104,27 @@ def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
     size, p = image_size or facts["image_size"], facts["patch_size"]
     if size < p or size % p:
-        raise UserError(f"{path} has patches of {p} px: an image size of {size} px is no multiple of it")
+        raise UserError(
+            f"{path} has patches of {p} px: an image size of {size} px is no multiple of it"
+        )
     # bytes of positions, with what resizes them
-    check_memory(torch.device("cpu"), size, p, lambda side: 12 * (side // p) ** 2 * facts["dim"], "another encoder")
-    resized = {k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")}
+    check_memory(
+        torch.device("cpu"),
+        size,
+        p,
+        lambda side: 12 * (side // p) ** 2 * facts["dim"],
+        "another encoder",
+    )
+    resized = {
+        k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")
+    }
     return weights | resized, facts | {"image_size": size}
 
 
 def blank_encoder(shape, norm_eps):
-    """A ViT of this shape whose weights are still to be loaded; epsilons of its norms are no weights."""
+    """A ViT of this shape whose weights are still to be loaded; epsilons of its norms are no
+    weights.
+    """
     encoder = ViT(**{k: shape[k] for k in ENCODER})
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
@@ -98,14 +132,18 @@ def blank_encoder(shape, norm_eps):
 
 
 def load_encoder(path, image_size=None):
-    """A run folder or any checkpoint that common/formats.py knows -> the ViT in eval mode, and its image size.
+    """A run folder or any checkpoint that common/formats.py knows -> the ViT in eval mode, and its
+    image size.
 
-    image_size: resize the positions to views of so many pixels; None keeps the size that it was trained at.
+    image_size: resize the positions to views of so many pixels; None keeps the size that it was
+    trained at.
     """
     from common.formats import encoder_of, read_checkpoint
 
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
-    with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone; "meta" would import torch's compiler
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # loading leaves the seed alone; "meta" would import torch's compiler
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path, assign=True)
     return encoder.eval(), facts["image_size"]
@@ -125,7 +163,11 @@ def beside(path, name):
 
 
 def load_beside(part, path, name):
-    load_exactly(part, read_safetensors(beside(path, name), "remove it, or make the run again")[0], beside(path, name))
+    load_exactly(
+        part,
+        read_safetensors(beside(path, name), "remove it, or make the run again")[0],
+        beside(path, name),
+    )
 
 
 def load_teacher(path):
@@ -138,9 +180,11 @@ def load_teacher(path):
 
 
 def init_from(model, path):
-    """Start an MAE from a checkpoint: encoder complete; decoder complete, or absent and left as it is.
+    """Start an MAE from a checkpoint: encoder complete; decoder complete, or absent and left as it
+    is.
 
-    -> a line that says what was loaded. Positions are resized to the model's grid. Another width, depth, number of
+    -> a line that says what was loaded. Positions are resized to the model's grid. Another width,
+    depth, number of
     heads, patch or decoder is a UserError with both sides and the flags that would fit.
     """
     from common.formats import encoder_of, is_decoder, read_checkpoint
@@ -150,19 +194,36 @@ def init_from(model, path):
     here, there = (", ".join(f"{k} {c[k]}" for k in keys) for c in (own, facts))
     if here != there:
         size = next((s for s, c in SIZES.items() if all(c[k] == facts[k] for k in keys[:3])), None)
-        fix = f"give --model {size} --patch-size {facts['patch_size']}" if size else "no --model has that shape"
+        fix = (
+            f"give --model {size} --patch-size {facts['patch_size']}"
+            if size
+            else "no --model has that shape"
+        )
         raise UserError(f"--init {path} has {there}, this run {here}; {fix}")
     decoder = "decoder_dim" in own and facts["decoder_depth"] > 0  # SimMIM's one layer starts anew
     width, depth = facts["decoder_dim"], facts["decoder_depth"]
     if decoder and (width, depth) != (own["decoder_dim"], own["decoder_depth"]):
-        raise UserError(f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
-                        f"{own['decoder_dim']} and {own['decoder_depth']}; "
-                        f"give --decoder-dim {width} --decoder-depth {depth}")  # fmt: skip
-    weights, _ = at_size(weights if decoder else encoder_of(weights), facts, own["image_size"], path)
+        raise UserError(
+            f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
+            f"{own['decoder_dim']} and {own['decoder_depth']}; "
+            f"give --decoder-dim {width} --decoder-depth {depth}"
+        )
+    weights, _ = at_size(
+        weights if decoder else encoder_of(weights), facts, own["image_size"], path
+    )
     loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
-    kept = ("encoder.pooler", "decoder.stats_head" if decoder else "decoder.")  # as they are in the model
-    load_exactly(model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path)
+    kept = (
+        "encoder.pooler",
+        "decoder.stats_head" if decoder else "decoder.",
+    )  # as they are in the model
+    load_exactly(
+        model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path
+    )
     if decoder:
         model.set_decoder_heads(facts["decoder_heads"])
-    grid = "" if facts["image_size"] == own["image_size"] else f"; positions resized from {facts['image_size']} px"
+    grid = (
+        ""
+        if facts["image_size"] == own["image_size"]
+        else f"; positions resized from {facts['image_size']} px"
+    )
     return f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}{grid}"

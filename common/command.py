@@ -19,7 +19,13 @@ from tqdm import tqdm
 
 from common.io import UserError
 
-NO_MEMORY = ("OutOfMemory", "MemoryError", "can't allocate memory", "alloc_cpu", "calculation overflowed")
+NO_MEMORY = (
+    "OutOfMemory",
+    "MemoryError",
+    "can't allocate memory",
+    "alloc_cpu",
+    "calculation overflowed",
+)
 QUIET = 10  # seconds between two lines where output is piped
 
 
@@ -40,13 +46,20 @@ def cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if (line := in_one_line(problem)) is None:
             raise
-        line, rank = " ".join(line.splitlines()), int(os.environ.get("RANK", 0))  # a value may hold a line break
-        print(f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr)
+        line, rank = (
+            " ".join(line.splitlines()),
+            int(os.environ.get("RANK", 0)),
+        )  # a value may hold a line break
+        print(
+            f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr
+        )
         sys.exit(2)
 
 
 def in_one_line(problem):
-    """What a user is told of a mistake, of a file that can't be read or written, of full memory; None: a fault."""
+    """What a user is told of a mistake, of a file that can't be read or written, of full memory;
+    None: a fault.
+    """
     if isinstance(problem, UserError):
         return str(problem)
     if isinstance(problem, OSError):
@@ -65,7 +78,7 @@ def command():
     return shlex.join(["python", *words, *sys.argv[1:]])
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def between(low, high, kind=float):
@@ -77,8 +90,14 @@ def between(low, high, kind=float):
         except ValueError:
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" if high >= MOST and not value > high else f"between {low:g} and {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be a {'whole ' * (kind is int)}number {bounds}")
+            bounds = (
+                f"at least {low:g}"
+                if high >= MOST and not value > high
+                else f"between {low:g} and {high:g}"
+            )
+            raise argparse.ArgumentTypeError(
+                f"{text} must be a {'whole ' * (kind is int)}number {bounds}"
+            )
         return value
 
     return number
@@ -93,7 +112,9 @@ MOST = 10**9  # of anything that is counted: what is larger is a slip of the han
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError, one line as all mistakes of a user; args.given: the flags given."""
+    """argparse whose mistakes are a UserError, one line as all mistakes of a user; args.given: the
+    flags given.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **({"formatter_class": argparse.RawTextHelpFormatter} | options))
@@ -110,25 +131,38 @@ class Parser(argparse.ArgumentParser):
         words = {word.partition("=")[0] for word in given if word.startswith("--")}
         options = {option: action.dest for option, action in self._option_string_actions.items()}
         found.given = getattr(found, "given", set()) | {
-            dest for option, dest in options.items() for word in words
-            if option == word or word not in options and option.startswith(word)}  # fmt: skip
+            dest
+            for option, dest in options.items()
+            for word in words
+            if option == word or word not in options and option.startswith(word)
+        }
         return found, rest
 
 
 def refuse_unused(args, rows):
-    """Nothing given is ignored. rows: (names of flags, are they used?, what they are for, and not for)."""
+    """Nothing given is ignored. rows: (names of flags, are they used?, what they are for, and not
+    for).
+    """
     for names, used, what in rows:
-        if not used and (lost := [name for name in names.split() if name.replace("-", "_") in args.given]):
+        if not used and (
+            lost := [name for name in names.split() if name.replace("-", "_") in args.given]
+        ):
             value = getattr(args, lost[0].replace("-", "_"), None)
-            value = f" {value}" if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+            value = (
+                f" {value}"
+                if isinstance(value, str | int | float) and not isinstance(value, bool)
+                else ""
+            )
             raise UserError(f"--{lost[0]}{value} {what}; leave it out")
 
 
-# ---- files that are there already ----------------------------------------------------------------------------------
+# ---- files that are there already ----------------------------------------------------------------
 
 
 def refuse_overwrite(paths, force=False, fix="another --out leaves it"):
-    """Nothing that exists is overwritten without --force; but the command that wrote a result may write it again."""
+    """Nothing that exists is overwritten without --force; but the command that wrote a result may
+    write it again.
+    """
     for path in map(Path, paths):
         if not force and os.path.lexists(path) and not by_this_command(path):
             raise UserError(f"{path} is there already; --force replaces it, {fix}")
@@ -136,7 +170,10 @@ def refuse_overwrite(paths, force=False, fix="another --out leaves it"):
 
 def by_this_command(path):
     """Is this a JSON file that says in "command" that this very command made it?"""
-    plain = lambda line: [word for word in shlex.split(line) if word != "--force"]  # noqa: E731
+
+    def plain(line):
+        return [word for word in shlex.split(line) if word != "--force"]
+
     try:
         return plain(json.loads(path.read_text())["command"]) == plain(command())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -150,7 +187,7 @@ def refuse_file(folder):
             raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
 
 
-# ---- while it works ------------------------------------------------------------------------------------------------
+# ---- while it works ------------------------------------------------------------------------------
 
 
 def starting():
@@ -171,7 +208,9 @@ class Lines:
 
 
 def progress(items=None, name=None, total=None, disable=False, **options):
-    """tqdm: a bar on a terminal; where output is piped a line every ten seconds, none if it is done before."""
+    """tqdm: a bar on a terminal; where output is piped a line every ten seconds, none if it is done
+    before.
+    """
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
@@ -179,7 +218,9 @@ def progress(items=None, name=None, total=None, disable=False, **options):
 
 @contextlib.contextmanager
 def working(what, disable=False):
-    """with working("fitting the probe"): the same for what has no steps to count, the seconds that went by."""
+    """with working("fitting the probe"): the same for what has no steps to count, the seconds that
+    went by.
+    """
     done, start_time, terminal = threading.Event(), time.perf_counter(), sys.stderr.isatty()
 
     def tell():

@@ -1,10 +1,11 @@
 """Convolutional networks in the place of our ViT: what the field would pick first. transformers builds them.
 
-    python finetune_lora.py resnet50 --method full --from-scratch --data datasets/mine --image-size 64
+    python finetune_lora.py resnet50 --method full --from-scratch --data datasets/mine --image-size
+    64
 
-A stage sees them as it sees a ViT: "patches" are the whole view, tokens (B, 1+N, D) are the places of the last map, in
-the place of the CLS token stands their mean. NAME@2 is a network whose first layers halve the sides once and not twice,
-for small pictures; NAME@1 not at all.
+A stage sees them as it sees a ViT: "patches" are the whole view, tokens (B, 1+N, D) are the places
+of the last map, in the place of the CLS token stands their mean. NAME@2 is a network whose first
+layers halve the sides once and not twice, for small pictures; NAME@1 not at all.
 """
 
 import torch
@@ -24,7 +25,11 @@ NETWORKS = {  # width of the last map
 class ConvNet(nn.Module):
     """config: network (a name of NETWORKS, @ and the stride of its first layers), image_size."""
 
-    blocks, patch_size, side = (), 1, 1  # no block learns at a rate of its own, no patch can be left out
+    blocks, patch_size, side = (
+        (),
+        1,
+        1,
+    )  # no block learns at a rate of its own, no patch can be left out
 
     def __init__(self, network, image_size):
         super().__init__()
@@ -42,7 +47,11 @@ class ConvNet(nn.Module):
     def forward(self, view, _):
         """view u8 (B, S, S, 3) -> tokens (B, 1+N, D), the first the mean of the others."""
         x = (view.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        places = self.body(x.contiguous(memory_format=torch.channels_last)).last_hidden_state.flatten(2).mT
+        places = (
+            self.body(x.contiguous(memory_format=torch.channels_last))
+            .last_hidden_state.flatten(2)
+            .mT
+        )
         return torch.cat([places.mean(1, keepdim=True), places], 1)
 
     def features(self, view):
@@ -50,25 +59,44 @@ class ConvNet(nn.Module):
 
 
 def build(name, image_size, stride):
-    """The network of transformers, without a classifier, weights random; stride 4 is as published, b0's 2."""
+    """The network of transformers, without a classifier, weights random; stride 4 is as published,
+    b0's 2.
+    """
     try:
         from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
     except ImportError:
-        raise UserError(f"{name} needs transformers: pip install -r requirements-segment.txt") from None
+        raise UserError(
+            f"{name} needs transformers: pip install -r requirements-segment.txt"
+        ) from None
     if name == "efficientnet_b0":
-        # transformers' momentum is TensorFlow's, and with its weights of std .02, of norms too, no signal gets through
-        net = EfficientNetModel(EfficientNetConfig(
-            image_size=image_size, width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=NETWORKS[name],
-            dropout_rate=0.2, batch_norm_momentum=0.1))  # fmt: skip
+        # transformers' momentum is TensorFlow's, and with its weights of std .02, of norms too, no
+        # signal gets through
+        net = EfficientNetModel(
+            EfficientNetConfig(
+                image_size=image_size,
+                width_coefficient=1.0,
+                depth_coefficient=1.0,
+                hidden_dim=NETWORKS[name],
+                dropout_rate=0.2,
+                batch_norm_momentum=0.1,
+            )
+        )
         for layer in net.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out")
             elif isinstance(layer, nn.BatchNorm2d):
                 layer.reset_parameters()
-        if stride == 1:  # as published its border is right and below alone, which suits a stride of 2
+        if (
+            stride == 1
+        ):  # as published its border is right and below alone, which suits a stride of 2
             net.embeddings.convolution.stride, net.embeddings.padding = (1, 1), nn.ZeroPad2d(1)
         return net
-    sizes = {"hidden_sizes": [40, 80, 160, 320], "depths": [1] * 4, "embedding_size": 40, "layer_type": "basic"}
+    sizes = {
+        "hidden_sizes": [40, 80, 160, 320],
+        "depths": [1] * 4,
+        "embedding_size": 40,
+        "layer_type": "basic",
+    }
     net = ResNetModel(ResNetConfig(**sizes if name == "resnet10" else {}))
     net.embedder.embedder.convolution.stride = (max(1, stride // 2),) * 2
     if stride == 1:
@@ -84,7 +112,10 @@ def is_convnet(path):
 
 def load(path, image_size=None):
     """A name, with random weights, or a run -> the network in eval mode, and the side of its views."""
-    config = about_model(path).get("config") or {"network": str(path), "image_size": image_size or 64}
+    config = about_model(path).get("config") or {
+        "network": str(path),
+        "image_size": image_size or 64,
+    }
     net = ConvNet(**config | {"image_size": image_size or config["image_size"]})
     if model_file(path).exists():
         load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))

@@ -44,7 +44,9 @@ def paint(images, where):
 
 
 def moved(where, generator):
-    """The same shapes (B, S, S) at random places, wrapped around: as much area, but of nothing in particular."""
+    """The same shapes (B, S, S) at random places, wrapped around: as much area, but of nothing in
+    particular.
+    """
     shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
     return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
 
@@ -55,7 +57,9 @@ def cutout(images, level, generator):
 
 
 def turned(images, degrees, factor):
-    """Turned around the centre and enlarged by a factor; the border is repeated where nothing is known."""
+    """Turned around the centre and enlarged by a factor; the border is repeated where nothing is
+    known.
+    """
     a = math.radians(degrees)
     matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
     x = images.permute(0, 3, 1, 2).float()
@@ -67,11 +71,15 @@ def blur(images, level, generator):
     """Gaussian of this std."""
     sigma = level * images.shape[1] / 128
     reach = min(math.ceil(3 * sigma), images.shape[1] - 1)
-    line = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device).float() ** 2) / (2 * sigma**2))
+    line = torch.exp(
+        -(torch.arange(-reach, reach + 1, device=images.device).float() ** 2) / (2 * sigma**2)
+    )
     line = line / line.sum()
     x = images.permute(0, 3, 1, 2).float()
     y = F.pad(x, (reach,) * 4, "reflect").flatten(0, 1)[:, None]
-    return channels_last(F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(x))
+    return channels_last(
+        F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1)).view_as(x)
+    )
 
 
 def jpeg(images, level, generator):
@@ -84,7 +92,9 @@ def jpeg(images, level, generator):
 
 
 def hue(images, level, generator):
-    """Colours turned around the gray axis by this angle: brightness (the mean of red, green, blue) stays."""
+    """Colours turned around the gray axis by this angle: brightness (the mean of red, green, blue)
+    stays.
+    """
     a = math.radians(level)
     turn = torch.full((3, 3), (1 - math.cos(a)) / 3) + math.cos(a) * torch.eye(3)
     turn += math.sin(a) / math.sqrt(3) * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
@@ -96,15 +106,27 @@ def grayscale(images, level, generator):
 
 
 def line_art(images, level, generator):
-    """What is darker than its brightest neighbour, dark on white: lines and edges stay, colour and shade go."""
+    """What is darker than its brightest neighbour, dark on white: lines and edges stay, colour and
+    shade go.
+    """
     gray = luminance(images)
     return channels_last(255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray))
 
 
 SWEEPS = {  # name: (function, levels, what a level is, the level of the headline table)
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
-    "rotation": (lambda images, level, _: turned(images, level, 1.0), (10, 20, 45, 90, 180), "degrees", 20),
-    "scale": (lambda images, level, _: turned(images, 0.0, level), (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "rotation": (
+        lambda images, level, _: turned(images, level, 1.0),
+        (10, 20, 45, 90, 180),
+        "degrees",
+        20,
+    ),
+    "scale": (
+        lambda images, level, _: turned(images, 0.0, level),
+        (0.5, 0.75, 1.25, 1.5, 2.0),
+        "factor",
+        0.75,
+    ),
     "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
     "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),

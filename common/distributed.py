@@ -1,7 +1,8 @@
 """Several processes, a GPU each, as one: torchrun --nproc-per-node N STAGE ...
 
-Each process (a rank, of `world` ranks) holds the whole network and works on its slice of every batch. What belongs to
-the whole batch is summed: weights of the loss, losses, gradients. Alone, each of these functions does nothing.
+Each process (a rank, of `world` ranks) holds the whole network and works on its slice of every
+batch. What belongs to the whole batch is summed: weights of the loss, losses, gradients. Alone,
+each of these functions does nothing.
 """
 
 import contextlib
@@ -18,23 +19,31 @@ from common.io import UserError
 
 
 def join(device):
-    """Meet the processes that torchrun started -> (rank, world, device); (0, 1, device) where there is only this one.
+    """Meet the processes that torchrun started -> (rank, world, device); (0, 1, device) where there
+    is only this one.
 
-    A GPU each, NCCL between them; CPU tensors go by gloo. All but rank 0 fall silent: what they print is dropped.
+    A GPU each, NCCL between them; CPU tensors go by gloo. All but rank 0 fall silent: what they
+    print is dropped.
     """
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU: there are {torch.cuda.device_count()}; torchrun "
-                            f"--nproc-per-node {torch.cuda.device_count()} starts one for each")  # fmt: skip
+            raise UserError(
+                f"process {local} has no GPU: there are {torch.cuda.device_count()}; torchrun "
+                f"--nproc-per-node {torch.cuda.device_count()} starts one for each"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     elif device.type != "cpu":
-        raise UserError(f"several processes work on cuda or cpu, not on {device.type}; run python without torchrun")
+        raise UserError(
+            f"several processes work on cuda or cpu, not on {device.type}; run python without torchrun"
+        )
     hours = datetime.timedelta(hours=6)  # the others wait while rank 0 packs or evaluates
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=hours)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=hours
+    )
     rank, world = place()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -52,30 +61,38 @@ def place():
 
 
 def all_reduce(x, op="SUM"):
-    """x of every process, summed in place in all of them -> x. A process that is gone is a UserError in the others."""
+    """x of every process, summed in place in all of them -> x. A process that is gone is a
+    UserError in the others.
+    """
     if several():
         try:
             dist.all_reduce(x, getattr(dist.ReduceOp, op))
         except RuntimeError as problem:
             reason = (str(problem).splitlines() or ["no reason given"])[0][:100]
-            raise UserError(f"another process of this run has ended ({reason}); its own message says why. "
-                            "The same command and --resume go on from the last checkpoint") from None  # fmt: skip
+            raise UserError(
+                f"another process of this run has ended ({reason}); its own message says why. "
+                "The same command and --resume go on from the last checkpoint"
+            ) from None
     return x
 
 
 def all_reduce_gradients(parameters):
-    """Sum the gradients over all processes, in one message; called once a step, after the last backward.
+    """Sum the gradients over all processes, in one message; called once a step, after the last
+    backward.
 
-    DistributedDataParallel would hide the message behind the backward pass, at the price of hooks, buckets, averages
-    and rules about unused weights and accumulation. A ring moves 2 (R-1)/R times the bytes over each link: for ViT-B
-    (.45 GB) 2.6 ms at 300 GB/s and .6 ms more to pack and unpack, computed, not measured; a step takes some 100 ms.
-    All ranks get the same bits, so their weights stay the same.
+    DistributedDataParallel would hide the message behind the backward pass, at the price of hooks,
+    buckets, averages and rules about unused weights and accumulation. A ring moves 2 (R-1)/R times
+    the bytes over each link: for ViT-B (.45 GB) 2.6 ms at 300 GB/s and .6 ms more to pack and
+    unpack, computed, not measured; a step takes some 100 ms. All ranks get the same bits, so their
+    weights stay the same.
     """
     gradients = [w.grad for w in parameters if w.grad is not None]
     if several() and gradients:
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]))
         parts = flat.split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [x.view_as(g) for x, g in zip(parts, gradients, strict=True)])
+        torch._foreach_copy_(
+            gradients, [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
+        )
 
 
 def all_rows(x):
@@ -89,10 +106,12 @@ def all_rows(x):
 
 
 def with_others(x):
-    """x (b, ...) of every process -> (world * b, ...), where only this process's rows carry a gradient.
+    """x (b, ...) of every process -> (world * b, ...), where only this process's rows carry a
+    gradient.
 
-    What is small and needs the whole batch, such as a batch norm and a head, is then computed by every process, all
-    of them alike, and needs no summing; what made x gets the gradient of its own rows.
+    What is small and needs the whole batch, such as a batch norm and a head, is then computed by
+    every process, all of them alike, and needs no summing; what made x gets the gradient of its own
+    rows.
     """
     if not several():
         return x
@@ -101,13 +120,17 @@ def with_others(x):
 
 
 def largest(number):
-    """The largest of a small whole number over all processes: a signal that one of them got. Waits for no GPU."""
+    """The largest of a small whole number over all processes: a signal that one of them got. Waits
+    for no GPU.
+    """
     return int(all_reduce(torch.tensor(number), "MAX")) if several() else number
 
 
 @contextlib.contextmanager
 def zero_first():
-    """with zero_first(): rank 0 does it, then all others: they find done what only one may do, such as packing."""
+    """with zero_first(): rank 0 does it, then all others: they find done what only one may do, such
+    as packing.
+    """
     rank, _ = place()
     if rank > 0:
         largest(0)
@@ -117,7 +140,8 @@ def zero_first():
 
 
 def leave():
-    """Wait until all processes are here, then part: torchrun ends all as soon as one goes early. Rank 0 goes on.
+    """Wait until all processes are here, then part: torchrun ends all as soon as one goes early.
+    Rank 0 goes on.
 
     The others end at once, without Python's clean-up: gloo's threads were seen to abort in it.
     """
@@ -131,11 +155,16 @@ def leave():
 
 
 def stop_here(number, step, resume):
-    """Say how a run that signal `number` stopped goes on, and exit as that signal does (128 + number); 0: none came."""
+    """Say how a run that signal `number` stopped goes on, and exit as that signal does (128 +
+    number); 0: none came.
+    """
     if number == 0:
         return
     how = f"torchrun --nproc-per-node {dist.get_world_size()}" if several() else "python"
-    print(f"stopped by {signal.Signals(number).name} at step {step}, saved; go on with:\n"
-          f"  {how} {shlex.join(sys.argv)}" + ("" if resume else " --resume"), flush=True)  # fmt: skip
+    print(
+        f"stopped by {signal.Signals(number).name} at step {step}, saved; go on with:\n"
+        f"  {how} {shlex.join(sys.argv)}" + ("" if resume else " --resume"),
+        flush=True,
+    )
     leave()
     sys.exit(128 + number)

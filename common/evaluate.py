@@ -1,6 +1,7 @@
 """Evaluations while a model trains: masked error, Top-1, attention, reconstructions. probe.py is the thorough measure.
 
-Everything here is the same for every run, whatever it trains with: whole images, and one fixed random mask.
+Everything here is the same for every run, whatever it trains with: whole images, and one fixed
+random mask.
 """
 
 import functools
@@ -24,7 +25,9 @@ GRAY = 128  # a masked patch in a picture
 
 
 def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
-    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to undo norm_pix."""
+    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to
+    undo norm_pix.
+    """
     p = model.config["patch_size"]
     with autocast():
         pred, stats, _ = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
@@ -38,7 +41,9 @@ def hide_at_random(noise, device):
 
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
-    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the same."""
+    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the
+    same.
+    """
     rows, c, errors = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config, []
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
     views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
@@ -50,9 +55,11 @@ def masked_mse(model, split, norm, autocast):
 
 
 def extremes(tokens):
-    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over the patches.
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over
+    the patches.
 
-    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them drowns it.
+    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them
+    drowns it.
     """
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
@@ -73,10 +80,11 @@ def thumbnails(split, rows, side=4):
 
 
 def recognition(features, train, held):
-    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by ridge on them}.
+    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by
+    ridge on them}.
 
-    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D); "mean_rank": how many
-    directions the latter use, 1 being collapse.
+    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D);
+    "mean_rank": how many directions the latter use, 1 being collapse.
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
@@ -87,37 +95,54 @@ def recognition(features, train, held):
     W, b = metrics.ridge(x, labels, classes, penalty=1.0)
     right = metrics.knn_votes(near, labels, query, classes).argmax(1) == truth
     linear = 100 * metrics.topk(q @ W + b, truth, 1)
-    return {"knn": 100 * right.float().mean().item(), "linear": linear, "mean_rank": metrics.effective_rank(flat)}
+    return {
+        "knn": 100 * right.float().mean().item(),
+        "linear": linear,
+        "mean_rank": metrics.effective_rank(flat),
+    }
 
 
 @torch.no_grad()
 def attention_by_part(encoder, image_size, autocast, split, source="cls"):
-    """Where attention goes in images with true parts -> {part: its share of the attention over its share of the area}.
+    """Where attention goes in images with true parts -> {part: its share of the attention over its
+    share of the area}.
 
     1 is no preference. Parts that no image has are left out.
     """
     rows, names = data.evenly_spaced(len(split["images"]), 256), split["header"]["parts"]
     mass, area = torch.zeros(2, len(names))
-    for index, attention in guidance.attention(encoder, image_size, split["images"], rows, source, autocast):
+    for index, attention in guidance.attention(
+        encoder, image_size, split["images"], rows, source, autocast
+    ):
         whole = data.full_boxes(len(index))
-        share = guidance.crop_map("parts", split["parts"], index, *whole, encoder.side, "cpu", len(names))  # (B, N, P)
+        share = guidance.crop_map(
+            "parts", split["parts"], index, *whole, encoder.side, "cpu", len(names)
+        )  # (B, N, P)
         mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
         area += share.mean(1).sum(0)
-    return {name: round((m / a).item(), 3) for name, m, a in zip(names, mass, area, strict=True) if a > 0}
+    return {
+        name: round((m / a).item(), 3)
+        for name, m, a in zip(names, mass, area, strict=True)
+        if a > 0
+    }
 
 
 @working("evaluating")
 def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
-    """What the log says of a model after `epoch` epochs, judged on split `held`, called name; printed in one line.
+    """What the log says of a model after `epoch` epochs, judged on split `held`, called name;
+    printed in one line.
 
-    -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails), with true parts
+    -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails),
+    with true parts
     "attention_on", where the teacher's attention goes.
     """
     S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
-        row |= recognition(functools.partial(pooled_tokens, model.encoder, S, autocast), train, held)
+        row |= recognition(
+            functools.partial(pooled_tokens, model.encoder, S, autocast), train, held
+        )
         text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         if epoch == 0:
             row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
@@ -125,25 +150,37 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     if held["header"].get("parts"):
-        row["attention_on"] = attention_by_part(teacher, teacher.side * teacher.patch_size, autocast, held, source)
+        row["attention_on"] = attention_by_part(
+            teacher, teacher.side * teacher.patch_size, autocast, held, source
+        )
     tqdm.write(text)
     return row
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def draw_run(log, model, held, norm, autocast, last, name, title):
-    """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what guided the mask)."""
+    """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what
+    guided the mask).
+    """
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
     out = log.path.parent
     if last:
         view, ids_mask, scores = last
-        lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, model.config["patch_size"]))]
+        lines = [
+            ("view", view),
+            *scores.items(),
+            ("seen", hide(view, ids_mask, model.config["patch_size"])),
+        ]
         plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
     plots.curves(out / "curves.png", read_log(log.path), name, title)
-    lines = zip(("original", "seen", "predicted", "pasted"), reconstruct(model, held, norm, autocast), strict=True)
+    lines = zip(
+        ("original", "seen", "predicted", "pasted"),
+        reconstruct(model, held, norm, autocast),
+        strict=True,
+    )
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
     plots.image_grid(out / "recon.png", title, list(lines))
     log.pictures()
@@ -156,14 +193,24 @@ def hide(view, ids, patch):
 
 @torch.no_grad()
 def reconstruct(model, split, norm, autocast):
-    """Eight images under the fixed random mask -> u8 (8, S, S, 3) each: original, visible, predicted, both together.
+    """Eight images under the fixed random mask -> u8 (8, S, S, 3) each: original, visible,
+    predicted, both together.
 
     Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
     """
     rows, c = data.evenly_spaced(len(split["images"]), 8), model.config
-    _, view = next(data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device))
-    ids_keep, ids_mask = hide_at_random(masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)), view.device)
+    _, view = next(
+        data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
+    )
+    ids_keep, ids_mask = hide_at_random(
+        masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)), view.device
+    )
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
     predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
-    return view, hide(view, ids_mask, c["patch_size"]), predicted, put_patches(view, ids_mask, pixels)
+    return (
+        view,
+        hide(view, ids_mask, c["patch_size"]),
+        predicted,
+        put_patches(view, ids_mask, pixels),
+    )

@@ -1,7 +1,8 @@
 """Frozen features, extracted once and kept beside the run: what probe.py and experiments.stress share.
 
-A set of features is a dict {"train": (V, n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU: V views of every
-image, the whole image first, then random crops. fp16 also when they were just made: a second run reads the same digits.
+A set of features is a dict {"train": (V, n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU:
+V views of every image, the whole image first, then random crops. fp16 also when they were just
+made: a second run reads the same digits.
 """
 
 import hashlib
@@ -30,13 +31,15 @@ SIDES = (4, 8, 16)  # of the thumbnails
 MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py
 
 
-# ---- the data: what is fitted, what is chosen on, what is reported -------------------------------------------------
+# ---- the data: what is fitted, what is chosen on, what is reported -------------------------------
 
 
 def open_task(args, run):
-    """What probe.py and experiments.stress work on: the data of args.data (or of the run), the machine, the splits.
+    """What probe.py and experiments.stress work on: the data of args.data (or of the run), the
+    machine, the splits.
 
-    task.splits: {"train", "dev", args.split: split}; dev is left out where the set has none, or where it is reported.
+    task.splits: {"train", "dev", args.split: split}; dev is left out where the set has none, or
+    where it is reported.
     """
     folder, held = args.data or flags_of(run).get("data"), args.split
     if not folder:
@@ -45,10 +48,16 @@ def open_task(args, run):
     dtype, _ = pick_dtype(args.dtype, device)
     splits = open_splits(folder, held)
     return SimpleNamespace(
-        args=args, folder=folder, splits=splits, train=splits["train"], split=splits[held], device=device,
+        args=args,
+        folder=folder,
+        splits=splits,
+        train=splits["train"],
+        split=splits[held],
+        device=device,
         labelled=data.has_labels(splits["train"]) and data.has_labels(splits[held]),
-        autocast=autocast_of(device, dtype), dtype="fp32" if dtype == torch.float32 else "bf16",
-    )  # fmt: skip
+        autocast=autocast_of(device, dtype),
+        dtype="fp32" if dtype == torch.float32 else "bf16",
+    )
 
 
 def open_splits(folder, held="val"):
@@ -59,15 +68,21 @@ def open_splits(folder, held="val"):
     for name, split in splits.items():
         if split["header"]["classes"] != classes:
             other = sorted(set(classes) ^ set(split["header"]["classes"]))[:4]
-            raise UserError(f"{folder}: {name} has other classes than train ({', '.join(map(str, other))}, ...); "
-                            "pack both in one run of data.py")  # fmt: skip
+            raise UserError(
+                f"{folder}: {name} has other classes than train ({', '.join(map(str, other))}, ...); "
+                "pack both in one run of data.py"
+            )
         if split["header"].get("tags") != splits["train"]["header"].get("tags"):
-            raise UserError(f"{folder}: {name} has other tags than train; pack both in one run of data.py")
+            raise UserError(
+                f"{folder}: {name} has other tags than train; pack both in one run of data.py"
+            )
     return splits
 
 
 def hold_out(splits):
-    """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or a tenth of train."""
+    """-> (rows of train to fit on, rows to choose on, the name of the split those are in): dev, or
+    a tenth of train.
+    """
     labels = splits["train"]["labels"]
     if "dev" in splits:
         return torch.arange(len(labels)), torch.arange(len(splits["dev"]["labels"])), "dev"
@@ -76,7 +91,9 @@ def hold_out(splits):
 
 
 def load_mae(path):
-    """A run or a checkpoint with a decoder -> MAE in eval mode; statistics of patches as its own run learned them."""
+    """A run or a checkpoint with a decoder -> MAE in eval mode; statistics of patches as its own
+    run learned them.
+    """
     from common.formats import read_checkpoint
 
     _, facts = read_checkpoint(path)
@@ -90,12 +107,16 @@ def load_mae(path):
 
 
 def untrained_like(encoder, seed=0):
-    """An encoder of the same shape as it was before it learned anything: the control of every feature."""
+    """An encoder of the same shape as it was before it learned anything: the control of every
+    feature.
+    """
     torch.manual_seed(seed)
-    return (ConvNet(**encoder.config) if isinstance(encoder, ConvNet) else ViT(**shape_of(encoder))).eval()
+    return (
+        ConvNet(**encoder.config) if isinstance(encoder, ConvNet) else ViT(**shape_of(encoder))
+    ).eval()
 
 
-# ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B, D)} ---------------
+# ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B,
 
 
 def pooled(encoder, view, blocks):
@@ -109,7 +130,12 @@ def pooled(encoder, view, blocks):
     x = encoder.norm(x).float()
     grid = x[:, 1:].unflatten(1, (encoder.side, encoder.side)).permute(0, 3, 1, 2)  # (B, D, g, g)
     grid = F.adaptive_avg_pool2d(grid, min(GRID, encoder.side)).flatten(1)
-    return found | {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:]), "grid": grid}
+    return found | {
+        "mean": x[:, 1:].mean(1),
+        "cls": x[:, 0],
+        "extremes": extremes(x[:, 1:]),
+        "grid": grid,
+    }
 
 
 def encoder_extractor(encoder, size, autocast, clock, blocks=False):
@@ -128,22 +154,30 @@ def encoder_extractor(encoder, size, autocast, clock, blocks=False):
 
 @torch.no_grad()
 def extract(extractor, split, views, device, name=""):
-    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once for each view.
+    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once
+    for each view.
 
     The grid, which is sixteen times as large as a token, is that of the whole images alone.
     """
     n, chunks = len(split["images"]), []
-    boxes = [data.full_boxes(n), *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views))]
+    boxes = [
+        data.full_boxes(n),
+        *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views)),
+    ]
     for rows in progress(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False):
         images = data.take(split["images"], rows, device)
         found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
         seen = {pool: found[:1] if pool.endswith("grid") else found for pool in found[0]}
-        chunks.append({pool: torch.stack([f[pool].half().cpu() for f in kept]) for pool, kept in seen.items()})
+        chunks.append(
+            {pool: torch.stack([f[pool].half().cpu() for f in kept]) for pool, kept in seen.items()}
+        )
     return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
 
 
 def extract_all(extractor, task, views):
-    """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in several views."""
+    """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in
+    several views.
+    """
     tensors = {}
     for name, split in task.splits.items():
         found = extract(extractor, split, views if name == "train" else 1, task.device, name)
@@ -151,7 +185,7 @@ def extract_all(extractor, task, views):
     return tensors
 
 
-# ---- the model's file, and the file of its features ----------------------------------------------------------------
+# ---- the model's file, and the file of its features ----------------------------------------------
 
 
 def home_of(run):
@@ -165,12 +199,16 @@ def name_of(encoder):
 
 
 def split_suffix(split):
-    """Behind the names of files that depend on the reported split: metrics.json of val, metrics-test.json of test."""
+    """Behind the names of files that depend on the reported split: metrics.json of val,
+    metrics-test.json of test.
+    """
     return "" if split == "val" else f"-{split}"
 
 
 def results_folder(run, folder, split, own=None):
-    """Where results of a run go: RUN where the data are its own and the split is val, else RUN/DATANAME-SPLIT."""
+    """Where results of a run go: RUN where the data are its own and the split is val, else
+    RUN/DATANAME-SPLIT.
+    """
     own = own or flags_of(run).get("data")
     here = own and Path(own).resolve() == Path(folder).resolve() and split == "val"
     return home_of(run) if here else home_of(run) / f"{Path(folder).resolve().name}-{split}"
@@ -184,25 +222,40 @@ def digest(path):
 def header_of(model, size, task, views, blocks=False):
     """What the features depend on."""
     digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
-    return {"model": model, "data": digests, "image_size": size, "dtype": task.dtype, "views": views, "blocks": blocks}
+    return {
+        "model": model,
+        "data": digests,
+        "image_size": size,
+        "dtype": task.dtype,
+        "views": views,
+        "blocks": blocks,
+    }
 
 
 def covers(there, wanted):
-    """Was a file made under a header that has all that is wanted? More views, blocks or splits do no harm."""
+    """Was a file made under a header that has all that is wanted? More views, blocks or splits do
+    no harm.
+    """
     same = all(there.get(k) == wanted[k] for k in ("model", "image_size", "dtype"))
     more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
     return same and more and wanted["data"].items() <= there["data"].items()
 
 
 def cached(path, header, make):
-    """-> {pool: {split: (V, n, D)}}: path's, if it was made under this header, else those of make(), which are written.
+    """-> {pool: {split: (V, n, D)}}: path's, if it was made under this header, else those of
+    make(), which are written.
 
-    Features of another model are refused: whoever copied them here has to say so by removing the file.
+    Features of another model are refused: whoever copied them here has to say so by removing the
+    file.
     """
-    tensors, there = read_safetensors(path, "remove it and run again") if path.exists() else (None, header)
+    tensors, there = (
+        read_safetensors(path, "remove it and run again") if path.exists() else (None, header)
+    )
     if there.get("model") != header["model"]:
-        raise UserError(f"{path} holds features of another model ({there.get('model')}, this one is "
-                        f"{header['model']}); remove it and run again")  # fmt: skip
+        raise UserError(
+            f"{path} holds features of another model ({there.get('model')}, this one is "
+            f"{header['model']}); remove it and run again"
+        )
     if tensors is None or not covers(there, header):
         tensors = make()
         save_safetensors(tensors, path, header)
@@ -215,22 +268,28 @@ def cached(path, header, make):
 
 
 def of_run(folder, run, encoder, size, task, views=1, blocks=False):
-    """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and written there.
+    """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and
+    written there.
 
     clock: seconds "all" and "forward" where they were extracted now, else empty.
     """
     clock, start_time = {}, time.perf_counter()
     extractor = encoder_extractor(encoder, size, task.autocast, clock, blocks)
     header = header_of(digest(model_file(run)), size, task, views, blocks)
-    make = lambda: extract_all(extractor, task, views)  # noqa: E731
+
+    def make():
+        return extract_all(extractor, task, views)
+
     found = cached(Path(folder) / "features.safetensors", header, make)
     return found, clock | {"all": time.perf_counter() - start_time} if clock else {}
 
 
 def of_controls(folder, untrained, size, task, views=1):
-    """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ..., ...}.
+    """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ...,
+    ...}.
 
-    They depend on the architecture and the data alone: one file in the folder of runs serves all runs alike.
+    They depend on the architecture and the data alone: one file in the folder of runs serves all
+    runs alike.
     """
     header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task, views)
     name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
@@ -241,42 +300,69 @@ def of_controls(folder, untrained, size, task, views=1):
         thumbs = {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
         return {f"untrained {pool}": x for pool, x in tokens(images, boxes, flip).items()} | thumbs
 
-    make = lambda: extract_all(extractor, task, views)  # noqa: E731
+    def make():
+        return extract_all(extractor, task, views)
+
     return cached(Path(folder) / f"controls-{name}.safetensors", header, make)
 
 
-# ---- labelled rows: learned from, chosen by, reported ----------------------------------------------------------------
+# ---- labelled rows: learned from, chosen by, reported --------------------------------------------
 
 
 def open_rows(folder, eval_on, hold_out):
-    """-> what is learned from, chosen by and reported, and the names of the classes that are learned.
+    """-> what is learned from, chosen by and reported, and the names of the classes that are
+    learned.
 
-    Each of the three is a namespace: name, split, rows, labels: the id of each image's class among the learned, -1 of
-    others. All classes are learned but hold_out of them, always the same for one data set.
+    Each of the three is a namespace: name, split, rows, labels: the id of each image's class among
+    the learned, -1 of others. All classes are learned but hold_out of them, always the same for one
+    data set.
     """
     splits = open_splits(folder, eval_on)
     if unlabelled := [name for name, split in splits.items() if not data.has_labels(split)]:
-        raise UserError(f"{folder} has pictures without a label in {unlabelled[0]}, or only one class; python data.py "
-                        "FOLDER, a folder per character, makes one with labels")  # fmt: skip
+        raise UserError(
+            f"{folder} has pictures without a label in {unlabelled[0]}, or only one class; python data.py "
+            "FOLDER, a folder per character, makes one with labels"
+        )
     train, classes = splits["train"], splits["train"]["header"]["classes"]
     if len(classes) - hold_out < 2:
-        raise UserError(f"--hold-out {hold_out} leaves fewer than two of {len(classes)} characters to learn")
-    chosen = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(classes))[hold_out:]))
+        raise UserError(
+            f"--hold-out {hold_out} leaves fewer than two of {len(classes)} characters to learn"
+        )
+    chosen = torch.from_numpy(
+        np.sort(np.random.default_rng(0).permutation(len(classes))[hold_out:])
+    )
     own = torch.full((len(classes),), -1)
     own[chosen] = torch.arange(len(chosen))
     rows = {name: (own[split["labels"]] >= 0).nonzero()[:, 0] for name, split in splits.items()}
     if "dev" not in splits:
-        apart = data.hold_apart(data.groups_of(train)[rows["train"]], train["labels"][rows["train"]], data.APART)
-        splits["dev"], rows["dev"], rows["train"] = train, rows["train"][apart], rows["train"][~apart]
+        apart = data.hold_apart(
+            data.groups_of(train)[rows["train"]], train["labels"][rows["train"]], data.APART
+        )
+        splits["dev"], rows["dev"], rows["train"] = (
+            train,
+            rows["train"][apart],
+            rows["train"][~apart],
+        )
     sizes = torch.bincount(own[train["labels"][rows["train"]]], minlength=len(chosen))
     if sizes.min() < 2:
-        raise UserError(f"{folder} has {sizes.min()} training pictures of {classes[chosen[sizes.argmin()]]}, and a "
-                        "character needs 2: data.py --min-per-class 5 leaves small ones out, recognize.py --enrol adds "
-                        "them later")  # fmt: skip
+        raise UserError(
+            f"{folder} has {sizes.min()} training pictures of {classes[chosen[sizes.argmin()]]}, and a "
+            "character needs 2: data.py --min-per-class 5 leaves small ones out, recognize.py --enrol adds "
+            "them later"
+        )
     if len(rows["dev"]) == 0:
-        raise UserError(f"{folder} has too few pictures to hold some apart for choices; data.py --dev .1 makes a split")
-    sets = [SimpleNamespace(name="train" if splits[name] is train else name, split=splits[name], rows=rows[name],
-                            labels=own[splits[name]["labels"]]) for name in ("train", "dev", eval_on)]  # fmt: skip
+        raise UserError(
+            f"{folder} has too few pictures to hold some apart for choices; data.py --dev .1 makes a split"
+        )
+    sets = [
+        SimpleNamespace(
+            name="train" if splits[name] is train else name,
+            split=splits[name],
+            rows=rows[name],
+            labels=own[splits[name]["labels"]],
+        )
+        for name in ("train", "dev", eval_on)
+    ]
     return sets, [classes[c] for c in chosen]
 
 

@@ -1,11 +1,13 @@
 """The checkpoint formats of the field: any of them -> our names and shapes. export.py writes them.
 
-Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et al. 2023) without
-        registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or as a .pth of tensors and plain values.
+Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
+        al. 2023) without registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or
+        as a .pth of tensors and plain values.
 
-Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes decide the
-architecture. The number of heads, the epsilon of the LayerNorms and the mean and std of the pixels are read from the
-header or from the json files beside the checkpoint. Nothing that a file holds is ever run.
+Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes
+decide the architecture. The number of heads, the epsilon of the LayerNorms and the mean and std of
+the pixels are read from the header or from the json files beside the checkpoint. Nothing that a
+file holds is ever run.
 """
 
 import argparse
@@ -21,45 +23,89 @@ from common.io import UserError, read_safetensors
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
-WRAPPERS = ("teacher", "model", "state_dict")  # keys under which training checkpoints keep the weights
+WRAPPERS = (
+    "teacher",
+    "model",
+    "state_dict",
+)  # keys under which training checkpoints keep the weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
-DROPPED = r"(head|pre_logits|fc_norm|dino_head|ibot_head|classifier|pooler|embeddings\.mask_token)(\.|$)"
+DROPPED = (
+    r"(head|pre_logits|fc_norm|dino_head|ibot_head|classifier|pooler|embeddings\.mask_token)(\.|$)"
+)
 
 HF = {  # ours: Hugging Face's, without .weight and .bias
-    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "norm": "vit.layernorm",
-    "decoder_embed": "decoder.decoder_embed", "decoder_norm": "decoder.decoder_norm",
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "decoder_embed": "decoder.decoder_embed",
+    "decoder_norm": "decoder.decoder_norm",
     "decoder_pred": "decoder.decoder_pred",
-}  # fmt: skip
+}
 HF_BLOCKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
 HF_BLOCK = {
-    "norm1": "layernorm_before", "attn.q": "attention.attention.query", "attn.k": "attention.attention.key",
-    "attn.v": "attention.attention.value", "attn.proj": "attention.output.dense", "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
+    "norm1": "layernorm_before",
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 HF_TOKENS = {
-    "cls_token": "vit.embeddings.cls_token", "pos_embed": "vit.embeddings.position_embeddings",
-    "mask_token": "decoder.mask_token", "decoder_pos_embed": "decoder.decoder_pos_embed",
-}  # fmt: skip
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+}
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
-HEADS = {192: 3, 256: 4, 320: 5, 384: 6, 512: 8, 640: 10, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1536: 24,
-         1664: 16}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours)  # fmt: skip
-VIT = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "patch_embed.proj.bias": 1}  # what makes it a ViT
+HEADS = {
+    192: 3,
+    256: 4,
+    320: 5,
+    384: 6,
+    512: 8,
+    640: 10,
+    768: 12,
+    896: 14,
+    1024: 16,
+    1280: 16,
+    1408: 16,
+    1536: 24,
+    1664: 16,
+}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours)
+VIT = {
+    "cls_token": 3,
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "patch_embed.proj.bias": 1,
+}  # what makes it a ViT
 
 
 def read_tensors(path):
-    """A safetensors or torch file -> (what it holds, our header or {}). Its first bytes say which it is."""
+    """A safetensors or torch file -> (what it holds, our header or {}). Its first bytes say which
+    it is.
+    """
     try:
         with open(path, "rb") as f:
             start = f.read(9)
-        if start[8:] != b"{" and start[:1] in (b"P", b"\x80"):  # a zip, or a bare pickle as torch wrote before 1.6
+        if start[8:] != b"{" and start[:1] in (
+            b"P",
+            b"\x80",
+        ):  # a zip, or a bare pickle as torch wrote before 1.6
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about old pickles; training checkpoints keep their arguments too
+                warnings.simplefilter(
+                    "ignore"
+                )  # about old pickles; training checkpoints keep their arguments too
                 return torch.load(path, map_location="cpu", weights_only=True), {}
-    except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
+    except (
+        Exception
+    ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
         line = str(problem).strip().split("\n")[0][:100] or "it is cut short"
         reason = f"it wants to run {code[1]} and was not opened" if code else line
-        raise UserError(f"{path} is not a whole AniMask model or public checkpoint ({reason})") from None
+        raise UserError(
+            f"{path} is not a whole AniMask model or public checkpoint ({reason})"
+        ) from None
     return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
 
 
@@ -87,18 +133,27 @@ def hf_names(depth, decoder_depth):
     """{our name: Hugging Face's name} of all parameters, with q, k and v apart as they are there."""
     stems = dict(HF)
     for (ours, theirs), n in zip(HF_BLOCKS.items(), (depth, decoder_depth), strict=True):
-        stems |= {f"{ours}.{i}.{a}": f"{theirs}.{i}.{b}" for i in range(n) for a, b in HF_BLOCK.items()}
+        stems |= {
+            f"{ours}.{i}.{a}": f"{theirs}.{i}.{b}" for i in range(n) for a, b in HF_BLOCK.items()
+        }
     return {a + end: b + end for a, b in stems.items() for end in (".weight", ".bias")} | HF_TOKENS
 
 
 def count_blocks(names, stem):
     """How many different i there are in names that begin with `stem`.i."""
-    return len({m[1] for m in (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names) if m})
+    return len(
+        {m[1] for m in (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names) if m}
+    )
 
 
 def from_hf(weights):
-    """Hugging Face's names -> ours; q, k, v are stacked into qkv. Names that are not known stay, to be reported."""
-    weights = {k.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): w for k, w in weights.items()}
+    """Hugging Face's names -> ours; q, k, v are stacked into qkv. Names that are not known stay, to
+    be reported.
+    """
+    weights = {
+        k.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers."): w
+        for k, w in weights.items()
+    }
     depths = [count_blocks(weights, theirs.removeprefix("vit.")) for theirs in HF_BLOCKS.values()]
     ours = {theirs.removeprefix("vit."): name for name, theirs in hf_names(*depths).items()}
     weights = {ours.get(k, k): w for k, w in weights.items()}
@@ -110,19 +165,25 @@ def from_hf(weights):
 
 
 def fold_layer_scale(weights):
-    """DINOv2's x + gamma * f(x), gamma (D,) for each branch, is exact as rows of the branch's last matrix and bias."""
+    """DINOv2's x + gamma * f(x), gamma (D,) for each branch, is exact as rows of the branch's last
+    matrix and bias.
+    """
     weights = dict(weights)
     for name in [k for k in weights if k.endswith((".ls1.gamma", ".ls2.gamma"))]:
         gamma = weights.pop(name)
         last = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        for key, scale in ((f"{last}.weight", gamma[:, None]), (f"{last}.bias", gamma)):  # (D, in), (D,)
+        for key, scale in (
+            (f"{last}.weight", gamma[:, None]),
+            (f"{last}.bias", gamma),
+        ):  # (D, in), (D,)
             if key in weights:
                 weights[key] = scale * weights[key]
     return weights
 
 
 def fold_pixels(weights, mean, std):
-    """An encoder made for (x - mean) / std is given (x - MEAN) / STD here: its patch embedding takes up the difference.
+    """An encoder made for (x - mean) / std is given (x - MEAN) / STD here: its patch embedding
+    takes up the difference.
 
     (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std.
     """
@@ -137,55 +198,84 @@ def our_names(loaded, path):
     """What a file holds -> {our name: tensor fp32}, the patch embedding still a convolution."""
     loaded = loaded if isinstance(loaded, dict) else {}
     inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), dict)), loaded)
-    weights = {re.sub(PREFIX, "", str(k)): w.float() for k, w in inner.items()
-               if isinstance(w, torch.Tensor) and not str(k).startswith("student.")}  # fmt: skip
+    weights = {
+        re.sub(PREFIX, "", str(k)): w.float()
+        for k, w in inner.items()
+        if isinstance(w, torch.Tensor) and not str(k).startswith("student.")
+    }
     weights = {k: w for k, w in weights.items() if not re.match(DROPPED, k)}
     if {"register_tokens", "reg_token"} & weights.keys():
-        raise UserError(f"{path} has register tokens: this encoder knows none, and attention without them would be "
-                        "another; take the checkpoint without registers")  # fmt: skip
+        raise UserError(
+            f"{path} has register tokens: this encoder knows none, and attention without them would be "
+            "another; take the checkpoint without registers"
+        )
     weights = fold_layer_scale(from_hf(weights) if "embeddings.cls_token" in weights else weights)
-    if "mask_token" in weights and weights["mask_token"].ndim == 2:  # DINOv2's (1, D): of its training, no decoder's
+    if (
+        "mask_token" in weights and weights["mask_token"].ndim == 2
+    ):  # DINOv2's (1, D): of its training, no decoder's
         del weights["mask_token"]
     if any(k not in weights or weights[k].ndim != n for k, n in VIT.items()):
         some = ", ".join(list(weights)[:3]) or "no weights"
-        raise UserError(f"{path} is not a whole AniMask model or public checkpoint: it has {some}, not cls_token, "
-                        "pos_embed and patch_embed.proj (D, 3, p, p); of a run of ours, give the folder")  # fmt: skip
+        raise UserError(
+            f"{path} is not a whole AniMask model or public checkpoint: it has {some}, not cls_token, "
+            "pos_embed and patch_embed.proj (D, 3, p, p); of a run of ours, give the folder"
+        )
     return weights
 
 
 def facts_beside(path, header):
-    """What shapes can't tell: of a file of ours from its header, else from config.json and the like beside it."""
+    """What shapes can't tell: of a file of ours from its header, else from config.json and the like
+    beside it.
+    """
     if header:
         if "config" not in header:
             raise UserError(f"{path} is not a whole AniMask model: its header has no configuration")
         return header["config"] | {"norm_pix": header.get("norm_pix", True)}
-    config, pixels = read_json(path.parent / "config.json"), read_json(path.parent / "preprocessor_config.json")
+    config, pixels = (
+        read_json(path.parent / "config.json"),
+        read_json(path.parent / "preprocessor_config.json"),
+    )
     timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
-    facts = {"heads": config.get("num_attention_heads", timm.get("num_heads")), "dim": config.get("hidden_size"),
-             "decoder_heads": config.get("decoder_num_attention_heads"), "norm_eps": config.get("layer_norm_eps"),
-             "norm_pix": config.get("norm_pix_loss"), "activation": config.get("hidden_act"),
-             "mean": pixels.get("image_mean", timm.get("mean")),
-             "std": pixels.get("image_std", timm.get("std"))}  # fmt: skip
+    facts = {
+        "heads": config.get("num_attention_heads", timm.get("num_heads")),
+        "dim": config.get("hidden_size"),
+        "decoder_heads": config.get("decoder_num_attention_heads"),
+        "norm_eps": config.get("layer_norm_eps"),
+        "norm_pix": config.get("norm_pix_loss"),
+        "activation": config.get("hidden_act"),
+        "mean": pixels.get("image_mean", timm.get("mean")),
+        "std": pixels.get("image_std", timm.get("std")),
+    }
     return {k: v for k, v in facts.items() if v is not None}
 
 
 def check_heads(width, heads, key, owner):
     """A number of heads changes no shape: a wrong one would be seen nowhere but in the features."""
     if not isinstance(heads, int) or heads < 1 or width % heads:
-        say = "how many heads share it is not known" if heads is None else f"{heads} heads can't share it"
-        raise UserError(f'{owner} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}')
+        say = (
+            "how many heads share it is not known"
+            if heads is None
+            else f"{heads} heads can't share it"
+        )
+        raise UserError(
+            f'{owner} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}'
+        )
 
 
 def read_checkpoint(path):
-    """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of these is built).
+    """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts: how a ViT of
+    these is built).
 
-    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and decoder_depth, which is 0
-    where there is no decoder; norm_pix where it is known. What can't be loaded as it was trained is a UserError.
+    facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and
+    decoder_depth, which is 0 where there is no decoder; norm_pix where it is known. What can't be
+    loaded as it was trained is a UserError.
     """
     given = Path(path)
     path = given / "model.safetensors" if given.is_dir() else given
     if not path.exists() and (given / "adapter_config.json").exists():
-        raise UserError(f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder")
+        raise UserError(
+            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
+        )
     if not path.exists():
         run = given.parent if given.suffix else given
         raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
@@ -194,21 +284,43 @@ def read_checkpoint(path):
     kernel, positions = weights["patch_embed.proj.weight"].shape, weights["pos_embed"].shape[1]
     dim, side, p = weights["cls_token"].shape[2], math.isqrt(max(positions - 1, 0)), kernel[2]
     if kernel[1] != 3 or kernel[3] != p:
-        raise UserError(f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours")
+        raise UserError(
+            f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours"
+        )
     if positions < 2 or side**2 != positions - 1:
-        raise UserError(f"{path} has {positions} positions: not a square grid and one for the CLS token")
+        raise UserError(
+            f"{path} has {positions} positions: not a square grid and one for the CLS token"
+        )
     if facts.get("dim", dim) != dim:
-        raise UserError(f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model")
+        raise UserError(
+            f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model"
+        )
     if facts.get("activation", "gelu") != "gelu":
-        raise UserError(f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu")
+        raise UserError(
+            f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu"
+        )
     width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
-    facts = {"heads": HEADS.get(dim), "decoder_heads": None if width % 32 else width // 32, "norm_eps": EPS} | facts
-    facts |= {"image_size": side * p, "patch_size": p, "dim": dim, "depth": count_blocks(weights, "blocks"),
-              "decoder_dim": width, "decoder_depth": count_blocks(weights, "decoder_blocks")}  # fmt: skip
+    facts = {
+        "heads": HEADS.get(dim),
+        "decoder_heads": None if width % 32 else width // 32,
+        "norm_eps": EPS,
+    } | facts
+    facts |= {
+        "image_size": side * p,
+        "patch_size": p,
+        "dim": dim,
+        "depth": count_blocks(weights, "blocks"),
+        "decoder_dim": width,
+        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+    }
     check_heads(dim, facts["heads"], "num_attention_heads", path)
     if width and facts["decoder_depth"]:
-        check_heads(width, facts["decoder_heads"], "decoder_num_attention_heads", f"the decoder of {path}")
+        check_heads(
+            width, facts["decoder_heads"], "decoder_num_attention_heads", f"the decoder of {path}"
+        )
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
-    matrix = weights["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1)  # (D, p*p*3), as a patch is laid out
+    matrix = (
+        weights["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1)
+    )  # (D, p*p*3), as a patch is laid out
     return weights | {"patch_embed.proj.weight": matrix.contiguous()}, facts

@@ -2,8 +2,9 @@
 
     B batch   S side of the pictures that go in   N patches   D width   C characters   V tags
 
-Each takes `images` u8 (B, S, S, 3), squares as data.py packs them, and has all that follows in it: resizing, pixel
-statistics, network, thresholds. export.py writes them; `about` is what a reader has to know, and travels in the file.
+Each takes `images` u8 (B, S, S, 3), squares as data.py packs them, and has all that follows in it:
+resizing, pixel statistics, network, thresholds. export.py writes them; `about` is what a reader has
+to know, and travels in the file.
 """
 
 import json
@@ -20,11 +21,16 @@ from common.checkpoints import load_encoder
 from common.classifier import decide, load_classifier, load_gallery
 from common.io import UserError, atomic
 
-PIP, MOST = "pip install -r requirements-onnx.txt", 3 * 2**29  # bytes of weights in a file: 2 GB would be too many
+PIP, MOST = (
+    "pip install -r requirements-onnx.txt",
+    3 * 2**29,
+)  # bytes of weights in a file: 2 GB would be too many
 
 
 class Graph(nn.Module):
-    """What all three have in common: pictures of one side in, a whole view of another side for the encoder."""
+    """What all three have in common: pictures of one side in, a whole view of another side for the
+    encoder.
+    """
 
     def __init__(self, encoder, packed):
         super().__init__()
@@ -45,10 +51,11 @@ class EncoderGraph(Graph):
 
 
 class RecogniserGraph(Graph):
-    """images -> who (B,), similarity, threshold, confidence (B,) and embedding (B, D), as recognize.py finds them.
+    """images -> who (B,), similarity, threshold, confidence (B,) and embedding (B, D), as
+    recognize.py finds them.
 
-    who counts the names in `about`; the character is unknown where its similarity is under its threshold. confidence is
-    nan of an enrolled character.
+    who counts the names in `about`; the character is unknown where its similarity is under its
+    threshold. confidence is nan of an enrolled character.
     """
 
     outputs = ("who", "similarity", "threshold", "confidence", "embedding")
@@ -79,7 +86,9 @@ class TaggerGraph(Graph):
 
 
 def graph_of(source, image_size=None):
-    """A run or a checkpoint -> (Graph, about): a recogniser, a tagger, or an encoder, by what is in the folder."""
+    """A run or a checkpoint -> (Graph, about): a recogniser, a tagger, or an encoder, by what is in
+    the folder.
+    """
     if (Path(source) / "head.safetensors").exists():
         net, header = load_classifier(source)
         gallery = load_gallery(source)
@@ -88,7 +97,9 @@ def graph_of(source, image_size=None):
     elif mfdn.is_tagger(source):
         net, header = mfdn.load(source)
         if net.arm not in mfdn.NAMES_TAGS:
-            raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn")
+            raise UserError(
+                f"{source} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn"
+            )
         graph = TaggerGraph(net, header)
         about = {"is": "tagger", "names": header["classes"]}
         about |= {"tags": header["words"], "thresholds": header["thresholds"]}
@@ -96,19 +107,30 @@ def graph_of(source, image_size=None):
         encoder, size = load_encoder(source, image_size)
         return EncoderGraph(encoder, size).eval(), {"is": "encoder", "side": size}
     if image_size:
-        raise UserError(f"--image-size {image_size}: {source} is a {about['is']} and keeps the size that it learned at")
-    return graph.eval(), about | {"side": header["packed_size"], "crop": header.get("crop", "centre")}
+        raise UserError(
+            f"--image-size {image_size}: {source} is a {about['is']} and keeps the size that it learned at"
+        )
+    return graph.eval(), about | {
+        "side": header["packed_size"],
+        "crop": header.get("crop", "centre"),
+    }
 
 
 def save_onnx(graph, about, out):
-    """Write what graph_of gave to out, if onnxruntime says what torch says -> a line of Python that loads it."""
+    """Write what graph_of gave to out, if onnxruntime says what torch says -> a line of Python that
+    loads it.
+    """
     onnxruntime = library()
     if (size := sum(w.numel() * w.element_size() for w in graph.parameters())) > MOST:
-        raise UserError(f"{size / 2**30:.1f} GB of weights are more than the {MOST / 2**30:.1f} GB of an ONNX file")
+        raise UserError(
+            f"{size / 2**30:.1f} GB of weights are more than the {MOST / 2**30:.1f} GB of an ONNX file"
+        )
     seed = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, *graph.example.shape[1:]), dtype=torch.uint8, generator=seed)
     with torch.no_grad():
-        expected = graph(images)  # before it is traced: constants that kernels keep are made outside of that
+        expected = graph(
+            images
+        )  # before it is traced: constants that kernels keep are made outside of that
     program = traced(graph)
     program.model.metadata_props["animask"] = json.dumps(about, ensure_ascii=False)
     with atomic(out) as temporary:
@@ -116,7 +138,9 @@ def save_onnx(graph, about, out):
         found = onnxruntime.InferenceSession(str(temporary)).run(None, {"images": images.numpy()})
         pairs = zip(map(torch.from_numpy, found), expected, strict=True)
         if not all(torch.allclose(x, y, atol=1e-4, equal_nan=True) for x, y in pairs):
-            raise UserError(f"onnxruntime's answers are not torch's: nothing was written; try newer ones: {PIP}")
+            raise UserError(
+                f"onnxruntime's answers are not torch's: nothing was written; try newer ones: {PIP}"
+            )
     return f"onnxruntime.InferenceSession({str(out)!r})"
 
 
@@ -132,10 +156,18 @@ def library():
 
 
 def traced(graph):
-    """The ONNX program of a graph, for any number of pictures; what the exporter says on the way is left out."""
+    """The ONNX program of a graph, for any number of pictures; what the exporter says on the way is
+    left out.
+    """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(graph, (graph.example,), dynamo=True, input_names=["images"], verbose=False,
-                                 output_names=list(graph.outputs),
-                                 dynamic_shapes={"images": {0: torch.export.Dim("B")}})  # fmt: skip
+        return torch.onnx.export(
+            graph,
+            (graph.example,),
+            dynamo=True,
+            input_names=["images"],
+            verbose=False,
+            output_names=list(graph.outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("B")}},
+        )

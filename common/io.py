@@ -1,6 +1,7 @@
 """Mistakes of the user, and files that are read and written whole or not at all.
 
-Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts without it.
+Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts
+without it.
 """
 
 import contextlib
@@ -14,14 +15,20 @@ import numpy as np
 
 
 class UserError(Exception):
-    """A mistake of the user: one line with the value and the fix. The stage prints it and exits with status 2."""
+    """A mistake of the user: one line with the value and the fix. The stage prints it and exits
+    with status 2.
+    """
 
 
 def remove_leftovers(path):
-    """Temporary files of path whose process was killed while it wrote. Windows has no harmless question to ask."""
+    """Temporary files of path whose process was killed while it wrote. Windows has no harmless
+    question to ask.
+    """
     for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
         try:
-            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 asks only whether the process is there
+            os.kill(
+                int(old.name.split(".")[-2]), 0
+            )  # signal 0 asks only whether the process is there
         except (ProcessLookupError, ValueError):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         except OSError:  # it is somebody else's
@@ -30,7 +37,9 @@ def remove_leftovers(path):
 
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic(path) as temporary: write there; it takes path's place whole, or not at all (fsync, then rename)."""
+    """with atomic(path) as temporary: write there; it takes path's place whole, or not at all
+    (fsync, then rename).
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,28 +52,45 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        free = shutil.disk_usage(next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())).free / 2**20
-        raise UserError(f"could not write {path} ({free:.0f} MB free): {problem}; "
-                        "what stood there before is whole") from problem  # fmt: skip
+        free = (
+            shutil.disk_usage(
+                next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())
+            ).free
+            / 2**20
+        )
+        raise UserError(
+            f"could not write {path} ({free:.0f} MB free): {problem}; "
+            "what stood there before is whole"
+        ) from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-# ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the other ---------------
+# ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the o
 
-DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}  # of rows
+DTYPES = {
+    "U8": np.uint8,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+}  # of rows
 
 
 def not_whole(path, problem, remedy):
     """The UserError for a file that is missing or broken; remedy: what to do about it."""
     if isinstance(problem, FileNotFoundError):
         return UserError(f"{path} does not exist; {remedy}")
-    return UserError(f"{path} is not a whole file of tensors ({' '.join(str(problem).split())[:80]}); {remedy}")
+    return UserError(
+        f"{path} is not a whole file of tensors ({' '.join(str(problem).split())[:80]}); {remedy}"
+    )
 
 
 def read_safetensors(path, remedy="remove it and make it again"):
-    """-> ({name: CPU tensor}, what our entry "animask" of its header says: a dict, empty in other people's files)."""
+    """-> ({name: CPU tensor}, what our entry "animask" of its header says: a dict, empty in other
+    people's files).
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,14 +102,18 @@ def read_safetensors(path, remedy="remove it and make it again"):
 
 
 def read_header(path, remedy="remove it and make it again"):
-    """The same without reading a tensor -> ({name: (dtype's name, shape, first byte in the file)}, "animask" or {})."""
+    """The same without reading a tensor -> ({name: (dtype's name, shape, first byte in the file)},
+    "animask" or {}).
+    """
     try:
         with open(path, "rb") as f:
             room = int.from_bytes(f.read(8), "little")
             entries = json.loads(f.read(min(room, 2**30)))
         header = json.loads(entries.pop("__metadata__", {}).get("animask", "{}"))
-        return {name: (e["dtype"], tuple(e["shape"]), 8 + room + e["data_offsets"][0])
-                for name, e in entries.items()}, header  # fmt: skip
+        return {
+            name: (e["dtype"], tuple(e["shape"]), 8 + room + e["data_offsets"][0])
+            for name, e in entries.items()
+        }, header
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise not_whole(path, problem, remedy) from None
 
@@ -91,7 +121,8 @@ def read_header(path, remedy="remove it and make it again"):
 def save_safetensors(tensors, path, header=None):
     """Write {name: tensor} and, as the entry "animask", a header of plain values, atomically.
 
-    A file for others, without a header of ours, says that it is PyTorch's: transformers asks for that.
+    A file for others, without a header of ours, says that it is PyTorch's: transformers asks for
+    that.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -99,21 +130,30 @@ def save_safetensors(tensors, path, header=None):
     about = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
     with atomic(path) as temporary:
         try:
-            save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, about)
+            save_file(
+                {k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, about
+            )
         except SafetensorError as problem:
             raise OSError(str(problem)) from problem
 
 
 def write_rows(path, planes, n, rows, header, room=None):
-    """Stream rows of several tensors into a safetensors file, atomically: memory does not grow with them.
+    """Stream rows of several tensors into a safetensors file, atomically: memory does not grow with
+    them.
 
-    planes {name: (dtype's name, shape of one row)}, in the order of the file. rows yields {name: array (b, ...)}, n
-    rows in all: each goes straight to its place. If fewer than n come, the later planes move up at the end.
-    header: a function that is called after the last row -> dict; room: bytes for the file's head, if it may still grow.
+    planes {name: (dtype's name, shape of one row)}, in the order of the file. rows yields {name:
+    array (b, ...)}, n rows in all: each goes straight to its place. If fewer than n come, the later
+    planes move up at the end. header: a function that is called after the last row -> dict; room:
+    bytes for the file's head, if it may still grow.
     """
-    size = {p: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize for p, (dtype, shape) in planes.items()}
+    size = {
+        p: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        for p, (dtype, shape) in planes.items()
+    }
     room = room or -(-len(file_head(planes, size, n, header())) // 8) * 8
-    start = dict(zip(planes, (8 + room + n * np.cumsum([0, *size.values()])).tolist(), strict=False))
+    start = dict(
+        zip(planes, (8 + room + n * np.cumsum([0, *size.values()])).tolist(), strict=False)
+    )
     count = 0
     with atomic(path) as temporary, open(temporary, "w+b") as f:
         for chunk in rows:
@@ -150,17 +190,23 @@ def move(f, start, to, count, step=2**24):
     return to + count
 
 
-# ---- small files -----------------------------------------------------------------------------------------------------
+# ---- small files ---------------------------------------------------------------------------------
 
 
 def read_json(path, keys=(), fix="remove it and run again"):
-    """-> the dict of a JSON file of ours; one that is broken, or lacks one of the keys, is a UserError with the fix."""
+    """-> the dict of a JSON file of ours; one that is broken, or lacks one of the keys, is a
+    UserError with the fix.
+    """
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as problem:
-        raise UserError(f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}") from None
+        raise UserError(
+            f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}"
+        ) from None
     if not isinstance(found, dict) or not set(keys) <= found.keys():
-        raise UserError(f"{path} is not what we write there: it lacks {', '.join(keys) or 'everything'}; {fix}")
+        raise UserError(
+            f"{path} is not what we write there: it lacks {', '.join(keys) or 'everything'}; {fix}"
+        )
     return found
 
 

@@ -1,11 +1,13 @@
 """MFDN: a picture and its tags in one network. tags.py trains it; whoever wants tags of a picture asks `answers`.
 
-    B batch   K patches seen   L places for words, of which R = L - 2 for tags   D width   V tags   C characters
+    B batch   K patches seen   L places for words, of which R = L - 2 for tags   D width   V tags
+              C characters
 
-The lower half of a pre-trained ViT reads the picture, a small encoder the tags, one token each. The upper half of the
-ViT reads both, one after the other; the picture's CLS token then names the character. A decoder, in which words ask and
-patches answer, names the tags that were hidden (Yi et al. 2023, "Anime Character Identification and Tag Prediction by
-Multimodality Modeling"; without masks and decoder it is ViLT, Kim et al. 2021, as Rios et al. 2022 use it).
+The lower half of a pre-trained ViT reads the picture, a small encoder the tags, one token each. The
+upper half of the ViT reads both, one after the other; the picture's CLS token then names the
+character. A decoder, in which words ask and patches answer, names the tags that were hidden (Yi et
+al. 2023, "Anime Character Identification and Tag Prediction by Multimodality Modeling"; without
+masks and decoder it is ViLT, Kim et al. 2021, as Rios et al. 2022 use it).
 """
 
 import math
@@ -33,13 +35,15 @@ MASK, PAD, CLS, SEP, SPECIAL = range(5)  # come behind the V tags: V + MASK, ...
 REMEDY = "python tags.py ENCODER --data DIR makes it"
 
 
-# ---- words: a picture's tags as the network reads them ---------------------------------------------------------------
+# ---- words: a picture's tags as the network reads them -------------------------------------------
 
 
 def to_words(ids, V, length, generator=None):
-    """ids i64 (B, T) of tags, -1 fills up -> words (B, L): CLS, the tags from small to large ids, SEP, PAD.
+    """ids i64 (B, T) of tags, -1 fills up -> words (B, L): CLS, the tags from small to large ids,
+    SEP, PAD.
 
-    Where there are more than L - 2, a random subset; without a generator the first, which are the most frequent.
+    Where there are more than L - 2, a random subset; without a generator the first, which are the
+    most frequent.
     """
     room = length - 2
     ids = F.pad(ids, (0, max(0, room - ids.shape[1])), value=-1)
@@ -66,7 +70,9 @@ def hide(words, V, share, generator):
     tags = words < V
     hidden = tags & (torch.rand(words.shape, generator=generator) < share)
     left = (tags & ~hidden).any(1, keepdim=True)
-    return torch.where(left, words.masked_fill(hidden, V + MASK), nothing_told(V, words.shape[1])), hidden
+    return torch.where(
+        left, words.masked_fill(hidden, V + MASK), nothing_told(V, words.shape[1])
+    ), hidden
 
 
 def as_read(net, ids):
@@ -76,7 +82,11 @@ def as_read(net, ids):
     if ids is None and net.arm in HIDES_TAGS:
         return nothing
     words = to_words(torch.full((1, 1), -1) if ids is None else ids, net.V, net.length)
-    return torch.where((words < net.V).any(1, keepdim=True), words, nothing) if net.arm in HIDES_TAGS else words
+    return (
+        torch.where((words < net.V).any(1, keepdim=True), words, nothing)
+        if net.arm in HIDES_TAGS
+        else words
+    )
 
 
 def curriculum(step, total):
@@ -88,11 +98,13 @@ def curriculum(step, total):
 
 
 def reaches(count, room):
-    """How many tags each picture has (n,) -> (room,): the share of pictures that have at least 1, 2, ... of them."""
+    """How many tags each picture has (n,) -> (room,): the share of pictures that have at least 1,
+    2, ... of them.
+    """
     return (count[:, None] > torch.arange(room)).float().mean(0)
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 class TagEncoder(nn.Module):
@@ -122,7 +134,11 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q, self.kv, self.proj = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, 2 * dim),
+            nn.Linear(dim, dim),
+        )
 
     def forward(self, x, context):
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, Q, d)
@@ -131,12 +147,18 @@ class CrossAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pre-norm: the queries among themselves, then the picture, then an MLP; (B, Q, D) -> (B, Q, D)."""
+    """Pre-norm: the queries among themselves, then the picture, then an MLP; (B, Q, D) -> (B, Q,
+    D).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(3))
-        self.attn, self.cross, self.mlp = Attention(dim, heads), CrossAttention(dim, heads), MLP(dim, 4 * dim)
+        self.attn, self.cross, self.mlp = (
+            Attention(dim, heads),
+            CrossAttention(dim, heads),
+            MLP(dim, 4 * dim),
+        )
 
     def forward(self, x, context, bias=None):
         x = x + self.attn(self.norm1(x), bias=bias)
@@ -168,7 +190,14 @@ class MFDN(nn.Module):
         super().__init__()
         shape = shape_of(encoder)
         dim, depth, heads = (shape[k] for k in ("dim", "depth", "heads"))
-        self.config = {"encoder": shape, "norm_eps": encoder.norm.eps, "C": C, "V": V, "arm": arm, "length": length}
+        self.config = {
+            "encoder": shape,
+            "norm_eps": encoder.norm.eps,
+            "C": C,
+            "V": V,
+            "arm": arm,
+            "length": length,
+        }
         self.encoder, self.arm, self.V, self.length = encoder, arm, V, length
         self.half, few = depth // 2, max(1, depth // 6)
         self.register_buffer("reach", torch.ones(length - 2))  # see `reaches`
@@ -210,7 +239,9 @@ class MFDN(nn.Module):
             tags = self.decoder(self.query_token.expand(x.shape[0], -1, -1), x)
         elif self.arm in HIDES_TAGS and hidden is not None:
             tags = self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden]
-        with torch.autocast(x.device.type, enabled=False):  # logits in fp32, whatever the rest is in
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # logits in fp32, whatever the rest is in
             characters = None if self.arm == "bce" else self.head(x[:, 0].float())
             tags = None if tags is None else self.tag_head(tags.float())
         return characters, tags[:, :, 0] if self.arm == "l2l" else tags
@@ -218,19 +249,24 @@ class MFDN(nn.Module):
 
 def padding(words, V):
     """words (B, L) -> (B, 1, 1, L): minus infinity where there is no word, for attention."""
-    return torch.zeros(words.shape, device=words.device).masked_fill(words == V + PAD, -math.inf)[:, None, None]
+    return torch.zeros(words.shape, device=words.device).masked_fill(words == V + PAD, -math.inf)[
+        :, None, None
+    ]
 
 
-# ---- what it says of a picture ---------------------------------------------------------------------------------------
+# ---- what it says of a picture -------------------------------------------------------------------
 
 
 @torch.no_grad()
 def answers(net, view, ids=None, ask_tags=True):
     """view u8 (B, S, S, 3), whole; ids (B, T) of tags that are known, -1 fills up, None: none are.
 
-    -> logits (B, C) of characters, None of arm bce; probabilities (B, V) of tags, from the picture alone, None where
-    ids are given, nobody asks, or the arm names none. Where hidden tags are named one by one, a picture has a tag if it
-    stands at any place: the sum over places of (share of pictures that get there) * (probability that it stands there).
+    -> logits (B, C) of characters, None of arm bce; probabilities (B, V) of tags, from the picture
+    alone, None where
+    ids are given, nobody asks, or the arm names none. Where hidden tags are named one by one, a
+    picture has a tag if it
+    stands at any place: the sum over places of (share of pictures that get there) * (probability
+    that it stands there).
     """
     ask_tags, words = ask_tags and ids is None and net.arm in NAMES_TAGS, None
     if net.arm in READS_TAGS:
@@ -240,13 +276,21 @@ def answers(net, view, ids=None, ask_tags=True):
     if not ask_tags:
         return characters, None
     if net.arm in HIDES_TAGS:
-        return characters, (net.reach[:, None] * tags.softmax(2)).sum(1).clamp(max=1)  # of (B, R, V)
+        return characters, (net.reach[:, None] * tags.softmax(2)).sum(1).clamp(
+            max=1
+        )  # of (B, R, V)
     return characters, tags.sigmoid()
 
 
 def named(tags, header, threshold=None, most=15):
-    """Probabilities (V,) -> {tag: probability} of those over their thresholds, or over this one, the highest first."""
-    least = torch.tensor(header["thresholds"]) if threshold is None else torch.full_like(tags, threshold)
+    """Probabilities (V,) -> {tag: probability} of those over their thresholds, or over this one,
+    the highest first.
+    """
+    least = (
+        torch.tensor(header["thresholds"])
+        if threshold is None
+        else torch.full_like(tags, threshold)
+    )
     over = (tags >= least).nonzero()[:, 0]
     best = over[tags[over].argsort(descending=True, stable=True)].tolist()[:most]
     return {header["words"][i]: round(tags[i].item(), 4) for i in best}
@@ -257,11 +301,13 @@ def in_words(tags):
     return ", ".join(f"{tag} {p:.2f}" for tag, p in tags.items())
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def save(net, path, about):
-    """model.safetensors of a run; about joins the header: words, classes, thresholds, how pictures were cut."""
+    """model.safetensors of a run; about joins the header: words, classes, thresholds, how pictures
+    were cut.
+    """
     save_safetensors(net.state_dict(), path, {"tags": net.config, **about})
 
 

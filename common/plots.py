@@ -27,30 +27,59 @@ from common.io import atomic
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
 MARKERS = "os^DvPX*"
-PART_COLOURS = ("#FFFFFF", "#0072B2", "#E69F00", "#000000", "#D55E00", "#009E73", "#CC79A7")  # by part id
-plt.rcParams |= {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
-plt.rcParams |= {"text.color": INK, "axes.labelcolor": INK, "savefig.dpi": 150, "figure.constrained_layout.use": True}
+PART_COLOURS = (
+    "#FFFFFF",
+    "#0072B2",
+    "#E69F00",
+    "#000000",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+)  # by part id
+plt.rcParams |= {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+plt.rcParams |= {
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
 plt.rcParams |= {"legend.frameon": False, "legend.fontsize": 9}
-# names of characters in Japanese, Chinese, Korean: what systems bring for them, where it is installed
+# names of characters in Japanese, Chinese, Korean: what systems bring for them, where it is
+# installed
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
-plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK if name in font_manager.get_font_names())]
+plt.rcParams["font.family"] = [
+    "DejaVu Sans",
+    *(name for name in CJK if name in font_manager.get_font_names()),
+]
 
 
 def save(figure, path):
-    """Whole or not at all, as every file here; letters that no font here has are boxes, and one line says so."""
+    """Whole or not at all, as every file here; letters that no font here has are boxes, and one
+    line says so.
+    """
     with atomic(path) as temporary, warnings.catch_warnings(record=True) as told:
         figure.savefig(temporary, format=Path(path).suffix[1:])
     boxes = [w for w in told if "missing from" in str(w.message)]  # a warning for each letter
     for other in (w for w in told if w not in boxes):
         warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     if boxes:
-        print(f"note: no font here has all letters of {path}: some are boxes; Noto Sans CJK has them", file=sys.stderr)
+        print(
+            f"note: no font here has all letters of {path}: some are boxes; Noto Sans CJK has them",
+            file=sys.stderr,
+        )
     plt.close(figure)
 
 
 @contextlib.contextmanager
 def panels(path, title, rows, columns, size, **options):
-    """with panels(...) as axes: draw on them; the figure of size (width, height) in inches is saved at the end."""
+    """with panels(...) as axes: draw on them; the figure of size (width, height) in inches is saved
+    at the end.
+    """
     figure, axes = plt.subplots(rows, columns, figsize=size, **options)
     figure.suptitle(title)
     yield axes
@@ -65,14 +94,18 @@ def plot_rows(axis, rows, x, y, *style, **options):
 
 
 def controls(axis, lines):
-    """Horizontal lines to compare with: [(value, style, label)]; those without a value are left out."""
+    """Horizontal lines to compare with: [(value, style, label)]; those without a value are left
+    out.
+    """
     for value, style, label in lines:
         if value is not None:
             axis.axhline(value, color=INK, ls=style, lw=1, label=label)
 
 
 def percent(axis, along="y", low=None):
-    """Call it when all is drawn: an axis of percentages ends at 0 and 100, whatever its margins; low: begins there."""
+    """Call it when all is drawn: an axis of percentages ends at 0 and 100, whatever its margins;
+    low: begins there.
+    """
     bottom, top = getattr(axis, f"get_{along}lim")()
     getattr(axis, f"set_{along}lim")(max(bottom, 0) if low is None else low, min(top, 100))
 
@@ -82,11 +115,12 @@ def shared_legend(axis, place="outside right", **options):
     axis.figure.legend(*axis.get_legend_handles_labels(), loc=place, **options)
 
 
-# ---- lines of pictures ---------------------------------------------------------------------------------------------
+# ---- lines of pictures ---------------------------------------------------------------------------
 
 
 def show_rows(axes, rows):
-    """rows [(name, pictures u8 (S, S, 3) or maps (g, g))]: a line of axes for each; a None leaves its place empty.
+    """rows [(name, pictures u8 (S, S, 3) or maps (g, g))]: a line of axes for each; a None leaves
+    its place empty.
 
     Each map has its own scale; dark is low.
     """
@@ -112,83 +146,138 @@ def image_grid(path, title, rows, columns=()):
 
 @torch.no_grad()
 def attention_sheet(path, encoder, view, title):
-    """A line for each picture of view u8 (B, S, S, 3): each head of the last block, their mean, the rollout."""
+    """A line for each picture of view u8 (B, S, S, 3): each head of the last block, their mean, the
+    rollout.
+    """
     heads, flow = encoder.patch_attention(view), encoder.patch_attention(view, "rollout")[:, 0]
-    maps = torch.cat([heads, heads.mean(1, keepdim=True), flow[:, None]], 1).unflatten(2, (encoder.side, -1))
+    maps = torch.cat([heads, heads.mean(1, keepdim=True), flow[:, None]], 1).unflatten(
+        2, (encoder.side, -1)
+    )
     names = ["picture", *[f"head {i + 1}" for i in range(heads.shape[1])], "mean", "rollout"]
-    image_grid(path, title, [("", [picture, *own]) for picture, own in zip(view, maps, strict=True)], names)
+    image_grid(
+        path, title, [("", [picture, *own]) for picture, own in zip(view, maps, strict=True)], names
+    )
 
 
 @torch.no_grad()
 def patch_sheet(path, encoder, view, title, shown=8):
-    """The first pictures of view u8 (B, S, S, 3) and their tokens as colours: alike colours are alike tokens.
+    """The first pictures of view u8 (B, S, S, 3) and their tokens as colours: alike colours are
+    alike tokens.
 
-    Red, green and blue are three principal components of all tokens of view, each from its 1 % to its 99 % quantile.
-    What tokens at one place share over all pictures is taken off first: else the components show the place alone.
+    Red, green and blue are three principal components of all tokens of view, each from its 1 % to
+    its 99 % quantile. What tokens at one place share over all pictures is taken off first: else the
+    components show the place alone.
     """
     tokens = encoder.features(view)[:, 1:].cpu().double()  # (B, N, D); Metal has no float64
     x = principal((tokens - tokens.mean(0)).flatten(0, 1), 3)
     low, high = np.quantile(x, (0.01, 0.99), axis=0)
-    colours = ((x - low) / np.maximum(high - low, 1e-12)).clip(0, 1).reshape(len(view), encoder.side, encoder.side, 3)
+    colours = (
+        ((x - low) / np.maximum(high - low, 1e-12))
+        .clip(0, 1)
+        .reshape(len(view), encoder.side, encoder.side, 3)
+    )
     image_grid(path, title, [("picture", view[:shown]), ("tokens", colours[:shown])])
 
 
 def neighbours(path, queries, bank, images, query_images, right, title):
-    """Each query and its nearest: queries (Q, D), bank (n, D); images(rows), query_images u8 (Q, S, S, 3).
+    """Each query and its nearest: queries (Q, D), bank (n, D); images(rows), query_images u8 (Q, S,
+    S, 3).
 
-    right(query, row) -> True, False, or None where nothing is known of the class: the frame is then green, orange and
-    dashed, or gray.
+    right(query, row) -> True, False, or None where nothing is known of the class: the frame is then
+    green, orange and dashed, or gray.
     """
     frames = {True: (GREEN, "-", 3), False: (ORANGE, "--", 3), None: ("#BBBBBB", "-", 1)}
-    similarity, nearest = (F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T).topk(8, dim=1)
+    similarity, nearest = (
+        F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
+    ).topk(8, dim=1)
     size = (10.2, 1.32 * len(queries) + 0.6)
     with panels(path, title, len(queries), 9, size, squeeze=False) as axes:
-        show_rows(axes, [("", [query, *images(own)]) for query, own in zip(query_images, nearest, strict=True)])
+        show_rows(
+            axes,
+            [("", [query, *images(own)]) for query, own in zip(query_images, nearest, strict=True)],
+        )
         axes[0, 0].set_title("query", fontsize=9)
         for i, line in enumerate(axes[:, 1:]):
-            for axis, row, cosine in zip(line, nearest[i].tolist(), similarity[i].tolist(), strict=True):
+            for axis, row, cosine in zip(
+                line, nearest[i].tolist(), similarity[i].tolist(), strict=True
+            ):
                 colour, style, width = frames[right(i, row)]
                 axis.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=width)
                 axis.set_xlabel(f"{cosine:.2f}", fontsize=8, labelpad=2)
 
 
 def confused(path, pairs, title, each=5):
-    """pairs: [(text of the true, of the predicted, pictures that were mistaken, pictures of the predicted)]."""
+    """pairs: [(text of the true, of the predicted, pictures that were mistaken, pictures of the
+    predicted)].
+    """
     n, widths = max(1, len(pairs)), [1] * each + [0.6] + [1] * each  # a gap between the two
     rows = [("", [*wrong, *[None] * (each + 1 - len(wrong)), *like]) for _, _, wrong, like in pairs]
     size = (10.5, 1.0 * n + 0.9)
-    with panels(path, f"{title}\n", n, 2 * each + 1, size, squeeze=False, width_ratios=widths) as axes:
+    with panels(
+        path, f"{title}\n", n, 2 * each + 1, size, squeeze=False, width_ratios=widths
+    ) as axes:
         show_rows(axes, rows or [("", [])])
         for line, texts in zip(axes[:, [0, each + 1]], pairs, strict=False):
-            for axis, text in zip(line, texts[:2], strict=True):  # wider than its picture: not in the layout
-                axis.text(0, 1.04, text, transform=axis.transAxes, fontsize=8, va="bottom", in_layout=False)
+            for axis, text in zip(
+                line, texts[:2], strict=True
+            ):  # wider than its picture: not in the layout
+                axis.text(
+                    0,
+                    1.04,
+                    text,
+                    transform=axis.transAxes,
+                    fontsize=8,
+                    va="bottom",
+                    in_layout=False,
+                )
 
 
-# ---- a sheet of a packed data set ----------------------------------------------------------------------------------
+# ---- a sheet of a packed data set ----------------------------------------------------------------
 
 
 def dataset_sheet(path, name, splits, classes=6, each=10):
-    """splits: {name: open split}. Pictures by class; foreground, parts laid over some; class sizes; what is missing."""
+    """splits: {name: open split}. Pictures by class; foreground, parts laid over some; class sizes;
+    what is missing.
+    """
     train = splits["train"]
     header, images = train["header"], train["images"]
     if header["classes"]:
-        rows = [(header["classes"][c][:18], images[own]) for c, own in sampled(train["labels"], classes, each)]
+        rows = [
+            (header["classes"][c][:18], images[own])
+            for c, own in sampled(train["labels"], classes, each)
+        ]
     else:
-        rows = [("", images[own.numpy()]) for own in data.evenly_spaced(len(images), 3 * each).split(each)]
+        rows = [
+            ("", images[own.numpy()])
+            for own in data.evenly_spaced(len(images), 3 * each).split(each)
+        ]
     shown = data.evenly_spaced(len(images), each)
     for plane, label in (("fg", "foreground"), ("parts", "parts")):
         rows += [(label, [laid_over(train, plane, i) for i in shown])] if plane in train else []
     figure = plt.figure(figsize=(11.5, 1.05 * len(rows) + 3.9))
     above, below = figure.subfigures(2, 1, height_ratios=[1.05 * len(rows) + 0.4, 3.2])
     sizes = ", ".join(f"{n} {len(s['images']):,}" for n, s in splits.items())
-    above.suptitle(f"{name}: {sizes}, {len(header['classes'])} classes, {images.shape[1]} px", fontsize=13)
+    above.suptitle(
+        f"{name}: {sizes}, {len(header['classes'])} classes, {images.shape[1]} px", fontsize=13
+    )
     show_rows(above.subplots(len(rows), each, squeeze=False), rows)
     left, right = below.subplots(1, 2, width_ratios=[3, 2])
     class_sizes(left, splits)
     right.axis("off")
-    right.text(0, 1, "\n".join(about_lines(splits)), va="top", fontsize=9, linespacing=1.5, transform=right.transAxes)
+    right.text(
+        0,
+        1,
+        "\n".join(about_lines(splits)),
+        va="top",
+        fontsize=9,
+        linespacing=1.5,
+        transform=right.transAxes,
+    )
     if "parts" in train and header.get("parts"):
-        patches = [Patch(fc=c, ec=INK, lw=0.5, label=p) for p, c in zip(header["parts"], PART_COLOURS, strict=False)]
+        patches = [
+            Patch(fc=c, ec=INK, lw=0.5, label=p)
+            for p, c in zip(header["parts"], PART_COLOURS, strict=False)
+        ]
         right.legend(handles=patches, ncols=4, loc="lower left")
     save(figure, path)
 
@@ -219,10 +308,19 @@ def class_sizes(axis, splits):
         axis.axis("off")
         axis.text(0.5, 0.5, "no labels", ha="center", va="center", transform=axis.transAxes)
         return
-    counts = [torch.bincount(s["labels"][s["labels"] >= 0], minlength=n).numpy() for s in splits.values()]
+    counts = [
+        torch.bincount(s["labels"][s["labels"] >= 0], minlength=n).numpy() for s in splits.values()
+    ]
     order, bottom = np.argsort(-sum(counts), kind="stable"), np.zeros(n)
     for split, count, colour in zip(splits, counts, COLOURS, strict=False):
-        axis.bar(np.arange(n) + 1, count[order], 0.9 if n < 100 else 1.0, bottom, color=colour, label=split)
+        axis.bar(
+            np.arange(n) + 1,
+            count[order],
+            0.9 if n < 100 else 1.0,
+            bottom,
+            color=colour,
+            label=split,
+        )
         bottom += count[order]
     axis.set(xlabel="class, by size", ylabel="images", xlim=(0.4, n + 0.6))
     axis.set_title("Class sizes", loc="left")
@@ -233,60 +331,87 @@ def about_lines(splits):
     """What was left out or joined while packing, and what else the files hold."""
     headers = [split["header"] for split in splits.values()]
     skipped = [s for h in headers for s in h.get("skipped_first", [])]
-    lines = [f"source: {headers[0]['source']}", f"skipped: {sum(h.get('skipped', 0) for h in headers)}"]
+    lines = [
+        f"source: {headers[0]['source']}",
+        f"skipped: {sum(h.get('skipped', 0) for h in headers)}",
+    ]
     lines += [f"  {k}: {why}" for k, why in skipped[:4]] + headers[0].get("notes", [])
     lines += tag_lines(splits) if splits["train"]["header"].get("tags") else []
     lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
-    return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][:16]
+    return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][
+        :16
+    ]
 
 
 def tag_lines(splits):
-    """How many tags there are and a picture has, and the most frequent ones with the pictures that they are on."""
-    words, planes = splits["train"]["header"]["tags"], [np.asarray(s["tags"]) for s in splits.values()]
+    """How many tags there are and a picture has, and the most frequent ones with the pictures that
+    they are on.
+    """
+    words, planes = (
+        splits["train"]["header"]["tags"],
+        [np.asarray(s["tags"]) for s in splits.values()],
+    )
     if planes[0].dtype != np.int32:
         return [f"{len(words)} tags, of an older packing: make it again with data.py --force"]
     count = sum(np.bincount(p[p >= 0], minlength=len(words)) for p in planes)
     each = np.concatenate([(p >= 0).sum(1) for p in planes])
     most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])
-    return [f"{len(words)} tags, {each.mean():.1f} an image ({each.max()} at most, none on {(each == 0).mean():.0%}), "
-            f"{(count < 10).sum()} on fewer than 10 images: {most}, ..."]  # fmt: skip
+    return [
+        f"{len(words)} tags, {each.mean():.1f} an image ({each.max()} at most, none on {(each == 0).mean():.0%}), "
+        f"{(count < 10).sum()} on fewer than 10 images: {most}, ..."
+    ]
 
 
-# ---- a sheet of maps and masks -------------------------------------------------------------------------------------
+# ---- a sheet of maps and masks -------------------------------------------------------------------
 
 
 def mask_sheet(path, title, images, maps, columns, width=1100):
-    """What each strategy hides: a block of rows for each ratio, a row for each image, a column for each strategy.
+    """What each strategy hides: a block of rows for each ratio, a row for each image, a column for
+    each strategy.
 
-    images u8 (n, S, S, 3); maps [(name, (n, g, g))]: whole numbers (u8 or i64) of at most 12 kinds are drawn as parts,
-    the rest in viridis; columns [(name, {ratio: (n, g, g) bool, True where hidden})]. width: of all columns, in pixels.
+    images u8 (n, S, S, 3); maps [(name, (n, g, g))]: whole numbers (u8 or i64) of at most 12 kinds
+    are drawn as parts, the rest in viridis; columns [(name, {ratio: (n, g, g) bool, True where
+    hidden})]. width: of all columns, in pixels.
     """
     images, ratios = np.asarray(images), list(columns[0][1])
     names = ["image", *(name for name, _ in maps), *(name for name, _ in columns)]
     n, S = images.shape[:2]
-    side = min(max(S, 64), width // len(names) - 4) + 4  # of a picture and the gap beside it, in pixels; names need 64
+    side = (
+        min(max(S, 64), width // len(names) - 4) + 4
+    )  # of a picture and the gap beside it, in pixels; names need 64
     gap = ((0, 0), *[(0, round(4 * S / (side - 4)))] * 2, (0, 0))
     dark = np.uint8(0.16 * images.mean(3, keepdims=True) + 38)  # a hidden patch
     beside = [images, *(enlarged(coloured(torch.as_tensor(m)), S) for _, m in maps)]
     size = (side * len(names) / 150 + 0.5, (side * n / 150 + 0.3) * len(ratios) + 0.8)
     with panels(path, title, len(ratios), 1, size, squeeze=False) as axes:
         for axis, ratio in zip(axes[:, 0], ratios, strict=True):
-            masked = [np.where(enlarged(hidden[ratio], S)[..., None], dark, images) for _, hidden in columns]
-            axis.imshow(np.hstack([np.vstack(np.pad(c, gap, constant_values=255)) for c in beside + masked]))
+            masked = [
+                np.where(enlarged(hidden[ratio], S)[..., None], dark, images)
+                for _, hidden in columns
+            ]
+            axis.imshow(
+                np.hstack([np.vstack(np.pad(c, gap, constant_values=255)) for c in beside + masked])
+            )
             axis.set(yticks=[], xticks=[], ylabel=f"{ratio:.0%} hidden")
             axis.spines[:].set_visible(False)
         top = axes[0, 0]
         top.xaxis.tick_top()
-        top.set_xticks((np.arange(len(names)) + 0.5) * top.get_xlim()[1] / len(names), names, fontsize=6.5)
+        top.set_xticks(
+            (np.arange(len(names)) + 0.5) * top.get_xlim()[1] / len(names), names, fontsize=6.5
+        )
         top.tick_params(length=0)
 
 
 def coloured(maps):
-    """maps (n, g, g) -> u8 (n, g, g, 3): parts by number, the rest in viridis (floats from 0 to their maximum)."""
+    """maps (n, g, g) -> u8 (n, g, g, 3): parts by number, the rest in viridis (floats from 0 to
+    their maximum).
+    """
     if not maps.is_floating_point() and maps.max() <= 12:
         kinds = plt.get_cmap("tab20")(np.arange(12) * 2 % 20 + np.arange(12) // 10)[:, :3]
         return np.uint8(255 * np.vstack([[[0.93] * 3], kinds])[maps.numpy()])
-    top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9) if maps.is_floating_point() else 255
+    top = (
+        maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9) if maps.is_floating_point() else 255
+    )
     return np.uint8(255 * plt.get_cmap("viridis")((maps / top).float().numpy())[..., :3])
 
 
@@ -296,11 +421,13 @@ def enlarged(maps, side):
     return np.asarray(maps)[:, place][:, :, place]
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def curves(path, rows, split, title):
-    """Rows of log.jsonl -> training loss, validation error, Top-1 (with its controls) and attention, by epoch."""
+    """Rows of log.jsonl -> training loss, validation error, Top-1 (with its controls) and
+    attention, by epoch.
+    """
     held = [r for r in rows if "val_mse" in r]
     optional = {"knn": recognition, "attention_on": attention_on}
     more = [draw for key, draw in optional.items() if any(key in r for r in held)]
@@ -308,33 +435,58 @@ def curves(path, rows, split, title):
         plot_rows(axes[0], rows, "epoch", "loss", color=BLUE)
         axes[0].set(title="Training loss", xlabel="epoch", ylabel="weighted masked error")
         plot_rows(axes[1], held, "epoch", "val_mse", "o-", color=BLUE)
-        axes[1].set(title=f"Masked error on {split}", xlabel="epoch", ylabel="mean squared error, fixed mask")
+        axes[1].set(
+            title=f"Masked error on {split}",
+            xlabel="epoch",
+            ylabel="mean squared error, fixed mask",
+        )
         for draw, axis in zip(more, axes[2:], strict=True):
             draw(axis, held)
 
 
 def tag_curves(path, rows, title):
-    """Rows of log.jsonl of tags.py -> its losses with the share of hidden tags, and Top-1 on dev, by epoch."""
+    """Rows of log.jsonl of tags.py -> its losses with the share of hidden tags, and Top-1 on dev,
+    by epoch.
+    """
     with panels(path, title, 1, 2, (8.4, 3.4)) as axes:
         plot_rows(axes[0], rows, "epoch", "character_loss", color=BLUE, label="character")
         if any(r.get("tag_loss") for r in rows):
             plot_rows(axes[0], rows, "epoch", "tag_loss", "--", color=ORANGE, label="tags")
-        axes[0].set(title="Training loss", xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+        axes[0].set(
+            title="Training loss", xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None)
+        )
         axes[0].legend()
-        lines = {"dev_with_top1": ("s-", ORANGE, "picture and tags"), "dev_without_top1": ("o-", BLUE, "picture alone")}
+        lines = {
+            "dev_with_top1": ("s-", ORANGE, "picture and tags"),
+            "dev_without_top1": ("o-", BLUE, "picture alone"),
+        }
         for key, (style, colour, label) in lines.items():
             plot_rows(axes[1], rows, "epoch", key, style, color=colour, label=label, markersize=4)
         hidden = [r | {"hidden": 100 * r["hidden"]} for r in rows if "hidden" in r]
-        plot_rows(axes[1], hidden, "epoch", "hidden", ":", color=INK, label="tags hidden in training")
-        axes[1].set(title="Characters on dev", xlabel="epoch", ylabel="Top-1, and share of tags, %", ylim=(0, 100))
+        plot_rows(
+            axes[1], hidden, "epoch", "hidden", ":", color=INK, label="tags hidden in training"
+        )
+        axes[1].set(
+            title="Characters on dev",
+            xlabel="epoch",
+            ylabel="Top-1, and share of tags, %",
+            ylim=(0, 100),
+        )
         if axes[1].lines:
             axes[1].legend(loc="lower right")
 
 
 def attention_on(axis, held):
-    """How much more attention each part gets than its area, by epoch; only where the data knows the parts."""
+    """How much more attention each part gets than its area, by epoch; only where the data knows the
+    parts.
+    """
     shares = [{"epoch": r["epoch"]} | r.get("attention_on", {}) for r in held]
-    styles = {"eyes": ("o-", BLUE), "mouth": ("s-", PINK), "hair": ("^-", ORANGE), "face": ("v--", GREEN)}
+    styles = {
+        "eyes": ("o-", BLUE),
+        "mouth": ("s-", PINK),
+        "hair": ("^-", ORANGE),
+        "face": ("v--", GREEN),
+    }
     for name, (mark, colour) in (styles | {"background": ("x:", INK)}).items():
         plot_rows(axis, shares, "epoch", name, mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
@@ -347,14 +499,18 @@ def recognition(axis, held):
     for key, mark, colour, name in (("linear", "s-", GREEN, "linear"), ("knn", "o-", BLUE, "kNN")):
         if key in held[0]:
             plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
-            axis.axhline(held[0][f"{key}_thumbnail"], color=colour, ls=":", label=f"4x4 thumbnails, {name}")
+            axis.axhline(
+                held[0][f"{key}_thumbnail"], color=colour, ls=":", label=f"4x4 thumbnails, {name}"
+            )
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
     percent(axis, low=0)
     axis.legend()
 
 
 def training(path, rows, best, title):
-    """Rows of log.jsonl of finetune_lora.py -> loss; Top-1 and macro-F1 on the pictures that choices are made on."""
+    """Rows of log.jsonl of finetune_lora.py -> loss; Top-1 and macro-F1 on the pictures that
+    choices are made on.
+    """
     with panels(path, title, 1, 2, (8.4, 3.2)) as (left, right):
         plot_rows(left, rows, "epoch", "loss", color=BLUE)
         left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
@@ -366,17 +522,34 @@ def training(path, rows, best, title):
 
 
 def learning_curves(path, groups, thumbnail, threshold, title):
-    """groups {name: [rows of a seed's log]}: kNN by epoch and by seconds; thin lines: seeds, thick: their mean."""
-    limits = [(thumbnail, ":", "4x4 thumbnails"), (threshold, "--", f"threshold {threshold or 0:.1f} %")]
+    """groups {name: [rows of a seed's log]}: kNN by epoch and by seconds; thin lines: seeds, thick:
+    their mean.
+    """
+    limits = [
+        (thumbnail, ":", "4x4 thumbnails"),
+        (threshold, "--", f"threshold {threshold or 0:.1f} %"),
+    ]
     names = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
     with panels(path, title, 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, names.items(), strict=True):
-            for colour, marker, (name, seeds) in zip(COLOURS, MARKERS, groups.items(), strict=False):
+            for colour, marker, (name, seeds) in zip(
+                COLOURS, MARKERS, groups.items(), strict=False
+            ):
                 for rows in seeds:
                     plot_rows(axis, rows, key, "knn", color=colour, lw=0.8, alpha=0.5)
                 if len({len(rows) for rows in seeds}) == 1:
-                    x, y = (np.mean([[r[k] for r in rows] for rows in seeds], 0) for k in (key, "knn"))
-                    axis.plot(x, y, marker=marker, ms=4, lw=2, color=colour, label=f"{name}, {len(seeds)} seed(s)")
+                    x, y = (
+                        np.mean([[r[k] for r in rows] for rows in seeds], 0) for k in (key, "knn")
+                    )
+                    axis.plot(
+                        x,
+                        y,
+                        marker=marker,
+                        ms=4,
+                        lw=2,
+                        color=colour,
+                        label=f"{name}, {len(seeds)} seed(s)",
+                    )
             controls(axis, limits)
             axis.set(xlabel=label)
         percent(axes[0])  # both share it
@@ -394,34 +567,46 @@ def snapshot_curve(path, points, others, title):
         axis.legend()
 
 
-# ---- where classes lie ---------------------------------------------------------------------------------------------
+# ---- where classes lie ---------------------------------------------------------------------------
 
 
 def principal(x, k):
-    """x (n, D) -> numpy (n, k): its k principal components, each turned so that its largest loading is positive."""
+    """x (n, D) -> numpy (n, k): its k principal components, each turned so that its largest loading
+    is positive.
+    """
     from sklearn.decomposition import PCA
 
     return PCA(k, svd_solver="covariance_eigh").fit_transform(x.double().numpy())
 
 
 def scatter(path, train, labels, held, held_labels, names, title, most=8):
-    """Left: principal components of held features (no labels used). Right: discriminants fitted on train.
+    """Left: principal components of held features (no labels used). Right: discriminants fitted on
+    train.
 
-    Fisher's linear discriminants, the covariance within classes shrunk by 10 % towards a multiple of I.
+    Fisher's linear discriminants, the covariance within classes shrunk by 10 % towards a multiple
+    of I.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    shown = torch.bincount(labels, minlength=len(names)).argsort(descending=True, stable=True)[:most]
+    shown = torch.bincount(labels, minlength=len(names)).argsort(descending=True, stable=True)[
+        :most
+    ]
     inside, own = torch.isin(held_labels, shown), torch.isin(labels, shown)
-    fisher = LinearDiscriminantAnalysis("eigen", shrinkage=0.1).fit(train[own].double().numpy(), labels[own].numpy())
-    views = {"Principal components (labels not used)": principal(held[inside], 2),
-             "Fisher's discriminants (fitted on train)": held[inside].double().numpy() @ fisher.scalings_[:, :2]
-             }  # fmt: skip
+    fisher = LinearDiscriminantAnalysis("eigen", shrinkage=0.1).fit(
+        train[own].double().numpy(), labels[own].numpy()
+    )
+    views = {
+        "Principal components (labels not used)": principal(held[inside], 2),
+        "Fisher's discriminants (fitted on train)": held[inside].double().numpy()
+        @ fisher.scalings_[:, :2],
+    }
     with panels(path, title, 1, 2, (9.6, 4.4)) as axes:
         for axis, (name, points) in zip(axes, views.items(), strict=True):
             for c, colour, marker in zip(shown.tolist(), COLOURS, MARKERS, strict=False):
                 at, label = points[(held_labels[inside] == c).numpy()], str(names[c])[:16]
-                axis.scatter(*at.T, s=18, color=colour, marker=marker, alpha=0.75, lw=0, label=label)
+                axis.scatter(
+                    *at.T, s=18, color=colour, marker=marker, alpha=0.75, lw=0, label=label
+                )
             axis.set(title=name, xlabel="first", ylabel="second", xticks=[], yticks=[])
         shared_legend(axes[0])
 
@@ -431,8 +616,12 @@ def confusion(path, table, names, title):
     table = np.asarray(table, float)
     share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     with panels(path, title, 1, 1, (7.2, 6.4)) as axis:
-        image = axis.imshow(share, cmap="viridis", norm=PowerNorm(0.5, 0, 100))  # mistakes are a few per cent each
-        axis.figure.colorbar(image, label="% of the true class", shrink=0.85, ticks=[0, 2, 10, 25, 50, 100])
+        image = axis.imshow(
+            share, cmap="viridis", norm=PowerNorm(0.5, 0, 100)
+        )  # mistakes are a few per cent each
+        axis.figure.colorbar(
+            image, label="% of the true class", shrink=0.85, ticks=[0, 2, 10, 25, 50, 100]
+        )
         labels = [str(n)[:12] for n in names] if len(names) <= 50 else []
         size = max(5, min(10, 260 / len(names)))
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
@@ -440,12 +629,19 @@ def confusion(path, table, names, title):
         axis.set(xlabel="class found", ylabel="true class")
 
 
-# ---- stress --------------------------------------------------------------------------------------------------------
+# ---- stress --------------------------------------------------------------------------------------
 
 
 def robustness(path, report, sweeps, title):
-    """Top-1 by level of every sweep, the clean level (dashed) and chance (dotted); single-level ones as bars."""
-    single = {n: top1 for n, levels in report["robustness"].items() if len(levels) == 1 for top1 in levels.values()}
+    """Top-1 by level of every sweep, the clean level (dashed) and chance (dotted); single-level
+    ones as bars.
+    """
+    single = {
+        n: top1
+        for n, levels in report["robustness"].items()
+        if len(levels) == 1
+        for top1 in levels.values()
+    }
     curves = {n: levels for n, levels in report["robustness"].items() if n not in single}
     with panels(path, title, 2, 4, (11.5, 5.2), sharey=True) as axes:
         *left, bars, sizes = axes.flat[: len(curves) + 2]
@@ -459,7 +655,9 @@ def robustness(path, report, sweeps, title):
         plot_rows(sizes, report["resolution"], "side", "top1", "o-", color=BLUE)
         sizes.set(title="resolution", xlabel="side of the view, px", xscale="log")
         sides = [r["side"] for r in report["resolution"]]
-        some = [b for a, b in zip([0, *sides], sides, strict=False) if b > 1.3 * a]  # labels must not touch
+        some = [
+            b for a, b in zip([0, *sides], sides, strict=False) if b > 1.3 * a
+        ]  # labels must not touch
         sizes.set_xticks(some, some)
         sizes.minorticks_off()
         for i, axis in enumerate(axes.flat):
@@ -473,44 +671,65 @@ def robustness(path, report, sweeps, title):
 def parts(path, report, title):
     """Top-1 with each part painted gray, beside the same shape elsewhere."""
     rows = report["parts"]
-    kinds = {"hidden": (-0.2, BLUE, "", "the part is gray"),
-             "control": (0.2, ORANGE, "//", "the same shape elsewhere is gray")}  # fmt: skip
+    kinds = {
+        "hidden": (-0.2, BLUE, "", "the part is gray"),
+        "control": (0.2, ORANGE, "//", "the same shape elsewhere is gray"),
+    }
     with panels(path, title, 1, 1, (7.2, 3.6)) as axis:
         for key, (shift, colour, hatch, label) in kinds.items():
             place, values = np.arange(len(rows)) + shift, [r[key] for r in rows.values()]
             axis.bar(place, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
         controls(axis, [(report["clean"], "--", "clean"), (report["chance"], ":", "chance")])
-        axis.set_xticks(range(len(rows)), [f"{n}\n{100 * r['area']:.1f} %" for n, r in rows.items()], fontsize=9)
+        axis.set_xticks(
+            range(len(rows)), [f"{n}\n{100 * r['area']:.1f} %" for n, r in rows.items()], fontsize=9
+        )
         axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %")
         percent(axis, low=0)
         shared_legend(axis)
 
 
 def reconstruction(path, rows, title):
-    """PSNR on hidden pixels by ratio, a line per strategy; dotted: the mean colour of what is seen, random masks."""
-    of = {name: [r for r in rows if r["strategy"] == name] for name in dict.fromkeys(r["strategy"] for r in rows)}
+    """PSNR on hidden pixels by ratio, a line per strategy; dotted: the mean colour of what is seen,
+    random masks.
+    """
+    of = {
+        name: [r for r in rows if r["strategy"] == name]
+        for name in dict.fromkeys(r["strategy"] for r in rows)
+    }
     with panels(path, title, 1, 2, (9.8, 4.2)) as axes:
-        for axis, key, label in zip(axes, ("psnr", "ssim"), ("PSNR on hidden pixels, dB", "SSIM there"), strict=True):
+        for axis, key, label in zip(
+            axes, ("psnr", "ssim"), ("PSNR on hidden pixels, dB", "SSIM there"), strict=True
+        ):
             for i, (name, own) in enumerate(of.items()):
-                style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "ls": "-" if i < 8 else "--", "ms": 5}
+                style = {
+                    "color": COLOURS[i % 8],
+                    "marker": MARKERS[i % 8],
+                    "ls": "-" if i < 8 else "--",
+                    "ms": 5,
+                }
                 plot_rows(axis, own, "ratio", key, label=name, **style)
             axis.set(xlabel="share of patches hidden", ylabel=label)
-        plot_rows(axes[0], of.get("random", []), "ratio", "psnr_flat", ":", color=INK, label="mean colour")
+        plot_rows(
+            axes[0], of.get("random", []), "ratio", "psnr_flat", ":", color=INK, label="mean colour"
+        )
         shared_legend(axes[0])
 
 
-# ---- verification --------------------------------------------------------------------------------------------------
+# ---- verification --------------------------------------------------------------------------------
 
 
 def plot_verification(path, pairs, strangers, title, reliable=()):
-    """ROC and PR curves of (same character, different ones) and (known, strangers), and their scores; None: without.
+    """ROC and PR curves of (same character, different ones) and (known, strangers), and their
+    scores; None: without.
 
     reliable: points of metrics.calibration_error, in a panel of their own.
     """
     from sklearn.metrics import precision_recall_curve
 
-    kinds = [("two faces: same character?", BLUE, pairs, ("same", "different"), "similarity"),
-             ("one face: is it known?", ORANGE, strangers, ("known", "stranger"), "margin")]  # fmt: skip
+    kinds = [
+        ("two faces: same character?", BLUE, pairs, ("same", "different"), "similarity"),
+        ("one face: is it known?", ORANGE, strangers, ("known", "stranger"), "margin"),
+    ]
     kinds = [kind for kind in kinds if kind[2]]
     n = 2 + len(kinds) + bool(reliable)
     with panels(path, title, 1, n, (3.5 * n, 3.5)) as axes:
@@ -519,17 +738,35 @@ def plot_verification(path, pairs, strangers, title, reliable=()):
             axes[-1].plot((0, 100), (0, 100), color=INK, ls=":")
             axes[-1].plot(said, true, color=BLUE)
             axes[-1].scatter(said, true, 8 + 4 * weight, color=BLUE)
-            axes[-1].set(title="Is the confidence right?", xlabel="confidence, %", ylabel="named rightly, %")
-        for (name, colour, scores, words, what), axis in zip(kinds, axes[2 : 2 + len(kinds)], strict=True):
+            axes[-1].set(
+                title="Is the confidence right?", xlabel="confidence, %", ylabel="named rightly, %"
+            )
+        for (name, colour, scores, words, what), axis in zip(
+            kinds, axes[2 : 2 + len(kinds)], strict=True
+        ):
             false, true = metrics.roc(*scores)
             axes[0].plot(100 * false, 100 * true, color=colour, label=name)
             precision, recall, _ = precision_recall_curve(*metrics.truth_and_scores(*scores))
             axes[1].plot(100 * recall, 100 * precision, color=colour)
             for own, label, shade in zip(scores, words, (BLUE, ORANGE), strict=True):
-                axis.hist(own.numpy(), np.linspace(-1, 1, 61), density=True, histtype="step", color=shade, label=label)
-            axis.set(title=name.split(":")[0].capitalize(), xlabel=what, ylabel="density", xlim=(-1, 1))
+                axis.hist(
+                    own.numpy(),
+                    np.linspace(-1, 1, 61),
+                    density=True,
+                    histtype="step",
+                    color=shade,
+                    label=label,
+                )
+            axis.set(
+                title=name.split(":")[0].capitalize(), xlabel=what, ylabel="density", xlim=(-1, 1)
+            )
             axis.legend(fontsize=8)
-        axes[0].set(title="ROC", xlabel="false positive rate, %", ylabel="true positive rate, %", xscale="log")
+        axes[0].set(
+            title="ROC",
+            xlabel="false positive rate, %",
+            ylabel="true positive rate, %",
+            xscale="log",
+        )
         axes[0].set(xlim=(0.01, 100), ylim=(0, 100))
         axes[0].legend(fontsize=8, loc="upper left")
         axes[1].set(title="Precision and recall", xlabel="recall, %", ylabel="precision, %")
@@ -537,11 +774,24 @@ def plot_verification(path, pairs, strangers, title, reliable=()):
 
 
 def plot_precision(path, precision, row, title):
-    """Precision (101,) at IoU .5 over recall, and AP by the size of faces; row: what detection.coco found."""
+    """Precision (101,) at IoU .5 over recall, and AP by the size of faces; row: what detection.coco
+    found.
+    """
     with panels(path, title, 1, 2, (8.4, 3.4)) as (curve, bars):
         curve.plot(range(101), [100 * p for p in precision], color=BLUE)
-        curve.set(title=f"AP50 {row['ap50']:.1f} %", xlabel="recall, %", ylabel="precision, %", ylim=(0, 101))
-        kinds = {"all": "ap", "small": "ap_small", "medium": "ap_medium", "large": "ap_large", "AP75": "ap75"}
+        curve.set(
+            title=f"AP50 {row['ap50']:.1f} %",
+            xlabel="recall, %",
+            ylabel="precision, %",
+            ylim=(0, 101),
+        )
+        kinds = {
+            "all": "ap",
+            "small": "ap_small",
+            "medium": "ap_medium",
+            "large": "ap_large",
+            "AP75": "ap75",
+        }
         values = [row[k] or 0 for k in kinds.values()]
         bars.bar(list(kinds), values, color=BLUE)
         for i, value in enumerate(values):

@@ -1,6 +1,7 @@
 """Drawn or photographed: the networks of segment.py, masks between patches and pixels, and how masks are judged.
 
-    B batch   S side of a view in pixels   g patches on a side   K patches seen   D width   H, W sides of any picture
+B batch   S side of a view in pixels   g patches on a side   K patches seen   D width   H, W sides
+          of any picture
 """
 
 import itertools
@@ -22,27 +23,36 @@ TOLERANCE = 2  # pixels that a border may be off
 REMEDY = "remove it and run segment.py again"
 
 
-# ---- patches: stage 1 ------------------------------------------------------------------------------------------------
+# ---- patches: stage 1 ----------------------------------------------------------------------------
 
 
 class Patches(nn.Module):
-    """An encoder, a head to learn by, and centroids, which decide later. `config` is for blank_patches."""
+    """An encoder, a head to learn by, and centroids, which decide later. `config` is for
+    blank_patches.
+    """
 
     def __init__(self, encoder, decide):
         super().__init__()
         shape = shape_of(encoder)
-        self.config, dim = {"encoder": shape, "norm_eps": encoder.norm.eps, "decide": decide}, shape["dim"]
+        self.config, dim = (
+            {"encoder": shape, "norm_eps": encoder.norm.eps, "decide": decide},
+            shape["dim"],
+        )
         self.encoder, self.decide, self.head = encoder, decide, nn.Linear(dim, 1)
         self.register_buffer("centroids", torch.zeros(2, dim))
         self.register_buffer("scale", torch.ones(()))  # std of a patch's score
 
     def forward(self, patches, ids):
-        """patches (B, K, P), ids (B, K) -> logits of "drawn": (B,) of the CLS token, (B, K) of patches."""
+        """patches (B, K, P), ids (B, K) -> logits of "drawn": (B,) of the CLS token, (B, K) of
+        patches.
+        """
         logits = self.head(self.encoder(patches, ids).float())[..., 0]
         return logits[:, 0], logits[:, 1:]
 
     def scores(self, view):
-        """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches: over 0 where it is drawn."""
+        """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches: over 0 where it
+        is drawn.
+        """
         tokens = self.encoder.features(view).float()
         if self.decide == "cls":
             s = self.head(tokens)[..., 0]
@@ -55,19 +65,37 @@ class Patches(nn.Module):
 
 
 def cut_masks(B, S, share, generator):
-    """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, nothing in the others."""
+    """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, nothing in the
+    others.
+    """
     u = torch.rand(8, B, 1, 1, generator=generator)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
-    angle, (cy, cx, height, width), power = 2 * math.pi * u[0], u[1:5], torch.where(u[5] < 0.5, 2, 20)
+    angle, (cy, cx, height, width), power = (
+        2 * math.pi * u[0],
+        u[1:5],
+        torch.where(u[5] < 0.5, 2, 20),
+    )
     plane = x * angle.cos() + y * angle.sin() > 1.2 * cy - 0.6
-    v, h = (y - 1.2 * cy + 0.6).abs() / (0.25 + 0.6 * height), (x - 1.2 * cx + 0.6).abs() / (0.25 + 0.6 * width)
-    blobs = F.interpolate(torch.randn(B, 1, 4, 4, generator=generator), size=(S, S), mode="bicubic")[:, 0] > cy - 0.5
-    shapes = torch.stack([plane, v**power + h**power < 1, blobs])  # power 2: an ellipse, 20: a rectangle
+    v, h = (
+        (y - 1.2 * cy + 0.6).abs() / (0.25 + 0.6 * height),
+        (x - 1.2 * cx + 0.6).abs() / (0.25 + 0.6 * width),
+    )
+    blobs = (
+        F.interpolate(torch.randn(B, 1, 4, 4, generator=generator), size=(S, S), mode="bicubic")[
+            :, 0
+        ]
+        > cy - 0.5
+    )
+    shapes = torch.stack(
+        [plane, v**power + h**power < 1, blobs]
+    )  # power 2: an ellipse, 20: a rectangle
     return shapes[(3 * u[6, :, 0, 0]).long(), torch.arange(B)] & (u[7] < share)
 
 
 def cut_together(view, drawn, share, generator):
-    """Frames (B, S, S, 3) and masks (B, S, S), of which `share` show a part of another frame of the batch."""
+    """Frames (B, S, S, 3) and masks (B, S, S), of which `share` show a part of another frame of the
+    batch.
+    """
     cut = cut_masks(len(view), view.shape[1], share, generator).to(view.device)
     return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
@@ -85,11 +113,13 @@ def load_patches(path):
     return net.eval()
 
 
-# ---- from patches to pixels: stage 2 ---------------------------------------------------------------------------------
+# ---- from patches to pixels: stage 2 -------------------------------------------------------------
 
 
 def fine_scores(net, view):
-    """view u8 (B, S, S, 3) -> (B, 2g, 2g): means over frames moved by nothing and by half a patch, each way."""
+    """view u8 (B, S, S, 3) -> (B, 2g, 2g): means over frames moved by nothing and by half a patch,
+    each way.
+    """
     h, g = net.encoder.patch_size // 2, net.encoder.side
     total, count = torch.zeros(2, len(view), 2 * g + 1, 2 * g + 1, device=view.device)
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -103,11 +133,15 @@ def fine_scores(net, view):
 
 
 def guided_filter(values, view, radius):
-    """values (B, H, W) as a linear function of brightness in each window of `view` u8 (B, H, W, 3) -> (B, H, W).
+    """values (B, H, W) as a linear function of brightness in each window of `view` u8 (B, H, W, 3)
+    -> (B, H, W).
 
     Where the picture has an edge, so has the result (He, Sun & Tang 2013, equations 5, 6 and 8).
     """
-    mean = lambda x: F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]  # noqa: E731
+
+    def mean(x):
+        return F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
+
     guide = (view.float() * view.new_tensor(data.LUMA, dtype=torch.float32)).sum(3) / 255
     m_guide, m_values = mean(guide), mean(values)
     a = (mean(guide * values) - m_guide * m_values) / (mean(guide**2) - m_guide**2 + EPS)
@@ -115,32 +149,42 @@ def guided_filter(values, view, radius):
 
 
 def two_means(probability):
-    """(B, S, S) of frames that hold both kinds -> the same, moved: .5 is midway between the means over and under it.
+    """(B, S, S) of frames that hold both kinds -> the same, moved: .5 is midway between the means
+    over and under it.
 
-    Whatever else is in a frame moves all of its scores; their order within the frame stays right. So each frame has a
-    threshold of its own (Ridler & Calvard 1978).
+    Whatever else is in a frame moves all of its scores; their order within the frame stays right.
+    So each frame has a threshold of its own (Ridler & Calvard 1978).
     """
-    mean = lambda x, where: (x * where).sum((1, 2), keepdim=True) / where.sum((1, 2), keepdim=True).clamp(min=1)  # noqa: E731
+
+    def mean(x, where):
+        return (x * where).sum((1, 2), keepdim=True) / where.sum((1, 2), keepdim=True).clamp(min=1)
+
     threshold = probability.mean((1, 2), keepdim=True)
     for _ in range(16):
-        threshold = (mean(probability, probability > threshold) + mean(probability, probability <= threshold)) / 2
+        threshold = (
+            mean(probability, probability > threshold) + mean(probability, probability <= threshold)
+        ) / 2
     return (probability + 0.5 - threshold).clamp(0, 1)
 
 
 @torch.no_grad()
 def proxy_masks(net, view, autocast):
-    """view u8 (B, S, S, 3) -> probability of drawn, (B, S, S), and the same before the picture's edges were asked."""
+    """view u8 (B, S, S, 3) -> probability of drawn, (B, S, S), and the same before the picture's
+    edges were asked.
+    """
     with autocast():
         cells = fine_scores(net.eval(), view).sigmoid()
     coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
     return guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1), coarse
 
 
-# ---- pixels: stage 3 -------------------------------------------------------------------------------------------------
+# ---- pixels: stage 3 -----------------------------------------------------------------------------
 
 
 class Pixels(nn.Module):
-    """A U-Net or SegFormer; beside colours it is shown what `patches` of stage 1, which stay as they are, say."""
+    """A U-Net or SegFormer; beside colours it is shown what `patches` of stage 1, which stay as
+    they are, say.
+    """
 
     def __init__(self, network, patches=None):
         super().__init__()
@@ -149,11 +193,15 @@ class Pixels(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, view):
-        """view u8 (B, H, W, 3), any size -> logits of "drawn" (B, h, w) fp32, at the size of the network's answer."""
+        """view u8 (B, H, W, 3), any size -> logits of "drawn" (B, h, w) fp32, at the size of the
+        network's answer.
+        """
         x = view.permute(0, 3, 1, 2).float()
         seen = [x / 127.5 - 1] if self.patches is None else [x / 127.5 - 1, self.hint(x)]
         logits = self.net(torch.cat(seen, 1))
-        return getattr(logits, "logits", logits)[:, 0].float()  # transformers wraps what its networks answer
+        return getattr(logits, "logits", logits)[
+            :, 0
+        ].float()  # transformers wraps what its networks answer
 
     @torch.no_grad()
     def hint(self, x):
@@ -165,7 +213,8 @@ class Pixels(nn.Module):
 
 
 class UNet(nn.Module):
-    """3x3 convolutions, down to a sixteenth of the side and up to half of it (Ronneberger, Fischer & Brox 2015).
+    """3x3 convolutions, down to a sixteenth of the side and up to half of it (Ronneberger, Fischer
+    & Brox 2015).
 
     x (B, channels, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
     """
@@ -191,24 +240,46 @@ class UNet(nn.Module):
 
 def convs(*widths, size=3, stride=1):
     """A convolution, BatchNorm and ReLU from each width to the next."""
-    return nn.Sequential(*[layer for a, b in itertools.pairwise(widths) for layer in (
-        nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())])  # fmt: skip
+    return nn.Sequential(
+        *[
+            layer
+            for a, b in itertools.pairwise(widths)
+            for layer in (
+                nn.Conv2d(a, b, size, stride, size // 2, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            )
+        ]
+    )
 
 
 def segformer(channels):
-    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million parameters.
+    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million
+    parameters.
 
-    The encoder's convolutions are drawn as in the paper's own code, by what each puts out; transformers' std of .02 all
-    but silences those of a single channel, and nothing was learned. Fused attention is slower on a CPU than products.
+    The encoder's convolutions are drawn as in the paper's own code, by what each puts out;
+    transformers' std of .02 all but silences those of a single channel, and nothing was learned.
+    Fused attention is slower on a CPU than products.
     """
     try:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
     except ImportError:
-        raise UserError("--network segformer needs transformers: pip install transformers; unet does not") from None
-    net = SegformerForSemanticSegmentation(SegformerConfig(
-        num_labels=1, num_channels=channels, depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96],
-        num_attention_heads=[1, 2, 4, 8], decoder_hidden_size=64, drop_path_rate=0, classifier_dropout_prob=0,
-        attn_implementation="eager"))  # fmt: skip
+        raise UserError(
+            "--network segformer needs transformers: pip install transformers; unet does not"
+        ) from None
+    net = SegformerForSemanticSegmentation(
+        SegformerConfig(
+            num_labels=1,
+            num_channels=channels,
+            depths=[2, 2, 2, 1],
+            hidden_sizes=[24, 48, 64, 96],
+            num_attention_heads=[1, 2, 4, 8],
+            decoder_hidden_size=64,
+            drop_path_rate=0,
+            classifier_dropout_prob=0,
+            attn_implementation="eager",
+        )
+    )
     for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         numbers = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
         nn.init.normal_(conv.weight, std=math.sqrt(2 / numbers))
@@ -243,12 +314,18 @@ def load(folder, device, autocast):
         pixels.to(device)
         return (lambda view: pixel_masks(pixels, view, autocast)), header["image_size"], False
     if not patches.exists():
-        raise UserError(f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one")
+        raise UserError(
+            f"{folder} is no run of segment.py; python segment.py ENCODER --data DIR makes one"
+        )
     net = load_patches(patches).to(device)
-    return (lambda view: proxy_masks(net, view, autocast)[0]), net.encoder.side * net.encoder.patch_size, True
+    return (
+        (lambda view: proxy_masks(net, view, autocast)[0]),
+        net.encoder.side * net.encoder.patch_size,
+        True,
+    )
 
 
-# ---- judging and showing ---------------------------------------------------------------------------------------------
+# ---- judging and showing -------------------------------------------------------------------------
 
 
 def border(mask):
@@ -258,12 +335,15 @@ def border(mask):
 
 
 def within(mask, reach):
-    """mask (B, H, W) bool -> pixels no further than `reach` from one of its own, in rows and columns."""
+    """mask (B, H, W) bool -> pixels no further than `reach` from one of its own, in rows and
+    columns.
+    """
     return F.max_pool2d(mask.float()[:, None], 2 * reach + 1, 1, reach)[:, 0] > 0
 
 
 def judge_masks(pairs):
-    """pairs of (said, true) masks (B, H, W) bool -> percent: IoU of drawn, of photographed, their mean; boundary F.
+    """pairs of (said, true) masks (B, H, W) bool -> percent: IoU of drawn, of photographed, their
+    mean; boundary F.
 
     Pixels are counted over all frames together; a border counts as found within TOLERANCE pixels.
     """
@@ -273,11 +353,17 @@ def judge_masks(pairs):
             both[k] += (a & b).sum()
             either[k] += (a | b).sum()
         a, b = border(said), border(true)
-        found += torch.tensor([(a & within(b, TOLERANCE)).sum(), a.sum(), (b & within(a, TOLERANCE)).sum(), b.sum()])
+        found += torch.tensor(
+            [(a & within(b, TOLERANCE)).sum(), a.sum(), (b & within(a, TOLERANCE)).sum(), b.sum()]
+        )
     iou = 100 * both / either.clamp(min=1)
     precision, recall = found[0] / found[1].clamp(min=1), found[2] / found[3].clamp(min=1)
-    row = {"iou_drawn": iou[1], "iou_photographed": iou[0], "miou": iou.mean(),
-           "boundary_f": 100 * 2 * precision * recall / (precision + recall).clamp(min=1e-9)}  # fmt: skip
+    row = {
+        "iou_drawn": iou[1],
+        "iou_photographed": iou[0],
+        "miou": iou.mean(),
+        "boundary_f": 100 * 2 * precision * recall / (precision + recall).clamp(min=1e-9),
+    }
     return {k: round(x.item(), 2) for k, x in row.items()}
 
 

@@ -1,6 +1,7 @@
 """Is a difference more than chance? Student's t, F, power, the bootstrap over seeds and illustrations, Holm.
 
-Intervals are of 95 %. The distributions are scipy's, imported where a result is judged, not where a stage starts.
+Intervals are of 95 %. The distributions are scipy's, imported where a result is judged, not where a
+stage starts.
 """
 
 import math
@@ -24,7 +25,9 @@ def t_quantile(df):
 
 
 def enough(differences):
-    """Can an interval be said at all? Not from under three seeds, nor from seeds that all tie: that is no evidence."""
+    """Can an interval be said at all? Not from under three seeds, nor from seeds that all tie: that
+    is no evidence.
+    """
     d = np.asarray(differences, np.float64)
     return len(d) >= LEAST_SEEDS and d.std(ddof=1) > 1e-9 * max(1.0, np.abs(d).max())
 
@@ -38,31 +41,38 @@ def why_none(differences):
 
 
 def image_variance(each, groups):
-    """each (seeds, images), groups (images) -> the squared error of the mean that the test images bring; illustrations.
+    """each (seeds, images), groups (images) -> the squared error of the mean that the test images
+    bring; illustrations.
 
-    The images of an illustration are no independent draws, so whole illustrations vary (cluster-robust, of any size):
-    with d_i the mean of image i over seeds, N images and G illustrations,
+    The images of an illustration are no independent draws, so whole illustrations vary
+    (cluster-robust, of any size): with d_i the mean of image i over seeds, N images and G
+    illustrations,
 
         s_images^2 / G = G / (G-1)  sum_g (sum_{i in g} d_i - d)^2  /  N^2
 
     which for illustrations of one size is the variance of their means, over G.
     """
-    d, (_, ids) = np.mean(each, 0, dtype=np.float64), np.unique(np.asarray(groups), return_inverse=True)
+    d, (_, ids) = (
+        np.mean(each, 0, dtype=np.float64),
+        np.unique(np.asarray(groups), return_inverse=True),
+    )
     sums, count = np.bincount(ids, d - d.mean()), ids.max() + 1
     return count / max(count - 1, 1) * float((sums**2).sum()) / len(d) ** 2, int(count)
 
 
 def errors_of(seeds, n, images=0.0, count=1):
-    """Squared errors of a mean, by n seeds and by `count` illustrations -> [(standard error, degrees of freedom)].
+    """Squared errors of a mean, by n seeds and by `count` illustrations -> [(standard error,
+    degrees of freedom)].
 
     First of the seeds alone; then, where there are images, of both, A + B:
 
         error^2 = A + B,   df = (A + B)^2 / (A^2 / (n-1) + B^2 / (G-1))     (Satterthwaite 1946)
 
-    Conservative: seeds are measured on the same few images, and images by the same few seeds, so that the noise of a
-    single seed on a single image, the interaction, is in A and in B and is counted twice. Whoever uses them takes the
-    one that claims less: with more degrees of freedom the second may be narrower than the first, and images that are
-    added to a plan must never make it less strict.
+    Conservative: seeds are measured on the same few images, and images by the same few seeds, so
+    that the noise of a single seed on a single image, the interaction, is in A and in B and is
+    counted twice. Whoever uses them takes the one that claims less: with more degrees of freedom
+    the second may be narrower than the first, and images that are added to a plan must never make
+    it less strict.
     """
     both = [(math.sqrt(seeds), n - 1)]
     if images:
@@ -72,7 +82,8 @@ def errors_of(seeds, n, images=0.0, count=1):
 
 
 def mean_errors(differences, groups=None):
-    """-> the mean of paired differences and its `errors_of`; None where they are not `enough` for an interval.
+    """-> the mean of paired differences and its `errors_of`; None where they are not `enough` for
+    an interval.
 
     differences: (seeds), or with groups (images), the illustration of each, (seeds, images).
     """
@@ -84,7 +95,9 @@ def mean_errors(differences, groups=None):
 
 
 def paired_t(differences, groups=None):
-    """As `mean_errors` -> {mean, low, high, p}: a t interval (of seeds alone: half-width 2.48 s at three); or None."""
+    """As `mean_errors` -> {mean, low, high, p}: a t interval (of seeds alone: half-width 2.48 s at
+    three); or None.
+    """
     from scipy.stats import t
 
     if (found := mean_errors(differences, groups)) is None:
@@ -96,7 +109,9 @@ def paired_t(differences, groups=None):
 
 
 def p_below(differences, claim, groups=None):
-    """P of a mean as low as this one, or lower, if the true one were `claim` or more: small refutes it; or None."""
+    """P of a mean as low as this one, or lower, if the true one were `claim` or more: small refutes
+    it; or None.
+    """
     from scipy.stats import t
 
     if (found := mean_errors(differences, groups)) is None:
@@ -106,7 +121,8 @@ def p_below(differences, claim, groups=None):
 
 
 def t_power(effect, std, n, images=(0.0, 1)):
-    """Chance that a paired t test of n seeds sees a true effect; std: of the differences between seeds.
+    """Chance that a paired t test of n seeds sees a true effect; std: of the differences between
+    seeds.
 
     images: what `image_variance` says of the test images, which more seeds do not change.
     """
@@ -114,21 +130,31 @@ def t_power(effect, std, n, images=(0.0, 1)):
 
     def power(error, df):
         limit, delta = t_quantile(df), effect / error
-        far = np.nan_to_num(nct.cdf(-limit, df, delta))  # scipy has no number for some tails of under 1e-20
+        far = np.nan_to_num(
+            nct.cdf(-limit, df, delta)
+        )  # scipy has no number for some tails of under 1e-20
         return float(nct.sf(limit, df, delta) + far)
 
-    return min(power(*pair) for pair in errors_of(std**2 / n, n, *images)) if std else float(effect != 0)
+    return (
+        min(power(*pair) for pair in errors_of(std**2 / n, n, *images))
+        if std
+        else float(effect != 0)
+    )
 
 
 def seeds_needed(effect, std, power=0.8, most=100, images=(0.0, 1)):
     """The fewest paired seeds that see this effect with this chance; None if more than `most`."""
-    return next((n for n in range(LEAST_SEEDS, most + 1) if t_power(effect, std, n, images) >= power), None)
+    return next(
+        (n for n in range(LEAST_SEEDS, most + 1) if t_power(effect, std, n, images) >= power), None
+    )
 
 
 def variance_ratio(values, baseline):
-    """F test: do these seeds vary less than the baseline's? -> {ratio, low, high, p (of lower), p_higher}.
+    """F test: do these seeds vary less than the baseline's? -> {ratio, low, high, p (of lower),
+    p_higher}.
 
-    ratio = variance / variance of the baseline, with its interval. Needs ten seeds: F(2, 2) at three asks for 19.
+    ratio = variance / variance of the baseline, with its interval. Needs ten seeds: F(2, 2) at
+    three asks for 19.
     """
     from scipy.stats import f
 
@@ -136,18 +162,28 @@ def variance_ratio(values, baseline):
     df = len(values) - 1, len(baseline) - 1
     p, tail = float(f.cdf(ratio, *df)), (1 - 0.95) / 2
     low, high = (ratio / float(f.ppf(q, *df)) for q in (1 - tail, tail))
-    return {"ratio": ratio, "low": low, "high": high, "p": min(1.0, 2 * p), "p_higher": min(1.0, 2 * (1 - p))}
+    return {
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "p": min(1.0, 2 * p),
+        "p_higher": min(1.0, 2 * (1 - p)),
+    }
 
 
 def f_power(ratio, n):
-    """Chance that this F test, of n seeds on either side, sees a variance that is truly `ratio` of the baseline's."""
+    """Chance that this F test, of n seeds on either side, sees a variance that is truly `ratio` of
+    the baseline's.
+    """
     from scipy.stats import f
 
     return float(f.cdf(f.ppf((1 - 0.95) / 2, n - 1, n - 1) / ratio, n - 1, n - 1))
 
 
 def to_bits(right):
-    """(n,) bool -> hexadecimal text, eight images in two digits: which images a probe got right, small in a row."""
+    """(n,) bool -> hexadecimal text, eight images in two digits: which images a probe got right,
+    small in a row.
+    """
     return np.packbits(np.asarray(right, bool)).tobytes().hex()
 
 
@@ -157,12 +193,17 @@ def from_bits(text, n):
 
 
 def bootstrap(differences, groups, draws=2000):
-    """differences (seeds, images), such as right minus right in points; groups (images) -> {mean, low, high, p}.
+    """differences (seeds, images), such as right minus right in points; groups (images) -> {mean,
+    low, high, p}.
 
-    Resamples seeds and illustrations, both with replacement: never single images, of which an illustration may hold
-    several. Percentile interval; p is twice the smaller share of draws on the far side of 0.
+    Resamples seeds and illustrations, both with replacement: never single images, of which an
+    illustration may hold several. Percentile interval; p is twice the smaller share of draws on the
+    far side of 0.
     """
-    d, (_, ids) = np.asarray(differences, np.float64), np.unique(np.asarray(groups), return_inverse=True)
+    d, (_, ids) = (
+        np.asarray(differences, np.float64),
+        np.unique(np.asarray(groups), return_inverse=True),
+    )
     size, rng = np.bincount(ids), np.random.default_rng(0)
     sums = np.stack([np.bincount(ids, row) for row in d])  # (seeds, groups)
     means = np.empty(draws)
@@ -176,7 +217,9 @@ def bootstrap(differences, groups, draws=2000):
 
 
 def holm(p_values):
-    """p values of a family of hypotheses -> adjusted ones (Holm 1979): to be compared with .05 as they are."""
+    """p values of a family of hypotheses -> adjusted ones (Holm 1979): to be compared with .05 as
+    they are.
+    """
     p, adjusted, highest = list(p_values), [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
@@ -185,6 +228,10 @@ def holm(p_values):
 
 
 def add_holm(rows):
-    """Give each row (a dict with "p") its "holm_p"; a p of None counts as 1 in the family, and stays None."""
-    for row, p in zip(rows, holm([1.0 if row["p"] is None else row["p"] for row in rows]), strict=True):
+    """Give each row (a dict with "p") its "holm_p"; a p of None counts as 1 in the family, and
+    stays None.
+    """
+    for row, p in zip(
+        rows, holm([1.0 if row["p"] is None else row["p"] for row in rows]), strict=True
+    ):
         row["holm_p"] = None if row["p"] is None else p

@@ -23,7 +23,9 @@ def save_csv(path, rows):
 
 
 def rows_there(path, columns):
-    """-> rows of a CSV to which others will be added, none where there is no file; refuses what is no such table."""
+    """-> rows of a CSV to which others will be added, none where there is no file; refuses what is
+    no such table.
+    """
     if Path(path).is_symlink() and not Path(path).exists():
         raise UserError(f"{path} is a link to nowhere; give another --out")
     try:
@@ -31,7 +33,9 @@ def rows_there(path, columns):
     except (ValueError, csv.Error):
         rows = [{}]
     if lost := [c for c in columns if any(row.get(c) is None for row in rows)]:
-        raise UserError(f"{path} is there already, and no such table (it has no column {lost[0]}); give another --out")
+        raise UserError(
+            f"{path} is there already, and no such table (it has no column {lost[0]}); give another --out"
+        )
     return rows
 
 

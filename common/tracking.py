@@ -27,12 +27,16 @@ class TensorBoard:
 
     def pictures(self, paths, step):
         for path in paths:
-            self.writer.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image(
+                path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC"
+            )
         self.writer.close()
 
 
 class Wandb:
-    """A run of the project animask, in the run's folder and, unless WANDB_MODE=offline, at Weights & Biases."""
+    """A run of the project animask, in the run's folder and, unless WANDB_MODE=offline, at Weights
+    & Biases.
+    """
 
     def __init__(self, out, config):
         import wandb
@@ -59,5 +63,7 @@ def known(text):
             choices = f"choose from {', '.join(TRACKERS)} (log.jsonl is always written)"
             raise argparse.ArgumentTypeError(f"{name} is unknown; {choices}")
         if not find_spec(name):
-            raise argparse.ArgumentTypeError(f"{name} needs a package that is not installed: pip install {name}")
+            raise argparse.ArgumentTypeError(
+                f"{name} needs a package that is not installed: pip install {name}"
+            )
     return [TRACKERS[name] for name in names]

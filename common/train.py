@@ -32,16 +32,22 @@ except ImportError:  # there is none on Windows
 ANEW = "--force starts anew, another --out leaves it alone"
 
 
-# ---- the machine ---------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 def pick_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a UserError.
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a
+    UserError.
 
-    Every stage asks here before its first large tensor, so this is also where glibc is told to keep freed memory.
+    Every stage asks here before its first large tensor, so this is also where glibc is told to keep
+    freed memory.
     """
     keep_freed_memory()
-    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     there = [kind for kind, yes in kinds.items() if yes]
     if name == "auto":
         return torch.device(there[0])
@@ -51,14 +57,17 @@ def pick_device(name):
         device = torch.device(name)
         if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
             return device
-    raise UserError(f"--device {name} is no device of this machine; try --device {name.split(':')[0]}")
+    raise UserError(
+        f"--device {name} is no device of this machine; try --device {name.split(':')[0]}"
+    )
 
 
 def keep_freed_memory():
     """Let glibc keep the blocks that it frees for the next step.
 
-    It gives blocks over 32 MB back to the kernel, which clears new pages for the same tensors in every step: 15 % of
-    the time of a ViT-S on a CPU (results/LOG.md). mallopt(3): no block by mmap, the heap is not trimmed under 2 GB.
+    It gives blocks over 32 MB back to the kernel, which clears new pages for the same tensors in
+    every step: 15 % of the time of a ViT-S on a CPU (results/LOG.md). mallopt(3): no block by mmap,
+    the heap is not trimmed under 2 GB.
     """
     set_malloc(mmap_max=0, trim_threshold=2**31 - 1)
 
@@ -67,30 +76,47 @@ def set_malloc(**options):
     """mallopt(3), by the names there; where there is no glibc this does nothing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for name, value in options.items():
-            ctypes.CDLL(None).mallopt({"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}[name], value)
+            ctypes.CDLL(None).mallopt(
+                {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}[name], value
+            )
 
 
 @functools.cache
 def bf16_gain():
     """Seconds of a matrix product in fp32 over those in bf16, on this CPU; takes 10 to 30 ms.
 
-    Instructions for bf16 (avx512_bf16) do not tell: one CPU is three times as fast with them, another half as fast.
+    Instructions for bf16 (avx512_bf16) do not tell: one CPU is three times as fast with them,
+    another half as fast.
     """
     setup = "import torch; a = torch.ones(1024, 192, dtype=torch.{})"
-    times = [min(timeit.repeat("a @ a[:192].T", setup.format(t), number=1, repeat=9)) for t in ("float32", "bfloat16")]
+    times = [
+        min(timeit.repeat("a @ a[:192].T", setup.format(t), number=1, repeat=9))
+        for t in ("float32", "bfloat16")
+    ]
     return times[0] / times[1]
 
 
 def pick_dtype(name, device):
-    """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer stay fp32."""
+    """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer
+    stay fp32.
+    """
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (torch.bfloat16, "this GPU multiplies it fast") if fast else (torch.float32, "this GPU has no fast bf16")
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return (
+            (torch.bfloat16, "this GPU multiplies it fast")
+            if fast
+            else (torch.float32, "this GPU has no fast bf16")
+        )
+    if device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
         dtype = torch.bfloat16 if bf16_gain() > 1.3 else torch.float32
-        return dtype, f"this CPU was timed, and multiplies bf16 {bf16_gain():.1f} times as fast as fp32"
+        return (
+            dtype,
+            f"this CPU was timed, and multiplies bf16 {bf16_gain():.1f} times as fast as fp32",
+        )
     return torch.float32, f"bf16 is not known to be faster on this {device.type}"
 
 
@@ -112,10 +138,15 @@ def commit():
     def git(*words):
         with contextlib.suppress(OSError):  # there may be no git on this machine
             root = Path(__file__).parent.parent
-            return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True).stdout.strip()
+            return subprocess.run(
+                ["git", *words], cwd=root, capture_output=True, text=True
+            ).stdout.strip()
         return ""
 
-    return git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "") or "no git"
+    return (
+        git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+        or "no git"
+    )
 
 
 def peak_memory_mb(device):
@@ -129,16 +160,19 @@ def peak_memory_mb(device):
 
 
 def step_memory(stacks, images, item, fused, learns):
-    """About how many bytes a step on so many images takes, with stacks [(tokens n, width D, blocks, heads H)].
+    """About how many bytes a step on so many images takes, with stacks [(tokens n, width D, blocks,
+    heads H)].
 
     weights  16 bytes for each of 12 D^2 a block: the weight, its gradient, two moments of AdamW
-    kept     by a block for its backward pass, of each token: 2 D numbers in fp32 (what its norms read) and 18 D of
-             `item` bytes (what its matrices and its GELU read, q, k and v twice, its branches); one block works at
-             a time where nothing learns
-    square   H n^2 probabilities of `item` bytes, kept where it learns; at work two more, scores or gradients. A fused
-             attention has none
-    On a CPU the peak of the process was 1.19 and 1.10 times as much (steps of small, 128 px, 64 images: 1.1 GB; nano,
-    256 px, 16 images: 2.1 GB) and .98 times (evaluation of small, 224 px: .9 GB); torch itself has .1 GB of it.
+    kept     by a block for its backward pass, of each token: 2 D numbers in fp32 (what its norms
+             read) and 18 D of `item` bytes (what its matrices and its GELU read, q, k and v twice,
+             its branches); one block works at a time where nothing learns
+    square   H n^2 probabilities of `item` bytes, kept where it learns; at work two more, scores or
+             gradients. A fused attention has none
+    On a CPU the peak of the process was 1.19 and 1.10 times as much (steps of small, 128 px, 64
+    images: 1.1 GB; nano,
+    256 px, 16 images: 2.1 GB) and .98 times (evaluation of small, 224 px: .9 GB); torch itself has
+    .1 GB of it.
     """
     weights, kept, at_work = 0, 0, 0
     for n, D, blocks, H in stacks:
@@ -165,17 +199,28 @@ SMALLER = "a smaller --batch-size, --model or --decoder-dim, or more --accumulat
 
 
 def check_memory(device, image_size, patch, need, fix=SMALLER):
-    """A UserError, before the first step, where need(image size) bytes are not free; it says the largest that fits."""
-    free, sizes = free_memory(device), range(patch, image_size, patch)  # need(image size) rises with it
+    """A UserError, before the first step, where need(image size) bytes are not free; it says the
+    largest that fits.
+    """
+    free, sizes = (
+        free_memory(device),
+        range(patch, image_size, patch),
+    )  # need(image size) rises with it
     if need(image_size) > free:
         fits = patch * bisect.bisect(sizes, free, key=need)
-        best = f"--image-size {fits} is the largest that fits, or" if fits else "no --image-size fits:"
-        raise UserError(f"--image-size {image_size} needs about {need(image_size) / 2**30:.1f} GB of memory here, and "
-                        f"{free / 2**30:.1f} are free; {best} give {fix}")  # fmt: skip
+        best = (
+            f"--image-size {fits} is the largest that fits, or" if fits else "no --image-size fits:"
+        )
+        raise UserError(
+            f"--image-size {image_size} needs about {need(image_size) / 2**30:.1f} GB of memory here, and "
+            f"{free / 2**30:.1f} are free; {best} give {fix}"
+        )
 
 
 def catch_signals():
-    """-> a list that a first Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one interrupts."""
+    """-> a list that a first Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one
+    interrupts.
+    """
     stop_signal = []
 
     def note(number, _):
@@ -188,7 +233,7 @@ def catch_signals():
     return stop_signal
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def save_state(state, path):
@@ -201,18 +246,26 @@ def save_state(state, path):
 
 
 def load_state(path):
-    """Read what `save_state` wrote. Never unpickles code: a file with anything but tensors and values is refused."""
+    """Read what `save_state` wrote. Never unpickles code: a file with anything but tensors and
+    values is refused.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
+    except (
+        Exception
+    ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
-        raise UserError(f"{path} can't be read as a checkpoint of ours ({reason}); {ANEW}") from None
+        raise UserError(
+            f"{path} can't be read as a checkpoint of ours ({reason}); {ANEW}"
+        ) from None
 
 
 def open_run(out, config, resume, force=False, files=()):
-    """-> the state to go on from, or None. A folder with another run in it is left alone, unless force: that run goes.
+    """-> the state to go on from, or None. A folder with another run in it is left alone, unless
+    force: that run goes.
 
-    files: what a finished run writes, as patterns of names; they stand for a run whose state.pt was removed.
+    files: what a finished run writes, as patterns of names; they stand for a run whose state.pt was
+    removed.
     """
     refuse_file(out)
     there = [path for pattern in ("state.pt", *files) for path in Path(out).glob(pattern)]
@@ -228,27 +281,39 @@ def open_run(out, config, resume, force=False, files=()):
         raise UserError(f"{out}/state.pt is not a checkpoint of a run of ours; {ANEW}")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:8])
-        raise UserError(f"{out} holds a run with {pairs}; --resume goes on with the same flags, {ANEW}")
+        raise UserError(
+            f"{out} holds a run with {pairs}; --resume goes on with the same flags, {ANEW}"
+        )
     if not resume:
-        raise UserError(f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {ANEW}")
+        raise UserError(
+            f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {ANEW}"
+        )
     return state
 
 
 @contextlib.contextmanager
 def taking_up(path):
-    """with taking_up(state.pt): what its state lacks, or has otherwise than it was written, is a UserError."""
+    """with taking_up(state.pt): what its state lacks, or has otherwise than it was written, is a
+    UserError.
+    """
     try:
         yield
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as problem:
-        reason = f"{type(problem).__name__}: {problem}"[:200].splitlines()[0].removeprefix(f"UserError: {path} ")
+        reason = (
+            f"{type(problem).__name__}: {problem}"[:200]
+            .splitlines()[0]
+            .removeprefix(f"UserError: {path} ")
+        )
         raise UserError(f"{path} is not as it was written ({reason}); {ANEW}") from None
 
 
-# ---- optimizer and schedule ----------------------------------------------------------------------------------------
+# ---- optimizer and schedule ----------------------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW in one fused pass; biases, LayerNorms and tokens (all that is 1-D in meaning) are not decayed."""
+    """AdamW in one fused pass; biases, LayerNorms and tokens (all that is 1-D in meaning) are not
+    decayed.
+    """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -264,22 +329,30 @@ def set_lr(optimizer, lr):
 
 
 def lr_at(step, total, warmup, peak):
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every step."""
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every
+    step.
+    """
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring
+    numbers.
+    """
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
-# ---- log -----------------------------------------------------------------------------------------------------------
+# ---- log -----------------------------------------------------------------------------------------
 
 
 def read_log(path):
-    """log.jsonl -> list of rows; a last line that was cut by a kill, or what is no row, is left out."""
+    """log.jsonl -> list of rows; a last line that was cut by a kill, or what is no row, is left
+    out.
+    """
     rows = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
@@ -295,7 +368,8 @@ def trackers(text):
 
 
 class Log:
-    """log(**row) writes a line of JSON, and repeats its numbers to "tensorboard" and "wandb" where asked.
+    """log(**row) writes a line of JSON, and repeats its numbers to "tensorboard" and "wandb" where
+    asked.
 
     Rows after `step` are dropped first: the checkpoint alone decides where a resumed run stands.
     write=False is for processes that leave the log to another: their rows are dropped.
@@ -305,7 +379,12 @@ class Log:
         self.path, self.write, self.step = Path(path), write, max(step, 0)
         self.trackers = [kind(self.path.parent, config) for kind in also if write]
         if write:
-            save_text("".join(json.dumps(r) + "\n" for r in read_log(path) if r.get("step", math.inf) <= step), path)
+            save_text(
+                "".join(
+                    json.dumps(r) + "\n" for r in read_log(path) if r.get("step", math.inf) <= step
+                ),
+                path,
+            )
 
     def __call__(self, **row):
         if not self.write:
@@ -315,7 +394,9 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as problem:  # a full disk; a line cut short is left out when the log is read
-            raise UserError(f"could not write {self.path}: {problem.strerror}; make room, then add --resume") from None
+            raise UserError(
+                f"could not write {self.path}: {problem.strerror}; make room, then add --resume"
+            ) from None
         for tracker in self.trackers:
             tracker.numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
@@ -326,10 +407,16 @@ class Log:
 
 
 class Meter:
-    """The losses and gradient norms of the steps since the last row of the log, their speed, and the wait for data."""
+    """The losses and gradient norms of the steps since the last row of the log, their speed, and
+    the wait for data.
+    """
 
     def __init__(self, batch_size, device, seconds=0.0):
-        self.batch_size, self.device, self.start_time = batch_size, device, time.perf_counter() - seconds
+        self.batch_size, self.device, self.start_time = (
+            batch_size,
+            device,
+            time.perf_counter() - seconds,
+        )
         self.losses, self.norms = [], []
         self.restart()
 
@@ -357,25 +444,35 @@ class Meter:
         self.norms.append(norm)
 
     def row(self, step, fix):
-        """-> means since the last row; a loss that is not finite is a UserError with its step and the fix.
+        """-> means since the last row; a loss that is not finite is a UserError with its step and
+        the fix.
 
-        Losses are summed over the processes, each having its share; only here does the CPU wait for a GPU.
+        Losses are summed over the processes, each having its share; only here does the CPU wait for
+        a GPU.
         """
-        now = torch.stack([all_reduce(torch.stack(self.losses)), torch.stack(self.norms)], 1).cpu()  # (steps, 2)
+        now = torch.stack(
+            [all_reduce(torch.stack(self.losses)), torch.stack(self.norms)], 1
+        ).cpu()  # (steps, 2)
         self.losses, self.norms = [], []
         if not now.isfinite().all():
             first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
             raise UserError(f"the loss is not finite at step {first}; {fix}")
         waited, seconds = self.waited, time.perf_counter() - self.since
         self.restart()
-        return {"loss": now[:, 0].mean().item(), "grad_norm": now[:, 1].mean().item(),
-                "images_per_s": round(len(now) * self.batch_size / seconds, 1),
-                "data_wait": round(waited / max(1e-9, seconds), 5),
-                "memory_mb": round(peak_memory_mb(self.device)), "seconds": self.seconds()}  # fmt: skip
+        return {
+            "loss": now[:, 0].mean().item(),
+            "grad_norm": now[:, 1].mean().item(),
+            "images_per_s": round(len(now) * self.batch_size / seconds, 1),
+            "data_wait": round(waited / max(1e-9, seconds), 5),
+            "memory_mb": round(peak_memory_mb(self.device)),
+            "seconds": self.seconds(),
+        }
 
 
 class Pacer:
-    """When to write the next checkpoint: so rarely that they cost at most 1 % of the run, but every 10 minutes."""
+    """When to write the next checkpoint: so rarely that they cost at most 1 % of the run, but every
+    10 minutes.
+    """
 
     def __init__(self):
         self.last, self.cost = time.perf_counter(), 0.0

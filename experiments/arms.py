@@ -18,10 +18,18 @@ KEYS = ("arm", "seed", "flags")
 
 
 def add_flags(add, stage, folder):
-    """The flags of every table of arms: what its runs get, how many run at once, and where all goes."""
+    """The flags of every table of arms: what its runs get, how many run at once, and where all
+    goes.
+    """
     add("--flags", type=as_words, default="", help=f"more flags of {stage}, for every run")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
-    add("--threads", type=between(1, 1024, int), default=os.cpu_count(), metavar="N", help="of each run")
+    add(
+        "--threads",
+        type=between(1, 1024, int),
+        default=os.cpu_count(),
+        metavar="N",
+        help="of each run",
+    )
     add("--out", default=folder, metavar="DIR", help="tables and figure (default: %(default)s)")
     add("--work", default=folder, metavar="DIR", help="run folders (default: %(default)s)")
 
@@ -39,7 +47,9 @@ def line_of(args, words):
 
 
 def run(args, out, words):
-    """Make a run, or go on with it -> its metrics.json. words: what a user would type behind `python`."""
+    """Make a run, or go on with it -> its metrics.json. words: what a user would type behind
+    `python`.
+    """
     scores = out / "metrics.json"
     with alone(out.with_name(out.name + ".lock")) as lock:
         if not scores.exists():
@@ -53,7 +63,8 @@ def run(args, out, words):
 def run_all(args, jobs, path, words_of, row_of, said):
     """jobs [(arm, seed, flags)], side by side; a row is written as soon as it is there.
 
-    words_of(args, *job) -> run folder, its command; row_of(args, metrics) -> columns of its row; said(row) -> text.
+    words_of(args, *job) -> run folder, its command; row_of(args, metrics) -> columns of its row;
+    said(row) -> text.
     """
     done = {tuple(row[k] for k in KEYS): row["command"].partition(" ")[2] for row in read_csv(path)}
     left = []
@@ -61,14 +72,18 @@ def run_all(args, jobs, path, words_of, row_of, said):
         there = done.get((arm, str(seed), " ".join(map(str, more))))
         command = line_of(args, words_of(args, arm, seed, more)[1]).partition(" ")[2]
         if there not in (None, command):
-            raise UserError(f"{path} has arm {arm} of seed {seed} by other flags ({there}); give another --out")
+            raise UserError(
+                f"{path} has arm {arm} of seed {seed} by other flags ({there}); give another --out"
+            )
         left += [(arm, seed, more)] * (there is None)
     print(f"{path}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = {pool.submit(run, args, *words_of(args, *job)): job for job in left}
         for future in as_completed(waiting):
             job, found = waiting[future], future.result()
-            row = dict(zip(KEYS, (job[0], job[1], " ".join(map(str, job[2]))), strict=True)) | row_of(args, found)
+            row = dict(
+                zip(KEYS, (job[0], job[1], " ".join(map(str, job[2]))), strict=True)
+            ) | row_of(args, found)
             row |= {"command": line_of(args, words_of(args, *job)[1])}
             replace_rows(path, [row], KEYS)
             print(f"{row['arm']} {row['flags']}, seed {row['seed']}: {said(row)}", flush=True)
@@ -76,8 +91,11 @@ def run_all(args, jobs, path, words_of, row_of, said):
 
 def by_arm(rows, names):
     """Rows of the CSV -> {arm: {seed: row}}, in the order of names."""
-    return {arm: {int(r["seed"]): r for r in rows if r["arm"] == arm} for arm in names
-            if any(r["arm"] == arm for r in rows)}  # fmt: skip
+    return {
+        arm: {int(r["seed"]): r for r in rows if r["arm"] == arm}
+        for arm in names
+        if any(r["arm"] == arm for r in rows)
+    }
 
 
 def cell(seeds, column):
@@ -90,24 +108,36 @@ def cell(seeds, column):
 
 
 def answers(arms, questions):
-    """questions ((arm, column), (arm, column), text) -> lines: each paired difference, its interval, its seeds."""
+    """questions ((arm, column), (arm, column), text) -> lines: each paired difference, its
+    interval, its seeds.
+    """
     for (a, x), (b, y), text in questions:
         if a not in arms or b not in arms:
             continue
-        seeds = sorted(s for s in arms[a].keys() & arms[b].keys() if arms[a][s][x] != "" and arms[b][s][y] != "")
+        seeds = sorted(
+            s
+            for s in arms[a].keys() & arms[b].keys()
+            if arms[a][s][x] != "" and arms[b][s][y] != ""
+        )
         differences = [float(arms[a][s][x]) - float(arms[b][s][y]) for s in seeds]
         if not differences:
             continue
         found, mean = stats.paired_t(differences), sum(differences) / len(differences)
-        how = f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
+        how = (
+            f"{found['low']:+.1f} to {found['high']:+.1f}" if found else stats.why_none(differences)
+        )
         yield f"| {text} | {mean:+.1f} ({how}; n = {len(seeds)}) |"
 
 
 def plot_seeds(axis, arms, columns):
     """A dot for each seed of each arm; columns: (column, colour, marker, label), side by side."""
     for shift, (column, colour, mark, label) in zip((-0.12, 0.12), columns, strict=True):
-        points = [(i + shift, float(r[column])) for i, seeds in enumerate(arms.values()) for r in seeds.values()
-                  if r[column] != ""]  # fmt: skip
+        points = [
+            (i + shift, float(r[column]))
+            for i, seeds in enumerate(arms.values())
+            for r in seeds.values()
+            if r[column] != ""
+        ]
         if points:
             axis.plot(*zip(*points, strict=True), mark, color=colour, ms=5, alpha=0.7, label=label)
     axis.set_xticks(range(len(arms)), arms)

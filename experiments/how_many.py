@@ -2,7 +2,8 @@
 
     python -m experiments.how_many runs/NAME --data datasets/X
 
-Top-1 on val by logistic regression on the frozen mean token, thumbnails beside it. Who has fewer pictures gives all.
+Top-1 on val by logistic regression on the frozen mean token, thumbnails beside it. Who has fewer
+pictures gives all.
 """
 
 if __name__ == "__main__":
@@ -33,7 +34,9 @@ def drawn_rows(rows, labels, each, draw):
 
 
 def measure(found, task, fit, draws):
-    """Yield (feature, pictures of each character, (draws, n) bool: which pictures of the split were named rightly)."""
+    """Yield (feature, pictures of each character, (draws, n) bool: which pictures of the split were
+    named rightly).
+    """
     labels, groups = task.train["labels"], data.groups_of(task.train)
     classes, largest = len(task.train["header"]["classes"]), int(labels[fit].bincount().max())
     work = [(each, draws, name) for each in EACH if each < largest for name in FEATURES]
@@ -41,7 +44,9 @@ def measure(found, task, fit, draws):
         right = []
         for draw in range(n):
             rows = drawn_rows(fit, labels, each, draw)
-            scores, _ = metrics.logistic_probe(found[name]["train"][0][rows], labels[rows], classes, groups[rows])
+            scores, _ = metrics.logistic_probe(
+                found[name]["train"][0][rows], labels[rows], classes, groups[rows]
+            )
             right.append(scores(found[name]["val"][0]).argmax(1) == task.split["labels"])
         yield name, each if each < largest else "all", torch.stack(right)
 
@@ -50,8 +55,18 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="run folder of pretrain.py")
-    add("--data", metavar="DIR", help="packed set with labels (default: what the run was trained on)")
-    add("--draws", type=at_least(1), default=5, metavar="N", help="draws (default: 5); intervals resample them and val")
+    add(
+        "--data",
+        metavar="DIR",
+        help="packed set with labels (default: what the run was trained on)",
+    )
+    add(
+        "--draws",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="draws (default: 5); intervals resample them and val",
+    )
     add("--out", metavar="CSV", help="the table (default: how_many.csv in the run's folder)")
     add("--force", action="store_true", help="replace what is there already")
     parser.set_defaults(split="val", device="auto", dtype="auto")
@@ -72,8 +87,14 @@ def main():
     made = {"machine": machine(task.device), "commit": commit(), "command": command()}
     rows, held, fit = [], data.groups_of(task.split), features.hold_out(task.splits)[0]
     for name, each, right in measure(found, task, fit, args.draws):
-        top1 = {k: round(float(x), 1) for k, x in stats.bootstrap(100 * right.double(), held).items() if k != "p"}
-        rows.append({"features": FEATURES[name], "pictures_each": each, "draws": len(right)} | top1 | made)
+        top1 = {
+            k: round(float(x), 1)
+            for k, x in stats.bootstrap(100 * right.double(), held).items()
+            if k != "p"
+        }
+        rows.append(
+            {"features": FEATURES[name], "pictures_each": each, "draws": len(right)} | top1 | made
+        )
     save_csv(out, rows)
     line = "{features:13} {pictures_each:>4} of each: Top-1 {mean:.1f} % ({low:.1f} to {high:.1f})"
     print(*[line.format(**row) for row in rows], f"wrote    {out}", sep="\n")

@@ -5,9 +5,12 @@
     python -m experiments.hybrid runs/NAME-seg --composites --out results/hybrid
 
 Reads:  what segment.py reads; its runs under --work, which are made if they are not there
-Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with --cues OUT/cues.md: how
-        well colours alone and noise alone tell frames of one kind apart, which should be little better than chance;
-        with --composites OUT/composites.png: drawings that no run saw laid on photographs of val and test
+Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with
+--cues OUT/cues.md: how
+        well colours alone and noise alone tell frames of one kind apart, which should be little
+        better than chance;
+        with --composites OUT/composites.png: drawings that no run saw laid on photographs of val
+        and test
 
 Arms that differ in stage 3 alone share stages 1 and 2 of a seed.
 """
@@ -49,26 +52,55 @@ ARMS = {  # flags of segment.py, and what they say
     "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
 }
 OWN = ("proxies", "cls", "bold")  # arms with a stage 1 of their own
-PARTS = {"frames": ("frames", "val"), "proxy": ("proxies", "val_known", "mixed", "miou"),
-         "proxy_coarse": ("proxies", "val_coarse", "mixed", "miou"),
-         "proxy_half": ("proxies", "val", "mixed", "miou"), "miou": ("pixels", "val", "mixed", "miou"),
-         "known": ("pixels", "val_known", "mixed", "miou"),
-         "iou_drawn": ("pixels", "val", "mixed", "iou_drawn"), "border": ("pixels", "val", "mixed", "boundary_f"),
-         "purely": ("pixels", "val", "purely", "miou"), "left_out": ("left_out", "mixed", "miou"),
-         "seconds": ("frames", "seconds"), "pixel_seconds": ("pixel_seconds",)}  # where metrics.json has them
-HEADINGS = {"frames": "frames named rightly", "proxy_half": "proxies, threshold .5", "proxy": "proxies, mean IoU",
-            "miou": "mean IoU, mixed", "known": "and own thresholds",
-            "border": "boundary F", "purely": "mean IoU, purely hybrid"}  # fmt: skip
+PARTS = {
+    "frames": ("frames", "val"),
+    "proxy": ("proxies", "val_known", "mixed", "miou"),
+    "proxy_coarse": ("proxies", "val_coarse", "mixed", "miou"),
+    "proxy_half": ("proxies", "val", "mixed", "miou"),
+    "miou": ("pixels", "val", "mixed", "miou"),
+    "known": ("pixels", "val_known", "mixed", "miou"),
+    "iou_drawn": ("pixels", "val", "mixed", "iou_drawn"),
+    "border": ("pixels", "val", "mixed", "boundary_f"),
+    "purely": ("pixels", "val", "purely", "miou"),
+    "left_out": ("left_out", "mixed", "miou"),
+    "seconds": ("frames", "seconds"),
+    "pixel_seconds": ("pixel_seconds",),
+}  # where metrics.json has them
+HEADINGS = {
+    "frames": "frames named rightly",
+    "proxy_half": "proxies, threshold .5",
+    "proxy": "proxies, mean IoU",
+    "miou": "mean IoU, mixed",
+    "known": "and own thresholds",
+    "border": "boundary F",
+    "purely": "mean IoU, purely hybrid",
+}
 QUESTIONS = (
     (("proxies", "miou"), ("frames", "miou"), "proxies against frames of one kind alone"),
     (("proxies", "purely"), ("frames", "purely"), "the same on purely hybrid frames"),
     (("proxies", "miou"), ("truth", "miou"), "proxies against true masks"),
     (("proxies", "miou"), ("proxies", "proxy_half"), "pixels against patches, threshold .5"),
-    (("proxies", "known"), ("proxies", "proxy"), "pixels against the proxies that taught them, own thresholds"),
-    (("proxies", "proxy"), ("proxies", "proxy_half"), "proxies by each frame's threshold against .5"),
+    (
+        ("proxies", "known"),
+        ("proxies", "proxy"),
+        "pixels against the proxies that taught them, own thresholds",
+    ),
+    (
+        ("proxies", "proxy"),
+        ("proxies", "proxy_half"),
+        "proxies by each frame's threshold against .5",
+    ),
     (("proxies", "proxy"), ("proxies", "proxy_coarse"), "proxies carried to edges against patches"),
-    (("proxies", "proxy"), ("cls", "proxy"), "nearest centroid against a head of the CLS token, proxies"),
-    (("proxies", "miou"), ("no_hint", "miou"), "a U-Net shown what patches say against one that is not"),
+    (
+        ("proxies", "proxy"),
+        ("cls", "proxy"),
+        "nearest centroid against a head of the CLS token, proxies",
+    ),
+    (
+        ("proxies", "miou"),
+        ("no_hint", "miou"),
+        "a U-Net shown what patches say against one that is not",
+    ),
     (("proxies", "miou"), ("segformer", "miou"), "U-Net against SegFormer"),
     (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),
     (("flip20", "miou"), ("proxies", "miou"), "a fifth"),
@@ -80,11 +112,24 @@ QUESTIONS = (
 def words_of(args, arm, seed, more=()):
     """A run's folder, and what a user would type behind `python` to make it."""
     place = Path(args.work) / Path(args.data).name
-    words = shlex.split(ARMS[arm][0].format(saliency=place / "saliency/saliency.safetensors")) + [*map(str, more)]
+    words = shlex.split(ARMS[arm][0].format(saliency=place / "saliency/saliency.safetensors")) + [
+        *map(str, more)
+    ]
     words += [] if arm in OWN else ["--patches", str(place / f"proxies-s{seed}")]
     out = place / f"{arm}-s{seed}"
-    return out, ["segment.py", args.encoder, "--data", args.data, "--seed", str(seed), *words, *shlex.split(args.flags),
-                 "--out", str(out), "--resume"]  # fmt: skip
+    return out, [
+        "segment.py",
+        args.encoder,
+        "--data",
+        args.data,
+        "--seed",
+        str(seed),
+        *words,
+        *shlex.split(args.flags),
+        "--out",
+        str(out),
+        "--resume",
+    ]
 
 
 def value_at(found, path):
@@ -99,26 +144,48 @@ def row_of(args, found):
 
 
 def said(row):
-    return ", ".join(f"{HEADINGS[k]} {row[k]:.1f}" for k in ("proxy", "miou", "purely") if row[k] != "")
+    return ", ".join(
+        f"{HEADINGS[k]} {row[k]:.1f}" for k in ("proxy", "miou", "purely") if row[k] != ""
+    )
 
 
 def write_table(args, rows):
     """OUT/arms.md and arms.png of the rows that are there."""
     arms = by_arm(rows, ARMS)
     title = f"Arms of segment.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
-    lines = [f"# {title}", "", "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
-             "|---" * (len(HEADINGS) + 3) + "|"]  # fmt: skip
+    lines = [
+        f"# {title}",
+        "",
+        "| arm | seeds | " + " | ".join(HEADINGS.values()) + " | minutes |",
+        "|---" * (len(HEADINGS) + 3) + "|",
+    ]
     for arm, seeds in arms.items():
-        took = [(float(r["pixel_seconds"]) + (float(r["seconds"]) if arm in OWN else 0)) / 60 for r in seeds.values()]
+        took = [
+            (float(r["pixel_seconds"]) + (float(r["seconds"]) if arm in OWN else 0)) / 60
+            for r in seeds.values()
+        ]
         cells = [cell(seeds, column) for column in HEADINGS]
         minutes = stats.mean_std(took)["mean"]
-        lines.append(f"| `{arm}`: {ARMS[arm][1]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+        lines.append(
+            f"| `{arm}`: {ARMS[arm][1]} | {len(seeds)} | "
+            + " | ".join(cells)
+            + f" | {minutes:.1f} |"
+        )
     lines += ["", "Pixels are counted over all frames together."]
     if "bold" in arms:
         new, every = (cell(arms["bold"], column) for column in ("left_out", "miou"))
-        lines[-1] += f" Where bold lines were left out of train, mixed frames that have them reach {new}, all {every}."
-    lines += ["", "| difference, points | mean (95 % t interval over paired seeds) |", "|---|---|",
-              *answers(arms, QUESTIONS), "", "![Mean IoU by arm](arms.png)", ""]  # fmt: skip
+        lines[-1] += (
+            f" Where bold lines were left out of train, mixed frames that have them reach {new}, all {every}."
+        )
+    lines += [
+        "",
+        "| difference, points | mean (95 % t interval over paired seeds) |",
+        "|---|---|",
+        *answers(arms, QUESTIONS),
+        "",
+        "![Mean IoU by arm](arms.png)",
+        "",
+    ]
     save_text("\n".join(lines), Path(args.out) / "arms.md")
     draw(Path(args.out) / "arms.png", arms, f"Drawn or photographed: {Path(args.data).name}, val")
 
@@ -126,14 +193,20 @@ def write_table(args, rows):
 def draw(path, arms, title):
     """Mean IoU of each arm on mixed and on purely hybrid frames: dots are seeds."""
     with plots.panels(path, title, 1, 1, (9.6, 3.8)) as axis:
-        plot_seeds(axis, arms, (("miou", plots.BLUE, "o", "mixed frames"),
-                                ("purely", plots.ORANGE, "s", "purely hybrid frames")))  # fmt: skip
+        plot_seeds(
+            axis,
+            arms,
+            (
+                ("miou", plots.BLUE, "o", "mixed frames"),
+                ("purely", plots.ORANGE, "s", "purely hybrid frames"),
+            ),
+        )
         plots.percent(axis)
         axis.set(ylabel="mean IoU, %")
         axis.legend()
 
 
-# ---- do colours or noise give a frame away? --------------------------------------------------------------------------
+# ---- do colours or noise give a frame away? ------------------------------------------------------
 
 
 def colours(images):
@@ -144,7 +217,11 @@ def colours(images):
 
 def histograms(images, bins=4):
     """Square roots of the shares of bins^3 colours -> (n, bins^3)."""
-    place = (images.reshape(len(images), -1, 3) // (256 // bins)).astype(np.int64) @ [bins**2, bins, 1]
+    place = (images.reshape(len(images), -1, 3) // (256 // bins)).astype(np.int64) @ [
+        bins**2,
+        bins,
+        1,
+    ]
     return np.sqrt([np.bincount(one, minlength=bins**3) / len(one) for one in place])
 
 
@@ -160,10 +237,25 @@ def noise(images, side=8, quiet=0.05):
     std = even.std((1, 2, 3)) + 0.1
     near = [(even[..., k:] * even[..., :-k]).mean((1, 2, 3)) / std**2 for k in (1, 2)]
     near += [(even[:, :, 1:] * even[:, :, :-1]).mean((1, 2, 3)) / std**2]
-    hue = [np.take_along_axis(tiles(residual(x[..., c] - gray), side), rank[..., None, None], 1).std((1, 2, 3))
-           for c in (0, 2)]  # fmt: skip
-    jpeg = np.abs(even[..., [0, -1]]).mean((1, 2, 3)) / (np.abs(even[..., 1:-1]).mean((1, 2, 3)) + 0.1)
-    return np.stack([np.log(std), *near, (even**4).mean((1, 2, 3)) / std**4, *np.log(np.array(hue) + 0.1), jpeg], 1)
+    hue = [
+        np.take_along_axis(tiles(residual(x[..., c] - gray), side), rank[..., None, None], 1).std(
+            (1, 2, 3)
+        )
+        for c in (0, 2)
+    ]
+    jpeg = np.abs(even[..., [0, -1]]).mean((1, 2, 3)) / (
+        np.abs(even[..., 1:-1]).mean((1, 2, 3)) + 0.1
+    )
+    return np.stack(
+        [
+            np.log(std),
+            *near,
+            (even**4).mean((1, 2, 3)) / std**4,
+            *np.log(np.array(hue) + 0.1),
+            jpeg,
+        ],
+        1,
+    )
 
 
 def residual(x):
@@ -179,19 +271,34 @@ def tiles(x, side):
 
 
 def cues(args):
-    """OUT/cues.md: frames of one kind, named by logistic regression and by boosted trees from each cue alone."""
+    """OUT/cues.md: frames of one kind, named by logistic regression and by boosted trees from each
+    cue alone.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     sets = {name: plain_frames(data.open_split(args.data, name)) for name in ("train", "val")}
-    lines = ["# What gives a frame away?", "", f"`{command()}`, commit {commit()}. Frames of one kind, val, named "
-             f"rightly, in percent; chance is {100 * max(m := sets['val'][1].mean(), 1 - m):.0f}.", "",
-             "| from | logistic regression | boosted trees |", "|---|---|---|"]  # fmt: skip
-    thumbnails = lambda x: metrics.thumbnails(torch.from_numpy(x), 16).numpy()  # noqa: E731
-    for name, cue in (("mean and covariance of colours", colours), ("histogram of 64 colours", histograms),
-                      ("noise of the most even squares", noise), ("thumbnail of 16 px", thumbnails)):  # fmt: skip
+    lines = [
+        "# What gives a frame away?",
+        "",
+        f"`{command()}`, commit {commit()}. Frames of one kind, val, named "
+        f"rightly, in percent; chance is {100 * max(m := sets['val'][1].mean(), 1 - m):.0f}.",
+        "",
+        "| from | logistic regression | boosted trees |",
+        "|---|---|---|",
+    ]
+
+    def thumbnails(x):
+        return metrics.thumbnails(torch.from_numpy(x), 16).numpy()
+
+    for name, cue in (
+        ("mean and covariance of colours", colours),
+        ("histogram of 64 colours", histograms),
+        ("noise of the most even squares", noise),
+        ("thumbnail of 16 px", thumbnails),
+    ):
         x, held = (cue(sets[split][0]) for split in ("train", "val"))
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
         models = linear, HistGradientBoostingClassifier()
@@ -208,36 +315,82 @@ def plain_frames(split):
     return np.array(split["images"][rows]), names[rows] == "drawn"
 
 
-# ---- composites by hand ----------------------------------------------------------------------------------------------
+# ---- composites by hand --------------------------------------------------------------------------
 
 
 def composites(args, side=384):
-    """OUT/composites.png: two drawings on each photograph of val and test, without grain or JPEG, and their masks."""
+    """OUT/composites.png: two drawings on each photograph of val and test, without grain or JPEG,
+    and their masks.
+    """
     masks_of, at, squared = segmenting.load(args.encoder, torch.device("cpu"), nullcontext)
-    photos, rows, scores = [p for split in ("val", "test") for p in hybrid.open_photos(split)], [], []
+    photos, rows, scores = (
+        [p for split in ("val", "test") for p in hybrid.open_photos(split)],
+        [],
+        [],
+    )
     for k, person in enumerate(toon.cast()[3 : 3 + 2 * len(photos)]):
         figure = toon.draw(toon.unseen(person, 1, seed=k)[0], side)
-        true, photo = figure["fg"][..., None] / 255, np.array(ImageOps.fit(photos[k // 2], (side, side)))
+        true, photo = (
+            figure["fg"][..., None] / 255,
+            np.array(ImageOps.fit(photos[k // 2], (side, side))),
+        )
         picture = np.uint8(true * figure["image"] + (1 - true) * photo + 0.5)
-        said = segment.mask_of(picture, masks_of, at, squared, torch.device("cpu"), mixed=True) > 0.5
+        said = (
+            segment.mask_of(picture, masks_of, at, squared, torch.device("cpu"), mixed=True) > 0.5
+        )
         said, true = (torch.from_numpy(x)[None] for x in (said, figure["fg"] > 127))
         scores.append(segmenting.judge_masks([(said, true)])["miou"])
         rows.append((picture, segmenting.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
-    print("mean IoU " + " ".join(f"{score:.0f}" for score in scores) + f"; mean {np.mean(scores):.1f} %")
+    print(
+        "mean IoU "
+        + " ".join(f"{score:.0f}" for score in scores)
+        + f"; mean {np.mean(scores):.1f} %"
+    )
     title = f"Drawings on photographs that no run saw, --mixed: what counts as photographed, in orange; {commit()}"
     lines = zip(("picture", "mask"), zip(*rows, strict=True), strict=True)
-    plots.image_grid(Path(args.out) / "composites.png", title, list(lines), [f"{score:.0f} %" for score in scores])
+    plots.image_grid(
+        Path(args.out) / "composites.png",
+        title,
+        list(lines),
+        [f"{score:.0f} %" for score in scores],
+    )
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="as for segment.py")
-    add("--data", default="datasets/hybrid", metavar="DIR", help="set of frames (default: %(default)s)")
-    add("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"default: {' '.join(ARMS)}")
-    add("--seeds", type=at_least(1), default=5, metavar="N", help="of each arm, from 100 on (default: 5)")
-    add("--cues", action="store_true", help="how well colours and noise alone tell frames apart, instead")
-    add("--composites", action="store_true", help="ENCODER is a run of segment.py: composites by hand, instead")
+    add(
+        "--data",
+        default="datasets/hybrid",
+        metavar="DIR",
+        help="set of frames (default: %(default)s)",
+    )
+    add(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        choices=ARMS,
+        metavar="ARM",
+        help=f"default: {' '.join(ARMS)}",
+    )
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="of each arm, from 100 on (default: 5)",
+    )
+    add(
+        "--cues",
+        action="store_true",
+        help="how well colours and noise alone tell frames apart, instead",
+    )
+    add(
+        "--composites",
+        action="store_true",
+        help="ENCODER is a run of segment.py: composites by hand, instead",
+    )
     add_flags(add, "segment.py", "runs/hybrid")
     args = parser.parse_args()
     refuse_file(args.out)
@@ -251,11 +404,18 @@ def main():
         raise UserError("an encoder is missing: runs/NAME of pretrain.py")
     saliency = Path(args.work) / Path(args.data).name / "saliency/saliency.safetensors"
     if "saliency" in args.arms and not saliency.exists():
-        raise UserError(f"the arm saliency needs maps: python maps.py --data {args.data} --map saliency --out "
-                        f"{saliency.parent}, or --arms without it")  # fmt: skip
+        raise UserError(
+            f"the arm saliency needs maps: python maps.py --data {args.data} --map saliency --out "
+            f"{saliency.parent}, or --arms without it"
+        )
     path, seeds = Path(args.out) / "arms.csv", range(100, 100 + args.seeds)
-    for arms in ([a for a in args.arms if a in OWN], [a for a in args.arms if a not in OWN]):  # proxies come first
-        run_all(args, [(arm, seed, ()) for seed in seeds for arm in arms], path, words_of, row_of, said)
+    for arms in (
+        [a for a in args.arms if a in OWN],
+        [a for a in args.arms if a not in OWN],
+    ):  # proxies come first
+        run_all(
+            args, [(arm, seed, ()) for seed in seeds for arm in arms], path, words_of, row_of, said
+        )
     write_table(args, read_csv(path))
     print(f"wrote    {args.out}/arms.csv, arms.md, arms.png")
 

@@ -2,14 +2,15 @@
 
     python -m experiments.map_quality --run runs/NAME       # into runs/truth.csv
 
-Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised cut alone, mean over images. Portraits
-with true alpha (--portraits; development data that is not part of this repository) are laid on four kinds of
-background, in two framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its centre
-square, which the person fills almost entirely. Only the half of the identities is used that no constant was chosen on.
-Attention: the same AUC, and the share of it that falls on the background over the background's share of the area
-(`background`; 1 is no preference), for each way to read the run's attention.
-Parts: adjusted Rand index over the true foreground's patches, beside k-means on what has learned nothing.
-Replaces this run's rows of the same sets in --out; --figure draws a sheet of --data.
+Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised cut alone, mean over
+images. Portraits with true alpha (--portraits; development data that is not part of this
+repository) are laid on four kinds of background, in two framings: "whole" stands the picture, as
+wide as the canvas, on its lower edge; "close" is its centre square, which the person fills almost
+entirely. Only the half of the identities is used that no constant was chosen on. Attention: the
+same AUC, and the share of it that falls on the background over the background's share of the area
+(`background`; 1 is no preference), for each way to read the run's attention. Parts: adjusted Rand
+index over the true foreground's patches, beside k-means on what has learned nothing. Replaces this
+run's rows of the same sets in --out; --figure draws a sheet of --data.
 """
 
 import contextlib
@@ -33,7 +34,15 @@ import maps
 import mask as masking
 from common import guidance, metrics
 from common.checkpoints import load_teacher
-from common.command import Parser, cli, progress, refuse_file, refuse_overwrite, refuse_unused, working
+from common.command import (
+    Parser,
+    cli,
+    progress,
+    refuse_file,
+    refuse_overwrite,
+    refuse_unused,
+    working,
+)
 from common.features import untrained_like
 from common.io import UserError
 from common.tables import replace_rows, rows_there
@@ -45,76 +54,105 @@ FRAMINGS = ("whole", "close")
 KEYS = ("run", "set", "map")  # of a row: the same again replaces it
 
 
-# ---- portraits on backgrounds that are drawn here -----------------------------------------------------------------
+# ---- portraits on backgrounds that are drawn here ------------------------------------------------
 
 
 def portraits(path, framing, half=1, side=128):
-    """RGBA u8 (n, side, side, 4) of every second identity: half 0 is for choices, half 1 is reported."""
+    """RGBA u8 (n, side, side, 4) of every second identity: half 0 is for choices, half 1 is
+    reported.
+    """
     check_zip(path)
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
         people = sorted({n.split("/")[-2] for n in names})[half::2]
-        pictures = [Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people]
-        return torch.from_numpy(np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures]))
+        pictures = [
+            Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people
+        ]
+        return torch.from_numpy(
+            np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures])
+        )
 
 
 def check_zip(path):
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no zip of portraits; --portraits none measures the demo set alone")
+        raise UserError(
+            f"{path} is no zip of portraits; --portraits none measures the demo set alone"
+        )
 
 
 def framed(picture, framing, side):
     """RGBA picture -> u8 (side, side, 4)."""
     w, h = picture.size
     if framing == "close":
-        return np.array(picture.resize((side, side), Image.BICUBIC, ((w - h) / 2, 0, (w + h) / 2, h)))
+        return np.array(
+            picture.resize((side, side), Image.BICUBIC, ((w - h) / 2, 0, (w + h) / 2, h))
+        )
     height, canvas = min(side, round(side * h / w)), np.zeros((side, side, 4), np.uint8)
     canvas[side - height :] = np.array(picture.resize((side, height), Image.BICUBIC))
     return canvas
 
 
 def draw_background(kind, n, side, generator):
-    """fp32 (n, side, side, 3) in [0, 1]: one colour; a gradient of two; a screen tone; noise as in a photograph.
+    """fp32 (n, side, side, 3) in [0, 1]: one colour; a gradient of two; a screen tone; noise as in
+    a photograph.
 
     Noise has an amplitude of 1/frequency, as natural images do (Field 1987), mostly in luminance.
     """
     colour = 0.15 + 0.8 * torch.rand(2, n, 1, 1, 3, generator=generator)
     turn = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
-    y, x = torch.meshgrid(torch.linspace(-0.5, 0.5, side), torch.linspace(-0.5, 0.5, side), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.linspace(-0.5, 0.5, side), torch.linspace(-0.5, 0.5, side), indexing="ij"
+    )
     u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
     if kind == "flat":
         return colour[0].expand(n, side, side, 3)
     if kind == "photo":
-        frequency = torch.fft.fftfreq(side)[:, None].hypot(torch.fft.fftfreq(side)).clamp(min=1 / side)
-        noise = torch.fft.ifft2(torch.fft.fft2(torch.randn(n, 4, side, side, generator=generator)) / frequency).real
-        noise = (noise / noise.std((2, 3), keepdim=True)).permute(0, 2, 3, 1)  # luminance and three channels
+        frequency = (
+            torch.fft.fftfreq(side)[:, None].hypot(torch.fft.fftfreq(side)).clamp(min=1 / side)
+        )
+        noise = torch.fft.ifft2(
+            torch.fft.fft2(torch.randn(n, 4, side, side, generator=generator)) / frequency
+        ).real
+        noise = (noise / noise.std((2, 3), keepdim=True)).permute(
+            0, 2, 3, 1
+        )  # luminance and three channels
         return (colour[0] + 0.12 * noise[..., :1] + 0.05 * noise[..., 1:]).clamp(0, 1)
     if kind == "tone":
         period = (4 + 6 * torch.rand(n, 1, 1, generator=generator)) / side
-        share = (2 * (2 * math.pi * u / period).cos() + 2 * (2 * math.pi * v / period).cos() + 0.5).sigmoid()
+        share = (
+            2 * (2 * math.pi * u / period).cos() + 2 * (2 * math.pi * v / period).cos() + 0.5
+        ).sigmoid()
     else:
         share = (u + 0.5).clamp(0, 1)
     return colour[0] * (1 - share[..., None]) + colour[1] * share[..., None]
 
 
 def composite(rgba, kind, seed=0):
-    """RGBA u8 (n, S, S, 4) on a background -> images u8 (n, S, S, 3), true foreground fp32 (n, S, S) in [0, 1]."""
+    """RGBA u8 (n, S, S, 4) on a background -> images u8 (n, S, S, 3), true foreground fp32 (n, S,
+    S) in [0, 1].
+    """
     behind = draw_background(kind, len(rgba), rgba.shape[1], seeded(seed, BACKGROUNDS.index(kind)))
     alpha = rgba[..., 3:] / 255
-    return (rgba[..., :3] * alpha + 255 * behind * (1 - alpha)).round().to(torch.uint8), alpha[..., 0]
+    return (rgba[..., :3] * alpha + 255 * behind * (1 - alpha)).round().to(torch.uint8), alpha[
+        ..., 0
+    ]
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def tokens_of(encoder, size, images):
     """images u8 (n, S, S, 3) -> (n, N, D), all in memory: these sets are small."""
     rows, cpu = torch.arange(len(images)), torch.device("cpu")
-    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)])
+    return torch.cat(
+        [x for _, x in maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)]
+    )
 
 
 def foreground_scores(saliency, true, side):
-    """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2) with NaNs."""
+    """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2)
+    with NaNs.
+    """
     pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
     return torch.tensor([[metrics.auc(x, t), metrics.iou(x > 0.5, t)] for x, t in pairs])
 
@@ -133,19 +171,37 @@ def row_of(name, kind, images, **scores):
 
 
 def measure_foreground(name, images, true, encoder, size):
-    """Rows of AUC and IoU for coarse, cut alone and refined, with what each gains over coarse, image by image."""
+    """Rows of AUC and IoU for coarse, cut alone and refined, with what each gains over coarse,
+    image by image.
+    """
     tokens, rows = tokens_of(encoder, size, images), []
-    place, chunks = tokens.mean(0), list(zip(images.split(data.CHUNK), tokens.split(data.CHUNK), strict=True))
-    found = {"coarse": torch.cat([maps.coarse(x) for x, _ in chunks]),
-             "cut alone": torch.cat([cut_alone(x, t, place) for x, t in chunks]),
-             "refined": torch.cat([maps.refined(x, t, place) for x, t in chunks])}  # fmt: skip
-    scores = {kind: foreground_scores(saliency, true, encoder.side) for kind, saliency in found.items()}
+    place, chunks = (
+        tokens.mean(0),
+        list(zip(images.split(data.CHUNK), tokens.split(data.CHUNK), strict=True)),
+    )
+    found = {
+        "coarse": torch.cat([maps.coarse(x) for x, _ in chunks]),
+        "cut alone": torch.cat([cut_alone(x, t, place) for x, t in chunks]),
+        "refined": torch.cat([maps.refined(x, t, place) for x, t in chunks]),
+    }
+    scores = {
+        kind: foreground_scores(saliency, true, encoder.side) for kind, saliency in found.items()
+    }
     for kind, score in scores.items():
         gain = (score - scores["coarse"])[:, 0]
         gain = gain[gain.isfinite()]
         half_width = 1.96 * gain.std().item() / len(gain) ** 0.5
-        rows.append(row_of(name, kind, images, auc=score[:, 0].nanmean().item(), iou=score[:, 1].mean().item(),
-                           auc_gain=gain.mean().item(), gain_half_width_95=half_width))  # fmt: skip
+        rows.append(
+            row_of(
+                name,
+                kind,
+                images,
+                auc=score[:, 0].nanmean().item(),
+                iou=score[:, 1].mean().item(),
+                auc_gain=gain.mean().item(),
+                gain_half_width_95=half_width,
+            )
+        )
     return rows, found
 
 
@@ -154,9 +210,15 @@ def measure_attention(name, images, true, encoder, size, sources):
     rows, share = [], maps.to_patches(true, encoder.side)  # (n, N)
     exact = contextlib.nullcontext
     for source in sources:
-        found = guidance.attention(encoder, size, images.numpy(), torch.arange(len(images)), source, exact)
+        found = guidance.attention(
+            encoder, size, images.numpy(), torch.arange(len(images)), source, exact
+        )
         score = torch.cat([x for _, x in found])
-        auc = torch.tensor([metrics.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)]).nanmean().item()
+        auc = (
+            torch.tensor([metrics.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)])
+            .nanmean()
+            .item()
+        )
         mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
         rows.append(row_of(name, f"attention, {source}", images, auc=auc, background=mass.item()))
     return rows
@@ -168,16 +230,22 @@ def main_part(parts, side, kinds):
 
 
 def measure_parts(name, images, parts, foreground, encoder, size, kinds, K=6):
-    """Rows of the adjusted Rand index over true foreground patches: features, and k-means without learning."""
+    """Rows of the adjusted Rand index over true foreground patches: features, and k-means without
+    learning.
+    """
     from sklearn.metrics import adjusted_rand_score
 
     true, g, rows = main_part(parts, encoder.side, kinds), encoder.side, []
     on, line = true > 0, torch.linspace(-1, 1, g)
-    inputs = {"colour": maps.cells(images.float(), g)[..., :3].flatten(1, 2),
-              "place": torch.cartesian_prod(line, line).expand(len(images), -1, -1)}  # fmt: skip
+    inputs = {
+        "colour": maps.cells(images.float(), g)[..., :3].flatten(1, 2),
+        "place": torch.cartesian_prod(line, line).expand(len(images), -1, -1),
+    }
     for kind, network in (("untrained features", untrained_like(encoder)), ("features", encoder)):
         tokens = tokens_of(network, size, images)
-        inputs[kind] = maps.relative_to_foreground(tokens, maps.to_patches(foreground, g) > 0.5, tokens.mean(0))
+        inputs[kind] = maps.relative_to_foreground(
+            tokens, maps.to_patches(foreground, g) > 0.5, tokens.mean(0)
+        )
     for kind, points in inputs.items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K, seeded(0))).argmin(1)
         ari = adjusted_rand_score(label, true[on])
@@ -189,8 +257,10 @@ def true_set(folder, split):
     """-> images, foreground in [0, 1], parts of a packed set that knows its own truth."""
     packed = data.open_split(folder, split)
     if missing := [name for name in ("fg", "parts") if name not in packed]:
-        raise UserError(f"{folder} has no true {' and '.join(missing)} to measure against; the demo set has: "
-                        "python data.py toon --out datasets/toon")  # fmt: skip
+        raise UserError(
+            f"{folder} has no true {' and '.join(missing)} to measure against; the demo set has: "
+            "python data.py toon --out datasets/toon"
+        )
     images, fg, parts = (torch.from_numpy(np.array(packed[k])) for k in ("images", "fg", "parts"))
     return images, fg / 255, parts
 
@@ -198,13 +268,34 @@ def true_set(folder, split):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--run", required=True, help="a run folder of pretrain.py: the encoder of the refined maps and the parts")
-    add("--data", default="datasets/toon", help="packed set with true foreground and parts (default: the demo set)")
+    add(
+        "--run",
+        required=True,
+        help="a run folder of pretrain.py: the encoder of the refined maps and the parts",
+    )
+    add(
+        "--data",
+        default="datasets/toon",
+        help="packed set with true foreground and parts (default: the demo set)",
+    )
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
-    add("--portraits", default="../shared/data/portraits70_alpha.zip", help="zip of RGBA pictures, or none")
-    add("--out", default="runs/truth.csv", metavar="CSV", help="where this run's rows of these sets are replaced, and "
-        "others kept\n(default: runs/truth.csv)")  # fmt: skip
-    add("--figure", metavar="PNG", help="draw a sheet of --data here (only of data that may be shown)")
+    add(
+        "--portraits",
+        default="../shared/data/portraits70_alpha.zip",
+        help="zip of RGBA pictures, or none",
+    )
+    add(
+        "--out",
+        default="runs/truth.csv",
+        metavar="CSV",
+        help="where this run's rows of these sets are replaced, and "
+        "others kept\n(default: runs/truth.csv)",
+    )
+    add(
+        "--figure",
+        metavar="PNG",
+        help="draw a sheet of --data here (only of data that may be shown)",
+    )
     add("--force", action="store_true", help="replace a --figure that is there already")
     args = parser.parse_args()
     refuse_unused(args, [("force", args.figure, "is for --figure")])
@@ -243,7 +334,9 @@ def check(args):
         refuse_file(Path(args.figure).parent)
         refuse_overwrite([args.figure], args.force, "another --figure leaves it")
         if Path(args.figure).suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--figure {args.figure} is drawn as .png, .pdf or .svg; give such a name")
+            raise UserError(
+                f"--figure {args.figure} is drawn as .png, .pdf or .svg; give such a name"
+            )
 
 
 def draw(path, name, images, foreground, parts, found, encoder, size, n=10):
@@ -254,9 +347,14 @@ def draw(path, name, images, foreground, parts, found, encoder, size, n=10):
     place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
     centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
     label = maps.parts_of(tokens, on, place, centres).unflatten(1, (encoder.side, -1))
-    lines = [("image", images[some]), ("true foreground", foreground[some]), ("coarse", found["coarse"][some]),
-             ("refined", found["refined"][some]), ("true parts", plots.coloured(parts[some])),
-             ("parts, K=6", plots.coloured(label[some]))]  # fmt: skip
+    lines = [
+        ("image", images[some]),
+        ("true foreground", foreground[some]),
+        ("coarse", found["coarse"][some]),
+        ("refined", found["refined"][some]),
+        ("true parts", plots.coloured(parts[some])),
+        ("parts, K=6", plots.coloured(label[some])),
+    ]
     plots.image_grid(path, f"Foreground and parts without labels, {name}", lines)
 
 

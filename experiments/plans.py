@@ -1,8 +1,9 @@
 """The questions of the study, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
 
-An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2 --attention outlier".
-What stands in braces is made before the first run: {pilot}, a run with random masks and a seed that is never reported;
-{coarse}, {refined}, {parts}, maps by maps.py (the last two with the pilot's encoder); {dino} is the file of --dino.
+An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2
+--attention outlier". What stands in braces is made before the first run: {pilot}, a run with random
+masks and a seed that is never reported; {coarse}, {refined}, {parts}, maps by maps.py (the last two
+with the pilot's encoder); {dino} is the file of --dino.
 """
 
 import hashlib
@@ -21,7 +22,14 @@ QUESTIONS = {
     "first": "The README's first command against the same with random masks: as many steps of as many views.",
     "arms": "How do these masks compare?",
 }
-FAMILY = {"H1": 4, "H2a at .75": 2, "H2b at .75": 2, "H2a at .5": 2, "H2b at .5": 2, "H3": 3}  # and their tests
+FAMILY = {
+    "H1": 4,
+    "H2a at .75": 2,
+    "H2b at .75": 2,
+    "H2a at .5": 2,
+    "H2b at .5": 2,
+    "H3": 3,
+}  # and their tests
 LOOK = {"H1 again on faces20": 4, "H1 again on toon": 4}  # one family for both sets
 TEST = (
     "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and "
@@ -51,40 +59,83 @@ def hypothesis(name, claim, *tests):
 def h1(guided, **_):
     shuffled = with_parameter(guided, "shuffle=1")
     claim = (
-        "at least 1 point of Top-1 more than random and 10 % fewer epochs; better than its shuffled control and green"
+        "at least 1 point of Top-1 more than random and 10 % fewer epochs; "
+        "better than its shuffled control and green"
     )
-    return {"arms": dict.fromkeys(["random", guided, shuffled, "green"], "random"),
-            "hypotheses": [hypothesis("H1", f"{guided}: {claim}",
-                                      ("top1", guided, "random", 1.0), ("epochs", guided, "random", 10.0),
-                                      ("top1", guided, shuffled, 0.0), ("top1", guided, "green", 0.0))]}  # fmt: skip
+    return {
+        "arms": dict.fromkeys(["random", guided, shuffled, "green"], "random"),
+        "hypotheses": [
+            hypothesis(
+                "H1",
+                f"{guided}: {claim}",
+                ("top1", guided, "random", 1.0),
+                ("epochs", guided, "random", 10.0),
+                ("top1", guided, shuffled, 0.0),
+                ("top1", guided, "green", 0.0),
+            )
+        ],
+    }
 
 
 def look(guided, fg, data, **_):
-    """The second verdict on H1: a second loss in every arm, by --recipe; three pilots, epochs by logarithms.
+    """The second verdict on H1: a second loss in every arm, by --recipe; three pilots, epochs by
+    logarithms.
 
-    Compared beside it: a hint, the figure itself, and attention as a weight of the loss instead of a mask.
+    Compared beside it: a hint, the figure itself, and attention as a weight of the loss instead of
+    a mask.
     """
     shuffled, weighted = with_parameter(guided, "shuffle=1"), "random --weight-by attn"
-    figure = [f"fg_heavy --maps {maps}" for maps in dict.fromkeys([fg, "{refined}"]) if maps != "{coarse}"]
-    arms = ["random", guided, f"attn_hint{guided[len('attn_high') :]}", shuffled, "green", *figure, weighted]
+    figure = [
+        f"fg_heavy --maps {maps}" for maps in dict.fromkeys([fg, "{refined}"]) if maps != "{coarse}"
+    ]
+    arms = [
+        "random",
+        guided,
+        f"attn_hint{guided[len('attn_high') :]}",
+        shuffled,
+        "green",
+        *figure,
+        weighted,
+    ]
     claim = "what H1 claims of attn_high, on the headline of today"
-    tests = [("top1", guided, "random", 1.0), ("log_epochs", guided, "random", 10.0), ("top1", guided, shuffled, 0.0),
-             ("top1", guided, "green", 0.0)]  # fmt: skip
-    return {"arms": dict.fromkeys(arms, "random"), "pool": "extremes", "pilots": 3,
-            "hypotheses": [hypothesis(f"H1 again on {data}", f"{guided}: {claim}", *tests)]}  # fmt: skip
+    tests = [
+        ("top1", guided, "random", 1.0),
+        ("log_epochs", guided, "random", 10.0),
+        ("top1", guided, shuffled, 0.0),
+        ("top1", guided, "green", 0.0),
+    ]
+    return {
+        "arms": dict.fromkeys(arms, "random"),
+        "pool": "extremes",
+        "pilots": 3,
+        "hypotheses": [hypothesis(f"H1 again on {data}", f"{guided}: {claim}", *tests)],
+    }
 
 
 def h2(fg, **_):
     arms, hypotheses = {}, []
     for ratio, flag in ((".75", ""), (".5", " --ratio .5")):
-        base, bg_first, fg_first = f"random{flag}", f"bg_heavy --maps {fg}{flag}", f"fg_heavy --maps {fg}{flag}"
+        base, bg_first, fg_first = (
+            f"random{flag}",
+            f"bg_heavy --maps {fg}{flag}",
+            f"fg_heavy --maps {fg}{flag}",
+        )
         control = with_parameter(fg_first, "shuffle=1")
         arms |= dict.fromkeys([base, bg_first, fg_first, control], base)
         hypotheses += [
-            hypothesis(f"H2a at {ratio}", "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
-                       ("variance", bg_first, base, 0.0), ("epochs", bg_first, base, 0.0)),
-            hypothesis(f"H2b at {ratio}", "fg_heavy: half a point of Top-1 more than random; more than shuffled",
-                       ("top1", fg_first, base, 0.5), ("top1", fg_first, control, 0.0))]  # fmt: skip
+            hypothesis(
+                f"H2a at {ratio}",
+                "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
+                ("variance", bg_first, base, 0.0),
+                ("epochs", bg_first, base, 0.0),
+            ),
+            hypothesis(
+                f"H2b at {ratio}",
+                "fg_heavy: half a point of Top-1 more than random; more than shuffled",
+                ("top1", fg_first, base, 0.5),
+                ("top1", fg_first, control, 0.0),
+            ),
+        ]
     return {"arms": arms, "hypotheses": hypotheses}
 
 
@@ -92,14 +143,28 @@ def h3(parts, **_):
     arm = f"parts --maps {parts}"
     shuffled = with_parameter(arm, "shuffle=1")
     claim = "parts: 15 % fewer epochs than random, 1 point more under Cutout of .3, there also more than shuffled"
-    return {"arms": dict.fromkeys(["random", arm, shuffled], "random"), "stages": ["stress"],
-            "hypotheses": [hypothesis("H3", claim, ("epochs", arm, "random", 15.0), ("cutout", arm, "random", 1.0),
-                                      ("cutout", arm, shuffled, 0.0))]}  # fmt: skip
+    return {
+        "arms": dict.fromkeys(["random", arm, shuffled], "random"),
+        "stages": ["stress"],
+        "hypotheses": [
+            hypothesis(
+                "H3",
+                claim,
+                ("epochs", arm, "random", 15.0),
+                ("cutout", arm, "random", 1.0),
+                ("cutout", arm, shuffled, 0.0),
+            )
+        ],
+    }
 
 
 def levels(arm, flag, values, recipe):
-    """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is shared."""
-    default = f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe  # ratio: also a schedule
+    """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is
+    shared.
+    """
+    default = (
+        f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe
+    )  # ratio: also a schedule
     return {v: arm if f"{float(v):g}" == default else f"{arm} {flag} {v}" for v in values}
 
 
@@ -111,20 +176,43 @@ def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
     both = {"random": "random", guided: guided}
     panels = {
         "ratio": {n: levels(a, "--ratio", (".5", ".75", ".9"), ratio) for n, a in both.items()},
-        "decoder depth": {n: levels(a, "--decoder-depth", ("1", "2", "4"), depth) for n, a in both.items()},
-        "teacher": {guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
-                    | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})},
-        "saliency": {n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")} for n in ("fg_heavy", "bg_heavy")},
-        "schedule of parts": {"parts": {name: f"parts{params} --maps {parts}" for name, params in (
-            ("power 1", ":power=1"), ("power 2", ""), ("power 4", ":power=4"), ("easy", ":whole=0"),
-            ("hard", ":whole=1"))}},
-        "weight of flat patches": {n: levels(a, "--flat-weight", (".1", ".3", "1"), 1) for n, a in (
-            ("normalised", "random"), ("raw pixels", "random --no-norm-pix"))},
-    }  # fmt: skip
+        "decoder depth": {
+            n: levels(a, "--decoder-depth", ("1", "2", "4"), depth) for n, a in both.items()
+        },
+        "teacher": {
+            guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
+            | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})
+        },
+        "saliency": {
+            n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")}
+            for n in ("fg_heavy", "bg_heavy")
+        },
+        "schedule of parts": {
+            "parts": {
+                name: f"parts{params} --maps {parts}"
+                for name, params in (
+                    ("power 1", ":power=1"),
+                    ("power 2", ""),
+                    ("power 4", ":power=4"),
+                    ("easy", ":whole=0"),
+                    ("hard", ":whole=1"),
+                )
+            }
+        },
+        "weight of flat patches": {
+            n: levels(a, "--flat-weight", (".1", ".3", "1"), 1)
+            for n, a in (("normalised", "random"), ("raw pixels", "random --no-norm-pix"))
+        },
+    }
     maps = {"fg_heavy": f" --maps {fg}", "bg_heavy": f" --maps {fg}", "parts": f" --maps {parts}"}
     named = {s: s + maps.get(s, "") for s in strategies} | {guided.split(" ")[0]: guided}
     panels["mask"] = {"every strategy": named}
-    arms = {arm: "random" for lines in panels.values() for levels in lines.values() for arm in levels.values()}
+    arms = {
+        arm: "random"
+        for lines in panels.values()
+        for levels in lines.values()
+        for arm in levels.values()
+    }
     return {"arms": {"random": "random"} | arms, "panels": panels}
 
 
@@ -134,31 +222,57 @@ def finetune(guided, **_):
 
 
 def tune(guided, blr, epochs, **_):
-    """As many trials for random as for guided masks: five that both can have, and five of its own for each."""
+    """As many trials for random as for guided masks: five that both can have, and five of its own
+    for each.
+    """
     shared = ["", f"--blr {blr * 2:g}", "--no-norm-pix", "--min-crop 0.7", f"--epochs {epochs * 2}"]
-    own = [f"--blr {blr / 2:g}", "--min-crop 0.2", "--warmup 0.2", "--flat-weight 0.1", "--decoder-depth 2"]
+    own = [
+        f"--blr {blr / 2:g}",
+        "--min-crop 0.2",
+        "--warmup 0.2",
+        "--flat-weight 0.1",
+        "--decoder-depth 2",
+    ]
     plain = [f"random {flags}".strip() for flags in shared + own]
     tuned = [f"{guided} {flags}".strip() for flags in shared]
-    tuned += [with_parameter(guided, pair) for pair in ("beta=0.5", "beta=2", "start=0.3,ramp_for=0.3")]
+    tuned += [
+        with_parameter(guided, pair) for pair in ("beta=0.5", "beta=2", "start=0.3,ramp_for=0.3")
+    ]
     tuned += ["attn_hint" + guided[len("attn_high") :], f"{guided} --attention cls"]
     return {"arms": dict.fromkeys(plain, "random") | dict.fromkeys(tuned, guided)}
 
 
 def first(guided, epochs, **_):
-    """Both as pretrain.py makes them on a CPU: guided masks train a pooler by two views, of half as many images."""
+    """Both as pretrain.py makes them on a CPU: guided masks train a pooler by two views, of half as
+    many images.
+    """
     if epochs % 2:
-        raise UserError(f"--epochs {epochs} of plan first: half of them have two views each, so give an even number")
+        raise UserError(
+            f"--epochs {epochs} of plan first: half of them have two views each, so give an even number"
+        )
     arm = f"{guided} --contrast 1 --batch-size 16 --epochs {epochs // 2}"
-    return {"arms": dict.fromkeys(["random", arm], "random"), "pool": "extremes",
-            "flags": "--flat-weight 0.1 --batch-size 32"}  # fmt: skip
+    return {
+        "arms": dict.fromkeys(["random", arm], "random"),
+        "pool": "extremes",
+        "flags": "--flat-weight 0.1 --batch-size 32",
+    }
 
 
 def named(**_):
     return {"arms": {"random": "random"}}  # --arms adds the rest
 
 
-MAKE = {"h1": h1, "look": look, "h2": h2, "h3": h3, "ablations": ablations, "finetune": finetune, "tune": tune,
-        "first": first, "arms": named}  # fmt: skip
+MAKE = {
+    "h1": h1,
+    "look": look,
+    "h2": h2,
+    "h3": h3,
+    "ablations": ablations,
+    "finetune": finetune,
+    "tune": tune,
+    "first": first,
+    "arms": named,
+}
 ALL = ("h1", "h2", "h3", "ablations")
 
 
@@ -170,40 +284,64 @@ def key(plan, arm, seed):
 
 
 def make(name, more=(), **settings):
-    """A plan, with the further arms of the command line: question, arms {arm: against}, hypotheses, panels, stages."""
+    """A plan, with the further arms of the command line: question, arms {arm: against}, hypotheses,
+    panels, stages.
+    """
     plan = {"plan": name, "question": QUESTIONS[name], "hypotheses": [], "panels": {}, "stages": []}
     plan |= MAKE[name](**settings)
     return plan | {"arms": plan["arms"] | {a: "random" for a in more if a not in plan["arms"]}}
 
 
-# ---- adaptation: linear, LoRA, full and from scratch side by side ----------------------------------------------------
+# ---- adaptation: linear, LoRA, full and from scratch side by side --------------------------------
 
 LEARNING_RATES = {  # the trials of each method: what is swept, and its values
-    "linear":  ("--head-lr", (1e-2, 3e-2, 1e-1, 3e-1)),
-    "lora":    ("--lr", (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "full":    ("--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
+    "linear": ("--head-lr", (1e-2, 3e-2, 1e-1, 3e-1)),
+    "lora": ("--lr", (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "full": ("--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
     "scratch": ("--lr", (2.5e-4, 5e-4, 1e-3, 2e-3)),
-}  # fmt: skip
-PHASES = {  # every method gets the same number of trials, judged on dev; then each method's best, reported on val
-    "rates": "learning rates, on dev", "first": "seed 0", "rank": "ranks of LoRA beside its 8",
-    "margin": "heads and margins of LoRA", "seeds": "seeds 1 and 2"}  # fmt: skip
-HEADS = (("arcface", 0.1), ("arcface", 0.3), ("arcface", 0.5), ("cosface", 0.35), ("curricularface", 0.5),
-         ("ifa", None))  # fmt: skip
+}
+# every method gets the same number of trials, judged on dev; then each method's best, reported on
+# val
+PHASES = {
+    "rates": "learning rates, on dev",
+    "first": "seed 0",
+    "rank": "ranks of LoRA beside its 8",
+    "margin": "heads and margins of LoRA",
+    "seeds": "seeds 1 and 2",
+}
+HEADS = (
+    ("arcface", 0.1),
+    ("arcface", 0.3),
+    ("arcface", 0.5),
+    ("cosface", 0.35),
+    ("curricularface", 0.5),
+    ("ifa", None),
+)
 
 
 def trials(phase, methods, best):
-    """-> [(name, method, flags of finetune_lora.py)] of a phase; best {method: [flag, value]}, found by phase rates."""
+    """-> [(name, method, flags of finetune_lora.py)] of a phase; best {method: [flag, value]},
+    found by phase rates.
+    """
     if phase == "rates":
-        return [(f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--eval-on", "dev"])
-                for m in methods for v in LEARNING_RATES[m][1]]  # fmt: skip
+        return [
+            (f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--eval-on", "dev"])
+            for m in methods
+            for v in LEARNING_RATES[m][1]
+        ]
     if missing := set(methods if phase in ("first", "seeds") else ["lora"]) - best.keys():
-        raise UserError(f"phase {phase} takes the best learning rate of {', '.join(sorted(missing))}, and there is no "
-                        "row of it: --phases rates comes first")  # fmt: skip
+        raise UserError(
+            f"phase {phase} takes the best learning rate of {', '.join(sorted(missing))}, and there is no "
+            "row of it: --phases rates comes first"
+        )
     if phase == "rank":
         return [(f"lora-r{r}", "lora", [*best["lora"], "--r", r]) for r in (4, 16, 32)]
     if phase == "margin":
         margin = {m: ["--margin", m] for _, m in HEADS if m}
-        return [(f"{head}{m or ''}", "lora", [*best["lora"], "--head", head, *margin.get(m, [])]) for head, m in HEADS]
+        return [
+            (f"{head}{m or ''}", "lora", [*best["lora"], "--head", head, *margin.get(m, [])])
+            for head, m in HEADS
+        ]
     seeds = (0,) if phase == "first" else (1, 2)
     return [(f"{m}-s{s}", m, [*best[m], "--seed", s]) for s in seeds for m in methods]
 
@@ -212,7 +350,10 @@ def best_learning_rates(rows):
     """Rows of phase rates -> {method: [flag, value]} with the highest macro-F1 on dev."""
     best = {}
     for row in rows:
-        if row["phase"] == "rates" and float(row["macro_f1"]) > best.get(row["result"], (0, None))[0]:
+        if (
+            row["phase"] == "rates"
+            and float(row["macro_f1"]) > best.get(row["result"], (0, None))[0]
+        ):
             flag = LEARNING_RATES[row["result"]][0]
             best[row["result"]] = (float(row["macro_f1"]), [flag, row[flag[2:].replace("-", "_")]])
     return {method: words for method, (_, words) in best.items()}

@@ -1,12 +1,18 @@
 """What breaks it? A probe trained on clean features looks at spoiled pictures; the decoder is asked for hidden pixels.
 
-    python -m experiments.stress runs/NAME                     # on the data that the run was trained on
-    python -m experiments.stress runs/NAME --midterm           # only PSNR by ratio, as the mid-term report's table
-    python -m experiments.stress runs/NAME --only cutout       # only Top-1 under this, at its headline level
+    python -m experiments.stress runs/NAME                     # on the data that the run was
+    trained on
+    python -m experiments.stress runs/NAME --midterm           # only PSNR by ratio, as the mid-term
+    report's table
+    python -m experiments.stress runs/NAME --only cutout       # only Top-1 under this, at its
+    headline level
 
-Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made), datasets/NAME
-Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known), reconstruction.png; with --only
-        stress-cutout.json alone; of other data than the run's own, or of another split than val, into
+Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made),
+        datasets/NAME
+Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known),
+reconstruction.png; with --only
+        stress-cutout.json alone; of other data than the run's own, or of another split than val,
+        into
         runs/NAME/DATANAME-SPLIT/
 """
 
@@ -47,7 +53,9 @@ from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
-NO_RAMP = dict.fromkeys(("attn_high", "attn_low", "attn_hint"), {"start": 0, "ramp_for": 0})  # the run is over
+NO_RAMP = dict.fromkeys(
+    ("attn_high", "attn_low", "attn_hint"), {"start": 0, "ramp_for": 0}
+)  # the run is over
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
 
@@ -57,20 +65,48 @@ def parse_args():
     add("run", help="run folder of pretrain.py")
     add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
-    add("--images", type=at_least(8), default=512, metavar="N", help="at most so many of it, evenly spread")
-    add("--pool", default="mean", choices=features.POOLS[:3], help="pooling of the tokens that the probe sees")
-    add("--only", metavar="NAMES", help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between")
-    add("--midterm", action="store_true", help="only PSNR and SSIM by ratio under random masks, graded; writes nothing")
+    add(
+        "--images",
+        type=at_least(8),
+        default=512,
+        metavar="N",
+        help="at most so many of it, evenly spread",
+    )
+    add(
+        "--pool",
+        default="mean",
+        choices=features.POOLS[:3],
+        help="pooling of the tokens that the probe sees",
+    )
+    add(
+        "--only",
+        metavar="NAMES",
+        help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between",
+    )
+    add(
+        "--midterm",
+        action="store_true",
+        help="only PSNR and SSIM by ratio under random masks, graded; writes nothing",
+    )
     add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
-    refuse_unused(args, [
-        ("only pool", not args.midterm, "is of the probe, and --midterm looks at predicted pixels alone"),
-        ("force", not args.midterm, "is for files, and --midterm writes none"),
-    ])  # fmt: skip
+    refuse_unused(
+        args,
+        [
+            (
+                "only pool",
+                not args.midterm,
+                "is of the probe, and --midterm looks at predicted pixels alone",
+            ),
+            ("force", not args.midterm, "is for files, and --midterm writes none"),
+        ],
+    )
     if Path(args.run).is_file():
-        raise UserError(f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME")
+        raise UserError(
+            f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME"
+        )
     if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
         raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
     return args
@@ -80,22 +116,34 @@ def open_task(args):
     """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
     encoder, size = load_encoder(args.run)
     task = features.open_task(args, args.run)
-    task.run, task.size, task.encoder = Path(args.run), size, encoder.to(task.device).requires_grad_(False)
+    task.run, task.size, task.encoder = (
+        Path(args.run),
+        size,
+        encoder.to(task.device).requires_grad_(False),
+    )
     task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
     task.out = features.results_folder(args.run, task.folder, args.split)
     return task
 
 
-# ---- robustness of the probe: spoil(images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them ---------------
+# ---- robustness of the probe: spoil(images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of
 
 
 def fit_probe(task):
-    """The headline of probe.py, logistic regression on clean train features: task.scores(features (n, D)) -> (n, C)."""
+    """The headline of probe.py, logistic regression on clean train features: task.scores(features
+    (n, D)) -> (n, C).
+    """
     found, _ = features.of_run(task.out, task.run, task.encoder, task.size, task)
     fit, _, _ = features.hold_out(task.splits)
-    x, labels, groups = found[task.args.pool]["train"][0], task.train["labels"], data.groups_of(task.train)
+    x, labels, groups = (
+        found[task.args.pool]["train"][0],
+        task.train["labels"],
+        data.groups_of(task.train),
+    )
     with working("fitting the probe"):
-        task.scores, _ = metrics.logistic_probe(x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit])
+        task.scores, _ = metrics.logistic_probe(
+            x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit]
+        )
 
 
 @torch.no_grad()
@@ -105,7 +153,9 @@ def right_of(task, spoil=None, rows=None, encoder=None, size=None, chunk=data.CH
     rows = task.rows if rows is None else rows
     for some in rows.split(chunk):
         images = data.take(task.split["images"], some, task.device)
-        view = data.view_images(spoil(images, some) if spoil else images, *data.full_boxes(len(some)), size)
+        view = data.view_images(
+            spoil(images, some) if spoil else images, *data.full_boxes(len(some)), size
+        )
         with task.autocast():
             found.append(features.pooled(encoder, view, False)[task.args.pool].half().cpu())
     return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][rows]
@@ -134,17 +184,23 @@ def hidden_part(task, k, generator=None):
 
 def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
-    return {name: {str(level): percent(right_of(task, corrupted(name, level))) for level in levels}
-            for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False)}  # fmt: skip
+    return {
+        name: {str(level): percent(right_of(task, corrupted(name, level))) for level in levels}
+        for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False)
+    }
 
 
 def without_parts(task):
-    """By which part does it recognise? Each but the background painted gray, and as control the same shape elsewhere.
+    """By which part does it recognise? Each but the background painted gray, and as control the
+    same shape elsewhere.
 
-    -> {part: {"area", "hidden", "control"}}: share of the picture, Top-1 without the part, Top-1 without the control.
+    -> {part: {"area", "hidden", "control"}}: share of the picture, Top-1 without the part, Top-1
+    without the control.
     """
     result, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
-    for k, name in progress(list(enumerate(task.split["header"]["parts"]))[1:], "parts", leave=False):
+    for k, name in progress(
+        list(enumerate(task.split["header"]["parts"]))[1:], "parts", leave=False
+    ):
         hidden, control = (right_of(task, hidden_part(task, k, g)) for g in (None, seeded(0, k)))
         area = (parts == k).float().mean((1, 2)).mean().item()
         result[name] = {"area": area, "hidden": percent(hidden), "control": percent(control)}
@@ -154,13 +210,18 @@ def without_parts(task):
 def by_style(task, right):
     """Top-1 and number of images of each value of each of the demo set's strata, on clean pictures."""
     found = {name: right[here] for name, here in errors.in_styles(task.split, task.rows).items()}
-    return {name: {"top1": percent(x) if len(x) else None, "images": len(x)} for name, x in found.items()}
+    return {
+        name: {"top1": percent(x) if len(x) else None, "images": len(x)}
+        for name, x in found.items()
+    }
 
 
 def by_resolution(task, clean):
-    """Views of 64 to 448 px, positions resized: Top-1, that at the trained size on the same images, images a second.
+    """Views of 64 to 448 px, positions resized: Top-1, that at the trained size on the same images,
+    images a second.
 
-    Attention's memory and time grow with the fourth power of the side: fewer images (at least 48) in smaller chunks.
+    Attention's memory and time grow with the fourth power of the side: fewer images (at least 48)
+    in smaller chunks.
     """
     result = []
     sides = [s for s in RESOLUTIONS if s % task.encoder.patch_size == 0]
@@ -171,8 +232,15 @@ def by_resolution(task, clean):
         start_time = time.perf_counter()
         right = right_of(task, None, task.rows[some], encoder, side, chunk)
         speed = len(some) / (time.perf_counter() - start_time)
-        result.append({"side": side, "top1": percent(right), "top1_trained_size": percent(clean[some]),
-                       "images": len(some), "images_per_s": round(speed, 1)})  # fmt: skip
+        result.append(
+            {
+                "side": side,
+                "top1": percent(right),
+                "top1_trained_size": percent(clean[some]),
+                "images": len(some),
+                "images_per_s": round(speed, 1),
+            }
+        )
     return result
 
 
@@ -180,8 +248,13 @@ def stress_probe(task):
     """Everything about the probe: a part of the report."""
     clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
     chance = percent(task.split["labels"][task.rows] == most_frequent)
-    report = {"clean": percent(clean), "chance": chance, "pool": task.args.pool, "robustness": robustness(task),
-              "resolution": by_resolution(task, clean)}  # fmt: skip
+    report = {
+        "clean": percent(clean),
+        "chance": chance,
+        "pool": task.args.pool,
+        "robustness": robustness(task),
+        "resolution": by_resolution(task, clean),
+    }
     if "parts" in task.split:
         report["parts"] = without_parts(task)
     if "style" in task.split:
@@ -192,43 +265,71 @@ def stress_probe(task):
 def stress_some(task):
     """--only: the few numbers that a study needs of every run, with each image's right or wrong."""
     levels = {name: SWEEPS[name][3] for name in task.args.only.split(",")}
-    right = {f"{name} {level}": right_of(task, corrupted(name, level))
-             for name, level in progress(levels.items(), "robustness", leave=False)}  # fmt: skip
+    right = {
+        f"{name} {level}": right_of(task, corrupted(name, level))
+        for name, level in progress(levels.items(), "robustness", leave=False)
+    }
     print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
-    return {"top1": {k: percent(x) for k, x in right.items()}, "right": {k: stats.to_bits(x) for k, x in right.items()}}
+    return {
+        "top1": {k: percent(x) for k, x in right.items()},
+        "right": {k: stats.to_bits(x) for k, x in right.items()},
+    }
 
 
-# ---- reconstruction ------------------------------------------------------------------------------------------------
+# ---- reconstruction ------------------------------------------------------------------------------
 
 
 def load_mae(run, device):
     """The whole network with its picture head, from state.pt, and how its targets are normalised."""
     path = Path(run) / "state.pt"
     if not path.exists():
-        raise UserError(f"{run} has no state.pt: pictures need the head that predicts each patch's statistics, "
-                        "which model.safetensors leaves out")  # fmt: skip
+        raise UserError(
+            f"{run} has no state.pt: pictures need the head that predicts each patch's statistics, "
+            "which model.safetensors leaves out"
+        )
     state = load_state(path)
     if "decoder.decoder_pos_embed" not in state["model"]:
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
     model, flags = MAE(**about_model(run)["config"]), state["config"]
-    load_exactly(model, {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}, path)
-    norm = {"norm_pix": not flags.get("no_norm_pix", False), "floor": flags.get("norm_floor", FLOOR)}
+    load_exactly(
+        model, {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}, path
+    )
+    norm = {
+        "norm_pix": not flags.get("no_norm_pix", False),
+        "floor": flags.get("norm_floor", FLOOR),
+    }
     return model.to(device).eval(), norm
 
 
 def patches_of(model, split, rows, view):
     """What strategies need of these views, as far as it is known: the dict `patches` of mask.py."""
     _, ids = model.encoder.all_patches(view)
-    args = rows, *data.full_boxes(len(rows)), model.encoder.side, view.device, len(split["header"].get("parts", ()))
-    maps = {name: guidance.crop_map(name, split[name], *args) for name in ("fg", "parts") if name in split}
+    args = (
+        rows,
+        *data.full_boxes(len(rows)),
+        model.encoder.side,
+        view.device,
+        len(split["header"].get("parts", ())),
+    )
+    maps = {
+        name: guidance.crop_map(name, split[name], *args)
+        for name in ("fg", "parts")
+        if name in split
+    }
     attention = model.encoder.patch_attention(view).float().mean(1)
     return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 
 
 def hidden_pixels(ids_mask, side, S):
     """ids_mask (B, M) -> (B, S, S) bool."""
-    grid = torch.zeros(len(ids_mask), side * side, dtype=torch.bool, device=ids_mask.device).scatter_(1, ids_mask, True)
-    return grid.unflatten(1, (side, side)).repeat_interleave(S // side, 1).repeat_interleave(S // side, 2)
+    grid = torch.zeros(
+        len(ids_mask), side * side, dtype=torch.bool, device=ids_mask.device
+    ).scatter_(1, ids_mask, True)
+    return (
+        grid.unflatten(1, (side, side))
+        .repeat_interleave(S // side, 1)
+        .repeat_interleave(S // side, 2)
+    )
 
 
 def flat_guess(view, where):
@@ -246,15 +347,21 @@ def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
     """
     N = model.encoder.side**2
     K = masking.kept(N, ratio)
-    priority = masking.STRATEGIES[strategy](patches | {"masked": N - K}, noise, 1.0, **NO_RAMP.get(strategy, {}))
+    priority = masking.STRATEGIES[strategy](
+        patches | {"masked": N - K}, noise, 1.0, **NO_RAMP.get(strategy, {})
+    )
     ids_keep, ids_mask = masking.sample(priority, K)
     pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
-    return put_patches(view, ids_mask, pixels), hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
+    return put_patches(view, ids_mask, pixels), hidden_pixels(
+        ids_mask, model.encoder.side, view.shape[1]
+    )
 
 
 def pixel_scores(view, pasted, where, foreground):
-    """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of the flat guess."""
+    """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of
+    the flat guess.
+    """
     similarity, regions = metrics.ssim_map(pasted, view), {"": where}
     if foreground is not None:
         regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
@@ -267,22 +374,34 @@ def pixel_scores(view, pasted, where, foreground):
 
 @torch.no_grad()
 def reconstruction(model, norm, task, strategies=None):
-    """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0, 1]."""
+    """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0,
+    1].
+    """
     split, S, N, total = task.split, model.config["image_size"], model.encoder.side**2, {}
     views = data.whole_views(split["images"], task.rows, S, task.device)
     for rows, view in progress(views, "pixels", leave=False):
         patches, foreground = patches_of(model, split, rows, view), None
-        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()]).to(task.device)
+        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()]).to(
+            task.device
+        )
         if "fg" in split:
             fg = torch.from_numpy(split["fg"][rows.numpy()])
             foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
-        known = [s for s in masking.STRATEGIES if s != "simmim" and masking.NEEDS.get(s) in (None, *patches)]
+        known = [
+            s
+            for s in masking.STRATEGIES
+            if s != "simmim" and masking.NEEDS.get(s) in (None, *patches)
+        ]
         for strategy, ratio in itertools.product(strategies or known, RATIOS):
-            pasted, where = reconstruct(model, view, patches, strategy, ratio, noise, norm, task.autocast)
+            pasted, where = reconstruct(
+                model, view, patches, strategy, ratio, noise, norm, task.autocast
+            )
             for name, x in pixel_scores(view.cpu(), pasted.cpu(), where.cpu(), foreground).items():
                 total.setdefault((strategy, ratio), {}).setdefault(name, []).append(x)
-    return [{"strategy": s, "ratio": r} | {name: mean(torch.cat(x)) for name, x in scores.items()}
-            for (s, r), scores in total.items()]  # fmt: skip
+    return [
+        {"strategy": s, "ratio": r} | {name: mean(torch.cat(x)) for name, x in scores.items()}
+        for (s, r), scores in total.items()
+    ]
 
 
 def mean(x):
@@ -291,7 +410,7 @@ def mean(x):
     return x.mean().item() if len(x) else None
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def grade(psnr):
@@ -300,8 +419,11 @@ def grade(psnr):
 
 def midterm(rows):
     """The table of the mid-term report: over 18 dB good, 10 to 17 moderate (to 18 here: no gap)."""
-    lines = [f"{r['ratio']:>5.0%}   {r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
-             for r in rows if r["strategy"] == "random"]  # fmt: skip
+    lines = [
+        f"{r['ratio']:>5.0%}   {r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
+        for r in rows
+        if r["strategy"] == "random"
+    ]
     return ["hidden   PSNR, dB   SSIM   grade      mean colour, dB", *lines]
 
 
@@ -310,33 +432,56 @@ def number(x, digits=1):
 
 
 def robust_lines(report):
-    lines = [f"{'spoiled by':22} Top-1, %   (clean {report['clean']:.1f}, chance {report['chance']:.1f})"]
+    lines = [
+        f"{'spoiled by':22} Top-1, %   (clean {report['clean']:.1f}, chance {report['chance']:.1f})"
+    ]
     for name, levels in report["robustness"].items():
         cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
         lines.append(f"{name + ', ' + SWEEPS[name][2] if len(levels) > 1 else name:30} {cells}")
-    lines += [f"without {name:14} {x['hidden']:5.1f}   the same shape elsewhere {x['control']:5.1f}   "
-              f"({100 * x['area']:.1f} % of the picture)" for name, x in report.get("parts", {}).items()]  # fmt: skip
-    lines += [f"{x['side']:4} px {x['top1']:5.1f}   trained size {x['top1_trained_size']:5.1f} on the same "
-              f"{x['images']} images   {x['images_per_s']:.0f} images/s" for x in report["resolution"]]  # fmt: skip
-    return lines + [f"{name:22} {number(x['top1']):>5}   {x['images']} images"
-                    for name, x in report.get("style", {}).items()]  # fmt: skip
+    lines += [
+        f"without {name:14} {x['hidden']:5.1f}   the same shape elsewhere {x['control']:5.1f}   "
+        f"({100 * x['area']:.1f} % of the picture)"
+        for name, x in report.get("parts", {}).items()
+    ]
+    lines += [
+        f"{x['side']:4} px {x['top1']:5.1f}   trained size {x['top1_trained_size']:5.1f} on the same "
+        f"{x['images']} images   {x['images_per_s']:.0f} images/s"
+        for x in report["resolution"]
+    ]
+    return lines + [
+        f"{name:22} {number(x['top1']):>5}   {x['images']} images"
+        for name, x in report.get("style", {}).items()
+    ]
 
 
 def pixel_lines(rows):
-    columns = {"psnr": 9, "psnr_figure": 6, "psnr_ground": 6, "psnr_flat": 12, "ssim": 11, "ssim_figure": 6,
-               "ssim_ground": 6}  # width of each  # fmt: skip
-    lines = [f"{'mask':10} {'ratio':>5}   PSNR: all     fg     bg  mean colour   SSIM: all     fg     bg"]
+    columns = {
+        "psnr": 9,
+        "psnr_figure": 6,
+        "psnr_ground": 6,
+        "psnr_flat": 12,
+        "ssim": 11,
+        "ssim_figure": 6,
+        "ssim_ground": 6,
+    }  # width of each
+    lines = [
+        f"{'mask':10} {'ratio':>5}   PSNR: all     fg     bg  mean colour   SSIM: all     fg     bg"
+    ]
     for r in rows:
-        cells = (f"{number(r.get(k), 3 if 'ssim' in k else 1):>{width}}" for k, width in columns.items())
+        cells = (
+            f"{number(r.get(k), 3 if 'ssim' in k else 1):>{width}}" for k, width in columns.items()
+        )
         lines.append(f"{r['strategy']:10} {r['ratio']:5.2f}   {' '.join(cells)}")
     return lines
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def names_of(task):
-    """The files that this command writes, the JSON first: once it is there, the pictures are known to be its own."""
+    """The files that this command writes, the JSON first: once it is there, the pictures are known
+    to be its own.
+    """
     if task.args.only:
         return [f"stress-{task.args.only.replace(',', '-')}.json"]
     probe = ["robustness.png", *["parts.png"] * ("parts" in task.split)] if task.labelled else []
@@ -351,7 +496,9 @@ def check(task):
     if not names[0].exists():
         refuse_overwrite(names[1:], task.args.force)
     if task.args.only and not task.labelled:
-        raise UserError(f"--only {task.args.only} needs two classes or more, and labels on all images of {task.folder}")
+        raise UserError(
+            f"--only {task.args.only} needs two classes or more, and labels on all images of {task.folder}"
+        )
 
 
 def draw(task, report, names):
@@ -363,7 +510,9 @@ def draw(task, report, names):
         plots.robustness(out / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run}")
     if "parts.png" in names:
         plots.parts(out / "parts.png", report, f"Recognised by which part? {run}")
-    plots.reconstruction(out / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run}")
+    plots.reconstruction(
+        out / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run}"
+    )
 
 
 def main():
@@ -376,8 +525,15 @@ def main():
     if args.midterm:
         print("\n".join(midterm(reconstruction(model, norm, task, ["random"]))))
         return
-    report = {"command": command(), "machine": machine(task.device), "commit": commit(), "run": task.run.name,
-              "data": str(task.folder), "split": args.split, "images": len(task.rows)}  # fmt: skip
+    report = {
+        "command": command(),
+        "machine": machine(task.device),
+        "commit": commit(),
+        "run": task.run.name,
+        "data": str(task.folder),
+        "split": args.split,
+        "images": len(task.rows),
+    }
     if task.labelled:
         fit_probe(task)
     if args.only:
@@ -396,8 +552,10 @@ def main():
     print(f"masked error under the fixed random mask {report['masked_mse']:.4f} of {of}")
     save_json(report, out / names[0])
     draw(task, report, names)
-    print(f"wrote    {out}/{', '.join(names)}; python probe.py {shlex.quote(args.run)} has the clean numbers and their "
-          "controls")  # fmt: skip
+    print(
+        f"wrote    {out}/{', '.join(names)}; python probe.py {shlex.quote(args.run)} has the clean numbers and their "
+        "controls"
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 Reads:  datasets/NAME
 Writes: OUT/model.safetensors, an encoder that every stage takes, and log.jsonl
 
-simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS token (Chen et al.
-        2020, arXiv:2002.05709; common/agreement.py)
-dino    of each large crop a teacher says which of K prototypes it is like; the student says the same of every other
-        crop of that image, small ones, too. The teacher is the student's moving average. Its answers are centred and
-        sharpened: they are neither all alike nor all even (Caron et al. 2021, arXiv:2104.14294, algorithm 1)
+simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS
+        token (Chen et al. 2020, arXiv:2002.05709; common/agreement.py)
+dino    of each large crop a teacher says which of K prototypes it is like; the student says the
+        same of every other crop of that image, small ones, too. The teacher is the student's moving
+        average. Its answers are centred and sharpened: they are neither all alike nor all even
+        (Caron et al. 2021, arXiv:2104.14294, algorithm 1)
 """
 
 if __name__ == "__main__":
@@ -39,11 +40,15 @@ CENTRE, LARGE = 0.9, 2  # how much of the centre stays in a step; crops that the
 
 
 class Head(nn.Module):
-    """DINO's: tokens (B, D) -> (B, K), the cosines to prototypes, which are the rows of a matrix of unit length."""
+    """DINO's: tokens (B, D) -> (B, K), the cosines to prototypes, which are the rows of a matrix of
+    unit length.
+    """
 
     def __init__(self, dim):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, BOTTLENECK))
+        self.layers = nn.Sequential(
+            nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, BOTTLENECK)
+        )
         self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, BOTTLENECK))
 
     def forward(self, x):
@@ -70,7 +75,9 @@ def crops(args, images, generator, side, shrink=1.0):
 
 def simclr(args, net, rows, images, generator, t):
     """NT-Xent of 2B views."""
-    views = torch.stack([crops(args, images, generator, args.image_size) for _ in range(2)], 1).flatten(0, 1)
+    views = torch.stack(
+        [crops(args, images, generator, args.image_size) for _ in range(2)], 1
+    ).flatten(0, 1)
     with args.autocast():
         summary = cls_of(net["student"], views)
     return net["agreement"](summary, rows.repeat_interleave(2))
@@ -84,7 +91,9 @@ def dino(args, net, rows, images, generator, t):
     follow(net, 1 - (1 - args.momentum) * (1 - t))
     with args.autocast():
         with torch.no_grad():
-            taught = torch.stack([net["teacher_head"](cls_of(net["teacher"], view)) for view in large])
+            taught = torch.stack(
+                [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
+            )
         said = torch.stack([net["head"](cls_of(net["student"], view)) for view in views])
     loss = dino_loss(said.float(), taught.float(), net["head"].centre)
     net["head"].centre.lerp_(taught.float().mean((0, 1)), 1 - CENTRE)
@@ -138,11 +147,29 @@ def parse_args():
     add("--epochs", type=at_least(1), default=20)
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
-    add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest share of an image in a crop")
-    add("--jitter", type=between(0, 1), default=0.3, metavar="J", help="brightness, contrast, saturation times 1 +- J")
+    add(
+        "--min-crop",
+        type=between(0.01, 1),
+        default=0.4,
+        metavar="AREA",
+        help="smallest share of an image in a crop",
+    )
+    add(
+        "--jitter",
+        type=between(0, 1),
+        default=0.3,
+        metavar="J",
+        help="brightness, contrast, saturation times 1 +- J",
+    )
     add("--temperature", type=between(0.01, 1), default=0.1, metavar="T", help="of simclr")
     add("--small", type=at_least(0), default=4, metavar="N", help="small crops, of dino")
-    add("--momentum", type=between(0, 1), default=0.99, metavar="M", help="of dino's teacher, rising to 1")
+    add(
+        "--momentum",
+        type=between(0, 1),
+        default=0.99,
+        metavar="M",
+        help="of dino's teacher, rising to 1",
+    )
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"])
@@ -161,14 +188,20 @@ def main():
     B = min(args.batch_size, n)
     images, total, step = data.resident(train_set, device), args.epochs * (n // B), 0
     optimizer = train.make_optimizer(net, args.lr, 0.05)
-    config = {k: v for k, v in vars(args).items() if k not in ("given", "autocast", "force", "out", "device")}
+    config = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("given", "autocast", "force", "out", "device")
+    }
     out.mkdir(parents=True, exist_ok=True)
     log, meter = train.Log(out / "log.jsonl", -1), train.Meter(B, device)
     bar = progress(total=total, unit="step")
     for epoch in range(args.epochs):
         order = data.epoch_order(n, args.seed, epoch)
         for rows, batch in meter.timed(data.batches(images, order, B, device)):
-            loss = METHODS[args.method](args, net, rows, batch, train.seeded(args.seed, epoch, step), step / total)
+            loss = METHODS[args.method](
+                args, net, rows, batch, train.seeded(args.seed, epoch, step), step / total
+            )
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), 3.0)
             lr = train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, args.lr))
@@ -182,8 +215,12 @@ def main():
         bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     bar.close()
     encoder = net["teacher" if args.method == "dino" else "student"]
-    save_encoder(encoder, out / "model.safetensors", {"step": step, "run": config | {"data": args.data}})
-    print(f"wrote    {out}/model.safetensors after {meter.seconds():.0f} s; next: python probe.py {out}")
+    save_encoder(
+        encoder, out / "model.safetensors", {"step": step, "run": config | {"data": args.data}}
+    )
+    print(
+        f"wrote    {out}/model.safetensors after {meter.seconds():.0f} s; next: python probe.py {out}"
+    )
 
 
 if __name__ == "__main__":

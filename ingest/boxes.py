@@ -4,12 +4,14 @@
 
 COCO        a JSON file; its pictures lie beside it, or in a folder there
 iCartoonFace (Zheng et al. 2020), detection: a csv of picture,x1,y1,x2,y2; pictures lie as COCO's do
-Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside; it counts pixels from 1
-YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and images/ of the same
-            folders and names, or pictures beside the files; pictures without a file have no box
+Pascal VOC  a folder with Annotations/*.xml, and pictures in JPEGImages/ or beside; it counts pixels
+            from 1
+YOLO        a folder with labels/**/*.txt of "class x y width height" in shares of the picture, and
+            images/ of the same folders and names, or pictures beside the files; pictures without a
+            file have no box
 
-A folder train, val or test on the way to a picture is its split. All classes become one. A record's `box` is a list of
-(x1, y1, x2, y2) in pixels, YOLO's in shares of the picture.
+A folder train, val or test on the way to a picture is its split. All classes become one. A record's
+`box` is a list of (x1, y1, x2, y2) in pixels, YOLO's in shares of the picture.
 """
 
 import json
@@ -30,7 +32,7 @@ HEADERS = ("x1,y1,x2,y2", "xmin,ymin,xmax,ymax", "left,top,right,bottom")  # of 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 
 
-# ---- readers: path -> {picture: [(x1, y1, x2, y2)]}, names of the classes, are boxes shares of the picture? ----------
+# ---- readers: path -> {picture: [(x1, y1, x2, y2)]}, names of the classes, are boxes shares of the
 
 
 def from_coco(path):
@@ -45,9 +47,19 @@ def from_coco(path):
             x, y, w, h = map(float, one["bbox"])
             boxes[names[one["image_id"]]].append((x, y, x + w, y + h))
             classes.append(kinds.get(one.get("category_id"), "face"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as problem:
-        raise UserError(f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]}); it needs images with "
-                        "id and file_name, and annotations with image_id and bbox") from None  # fmt: skip
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as problem:
+        raise UserError(
+            f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]}); it needs images with "
+            "id and file_name, and annotations with image_id and bbox"
+        ) from None
     return boxes, classes, False
 
 
@@ -59,7 +71,9 @@ def from_csv(path):
         except ValueError:
             if number == 1 and ",".join(row[1:5]).lower() in HEADERS:
                 continue
-            raise UserError(f"{path}, line {number} is not picture,x1,y1,x2,y2 but {','.join(row)[:80]!r}") from None
+            raise UserError(
+                f"{path}, line {number} is not picture,x1,y1,x2,y2 but {','.join(row)[:80]!r}"
+            ) from None
         boxes.setdefault(row[0], []).append((x1, y1, x2, y2))
         classes.append(row[5] if len(row) > 5 else "face")
     return boxes, classes, False
@@ -74,17 +88,31 @@ def from_voc(root):
                 raise ValueError(f"{name} is another file's picture")
             own = boxes[name] = []
             for one in tree.iter("object"):
-                x1, y1, x2, y2 = (float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                x1, y1, x2, y2 = (
+                    float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")
+                )
                 own.append((x1 - 1, y1 - 1, x2, y2))
                 classes.append(one.findtext("name") or "face")
-        except (ElementTree.ParseError, AttributeError, TypeError, ValueError, LookupError) as problem:
-            raise UserError(f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it") from None
+        except (
+            ElementTree.ParseError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            LookupError,
+        ) as problem:
+            raise UserError(
+                f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it"
+            ) from None
     return boxes, classes, False
 
 
 def place(path):
-    """Where a picture lies, and the file with its boxes: a/images/b.png and a/labels/b.txt are both a/b."""
-    return nfc("/".join(x for x in Path(path).with_suffix("").parts if x not in ("images", "labels")))
+    """Where a picture lies, and the file with its boxes: a/images/b.png and a/labels/b.txt are both
+    a/b.
+    """
+    return nfc(
+        "/".join(x for x in Path(path).with_suffix("").parts if x not in ("images", "labels"))
+    )
 
 
 def from_yolo(root):
@@ -92,19 +120,25 @@ def from_yolo(root):
     labels = {place(p.relative_to(root)): p for p in sorted((root / "labels").rglob("*.txt"))}
     for name in walk(root):
         own, path = boxes.setdefault(name, []), labels.get(place(name))
-        for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines() if path else (), 1):
+        for number, line in enumerate(
+            path.read_text("utf-8-sig", "replace").splitlines() if path else (), 1
+        ):
             try:
                 kind, x, y, w, h, *sure = map(float, line.split())
                 if len(sure) > 1 or max(x, y, w, h) > 2:  # an outline, or pixels
                     raise ValueError
             except ValueError:
-                raise UserError(f"{path}, line {number} is not class x y width height, in shares of the "
-                                f"picture, but {line[:60]!r}") from None
+                raise UserError(
+                    f"{path}, line {number} is not class x y width height, in shares of the "
+                    f"picture, but {line[:60]!r}"
+                ) from None
             own.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
             classes.append(f"{kind:g}")
     lost = sorted(labels.keys() - set(map(place, boxes)))
     if lost and len(lost) == len(labels):
-        raise UserError(f"{root}: no picture in images/ has folder and name of a file in labels/; the first: {lost[0]}")
+        raise UserError(
+            f"{root}: no picture in images/ has folder and name of a file in labels/; the first: {lost[0]}"
+        )
     return boxes | {str(labels[k].relative_to(root)): [] for k in lost}, classes, True
 
 
@@ -118,11 +152,13 @@ def reader_of(path):
     for fits, reader, name in layouts:
         if fits(path):
             return reader, name
-    raise UserError(f"{path} has no boxes that we know: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a "
-                    "folder with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)")  # fmt: skip
+    raise UserError(
+        f"{path} has no boxes that we know: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a "
+        "folder with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
+    )
 
 
-# ---- records ---------------------------------------------------------------------------------------------------------
+# ---- records -------------------------------------------------------------------------------------
 
 
 def find(path):
@@ -137,18 +173,27 @@ def find(path):
     notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
     lost = [told for told, place in places.items() if not place]
     if len(lost) == len(boxes):
-        raise UserError(f"none of the {len(boxes)} pictures that {path} names lies in {root}; the first: "
-                        f"{next(iter(boxes), None)!r}")  # fmt: skip
+        raise UserError(
+            f"none of the {len(boxes)} pictures that {path} names lies in {root}; the first: "
+            f"{next(iter(boxes), None)!r}"
+        )
     if lost:
         notes.append(f"{len(lost)} pictures are not there, the first: {lost[0]}")
     if len(kinds := Counter(classes)) > 1:
-        notes.append(f"{len(kinds)} classes are taken as one: {', '.join(k for k, _ in kinds.most_common(5))}")
+        notes.append(
+            f"{len(kinds)} classes are taken as one: {', '.join(k for k, _ in kinds.most_common(5))}"
+        )
     wrong = [(name, box) for name, own in boxes.items() for box in own if not usable(box)]
     if wrong:
-        notes.append(f"{len(wrong)} boxes are empty or inverted, and left out, the first: {wrong[0][0]} "
-                     f"{','.join(f'{x:g}' for x in wrong[0][1])}")  # fmt: skip
-    records = [Record(nfc(place), place, split=split_of(place), box=[b for b in boxes[told] if usable(b)])
-               for told, place in places.items() if place]  # fmt: skip
+        notes.append(
+            f"{len(wrong)} boxes are empty or inverted, and left out, the first: {wrong[0][0]} "
+            f"{','.join(f'{x:g}' for x in wrong[0][1])}"
+        )
+    records = [
+        Record(nfc(place), place, split=split_of(place), box=[b for b in boxes[told] if usable(b)])
+        for told, place in places.items()
+        if place
+    ]
     if twice := [place for place, n in Counter(r.key for r in records).items() if n > 1]:
         raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
     return records, partial(fetch_files, root=root), notes, shares
@@ -157,12 +202,19 @@ def find(path):
 def find_places(told, found):
     """What a file calls its pictures, and pictures that are there -> {told: found or None}.
 
-    In another folder than the one that is told lies a picture whose name is that of one picture alone, in both lists.
+    In another folder than the one that is told lies a picture whose name is that of one picture
+    alone, in both lists.
     """
     bare, named = (Counter(Path(nfc(n)).name for n in names) for names in (found, told))
     exact = {nfc(n): n for n in found}
-    alone = {Path(k).name: n for k, n in exact.items() if bare[Path(k).name] == named[Path(k).name] == 1}
-    return {name: exact.get(k) or alone.get(Path(k).name) for name in told for k in [nfc(name).removeprefix("./")]}
+    alone = {
+        Path(k).name: n for k, n in exact.items() if bare[Path(k).name] == named[Path(k).name] == 1
+    }
+    return {
+        name: exact.get(k) or alone.get(Path(k).name)
+        for name in told
+        for k in [nfc(name).removeprefix("./")]
+    }
 
 
 def usable(box):
@@ -170,14 +222,17 @@ def usable(box):
 
 
 def split_of(place):
-    return next((split for part in Path(place).parts[:-1] if (split := layouts.split_of(part))), None)
+    return next(
+        (split for part in Path(place).parts[:-1] if (split := layouts.split_of(part))), None
+    )
 
 
 def decode(data, size, boxes, most, shares, clipped):
-    """Bytes of a picture -> {"images": u8 (size, size, 3), "boxes": f32 (most, 4)}: all of it, filled up to a square.
+    """Bytes of a picture -> {"images": u8 (size, size, 3), "boxes": f32 (most, 4)}: all of it,
+    filled up to a square.
 
-    Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut off, and counted
-    in the list `clipped`.
+    Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut
+    off, and counted in the list `clipped`.
     """
     img, scale = open_image(data, 2 * size)
     img, side = on_paper(img), max(img.size)

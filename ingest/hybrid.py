@@ -3,11 +3,12 @@
     python data.py hybrid --out datasets/hybrid
     python -m ingest.hybrid --out sheet.png        # a sheet of every kind, and its masks
 
-Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib, scikit-image and PyWavelets; each is
-in one split alone, and half of what counts as photographed is a texture like a photograph: dead leaves (Lee, Mumford &
-Huang 2001), lit, out of focus in places. Nothing but what is shown may tell the two apart. So each layer takes mean and
-covariance of its colours from a layer that may be of either kind (Reinhard et al. 2001), and each finished frame the
-same grain and the same JPEG. The true mask, `drawn`, is for judging: only the fully supervised arm learns from it.
+Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib, scikit-image and
+PyWavelets; each is in one split alone, and half of what counts as photographed is a texture like a
+photograph: dead leaves (Lee, Mumford & Huang 2001), lit, out of focus in places. Nothing but what
+is shown may tell the two apart. So each layer takes mean and covariance of its colours from a layer
+that may be of either kind (Reinhard et al. 2001), and each finished frame the same grain and the
+same JPEG. The true mask, `drawn`, is for judging: only the fully supervised arm learns from it.
 """
 
 import io
@@ -29,7 +30,10 @@ KINDS = {
     "soft_blend": "a drawing that becomes a photograph little by little; the mask is how much of it is drawn",
     "photo_clothes": "a drawing whose clothes are cut from a photograph, and keep the drawn folds",
 }
-MIXED, PURELY = tuple(KINDS)[2:5], tuple(KINDS)[5:]  # heterogeneous; purely hybrid: no layer is in front of another
+MIXED, PURELY = (
+    tuple(KINDS)[2:5],
+    tuple(KINDS)[5:],
+)  # heterogeneous; purely hybrid: no layer is in front of another
 PHOTOS = {  # file: (library, split, licence and author)
     "china.jpg": ("sklearn", "train", "CC BY 2.0, danielbuechele"),
     "astronaut.png": ("skimage", "train", "public domain, NASA"),
@@ -52,12 +56,16 @@ PHOTOS = {  # file: (library, split, licence and author)
     "rocket.jpg": ("skimage", "test", "public domain, SpaceX"),
 }
 COUNTS = {  # frames of each homogeneous, each heterogeneous and each purely hybrid kind
-    "train": (720, 240, 0), "dev": (60, 20, 20), "val": (96, 48, 48), "test": (96, 48, 48)}  # fmt: skip
+    "train": (720, 240, 0),
+    "dev": (60, 20, 20),
+    "val": (96, 48, 48),
+    "test": (96, 48, 48),
+}
 TEXTURES = 0.5  # of the photographed layers: made, not photographed
 PALETTES = 64  # layers of each kind whose colours are dealt out
 
 
-# ---- what is photographed --------------------------------------------------------------------------------------------
+# ---- what is photographed ------------------------------------------------------------------------
 
 
 def open_photos(split):
@@ -69,48 +77,71 @@ def open_photos(split):
         import pywt
         import skimage
     except ImportError:
-        raise UserError("its photographs ship with libraries: pip install -r requirements-segment.txt") from None
-    folders = {"sklearn": Path(sklearn.__path__[0]) / "datasets/images", "skimage": Path(skimage.__path__[0]) / "data",
-               "matplotlib": Path(matplotlib.get_data_path()) / "sample_data",
-               "pywt": Path(pywt.__path__[0]) / "data"}  # fmt: skip
+        raise UserError(
+            "its photographs ship with libraries: pip install -r requirements-segment.txt"
+        ) from None
+    folders = {
+        "sklearn": Path(sklearn.__path__[0]) / "datasets/images",
+        "skimage": Path(skimage.__path__[0]) / "data",
+        "matplotlib": Path(matplotlib.get_data_path()) / "sample_data",
+        "pywt": Path(pywt.__path__[0]) / "data",
+    }
     paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
     photos = [np.uint8(np.load(p)["data"]) if p.suffix == ".npz" else Image.open(p) for p in paths]
     return [(Image.fromarray(p) if isinstance(p, np.ndarray) else p).convert("RGB") for p in photos]
 
 
 def crop(photos, rng, size):
-    """A square of one of them, turned, stretched, mirrored -> f32 (size, size, 3). Small ones are hardly enlarged."""
-    photo, angle, stretch = photos[rng.integers(len(photos))], rng.normal(0, 20), np.exp(rng.normal(0, 0.15))
+    """A square of one of them, turned, stretched, mirrored -> f32 (size, size, 3). Small ones are
+    hardly enlarged.
+    """
+    photo, angle, stretch = (
+        photos[rng.integers(len(photos))],
+        rng.normal(0, 20),
+        np.exp(rng.normal(0, 0.15)),
+    )
     reach = sum(abs(f(np.radians(angle))) for f in (np.cos, np.sin))  # of a turned square
     most = min(photo.width * stretch, photo.height / stretch) / reach
     scale = size / rng.uniform(min(size, most), most)
     shape = np.ceil([photo.width * stretch * scale, photo.height / stretch * scale]).astype(int)
-    centre = [rng.uniform(reach * size / 2, max(reach * size / 2, side - reach * size / 2)) for side in shape]
+    centre = [
+        rng.uniform(reach * size / 2, max(reach * size / 2, side - reach * size / 2))
+        for side in shape
+    ]
     turned = photo.resize(shape, Image.LANCZOS).rotate(angle, Image.BICUBIC, center=centre)
     left, top = (int(x) - size // 2 for x in centre)
     return np.float32(turned.crop((left, top, left + size, top + size)))[:, :: rng.choice([-1, 1])]
 
 
 def clouds(rng, size, slope):
-    """Noise whose amplitude falls with frequency to the power -slope, as in photographs -> (size, size), std 1."""
+    """Noise whose amplitude falls with frequency to the power -slope, as in photographs -> (size,
+    size), std 1.
+    """
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
     amplitude[0, 0] = 0
-    waves = np.fft.irfft2(amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (size, size))
+    waves = np.fft.irfft2(
+        amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (size, size)
+    )
     return waves / waves.std()
 
 
 def surfaces(photos, rng, size):
-    """Clouds, from rough to smooth, and as many cuts of photographs -> list of f32 (size, size, 3), mean 0, std 1."""
+    """Clouds, from rough to smooth, and as many cuts of photographs -> list of f32 (size, size, 3),
+    mean 0, std 1.
+    """
     made = [np.repeat(clouds(rng, size, slope)[..., None], 3, 2) for slope in (0.6, 1.0, 1.6, 2.2)]
-    return made + [(x - x.mean((0, 1))) / (x.std() + 1) for x in (crop(photos, rng, size) for _ in made)]
+    return made + [
+        (x - x.mean((0, 1))) / (x.std() + 1) for x in (crop(photos, rng, size) for _ in made)
+    ]
 
 
 def dead_leaves(photos, rng, size):
-    """Ellipses and boxes of all sizes on each other, with surfaces, light and shadows -> f32 (size, size, 3).
+    """Ellipses and boxes of all sizes on each other, with surfaces, light and shadows -> f32 (size,
+    size, 3).
 
-    Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as a wall or a sky,
-    many small ones as rough as gravel.
+    Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as
+    a wall or a sky, many small ones as rough as gravel.
     """
     skins, paints = surfaces(photos, rng, size), rng.uniform(10, 245, (rng.integers(2, 7), 3))
     frame = paints[0] + rng.uniform(0, 60) * skins[rng.integers(len(skins))]
@@ -121,14 +152,26 @@ def dead_leaves(photos, rng, size):
         top, left = (int(max(0, c - 1.5 * radius)) for c in (cy, cx))
         here = np.s_[top : int(cy + 1.5 * radius) + 2, left : int(cx + 1.5 * radius) + 2]
         dy, dx = (y[here] - cy) / radius, (x[here] - cx) / radius
-        u, v = dx * np.cos(angle) + dy * np.sin(angle), (dy * np.cos(angle) - dx * np.sin(angle)) / ratio
+        u, v = (
+            dx * np.cos(angle) + dy * np.sin(angle),
+            (dy * np.cos(angle) - dx * np.sin(angle)) / ratio,
+        )
         n = rng.choice([2, 4, 20])  # 2: an ellipse, 20: a box
         far = ((np.abs(u) ** n + np.abs(v) ** n) ** (1 / n))[..., None]
         inside = np.clip((1 - far) * radius * ratio, 0, 1)  # a soft rim of a pixel
-        light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal()) - rng.uniform(0, 0.4) * (u**2 + v**2)
-        skin = rng.uniform(0, 50) * np.roll(skins[rng.integers(len(skins))], rng.integers(size, size=2), (0, 1))[here]
+        light = (
+            1
+            + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
+            - rng.uniform(0, 0.4) * (u**2 + v**2)
+        )
+        skin = (
+            rng.uniform(0, 50)
+            * np.roll(skins[rng.integers(len(skins))], rng.integers(size, size=2), (0, 1))[here]
+        )
         frame[here] *= 1 - rng.uniform(0, 0.8) * np.clip(3 * (1.3 - far), 0, 1)  # its shadow
-        frame[here] += inside * (paints[rng.integers(len(paints))] * light[..., None] + skin - frame[here])
+        frame[here] += inside * (
+            paints[rng.integers(len(paints))] * light[..., None] + skin - frame[here]
+        )
     return np.float32(frame.clip(0, 255))
 
 
@@ -145,7 +188,7 @@ def photographed(photos, rng, size):
     return defocus((dead_leaves if rng.random() < TEXTURES else crop)(photos, rng, size), rng)
 
 
-# ---- nothing but what is shown tells the two apart -------------------------------------------------------------------
+# ---- nothing but what is shown tells the two apart -----------------------------------------------
 
 
 def statistics(layer):
@@ -157,51 +200,81 @@ def statistics(layer):
 def recolour(layer, palette):
     """The same layer with another's mean and covariance of colours, out of (0, 255) cut off -> f32."""
     (mean, root), (their_mean, their_root) = statistics(layer), palette
-    return np.float32(((layer - mean) @ np.linalg.inv(root).T @ their_root.T + their_mean).clip(0, 255))
+    return np.float32(
+        ((layer - mean) @ np.linalg.inv(root).T @ their_root.T + their_mean).clip(0, 255)
+    )
 
 
 def develop(frame, rng):
-    """The camera of all frames: grain of some strength and size, film that is uneven, a JPEG of some quality -> u8."""
+    """The camera of all frames: grain of some strength and size, film that is uneven, a JPEG of
+    some quality -> u8.
+    """
     size = len(frame)
-    grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1) + rng.normal(0, 1, (size, size, 1))
+    grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1) + rng.normal(
+        0, 1, (size, size, 1)
+    )
     if rng.random() < 0.5:  # coarse grain
-        grain = (grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1) + np.roll(grain, (1, 1), (0, 1))) / 2
+        grain = (
+            grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1) + np.roll(grain, (1, 1), (0, 1))
+        ) / 2
     slope, gray, colour = rng.uniform(0.4, 1.2), *rng.uniform(0, 8, 2)
-    film = gray * clouds(rng, size, slope)[..., None] + colour * np.stack([clouds(rng, size, slope) for _ in "rgb"], 2)
+    film = gray * clouds(rng, size, slope)[..., None] + colour * np.stack(
+        [clouds(rng, size, slope) for _ in "rgb"], 2
+    )
     noisy = np.uint8((frame + film + rng.uniform(3, 10) * grain / grain.std()).round().clip(0, 255))
     file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2])))
+    Image.fromarray(noisy).save(
+        file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2]))
+    )
     return np.asarray(Image.open(file))
 
 
-# ---- frames ----------------------------------------------------------------------------------------------------------
+# ---- frames --------------------------------------------------------------------------------------
 
 
 def plan(seed=0):
     """-> items {key, kind, split, seed, who} for draw()."""
     people, items = toon.cast(seed=seed), []
     for split, counts in COUNTS.items():
-        for kind, place in ((k, 0 if k in ("drawn", "photographed") else 1 + (k in PURELY)) for k in KINDS):
-            items += [{"kind": kind, "split": split, "seed": (seed, len(items) + i)} for i in range(counts[place])]
-    return [i | {"key": f"{i['kind']}/{n:05d}", "who": people[n % len(people)]} for n, i in enumerate(items)]
+        for kind, place in (
+            (k, 0 if k in ("drawn", "photographed") else 1 + (k in PURELY)) for k in KINDS
+        ):
+            items += [
+                {"kind": kind, "split": split, "seed": (seed, len(items) + i)}
+                for i in range(counts[place])
+            ]
+    return [
+        i | {"key": f"{i['kind']}/{n:05d}", "who": people[n % len(people)]}
+        for n, i in enumerate(items)
+    ]
 
 
 def palettes(seed=0):
     """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
     rng, photos = np.random.default_rng((seed, 7)), open_photos("train")
     drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, min(48, PALETTES), seed)]
-    return [statistics(x) for x in drawn] + [statistics(photographed(photos, rng, 64)) for _ in range(PALETTES)]
+    return [statistics(x) for x in drawn] + [
+        statistics(photographed(photos, rng, 64)) for _ in range(PALETTES)
+    ]
 
 
 def ramp(rng, size, width):
-    """A straight border at any angle through the middle third, `width` pixels wide -> (size, size), 0 to 1."""
+    """A straight border at any angle through the middle third, `width` pixels wide -> (size, size),
+    0 to 1.
+    """
     angle, y, x = rng.uniform(0, 2 * np.pi), *np.mgrid[:size, :size]
-    along = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle) - rng.uniform(-1, 1) * size / 6
+    along = (
+        (x - size / 2) * np.cos(angle)
+        + (y - size / 2) * np.sin(angle)
+        - rng.uniform(-1, 1) * size / 6
+    )
     return np.clip(0.5 + along / width, 0, 1)
 
 
 def window(rng, size):
-    """Where a rectangle or an ellipse is, and a rim as wide as a line -> two (size, size) in 0 to 1."""
+    """Where a rectangle or an ellipse is, and a rim as wide as a line -> two (size, size) in 0 to
+    1.
+    """
     y, x = (2 * np.mgrid[:size, :size] + 1) / size - 1
     (cy, cx), (h, w) = rng.uniform(-0.4, 0.4, 2), rng.uniform(0.35, 0.7, 2)
     u, v, n = np.abs(y - cy) / h, np.abs(x - cx) / w, rng.choice([2, 20])  # 20: a rectangle
@@ -211,7 +284,9 @@ def window(rng, size):
 
 
 def mix(kind, figure, drawing, photo, rng):
-    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S). figure: what toon drew."""
+    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S). figure:
+    what toon drew.
+    """
     size, white = len(drawing), np.ones(drawing.shape[:2])
     if kind in ("drawn", "photographed"):
         share = white * (kind == "drawn")
@@ -227,36 +302,63 @@ def mix(kind, figure, drawing, photo, rng):
         share = ramp(rng, size, size * rng.uniform(0.25, 0.6))
     else:
         share = 1 - (figure["parts"] == toon.PARTS.index("clothes"))
-        folds = drawing.mean(2, keepdims=True) / max(1, drawing[share == 0].mean() if (share == 0).any() else 1)
+        folds = drawing.mean(2, keepdims=True) / max(
+            1, drawing[share == 0].mean() if (share == 0).any() else 1
+        )
         photo = photo * (0.4 + 0.6 * folds.clip(0, 1.5))
     return photo + share[..., None] * (drawing - photo), share
 
 
 def draw(item, size, photos, colours):
-    """An item of a plan -> {image u8 (size, size, 3), drawn u8 (size, size), 255 where it is drawn, style}."""
+    """An item of a plan -> {image u8 (size, size, 3), drawn u8 (size, size), 255 where it is drawn,
+    style}.
+    """
     rng = np.random.default_rng(item["seed"])
     for _ in range(20):  # of clothes enough is in sight
-        figure = toon.draw({"who": item["who"], "seed": (*item["seed"], int(rng.integers(2**31)))}, size)
-        if item["kind"] != "photo_clothes" or (figure["parts"] == toon.PARTS.index("clothes")).mean() > 0.08:
+        figure = toon.draw(
+            {"who": item["who"], "seed": (*item["seed"], int(rng.integers(2**31)))}, size
+        )
+        if (
+            item["kind"] != "photo_clothes"
+            or (figure["parts"] == toon.PARTS.index("clothes")).mean() > 0.08
+        ):
             break
     layers = figure["image"].astype(np.float32), photographed(photos[item["split"]], rng, size)
     drawing, photo = (recolour(layer, colours[rng.integers(len(colours))]) for layer in layers)
     frame, share = mix(item["kind"], figure, drawing, photo, rng)
-    return {"image": develop(frame, rng), "drawn": np.uint8(255 * share + 0.5), "style": figure["style"]}
+    return {
+        "image": develop(frame, rng),
+        "drawn": np.uint8(255 * share + 0.5),
+        "style": figure["style"],
+    }
 
 
 def main():
     parser = Parser(prog="ingest.hybrid", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add("--size", type=between(8, 1024, int), default=128, help="side of a frame in pixels (default: 128)")
-    add("--columns", type=between(1, 100, int), default=6, help="frames of a kind, each beside its mask (default: 6)")
+    add(
+        "--size",
+        type=between(8, 1024, int),
+        default=128,
+        help="side of a frame in pixels (default: 128)",
+    )
+    add(
+        "--columns",
+        type=between(1, 100, int),
+        default=6,
+        help="frames of a kind, each beside its mask (default: 6)",
+    )
     add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     toon.refuse_sheet(args.out, args.force)
     photos, colours, items = {"val": open_photos("val")}, palettes(args.seed), plan(args.seed)
-    some = [i for kind in KINDS for i in [i for i in items if (i["kind"], i["split"]) == (kind, "val")][: args.columns]]
+    some = [
+        i
+        for kind in KINDS
+        for i in [i for i in items if (i["kind"], i["split"]) == (kind, "val")][: args.columns]
+    ]
     frames = (draw(item, args.size, photos, colours) for item in progress(some, "drawing"))
     pictures = (frame[plane] for frame in frames for plane in ("image", "drawn"))
     toon.write_sheet(args.out, pictures, len(KINDS), 2 * args.columns, args.size)

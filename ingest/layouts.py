@@ -1,13 +1,15 @@
 """What the folders above a picture say: its split, its class, or nothing.
 
-A layout is a pattern of folder levels from the outside, each of them split, class or - (it says nothing):
+A layout is a pattern of folder levels from the outside, each of them split, class or - (it says
+nothing):
 
     class            miku/1.png                          split/-/class    train/faces/miku/1.png
     split/class      train/miku/1.png, test/miku/2.png   -/class          faces/miku/1.png
     class/split      miku/train/1.png, miku/test/2.png   -                no labels
 
-`detect` finds the pattern. It looks through wrappers, which are folders that stand alone at their level, and leaves a
-few stray pictures aside. What can be read in two ways is refused: labels that are lost in silence are found too late.
+`detect` finds the pattern. It looks through wrappers, which are folders that stand alone at their
+level, and leaves a few stray pictures aside. What can be read in two ways is refused: labels that
+are lost in silence are found too late.
 """
 
 import re
@@ -16,16 +18,30 @@ from collections import Counter, defaultdict
 from common.io import UserError
 
 ORDER = ("train", "dev", "val", "test")  # of the splits, wherever they are listed
-WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "validate": "val",
-         "eval": "val", "evaluation": "val", "dev": "dev", "development": "dev", "test": "test",
-         "testing": "test"}  # fmt: skip
-THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"  # train_images, test-set, val2017
+WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "validate": "val",
+    "eval": "val",
+    "evaluation": "val",
+    "dev": "dev",
+    "development": "dev",
+    "test": "test",
+    "testing": "test",
+}
+# train_images, test-set, val2017
+THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
 SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
 FEW = 3  # pictures, or 5 % of them, may lie astray
 
 
 def split_of(name):
-    """A folder's name -> the split that it usually stands for, or None: train_set and Training are train."""
+    """A folder's name -> the split that it usually stands for, or None: train_set and Training are
+    train.
+    """
     found = SPLIT.fullmatch(name.lower())
     return found and WORDS[found[1]]
 
@@ -33,9 +49,15 @@ def split_of(name):
 def parse_layout(text):
     """split/-/class -> ("split", "-", "class"); levels at the end that say nothing are left out."""
     levels = text.lower().strip("/").split("/")
-    if set(levels) - {"split", "class", "-"} or levels.count("split") > 1 or levels.count("class") > 1:
-        raise UserError(f"--layout {text} must be folder levels from the outside: one split, one class, and - for "
-                        "those that say nothing, such as split/-/class")  # fmt: skip
+    if (
+        set(levels) - {"split", "class", "-"}
+        or levels.count("split") > 1
+        or levels.count("class") > 1
+    ):
+        raise UserError(
+            f"--layout {text} must be folder levels from the outside: one split, one class, and - for "
+            "those that say nothing, such as split/-/class"
+        )
     return stripped(levels)
 
 
@@ -57,13 +79,15 @@ def few(k, n):
     return k <= max(FEW, 0.05 * n) and 2 * k < n
 
 
-# ---- finding the pattern -------------------------------------------------------------------------------------------
+# ---- finding the pattern -------------------------------------------------------------------------
 
 
 def detect(dirs):
-    """The folders above each picture, [["train", "miku"], ...] -> the pattern, such as ("split", "class").
+    """The folders above each picture, [["train", "miku"], ...] -> the pattern, such as ("split",
+    "class").
 
-    Level by level. `left` holds, of the pictures not astray, their split and the folders that are still to be read.
+    Level by level. `left` holds, of the pictures not astray, their split and the folders that are
+    still to be read.
     """
     pattern, left = (), [("", d) for d in dirs]
     while any(d for _, d in left):
@@ -108,9 +132,11 @@ def roles_of(left, may_split, n, pattern):
 
 
 def alike_inside(below):
-    """Do the folders of the first level share the names of their sub-folders, or have one each? Then they are classes.
+    """Do the folders of the first level share the names of their sub-folders, or have one each?
+    Then they are classes.
 
-    miku/2019, rin/2019, not genshin/hutao, genshin/venti, honkai/kiana. Many names in few folders are no years.
+    miku/2019, rin/2019, not genshin/hutao, genshin/venti, honkai/kiana. Many names in few folders
+    are no years.
     """
     inside = defaultdict(set)
     for _, d in below:
@@ -121,17 +147,20 @@ def alike_inside(below):
     return one_each or (2 * shared > sum(count.values()) and len(count) <= 2 * len(inside))
 
 
-# ---- reading by it -------------------------------------------------------------------------------------------------
+# ---- reading by it -------------------------------------------------------------------------------
 
 
 def read(dirs, pattern):
-    """-> (split, label) of each picture, or None: its folders do not reach as deep as the pattern, or name no split.
+    """-> (split, label) of each picture, or None: its folders do not reach as deep as the pattern,
+    or name no split.
 
     A picture in a split that holds no folder at all has no label.
     """
     at = pattern.index("split") if "split" in pattern else None
     tops = [split_of(d[at]) if at is not None and len(d) > at else None for d in dirs]
-    with_folders = {top for top, d in zip(tops, dirs, strict=True) if at is not None and len(d) > at + 1}
+    with_folders = {
+        top for top, d in zip(tops, dirs, strict=True) if at is not None and len(d) > at + 1
+    }
     rows = []
     for top, d in zip(tops, dirs, strict=True):
         said = dict(zip(pattern, d, strict=False))
@@ -149,8 +178,11 @@ def taken_for(what, rows):
     splits, labels = ({row[i] for row in rows} - {None} for i in (0, 1))
     names, without = sorted(labels), sum(label is None for _, label in rows)
     classes = f"{len(names)} class{'es' * (len(names) != 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-    parts = [", ".join(s for s in ORDER if s in splits), classes if names else "no labels",
-             f"{without} pictures without a label" if names and without else ""]  # fmt: skip
+    parts = [
+        ", ".join(s for s in ORDER if s in splits),
+        classes if names else "no labels",
+        f"{without} pictures without a label" if names and without else "",
+    ]
     return f"{what}: {'; '.join(filter(None, parts))}"
 
 
@@ -161,6 +193,8 @@ def two_ways(dirs, patterns):
         rows = read(dirs, pattern)
         aside = sum(row is None for row in rows)
         flag = "/".join(pattern) or "-"
-        told.append(taken_for(f"--layout {flag}", [row for row in rows if row])
-                    + f"; {aside} pictures set aside" * bool(aside))  # fmt: skip
+        told.append(
+            taken_for(f"--layout {flag}", [row for row in rows if row])
+            + f"; {aside} pictures set aside" * bool(aside)
+        )
     return " | ".join(told)

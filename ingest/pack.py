@@ -1,16 +1,23 @@
 """The packing half of data.py: images -> one tensor file per split.
 
-Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables, published data sets
+Reads:  whatever ingest/sources.py can read: folders and archives with a folder per class, tables,
+        published data sets
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it):
-        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the foreground's opacity,
-        parts u8 (n, S, S), tags i32 (n, T), ids of words of the header's "tags", -1 fills up, style u8 (n, 3), the demo
-        set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T) are the truth;
-        boxes f32 (n, K, 4) of faces, x1, y1, x2, y2 in shares of the picture, -1 fills up; of pages heads, too.
-        The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it was made.
+        images u8 (n, S, S, 3), labels i64 (n), -1 without label; where known fg u8 (n, S, S), the
+        foreground's opacity,
+        parts u8 (n, S, S), tags i32 (n, T), ids of words of the header's "tags", -1 fills up, style
+        u8 (n, 3), the demo
+        set's strata; there tags are thinned out, as people file pictures, and all_tags i32 (n, T)
+        are the truth;
+        boxes f32 (n, K, 4) of faces, x1, y1, x2, y2 in shares of the picture, -1 fills up; of pages
+        heads, too.
+        The header holds, as JSON, classes, keys, groups, tags, style, what was skipped, and how it
+        was made.
 
-Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies are looked for (their
-thumbnails lie on the disk, a kilobyte each). The files are written aside and take their places together: a packing that
-fails or is killed leaves what stood there before. data.py reads them.
+Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies
+are looked for (their thumbnails lie on the disk, a kilobyte each). The files are written aside and
+take their places together: a packing that fails or is killed leaves what stood there before.
+data.py reads them.
 """
 
 import contextlib
@@ -48,68 +55,101 @@ from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
 from ingest.splits import assign_splits, large_enough, long_tailed, without_copies
 
-SHARES, TOON_SHARES = (0.7, 0.1, 0.2), (0.7, 0.15, 0.15)  # of train, val, test; the demo set has small classes
+SHARES, TOON_SHARES = (
+    (0.7, 0.1, 0.2),
+    (0.7, 0.15, 0.15),
+)  # of train, val, test; the demo set has small classes
 CROPS = ("centre", "figure")
 DRAWN = ("toon", "hybrid", "scenes")  # what a painter makes
 LARGE = 256  # side of packed pages; of other pictures SIDE
 SIDE = 128
-DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # of planes; others are U8
+DTYPE = {
+    "tags": "I32",
+    "all_tags": "I32",
+    "boxes": "F32",
+    "heads": "F32",
+}  # of planes; others are U8
 WRITTEN = ("test", "val", "dev", "train")  # in this order: where train stands a data set is whole
 TOO_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
-ROOM, PAINT = 2**28, 256  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
+ROOM, PAINT = (
+    2**28,
+    256,
+)  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
 
 
 def decode_records(records, fetch, work, at_once=64):
-    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes without the GIL."""
+    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes
+    without the GIL.
+    """
 
     def one(item):
         record, load = item
         try:
             return record, work(record, load())
         except MemoryError:
-            raise UserError(f"memory is full while {record.key} is read; close other programs, or give a smaller "
-                            "--size") from None  # fmt: skip
-        except Exception as problem:  # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
+            raise UserError(
+                f"memory is full while {record.key} is read; close other programs, or give a smaller "
+                "--size"
+            ) from None
+        # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
+        except Exception as problem:
             return record, problem
 
     items = iter(fetch(records))
     with ThreadPoolExecutor() as pool:
-        while some := list(islice(items, at_once)):  # in chunks, so that results never pile up in memory
+        while some := list(
+            islice(items, at_once)
+        ):  # in chunks, so that results never pile up in memory
             yield from pool.map(one, some)
 
 
 def render(records, draw, size, dims, processes):
-    """Yield (record, planes) of what draw(item, size) makes, by a process per core (drawing holds the GIL)."""
+    """Yield (record, planes) of what draw(item, size) makes, by a process per core (drawing holds
+    the GIL).
+    """
     items = [r.place for r in records]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
             rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for r, row in zip(records, rows, strict=True):
-                style = np.array([toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8)
+                style = np.array(
+                    [toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8
+                )
                 yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
         except BrokenProcessPool:
-            raise UserError(f"a process that draws was killed: memory may be full; --size {size} is large") from None
+            raise UserError(
+                f"a process that draws was killed: memory may be full; --size {size} is large"
+            ) from None
 
 
 def at_once(size, each, most):
-    """How many pictures of this size, `each` bytes a pixel, memory holds at the same time, up to `most`."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    """How many pictures of this size, `each` bytes a pixel, memory holds at the same time, up to
+    `most`.
+    """
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if hasattr(os, "sysconf")
+        else 2**33
+    )
     with contextlib.suppress(ImportError):  # Windows has no limits to ask for
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         memory = limit if 0 < limit < memory else memory
     if (fit := memory // (each * size**2)) < 1:
-        raise UserError(f"--size {size} takes {each * size**2 / 2**30:.1f} GB of memory for one picture, and there are "
-                        f"{memory / 2**30:.1f}; --size {math.isqrt(memory // each)} fits")  # fmt: skip
+        raise UserError(
+            f"--size {size} takes {each * size**2 / 2**30:.1f} GB of memory for one picture, and there are "
+            f"{memory / 2**30:.1f}; --size {math.isqrt(memory // each)} fits"
+        )
     return int(min(fit, most))
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def write_split(path, rows, dims, records, labels, about):
-    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of the skipped ones.
+    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of
+    the skipped ones.
 
     The file is a header, then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
     """
@@ -125,13 +165,20 @@ def write_split(path, rows, dims, records, labels, about):
             yield {p: row[p][None] for p in dims} | {"labels": np.array([labels[record.label]])}
 
     def header(records, **more):
-        groups = [r.group for r in records] if any(r.group != r.key for r in records) else None  # None: the keys
+        groups = (
+            [r.group for r in records] if any(r.group != r.key for r in records) else None
+        )  # None: the keys
         more |= {"keys": [r.key for r in records], "groups": groups}
         return about | more | {"skipped": len(skipped), "skipped_first": skipped[:100]}
 
     planes = {p: (DTYPE.get(p, "U8"), shape) for p, shape in dims.items()} | {"labels": ("I64", ())}
-    room = len(json.dumps(json.dumps(header(records)))) + 2**18  # reasons for a hundred skipped files
-    end = lambda: header(kept, pixels=pixels.hexdigest())  # noqa: E731
+    room = (
+        len(json.dumps(json.dumps(header(records)))) + 2**18
+    )  # reasons for a hundred skipped files
+
+    def end():
+        return header(kept, pixels=pixels.hexdigest())
+
     write_rows(path, planes, len(records), readable(), end, room)
     return skipped
 
@@ -140,24 +187,37 @@ def check_skipped(out, skipped, n, most):
     """Stop where more than a share `most` of n images can't be read."""
     if len(skipped) > most * n:
         first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
-        raise UserError(f"{len(skipped)} of {n} images for {out} can't be read, more than {100 * most:g} % "
-                        f"(--max-broken SHARE allows more); the first: {first}")  # fmt: skip
+        raise UserError(
+            f"{len(skipped)} of {n} images for {out} can't be read, more than {100 * most:g} % "
+            f"(--max-broken SHARE allows more); the first: {first}"
+        )
 
 
 def open_images(path, size, crop, margin, boxes, layout):
-    """-> records, notes, dims {plane: shape of one row}, fetch, stream(records) of decoded rows, more of the header."""
+    """-> records, notes, dims {plane: shape of one row}, fetch, stream(records) of decoded rows,
+    more of the header.
+    """
     records, fetch, notes = sources.find(path, boxes, layout)
     print("\n".join(notes), flush=True)
     with working("looking for alpha channels"):
         found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
-    rest = "of the others all is foreground" if fg else "they are laid on white: too few for foreground masks"
+    rest = (
+        "of the others all is foreground"
+        if fg
+        else "they are laid on white: too few for foreground masks"
+    )
     if found:
-        notes.append(f"alpha: {found} of {tried} images that were looked at have transparent pixels"
-                     + f"; {rest}" * (not fg or found < tried))  # fmt: skip
+        notes.append(
+            f"alpha: {found} of {tried} images that were looked at have transparent pixels"
+            + f"; {rest}" * (not fg or found < tried)
+        )
         print(notes[-1])
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
-    work = lambda r, data: decode(data, size, fg, r.box, crop, margin)  # noqa: E731
+
+    def work(r, data):
+        return decode(data, size, fg, r.box, crop, margin)
+
     chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
     return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk), {}
 
@@ -166,24 +226,47 @@ def open_toon(size, seed, tail=0.0, drawings=None):
     """The same for the demo set, which is drawn instead of decoded; it has no copies to look for."""
     processes = at_once(size, PAINT, os.cpu_count() or 1)
     items = toon.plan(n=drawings or toon.COUNT, seed=seed, tail=tail)
-    records = [sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"]) for i in items]
-    dims = {"images": (size, size, 3), "fg": (size, size), "parts": (size, size), "style": (len(toon.STRATA),)}
+    records = [
+        sources.Record(i["key"], i, i["key"].split("/")[0], tags=toon.describe(i)["tags"])
+        for i in items
+    ]
+    dims = {
+        "images": (size, size, 3),
+        "fg": (size, size),
+        "parts": (size, size),
+        "style": (len(toon.STRATA),),
+    }
     more = {"style": toon.STRATA, "parts": toon.PARTS}
-    return records, [], dims, None, lambda some: render(some, toon.draw, size, dims, processes), more
+    return (
+        records,
+        [],
+        dims,
+        None,
+        lambda some: render(some, toon.draw, size, dims, processes),
+        more,
+    )
 
 
 def open_hybrid(size, seed):
-    """The same for frames that are drawn, photographed, or both; its photographs are in one split each."""
+    """The same for frames that are drawn, photographed, or both; its photographs are in one split
+    each.
+    """
     from ingest import hybrid
 
     processes = at_once(size, PAINT, os.cpu_count() or 1)
     with working("reading photographs, mixing colours"):
-        draw = partial(hybrid.draw, photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
-                       colours=hybrid.palettes(seed))  # fmt: skip
+        draw = partial(
+            hybrid.draw,
+            photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
+            colours=hybrid.palettes(seed),
+        )
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in hybrid.plan(seed)]
     dims = {"images": (size, size, 3), "drawn": (size, size), "style": (len(toon.STRATA),)}
     notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
-    notes += [f"photograph {name}, from {of}, for {split}: {by}" for name, (of, split, by) in hybrid.PHOTOS.items()]
+    notes += [
+        f"photograph {name}, from {of}, for {split}: {by}"
+        for name, (of, split, by) in hybrid.PHOTOS.items()
+    ]
     more = {"style": toon.STRATA, "hybrid": {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}}
     return records, notes, dims, None, lambda some: render(some, draw, size, dims, processes), more
 
@@ -195,7 +278,14 @@ def open_scenes(size, seed):
     records = [sources.Record(i["key"], i, split=i["split"]) for i in scenes.plan(seed)]
     dims = {"images": (size, size, 3), "boxes": (scenes.MOST, 4), "heads": (scenes.MOST, 4)}
     processes = at_once(size, PAINT, os.cpu_count() or 1)
-    return records, [], dims, None, lambda some: render(some, scenes.draw, size, dims, processes), {}
+    return (
+        records,
+        [],
+        dims,
+        None,
+        lambda some: render(some, scenes.draw, size, dims, processes),
+        {},
+    )
 
 
 def open_boxes(path, size):
@@ -207,29 +297,41 @@ def open_boxes(path, size):
     print("\n".join(notes), flush=True)
     most, clipped = max(1, *(len(r.box) for r in records)), []
     dims = {"images": (size, size, 3), "boxes": (most, 4)}
-    work = lambda r, data: boxes.decode(data, size, r.box, most, shares, clipped)  # noqa: E731
+
+    def work(r, data):
+        return boxes.decode(data, size, r.box, most, shares, clipped)
+
     chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
 
     def stream(some):
         clipped.clear()
         yield from decode_records(some, fetch, work, chunk)
         if any(clipped):
-            print(f"{sum(clipped)} boxes reached out of their pictures, and were cut off or left out", flush=True)
+            print(
+                f"{sum(clipped)} boxes reached out of their pictures, and were cut off or left out",
+                flush=True,
+            )
 
     return records, notes, dims, fetch, stream, {}
 
 
 def near_duplicates(records, fetch, dedupe, out):
-    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe is off.
+    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe
+    is off.
 
-    The thumbnails lie in a file without a name, on the disk of `out`: a million of them are a gigabyte.
+    The thumbnails lie in a file without a name, on the disk of `out`: a million of them are a
+    gigabyte.
     """
     if dedupe == "off" or fetch is None:
         return [], []
     place = {r.key: i for i, r in enumerate(records)}  # a tar has an order of its own
     rows = decode_records(records, fetch, lambda r, data: duplicates.thumbnail(data))
-    with tempfile.TemporaryFile(dir=next(p for p in Path(out).resolve().parents if p.is_dir())) as file:
-        thumbs = np.memmap(file, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE))
+    with tempfile.TemporaryFile(
+        dir=next(p for p in Path(out).resolve().parents if p.is_dir())
+    ) as file:
+        thumbs = np.memmap(
+            file, np.uint8, "w+", shape=(len(records), duplicates.SIDE, duplicates.SIDE)
+        )
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
                 thumbs[place[record.key]] = row
@@ -242,72 +344,150 @@ def check_source(path, records, given, is_drawn):
     """Flags that do nothing where the source brings its own splits; and a source without a train."""
     brings = {r.split for r in records}
     if None not in brings and "train" not in brings:
-        raise UserError(f"{path} brings {' and '.join(sorted(brings))}, but no train; name one train, or leave the "
-                        "splits unsaid to have them dealt, by a --layout with - for split")  # fmt: skip
+        raise UserError(
+            f"{path} brings {' and '.join(sorted(brings))}, but no train; name one train, or leave the "
+            "splits unsaid to have them dealt, by a --layout with - for split"
+        )
     deals, own = None in brings or "val" not in brings, "the splits that the source brings"
-    refuse_unused(Namespace(given=given), (
-        ("split", deals, f"is for sources without splits, and {own} are kept"),
-        ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
-        ("keep-copies", None not in brings, "is for sources with splits of their own; here copies cross none"),
-        ("seed", is_drawn or deals or "dev" in given, f"is for what is dealt, and {own} are kept"),
-        ("min-per-tag tag-importance emoticons", any(r.tags for r in records), f"is for tags, and {path} has none"),
-    ))  # fmt: skip
+    refuse_unused(
+        Namespace(given=given),
+        (
+            ("split", deals, f"is for sources without splits, and {own} are kept"),
+            ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
+            (
+                "keep-copies",
+                None not in brings,
+                "is for sources with splits of their own; here copies cross none",
+            ),
+            (
+                "seed",
+                is_drawn or deals or "dev" in given,
+                f"is for what is dealt, and {own} are kept",
+            ),
+            (
+                "min-per-tag tag-importance emoticons",
+                any(r.tags for r in records),
+                f"is for tags, and {path} has none",
+            ),
+        ),
+    )
 
 
-def pack(path, out, size=None, shares=None, dev=0.0, seed=0, group_by=None, crop="centre", margin=0.1,
-         boxes=None, least=0, dedupe="group", tail=0.0, layout=None, keep_copies=False, max_broken=TOO_BROKEN,
-         min_per_tag=2, tag_importance=0.0, emoticons=False, drawings=None, detect=False, force=False,
-         given=()):  # fmt: skip
-    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names of flags given."""
+def pack(
+    path,
+    out,
+    size=None,
+    shares=None,
+    dev=0.0,
+    seed=0,
+    group_by=None,
+    crop="centre",
+    margin=0.1,
+    boxes=None,
+    least=0,
+    dedupe="group",
+    tail=0.0,
+    layout=None,
+    keep_copies=False,
+    max_broken=TOO_BROKEN,
+    min_per_tag=2,
+    tag_importance=0.0,
+    emoticons=False,
+    drawings=None,
+    detect=False,
+    force=False,
+    given=(),
+):
+    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names
+    of flags given.
+    """
     refuse_others(out, force)
     size = size or (LARGE if detect or str(path) == "scenes" else SIDE)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = (open_toon(size, seed, tail, drawings) if is_toon else
-              open_hybrid(size, seed) if str(path) == "hybrid" else
-              open_scenes(size, seed) if str(path) == "scenes" else
-              open_boxes(path, size) if detect else
-              open_images(path, size, crop, margin, boxes, layout))  # fmt: skip
+    source = (
+        open_toon(size, seed, tail, drawings)
+        if is_toon
+        else open_hybrid(size, seed)
+        if str(path) == "hybrid"
+        else open_scenes(size, seed)
+        if str(path) == "scenes"
+        else open_boxes(path, size)
+        if detect
+        else open_images(path, size, crop, margin, boxes, layout)
+    )
     records, notes, dims, fetch, stream, more = source
     check_source(path, records, given, is_drawn=fetch is None)
     refuse_full_disk(out, dims, len(records), size)
     pairs, told = near_duplicates(records, fetch, dedupe, out)
     records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
     records, few = large_enough(records, least)
-    rows, named = [(r.label, r.group) for r in records], dict(zip(("train", "val", "test"), shares, strict=True))
+    rows, named = (
+        [(r.label, r.group) for r in records],
+        dict(zip(("train", "val", "test"), shares, strict=True)),
+    )
     splits = assign_splits([r.split for r in records], rows, named, dev, seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     records, thinned = long_tailed(records, tail) if tail and not is_toon else (records, [])
     words, left_out = tags.vocabulary(records, min_per_tag, tag_importance, emoticons)
     dims, stream = tags.add_planes(words, records, dims, stream, thin=is_toon)
-    told += dropped + few + thinned + left_out + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    told += (
+        dropped
+        + few
+        + thinned
+        + left_out
+        + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    )
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
-    about = {"format": 1, "source": str(path), "classes": classes, "size": size, "split_seed": seed,
-             "split_shares": shares, "dev": dev, "tail": tail, "group_by": group_by, "crop": crop, "margin": margin,
-             "dedupe": dedupe, "min_per_class": least, "tags": words, "notes": notes + told,
-             "style": None, "parts": None} | more  # fmt: skip
+    about = {
+        "format": 1,
+        "source": str(path),
+        "classes": classes,
+        "size": size,
+        "split_seed": seed,
+        "split_shares": shares,
+        "dev": dev,
+        "tail": tail,
+        "group_by": group_by,
+        "crop": crop,
+        "margin": margin,
+        "dedupe": dedupe,
+        "min_per_class": least,
+        "tags": words,
+        "notes": notes + told,
+        "style": None,
+        "parts": None,
+    } | more
     write_all(out, records, dims, stream, max_broken, about)
 
 
 def too_few_to_deal(splits, shares, records):
-    """A line for a split that was asked for and got no picture; of splits that the source brings only val is dealt."""
+    """A line for a split that was asked for and got no picture; of splits that the source brings
+    only val is dealt.
+    """
     dealt = ("val", "dev") if records[0].split else shares
     lost = [s for s in shares if shares[s] and s in dealt and s not in splits]
-    return [f"no picture is left for {' and '.join(lost)}: {len(splits)} are too few"] if lost else []
+    return (
+        [f"no picture is left for {' and '.join(lost)}: {len(splits)} are too few"] if lost else []
+    )
 
 
-# ---- files: all of them, or none -------------------------------------------------------------------------------------
+# ---- files: all of them, or none -----------------------------------------------------------------
 
 
 def refuse_others(out, force):
-    """Only what a packing that was killed left is replaced without --force: splits of ours with no train beside."""
+    """Only what a packing that was killed left is replaced without --force: splits of ours with no
+    train beside.
+    """
     refuse_file(out)
     for path in (Path(out) / f"{split}.safetensors" for split in reversed(WRITTEN)):
         if force or not os.path.lexists(path):
             continue
         if path.stem == "train":
-            raise UserError(f"{out} is packed already; give another --out, or --force to replace it")
+            raise UserError(
+                f"{out} is packed already; give another --out, or --force to replace it"
+            )
         with contextlib.suppress(UserError):  # of a file that is none of ours
             if read_header(path)[1].get("split") == path.stem:
                 continue
@@ -318,19 +498,25 @@ def refuse_full_disk(out, dims, n, size):
     """Say before the work that the files will not fit."""
     free = shutil.disk_usage(next(p for p in Path(out).resolve().parents if p.is_dir())).free
     if (need := n * sum(map(math.prod, dims.values()))) > free:
-        raise UserError(f"{out} takes {need / 2**30:.1f} GB, and {free / 2**30:.1f} GB are free there; --size "
-                        f"{int(0.99 * size * math.sqrt(free / need))} fits")  # fmt: skip
+        raise UserError(
+            f"{out} takes {need / 2**30:.1f} GB, and {free / 2**30:.1f} GB are free there; --size "
+            f"{int(0.99 * size * math.sqrt(free / need))} fits"
+        )
 
 
 @contextlib.contextmanager
 def written_aside(out):
-    """A folder in `out`; the splits written there take their places together at the end, or none of them does."""
+    """A folder in `out`; the splits written there take their places together at the end, or none of
+    them does.
+    """
     folder, out = Path(out) / f".packing.{os.getpid()}.tmp", Path(out)
     remove_leftovers(out / "packing")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
-        for split in reversed(WRITTEN):  # what stood there: train goes first, the rest is no data set without it
+        for split in reversed(
+            WRITTEN
+        ):  # what stood there: train goes first, the rest is no data set without it
             (out / f"{split}.safetensors").unlink(missing_ok=True)
         for split in WRITTEN:
             if (path := folder / f"{split}.safetensors").exists():
@@ -350,19 +536,29 @@ def write_all(out, records, dims, stream, max_broken, about):
             if own := [r for r in records if r.split == split]:
                 path = Path(out) / f"{split}.safetensors"
                 rows = progress(stream(own), f"{Path(out).name}/{split}", len(own), unit="img")
-                skipped = write_split(folder / path.name, rows, dims, own, labels, about | {"split": split})
+                skipped = write_split(
+                    folder / path.name, rows, dims, own, labels, about | {"split": split}
+                )
                 lost += skipped
                 check_skipped(out, lost, len(records), max_broken)
                 if len(skipped) == len(own):
-                    raise UserError(f"{len(own)} of {len(own)} images for {path} can't be read; the first: "
-                                    f"{skipped[0][0]} ({skipped[0][1]})")  # fmt: skip
-                why = f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
-                told.append(f"{path}: {len(own) - len(skipped)} images of {about['size']} px, "
-                            f"{len(about['classes'])} classes{why}")  # fmt: skip
+                    raise UserError(
+                        f"{len(own)} of {len(own)} images for {path} can't be read; the first: "
+                        f"{skipped[0][0]} ({skipped[0][1]})"
+                    )
+                why = (
+                    f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})"
+                    if skipped
+                    else ""
+                )
+                told.append(
+                    f"{path}: {len(own) - len(skipped)} images of {about['size']} px, "
+                    f"{len(about['classes'])} classes{why}"
+                )
     print("\n".join(told))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def default_out(path):
@@ -376,8 +572,15 @@ def parse_shares(text):
         shares = [float(x) for x in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or not all(0 <= x <= 1 for x in shares) or abs(sum(shares) - 1) > 1e-6 or shares[0] == 0:
-        raise UserError(f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2")
+    if (
+        len(shares) != 3
+        or not all(0 <= x <= 1 for x in shares)
+        or abs(sum(shares) - 1) > 1e-6
+        or shares[0] == 0
+    ):
+        raise UserError(
+            f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2"
+        )
     return shares
 
 
@@ -398,33 +601,53 @@ def is_packed(folder):
 
 
 def show(args):
-    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside the centre's."""
-    path = Path(args.path) / "sheet.png" if is_packed(args.path) else Path(f"{default_out(args.path)}_crops.png")
+    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside
+    the centre's.
+    """
+    path = (
+        Path(args.path) / "sheet.png"
+        if is_packed(args.path)
+        else Path(f"{default_out(args.path)}_crops.png")
+    )
     refuse_file(path.parent)
     refuse_overwrite([path], args.force, "or move it away")
     from common import plots  # heavy: only when a picture is asked for
     from data import open_split
 
     if is_packed(args.path):
-        names = [n for n in ("train", "dev", "val", "test") if (Path(args.path) / f"{n}.safetensors").exists()]
+        names = [
+            n
+            for n in ("train", "dev", "val", "test")
+            if (Path(args.path) / f"{n}.safetensors").exists()
+        ]
         with working("drawing the sheet"):
             plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
         return f"{path} written; next: {to_learn(args.path)}"
     records, fetch, _ = sources.find(args.path, args.boxes, "-")
-    both = lambda r, data: [decode(data, args.size or SIDE, False, r.box, c, args.margin)["images"] for c in CROPS]  # noqa: E731
+
+    def both(r, data):
+        return [
+            decode(data, args.size or SIDE, False, r.box, c, args.margin)["images"] for c in CROPS
+        ]
+
     some = records[:: math.ceil(len(records) / 12)]
     rows = progress(decode_records(some, fetch, both), "cropping", len(some), unit="img")
     pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
     if not pictures:
         raise UserError(f"none of the images of {args.path} that were tried can be read")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [(f"--crop {c}", np.stack(p)) for c, p in zip(CROPS, zip(*pictures, strict=True), strict=True)]
+    rows = [
+        (f"--crop {c}", np.stack(p))
+        for c, p in zip(CROPS, zip(*pictures, strict=True), strict=True)
+    ]
     plots.image_grid(path, "What --crop keeps", rows)
     return f"{path} written; next: python data.py {shlex.quote(args.path)}, with --crop figure if its row is better"
 
 
 def to_learn(out):
-    """The command that learns from a packed set: by its own foreground masks, and on a split that it has."""
+    """The command that learns from a packed set: by its own foreground masks, and on a split that
+    it has.
+    """
     tensors, header = read_header(Path(out) / "train.safetensors")
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     if "boxes" in tensors:
@@ -434,48 +657,138 @@ def to_learn(out):
     words += ["--eval-on", have[0]] if have and have[0] != "val" else []
     if not have:
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
-    few = "; probe.py and finetune_lora.py need labels of two classes or more" if len(header["classes"]) < 2 else ""
+    few = (
+        "; probe.py and finetune_lora.py need labels of two classes or more"
+        if len(header["classes"]) < 2
+        else ""
+    )
     return shlex.join(words) + few
 
 
 def parse_args():
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("path", help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the\n"
-        "demo set, hybrid, frames that are drawn, photographed or both, or scenes, pages with faces")
-    add("--detect", action="store_true", help="PATH has boxes of faces: a COCO file, a csv of picture,x1,y1,x2,y2, a\n"
-        "folder in Pascal VOC's or YOLO's layout")
+    add(
+        "path",
+        help="folder, zip, tar, csv, tsv or jsonl of images, - for a list of files, or toon, the\n"
+        "demo set, hybrid, frames that are drawn, photographed or both, or scenes, pages with faces",
+    )
+    add(
+        "--detect",
+        action="store_true",
+        help="PATH has boxes of faces: a COCO file, a csv of picture,x1,y1,x2,y2, a\n"
+        "folder in Pascal VOC's or YOLO's layout",
+    )
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
-    add("--show", action="store_true", help="draw a sheet of a packed folder, or of the crops of images; pack nothing")
-    add("--layout", type=pattern, metavar="PATTERN",
+    add(
+        "--show",
+        action="store_true",
+        help="draw a sheet of a packed folder, or of the crops of images; pack nothing",
+    )
+    add(
+        "--layout",
+        type=pattern,
+        metavar="PATTERN",
         help="what the folders say, from the outside: split, class or - (nothing), such as split/-/class;\n"
-             "- alone: no labels (default: found, and told)")  # fmt: skip
-    add("--size", type=between(8, 4096, int), help=f"side of the packed images in pixels (default: {SIDE}; of pages\n"
-        f"{LARGE})")  # fmt: skip
-    add("--crop", choices=CROPS, default="centre", help="the centre square, or the figure by its box, alpha or colours")
-    add("--margin", type=between(0, 2), default=0.1, help="room around the figure, as a share of it on each side")
+        "- alone: no labels (default: found, and told)",
+    )
+    add(
+        "--size",
+        type=between(8, 4096, int),
+        help=f"side of the packed images in pixels (default: {SIDE}; of pages\n{LARGE})",
+    )
+    add(
+        "--crop",
+        choices=CROPS,
+        default="centre",
+        help="the centre square, or the figure by its box, alpha or colours",
+    )
+    add(
+        "--margin",
+        type=between(0, 2),
+        default=0.1,
+        help="room around the figure, as a share of it on each side",
+    )
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
     default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
-    add("--split", type=parse_shares, help=f"shares of train,val,test where the source does not give them {default}")
-    add("--dev", type=between(0, 0.99), default=0.0, help="share of train held apart for choices, such as .1")
-    add("--group-by", type=regex, metavar="REGEX", help="files whose stems match alike stay in one split: '^[^_]+'")
-    add("--dedupe", nargs="?", const="drop", default="group", choices=("group", "drop", "off"),
+    add(
+        "--split",
+        type=parse_shares,
+        help=f"shares of train,val,test where the source does not give them {default}",
+    )
+    add(
+        "--dev",
+        type=between(0, 0.99),
+        default=0.0,
+        help="share of train held apart for choices, such as .1",
+    )
+    add(
+        "--group-by",
+        type=regex,
+        metavar="REGEX",
+        help="files whose stems match alike stay in one split: '^[^_]+'",
+    )
+    add(
+        "--dedupe",
+        nargs="?",
+        const="drop",
+        default="group",
+        choices=("group", "drop", "off"),
         help="near-duplicates stay in one split, and leave the val and test that the source gives (group);\n"
-             "one of them stays (drop, the bare flag); or off")  # fmt: skip
-    add("--keep-copies", action="store_true", help="copies that cross the splits of the source stay, as published")
-    add("--max-broken", type=between(0, 1), default=TOO_BROKEN, metavar="SHARE",
-        help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})")  # fmt: skip
-    add("--min-per-class", type=at_least(0), default=0, metavar="N", help="leave out classes with fewer images")
-    add("--min-per-tag", type=at_least(1), default=2, metavar="N", help="tags on fewer pictures of train are left out")
-    add("--tag-importance", type=between(0, 1e9), default=0.0, metavar="X",
-        help="and those with no more of it; .2 is MFDN's (default: 0, not asked)")  # fmt: skip
+        "one of them stays (drop, the bare flag); or off",
+    )
+    add(
+        "--keep-copies",
+        action="store_true",
+        help="copies that cross the splits of the source stay, as published",
+    )
+    add(
+        "--max-broken",
+        type=between(0, 1),
+        default=TOO_BROKEN,
+        metavar="SHARE",
+        help=f"of pictures that can't be read, at most; they are skipped (default: {TOO_BROKEN:g})",
+    )
+    add(
+        "--min-per-class",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="leave out classes with fewer images",
+    )
+    add(
+        "--min-per-tag",
+        type=at_least(1),
+        default=2,
+        metavar="N",
+        help="tags on fewer pictures of train are left out",
+    )
+    add(
+        "--tag-importance",
+        type=between(0, 1e9),
+        default=0.0,
+        metavar="X",
+        help="and those with no more of it; .2 is MFDN's (default: 0, not asked)",
+    )
     add("--emoticons", action="store_true", help="keep tags such as :d and ^_^")
-    add("--tail", type=between(0, 5), default=0.0, help="class sizes follow rank^-TAIL; of pictures in train alone")
-    add("--drawings", type=at_least(1), metavar="N", help=f"toon only: how many (default: {toon.COUNT})")
+    add(
+        "--tail",
+        type=between(0, 5),
+        default=0.0,
+        help="class sizes follow rank^-TAIL; of pictures in train alone",
+    )
+    add(
+        "--drawings",
+        type=at_least(1),
+        metavar="N",
+        help=f"toon only: how many (default: {toon.COUNT})",
+    )
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
     add("--force", action="store_true", help="replace what is there already")
     words = iter(sys.argv[1:])  # argparse takes -/class for a flag
-    args = parser.parse_args([f"--layout={next(words, '')}" if w == "--layout" else w for w in words])
+    args = parser.parse_args(
+        [f"--layout={next(words, '')}" if w == "--layout" else w for w in words]
+    )
     refuse_unused_flags(args)
     return args
 
@@ -483,27 +796,65 @@ def parse_args():
 def refuse_unused_flags(args):
     """Those that depend on what the source brings are left to check_source."""
     is_drawn, packed = args.path in DRAWN, args.show and is_packed(args.path)
-    by_folders = is_drawn or args.detect or args.path == "-" or not Path(args.path).exists() or (
-        sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)  # fmt: skip
-    refuse_unused(args, (
-        ("out layout crop split dev group-by dedupe keep-copies max-broken min-per-class min-per-tag tag-importance "
-         "emoticons tail drawings seed", not args.show,
-         "is for packing, and --show packs nothing"),
-        ("size margin boxes", not packed, f"is for pictures, and {args.path} is packed already"),
-        ("layout crop margin boxes group-by dedupe keep-copies max-broken detect", not is_drawn,
-         f"is for pictures, and {args.path} is drawn"),
-        ("layout crop margin boxes min-per-class min-per-tag tail", not args.detect, "is not for --detect"),
-        ("layout", by_folders, f"is for folders that tell split and class, and {args.path} tells them itself"),
-        ("drawings", args.path == "toon", "is for the demo set: python data.py toon"),
-        ("tail", args.path not in DRAWN[1:], f"is for characters, and {args.path} has no classes of them"),
-        ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
-        ("keep-copies", args.dedupe == "group", f"is for --dedupe group, not for --dedupe {args.dedupe}")))  # fmt: skip
+    by_folders = (
+        is_drawn
+        or args.detect
+        or args.path == "-"
+        or not Path(args.path).exists()
+        or (sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)
+    )
+    refuse_unused(
+        args,
+        (
+            (
+                "out layout crop split dev group-by dedupe keep-copies max-broken "
+                "min-per-class min-per-tag tag-importance "
+                "emoticons tail drawings seed",
+                not args.show,
+                "is for packing, and --show packs nothing",
+            ),
+            (
+                "size margin boxes",
+                not packed,
+                f"is for pictures, and {args.path} is packed already",
+            ),
+            (
+                "layout crop margin boxes group-by dedupe keep-copies max-broken detect",
+                not is_drawn,
+                f"is for pictures, and {args.path} is drawn",
+            ),
+            (
+                "layout crop margin boxes min-per-class min-per-tag tail",
+                not args.detect,
+                "is not for --detect",
+            ),
+            (
+                "layout",
+                by_folders,
+                f"is for folders that tell split and class, and {args.path} tells them itself",
+            ),
+            ("drawings", args.path == "toon", "is for the demo set: python data.py toon"),
+            (
+                "tail",
+                args.path not in DRAWN[1:],
+                f"is for characters, and {args.path} has no classes of them",
+            ),
+            ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
+            (
+                "keep-copies",
+                args.dedupe == "group",
+                f"is for --dedupe group, not for --dedupe {args.dedupe}",
+            ),
+        ),
+    )
 
 
 def main():
     args = parse_args()
     if args.show and args.path in (*DRAWN, "-"):
-        raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed")
+        raise UserError(
+            f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed"
+        )
     if args.out == "":
         raise UserError("--out is empty; give a folder")
     if args.path == "-" and not args.out:
@@ -511,7 +862,31 @@ def main():
     if args.show:
         return print(show(args))
     out = args.out or default_out(args.path)
-    pack(args.path, out, args.size, args.split, args.dev, args.seed, args.group_by, args.crop, args.margin, args.boxes,
-         args.min_per_class, args.dedupe, args.tail, args.layout, args.keep_copies, args.max_broken, args.min_per_tag,
-         args.tag_importance, args.emoticons, args.drawings, args.detect, args.force, args.given)  # fmt: skip
-    print(f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}")
+    pack(
+        args.path,
+        out,
+        args.size,
+        args.split,
+        args.dev,
+        args.seed,
+        args.group_by,
+        args.crop,
+        args.margin,
+        args.boxes,
+        args.min_per_class,
+        args.dedupe,
+        args.tail,
+        args.layout,
+        args.keep_copies,
+        args.max_broken,
+        args.min_per_tag,
+        args.tag_importance,
+        args.emoticons,
+        args.drawings,
+        args.detect,
+        args.force,
+        args.given,
+    )
+    print(
+        f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}"
+    )

@@ -20,16 +20,21 @@ def is_picture(path):
 
 
 def pictures(paths, size, crop, margin, problems):
-    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)) of all that can be read, cut by `crop`.
+    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)) of all that can be
+    read, cut by `crop`.
 
     What can't be read is noted in problems, as (key, why).
     """
-    return each_picture(paths, lambda r, b: decode(b, size, False, r.box, crop, margin)["images"], problems)
+    return each_picture(
+        paths, lambda r, b: decode(b, size, False, r.box, crop, margin)["images"], problems
+    )
 
 
 def whole_pictures(paths, problems):
     """The same, uncut: yield (key, u8 (H, W, 3))."""
-    return each_picture(paths, lambda r, b: np.array(on_paper(open_image(b, 2**15)[0])), problems, at_once=4)
+    return each_picture(
+        paths, lambda r, b: np.array(on_paper(open_image(b, 2**15)[0])), problems, at_once=4
+    )
 
 
 def each_picture(paths, work, problems, at_once=64):
@@ -37,12 +42,20 @@ def each_picture(paths, work, problems, at_once=64):
     for path in paths:
         try:
             if path != "-" and is_picture(Path(path)):
-                records, fetch = [sources.Record(path, str(Path(path).resolve()))], sources.fetch_files
+                records, fetch = (
+                    [sources.Record(path, str(Path(path).resolve()))],
+                    sources.fetch_files,
+                )
             else:
                 records, fetch, _ = sources.find(path, layout="-")
             for record, row in pack.decode_records(records, fetch, work, at_once):
                 if isinstance(row, Exception):
-                    problems.append((record.key, f"{record.key} is not a picture that can be read: {reason(row)}"))
+                    problems.append(
+                        (
+                            record.key,
+                            f"{record.key} is not a picture that can be read: {reason(row)}",
+                        )
+                    )
                 else:
                     yield record.key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
@@ -50,7 +63,9 @@ def each_picture(paths, work, problems, at_once=64):
 
 
 def tell_problems(problems, count, as_json):
-    """Name on stderr what could not be read; where nothing could, of `count` pictures, it is an error."""
+    """Name on stderr what could not be read; where nothing could, of `count` pictures, it is an
+    error.
+    """
     if not count:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise UserError(problems[0][1] + more if problems else "no picture was given")

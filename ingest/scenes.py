@@ -3,10 +3,11 @@
     python data.py scenes --out datasets/scenes
     python -m ingest.scenes --out sheet.png        # a sheet of pages, with the boxes of faces
 
-A page has one to four panels, each with a backdrop; figures of ingest/toon.py stand on it, large and small, in front of
-each other, cut by the border; speech bubbles hide some. A tenth of the pages shows nobody. The boxes are the painter's:
-`boxes` of a face's outline, from the forehead to the chin, `heads` with hair and what is worn on it down to the chin.
-Characters are in one split each: who is on a page of val was never seen in train.
+A page has one to four panels, each with a backdrop; figures of ingest/toon.py stand on it, large
+and small, in front of each other, cut by the border; speech bubbles hide some. A tenth of the pages
+shows nobody. The boxes are the painter's: `boxes` of a face's outline, from the forehead to the
+chin, `heads` with hair and what is worn on it down to the chin. Characters are in one split each:
+who is on a page of val was never seen in train.
 """
 
 from pathlib import Path
@@ -33,12 +34,16 @@ def plan(seed=0):
     people, items, at = toon.cast(seed=seed), [], 0
     for split, count in COUNTS.items():
         own, at = people[at : at + PEOPLE[split]], at + PEOPLE[split]
-        items += [{"split": split, "people": own, "seed": (seed, 5, len(items) + i)} for i in range(count)]
+        items += [
+            {"split": split, "people": own, "seed": (seed, 5, len(items) + i)} for i in range(count)
+        ]
     return [i | {"key": f"{i['split']}/{n:05d}"} for n, i in enumerate(items)]
 
 
 def panels(rng, size):
-    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it with a gutter between."""
+    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it with a
+    gutter between.
+    """
     kind, gutter, cut = rng.integers(4), max(1, size // 40), rng.uniform(0.35, 0.65, 2) * size
     x, y = (int(c) for c in cut)
     if kind == 0 or rng.random() < 0.4:
@@ -68,7 +73,9 @@ def corners(where):
 
 
 def head_of(parts, face):
-    """Part ids (s, s), box of the face -> box around it and what of hair and accessories is near, above the chin."""
+    """Part ids (s, s), box of the face -> box around it and what of hair and accessories is near,
+    above the chin.
+    """
     left, _, right, chin = face
     y, x = np.mgrid[: len(parts), : len(parts)]
     near = (y < chin) & (x > left - (right - left) / 2) & (x < right + (right - left) / 2)
@@ -77,14 +84,21 @@ def head_of(parts, face):
 
 
 def place(page, owner, number, item, panel, rng):
-    """Draw a figure into a panel of the page -> boxes of face and head, mask of the face; None: too little is seen.
+    """Draw a figure into a panel of the page -> boxes of face and head, mask of the face; None: too
+    little is seen.
 
     owner i16 (S, S): which figure each pixel shows; it becomes `number` where this one is.
     """
     (left, top, right, bottom), size = panel, len(page)
     low, high = (x * size / 256 for x in FACE)
-    width = np.exp(rng.uniform(np.log(low), np.log(max(low + 1, min(high, 0.8 * min(right - left, bottom - top))))))
-    figure = toon.draw(item, max(24, round(width / 0.5)))  # a face takes about half the width of a drawing
+    width = np.exp(
+        rng.uniform(
+            np.log(low), np.log(max(low + 1, min(high, 0.8 * min(right - left, bottom - top))))
+        )
+    )
+    figure = toon.draw(
+        item, max(24, round(width / 0.5))
+    )  # a face takes about half the width of a drawing
     face = np.isin(figure["parts"], IN_FACE)
     x1, y1, x2, y2 = figure["face"]
     face[int(y2) + 1 :] = False  # the neck
@@ -116,7 +130,9 @@ def bubble(page, owner, rng):
     layer, hole = Image.fromarray(np.uint8(page)), Image.new("L", (size, size))
     for pen, fill in ((ImageDraw.Draw(layer), (255, 255, 255)), (ImageDraw.Draw(hole), 255)):
         pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + tip * w, y + 1.5 * h)], fill=fill)
-        pen.ellipse((x - w, y - h, x + w, y + h), fill=fill, outline=(30, 25, 35) if fill != 255 else 255)
+        pen.ellipse(
+            (x - w, y - h, x + w, y + h), fill=fill, outline=(30, 25, 35) if fill != 255 else 255
+        )
     pen = ImageDraw.Draw(layer)
     for line in np.arange(y - h / 2, y + h / 2, max(3, size / 50)):
         ends = x + rng.uniform(0.3, 0.65, 2) * w * (-1, 1)
@@ -126,12 +142,17 @@ def bubble(page, owner, rng):
 
 
 def draw(item, size=256):
-    """An item of a plan -> {image u8 (size, size, 3), boxes and heads f32 (MOST, 4), names: who is in a box}.
+    """An item of a plan -> {image u8 (size, size, 3), boxes and heads f32 (MOST, 4), names: who is
+    in a box}.
 
     Boxes are x1, y1, x2, y2 in shares of the page; -1 fills up.
     """
     rng = np.random.default_rng(item["seed"])
-    page, owner, found = np.full((size, size, 3), 255, np.float32), np.full((size, size), -1, np.int16), []
+    page, owner, found = (
+        np.full((size, size, 3), 255, np.float32),
+        np.full((size, size), -1, np.int16),
+        [],
+    )
     areas = panels(rng, size)
     for left, top, right, bottom in areas:
         page[top:bottom, left:right] = backdrop(rng, right - left, bottom - top)
@@ -139,22 +160,34 @@ def draw(item, size=256):
     for number in range(count):
         who = item["people"][rng.integers(len(item["people"]))]
         drawing = {"who": who, "seed": (*item["seed"], number)}
-        found.append((place(page, owner, number, drawing, areas[rng.integers(len(areas))], rng), who["name"]))
+        found.append(
+            (place(page, owner, number, drawing, areas[rng.integers(len(areas))], rng), who["name"])
+        )
     for _ in range(rng.integers(3)):
         bubble(page, owner, rng)
     boxes, heads, names = [], [], []
     for number, (figure, name) in enumerate(found):
         if figure and (figure[2] & (owner == number)).sum() > VISIBLE * figure[2].sum():
-            boxes, heads, names = [*boxes, figure[0] / size], [*heads, figure[1] / size], [*names, name]
-    return {"image": np.uint8(page.round().clip(0, 255)), "boxes": padded(np.reshape(boxes, (-1, 4)), MOST),
-            "heads": padded(np.reshape(heads, (-1, 4)), MOST), "names": names}  # fmt: skip
+            boxes, heads, names = (
+                [*boxes, figure[0] / size],
+                [*heads, figure[1] / size],
+                [*names, name],
+            )
+    return {
+        "image": np.uint8(page.round().clip(0, 255)),
+        "boxes": padded(np.reshape(boxes, (-1, 4)), MOST),
+        "heads": padded(np.reshape(heads, (-1, 4)), MOST),
+        "names": names,
+    }
 
 
 def outlined(page, boxes, colour=(230, 60, 20)):
     """page u8 (H, W, 3), boxes (k, 4) in shares of it -> the page with their outlines."""
     picture, (h, w) = Image.fromarray(page), page.shape[:2]
     for x1, y1, x2, y2 in np.asarray(boxes)[:, :4] * (w, h, w, h):
-        ImageDraw.Draw(picture).rectangle((x1, y1, x2, y2), outline=colour, width=max(1, round(h / 150)))
+        ImageDraw.Draw(picture).rectangle(
+            (x1, y1, x2, y2), outline=colour, width=max(1, round(h / 150))
+        )
     return np.asarray(picture)
 
 
@@ -162,7 +195,12 @@ def main():
     parser = Parser(prog="ingest.scenes", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add("--size", type=between(64, 1024, int), default=256, help="side of a page in pixels (default: 256)")
+    add(
+        "--size",
+        type=between(64, 1024, int),
+        default=256,
+        help="side of a page in pixels (default: 256)",
+    )
     add("--columns", type=between(1, 20, int), default=4, help="default: 4")
     add("--rows", type=between(1, 20, int), default=3, help="default: 3")
     add("--seed", type=at_least(0), default=0, help="default: 0")
@@ -172,7 +210,10 @@ def main():
     toon.refuse_sheet(args.out, args.force)
     items = [i for i in plan(args.seed) if i["split"] == "val"][: args.rows * args.columns]
     pages = (draw(item, args.size) for item in progress(items, "drawing"))
-    shown = (p["image"] if args.plain else outlined(p["image"], p["boxes"][p["boxes"][:, 0] >= 0]) for p in pages)
+    shown = (
+        p["image"] if args.plain else outlined(p["image"], p["boxes"][p["boxes"][:, 0] >= 0])
+        for p in pages
+    )
     toon.write_sheet(Path(args.out), shown, args.rows, args.columns, args.size)
     print(f"{args.out} written; next: python data.py scenes packs the whole set")
 

@@ -2,15 +2,18 @@
 
 `find(path)` -> (records, fetch, notes). A record says all that the source knows of one picture:
 
-    key    its name in the data set, Unicode in NFC        place  what `fetch` needs to find its bytes
-    label  class name or None                              split  "train", "val", "test", "dev" or None
+    key    its name in the data set, Unicode in NFC        place  what `fetch` needs to find its
+           bytes
+    label  class name or None                              split  "train", "val", "test", "dev" or
+           None
     group  what a split must not tear apart, or None       tags   tuple of words
     box    (x1, y1, x2, y2) in pixels around the figure, or None
 
-`fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of threads may call it.
-`notes` are lines for the user: what the path was taken for, and what was left out. Nothing is extracted to disk and no
-picture is opened here. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; `reader_of`
-is the table of them. Where only folders tell split and class, ingest/layouts.py reads them.
+`fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of
+threads may call it. `notes` are lines for the user: what the path was taken for, and what was left
+out. Nothing is extracted to disk and no picture is opened here. Each reader, from_...(path) ->
+(records, fetch, *notes), knows one kind of source; `reader_of` is the table of them. Where only
+folders tell split and class, ingest/layouts.py reads them.
 """
 
 import csv
@@ -36,17 +39,23 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", "
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may hold one each
-Record = namedtuple("Record", "key place label split group tags box", defaults=(None, None, None, (), None))
+Record = namedtuple(
+    "Record", "key place label split group tags box", defaults=(None, None, None, (), None)
+)
 
 
 def find(path, boxes_file=None, layout=None):
-    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if one is given.
+    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if
+    one is given.
 
-    layout: a pattern as layouts.py has them, for sources that only folders tell of; "-": all pictures, no labels.
+    layout: a pattern as layouts.py has them, for sources that only folders tell of; "-": all
+    pictures, no labels.
     """
     if str(path) != "-" and (not str(path) or not Path(path).exists()):
-        raise UserError(f"{path or 'an empty PATH'} does not exist; give a folder, an archive or a list of images, or "
-                        "the word toon")  # fmt: skip
+        raise UserError(
+            f"{path or 'an empty PATH'} does not exist; give a folder, an archive or a list of images, or "
+            "the word toon"
+        )
     with working(f"reading the names in {path}"):
         reader = from_list if str(path) == "-" else reader_of(Path(path))
         more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
@@ -57,7 +66,10 @@ def find(path, boxes_file=None, layout=None):
     if not records:
         raise UserError(nothing_in("standard input" if str(path) == "-" else path))
     if reader not in BY_FOLDERS:
-        notes.insert(0, layouts.taken_for(f"read as {READ_AS[reader]}", [(r.split, r.label) for r in records]))
+        notes.insert(
+            0,
+            layouts.taken_for(f"read as {READ_AS[reader]}", [(r.split, r.label) for r in records]),
+        )
     first, alike = {}, defaultdict(list)
     for r in records:
         first.setdefault(r.key, r)
@@ -69,17 +81,25 @@ def find(path, boxes_file=None, layout=None):
         notes.append(f"classes that differ only in case are kept apart: {', '.join(same[:3])}")
     records, boxes = list(first.values()), read_boxes(boxes_file) if boxes_file else {}
     if boxes_file and not any(r.key in boxes for r in records):
-        raise UserError(f"--boxes {boxes_file} names none of the images; it has {next(iter(boxes), None)!r}, "
-                        f"the images are named like {records[0].key!r}")  # fmt: skip
-    return [r._replace(box=boxes.get(r.key, r.box)) for r in records] if boxes else records, fetch, notes
+        raise UserError(
+            f"--boxes {boxes_file} names none of the images; it has {next(iter(boxes), None)!r}, "
+            f"the images are named like {records[0].key!r}"
+        )
+    return (
+        [r._replace(box=boxes.get(r.key, r.box)) for r in records] if boxes else records,
+        fetch,
+        notes,
+    )
 
 
 def two_readings(path, problem):
     """The error for folders that can be read in two ways: both, and the command that chooses."""
     flag = "/".join(problem.patterns[-1]) or "-"
     name = "NAME" if str(path) == "-" else shlex.quote(Path(path).resolve().name.split(".")[0])
-    return (f"the folders of {path} can be read in two ways: {layouts.two_ways(problem.dirs, problem.patterns)}; "
-            f"choose: python data.py {shlex.quote(str(path))} --layout {flag} --out datasets/{name}")  # fmt: skip
+    return (
+        f"the folders of {path} can be read in two ways: {layouts.two_ways(problem.dirs, problem.patterns)}; "
+        f"choose: python data.py {shlex.quote(str(path))} --layout {flag} --out datasets/{name}"
+    )
 
 
 def nothing_in(path):
@@ -87,13 +107,17 @@ def nothing_in(path):
     inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(ARCHIVES)]
     if inside:
         more = f" and {len(inside) - 1} more archives" if len(inside) > 1 else ""
-        return (f"no image found in {path}, but {inside[0].name} lies there{more}; "
-                f"give the archive: python data.py {shlex.quote(str(inside[0]))}")  # fmt: skip
+        return (
+            f"no image found in {path}, but {inside[0].name} lies there{more}; "
+            f"give the archive: python data.py {shlex.quote(str(inside[0]))}"
+        )
     return f"no image found in {path}; looked for {' '.join(sorted(SUFFIXES))} in it and its subfolders"
 
 
 def reader_of(path):
-    """The function that reads this layout: published data sets by the files that only they have come first."""
+    """The function that reads this layout: published data sets by the files that only they have
+    come first.
+    """
     layouts = (
         (lambda p: (p / "labels" / "train.csv").exists(), from_dafre),
         (lambda p: (p / "icartoonface_rectrain_det.txt").exists(), from_icartoonface),
@@ -106,7 +130,9 @@ def reader_of(path):
     for fits, reader in layouts:
         if fits(path):
             return reader
-    raise UserError(f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)")
+    raise UserError(
+        f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)"
+    )
 
 
 def nfc(text):
@@ -115,23 +141,36 @@ def nfc(text):
 
 
 def is_image(name):
-    """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not one."""
+    """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not
+    one.
+    """
     stem, suffix = os.path.splitext(name)
-    hidden = any(part.startswith((".", "__")) and part not in (".", "..") for part in name.split("/"))
+    hidden = any(
+        part.startswith((".", "__")) and part not in (".", "..") for part in name.split("/")
+    )
     return suffix.lower() in SUFFIXES and not hidden
 
 
 def by_path(found, layout=None):
-    """[(place, name)] -> records whose folders say split and class, and notes: read as what, what is left out.
+    """[(place, name)] -> records whose folders say split and class, and notes: read as what, what
+    is left out.
 
-    AnimeFace Character (moeimouto) is thumb/000_hatsune_miku/face_1_2_3.png: its running numbers are no names.
+    AnimeFace Character (moeimouto) is thumb/000_hatsune_miku/face_1_2_3.png: its running numbers
+    are no names.
     """
     keys = [nfc(name.removeprefix("./")) for _, name in found]
     dirs = [key.split("/")[:-1] for key in keys]
-    numbered = [len(d) > 1 and d[-2] == "thumb" and re.match(r"\d+_.", d[-1]) is not None for d in dirs]
+    numbered = [
+        len(d) > 1 and d[-2] == "thumb" and re.match(r"\d+_.", d[-1]) is not None for d in dirs
+    ]
     if layout is None and layouts.few(numbered.count(False), len(dirs)):
-        what, rows = "AnimeFace Character", [(None, d[-1].split("_", 1)[1]) if is_class else None
-                                             for d, is_class in zip(dirs, numbered, strict=True)]  # fmt: skip
+        what, rows = (
+            "AnimeFace Character",
+            [
+                (None, d[-1].split("_", 1)[1]) if is_class else None
+                for d, is_class in zip(dirs, numbered, strict=True)
+            ],
+        )
     else:
         try:
             pattern = layouts.detect(dirs) if layout is None else layout
@@ -139,19 +178,26 @@ def by_path(found, layout=None):
             problem.dirs = dirs
             raise
         what, rows = "/".join(pattern) or "pictures only", layouts.read(dirs, pattern)
-    records = [Record(key, place, row[1], row[0])
-               for key, (place, _), row in zip(keys, found, rows, strict=True) if row]  # fmt: skip
+    records = [
+        Record(key, place, row[1], row[0])
+        for key, (place, _), row in zip(keys, found, rows, strict=True)
+        if row
+    ]
     if found and not records:
-        raise UserError(f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}; "
-                        "a split is named train, val, dev or test, or much like it")  # fmt: skip
+        raise UserError(
+            f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}; "
+            "a split is named train, val, dev or test, or much like it"
+        )
     notes = [layouts.taken_for(f"read as {what}", [row for row in rows if row])]
     if aside := [key for key, row in zip(keys, rows, strict=True) if row is None]:
-        notes.append(f"{len(aside)} pictures set aside, as their folders are not {what}: {', '.join(aside[:2])}"
-                     + ", ..." * (len(aside) > 2))  # fmt: skip
+        notes.append(
+            f"{len(aside)} pictures set aside, as their folders are not {what}: {', '.join(aside[:2])}"
+            + ", ..." * (len(aside) > 2)
+        )
     return records, notes
 
 
-# ---- files: folder, list, table ------------------------------------------------------------------------------------
+# ---- files: folder, list, table ------------------------------------------------------------------
 
 
 def read_whole(path):
@@ -167,7 +213,9 @@ def fetch_files(records, root=""):
 
 
 def walk(folder, prefix="", above=()):
-    """Names of the images below a folder, sorted. Links are followed, except back into a folder that we stand in."""
+    """Names of the images below a folder, sorted. Links are followed, except back into a folder
+    that we stand in.
+    """
     here = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
@@ -185,9 +233,13 @@ def from_folder(root, layout=None):
 
 
 def from_list(lines, layout=None):
-    """One path a line, relative to where you stand; split and class are said by the path, as in a folder."""
+    """One path a line, relative to where you stand; split and class are said by the path, as in a
+    folder.
+    """
     paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
-    if paths and all(map(os.path.isabs, paths)):  # what is above all of them names neither a split nor a class
+    if paths and all(
+        map(os.path.isabs, paths)
+    ):  # what is above all of them names neither a split nor a class
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
     records, notes = by_path([(p, name) for p, name in named if is_image(name)], layout)
@@ -195,7 +247,8 @@ def from_list(lines, layout=None):
 
 
 def from_table(path):
-    """csv or tsv of path,label[,split][,tags][,group], or with a header of its own; paths relative to its folder.
+    """csv or tsv of path,label[,split][,tags][,group], or with a header of its own; paths relative
+    to its folder.
 
     Tags are words with spaces between them. An empty label is no label.
     """
@@ -207,15 +260,25 @@ def from_table(path):
         cells = dict(zip(columns, map(str.strip, row), strict=False))
         place, split = cells.get("path"), cells.get("split", "").lower()
         if len(row) > len(columns) or not place:
-            raise UserError(f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}")
+            raise UserError(
+                f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}"
+            )
         if split and not layouts.split_of(split):
-            raise UserError(f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev")
+            raise UserError(
+                f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev"
+            )
         label = sys.intern(nfc(cells.get("label", ""))) or None
         tags = tuple(sys.intern(nfc(tag)) for tag in cells.get("tags", "").split())
-        records.append(Record(nfc(place), place, label, layouts.split_of(split), cells.get("group") or None, tags))
+        records.append(
+            Record(
+                nfc(place), place, label, layouts.split_of(split), cells.get("group") or None, tags
+            )
+        )
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
-        raise UserError(f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none")
+        raise UserError(
+            f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none"
+        )
     return records, partial(fetch_files, root=path.parent)
 
 
@@ -226,16 +289,26 @@ def table_rows(path):
         try:
             yield from ((rows.line_num, row) for row in rows if row)
         except (UnicodeDecodeError, csv.Error) as problem:
-            raise UserError(f"{path} is not a table in UTF-8 after line {rows.line_num}: {problem}") from None
+            raise UserError(
+                f"{path} is not a table in UTF-8 after line {rows.line_num}: {problem}"
+            ) from None
 
 
-# ---- archives ------------------------------------------------------------------------------------------------------
+# ---- archives ------------------------------------------------------------------------------------
 
 
 def refuse_escape(archive, name):
-    """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is not to be trusted."""
-    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-        raise UserError(f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew")
+    """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is
+    not to be trusted.
+    """
+    if (
+        name.startswith(("/", "\\"))
+        or re.match(r"[A-Za-z]:", name)
+        or ".." in re.split(r"[/\\]", name)
+    ):
+        raise UserError(
+            f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew"
+        )
 
 
 def from_zip(path, layout=None):
@@ -246,14 +319,21 @@ def from_zip(path, layout=None):
         raise UserError(f"{path} is not a whole zip archive: {problem}") from None
     for name in archive.namelist():
         refuse_escape(path, name)
-    images = sorted((i for i in archive.infolist() if is_image(i.filename)), key=lambda i: i.filename)
-    fetch = lambda records: ((r, partial(read_member, archive, r.place)) for r in records)  # noqa: E731
+    images = sorted(
+        (i for i in archive.infolist() if is_image(i.filename)), key=lambda i: i.filename
+    )
+
+    def fetch(records):
+        return ((r, partial(read_member, archive, r.place)) for r in records)
+
     records, notes = by_path([(info, zip_name(info)) for info in images], layout)
     return records, fetch, *notes
 
 
 def zip_name(info):
-    """Without the UTF-8 flag zipfile assumes an old code page; such names are mostly UTF-8 (macOS) or Japanese."""
+    """Without the UTF-8 flag zipfile assumes an old code page; such names are mostly UTF-8 (macOS)
+    or Japanese.
+    """
     name = info.filename
     if not info.flag_bits & 0x800 and not name.isascii():
         for code in ("utf-8", "cp932"):
@@ -272,7 +352,9 @@ def read_member(archive, info):
 
 
 def from_tar(path, layout=None):
-    """A tar, compressed or not: read through from its beginning for every split, never searched, never extracted."""
+    """A tar, compressed or not: read through from its beginning for every split, never searched,
+    never extracted.
+    """
 
     def fetch(records):
         wanted = {r.place: r for r in records}
@@ -292,52 +374,95 @@ def tar_images(path, wanted=()):
                 tar.members.clear()  # it would remember every member
                 refuse_escape(path, member.name)
                 if member.isfile() and is_image(member.name):
-                    size = member.size if member.size <= MOST_BYTES else 0  # one too large can't be read, and is named
-                    yield member.name, tar.extractfile(member).read(size) if member.name in wanted else None
+                    size = (
+                        member.size if member.size <= MOST_BYTES else 0
+                    )  # one too large can't be read, and is named
+                    yield (
+                        member.name,
+                        tar.extractfile(member).read(size) if member.name in wanted else None,
+                    )
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
 
-# ---- published data sets -------------------------------------------------------------------------------------------
+# ---- published data sets -------------------------------------------------------------------------
 
 
 def from_dafre(root):
-    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; pictures in faces/ or fullMin256/.
+    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; pictures in faces/
+    or fullMin256/.
 
-    Its pictures are Danbooru's, named by their id: where metadata lie beside the labels, they give the tags.
+    Its pictures are Danbooru's, named by their id: where metadata lie beside the labels, they give
+    the tags.
     """
     pictures = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if pictures is None:
-        raise UserError(f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there")
+        raise UserError(
+            f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there"
+        )
     names_file, records = root / "labels" / "classid_classname.csv", []
-    names = {row[0]: sys.intern(nfc(row[1])) for _, row in table_rows(names_file)} if names_file.exists() else {}
+    names = (
+        {row[0]: sys.intern(nfc(row[1])) for _, row in table_rows(names_file)}
+        if names_file.exists()
+        else {}
+    )
     tables = {split: root / "labels" / f"{split}.csv" for split in ("train", "val", "test")}
     for split, table in tables.items():
         for number, row in table_rows(table) if table.exists() else ():
             if len(row) == 2 and is_image(row[0]) != is_image(row[1]):
-                class_id, place = sorted(row, key=is_image)  # an older release has them the other way round
-                records.append(Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split))
+                class_id, place = sorted(
+                    row, key=is_image
+                )  # an older release has them the other way round
+                records.append(
+                    Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split)
+                )
             elif number > 1:  # the first is a header
-                raise UserError(f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}")
-    posts, notes = read_posts(root, {Path(r.key).stem: r.key for r in records}) if metadata_files(root) else ([], [])
-    plain = lambda name: name.lower().replace(" ", "_")  # noqa: E731
-    people = {plain(r.label) for r in records}  # whoever wrote no categories has the characters among the tags
+                raise UserError(
+                    f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}"
+                )
+    posts, notes = (
+        read_posts(root, {Path(r.key).stem: r.key for r in records})
+        if metadata_files(root)
+        else ([], [])
+    )
+
+    def plain(name):
+        return name.lower().replace(" ", "_")
+
+    people = {
+        plain(r.label) for r in records
+    }  # whoever wrote no categories has the characters among the tags
     of = {r.key: tuple(t for t in r.tags if plain(t) not in people) for r in posts}
-    notes += [f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags"] if posts else []
-    return [r._replace(tags=of.get(r.key, ())) for r in records], partial(fetch_files, root=root), *notes
+    notes += (
+        [f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags"] if posts else []
+    )
+    return (
+        [r._replace(tags=of.get(r.key, ())) for r in records],
+        partial(fetch_files, root=root),
+        *notes,
+    )
 
 
 def from_icartoonface(root):
-    """iCartoonFace recognition (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, one face box per picture."""
-    boxes, folder = read_boxes(root / "icartoonface_rectrain_det.txt"), root / "icartoonface_rectrain"
+    """iCartoonFace recognition (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, one face
+    box per picture.
+    """
+    boxes, folder = (
+        read_boxes(root / "icartoonface_rectrain_det.txt"),
+        root / "icartoonface_rectrain",
+    )
     if not folder.is_dir():
-        raise UserError(f"{root} has iCartoonFace's boxes but no icartoonface_rectrain/; unpack the pictures there")
+        raise UserError(
+            f"{root} has iCartoonFace's boxes but no icartoonface_rectrain/; unpack the pictures there"
+        )
     records = [Record(n, n, n.split("/")[0], box=box) for n, box in boxes.items()]
     return records, partial(fetch_files, root=folder)
 
 
 def read_boxes(path):
-    """Lines of "path x1 y1 x2 y2" in pixels, between them tabs, spaces or commas -> {path: (x1, y1, x2, y2)}."""
+    """Lines of "path x1 y1 x2 y2" in pixels, between them tabs, spaces or commas -> {path: (x1, y1,
+    x2, y2)}.
+    """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
@@ -348,24 +473,34 @@ def read_boxes(path):
         name, *box = told.groups() if told else ("", 0, 0, 0, 0)
         x1, y1, x2, y2 = map(float, box)
         if not (x1 < x2 and y1 < y2):
-            raise UserError(f"{path}, line {n} is not path x1 y1 x2 y2 with x1 < x2 and y1 < y2 but {line[:80]!r}")
+            raise UserError(
+                f"{path}, line {n} is not path x1 y1 x2 y2 with x1 < x2 and y1 < y2 but {line[:80]!r}"
+            )
         boxes[nfc(name)] = (x1, y1, x2, y2)
     return boxes
 
 
 def metadata_files(path):
-    """The JSON-lines files of a Danbooru-style dump: the file itself, or metadata.json[l] or metadata/ in a folder."""
+    """The JSON-lines files of a Danbooru-style dump: the file itself, or metadata.json[l] or
+    metadata/ in a folder.
+    """
     if path.is_file():
         return [path] if path.suffix.lower() in (".json", ".jsonl") else []
-    inside = [path / "metadata.jsonl", path / "metadata.json", *sorted((path / "metadata").glob("*"))]
+    inside = [
+        path / "metadata.jsonl",
+        path / "metadata.json",
+        *sorted((path / "metadata").glob("*")),
+    ]
     return [p for p in inside if p.is_file() and p.suffix in ("", ".json", ".jsonl")]
 
 
 def from_danbooru(path):
-    """Danbooru-style metadata, one JSON object a line; the pictures lie anywhere beside it, named by id or md5.
+    """Danbooru-style metadata, one JSON object a line; the pictures lie anywhere beside it, named
+    by id or md5.
 
-    The class is the character tag where there is exactly one; a picture and its parent are one group; all other tags
-    are tags. A dump's metadata covers more than anybody has downloaded: lines without a picture are only counted.
+    The class is the character tag where there is exactly one; a picture and its parent are one
+    group; all other tags are tags. A dump's metadata covers more than anybody has downloaded: lines
+    without a picture are only counted.
     """
     root, have = path if path.is_dir() else path.parent, {}
     for name in walk(root):
@@ -376,14 +511,20 @@ def from_danbooru(path):
 
 
 def read_posts(path, have):
-    """Lines of the metadata at path -> (records of the posts whose id or name is in have {name: picture}, notes)."""
+    """Lines of the metadata at path -> (records of the posts whose id or name is in have {name:
+    picture}, notes).
+    """
     lines, absent, broken, records = 0, 0, [], []
     with fileinput.input(metadata_files(path), mode="rb") as file:
         for line in filter(bytes.strip, file):
             lines += 1
             try:
                 post = json.loads(line)
-                names = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+                names = [
+                    str(post[k])
+                    for k in ("file_name", "path", "id", "md5")
+                    if post.get(k) is not None
+                ]
                 found = next((have[n] for n in names if n in have), None)
                 records += [post_record(post, found)] if found else []
                 absent += not found
@@ -391,28 +532,50 @@ def read_posts(path, have):
                 broken.append(f"{Path(file.filename()).name}, line {file.filelineno()}")
     lost = f"{len(broken)} of {lines} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * lines:
-        raise UserError(f"{path} is no metadata of pictures: {lost}; remove them, if the others are right")
-    return records, [f"{absent} lines of the metadata have no picture here"] * bool(absent) + [lost] * bool(broken)
+        raise UserError(
+            f"{path} is no metadata of pictures: {lost}; remove them, if the others are right"
+        )
+    return records, [f"{absent} lines of the metadata have no picture here"] * bool(absent) + [
+        lost
+    ] * bool(broken)
 
 
 def post_record(post, place):
-    """Tags are one string (the site's API), a list of words or {name, category} (4: a character), or {kind: list}."""
+    """Tags are one string (the site's API), a list of words or {name, category} (4: a character),
+    or {kind: list}.
+    """
     tags = post.get("tags")
     if isinstance(tags, dict):
         characters = tags.get("character") or ()
         tags = [t for some in tags.values() if isinstance(some, list) for t in some]
     elif isinstance(tags, list):
         named = [t for t in tags if not isinstance(t, dict) or t.get("name")]
-        characters = [t["name"] for t in named if isinstance(t, dict) and str(t.get("category")) == "4"]
+        characters = [
+            t["name"] for t in named if isinstance(t, dict) and str(t.get("category")) == "4"
+        ]
         tags = [t["name"] if isinstance(t, dict) else t for t in named]
     else:
         characters = (post.get("tag_string_character") or "").split()
         tags = (post.get("tag_string") or post.get("tag_string_general") or tags or "").split()
     characters, tags = ([sys.intern(nfc(str(t))) for t in some] for some in (characters, tags))
-    label, group = characters[0] if len(characters) == 1 else None, post.get("parent_id") or post.get("id")
-    return Record(nfc(place), place, label, None, group and str(group), tuple(t for t in tags if t not in characters))
+    label, group = (
+        characters[0] if len(characters) == 1 else None,
+        post.get("parent_id") or post.get("id"),
+    )
+    return Record(
+        nfc(place),
+        place,
+        label,
+        None,
+        group and str(group),
+        tuple(t for t in tags if t not in characters),
+    )
 
 
 BY_FOLDERS = (from_folder, from_list, from_zip, from_tar)  # only folders tell split and class
-READ_AS = {from_dafre: "DAF:re", from_icartoonface: "iCartoonFace", from_danbooru: "Danbooru metadata",
-           from_table: "a table"}  # fmt: skip
+READ_AS = {
+    from_dafre: "DAF:re",
+    from_icartoonface: "iCartoonFace",
+    from_danbooru: "Danbooru metadata",
+    from_table: "a table",
+}

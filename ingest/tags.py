@@ -1,6 +1,7 @@
 """Words to learn from: which of a source's tags make the vocabulary, and those of a picture as a padded list of ids.
 
-A list takes as much room as the longest one, whatever the vocabulary: 25,000 words cost no more than 25.
+A list takes as much room as the longest one, whatever the vocabulary: 25,000 words cost no more
+than 25.
 """
 
 import math
@@ -12,17 +13,25 @@ import numpy as np
 
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
-KEPT, WITHOUT = 0.5, 0.1  # of the demo set: the share of a picture's tags that it gets, and of pictures with none
+KEPT, WITHOUT = (
+    0.5,
+    0.1,
+)  # of the demo set: the share of a picture's tags that it gets, and of pictures with none
 
 
 def is_emoticon(tag):
-    """:d, ^_^, o_o: no two letters or digits in a row, nothing but ASCII, and a sign that draws a face; xd, x3."""
+    """:d, ^_^, o_o: no two letters or digits in a row, nothing but ASCII, and a sign that draws a
+    face; xd, x3.
+    """
     face = re.search(r"[:;=^<>_@|/\\()]", tag) and len(tag) > 1
-    return bool(face and tag.isascii() and not re.search("[a-z0-9]{2}", tag.lower())) or tag.lower() in ("xd", "x3")
+    return bool(
+        face and tag.isascii() and not re.search("[a-z0-9]{2}", tag.lower())
+    ) or tag.lower() in ("xd", "x3")
 
 
 def importance(lists):
-    """Lists of tags -> {tag: (sum of 1/k over its pictures, k their number of tags) * log(pictures / its pictures)}.
+    """Lists of tags -> {tag: (sum of 1/k over its pictures, k their number of tags) * log(pictures
+    / its pictures)}.
 
     As MFDN filters its tags (kept: above .2); what is on every picture has none.
     """
@@ -35,16 +44,22 @@ def importance(lists):
 
 
 def vocabulary(records, least=2, above=0.0, emoticons=False):
-    """Records -> (words, the most frequent first, lines that tell what was left out), by the pictures of train.
+    """Records -> (words, the most frequent first, lines that tell what was left out), by the
+    pictures of train.
 
-    least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons stay if they may.
+    least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons
+    stay if they may.
     """
     lists = [r.tags for r in records if r.split == "train" and r.tags]
     count = Counter(tag for tags in lists for tag in set(tags))
-    gone = {"emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
-            f"on fewer than {least} pictures": [t for t, n in count.items() if n < least]}  # fmt: skip
+    gone = {
+        "emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
+        f"on fewer than {least} pictures": [t for t, n in count.items() if n < least],
+    }
     if above:
-        gone[f"of an importance up to {above:g}"] = [t for t, x in importance(lists).items() if x <= above]
+        gone[f"of an importance up to {above:g}"] = [
+            t for t, x in importance(lists).items() if x <= above
+        ]
     words = set(count).difference(*gone.values())
     told = [f"{len(tags)} {why}" for why, tags in gone.items() if tags]
     notes = [f"tags: {len(words)} of {len(count)} are learned; {', '.join(told)}"] if told else []
@@ -52,20 +67,29 @@ def vocabulary(records, least=2, above=0.0, emoticons=False):
 
 
 def as_ids(tags, column, room):
-    """Tags, {word: id} -> i32 (room,): ids from small to large, the order that models see them in, then NONE."""
+    """Tags, {word: id} -> i32 (room,): ids from small to large, the order that models see them in,
+    then NONE.
+    """
     ids = sorted(column[t] for t in set(tags) if t in column)[:room]
     return np.array(ids + [NONE] * (room - len(ids)), np.int32)
 
 
 def thinned(record):
-    """Some of a picture's tags, the same whenever it is asked for: what a person may have filed it under."""
+    """Some of a picture's tags, the same whenever it is asked for: what a person may have filed it
+    under.
+    """
     rng = np.random.default_rng(zlib.crc32(record.key.encode()))
     kept = rng.random(len(record.tags)) < KEPT
-    return () if rng.random() < WITHOUT else tuple(t for t, k in zip(record.tags, kept, strict=True) if k)
+    return (
+        ()
+        if rng.random() < WITHOUT
+        else tuple(t for t, k in zip(record.tags, kept, strict=True) if k)
+    )
 
 
 def add_planes(words, records, dims, stream, thin=False):
-    """dims {plane: shape of a row} and stream(records), with a plane "tags", i32 (T,); thin: and "all_tags", the truth.
+    """dims {plane: shape of a row} and stream(records), with a plane "tags", i32 (T,); thin: and
+    "all_tags", the truth.
 
     T is the longest list of ids that a picture of the set has.
     """

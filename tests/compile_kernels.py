@@ -2,7 +2,8 @@
 
     python tests/compile_kernels.py
 
-test_kernels_triton.py runs it in a process of its own, since nothing compiles where TRITON_INTERPRET is set.
+test_kernels_triton.py runs it in a process of its own, since nothing compiles where
+TRITON_INTERPRET is set.
 """
 
 import json
@@ -23,13 +24,22 @@ from kernels import loss as L  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = (75, 80, 90, 120)  # T4; A100; H100 and H200; GeForce RTX 50
-SHAPES = [(224, 16, 3), (128, 16, 3), (96, 8, 3), (224, 14, 3), (128, 32, 3), (128, 16, 4)]  # S, p, C
+SHAPES = [
+    (224, 16, 3),
+    (128, 16, 3),
+    (96, 8, 3),
+    (224, 14, 3),
+    (128, 32, 3),
+    (128, 16, 4),
+]  # S, p, C
 DTYPES = ("bf16", "fp32", "fp16")  # all of them for the first shape
 
 
 @jit
 def greedy_kernel(x, out, WIDTH: tl.constexpr):
-    """Not ours: holds far more numbers than a thread has registers. The test must see this one spill."""
+    """Not ours: holds far more numbers than a thread has registers. The test must see this one
+    spill.
+    """
     lanes = tl.arange(0, WIDTH)
     a = tl.load(x + lanes)
     rank = tl.cumsum(a, 0)
@@ -39,14 +49,18 @@ def greedy_kernel(x, out, WIDTH: tl.constexpr):
 
 
 def compiled(kernel, types, constants, shape, target):
-    """Compile as a launch with pointers that 16 divides would; types: {argument: Triton's name of its type}."""
+    """Compile as a launch with pointers that 16 divides would; types: {argument: Triton's name of
+    its type}.
+    """
     warps = shape.pop("num_warps")
     constants = {k: v for k, v in (constants | shape).items() if k in kernel.arg_names}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"]
     divisible = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps}
+    )
 
 
 def needs(binary):
@@ -55,22 +69,41 @@ def needs(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(binary.asm["cubin"])
         f.flush()
-        told = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", f.name], text=True)
+        told = subprocess.check_output(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", f.name], text=True
+        )
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told))
-    loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", binary.asm["ptx"])  # ld.global.v4.b32: 16 bytes
+    loads = re.findall(
+        r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\s", binary.asm["ptx"]
+    )  # ld.global.v4.b32: 16 bytes
     sizes = [int(count or 1) * int(bits) // 8 for count, bits in loads]
-    return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"]), "loads": sorted(sizes)}
+    return {
+        "registers": int(found["REG"]),
+        "spills": int(found["STACK"]) + int(found["LOCAL"]),
+        "loads": sorted(sizes),
+    }
 
 
 def kernels_of(S, p, C, dtype):
     """Name, kernel, types of its arguments, constants, the width of each kernel at this shape."""
     scale, shift = G.byte_scale(C)
-    constants = dict(S=S, p=p, C=C, P=p * p * C, SCALE=scale, SHIFT=shift, NORM_PIX=True, GRADIENT=True,
-                     WIDE=L.needs_64_bits(p, C))  # fmt: skip
+    constants = dict(
+        S=S,
+        p=p,
+        C=C,
+        P=p * p * C,
+        SCALE=scale,
+        SHIFT=shift,
+        NORM_PIX=True,
+        GRADIENT=True,
+        WIDE=L.needs_64_bits(p, C),
+    )
     types = dict(view="*u8", ids="*i64", count="i32", K="i32", M="i32", unit="fp32", floor="fp32")
     types |= dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
     types |= dict.fromkeys(("by", "detail", "weight", "factor", "error"), "*fp32")
-    ours = dict(gather=G.gather_kernel, detail=L.detail_kernel, loss=L.loss_kernel, scale=L.scale_kernel)
+    ours = dict(
+        gather=G.gather_kernel, detail=L.detail_kernel, loss=L.loss_kernel, scale=L.scale_kernel
+    )
     for name, kernel in ours.items():
         if name != "detail" or dtype == DTYPES[0]:
             yield name, kernel, types, constants
@@ -83,9 +116,17 @@ def main():
             for dtype in DTYPES if (S, p, C) == SHAPES[0] else DTYPES[:1]:
                 for name, kernel, types, constants in kernels_of(S, p, C, dtype):
                     found = needs(compiled(kernel, types, constants, tile(p * p * C), target))
-                    rows.append(dict(kernel=name, target=target, S=S, p=p, C=C, dtype=dtype) | found)
-    greedy = compiled(greedy_kernel, dict(x="*fp32", out="*fp32"), {}, dict(WIDTH=8192, num_warps=1), 90)
-    print(json.dumps(rows + [dict(kernel="greedy", target=90, S=0, p=0, C=0, dtype="fp32") | needs(greedy)]))
+                    rows.append(
+                        dict(kernel=name, target=target, S=S, p=p, C=C, dtype=dtype) | found
+                    )
+    greedy = compiled(
+        greedy_kernel, dict(x="*fp32", out="*fp32"), {}, dict(WIDTH=8192, num_warps=1), 90
+    )
+    print(
+        json.dumps(
+            rows + [dict(kernel="greedy", target=90, S=0, p=0, C=0, dtype="fp32") | needs(greedy)]
+        )
+    )
 
 
 if __name__ == "__main__":

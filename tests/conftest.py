@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes; those that they start take it from here
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests are two processes; those that they start take it from here
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -32,7 +34,8 @@ def stage(*words, cwd, check=None, **more):
 
 
 def call(script, *words, cwd, check=None):
-    """The same in this process, without the seconds that a start takes -> returncode, stdout, stderr.
+    """The same in this process, without the seconds that a start takes -> returncode, stdout,
+    stderr.
 
     script: a stage, or a module as after `python -m`, such as experiments.study.
     """
@@ -40,8 +43,13 @@ def call(script, *words, cwd, check=None):
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, errors, code, argv, here = io.StringIO(), io.StringIO(), 0, sys.argv, os.getcwd()
-    sys.argv = [script if script.endswith(".py") else f"{script.replace('.', '/')}.py", *map(str, words)]
-    module = importlib.import_module("ingest.pack" if script == "data.py" else script.removesuffix(".py"))
+    sys.argv = [
+        script if script.endswith(".py") else f"{script.replace('.', '/')}.py",
+        *map(str, words),
+    ]
+    module = importlib.import_module(
+        "ingest.pack" if script == "data.py" else script.removesuffix(".py")
+    )
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             os.chdir(cwd)
@@ -74,7 +82,9 @@ def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
         folder.mkdir(parents=True, exist_ok=True)
         colour = rng.integers(0, 256, 3)
         for i in range(each):
-            pixels = np.clip(colour + rng.normal(0, 40, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(colour + rng.normal(0, 40, (size[1], size[0], 3)), 0, 255).astype(
+                np.uint8
+            )
             Image.fromarray(pixels).save(folder / f"illust{i // 2}_{i % 2}.png")
     return Path(root)
 
@@ -102,15 +112,30 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def tagged(tmp_path_factory):
-    """A folder with pictures, a packed set of three colours whose tags name two of them, and an untrained encoder."""
+    """A folder with pictures, a packed set of three colours whose tags name two of them, and an
+    untrained encoder.
+    """
     base = tmp_path_factory.mktemp("tagged")
     draw_folder(base / "images", classes=3, each=16)
     rng, rows = np.random.default_rng(0), ["path,label,tags"]
     for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
         some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
-        rows.append(f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}")
+        rows.append(
+            f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}"
+        )
     (base / "list.csv").write_text("\n".join(rows))
-    call("data.py", "list.csv", "--out", "packed", "--size", 32, "--split", ".6,.2,.2", cwd=base, check=0)
+    call(
+        "data.py",
+        "list.csv",
+        "--out",
+        "packed",
+        "--size",
+        32,
+        "--split",
+        ".6,.2,.2",
+        cwd=base,
+        check=0,
+    )
     from common.checkpoints import save_model
     from model import MAE
 

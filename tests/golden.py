@@ -1,12 +1,16 @@
 """The net under every move of code: small seeded CPU runs of all stages, and what came out of each.
 
-    python tests/golden.py OLD NEW       do two commits give the same bits on this machine? ("." is the working tree)
-    python tests/golden.py --write       write tests/golden.json anew: only where the results are meant to change
+    python tests/golden.py OLD NEW       do two commits give the same bits on this machine? ("." is
+                                         the working tree)
+    python tests/golden.py --write       write tests/golden.json anew: only where the results are
+                                         meant to change
 
-Writes: tests/golden.json: {case: {number's name: value}}; tests/test_golden.py holds today's code to it at 1e-4.
+Writes: tests/golden.json: {case: {number's name: value}}; tests/test_golden.py holds today's code
+to it at 1e-4.
 
-A case is one or more commands, run as a user runs them, and the files that they leave. Bits are compared by a digest
-of every weight, map and metric; golden.json keeps a few sums of them, which other kinds of CPU reach, too.
+A case is one or more commands, run as a user runs them, and the files that they leave. Bits are
+compared by a digest of every weight, map and metric; golden.json keeps a few sums of them, which
+other kinds of CPU reach, too.
 """
 
 import argparse
@@ -31,17 +35,55 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
 CPU = ("--device", "cpu", "--dtype", "fp32")
-NANO = ("--data", "packed", "--image-size", 32, "--decoder-depth", 1, "--batch-size", 16, "--epochs", 3, *CPU)
+NANO = (
+    "--data",
+    "packed",
+    "--image-size",
+    32,
+    "--decoder-depth",
+    1,
+    "--batch-size",
+    16,
+    "--epochs",
+    3,
+    *CPU,
+)
 TUNE = ("--data", "packed", "--batch-size", 16, "--epochs", 2, *CPU)
-TIMES = ("seconds", "images_per_s", "data_wait", "memory_mb", "minutes", "time", "ms", "per_s", "commit", "command",
-         "machine")  # what no two runs have alike  # fmt: skip
+TIMES = (
+    "seconds",
+    "images_per_s",
+    "data_wait",
+    "memory_mb",
+    "minutes",
+    "time",
+    "ms",
+    "per_s",
+    "commit",
+    "command",
+    "machine",
+)  # what no two runs have alike
 
-MASKS = ("random", "block", "grid", "green", "attn_high:start=.3", "attn_low:start=.3", "attn_hint:start=.3",
-         "fg_heavy", "bg_heavy", "parts", "detail", "learned:start=.1", "simmim")  # fmt: skip
+MASKS = (
+    "random",
+    "block",
+    "grid",
+    "green",
+    "attn_high:start=.3",
+    "attn_low:start=.3",
+    "attn_hint:start=.3",
+    "fg_heavy",
+    "bg_heavy",
+    "parts",
+    "detail",
+    "learned:start=.1",
+    "simmim",
+)
 
 
 def pretrain(name, *flags):
-    size = [w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)]  # simmim has no decoder
+    size = [
+        w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)
+    ]  # simmim has no decoder
     return ["pretrain.py", "--out", f"runs/{name}", *size, *flags]
 
 
@@ -61,62 +103,183 @@ def plain(mask):
 FIRST = {short(m): [pretrain(short(m), *plain(m))] for m in MASKS} | {
     "accumulate": [pretrain("accumulate", *plain("attn_high:start=.3"), "--accumulate", 2)],
     "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3")],
-    # a sharp temperature magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all but alike
-    "contrast": [pretrain("contrast", "--contrast", .03, "--contrast-by", "cls", "--temperature", 1,
-                          "--contrast-loss", "dcl", "--weight-by", "attn")],
-    "two_processes": [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                       *pretrain("two_processes", "--mask", "learned:start=.1")]],
+    # a sharp temperature magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all
+    # but alike
+    "contrast": [
+        pretrain(
+            "contrast",
+            "--contrast",
+            0.03,
+            "--contrast-by",
+            "cls",
+            "--temperature",
+            1,
+            "--contrast-loss",
+            "dcl",
+            "--weight-by",
+            "attn",
+        )
+    ],
+    "two_processes": [
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            2,
+            *pretrain("two_processes", "--mask", "learned:start=.1"),
+        ]
+    ],
     "raw_pixels": [pretrain("raw_pixels", "--no-norm-pix", "--flat-weight", 1)],
-    "schedule": [pretrain("schedule", "--mask", "fg_heavy:shuffle=1", "--ratio", ".5:.8", "--min-crop", .6)],
-    "coarse": [["maps.py", "--data", "packed", "--map", "saliency", "--out", "maps/coarse", "--device", "cpu"]],
-    "pack": [["data.py", "images", "--out", "datasets/pack", "--size", 32, "--dev", .1, "--group-by", "^[^_]+"]],
-    "pack_figure": [["data.py", "images", "--out", "datasets/pack_figure", "--size", 24, "--crop", "figure",
-                     "--dedupe", "drop"]],
-}  # fmt: skip
+    "schedule": [
+        pretrain("schedule", "--mask", "fg_heavy:shuffle=1", "--ratio", ".5:.8", "--min-crop", 0.6)
+    ],
+    "coarse": [
+        [
+            "maps.py",
+            "--data",
+            "packed",
+            "--map",
+            "saliency",
+            "--out",
+            "maps/coarse",
+            "--device",
+            "cpu",
+        ]
+    ],
+    "pack": [
+        [
+            "data.py",
+            "images",
+            "--out",
+            "datasets/pack",
+            "--size",
+            32,
+            "--dev",
+            0.1,
+            "--group-by",
+            "^[^_]+",
+        ]
+    ],
+    "pack_figure": [
+        [
+            "data.py",
+            "images",
+            "--out",
+            "datasets/pack_figure",
+            "--size",
+            24,
+            "--crop",
+            "figure",
+            "--dedupe",
+            "drop",
+        ]
+    ],
+}
 SECOND = {  # these stand on runs/random
     "linear": [finetune("linear", "--method", "linear", "--epochs", 10)],
     "lora": [finetune("lora", "--method", "lora", "--r", 4)],
-    "lora_arcface": [finetune("lora_arcface", "--method", "lora", "--head", "arcface", "--pool", "cls")],
-    "lora_cosface": [finetune("lora_cosface", "--method", "lora", "--head", "cosface", "--targets", "q,v,fc1")],
-    "full": [finetune("full", "--method", "full", "--mixup", .4, "--cutmix", 1, "--unfreeze-every", 1)],
-    "full_curricular": [finetune("full_curricular", "--method", "full", "--head", "curricularface", "--balanced")],
-    "ifa": [finetune("ifa", "--method", "full", "--head", "ifa", "--logit-adjust", 1, "--patience", 2)],
-    "scratch": [finetune("scratch", "--method", "full", "--from-scratch", "--keep", 1, "--hold-out", 1)],
+    "lora_arcface": [
+        finetune("lora_arcface", "--method", "lora", "--head", "arcface", "--pool", "cls")
+    ],
+    "lora_cosface": [
+        finetune("lora_cosface", "--method", "lora", "--head", "cosface", "--targets", "q,v,fc1")
+    ],
+    "full": [
+        finetune("full", "--method", "full", "--mixup", 0.4, "--cutmix", 1, "--unfreeze-every", 1)
+    ],
+    "full_curricular": [
+        finetune("full_curricular", "--method", "full", "--head", "curricularface", "--balanced")
+    ],
+    "ifa": [
+        finetune("ifa", "--method", "full", "--head", "ifa", "--logit-adjust", 1, "--patience", 2)
+    ],
+    "scratch": [
+        finetune("scratch", "--method", "full", "--from-scratch", "--keep", 1, "--hold-out", 1)
+    ],
     "probe": [["probe.py", "runs/random", "runs/simmim", "--data", "packed", "--blocks", *CPU]],
     "headline": [["probe.py", "runs/block", "--data", "packed", "--headline", *CPU]],
-    "refined": [["maps.py", "--data", "packed", "--map", "saliency", "--quality", "refined", "--run", "runs/random",
-                 "--out", "maps/refined", *CPU]],
-    "part_maps": [["maps.py", "--data", "packed", "--map", "parts", "--run", "runs/random", "--parts", 3,
-                   "--out", "maps/part_maps", *CPU]],
-    "attn_maps": [["maps.py", "--data", "packed", "--map", "attn", "--run", "runs/random", "--out", "maps/attn_maps",
-                   *CPU]],
-    "teacher": [pretrain("teacher", "--mask", "attn_high", "--teacher", "runs/random", "--attention", "cls")],
-    "init": [pretrain("init", "--mask", "attn_low", "--init", "runs/random", "--attention", "received")],
-}  # fmt: skip
+    "refined": [
+        [
+            "maps.py",
+            "--data",
+            "packed",
+            "--map",
+            "saliency",
+            "--quality",
+            "refined",
+            "--run",
+            "runs/random",
+            "--out",
+            "maps/refined",
+            *CPU,
+        ]
+    ],
+    "part_maps": [
+        [
+            "maps.py",
+            "--data",
+            "packed",
+            "--map",
+            "parts",
+            "--run",
+            "runs/random",
+            "--parts",
+            3,
+            "--out",
+            "maps/part_maps",
+            *CPU,
+        ]
+    ],
+    "attn_maps": [
+        [
+            "maps.py",
+            "--data",
+            "packed",
+            "--map",
+            "attn",
+            "--run",
+            "runs/random",
+            "--out",
+            "maps/attn_maps",
+            *CPU,
+        ]
+    ],
+    "teacher": [
+        pretrain("teacher", "--mask", "attn_high", "--teacher", "runs/random", "--attention", "cls")
+    ],
+    "init": [
+        pretrain("init", "--mask", "attn_low", "--init", "runs/random", "--attention", "received")
+    ],
+}
 THIRD = {
     "recognize": [["recognize.py", "runs/lora", "--verify", "--data", "packed", *CPU]],
     "strangers": [["recognize.py", "runs/scratch", "--verify", "--data", "packed", *CPU]],
 }
 
 
-
-
-# ---- the data: pictures that a formula gives, the same on every machine -------------------------------------------
+# ---- the data: pictures that a formula gives, the same on every machine --------------------------
 
 
 def make_pictures(n, side, classes=4, seed=0):
-    """-> images u8 (n, side, side, 3), labels (n,), opacity u8 (n, side, side), parts u8 (n, side, side)."""
+    """-> images u8 (n, side, side, 3), labels (n,), opacity u8 (n, side, side), parts u8 (n, side,
+    side).
+    """
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
     y, x = np.mgrid[0:side, 0:side] / side
     centre, size = rng.uniform(0.4, 0.6, (n, 2, 1, 1)), rng.uniform(0.2, 0.4, (n, 2, 1, 1))
     radius = ((y - centre[:, 0]) / size[:, 0]) ** 2 + ((x - centre[:, 1]) / size[:, 1]) ** 2
     inside = radius < 1
-    parts = np.where(inside, 1 + (radius > 0.3) + (y > centre[:, 0]), 0).astype(np.uint8)  # 1, 2, 3 in the foreground
+    parts = np.where(inside, 1 + (radius > 0.3) + (y > centre[:, 0]), 0).astype(
+        np.uint8
+    )  # 1, 2, 3 in the foreground
     palette = np.random.default_rng(1).integers(0, 256, (classes, 4, 3))
     ground = rng.integers(0, 256, (n, 1, 1, 3)) * np.ones((1, side, side, 1))
     pixels = np.where(inside[..., None], palette[labels[:, None, None], parts], ground)
-    pixels = pixels + rng.normal(0, 12, (n, side, side, 3)) * (x > 0.5)[..., None]  # the left half is flat
+    pixels = (
+        pixels + rng.normal(0, 12, (n, side, side, 3)) * (x > 0.5)[..., None]
+    )  # the left half is flat
     return np.clip(pixels, 0, 255).astype(np.uint8), labels, (inside * 255).astype(np.uint8), parts
 
 
@@ -127,10 +290,23 @@ def write_packed(folder, side=48, counts=(("train", 96), ("val", 48), ("dev", 24
     for seed, (split, n) in enumerate(counts):
         images, labels, fg, parts = make_pictures(n, side, seed=seed)
         keys = [f"{split}{i}" for i in range(n)]
-        about = {"format": 1, "source": "golden", "classes": [f"class{c}" for c in range(4)], "size": side,
-                 "split": split, "keys": keys, "groups": [f"{split}{i // 2}" for i in range(n)], "parts": names,
-                 "style": None, "tags": [], "notes": [], "skipped": 0, "skipped_first": [], "crop": "centre",
-                 "margin": 0.1}  # fmt: skip
+        about = {
+            "format": 1,
+            "source": "golden",
+            "classes": [f"class{c}" for c in range(4)],
+            "size": side,
+            "split": split,
+            "keys": keys,
+            "groups": [f"{split}{i // 2}" for i in range(n)],
+            "parts": names,
+            "style": None,
+            "tags": [],
+            "notes": [],
+            "skipped": 0,
+            "skipped_first": [],
+            "crop": "centre",
+            "margin": 0.1,
+        }
         tensors = {"images": images, "fg": fg, "parts": parts, "labels": labels.astype(np.int64)}
         save_file(tensors, folder / f"{split}.safetensors", {"animask": json.dumps(about)})
 
@@ -146,7 +322,7 @@ def write_pictures(folder):
         Image.fromarray(rgba).save(folder / f"class{label}" / f"i{i // 8}_{i}.png")
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def environment():
@@ -159,17 +335,23 @@ def run_case(root, work, commands):
         at = next(i for i, w in enumerate(words) if str(w).endswith(".py"))
         words = [*words[:at], str(Path(root) / words[at]), *words[at + 1 :]]
         command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, cwd=work, env=environment(), capture_output=True, text=True, timeout=600
+        )
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def run_resumed(root, work):
-    """A run of four epochs that SIGTERM stops and --resume ends: the same weights as of runs/whole, which it makes."""
+    """A run of four epochs that SIGTERM stops and --resume ends: the same weights as of runs/whole,
+    which it makes.
+    """
     run_case(root, work, [pretrain("whole", "--mask", "attn_high:start=.3", "--epochs", 8)])
     words = [str(w) for w in pretrain("resume", "--mask", "attn_high:start=.3", "--epochs", 8)]
     command = [sys.executable, str(Path(root) / words[0]), *words[1:]]
-    process = subprocess.Popen(command, cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=work, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     log = work / "runs" / "resume" / "log.jsonl"
     while process.poll() is None and (not log.exists() or '"loss"' not in log.read_text()):
         time.sleep(0.05)
@@ -179,45 +361,78 @@ def run_resumed(root, work):
 
 
 def run_all(root, work, only=None):
-    """Every case (or those in `only` and what they stand on) with the code in root -> {case: {name: array}}."""
+    """Every case (or those in `only` and what they stand on) with the code in root -> {case: {name:
+    array}}.
+    """
     write_packed(work / "packed")
     write_pictures(work / "images")
-    wanted = lambda cases: {k: v for k, v in cases.items() if only is None or k in only}  # noqa: E731
-    jobs = [wanted(FIRST | {"random": FIRST["random"]} if only is None else FIRST), wanted(SECOND), wanted(THIRD)]
+
+    def wanted(cases):
+        return {k: v for k, v in cases.items() if only is None or k in only}
+
+    jobs = [
+        wanted(FIRST | {"random": FIRST["random"]} if only is None else FIRST),
+        wanted(SECOND),
+        wanted(THIRD),
+    ]
     with ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
         for cases in jobs:
             list(pool.map(lambda commands: run_case(root, work, commands), cases.values()))
         if only is None or "resume" in only:
             run_resumed(root, work)
-    names = [*jobs[0], *jobs[1], *jobs[2], *(["resume", "whole"] if only is None or "resume" in only else [])]
+    names = [
+        *jobs[0],
+        *jobs[1],
+        *jobs[2],
+        *(["resume", "whole"] if only is None or "resume" in only else []),
+    ]
     return {name: outcome(work, name) for name in names}
 
 
-# ---- what came out -------------------------------------------------------------------------------------------------
+# ---- what came out -------------------------------------------------------------------------------
 
 
 def outcome(work, name):
     """{name: array or number} of all that a case left in runs/, maps/ or datasets/."""
     found = {}
-    homes = {"probe": ["runs/random", "runs/compare"], "headline": ["runs/block"], "recognize": ["runs/lora"],
-             "strangers": ["runs/scratch"]}.get(name, [f"runs/{name}", f"maps/{name}", f"datasets/{name}"])  # fmt: skip
+    homes = {
+        "probe": ["runs/random", "runs/compare"],
+        "headline": ["runs/block"],
+        "recognize": ["runs/lora"],
+        "strangers": ["runs/scratch"],
+    }.get(name, [f"runs/{name}", f"maps/{name}", f"datasets/{name}"])
     for file in sorted(f for home in homes for f in (work / home).glob("*")):
         if name in ("recognize", "strangers") and file.name != "recognize.json":
             continue
         if name in ("probe", "headline") and file.name not in (
-                "probe.json", "probe-headline.json", "compare.json", "features.safetensors"):  # fmt: skip
+            "probe.json",
+            "probe-headline.json",
+            "compare.json",
+            "features.safetensors",
+        ):
             continue
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 found |= {f"{file.name}/{k}": f.get_tensor(k).numpy() for k in f.keys()}  # noqa: SIM118
         elif file.name == "state.pt":
             state = torch.load(file, weights_only=True)
-            parts = {k: state[k] for k in ("model", "teacher", "predictor", "net", "weights") if k in state}
-            found |= {f"state/{k}/{n}": w.numpy() for k, part in parts.items() for n, w in part.items()
-                      if isinstance(w, torch.Tensor)}  # fmt: skip
+            parts = {
+                k: state[k]
+                for k in ("model", "teacher", "predictor", "net", "weights")
+                if k in state
+            }
+            found |= {
+                f"state/{k}/{n}": w.numpy()
+                for k, part in parts.items()
+                for n, w in part.items()
+                if isinstance(w, torch.Tensor)
+            }
         elif file.suffix in (".json", ".jsonl") and "config" not in file.name:
-            rows = [json.loads(line) for line in file.read_text().splitlines()] if file.suffix == ".jsonl" else [
-                json.loads(file.read_text())]  # fmt: skip
+            rows = (
+                [json.loads(line) for line in file.read_text().splitlines()]
+                if file.suffix == ".jsonl"
+                else [json.loads(file.read_text())]
+            )
             for i, row in enumerate(rows):
                 found |= {f"{file.name}/{i}{k}": np.float64(v) for k, v in numbers(row).items()}
     assert found, f"{name} left nothing in {homes}"
@@ -239,19 +454,28 @@ def numbers(value, at=""):
 
 
 def digests(found):
-    return {k: hashlib.sha256(np.ascontiguousarray(v).tobytes() + str(v.dtype).encode()).hexdigest()[:16]
-            for k, v in found.items()}  # fmt: skip
+    return {
+        k: hashlib.sha256(np.ascontiguousarray(v).tobytes() + str(v.dtype).encode()).hexdigest()[
+            :16
+        ]
+        for k, v in found.items()
+    }
 
 
-TOLD = re.compile(r"val_mse|\.loss|top[15]$|macro_f1$|\.(map|eer|roc_auc|auroc\w*|knn|linear|threshold|temperature)$")
+TOLD = re.compile(
+    r"val_mse|\.loss|top[15]$|macro_f1$|\.(map|eer|roc_auc|auroc\w*|knn|linear|threshold|temperature)$"
+)
 UNTOLD = re.compile(r"config|chance|per_class|controls|thumb|images")
-# The neck cancels the bias of the encoder's last norm, so that bias has no gradient but rounding, of which Adam makes
-# whole steps. The neck's mean moves with it, on each kind of CPU elsewhere. What comes out of the neck is the gallery.
+# The neck cancels the bias of the encoder's last norm, so that bias has no gradient but rounding,
+# of which Adam makes whole steps. The neck's mean moves with it, on each kind of CPU elsewhere.
+# What comes out of the neck is the gallery.
 CANCELLED = re.compile(r"^head\.safetensors/neck\.running_")
 
 
 def summary(found):
-    """A few numbers of a case: weights and maps by mean and root mean square of each file, metrics as they are."""
+    """A few numbers of a case: weights and maps by mean and root mean square of each file, metrics
+    as they are.
+    """
     sums, files = {}, {}
     for k, v in found.items():
         if CANCELLED.search(k):
@@ -266,15 +490,18 @@ def summary(found):
     return {k: float(f"{v:.8g}") for k, v in sorted(sums.items()) if math.isfinite(v)}
 
 
-# ---- comparing -----------------------------------------------------------------------------------------------------
+# ---- comparing -----------------------------------------------------------------------------------
 
 
 def at_commit(commit, folder):
     """A checkout of that commit, or the working tree itself."""
     if commit == ".":
         return ROOT
-    subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", "-f", folder, commit], check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        ["git", "-C", ROOT, "worktree", "add", "--detach", "-f", folder, commit],
+        check=True,
+        capture_output=True,
+    )
     return Path(folder)
 
 
@@ -291,16 +518,22 @@ def compare(old, new):
             a, b = (digests(r.get(case, {})) for r in results)
             other = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
             wrong += bool(other)
-            print(f"{case:16} {'the same ' + str(len(a)) + ' arrays and numbers' if not other else 'DIFFERS: '}"
-                  f"{', '.join(other[:6])}{f' and {len(other) - 6} more' if len(other) > 6 else ''}")  # fmt: skip
+            print(
+                f"{case:16} {'the same ' + str(len(a)) + ' arrays and numbers' if not other else 'DIFFERS: '}"
+                f"{', '.join(other[:6])}{f' and {len(other) - 6} more' if len(other) > 6 else ''}"
+            )
     subprocess.run(["git", "-C", ROOT, "worktree", "prune"], check=True)
     return wrong
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("commits", nargs="*", metavar="COMMIT", help="two of them; . is the working tree")
-    parser.add_argument("--write", action="store_true", help="write tests/golden.json from the working tree")
+    parser.add_argument(
+        "commits", nargs="*", metavar="COMMIT", help="two of them; . is the working tree"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write tests/golden.json from the working tree"
+    )
     args = parser.parse_args()
     if len(args.commits) == 2:
         sys.exit(compare(*args.commits) > 0)
@@ -308,7 +541,9 @@ def main():
         parser.error("give two commits, or --write")
     with tempfile.TemporaryDirectory() as work:
         found = run_all(ROOT, Path(work))
-    GOLDEN.write_text(json.dumps({k: summary(v) for k, v in sorted(found.items())}, indent=1) + "\n")
+    GOLDEN.write_text(
+        json.dumps({k: summary(v) for k, v in sorted(found.items())}, indent=1) + "\n"
+    )
     print(f"{GOLDEN} written: {len(found)} cases")
 
 

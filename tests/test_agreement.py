@@ -31,7 +31,18 @@ def small_nano():
 
 def pretrain(data, out, *words, check=0):
     epochs = [] if "--epochs" in words else ["--epochs", 2]
-    return call("pretrain.py", "--data", data, "--out", out, *TINY, *epochs, *words, cwd=out.parent, check=check)
+    return call(
+        "pretrain.py",
+        "--data",
+        data,
+        "--out",
+        out,
+        *TINY,
+        *epochs,
+        *words,
+        cwd=out.parent,
+        check=check,
+    )
 
 
 def by_hand(h, groups, T, dcl):
@@ -51,14 +62,18 @@ def test_the_loss_is_the_formula(dcl):
     groups = torch.tensor([0, 1, 2, 0, 4]).repeat_interleave(2)
     loss, _ = agreement_loss(h, groups, 0.3, dcl)
     assert loss.item() == pytest.approx(by_hand(h, groups.tolist(), 0.3, dcl), rel=1e-5)
-    assert loss.item() != pytest.approx(by_hand(h, torch.arange(5).repeat_interleave(2).tolist(), 0.3, dcl), rel=1e-3)
+    assert loss.item() != pytest.approx(
+        by_hand(h, torch.arange(5).repeat_interleave(2).tolist(), 0.3, dcl), rel=1e-3
+    )
 
 
 def test_what_is_found_is_counted():
     h = F.normalize(torch.eye(4).repeat_interleave(2, 0), dim=1)
     groups = torch.arange(4).repeat_interleave(2)
     assert agreement_loss(h, groups, 0.1, True)[1] == 1
-    assert agreement_loss(h[[0, 2, 1, 3, 4, 5, 6, 7]], groups, 0.1, True)[1] == 0.5  # two images have the other's
+    assert (
+        agreement_loss(h[[0, 2, 1, 3, 4, 5, 6, 7]], groups, 0.1, True)[1] == 0.5
+    )  # two images have the other's
 
 
 def test_effective_rank_counts_directions():
@@ -93,11 +108,19 @@ def finished(small, tmp_path_factory):
 def test_a_run_learns_its_cls_token_and_follows_it(finished):
     out, done = finished
     rows = [r for r in read_log(out / "log.jsonl") if "agreement" in r]
-    assert all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows) and rows
-    assert "two views each, compared by cls (weight 0.5)" in done.stdout and "warning" not in done.stdout
+    assert (
+        all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows)
+        and rows
+    )
+    assert (
+        "two views each, compared by cls (weight 0.5)" in done.stdout
+        and "warning" not in done.stdout
+    )
     assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
     state = torch.load(out / "state.pt", weights_only=True)
-    assert state["config"]["attention"] == "rollout" and state["agreement"]["projector.0.weight"].shape == (1024, 96)
+    assert state["config"]["attention"] == "rollout" and state["agreement"][
+        "projector.0.weight"
+    ].shape == (1024, 96)
     assert state["model"]["encoder.cls_token"].shape == (1, 1, 96)
     from safetensors.torch import load_file
 
@@ -119,30 +142,54 @@ def test_a_stopped_run_ends_with_the_same_bits(small, finished, tmp_path, monkey
         pretrain(small, tmp_path / "run", *CLS, check=143)
     assert 0 < torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] < 10
     pretrain(small, tmp_path / "run", *CLS, "--resume")
-    one, two = (torch.load(out / "state.pt", weights_only=True) for out in (finished[0], tmp_path / "run"))
+    one, two = (
+        torch.load(out / "state.pt", weights_only=True) for out in (finished[0], tmp_path / "run")
+    )
     for part in ("model", "teacher", "agreement"):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part]), part
 
 
 def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
-    """Whatever its loss weighs: under random masks, which no attention guides, the weights are the same to the bit."""
+    """Whatever its loss weighs: under random masks, which no attention guides, the weights are the
+    same to the bit.
+    """
     for name, weight in (("a", 0.1), ("b", 3)):
         pretrain(small, tmp_path / name, "--contrast", weight, "--epochs", 1)
-    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("a", "b"))
+    one, two = (
+        torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("a", "b")
+    )
     assert one.keys() == two.keys() and "encoder.pooler.query_token" in one
     assert all(torch.equal(one[k], two[k]) for k in one if "pooler" not in k)
     assert not torch.equal(one["encoder.pooler.kv.weight"], two["encoder.pooler.kv.weight"])
 
 
 def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
-    """attn_high alone: two views, a pooler; its run is a teacher for another, and maps.py draws what it attends to."""
+    """attn_high alone: two views, a pooler; its run is a teacher for another, and maps.py draws
+    what it attends to.
+    """
     done = pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
-    assert "compared by pooler (weight 1)" in done.stdout and (tmp_path / "a" / "pooler.safetensors").exists()
-    pretrain(small, tmp_path / "b", "--mask", "attn_hint", "--teacher", tmp_path / "a", "--epochs", 1)
+    assert (
+        "compared by pooler (weight 1)" in done.stdout
+        and (tmp_path / "a" / "pooler.safetensors").exists()
+    )
+    pretrain(
+        small, tmp_path / "b", "--mask", "attn_hint", "--teacher", tmp_path / "a", "--epochs", 1
+    )
     state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)["config"]
     assert state["attention"] == "pooler" and state["contrast"] == 0
-    call("maps.py", "--data", small, "--map", "attn", "--run", tmp_path / "a", "--out", tmp_path / "maps",
-         cwd=tmp_path, check=0)  # fmt: skip
+    call(
+        "maps.py",
+        "--data",
+        small,
+        "--map",
+        "attn",
+        "--run",
+        tmp_path / "a",
+        "--out",
+        tmp_path / "maps",
+        cwd=tmp_path,
+        check=0,
+    )
     encoder, _ = load_teacher(tmp_path / "a")
     split = data.open_split(small, "train")
     _, view = next(data.whole_views(split["images"], torch.arange(8), 32, torch.device("cpu")))
@@ -151,12 +198,37 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
     assert expected.shape == (8, 3, 16) and torch.allclose(expected.sum(2), torch.ones(8, 3))
     maps = data.open_map(tmp_path / "maps", "attn", split)[:8].astype("f4")
     assert abs(maps.reshape(8, 16) - expected.mean(1).numpy()).max() < 1e-3
-    wrong = pretrain(small, tmp_path / "c", "--mask", "attn_high", "--contrast", 0, "--attention", "pooler", check=2)
+    wrong = pretrain(
+        small,
+        tmp_path / "c",
+        "--mask",
+        "attn_high",
+        "--contrast",
+        0,
+        "--attention",
+        "pooler",
+        check=2,
+    )
     assert "--attention pooler" in refused(wrong)
-    wrong = call("maps.py", "--data", small, "--map", "attn", "--run", tmp_path / "b", "--source", "pooler",
-                 "--out", tmp_path / "none", cwd=tmp_path, check=2)  # fmt: skip
+    wrong = call(
+        "maps.py",
+        "--data",
+        small,
+        "--map",
+        "attn",
+        "--run",
+        tmp_path / "b",
+        "--source",
+        "pooler",
+        "--out",
+        tmp_path / "none",
+        cwd=tmp_path,
+        check=2,
+    )
     assert "--source pooler" in refused(wrong)
-    stress.load_mae(tmp_path / "a", torch.device("cpu"))  # the network alone: a pooler is no part of it
+    stress.load_mae(
+        tmp_path / "a", torch.device("cpu")
+    )  # the network alone: a pooler is no part of it
 
 
 @pytest.mark.slow
@@ -167,23 +239,42 @@ def test_a_teacher_with_a_pooler_is_judged_where_parts_are_known(small, tmp_path
     def with_parts(*words):
         split = open_split(*words)
         parts = np.random.default_rng(0).integers(0, 2, (len(split["images"]), 32, 32), np.uint8)
-        return split | {"parts": parts, "header": split["header"] | {"parts": ["background", "hair"]}}
+        return split | {
+            "parts": parts,
+            "header": split["header"] | {"parts": ["background", "hair"]},
+        }
 
     pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
     monkeypatch.setattr(data, "open_split", with_parts)
-    pretrain(small, tmp_path / "b", "--mask", "attn_high", "--teacher", tmp_path / "a", "--epochs", 1)
+    pretrain(
+        small, tmp_path / "b", "--mask", "attn_high", "--teacher", tmp_path / "a", "--epochs", 1
+    )
     on = [r["attention_on"] for r in read_log(tmp_path / "b" / "log.jsonl") if "attention_on" in r]
-    assert len(on) == 2 and on[0] == on[1] and on[0]["hair"] > 0  # the teacher's, which does not learn
+    assert (
+        len(on) == 2 and on[0] == on[1] and on[0]["hair"] > 0
+    )  # the teacher's, which does not learn
 
 
-@pytest.mark.parametrize(("flags", "teacher", "files", "source"), [
-    ({}, "dino.pth", [], "cls"), ({"contrast": 0}, "run", [], "outlier"),
-    ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
-    ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
-    ({"contrast": 1, "contrast_by": "pooler"}, "self", [], "pooler"),
-    ({"contrast": 1, "contrast_by": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
-    ({"contrast": 1, "contrast_by": "pooler"}, "run/snapshots/e.safetensors", ["run/pooler.safetensors"], "outlier")])
-def test_a_teacher_is_read_by_what_was_trained(tmp_path, monkeypatch, flags, teacher, files, source):
+@pytest.mark.parametrize(
+    ("flags", "teacher", "files", "source"),
+    [
+        ({}, "dino.pth", [], "cls"),
+        ({"contrast": 0}, "run", [], "outlier"),
+        ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
+        ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
+        ({"contrast": 1, "contrast_by": "pooler"}, "self", [], "pooler"),
+        ({"contrast": 1, "contrast_by": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
+        (
+            {"contrast": 1, "contrast_by": "pooler"},
+            "run/snapshots/e.safetensors",
+            ["run/pooler.safetensors"],
+            "outlier",
+        ),
+    ],
+)
+def test_a_teacher_is_read_by_what_was_trained(
+    tmp_path, monkeypatch, flags, teacher, files, source
+):
     """A plain run's own file is no foreign checkpoint, and a snapshot has no pooler."""
     monkeypatch.chdir(tmp_path)
     for name in ["run/snapshots/e.safetensors", "dino.pth", *files]:
@@ -201,11 +292,22 @@ def test_what_is_made_anew_has_no_pooler_of_before(small, tmp_path):
 
 
 def test_only_the_masks_map_is_shuffled():
-    """Weights of the loss are this image's own; backgrounds are cut by the data's own figure, whatever --maps says."""
+    """Weights of the loss are this image's own; backgrounds are cut by the data's own figure,
+    whatever --maps says.
+    """
     fg, attn = torch.arange(4).view(4, 1, 1).expand(4, 4, 4) * 60, torch.rand(4, 4, 4)
     split = {"header": {}, "fg": fg.numpy().astype(np.uint8)}
-    guide = guidance.Guide("fg_heavy", {"shuffle": 1}, ViT(32, 8, 16, 1, 1), split, None, torch.device("cpu"), None,
-                           weigh="detail", swap=0.5)  # fmt: skip
+    guide = guidance.Guide(
+        "fg_heavy",
+        {"shuffle": 1},
+        ViT(32, 8, 16, 1, 1),
+        split,
+        None,
+        torch.device("cpu"),
+        None,
+        weigh="detail",
+        swap=0.5,
+    )
     guide.needs, guide.weigh, guide.maps["attn"] = ["fg", "attn"], "attn", attn.numpy()
     rows, whole = torch.arange(4), data.full_boxes(4)
     found = guide.patch_scores(rows, *whole, None)
@@ -229,15 +331,21 @@ def test_the_rollout_is_the_product_over_blocks():
 
 def guide_of(split, swap, views=2):
     encoder = ViT(32, 8, 32, 1, 1)
-    return guidance.Guide("random", {}, encoder, split, None, torch.device("cpu"), None, views=views, swap=swap)
+    return guidance.Guide(
+        "random", {}, encoder, split, None, torch.device("cpu"), None, views=views, swap=swap
+    )
 
 
 def test_backgrounds_are_another_images():
-    """Left half figure, right half background: of swapped views only the right half changes, to another image's."""
+    """Left half figure, right half background: of swapped views only the right half changes, to
+    another image's.
+    """
     fg = np.zeros((4, 32, 32), np.uint8)
     fg[:, :, :16] = 255
     split = {"header": {}, "fg": fg}
-    view = (torch.arange(8, dtype=torch.uint8) * 20)[:, None, None, None].repeat(1, 32, 32, 3)  # 4 images, 2 views
+    view = (torch.arange(8, dtype=torch.uint8) * 20)[:, None, None, None].repeat(
+        1, 32, 32, 3
+    )  # 4 images, 2 views
     rows, (boxes, flip) = torch.arange(4).repeat_interleave(2), data.full_boxes(8)
     draws = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
     mixed = guide_of(split, 0.5).swap_backgrounds(view, rows, boxes, flip, draws)
@@ -245,29 +353,58 @@ def test_backgrounds_are_another_images():
     right = mixed[:, 0, -1, 0].tolist()
     assert [i for i in range(8) if right[i] != 20 * i] == [0, 1, 4, 6, 7]
     others = [x // 40 for x in right]  # the image that it comes from
-    assert all(others[i] != i // 2 for i in (0, 1, 4, 6, 7)) and others[0] != others[1] and others[6] != others[7]
+    assert (
+        all(others[i] != i // 2 for i in (0, 1, 4, 6, 7))
+        and others[0] != others[1]
+        and others[6] != others[7]
+    )
     assert guide_of(split, 0.0).swap_backgrounds(view, rows, boxes, flip, draws) is view
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--weight-by", "attn"], ["--mask", "fg_heavy", "--weight-by", "attn"],
-                                   ["--mask", "attn_high", "--weight-by", "fg"],
-                                   ["--weight-by", "detail"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--weight-by", "attn"],
+        ["--mask", "fg_heavy", "--weight-by", "attn"],
+        ["--mask", "attn_high", "--weight-by", "fg"],
+        ["--weight-by", "detail"],
+    ],
+)
 def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, monkeypatch):
     """The masks and the weights know what they ask for; another weight is another loss."""
-    fg = np.random.default_rng(0).integers(0, 256, (len(data.open_split(small, "train")["images"]), 32, 32), np.uint8)
+    fg = np.random.default_rng(0).integers(
+        0, 256, (len(data.open_split(small, "train")["images"]), 32, 32), np.uint8
+    )
     open_split = data.open_split
     monkeypatch.setattr(data, "open_split", lambda *a: open_split(*a) | {"fg": fg})
     for name, flags in (("weighted", words), ("plain", words[: words.index("--weight-by")])):
         pretrain(small, tmp_path / name, "--contrast", 1, *flags)
-    one, two = ([r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r] for x in ("weighted", "plain"))
+    one, two = (
+        [r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r]
+        for x in ("weighted", "plain")
+    )
     assert all(map(math.isfinite, one)) and one != two
 
 
 @pytest.mark.slow
 def test_simmim_is_weighted_without_a_second_loss(small, tmp_path):
-    call("pretrain.py", "--data", small, "--out", tmp_path / "a", *TINY[:-2], "--mask", "simmim", "--weight-by", "attn",
-         "--epochs", 1, cwd=tmp_path, check=0)  # fmt: skip
+    call(
+        "pretrain.py",
+        "--data",
+        small,
+        "--out",
+        tmp_path / "a",
+        *TINY[:-2],
+        "--mask",
+        "simmim",
+        "--weight-by",
+        "attn",
+        "--epochs",
+        1,
+        cwd=tmp_path,
+        check=0,
+    )
     rows = read_log(tmp_path / "a" / "log.jsonl")
     assert math.isfinite(rows[-1]["val_mse"]) and not any("agreement" in r for r in rows)
 
@@ -284,14 +421,25 @@ def test_weight_0_is_a_plain_run(small, tmp_path):
     for name, words in (("plain", []), ("zero", ["--contrast", 0, "--jitter", 0])):
         pretrain(small, tmp_path / name, "--epochs", 1, *words)
     one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("plain", "zero"))
-    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"]) and "agreement" not in two
+    assert (
+        all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+        and "agreement" not in two
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--accumulate", 4], ["--dtype", "bf16"],
-                                   ["--contrast-loss", "nt_xent", "--temperature", 0.5]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--accumulate", 4],
+        ["--dtype", "bf16"],
+        ["--contrast-loss", "nt_xent", "--temperature", 0.5],
+    ],
+)
 def test_other_ways_to_run_it(small, tmp_path, words):
-    """Accumulated, an image is compared with those of its part alone; every part still finds whole pairs."""
+    """Accumulated, an image is compared with those of its part alone; every part still finds whole
+    pairs.
+    """
     pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1, *words)
     row = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "agreement" in r][-1]
     views = 2 * 16 // 4 if "--accumulate" in words else 32
@@ -300,7 +448,9 @@ def test_other_ways_to_run_it(small, tmp_path, words):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_has_the_gradient_of_its_own_views(monkeypatch, rank):
-    """Of two processes: the loss is the whole batch's, the projector's gradient whole, that of the views their own."""
+    """Of two processes: the loss is the whole batch's, the projector's gradient whole, that of the
+    views their own.
+    """
     torch.manual_seed(0)
     agreement = Agreement(32, {"header": {}, "labels": torch.zeros(4)}, 0.15)
     rows = torch.arange(4).repeat_interleave(2)
@@ -322,20 +472,40 @@ def test_a_process_has_the_gradient_of_its_own_views(monkeypatch, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "by"), [(2, "pooler"), (4, "cls")])
 def test_several_processes_compare_as_one(small, tmp_path, processes, by):
-    """An untrained encoder makes nearly the same of all images: the batch norm enlarges rounding, then AdamW does.
+    """An untrained encoder makes nearly the same of all images: the batch norm enlarges rounding,
+    then AdamW does.
 
-    1.8e-4 of the length of all weights was measured in 15 steps; a pooler leaves the encoder within test_ddp's 1e-5.
+    1.8e-4 of the length of all weights was measured in 15 steps; a pooler leaves the encoder within
+    test_ddp's 1e-5.
     """
-    words = ["--contrast", 1, "--contrast-by", by, "--contrast-loss", "dcl", "--temperature", 0.15,
-             "--mask", "detail:shuffle=1", "--jitter", 0.2]  # fmt: skip
+    words = [
+        "--contrast",
+        1,
+        "--contrast-by",
+        by,
+        "--contrast-loss",
+        "dcl",
+        "--temperature",
+        0.15,
+        "--mask",
+        "detail:shuffle=1",
+        "--jitter",
+        0.2,
+    ]
     several = start(small, tmp_path / "several", *words, processes=processes)
     text, errors = several.communicate(timeout=300)
     assert several.returncode == 0, errors
     alone(small, tmp_path / "one", *words)
-    assert [*losses(tmp_path / "several").values()] == pytest.approx([*losses(tmp_path / "one").values()], rel=1e-3)
-    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("one", "several"))
+    assert [*losses(tmp_path / "several").values()] == pytest.approx(
+        [*losses(tmp_path / "one").values()], rel=1e-3
+    )
+    one, two = (
+        torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("one", "several")
+    )
     if by == "pooler":
-        assert nearly_the_same(*({k: w for k, w in x["model"].items() if "pooler" not in k} for x in (one, two)))
+        assert nearly_the_same(
+            *({k: w for k, w in x["model"].items() if "pooler" not in k} for x in (one, two))
+        )
     for part in ("model", "agreement"):
         a, b = (torch.cat([w.flatten() for w in x[part].values()]) for x in (one, two))
         assert (a - b).norm() < 1e-2 * a.norm(), part
@@ -346,19 +516,38 @@ def test_compiled(small, tmp_path):
     pretrain(small, tmp_path / "run", "--contrast", 1, "--compile", "--epochs", 1)
 
 
-@pytest.mark.parametrize(("words", "say"), [
-    (["--contrast", 1, "--batch-size", 1], "others"),
-    (["--contrast", 1, "--batch-size", 4, "--accumulate", 4], "others"),
-    (["--contrast", 1, "--mask", "simmim"], "--contrast"),
-    (["--contrast", 1, "--temperature", 0], "--temperature"),
-    (["--contrast", 0, "--contrast-by", "cls"], "--contrast"),
-    (["--mask", "attn_high:shuffle=1", "--weight-by", "attn"], "--weight-by attn"),
-    (["--contrast", -1], "--contrast"), (["--temperature", 0.2], "--contrast"),
-    (["--contrast-loss", "dcl"], "--contrast"), (["--weight-by", "parts"], "--weight-by")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "say"),
+    [
+        (["--contrast", 1, "--batch-size", 1], "others"),
+        (["--contrast", 1, "--batch-size", 4, "--accumulate", 4], "others"),
+        (["--contrast", 1, "--mask", "simmim"], "--contrast"),
+        (["--contrast", 1, "--temperature", 0], "--temperature"),
+        (["--contrast", 0, "--contrast-by", "cls"], "--contrast"),
+        (["--mask", "attn_high:shuffle=1", "--weight-by", "attn"], "--weight-by attn"),
+        (["--contrast", -1], "--contrast"),
+        (["--temperature", 0.2], "--contrast"),
+        (["--contrast-loss", "dcl"], "--contrast"),
+        (["--weight-by", "parts"], "--weight-by"),
+    ],
+)
 def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
     words = [w for w in ["--decoder-depth", 1] if "simmim" not in words] + words
-    done = call("pretrain.py", "--data", small, "--out", tmp_path / "run", "--device", "cpu", "--image-size", 32,
-                "--epochs", 1, *words, cwd=tmp_path)  # fmt: skip
+    done = call(
+        "pretrain.py",
+        "--data",
+        small,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--image-size",
+        32,
+        "--epochs",
+        1,
+        *words,
+        cwd=tmp_path,
+    )
     assert say in refused(done) and not (tmp_path / "run" / "state.pt").exists()
 
 
@@ -368,17 +557,24 @@ def test_a_teacher_that_nothing_trained_is_warned_of(small, finished, tmp_path):
     plain = ["--mask", "attn_high", "--epochs", 1]
     blind = pretrain(small, tmp_path / "a", *plain, "--attention", "cls")
     assert "nothing trained the teacher's CLS token" in blind.stdout
-    other = pretrain(small, tmp_path / "b", *plain, "--teacher", tmp_path / "a", "--attention", "cls")
+    other = pretrain(
+        small, tmp_path / "b", *plain, "--teacher", tmp_path / "a", "--attention", "cls"
+    )
     assert "nothing trained" in other.stdout
     seeing = pretrain(small, tmp_path / "c", *plain, "--teacher", finished[0])
     assert "nothing trained" not in seeing.stdout
-    assert torch.load(tmp_path / "c" / "state.pt", weights_only=True)["config"]["attention"] == "rollout"
+    assert (
+        torch.load(tmp_path / "c" / "state.pt", weights_only=True)["config"]["attention"]
+        == "rollout"
+    )
 
 
 def test_views_of_one_image_are_neighbours():
     """Views 2i and 2i+1 of a batch of V*B are crops of image i, whatever process they belong to."""
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3).numpy()
-    batches = data.batches(images, torch.tensor([4, 2, 0, 5]), 4, torch.device("cpu"), 0, slice(2, 4), 2)
+    batches = data.batches(
+        images, torch.tensor([4, 2, 0, 5]), 4, torch.device("cpu"), 0, slice(2, 4), 2
+    )
     ((rows, views),) = list(batches)
     assert rows.tolist() == [4, 4, 2, 2, 0, 0, 5, 5] and views[:, 0, 0, 0].tolist() == [0, 0, 5, 5]
 

@@ -13,7 +13,13 @@ from common.convnets import ConvNet
 from experiments import baselines
 
 TINY = "--model nano --image-size 32 --patch-size 8 --batch-size 8"
-ENCODERS = {"mae": (f"pretrain.py {TINY} --decoder-depth 1 --mask random --contrast 0", "--blr", (1e-3, 2e-3))}
+ENCODERS = {
+    "mae": (
+        f"pretrain.py {TINY} --decoder-depth 1 --mask random --contrast 0",
+        "--blr",
+        (1e-3, 2e-3),
+    )
+}
 ARMS = {
     "mae-linear": ("mae", "--method linear", "--head-lr", (1e-2, 3e-2)),
     "vit": ("mae", "--method full --from-scratch --image-size 32", "--lr", (1e-3,)),
@@ -31,11 +37,23 @@ def plan(monkeypatch, small, tmp_path):
         call(name, *rest, cwd=tmp_path, check=0)
 
     monkeypatch.setattr(baselines, "execute", execute)
-    monkeypatch.setattr(baselines, "side_by_side", lambda args, function, jobs: [function(job) for job in jobs])
+    monkeypatch.setattr(
+        baselines, "side_by_side", lambda args, function, jobs: [function(job) for job in jobs]
+    )
     monkeypatch.setattr(baselines, "ENCODERS", ENCODERS)
     monkeypatch.setattr(baselines, "ARMS", ARMS)
     monkeypatch.setattr(baselines, "LEFT_OUT", 1)
-    words = ["experiments.baselines", "--data", small, "--arms", *ARMS, "--minutes", 0.001, "--pretrain-minutes", 0.001]
+    words = [
+        "experiments.baselines",
+        "--data",
+        small,
+        "--arms",
+        *ARMS,
+        "--minutes",
+        0.001,
+        "--pretrain-minutes",
+        0.001,
+    ]
     words += ["--threads", 2, "--out", tmp_path / "out", "--work", tmp_path / "work"]
     return words, called
 
@@ -47,7 +65,10 @@ def test_a_plan_is_made_once_and_gone_on_with(plan, small, tmp_path):
     call(*words, "--seeds", 1, cwd=tmp_path, check=0)
     out = tmp_path / "out" / small.name
     rows = {row["arm"]: row for row in csv.DictReader((out / "rows.csv").open())}
-    assert rows.keys() == ARMS.keys() and float(rows["vit"]["parameters_m"]) > 1 < float(rows["vit"]["gflop"]) * 1000
+    assert (
+        rows.keys() == ARMS.keys()
+        and float(rows["vit"]["parameters_m"]) > 1 < float(rows["vit"]["gflop"]) * 1000
+    )
     assert all(row["auroc_unknown"] and row["spoiled"] and row["eer"] for row in rows.values())
     table = (out / "table.md").read_text()
     assert "too few characters" in table and "| best |" in table and (out / "table.png").exists()
@@ -55,7 +76,10 @@ def test_a_plan_is_made_once_and_gone_on_with(plan, small, tmp_path):
     for name, trials in found["trials"].items():  # what dev found best, and no other figure
         assert trials[f"{found['rates'][name]:g}"] == max(trials.values())
         assert len(trials) == len(ENCODERS.get(name, ARMS.get(name))[-1])
-    assert sum("recognize.py" in line for line in called) == 4 and sum("--hold-out" in line for line in called) == 2
+    assert (
+        sum("recognize.py" in line for line in called) == 4
+        and sum("--hold-out" in line for line in called) == 2
+    )
 
     before = len(called)
     call(*words, "--seeds", 1, cwd=tmp_path, check=0)
@@ -72,10 +96,14 @@ def test_a_plan_is_made_once_and_gone_on_with(plan, small, tmp_path):
 def test_its_cost_counts_what_a_network_does():
     net = classifier.Classifier(ConvNet("resnet10@4", 32), 3).eval()
     row = baselines.cost(net, 32, nullcontext, turns=1)
-    first = 16 * 16 * 7 * 7 * 3 * 40 * 2  # operations of the first convolution: 40 maps of 16 x 16, each of 7 x 7 x 3
+    first = (
+        16 * 16 * 7 * 7 * 3 * 40 * 2
+    )  # operations of the first convolution: 40 maps of 16 x 16, each of 7 x 7 x 3
     assert first / 1e9 < row["gflop"] < 0.1 and row["ms_1"] > 0 < row["ms_64"]
     assert row["parameters_m"] == pytest.approx(sum(p.numel() for p in net.parameters()) / 1e6)
 
 
 def test_a_set_that_is_not_there_is_named(tmp_path):
-    assert "no packed set" in refused(call("experiments.baselines", "--data", "datasets/none", cwd=tmp_path))
+    assert "no packed set" in refused(
+        call("experiments.baselines", "--data", "datasets/none", cwd=tmp_path)
+    )

@@ -15,18 +15,35 @@ from common.io import UserError
 from common.tables import replace_rows, rows_there, save_csv
 from model import MAE
 
-TINY = {"device": "cpu", "model": "nano", "image_size": 16, "patch_size": 8, "ratio": 0.5, "batch": 2, "warmup": 2,
-        "dtype": "fp32"}  # fmt: skip
+TINY = {
+    "device": "cpu",
+    "model": "nano",
+    "image_size": 16,
+    "patch_size": 8,
+    "ratio": 0.5,
+    "batch": 2,
+    "warmup": 2,
+    "dtype": "fp32",
+}
 
 
 def test_flops_are_those_of_the_formula():
-    """A block: 6 T D^2 for q, k and v of all T tokens, 18 U D^2 for proj and MLP of the U that it updates, 4 U T D for
-    q k^T and A v. Backward is twice forward, but for what needs no gradient of its input: pixels, the head's features.
+    """A block: 6 T D^2 for q, k and v of all T tokens, 18 U D^2 for proj and MLP of the U that it
+    updates, 4 U T D for q k^T and A v. Backward is twice forward, but for what needs no gradient of
+    its input: pixels, the head's features.
     """
     S, p, D, depth, W, blocks, K = 48, 16, 32, 3, 64, 2, 5
     N, P = (S // p) ** 2, 3 * p * p
-    block = lambda T, D, U: (6 * T + 18 * U) * D**2 + 4 * U * T * D  # noqa: E731
-    decoder = 2 * (K + 1) * D * W + (blocks - 1) * block(N + 1, W, N + 1) + block(N + 1, W, N - K) + 2 * (N - K) * W * P
+
+    def block(T, D, U):
+        return (6 * T + 18 * U) * D**2 + 4 * U * T * D
+
+    decoder = (
+        2 * (K + 1) * D * W
+        + (blocks - 1) * block(N + 1, W, N + 1)
+        + block(N + 1, W, N - K)
+        + 2 * (N - K) * W * P
+    )
     once = 2 * K * P * D + 2 * (N - K) * W * 2  # patch embedding, head for pictures
     expected = 3 * (depth * block(K + 1, D, K + 1) + decoder) + 2 * once
     with torch.device("meta"):
@@ -35,7 +52,9 @@ def test_flops_are_those_of_the_formula():
 
 
 def test_eight_gpus_on_paper():
-    """ViT-B's .45 GB at 1000 images/s and 100 a GPU: 100 ms of work, 1.75 * 1.5 + .6 = 3.225 ms of talk."""
+    """ViT-B's .45 GB at 1000 images/s and 100 a GPU: 100 ms of work, 1.75 * 1.5 + .6 = 3.225 ms of
+    talk.
+    """
     assert train.on_paper(1000, 100, 0.45e9) == pytest.approx(800 / 0.103225)
     assert train.on_paper(1000, 100, 0) == pytest.approx(8000)
 
@@ -57,15 +76,28 @@ def in_process(monkeypatch):
             losses = [float(self.step(i)) for i in range(case["warmup"])]
             self.first = {"losses": losses, "waits": ""}
 
-    monkeypatch.setattr(train, "started", lambda stack, case, name: ((here := Here(case)), here.first))
+    monkeypatch.setattr(
+        train, "started", lambda stack, case, name: ((here := Here(case)), here.first)
+    )
 
 
 @pytest.mark.slow
-def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_speed(in_process, monkeypatch, tmp_path):
+def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_speed(
+    in_process, monkeypatch, tmp_path
+):
     pytest.importorskip("transformers")
-    small = {name: c | {"decoder": [32, 1]} for name, c in train.CANDIDATES.items() if not c.get("compile")}
+    small = {
+        name: c | {"decoder": [32, 1]}
+        for name, c in train.CANDIDATES.items()
+        if not c.get("compile")
+    }
     monkeypatch.setattr(train, "CANDIDATES", small)
-    names = ["AniMask", "transformers", "transformers, memory kept, eager attention", "AniMask, light, whole step"]
+    names = [
+        "AniMask",
+        "transformers",
+        "transformers, memory kept, eager attention",
+        "AniMask, light, whole step",
+    ]
     assert list(train.gated(None, TINY, names, tmp_path)) == names
     monkeypatch.setattr(step, "FLOOR", 0.5)  # another loss
     with pytest.raises(train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
@@ -81,29 +113,49 @@ def test_phases_of_a_step_are_all_there(monkeypatch, tmp_path):
 
 
 def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.train", "--only", "nobody", "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train",
+        "--only",
+        "nobody",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--only nobody is no candidate" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("bench, words, says", [
-    (benchmarks.data, ["--pack", 4, "--images", 9], "--images.* is for the loader alone"),
-    (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size.* is for the loader"),
-    (benchmarks.data, ["--scale", "--side", 9], "--side.* is for the loader alone"),
-    (benchmarks.data, ["--scale", "--pack", 4], "--scale.* is a measurement of its own"),
-    (kernels, ["--device", "cpu", "--batch", 4], "--batch.* is for a GPU"),
-    (train, ["--quick", "--repeats", 9], "--repeats.* is not for --quick")])  # fmt: skip
+@pytest.mark.parametrize(
+    "bench, words, says",
+    [
+        (benchmarks.data, ["--pack", 4, "--images", 9], "--images.* is for the loader alone"),
+        (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size.* is for the loader"),
+        (benchmarks.data, ["--scale", "--side", 9], "--side.* is for the loader alone"),
+        (benchmarks.data, ["--scale", "--pack", 4], "--scale.* is a measurement of its own"),
+        (kernels, ["--device", "cpu", "--batch", 4], "--batch.* is for a GPU"),
+        (train, ["--quick", "--repeats", 9], "--repeats.* is not for --quick"),
+    ],
+)
 def test_a_bench_refuses_what_it_would_not_use(bench, words, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
     with pytest.raises(UserError, match=says):
         bench.main()
 
 
-@pytest.mark.parametrize("bench, words, name", [
-    (benchmarks.data, ["--pack", 4], "bench_pack.csv"), (benchmarks.data, [], "bench_data.csv"),
-    (kernels, ["--device", "cpu"], "bench_kernels_cpu.png"), (train, ["--device", "cpu"], "bench_train_cpu.md")])
-def test_a_bench_replaces_nothing_and_leaves_results_alone(bench, words, name, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "bench, words, name",
+    [
+        (benchmarks.data, ["--pack", 4], "bench_pack.csv"),
+        (benchmarks.data, [], "bench_data.csv"),
+        (kernels, ["--device", "cpu"], "bench_kernels_cpu.png"),
+        (train, ["--device", "cpu"], "bench_train_cpu.md"),
+    ],
+)
+def test_a_bench_replaces_nothing_and_leaves_results_alone(
+    bench, words, name, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "runs/bench" / name  # where it writes without --out
     path.parent.mkdir(parents=True)
@@ -116,9 +168,21 @@ def test_a_bench_replaces_nothing_and_leaves_results_alone(bench, words, name, m
 
 def test_the_bench_of_masks_adds_to_a_table_and_to_nothing_else(monkeypatch, tmp_path):
     monkeypatch.setattr(masks.data, "open_split", lambda *_: None)
-    monkeypatch.setattr(masks, "measure", lambda size, *_: {"random": 1.0, "block": 2.0, "simmim": 9.0, "step": 8.0})
+    monkeypatch.setattr(
+        masks, "measure", lambda size, *_: {"random": 1.0, "block": 2.0, "simmim": 9.0, "step": 8.0}
+    )
     for model in ("nano", "tiny", "nano"):
-        words = ["bench", "--data", "x", "--model", model, "--device", "cpu", "--out", str(tmp_path)]
+        words = [
+            "bench",
+            "--data",
+            "x",
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+        ]
         monkeypatch.setattr(sys, "argv", words)
         masks.main()
     rows = rows_there(tmp_path / "bench_masks.csv", ["mask"])
@@ -132,14 +196,23 @@ def test_rows_take_the_place_of_those_with_their_keys(tmp_path):
     path = tmp_path / "t.csv"
     save_csv(path, [{"run": "a", "x": 1}, {"run": "b", "x": 2}])
     replace_rows(path, [{"run": "b", "x": 3, "new": 4}], ["run"])
-    assert rows_there(path, ["run"]) == [{"run": "a", "x": "1", "new": ""}, {"run": "b", "x": "3", "new": "4"}]
+    assert rows_there(path, ["run"]) == [
+        {"run": "a", "x": "1", "new": ""},
+        {"run": "b", "x": "3", "new": "4"},
+    ]
     path.write_bytes(b"\xff\x00\n" * 3)
     with pytest.raises(UserError, match="no such table"):
         rows_there(path, ["run"])
 
 
 def row(candidate, over):
-    same = {"model": "small", "image_size": "224", "batch": "16", "dtype": "fp32", "decoder": "512x8"}
+    same = {
+        "model": "small",
+        "image_size": "224",
+        "batch": "16",
+        "dtype": "fp32",
+        "decoder": "512x8",
+    }
     return {"candidate": candidate, "over_transformers": over} | same
 
 
@@ -169,7 +242,11 @@ def test_rows_can_be_tabled_and_drawn(tmp_path):
     case = TINY | {"image_size": 32}
     rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1, {}) for name in train.CANDIDATES]
     rows = [r | train.against_the_peer(r, rows) for r in rows]
-    assert rows[0]["images_per_s"] == 2.0 and rows[0]["over_transformers"] == 1.0 and rows[0]["decoder"] == "512x8"
+    assert (
+        rows[0]["images_per_s"] == 2.0
+        and rows[0]["over_transformers"] == 1.0
+        and rows[0]["decoder"] == "512x8"
+    )
     rows[-3] |= {f"{phase}_ms": 1.0 for phase in train.PHASES}
     train.draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 """Checkpoints of the field against the libraries that made them: the same features, loss, prediction and attention.
 
-The networks are tiny and randomly initialised, their weights large enough that a wrong matrix would show.
+The networks are tiny and randomly initialised, their weights large enough that a wrong matrix would
+show.
 """
 
 import argparse
@@ -23,10 +24,21 @@ from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import reconstruction_loss
 
 TINY = {"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2}
-HF = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256, "image_size": 32,
-      "patch_size": 8, "attn_implementation": "eager"}  # fmt: skip
-HF_DECODER = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
-              "decoder_intermediate_size": 256}  # fmt: skip
+HF = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "image_size": 32,
+    "patch_size": 8,
+    "attn_implementation": "eager",
+}
+HF_DECODER = {
+    "decoder_hidden_size": 64,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 256,
+}
 
 
 def shaken(module, seed=0):
@@ -45,7 +57,9 @@ def small_mae(**changes):
 
 
 def some_view(B=3, S=32):
-    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def pixels(view, mean=MEAN, std=STD):
@@ -62,7 +76,7 @@ def public(encoder):
     return C.as_convolution({k: w.clone() for k, w in encoder.state_dict().items()})
 
 
-# ---- Hugging Face, both directions ---------------------------------------------------------------------------------
+# ---- Hugging Face, both directions ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +90,9 @@ def hf_mae(tmp_path_factory):
 
 
 def check_pretraining(ours, theirs, view):
-    """Same features, prediction and loss under the same noise: norm_pix with MAE's own floor, s0^2 = 1e-6."""
+    """Same features, prediction and loss under the same noise: norm_pix with MAE's own floor, s0^2
+    = 1e-6.
+    """
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
     order = noise.argsort(1)
     keep, hidden = order[:, :4].contiguous(), order[:, 4:].contiguous()
@@ -87,9 +103,13 @@ def check_pretraining(ours, theirs, view):
     loss = reconstruction_loss(pred, view, hidden, 8, norm_pix=True, floor=1e-3)
     close(loss, out.loss)
     with torch.no_grad():
-        everything = theirs.vit(pixels(view), noise=torch.arange(16.0).expand(3, -1))  # in order, 4 of them kept
+        everything = theirs.vit(
+            pixels(view), noise=torch.arange(16.0).expand(3, -1)
+        )  # in order, 4 of them kept
         first = torch.arange(4).expand(3, -1).contiguous()
-        close(ours.encoder(masked_patch_gather(view, first, 8), first), everything.last_hidden_state)
+        close(
+            ours.encoder(masked_patch_gather(view, first, 8), first), everything.last_hidden_state
+        )
 
 
 def test_a_hugging_face_mae_is_ours(hf_mae):
@@ -104,7 +124,9 @@ def test_our_mae_is_a_hugging_face_mae(tmp_path):
     C.save_model(ours, tmp_path / "model.safetensors", {"norm_pix": True})
     folder, use = export(tmp_path, "hf")
     assert "ViTMAEForPreTraining" in use
-    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    theirs, info = transformers.ViTMAEForPreTraining.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     check_pretraining(ours, theirs.eval(), some_view())
     back = M.MAE(**ours.config)
@@ -115,19 +137,26 @@ def test_our_mae_is_a_hugging_face_mae(tmp_path):
     )
     assert not info["missing_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
-        out, features = vit(pixels(some_view()), output_attentions=True), ours.encoder.features(some_view())
+        out, features = (
+            vit(pixels(some_view()), output_attentions=True),
+            ours.encoder.features(some_view()),
+        )
     close(features, out.last_hidden_state)
     close(ours.encoder.patch_attention(some_view()), out.attentions[-1][:, :, 0, 1:])
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
 def test_a_hugging_face_vit_is_ours(tmp_path, kind):
-    """Its epsilon is 1e-12, its positions are learned, and its pixels had another mean: all is taken up."""
+    """Its epsilon is 1e-12, its positions are learned, and its pixels had another mean: all is
+    taken up.
+    """
     torch.manual_seed(2)
     theirs = shaken(getattr(transformers, kind)(transformers.ViTConfig(**HF)))
     theirs.save_pretrained(tmp_path)
     half = [0.5, 0.5, 0.5]
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": half, "image_std": half})
+    )
     encoder, size = C.load_encoder(tmp_path)
     vit = getattr(theirs, "vit", theirs)
     with torch.no_grad():
@@ -145,34 +174,58 @@ def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
     encoder = small_mae().encoder
     save_encoder(encoder, tmp_path / "model.safetensors", {})
     folder, use = export(tmp_path, "hf", image_size=48)
-    theirs, info = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    theirs, info = transformers.ViTModel.from_pretrained(
+        folder, add_pooling_layer=False, output_loading_info=True
+    )
     assert "ViTModel" in use and not info["missing_keys"] and not info["unexpected_keys"]
     back, size = C.load_encoder(folder)
     view = some_view(S=48)
     with torch.no_grad():
         close(theirs(pixels(view)).last_hidden_state, back.features(view))
-        assert size == 48 and torch.equal(C.load_encoder(tmp_path, 48)[0].features(view), back.features(view))
+        assert size == 48 and torch.equal(
+            C.load_encoder(tmp_path, 48)[0].features(view), back.features(view)
+        )
 
 
-# ---- MAE, DINO, DINOv2, timm: the same names, in their own wrappings ------------------------------------------------
+# ---- MAE, DINO, DINOv2, timm: the same names, in their own wrappings -----------------------------
 
 
 def wrapped(kind, mae):
     """What the public files of each kind hold, made of our weights by renaming."""
     encoder = public(mae.encoder)
     head = {"head.weight": torch.zeros(5, 64), "head.bias": torch.zeros(5)}
-    dino = {f"module.backbone.{k}": w for k, w in encoder.items()} | {"module.head.mlp.0.weight": torch.zeros(2, 64)}
+    dino = {f"module.backbone.{k}": w for k, w in encoder.items()} | {
+        "module.head.mlp.0.weight": torch.zeros(2, 64)
+    }
     args = argparse.Namespace(lr=1e-3, output_dir="out")
     return {
         "mae_encoder": {"model": encoder},
-        "mae_full": {"model": C.public_weights(mae), "optimizer": {"step": 3}, "args": args, "epoch": 7},
+        "mae_full": {
+            "model": C.public_weights(mae),
+            "optimizer": {"step": 3},
+            "args": args,
+            "epoch": 7,
+        },
         "dino": encoder,
-        "dino_full": {"student": {k: w + 1 for k, w in dino.items()}, "teacher": dino, "epoch": 9, "args": args},
-        "dinov2_full": {"model": {f"teacher.backbone.{k}": w for k, w in encoder.items()}
-                        | {"teacher.dino_head.last_layer.weight": torch.zeros(2, 2), "student.cls_token": args}},
-        "timm": encoder | head | {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.zeros(64)},
-        "timm_checkpoint": {"state_dict": encoder | head, "arch": "vit_small_patch16_224", "args": args},
-    }[kind]  # fmt: skip
+        "dino_full": {
+            "student": {k: w + 1 for k, w in dino.items()},
+            "teacher": dino,
+            "epoch": 9,
+            "args": args,
+        },
+        "dinov2_full": {
+            "model": {f"teacher.backbone.{k}": w for k, w in encoder.items()}
+            | {"teacher.dino_head.last_layer.weight": torch.zeros(2, 2), "student.cls_token": args}
+        },
+        "timm": encoder
+        | head
+        | {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.zeros(64)},
+        "timm_checkpoint": {
+            "state_dict": encoder | head,
+            "arch": "vit_small_patch16_224",
+            "args": args,
+        },
+    }[kind]
 
 
 ROUGH_HEADS = {"num_attention_heads": 2}  # 64 wide is one head here, if nobody says otherwise
@@ -185,7 +238,8 @@ def small_is_public(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kind", ["mae_encoder", "mae_full", "dino", "dino_full", "dinov2_full", "timm", "timm_checkpoint"]
+    "kind",
+    ["mae_encoder", "mae_full", "dino", "dino_full", "dinov2_full", "timm", "timm_checkpoint"],
 )
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_public_files_are_encoders(tmp_path, kind, as_zip):
@@ -193,7 +247,9 @@ def test_public_files_are_encoders(tmp_path, kind, as_zip):
     torch.save(wrapped(kind, mae), path, _use_new_zipfile_serialization=as_zip)
     (tmp_path / "config.json").write_text(json.dumps(ROUGH_HEADS))
     encoder, size = C.load_encoder(path)
-    assert size == 32 and torch.equal(encoder.features(some_view()), mae.encoder.features(some_view()))
+    assert size == 32 and torch.equal(
+        encoder.features(some_view()), mae.encoder.features(some_view())
+    )
 
 
 def test_timm_safetensors(tmp_path):
@@ -206,7 +262,9 @@ def test_timm_safetensors(tmp_path):
 def test_dinov2_layer_scale_is_folded_exactly(tmp_path):
     mae, view = small_mae(image_size=28, patch_size=14, heads=1), some_view(S=28)
     weights, noise = public(mae.encoder), torch.Generator().manual_seed(3)
-    gammas = {f"blocks.{i}.ls{j}.gamma": torch.rand(64, generator=noise) for i in range(2) for j in (1, 2)}
+    gammas = {
+        f"blocks.{i}.ls{j}.gamma": torch.rand(64, generator=noise) for i in range(2) for j in (1, 2)
+    }
     torch.save(weights | gammas | {"mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2.pth")
     encoder, size = C.load_encoder(tmp_path / "dinov2.pth")
     x = mae.encoder.embed(*mae.encoder.all_patches(view))
@@ -215,47 +273,82 @@ def test_dinov2_layer_scale_is_folded_exactly(tmp_path):
         x = x + gammas[f"blocks.{i}.ls2.gamma"] * block.mlp(block.norm2(x))
     assert size == 28
     close(encoder.features(view), mae.encoder.norm(x))
-    torch.save(weights | gammas | {"register_tokens": torch.zeros(1, 4, 64)}, tmp_path / "dinov2.pth")
+    torch.save(
+        weights | gammas | {"register_tokens": torch.zeros(1, 4, 64)}, tmp_path / "dinov2.pth"
+    )
     with pytest.raises(UserError, match="register tokens"):
         C.load_encoder(tmp_path / "dinov2.pth")
 
 
 def timm_names(depth):
-    """The parameters of timm 1.0's vit_small_patch16_224 and kin with num_classes=0, as its state_dict has them."""
+    """The parameters of timm 1.0's vit_small_patch16_224 and kin with num_classes=0, as its
+    state_dict has them.
+    """
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    stems = ["patch_embed.proj", *(f"blocks.{i}.{layer}" for i in range(depth) for layer in layers), "norm"]
-    return {"cls_token", "pos_embed"} | {f"{stem}.{end}" for stem in stems for end in ("weight", "bias")}
+    stems = [
+        "patch_embed.proj",
+        *(f"blocks.{i}.{layer}" for i in range(depth) for layer in layers),
+        "norm",
+    ]
+    return {"cls_token", "pos_embed"} | {
+        f"{stem}.{end}" for stem in stems for end in ("weight", "bias")
+    }
 
 
 def test_export_for_timm_has_its_names_and_shapes(tmp_path):
-    """vit_small_patch16_224: 384 wide, 12 deep, 197 positions. Held against timm itself where it can be imported."""
+    """vit_small_patch16_224: 384 wide, 12 deep, 197 positions. Held against timm itself where it
+    can be imported.
+    """
     torch.manual_seed(0)
     vit = shaken(M.ViT(128, 16, 384, 12, 6))
     save_encoder(vit, tmp_path / "model.safetensors", {})
     out, line = export(tmp_path, "timm", image_size=224)
     found = {k: tuple(w.shape) for k, w in load_file(out).items()}
     assert found.keys() == timm_names(12)
-    assert found["patch_embed.proj.weight"] == (384, 3, 16, 16) and found["pos_embed"] == (1, 197, 384)
-    assert found["blocks.11.attn.qkv.weight"] == (1152, 384) and found["blocks.0.mlp.fc1.bias"] == (1536,)
+    assert found["patch_embed.proj.weight"] == (384, 3, 16, 16) and found["pos_embed"] == (
+        1,
+        197,
+        384,
+    )
+    assert found["blocks.11.attn.qkv.weight"] == (1152, 384) and found["blocks.0.mlp.fc1.bias"] == (
+        1536,
+    )
     assert "vit_small_patch16_224" in line and "img_size=224" in line and "num_heads=6" in line
     try:
         import timm
     except Exception as problem:  # it needs torchvision, which does not import beside a CPU torch
-        pytest.skip(f"names and shapes fit; timm itself does not import here ({type(problem).__name__})")
+        pytest.skip(
+            f"names and shapes fit; timm itself does not import here ({type(problem).__name__})"
+        )
     theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
     theirs.load_state_dict(load_file(out), strict=True)
     view = some_view(B=1, S=224)
     with torch.no_grad():
-        close(theirs.forward_features(pixels(view)), C.load_encoder(tmp_path, 224)[0].features(view), 3e-5)
+        close(
+            theirs.forward_features(pixels(view)),
+            C.load_encoder(tmp_path, 224)[0].features(view),
+            3e-5,
+        )
 
 
 def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     mae = small_mae()
     C.save_model(mae, tmp_path / "model.safetensors", {})
-    done = call("export.py", tmp_path, "--to", "mae", "--out", tmp_path / "mae.safetensors", cwd=ROOT, check=0)
+    done = call(
+        "export.py",
+        tmp_path,
+        "--to",
+        "mae",
+        "--out",
+        tmp_path / "mae.safetensors",
+        cwd=ROOT,
+        check=0,
+    )
     assert "mae.safetensors" in done.stdout and done.stderr == ""
     written, expected = load_file(tmp_path / "mae.safetensors"), C.public_weights(mae)
-    assert written.keys() == expected.keys() and all(torch.equal(written[k], expected[k]) for k in written)
+    assert written.keys() == expected.keys() and all(
+        torch.equal(written[k], expected[k]) for k in written
+    )
     line = refused(call("export.py", tmp_path, "--to", "merged", cwd=ROOT))
     assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
@@ -267,10 +360,15 @@ def test_export_replaces_nothing_without_force(tmp_path):
     C.save_model(small_mae(), tmp_path / "run" / "model.safetensors", {})
     mine = tmp_path / "README.md"
     mine.write_text("mine")
-    run = lambda *words: call("export.py", tmp_path / "run", *words, cwd=tmp_path)  # noqa: E731
+
+    def run(*words):
+        return call("export.py", tmp_path / "run", *words, cwd=tmp_path)
+
     assert "README.md is there already; --force" in refused(run("--to", "timm", "--out", mine))
     assert "is a file, and" in refused(run("--to", "hf", "--out", mine / "hf"))
-    assert "is a file, and" in refused(run("--to", "timm", "--out", mine / "x" / "timm.safetensors"))
+    assert "is a file, and" in refused(
+        run("--to", "timm", "--out", mine / "x" / "timm.safetensors")
+    )
     assert f"--out {tmp_path} is a folder" in refused(run("--to", "timm", "--out", tmp_path))
     assert mine.read_text() == "mine"
     for to, name in (("timm", "timm.safetensors"), ("hf", "hf/model.safetensors")):
@@ -298,7 +396,7 @@ def test_a_simmim_run_goes_out_as_its_encoder(tmp_path):
             assert torch.equal(encoder.features(view), model.encoder.features(view))
 
 
-# ---- a start for pre-training --------------------------------------------------------------------------------------
+# ---- a start for pre-training --------------------------------------------------------------------
 
 
 def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
@@ -324,10 +422,17 @@ def test_init_goes_on_with_a_decoder_that_fits(tmp_path):
     assert not ours["decoder.stats_head.weight"].any()  # ours alone, in no public file
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"decoder_dim": 32}, "--decoder-dim 64 --decoder-depth 1"), ({"decoder_depth": 2}, "--decoder-depth 1"),
-    ({"depth": 3}, "depth 2, heads 2, patch_size 8, this run dim 64, depth 3"), ({"heads": 4}, "heads 2"),
-    ({"patch_size": 16}, "patch_size 8, this run"), ({"dim": 128}, "dim 64")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"decoder_dim": 32}, "--decoder-dim 64 --decoder-depth 1"),
+        ({"decoder_depth": 2}, "--decoder-depth 1"),
+        ({"depth": 3}, "depth 2, heads 2, patch_size 8, this run dim 64, depth 3"),
+        ({"heads": 4}, "heads 2"),
+        ({"patch_size": 16}, "patch_size 8, this run"),
+        ({"dim": 128}, "dim 64"),
+    ],
+)
 def test_init_of_another_shape_names_both(tmp_path, change, says):
     C.save_model(small_mae(), tmp_path / "model.safetensors", {})
     new = small_mae(**change)
@@ -363,7 +468,10 @@ def test_loading_leaves_the_seed_and_the_training_alone(tmp_path):
     torch.manual_seed(3)
     encoder, _ = C.load_encoder(tmp_path)
     assert torch.equal(torch.rand(2), expected)
-    assert all(w.requires_grad and not w.is_meta for w in encoder.parameters()) and not encoder.training
+    assert (
+        all(w.requires_grad and not w.is_meta for w in encoder.parameters())
+        and not encoder.training
+    )
     encoder.train().features(some_view()).sum().backward()
 
 
@@ -376,12 +484,15 @@ def test_resized_positions_keep_what_is_smooth():
     out = C.resize_positions(pos, 16)
     assert torch.equal(out[:, 0], pos[:, 0]) and out.shape == (1, 257, 2)
     grid = out[0, 1:].view(16, 16, 2)[4:-4, 4:-4]
-    down, across = grid[2:] - grid[:-2], grid[:, 2:] - grid[:, :-2]  # two steps here are one of the ramp, 1/7
+    down, across = (
+        grid[2:] - grid[:-2],
+        grid[:, 2:] - grid[:, :-2],
+    )  # two steps here are one of the ramp, 1/7
     close(down, torch.tensor([1 / 7, 0]).expand_as(down))
     close(across, torch.tensor([0, 1 / 7]).expand_as(across))
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 class Hostile:
@@ -394,7 +505,9 @@ class Hostile:
 
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_a_pickle_that_wants_to_run_code_is_refused_unrun(tmp_path, as_zip):
-    torch.save({"model": Hostile(tmp_path)}, tmp_path / "x.pth", _use_new_zipfile_serialization=as_zip)
+    torch.save(
+        {"model": Hostile(tmp_path)}, tmp_path / "x.pth", _use_new_zipfile_serialization=as_zip
+    )
     with pytest.raises(UserError, match=r"wants to run \w+\.mkdir"):
         C.load_encoder(tmp_path / "x.pth")
     assert not (tmp_path / "hacked").exists()
@@ -403,14 +516,24 @@ def test_a_pickle_that_wants_to_run_code_is_refused_unrun(tmp_path, as_zip):
 def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
     torch.save(wrapped("mae_full", small_mae()), tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
-    for name, content in {"empty": b"", "text": b"Please log in", "pickled": b"\x80\x04K\x01.", "zip": b"PK\x03\x04 no",
-                          "cut": whole[: len(whole) // 2], "json": b"12345678{not json"}.items():  # fmt: skip
+    for name, content in {
+        "empty": b"",
+        "text": b"Please log in",
+        "pickled": b"\x80\x04K\x01.",
+        "zip": b"PK\x03\x04 no",
+        "cut": whole[: len(whole) // 2],
+        "json": b"12345678{not json",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name) as told:
             C.load_encoder(tmp_path / name)
         assert "\n" not in str(told.value)
-    foreign = ((torch.zeros(3), "no weights"), ({"model": {"a": torch.zeros(3)}}, "it has a, not"), ([1], "no weights"),
-                       ({"model": small_mae().state_dict()}, "give the folder"))  # fmt: skip
+    foreign = (
+        (torch.zeros(3), "no weights"),
+        ({"model": {"a": torch.zeros(3)}}, "it has a, not"),
+        ([1], "no weights"),
+        ({"model": small_mae().state_dict()}, "give the folder"),
+    )
     for what, says in foreign:
         torch.save(what, tmp_path / "other.pth")
         with pytest.raises(UserError, match=says):
@@ -426,16 +549,33 @@ def changed(weights, **changes):
     return {k: w for k, w in (weights | changes).items() if w is not None}
 
 
-@pytest.mark.parametrize("changes, config, says", [
-    ({"norm__bias": None, "reg": torch.zeros(2)}, ROUGH_HEADS, "missing: norm.bias; left over: reg"),
-    ({"blocks__1__norm1__bias": torch.zeros(3)}, ROUGH_HEADS, r"norm1.bias \(3,\) against \(64,\)"),
-    ({"blocks__99999999__norm1__bias": torch.zeros(64)}, ROUGH_HEADS, "missing"),
-    ({"pos_embed": torch.zeros(1, 19, 64)}, ROUGH_HEADS, "19 positions"),
-    ({"pos_embed": torch.zeros(17, 64)}, ROUGH_HEADS, "not cls_token, pos_embed"),
-    ({"patch_embed__proj__weight": torch.zeros(64, 1, 8, 8)}, ROUGH_HEADS, r"patch embedding \(64, 1, 8, 8\)"),
-    ({"norm__bias": None}, {"hidden_size": 32}, "64 wide, config.json beside it says 32"),
-    ({}, {"hidden_act": "quick_gelu"}, "quick_gelu"), ({}, {"num_attention_heads": 5}, "5 heads"),
-    ({"dist_token": torch.zeros(1, 1, 64)}, ROUGH_HEADS, "left over: dist_token")])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, config, says",
+    [
+        (
+            {"norm__bias": None, "reg": torch.zeros(2)},
+            ROUGH_HEADS,
+            "missing: norm.bias; left over: reg",
+        ),
+        (
+            {"blocks__1__norm1__bias": torch.zeros(3)},
+            ROUGH_HEADS,
+            r"norm1.bias \(3,\) against \(64,\)",
+        ),
+        ({"blocks__99999999__norm1__bias": torch.zeros(64)}, ROUGH_HEADS, "missing"),
+        ({"pos_embed": torch.zeros(1, 19, 64)}, ROUGH_HEADS, "19 positions"),
+        ({"pos_embed": torch.zeros(17, 64)}, ROUGH_HEADS, "not cls_token, pos_embed"),
+        (
+            {"patch_embed__proj__weight": torch.zeros(64, 1, 8, 8)},
+            ROUGH_HEADS,
+            r"patch embedding \(64, 1, 8, 8\)",
+        ),
+        ({"norm__bias": None}, {"hidden_size": 32}, "64 wide, config.json beside it says 32"),
+        ({}, {"hidden_act": "quick_gelu"}, "quick_gelu"),
+        ({}, {"num_attention_heads": 5}, "5 heads"),
+        ({"dist_token": torch.zeros(1, 1, 64)}, ROUGH_HEADS, "left over: dist_token"),
+    ],
+)
 def test_a_match_in_part_lists_both_sides(tmp_path, changes, config, says):
     torch.save(changed(public(small_mae().encoder), **changes), tmp_path / "x.pth")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -456,18 +596,28 @@ def test_heads_that_nobody_says_and_sizes_that_do_not_fit(tmp_path):
         C.load_encoder(tmp_path / "x.pth")
 
 
-@pytest.mark.parametrize("dim, heads", [(1280, 16), (1408, 16), (1664, 16), (1536, 24), (1024, 16), (192, 3)])
+@pytest.mark.parametrize(
+    "dim, heads", [(1280, 16), (1408, 16), (1664, 16), (1536, 24), (1024, 16), (192, 3)]
+)
 def test_heads_of_the_public_sizes(tmp_path, dim, heads):
-    """MAE's ViT-H is 1280 wide and has 16 heads of 80: width / 64 would be 20, and its features 86 % off."""
+    """MAE's ViT-H is 1280 wide and has 16 heads of 80: width / 64 would be 20, and its features 86
+    % off.
+    """
     vit = M.ViT(16, 16, dim, 1, heads).eval()
     torch.save(public(vit), tmp_path / "x.pth")
     found, view = C.load_encoder(tmp_path / "x.pth")[0], some_view(S=16)
-    assert found.blocks[0].attn.heads == heads and torch.equal(found.features(view), vit.features(view))
+    assert found.blocks[0].attn.heads == heads and torch.equal(
+        found.features(view), vit.features(view)
+    )
 
 
 def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
-    torch.save(public(M.ViT(16, 16, 1152, 1, 16)), tmp_path / "x.pth")  # 18 heads of 64 would go, too
-    with pytest.raises(UserError, match=r"1152 wide: how many heads .* \{\"num_attention_heads\": N\}"):
+    torch.save(
+        public(M.ViT(16, 16, 1152, 1, 16)), tmp_path / "x.pth"
+    )  # 18 heads of 64 would go, too
+    with pytest.raises(
+        UserError, match=r"1152 wide: how many heads .* \{\"num_attention_heads\": N\}"
+    ):
         C.load_encoder(tmp_path / "x.pth")
     (tmp_path / "config.json").write_text('{"num_attention_heads": 16}')
     assert C.load_encoder(tmp_path / "x.pth")[0].blocks[0].attn.heads == 16
@@ -478,10 +628,16 @@ def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
 
 
 def test_decoder_heads_are_believed(tmp_path):
-    """A Hugging Face MAE whose decoder has 4 heads of 16: the same prediction and loss here, there and back again."""
+    """A Hugging Face MAE whose decoder has 4 heads of 16: the same prediction and loss here, there
+    and back again.
+    """
     torch.manual_seed(1)
-    config = transformers.ViTMAEConfig(**HF, **HF_DECODER | {"decoder_num_attention_heads": 4}, norm_pix_loss=True,
-                                       layer_norm_eps=1e-6)  # fmt: skip
+    config = transformers.ViTMAEConfig(
+        **HF,
+        **HF_DECODER | {"decoder_num_attention_heads": 4},
+        norm_pix_loss=True,
+        layer_norm_eps=1e-6,
+    )
     theirs = shaken(transformers.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path / "hf")
     C.init_from(ours := small_mae(), tmp_path / "hf")
@@ -494,7 +650,9 @@ def test_decoder_heads_are_believed(tmp_path):
     back = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     check_pretraining(ours, back, some_view())
     assert M.MAE(**ours.config).decoder.decoder_blocks[0].attn.heads == 4
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config.to_dict() | {"decoder_num_attention_heads": 5}))
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(config.to_dict() | {"decoder_num_attention_heads": 5})
+    )
     with pytest.raises(UserError, match="decoder_num_attention_heads"):
         C.init_from(small_mae(), tmp_path / "hf")
 
@@ -502,9 +660,31 @@ def test_decoder_heads_are_believed(tmp_path):
 @pytest.mark.slow
 def test_a_run_keeps_the_decoder_heads_that_it_began_with(small, tmp_path):
     torch.manual_seed(0)
-    C.save_model(M.MAE(32, 8, 192, 4, 3, 128, 1, decoder_heads=2), tmp_path / "start" / "model.safetensors", {})
-    words = ("--data", small, "--model", "nano", "--image-size", 32, "--decoder-depth", 1, "--init", tmp_path / "start",
-             "--epochs", 1, "--out", tmp_path / "run", "--device", "cpu", "--mask", "random")  # fmt: skip
+    C.save_model(
+        M.MAE(32, 8, 192, 4, 3, 128, 1, decoder_heads=2),
+        tmp_path / "start" / "model.safetensors",
+        {},
+    )
+    words = (
+        "--data",
+        small,
+        "--model",
+        "nano",
+        "--image-size",
+        32,
+        "--decoder-depth",
+        1,
+        "--init",
+        tmp_path / "start",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--mask",
+        "random",
+    )
     for more in ((), ("--resume",)):
         call("pretrain.py", *words, *more, cwd=tmp_path, check=0)
         written = tmp_path / "run" / "model.safetensors"
@@ -515,7 +695,10 @@ def test_a_run_keeps_the_decoder_heads_that_it_began_with(small, tmp_path):
 def test_tables_know_every_name():
     """No parameter of ours is without a Hugging Face name, and no two share one."""
     mae = small_mae()
-    ours = {n for k in C.public_weights(mae) for n in ([k.replace("attn.qkv", q) for q in formats.QKV]
-                                                      if "attn.qkv" in k else [k])}  # fmt: skip
+    ours = {
+        n
+        for k in C.public_weights(mae)
+        for n in ([k.replace("attn.qkv", q) for q in formats.QKV] if "attn.qkv" in k else [k])
+    }
     table = formats.hf_names(2, 1)
     assert ours == set(table) and len(set(table.values())) == len(table)

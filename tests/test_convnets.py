@@ -13,14 +13,18 @@ pytest.importorskip("transformers", reason="pip install -r requirements-segment.
 QUICK = ["--image-size", 32, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
 
 
-@pytest.mark.parametrize(("name", "places"), [("resnet10", 1), ("resnet10@2", 4), ("efficientnet_b0", 1),
-                                              ("efficientnet_b0@1", 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("resnet10", 1), ("resnet10@2", 4), ("efficientnet_b0", 1), ("efficientnet_b0@1", 4)],
+)
 def test_tokens_are_the_places_of_the_last_map_and_before_them_their_mean(name, places):
     net, size = load_any(name, 32)
     view = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     with torch.no_grad():
         tokens, other = net.train()(*net.all_patches(view)), net.features(view.flip(1))
-    assert size == 32 and tokens.shape[0] == 2 and tokens.shape[2] == NETWORKS[name.partition("@")[0]]
+    assert (
+        size == 32 and tokens.shape[0] == 2 and tokens.shape[2] == NETWORKS[name.partition("@")[0]]
+    )
     assert tokens.shape[1] == 1 + places
     torch.testing.assert_close(tokens[:, 0], tokens[:, 1:].mean(1))
     assert tokens.std() > 0.01 and not torch.allclose(tokens[:, 0], other[:, 0])
@@ -37,21 +41,44 @@ def test_a_network_in_a_file_comes_back(tmp_path):
 
 
 def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path):
-    words = ["--method", "full", "--from-scratch", "--data", small, "--epochs", 8, *QUICK, "--out", tmp_path / "run"]
+    words = [
+        "--method",
+        "full",
+        "--from-scratch",
+        "--data",
+        small,
+        "--epochs",
+        8,
+        *QUICK,
+        "--out",
+        tmp_path / "run",
+    ]
     said = call("finetune_lora.py", "resnet10", *words, cwd=tmp_path, check=0).stdout
     assert "full of resnet10" in said and "100% of the patches" in said
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
-    named = call("recognize.py", tmp_path / "run", *pictures, cwd=tmp_path, check=0).stdout.splitlines()
+    named = call(
+        "recognize.py", tmp_path / "run", *pictures, cwd=tmp_path, check=0
+    ).stdout.splitlines()
     assert len(named) == 4 and sum("confidence" in line or "unknown" in line for line in named) == 4
 
 
-@pytest.mark.parametrize(("words", "line"), [
-    (["--method", "lora"], "is no ViT"), (["--method", "full"], "is no ViT"),
-    (["--method", "full", "--from-scratch", "--head", "ifa"], "is no ViT"),
-    (["--method", "full", "--from-scratch", "--keep", ".5"], "--keep 0.5 is for a ViT"),
-    (["--method", "full", "--from-scratch", "--layer-decay", ".5"], "--layer-decay 0.5 is for a ViT")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--method", "lora"], "is no ViT"),
+        (["--method", "full"], "is no ViT"),
+        (["--method", "full", "--from-scratch", "--head", "ifa"], "is no ViT"),
+        (["--method", "full", "--from-scratch", "--keep", ".5"], "--keep 0.5 is for a ViT"),
+        (
+            ["--method", "full", "--from-scratch", "--layer-decay", ".5"],
+            "--layer-decay 0.5 is for a ViT",
+        ),
+    ],
+)
 def test_flags_of_a_vit_are_refused(small, tmp_path, words, line):
-    assert line in refused(call("finetune_lora.py", "resnet10", "--data", small, *words, cwd=tmp_path))
+    assert line in refused(
+        call("finetune_lora.py", "resnet10", "--data", small, *words, cwd=tmp_path)
+    )
 
 
 def test_without_transformers_it_is_one_line(small, tmp_path, monkeypatch):

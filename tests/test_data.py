@@ -31,7 +31,7 @@ def keys_of(out, split):
     return data.open_split(out, split)["header"]["keys"]
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def test_a_folder_per_class_is_split_by_class_and_read_by_safetensors(tmp_path):
@@ -46,7 +46,11 @@ def test_a_folder_per_class_is_split_by_class_and_read_by_safetensors(tmp_path):
         for key, label in zip(header["keys"], labels.tolist(), strict=True):
             assert key.startswith(header["classes"][label] + "/")
         counts[split] = Counter(labels.tolist())
-    assert counts == {"train": {0: 14, 1: 14, 2: 14}, "val": {0: 2, 1: 2, 2: 2}, "test": {0: 4, 1: 4, 2: 4}}
+    assert counts == {
+        "train": {0: 14, 1: 14, 2: 14},
+        "val": {0: 2, 1: 2, 2: 2},
+        "test": {0: 4, 1: 4, 2: 4},
+    }
 
 
 def test_same_input_same_bytes_and_another_seed_another_split(tmp_path):
@@ -59,7 +63,9 @@ def test_same_input_same_bytes_and_another_seed_another_split(tmp_path):
 
 def test_a_zip_gives_the_same_pixels_as_its_folder(tmp_path):
     draw_folder(tmp_path / "images")
-    shutil.make_archive(tmp_path / "images", "zip", tmp_path, "images")  # wrapped in one folder, as zips often are
+    shutil.make_archive(
+        tmp_path / "images", "zip", tmp_path, "images"
+    )  # wrapped in one folder, as zips often are
     for source, out in (("images", "a"), ("images.zip", "b")):
         pack_images(tmp_path / source, tmp_path / out, "--size", 16, check=0)
     a, b = (data.open_split(tmp_path / n, "train") for n in "ab")
@@ -81,8 +87,19 @@ def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
 
 def test_groups_never_cross_splits(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=30)
-    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--group-by", "^(illust[0-9]+)_", check=0)
-    groups = {s: set(data.open_split(tmp_path / "out", s)["header"]["groups"]) for s in ("train", "val", "test")}
+    pack_images(
+        tmp_path / "images",
+        tmp_path / "out",
+        "--size",
+        16,
+        "--group-by",
+        "^(illust[0-9]+)_",
+        check=0,
+    )
+    groups = {
+        s: set(data.open_split(tmp_path / "out", s)["header"]["groups"])
+        for s in ("train", "val", "test")
+    }
     assert sum(len(g) for g in groups.values()) == len(set.union(*groups.values())) == 15
 
 
@@ -90,7 +107,11 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     draw_folder(tmp_path / "images", classes=1)
     pack_images(tmp_path / "images" / "class0", tmp_path / "out", "--size", 16, check=0)
     split = data.open_split(tmp_path / "out", "train")
-    assert (split["labels"] == -1).all() and split["header"]["classes"] == [] and not data.has_labels(split)
+    assert (
+        (split["labels"] == -1).all()
+        and split["header"]["classes"] == []
+        and not data.has_labels(split)
+    )
 
 
 def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
@@ -103,7 +124,9 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     split = data.open_split(tmp_path / "out", "train")
     assert split["fg"].shape == (7, 32, 32)
     assert (split["fg"][0] == pixels[..., 3]).all()
-    assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (split["images"][0, 2, 2] == decode.PAPER).all()
+    assert (split["images"][0, 16, 16] == (200, 10, 10)).all() and (
+        split["images"][0, 2, 2] == decode.PAPER
+    ).all()
 
 
 def test_broken_files_are_skipped_counted_and_named(tmp_path):
@@ -113,7 +136,10 @@ def test_broken_files_are_skipped_counted_and_named(tmp_path):
     done = pack_images(root, tmp_path / "out", "--size", 16, check=0)
     assert "skipped 1" in done.stdout and "class0/illust0_0.png" in done.stdout
     splits = [data.open_split(tmp_path / "out", s) for s in ("train", "val", "test")]
-    assert sum(len(s["images"]) for s in splits) == 89 and sum(s["header"]["skipped"] for s in splits) == 1
+    assert (
+        sum(len(s["images"]) for s in splits) == 89
+        and sum(s["header"]["skipped"] for s in splits) == 1
+    )
     for s in splits:  # what comes after a gap still stands beside its own label
         for key, image, label in zip(s["header"]["keys"], s["images"], s["labels"], strict=True):
             assert key.startswith(f"class{label}/")
@@ -122,7 +148,8 @@ def test_broken_files_are_skipped_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what", ["absent", "empty", "text", "zip_of_nothing", "half_broken", "split", "size", "group", "twice"]
+    "what",
+    ["absent", "empty", "text", "zip_of_nothing", "half_broken", "split", "size", "group", "twice"],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
     source, more = tmp_path / "images", []
@@ -141,7 +168,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
     if what == "half_broken":
         for i in range(3):
             (source / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
-    more += {"split": ["--split", ".5,.1"], "size": ["--size", "0"], "group": ["--group-by", "("]}.get(what, [])
+    more += {
+        "split": ["--split", ".5,.1"],
+        "size": ["--size", "0"],
+        "group": ["--group-by", "("],
+    }.get(what, [])
     if what == "twice":
         pack_images(source, tmp_path / "out", "--size", 16, check=0)
         before = (tmp_path / "out" / "train.safetensors").stat().st_mtime_ns
@@ -168,7 +199,9 @@ def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
     names = [f"ラブライブ高坂穂乃果ちゃん/{i:05}.jpg" for i in range(30_000)]
     records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
     rows = ((r, {"images": np.zeros((1, 1, 3), np.uint8)}) for r in records)
-    pack.write_split(tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]})
+    pack.write_split(
+        tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]}
+    )
     assert keys_of(tmp_path, "train") == names
 
 
@@ -202,7 +235,9 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=1, each=each)
     for path in (tmp_path / "images" / "test").rglob("*.png"):
         path.write_bytes(b"no image")
-    assert "2 of 2 images for" in refused(pack_images(tmp_path / "images", tmp_path / "out", "--size", 16))
+    assert "2 of 2 images for" in refused(
+        pack_images(tmp_path / "images", tmp_path / "out", "--size", 16)
+    )
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -214,7 +249,10 @@ def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
     assert "fg" not in data.open_split(tmp_path / "out", "train")
     face = Image.new("RGB", (64, 64), (250, 250, 250))
     face.paste((200, 30, 30), (20, 10, 40, 50))
-    boxes = [decode.foreground_box(decode.open_image(saved_png(face.convert(mode)), 32)[0]) for mode in ("RGB", "RGBA")]
+    boxes = [
+        decode.foreground_box(decode.open_image(saved_png(face.convert(mode)), 32)[0])
+        for mode in ("RGB", "RGBA")
+    ]
     assert boxes[0] == boxes[1] != (0, 0, 64, 64)
 
 
@@ -238,8 +276,19 @@ def test_a_packed_file_that_was_cut_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_shared_faces_pack_whole(tmp_path):
     """The shared faces pack whole, by illustration, with nothing lost."""
-    pack_images(shared_file("faces20.zip"), tmp_path / "out", "--size", 32, "--group-by", "^[^_]+", "--dev", ".1",
-         "--dedupe", "off", check=0)  # fmt: skip
+    pack_images(
+        shared_file("faces20.zip"),
+        tmp_path / "out",
+        "--size",
+        32,
+        "--group-by",
+        "^[^_]+",
+        "--dev",
+        ".1",
+        "--dedupe",
+        "off",
+        check=0,
+    )
     splits = {s: data.open_split(tmp_path / "out", s) for s in ("train", "dev", "val")}
     assert {s: len(x["images"]) for s, x in splits.items()}["val"] == 1749
     assert len(splits["train"]["images"]) + len(splits["dev"]["images"]) == 8076
@@ -260,11 +309,15 @@ def test_the_demo_set_records_tags_and_strata(monkeypatch):
         have = {plane: [words[i] for i in row[plane] if i >= 0] for plane in ("tags", "all_tags")}
         assert set(have["all_tags"]) == set(truth["tags"]) & set(words)
         assert set(have["tags"]) == set(tags.thinned(record)) & set(words) <= set(have["all_tags"])
-        assert [v[i] for v, i in zip(toon.STRATA.values(), row["style"], strict=True)] == list(truth["style"].values())
+        assert [v[i] for v, i in zip(toon.STRATA.values(), row["style"], strict=True)] == list(
+            truth["style"].values()
+        )
         assert {p: row[p].shape for p in dims} == dims
     assert len(words) == len(set(words)) > 80
     kept = [len(tags.thinned(r)) / len(r.tags) for r in records]
-    assert 0.06 < np.mean(np.equal(kept, 0)) < 0.14 and 0.42 < np.mean(kept) < 0.48  # some have none, others half
+    assert (
+        0.06 < np.mean(np.equal(kept, 0)) < 0.14 and 0.42 < np.mean(kept) < 0.48
+    )  # some have none, others half
 
 
 def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
@@ -279,21 +332,44 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
     assert not (tmp_path / "datasets" / "images").exists()
 
 
-# ---- nothing ignored, nothing overwritten, nothing silent ----------------------------------------------------------
+# ---- nothing ignored, nothing overwritten, nothing silent ----------------------------------------
 
 
 @pytest.mark.parametrize(
     "path, flags",
-    [("images", "--margin -1"), ("images", "--crop nose"), ("images", "--dedupe maybe"), ("images", "--margin .2"),
-     ("images", "--boxes b.txt"), ("images", "--tail 6"), ("hybrid", "--tail 1"), ("images", "--drawings 9"),
-     ("images", "--split nan,0,0"), ("images", "--split 1,nan,0"), ("images", "--split inf,0,0"),
-     ("images", "--split 2,-1,0"),
-     ("images", "--show --out x"), ("images", "--show --dev .1"), ("images", "--show --seed 1"),
-     ("images", "--show --layout class"), ("images", "--show --crop figure"), ("images", "--seed 99999999999999999999"),
-     ("images", "--max-broken 2"), ("images", "--group-by zz"), ("toon", "--crop centre"), ("toon", "--margin .1"),
-     ("toon", "--boxes b.txt"), ("toon", "--group-by ^a"), ("toon", "--dedupe"), ("toon", "--keep-copies"),
-     ("toon", "--layout class"), ("toon", "--max-broken .1"), ("toon", "--show"), ("-", "--show")],
-)  # fmt: skip
+    [
+        ("images", "--margin -1"),
+        ("images", "--crop nose"),
+        ("images", "--dedupe maybe"),
+        ("images", "--margin .2"),
+        ("images", "--boxes b.txt"),
+        ("images", "--tail 6"),
+        ("hybrid", "--tail 1"),
+        ("images", "--drawings 9"),
+        ("images", "--split nan,0,0"),
+        ("images", "--split 1,nan,0"),
+        ("images", "--split inf,0,0"),
+        ("images", "--split 2,-1,0"),
+        ("images", "--show --out x"),
+        ("images", "--show --dev .1"),
+        ("images", "--show --seed 1"),
+        ("images", "--show --layout class"),
+        ("images", "--show --crop figure"),
+        ("images", "--seed 99999999999999999999"),
+        ("images", "--max-broken 2"),
+        ("images", "--group-by zz"),
+        ("toon", "--crop centre"),
+        ("toon", "--margin .1"),
+        ("toon", "--boxes b.txt"),
+        ("toon", "--group-by ^a"),
+        ("toon", "--dedupe"),
+        ("toon", "--keep-copies"),
+        ("toon", "--layout class"),
+        ("toon", "--max-broken .1"),
+        ("toon", "--show"),
+        ("-", "--show"),
+    ],
+)
 def test_wrong_and_unused_flags_are_one_line_and_write_nothing(tmp_path, path, flags):
     draw_folder(tmp_path / "images", classes=1, each=2)
     out = [] if "--show" in flags else ["--out", "out"]
@@ -309,7 +385,17 @@ def test_flags_that_given_splits_leave_nothing_to_do_are_refused(tmp_path):
         line = refused(pack_images(tmp_path / "images", tmp_path / "out", *flags))
         assert line.startswith(f"error: {flags[0]} is for") and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "images" / "val")  # now one is dealt
-    pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
+    pack_images(
+        tmp_path / "images",
+        tmp_path / "out",
+        "--size",
+        16,
+        "--seed",
+        1,
+        "--split",
+        ".8,.2,0",
+        check=0,
+    )
 
 
 def test_a_packed_set_and_its_sheet_are_replaced_only_by_force(tmp_path):
@@ -318,13 +404,22 @@ def test_a_packed_set_and_its_sheet_are_replaced_only_by_force(tmp_path):
     before = (tmp_path / "out" / "train.safetensors").read_bytes()
     assert "packed already" in refused(pack_images(root, tmp_path / "out", "--size", 24))
     (root / "class0" / "illust0_0.png").write_bytes(b"no image")
-    assert "more than 1 %" in refused(pack_images(root, tmp_path / "out", "--force", "--max-broken", ".01"))
-    assert (tmp_path / "out" / "train.safetensors").read_bytes() == before  # a packing that failed takes nothing
+    assert "more than 1 %" in refused(
+        pack_images(root, tmp_path / "out", "--force", "--max-broken", ".01")
+    )
+    assert (
+        tmp_path / "out" / "train.safetensors"
+    ).read_bytes() == before  # a packing that failed takes nothing
     pack_images(root, tmp_path / "out", "--size", 24, "--force", "--split", ".8,.2,0", check=0)
     assert data.open_split(tmp_path / "out", "train")["images"].shape[1] == 24
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.safetensors", "val.safetensors"]
-    for path, picture in ((tmp_path / "out", tmp_path / "out" / "sheet.png"),
-                          (root, tmp_path / "datasets" / "images_crops.png")):  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "train.safetensors",
+        "val.safetensors",
+    ]
+    for path, picture in (
+        (tmp_path / "out", tmp_path / "out" / "sheet.png"),
+        (root, tmp_path / "datasets" / "images_crops.png"),
+    ):
         picture.parent.mkdir(exist_ok=True)
         picture.write_bytes(b"mine")
         line = refused(call("data.py", "--show", path, cwd=tmp_path))
@@ -338,8 +433,9 @@ def test_a_file_of_somebody_else_is_neither_removed_nor_overwritten(tmp_path, co
     root = draw_folder(tmp_path / "images", classes=2)
     theirs = tmp_path / "out" / "val.safetensors"
     theirs.parent.mkdir()
-    save_file({"weight": np.zeros(3, np.float32)}, theirs, {"format": "pt"}) if content is None else (
-        theirs.write_bytes(content))  # fmt: skip
+    save_file(
+        {"weight": np.zeros(3, np.float32)}, theirs, {"format": "pt"}
+    ) if content is None else (theirs.write_bytes(content))
     before = theirs.read_bytes()
     line = refused(pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2"))
     assert "val.safetensors is there already; --force replaces it" in line
@@ -352,7 +448,9 @@ def test_what_a_killed_packing_wrote_aside_is_removed_by_the_next(tmp_path):
     aside = tmp_path / "out" / ".packing.999999999.tmp"
     aside.mkdir(parents=True)
     (aside / "test.safetensors").write_bytes(b"half")
-    pack_images(draw_folder(tmp_path / "images", classes=2), tmp_path / "out", "--size", 16, check=0)
+    pack_images(
+        draw_folder(tmp_path / "images", classes=2), tmp_path / "out", "--size", 16, check=0
+    )
     assert not aside.exists() and (tmp_path / "out" / "train.safetensors").exists()
 
 
@@ -369,10 +467,14 @@ def test_a_size_that_memory_or_disk_can_not_hold_is_said_before_the_work(tmp_pat
     monkeypatch.setattr(pack, "near_duplicates", lambda *_: pytest.fail("it went on"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
     line = refused(pack_images(root, tmp_path / "out", "--size", 4096))
-    assert "GB are free there" in line and int(line.split("--size ")[1].split()[0]) in range(270, 290)
+    assert "GB are free there" in line and int(line.split("--size ")[1].split()[0]) in range(
+        270, 290
+    )
     monkeypatch.setattr(pack.os, "sysconf", lambda name: 4096)  # 16 MB
     for source, largest in ((root, 724), ("toon", 256)):
-        line = refused(call("data.py", source, "--size", 4096, "--out", tmp_path / "out", cwd=tmp_path))
+        line = refused(
+            call("data.py", source, "--size", 4096, "--out", tmp_path / "out", cwd=tmp_path)
+        )
         assert "--size 4096 takes" in line and f"--size {largest} fits" in line
     assert not (tmp_path / "out").exists()
 
@@ -382,7 +484,11 @@ def test_more_broken_files_are_skipped_where_allowed_and_reasons_are_words(tmp_p
     for i in range(3):
         (root / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
     line = refused(pack_images(root, tmp_path / "a", "--size", 16))
-    assert "3 of 20 images" in line and "more than 5 % (--max-broken SHARE allows more)" in line and "0x" not in line
+    assert (
+        "3 of 20 images" in line
+        and "more than 5 % (--max-broken SHARE allows more)" in line
+        and "0x" not in line
+    )
     for name in "ab":
         done = pack_images(root, tmp_path / name, "--size", 16, "--max-broken", ".15", check=0)
         assert "0x" not in done.stdout and "(cannot identify image file)" in done.stdout
@@ -391,13 +497,19 @@ def test_more_broken_files_are_skipped_where_allowed_and_reasons_are_words(tmp_p
         prints.add(json.dumps(header["skipped_first"]))
     assert len(prints) == 1  # an address would make each packing another data set
     assert decode.reason(OSError("cannot identify image file <_io.BytesIO object at 0x7f00>")) == (
-        "cannot identify image file")  # fmt: skip
-    assert decode.reason(ValueError()) == "ValueError" and decode.reason(ValueError("1 < 2 > 0")) == "1 < 2 > 0"
+        "cannot identify image file"
+    )
+    assert (
+        decode.reason(ValueError()) == "ValueError"
+        and decode.reason(ValueError("1 < 2 > 0")) == "1 < 2 > 0"
+    )
 
 
 def test_a_split_that_gets_no_picture_is_told(tmp_path):
     draw_folder(tmp_path / "images", classes=1, each=3)
-    done = pack_images(tmp_path / "images", tmp_path / "out", "--size", 16, "--split", ".9,.05,.05", check=0)
+    done = pack_images(
+        tmp_path / "images", tmp_path / "out", "--size", 16, "--split", ".9,.05,.05", check=0
+    )
     assert "no picture is left for val and test: 3 are too few" in done.stdout
     assert "pack it again with a val" in done.stdout
 
@@ -412,12 +524,34 @@ def test_the_next_line_is_right(tmp_path):
     folder = draw_folder(tmp_path / "my images", classes=1)
     done = call("data.py", folder / "class0", "--out", "a set", "--size", 16, cwd=tmp_path, check=0)
     assert next_command(done) == ["python", "pretrain.py", "--data", "a set"]
-    assert "python data.py --show 'a set'" in done.stdout and "need labels of two classes" in done.stdout
-    done = call("data.py", draw_folder(tmp_path / "c"), "--size", 16, "--split", ".8,0,.2", cwd=tmp_path, check=0)
-    assert next_command(done) == ["python", "pretrain.py", "--data", "datasets/c", "--eval-on", "test"]
+    assert (
+        "python data.py --show 'a set'" in done.stdout
+        and "need labels of two classes" in done.stdout
+    )
+    done = call(
+        "data.py",
+        draw_folder(tmp_path / "c"),
+        "--size",
+        16,
+        "--split",
+        ".8,0,.2",
+        cwd=tmp_path,
+        check=0,
+    )
+    assert next_command(done) == [
+        "python",
+        "pretrain.py",
+        "--data",
+        "datasets/c",
+        "--eval-on",
+        "test",
+    ]
     assert "need labels" not in done.stdout
     done = call("data.py", "--show", "datasets/c", cwd=tmp_path, check=0)
-    assert "sheet.png written; next: python pretrain.py --data datasets/c --eval-on test" in done.stdout
+    assert (
+        "sheet.png written; next: python pretrain.py --data datasets/c --eval-on test"
+        in done.stdout
+    )
     for path in folder.rglob("*.png"):
         image = Image.open(path).convert("RGBA")
         image.putpixel((0, 0), (0, 0, 0, 0))
@@ -428,9 +562,14 @@ def test_the_next_line_is_right(tmp_path):
 
 
 def test_a_folder_as_people_have_it(tmp_path):
-    """Wrapped twice, a stray picture, names in Japanese, copies in and across classes, a broken file, some alpha."""
+    """Wrapped twice, a stray picture, names in Japanese, copies in and across classes, a broken
+    file, some alpha.
+    """
     rng, names = np.random.default_rng(0), ("初音ミク", "鏡音リン", "巡音ルカ")
-    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[:: 2400 // 60][:60]]
+    faces = [
+        Image.fromarray(toon.draw(item, 64)["image"])
+        for item in toon.plan(2400)[:: 2400 // 60][:60]
+    ]
     root = tmp_path / "ダウンロード" / "faces (1)" / "faces"
     for i, face in enumerate(faces):
         path = root / unicodedata.normalize("NFD", names[i % 3]) / f"{i}.png"
@@ -449,24 +588,36 @@ def test_a_folder_as_people_have_it(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == "read as -/-/class: 3 classes (初音ミク, 巡音ルカ, 鏡音リン)"
     assert lines[1] == "1 pictures set aside, as their folders are not -/-/class: cover.png"
-    assert lines[2].startswith("alpha: ") and lines[2].endswith("laid on white: too few for foreground masks")
-    assert lines[3].startswith("near-duplicates: 3 groups of 6 images; 2 hold several classes; 2 x ")
-    where = {key.split("/")[-2][:1] + key.split("/")[-1]: s for s, x in packed.items() for key in x["header"]["keys"]}
+    assert lines[2].startswith("alpha: ") and lines[2].endswith(
+        "laid on white: too few for foreground masks"
+    )
+    assert lines[3].startswith(
+        "near-duplicates: 3 groups of 6 images; 2 hold several classes; 2 x "
+    )
+    where = {
+        key.split("/")[-2][:1] + key.split("/")[-1]: s
+        for s, x in packed.items()
+        for key in x["header"]["keys"]
+    }
     told = {Path(line.split(":")[0]).stem: line for line in lines[4:8]}
     for split, x in packed.items():
         broken = "; skipped 1, the first: faces (1)/faces/初音ミク/broken.png (cannot identify image file)"
-        assert told[split] == (f"{out}/{split}.safetensors: {len(x['images'])} images of 32 px, 3 classes"
-                               + broken * x["header"]["skipped"])  # fmt: skip
+        assert told[split] == (
+            f"{out}/{split}.safetensors: {len(x['images'])} images of 32 px, 3 classes"
+            + broken * x["header"]["skipped"]
+        )
         assert x["header"]["classes"] == sorted(names) and "fg" not in x
         assert x["header"]["notes"] == lines[:4]
     assert sum(len(x["images"]) for x in packed.values()) == 63 == len(where)
     assert sum(x["header"]["skipped"] for x in packed.values()) == 1
     assert where["鏡1.png"] == where["鏡copy.png"] and where["巡2.png"] == where["初copy.png"]
-    assert lines[8:] == [f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or "
-                         f"python pretrain.py --data {shlex.quote(str(out))}"]  # fmt: skip
+    assert lines[8:] == [
+        f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or "
+        f"python pretrain.py --data {shlex.quote(str(out))}"
+    ]
 
 
-# ---- views and loader ----------------------------------------------------------------------------------------------
+# ---- views and loader ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.25, 0.125, 0.5, 0.75), (0.1, 0.2, 0.61, 0.7)])
@@ -479,20 +630,30 @@ def test_views_are_pillows_antialiased_linear_crops(box, side):
         (side, side), Image.Resampling.BILINEAR, (left, top, left + width, top + height)
     )
     for flip in (False, True):
-        view = data.view_images(torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side)[
-            0
-        ].numpy()
+        view = data.view_images(
+            torch.from_numpy(image)[None], torch.tensor([box]), torch.tensor([flip]), side
+        )[0].numpy()
         off = np.abs((view[:, ::-1] if flip else view).astype(int) - np.asarray(truth))
-        assert off.max() <= 3 and off.mean() < 0.35  # Pillow reads up to half a pixel beyond the box; we never do
+        assert (
+            off.max() <= 3 and off.mean() < 0.35
+        )  # Pillow reads up to half a pixel beyond the box; we never do
 
 
 def test_a_map_follows_crop_and_flip():
-    """A hot patch of the map and the bright square that it stands for end in the same place of the view."""
+    """A hot patch of the map and the bright square that it stands for end in the same place of the
+    view.
+    """
     draws = torch.Generator().manual_seed(0)
     boxes, flip = data.draw_boxes(64, draws, 0.4)
     image, heat = torch.zeros(64, 96, 96, 3, dtype=torch.uint8), torch.zeros(64, 12, 12)
     image[:, 40:48, 56:64], heat[:, 5, 7] = 255, 1.0
-    bright = data.view_images(image, boxes, flip, 96).float()[..., 0].view(64, 12, 8, 12, 8).mean((2, 4)).flatten(1)
+    bright = (
+        data.view_images(image, boxes, flip, 96)
+        .float()[..., 0]
+        .view(64, 12, 8, 12, 8)
+        .mean((2, 4))
+        .flatten(1)
+    )
     hot = data.view_maps(heat, boxes, flip, 12).flatten(1)
     seen = bright.amax(1) > 64  # the crop may have cut it off
     assert seen.sum() > 40 and flip[seen].any() and not flip[seen].all()
@@ -532,7 +693,9 @@ def test_an_error_in_the_prefetch_thread_reaches_the_loop():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_the_prefetch_thread_starts_no_threads_of_its_own():
-    """A parallel operation there would bring a second team of OpenMP threads; two views are copied by the loop."""
+    """A parallel operation there would bring a second team of OpenMP threads; two views are copied
+    by the loop.
+    """
     code = """if True:
         import os, numpy as np, torch, data
         torch.set_num_threads(2)
@@ -544,7 +707,9 @@ def test_the_prefetch_thread_starts_no_threads_of_its_own():
             during.append(count())
         print(before, max(during))
     """
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     before, during = map(int, out.split())
     assert during == before + 1, out  # the prefetch thread itself
 
@@ -556,8 +721,16 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
     header = json.dumps(
         {
             "__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
-            "images": {"dtype": "U8", "shape": [n, side, side, 3], "data_offsets": [0, n * side * side * 3]},
-            "labels": {"dtype": "I64", "shape": [n], "data_offsets": [n * side * side * 3, n * (side * side * 3 + 8)]},
+            "images": {
+                "dtype": "U8",
+                "shape": [n, side, side, 3],
+                "data_offsets": [0, n * side * side * 3],
+            },
+            "labels": {
+                "dtype": "I64",
+                "shape": [n],
+                "data_offsets": [n * side * side * 3, n * (side * side * 3 + 8)],
+            },
         }
     )
     header = header.encode().ljust(1024)
@@ -576,7 +749,9 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
         print(most - before)"""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc, which only Linux has")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 100
 
@@ -599,37 +774,62 @@ def test_the_demo_set_can_be_long_tailed(monkeypatch):
 
 def test_any_set_can_be_long_tailed_in_train_alone(tmp_path):
     draw_folder(tmp_path / "images", classes=4, each=40)
-    words = ["data.py", "images", "--size", 16, "--split", ".5,.1,.4", "--dedupe", "off", "--group-by", "(.*)"]
+    words = [
+        "data.py",
+        "images",
+        "--size",
+        16,
+        "--split",
+        ".5,.1,.4",
+        "--dedupe",
+        "off",
+        "--group-by",
+        "(.*)",
+    ]
     for out, more in (("whole", []), ("tail", ["--tail", 1.2]), ("again", ["--tail", 1.2])):
         done = call(*words, *more, "--out", out, cwd=tmp_path, check=0)
     assert "left out: class sizes follow rank^-1.2" in done.stdout
-    whole, tail, again = ({name: data.open_split(tmp_path / out, name) for name in ("train", "val", "test")}
-                          for out in ("whole", "tail", "again"))  # fmt: skip
+    whole, tail, again = (
+        {name: data.open_split(tmp_path / out, name) for name in ("train", "val", "test")}
+        for out in ("whole", "tail", "again")
+    )
     most = whole["train"]["labels"].bincount().max().item()
     assert sorted(tail["train"]["labels"].bincount().tolist()) == sorted(
-        max(5, round(most * rank**-1.2)) for rank in (1, 2, 3, 4))  # fmt: skip
+        max(5, round(most * rank**-1.2)) for rank in (1, 2, 3, 4)
+    )
     assert set(tail["train"]["header"]["keys"]) < set(whole["train"]["header"]["keys"])
     for name in ("val", "test"):
         assert tail[name]["header"]["keys"] == whole[name]["header"]["keys"]
-    assert data.fingerprint(tail["train"]) == data.fingerprint(again["train"]) != data.fingerprint(whole["train"])
+    assert (
+        data.fingerprint(tail["train"])
+        == data.fingerprint(again["train"])
+        != data.fingerprint(whole["train"])
+    )
 
 
 def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monkeypatch):
     shares, numbers = [], []
     monkeypatch.setattr(toon, "describe", lambda item: {"tags": ()})
     monkeypatch.setattr(pack, "near_duplicates", lambda *_: ([], []))
-    monkeypatch.setattr(pack, "write_all", lambda *args: shares.append(args[-1]["split_shares"]) or
-                        numbers.append(len(args[1])))  # fmt: skip
+    monkeypatch.setattr(
+        pack,
+        "write_all",
+        lambda *args: shares.append(args[-1]["split_shares"]) or numbers.append(len(args[1])),
+    )
     monkeypatch.setattr(pack, "to_learn", lambda out: "")
     for words in ([], ["--drawings", "480"]):
-        monkeypatch.setattr(sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed"), *words])
+        monkeypatch.setattr(
+            sys, "argv", ["data.py", "toon", "--out", str(tmp_path / "packed"), *words]
+        )
         pack.main()
     data.open_or_pack(tmp_path / "toon")
     assert shares == [pack.TOON_SHARES] * 3 and numbers == [2400, 480, 2400]
 
 
 def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
-    """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone counts."""
+    """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone
+    counts.
+    """
     calls = []
     monkeypatch.setattr(pack, "pack", lambda *args, **kw: calls.append(args))
     for name in ("test.safetensors", ".val.safetensors.123.tmp"):
@@ -641,12 +841,15 @@ def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeyp
     assert [c[0] for c in calls] == ["toon", "toon"]
 
 
-# ---- what is held apart for choices ----------------------------------------------------------------------------------
+# ---- what is held apart for choices --------------------------------------------------------------
 
 
 def test_what_is_held_apart_tears_no_group_and_empties_no_class():
     rng = np.random.default_rng(0)
-    groups, labels = np.append(rng.integers(0, 150, 600), 1000), np.append(rng.integers(0, 5, 600), 5)
+    groups, labels = (
+        np.append(rng.integers(0, 150, 600), 1000),
+        np.append(rng.integers(0, 5, 600), 5),
+    )
     held = data.hold_apart(groups, labels, 0.1)
     assert not set(groups[held]) & set(groups[~held]) and 50 <= held.sum() <= 60
     assert set(labels[~held]) == set(range(6))
@@ -661,7 +864,9 @@ def test_of_small_classes_two_pictures_stay():
 
 def test_dev_gets_illustrations_with_several_faces_too():
     """A third of the pictures are the only one of their illustration, the others stand in threes."""
-    rows = [(f"c{i % 4}", f"one{i}") for i in range(200)] + [(f"c{i // 3 % 4}", f"three{i // 3}") for i in range(399)]
+    rows = [(f"c{i % 4}", f"one{i}") for i in range(200)] + [
+        (f"c{i // 3 % 4}", f"three{i // 3}") for i in range(399)
+    ]
     dealt = splits.assign_splits(["train"] * len(rows), rows, dict(train=1, val=0, test=0), 0.1, 0)
     dev = [group for (_, group), split in zip(rows, dealt, strict=True) if split == "dev"]
     assert 50 <= len(dev) <= 60 and 0.45 < sum(g.startswith("three") for g in dev) / len(dev) < 0.85
@@ -670,13 +875,28 @@ def test_dev_gets_illustrations_with_several_faces_too():
 
 
 def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
-    """The same from another folder is the same set; one picture changed, and maps of the one do not fit the other."""
+    """The same from another folder is the same set; one picture changed, and maps of the one do not
+    fit the other.
+    """
     digests = []
     for name, source in (("a", "images"), ("c", tmp_path / "c" / "images"), ("b", "images")):
         draw_folder(tmp_path / name / "images", seed=0)
         if name == "b":
-            Image.new("RGB", (48, 40), "red").save(tmp_path / "b" / "images" / "class0" / "illust0_0.png")
+            Image.new("RGB", (48, 40), "red").save(
+                tmp_path / "b" / "images" / "class0" / "illust0_0.png"
+            )
         out = tmp_path / name / "out"
-        call("data.py", source, "--out", out, "--size", 16, "--dedupe", "off", cwd=tmp_path / name, check=0)
+        call(
+            "data.py",
+            source,
+            "--out",
+            out,
+            "--size",
+            16,
+            "--dedupe",
+            "off",
+            cwd=tmp_path / name,
+            check=0,
+        )
         digests.append(data.fingerprint(data.open_split(out, "train")))
     assert digests[0] == digests[1] != digests[2]

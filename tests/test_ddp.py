@@ -15,7 +15,18 @@ from common.lora import save_encoder
 from common.train import read_log
 from model import MAE, Block, ViT
 
-QUICK = ["--device", "cpu", "--dtype", "fp32", "--image-size", 32, "--batch-size", 16, "--epochs", 3]
+QUICK = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+    "--image-size",
+    32,
+    "--batch-size",
+    16,
+    "--epochs",
+    3,
+]
 QUICK += ["--decoder-depth", 1, "--eval-every", 3]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 
@@ -25,10 +36,23 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def torchrun(script, *words, cwd, processes=2):
     """A stage in several processes, in the background."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        processes,
+    ]
     command += [ROOT / script]
-    return subprocess.Popen([str(w) for w in (*command, *words)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=ONE_THREAD)  # fmt: skip
+    return subprocess.Popen(
+        [str(w) for w in (*command, *words)],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ONE_THREAD,
+    )
 
 
 def start(small, out, *more, processes=2):
@@ -37,7 +61,18 @@ def start(small, out, *more, processes=2):
 
 
 def alone(small, out, *more):
-    return stage("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=0, env=ONE_THREAD)
+    return stage(
+        "pretrain.py",
+        "--data",
+        small,
+        "--out",
+        out,
+        *QUICK,
+        *more,
+        cwd=out.parent,
+        check=0,
+        env=ONE_THREAD,
+    )
 
 
 def nearly_the_same(one, other):
@@ -61,23 +96,36 @@ def wait_for_step(process, out, step):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
-    """Two addends have no order: with weights of 1, whose sum is exact, rank 0 + rank 1 is part 0 + part 1, exactly.
+    """Two addends have no order: with weights of 1, whose sum is exact, rank 0 + rank 1 is part 0 +
+    part 1, exactly.
 
-    The teacher's maps come from both ranks; its looks, the optimizer and the order of the images are in the weights.
+    The teacher's maps come from both ranks; its looks, the optimizer and the order of the images
+    are in the weights.
     """
-    exact = ["--mask", "attn_high:start=.3", "--flat-weight", 1, "--contrast", 0]  # whose negatives are a part's
+    exact = [
+        "--mask",
+        "attn_high:start=.3",
+        "--flat-weight",
+        1,
+        "--contrast",
+        0,
+    ]  # whose negatives are a part's
     both = start(small, tmp_path / "both", *exact)
     text, errors = both.communicate(timeout=300)
     assert both.returncode == 0, errors
     alone(small, tmp_path / "one", *exact, "--accumulate", 2)
-    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "both"))
+    one, two = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "both")
+    )
     for part in ("model", "teacher"):
         assert one[part].keys() == two[part].keys()
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part]), part
     maps = [(tmp_path / name / one["maps"]).read_bytes() for name in ("one", "both")]
     assert maps[0] == maps[1] and one["maps"] == two["maps"]
     assert losses(tmp_path / "one") == losses(tmp_path / "both")
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {
+        p.name for p in (tmp_path / "both").iterdir()
+    }
     assert text.count("wrote") == 1 and "2 processes" in text  # rank 0 speaks for all
 
 
@@ -91,17 +139,21 @@ def test_four_processes_are_one(small, tmp_path):
     outs = [tmp_path / "one", tmp_path / "four"]
     one, four = ([*losses(out).values()] for out in outs)
     assert four == pytest.approx(one, rel=1e-5)
-    assert nearly_the_same(*(torch.load(out / "state.pt", weights_only=True)["model"] for out in outs))
+    assert nearly_the_same(
+        *(torch.load(out / "state.pt", weights_only=True)["model"] for out in outs)
+    )
 
 
 @pytest.mark.slow
 def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
-    """SIGTERM stops both after the same step; without one of them the other ends; one process can go on.
+    """SIGTERM stops both after the same step; without one of them the other ends; one process can
+    go on.
 
-    It ends where a run that never stopped ends. In fp32 the sum of two half batches differs from that of the whole by
-    some 2^-24 = 6e-8 of it; 15 steps add that up, and AdamW, which divides by the gradient's size, enlarges it where a
-    gradient is nearly 0: 4e-7 of the length of all weights was measured, and no difference of the losses.
-    shuffle=1 guides an image by another one's map, which here may belong to the other process.
+    It ends where a run that never stopped ends. In fp32 the sum of two half batches differs from
+    that of the whole by some 2^-24 = 6e-8 of it; 15 steps add that up, and AdamW, which divides by
+    the gradient's size, enlarges it where a gradient is nearly 0: 4e-7 of the length of all weights
+    was measured, and no difference of the losses. shuffle=1 guides an image by another one's map,
+    which here may belong to the other process.
     """
     words, out = ["--mask", "detail:beta=2,shuffle=1"], tmp_path / "out"
     stopped = start(small, out, *words)
@@ -124,38 +176,76 @@ def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     alone(small, out, *words, "--resume")
     alone(small, tmp_path / "whole", *words)
     mended, whole = losses(out), losses(tmp_path / "whole")
-    assert mended[5] == pytest.approx(whole[5], rel=1e-5) and mended[15] == pytest.approx(whole[15], rel=1e-5)
-    assert nearly_the_same(*(torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")))
+    assert mended[5] == pytest.approx(whole[5], rel=1e-5) and mended[15] == pytest.approx(
+        whole[15], rel=1e-5
+    )
+    assert nearly_the_same(
+        *(torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole"))
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_finetune_as_one(small, tmp_path):
-    """The batch norm of the neck and the margin of the head look at the whole batch, whose features both share."""
+    """The batch norm of the neck and the margin of the head look at the whole batch, whose features
+    both share.
+    """
     save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "encoder.safetensors", {})
-    words = [tmp_path / "encoder.safetensors", "--data", small, "--method", "lora", "--head", "curricularface"]
+    words = [
+        tmp_path / "encoder.safetensors",
+        "--data",
+        small,
+        "--method",
+        "lora",
+        "--head",
+        "curricularface",
+    ]
     words += ["--epochs", 2, "--device", "cpu", "--dtype", "fp32", "--batch-size", 16]
     both = torchrun("finetune_lora.py", *words, "--out", tmp_path / "both", cwd=tmp_path)
     text, errors = both.communicate(timeout=300)
     assert both.returncode == 0 and text.count("wrote") == 1, errors
-    stage("finetune_lora.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD)
-    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both"))
+    stage(
+        "finetune_lora.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD
+    )
+    one, two = (
+        torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both")
+    )
     assert nearly_the_same(two, one)
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {
+        p.name for p in (tmp_path / "both").iterdir()
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_learn_tags_as_one(tagged, tmp_path, processes):
     """Hidden tags are counted over the whole batch, and drawn for it."""
-    words = [tagged / "encoder", "--data", tagged / "packed", "--epochs", 2, "--batch-size", 8, "--device", "cpu",
-             "--dtype", "fp32"]  # fmt: skip
-    both = torchrun("tags.py", *words, "--out", tmp_path / "both", cwd=tmp_path, processes=processes)
+    words = [
+        tagged / "encoder",
+        "--data",
+        tagged / "packed",
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    ]
+    both = torchrun(
+        "tags.py", *words, "--out", tmp_path / "both", cwd=tmp_path, processes=processes
+    )
     text, errors = both.communicate(timeout=300)
     assert both.returncode == 0 and text.count("wrote") == 1, errors
     stage("tags.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD)
-    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both"))
+    one, two = (
+        torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both")
+    )
     assert nearly_the_same(two, one)
-    logs = [[r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r] for x in ("one", "both")]
+    logs = [
+        [r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r]
+        for x in ("one", "both")
+    ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
 
 
@@ -163,7 +253,10 @@ def test_processes_learn_tags_as_one(tagged, tmp_path, processes):
 def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
     done = start(small, tmp_path / "out", "--batch-size", 15)
     _, errors = done.communicate(timeout=120)
-    assert "must be divisible by processes x --accumulate, 2 x 1: 15 is not" in errors and "--batch-size 16" in errors
+    assert (
+        "must be divisible by processes x --accumulate, 2 x 1: 15 is not" in errors
+        and "--batch-size 16" in errors
+    )
     assert not (tmp_path / "out").exists()
 
 

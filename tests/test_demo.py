@@ -26,7 +26,9 @@ WHO = "akika"
 
 @pytest.fixture(scope="package")
 def site(small, tagged, tmp_path_factory):
-    """A folder with an untrained run of pretrain.py, and a recogniser and a tagger that were made of it in seconds."""
+    """A folder with an untrained run of pretrain.py, and a recogniser and a tagger that were made
+    of it in seconds.
+    """
     base = tmp_path_factory.mktemp("site")
     run = base / "runs" / "a"
     shutil.copytree(tagged / "encoder", run)
@@ -43,18 +45,24 @@ def at(site, monkeypatch):
 
 
 def mask_page(run, strategy="random", ratio=0.75, beta=0.5, hint=0.1, t=1.0, seed=0, picture=None):
-    return demo.mask_page(run, picture or demo.drawing(WHO, 0), strategy, ratio, beta, hint, t, seed)
+    return demo.mask_page(
+        run, picture or demo.drawing(WHO, 0), strategy, ratio, beta, hint, t, seed
+    )
 
 
 def own(path, size=(50, 40)):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    ).save(path)
     return demo.dropped(path)
 
 
 @pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "simmim"])
 def test_every_strategy_is_shown(at, strategy):
     text = mask_page(at, strategy)
-    assert "seen: 4 of 16 patches" in text and text.count("<img") == 6 and f"--mask {strategy}" in text
+    assert (
+        "seen: 4 of 16 patches" in text and text.count("<img") == 6 and f"--mask {strategy}" in text
+    )
 
 
 def test_sliders_change_what_is_hidden(at):
@@ -62,7 +70,9 @@ def test_sliders_change_what_is_hidden(at):
     once, again, other = mask_page(at), mask_page(at), mask_page(at, seed=1)
     assert once == again != other
     assert mask_page(at, "attn_high", beta=3) != mask_page(at, "attn_high", beta=-3)
-    assert mask_page(at, "attn_high", t=0) == mask_page(at, "random").replace("random", "attn_high:beta=0.5")
+    assert mask_page(at, "attn_high", t=0) == mask_page(at, "random").replace(
+        "random", "attn_high:beta=0.5"
+    )
 
 
 def test_a_picture_of_ones_own_has_no_known_parts(at, tmp_path):
@@ -73,7 +83,11 @@ def test_a_picture_of_ones_own_has_no_known_parts(at, tmp_path):
 
 def test_who_it_is_with_what_tags(at):
     said = demo.recognise_page(at, demo.drawing(WHO, 0))
-    assert re.search("<h2>(unknown, most like )?class", said) and "similarity" in said and "recognize.py" in said
+    assert (
+        re.search("<h2>(unknown, most like )?class", said)
+        and "similarity" in said
+        and "recognize.py" in said
+    )
     assert re.search(r"<h2>class\d, \d+%</h2>", demo.tags_page(at, demo.drawing(WHO, 0)))
 
 
@@ -81,14 +95,22 @@ def test_somebody_is_enrolled_and_forgotten_and_markup_stays_text(at, tmp_path):
     name, files = "<b>me</b>", []
     for i in range(3):
         files.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(files[-1])
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        ).save(files[-1])
     before = Path("runs/a-linear/gallery.safetensors").read_bytes()
-    assert "too few" in demo.enrol_page(at, name, files[:2]) and "a name" in demo.enrol_page(at, " ", files)
+    assert "too few" in demo.enrol_page(at, name, files[:2]) and "a name" in demo.enrol_page(
+        at, " ", files
+    )
     assert "known already" in demo.enrol_page(at, "class0", files)
     assert Path("runs/a-linear/gallery.safetensors").read_bytes() == before
     said = demo.enrol_page(at, name, files)
-    assert "&lt;b&gt;me&lt;/b&gt; is enrolled with 3 pictures" in said and demo.enrolled(at) == [name]
-    assert not any("/" in key for key in classifier.load_gallery("runs/a-linear")["keys"][-3:])  # no folder of uploads
+    assert "&lt;b&gt;me&lt;/b&gt; is enrolled with 3 pictures" in said and demo.enrolled(at) == [
+        name
+    ]
+    assert not any(
+        "/" in key for key in classifier.load_gallery("runs/a-linear")["keys"][-3:]
+    )  # no folder of uploads
     assert "<b>me" not in demo.recognise_page(at, demo.dropped(files[0]))
     assert "is forgotten" in demo.forget_page(at, name) and demo.enrolled(at) == []
     assert "is not enrolled" in demo.forget_page(at, None)
@@ -111,8 +133,12 @@ def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
 
 def test_what_is_missing_says_how_it_is_made(at):
     for page in (demo.recognise_page, demo.tags_page, demo.segment_page):
-        assert "python " in page("runs/none", demo.drawing(WHO, 0)) and "minutes" in page("runs/none", None)
-    assert "pretrain.py" in mask_page("runs/none") and "pretrain.py" in demo.learn_page("runs/none", None)
+        assert "python " in page("runs/none", demo.drawing(WHO, 0)) and "minutes" in page(
+            "runs/none", None
+        )
+    assert "pretrain.py" in mask_page("runs/none") and "pretrain.py" in demo.learn_page(
+        "runs/none", None
+    )
     program = "print('data'); print(' 41%|####', flush=True); raise SystemExit(3)"
     said = list(demo.make(["-c", program]))
     assert 'value="41"' in said[2] and "status 3" in said[-1]
@@ -122,7 +148,9 @@ def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_
     torch.manual_seed(0)
     net = segmenting.Patches(load_encoder(at)[0], "centroid")
     net.centroids.normal_()
-    net.centroids[0] = 0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
+    net.centroids[0] = (
+        0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
+    )
     save_safetensors(net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config})
     monkeypatch.setattr(demo, "segmenter_of", lambda run: tmp_path)
     picture = own(tmp_path / "mine.png", (64, 64))
@@ -133,10 +161,16 @@ def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_
 
 def test_the_front_page_shows_what_the_page_does(at, tmp_path):
     call("experiments.front_page", at, "--who", WHO, "--out", tmp_path, cwd=Path.cwd(), check=0)
-    both = [Image.open(tmp_path / f"front-{theme}.png").convert("RGB") for theme in ("light", "dark")]
+    both = [
+        Image.open(tmp_path / f"front-{theme}.png").convert("RGB") for theme in ("light", "dark")
+    ]
     assert [paper.getpixel((0, 0)) for paper in both] == [(255, 255, 255), (13, 17, 23)]
     pictures, names = front_page.story(at, WHO, 0)
-    assert "seen: 4 of 16" in pictures[2][0] and len(names) == 3 and names[0][1] >= names[1][1] >= names[2][1]
+    assert (
+        "seen: 4 of 16" in pictures[2][0]
+        and len(names) == 3
+        and names[0][1] >= names[1][1] >= names[2][1]
+    )
 
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):
@@ -155,7 +189,7 @@ def test_weights_that_ship_stand_behind_own_runs(at, tmp_path, monkeypatch):
     assert demo.encoders() == ["runs/c", "weights/b"]
 
 
-# ---- in a browser ----------------------------------------------------------------------------------------------------
+# ---- in a browser --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +219,15 @@ def says(page, where, words, seconds=20):
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
-    for name, words in (("Recognise", "similarity"), ("Tags", "tags.py"), ("Drawn", "button below"),
-                        ("Pages", "button below"), ("Compare", "dB"), ("Learn", "probe.py"),
-                        ("Mask", "pretrain.py --mask")):  # fmt: skip
+    for name, words in (
+        ("Recognise", "similarity"),
+        ("Tags", "tags.py"),
+        ("Drawn", "button below"),
+        ("Pages", "button below"),
+        ("Compare", "dB"),
+        ("Learn", "probe.py"),
+        ("Mask", "pretrain.py --mask"),
+    ):
         page.get_by_role("tab", name=name).first.click()
         says(page, f"#{name.lower()}", words)
     page.locator("#ratio input[type=number]").fill("0.5")
@@ -196,9 +236,13 @@ def test_the_page_in_a_browser(page, tmp_path):
     own(tmp_path / "mine.png")
     page.locator("#file input[type=file]").set_input_files(tmp_path / "mine.png")
     says(page, "#picture", "mine.png")
-    page.locator("#file").get_by_label("Remove").or_(page.locator("#file button[aria-label=Clear]")).first.click()
+    page.locator("#file").get_by_label("Remove").or_(
+        page.locator("#file button[aria-label=Clear]")
+    ).first.click()
     (tmp_path / "none.png").write_bytes(b"no picture")
     page.locator("#file input[type=file]").set_input_files(tmp_path / "none.png")
     says(page, "#said", "not a picture")
     assert "mine.png" in page.locator("#picture").inner_text()
-    assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.asked), page.asked
+    assert all(url.startswith(("http://127.0.0.1", "data:", "blob:")) for url in page.asked), (
+        page.asked
+    )

@@ -21,7 +21,10 @@ from common.tables import read_csv
 from ingest import pack, scenes
 from model import ViT
 
-pytest.importorskip("pycocotools", reason="detectors are judged by pycocotools: pip install -r requirements-detect.txt")
+pytest.importorskip(
+    "pycocotools",
+    reason="detectors are judged by pycocotools: pip install -r requirements-detect.txt",
+)
 BOXES = torch.tensor([[[8.0, 8, 24, 24], [30, 10, 62, 60], [2, 40, 5, 60]], [[-1] * 4] * 3])
 
 
@@ -32,10 +35,16 @@ def tiny():
 
 def test_a_box_is_taught_at_its_centre_on_the_level_of_its_size_and_weighs_one():
     heat, boxes, weight = detection.targets(BOXES, 64, 8)
-    assert heat.shape == weight.shape == (2, 16**2 + 8**2 + 4**2) and (heat[1] == 0).all() and (weight[1] == 0).all()
+    assert (
+        heat.shape == weight.shape == (2, 16**2 + 8**2 + 4**2)
+        and (heat[1] == 0).all()
+        and (weight[1] == 0).all()
+    )
     peaks = (heat[0] == 1).nonzero()[:, 0]
     first = boxes[0, peaks] == BOXES[0, 0]
-    assert first.all(1).sum() >= 1 and not (boxes[0, peaks] == BOXES[0, 2]).all(1).any()  # 3 px wide: not asked for
+    assert (
+        first.all(1).sum() >= 1 and not (boxes[0, peaks] == BOXES[0, 2]).all(1).any()
+    )  # 3 px wide: not asked for
     assert (peaks[first.all(1)] < 16**2).all()  # 16 px: the finest level
     second = peaks[(boxes[0, peaks] == BOXES[0, 1]).all(1)]
     assert len(second) and ((second >= 16**2) & (second < 16**2 + 8**2)).all()  # 40 px
@@ -57,8 +66,10 @@ def test_giou_and_iou_are_what_their_formulas_say():
 def test_the_loss_falls_where_answers_come_nearer():
     heat, boxes, _ = detection.targets(BOXES, 64, 8)
     sure = torch.where(heat == 1, 6.0, -6.0)
-    losses = [detection.loss_of(logits, boxes + off, BOXES, 64, 8).item()
-              for logits, off in ((sure, 0), (sure, 3), (-sure, 0), (torch.zeros_like(sure), 0))]  # fmt: skip
+    losses = [
+        detection.loss_of(logits, boxes + off, BOXES, 64, 8).item()
+        for logits, off in ((sure, 0), (sure, 3), (-sure, 0), (torch.zeros_like(sure), 0))
+    ]
     assert losses[0] < 0.1 < losses[1] and losses[0] < losses[3] < losses[2]
     nobody = detection.loss_of(-6 * torch.ones_like(heat[1:]), boxes[1:], BOXES[1:], 64, 8)
     assert 0 <= nobody < 0.01
@@ -80,8 +91,12 @@ def test_answers_are_peaks_and_none_is_given_twice():
     net = tiny()
     logits = torch.full((1, 336), -9.0)
     boxes = torch.zeros(1, 336, 4)
-    for cell, score, box in ((40, 3.0, [8, 8, 24, 24]), (41, 2.0, [8, 8, 28, 24]),  # 41: beside a peak, no peak
-                             (300, 1.0, [9, 8, 24, 24]), (200, 0.5, [40, 40, 70, 60])):  # fmt: skip
+    for cell, score, box in (
+        (40, 3.0, [8, 8, 24, 24]),
+        (41, 2.0, [8, 8, 28, 24]),  # 41: beside a peak, no peak
+        (300, 1.0, [9, 8, 24, 24]),
+        (200, 0.5, [40, 40, 70, 60]),
+    ):
         logits[0, cell], boxes[0, cell] = score, torch.tensor(box, dtype=torch.float)
     net.forward = lambda view: (logits, boxes)
     found, scores = detection.detect(net, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0]
@@ -89,12 +104,16 @@ def test_answers_are_peaks_and_none_is_given_twice():
     assert sure.sum() == 2 and torch.allclose(scores[sure], torch.tensor([3.0, 0.5]).sigmoid())
     peak, beside = torch.tensor([3.0, 2.0]).sigmoid().square()  # neighbours say where a box is, too
     side = (24 * peak + 28 * beside) / (peak + beside)
-    assert torch.allclose(64 * found[sure], torch.tensor([[8.0, 8, side, 24], [40, 40, 64, 60]]), atol=1e-3)
+    assert torch.allclose(
+        64 * found[sure], torch.tensor([[8.0, 8, side, 24], [40, 40, 64, 60]]), atol=1e-3
+    )
 
 
 def test_the_surest_answer_is_the_first_also_where_there_are_few():
     for seed in range(8):
-        view = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        view = torch.randint(
+            256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
         scores = detection.detect(tiny(), view)[0][1]
         assert len(scores) and (scores.diff() <= 0).all()
 
@@ -103,21 +122,49 @@ def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
     truth = [torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
     right = [(truth[0], torch.tensor([0.9, 0.8])), (torch.zeros(0, 4), torch.zeros(0))]
     row, precision = detection.coco(right, truth, 256)
-    assert row["ap"] == row["ap50"] == row["ar"] == 100 and row["ap_small"] is None and len(precision) == 101
+    assert (
+        row["ap"] == row["ap50"] == row["ar"] == 100
+        and row["ap_small"] is None
+        and len(precision) == 101
+    )
     shifted = [(truth[0] + 0.02, torch.tensor([0.9, 0.8])), right[1]]
     assert 30 < detection.coco(shifted, truth, 256)[0]["ap"] < 90
     nothing = [(torch.zeros(0, 4), torch.zeros(0))] * 2
     assert detection.coco(nothing, truth, 256)[0]["ap"] == 0
-    wrong = [(torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.1, 0.1, 0.3, 0.31], [0.6, 0.6, 0.75, 0.75], [0.0, 0.8, 0.1, 0.9]]),
-              torch.tensor([0.9, 0.8, 0.7, 0.6])), right[1]]  # fmt: skip
+    wrong = [
+        (
+            torch.tensor(
+                [
+                    [0.1, 0.1, 0.3, 0.3],
+                    [0.1, 0.1, 0.3, 0.31],
+                    [0.6, 0.6, 0.75, 0.75],
+                    [0.0, 0.8, 0.1, 0.9],
+                ]
+            ),
+            torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        ),
+        right[1],
+    ]
     found = detection.mistakes(wrong, truth, 0.5, 256)
-    assert found == {"right": 1, "double": 1, "off": 1, "background": 1, "missed_small": 0, "missed_covered": 0,
-                     "missed": 1}  # fmt: skip
+    assert found == {
+        "right": 1,
+        "double": 1,
+        "off": 1,
+        "background": 1,
+        "missed_small": 0,
+        "missed_covered": 0,
+        "missed": 1,
+    }
     assert detection.mistakes(right, truth, 0.85, 50)["missed_small"] == 1
     assert 0.6 < detection.best_threshold(wrong, truth) <= 0.9
-    close = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.1, 0.6, 0.5]])  # IoU .6, and answers nearer to the first
+    close = torch.tensor(
+        [[0.1, 0.1, 0.5, 0.5], [0.2, 0.1, 0.6, 0.5]]
+    )  # IoU .6, and answers nearer to the first
     found = torch.tensor([[0.11, 0.1, 0.51, 0.5], [0.14, 0.1, 0.54, 0.5]])
-    assert detection.iou(found[1], close).argmax() == 0 and detection.iou(found[1], close).amin() >= 0.5
+    assert (
+        detection.iou(found[1], close).argmax() == 0
+        and detection.iou(found[1], close).amin() >= 0.5
+    )
     near = [(found, torch.tensor([0.9, 0.8]))]
     assert detection.coco(near, [close], 256)[0]["ap50"] == 100
     assert detection.mistakes(near, [close], 0.5, 256)["right"] == 2
@@ -145,12 +192,14 @@ def test_crops_carry_their_boxes_along():
         assert seen > 8 and (found[:, 1:2] == -1).all() | (cut is detect.mosaic)
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A folder with datasets/scenes, of 24 pages, and runs/det, what two epochs made of a random encoder."""
+    """A folder with datasets/scenes, of 24 pages, and runs/det, what two epochs made of a random
+    encoder.
+    """
     root = tmp_path_factory.mktemp("detect")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "COUNTS", {"train": 16, "dev": 4, "val": 4})
@@ -159,7 +208,18 @@ def pages(tmp_path_factory):
     return root
 
 
-WORDS = ("--data", "datasets/scenes", "--view", 48, "--batch-size", 8, "--device", "cpu", "--method", "lora")
+WORDS = (
+    "--data",
+    "datasets/scenes",
+    "--view",
+    48,
+    "--batch-size",
+    8,
+    "--device",
+    "cpu",
+    "--method",
+    "lora",
+)
 
 
 def trained(pages, encoder, out, *more):
@@ -185,17 +245,25 @@ def det(pages, encoder):
 def test_a_run_writes_what_it_says(det):
     row = json.loads((det / "metrics.json").read_text())
     truth = data.open_split(det.parent.parent / "datasets/scenes", "val")["boxes"]
-    assert row["faces"] == (np.array(truth)[..., 0] >= 0).sum() and row["pages"] == 4 and 0 <= row["ap"] <= 100
+    assert (
+        row["faces"] == (np.array(truth)[..., 0] >= 0).sum()
+        and row["pages"] == 4
+        and 0 <= row["ap"] <= 100
+    )
     found = row["mistakes"]
     assert row["faces"] == found["right"] + sum(found[k] for k in found if "missed" in k)
     assert (det / "precision.png").exists() and (det / "pages.png").exists()
     net, header = detection.load(det)
-    assert header["page"] == 80 and not [name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))]
+    assert header["page"] == 80 and not [
+        name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))
+    ]
 
 
 def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(pages, encoder, monkeypatch):
     sides, loss_of = [], detection.loss_of
-    monkeypatch.setattr(detection, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words))
+    monkeypatch.setattr(
+        detection, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words)
+    )
     trained(pages, encoder, "runs/late", "--epochs", 4, "--method", "full")
     assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
 
@@ -206,7 +274,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, 
 
     real, steps = detect.step_loss, []
     monkeypatch.setattr(detect.train.Pacer, "due", lambda self: True)  # a checkpoint at each step
-    monkeypatch.setattr(detect, "step_loss", lambda *a: steps.append(1) or (real if len(steps) < 4 else stop)(*a))
+    monkeypatch.setattr(
+        detect, "step_loss", lambda *a: steps.append(1) or (real if len(steps) < 4 else stop)(*a)
+    )
     assert trained(pages, encoder, "runs/cut", "--epochs", 2).returncode and len(steps) == 4
     monkeypatch.setattr(detect, "step_loss", real)
     assert "--resume goes on" in refused(trained(pages, encoder, "runs/cut", "--epochs", 2))
@@ -226,12 +296,28 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     monkeypatch.setattr(detection, "detect", lambda net, view: [(face, torch.tensor([0.9, 0.01]))])
     Image.new("RGB", (200, 100), (90, 90, 90)).save(pages / "wide.png")
     Image.new("RGB", (1, 1)).save(pages / "dot.png")
-    done = call("detect.py", det, "wide.png", "dot.png", "--out", "found", "--crop", "--margin", 0, cwd=pages, check=0)
+    done = call(
+        "detect.py",
+        det,
+        "wide.png",
+        "dot.png",
+        "--out",
+        "found",
+        "--crop",
+        "--margin",
+        0,
+        cwd=pages,
+        check=0,
+    )
     wide, dot = map(json.loads, done.stdout.splitlines())
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
     assert Image.open(pages / "found/wide_0.png").size == (50, 50)
-    assert "already" in refused(call("detect.py", det, "wide.png", "--out", "found", "--crop", cwd=pages))
-    below = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9]])  # the second in what makes it a square
+    assert "already" in refused(
+        call("detect.py", det, "wide.png", "--out", "found", "--crop", cwd=pages)
+    )
+    below = torch.tensor(
+        [[0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9]]
+    )  # the second in what makes it a square
     monkeypatch.setattr(detection, "detect", lambda net, view: [(below, torch.tensor([0.9, 0.8]))])
     done = call("detect.py", det, "wide.png", "--out", "square", "--crop", cwd=pages, check=0)
     assert len(json.loads(done.stdout)["faces"]) == len(list((pages / "square").iterdir())) == 1
@@ -257,11 +343,18 @@ def test_pictures_of_one_name_and_faces_of_an_earlier_run(pages, det, monkeypatc
 def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
     call("export.py", det, "--to", "half", "--out", "half", cwd=pages, check=0)
     (whole, about), (half, same) = detection.load(det), detection.load(pages / "half")
-    view = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    view = torch.randint(
+        0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         torch.testing.assert_close(half(view)[1], whole(view)[1], rtol=0, atol=0.5)  # pixels
     text = (pages / "half/README.md").read_text()
-    assert about == same and "object-detection" in text and "license: mit" in text and "| boxes | `boxes` |" in text
+    assert (
+        about == same
+        and "object-detection" in text
+        and "license: mit" in text
+        and "| boxes | `boxes` |" in text
+    )
     assert f"AP {json.loads((det / 'metrics.json').read_text())['ap']:.1f}, AP50" in text
 
 
@@ -272,51 +365,80 @@ def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
     assert "has no boxes" in said(encoder, "--data", small)
     for i in range(40):
         Image.effect_noise((40, 40), 60).save(pages / f"n{i}.png")
-    nothing = {"images": [{"id": i, "file_name": f"n{i}.png"} for i in range(40)], "annotations": []}
+    nothing = {
+        "images": [{"id": i, "file_name": f"n{i}.png"} for i in range(40)],
+        "annotations": [],
+    }
     (pages / "nothing.json").write_text(json.dumps(nothing))
     call("data.py", "nothing.json", "--detect", "--size", 64, "--out", "none", cwd=pages, check=0)
     assert "none has no boxes on pages of train" in said(encoder, "--data", "none", "--out", "x")
     shutil.copytree(pages / "datasets/scenes", pages / "blank")
     rows, about = read_safetensors(pages / "blank/dev.safetensors")
-    save_safetensors(rows | {"boxes": torch.full_like(rows["boxes"], -1)}, pages / "blank/dev.safetensors", about)
-    assert "blank has no boxes on pages of dev" in said(encoder, *WORDS[2:], "--data", "blank", "--out", "x")
+    save_safetensors(
+        rows | {"boxes": torch.full_like(rows["boxes"], -1)}, pages / "blank/dev.safetensors", about
+    )
+    assert "blank has no boxes on pages of dev" in said(
+        encoder, *WORDS[2:], "--data", "blank", "--out", "x"
+    )
     done = call("experiments.detection", det, "--sides", "--data", small, cwd=pages)
     assert f"{small} has no boxes" in refused(done)
-    assert "No closing quotation" in refused(call("experiments.detection", encoder, "--flags", '"', cwd=pages))
+    assert "No closing quotation" in refused(
+        call("experiments.detection", encoder, "--flags", '"', cwd=pages)
+    )
     assert "detector.safetensors does not exist" in said(encoder, "wide.png")
     assert "does not exist" in said("runs/none", "wide.png")
     assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
     assert "is no detector" in said(Path(encoder) / "model.safetensors", "wide.png")
     weights, header = read_safetensors(det / "detector.safetensors")
-    for i, lost in enumerate(({"page": None}, {"threshold": "high"}, {"detector": {"encoder": {}, "norm_eps": 1e-6}})):
+    for i, lost in enumerate(
+        ({"page": None}, {"threshold": "high"}, {"detector": {"encoder": {}, "norm_eps": 1e-6}})
+    ):
         save_safetensors(weights, pages / f"odd{i}.safetensors", header | lost)
         assert "is no detector" in said(f"odd{i}.safetensors", "wide.png")
-    assert "larger than the pages" in said(encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64)
+    assert "larger than the pages" in said(
+        encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64
+    )
     assert "--method full" in said(encoder, *WORDS, "--out", "x", "--from-scratch")
-    assert "--epochs" in said(det, "wide.png", "--epochs", 3) and "--crop" in said(encoder, *WORDS, "--crop")
+    assert "--epochs" in said(det, "wide.png", "--epochs", 3) and "--crop" in said(
+        encoder, *WORDS, "--crop"
+    )
     assert "--out DIR says where" in said(det, "wide.png", "--crop")
     (pages / "text.png").write_text("no picture")
     assert "not a picture" in said(det, "text.png")
 
 
 def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypatch):
-    """recognize.py --detect: a line for each face, by the recogniser that was learned from whole drawings."""
+    """recognize.py --detect: a line for each face, by the recogniser that was learned from whole
+    drawings.
+    """
     run = pages / "runs/known"
     words = ["--data", small, "--method", "linear", "--epochs", 1, "--device", "cpu", "--out", run]
     call("finetune_lora.py", tagged / "encoder", *words, cwd=pages, check=0)
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     Image.new("RGB", (64, 64), (200, 90, 90)).save(pages / "page.png")
-    lines = call("recognize.py", run, "page.png", "--detect", det, "--json", cwd=pages, check=0).stdout.splitlines()
-    assert [json.loads(line)["picture"] for line in lines] == ["page.png[6,6,19,19]", "page.png[32,16,48,32]"]
+    lines = call(
+        "recognize.py", run, "page.png", "--detect", det, "--json", cwd=pages, check=0
+    ).stdout.splitlines()
+    assert [json.loads(line)["picture"] for line in lines] == [
+        "page.png[6,6,19,19]",
+        "page.png[32,16,48,32]",
+    ]
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     done = call("recognize.py", run, "page.png", "--detect", det, cwd=pages, check=0)
     assert done.stdout == "" and "page.png: no face was found" in done.stderr
     (pages / "torn.png").write_text("no picture")
     done = call("recognize.py", run, "page.png", "torn.png", "--detect", det, cwd=pages, check=0)
-    assert "page.png: no face was found" in done.stderr and "skipped: torn.png is not a picture" in done.stderr
-    assert "torn.png is not" in refused(call("recognize.py", run, "torn.png", "--detect", det, cwd=pages))
-    done = call("recognize.py", run, "page.png", "--detect", "runs/enc/model.safetensors", cwd=pages)
+    assert (
+        "page.png: no face was found" in done.stderr
+        and "skipped: torn.png is not a picture" in done.stderr
+    )
+    assert "torn.png is not" in refused(
+        call("recognize.py", run, "torn.png", "--detect", det, cwd=pages)
+    )
+    done = call(
+        "recognize.py", run, "page.png", "--detect", "runs/enc/model.safetensors", cwd=pages
+    )
     assert "is no detector" in refused(done)
 
 
@@ -325,8 +447,16 @@ def test_what_is_cut_out_is_the_face_and_room_around_it():
     picture[10:20, 30:40] = 255
     assert (detection.cut_out(picture, (30, 10, 40, 20), 0) == 255).all()
     room = detection.cut_out(picture, (30, 10, 40, 20), 0.5)
-    assert room.shape == (20, 20, 3) and (room[5:15, 5:15] == 255).all() and room.mean() == pytest.approx(255 / 4)
-    assert detection.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (16, 16, 3)  # reaches out of the picture
+    assert (
+        room.shape == (20, 20, 3)
+        and (room[5:15, 5:15] == 255).all()
+        and room.mean() == pytest.approx(255 / 4)
+    )
+    assert detection.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (
+        16,
+        16,
+        3,
+    )  # reaches out of the picture
 
 
 def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypatch):
@@ -338,11 +468,15 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     picture = demo.drawing("akika", 0)
     assert "button below" in demo.pages_page("runs/a", picture)
     shutil.copytree(det, "runs/a-det")
-    assert demo.choose_run("runs/a-det") == "runs/enc" and demo.detector_of("runs/a") == "runs/a-det"
+    assert (
+        demo.choose_run("runs/a-det") == "runs/enc" and demo.detector_of("runs/a") == "runs/a-det"
+    )
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a", picture)
-    assert text.count("<img") == 3 and "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
+    assert (
+        text.count("<img") == 3 and "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
+    )
     words = ["--data", small, "--method", "linear", "--epochs", 1, "--device", "cpu"]
     call("finetune_lora.py", "runs/a", *words, cwd=pages, check=0)
     text = demo.pages_page("runs/a", picture)
@@ -351,26 +485,62 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     assert "0 faces" in demo.pages_page("runs/a", picture)
 
 
-# ---- arms ------------------------------------------------------------------------------------------------------------
+# ---- arms ----------------------------------------------------------------------------------------
 
 
-def test_arms_share_a_table_and_a_detector_is_asked_at_other_sides(pages, encoder, det, monkeypatch):
+def test_arms_share_a_table_and_a_detector_is_asked_at_other_sides(
+    pages, encoder, det, monkeypatch
+):
     flags = f"{' '.join(map(str, WORDS[2:-2]))} --epochs 1"
     args = SimpleNamespace(encoder=encoder, data="datasets/scenes", flags=flags, work="runs")
     for arm in ("linear", "scratch"):  # here, and not in processes of their own
         call(*experiments.detection.words_of(args, arm, 0)[1], cwd=pages, check=0)
-    words = ("experiments.detection", encoder, "--arms", "linear", "scratch", "--seeds", 1, "--flags", flags)
-    assert call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout.count("AP50") == 2
+    words = (
+        "experiments.detection",
+        encoder,
+        "--arms",
+        "linear",
+        "scratch",
+        "--seeds",
+        1,
+        "--flags",
+        flags,
+    )
+    assert (
+        call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout.count("AP50")
+        == 2
+    )
     rows = read_csv(pages / "arms/arms.csv")
-    assert [row["arm"] for row in rows] == ["linear", "scratch"] and "--from-scratch" in rows[1]["command"]
+    assert [row["arm"] for row in rows] == ["linear", "scratch"] and "--from-scratch" in rows[1][
+        "command"
+    ]
     table = (pages / "arms/arms.md").read_text()
-    assert f"| 1 | {float(rows[0]['ap']):.1f} | {float(rows[0]['ap50']):.1f} |" in table and "`linear` against" in table
+    assert (
+        f"| 1 | {float(rows[0]['ap']):.1f} | {float(rows[0]['ap50']):.1f} |" in table
+        and "`linear` against" in table
+    )
     assert Image.open(pages / "arms/arms.png").width > 600
     assert "2 done" in call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout
-    assert "made by other flags" in refused(call(*words[:-1], "--epochs 1", "--out", "a", "--work", "runs", cwd=pages))
+    assert "made by other flags" in refused(
+        call(*words[:-1], "--epochs 1", "--out", "a", "--work", "runs", cwd=pages)
+    )
 
     monkeypatch.setattr(experiments.detection, "SIDES", (64, 80))
-    call("experiments.detection", det, "--sides", "--data", "datasets/scenes", "--out", "arms", cwd=pages, check=0)
+    call(
+        "experiments.detection",
+        det,
+        "--sides",
+        "--data",
+        "datasets/scenes",
+        "--out",
+        "arms",
+        cwd=pages,
+        check=0,
+    )
     rows, found = read_csv(pages / "arms/sides.csv"), json.loads((det / "metrics.json").read_text())
-    assert [row["side"] for row in rows] == ["64", "80"] and all(float(row["ms"]) > 0 for row in rows)
-    assert float(rows[1]["ap50"]) == pytest.approx(found["ap50"], abs=0.1)  # 80 px is what it was trained for
+    assert [row["side"] for row in rows] == ["64", "80"] and all(
+        float(row["ms"]) > 0 for row in rows
+    )
+    assert float(rows[1]["ap50"]) == pytest.approx(
+        found["ap50"], abs=0.1
+    )  # 80 px is what it was trained for

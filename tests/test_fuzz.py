@@ -2,10 +2,10 @@
 
     python -m pytest -m slow tests/test_fuzz.py        # all of them; without -m slow thirty
 
-A call is made in a small scratch folder, which is put back afterwards. Each has to end with status 0, or with status 2
-and one line on stderr that begins with "error: "; no file that was there may change, unless --force was given or the
-call goes on with it (--resume) or is the very one that wrote it; nothing temporary may stay. A call that breaks this
-is printed as a command line.
+A call is made in a small scratch folder, which is put back afterwards. Each has to end with status
+0, or with status 2 and one line on stderr that begins with "error: "; no file that was there may
+change, unless --force was given or the call goes on with it (--resume) or is the very one that
+wrote it; nothing temporary may stay. A call that breaks this is printed as a command line.
 """
 
 import argparse
@@ -30,19 +30,43 @@ from conftest import ROOT, call, draw_folder
 import model
 from ingest import pack, toon
 
-# stage; what is done to files before (path, how); commands, of which the last is judged; must it be refused, and by
-# which flags' names?
+# stage; what is done to files before (path, how); commands, of which the last is judged; must it be
+# refused, and by which flags' names?
 Case = namedtuple("Case", "kind stage spoil commands refused", defaults=(False,))
 SEED, CPU = 0, ["--device", "cpu", "--dtype", "fp32"]
-SMALL = ["--data", "datasets/tiny", "--image-size", 32, "--patch-size", 8, "--batch-size", 16, "--epochs", 1,
-         "--decoder-depth", 1, "--decoder-dim", 32, *CPU]  # fmt: skip
+SMALL = [
+    "--data",
+    "datasets/tiny",
+    "--image-size",
+    32,
+    "--patch-size",
+    8,
+    "--batch-size",
+    16,
+    "--epochs",
+    1,
+    "--decoder-depth",
+    1,
+    "--decoder-dim",
+    32,
+    *CPU,
+]
 TAGS = ["--data", "datasets/tiny", "--epochs", 2, "--batch-size", 16, *CPU]
 TINY_TUNE = ["--data", "datasets/tiny", "--epochs", 1, "--batch-size", 16, *CPU]
 
 # A call of each stage that works; every bad one is made from it
 GOOD = {
     "data.py": ["pictures", "--out", "datasets/new", "--size", 32],
-    "maps.py": ["--data", "datasets/tiny", "--map", "saliency", "--out", "maps/new", "--device", "cpu"],
+    "maps.py": [
+        "--data",
+        "datasets/tiny",
+        "--map",
+        "saliency",
+        "--out",
+        "maps/new",
+        "--device",
+        "cpu",
+    ],
     "pretrain.py": [*SMALL, "--out", "runs/new"],
     "probe.py": ["runs/nano", "--data", "datasets/tiny", "--headline", *CPU],
     "finetune_lora.py": ["runs/nano", *TINY_TUNE, "--out", "runs/new", "--method", "linear"],
@@ -50,11 +74,45 @@ GOOD = {
     "tags.py": ["runs/nano", *TAGS, "--out", "runs/new"],
     "export.py": ["runs/nano", "--to", "timm", "--out", "exports/timm.safetensors"],
     "ingest.toon": ["--rows", 1, "--columns", 1, "--size", 32, "--out", "new.png"],
-    "experiments.study": ["--plan", "arms", "--arms", "block", "--exploratory", "--data", "datasets/tiny", "--dry"],
-    "experiments.stress": ["runs/nano", "--data", "datasets/tiny", "--only", "cutout", "--images", 8, *CPU],
-    "experiments.map_quality": ["--run", "runs/nano", "--data", "datasets/tiny", "--portraits", "none",
-                                "--out", "new.csv"],
-    "experiments.how_many": ["runs/nano", "--data", "datasets/tiny", "--draws", 1, "--out", "new.csv"],
+    "experiments.study": [
+        "--plan",
+        "arms",
+        "--arms",
+        "block",
+        "--exploratory",
+        "--data",
+        "datasets/tiny",
+        "--dry",
+    ],
+    "experiments.stress": [
+        "runs/nano",
+        "--data",
+        "datasets/tiny",
+        "--only",
+        "cutout",
+        "--images",
+        8,
+        *CPU,
+    ],
+    "experiments.map_quality": [
+        "--run",
+        "runs/nano",
+        "--data",
+        "datasets/tiny",
+        "--portraits",
+        "none",
+        "--out",
+        "new.csv",
+    ],
+    "experiments.how_many": [
+        "runs/nano",
+        "--data",
+        "datasets/tiny",
+        "--draws",
+        1,
+        "--out",
+        "new.csv",
+    ],
 }
 # Other calls that work, whose inputs are spoiled, too
 MORE = [
@@ -62,138 +120,467 @@ MORE = [
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--mask", "fg_heavy", "--maps", "maps/tiny"]),
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--mask", "attn_high", "--teacher", "runs/nano"]),
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--init", "runs/nano"]),
-    ("finetune_lora.py", ["runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, "--resume"]),
+    (
+        "finetune_lora.py",
+        ["runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, "--resume"],
+    ),
     ("recognize.py", ["runs/lora", "--verify", "--data", "datasets/tiny", *CPU]),
     ("recognize.py", ["runs/lora", "--enrol", "newcomer", "pictures/class0", *CPU]),
     ("tags.py", ["runs/tags", "pictures/class0", *CPU]),
-    ("tags.py", ["runs/tags", "pictures/class0", "--csv", "new.csv", "--like", "runs/tags/selected_tags.csv", *CPU]),
+    (
+        "tags.py",
+        [
+            "runs/tags",
+            "pictures/class0",
+            "--csv",
+            "new.csv",
+            "--like",
+            "runs/tags/selected_tags.csv",
+            *CPU,
+        ],
+    ),
     ("export.py", ["runs/lora", "--to", "merged", "--out", "exports/merged.safetensors"]),
     ("data.py", ["list.csv", "--out", "datasets/new", "--size", 32]),
-    ("data.py", ["pictures", "--out", "datasets/new", "--size", 32, "--crop", "figure", "--boxes", "boxes.txt"]),
-    ("maps.py", ["--data", "datasets/tiny", "--map", "attn", "--run", "runs/nano", "--out", "maps/new", *CPU]),
+    (
+        "data.py",
+        [
+            "pictures",
+            "--out",
+            "datasets/new",
+            "--size",
+            32,
+            "--crop",
+            "figure",
+            "--boxes",
+            "boxes.txt",
+        ],
+    ),
+    (
+        "maps.py",
+        [
+            "--data",
+            "datasets/tiny",
+            "--map",
+            "attn",
+            "--run",
+            "runs/nano",
+            "--out",
+            "maps/new",
+            *CPU,
+        ],
+    ),
     ("experiments.study", ["--report", "--out", "results/study"]),
 ]
 # What each of them reads
 INPUTS = {
     "data.py": ["pictures/class0/illust0_0.png", "list.csv", "boxes.txt", "pictures"],
     "maps.py": ["datasets/tiny/train.safetensors", "runs/nano/model.safetensors"],
-    "pretrain.py": ["datasets/tiny/train.safetensors", "datasets/tiny/val.safetensors", "runs/nano/state.pt",
-                    "runs/nano/log.jsonl", "runs/nano/model.safetensors", "maps/tiny/saliency.safetensors"],
-    "probe.py": ["datasets/tiny/val.safetensors", "datasets/tiny/dev.safetensors", "runs/nano/model.safetensors",
-                 "runs/nano/log.jsonl"],
-    "finetune_lora.py": ["datasets/tiny/train.safetensors", "datasets/tiny/dev.safetensors", "runs/lora/state.pt",
-                         "runs/lora/log.jsonl", "runs/lora/metrics.json", "runs/nano/model.safetensors"],
-    "recognize.py": ["runs/lora/head.safetensors", "runs/lora/gallery.safetensors", "runs/lora/adapter_config.json",
-                     "runs/lora/adapter_model.safetensors", "runs/nano/model.safetensors",
-                     "pictures/class0/illust0_0.png", "datasets/tiny/val.safetensors"],
-    "tags.py": ["runs/nano/model.safetensors", "runs/tags/model.safetensors", "datasets/tiny/train.safetensors",
-                "datasets/tiny/dev.safetensors", "runs/tags/selected_tags.csv", "pictures/class0/illust0_0.png"],
-    "export.py": ["runs/nano/model.safetensors", "runs/lora/adapter_model.safetensors",
-                  "runs/lora/adapter_config.json"],
+    "pretrain.py": [
+        "datasets/tiny/train.safetensors",
+        "datasets/tiny/val.safetensors",
+        "runs/nano/state.pt",
+        "runs/nano/log.jsonl",
+        "runs/nano/model.safetensors",
+        "maps/tiny/saliency.safetensors",
+    ],
+    "probe.py": [
+        "datasets/tiny/val.safetensors",
+        "datasets/tiny/dev.safetensors",
+        "runs/nano/model.safetensors",
+        "runs/nano/log.jsonl",
+    ],
+    "finetune_lora.py": [
+        "datasets/tiny/train.safetensors",
+        "datasets/tiny/dev.safetensors",
+        "runs/lora/state.pt",
+        "runs/lora/log.jsonl",
+        "runs/lora/metrics.json",
+        "runs/nano/model.safetensors",
+    ],
+    "recognize.py": [
+        "runs/lora/head.safetensors",
+        "runs/lora/gallery.safetensors",
+        "runs/lora/adapter_config.json",
+        "runs/lora/adapter_model.safetensors",
+        "runs/nano/model.safetensors",
+        "pictures/class0/illust0_0.png",
+        "datasets/tiny/val.safetensors",
+    ],
+    "tags.py": [
+        "runs/nano/model.safetensors",
+        "runs/tags/model.safetensors",
+        "datasets/tiny/train.safetensors",
+        "datasets/tiny/dev.safetensors",
+        "runs/tags/selected_tags.csv",
+        "pictures/class0/illust0_0.png",
+    ],
+    "export.py": [
+        "runs/nano/model.safetensors",
+        "runs/lora/adapter_model.safetensors",
+        "runs/lora/adapter_config.json",
+    ],
     "ingest.toon": [],
-    "experiments.study": ["datasets/tiny/train.safetensors", "results/study/arms-x/PLAN.json",
-                          "results/study/arms-x/rows.jsonl", "results/study/arms-x/images.json"],
-    "experiments.stress": ["runs/nano/model.safetensors", "runs/nano/state.pt", "datasets/tiny/val.safetensors"],
+    "experiments.study": [
+        "datasets/tiny/train.safetensors",
+        "results/study/arms-x/PLAN.json",
+        "results/study/arms-x/rows.jsonl",
+        "results/study/arms-x/images.json",
+    ],
+    "experiments.stress": [
+        "runs/nano/model.safetensors",
+        "runs/nano/state.pt",
+        "datasets/tiny/val.safetensors",
+    ],
     "experiments.map_quality": ["runs/nano/model.safetensors", "datasets/tiny/val.safetensors"],
     "experiments.how_many": ["runs/nano/model.safetensors", "datasets/tiny/train.safetensors"],
-}  # fmt: skip
-HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")  # what is done to a file
+}
+HOW = (
+    "gone",
+    "empty",
+    "half",
+    "random",
+    "pickle",
+    "foreign",
+    "text",
+    "folder",
+)  # what is done to a file
 
-NUMBERS = ("nan", "inf", "-inf", "1e400", "-1", "0", "1" + "0" * 30, "", " ", "½", "1e", "notes.txt", "1\n2", "--")
-WORDS = ("", " ", "nan", "-1", "ж\n名", "../../x", "x" * 300, "{0}%s%", "notes.txt", "'", "(", "a:b=c,d=nan", ",,")
-PATHS = ("absent", "absent/deep/er", "notes.txt", "notes.txt/under", "", "x" * 300, "odd/na\nme", "odd/名前 'q\" %s",
-         "loop", "locked", "broken/empty", "broken/half.safetensors", "broken/foreign.safetensors", "broken/random.bin",
-         "broken/evil.pt", "broken/half.zip", "broken/run", "broken/set", "pictures", "datasets/tiny", "runs/nano",
-         "maps/tiny", "list.csv", "/dev/null")  # fmt: skip
-OUTS = ("notes.txt", "notes.txt/under", "runs/nano", "runs/lora", "datasets/tiny", "maps/tiny", "pictures", "table.csv",
-        "picture.png", "", "x" * 300, "odd/na\nme/new", "/dev/null/x", "results/study/STUDY.md", "loop")  # fmt: skip
-IS_PATH = {"path", "data", "out", "run", "runs", "encoder", "init", "teacher", "maps", "images", "reference", "boxes",
-           "portraits", "figure", "work", "dino", "pictures", "csv", "like"}  # flags that name a file  # fmt: skip
+NUMBERS = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1",
+    "0",
+    "1" + "0" * 30,
+    "",
+    " ",
+    "½",
+    "1e",
+    "notes.txt",
+    "1\n2",
+    "--",
+)
+WORDS = (
+    "",
+    " ",
+    "nan",
+    "-1",
+    "ж\n名",
+    "../../x",
+    "x" * 300,
+    "{0}%s%",
+    "notes.txt",
+    "'",
+    "(",
+    "a:b=c,d=nan",
+    ",,",
+)
+PATHS = (
+    "absent",
+    "absent/deep/er",
+    "notes.txt",
+    "notes.txt/under",
+    "",
+    "x" * 300,
+    "odd/na\nme",
+    "odd/名前 'q\" %s",
+    "loop",
+    "locked",
+    "broken/empty",
+    "broken/half.safetensors",
+    "broken/foreign.safetensors",
+    "broken/random.bin",
+    "broken/evil.pt",
+    "broken/half.zip",
+    "broken/run",
+    "broken/set",
+    "pictures",
+    "datasets/tiny",
+    "runs/nano",
+    "maps/tiny",
+    "list.csv",
+    "/dev/null",
+)
+OUTS = (
+    "notes.txt",
+    "notes.txt/under",
+    "runs/nano",
+    "runs/lora",
+    "datasets/tiny",
+    "maps/tiny",
+    "pictures",
+    "table.csv",
+    "picture.png",
+    "",
+    "x" * 300,
+    "odd/na\nme/new",
+    "/dev/null/x",
+    "results/study/STUDY.md",
+    "loop",
+)
+IS_PATH = {
+    "path",
+    "data",
+    "out",
+    "run",
+    "runs",
+    "encoder",
+    "init",
+    "teacher",
+    "maps",
+    "images",
+    "reference",
+    "boxes",
+    "portraits",
+    "figure",
+    "work",
+    "dino",
+    "pictures",
+    "csv",
+    "like",
+}  # flags that name a file
 
 # Values that fit, and take no time: for flags that do not go together
 QUICK = {
-    "image_size": [16, 32, 24], "patch_size": [7, 8, 16], "decoder_dim": [32, 30], "decoder_depth": [1],
-    "mask": ["random", "attn_high", "attn_hint", "fg_heavy", "parts", "detail", "learned", "simmim", "grid", "green",
-             "block:size=1", "attn_high:shuffle=1"],
-    "ratio": [".5", ".5:.9", ".999", "0"], "teacher": ["runs/nano", "maps", "self"], "maps": ["truth", "maps/tiny"],
-    "flat_weight": [0, 1], "norm_floor": [0, 0.1], "epochs": [1], "batch_size": [2, 7, 16], "accumulate": [1, 3],
-    "blr": [0.01], "warmup": [0, 1], "min_crop": [0.5, 1], "seed": [0, 5], "eval_every": [1], "every": [1],
-    "hold_out": [0, 1, 3, 9], "margin": [0.3], "scale": [8], "r": [2], "alpha": [0, 1], "targets": ["q,v", "q,q"],
-    "dropout": [0.1], "unfreeze_every": [1], "lr": [0.001], "head_lr": [0.01], "layer_decay": [0.5],
-    "weight_decay": [0], "patience": [1], "seeds": [1], "logit_adjust": [1], "keep": [0.5], "colour": [0, 0.1],
-    "cutout": [0.2], "mixup": [0.3], "cutmix": [0.3], "label_smoothing": [0.2], "views": [1, 2], "threshold": [0.5],
-    "reference": ["runs/nano", "runs/lora"], "claim": [1], "nearest": [0, 2], "enrol": ["newcomer"],
-    "size": [8, 32], "dev": [0.3], "group_by": ["^[^_]+"], "min_per_class": [2, 99], "tail": [1],
-    "boxes": ["boxes.txt"], "parts": [2], "run": ["runs/nano"], "init": ["runs/nano"], "images": [8], "only": ["blur"],
-    "rows": [2], "columns": [2], "who": ["nobody"], "jobs": [2], "threads": [1], "budget": [1], "draws": [1],
-    "guided": ["attn_low"], "recipe": ["--epochs 1"], "trial_epochs": [1], "scratch_times": [1], "arms": ["grid"],
-    "encoder": ["runs/nano"], "split": [], "data": ["datasets/tiny"], "model": ["nano", "tiny"],
-}  # fmt: skip
+    "image_size": [16, 32, 24],
+    "patch_size": [7, 8, 16],
+    "decoder_dim": [32, 30],
+    "decoder_depth": [1],
+    "mask": [
+        "random",
+        "attn_high",
+        "attn_hint",
+        "fg_heavy",
+        "parts",
+        "detail",
+        "learned",
+        "simmim",
+        "grid",
+        "green",
+        "block:size=1",
+        "attn_high:shuffle=1",
+    ],
+    "ratio": [".5", ".5:.9", ".999", "0"],
+    "teacher": ["runs/nano", "maps", "self"],
+    "maps": ["truth", "maps/tiny"],
+    "flat_weight": [0, 1],
+    "norm_floor": [0, 0.1],
+    "epochs": [1],
+    "batch_size": [2, 7, 16],
+    "accumulate": [1, 3],
+    "blr": [0.01],
+    "warmup": [0, 1],
+    "min_crop": [0.5, 1],
+    "seed": [0, 5],
+    "eval_every": [1],
+    "every": [1],
+    "hold_out": [0, 1, 3, 9],
+    "margin": [0.3],
+    "scale": [8],
+    "r": [2],
+    "alpha": [0, 1],
+    "targets": ["q,v", "q,q"],
+    "dropout": [0.1],
+    "unfreeze_every": [1],
+    "lr": [0.001],
+    "head_lr": [0.01],
+    "layer_decay": [0.5],
+    "weight_decay": [0],
+    "patience": [1],
+    "seeds": [1],
+    "logit_adjust": [1],
+    "keep": [0.5],
+    "colour": [0, 0.1],
+    "cutout": [0.2],
+    "mixup": [0.3],
+    "cutmix": [0.3],
+    "label_smoothing": [0.2],
+    "views": [1, 2],
+    "threshold": [0.5],
+    "reference": ["runs/nano", "runs/lora"],
+    "claim": [1],
+    "nearest": [0, 2],
+    "enrol": ["newcomer"],
+    "size": [8, 32],
+    "dev": [0.3],
+    "group_by": ["^[^_]+"],
+    "min_per_class": [2, 99],
+    "tail": [1],
+    "boxes": ["boxes.txt"],
+    "parts": [2],
+    "run": ["runs/nano"],
+    "init": ["runs/nano"],
+    "images": [8],
+    "only": ["blur"],
+    "rows": [2],
+    "columns": [2],
+    "who": ["nobody"],
+    "jobs": [2],
+    "threads": [1],
+    "budget": [1],
+    "draws": [1],
+    "guided": ["attn_low"],
+    "recipe": ["--epochs 1"],
+    "trial_epochs": [1],
+    "scratch_times": [1],
+    "arms": ["grid"],
+    "encoder": ["runs/nano"],
+    "split": [],
+    "data": ["datasets/tiny"],
+    "model": ["nano", "tiny"],
+}
 LONG = {"compile", "help"}  # flags that start long work, or none
 
 
-# ---- calls that have to be refused: (call, its mode, flags that it does not use) -----------------------
+# ---- calls that have to be refused: (call, its mode, flags that it does not use) -----------------
 
 PRE, PROBE = ["pretrain.py", *SMALL, "--out", "runs/new"], ["probe.py", "runs/nano", *CPU]
-TUNE, NAME = ["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/new"], ["recognize.py", "runs/lora", *CPU]
-PACK, MAPS = ["data.py", "pictures", *GOOD["data.py"][1:]], ["maps.py", "--data", "datasets/tiny", "--device", "cpu"]
-STUDY, PICTURE = ["experiments.study", "--data", "datasets/tiny", "--dry"], "pictures/class0/illust0_0.png"
-STRESS, REPORT = ["experiments.stress", "runs/nano", "--images", 8, *CPU], ["experiments.study", "--report"]
+TUNE, NAME = (
+    ["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/new"],
+    ["recognize.py", "runs/lora", *CPU],
+)
+PACK, MAPS = (
+    ["data.py", "pictures", *GOOD["data.py"][1:]],
+    ["maps.py", "--data", "datasets/tiny", "--device", "cpu"],
+)
+STUDY, PICTURE = (
+    ["experiments.study", "--data", "datasets/tiny", "--dry"],
+    "pictures/class0/illust0_0.png",
+)
+STRESS, REPORT = (
+    ["experiments.stress", "runs/nano", "--images", 8, *CPU],
+    ["experiments.study", "--report"],
+)
 UNUSED = [
-    (PRE, "--mask random", "--teacher runs/nano|--teacher self|--attention cls|--maps truth|--maps maps/tiny"),
+    (
+        PRE,
+        "--mask random",
+        "--teacher runs/nano|--teacher self|--attention cls|--maps truth|--maps maps/tiny",
+    ),
     (PRE, "--mask fg_heavy", "--teacher runs/nano|--attention outlier"),
     (PRE, "--mask parts", "--teacher runs/nano|--attention received"),
     (PRE, "--mask detail", "--teacher runs/nano|--maps truth"),
     (PRE, "--mask learned", "--teacher runs/nano|--maps truth|--attention cls"),
     (PRE, "--mask attn_high", "--maps maps/tiny|--maps truth"),
     (PRE, "--mask attn_low --teacher runs/nano", "--maps maps/tiny"),
-    (["pretrain.py", *SMALL[:10], "--out", "runs/new"], "--mask simmim", "--teacher runs/nano|--decoder-depth 1"),
+    (
+        ["pretrain.py", *SMALL[:10], "--out", "runs/new"],
+        "--mask simmim",
+        "--teacher runs/nano|--decoder-depth 1",
+    ),
     (PRE, "--no-norm-pix", "--norm-floor .1"),
-    (TUNE, "--method linear", "--lr .1|--r 4|--alpha 4|--targets q,v|--dropout .1|--layer-decay .5|--cutout .1|"
-                              "--colour .1|--mixup .1|--cutmix .1|--min-crop .5|--unfreeze-every 1"),
+    (
+        TUNE,
+        "--method linear",
+        "--lr .1|--r 4|--alpha 4|--targets q,v|--dropout .1|--layer-decay .5|--cutout .1|"
+        "--colour .1|--mixup .1|--cutmix .1|--min-crop .5|--unfreeze-every 1",
+    ),
     (TUNE, "--method lora", "--from-scratch|--unfreeze-every 1"),
     (TUNE, "--method full", "--r 4|--alpha 4|--targets q,v|--dropout .1"),
-    (TUNE, "--method lora --no-augment", "--cutout .1|--colour .1|--mixup .1|--cutmix .1|--min-crop .5"),
+    (
+        TUNE,
+        "--method lora --no-augment",
+        "--cutout .1|--colour .1|--mixup .1|--cutmix .1|--min-crop .5",
+    ),
     (TUNE, "--method lora --head linear", "--margin .3|--scale 8"),
     (TUNE, "--method lora --head arcface", "--mixup .2|--cutmix .2"),
     (TUNE, "--method lora --head ifa", "--pool cls|--pool mean"),
-    (PROBE, "--headline", "--reference runs/nano|--threshold 50|--views 2|--blocks|--snapshots|--claim 1|--out new"),
-    (PROBE, "--views 1", "--threshold nan|--threshold inf|--claim nan|--claim 1|--out new|"
-                         "--threshold 50 --reference runs/nano"),
+    (
+        PROBE,
+        "--headline",
+        "--reference runs/nano|--threshold 50|--views 2|--blocks|--snapshots|--claim 1|--out new",
+    ),
+    (
+        PROBE,
+        "--views 1",
+        "--threshold nan|--threshold inf|--claim nan|--claim 1|--out new|"
+        "--threshold 50 --reference runs/nano",
+    ),
     (NAME, PICTURE, "--data datasets/tiny|--eval-on val|--verify"),
-    (NAME, "--enrol newcomer pictures/class0", "--data datasets/tiny|--eval-on val|--threshold .5|--nearest 1|--json|"
-                                               "--verify"),
+    (
+        NAME,
+        "--enrol newcomer pictures/class0",
+        "--data datasets/tiny|--eval-on val|--threshold .5|--nearest 1|--json|--verify",
+    ),
     (NAME, "--verify", "--nearest 1|--crop figure|--enrol newcomer"),
-    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm image",
-     "--tag-ratio .3|--tag-weight 2|--length 9|--top 3|--json|--csv x.csv|--tell hat|--threshold .5|--like table.csv"),
-    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm bce", "--lr .1|--layer-decay .5|--tag-weight 2"),
-    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm tags", "--keep .5|--min-crop .5|--colour .1"),
-    (["tags.py", "runs/tags", *CPU], PICTURE, "--arm vilt|--epochs 3|--data datasets/tiny|--resume|--out new|--seed 1|"
-                                              "--like table.csv"),
+    (
+        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
+        "--arm image",
+        "--tag-ratio .3|--tag-weight 2|--length 9|--top 3|--json|--csv x.csv"
+        "|--tell hat|--threshold .5|--like table.csv",
+    ),
+    (
+        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
+        "--arm bce",
+        "--lr .1|--layer-decay .5|--tag-weight 2",
+    ),
+    (
+        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
+        "--arm tags",
+        "--keep .5|--min-crop .5|--colour .1",
+    ),
+    (
+        ["tags.py", "runs/tags", *CPU],
+        PICTURE,
+        "--arm vilt|--epochs 3|--data datasets/tiny|--resume|--out new|--seed 1|--like table.csv",
+    ),
     (PACK, "", "--min-per-tag 3|--tag-importance .2|--emoticons"),
     (PACK, "", "--margin .2|--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
     (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
-    (["data.py"], "--show datasets/tiny", "--out new|--size 32|--crop figure|--split .8,.1,.1|--dev .1|--dedupe|"
-                                          "--seed 1|--min-per-class 2"),
-    (["data.py"], "--show pictures", "--split .8,.1,.1|--dev .1|--dedupe|--seed 1|--min-per-class 2|--group-by x"),
-    (["data.py"], "toon --out datasets/new", "--crop figure|--boxes boxes.txt|--margin .1|--dedupe"),
+    (
+        ["data.py"],
+        "--show datasets/tiny",
+        "--out new|--size 32|--crop figure|--split .8,.1,.1|--dev .1|--dedupe|"
+        "--seed 1|--min-per-class 2",
+    ),
+    (
+        ["data.py"],
+        "--show pictures",
+        "--split .8,.1,.1|--dev .1|--dedupe|--seed 1|--min-per-class 2|--group-by x",
+    ),
+    (
+        ["data.py"],
+        "toon --out datasets/new",
+        "--crop figure|--boxes boxes.txt|--margin .1|--dedupe",
+    ),
     (MAPS, "--map saliency", "--source cls|--parts 4|--run runs/nano"),
     (MAPS, "--map attn --run runs/nano", "--quality coarse|--parts 4"),
     (MAPS, "--map parts --run runs/nano", "--source cls"),
     (MAPS, "--map all --run runs/nano", "--quality refined|--source cls|--parts 4"),
-    (STUDY, "--plan arms --arms block --exploratory", "--encoder runs/nano|--phases first|--methods lora|--keep .5|"
-                                                      "--trial-epochs 1|--scratch-times 2|--dino runs/nano"),
-    (STUDY, "--plan adapt --encoder runs/nano", "--arms block|--guided attn_low|--recipe x|--exploratory|--dino x"),
-    (REPORT, "--out results/study", "--plan arms|--data datasets/tiny|--seeds 2|--arms block|--exploratory|--dry"),
+    (
+        STUDY,
+        "--plan arms --arms block --exploratory",
+        "--encoder runs/nano|--phases first|--methods lora|--keep .5|"
+        "--trial-epochs 1|--scratch-times 2|--dino runs/nano",
+    ),
+    (
+        STUDY,
+        "--plan adapt --encoder runs/nano",
+        "--arms block|--guided attn_low|--recipe x|--exploratory|--dino x",
+    ),
+    (
+        REPORT,
+        "--out results/study",
+        "--plan arms|--data datasets/tiny|--seeds 2|--arms block|--exploratory|--dry",
+    ),
     (STRESS, "--midterm", "--only cutout|--pool cls"),
-]  # fmt: skip
+]
 TOO_LARGE = [
     (PRE, "", f"--image-size 1000000|--seed {2**65}"),
-    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "", f"--seed {2**65}|--length 1000|--epochs 1"),
+    (
+        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
+        "",
+        f"--seed {2**65}|--length 1000|--epochs 1",
+    ),
     (TUNE, "", f"--image-size 1000000|--seed {2**65}|--hold-out 4"),
     (PROBE, "--headline", f"--seed {2**65}"),
     (PACK, "", f"--size 1000000|--seed {2**65}|--min-per-class 1000"),
-    (["ingest.toon"], "--rows 1 --columns 1 --out new.png", f"--size 1000000|--rows 0|--seed {2**65}"),
+    (
+        ["ingest.toon"],
+        "--rows 1 --columns 1 --out new.png",
+        f"--size 1000000|--rows 0|--seed {2**65}",
+    ),
     (["export.py"], "runs/nano --to mae --out new.safetensors", "--image-size 1000000"),
 ]
 
@@ -201,9 +588,14 @@ TOO_LARGE = [
 LOST = [
     [["export.py", "runs/nano", "--to", "timm", "--out", "notes.txt"]],
     [["export.py", "runs/nano", "--to", "hf", "--out", "runs/lora"]],
-    [["export.py", "runs/nano", "--to", "mae", "--out", "x.safetensors"],
-     ["export.py", "runs/nano", "--to", "timm", "--out", "x.safetensors"]],
-    [["export.py", "runs/nano", "--to", "mae"], ["export.py", "runs/nano", "--to", "mae", "--image-size", 16]],
+    [
+        ["export.py", "runs/nano", "--to", "mae", "--out", "x.safetensors"],
+        ["export.py", "runs/nano", "--to", "timm", "--out", "x.safetensors"],
+    ],
+    [
+        ["export.py", "runs/nano", "--to", "mae"],
+        ["export.py", "runs/nano", "--to", "mae", "--image-size", 16],
+    ],
     [PROBE + ["--headline"], PROBE + ["--headline", "--split", "dev"]],
     [PROBE + ["--headline"], PROBE + ["--headline", "--seed", 1]],
     [PROBE + ["--views", 1], PROBE + ["--headline"]],
@@ -214,8 +606,10 @@ LOST = [
     [NAME + ["--verify"], NAME + ["--verify", "--data", "datasets/other"]],
     [MAPS + ["--map", "saliency", "--out", "maps/tiny"]],
     [["maps.py", "--data", "datasets/other", "--map", "saliency", "--out", "maps/tiny"]],
-    [MAPS + ["--map", "attn", "--run", "runs/nano"],
-     MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "received"]],
+    [
+        MAPS + ["--map", "attn", "--run", "runs/nano"],
+        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "received"],
+    ],
     [["pretrain.py", *SMALL, "--out", "runs/nano"]],
     [["pretrain.py", *SMALL, "--out", "runs/lora"]],
     [["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora"]],
@@ -231,11 +625,14 @@ LOST = [
     [["experiments.map_quality", *GOOD["experiments.map_quality"], "--figure", "picture.png"]],
     [["experiments.how_many", *GOOD["experiments.how_many"][:-1], "table.csv"]],
     [["experiments.study", "--report", "--out", "results/study"]],
-    [STUDY[:-1] + ["--plan", "adapt", "--encoder", "runs/nano", "--out", "table.csv", "--budget", "1e-9"]],
-]  # fmt: skip
+    [
+        STUDY[:-1]
+        + ["--plan", "adapt", "--encoder", "runs/nano", "--out", "table.csv", "--budget", "1e-9"]
+    ],
+]
 
 
-# ---- the scratch folder ----------------------------------------------------------------------------------------------
+# ---- the scratch folder --------------------------------------------------------------------------
 
 
 class Evil:
@@ -249,14 +646,21 @@ def render_here(records, draw, size, dims, *_):
     """pack.render without processes."""
     for r in records:
         row = draw(r.place, size)
-        style = np.array([toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8)
+        style = np.array(
+            [toon.STRATA[k].index(v) for k, v in row.get("style", {}).items()], np.uint8
+        )
         yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
 
 
 def make_sets(base, patch):
-    """datasets/tiny, of four characters in 64 pictures with true masks, and datasets/other, another draw of it."""
+    """datasets/tiny, of four characters in 64 pictures with true masks, and datasets/other, another
+    draw of it.
+    """
     plan = toon.plan
-    few = lambda n=64, characters=4, *more, **options: plan(min(n, 64), min(characters, 4), *more, **options)  # noqa: E731
+
+    def few(n=64, characters=4, *more, **options):
+        return plan(min(n, 64), min(characters, 4), *more, **options)
+
     patch.setattr(toon, "plan", few)
     patch.setattr(pack, "render", render_here)
     for seed, name in enumerate(("tiny", "other")):
@@ -265,7 +669,14 @@ def make_sets(base, patch):
 
 def make_files(base):
     """Files that must not be lost, odd names, and every kind of broken file."""
-    for name in ("notes.txt", "table.csv", "picture.png", "results/study/STUDY.md", "odd/na\nme", "odd/名前 'q\" %s"):
+    for name in (
+        "notes.txt",
+        "table.csv",
+        "picture.png",
+        "results/study/STUDY.md",
+        "odd/na\nme",
+        "odd/名前 'q\" %s",
+    ):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text("a,b\n1,what nobody wants to lose\n")
     draw_folder(base / "pictures", each=8)
@@ -274,12 +685,18 @@ def make_files(base):
     (base / "boxes.txt").write_text("".join(f"{Path(*p.parts[1:])} 4 4 30 30\n" for p in names))
     os.symlink("loop", base / "loop")
     model_file = base / "runs/nano/model.safetensors"
-    for name, like, how in (("empty", "notes.txt", "empty"), ("half.safetensors", model_file, "half"),
-                            ("foreign.safetensors", model_file, "foreign"), ("random.bin", "notes.txt", "random"),
-                            ("evil.pt", "notes.txt", "pickle"), ("half.zip", "list.csv", "random"),
-                            ("run/model.safetensors", model_file, "half"), ("run/state.pt", "notes.txt", "pickle"),
-                            ("set/train.safetensors", base / "datasets/tiny/train.safetensors", "half"),
-                            ("set/val.safetensors", base / "datasets/tiny/val.safetensors", "same")):  # fmt: skip
+    for name, like, how in (
+        ("empty", "notes.txt", "empty"),
+        ("half.safetensors", model_file, "half"),
+        ("foreign.safetensors", model_file, "foreign"),
+        ("random.bin", "notes.txt", "random"),
+        ("evil.pt", "notes.txt", "pickle"),
+        ("half.zip", "list.csv", "random"),
+        ("run/model.safetensors", model_file, "half"),
+        ("run/state.pt", "notes.txt", "pickle"),
+        ("set/train.safetensors", base / "datasets/tiny/train.safetensors", "half"),
+        ("set/val.safetensors", base / "datasets/tiny/val.safetensors", "same"),
+    ):
         (base / "broken" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(base / like, base / "broken" / name)
         spoil_file(base / "broken" / name, how)
@@ -297,9 +714,15 @@ def spoil_file(path, how):
         path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     head = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    new = {"empty": b"", "half": whole[: len(whole) // 2], "random": random.Random(0).randbytes(max(64, len(whole))),
-           "pickle": pickle.dumps(Evil()), "foreign": len(head).to_bytes(8, "little") + head + bytes(4),
-           "text": "nan, ж\n{\"a\": [1, null]}\n".encode(), "same": whole}  # fmt: skip
+    new = {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "random": random.Random(0).randbytes(max(64, len(whole))),
+        "pickle": pickle.dumps(Evil()),
+        "foreign": len(head).to_bytes(8, "little") + head + bytes(4),
+        "text": 'nan, ж\n{"a": [1, null]}\n'.encode(),
+        "same": whole,
+    }
     if how == "folder":
         (path / "inside").mkdir(parents=True)
     elif how != "gone":
@@ -313,21 +736,45 @@ def stub(figure, path, **options):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A folder with sets, pictures, runs, maps, notes and broken files; beside it, in pristine/, the same again."""
+    """A folder with sets, pictures, runs, maps, notes and broken files; beside it, in pristine/,
+    the same again.
+    """
     base = tmp_path_factory.mktemp("fuzz") / "scratch"
     (base / "tmp").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", stub)
-        patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2})
+        patch.setitem(
+            model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2}
+        )
         patch.setattr(tempfile, "tempdir", str(base / "tmp"))
         patch.setattr("probe.FEW_SHOT", ((2, 1),))
         patch.setattr("experiments.how_many.EACH", ())
         patch.setattr("experiments.how_many.FEATURES", {"mean": "mean token"})
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
-        call("finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/lora", "--hold-out", 1, cwd=base, check=0)
+        call(
+            "finetune_lora.py",
+            "runs/nano",
+            *TINY_TUNE,
+            "--out",
+            "runs/lora",
+            "--hold-out",
+            1,
+            cwd=base,
+            check=0,
+        )
         call("tags.py", "runs/nano", *TAGS, "--out", "runs/tags", cwd=base, check=0)
-        call("maps.py", "--data", "datasets/tiny", "--map", "saliency", "--out", "maps/tiny", cwd=base, check=0)
+        call(
+            "maps.py",
+            "--data",
+            "datasets/tiny",
+            "--map",
+            "saliency",
+            "--out",
+            "maps/tiny",
+            cwd=base,
+            check=0,
+        )
         make_files(base)
         shutil.copytree(base, base.parent / "pristine", symlinks=True)
         yield base
@@ -350,10 +797,14 @@ def digest(path):
 
 
 def changed(base, before, contents):
-    """Files that were there and now are gone or have other bytes; contents: {path: digest} before the call."""
+    """Files that were there and now are gone or have other bytes; contents: {path: digest} before
+    the call.
+    """
     after = state_of(base)
     touched = [p for p, mark in before.items() if mark is not None and after.get(p) != mark]
-    return [p for p in touched if digest(base / p) != contents(p)], [p for p in after if p not in before]
+    return [p for p in touched if digest(base / p) != contents(p)], [
+        p for p in after if p not in before
+    ]
 
 
 def put_back(base):
@@ -371,10 +822,11 @@ def put_back(base):
             now.unlink()
         if path in wanted and now.parent.is_dir():
             shutil.copytree(then, now, symlinks=True) if wanted[path] is None else shutil.copy2(
-                then, now, follow_symlinks=False)  # fmt: skip
+                then, now, follow_symlinks=False
+            )
 
 
-# ---- the calls -------------------------------------------------------------------------------------------------------
+# ---- the calls -----------------------------------------------------------------------------------
 
 
 def flags_of(stage):
@@ -401,12 +853,19 @@ def with_flag(words, action, *values):
             i = words.index(name)
             del words[i : i + 1 + (action.nargs != 0)]
     plain = len(values) == 1 and action.nargs not in ("+", "*")
-    return [*words, f"{action.option_strings[0]}={values[0]}"] if plain else [*words, action.option_strings[0], *values]
+    return (
+        [*words, f"{action.option_strings[0]}={values[0]}"]
+        if plain
+        else [*words, action.option_strings[0], *values]
+    )
 
 
 def is_number(action):
-    return action.type is not None and action.type not in (str, Path) and getattr(action.type, "__name__", "") not in (
-        "parse_shares", "regex")  # fmt: skip
+    return (
+        action.type is not None
+        and action.type not in (str, Path)
+        and getattr(action.type, "__name__", "") not in ("parse_shares", "regex")
+    )
 
 
 def value_cases(stage, actions, rng):
@@ -415,9 +874,16 @@ def value_cases(stage, actions, rng):
         if action.nargs == 0 or action.dest in IS_PATH:
             continue
         number = is_number(action)
-        for value in rng.sample(NUMBERS if number else WORDS, 2 if action.choices else 4 if number else 3):
-            hopeless = number and value not in ("-1", "0")  # nan, inf, what is no number, what is beyond all bounds
-            yield Case("value", stage, [], [[stage, *with_flag(GOOD[stage], action, value)]], hopeless)
+        for value in rng.sample(
+            NUMBERS if number else WORDS, 2 if action.choices else 4 if number else 3
+        ):
+            hopeless = number and value not in (
+                "-1",
+                "0",
+            )  # nan, inf, what is no number, what is beyond all bounds
+            yield Case(
+                "value", stage, [], [[stage, *with_flag(GOOD[stage], action, value)]], hopeless
+            )
 
 
 def path_cases(stage, actions, rng):
@@ -425,7 +891,9 @@ def path_cases(stage, actions, rng):
     for action in actions:
         if action.dest in IS_PATH and not (action.choices or action.type):
             some = OUTS if action.dest in ("out", "figure", "work") else PATHS
-            for value in rng.sample(some, 6 if action.dest in ("data", "out", "run", "encoder", "path") else 4):
+            for value in rng.sample(
+                some, 6 if action.dest in ("data", "out", "run", "encoder", "path") else 4
+            ):
                 yield Case("path", stage, [], [[stage, *with_flag(GOOD[stage], action, value)]])
     good = [GOOD[stage], *(words for other, words in MORE if other == stage)]
     for path in INPUTS[stage]:
@@ -438,13 +906,17 @@ def pair_cases(stage, actions, rng, count):
     good = [GOOD[stage], *(words for other, words in MORE if other == stage)]
     for _ in range(count):
         words = list(rng.choice(good))
-        for action in rng.sample([a for a in actions if a.option_strings], min(3, len(actions) - 2)):
+        for action in rng.sample(
+            [a for a in actions if a.option_strings], min(3, len(actions) - 2)
+        ):
             values = [] if action.nargs == 0 else list(action.choices or QUICK.get(action.dest, ()))
             if action.dest == "model":
                 values = QUICK["model"]
             if action.nargs == 0 or values:
                 words = with_flag(words, action, *([rng.choice(values)] if values else []))
-        if "all" not in map(str, words) and (stage != "experiments.study" or {"--dry", "--report"} & set(words)):
+        if "all" not in map(str, words) and (
+            stage != "experiments.study" or {"--dry", "--report"} & set(words)
+        ):
             yield Case("pair", stage, [], [[stage, *words]])
 
 
@@ -459,23 +931,34 @@ def all_cases():
     for base, mode, flags in UNUSED + TOO_LARGE:
         for flag in flags.split("|"):
             words = [*base[1:], *shlex.split(mode), *shlex.split(flag)]
-            cases.append(Case("unused", base[0], [], [[base[0], *words]], re.findall(r"--[\w-]+", flag)))
+            cases.append(
+                Case("unused", base[0], [], [[base[0], *words]], re.findall(r"--[\w-]+", flag))
+            )
     for stage in GOOD:
         rng, actions = random.Random(f"{SEED} {stage}"), flags_of(stage)
-        cases += [*value_cases(stage, actions, rng), *path_cases(stage, actions, rng),
-                  *pair_cases(stage, actions, rng, 8), *repeat_cases(stage)]  # fmt: skip
+        cases += [
+            *value_cases(stage, actions, rng),
+            *path_cases(stage, actions, rng),
+            *pair_cases(stage, actions, rng, 8),
+            *repeat_cases(stage),
+        ]
     return cases
 
 
 def in_words(case, base):
     """A case as lines for a shell."""
-    python = lambda w: str(ROOT / w[0]) if w[0].endswith(".py") else f"-m {w[0]}"  # noqa: E731
+
+    def python(w):
+        return str(ROOT / w[0]) if w[0].endswith(".py") else f"-m {w[0]}"
+
     lines = [f"# {path} is {how} here" for path, how in case.spoil]
-    lines += [f"PYTHONPATH={ROOT} python {python(w)} {shlex.join(map(str, w[1:]))}" for w in case.commands]
+    lines += [
+        f"PYTHONPATH={ROOT} python {python(w)} {shlex.join(map(str, w[1:]))}" for w in case.commands
+    ]
     return f"cd {base}\n" + "\n".join(lines)
 
 
-# ---- what every call has to keep -------------------------------------------------------------------------------------
+# ---- what every call has to keep -----------------------------------------------------------------
 
 CACHES = r"(features|controls)-?\w*\.safetensors$"  # made again at will
 
@@ -490,32 +973,53 @@ def complaints(case, base, patch):
     before = state_of(base)
     spoiled, commands = {path for path, _ in case.spoil}, [*map(str, case.commands[-1])]
     given = {word.partition("=")[0] for word in commands}
-    digests = {p: digest(base / p) for p in before if before[p] is not None and (
-        p in spoiled or len(case.commands) > 1)}  # fmt: skip
-    contents = lambda p: digests[p] if p in digests else digest(base.parent / "pristine" / p)  # noqa: E731
+    digests = {
+        p: digest(base / p)
+        for p in before
+        if before[p] is not None and (p in spoiled or len(case.commands) > 1)
+    }
+
+    def contents(p):
+        return digests[p] if p in digests else digest(base.parent / "pristine" / p)
+
     patch.setattr("sys.stdin", io.StringIO("absent.png\n"))
     try:
         done = call(*commands, cwd=base)
     except BaseException as problem:  # whatever it is: it reached the user as a traceback
         trace = traceback.extract_tb(problem.__traceback__)[-1]
-        return [f"{type(problem).__name__}: {problem} in {Path(trace.filename).name}, line {trace.lineno}"]
-    found, errors = [], [line for line in done.stderr.split("\n") if line.startswith(("error", "usage"))]
+        return [
+            f"{type(problem).__name__}: {problem} in {Path(trace.filename).name}, line {trace.lineno}"
+        ]
+    found, errors = (
+        [],
+        [line for line in done.stderr.split("\n") if line.startswith(("error", "usage"))],
+    )
     if done.returncode not in (0, 2):
         found.append(f"status {done.returncode}")
     if "Traceback" in done.stdout + done.stderr:
         found.append("prints a traceback")
-    if done.returncode == 2 and not (len(errors) == 1 and done.stderr.rstrip("\n").split("\n")[-1] == errors[0]):
+    if done.returncode == 2 and not (
+        len(errors) == 1 and done.stderr.rstrip("\n").split("\n")[-1] == errors[0]
+    ):
         found.append(f"refused in other words than one line: {done.stderr[-300:]!r}")
     if done.returncode == 2 and re.search(r"<_io|object at 0x", "".join(errors)):
         found.append(f"speaks to programmers: {errors[0]}")
     if done.returncode == 0 and case.refused:
         found.append("accepted what it can't use")
-    if errors and isinstance(case.refused, list) and not any(flag in errors[0] for flag in case.refused):
+    if (
+        errors
+        and isinstance(case.refused, list)
+        and not any(flag in errors[0] for flag in case.refused)
+    ):
         found.append(f"refused for another reason: {errors[0]}")
     lost, new = changed(base, before, contents)
     same = len(case.commands) > 1 and case.commands[-1] == case.commands[-2]
     free = done.returncode == 0 and (same or {"--force", "--resume"} & given)
-    grows = CACHES + (r"|gallery\.safetensors$" if done.returncode == 0 and {"--enrol", "--forget"} & given else "")
+    grows = CACHES + (
+        r"|gallery\.safetensors$"
+        if done.returncode == 0 and {"--enrol", "--forget"} & given
+        else ""
+    )
     found += [f"changed {path}" for path in lost if not (free or re.search(grows, path))]
     found += [f"left {path}" for path in new if path.endswith(".tmp") or path.startswith("tmp/")]
     if (base / "owned").exists():

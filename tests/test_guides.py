@@ -23,11 +23,31 @@ from common.formats import is_decoder
 from common.train import read_log
 from model import ViT
 
-QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
+QUICK = [
+    "--device",
+    "cpu",
+    "--image-size",
+    32,
+    "--batch-size",
+    16,
+    "--epochs",
+    2,
+    "--decoder-depth",
+    1,
+]
 
 
-@pytest.mark.parametrize("epochs, start, expected", [
-    (12, 0.1, {2, 3, 6}), (3, 0.1, {1, 2}), (400, 0.1, {40, 100, 200}), (8, 0.4, {4}), (8, 0, {0, 2, 4}), (8, 1, {8})])
+@pytest.mark.parametrize(
+    "epochs, start, expected",
+    [
+        (12, 0.1, {2, 3, 6}),
+        (3, 0.1, {1, 2}),
+        (400, 0.1, {40, 100, 200}),
+        (8, 0.4, {4}),
+        (8, 0, {0, 2, 4}),
+        (8, 1, {8}),
+    ],
+)
 def test_a_teacher_looks_again_while_it_learns_fast(epochs, start, expected):
     assert set(guidance.refresh_epochs(epochs, start)) == expected
 
@@ -48,9 +68,22 @@ def figures(tmp_path_factory):
             cy, cx, r = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(4, 12)
             figure = ((y - cy) ** 2 + (x - cx) ** 2 < r**2)[..., None]
             colour = np.eye(3)[c] * 200 + rng.normal(0, 20, (32, 32, 3))
-            rgba = np.concatenate([np.where(figure, colour, rng.normal(128, 60, (32, 32, 3))), 255 * figure], 2)
-            Image.fromarray(rgba.clip(0, 255).astype(np.uint8)).save(base / "pictures" / f"c{c}" / f"{i}.png")
-    words = ["data.py", base / "pictures", "--out", base / "packed", "--size", 32, "--dedupe", "off"]
+            rgba = np.concatenate(
+                [np.where(figure, colour, rng.normal(128, 60, (32, 32, 3))), 255 * figure], 2
+            )
+            Image.fromarray(rgba.clip(0, 255).astype(np.uint8)).save(
+                base / "pictures" / f"c{c}" / f"{i}.png"
+            )
+    words = [
+        "data.py",
+        base / "pictures",
+        "--out",
+        base / "packed",
+        "--size",
+        32,
+        "--dedupe",
+        "off",
+    ]
     stage(*words, cwd=base, check=0)
     return base / "packed"
 
@@ -60,13 +93,21 @@ def write_parts(folder, path, parts=3):
     train = data.open_split(folder, "train")
     n = len(train["images"])
     labels = np.random.default_rng(0).integers(0, parts + 1, (n, 4, 4), dtype=np.uint8)
-    header = {"map": "parts", "data_digest": data.fingerprint(train), "grid": 4, "parts": parts, "by": "a test"}
+    header = {
+        "map": "parts",
+        "data_digest": data.fingerprint(train),
+        "grid": 4,
+        "parts": parts,
+        "by": "a test",
+    }
     data.write_maps(path, "parts", [labels], labels.shape, "U8", header)
     return labels
 
 
 def run(monkeypatch, *words):
-    """pretrain.py in this process, a smaller network, no pictures: starting and drawing would take most of the time."""
+    """pretrain.py in this process, a smaller network, no pictures: starting and drawing would take
+    most of the time.
+    """
     small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
     monkeypatch.setitem(pretrain.SIZES, "nano", small)
     monkeypatch.setattr(pretrain, "draw_run", lambda *_: None)
@@ -74,11 +115,13 @@ def run(monkeypatch, *words):
     pretrain.main()
 
 
-# ---- maps follow their images --------------------------------------------------------------------------------------
+# ---- maps follow their images --------------------------------------------------------------------
 
 
 def test_a_hot_patch_follows_crop_and_flip():
-    """One bright cell in the image and the same in the map: after 40 crops they are still at one place."""
+    """One bright cell in the image and the same in the map: after 40 crops they are still at one
+    place.
+    """
     n, S, side = 40, 64, 8
     boxes, flip = data.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
     images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
@@ -89,7 +132,9 @@ def test_a_hot_patch_follows_crop_and_flip():
     view = data.view_images(torch.from_numpy(images), boxes, flip, S)
     seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
     known = guidance.crop_map("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
-    assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
+    assert (
+        known.argmax(1) == seen.argmax(1)
+    ).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
     assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
     unflipped = guidance.crop_map("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
     assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
@@ -111,7 +156,10 @@ def test_what_was_hidden_of_figure_and_ground():
     assert guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]])) == pytest.approx(
         {"fg_hidden": 1 / 3, "bg_hidden": 3 / 5}
     )
-    assert guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {"fg_hidden": 0.0, "bg_hidden": 0.5}
+    assert guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {
+        "fg_hidden": 0.0,
+        "bg_hidden": 0.5,
+    }
 
 
 def test_attention_by_part_is_1_where_attention_is_even(figures):
@@ -122,35 +170,55 @@ def test_attention_by_part_is_1_where_attention_is_even(figures):
     encoder = ViT(32, 8, 32, 1, 1)
     with torch.no_grad():
         encoder.blocks[-1].attn.qkv.weight.zero_()
-    found = evaluate.attention_by_part(encoder, 32, lambda: torch.autocast("cpu", enabled=False), split)
+    found = evaluate.attention_by_part(
+        encoder, 32, lambda: torch.autocast("cpu", enabled=False), split
+    )
     assert found == {"ground": 1.0, "figure": 1.0}
     with torch.no_grad():  # now it looks at what is bright: the ratio must leave 1
         torch.nn.init.normal_(encoder.blocks[-1].attn.qkv.weight, std=0.5)
-    found = evaluate.attention_by_part(encoder, 32, lambda: torch.autocast("cpu", enabled=False), split)
+    found = evaluate.attention_by_part(
+        encoder, 32, lambda: torch.autocast("cpu", enabled=False), split
+    )
     assert abs(found["figure"] - 1) > 0.01
 
 
 def test_what_is_unusual_for_its_place_is_found():
-    """Pictures alike but for one patch each: that patch has the highest score, whatever the encoder's place codes."""
+    """Pictures alike but for one patch each: that patch has the highest score, whatever the
+    encoder's place codes.
+    """
     torch.manual_seed(0)
     encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
     images[:, :, 16:] = 200  # what stands in all of them is usual
     odd = np.random.default_rng(0).integers(0, 16, 24)
     for i, k in enumerate(odd):
         images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
-    exact = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+
+    def exact():
+        return torch.autocast("cpu", enabled=False)
+
     ((_, score),) = guidance.attention(encoder, 32, images, torch.arange(24), "outlier", exact)
     assert torch.equal(score.argmax(1), torch.from_numpy(odd))
 
 
-# ---- every strategy, as a user runs it ------------------------------------------------------------------------------
+# ---- every strategy, as a user runs it -----------------------------------------------------------
 
 
 ALL = [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)]
-OFTEN = ("attn_high", "fg_heavy", "parts", "detail", "learned", "simmim", "attn_low:shuffle=1", "learned:shuffle=1")
+OFTEN = (
+    "attn_high",
+    "fg_heavy",
+    "parts",
+    "detail",
+    "learned",
+    "simmim",
+    "attn_low:shuffle=1",
+    "learned:shuffle=1",
+)
 
 
-@pytest.mark.parametrize("mask", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in ALL])
+@pytest.mark.parametrize(
+    "mask", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in ALL]
+)
 def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     monkeypatch.chdir(tmp_path)
     write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
@@ -159,21 +227,41 @@ def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     last = [r for r in rows if "loss" in r][-1]
     assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
     if masking.NEEDS.get(mask.split(":")[0]) == "fg" and "shuffle" not in mask:
-        first, other = ("fg_hidden", "bg_hidden") if mask == "fg_heavy" else ("bg_hidden", "fg_hidden")
+        first, other = (
+            ("fg_hidden", "bg_hidden") if mask == "fg_heavy" else ("bg_hidden", "fg_hidden")
+        )
         assert last[first] > last[other]
     assert ("mask_entropy" in last) == mask.startswith("learned")
-    assert {p.name for p in Path("out/snapshots").iterdir()} == {"encoder-0001.safetensors", "encoder-0002.safetensors"}
+    assert {p.name for p in Path("out/snapshots").iterdir()} == {
+        "encoder-0001.safetensors",
+        "encoder-0002.safetensors",
+    }
 
 
 def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for parts in (1, 2):
-        run(monkeypatch, "--data", figures, "--mask", "learned", *QUICK, "--accumulate", parts, "--out", f"{parts}")
+        run(
+            monkeypatch,
+            "--data",
+            figures,
+            "--mask",
+            "learned",
+            *QUICK,
+            "--accumulate",
+            parts,
+            "--out",
+            f"{parts}",
+        )
     states = [torch.load(f"{parts}/state.pt", weights_only=True)["predictor"] for parts in (1, 2)]
     assert all(torch.allclose(states[0][k], states[1][k], atol=2e-3) for k in states[0])
     torch.manual_seed(0)
     untrained = guidance.LossPredictor(4, 8).state_dict()
-    assert not all(torch.allclose(states[0][k], untrained[k], atol=1e-4) for k in untrained if k.endswith("bias"))
+    assert not all(
+        torch.allclose(states[0][k], untrained[k], atol=1e-4)
+        for k in untrained
+        if k.endswith("bias")
+    )
 
 
 def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
@@ -182,7 +270,18 @@ def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch,
     assert "6 of them visible" in capsys.readouterr().out  # of 16
     header = json.loads(header_of("sim/model.safetensors"))
     assert header["run"]["ratio"] == "0.6" and "decoder_depth" not in header["config"]
-    run(monkeypatch, "--data", figures, "--mask", "attn_high", "--teacher", "sim", *QUICK, "--out", "pupil")
+    run(
+        monkeypatch,
+        "--data",
+        figures,
+        "--mask",
+        "attn_high",
+        "--teacher",
+        "sim",
+        *QUICK,
+        "--out",
+        "pupil",
+    )
     assert "attention of sim" in capsys.readouterr().out
 
 
@@ -202,9 +301,13 @@ def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypat
     monkeypatch.setattr(guidance, "crop_map", noted)
     monkeypatch.chdir(tmp_path)
     for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
-        run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1])
+        run(
+            monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1]
+        )
     half = len(seen) // 2
-    assert half and all(torch.equal(a.roll(1), b) for a, b in zip(seen[:half], seen[half:], strict=True))
+    assert half and all(
+        torch.equal(a.roll(1), b) for a, b in zip(seen[:half], seen[half:], strict=True)
+    )
 
 
 def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch):
@@ -231,9 +334,15 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
 
 
 def as_dino(run_folder, path):
-    """A run's encoder in the format of DINO's full checkpoints: a student, and a teacher with prefixes and a head."""
-    weights = {k: w for k, w in load_file(f"{run_folder}/model.safetensors").items() if not is_decoder(k)}
-    teacher = {"module.backbone." + k: w for k, w in weights.items()} | {"module.head.mlp.0.weight": torch.zeros(4, 4)}
+    """A run's encoder in the format of DINO's full checkpoints: a student, and a teacher with
+    prefixes and a head.
+    """
+    weights = {
+        k: w for k, w in load_file(f"{run_folder}/model.safetensors").items() if not is_decoder(k)
+    }
+    teacher = {"module.backbone." + k: w for k, w in weights.items()} | {
+        "module.head.mlp.0.weight": torch.zeros(4, 4)
+    }
     student = {k: torch.zeros_like(w) for k, w in teacher.items()}
     torch.save({"student": student, "teacher": teacher, "epoch": 7}, path)
 
@@ -252,21 +361,48 @@ def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
         ["--teacher", "adapted", "--attention", "received"],
     ):
         out = f"pupil{len(words)}-{words[1]}"
-        run(monkeypatch, "--data", figures, *QUICK, "--mask", "attn_high:beta=2", *words, "--out", out)
+        run(
+            monkeypatch,
+            "--data",
+            figures,
+            *QUICK,
+            "--mask",
+            "attn_high:beta=2",
+            *words,
+            "--out",
+            out,
+        )
         assert f"attention of {words[1]}" in capsys.readouterr().out
         assert (Path(out) / "attn-00000000.safetensors").exists()
 
 
-def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(figures, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
+    figures, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
-    run(monkeypatch, "--data", figures, *quick("simmim"), "--mask", "simmim", "--init", "first", "--out", "simmim")
+    run(
+        monkeypatch,
+        "--data",
+        figures,
+        *quick("simmim"),
+        "--mask",
+        "simmim",
+        "--init",
+        "first",
+        "--out",
+        "simmim",
+    )
     run(monkeypatch, "--data", figures, *QUICK, "--init", "simmim", "--out", "back")
     assert capsys.readouterr().out.count("the decoder starts anew") == 2
     run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
     assert "first: encoder and decoder" in capsys.readouterr().out
-    rows = [[r for r in read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")]
-    assert rows[1][0]["val_mse"] == pytest.approx(rows[0][-1]["val_mse"], rel=0.02)  # it goes on where that one ended
+    rows = [
+        [r for r in read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")
+    ]
+    assert rows[1][0]["val_mse"] == pytest.approx(
+        rows[0][-1]["val_mse"], rel=0.02
+    )  # it goes on where that one ended
 
 
 def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
@@ -279,23 +415,38 @@ def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
     assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
-    priority = masking.middle({}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5)
-    often = torch.zeros(64).scatter_add_(0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32))
+    priority = masking.middle(
+        {}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5
+    )
+    often = torch.zeros(64).scatter_add_(
+        0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32)
+    )
     assert often.view(8, 8)[3:5, 3:5].min() > 2 * often.view(8, 8)[0].max()
 
 
-# ---- which maps ----------------------------------------------------------------------------------------------------
+# ---- which maps ----------------------------------------------------------------------------------
 
 
-def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(figures, tmp_path, monkeypatch):
+def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(
+    figures, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     train = data.open_split(figures, "train")
-    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith("the true foreground masks")
+    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith(
+        "the true foreground masks"
+    )
     n = len(train["images"])
-    header = {"map": "saliency", "quality": "coarse", "data_digest": data.fingerprint(train), "grid": 2}
+    header = {
+        "map": "saliency",
+        "quality": "coarse",
+        "data_digest": data.fingerprint(train),
+        "grid": 2,
+    }
     path = Path("maps") / figures.name / "saliency.safetensors"
     data.write_maps(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
-    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith("the true foreground masks")
+    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith(
+        "the true foreground masks"
+    )
     maps, _, what = guidance.open_maps("fg", path.parent, figures, train)
     assert maps.shape == (n, 2, 2) and what == f"{path.parent} coarse"
     assert guidance.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)
@@ -309,12 +460,18 @@ def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
         assert not (tmp_path / "out").exists()
         return refused(done)
 
-    assert f"python maps.py --data {small} --map saliency" in refusal("--data", small, "--mask", "fg_heavy")
-    assert f"python maps.py --data {figures} --map parts" in refusal("--data", figures, "--mask", "parts")
+    assert f"python maps.py --data {small} --map saliency" in refusal(
+        "--data", small, "--mask", "fg_heavy"
+    )
+    assert f"python maps.py --data {figures} --map parts" in refusal(
+        "--data", figures, "--mask", "parts"
+    )
     line = refusal("--data", small, "--mask", "bg_heavy", "--maps", "truth")
     assert "has no foreground masks" in line and "maps.py" in line
     write_parts(figures, tmp_path / "other" / "parts.safetensors")
-    assert "another data set" in refusal("--data", small, "--mask", "parts", "--maps", tmp_path / "other")
+    assert "another data set" in refusal(
+        "--data", small, "--mask", "parts", "--maps", tmp_path / "other"
+    )
     assert "no parameter 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
     line = refusal("--data", small, "--init", "nowhere")
     assert "nowhere" in line

@@ -1,9 +1,10 @@
 """The two kernels against float64, and what surrounds them.
 
-This file runs three times over: here with the PyTorch references; in a process of its own under Triton's interpreter
-(test_kernels_triton.py starts it); and, where there is a GPU, here on that GPU with the compiled kernels.
-The judge is written from the formulas, patch by patch, and shares no line with the files under test. `plain` is the
-same mathematics in PyTorch with the network's dtype; an error may be at most twice as large as plain's.
+This file runs three times over: here with the PyTorch references; in a process of its own under
+Triton's interpreter (test_kernels_triton.py starts it); and, where there is a GPU, here on that GPU
+with the compiled kernels. The judge is written from the formulas, patch by patch, and shares no
+line with the files under test. `plain` is the same mathematics in PyTorch with the network's dtype;
+an error may be at most twice as large as plain's.
 """
 
 import pytest
@@ -16,11 +17,15 @@ from kernels import loss as L
 GPU = torch.cuda.is_available() and not kernels.INTERPRET
 DEVICE, IMPL = ("cuda" if GPU else "cpu"), ("triton" if GPU or kernels.INTERPRET else "torch")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_kernel = pytest.mark.skipif(IMPL == "torch", reason="about a Triton kernel: runs in the interpreter's process")
+needs_kernel = pytest.mark.skipif(
+    IMPL == "torch", reason="about a Triton kernel: runs in the interpreter's process"
+)
 
 
 def case(p, B=3, side=4, ratio=0.5, C=3, seed=0):
-    """-> view u8 (B, S, S, C) with a flat, a coloured-flat and a saturated patch, ids_keep and ids_mask, contiguous."""
+    """-> view u8 (B, S, S, C) with a flat, a coloured-flat and a saturated patch, ids_keep and
+    ids_mask, contiguous.
+    """
     random = torch.Generator().manual_seed(seed)
     view = torch.randint(0, 256, (B, side * p, side * p, C), dtype=torch.uint8, generator=random)
     view[0, :p, :p] = 255
@@ -34,15 +39,19 @@ def case(p, B=3, side=4, ratio=0.5, C=3, seed=0):
 def patches(view, ids, p):
     """Raw patches (B, K, p*p, C) one by one: the slow, sure way."""
     g = view.shape[1] // p
-    cut = [[image[i // g * p : i // g * p + p, i % g * p : i % g * p + p] for i in own]
-           for image, own in zip(view, ids.tolist(), strict=True)]  # fmt: skip
+    cut = [
+        [image[i // g * p : i // g * p + p, i % g * p : i % g * p + p] for i in own]
+        for image, own in zip(view, ids.tolist(), strict=True)
+    ]
     return torch.stack([torch.stack(own) for own in cut]).flatten(2, 3)
 
 
 def normalised(view, ids, p, dtype):
     """(x/255 - mean) / std in dtype, (B, K, P)."""
     C = view.shape[3]
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=dtype, device=view.device)
+    mean, std = torch.tensor(
+        [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=dtype, device=view.device
+    )
     mean, std = (mean, std) if C == 3 else (mean.mean().expand(C), std.mean().expand(C))
     return ((patches(view, ids, p).to(dtype) / 255 - mean) / std).flatten(2)
 
@@ -68,17 +77,23 @@ def typical(x):
 
 
 def assert_as_good(x, plain, truth, what):
-    """Typical error at most twice that of the same mathematics in torch; each number within one rounding to its dtype.
+    """Typical error at most twice that of the same mathematics in torch; each number within one
+    rounding to its dtype.
 
-    "Within one rounding" has 10 of plain's typical errors added: those of the fp32 arithmetic before the rounding. A
-    lone number has no typical error, it gets 3 units in the last place. The interpreter cuts bf16 off instead of
-    rounding, which alone doubles the typical error: there only the second bound counts.
+    "Within one rounding" has 10 of plain's typical errors added: those of the fp32 arithmetic
+    before the rounding. A lone number has no typical error, it gets 3 units in the last place. The
+    interpreter cuts bf16 off instead of rounding, which alone doubles the typical error: there only
+    the second bound counts.
     """
     info, mine, theirs = torch.finfo(x.dtype), x.double() - truth, typical(plain.double() - truth)
     alone = 3 * 2**-23 * truth.abs().max().item() if x.ndim == 0 else 0.0
     if not (kernels.INTERPRET and x.dtype == torch.bfloat16):
-        assert typical(mine) <= max(2 * theirs, alone), f"{what}: {typical(mine):.2e} against {theirs:.2e}"
-    one_rounding = (info.eps * truth.abs()).clamp(min=info.tiny * info.eps)  # the second for fp16's subnormal numbers
+        assert typical(mine) <= max(2 * theirs, alone), (
+            f"{what}: {typical(mine):.2e} against {theirs:.2e}"
+        )
+    one_rounding = (info.eps * truth.abs()).clamp(
+        min=info.tiny * info.eps
+    )  # the second for fp16's subnormal numbers
     before = 10 * theirs if x.dtype == torch.float32 else 1e-6 * typical(truth)
     assert (mine.abs() <= one_rounding + max(before, alone)).all(), what
 
@@ -95,7 +110,7 @@ def loss(*args, **more):
     return L.reconstruction_loss(*args, **more, impl=IMPL)
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,7 +128,9 @@ def test_detail_against_float64(p, C):
     view, _, ids = case(p, ratio=0.9, C=C)
     x = patches(view, ids, p).double() / 255
     truth = (x - x.mean(2, keepdim=True)).square().mean((2, 3)).sqrt()
-    assert worst(detail(view, ids, p), truth) <= 2**-23  # whole numbers up to one square root: no cancellation
+    assert (
+        worst(detail(view, ids, p), truth) <= 2**-23
+    )  # whole numbers up to one square root: no cancellation
 
 
 def test_detail_of_patches_whose_squares_pass_32_bits():
@@ -139,13 +156,16 @@ def test_flat_patches_have_no_detail_at_all():
 @pytest.mark.parametrize("norm_pix", [True, False], ids=["norm", "raw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "p, ratio, C", [(4, 0.75, 3), (8, 0.5, 3), (14, 0.75, 3), (16, 0.9, 3), (6, 0.75, 1), (4, 0.5, 4)]
+    "p, ratio, C",
+    [(4, 0.75, 3), (8, 0.5, 3), (14, 0.75, 3), (16, 0.9, 3), (6, 0.75, 1), (4, 0.5, 4)],
 )
 def test_loss_and_gradient_against_float64(p, ratio, C, dtype, norm_pix, weighted):
     view, _, ids = case(p, ratio=ratio, C=C)
     random = torch.Generator().manual_seed(1)
     pred = torch.randn(*ids.shape, p * p * C, generator=random).to(DEVICE, dtype)
-    weight = (torch.rand(ids.shape, generator=random) if weighted else torch.ones(ids.shape)).to(DEVICE)
+    weight = (torch.rand(ids.shape, generator=random) if weighted else torch.ones(ids.shape)).to(
+        DEVICE
+    )
     y = pred.clone().requires_grad_()
     value, error = loss(y, view, ids, p, weight if weighted else None, norm_pix, return_error=True)
     value.backward()
@@ -160,9 +180,15 @@ def test_loss_and_gradient_against_float64(p, ratio, C, dtype, norm_pix, weighte
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_made_of_the_loss_reaches_the_gradient(dtype):
-    """opcheck does not notice a backward that ignores its grad_out; GradScaler and accumulation would."""
+    """opcheck does not notice a backward that ignores its grad_out; GradScaler and accumulation
+    would.
+    """
     view, _, ids = case(4)
-    pred = torch.randn(*ids.shape, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).requires_grad_()
+    pred = (
+        torch.randn(*ids.shape, 48, generator=torch.Generator().manual_seed(1))
+        .to(DEVICE, dtype)
+        .requires_grad_()
+    )
     (one,) = torch.autograd.grad(loss(pred, view, ids, 4), pred)
     (many,) = torch.autograd.grad(loss(pred, view, ids, 4) * 4 + 7, pred)
     assert one.abs().max() > 0 and torch.equal(many, one * 4)
@@ -184,16 +210,22 @@ def test_gradcheck(norm_pix):
     view, _, ids = case(3, B=2, side=2)
     weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
     pred = torch.randn(*ids.shape, 27, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y: 3 * loss(y, view, ids, 3, weight, norm_pix, scale=0.5) - 1, pred)
+    assert torch.autograd.gradcheck(
+        lambda y: 3 * loss(y, view, ids, 3, weight, norm_pix, scale=0.5) - 1, pred
+    )
 
 
 def test_scale_saves_a_gradient_that_fp16_can_not_hold():
     view, _, ids = case(4)
     pred = torch.randn(*ids.shape, 48).to(DEVICE, torch.float16).requires_grad_()
-    many = 1e6  # patches in the global batch: each number of the gradient is near 2 / (48 * 1e6), below fp16's least
+    # patches in the global batch: each number of the gradient is near 2 / (48 * 1e6), below fp16's
+    # least
+    many = 1e6
     (lost,) = torch.autograd.grad(loss(pred, view, ids, 4, weight_sum=many), pred)
     (kept,) = torch.autograd.grad(loss(pred, view, ids, 4, weight_sum=many, scale=2.0**16), pred)
-    truth = loss_by_formula(pred.double(), view, ids, 4, torch.ones(ids.shape, device=DEVICE), True, torch.float64)[1]
+    truth = loss_by_formula(
+        pred.double(), view, ids, 4, torch.ones(ids.shape, device=DEVICE), True, torch.float64
+    )[1]
     truth = truth * ids.numel() / many * 2**16
     assert typical(lost.double() * 2**16 - truth) > 0.2 * typical(truth)
     assert typical(kept - truth) < 2**-10 * typical(truth)
@@ -201,7 +233,11 @@ def test_scale_saves_a_gradient_that_fp16_can_not_hold():
 
 def test_splitting_a_batch_changes_nothing():
     view, _, ids = case(8, B=4)
-    pred = torch.randn(*ids.shape, 192, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    pred = (
+        torch.randn(*ids.shape, 192, generator=torch.Generator().manual_seed(1))
+        .to(DEVICE)
+        .requires_grad_()
+    )
     weight = torch.rand(ids.shape).to(DEVICE)
     whole = loss(pred, view, ids, 8, weight)
     (gradient,) = torch.autograd.grad(whole, pred)
@@ -211,15 +247,20 @@ def test_splitting_a_batch_changes_nothing():
     assert torch.equal(torch.autograd.grad(sum(halves), pred)[0], gradient)
 
 
-# ---- edges -------------------------------------------------------------------------------------------------------
+# ---- edges ---------------------------------------------------------------------------------------
 
 
 def test_one_masked_patch_and_a_flat_one():
     view = torch.full((1, 8, 8, 3), 200, dtype=torch.uint8, device=DEVICE)
-    ids, pred = torch.tensor([[2]], device=DEVICE), torch.zeros(1, 1, 48, device=DEVICE, requires_grad=True)
+    ids, pred = (
+        torch.tensor([[2]], device=DEVICE),
+        torch.zeros(1, 1, 48, device=DEVICE, requires_grad=True),
+    )
     value = loss(pred, view, ids, 4, L.detail_weight(detail(view, ids, 4), 0.1))
     value.backward()
-    centred = normalised(view, ids, 4, torch.float64)  # a flat patch: only its colour, which norm_pix takes away
+    centred = normalised(
+        view, ids, 4, torch.float64
+    )  # a flat patch: only its colour, which norm_pix takes away
     expected = ((centred - centred.mean()) / (centred.var() + 0.15**2).sqrt()).square().mean()
     assert worst(value.detach(), expected) < 1e-6 and pred.grad.isfinite().all()
 
@@ -236,11 +277,19 @@ def test_an_empty_batch_has_loss_zero():
 
 def test_what_is_not_contiguous_gives_the_same():
     view, keep, _ = case(8)
-    ids = torch.stack([keep, keep.flip(1)], 2)[:, :, 0]  # what ids.argsort(1)[:, :K] looks like: rows that lie apart
+    ids = torch.stack([keep, keep.flip(1)], 2)[
+        :, :, 0
+    ]  # what ids.argsort(1)[:, :K] looks like: rows that lie apart
     wide = torch.zeros(3, 32, 32, 4, dtype=torch.uint8, device=DEVICE)
     wide[..., :3] = view
-    pred = torch.randn(192, *keep.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).permute(1, 2, 0)
-    assert not ids.is_contiguous() and not wide[..., :3].is_contiguous() and not pred.is_contiguous()
+    pred = (
+        torch.randn(192, *keep.shape, generator=torch.Generator().manual_seed(1))
+        .to(DEVICE)
+        .permute(1, 2, 0)
+    )
+    assert (
+        not ids.is_contiguous() and not wide[..., :3].is_contiguous() and not pred.is_contiguous()
+    )
     assert torch.equal(gather(wide[..., :3], ids, 8), gather(view, keep, 8))
     assert torch.equal(detail(wide[..., :3], ids, 8), detail(view, keep, 8))
     a, b = pred.detach().requires_grad_(), pred.contiguous().requires_grad_()
@@ -251,7 +300,9 @@ def test_what_is_not_contiguous_gives_the_same():
 
 @needs_kernel
 def test_offsets_pass_two_to_the_31():
-    """Before the ninth of these images lie 2.15e9 bytes, more than an int32 counts; pages nobody touches are free."""
+    """Before the ninth of these images lie 2.15e9 bytes, more than an int32 counts; pages nobody
+    touches are free.
+    """
     view = torch.empty(9, 9472, 9472, 3, dtype=torch.uint8, device=DEVICE)
     assert view[8].storage_offset() > 2**31
     last, block = (9472 // 16) ** 2 - 1, case(16)[0][1, :16, :16]
@@ -266,7 +317,9 @@ def test_offsets_pass_two_to_the_31():
 
 @needs_kernel
 def test_every_number_is_written_and_none_beside(monkeypatch):
-    """Outputs are cut from larger arrays of NaN: what a kernel leaves out stays NaN, what it writes beside does not."""
+    """Outputs are cut from larger arrays of NaN: what a kernel leaves out stays NaN, what it writes
+    beside does not.
+    """
     arrays, real, guard = [], torch.empty, 512
 
     def poisoned(*shape, dtype=torch.float32, device=None):
@@ -278,13 +331,21 @@ def test_every_number_is_written_and_none_beside(monkeypatch):
     view, keep, ids = case(14)  # P = 588 in 1024 lanes: there is a tail to be careful with
     pred = torch.randn(*ids.shape, 588).to(DEVICE).requires_grad_()
     monkeypatch.setattr(torch, "empty", poisoned)
-    outputs = [gather(view, keep, 14), gather(view, keep, 14, torch.bfloat16), detail(view, ids, 14)]
+    outputs = [
+        gather(view, keep, 14),
+        gather(view, keep, 14, torch.bfloat16),
+        detail(view, ids, 14),
+    ]
     value, error = loss(pred, view, ids, 14, return_error=True)
     outputs += [value, error, *torch.autograd.grad(value * 3, pred)]
     monkeypatch.undo()
     assert len(arrays) == 5 and all(x.isfinite().all() for x in outputs)
     for whole in arrays:
-        assert whole[:guard].isnan().all() and whole[-guard:].isnan().all() and whole[guard:-guard].isfinite().all()
+        assert (
+            whole[:guard].isnan().all()
+            and whole[-guard:].isnan().all()
+            and whole[guard:-guard].isfinite().all()
+        )
 
 
 def test_the_same_bits_every_time():
@@ -304,14 +365,22 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(view=torch.zeros(3, 16, 16, 3)), "uint8"), (dict(view=torch.zeros(3, 16, 20, 3, dtype=torch.uint8)), "uint8"),
-    (dict(view=torch.zeros(3, 16, 16, 5, dtype=torch.uint8)), "1 to 4"), (dict(patch=5), "do not divide"),
-    (dict(ids=torch.zeros(2, 8, dtype=torch.int64)), "B = 3"), (dict(ids=torch.zeros(3, 8)), "int64"),
-    (dict(ids=torch.full((3, 8), 16)), "ids from 16"), (dict(ids=torch.full((3, 8), -1)), "ids from -1"),
-    (dict(pred=torch.zeros(3, 8, 47)), "pred"), (dict(pred=torch.zeros(3, 8, 48, dtype=torch.int64)), "pred"),
-    (dict(weight=torch.ones(3, 7)), "weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(view=torch.zeros(3, 16, 16, 3)), "uint8"),
+        (dict(view=torch.zeros(3, 16, 20, 3, dtype=torch.uint8)), "uint8"),
+        (dict(view=torch.zeros(3, 16, 16, 5, dtype=torch.uint8)), "1 to 4"),
+        (dict(patch=5), "do not divide"),
+        (dict(ids=torch.zeros(2, 8, dtype=torch.int64)), "B = 3"),
+        (dict(ids=torch.zeros(3, 8)), "int64"),
+        (dict(ids=torch.full((3, 8), 16)), "ids from 16"),
+        (dict(ids=torch.full((3, 8), -1)), "ids from -1"),
+        (dict(pred=torch.zeros(3, 8, 47)), "pred"),
+        (dict(pred=torch.zeros(3, 8, 48, dtype=torch.int64)), "pred"),
+        (dict(weight=torch.ones(3, 7)), "weight"),
+    ],
+)
 def test_what_does_not_fit_is_refused(change, words):
     view, _, ids = case(4)
     if "ids from" in words and GPU:
@@ -322,7 +391,7 @@ def test_what_does_not_fit_is_refused(change, words):
         loss(given["pred"], given["view"], given["ids"], given["patch"], given["weight"])
 
 
-# ---- what torch.compile sees, and who is chosen ----------------------------------------------------------------------
+# ---- what torch.compile sees, and who is chosen --------------------------------------------------
 
 
 def test_opcheck():
@@ -338,13 +407,19 @@ def test_opcheck():
 
 def test_one_graph_under_compile():
     view, keep, ids = case(4)
-    pred = torch.randn(*ids.shape, 48, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    pred = (
+        torch.randn(*ids.shape, 48, generator=torch.Generator().manual_seed(1))
+        .to(DEVICE)
+        .requires_grad_()
+    )
 
     def step(y):
         weight = L.detail_weight(detail(view, ids, 4), 0.1)
         return loss(y, view, ids, 4, weight) * 3 + gather(view, keep, 4).mean()
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")  # graphs as always, no compiler needed
+    compiled = torch.compile(
+        step, fullgraph=True, backend="aot_eager"
+    )  # graphs as always, no compiler needed
     ours, theirs = step(pred), compiled(pred)
     torch.testing.assert_close(theirs, ours)
     torch.testing.assert_close(torch.autograd.grad(theirs, pred), torch.autograd.grad(ours, pred))
@@ -353,7 +428,9 @@ def test_one_graph_under_compile():
 def test_auto_takes_torch_where_there_is_no_gpu(monkeypatch):
     assert [kernels.choose_impl("auto", d)[0] for d in ("cpu", "mps")] == ["torch", "torch"]
     assert kernels.choose_impl("auto", "cpu")[1] == "the PyTorch reference serves cpu"
-    with pytest.raises(ValueError, match="--impl triton: Triton does not run on mps; use --impl torch"):
+    with pytest.raises(
+        ValueError, match="--impl triton: Triton does not run on mps; use --impl torch"
+    ):
         kernels.choose_impl("triton", "mps")
     with pytest.raises(ValueError, match="--impl numpy is unknown"):
         kernels.choose_impl("numpy", "cpu")
@@ -382,11 +459,16 @@ def test_predicted_statistics_learn_the_true_ones():
     assert worst(std, (x.var(2, keepdim=True) + 0.15**2).sqrt()) < 1e-5
     stats = torch.cat([mean, std.log()], 2) - L.visible_stats(view, ids_keep, ids, 8)
     assert L.stats_loss(stats, view, ids_keep, ids, 8) < 1e-9
-    assert L.stats_loss(stats + torch.tensor([0.0, 1.0], device=stats.device), view, ids_keep, ids, 8) > 0.4
+    assert (
+        L.stats_loss(stats + torch.tensor([0.0, 1.0], device=stats.device), view, ids_keep, ids, 8)
+        > 0.4
+    )
 
 
 def test_visible_patches_suggest_the_statistics_of_hidden_ones():
-    """A picture whose light rises from left to right: a hidden patch is guessed from its neighbours, not from all."""
+    """A picture whose light rises from left to right: a hidden patch is guessed from its
+    neighbours, not from all.
+    """
     rise = torch.linspace(0, 255, 64).to(torch.uint8).expand(3, 64, 64).permute(1, 2, 0)
     view = rise[None].contiguous()
     every = torch.arange(64)[None]
@@ -396,7 +478,10 @@ def test_visible_patches_suggest_the_statistics_of_hidden_ones():
     _, (mean, std) = L.targets(view, ids_mask, 8, True)
     truth = torch.cat([mean, std.log()], 2)
     assert (guess - truth)[..., 0].abs().mean() < 0.15 * truth[..., 0].std()
-    loss = lambda stats: L.stats_loss(stats, view, ids_keep, ids_mask, 8)  # noqa: E731
+
+    def loss(stats):
+        return L.stats_loss(stats, view, ids_keep, ids_mask, 8)
+
     assert loss(torch.zeros_like(guess)) < 0.1 * loss(-guess)
     changed = view.clone()
     changed[0, :8, 8:16] = 0  # what is hidden is not looked at

@@ -19,11 +19,15 @@ from export import export
 
 def small_vit(seed=0, **changes):
     torch.manual_seed(seed)
-    return M.ViT(**{"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2} | changes).eval()
+    return M.ViT(
+        **{"image_size": 32, "patch_size": 8, "dim": 64, "depth": 2, "heads": 2} | changes
+    ).eval()
 
 
 def some_view(B=2, S=32):
-    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def adapted(r=4, seed=0, **options):
@@ -37,10 +41,15 @@ def adapted(r=4, seed=0, **options):
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit, view = small_vit(), small_vit(), some_view()
     weights = C.add_lora(vit, 4, dropout=0.1)
-    assert torch.equal(vit.features(view), plain.features(view)) and not vit.blocks[0].attn.qkv.dropout.training
+    assert (
+        torch.equal(vit.features(view), plain.features(view))
+        and not vit.blocks[0].attn.qkv.dropout.training
+    )
     vit.train().features(view).square().mean().backward()
     trained = {name for name, w in vit.named_parameters() if w.grad is not None}
-    assert len(weights) == len(trained) == 2 * 2 * 4 and all(n.endswith((".A", ".B")) for n in trained)
+    assert len(weights) == len(trained) == 2 * 2 * 4 and all(
+        n.endswith((".A", ".B")) for n in trained
+    )
     assert all(w.grad is not None for w in weights)
 
 
@@ -57,7 +66,9 @@ def test_the_fused_layer_does_what_three_adapters_would():
     q = q + 6 / 4 * x @ lora.A[0].T @ lora.B[0].T
     v = v + 6 / 4 * x @ lora.A[1].T @ lora.B[1].T
     torch.testing.assert_close(lora(x), torch.cat([q, k, v], 2))
-    assert set(C.lora_layers(vit)) == {f"blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")}
+    assert set(C.lora_layers(vit)) == {
+        f"blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")
+    }
 
 
 def test_merge_and_unmerge_are_explicit():
@@ -83,7 +94,9 @@ def test_merge_and_unmerge_are_explicit():
 def count(size, rank):
     """-> (parameters that LoRA trains, parameters of the encoder); shapes alone, nothing is filled."""
     with torch.device("meta"):
-        encoder = M.ViT(**{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")})
+        encoder = M.ViT(
+            **{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")}
+        )
     whole = sum(w.numel() for w in encoder.parameters())
     return sum(w.numel() for w in C.add_lora(encoder, rank)), whole
 
@@ -92,7 +105,9 @@ def test_shares_that_the_docs_give():
     text = (ROOT / "docs" / "checkpoints.md").read_text()
     given = dict((size, float(x)) for x, size in re.findall(r"([\d.]+) % of (\w+)'s", text))
     shares = {size: count(size, 8) for size in M.SIZES}
-    assert given == {size: round(100 * trained / whole, 2) for size, (trained, whole) in shares.items()}
+    assert given == {
+        size: round(100 * trained / whole, 2) for size, (trained, whole) in shares.items()
+    }
 
 
 def test_share_of_the_parameters():
@@ -104,9 +119,16 @@ def test_share_of_the_parameters():
     assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.parametrize("options, says", [
-    ({"targets": ("q", "x")}, "'q,x'"), ({"targets": ()}, "targets ''"), ({"r": 0}, "rank 0"), ({"r": 65}, "1 to 64"),
-    ({"dropout": 1.0}, "dropout 1.0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"targets": ("q", "x")}, "'q,x'"),
+        ({"targets": ()}, "targets ''"),
+        ({"r": 0}, "rank 0"),
+        ({"r": 65}, "1 to 64"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+    ],
+)
 def test_bad_options_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         C.add_lora(small_vit(), **options)
@@ -117,7 +139,7 @@ def test_two_adapters_are_refused():
         C.add_lora(adapted())
 
 
-# ---- adapter files, and the `peft` library -------------------------------------------------------------------------
+# ---- adapter files, and the `peft` library -------------------------------------------------------
 
 
 def peft_model(vit, folder):
@@ -127,7 +149,9 @@ def peft_model(vit, folder):
 def made_by_peft(folder, seed=5, **options):
     """An adapter that peft made on our encoder -> its features."""
     torch.manual_seed(seed)
-    net = peft.get_peft_model(small_vit(), peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | options)).eval()
+    net = peft.get_peft_model(
+        small_vit(), peft.LoraConfig(**{"r": 4, "lora_alpha": 10} | options)
+    ).eval()
     for name, weight in net.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -145,20 +169,36 @@ def test_peft_loads_ours_with_the_same_output(tmp_path, targets):
         assert (config["r"], config["lora_alpha"]) == (4, 6)
         assert config["rank_pattern"] == ({"attn.qkv": 4 * len(fused)} if len(fused) > 1 else {})
     net = peft_model(small_vit(), tmp_path)
-    torch.testing.assert_close(net.base_model.model.features(view), vit.features(view), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        net.base_model.model.features(view), vit.features(view), rtol=0, atol=1e-5
+    )
     assert (vit.features(view) - small_vit().features(view)).abs().max() > 0.1
     back = small_vit()
     weights = C.load_adapter(back, tmp_path)
-    assert torch.equal(back.features(view), vit.features(view)) and all(w.requires_grad for w in weights)
+    assert torch.equal(back.features(view), vit.features(view)) and all(
+        w.requires_grad for w in weights
+    )
     pairs = zip(weights, [w for w in vit.parameters() if w.requires_grad], strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)  # q, k and v are apart again: training can go on
+    assert all(
+        torch.equal(a, b) for a, b in pairs
+    )  # q, k and v are apart again: training can go on
 
 
-@pytest.mark.parametrize("options", [
-    {"target_modules": ["qkv"]}, {"target_modules": ["attn.qkv", "attn.proj", "fc1", "fc2"], "use_rslora": True},
-    {"target_modules": r".*\.1\.mlp\.fc[12]"}, {"target_modules": "all-linear"},
-    {"target_modules": ["qkv", "fc1"], "rank_pattern": {"fc1": 2}, "alpha_pattern": {r"blocks\.1\.attn\.qkv": 3}},
-    {"target_modules": ["fc2"], "layers_to_transform": [1], "layers_pattern": "blocks"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["qkv"]},
+        {"target_modules": ["attn.qkv", "attn.proj", "fc1", "fc2"], "use_rslora": True},
+        {"target_modules": r".*\.1\.mlp\.fc[12]"},
+        {"target_modules": "all-linear"},
+        {
+            "target_modules": ["qkv", "fc1"],
+            "rank_pattern": {"fc1": 2},
+            "alpha_pattern": {r"blocks\.1\.attn\.qkv": 3},
+        },
+        {"target_modules": ["fc2"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+    ],
+)
 def test_what_peft_made_loads_here(tmp_path, options):
     expected = made_by_peft(tmp_path / "theirs", **options)
     vit = small_vit()
@@ -166,7 +206,9 @@ def test_what_peft_made_loads_here(tmp_path, options):
     torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-5)
     C.save_adapter(vit, tmp_path / "again", "runs/x")  # and back to peft, whatever its ranks are
     net = peft_model(small_vit(), tmp_path / "again")
-    torch.testing.assert_close(net.base_model.model.features(some_view()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        net.base_model.model.features(some_view()), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
@@ -178,7 +220,9 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
     assert size == 48 and not C.lora_layers(encoder)
-    torch.testing.assert_close(encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5
+    )
     with pytest.raises(UserError, match="holds only an adapter: .* --to merged"):
         export(tmp_path / "run", "timm")
 
@@ -186,7 +230,9 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
 def begun(kind):
     """peft's model on our encoder, its adapter begun in this way."""
     torch.manual_seed(5)
-    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["qkv", "fc1"], init_lora_weights=kind)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=10, target_modules=["qkv", "fc1"], init_lora_weights=kind
+    )
     return peft.get_peft_model(small_vit(), config).eval()
 
 
@@ -195,7 +241,9 @@ def trained(net):
     with torch.no_grad():
         for name, weight in net.named_parameters():
             if "lora_" in name:
-                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+                weight.add_(
+                    torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05
+                )
     return net.base_model.model.features(some_view())
 
 
@@ -205,14 +253,18 @@ def test_an_adapter_that_changed_its_encoder_is_refused_and_can_be_converted(tmp
     net.save_pretrained(tmp_path / "untrained")
     expected = trained(net)
     net.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match=f"init_lora_weights={kind}, .*path_initial_model_for_weight_conversion"):
+    with pytest.raises(
+        UserError, match=f"init_lora_weights={kind}, .*path_initial_model_for_weight_conversion"
+    ):
         C.load_adapter(small_vit(), tmp_path / "theirs")
     config = tmp_path / "theirs" / "adapter_config.json"  # what it would give if it were believed
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": True}))
     vit = small_vit()
     C.load_adapter(vit, tmp_path / "theirs")
     assert (vit.features(some_view()) - expected).norm() > 0.05 * expected.norm()
-    net.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "untrained"))
+    net.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "untrained")
+    )
     C.load_adapter(vit := small_vit(), tmp_path / "converted")
     torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-4)
 
@@ -229,16 +281,25 @@ def test_an_adapter_that_left_its_encoder_alone_loads(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["corda", "loftq", "lora_ga", "unheard_of"])
 def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path, kind):
     C.save_adapter(adapted(), tmp_path, "runs/x")
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": kind}
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
+        "init_lora_weights": kind
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"init_lora_weights={kind}"):
         C.load_adapter(small_vit(), tmp_path)
 
 
-@pytest.mark.parametrize("other, says", [
-    ({"dim": 128}, r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) against rank 4 and a layer of 128 to 128"),
-    ({"depth": 1}, "blocks.1.attn.proj, blocks.1.attn.qkv, .*encoder of 1 blocks"),
-    ({"seed": 7}, "is for runs/x, fingerprint")])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, says",
+    [
+        (
+            {"dim": 128},
+            r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) against rank 4 and a layer of 128 to 128",
+        ),
+        ({"depth": 1}, "blocks.1.attn.proj, blocks.1.attn.qkv, .*encoder of 1 blocks"),
+        ({"seed": 7}, "is for runs/x, fingerprint"),
+    ],
+)
 def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
     C.save_adapter(adapted(), tmp_path, "runs/x")
     vit = small_vit(**other)
@@ -247,9 +308,16 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
     assert not C.lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"r": 8}, "against rank 8"), ({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"),
-    ({"bias": "all"}, "bias=all"), ({"modules_to_save": ["norm"]}, "modules_to_save")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"r": 8}, "against rank 8"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias=all"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+    ],
+)
 def test_adapters_of_another_rank_or_kind_are_refused(tmp_path, change, says):
     C.save_adapter(adapted(), tmp_path, "runs/x")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -266,7 +334,8 @@ def test_adapter_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="adapter_model.safetensors is not a whole"):
         C.load_adapter(small_vit(), tmp_path)
     save_file(
-        {"base_model.model.vit.layer.0.lora_A.weight": torch.zeros(4, 64)}, tmp_path / "adapter_model.safetensors"
+        {"base_model.model.vit.layer.0.lora_A.weight": torch.zeros(4, 64)},
+        tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(UserError, match="missing: .*lora_B.weight"):
         C.load_adapter(small_vit(), tmp_path)

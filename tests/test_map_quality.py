@@ -32,29 +32,39 @@ def test_iou_is_the_jaccard_score(seed):
     assert metrics.iou(found & False, true & False) == 1.0
 
 
-# ---- composites -----------------------------------------------------------------------------------------------------
+# ---- composites ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def portraits(tmp_path_factory):
-    """A zip like that of the portraits: two identities, disks on transparent ground, wider than high."""
+    """A zip like that of the portraits: two identities, disks on transparent ground, wider than
+    high.
+    """
     path = tmp_path_factory.mktemp("zip") / "portraits.zip"
     y, x = np.mgrid[-1:1:40j, -1.5:1.5:60j]
     with zipfile.ZipFile(path, "w") as archive:
         for person in ("anna", "berta"):
             for k in range(4):
                 inside = (x - 0.1 * k) ** 2 + y**2 < 0.7
-                rgba = np.dstack([np.full(x.shape, c) for c in (200, 60 * k, 40)] + [255 * inside]).astype(np.uint8)
+                rgba = np.dstack(
+                    [np.full(x.shape, c) for c in (200, 60 * k, 40)] + [255 * inside]
+                ).astype(np.uint8)
                 with archive.open(f"{person}/{k}.webp", "w") as f:
                     Image.fromarray(rgba).save(f, "WEBP", lossless=True)
     return path
 
 
 def test_portraits_are_halved_by_identity_and_framed(portraits):
-    whole, close = (map_quality.portraits(portraits, framing, half=1, side=32) for framing in map_quality.FRAMINGS)
+    whole, close = (
+        map_quality.portraits(portraits, framing, half=1, side=32)
+        for framing in map_quality.FRAMINGS
+    )
     assert whole.shape == close.shape == (4, 32, 32, 4)
     assert (whole[:, :10, :, 3] == 0).all()  # 60 x 40 stands on the lower edge, 21 rows high
-    assert whole[:, -8:, :, 3].max() == 255 and (close[..., 3] > 0).float().mean() > (whole[..., 3] > 0).float().mean()
+    assert (
+        whole[:, -8:, :, 3].max() == 255
+        and (close[..., 3] > 0).float().mean() > (whole[..., 3] > 0).float().mean()
+    )
 
 
 @pytest.mark.parametrize("ground", map_quality.BACKGROUNDS)
@@ -69,7 +79,7 @@ def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
     assert torch.equal(images, map_quality.composite(rgba, ground)[0])
 
 
-# ---- the script -----------------------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 
 def test_measures_of_a_perfect_map_and_of_its_opposite():
@@ -87,14 +97,20 @@ def test_the_main_part_is_the_one_that_covers_most():
 
 def test_rows_of_figure_and_parts(portraits, run):
     drawn = [toon.draw(item, 64) for item in toon.plan(n=4, characters=2)]
-    stacked = {k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")}
+    stacked = {
+        k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")
+    }
     encoder, size = map_quality.load_teacher(run)
     figure = stacked["fg"] / 255
     rows, found = map_quality.measure_foreground("toon", stacked["image"], figure, encoder, size)
-    assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0]["auc_gain"] == 0
+    assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0][
+        "auc_gain"
+    ] == 0
     assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
     assert found["refined"].shape == (4, maps.GRID, maps.GRID)
-    rows += map_quality.measure_parts("toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3)
+    rows += map_quality.measure_parts(
+        "toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3
+    )
     assert all(-0.5 <= row["ari"] <= 1 for row in rows[3:]) and len(rows) == 7
     assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
 
@@ -104,7 +120,9 @@ def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
     with pytest.raises(UserError) as told:
         ask(monkeypatch, "--run", run, "--data", small, "--portraits", "none", "--out", out)
     line = str(told.value)
-    assert "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
+    assert (
+        "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
+    )
     with pytest.raises(UserError, match="--portraits none"):
         map_quality.portraits(tmp_path / "none.zip", "whole")
 
@@ -114,35 +132,50 @@ def ask(monkeypatch, *words):
     map_quality.main()
 
 
-def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(run, portraits, tmp_path, monkeypatch):
+def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
+    run, portraits, tmp_path, monkeypatch
+):
     drawn = [toon.draw(item, 32) for item in toon.plan(n=4, characters=2)]
-    images, fg, parts = (torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts"))
+    images, fg, parts = (
+        torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")
+    )
     monkeypatch.setattr(map_quality.data, "open_or_pack", lambda path: path)
     monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
     monkeypatch.setattr(map_quality, "BACKGROUNDS", ("flat",))
     monkeypatch.chdir(tmp_path)
     ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", portraits)
     rows = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
-    assert {r["set"] for r in rows} == {"toon val", "portraits whole, flat", "portraits close, flat"}
+    assert {r["set"] for r in rows} == {
+        "toon val",
+        "portraits whole, flat",
+        "portraits close, flat",
+    }
     ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", "--figure", "sheet.png")
     again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
     assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
     (tmp_path / "README.md").write_text("# mine\n\nwords\n")
-    for words, says in ((["--figure", "sheet.png"], "sheet.png is there already; --force"),
-                        (["--figure", "sheet.txt"], "sheet.txt is drawn as"), (["--force"], "--force is for --figure"),
-                        (["--out", "README.md"], "README.md is there already, and no such table"),
-                        (["--out", "README.md/t.csv"], "README.md is a file")):  # fmt: skip
+    for words, says in (
+        (["--figure", "sheet.png"], "sheet.png is there already; --force"),
+        (["--figure", "sheet.txt"], "sheet.txt is drawn as"),
+        (["--force"], "--force is for --figure"),
+        (["--out", "README.md"], "README.md is there already, and no such table"),
+        (["--out", "README.md/t.csv"], "README.md is a file"),
+    ):
         with pytest.raises(UserError, match=says):
             ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", *words)
     assert (tmp_path / "README.md").read_text() == "# mine\n\nwords\n"
 
 
 def test_the_committed_figures_say_what_is_claimed():
-    """Coarse reaches .90 wherever a figure leaves some border free; refined gains; parts beat colours."""
+    """Coarse reaches .90 wherever a figure leaves some border free; refined gains; parts beat
+    colours.
+    """
     with open(ROOT / "results" / "truth.csv", newline="") as f:
         rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
     figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
-    assert {key[1] for key in figures} >= {f"portraits whole, {g}" for g in map_quality.BACKGROUNDS} | {"toon val"}
+    assert {key[1] for key in figures} >= {
+        f"portraits whole, {g}" for g in map_quality.BACKGROUNDS
+    } | {"toon val"}
     for run, name, _ in figures:
         coarse, refined = (rows[run, name, kind] for kind in ("coarse", "refined"))
         assert float(coarse["auc"]) >= 0.9 and float(refined["auc"]) > float(coarse["auc"])

@@ -30,7 +30,9 @@ def drawn(n=12, side=64, seed=0):
     ground = colour[0] + 0.25 * (colour[1] - 0.5) * x[..., None]
     texture = 0.03 * torch.randn(n, side, side, 3, generator=g)
     away = (colour[0] + 0.5) % 1  # a colour that is not the ground's
-    return (255 * (torch.where(figure[..., None], away, ground) + texture).clamp(0, 1)).byte(), figure
+    return (
+        255 * (torch.where(figure[..., None], away, ground) + texture).clamp(0, 1)
+    ).byte(), figure
 
 
 def here(*words):
@@ -50,7 +52,7 @@ def made(small, run, tmp_path_factory):
     return out
 
 
-# ---- the algorithms -------------------------------------------------------------------------------------------------
+# ---- the algorithms ------------------------------------------------------------------------------
 
 
 def test_coarse_finds_drawn_figures():
@@ -86,7 +88,9 @@ def test_geodesic_distance_goes_around_a_wall_and_is_free_on_flat_ground():
     assert maps.geodesic(closed)[0, left, right] == 2 * (50 - maps.NOISE)
     distance = maps.geodesic(torch.rand(2, 5, 5, 3, generator=seeded(1)) * 40)
     assert torch.equal(distance, distance.transpose(1, 2))
-    assert (distance[:, :, :, None] + distance[:, None] >= distance[:, :, None].transpose(2, 3) - 1e-3).all()
+    assert (
+        distance[:, :, :, None] + distance[:, None] >= distance[:, :, None].transpose(2, 3) - 1e-3
+    ).all()
 
 
 def test_the_border_leaves_out_the_lower_edge():
@@ -105,14 +109,23 @@ def test_the_cut_separates_two_groups_that_differ_a_little():
 
 
 def test_refined_follows_features_where_colours_say_nothing():
-    """A picture of one colour: the coarse map has nothing but the centre to go by; the features know better."""
+    """A picture of one colour: the coarse map has nothing but the centre to go by; the features
+    know better.
+    """
     _, figure = drawn(8)
-    images, true = torch.full((8, 64, 64, 3), 90, dtype=torch.uint8), maps.to_patches(figure, 8) > 0.5
+    images, true = (
+        torch.full((8, 64, 64, 3), 90, dtype=torch.uint8),
+        maps.to_patches(figure, 8) > 0.5,
+    )
     g = seeded(0)
-    tokens = 0.3 * torch.randn(8, 64, 16, generator=g) + true[..., None] * torch.randn(16, generator=g)
+    tokens = 0.3 * torch.randn(8, 64, 16, generator=g) + true[..., None] * torch.randn(
+        16, generator=g
+    )
     both = (maps.coarse(images), maps.refined(images, tokens, torch.zeros(64, 16)))
     found = [maps.to_patches(m, 8) for m in both]
-    coarse, refined = (np.mean([metrics.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found)
+    coarse, refined = (
+        np.mean([metrics.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found
+    )
     assert refined > coarse + 0.02 and refined > 0.97
 
 
@@ -135,29 +148,41 @@ def test_kmeans_of_fewer_kinds_of_points_than_centres():
 
 
 def test_parts_are_those_of_the_figure_only():
-    tokens, figure = torch.randn(3, 16, 4, generator=seeded(0)), torch.zeros(3, 16, dtype=torch.bool)
+    tokens, figure = (
+        torch.randn(3, 16, 4, generator=seeded(0)),
+        torch.zeros(3, 16, dtype=torch.bool),
+    )
     figure[0] = True
     figure[1, 3] = True  # and the third picture has no figure at all
     parts = maps.parts_of(tokens, figure, tokens.mean(0), torch.randn(5, 4, generator=seeded(1)))
     assert parts.dtype == torch.uint8 and torch.equal(parts > 0, figure) and parts.max() <= 5
 
 
-# ---- the files ------------------------------------------------------------------------------------------------------
+# ---- the files -----------------------------------------------------------------------------------
 
 
 def test_files_hold_what_the_docstring_says(small, run, made):
     train = data.open_split(small, "train")
     n = len(train["images"])
-    expected = {"saliency": ((n, 32, 32), np.uint8), "attn": ((n, 4, 4), np.float16), "parts": ((n, 4, 4), np.uint8)}
+    expected = {
+        "saliency": ((n, 32, 32), np.uint8),
+        "attn": ((n, 4, 4), np.float16),
+        "parts": ((n, 4, 4), np.uint8),
+    }
     assert {p.name for p in made.iterdir()} == {f"{m}.safetensors" for m in expected} | {
-        f"sheet-{m}.png" for m in expected}  # fmt: skip
+        f"sheet-{m}.png" for m in expected
+    }
     for name, (shape, dtype) in expected.items():
         found = data.open_map(made, name, train)
         assert found.shape == shape and found.dtype == dtype
         with safe_open(made / f"{name}.safetensors", "pt") as f:  # as anybody else reads it
             about = json.loads(f.metadata()["animask"])
         assert about["map"] == name and about["grid"] == shape[1] and about["images"] == n
-        assert about["data_digest"] == data.fingerprint(train) and about["split"] == "train" and about["commit"]
+        assert (
+            about["data_digest"] == data.fingerprint(train)
+            and about["split"] == "train"
+            and about["commit"]
+        )
         assert about["by"] == ("" if name == "saliency" else str(run))
     assert data.open_tensors(made / "parts.safetensors")["header"]["parts"] == 3
     assert data.open_map(made, "parts", train).max() <= 3
@@ -169,9 +194,13 @@ def test_files_hold_what_the_docstring_says(small, run, made):
 def test_same_command_same_bytes(small, run, made, tmp_path):
     here("--data", small, "--map", "saliency", "--out", tmp_path)
     words = ("--map", "parts", "--parts", 3, "--run", run)
-    stage("maps.py", "--data", small, *words, "--out", tmp_path, cwd=tmp_path, check=0)  # in a process of its own
+    stage(
+        "maps.py", "--data", small, *words, "--out", tmp_path, cwd=tmp_path, check=0
+    )  # in a process of its own
     for name in ("saliency", "parts"):
-        assert (tmp_path / f"{name}.safetensors").read_bytes() == (made / f"{name}.safetensors").read_bytes()
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == (
+            made / f"{name}.safetensors"
+        ).read_bytes()
 
 
 def test_rows_are_in_the_order_of_the_images(small, made):
@@ -185,14 +214,20 @@ def test_refined_and_received_and_another_split(small, run, tmp_path):
     here("--map", "saliency", "--quality", "refined", *out)
     here("--map", "attn", "--source", "received", *out)
     val = data.open_split(small, "val")
-    assert data.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (len(val["images"]), 32, 32)
+    assert data.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (
+        len(val["images"]),
+        32,
+        32,
+    )
     assert data.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "received"
     with pytest.raises(UserError, match="--map saliency --out"):  # val's maps are not train's
         data.open_map(tmp_path, "saliency", data.open_split(small, "train"))
 
 
 def test_views_are_cut_in_full_precision(small, run, tmp_path, monkeypatch):
-    """A machine with bf16 must see the same views: only the encoder's forward pass runs under autocast."""
+    """A machine with bf16 must see the same views: only the encoder's forward pass runs under
+    autocast.
+    """
     views, forward = [], []
 
     def watched(real, seen):
@@ -201,7 +236,20 @@ def test_views_are_cut_in_full_precision(small, run, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "view_images", watched(data.view_images, views))
     monkeypatch.setattr(model.Block, "forward", watched(model.Block.forward, forward))
     for words in (("attn",), ("parts", "--parts", 3), ("saliency", "--quality", "refined")):
-        here("--data", small, "--map", *words, "--run", run, "--out", tmp_path, "--dtype", "bf16", "--device", "cpu")
+        here(
+            "--data",
+            small,
+            "--map",
+            *words,
+            "--run",
+            run,
+            "--out",
+            tmp_path,
+            "--dtype",
+            "bf16",
+            "--device",
+            "cpu",
+        )
     assert views and forward and not any(views) and all(forward)
 
 
@@ -210,12 +258,18 @@ def test_a_hot_cell_follows_crop_and_flip():
     hot = torch.zeros(1, 32, 32, dtype=torch.uint8)
     hot[0, 8:12, 20:24] = 255
     for flip in (False, True):
-        view = data.view_maps(hot, torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([flip]), 8)[0]
-        rows, columns = torch.where(view > 0.7 * view.max())  # the crop begins at row 8 and column 16 of the map
-        assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == ({4, 5} if flip else {2, 3})
+        view = data.view_maps(hot, torch.tensor([[0.25, 0.5, 0.5, 0.5]]), torch.tensor([flip]), 8)[
+            0
+        ]
+        rows, columns = torch.where(
+            view > 0.7 * view.max()
+        )  # the crop begins at row 8 and column 16 of the map
+        assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == (
+            {4, 5} if flip else {2, 3}
+        )
 
 
-# ---- the lines that are printed -----------------------------------------------------------------------------------
+# ---- the lines that are printed ------------------------------------------------------------------
 
 
 def next_command(text):
@@ -228,18 +282,27 @@ def next_command(text):
 def test_the_next_command_finds_these_maps(small, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     attn = ("--map", "attn", "--run", run)
-    for words, flags in ((("--map", "saliency"), ["--mask", "fg_heavy"]),
-                         (("--map", "saliency", "--out", "my maps"), ["--mask", "fg_heavy", "--maps", "my maps"]),
-                         (attn, ["--mask", "attn_high", "--teacher", "maps"]),
-                         ((*attn, "--out", "else"), ["--mask", "attn_high", "--teacher", "maps", "--maps", "else"])):
+    for words, flags in (
+        (("--map", "saliency"), ["--mask", "fg_heavy"]),
+        (("--map", "saliency", "--out", "my maps"), ["--mask", "fg_heavy", "--maps", "my maps"]),
+        (attn, ["--mask", "attn_high", "--teacher", "maps"]),
+        ((*attn, "--out", "else"), ["--mask", "attn_high", "--teacher", "maps", "--maps", "else"]),
+    ):
         here("--data", small, *words)
         found = next_command(capsys.readouterr().out)
         assert found == ["--data", str(small), *flags]
-        need, where = maps.NEEDED_AS[words[1]], dict(zip(found, found[1:], strict=False)).get("--maps", "auto")
-        assert guidance.open_maps(need, where, small, data.open_split(small, "train"))[0] is not None
+        need, where = (
+            maps.NEEDED_AS[words[1]],
+            dict(zip(found, found[1:], strict=False)).get("--maps", "auto"),
+        )
+        assert (
+            guidance.open_maps(need, where, small, data.open_split(small, "train"))[0] is not None
+        )
     here("--data", small, "--map", "saliency", "--split", "val")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert "maps of val are to look at" in line and line.endswith(f"maps.py --data {small} --map saliency")
+    assert "maps of val are to look at" in line and line.endswith(
+        f"maps.py --data {small} --map saliency"
+    )
 
 
 def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
@@ -253,10 +316,16 @@ def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
     auc = metrics.auc(rows.flatten().float(), true.flatten())
     assert f"true has exact foreground masks: this estimate has an AUC of {auc:.2f}" in text
     assert next_command(text) == ["--data", "true", "--mask", "fg_heavy", "--maps", "maps/true"]
-    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")  # the exact ones
+    assert guidance.open_maps("fg", "auto", "true", train)[2].startswith(
+        "the true"
+    )  # the exact ones
     here("--data", "true", "--map", "parts", "--parts", 3, "--run", run, "--quality", "coarse")
     text = capsys.readouterr().out
-    assert "3 clusters of the encoder's features" in text and "without names" in text and "by colours alone" in text
+    assert (
+        "3 clusters of the encoder's features" in text
+        and "without names" in text
+        and "by colours alone" in text
+    )
     assert next_command(text)[-2:] == ["--maps", "maps/true"]
 
 
@@ -273,7 +342,7 @@ def test_force_replaces_maps(small, tmp_path):
     assert (tmp_path / "sheet-saliency.png").read_bytes() != b"old"
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_what_maps_refuses(small, run, made, tmp_path):
@@ -282,13 +351,19 @@ def test_what_maps_refuses(small, run, made, tmp_path):
             here("--data", small, "--out", tmp_path, *words)
         return str(problem.value)
 
-    assert "--run runs/NAME" in refused(call("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=ROOT))
+    assert "--run runs/NAME" in refused(
+        call("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=ROOT)
+    )
     assert "--run runs/NAME" in no("--map", "saliency", "--quality", "refined")
     assert "--parts 17" in no("--map", "parts", "--run", run, "--parts", 17)
     assert "--parts 0" in no("--map", "parts", "--run", run, "--parts", 0)
     assert "--source" in no("--map", "saliency", "--source", "cls")
     assert "--run" in no("--map", "saliency", "--run", run)
-    for words, flag in ((("--dtype", "fp32"), "dtype"), (("--parts", 3), "parts"), (("--source", "cls"), "source")):
+    for words, flag in (
+        (("--dtype", "fp32"), "dtype"),
+        (("--parts", 3), "parts"),
+        (("--source", "cls"), "source"),
+    ):
         assert no("--map", "saliency", *words).startswith(f"--{flag} {words[1]} is for")
     assert "--quality coarse is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
@@ -304,16 +379,38 @@ def test_what_open_map_refuses(small, made, tmp_path):
     n, about = len(train["images"]), data.open_tensors(made / "saliency.safetensors")["header"]
 
     def write(name, shape, header):
-        data.write_maps(tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header)
+        data.write_maps(
+            tmp_path / name, "saliency", [np.zeros(shape, np.uint8)], shape, "U8", header
+        )
         return tmp_path / name
 
     for path, split, kind, words in (
-        (tmp_path / "none", train, "attn", ("no attn maps", f"python maps.py --data {small} --map attn")),
-        (made / "saliency.safetensors", train, "parts", ("maps of saliency, not of parts", "--map parts")),
+        (
+            tmp_path / "none",
+            train,
+            "attn",
+            ("no attn maps", f"python maps.py --data {small} --map attn"),
+        ),
+        (
+            made / "saliency.safetensors",
+            train,
+            "parts",
+            ("maps of saliency, not of parts", "--map parts"),
+        ),
         (made / "saliency.safetensors", val, "saliency", ("another data set", "--split val")),
         (small / "train.safetensors", train, "saliency", ("not of saliency", "--out OTHER")),
-        (write("few.safetensors", (n - 1, 32, 32), about), train, "saliency", ("shape", str((n, 32, 32)))),
-        (write("fine.safetensors", (n, 8, 8), about), train, "saliency", ("shape", str((n, 32, 32)))),
+        (
+            write("few.safetensors", (n - 1, 32, 32), about),
+            train,
+            "saliency",
+            ("shape", str((n, 32, 32))),
+        ),
+        (
+            write("fine.safetensors", (n, 8, 8), about),
+            train,
+            "saliency",
+            ("shape", str((n, 32, 32))),
+        ),
     ):
         with pytest.raises(UserError) as problem:
             data.open_map(path, kind, split)
@@ -324,19 +421,26 @@ def test_what_open_map_refuses(small, made, tmp_path):
         data.open_map(tmp_path / "cut.safetensors", "saliency", train)
 
 
-# ---- sheets ---------------------------------------------------------------------------------------------------------
+# ---- sheets --------------------------------------------------------------------------------------
 
 
 def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     golden.write_packed(tmp_path / "true", 32, (("train", 8), ("val", 4)))
     shown = {}
-    monkeypatch.setattr(plots, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns))
+    monkeypatch.setattr(
+        plots, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns)
+    )
     words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
     here("--data", tmp_path / "true", *words)
-    (tmp_path / "pictures" / f"strategies-{run.name}-val.png").touch()  # drawn by the run's name; another's is left
+    (
+        tmp_path / "pictures" / f"strategies-{run.name}-val.png"
+    ).touch()  # drawn by the run's name; another's is left
     with pytest.raises(UserError, match=f"strategies-{run.name}-val.png is there already"):
         here("--data", tmp_path / "true", *words)
-    assert list(shown) == list(masking.STRATEGIES)[:6] + ["attn_high\nshuffle=1", *list(masking.STRATEGIES)[6:]]
+    assert list(shown) == list(masking.STRATEGIES)[:6] + [
+        "attn_high\nshuffle=1",
+        *list(masking.STRATEGIES)[6:],
+    ]
     assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
     assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
     with pytest.raises(UserError, match="needs true parts"):

@@ -20,7 +20,10 @@ def patches_of(B, N, M, seed=1, parts=5):
     attn = torch.rand(B, N, generator=draw) ** 4 + 1e-4
     known = {name: torch.rand(B, N, generator=draw) for name in ("fg", "detail", "difficulty")}
     shares = torch.rand(B, N, parts, generator=draw)
-    known |= {"attn": attn / attn.sum(1, keepdim=True), "parts": shares / shares.sum(2, keepdim=True)}
+    known |= {
+        "attn": attn / attn.sum(1, keepdim=True),
+        "parts": shares / shares.sum(2, keepdim=True),
+    }
     return known | {"masked": M}
 
 
@@ -32,7 +35,8 @@ def hidden(priority, M):
 
 @pytest.mark.parametrize("name", masking.STRATEGIES)
 @pytest.mark.parametrize(
-    "N, ratio", [(N, r) for N in (4, 49, 144, 196) for r in (0.3, 0.5, 0.75, 0.9) if (N, r) != (4, 0.9)]
+    "N, ratio",
+    [(N, r) for N in (4, 49, 144, 196) for r in (0.3, 0.5, 0.75, 0.9) if (N, r) != (4, 0.9)],
 )
 def test_every_strategy_hides_exactly_as_many(name, N, ratio):
     K = masking.kept(N, ratio)
@@ -40,7 +44,12 @@ def test_every_strategy_hides_exactly_as_many(name, N, ratio):
         priority = masking.STRATEGIES[name](patches_of(5, N, N - K), noise_of(5, N), t)
         assert not priority.isnan().any()
         keep, hide = masking.sample(priority, K)
-        assert keep.shape == (5, K) and hide.shape == (5, N - K) and keep.is_contiguous() and hide.is_contiguous()
+        assert (
+            keep.shape == (5, K)
+            and hide.shape == (5, N - K)
+            and keep.is_contiguous()
+            and hide.is_contiguous()
+        )
         assert torch.equal(torch.cat([keep, hide], 1).sort(1).values, torch.arange(N).expand(5, N))
 
 
@@ -51,7 +60,9 @@ def test_before_guidance_starts_a_strategy_is_random_bit_for_bit(name):
     assert torch.equal(strategy(patches_of(4, 36, 27), noise, 0.05), noise)
 
 
-@pytest.mark.parametrize("name", [name for name in SOFT if name != "attn_hint"])  # a hint shows some in any case
+@pytest.mark.parametrize(
+    "name", [name for name in SOFT if name != "attn_hint"]
+)  # a hint shows some in any case
 def test_beta_0_is_random_bit_for_bit(name):
     noise = noise_of(4, 36)
     assert torch.equal(masking.STRATEGIES[name](patches_of(4, 36, 27), noise, 1.0, beta=0.0), noise)
@@ -63,7 +74,10 @@ def test_beta_infinite_is_top_k():
     for name, expected in (("attn_high", order[:, :48]), ("attn_low", order[:, -48:])):
         _, hide = masking.sample(masking.STRATEGIES[name](patches, noise, 1.0, beta=INF), 16)
         assert torch.equal(hide.sort(1).values, expected.sort(1).values)
-    for name, key in (("detail", "detail"), ("learned", "difficulty")):  # the lowest first, the highest at the end
+    for name, key in (
+        ("detail", "detail"),
+        ("learned", "difficulty"),
+    ):  # the lowest first, the highest at the end
         for t, largest in ((0.2, False), (1.0, True)):
             _, hide = masking.sample(masking.STRATEGIES[name](patches, noise, t, beta=INF), 16)
             expected = patches[key].topk(48, largest=largest).indices
@@ -104,9 +118,17 @@ def test_hint_shows_a_tenth_of_what_would_be_hidden_first():
         assert len(set(a) - set(b)) == 15  # a fifth of 75
 
 
-@pytest.mark.parametrize("text, says", [
-    ("attn_hihg", "did you mean attn_high"), ("zzz", "there are: random"), ("attn_high:betta=2", "it has: beta, start"),
-    ("attn_high:beta=x", "not a number"), ("attn_high:beta=-1", "0 or more"), ("random:beta=1", "none")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("attn_hihg", "did you mean attn_high"),
+        ("zzz", "there are: random"),
+        ("attn_high:betta=2", "it has: beta, start"),
+        ("attn_high:beta=x", "not a number"),
+        ("attn_high:beta=-1", "0 or more"),
+        ("random:beta=1", "none"),
+    ],
+)
 def test_bad_names_and_parameters(text, says):
     with pytest.raises(ValueError, match=says):
         masking.parse_mask(text)
@@ -114,11 +136,17 @@ def test_bad_names_and_parameters(text, says):
 
 def test_good_names_and_parameters():
     assert masking.parse_mask("random") == ("random", {})
-    assert masking.parse_mask("attn_hint:beta=2,hint=.1") == ("attn_hint", {"beta": 2.0, "hint": 0.1})
+    assert masking.parse_mask("attn_hint:beta=2,hint=.1") == (
+        "attn_hint",
+        {"beta": 2.0, "hint": 0.1},
+    )
 
 
 def test_ratio():
-    assert masking.parse_ratio("0.75") == (0.75, 0.75) and masking.parse_ratio(".5:.9") == (0.5, 0.9)
+    assert masking.parse_ratio("0.75") == (0.75, 0.75) and masking.parse_ratio(".5:.9") == (
+        0.5,
+        0.9,
+    )
     for bad in ("0", "1", "-.5", "x", ".5:", ".5:.6:.7", "1.5"):
         with pytest.raises(ValueError, match="--ratio"):
             masking.parse_ratio(bad)
@@ -128,7 +156,7 @@ def test_ratio():
             masking.kept(N, ratio)
 
 
-# ---- figure and ground: quotas -------------------------------------------------------------------------------------
+# ---- figure and ground: quotas -------------------------------------------------------------------
 
 
 def figures(N, sizes):
@@ -141,7 +169,9 @@ def figures(N, sizes):
 def test_quotas_hold_for_empty_tiny_and_full_figures(name, side, M):
     sizes = [0, 1, 2, 10, 30, 50, 70, 90, 98, 99, 100]
     fg = figures(100, sizes)
-    hide = hidden(masking.STRATEGIES[name]({"fg": fg, "masked": M}, noise_of(len(sizes), 100), 0.5), M)
+    hide = hidden(
+        masking.STRATEGIES[name]({"fg": fg, "masked": M}, noise_of(len(sizes), 100), 0.5), M
+    )
     for size, row, mask in zip(sizes, fg, hide, strict=True):
         a = size if side else 100 - size  # of the side that is hidden first
         b = 100 - a
@@ -155,19 +185,30 @@ def test_quotas_hold_for_empty_tiny_and_full_figures(name, side, M):
 
 def test_a_quota_takes_the_share_it_is_given():
     fg = figures(100, [40] * 50)
-    for share, n in ((0.25, 15), (0.5, 20), (0.75, 30), (1, 39)):  # .25: the ground holds 59, so 16 must come from here
-        hide = hidden(masking.fg_heavy({"fg": fg, "masked": 75}, noise_of(50, 100), 0.0, share=share), 75)
+    for share, n in (
+        (0.25, 15),
+        (0.5, 20),
+        (0.75, 30),
+        (1, 39),
+    ):  # .25: the ground holds 59, so 16 must come from here
+        hide = hidden(
+            masking.fg_heavy({"fg": fg, "masked": 75}, noise_of(50, 100), 0.0, share=share), 75
+        )
         assert ((hide & (fg == 1)).sum(1) == max(n, 16)).all()
 
 
 def test_within_a_side_chance_decides():
     fg = figures(100, [50]).expand(2000, -1)
-    often = hidden(masking.fg_heavy({"fg": fg, "masked": 75}, noise_of(2000, 100), 0.5), 75).float().mean(0)
+    often = (
+        hidden(masking.fg_heavy({"fg": fg, "masked": 75}, noise_of(2000, 100), 0.5), 75)
+        .float()
+        .mean(0)
+    )
     for side, expected in ((1, 0.9), (0, 0.6)):
         assert (often[fg[0] == side] - expected).abs().max() < 0.05
 
 
-# ---- parts: from a portion of each to whole ones -------------------------------------------------------------------
+# ---- parts: from a portion of each to whole ones -------------------------------------------------
 
 
 def part_map(N, sizes, images):
@@ -183,49 +224,70 @@ def test_parts_are_hidden_in_portions_first_and_whole_at_the_end():
     patches, noise = {"parts": shares, "masked": 75}, noise_of(64, 100)
     masks = {t: hidden(masking.parts(patches, noise, t), 75).float() for t in (0, 1)}
     found = {t: torch.einsum("bn,bnp->bp", m, shares) for t, m in masks.items()}
-    assert (found[0] - 0.75 * torch.tensor(sizes)).abs().max() <= 1  # as exact as whole patches allow
+    assert (
+        found[0] - 0.75 * torch.tensor(sizes)
+    ).abs().max() <= 1  # as exact as whole patches allow
     area = torch.tensor(sizes).float()
     touched = (found[1] > 0) & (found[1] < area)
-    assert (touched.sum(1) <= 1).all() and (found[1].sum(1) == 75).all()  # at most one part is cut in two
+    assert (touched.sum(1) <= 1).all() and (
+        found[1].sum(1) == 75
+    ).all()  # at most one part is cut in two
 
 
 def test_the_curriculum_can_be_off():
     patches, noise = {"parts": part_map(64, [32, 16, 16], 8), "masked": 48}, noise_of(8, 64)
     still = [masking.parts(patches, noise, t, whole=0.5) for t in (0.0, 0.7)]
     assert torch.equal(*still)
-    assert torch.equal(masking.parts(patches, noise, 1.0), masking.parts(patches, noise, 0.3, whole=1.0))
+    assert torch.equal(
+        masking.parts(patches, noise, 1.0), masking.parts(patches, noise, 0.3, whole=1.0)
+    )
     halfway = math.sqrt(0.5)
     torch.testing.assert_close(masking.parts(patches, noise, halfway), still[0])
 
 
-# ---- masks without a map -------------------------------------------------------------------------------------------
+# ---- masks without a map -------------------------------------------------------------------------
 
 
 def neighbours_alike(mask, g):
-    """Share of horizontally and vertically neighbouring patches that are both hidden or both visible."""
+    """Share of horizontally and vertically neighbouring patches that are both hidden or both
+    visible.
+    """
     m = mask.unflatten(1, (g, g))
-    return torch.cat([(m[:, 1:] == m[:, :-1]).flatten(), (m[:, :, 1:] == m[:, :, :-1]).flatten()]).float().mean().item()
+    return (
+        torch.cat([(m[:, 1:] == m[:, :-1]).flatten(), (m[:, :, 1:] == m[:, :, :-1]).flatten()])
+        .float()
+        .mean()
+        .item()
+    )
 
 
 def test_blocks_and_green_noise_are_smoother_than_random_and_a_grid_is_regular():
     noise, alike = noise_of(200, 144), {}
     for name in ("random", "block", "green", "grid"):
-        alike[name] = neighbours_alike(hidden(masking.STRATEGIES[name]({"masked": 72}, noise, 0.5), 72), 12)
+        alike[name] = neighbours_alike(
+            hidden(masking.STRATEGIES[name]({"masked": 72}, noise, 0.5), 72), 12
+        )
     assert alike["random"] == pytest.approx(0.5, abs=0.02)
     assert alike["block"] > 0.8 > alike["green"] > 0.65
     grid = hidden(masking.grid({"masked": 108}, noise, 0.5), 108).unflatten(1, (6, 2, 6, 2))
     assert (grid.sum((2, 4)) == 3).all() and ((~grid).flatten(3).any(3).sum((1, 2)) >= 6).all()
-    assert len({tuple(m.flatten().tolist()) for m in grid}) == 4  # four regular grids, drawn by chance
+    assert (
+        len({tuple(m.flatten().tolist()) for m in grid}) == 4
+    )  # four regular grids, drawn by chance
 
 
 def test_simmim_hides_whole_squares():
-    hide = hidden(masking.simmim({"masked": 88}, noise_of(50, 144), 0.5), 88).unflatten(1, (6, 2, 6, 2))
+    hide = hidden(masking.simmim({"masked": 88}, noise_of(50, 144), 0.5), 88).unflatten(
+        1, (6, 2, 6, 2)
+    )
     assert set(hide.sum((2, 4)).flatten().tolist()) == {0, 4}
 
 
 def test_diversity_and_entropy_name_a_collapse():
     same = masking.sample(noise_of(1, 64).expand(32, -1), 16)[1]
     assert masking.diversity(same, 64) == pytest.approx(0, abs=1e-6)
-    assert masking.diversity(masking.sample(noise_of(512, 64), 16)[1], 64) == pytest.approx(1, abs=0.02)
+    assert masking.diversity(masking.sample(noise_of(512, 64), 16)[1], 64) == pytest.approx(
+        1, abs=0.02
+    )
     score = torch.rand(8, 64)
     assert masking.entropy(score, 0.0) == pytest.approx(1) and masking.entropy(score, 50.0) < 0.2

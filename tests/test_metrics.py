@@ -8,7 +8,12 @@ import torch
 from scipy import stats as scipy_stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, top_k_accuracy_score
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    top_k_accuracy_score,
+)
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -25,14 +30,16 @@ def blobs():
     return x[:300], labels[:300], x[300:], labels[300:]
 
 
-# ---- scikit-learn --------------------------------------------------------------------------------------------------
+# ---- scikit-learn --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [1e-3, 0.1, 10.0])
 def test_logistic_regression_is_sklearns(blobs, C):
     x, labels, held, _ = blobs
     z, z_held = metrics.standardise(x, held)
-    theirs = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10000).fit(z.numpy(), labels.numpy())
+    theirs = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10000).fit(
+        z.numpy(), labels.numpy()
+    )
     W, b = metrics.logistic(z, labels, 5, C, tolerance=1e-9)
     ours = (z_held @ W + b).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(z_held.numpy())).max() < 1e-6
@@ -97,22 +104,29 @@ def test_folds_keep_groups_together_and_are_even():
 
 def test_cross_validation_prefers_regularisation_where_features_are_noise(blobs):
     noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
-    (mostly_noise,) = metrics.standardise(torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1))
+    (mostly_noise,) = metrics.standardise(
+        torch.cat([blobs[0] * 1e-6 + 5 * noise[:, :12], 5 * noise], 1)
+    )
     (signal,) = metrics.standardise(blobs[0])
-    chosen = [metrics.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)]
+    chosen = [
+        metrics.chosen_strength(x, blobs[1], 5, np.arange(300)) for x in (mostly_noise, signal)
+    ]
     assert chosen[0] < chosen[1] or chosen[0] == metrics.STRENGTHS[0]
 
 
 def test_the_mae_recipe_learns_and_repeats_itself(blobs):
     x, labels, held, truth = blobs
     views = torch.stack([x, x + 0.01])
-    first, second = (metrics.bn_linear(views, labels, 5, lrs=(0.1, 1.0), epochs=20, seed=3)(held) for _ in range(2))
+    first, second = (
+        metrics.bn_linear(views, labels, 5, lrs=(0.1, 1.0), epochs=20, seed=3)(held)
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     plain = LogisticRegression(max_iter=1000).fit(x, labels).score(held, truth)
     assert metrics.topk(first[1], truth, 1) > plain - 0.05
 
 
-# ---- by hand -------------------------------------------------------------------------------------------------------
+# ---- by hand -------------------------------------------------------------------------------------
 
 
 def test_head_mid_and_tail():
@@ -121,7 +135,8 @@ def test_head_mid_and_tail():
     assert metrics.by_frequency(table, counts) == {"head": 0.8, "mid": 0.75, "tail": 0.0}
     assert metrics.by_frequency(table, torch.tensor([500, 500, 500]))["tail"] is None
     assert metrics.frequency_correlation(table, counts) == pytest.approx(
-        np.corrcoef([0.8, 0.75, 0.0], np.log([500, 50, 5]))[0, 1])  # fmt: skip
+        np.corrcoef([0.8, 0.75, 0.0], np.log([500, 50, 5]))[0, 1]
+    )
     assert metrics.frequency_correlation(table, torch.tensor([7, 7, 7])) is None
 
 
@@ -130,7 +145,9 @@ def test_few_shot_of_far_classes_is_perfect_and_of_noise_is_chance():
     far = torch.eye(10)[labels] + 0.01 * torch.randn(200, 10, generator=draws)
     episodes = metrics.draw_episodes(labels[:100], labels[100:], 5, 1, draws, 200)
     examples, questions = episodes
-    assert examples.shape == (200, 5, 1) and questions.shape == (200, 5, 15) and (questions < 0).any()  # 10 a class
+    assert (
+        examples.shape == (200, 5, 1) and questions.shape == (200, 5, 15) and (questions < 0).any()
+    )  # 10 a class
     assert metrics.few_shot(far[:100], far[100:], *episodes).mean() == 1
     noise = torch.randn(200, 30, generator=draws)
     assert abs(metrics.few_shot(noise[:100], noise[100:], *episodes).mean() - 0.2) < 0.03
@@ -151,7 +168,7 @@ def test_thumbnails_are_means_of_cells():
     torch.testing.assert_close(metrics.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
 
 
-# ---- scikit-image --------------------------------------------------------------------------------------------------
+# ---- scikit-image --------------------------------------------------------------------------------
 
 
 def test_psnr_and_ssim_are_skimages():
@@ -163,7 +180,13 @@ def test_psnr_and_ssim_are_skimages():
     ours, similar = metrics.psnr(*pair, everywhere), metrics.ssim_map(*pair)
     for i in range(3):
         assert ours[i].item() == pytest.approx(peak_signal_noise_ratio(a[i], b[i]), abs=1e-9)
-        how = dict(channel_axis=2, gaussian_weights=True, use_sample_covariance=False, data_range=255, full=True)
+        how = dict(
+            channel_axis=2,
+            gaussian_weights=True,
+            use_sample_covariance=False,
+            data_range=255,
+            full=True,
+        )
         _, theirs = structural_similarity(a[i].astype(float), b[i].astype(float), **how)
         assert np.abs(similar[i].numpy() - theirs.mean(2)).max() < 1e-9  # at the border, too
 
@@ -183,7 +206,7 @@ def test_psnr_looks_only_where_it_is_asked():
     assert metrics.psnr(a, b, torch.zeros_like(where)).isnan().all()
 
 
-# ---- statistics ----------------------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 def test_the_t_interval_is_scipys_and_2_48_deviations_wide_at_three_seeds():
@@ -194,16 +217,22 @@ def test_the_t_interval_is_scipys_and_2_48_deviations_wide_at_three_seeds():
     assert (found["high"] - found["mean"]) / np.std(d, ddof=1) == pytest.approx(2.484, abs=1e-3)
 
 
-@pytest.mark.parametrize("d", [[], [-6.33], [-6.33, -6.33], [1.0, 2.0], [-6.33] * 3, [100 * 0.6833 - 75.0] * 5])
+@pytest.mark.parametrize(
+    "d", [[], [-6.33], [-6.33, -6.33], [1.0, 2.0], [-6.33] * 3, [100 * 0.6833 - 75.0] * 5]
+)
 def test_two_seeds_and_seeds_that_tie_say_no_interval_and_no_p(d):
     assert stats.paired_t(d) is stats.p_below(d, 1.0) is None
-    each = np.repeat(np.array(d)[:, None], 8, 1) + np.arange(8)  # ties between seeds, though the images vary
+    each = np.repeat(np.array(d)[:, None], 8, 1) + np.arange(
+        8
+    )  # ties between seeds, though the images vary
     assert not d or stats.paired_t(each, np.arange(8)) is None
     assert stats.why_none(d).startswith(f"{len(d)} seed{'' if len(d) == 1 else 's'}: no interval")
 
 
 def test_the_error_of_the_test_images_is_that_of_means_of_illustrations():
-    """Of groups of one size the variance of their means over G; of others the cluster-robust sum, by hand."""
+    """Of groups of one size the variance of their means over G; of others the cluster-robust sum,
+    by hand.
+    """
     each = np.random.default_rng(0).normal(size=(4, 60))
     variance, count = stats.image_variance(each, np.arange(60) // 3)
     means = each.mean(0).reshape(20, 3).mean(1)
@@ -213,16 +242,24 @@ def test_the_error_of_the_test_images_is_that_of_means_of_illustrations():
 
 
 def test_both_errors_make_the_interval_and_the_degrees_of_freedom_are_satterthwaites():
-    each = np.random.default_rng(3).normal(0, 1, (5, 30)) + np.random.default_rng(4).normal(0, 3, 30)
+    each = np.random.default_rng(3).normal(0, 1, (5, 30)) + np.random.default_rng(4).normal(
+        0, 3, 30
+    )
     A, (B, G) = each.mean(1).var(ddof=1) / 5, stats.image_variance(each, np.arange(30))
     df = (A + B) ** 2 / (A**2 / 4 + B**2 / (G - 1))
     found = stats.paired_t(each, np.arange(30))
-    assert found["high"] - found["mean"] == pytest.approx(scipy_stats.t.ppf(0.975, df) * math.sqrt(A + B))
-    assert found["p"] == pytest.approx(2 * scipy_stats.t.sf(abs(each.mean()) / math.sqrt(A + B), df))
+    assert found["high"] - found["mean"] == pytest.approx(
+        scipy_stats.t.ppf(0.975, df) * math.sqrt(A + B)
+    )
+    assert found["p"] == pytest.approx(
+        2 * scipy_stats.t.sf(abs(each.mean()) / math.sqrt(A + B), df)
+    )
     below = scipy_stats.t.cdf((each.mean() - 1) / math.sqrt(A + B), df)
     assert stats.p_below(each, 1.0, np.arange(30)) == pytest.approx(below)
     std = math.sqrt(5 * A)
-    assert stats.t_power(1.0, std, 5, (B, G)) < stats.t_power(1.0, std, 5) == pytest.approx(1)  # no NaN: t of 18
+    assert (
+        stats.t_power(1.0, std, 5, (B, G)) < stats.t_power(1.0, std, 5) == pytest.approx(1)
+    )  # no NaN: t of 18
     assert stats.seeds_needed(10.0, 0.5) == 3
 
 
@@ -232,11 +269,15 @@ def test_images_never_make_an_interval_narrower_or_a_p_smaller():
     alone, both = stats.paired_t(each.mean(1)), stats.paired_t(each, np.arange(500))
     (_, df), (error, more) = stats.mean_errors(each, np.arange(500))[1]
     assert more > df and stats.t_quantile(more) * error < alone["high"] - alone["mean"]
-    assert both == alone and stats.p_below(each, 5.0, np.arange(500)) == stats.p_below(each.mean(1), 5.0)
+    assert both == alone and stats.p_below(each, 5.0, np.arange(500)) == stats.p_below(
+        each.mean(1), 5.0
+    )
 
 
 def test_an_interval_covers_what_other_images_would_have_said():
-    """200 experiments of 5 seeds on 40 images that truly tie: seeds alone take the luck of the images for effects."""
+    """200 experiments of 5 seeds on 40 images that truly tie: seeds alone take the luck of the
+    images for effects.
+    """
     rng, missed, alone = np.random.default_rng(2), 0, 0
     for _ in range(200):
         d = rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 1, 40) + rng.normal(0, 0.2, (5, 40))
@@ -246,19 +287,27 @@ def test_an_interval_covers_what_other_images_would_have_said():
 
 
 def test_the_bootstrap_resamples_illustrations_not_images():
-    """Ten copies of each image in one illustration: the interval must be as wide as that of one of each."""
+    """Ten copies of each image in one illustration: the interval must be as wide as that of one of
+    each.
+    """
     rng = np.random.default_rng(0)
     one = rng.normal(0.5, 1, (3, 60))
     alone = stats.bootstrap(one, np.arange(60))
     copied = stats.bootstrap(one.repeat(10, 1), np.arange(60).repeat(10))
     wrong = stats.bootstrap(one.repeat(10, 1), np.arange(600))
-    assert copied["low"] == pytest.approx(alone["low"]) and copied["high"] == pytest.approx(alone["high"])
+    assert copied["low"] == pytest.approx(alone["low"]) and copied["high"] == pytest.approx(
+        alone["high"]
+    )
     assert wrong["high"] - wrong["low"] < 0.7 * (alone["high"] - alone["low"])
-    assert alone["mean"] == pytest.approx(one.mean()) and stats.bootstrap(one, np.arange(60)) == alone
+    assert (
+        alone["mean"] == pytest.approx(one.mean()) and stats.bootstrap(one, np.arange(60)) == alone
+    )
 
 
 def test_the_bootstrap_covers_the_truth():
-    """200 experiments of 5 seeds and 80 images with no true difference: about 5 % of the intervals miss 0."""
+    """200 experiments of 5 seeds and 80 images with no true difference: about 5 % of the intervals
+    miss 0.
+    """
     rng, missed = np.random.default_rng(1), 0
     for _ in range(200):
         d = rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 1, (5, 80))
@@ -272,7 +321,10 @@ def test_holm():
     assert stats.holm([0.6, 0.7]) == [1.0, 1.0] and stats.holm([]) == []
     rows = [{"p": 0.02}, {"p": None}]
     stats.add_holm(rows)
-    assert [row["holm_p"] for row in rows] == [0.04, None]  # what has no p is in the family all the same
+    assert [row["holm_p"] for row in rows] == [
+        0.04,
+        None,
+    ]  # what has no p is in the family all the same
 
 
 def test_an_axis_of_percentages_ends_at_100():
@@ -291,20 +343,39 @@ def test_an_axis_of_percentages_ends_at_100():
 def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
     """All is right everywhere: matplotlib's margins would go to 105 %."""
     seen = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: (seen.append(figure), plots.plt.close(figure)))
-    log = [{"epoch": e, "seconds": e, "knn": 100.0, "knn_thumbnail": 9.0, "linear": 100.0, "linear_thumbnail": 9.0,
-            "loss": 1.0, "val_mse": 1.0} for e in (0, 1)]  # fmt: skip
+    monkeypatch.setattr(
+        plots, "save", lambda figure, path: (seen.append(figure), plots.plt.close(figure))
+    )
+    log = [
+        {
+            "epoch": e,
+            "seconds": e,
+            "knn": 100.0,
+            "knn_thumbnail": 9.0,
+            "linear": 100.0,
+            "linear_thumbnail": 9.0,
+            "loss": 1.0,
+            "val_mse": 1.0,
+        }
+        for e in (0, 1)
+    ]
     plots.curves("x.png", log, "val", "")
     plots.learning_curves("x.png", {"a": [log, log]}, 9.0, 99.0, "")
     plots.snapshot_curve("x.png", [(0, 99.0), (1, 100.0)], {"untrained": 9.0}, "")
-    report = {"clean": 100.0, "chance": 5.0, "resolution": [{"side": 32, "top1": 100.0}],
-              "robustness": {"cutout": {"0.1": 100.0, "0.3": 99.0}, "gray": {"1": 100.0}},
-              "parts": {"eyes": {"hidden": 99.0, "control": 100.0, "area": 0.1}}}  # fmt: skip
+    report = {
+        "clean": 100.0,
+        "chance": 5.0,
+        "resolution": [{"side": 32, "top1": 100.0}],
+        "robustness": {"cutout": {"0.1": 100.0, "0.3": 99.0}, "gray": {"1": 100.0}},
+        "parts": {"eyes": {"hidden": 99.0, "control": 100.0, "area": 0.1}},
+    }
     plots.robustness("x.png", report, {"cutout": (0, 0, "area")}, "")
     plots.parts("x.png", report, "")
     plots.plot_verification("x.png", (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), None, "")
     axes = [axis for figure in seen for axis in figure.axes]
-    shown = [a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))]
+    shown = [
+        a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))
+    ]
     assert len(seen) == 6 and len(shown) >= 8 and all(a.get_ylim()[1] <= 100 for a in shown)
 
 
@@ -312,4 +383,7 @@ def test_calibration_error_is_the_mean_gap_of_its_bins():
     sure, right = torch.tensor([0.05, 0.95, 0.95, 0.95]), torch.tensor([False, True, True, False])
     error, points = metrics.calibration_error(sure, right, torch.tensor([1.0, 1.0, 1.0, 2.0]))
     assert error == pytest.approx(0.2 * 0.05 + 0.8 * (0.95 - 0.5)) and len(points) == 2
-    assert metrics.calibration_error(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2))[0] == 0
+    assert (
+        metrics.calibration_error(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2))[0]
+        == 0
+    )

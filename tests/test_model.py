@@ -13,13 +13,23 @@ from kernels.gather import MEAN, STD, masked_patch_gather
 def small_mae(**changes):
     torch.manual_seed(0)
     return M.MAE(
-        **{"image_size": 32, "patch_size": 8, "dim": 64, "depth": 3, "heads": 4, "decoder_dim": 32, "decoder_depth": 2}
+        **{
+            "image_size": 32,
+            "patch_size": 8,
+            "dim": 64,
+            "depth": 3,
+            "heads": 4,
+            "decoder_dim": 32,
+            "decoder_depth": 2,
+        }
         | changes
     )
 
 
 def some_view(B=3, S=32):
-    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def some_ids(B=3, N=16, K=5):
@@ -33,7 +43,12 @@ def test_sincos_positions_follow_the_formula():
     for row, column, k in [(0, 0, 0), (2, 3, 1), (4, 1, 7)]:
         omega = 10000 ** (-k / (D / 4))
         here = positions[1 + row * side + column]
-        expected = [math.sin(column * omega), math.cos(column * omega), math.sin(row * omega), math.cos(row * omega)]
+        expected = [
+            math.sin(column * omega),
+            math.cos(column * omega),
+            math.sin(row * omega),
+            math.cos(row * omega),
+        ]
         found = here[[k, D // 4 + k, D // 2 + k, 3 * D // 4 + k]]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
@@ -52,7 +67,9 @@ def test_masked_pixels_never_reach_the_encoder():
 
 
 def test_decoder_without_unshuffling_is_the_papers():
-    """Put every token back into image order, as the paper does, run the same blocks, pick the masked ones."""
+    """Put every token back into image order, as the paper does, run the same blocks, pick the
+    masked ones.
+    """
     mae, (keep, mask) = small_mae().double(), some_ids()
     latent, d = torch.randn(3, 6, 64, dtype=torch.float64), mae.decoder
     x = d.decoder_embed(latent)
@@ -62,7 +79,9 @@ def test_decoder_without_unshuffling_is_the_papers():
     full = torch.cat([x[:, :1], full], 1) + d.decoder_pos_embed
     for block in d.decoder_blocks:
         full = block(full)
-    paper = d.decoder_pred(d.decoder_norm(full))[:, 1:].gather(1, mask[..., None].expand(-1, -1, 192))
+    paper = d.decoder_pred(d.decoder_norm(full))[:, 1:].gather(
+        1, mask[..., None].expand(-1, -1, 192)
+    )
     torch.testing.assert_close(d(latent, keep, mask)[0], paper)
 
 
@@ -78,7 +97,12 @@ def test_patch_attention_is_the_last_blocks_row():
     x = vit.embed(*vit.all_patches(view))
     for block in vit.blocks[:-1]:
         x = block(x)
-    q, k, _ = vit.blocks[-1].attn.qkv(vit.blocks[-1].norm1(x)).view(3, 17, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    q, k, _ = (
+        vit.blocks[-1]
+        .attn.qkv(vit.blocks[-1].norm1(x))
+        .view(3, 17, 3, 4, 16)
+        .permute(2, 0, 3, 1, 4)
+    )
     whole = (q @ k.transpose(-2, -1) / 4).softmax(-1)  # sqrt(16)
     found = vit.patch_attention(view)
     torch.testing.assert_close(found, whole[:, :, 0, 1:])
@@ -86,22 +110,57 @@ def test_patch_attention_is_the_last_blocks_row():
 
 
 def test_public_names_shapes_and_convolution(tmp_path):
-    """The names of the public MAE checkpoints; the exported patch embedding is theirs: a convolution over (c, p, q)."""
+    """The names of the public MAE checkpoints; the exported patch embedding is theirs: a
+    convolution over (c, p, q).
+    """
     mae, view = small_mae(), some_view()
     public = C.public_weights(mae)
-    block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
-             "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight",
-             "mlp.fc2.bias"]  # fmt: skip
-    names = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias",
-             "decoder_embed.weight", "decoder_embed.bias", "mask_token", "decoder_pos_embed", "decoder_norm.weight",
-             "decoder_norm.bias", "decoder_pred.weight", "decoder_pred.bias"}  # fmt: skip
+    block = [
+        "norm1.weight",
+        "norm1.bias",
+        "attn.qkv.weight",
+        "attn.qkv.bias",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "mlp.fc1.weight",
+        "mlp.fc1.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    ]
+    names = {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        "norm.weight",
+        "norm.bias",
+        "decoder_embed.weight",
+        "decoder_embed.bias",
+        "mask_token",
+        "decoder_pos_embed",
+        "decoder_norm.weight",
+        "decoder_norm.bias",
+        "decoder_pred.weight",
+        "decoder_pred.bias",
+    }
     names |= {f"blocks.{i}.{n}" for i in range(3) for n in block} | {
         f"decoder_blocks.{i}.{n}" for i in range(2) for n in block
     }
     assert set(public) == names
-    assert public["pos_embed"].shape == (1, 17, 64) and public["patch_embed.proj.weight"].shape == (64, 3, 8, 8)
-    image = (view.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    theirs = F.conv2d(image, public["patch_embed.proj.weight"], public["patch_embed.proj.bias"], stride=8)
+    assert public["pos_embed"].shape == (1, 17, 64) and public["patch_embed.proj.weight"].shape == (
+        64,
+        3,
+        8,
+        8,
+    )
+    image = (view.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(
+        STD
+    )[:, None, None]
+    theirs = F.conv2d(
+        image, public["patch_embed.proj.weight"], public["patch_embed.proj.bias"], stride=8
+    )
     patches, _ = mae.encoder.all_patches(view)
     ours = mae.encoder.patch_embed["proj"](patches)
     torch.testing.assert_close(ours, theirs.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -127,7 +186,9 @@ def test_a_file_that_does_not_fit_is_refused_with_both_sides(tmp_path):
     weights = dict(mae.encoder.state_dict())
     weights["other"] = weights.pop("norm.bias")
     weights["norm.weight"] = torch.zeros(5)
-    with pytest.raises(UserError, match=r"missing: norm.bias.*left over: other.*norm.weight \(5,\) against \(64,\)"):
+    with pytest.raises(
+        UserError, match=r"missing: norm.bias.*left over: other.*norm.weight \(5,\) against \(64,\)"
+    ):
         C.load_exactly(mae.encoder, weights, "file")
 
 

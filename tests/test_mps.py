@@ -1,9 +1,10 @@
 """Would a training step run on Apple's GPUs? There is none here, but torch ships its own table of who has a kernel.
 
-torchgen/packaged/ATen/native/native_functions.yaml, in every wheel, names for each ATen operator the devices that have
-a kernel (a Linux build's live dispatcher can't say: MPS kernels are compiled on macOS only). A step of MAE, from the
-bytes of the images to the optimizer, runs here on the CPU under a mode that sees every operator. One without an MPS
-kernel must be made of others, and then those are looked at instead.
+torchgen/packaged/ATen/native/native_functions.yaml, in every wheel, names for each ATen operator
+the devices that have a kernel (a Linux build's live dispatcher can't say: MPS kernels are compiled
+on macOS only). A step of MAE, from the bytes of the images to the optimizer, runs here on the CPU
+under a mode that sees every operator. One without an MPS kernel must be made of others, and then
+those are looked at instead.
 """
 
 import functools
@@ -30,19 +31,28 @@ from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import absolute_loss, detail_weight, patch_detail, reconstruction_loss, stats_loss
 
-COMPOSED = (torch._C.DispatchKey.CompositeImplicitAutograd, torch._C.DispatchKey.CompositeExplicitAutograd,
-            torch._C.DispatchKey.CompositeExplicitAutogradNonFunctional)  # fmt: skip
+COMPOSED = (
+    torch._C.DispatchKey.CompositeImplicitAutograd,
+    torch._C.DispatchKey.CompositeExplicitAutograd,
+    torch._C.DispatchKey.CompositeExplicitAutogradNonFunctional,
+)
 
 
 @functools.cache
 def table():
-    """{"mm.out": {"CPU", "MPS", ...}}; "-> name" stands for the operator whose kernels this one uses."""
+    """{"mm.out": {"CPU", "MPS", ...}}; "-> name" stands for the operator whose kernels this one
+    uses.
+    """
     path = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     kernels = {}
     for entry in path.read_text().split("\n- func: ")[1:]:
-        keys = re.findall(r"^    ([A-Z]\w*(?:, \w+)*):", entry, re.M)  # "    CPU, CUDA, MPS: mm_out"
+        keys = re.findall(
+            r"^    ([A-Z]\w*(?:, \w+)*):", entry, re.M
+        )  # "    CPU, CUDA, MPS: mm_out"
         delegate = re.findall(r"^  structured_delegate: (\S+)", entry, re.M)
-        kernels[entry.split("(")[0]] = {k for line in keys for k in line.split(", ")} | {f"-> {d}" for d in delegate}
+        kernels[entry.split("(")[0]] = {k for line in keys for k in line.split(", ")} | {
+            f"-> {d}" for d in delegate
+        }
     return kernels
 
 
@@ -53,7 +63,9 @@ def kernels_for(name):
 
 
 class OperatorLog(TorchDispatchMode):
-    """Notes every operator that MPS has to have, and every dtype. What is composed of others is opened up."""
+    """Notes every operator that MPS has to have, and every dtype. What is composed of others is
+    opened up.
+    """
 
     def __init__(self):
         super().__init__()
@@ -62,7 +74,9 @@ class OperatorLog(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").removesuffix(".default")
         keys = kernels_for(name) if func.namespace == "aten" else set()
-        keys = keys | kernels_for(name.replace(".Scalar", ".Tensor"))  # ATen makes a tensor of the number
+        keys = keys | kernels_for(
+            name.replace(".Scalar", ".Tensor")
+        )  # ATen makes a tensor of the number
         self.seen.add(func.name())
         composed = [key for key in COMPOSED if func.has_kernel_for_dispatch_key(key)]
         if "MPS" in keys or name == "detach":  # which computes nothing
@@ -73,16 +87,25 @@ class OperatorLog(TorchDispatchMode):
         else:
             self.missing.add(name)
             out = func(*args, **(kwargs or {}))
-        self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        self.dtypes |= {
+            x.dtype for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)
+        }
         self.dtypes |= {x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.dtype)}
         return out
 
 
 def training_step(log):
-    """The body of pretrain.py's loop on one batch: what is done on the device, and nothing that is drawn on the CPU."""
+    """The body of pretrain.py's loop on one batch: what is done on the device, and nothing that is
+    drawn on the CPU.
+    """
     torch.manual_seed(0)
-    model = M.MAE(image_size=32, patch_size=8, dim=64, depth=2, heads=2, decoder_dim=32, decoder_depth=1)
-    teacher, optimizer = M.MAE(**model.config).encoder.requires_grad_(False), make_optimizer(model, 1e-3, 0.05)
+    model = M.MAE(
+        image_size=32, patch_size=8, dim=64, depth=2, heads=2, decoder_dim=32, decoder_depth=1
+    )
+    teacher, optimizer = (
+        M.MAE(**model.config).encoder.requires_grad_(False),
+        make_optimizer(model, 1e-3, 0.05),
+    )
     model.encoder.pooler, teacher.pooler = M.Pooler(64, 2), M.Pooler(64, 2)
     agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, 0.15)
     images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
@@ -93,7 +116,10 @@ def training_step(log):
     follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
-        patches = {need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5) for need in ("fg", "parts")}
+        patches = {
+            need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5)
+            for need in ("fg", "parts")
+        }
         view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
         sources = ("cls", "received", "rollout", "pooler")
         attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
@@ -105,21 +131,33 @@ def training_step(log):
             ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
         pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
-        loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True)
+        loss, error = reconstruction_loss(
+            pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True
+        )
         loss = loss + absolute_loss(pred, view, ids_mask, 8, weight, True, weight.sum())[0]
-        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(guess.gather(1, ids_mask), error)
-        agreed = agreement(tokens[:, 0], rows // 2) + agreement(model.encoder.summary(tokens), rows // 2)
+        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(
+            guess.gather(1, ids_mask), error
+        )
+        agreed = agreement(tokens[:, 0], rows // 2) + agreement(
+            model.encoder.summary(tokens), rows // 2
+        )
         (loss / 2 + heads + agreed).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         guidance.Guide.update_ema(follow, model.encoder, 0.5)
-        masking.diversity(ids_mask, 16), guidance.region_shares(patches["fg"], ids_mask), masking.entropy(guess, 1.0)
+        (
+            masking.diversity(ids_mask, 16),
+            guidance.region_shares(patches["fg"], ids_mask),
+            masking.entropy(guess, 1.0),
+        )
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """model.attention takes two matrix products on a CPU; any other device gets the fused call, here its plain form."""
+    """model.attention takes two matrix products on a CPU; any other device gets the fused call,
+    here its plain form.
+    """
     monkeypatch.setattr(M, "attention", F.scaled_dot_product_attention)
 
 
@@ -128,7 +166,8 @@ def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
     training_step(log)
     assert not log.missing
     assert torch.float64 not in log.dtypes  # MPS has none
-    # and it was a whole step: the encoder, our operator and what it is made of, the backward, the optimizer
+    # and it was a whole step: the encoder, our operator and what it is made of, the backward, the
+    # optimizer
     assert {
         "aten::addmm",
         "aten::_softmax",
@@ -139,7 +178,9 @@ def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
         "aten::_fused_adamw_",
         "aten::lerp_.Scalar",
     } <= log.seen
-    assert "MPS" in kernels_for("_scaled_dot_product_attention_math_for_mps")  # what stands there for the plain form
+    assert "MPS" in kernels_for(
+        "_scaled_dot_product_attention_math_for_mps"
+    )  # what stands there for the plain form
 
 
 @pytest.mark.parametrize("arm", mfdn.ARMS)
@@ -147,7 +188,10 @@ def test_a_step_on_tags_has_an_mps_kernel_for_everything(as_on_a_gpu, monkeypatc
     monkeypatch.setattr(mfdn, "attention", F.scaled_dot_product_attention)
     torch.manual_seed(0)
     net, log = mfdn.MFDN(M.ViT(32, 8, 64, 2, 2), 3, 10, arm, 8), OperatorLog()
-    optimizer, ids = torch.optim.AdamW(net.parameters(), fused=True), torch.tensor([[1, 2], [3, -1], [0, 9], [-1, -1]])
+    optimizer, ids = (
+        torch.optim.AdamW(net.parameters(), fused=True),
+        torch.tensor([[1, 2], [3, -1], [0, 9], [-1, -1]]),
+    )
     words = mfdn.to_words(ids, 10, 8)
     hidden = words < 10 if arm in mfdn.HIDES_TAGS else None
     targets = words[hidden] if arm in mfdn.HIDES_TAGS else torch.ones(4, 10)
@@ -163,13 +207,29 @@ def test_a_step_on_tags_has_an_mps_kernel_for_everything(as_on_a_gpu, monkeypatc
     assert {"aten::native_layer_norm_backward", "aten::_fused_adamw_"} <= log.seen
 
 
-@pytest.mark.parametrize("name, intruder", [
-    ("_linalg_svd", lambda x: torch.linalg.svd(x)), ("_linalg_eigh", lambda x: torch.linalg.eigh(x @ x.T)),
-    ("_upsample_bilinear2d_aa_backward", lambda x: F.interpolate(
-        x[None, None].clone().requires_grad_(), size=(3, 3), mode="bilinear", antialias=True).sum().backward()),
-    ("linalg_lstsq", lambda x: torch.linalg.lstsq(x, x)), ("mode", lambda x: x.mode()),
-    ("poisson", lambda x: torch.poisson(x)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, intruder",
+    [
+        ("_linalg_svd", lambda x: torch.linalg.svd(x)),
+        ("_linalg_eigh", lambda x: torch.linalg.eigh(x @ x.T)),
+        (
+            "_upsample_bilinear2d_aa_backward",
+            lambda x: (
+                F.interpolate(
+                    x[None, None].clone().requires_grad_(),
+                    size=(3, 3),
+                    mode="bilinear",
+                    antialias=True,
+                )
+                .sum()
+                .backward()
+            ),
+        ),
+        ("linalg_lstsq", lambda x: torch.linalg.lstsq(x, x)),
+        ("mode", lambda x: x.mode()),
+        ("poisson", lambda x: torch.poisson(x)),
+    ],
+)
 def test_an_operator_that_mps_lacks_is_seen(name, intruder):
     log = OperatorLog()
     with log:
@@ -192,7 +252,9 @@ class NoDoubles(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        doubles = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.float64]
+        doubles = [
+            x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.dtype == torch.float64
+        ]
         assert not [x for x in doubles if x.device.type == "mps"], func
         return out
 
@@ -204,12 +266,16 @@ def test_what_is_unusual_is_found_without_float64(monkeypatch):
         monkeypatch.setattr(guidance, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
         encoder = SimpleNamespace(cls_token=tokens)
         ((_, found),) = guidance.attention(encoder, 32, range(6), torch.arange(6), "outlier", None)
-        assert found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
+        assert (
+            found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
+        )
         with pytest.raises(AssertionError):
             tokens.double()
 
 
 def test_the_table_is_read_rightly():
-    assert "MPS" in kernels_for("mm") and "MPS" not in table()["mm"]  # through structured_delegate: mm.out
+    assert (
+        "MPS" in kernels_for("mm") and "MPS" not in table()["mm"]
+    )  # through structured_delegate: mm.out
     assert {"CPU", "MPS"} <= kernels_for("index_select") and "MPS" not in kernels_for("poisson")
     assert len(table()) > 2000 and sum("MPS" in keys for keys in table().values()) > 300

@@ -28,7 +28,9 @@ def model_of(path):
 
 
 def pictures(B, S, seed=0):
-    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def turn_and_clear(path, turned, clear):
@@ -50,28 +52,72 @@ def near(found, expected):
 def recogniser(small, run, tmp_path_factory):
     """A recogniser of three colours and of somebody who was enrolled, its folder."""
     out = tmp_path_factory.mktemp("onnx") / "run"
-    call("finetune_lora.py", run, "--data", small, "--method", "linear", "--out", out, *QUICK, cwd=out.parent, check=0)
+    call(
+        "finetune_lora.py",
+        run,
+        "--data",
+        small,
+        "--method",
+        "linear",
+        "--out",
+        out,
+        *QUICK,
+        cwd=out.parent,
+        check=0,
+    )
     faces = sorted((small.parent / "images" / "class0").iterdir())[:6]
-    call("recognize.py", out, "--enrol", "somebody", *faces, "--device", "cpu", cwd=out.parent, check=0)
+    call(
+        "recognize.py",
+        out,
+        "--enrol",
+        "somebody",
+        *faces,
+        "--device",
+        "cpu",
+        cwd=out.parent,
+        check=0,
+    )
     return out
 
 
 def test_an_encoder(run, tmp_path):
-    done = call("export.py", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx", "--image-size", 16, cwd=tmp_path)
+    done = call(
+        "export.py",
+        run,
+        "--to",
+        "onnx",
+        "--out",
+        tmp_path / "encoder.onnx",
+        "--image-size",
+        16,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and "InferenceSession" in done.stdout, done.stderr
     net, _ = load_encoder(run, 16)
     ask, about = model_of(tmp_path / "encoder.onnx")
     assert about == {"is": "encoder", "side": 16}
     for B in (1, 5):
         near(ask(pictures(B, 16))["tokens"], net.features(pictures(B, 16)))
-    assert "is there already" in refused(call("export.py", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx",
-                                              cwd=tmp_path))  # fmt: skip
+    assert "is there already" in refused(
+        call("export.py", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx", cwd=tmp_path)
+    )
 
 
 def test_a_recogniser_and_its_reader_without_torch(recogniser, small, tmp_path):
     call("export.py", recogniser, "--to", "onnx", cwd=tmp_path, check=0)
-    assert "keeps the size" in refused(call("export.py", recogniser, "--to", "onnx", "--image-size", 64, "--out",
-                                            tmp_path / "x.onnx", cwd=tmp_path))  # fmt: skip
+    assert "keeps the size" in refused(
+        call(
+            "export.py",
+            recogniser,
+            "--to",
+            "onnx",
+            "--image-size",
+            64,
+            "--out",
+            tmp_path / "x.onnx",
+            cwd=tmp_path,
+        )
+    )
     ask, about = model_of(recogniser / "model.onnx")
     assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
     faces = [sorted((small.parent / "images" / f"class{c}").iterdir())[-1] for c in range(3)]
@@ -80,26 +126,58 @@ def test_a_recogniser_and_its_reader_without_torch(recogniser, small, tmp_path):
     turn_and_clear(faces[1], *faces[-2:])
     said = call("recognize.py", recogniser, *faces, "--json", *QUICK, cwd=tmp_path, check=0).stdout
     rows = [json.loads(line) for line in said.splitlines()]
-    assert {row["best_guess"] for row in rows} == {"class1", "class2", "somebody"}  # who looks like class0
-    text = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL).group(1)
+    assert {row["best_guess"] for row in rows} == {
+        "class1",
+        "class2",
+        "somebody",
+    }  # who looks like class0
+    text = re.search(
+        r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL
+    ).group(1)
     (tmp_path / "who.py").write_text("import sys; sys.modules['torch'] = None\n" + text)
-    done = subprocess.run([sys.executable, "who.py", recogniser / "model.onnx", *faces], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=100)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "who.py", recogniser / "model.onnx", *faces],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     for line, row in zip(done.stdout.splitlines(), rows, strict=True):
         name, similarity = re.fullmatch(r".*: (\S+), similarity (-?[\d.]+)", line).groups()
-        assert name == (row["name"] or "unknown") and abs(float(similarity) - row["similarity"]) < 3e-4
+        assert (
+            name == (row["name"] or "unknown") and abs(float(similarity) - row["similarity"]) < 3e-4
+        )
     split = data.open_split(small, "val")
     found = ask(torch.from_numpy(np.array(split["images"][:7])))
     assert found["who"].shape == (7,) and found["embedding"].shape == (7, 32)
-    sure = np.isnan(found["confidence"]) == (found["who"] >= 3)  # of an enrolled one there is no probability
+    sure = np.isnan(found["confidence"]) == (
+        found["who"] >= 3
+    )  # of an enrolled one there is no probability
     assert sure.all() and len(set(found["who"])) > 1
 
 
-@pytest.mark.parametrize("arm", ["mfdn", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("bce", "l2l"))])
+@pytest.mark.parametrize(
+    "arm", ["mfdn", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("bce", "l2l"))]
+)
 def test_a_tagger(arm, tagged, tmp_path):
-    call("tags.py", "encoder", "--data", "packed", "--arm", arm, "--epochs", 2, "--batch-size", 8, *QUICK,
-         "--out", tmp_path / "run", cwd=tagged, check=0)  # fmt: skip
+    call(
+        "tags.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--arm",
+        arm,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        *QUICK,
+        "--out",
+        tmp_path / "run",
+        cwd=tagged,
+        check=0,
+    )
     call("export.py", tmp_path / "run", "--to", "onnx", cwd=tmp_path, check=0)
     ask, about = model_of(tmp_path / "run" / "model.onnx")
     net, header = mfdn.load(tmp_path / "run")
@@ -114,13 +192,34 @@ def test_a_tagger(arm, tagged, tmp_path):
 
 
 def test_what_can_not_be_written_says_why(tagged, run, tmp_path, monkeypatch):
-    call("tags.py", "encoder", "--data", "packed", "--arm", "vilt", "--epochs", 2, "--batch-size", 8, *QUICK,
-         "--out", tmp_path / "run", cwd=tagged, check=0)  # fmt: skip
+    call(
+        "tags.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--arm",
+        "vilt",
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        *QUICK,
+        "--out",
+        tmp_path / "run",
+        cwd=tagged,
+        check=0,
+    )
     line = refused(call("export.py", tmp_path / "run", "--to", "onnx", cwd=tmp_path))
     assert "--arm vilt, which names no tags" in line
     monkeypatch.setattr(graphs, "MOST", 1000)
-    line = refused(call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path))
+    line = refused(
+        call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path)
+    )
     assert "GB of weights" in line
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    line = refused(call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path))
-    assert f"--to onnx needs onnxscript: {graphs.PIP}" in line and not (tmp_path / "x.onnx").exists()
+    line = refused(
+        call("export.py", run, "--to", "onnx", "--out", tmp_path / "x.onnx", cwd=tmp_path)
+    )
+    assert (
+        f"--to onnx needs onnxscript: {graphs.PIP}" in line and not (tmp_path / "x.onnx").exists()
+    )

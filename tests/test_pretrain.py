@@ -21,7 +21,18 @@ from common import train as train_module
 from common.io import UserError, save_text
 from common.train import commit, lr_at, read_log
 
-QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 4, "--decoder-depth", 1]
+QUICK = [
+    "--device",
+    "cpu",
+    "--image-size",
+    32,
+    "--batch-size",
+    16,
+    "--epochs",
+    4,
+    "--decoder-depth",
+    1,
+]
 
 
 NANO = dict(pretrain.SIZES["nano"])  # that a user has
@@ -29,7 +40,9 @@ NANO = dict(pretrain.SIZES["nano"])  # that a user has
 
 @pytest.fixture(autouse=True, scope="module")
 def few_pictures():
-    """A network of 32 numbers, and no pictures but where a test asks for them: they would take most of the time."""
+    """A network of 32 numbers, and no pictures but where a test asks for them: they would take most
+    of the time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
         patch.setitem(pretrain.SIZES, "nano", small)
@@ -38,7 +51,9 @@ def few_pictures():
 
 
 def train(small, out, *more, check=None):
-    return call("pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=check)
+    return call(
+        "pretrain.py", "--data", small, "--out", out, *QUICK, *more, cwd=out.parent, check=check
+    )
 
 
 def train_apart(small, out, *more, **kw):
@@ -64,16 +79,38 @@ def finished(small, tmp_path_factory):
 def test_a_run_writes_what_its_docstring_says(finished):
     out, done = finished
     assert {p.name for p in out.iterdir()} - {"attn-00000010.safetensors"} == {
-        "state.pt", "model.safetensors", "pooler.safetensors", "stats_head.safetensors", "log.jsonl", "curves.png",
-        "recon.png", "masks.png"}  # fmt: skip
+        "state.pt",
+        "model.safetensors",
+        "pooler.safetensors",
+        "stats_head.safetensors",
+        "log.jsonl",
+        "curves.png",
+        "recon.png",
+        "masks.png",
+    }
     rows = read_log(out / "log.jsonl")
     steps = [r for r in rows if "loss" in r]
-    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"} <= set(steps[0])
+    assert {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "data_wait",
+        "memory_mb",
+    } <= set(steps[0])
     held = [r for r in rows if "val_mse" in r]
-    assert held[-1]["val_mse"] < held[0]["val_mse"] and held[0]["knn_thumbnail"] > 0 and held[-1]["step"] == 20
+    assert (
+        held[-1]["val_mse"] < held[0]["val_mse"]
+        and held[0]["knn_thumbnail"] > 0
+        and held[-1]["step"] == 20
+    )
     assert "untrained" in done.stdout and "model.safetensors" in done.stdout
     assert done.stdout.splitlines()[-1] == f"next: python probe.py {out}"
-    assert all("%|" in line or line.endswith(" s") for line in done.stderr.splitlines()), done.stderr  # slow: progress
+    assert all("%|" in line or line.endswith(" s") for line in done.stderr.splitlines()), (
+        done.stderr
+    )  # slow: progress
 
 
 def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
@@ -84,10 +121,20 @@ def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
 
 
 @pytest.mark.slow  # test_agreement.py stops a run and resumes it in seconds
-@pytest.mark.parametrize("how, times", [(signal.SIGKILL, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 3),
-                                        (signal.SIGTERM, 3), (signal.SIGINT, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, times",
+    [
+        (signal.SIGKILL, 1),
+        (signal.SIGTERM, 1),
+        (signal.SIGKILL, 3),
+        (signal.SIGTERM, 3),
+        (signal.SIGINT, 3),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how, times):
-    """Killed several times, at moments that nobody chose, and resumed: the weights are those of the whole run."""
+    """Killed several times, at moments that nobody chose, and resumed: the weights are those of the
+    whole run.
+    """
     out = tmp_path / "killed"
     command = [
         sys.executable,
@@ -103,8 +150,12 @@ def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how, t
     stops = 0
     for attempt in range(6):
         before = max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
-        process = subprocess.Popen([str(w) for w in [*command, "--resume"]], stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [str(w) for w in [*command, "--resume"]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if attempt < times:
             wait_for_a_step(process, out, more_than=before)
             process.send_signal(how)
@@ -150,15 +201,28 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
         seen[name] = {"view": [], "keep": []}
         patched(monkeypatch, data, "view_images", seen[name]["view"])
         patched(monkeypatch, masking, "sample", seen[name]["keep"])
-        words = ["pretrain.py", "--data", small, "--out", tmp_path / name.replace(":", "-"), *QUICK, "--mask", name]
+        words = [
+            "pretrain.py",
+            "--data",
+            small,
+            "--out",
+            tmp_path / name.replace(":", "-"),
+            *QUICK,
+            "--mask",
+            name,
+        ]
         words += ["--contrast", 1]  # the same for both: two views of each image
         monkeypatch.setattr(sys, "argv", [str(w) for w in words])
         pretrain.main()
         monkeypatch.undo()
     a, b = seen["random"], seen["attn_high:start=0"]
     views = [[v for v in x["view"] if v.shape[0] == 32] for x in (a, b)]
-    assert len(views[0]) == len(views[1]) == 20 and all(torch.equal(x, y) for x, y in zip(*views, strict=True))
-    assert any(not torch.equal(x[0], y[0]) for x, y in zip(a["keep"][1:], b["keep"][1:], strict=False))
+    assert len(views[0]) == len(views[1]) == 20 and all(
+        torch.equal(x, y) for x, y in zip(*views, strict=True)
+    )
+    assert any(
+        not torch.equal(x[0], y[0]) for x, y in zip(a["keep"][1:], b["keep"][1:], strict=False)
+    )
 
 
 def patched(monkeypatch, module, name, record):
@@ -173,27 +237,49 @@ def patched(monkeypatch, module, name, record):
 
 def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
     draw_folder(tmp_path / "pictures", classes=1, each=40)
-    done = call("pretrain.py", "--data", tmp_path / "pictures" / "class0", *QUICK, cwd=tmp_path, check=0)
+    done = call(
+        "pretrain.py", "--data", tmp_path / "pictures" / "class0", *QUICK, cwd=tmp_path, check=0
+    )
     assert (tmp_path / "datasets" / "class0" / "train.safetensors").exists()
     assert "kNN" not in done.stdout and "no Top-1" in done.stdout
     assert len(list((tmp_path / "runs").glob("class0-*/model.safetensors"))) == 1
 
 
 def test_a_finished_run_teaches_another(small, finished, tmp_path):
-    done = train(small, tmp_path / "pupil", "--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8", check=0)
+    done = train(
+        small,
+        tmp_path / "pupil",
+        "--mask",
+        "attn_low",
+        "--teacher",
+        finished[0],
+        "--ratio",
+        ".5:.8",
+        check=0,
+    )
     assert "masked MSE" in done.stdout
 
 
 def test_the_learning_rate_never_passes_its_peak():
-    rates = [lr_at(step, 100, 7.3, 1.0) for step in range(100)]  # a warm-up of no whole number of steps
-    assert max(rates) == 1 and rates[6] < 1 and rates == sorted(rates[:8]) + sorted(rates[8:], reverse=True)
+    rates = [
+        lr_at(step, 100, 7.3, 1.0) for step in range(100)
+    ]  # a warm-up of no whole number of steps
+    assert (
+        max(rates) == 1
+        and rates[6] < 1
+        and rates == sorted(rates[:8]) + sorted(rates[8:], reverse=True)
+    )
 
 
 def test_the_floor_of_norm_pix_is_a_flag(small, tmp_path):
-    """A low floor blows up the last bits of flat patches; the run says so in its name, header and loss."""
+    """A low floor blows up the last bits of flat patches; the run says so in its name, header and
+    loss.
+    """
     train(small, tmp_path / "low", "--norm-floor", 0.001, check=0)
     train(small, tmp_path / "default", check=0)
-    first = [next(r["val_mse"] for r in read_log(tmp_path / n / "log.jsonl")) for n in ("low", "default")]
+    first = [
+        next(r["val_mse"] for r in read_log(tmp_path / n / "log.jsonl")) for n in ("low", "default")
+    ]
     assert first[0] != first[1]
     assert "--norm-floor 2 must be" in refused(train(small, tmp_path / "bad", "--norm-floor", 2))
 
@@ -201,7 +287,10 @@ def test_the_floor_of_norm_pix_is_a_flag(small, tmp_path):
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left, running = tmp_path / f".state.pt.{gone.pid}.tmp", tmp_path / f".state.pt.{os.getppid()}.tmp"
+    left, running = (
+        tmp_path / f".state.pt.{gone.pid}.tmp",
+        tmp_path / f".state.pt.{os.getppid()}.tmp",
+    )
     for file in (left, running):
         file.write_text("half")
     save_text("whole", tmp_path / "state.pt")
@@ -213,22 +302,36 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
     assert commit() == "no git"
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--ratio", "1"], "--ratio 1"), (["--ratio", "0"], "--ratio 0"), (["--ratio", ".99"], "16 patches"),
-    (["--patch-size", 7], "--image-size 32 is not a multiple of --patch-size 7"),
-    (["--mask", "atn_high"], "did you mean attn_high"), (["--mask", "attn_high:gamma=1"], "no parameter 'gamma'"),
-    (["--epochs", 0], "--epochs 0"), (["--batch-size", 16, "--accumulate", 3], "--accumulate 3"),
-    (["--flat-weight", 2], "--flat-weight 2"), (["--impl", "triton"], "--impl triton"),
-    (["--device", "mps"], "--device mps"), (["--device", "cpu:x"], "--device cpu:x"),
-    (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
-    (["--log", "carrierpigeon"], "carrierpigeon"), (["--data", "nowhere"], "nowhere does not exist"),
-    (["--eval-on", "dev"], "has no split dev, only test, train, val"), (["--patch-size", 0], "--patch-size 0"),
-    (["--seed", -1], "--seed -1"), (["--data", ""], "--data gives no value"),
-    (["--seed", 2**70], f"--seed {2**70} must be"), (["--mask", "parts:power=2,whole=1"], "leave one of them out"),
-    (["--mask", "attn_high:beta=1,beta=2"], "has beta twice")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--ratio", "1"], "--ratio 1"),
+        (["--ratio", "0"], "--ratio 0"),
+        (["--ratio", ".99"], "16 patches"),
+        (["--patch-size", 7], "--image-size 32 is not a multiple of --patch-size 7"),
+        (["--mask", "atn_high"], "did you mean attn_high"),
+        (["--mask", "attn_high:gamma=1"], "no parameter 'gamma'"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--batch-size", 16, "--accumulate", 3], "--accumulate 3"),
+        (["--flat-weight", 2], "--flat-weight 2"),
+        (["--impl", "triton"], "--impl triton"),
+        (["--device", "mps"], "--device mps"),
+        (["--device", "cpu:x"], "--device cpu:x"),
+        (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
+        (["--log", "carrierpigeon"], "carrierpigeon"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--eval-on", "dev"], "has no split dev, only test, train, val"),
+        (["--patch-size", 0], "--patch-size 0"),
+        (["--seed", -1], "--seed -1"),
+        (["--data", ""], "--data gives no value"),
+        (["--seed", 2**70], f"--seed {2**70} must be"),
+        (["--mask", "parts:power=2,whole=1"], "leave one of them out"),
+        (["--mask", "attn_high:beta=1,beta=2"], "has beta twice"),
+    ],
+)
 def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
     assert says in refused(train(small, tmp_path / "out", *words))
     assert not (tmp_path / "out").exists()
@@ -253,9 +356,22 @@ def test_files_that_are_not_ours(small, finished, tmp_path):
     assert "not a checkpoint of a run" in refused(train(small, out, "--resume"))
     shutil.copy(finished[0] / "model.safetensors", tmp_path / "cut.safetensors")
     os.truncate(tmp_path / "cut.safetensors", 5000)
-    line = refused(train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", tmp_path / "cut.safetensors"))
+    line = refused(
+        train(
+            small,
+            tmp_path / "new",
+            "--mask",
+            "attn_high",
+            "--teacher",
+            tmp_path / "cut.safetensors",
+        )
+    )
     assert "cut.safetensors is not a whole" in line
-    line = refused(train(small, tmp_path / "new", "--mask", "attn_high", "--teacher", small / "train.safetensors"))
+    line = refused(
+        train(
+            small, tmp_path / "new", "--mask", "attn_high", "--teacher", small / "train.safetensors"
+        )
+    )
     assert "train.safetensors is not a whole AniMask model" in line  # ours, but a data set
 
 
@@ -270,16 +386,31 @@ def test_a_checkpoint_with_code_in_it_is_refused_unrun(small, tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
-@pytest.mark.parametrize("words, flag", [
-    (["--teacher", "self"], "teacher"), (["--teacher", "nowhere"], "teacher"), (["--attention", "cls"], "attention"),
-    (["--maps", "auto"], "maps"), (["--mask", "fg_heavy", "--teacher", "self"], "teacher"),
-    (["--mask", "attn_high", "--maps", "auto"], "maps"), (["--mask", "learned", "--attention", "cls"], "attention"),
-    (["--mask", "attn_low", "--teacher", "maps", "--attention", "cls"], "attention"), (["--every", 5], "every"),
-    (["--no-norm-pix", "--norm-floor", 0.1], "norm-floor"), (["--mask", "simmim"], "decoder-depth"),
-    (["--mask", "simmim", "--decoder-dim", 64], "decoder-dim"), (["--resume", "--force"], "force")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (["--teacher", "self"], "teacher"),
+        (["--teacher", "nowhere"], "teacher"),
+        (["--attention", "cls"], "attention"),
+        (["--maps", "auto"], "maps"),
+        (["--mask", "fg_heavy", "--teacher", "self"], "teacher"),
+        (["--mask", "attn_high", "--maps", "auto"], "maps"),
+        (["--mask", "learned", "--attention", "cls"], "attention"),
+        (["--mask", "attn_low", "--teacher", "maps", "--attention", "cls"], "attention"),
+        (["--every", 5], "every"),
+        (["--no-norm-pix", "--norm-floor", 0.1], "norm-floor"),
+        (["--mask", "simmim"], "decoder-depth"),
+        (["--mask", "simmim", "--decoder-dim", 64], "decoder-dim"),
+        (["--resume", "--force"], "force"),
+    ],
+)
 def test_no_flag_is_ignored(small, tmp_path, words, flag):
     line = refused(train(small, tmp_path / "out", *words))
-    assert line.startswith(f"error: --{flag} ") and line.endswith("; leave it out") and not (tmp_path / "out").exists()
+    assert (
+        line.startswith(f"error: --{flag} ")
+        and line.endswith("; leave it out")
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_flags_that_are_used_are_no_part_of_the_network(finished):
@@ -287,10 +418,17 @@ def test_flags_that_are_used_are_no_part_of_the_network(finished):
     assert not {"given", "force", "resume", "out"} & config.keys()
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--image-size", 8192], "the largest that fits"), (["--decoder-dim", 320000], "no --image-size fits"),
-    (["--image-size", 10**9], "the largest that fits")])  # fmt: skip
-def test_what_memory_cannot_hold_is_refused_before_the_first_step(small, tmp_path, monkeypatch, words, says):
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--image-size", 8192], "the largest that fits"),
+        (["--decoder-dim", 320000], "no --image-size fits"),
+        (["--image-size", 10**9], "the largest that fits"),
+    ],
+)
+def test_what_memory_cannot_hold_is_refused_before_the_first_step(
+    small, tmp_path, monkeypatch, words, says
+):
     line = refused(train(small, tmp_path / "out", *words))
     assert says in line and "GB of memory" in line and not (tmp_path / "out").exists()
     monkeypatch.setattr(train_module, "free_memory", lambda _: 2**28)
@@ -301,23 +439,36 @@ def test_what_memory_cannot_hold_is_refused_before_the_first_step(small, tmp_pat
     monkeypatch.setattr(train_module, "make_optimizer", lambda *_: checked.append(1) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # it fits: the run gets as far as its optimizer
         train(small, tmp_path / "fits", "--image-size", size)
-    assert "the largest" in refused(train(small, tmp_path / "out", "--image-size", size + 8)) and checked
+    assert (
+        "the largest" in refused(train(small, tmp_path / "out", "--image-size", size + 8))
+        and checked
+    )
 
 
 def test_the_estimate_of_memory_follows_what_is_asked_for():
-    step = lambda n=64, D=192, images=16, item=4, fused=False, learns=True: train_module.step_memory(  # noqa: E731
-        [(n, D, 4, 3)], images, item, fused, learns)
+    def step(n=64, D=192, images=16, item=4, fused=False, learns=True):
+        return train_module.step_memory([(n, D, 4, 3)], images, item, fused, learns)
+
     weights = 16 * 12 * 192**2 * 4
-    assert step(images=32) - weights == 2 * (step() - weights) and step(item=2) < step() and step(learns=False) < step()
+    assert (
+        step(images=32) - weights == 2 * (step() - weights)
+        and step(item=2) < step()
+        and step(learns=False) < step()
+    )
     long, fused = step(n=4096), step(n=4096, fused=True)
-    assert long - fused == 16 * 3 * 4096**2 * 4 * (4 + 3)  # probabilities of four blocks, and three at work
+    assert long - fused == 16 * 3 * 4096**2 * 4 * (
+        4 + 3
+    )  # probabilities of four blocks, and three at work
     assert train_module.free_memory(torch.device("cpu")) > 2**20
 
 
 def test_a_finished_run_without_its_state_is_not_replaced(small, finished, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("log.jsonl", "attn-00000010.safetensors"):  # what a run leaves that was killed at its start
+    for name in (
+        "log.jsonl",
+        "attn-00000010.safetensors",
+    ):  # what a run leaves that was killed at its start
         shutil.copy(finished[0] / name, out)
     done = train(small, out, "--epochs", 1, "--resume", check=0)
     assert f"nothing to resume in {out}: a new run" in done.stdout
@@ -339,17 +490,35 @@ def test_force_starts_anew_where_another_run_is(small, tmp_path):
     assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if "val_mse" in r][0] == 0
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.pop("step"), lambda s: s.pop("optimizer"), lambda s: s.update(step="many"), lambda s: s.pop("teacher"),
-    lambda s: s["model"].popitem(), lambda s: s.update(model=3), lambda s: s["optimizer"]["param_groups"].pop(),
-    lambda s: s.update(maps="gone.safetensors")])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("step"),
+        lambda s: s.pop("optimizer"),
+        lambda s: s.update(step="many"),
+        lambda s: s.pop("teacher"),
+        lambda s: s["model"].popitem(),
+        lambda s: s.update(model=3),
+        lambda s: s["optimizer"]["param_groups"].pop(),
+        lambda s: s.update(maps="gone.safetensors"),
+    ],
+)
 def test_a_state_that_was_changed_names_the_fix(small, finished, tmp_path, change):
     shutil.copytree(finished[0], tmp_path / "out")
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
     change(state)
     torch.save(state, tmp_path / "out" / "state.pt")
     before = (tmp_path / "out" / "state.pt").read_bytes()
-    words = ["pretrain.py", "--data", small, "--out", tmp_path / "out", *QUICK, "--mask", "attn_high:start=.3"]
+    words = [
+        "pretrain.py",
+        "--data",
+        small,
+        "--out",
+        tmp_path / "out",
+        *QUICK,
+        "--mask",
+        "attn_high:start=.3",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pretrain.SIZES, "nano", NANO)
         line = refused(call(*words, "--resume", cwd=tmp_path))
@@ -376,7 +545,9 @@ def test_a_folder_with_a_run_is_left_alone(small, finished):
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_old_checkpoint(small, tmp_path):
-    """The first save fits, a limit on the size of files makes the next ones fail half-way, as a full disk does."""
+    """The first save fits, a limit on the size of files makes the next ones fail half-way, as a
+    full disk does.
+    """
     out = tmp_path / "out"
     command = [sys.executable, ROOT / "pretrain.py", "--data", small, "--out", out, *QUICK]
     stopped = subprocess.Popen([str(w) for w in command], stdout=subprocess.DEVNULL)
@@ -413,7 +584,9 @@ def test_log_rows_are_json(finished):
         assert json.loads(line)["seconds"] >= 0
 
 
-@pytest.mark.parametrize(("gain", "dtype"), [(0.5, torch.float32), (1.1, torch.float32), (3.0, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("gain", "dtype"), [(0.5, torch.float32), (1.1, torch.float32), (3.0, torch.bfloat16)]
+)
 def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(train_module, "bf16_gain", lambda: gain)

@@ -20,7 +20,18 @@ from common.io import UserError
 from ingest import pack
 from model import ViT
 
-QUICK = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--epochs", 2, "--decoder-depth", 1]
+QUICK = [
+    "--device",
+    "cpu",
+    "--image-size",
+    32,
+    "--batch-size",
+    16,
+    "--epochs",
+    2,
+    "--decoder-depth",
+    1,
+]
 FAST = ["--device", "cpu", "--dtype", "fp32", "--views", 2]
 
 
@@ -58,21 +69,49 @@ def runs(small, tmp_path_factory):
 
 def test_one_command_writes_what_its_docstring_says(runs):
     base, done = runs
-    written = {"probe.json", "features.safetensors", "attention.png", "patches.png", "neighbours.png", "scatter.png",
-               "confusion.png", "snapshots.png"}  # fmt: skip
+    written = {
+        "probe.json",
+        "features.safetensors",
+        "attention.png",
+        "patches.png",
+        "neighbours.png",
+        "scatter.png",
+        "confusion.png",
+        "snapshots.png",
+    }
     assert written <= {p.name for p in (base / "random-s0").iterdir()}
     assert len(list(base.glob("controls-*.safetensors"))) == 1
     report = json.loads((base / "random-s0" / "probe.json").read_text())
     rows = report["rows"]
-    assert [*rows] == ["mean", "cls", "extremes", "grid", "attentive", "untrained mean", "untrained cls",
-                       "untrained extremes", "untrained grid", "thumb4", "thumb8", "thumb16", "chance"]  # fmt: skip
+    assert [*rows] == [
+        "mean",
+        "cls",
+        "extremes",
+        "grid",
+        "attentive",
+        "untrained mean",
+        "untrained cls",
+        "untrained extremes",
+        "untrained grid",
+        "thumb4",
+        "thumb8",
+        "thumb16",
+        "chance",
+    ]
     assert rows.pop("attentive")["linear"]["top1"] > 0.4  # of three colours
     for row in rows.values():
         assert {"linear", "knn", "retrieval", "few_shot"} <= set(row)
-    assert [name for name, row in rows.items() if "logistic" not in row] == ["grid", "untrained grid"]
+    assert [name for name, row in rows.items() if "logistic" not in row] == [
+        "grid",
+        "untrained grid",
+    ]
     assert report["headline"] == rows["extremes"]["logistic"]["top1"]
-    assert rows["thumb4"]["logistic"]["top1"] > 0.9 and rows["chance"]["logistic"]["top1"] < 0.5  # classes are colours
-    assert [epoch for epoch, _ in report["snapshots"]] == [0, 1, 2] and report["efficiency"]["threshold"] > 0
+    assert (
+        rows["thumb4"]["logistic"]["top1"] > 0.9 and rows["chance"]["logistic"]["top1"] < 0.5
+    )  # classes are colours
+    assert [epoch for epoch, _ in report["snapshots"]] == [0, 1, 2] and report["efficiency"][
+        "threshold"
+    ] > 0
     assert max(map(len, done.stdout.split("wrote")[0].splitlines()[3:15])) <= 100
     assert "in the forward pass" in done.stdout and "untrained mean" in done.stdout
 
@@ -92,7 +131,9 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
     shutil.copytree(runs[0] / "random-s0", tmp_path / "run")
     whole = json.loads((tmp_path / "run" / "probe.json").read_text())
     run_probe(monkeypatch, tmp_path / "run", *FAST[:-2], "--headline")
-    assert json.loads((tmp_path / "run" / "probe.json").read_text()) == whole  # it has a file of its own
+    assert (
+        json.loads((tmp_path / "run" / "probe.json").read_text()) == whole
+    )  # it has a file of its own
     report = json.loads((tmp_path / "run" / "probe-headline.json").read_text())
     assert [*report["rows"]] == ["extremes", "chance"] and not list(tmp_path.glob("controls-*"))
     assert not {"efficiency", "threshold"} & report.keys()
@@ -116,25 +157,45 @@ def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
     (base / "random-s1" / "probe.json").unlink()
     with pytest.raises(UserError, match="compare.json is there already; --force"):
         run_probe(monkeypatch, *three[1:])
-    assert (base / "random-s0" / "features.safetensors").stat().st_mtime_ns == made  # extracted once
+    assert (
+        base / "random-s0" / "features.safetensors"
+    ).stat().st_mtime_ns == made  # extracted once
     report = json.loads((base / "compare" / "compare.json").read_text())
-    assert report["configurations"]["random"]["runs"] == 2 and report["configurations"]["green"]["runs"] == 1
+    assert (
+        report["configurations"]["random"]["runs"] == 2
+        and report["configurations"]["green"]["runs"] == 1
+    )
     assert report["configurations"]["random"]["logistic"]["std"] is not None
     assert [row["seeds"] for row in report["pairs"]] == [[0]] * 3
-    assert {(row["verdict"], row["t"], row["p"]) for row in report["pairs"]} == {("undecided", None, None)}
-    assert "| 1 seed: no interval | 1 seed: no interval | - | undecided |" in (base / "compare/compare.md").read_text()
-    assert (base / "compare" / "curves.png").exists() and (base / "compare" / "compare.md").read_text() in (
-        capsys.readouterr().out)  # fmt: skip
+    assert {(row["verdict"], row["t"], row["p"]) for row in report["pairs"]} == {
+        ("undecided", None, None)
+    }
+    assert (
+        "| 1 seed: no interval | 1 seed: no interval | - | undecided |"
+        in (base / "compare/compare.md").read_text()
+    )
+    assert (base / "compare" / "curves.png").exists() and (
+        base / "compare" / "compare.md"
+    ).read_text() in (capsys.readouterr().out)
 
 
 def fake(run, seed, right, **config):
     top1 = {head: {"top1": right.double().mean().item()} for head in compare.HEADS}
-    return {"run": run, "path": run, "config": {"seed": seed, **config}, "pool": "mean", "rows": {"mean": top1},
-            "efficiency": None, "right": dict.fromkeys(compare.HEADS, right)}  # fmt: skip
+    return {
+        "run": run,
+        "path": run,
+        "config": {"seed": seed, **config},
+        "pool": "mean",
+        "rows": {"mean": top1},
+        "efficiency": None,
+        "right": dict.fromkeys(compare.HEADS, right),
+    }
 
 
 def test_a_difference_is_supported_only_where_there_is_one():
-    """Five seeds: 20 points better on the same images is supported, the same accuracy on others is not."""
+    """Five seeds: 20 points better on the same images is supported, the same accuracy on others is
+    not.
+    """
     draws, reports = torch.Generator().manual_seed(0), []
     for seed in range(5):
         right = torch.rand(400, generator=draws) < 0.6
@@ -144,21 +205,36 @@ def test_a_difference_is_supported_only_where_there_is_one():
             reports.append(fake(f"{name}-s{seed}", seed, found, mask=name))
     configs = compare.by_config(reports)
     assert [*configs] == ["plain", "good", "same"]
-    verdicts = {row["pair"]: row["verdict"] for row in compare.pairs(configs, np.arange(400), claim=5)}
+    verdicts = {
+        row["pair"]: row["verdict"] for row in compare.pairs(configs, np.arange(400), claim=5)
+    }
     assert verdicts == {"good - plain": "supported", "same - plain": "undecided"}
     rows = compare.pairs(configs, np.arange(400), claim=50)  # better, but by less than was claimed
     assert {row["verdict"] for row in rows} == {"undecided"}
 
 
-@pytest.mark.parametrize("seeds, says", [(2, "2 seeds: no interval"), (3, "3 seeds: no interval, nothing varies")])
+@pytest.mark.parametrize(
+    "seeds, says", [(2, "2 seeds: no interval"), (3, "3 seeds: no interval, nothing varies")]
+)
 def test_seeds_that_tie_are_no_evidence(seeds, says):
-    """79 pictures of which five more are right, in each seed: this was an interval of no width, and p 0.000."""
+    """79 pictures of which five more are right, in each seed: this was an interval of no width, and
+    p 0.000.
+    """
     kinds = {"a": torch.arange(79) < 40, "b": torch.arange(79) < 45}
-    found = [fake(f"{name}-s{s}", s, right, mask=name) for s in range(seeds) for name, right in kinds.items()]
+    found = [
+        fake(f"{name}-s{s}", s, right, mask=name)
+        for s in range(seeds)
+        for name, right in kinds.items()
+    ]
     configs = compare.by_config(found)
     rows = compare.pairs(configs, np.arange(79), claim=0)
-    assert all(r["t"] is r["bootstrap"] is r["p"] is r["holm_p"] is None and r["verdict"] == "undecided" for r in rows)
-    text = compare.tables({name: compare.summary(own) for name, own in configs.items()}, rows, "title")
+    assert all(
+        r["t"] is r["bootstrap"] is r["p"] is r["holm_p"] is None and r["verdict"] == "undecided"
+        for r in rows
+    )
+    text = compare.tables(
+        {name: compare.summary(own) for name, own in configs.items()}, rows, "title"
+    )
     assert f"| +6.33 | {says} | {says} | - | undecided |" in text
 
 
@@ -167,26 +243,40 @@ def test_the_interval_of_a_comparison_has_the_test_images_in_it():
     draws = torch.Generator().manual_seed(0)
     base, other = (torch.rand(80, generator=draws) < 0.6 for _ in range(2))
     flip = [torch.arange(80) == s for s in range(10)]
-    found = [fake(f"{n}-s{s}", s, x ^ flip[s] if n == "b" else x, mask=n) for s in range(10)
-             for n, x in (("a", base), ("b", other))]  # fmt: skip
+    found = [
+        fake(f"{n}-s{s}", s, x ^ flip[s] if n == "b" else x, mask=n)
+        for s in range(10)
+        for n, x in (("a", base), ("b", other))
+    ]
     row = compare.pairs(compare.by_config(found), np.arange(80), claim=0)[0]
     seeds = stats.paired_t(row["per_seed"])
     assert row["t"]["high"] - row["t"]["low"] > 3 * (seeds["high"] - seeds["low"])
 
 
 def test_efficiency_against_a_log():
-    rows = [{"epoch": 0, "seconds": 1, "knn": 50}, {"epoch": 5, "seconds": 60, "memory_mb": 900},
-            {"epoch": 10, "seconds": 101, "knn": 70}, {"epoch": 20, "seconds": 201, "knn": 80}]  # fmt: skip
+    rows = [
+        {"epoch": 0, "seconds": 1, "knn": 50},
+        {"epoch": 5, "seconds": 60, "memory_mb": 900},
+        {"epoch": 10, "seconds": 101, "knn": 70},
+        {"epoch": 20, "seconds": 201, "knn": 80},
+    ]
     found = probe.efficiency(rows, 75)
-    assert (found["reached_epoch"], found["reached_seconds"], found["peak_memory_mb"]) == (15, 151, 900)
-    assert probe.efficiency(rows, 81)["reached_epoch"] is None and "not reached" in probe.efficiency_line(
-        probe.efficiency(rows, 81), "absolute")  # fmt: skip
+    assert (found["reached_epoch"], found["reached_seconds"], found["peak_memory_mb"]) == (
+        15,
+        151,
+        900,
+    )
+    assert probe.efficiency(rows, 81)[
+        "reached_epoch"
+    ] is None and "not reached" in probe.efficiency_line(probe.efficiency(rows, 81), "absolute")
     assert probe.efficiency([], 75) is None
 
 
 def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
     parts = features.open_splits(small)
-    parts["train"]["header"]["groups"] = [f"g{i // 4}" for i in range(len(parts["train"]["labels"]))]
+    parts["train"]["header"]["groups"] = [
+        f"g{i // 4}" for i in range(len(parts["train"]["labels"]))
+    ]
     fit, choose, where = features.hold_out(parts)
     groups = data.groups_of(parts["train"])
     assert where == "train" and 0.05 < len(choose) / len(groups) < 0.2
@@ -194,7 +284,9 @@ def test_without_dev_a_tenth_of_train_is_held_apart_by_group(small):
 
 
 def test_features_are_those_of_the_encoder(small):
-    """The first view is the whole image, unflipped; pools are what they say; thumbnails follow the same crop."""
+    """The first view is the whole image, unflipped; pools are what they say; thumbnails follow the
+    same crop.
+    """
     encoder, split = ViT(32, 8, 32, 2, 2).eval(), features.open_splits(small)["val"]
     clock = {}
     extractor = features.encoder_extractor(encoder, 32, torch.no_grad, clock)
@@ -213,7 +305,7 @@ def test_features_are_those_of_the_encoder(small):
     assert "block2" in blocks and torch.equal(blocks["mean"], tokens[:, 1:].mean(1))
 
 
-# ---- looking -------------------------------------------------------------------------------------------------------
+# ---- looking -------------------------------------------------------------------------------------
 
 
 def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
@@ -221,11 +313,13 @@ def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
     with torch.no_grad():
         rollout = ViT(32, 8, 32, 3, 2).eval().patch_attention(view, "rollout")[:, 0]
         one = ViT(32, 8, 32, 1, 2).eval()
-        torch.testing.assert_close(one.patch_attention(view, "rollout")[:, 0], one.patch_attention(view).mean(1) / 2)
+        torch.testing.assert_close(
+            one.patch_attention(view, "rollout")[:, 0], one.patch_attention(view).mean(1) / 2
+        )
     assert rollout.shape == (2, 16) and (rollout.sum(1) < 1).all() and (rollout >= 0).all()
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -248,19 +342,44 @@ def test_a_run_without_a_model(tmp_path, monkeypatch):
         run_probe(monkeypatch, tmp_path / "run")
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--views", 0], "--views 0"), (["--seed", -1], "--seed -1"), (["--data", "nowhere"], "nowhere"),
-    (["--split", "dev"], "no split dev"), (["--threshold", "nan"], "--threshold nan"), (["--claim", "-101"], "--claim"),
-    (["--threshold", 101], "--threshold 101"), (["--seed", 2**64], f"--seed {2**64}"),
-    (["--snapshots"], "snapshots holds none"), (["--reference", "nowhere"], "--reference nowhere has no kNN"),
-    (["--out", "here"], "--out here is for a comparison.*leave it out"), (["--claim", 1], "--claim 1.0 is for"),
-    (["--threshold", 50, "--reference", "x"], "--reference x fixes the threshold.*leave it out"),
-    *((["--headline", *words], f"{words[0]}.* is for .*leave it out") for words in (
-        ["--reference", "x"], ["--threshold", 50], ["--views", 2], ["--claim", 1], ["--out", "x"], ["--snapshots"],
-        ["--blocks"]))])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--views", 0], "--views 0"),
+        (["--seed", -1], "--seed -1"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--split", "dev"], "no split dev"),
+        (["--threshold", "nan"], "--threshold nan"),
+        (["--claim", "-101"], "--claim"),
+        (["--threshold", 101], "--threshold 101"),
+        (["--seed", 2**64], f"--seed {2**64}"),
+        (["--snapshots"], "snapshots holds none"),
+        (["--reference", "nowhere"], "--reference nowhere has no kNN"),
+        (["--out", "here"], "--out here is for a comparison.*leave it out"),
+        (["--claim", 1], "--claim 1.0 is for"),
+        (
+            ["--threshold", 50, "--reference", "x"],
+            "--reference x fixes the threshold.*leave it out",
+        ),
+        *(
+            (["--headline", *words], f"{words[0]}.* is for .*leave it out")
+            for words in (
+                ["--reference", "x"],
+                ["--threshold", 50],
+                ["--views", 2],
+                ["--claim", 1],
+                ["--out", "x"],
+                ["--snapshots"],
+                ["--blocks"],
+            )
+        ),
+    ],
+)
 def test_bad_flags_are_one_line(runs, tmp_path, monkeypatch, words, says):
     run = tmp_path / "run"
-    shutil.copytree(runs[0] / "random-s1", run, ignore=shutil.ignore_patterns("snapshots", "probe*"))
+    shutil.copytree(
+        runs[0] / "random-s1", run, ignore=shutil.ignore_patterns("snapshots", "probe*")
+    )
     before = sorted(run.iterdir())
     with pytest.raises(UserError, match=says):
         run_probe(monkeypatch, run, *FAST[:-2], *words)
@@ -277,14 +396,23 @@ def test_results_of_other_data_stand_beside_those_of_its_own(runs, tmp_path, mon
         run_probe(monkeypatch, run, *FAST[:-2], "--headline", *words)
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     for name in ("other-val", "packed-test"):
-        assert {p.name for p in (run / name).iterdir()} == {"probe-headline.json", "features.safetensors"}
+        assert {p.name for p in (run / name).iterdir()} == {
+            "probe-headline.json",
+            "features.safetensors",
+        }
     report = json.loads((run / "other-val" / "probe-headline.json").read_text())
     assert report["run"] == "run" and report["data"] == str(tmp_path / "other")
     with pytest.raises(UserError, match="probe-headline.json is there already"):
         run_probe(monkeypatch, run, "--device", "cpu", "--headline", "--data", tmp_path / "other")
     own = checkpoints.flags_of(run)["data"]
-    assert features.results_folder(run, own, "val") == run == features.results_folder(run, Path(own) / ".", "val")
-    assert features.results_folder("x/dino.pth", own, "val") == Path("x/dino/packed-val")  # it has no data of its own
+    assert (
+        features.results_folder(run, own, "val")
+        == run
+        == features.results_folder(run, Path(own) / ".", "val")
+    )
+    assert features.results_folder("x/dino.pth", own, "val") == Path(
+        "x/dino/packed-val"
+    )  # it has no data of its own
 
 
 def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_path, monkeypatch):
@@ -299,10 +427,17 @@ def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_pa
 def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, capsys):
     draw_folder(tmp_path / "pictures", classes=1, each=24)
     pack.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
-    shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png"))
-    words, home = (tmp_path / "run", "--data", tmp_path / "flat", *FAST[:-2]), tmp_path / "run" / "flat-val"
+    shutil.copytree(
+        runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png")
+    )
+    words, home = (
+        (tmp_path / "run", "--data", tmp_path / "flat", *FAST[:-2]),
+        tmp_path / "run" / "flat-val",
+    )
     for flag in (["--headline"], ["--views", 2], ["--blocks"], ["--threshold", 50], ["--seed", 1]):
-        with pytest.raises(UserError, match=f"{flag[0]}.* needs a label on every image.*leave it out"):
+        with pytest.raises(
+            UserError, match=f"{flag[0]}.* needs a label on every image.*leave it out"
+        ):
             run_probe(monkeypatch, *words, *flag, looking=True)
     run_probe(monkeypatch, *words, looking=True)
     assert "no numbers" in capsys.readouterr().out and (home / "neighbours.png").exists()

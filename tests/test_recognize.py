@@ -26,12 +26,31 @@ from model import ViT
 
 @pytest.fixture(scope="package")
 def run(small, tmp_path_factory):
-    """A recogniser of three colours, trained for seconds: (its folder, the folder of pictures it learned from)."""
+    """A recogniser of three colours, trained for seconds: (its folder, the folder of pictures it
+    learned from).
+    """
     base = tmp_path_factory.mktemp("recognise")
     torch.manual_seed(0)
     save_encoder(ViT(32, 8, 32, 2, 2), base / "encoder" / "model.safetensors", {})
-    words = ["--data", small, "--method", "lora", "--device", "cpu", "--dtype", "fp32", "--epochs", 12,
-             "--batch-size", 16, "--no-augment", "--keep", 1, "--out", base / "run"]  # fmt: skip
+    words = [
+        "--data",
+        small,
+        "--method",
+        "lora",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--epochs",
+        12,
+        "--batch-size",
+        16,
+        "--no-augment",
+        "--keep",
+        1,
+        "--out",
+        base / "run",
+    ]
     call("finetune_lora.py", base / "encoder", *words, cwd=base, check=0)
     return base / "run", small.parent / "images"
 
@@ -44,7 +63,10 @@ def copy(run, tmp_path):
 
 def recognise(capsys, *words):
     """recognize.py in this process -> what it printed."""
-    before, sys.argv = sys.argv, ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"]
+    before, sys.argv = (
+        sys.argv,
+        ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"],
+    )
     try:
         recognize.main()
     finally:
@@ -63,12 +85,14 @@ def test_a_recogniser_is_asked_at_other_sizes(run, small, tmp_path):
     rows = {int(row["side"]): row for row in read_csv(tmp_path / "bench_sides.csv")}
     found = json.loads((run[0] / "metrics.json").read_text())["top1"]
     assert float(rows[32]["top1"]) == pytest.approx(found, abs=0.01) and found > 90
-    assert [int(row["patches"]) for row in rows.values()] == [4, 16, 64] and float(rows[64]["ms_1"]) > 0
+    assert [int(row["patches"]) for row in rows.values()] == [4, 16, 64] and float(
+        rows[64]["ms_1"]
+    ) > 0
     assert "no multiple" in refused(call(*words, "--force", "--sides", 20, cwd=tmp_path))
     assert "--force" in refused(call(*words, "--sides", 32, cwd=tmp_path))
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
+# ---- numbers -------------------------------------------------------------------------------------
 
 
 def test_rates_are_read_off_the_roc_curve():
@@ -76,7 +100,11 @@ def test_rates_are_read_off_the_roc_curve():
     positive = ((torch.randn(300, generator=draws) + 1) * 4).round() / 4  # many ties
     negative = (torch.randn(2000, generator=draws) * 4).round() / 4
     for most in (0.001, 0.01, 0.1):
-        accepted = [(positive >= cut).double().mean() for cut in negative if (negative >= cut).double().mean() <= most]
+        accepted = [
+            (positive >= cut).double().mean()
+            for cut in negative
+            if (negative >= cut).double().mean() <= most
+        ]
         assert metrics.tpr_at_fpr(positive, negative, most) >= max(accepted, default=0)
     false, true = metrics.roc(positive, negative)
     error = metrics.equal_error_rate(positive, negative)
@@ -96,13 +124,17 @@ def test_detection_rate_is_what_its_words_say():
 
 
 def test_pairs_are_all_pairs_but_those_of_one_illustration():
-    x, labels, groups = torch.randn(7, 4), torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 3, 4, 4])
+    x, labels, groups = (
+        torch.randn(7, 4),
+        torch.tensor([0, 0, 0, 1, 1, 2, 2]),
+        torch.tensor([0, 0, 1, 2, 3, 4, 4]),
+    )
     same, other = metrics.pair_cosines(x, labels, groups)
     assert len(same) == 5 - 2 and len(other) == 21 - 5
     assert F.cosine_similarity(x[0], x[2], dim=0).item() == pytest.approx(same[0].item(), abs=1e-6)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, capsys, tmp_path):
@@ -112,7 +144,10 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
     assert len(row["nearest"]) == 2 and row["nearest"][0]["name"] == "class1"
     assert row["similarity"] > row["threshold"]
     folder = rows_of(capsys, out, pictures)
-    assert len(folder) == 120 and np.mean([r["best_guess"] == r["picture"].split("/")[0] for r in folder]) > 0.9
+    assert (
+        len(folder) == 120
+        and np.mean([r["best_guess"] == r["picture"].split("/")[0] for r in folder]) > 0.9
+    )
     archive = shutil.make_archive(tmp_path / "faces", "zip", pictures)
     zipped = rows_of(capsys, out, archive)
     assert [r["best_guess"] for r in zipped] == [r["best_guess"] for r in folder]
@@ -122,12 +157,16 @@ def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, ca
 
 def test_pictures_are_cut_as_those_it_learned_from(run, copy, capsys, monkeypatch):
     cuts = []
-    monkeypatch.setattr(ingest.pictures, "decode", lambda *args: cuts.append(args[4:]) or decode(*args))
+    monkeypatch.setattr(
+        ingest.pictures, "decode", lambda *args: cuts.append(args[4:]) or decode(*args)
+    )
     picture = run[1] / "class1" / "illust3_0.png"
     recognise(capsys, copy, picture)
     net, header = classifier.load_classifier(copy)
     assert (header["crop"], header["margin"]) == ("centre", 0.1)
-    monkeypatch.setattr(recognize, "load_classifier", lambda *_: (net, header | {"crop": "figure", "margin": 0.3}))
+    monkeypatch.setattr(
+        recognize, "load_classifier", lambda *_: (net, header | {"crop": "figure", "margin": 0.3})
+    )
     recognise(capsys, copy, picture)
     recognise(capsys, copy, picture, "--crop", "centre")
     assert cuts == [("centre", 0.1), ("figure", 0.3), ("centre", 0.3)]
@@ -138,7 +177,11 @@ def test_standard_input_and_what_is_unknown(run, capsys, monkeypatch):
     lines = "".join(f"{pictures}/class2/illust{i}_0.png\n" for i in range(3))
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     rows = rows_of(capsys, out, "-", "--threshold", 1)
-    assert len(rows) == 3 and not any(r["known"] for r in rows) and all(r["name"] is None for r in rows)
+    assert (
+        len(rows) == 3
+        and not any(r["known"] for r in rows)
+        and all(r["name"] is None for r in rows)
+    )
     text = recognise(capsys, out, pictures / "class2" / "illust0_0.png", "--threshold", 1).out
     assert "unknown (most like class2" in text
 
@@ -158,24 +201,35 @@ def test_an_unreadable_picture_is_one_line_and_the_others_go_on(run, capsys, tmp
     assert "text.png" in refused(done) and done.stdout == ""
 
 
-# ---- enrolment -----------------------------------------------------------------------------------------------------
+# ---- enrolment -----------------------------------------------------------------------------------
 
 
 def test_a_new_character_is_known_from_three_pictures_without_training(run, copy, capsys, tmp_path):
     weights = (copy / "head.safetensors").read_bytes()
     new = draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0"
     pictures = sorted(new.iterdir())
-    assert "enrolled with 4 pictures" in recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
+    assert (
+        "enrolled with 4 pictures"
+        in recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
+    )
     rows = rows_of(capsys, copy, *pictures[4:], "--threshold", -1)
-    assert np.mean([r["name"] == "stranger" for r in rows]) >= 0.75 and rows[0]["nearest"][0]["name"] == "stranger"
+    assert (
+        np.mean([r["name"] == "stranger" for r in rows]) >= 0.75
+        and rows[0]["nearest"][0]["name"] == "stranger"
+    )
     assert rows[0]["confidence"] is None  # a similarity is no probability
     known = rows_of(capsys, copy, run[1] / "class1", "--threshold", -1)
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
-    assert "enrolled with 5 pictures" in recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
+    assert (
+        "enrolled with 5 pictures"
+        in recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
+    )
     assert (copy / "head.safetensors").read_bytes() == weights
 
 
-def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(run, copy, capsys, tmp_path):
+def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(
+    run, copy, capsys, tmp_path
+):
     before = classifier.load_gallery(copy)
     pictures = sorted((draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0").iterdir())
     shutil.copy(pictures[0], tmp_path / "again.png")
@@ -183,11 +237,21 @@ def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(run, co
         recognise(capsys, copy, "--enrol", "Zoë", pictures[0], pictures[1], tmp_path / "again.png")
     told = recognise(capsys, copy, "--enrol", "Zoë", *pictures[:3], tmp_path / "again.png").out
     assert "1 of 4 pictures are there already" in told and "enrolled with 3 pictures" in told
-    assert "enrolled with 3 pictures" in recognise(capsys, copy, "--enrol", "Zoe\u0308", *pictures[:2]).out
-    assert "Zoë: enrolled, 3 pictures" in call("recognize.py", copy, "--list", cwd=tmp_path, check=0).stdout
+    assert (
+        "enrolled with 3 pictures"
+        in recognise(capsys, copy, "--enrol", "Zoe\u0308", *pictures[:2]).out
+    )
+    assert (
+        "Zoë: enrolled, 3 pictures"
+        in call("recognize.py", copy, "--list", cwd=tmp_path, check=0).stdout
+    )
     assert "not enrolled" in refused(call("recognize.py", copy, "--forget", "nobody", cwd=tmp_path))
-    assert "learned in training" in refused(call("recognize.py", copy, "--forget", "class1", cwd=tmp_path))
-    assert "forgotten" in call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0).stdout
+    assert "learned in training" in refused(
+        call("recognize.py", copy, "--forget", "class1", cwd=tmp_path)
+    )
+    assert (
+        "forgotten" in call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0).stdout
+    )
     after = classifier.load_gallery(copy)
     assert after["names"] == before["names"] and after["keys"] == before["keys"]
     assert torch.equal(after["unit"], before["unit"])
@@ -195,11 +259,21 @@ def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(run, co
 
 def test_nothing_given_is_ignored(run, copy, tmp_path):
     picture = run[1] / "class1" / "illust3_0.png"
-    for words in ((picture, "--data", "x"), (picture, "--eval-on", "dev"), (picture, "--force"), ("--verify", picture),
-                  ("--verify", "--nearest", 2), ("--verify", "--crop", "figure"), ("--verify", "--list"),
-                  ("--list", picture), ("--list", "--device", "cpu"), ("--forget", "class1", "--json"),
-                  ("--forget", " "), ("--enrol", "x", picture, "--threshold", 0.5),
-                  ("--enrol", "x", picture, "--json")):  # fmt: skip
+    for words in (
+        (picture, "--data", "x"),
+        (picture, "--eval-on", "dev"),
+        (picture, "--force"),
+        ("--verify", picture),
+        ("--verify", "--nearest", 2),
+        ("--verify", "--crop", "figure"),
+        ("--verify", "--list"),
+        ("--list", picture),
+        ("--list", "--device", "cpu"),
+        ("--forget", "class1", "--json"),
+        ("--forget", " "),
+        ("--enrol", "x", picture, "--threshold", 0.5),
+        ("--enrol", "x", picture, "--json"),
+    ):
         refused(call("recognize.py", copy, *words, cwd=tmp_path))
 
 
@@ -207,14 +281,18 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
     before = (copy / "gallery.safetensors").read_bytes()
     good = sorted((run[1] / "class0").iterdir())[:3]
     (tmp_path / "text.png").write_text("no picture")
-    for who, pictures, told in (("class0", good, "known already"), ("new", good[:2], "too few"), (" ", good, "a name"),
-                                ("new", [*good, tmp_path / "text.png"], "nobody was enrolled")):  # fmt: skip
+    for who, pictures, told in (
+        ("class0", good, "known already"),
+        ("new", good[:2], "too few"),
+        (" ", good, "a name"),
+        ("new", [*good, tmp_path / "text.png"], "nobody was enrolled"),
+    ):
         with pytest.raises(UserError, match=told):
             recognise(capsys, copy, "--enrol", who, *pictures)
     assert (copy / "gallery.safetensors").read_bytes() == before
 
 
-# ---- verification --------------------------------------------------------------------------------------------------
+# ---- verification --------------------------------------------------------------------------------
 
 
 def test_verification_and_strangers(copy, small, capsys, tmp_path):
@@ -224,7 +302,11 @@ def test_verification_and_strangers(copy, small, capsys, tmp_path):
     assert {"machine", "commit", "command"} <= set(row) and row["open_set"]["strangers"] == 0
     assert (copy / "roc.png").exists()
     pairs = row["verification"]
-    assert pairs["roc_auc"] > 80 and 0 <= pairs["eer"] < 30 and pairs["tpr_at_fpr_10"] >= pairs["tpr_at_fpr_0.1"]
+    assert (
+        pairs["roc_auc"] > 80
+        and 0 <= pairs["eer"] < 30
+        and pairs["tpr_at_fpr_10"] >= pairs["tpr_at_fpr_0.1"]
+    )
     # a set with a character that it never saw
     pictures = draw_folder(tmp_path / "pictures", 3, 20)
     shutil.copytree(draw_folder(tmp_path / "new", 1, 20, seed=5) / "class0", pictures / "somebody")
@@ -252,21 +334,34 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
     for c in range(2):
         (pictures / f"class{c}").rename(pictures / f"other{c}")
     call("data.py", pictures, "--out", tmp_path / "others", "--size", 32, cwd=tmp_path, check=0)
-    told = recognise(capsys, copy, "--verify", "--data", tmp_path / "others", "--eval-on", "train").out
+    told = recognise(
+        capsys, copy, "--verify", "--data", tmp_path / "others", "--eval-on", "train"
+    ).out
     row = json.loads((copy / "others-train" / "recognize.json").read_text())
-    assert row["known_of"].endswith("packed") and row["open_set"]["strangers"] > 20 and "pictures of strangers" in told
-    assert 0 <= row["calibration_error"] <= 100 and f"{row['calibration_error']:.1f} points off" in told
+    assert (
+        row["known_of"].endswith("packed")
+        and row["open_set"]["strangers"] > 20
+        and "pictures of strangers" in told
+    )
+    assert (
+        0 <= row["calibration_error"] <= 100
+        and f"{row['calibration_error']:.1f} points off" in told
+    )
 
 
 def test_a_confidence_is_judged_where_half_are_strangers():
     known, right = torch.tensor([0.9, 0.9, torch.nan]), torch.tensor([True, True, False])
-    error, points = recognize.reliability(known, right, torch.full((8,), 0.9))  # weights 2/3, right, and 1, wrong
-    assert points == [(pytest.approx(0.9), pytest.approx(0.4), pytest.approx(1.0))] and error == pytest.approx(50)
+    error, points = recognize.reliability(
+        known, right, torch.full((8,), 0.9)
+    )  # weights 2/3, right, and 1, wrong
+    assert points == [
+        (pytest.approx(0.9), pytest.approx(0.4), pytest.approx(1.0))
+    ] and error == pytest.approx(50)
     error, _ = recognize.reliability(torch.ones(3), torch.ones(3, dtype=torch.bool), torch.zeros(5))
     assert error == 0
 
 
-# ---- bad runs ------------------------------------------------------------------------------------------------------
+# ---- bad runs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -274,16 +369,43 @@ def test_a_run_of_half_the_size_says_the_same(run, small, tmp_path, capsys, meth
     whole, half = run[0], tmp_path / "half"
     if method == "full":
         whole = tmp_path / "full"
-        words = ["--epochs", 2, "--keep", 0.25, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
-        call("finetune_lora.py", run[0].parent / "encoder", "--data", small, "--method", "full", *words, "--out", whole,
-             cwd=tmp_path, check=0)  # fmt: skip
+        words = [
+            "--epochs",
+            2,
+            "--keep",
+            0.25,
+            "--batch-size",
+            16,
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+        ]
+        call(
+            "finetune_lora.py",
+            run[0].parent / "encoder",
+            "--data",
+            small,
+            "--method",
+            "full",
+            *words,
+            "--out",
+            whole,
+            cwd=tmp_path,
+            check=0,
+        )
     call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path, check=0)
     files = {path.stem: path for path in half.glob("*.safetensors")}
     assert files.keys() == {"head", "gallery", "adapter_model" if method == "lora" else "model"}
-    assert all(x.dtype != torch.float32 for file in files.values() for x in load_file(file).values())
+    assert all(
+        x.dtype != torch.float32 for file in files.values() for x in load_file(file).values()
+    )
     first, second = (rows_of(capsys, folder, run[1]) for folder in (whole, half))
     assert [x["name"] for x in first] == [x["name"] for x in second]
-    assert max(abs(x["similarity"] - y["similarity"]) for x, y in zip(first, second, strict=True)) < 5e-3
+    assert (
+        max(abs(x["similarity"] - y["similarity"]) for x, y in zip(first, second, strict=True))
+        < 5e-3
+    )
     assert "half/" in refused(call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path))
     assert "is no run" in refused(call("export.py", run[1], "--to", "half", cwd=tmp_path))
 
@@ -319,6 +441,10 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
     torch.manual_seed(1)  # the encoder was trained on since
     save_encoder(ViT(32, 8, 32, 2, 2), spoiled("base") / "model.safetensors", {})
     tensors, header = read_safetensors(copy / "head.safetensors")
-    save_file(tensors, copy / "head.safetensors", {"animask": json.dumps(header | {"base": str(copy / "base")})})
+    save_file(
+        tensors,
+        copy / "head.safetensors",
+        {"animask": json.dumps(header | {"base": str(copy / "base")})},
+    )
     assert "not the encoder" in line(copy, picture)
     assert "the pickle ran" not in capsys.readouterr().out

@@ -16,12 +16,35 @@ from conftest import ROOT
 
 import mask as masking
 
-STAGES = [name for name in ("data.py", "maps.py", "pretrain.py", "probe.py", "finetune_lora.py", "recognize.py",
-          "tags.py", "segment.py", "detect.py", "export.py") if (ROOT / name).exists()]  # fmt: skip
-OURS = {p.stem for p in ROOT.glob("*.py")} | {"kernels", "common", "ingest", "experiments", "benchmarks"}
+STAGES = [
+    name
+    for name in (
+        "data.py",
+        "maps.py",
+        "pretrain.py",
+        "probe.py",
+        "finetune_lora.py",
+        "recognize.py",
+        "tags.py",
+        "segment.py",
+        "detect.py",
+        "export.py",
+    )
+    if (ROOT / name).exists()
+]
+OURS = {p.stem for p in ROOT.glob("*.py")} | {
+    "kernels",
+    "common",
+    "ingest",
+    "experiments",
+    "benchmarks",
+}
 
 
-PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+PAGES = {
+    p.relative_to(ROOT).as_posix(): p.read_text()
+    for p in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
 README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 COMMAND = r"(?:python|torchrun [^\n]*?) (-m [\w.]+|\w+\.py)(?= |$|`)([^\n#`]*)"
 NOT_OURS = {"--nproc-per-node", "--torch-backend"}  # torchrun's, uv's
@@ -45,7 +68,9 @@ def flags_of(script):
 
 
 def commands():
-    """-> {script: what follows it in each command of README and docs}; the tests' and pip's own are left out."""
+    """-> {script: what follows it in each command of README and docs}; the tests' and pip's own are
+    left out.
+    """
     found = {}
     for script, rest in re.findall(COMMAND, TEXT.replace("\\\n", " ")):
         if script not in ("-m pytest", "-m timeit"):
@@ -66,7 +91,11 @@ def imports(path):
 
 def test_the_readme_begins_with_two_commands():
     first = re.search(r"```\n(.*?)```", README, re.S).group(1).strip().splitlines()
-    assert len(first) == 2 and "python pretrain.py --mask attn_high --ratio 0.75" in first[0] and "pytest" in first[1]
+    assert (
+        len(first) == 2
+        and "python pretrain.py --mask attn_high --ratio 0.75" in first[0]
+        and "pytest" in first[1]
+    )
 
 
 def test_every_page_is_short():
@@ -79,20 +108,27 @@ def test_every_page_is_short():
 def test_every_flag_of_a_command_in_the_docs_is_in_help(script):
     known = flags_of(script)
     for rest in commands()[script]:
-        recipe = flags_of("pretrain.py") if "--recipe" in rest else set()  # flags of pretrain.py, passed on
+        recipe = (
+            flags_of("pretrain.py") if "--recipe" in rest else set()
+        )  # flags of pretrain.py, passed on
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) - known - recipe
         assert not unknown, f"{script} has no {unknown}: {rest}"
 
 
 def test_every_flag_that_the_docs_speak_of_is_a_stages():
     known = set().union(*(flags_of(script) for script in {*STAGES, *commands()}))
-    spoken = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*(?!-)", re.sub(r"<!-- -->|\|[-|]+\|", "", TEXT)))
+    spoken = set(
+        re.findall(r"(?<![\w-])--[a-z][a-z-]*(?!-)", re.sub(r"<!-- -->|\|[-|]+\|", "", TEXT))
+    )
     assert not spoken - known - NOT_OURS
 
 
 def anchors(text):
     """The anchors of a page's headings, as GitHub makes them."""
-    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    return {
+        re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize("name", [*PAGES, "results/LOG.md", "results/STUDY.md"])
@@ -119,16 +155,22 @@ def test_what_is_to_be_changed_stands_where_the_readme_says():
     for file, names in rows:
         code = (ROOT / file).read_text()
         for name in re.findall(r"`(\w+)`", names):
-            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), f"{file} has no {name}"
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), (
+                f"{file} has no {name}"
+            )
 
 
 def test_what_the_glossary_explains_is_where_it_says():
-    rows = re.findall(r"^\| ([^|`]+) \| [^|]+ \| `([\w/.]+\.py)[^`]*`(.*) \|$", PAGES["docs/glossary.md"], re.M)
+    rows = re.findall(
+        r"^\| ([^|`]+) \| [^|]+ \| `([\w/.]+\.py)[^`]*`(.*) \|$", PAGES["docs/glossary.md"], re.M
+    )
     assert len(rows) > 50 and len({word for word, *_ in rows}) == len(rows)
     for word, file, names in rows:
         code = (ROOT / file).read_text()
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
-            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), f"{word}: {file} has no {name}"
+            assert re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M), (
+                f"{word}: {file} has no {name}"
+            )
 
 
 def test_the_licence_is_there_and_the_readme_names_it():
@@ -147,14 +189,20 @@ def read_results(links):
 def missing(numbers, known):
     """Those of the numbers, as they are written, that no number of the files rounds to."""
     unit = {n: 10 ** -len(n.partition(".")[2]) for n in numbers}
-    return [n for n in numbers if not any(abs(float(n.replace(",", "")) - k) <= 0.5000001 * unit[n] for k in known)]
+    return [
+        n
+        for n in numbers
+        if not any(abs(float(n.replace(",", "")) - k) <= 0.5000001 * unit[n] for k in known)
+    ]
 
 
 RESULT = r"\((?:\.\./)?(results/[\w./-]+\.(?:csv|json|md))\)"
 
 
 def test_the_numbers_in_tables_stand_in_results():
-    """Each row of a table of numbers names a file under results/: every number of the row's figure is in there."""
+    """Each row of a table of numbers names a file under results/: every number of the row's figure
+    is in there.
+    """
     rows = re.findall(rf"^\|.*{RESULT}.*\|$", TEXT, re.M)
     assert len(rows) > 30
     for line in (m.group() for m in re.finditer(rf"^\|.*{RESULT}.*\|$", TEXT, re.M)):
@@ -173,17 +221,29 @@ def test_the_numbers_of_a_paragraph_of_the_readme_stand_in_results(title):
 
 
 def test_the_numbers_that_the_docs_tell_of_the_study_stand_in_it():
-    section = TEXT[TEXT.index("Differences in points of linear Top-1") : TEXT.index("## Fine-tuning and recognition")]
+    section = TEXT[
+        TEXT.index("Differences in points of linear Top-1") : TEXT.index(
+            "## Fine-tuning and recognition"
+        )
+    ]
     numbers = re.findall(r"(?<![\w.])\d*\.\d+", section)
     assert len(numbers) > 20 and not missing(numbers, read_results(["results/STUDY.md"]))
 
 
 def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
     with open(ROOT / "results" / "bench_masks.csv") as file:
-        cost = {r["mask"]: float(r["over_random_percent"]) for r in csv.DictReader(file) if r["model"] == "nano"}
-    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M))
+        cost = {
+            r["mask"]: float(r["over_random_percent"])
+            for r in csv.DictReader(file)
+            if r["model"] == "nano"
+        }
+    table = dict(
+        re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M)
+    )
     assert set(table) == set(masking.STRATEGIES)
-    assert {name: abs(float(x)) for name, x in table.items()} == {name: abs(cost[name]) for name in table}
+    assert {name: abs(float(x)) for name, x in table.items()} == {
+        name: abs(cost[name]) for name in table
+    }
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -195,16 +255,33 @@ def test_every_stage_says_what_it_reads_and_writes(script):
 def floor_of(name):
     """The floors of the house, from the ground up; nobody imports from a floor above its own."""
     top, _, rest = name.partition(".")
-    grounds = {"mask": 0, "kernels": 0, "common.io": 0, "common.command": 0, "model": 1, "data": 1, "ingest": 2}
+    grounds = {
+        "mask": 0,
+        "kernels": 0,
+        "common.io": 0,
+        "common.command": 0,
+        "model": 1,
+        "data": 1,
+        "ingest": 2,
+    }
     found = grounds.get(f"common.{rest}" if top == "common" else top)
-    above = {"common": 2, "experiments": 4, "benchmarks": 4, "demo": 4}  # the page is made of the stages
+    above = {
+        "common": 2,
+        "experiments": 4,
+        "benchmarks": 4,
+        "demo": 4,
+    }  # the page is made of the stages
     return found if found is not None else above.get(top, 3)
 
 
 def module_files():
     """-> [(name, path)] of every module of ours, the tests left out."""
     words = {p: p.relative_to(ROOT).with_suffix("").parts for p in ROOT.rglob("*.py")}
-    words = {p: w for p, w in words.items() if w[0] not in ("tests", "runs") and not any(x.startswith(".") for x in w)}
+    words = {
+        p: w
+        for p, w in words.items()
+        if w[0] not in ("tests", "runs") and not any(x.startswith(".") for x in w)
+    }
     return [(".".join(w).removesuffix(".__init__"), p) for p, w in words.items()]
 
 
@@ -218,14 +295,23 @@ def arrows():
 def test_no_arrow_runs_back_up():
     for name, targets in arrows().items():
         for target in targets - {"common", "ingest", "experiments", "benchmarks"}:
-            assert not (floor_of(target) == floor_of(name) == 3), f"{name} imports another stage, {target}"
-            if (name, target) != ("data", "ingest.pack"):  # its packing half, imported in the function that packs
-                assert floor_of(target) <= floor_of(name), f"{name} imports {target}, which is above it"
+            assert not (floor_of(target) == floor_of(name) == 3), (
+                f"{name} imports another stage, {target}"
+            )
+            if (name, target) != (
+                "data",
+                "ingest.pack",
+            ):  # its packing half, imported in the function that packs
+                assert floor_of(target) <= floor_of(name), (
+                    f"{name} imports {target}, which is above it"
+                )
 
 
 def test_no_cycle():
     left = {name: set(targets) for name, targets in arrows().items()}
-    left["data"].discard("ingest.pack")  # imported in a function: packing imports data only to show a set
+    left["data"].discard(
+        "ingest.pack"
+    )  # imported in a function: packing imports data only to show a set
     while free := {name for name, targets in left.items() if not targets & left.keys()}:
         left = {name: targets for name, targets in left.items() if name not in free}
     assert not left, f"a cycle of imports: {left}"
@@ -241,8 +327,13 @@ def test_results_name_their_machine_and_commit():
 
 
 def test_nothing_of_the_development_data_is_in_the_repository():
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    charts = r"results/(study|baselines)/[\w-]+/(curves|bars|grid|table)\.png"  # they show numbers, no picture
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    # they show numbers, no picture
+    charts = r"results/(study|baselines)/[\w-]+/(curves|bars|grid|table)\.png"
     files = [f for f in files if not re.fullmatch(charts, f)]
-    assert not [f for f in files if "faces20" in f and f.endswith((".png", ".webp", ".safetensors", ".zip"))]
+    assert not [
+        f for f in files if "faces20" in f and f.endswith((".png", ".webp", ".safetensors", ".zip"))
+    ]
     assert sys.version_info >= (3, 10)

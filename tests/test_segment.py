@@ -53,17 +53,21 @@ def frames(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def learned(frames):
-    call("segment.py", "encoder", "--data", "packed", "--out", "learned", *QUICK, cwd=frames, check=0)
+    call(
+        "segment.py", "encoder", "--data", "packed", "--out", "learned", *QUICK, cwd=frames, check=0
+    )
     return frames / "learned"
 
 
-# ---- the made frames -------------------------------------------------------------------------------------------------
+# ---- the made frames -----------------------------------------------------------------------------
 
 
 def test_a_photograph_is_in_one_split_and_says_whose_it_is(photos):
     assert sum(map(len, photos.values())) == len(hybrid.PHOTOS) == 19
     assert {split for _, split, _ in hybrid.PHOTOS.values()} == set(hybrid.COUNTS)
-    assert all(photo.mode == "RGB" and min(photo.size) >= 200 for some in photos.values() for photo in some)
+    assert all(
+        photo.mode == "RGB" and min(photo.size) >= 200 for some in photos.values() for photo in some
+    )
     lines = (ROOT / "docs/hybrid.md").read_text()
     libraries = {"sklearn": "scikit-learn", "skimage": "scikit-image", "pywt": "PyWavelets"}
     for name, (library, split, licence) in hybrid.PHOTOS.items():
@@ -79,8 +83,12 @@ def test_masks_say_what_is_drawn(photos, colours):
         frame, share = hybrid.mix(kind, figure, drawing.copy(), photo, rng)
         inside = share == 1
         assert frame[share == 0].max(initial=0) <= 40, kind  # folds may lighten clothes
-        assert kind == "photographed" or (frame[inside] == 200).mean() > 0.85, kind  # all but the rim of a window
-        assert share.mean() == {"drawn": 1, "photographed": 0}.get(kind, pytest.approx(0.5, abs=0.48)), kind
+        assert kind == "photographed" or (frame[inside] == 200).mean() > 0.85, (
+            kind
+        )  # all but the rim of a window
+        assert share.mean() == {"drawn": 1, "photographed": 0}.get(
+            kind, pytest.approx(0.5, abs=0.48)
+        ), kind
     assert ((share > 0) & (share < 1)).sum() == 0  # of clothes
     share = hybrid.mix("soft_blend", figure, drawing, photo, rng)[1]
     assert ((share > 0.05) & (share < 0.95)).mean() > 0.15
@@ -90,7 +98,9 @@ def test_frames_are_made_again_alike(photos, colours):
     items = [item for item in hybrid.plan() if item["kind"] in hybrid.MIXED][::160]
     for item in items:
         a, b = (hybrid.draw(dict(item), 32, photos, colours) for _ in range(2))
-        assert all(np.array_equal(a[k], b[k]) for k in ("image", "drawn")) and a["style"] == b["style"]
+        assert (
+            all(np.array_equal(a[k], b[k]) for k in ("image", "drawn")) and a["style"] == b["style"]
+        )
         assert a["image"].shape == (32, 32, 3) and a["drawn"].dtype == a["image"].dtype == np.uint8
 
 
@@ -100,12 +110,20 @@ def test_layers_take_mean_and_covariance_of_another(colours):
     palette = np.array([120.0, 130, 140]), np.linalg.cholesky(np.diag([90.0, 60, 30]) + 20)
     mean, root = hybrid.statistics(hybrid.recolour(layer, palette))
     assert mean == pytest.approx(palette[0], abs=0.5)
-    assert root == pytest.approx(palette[1], rel=0.15, abs=0.6)  # both have a little added to the diagonal
+    assert root == pytest.approx(
+        palette[1], rel=0.15, abs=0.6
+    )  # both have a little added to the diagonal
 
 
 def test_neither_brightness_nor_contrast_tells_the_two_apart(photos, colours):
-    items = {kind: [i for i in hybrid.plan() if i["kind"] == kind][:40] for kind in ("drawn", "photographed")}
-    found = [np.stack([hybrid.draw(i, 32, photos, colours)["image"] for i in some]) for some in items.values()]
+    items = {
+        kind: [i for i in hybrid.plan() if i["kind"] == kind][:40]
+        for kind in ("drawn", "photographed")
+    }
+    found = [
+        np.stack([hybrid.draw(i, 32, photos, colours)["image"] for i in some])
+        for some in items.values()
+    ]
     for measure in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3))):
         a, b = (measure(x.astype(float)) for x in found)
         assert abs(a.mean() - b.mean()) < 3 * np.sqrt(a.var() / len(a) + b.var() / len(b))
@@ -118,11 +136,13 @@ def test_the_packed_set_tells_kinds_photographs_and_masks(frames):
     assert sum("photograph" in note and "CC" in note for note in header["notes"]) >= 6
     assert len(train["labels"]) == 2 * 12 + 3 * 4 and len(val["labels"]) == 2 * 3 + 5 * 2
     names = np.array(header["classes"])[val["labels"]]
-    assert (val["drawn"][names == "drawn"] == 255).all() and (val["drawn"][names == "photographed"] == 0).all()
+    assert (val["drawn"][names == "drawn"] == 255).all() and (
+        val["drawn"][names == "photographed"] == 0
+    ).all()
     assert 0.05 < (val["drawn"][np.isin(names, hybrid.MIXED)] > 127).mean() < 0.95
 
 
-# ---- patches, proxies, masks -----------------------------------------------------------------------------------------
+# ---- patches, proxies, masks ---------------------------------------------------------------------
 
 
 def tiny():
@@ -131,18 +151,25 @@ def tiny():
 
 
 def test_the_nearest_centroid_decides():
-    net, view = tiny(), torch.randint(0, 256, (3, 32, 32, 3), generator=seeded(0), dtype=torch.uint8)
+    net, view = (
+        tiny(),
+        torch.randint(0, 256, (3, 32, 32, 3), generator=seeded(0), dtype=torch.uint8),
+    )
     net.centroids.copy_(torch.randn(2, 32, generator=seeded(1)))
     frame, patches = net.scores(view)
     tokens = net.encoder.features(view)[:, 1:]
     near = torch.cdist(tokens, net.centroids.expand(3, 2, 32)).argmin(2).view(3, 4, 4)
     assert torch.equal(patches > 0, near == 1)
-    mean = torch.cdist(tokens.mean(1), net.centroids).argmin(1)  # a frame is where the mean of its patches is
+    mean = torch.cdist(tokens.mean(1), net.centroids).argmin(
+        1
+    )  # a frame is where the mean of its patches is
     assert torch.equal(frame > 0, mean == 1)
 
 
 def test_patches_of_another_frame_keep_its_label(monkeypatch):
-    """One frame is black and photographed, one white and drawn: a patch's label has to be its brightness."""
+    """One frame is black and photographed, one white and drawn: a patch's label has to be its
+    brightness.
+    """
     seen = []
 
     class Net(torch.nn.Module):
@@ -152,20 +179,32 @@ def test_patches_of_another_frame_keep_its_label(monkeypatch):
             seen.append(patches.mean(2))
             return None, patches.mean(2)
 
-    monkeypatch.setattr(segment.F, "binary_cross_entropy_with_logits", lambda logits, labels: seen.append(labels))
+    monkeypatch.setattr(
+        segment.F, "binary_cross_entropy_with_logits", lambda logits, labels: seen.append(labels)
+    )
     args = SimpleNamespace(min_crop=1, colour=0, cut=1, keep=0.75)
     task = SimpleNamespace(args=args, S=32, train=SimpleNamespace(kind=torch.tensor([0, 1])))
-    images = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 32, 32, 3).contiguous()
+    images = (
+        torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]
+        .expand(2, 32, 32, 3)
+        .contiguous()
+    )
     segment.patch_loss(task, Net(), torch.tensor([0, 1]), images, seeded(3))
     patches, labels = seen
     low, high = patches.min(), patches.max()
-    assert torch.allclose((patches - low) / (high - low), labels, atol=1e-5) and labels.shape == (2, 12)
+    assert torch.allclose((patches - low) / (high - low), labels, atol=1e-5) and labels.shape == (
+        2,
+        12,
+    )
     assert 0 < labels[0].sum() < 12  # and some are another frame's
 
 
 def test_cuts_have_all_shapes_and_no_frame_is_cut_more_often_than_asked():
     cut = segmenting.cut_masks(400, 32, 0.25, seeded(0))
-    assert 0.2 < cut.any((1, 2)).float().mean() < 0.3 and not segmenting.cut_masks(9, 32, 0, seeded(0)).any()
+    assert (
+        0.2 < cut.any((1, 2)).float().mean() < 0.3
+        and not segmenting.cut_masks(9, 32, 0, seeded(0)).any()
+    )
     corners = segmenting.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
     assert 0.2 < (corners == 0).float().mean() < 0.6  # windows, and a few blobs
     assert all((corners == n).any() for n in range(5))
@@ -173,17 +212,28 @@ def test_cuts_have_all_shapes_and_no_frame_is_cut_more_often_than_asked():
     shown, masks = segmenting.cut_together(view, drawn, 1, seeded(2))
     theirs = masks != drawn
     assert theirs.any((1, 2)).all() and torch.equal(shown[theirs], view.flip(0)[theirs])
-    assert torch.equal(shown[~theirs], view[~theirs]) and torch.equal(masks[theirs], drawn.flip(0)[theirs])
+    assert torch.equal(shown[~theirs], view[~theirs]) and torch.equal(
+        masks[theirs], drawn.flip(0)[theirs]
+    )
 
 
 def test_scores_between_patches_are_means_of_moved_frames():
-    """A network that answers with the brightness of a patch, on a frame with one bright square of half a patch."""
+    """A network that answers with the brightness of a patch, on a frame with one bright square of
+    half a patch.
+    """
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     view[:, 8:12, 8:12] = 240
-    brightness = lambda x: (None, x.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))  # noqa: E731
+
+    def brightness(x):
+        return (None, x.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))
+
     net = SimpleNamespace(encoder=SimpleNamespace(patch_size=8, side=4), scores=brightness)
     fine = segmenting.fine_scores(net, view)
-    assert fine.shape == (1, 8, 8) and fine[0, 2, 2] == fine.max() and fine[0, 2, 2] == pytest.approx(60)
+    assert (
+        fine.shape == (1, 8, 8)
+        and fine[0, 2, 2] == fine.max()
+        and fine[0, 2, 2] == pytest.approx(60)
+    )
     assert fine[0, 2, 3] == fine[0, 3, 2] == pytest.approx(30) and fine[0, 6, 6] == 0
 
 
@@ -192,7 +242,9 @@ def test_two_means_finds_the_halves_of_each_frame_whatever_its_level():
     low = torch.tensor([0.1, 0.2, 0.62])[:, None]
     probability = (low + 0.25 * true)[:, None].expand(3, 24, 24) + 0.02 * torch.randn(3, 24, 24)
     moved = segmenting.two_means(probability)
-    assert ((moved > 0.5) == true[:, None]).all() and not ((probability > 0.5) == true[:, None]).all((1, 2)).any()
+    assert ((moved > 0.5) == true[:, None]).all() and not (
+        (probability > 0.5) == true[:, None]
+    ).all((1, 2)).any()
     assert segmenting.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
 
 
@@ -202,7 +254,9 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     blurred = torch.sigmoid((torch.arange(32.0) - 16) / 3).expand(1, 32, 32)
     found, true = segmenting.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
     assert torch.equal((found > 0.5).float(), true.expand(1, 32, 32))
-    assert ((blurred > 0.5) != (true > 0)).any() and found[0, 16, 18] - found[0, 16, 17] > 0.3  # a step, not a slope
+    assert ((blurred > 0.5) != (true > 0)).any() and found[0, 16, 18] - found[
+        0, 16, 17
+    ] > 0.3  # a step, not a slope
     flat = segmenting.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
@@ -211,7 +265,10 @@ def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
 def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(name, part):
     torch.manual_seed(0)
     net = segmenting.Pixels(name, segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid"))
-    noise, target = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8), torch.rand(4, 64 // part, 64 // part)
+    noise, target = (
+        torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8),
+        torch.rand(4, 64 // part, 64 // part),
+    )
     logits = net.train()(noise)
     assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
     masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
@@ -220,17 +277,31 @@ def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(na
 
 def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
     patches = segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid")
-    patches.scores = lambda view: (None, view.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))
-    net, view = segmenting.Pixels("unet", patches), torch.zeros(1, 64, 96, 3)  # seen by the encoder at 32 by 32
+    patches.scores = lambda view: (
+        None,
+        view.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)),
+    )
+    net, view = (
+        segmenting.Pixels("unet", patches),
+        torch.zeros(1, 64, 96, 3),
+    )  # seen by the encoder at 32 by 32
     view[:, 32:, :48] = 200
     hint = net.hint(view.permute(0, 3, 1, 2))
-    assert hint.shape == (1, 1, 64, 96) and hint[0, 0, 60, 4] == pytest.approx(200) and hint[0, 0, 4, 4] == 0
+    assert (
+        hint.shape == (1, 1, 64, 96)
+        and hint[0, 0, 60, 4] == pytest.approx(200)
+        and hint[0, 0, 4, 4] == 0
+    )
     assert hint[0, 0, 60, 90] == 0 and not any(p.requires_grad for p in patches.parameters())
 
 
 def test_no_convolution_of_a_segformer_is_silent():
     torch.manual_seed(0)
-    convs = [m for m in segmenting.segformer(3).modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+    convs = [
+        m
+        for m in segmenting.segformer(3).modules()
+        if isinstance(m, torch.nn.Conv2d) and m.groups > 1
+    ]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
     assert len(convs) == 7 and min(loud) > 0.7 and max(loud) < 2
 
@@ -247,24 +318,42 @@ def test_masks_are_judged_as_by_hand():
     assert segmenting.judge_masks([(said, true)])["boundary_f"] == 0
 
 
-# ---- the stage -------------------------------------------------------------------------------------------------------
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 def test_three_stages_leave_their_files_and_numbers(frames, learned):
     found = json.loads((learned / "metrics.json").read_text())
-    assert 0 <= found["frames"]["val"] <= 100 and found["pixels"]["val"].keys() >= {"mixed", "purely", "panels"}
-    assert found["proxies"].keys() == {k + v for k in ("dev", "val") for v in ("", "_known", "_coarse")}
+    assert 0 <= found["frames"]["val"] <= 100 and found["pixels"]["val"].keys() >= {
+        "mixed",
+        "purely",
+        "panels",
+    }
+    assert found["proxies"].keys() == {
+        k + v for k in ("dev", "val") for v in ("", "_known", "_coarse")
+    }
     split = data.open_split(learned.parent / "packed", "train")
     proxies = data.open_map(learned / "proxies", "drawn", split)
     names = np.array(split["header"]["classes"])[split["labels"]]
     assert proxies.shape == (36, 32, 32) and not proxies[np.isin(names, segmenting.KINDS)].any()
     assert (learned / "overlays.png").exists()
-    again = call("segment.py", "encoder", "--data", "packed", "--out", "learned", "--resume", *QUICK, cwd=frames)
+    again = call(
+        "segment.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "learned",
+        "--resume",
+        *QUICK,
+        cwd=frames,
+    )
     assert again.returncode == 0 and "is finished" in again.stdout
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(frames, learned, tmp_path, monkeypatch, step):
+def test_a_run_that_was_stopped_ends_with_the_same_bits(
+    frames, learned, tmp_path, monkeypatch, step
+):
     """Stopped in stage 1 and in stage 3 (its first step is the third of all)."""
     count, plain, signals = 0, segment.train.Meter.add, []
 
@@ -277,21 +366,38 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(frames, learned, tmp_pat
 
     monkeypatch.setattr(segment.train, "catch_signals", lambda: signals.append([]) or signals[-1])
     monkeypatch.setattr(segment.train.Meter, "add", add)
-    words = ["segment.py", frames / "encoder", "--data", frames / "packed", "--out", tmp_path / "run", *QUICK]
+    words = [
+        "segment.py",
+        frames / "encoder",
+        "--data",
+        frames / "packed",
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+    ]
     stopped = call(*words, cwd=frames)
     assert stopped.returncode == 128 + 15 and not (tmp_path / "run/metrics.json").exists()
     call(*words, "--resume", cwd=frames, check=0)
     for name in ("patches", "model"):
-        a, b = (segmenting.read_safetensors(place / f"{name}.safetensors")[0] for place in (learned, tmp_path / "run"))
+        a, b = (
+            segmenting.read_safetensors(place / f"{name}.safetensors")[0]
+            for place in (learned, tmp_path / "run")
+        )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
 
 
 def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
     split = data.open_split(frames / "packed", "train")
-    of_class = [{"photographed": 0, "drawn": 1}.get(name, -1) for name in split["header"]["classes"]]
+    of_class = [
+        {"photographed": 0, "drawn": 1}.get(name, -1) for name in split["header"]["classes"]
+    ]
     kind = torch.tensor(of_class)[split["labels"]]
-    task = SimpleNamespace(args=SimpleNamespace(flip=0.0, seed=0), masks=split["drawn"],
-                           encoder=SimpleNamespace(side=4), train=SimpleNamespace(kind=kind))  # fmt: skip
+    task = SimpleNamespace(
+        args=SimpleNamespace(flip=0.0, seed=0),
+        masks=split["drawn"],
+        encoder=SimpleNamespace(side=4),
+        train=SimpleNamespace(kind=kind),
+    )
     rows = torch.arange(len(kind))
     masks = segment.masks_to_learn(task, rows)
     assert torch.equal(masks, (torch.from_numpy(np.array(split["drawn"])) > 127).float())
@@ -299,38 +405,86 @@ def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
     turned = segment.masks_to_learn(task, rows)
     share = ((turned - masks).abs() > 0)[kind < 0].float().mean()
     assert 0.1 < share < 0.4 and torch.equal(turned[kind >= 0], masks[kind >= 0])
-    assert torch.equal(turned, segment.masks_to_learn(task, rows))  # the same patches whenever they come
+    assert torch.equal(
+        turned, segment.masks_to_learn(task, rows)
+    )  # the same patches whenever they come
 
 
 def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
     rng = np.random.default_rng(0)
     for name, size in (("wide", (90, 40)), ("dot", (1, 1)), ("square", (32, 32))):
-        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
     (tmp_path / "none.png").write_text("no picture")
     names = ["wide.png", "dot.png", "square.png"]
-    done = call("segment.py", learned, *names, "none.png", "--out", "masks", "--share", cwd=tmp_path, check=0)
+    done = call(
+        "segment.py",
+        learned,
+        *names,
+        "none.png",
+        "--out",
+        "masks",
+        "--share",
+        cwd=tmp_path,
+        check=0,
+    )
     rows = list(csv.DictReader(done.stdout.splitlines()))
     assert [r["picture"] for r in rows] == names and "none.png is not a picture" in done.stderr
     for row in rows:
         stem = row["picture"].removesuffix(".png")
         mask = np.asarray(Image.open(tmp_path / f"masks/{stem}-mask.png"))
-        assert mask.shape == np.asarray(Image.open(tmp_path / row["picture"])).shape[:2] and set(mask.flat) <= {0, 255}
+        assert mask.shape == np.asarray(Image.open(tmp_path / row["picture"])).shape[:2] and set(
+            mask.flat
+        ) <= {0, 255}
         assert 0 <= float(row["drawn"]) <= 1 and (tmp_path / f"masks/{stem}-overlay.png").exists()
-    assert "is there already" in refused(call("segment.py", learned, "dot.png", "--out", "masks", cwd=tmp_path))
+    assert "is there already" in refused(
+        call("segment.py", learned, "dot.png", "--out", "masks", cwd=tmp_path)
+    )
     call("segment.py", learned, "../dot.png", "--out", "up", cwd=tmp_path / "masks", check=0)
-    assert sorted(p.name for p in (tmp_path / "masks/up").iterdir()) == ["dot-mask.png", "dot-overlay.png"]
+    assert sorted(p.name for p in (tmp_path / "masks/up").iterdir()) == [
+        "dot-mask.png",
+        "dot-overlay.png",
+    ]
 
 
 def test_patches_alone_segment_too(frames, tmp_path):
-    words = ["segment.py", "encoder", "--data", "packed", "--out", "second", "--until", 2, *QUICK[:2], *QUICK[4:]]
+    words = [
+        "segment.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "second",
+        "--until",
+        2,
+        *QUICK[:2],
+        *QUICK[4:],
+    ]
     call(*words, cwd=frames, check=0)
     assert not (frames / "second/model.safetensors").exists()
     Image.new("RGB", (50, 30), "white").save(tmp_path / "white.png")
     call("segment.py", frames / "second", "white.png", "--out", "m", cwd=tmp_path, check=0)
     assert np.asarray(Image.open(tmp_path / "m/white-mask.png")).shape == (30, 50)
-    call("segment.py", "encoder", "--data", "packed", "--out", "third", "--patches", "second", "--learn-from", "frames",
-         *QUICK[2:], cwd=frames, check=0)  # fmt: skip
-    assert not (frames / "third/patches.safetensors").exists() and (frames / "third/model.safetensors").exists()
+    call(
+        "segment.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "third",
+        "--patches",
+        "second",
+        "--learn-from",
+        "frames",
+        *QUICK[2:],
+        cwd=frames,
+        check=0,
+    )
+    assert (
+        not (frames / "third/patches.safetensors").exists()
+        and (frames / "third/model.safetensors").exists()
+    )
     call("segment.py", frames / "third", "white.png", "--share", cwd=tmp_path, check=0)
 
 
@@ -340,28 +494,68 @@ def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
     for i, name in enumerate(segmenting.KINDS):
         (tmp_path / f"own/class{i}").rename(tmp_path / "own" / name)
     call("data.py", "own", "--out", "packed", "--size", 32, cwd=tmp_path, check=0)
-    done = call("segment.py", frames / "encoder", "--data", "packed", "--out", "run", *QUICK, cwd=tmp_path, check=0)
-    assert "no mixed frames: no stage 3" in done.stdout and (tmp_path / "run/patches.safetensors").exists()
+    done = call(
+        "segment.py",
+        frames / "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "run",
+        *QUICK,
+        cwd=tmp_path,
+        check=0,
+    )
+    assert (
+        "no mixed frames: no stage 3" in done.stdout
+        and (tmp_path / "run/patches.safetensors").exists()
+    )
 
 
-@pytest.mark.parametrize(("words", "reason"), [
-    (["--data", "none"], "does not exist"),
-    (["--until", 2, "--flip", 0.1], "--flip 0.1 is for stage 3, not for --until 2"),
-    (["--learn-from", "truth", "--flip", 0.1], "--flip 0.1 is for proxies, not for --learn-from truth"),
-    (["--until", 2, "--network", "segformer"], "--network segformer is for stage 3, not for --until 2"),
-    (["--leave-out", "line=thick"], "--leave-out line=thick is unknown; there are: palette=natural|"),
-    (["--share"], "--share is for pictures"), (["--image-size", 33], "no multiple"),
-    (["--patches", "nowhere"], "nowhere/patches.safetensors does not exist"),
-    (["--proxies", "nowhere"], "no saliency maps at nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--data", "none"], "does not exist"),
+        (["--until", 2, "--flip", 0.1], "--flip 0.1 is for stage 3, not for --until 2"),
+        (
+            ["--learn-from", "truth", "--flip", 0.1],
+            "--flip 0.1 is for proxies, not for --learn-from truth",
+        ),
+        (
+            ["--until", 2, "--network", "segformer"],
+            "--network segformer is for stage 3, not for --until 2",
+        ),
+        (
+            ["--leave-out", "line=thick"],
+            "--leave-out line=thick is unknown; there are: palette=natural|",
+        ),
+        (["--share"], "--share is for pictures"),
+        (["--image-size", 33], "no multiple"),
+        (["--patches", "nowhere"], "nowhere/patches.safetensors does not exist"),
+        (["--proxies", "nowhere"], "no saliency maps at nowhere"),
+    ],
+)
 def test_what_does_not_fit_is_refused(frames, tmp_path, words, reason):
-    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run", *words, "--device", "cpu"]
+    words = [
+        "segment.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        tmp_path / "run",
+        *words,
+        "--device",
+        "cpu",
+    ]
     assert reason in refused(call(*words, cwd=frames))
 
 
-def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(frames, small, learned, tmp_path):
+def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(
+    frames, small, learned, tmp_path
+):
     words = ["segment.py", frames / "encoder", "--data", small, "--out", tmp_path / "run"]
-    assert "no frames labelled 'photographed', only class0, class1" in refused(call(*words, cwd=tmp_path))
+    assert "no frames labelled 'photographed', only class0, class1" in refused(
+        call(*words, cwd=tmp_path)
+    )
     other = call("segment.py", frames / "encoder", "x.png", "--share", cwd=tmp_path)
     assert "is no run of segment.py" in refused(other)
     assert "--out DIR says where" in refused(call("segment.py", learned, "x.png", cwd=tmp_path))
@@ -370,15 +564,26 @@ def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(frames, small
 
 def test_without_transformers_a_segformer_is_refused(frames, tmp_path, monkeypatch):
     monkeypatch.setitem(segment.sys.modules, "transformers", None)
-    words = ["segment.py", "encoder", "--data", "packed", "--out", tmp_path / "run", "--network", "segformer"]
+    words = [
+        "segment.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        tmp_path / "run",
+        "--network",
+        "segformer",
+    ]
     assert "pip install transformers; unet does not" in refused(call(*words, cwd=frames))
 
 
-# ---- the table of arms, and what gives a frame away ------------------------------------------------------------------
+# ---- the table of arms, and what gives a frame away ----------------------------------------------
 
 
 def test_cues_that_give_all_away_are_found(tmp_path):
-    """Gray frames against red ones, quiet ones against noisy ones: each cue finds its own difference alone."""
+    """Gray frames against red ones, quiet ones against noisy ones: each cue finds its own
+    difference alone.
+    """
     rng = np.random.default_rng(0)
     noisy = [rng.normal(128, s, (20, 64, 64, 3)).clip(0, 255).astype(np.uint8) for s in (2, 9)]
     a, b = (experiments.hybrid.noise(x) for x in noisy)
@@ -402,5 +607,7 @@ def test_composites_by_hand_are_judged(learned, tmp_path, capsys):
     args = SimpleNamespace(encoder=learned, out=tmp_path)
     experiments.hybrid.composites(args, side=48)
     scores = capsys.readouterr().out.split(";")[0].split()[2:]
-    assert len(scores) == 10 and all(0 <= int(score) < 90 for score in scores)  # nothing was learned
+    assert len(scores) == 10 and all(
+        0 <= int(score) < 90 for score in scores
+    )  # nothing was learned
     assert Image.open(tmp_path / "composites.png").width > 1000

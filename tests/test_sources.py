@@ -38,7 +38,9 @@ def lay(root, names):
 
 
 def told(path):
-    """{key: (label, split)} of a source, after every picture's bytes were fetched and found to be a picture."""
+    """{key: (label, split)} of a source, after every picture's bytes were fetched and found to be a
+    picture.
+    """
     records, fetch, _ = sources.find(path)
     loaded = [(r, Image.open(io.BytesIO(load())).size) for r, load in fetch(records)]
     assert [r for r, _ in loaded] == records and {size for _, size in loaded} == {(24, 24)}
@@ -46,8 +48,11 @@ def told(path):
 
 
 NAMES = ["train/初音ミク/1.png", "train/Éclair/2.png", "test/初音ミク/3.png"]
-TOLD = {"train/初音ミク/1.png": ("初音ミク", "train"), "train/Éclair/2.png": ("Éclair", "train"),
-        "test/初音ミク/3.png": ("初音ミク", "test")}  # fmt: skip
+TOLD = {
+    "train/初音ミク/1.png": ("初音ミク", "train"),
+    "train/Éclair/2.png": ("Éclair", "train"),
+    "test/初音ミク/3.png": ("初音ミク", "test"),
+}
 
 
 def make_tar(path, root, mode, prefix=""):
@@ -58,7 +63,10 @@ def make_tar(path, root, mode, prefix=""):
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
 def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
-    root = lay(tmp_path / "set", [unicodedata.normalize("NFD", n) for n in NAMES] + [("train/readme.txt", b"hello")])
+    root = lay(
+        tmp_path / "set",
+        [unicodedata.normalize("NFD", n) for n in NAMES] + [("train/readme.txt", b"hello")],
+    )
     path = root
     if kind == "zip":
         path = tmp_path / "set.zip"
@@ -74,16 +82,37 @@ def test_a_tar_packs_like_its_folder_and_leaves_nothing_behind(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=20)
     make_tar(tmp_path / "images.tar.gz", root, "w:gz", "images")
     for source, out in ((root, "a"), (tmp_path / "images.tar.gz", "b")):
-        call("data.py", source, "--out", tmp_path / out, "--size", 16, "--seed", 3, cwd=tmp_path, check=0)
+        call(
+            "data.py",
+            source,
+            "--out",
+            tmp_path / out,
+            "--size",
+            16,
+            "--seed",
+            3,
+            cwd=tmp_path,
+            check=0,
+        )
     splits = [[data.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
-    pixels = [sorted((int(y), im.tobytes()) for s in some for y, im in zip(s["labels"], s["images"], strict=True))
-              for some in splits]  # fmt: skip
+    pixels = [
+        sorted(
+            (int(y), im.tobytes())
+            for s in some
+            for y, im in zip(s["labels"], s["images"], strict=True)
+        )
+        for some in splits
+    ]
     assert pixels[0] == pixels[1] and len(pixels[0]) == 40
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "images", "images.tar.gz"]
 
 
 def test_old_zip_names_are_read_as_utf8_or_japanese():
-    for code, name in (("utf-8", "初音ミク/1.png"), ("cp932", "初音ミク/1.png"), ("cp437", "é/1.png")):
+    for code, name in (
+        ("utf-8", "初音ミク/1.png"),
+        ("cp932", "初音ミク/1.png"),
+        ("cp437", "é/1.png"),
+    ):
         info = zipfile.ZipInfo(name.encode(code).decode("cp437"))
         assert sources.zip_name(info) == name
 
@@ -92,23 +121,34 @@ def test_old_zip_names_are_read_as_utf8_or_japanese():
 @pytest.mark.parametrize("header", [True, False])
 def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
     lay(tmp_path, ["a/1.png", "a/2.png", "b 3.png"])
-    rows = [("a/1.png", "ミク", "train", "smile 1girl"), ("a/2.png", "", "valid", ""), ("b 3.png", "x", "test", "hat")]
+    rows = [
+        ("a/1.png", "ミク", "train", "smile 1girl"),
+        ("a/2.png", "", "valid", ""),
+        ("b 3.png", "x", "test", "hat"),
+    ]
     if header:
         rows = [("label", "path", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
     table = tmp_path / f"list.{suffix}"
     table.write_text("".join(("," if suffix == "csv" else "\t").join(r) + "\n" for r in rows))
-    assert told(table) == {"a/1.png": ("ミク", "train"), "a/2.png": (None, "val"), "b 3.png": ("x", "test")}
+    assert told(table) == {
+        "a/1.png": ("ミク", "train"),
+        "a/2.png": (None, "val"),
+        "b 3.png": ("x", "test"),
+    }
     assert [r.tags for r in sources.find(table)[0]] == [("smile", "1girl"), (), ("hat",)]
 
 
 @pytest.mark.parametrize(
     "text, says",
-    [("a.png,x,nowhere\n", "line 1: split 'nowhere' is unknown"),
-     ("a.png,x,train\nb.png,y\n", "1 of 2 rows have no split"),
-     ("a.png,x\na.png,x,train,t,more\n", "line 2 is not path,label,split,tags"), (",x\n", "line 1 is not path"),
-     ("label,path\nx\n", "line 2 is not label,path"),
-     ("", "no image found")],
-)  # fmt: skip
+    [
+        ("a.png,x,nowhere\n", "line 1: split 'nowhere' is unknown"),
+        ("a.png,x,train\nb.png,y\n", "1 of 2 rows have no split"),
+        ("a.png,x\na.png,x,train,t,more\n", "line 2 is not path,label,split,tags"),
+        (",x\n", "line 1 is not path"),
+        ("label,path\nx\n", "line 2 is not label,path"),
+        ("", "no image found"),
+    ],
+)
 def test_a_wrong_table_is_one_line(tmp_path, text, says):
     (tmp_path / "list.csv").write_text(text)
     assert says in refused(call("data.py", "list.csv", "--out", "out", cwd=tmp_path))
@@ -123,7 +163,10 @@ def test_a_table_that_is_not_text_is_one_line(tmp_path):
 
 def test_a_list_on_standard_input(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=10)
-    names = "\n".join(str(p.relative_to(tmp_path)) for p in sorted(root.rglob("*.png"), reverse=True)) + "\nx.txt\n"
+    names = (
+        "\n".join(str(p.relative_to(tmp_path)) for p in sorted(root.rglob("*.png"), reverse=True))
+        + "\nx.txt\n"
+    )
     stage("data.py", "-", "--out", "out", "--size", 16, cwd=tmp_path, check=0, input=names)
     header = data.open_split(tmp_path / "out", "train")["header"]
     assert header["classes"] == ["class0", "class1"] and len(header["keys"]) == 14
@@ -136,12 +179,21 @@ def test_dafre_keeps_its_published_splits(tmp_path, turned):
     lay(tmp_path / "faces", ["0159/263159.jpg", "0933/194933.jpg", "0001/1001.jpg"])
     labels = tmp_path / "labels"
     labels.mkdir()
-    rows = (("train", 0, "0159/263159.jpg"), ("val", 1, "0933/194933.jpg"), ("test", 0, "0001/1001.jpg"))
+    rows = (
+        ("train", 0, "0159/263159.jpg"),
+        ("val", 1, "0933/194933.jpg"),
+        ("test", 0, "0001/1001.jpg"),
+    )
     for split, i, name in rows:
-        (labels / f"{split}.csv").write_text(f"{name},{i}\n" if turned else f"class_id,dir\n{i},{name}\n")
+        (labels / f"{split}.csv").write_text(
+            f"{name},{i}\n" if turned else f"class_id,dir\n{i},{name}\n"
+        )
     (labels / "classid_classname.csv").write_text("0,hatsune_miku\n1,初音\n")
-    assert told(tmp_path) == {"0159/263159.jpg": ("hatsune_miku", "train"), "0933/194933.jpg": ("初音", "val"),
-                              "0001/1001.jpg": ("hatsune_miku", "test")}  # fmt: skip
+    assert told(tmp_path) == {
+        "0159/263159.jpg": ("hatsune_miku", "train"),
+        "0933/194933.jpg": ("初音", "val"),
+        "0001/1001.jpg": ("hatsune_miku", "test"),
+    }
     (labels / "val.csv").write_text("1,2,3\n4,5,6\n")
     with pytest.raises(UserError, match="line 2 is not class_id,path"):
         sources.find(tmp_path)
@@ -153,7 +205,9 @@ def test_dafre_keeps_its_published_splits(tmp_path, turned):
 def test_icartoonface_gives_identities_and_boxes(tmp_path):
     names = [f"personai_icartoonface_rectrain_0000{k}/x_{k}.jpg" for k in (0, 1)]
     lay(tmp_path / "icartoonface_rectrain", names)
-    (tmp_path / "icartoonface_rectrain_det.txt").write_text("".join(f"{n}\t2\t3\t20\t21\n" for n in names))
+    (tmp_path / "icartoonface_rectrain_det.txt").write_text(
+        "".join(f"{n}\t2\t3\t20\t21\n" for n in names)
+    )
     assert {k: v[0] for k, v in told(tmp_path).items()} == {n: n.split("/")[0] for n in names}
     assert sources.find(tmp_path)[0][0].box == (2, 3, 20, 21)
     (tmp_path / "icartoonface_rectrain_det.txt").write_text(f"{names[0]}\t20\t3\t2\t21\n")
@@ -163,37 +217,75 @@ def test_icartoonface_gives_identities_and_boxes(tmp_path):
 
 def test_moeimouto_loses_its_running_numbers(tmp_path):
     root = tmp_path / "animeface-character-dataset"
-    lay(root, ["thumb/000_hatsune_miku/face_1_2_3.png", "thumb/001_kinomoto_sakura/face_4_5_6.png",
-               ("thumb/000_hatsune_miku/color.csv", b"face_1_2_3.png,1,2,3,4,5,6\n"), ("README", b"")])  # fmt: skip
+    lay(
+        root,
+        [
+            "thumb/000_hatsune_miku/face_1_2_3.png",
+            "thumb/001_kinomoto_sakura/face_4_5_6.png",
+            ("thumb/000_hatsune_miku/color.csv", b"face_1_2_3.png,1,2,3,4,5,6\n"),
+            ("README", b""),
+        ],
+    )
     for path in (root, tmp_path):
         assert {v[0] for v in told(path).values()} == {"hatsune_miku", "kinomoto_sakura"}
 
 
-POSTS = [{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile", "category": "0"}]},
-         {"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159},
-         {"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"},
-         {"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}}, {"id": 11, "tags": [{"category": 4}]},
-         {"id": 999, "tag_string": "not_downloaded"}]  # fmt: skip
+POSTS = [
+    {
+        "id": "263159",
+        "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile", "category": "0"}],
+    },
+    {
+        "id": 7,
+        "md5": "ab12",
+        "tag_string": "rin smile hat",
+        "tag_string_character": "rin",
+        "parent_id": 263159,
+    },
+    {"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"},
+    {"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}},
+    {"id": 11, "tags": [{"category": 4}]},
+    {"id": 999, "tag_string": "not_downloaded"},
+]
 
 
 def test_danbooru_metadata_gives_character_tags_and_parents(tmp_path):
-    lay(tmp_path, ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg", "8.png", "10.png",
-                   "11.png"])  # fmt: skip
-    more = [{"id": 1000 + i} for i in range(14)]  # one line in twenty may be broken, and that is one in 21
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS + more) + "{broken\n")
+    lay(
+        tmp_path,
+        [
+            "512px/0159/263159.jpg",
+            "original/0159/263159.jpg",
+            "images/ab/ab12.jpg",
+            "8.png",
+            "10.png",
+            "11.png",
+        ],
+    )
+    more = [
+        {"id": 1000 + i} for i in range(14)
+    ]  # one line in twenty may be broken, and that is one in 21
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(json.dumps(p) + "\n" for p in POSTS + more) + "{broken\n"
+    )
     for path in (tmp_path, tmp_path / "metadata.jsonl"):
         records, _, notes = sources.find(path)
         assert {r.key: (r.label, r.group, r.tags) for r in records} == {
             "512px/0159/263159.jpg": ("miku", "263159", ("smile",)),
             "images/ab/ab12.jpg": ("rin", "263159", ("smile", "hat")),
-            "8.png": (None, "8", ("smile",)), "10.png": ("luka", "10", ("hat",)),
-            "11.png": (None, "11", ())}  # fmt: skip
-        assert notes == ["read as Danbooru metadata: 3 classes (luka, miku, rin); 2 pictures without a label",
-                         "15 lines of the metadata have no picture here",
-                         "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"]  # fmt: skip
+            "8.png": (None, "8", ("smile",)),
+            "10.png": ("luka", "10", ("hat",)),
+            "11.png": (None, "11", ()),
+        }
+        assert notes == [
+            "read as Danbooru metadata: 3 classes (luka, miku, rin); 2 pictures without a label",
+            "15 lines of the metadata have no picture here",
+            "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21",
+        ]
     for text, lost in (("[1, 2]\nhello\n", "2 of 2"), ("{}\n" * 18 + "hello\n", "1 of 19")):
         (tmp_path / "metadata.jsonl").write_text(text)
-        with pytest.raises(UserError, match=f"{lost} lines are no JSON objects, the first: metadata.jsonl, line"):
+        with pytest.raises(
+            UserError, match=f"{lost} lines are no JSON objects, the first: metadata.jsonl, line"
+        ):
             sources.find(tmp_path)
 
 
@@ -204,14 +296,23 @@ def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(p) + "\n" for p in POSTS))
     records, _, notes = sources.find(tmp_path)
     assert [(r.label, r.tags) for r in records] == [("0", ("smile",)), ("1", ("smile", "hat"))]
-    assert notes[1:] == ["4 lines of the metadata have no picture here", "2 of 2 pictures have tags"]
-    (tmp_path / "labels/classid_classname.csv").write_text("0,Miku\n1,smile\n")  # nobody's tag is his name
-    (tmp_path / "metadata.jsonl").write_text('{"id": 7, "tags": "smile hat"}\n{"id": 263159, "tags": "miku blue"}\n')
+    assert notes[1:] == [
+        "4 lines of the metadata have no picture here",
+        "2 of 2 pictures have tags",
+    ]
+    (tmp_path / "labels/classid_classname.csv").write_text(
+        "0,Miku\n1,smile\n"
+    )  # nobody's tag is his name
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"id": 7, "tags": "smile hat"}\n{"id": 263159, "tags": "miku blue"}\n'
+    )
     assert [r.tags for r in sources.find(tmp_path)[0]] == [("blue",), ("hat",)]
 
 
 def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(from datasets import.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S).group(1)
+    code = re.search(
+        r"```python\n(from datasets import.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S
+    ).group(1)
     rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
     fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
     monkeypatch.setitem(sys.modules, "datasets", fake)
@@ -221,7 +322,7 @@ def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monk
     assert set(told(folder).values()) == {(None, None)} and len(told(folder)) == 3
 
 
-# ---- layouts of folders ----------------------------------------------------------------------------------------------
+# ---- layouts of folders --------------------------------------------------------------------------
 
 C = {"train/a", "train/b", "test/a", "test/b"}  # split/class of the records
 
@@ -233,28 +334,88 @@ def many(*folders, each=4):
 
 LAYOUTS = {  # pictures -> read as, {split/class of the records}, pictures set aside
     "wrapped twice": (many("x/y/a", "x/y/b"), "-/-/class", {"None/a", "None/b"}, 0),
-    "split, wrapped once": (many("set/train/a", "set/train/b", "set/test/a", "set/test/b"), "-/split/class", C, 0),
-    "split names": (many("Training/a", "Training/b", "test-set/a", "test-set/b"), "split/class", C, 0),
-    "wrapper below the split": (many("train/genshin/a", "train/genshin/b"), "split/-/class", {"train/a", "train/b"}, 0),
+    "split, wrapped once": (
+        many("set/train/a", "set/train/b", "set/test/a", "set/test/b"),
+        "-/split/class",
+        C,
+        0,
+    ),
+    "split names": (
+        many("Training/a", "Training/b", "test-set/a", "test-set/b"),
+        "split/class",
+        C,
+        0,
+    ),
+    "wrapper below the split": (
+        many("train/genshin/a", "train/genshin/b"),
+        "split/-/class",
+        {"train/a", "train/b"},
+        0,
+    ),
     "a wrapper of each split": (
-        many("train/train_images/a", "train/train_images/b", "test/test_images/a", "test/test_images/b"),
-        "split/-/class", C, 0),
+        many(
+            "train/train_images/a",
+            "train/train_images/b",
+            "test/test_images/a",
+            "test/test_images/b",
+        ),
+        "split/-/class",
+        C,
+        0,
+    ),
     "class above split": (many("a/train", "b/train", "a/test", "b/test"), "class/split", C, 0),
-    "a stray beside the splits": (["x.png", *many("train/a", "train/b", "test/a", "test/b")], "split/class", C, 1),
-    "a stray beside the wrapper": (["x.png", *many("s/a", "s/b")], "-/class", {"None/a", "None/b"}, 1),
-    "a stray beside the classes": (["train/x.png", *many("train/a", "train/b", "test/a", "test/b")],
-                                   "split/class", C, 1),
-    "Val and Dev are characters": (many("Val", "Dev", "Rin"), "class", {"None/Val", "None/Dev", "None/Rin"}, 0),
-    "years below the classes": (many("a/2019", "a/2020", "b/2019"), "class", {"None/a", "None/b"}, 0),
+    "a stray beside the splits": (
+        ["x.png", *many("train/a", "train/b", "test/a", "test/b")],
+        "split/class",
+        C,
+        1,
+    ),
+    "a stray beside the wrapper": (
+        ["x.png", *many("s/a", "s/b")],
+        "-/class",
+        {"None/a", "None/b"},
+        1,
+    ),
+    "a stray beside the classes": (
+        ["train/x.png", *many("train/a", "train/b", "test/a", "test/b")],
+        "split/class",
+        C,
+        1,
+    ),
+    "Val and Dev are characters": (
+        many("Val", "Dev", "Rin"),
+        "class",
+        {"None/Val", "None/Dev", "None/Rin"},
+        0,
+    ),
+    "years below the classes": (
+        many("a/2019", "a/2020", "b/2019"),
+        "class",
+        {"None/a", "None/b"},
+        0,
+    ),
     "one folder in each class": (many("a/a_faces", "b/b_faces"), "class", {"None/a", "None/b"}, 0),
-    "few lie deeper": ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", {"None/a", "None/b"}, 0),
+    "few lie deeper": (
+        [*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"],
+        "class",
+        {"None/a", "None/b"},
+        0,
+    ),
     "no folders": (["1.png", "2.png"], "pictures only", {"None/None"}, 0),
     "splits without classes": (many("train", "val"), "split", {"train/None", "val/None"}, 0),
-    "a test without labels": ([*many("train/a", "train/b"), *many("test")], "split/class",
-                              {"train/a", "train/b", "test/None"}, 0),
-    "numbered, with a stray": (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], "AnimeFace Character",
-                               {"None/a", "None/b"}, 1),
-}  # fmt: skip
+    "a test without labels": (
+        [*many("train/a", "train/b"), *many("test")],
+        "split/class",
+        {"train/a", "train/b", "test/None"},
+        0,
+    ),
+    "numbered, with a stray": (
+        ["thumb/x.png", *many("thumb/000_a", "thumb/001_b")],
+        "AnimeFace Character",
+        {"None/a", "None/b"},
+        1,
+    ),
+}
 
 
 def as_kind(root, kind):
@@ -270,7 +431,9 @@ def test_layouts_are_found_and_told(tmp_path, name, kind):
     assert {f"{r.split}/{r.label}" for r in records} == said and len(records) == len(names) - aside
     assert notes[0].startswith(f"read as {what}: ")
     labels = {r.label for r in records} - {None}
-    assert (f"{len(labels)} classes ({', '.join(sorted(labels))})" if labels else "no labels") in notes[0]
+    assert (
+        f"{len(labels)} classes ({', '.join(sorted(labels))})" if labels else "no labels"
+    ) in notes[0]
     if aside:
         assert f"{aside} pictures set aside" in notes[1] and "x.png" in notes[1]
     else:
@@ -280,14 +443,28 @@ def test_layouts_are_found_and_told(tmp_path, name, kind):
 SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
 AMBIGUOUS = {  # pictures -> the two readings, classes of each
     "series above characters": (SERIES, {"class": 2, "-/class": 4}),
-    "the same below a split": ([f"train/{n}" for n in SERIES], {"split/class": 2, "split/-/class": 4}),
-    "train beside class folders": (many("train/a", "train/b", "c", "d"), {"class": 3, "split/class": 2}),
-    "many pictures beside folders": ([*many("a", "b"), *(f"{i}.png" for i in range(8))], {"-": 0, "class": 2}),
+    "the same below a split": (
+        [f"train/{n}" for n in SERIES],
+        {"split/class": 2, "split/-/class": 4},
+    ),
+    "train beside class folders": (
+        many("train/a", "train/b", "c", "d"),
+        {"class": 3, "split/class": 2},
+    ),
+    "many pictures beside folders": (
+        [*many("a", "b"), *(f"{i}.png" for i in range(8))],
+        {"-": 0, "class": 2},
+    ),
     "series once wrapped": ([f"set/{n}" for n in SERIES], {"-/class": 2, "-/-/class": 4}),
-    "one site above the same many": (many(*(f"{s}/{c}" for s in ("pixiv", "boards") for c in "abcdef"), each=1),
-                                     {"class": 2, "-/class": 6}),
-    "split below class, and more": (many("a/train", "a/test", "b/train", "b/raw"), {"class": 2, "class/split": 2}),
-}  # fmt: skip
+    "one site above the same many": (
+        many(*(f"{s}/{c}" for s in ("pixiv", "boards") for c in "abcdef"), each=1),
+        {"class": 2, "-/class": 6},
+    ),
+    "split below class, and more": (
+        many("a/train", "a/test", "b/train", "b/raw"),
+        {"class": 2, "class/split": 2},
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -304,18 +481,37 @@ def test_ambiguous_layouts_are_refused_with_both_readings(tmp_path, name, kind):
         records, _, notes = sources.find(path, layout=layout)
         assert len({r.label for r in records} - {None}) == classes
         aside = len(names) - len(records)
-        assert (f"{aside} pictures set aside" in told) == (aside > 0) == any("set aside" in n for n in notes)
-    assert len(sources.find(path, layout="-")[0]) == len(names)  # pictures to be named are never refused
+        assert (
+            (f"{aside} pictures set aside" in told)
+            == (aside > 0)
+            == any("set aside" in n for n in notes)
+        )
+    assert len(sources.find(path, layout="-")[0]) == len(
+        names
+    )  # pictures to be named are never refused
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
     lay(tmp_path / "set", SERIES)
-    done = call("data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+    done = call(
+        "data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0
+    )
     assert "read as -/class: 4 classes (hutao, kiana, mei, ...)" in done.stdout
-    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["hutao", "kiana", "mei", "venti"]
-    for layout, says in (("split", "fits none of the 16 pictures"), ("a/b", "--layout a/b must be folder levels"),
-                         ("class/class", "must be"), ("class/-/-/split", "fits none")):  # fmt: skip
-        assert says in refused(call("data.py", "set", "--layout", layout, "--out", "no", cwd=tmp_path))
+    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == [
+        "hutao",
+        "kiana",
+        "mei",
+        "venti",
+    ]
+    for layout, says in (
+        ("split", "fits none of the 16 pictures"),
+        ("a/b", "--layout a/b must be folder levels"),
+        ("class/class", "must be"),
+        ("class/-/-/split", "fits none"),
+    ):
+        assert says in refused(
+            call("data.py", "set", "--layout", layout, "--out", "no", cwd=tmp_path)
+        )
     (tmp_path / "list.csv").write_text("set/genshin/hutao/0.png,x\n")
     for source in ("list.csv", "toon"):
         line = refused(call("data.py", source, "--layout", "class", "--out", "no", cwd=tmp_path))
@@ -326,7 +522,9 @@ def test_a_source_with_a_test_and_no_train_is_refused(tmp_path):
     lay(tmp_path / "set", many("test/a", "test/b", "val/a", "val/b"))
     line = refused(call("data.py", "set", "--out", "out", cwd=tmp_path))
     assert "brings test and val, but no train" in line
-    call("data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+    call(
+        "data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0
+    )
 
 
 def test_a_folder_with_an_archive_and_no_pictures_names_the_archive(tmp_path):
@@ -336,19 +534,41 @@ def test_a_folder_with_an_archive_and_no_pictures_names_the_archive(tmp_path):
     assert "give the archive: python data.py 'set/my faces.zip'" in line
 
 
-@pytest.mark.parametrize("name, split", [
-    ("train", "train"), ("TRAIN_SET", "train"), ("train-images", "train"), ("training", "train"), ("trainset", "train"),
-    ("train2017", "train"), ("images_train", "train"), ("valid", "val"), ("Validation", "val"), ("val_data", "val"),
-    ("dev", "dev"), ("testing", "test"), ("testset", "test"), ("test 2", "test"), ("Devi", None), ("valkyrie", None),
-    ("test_subject", None), ("miku", None), ("trainer", None), ("", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train", "train"),
+        ("TRAIN_SET", "train"),
+        ("train-images", "train"),
+        ("training", "train"),
+        ("trainset", "train"),
+        ("train2017", "train"),
+        ("images_train", "train"),
+        ("valid", "val"),
+        ("Validation", "val"),
+        ("val_data", "val"),
+        ("dev", "dev"),
+        ("testing", "test"),
+        ("testset", "test"),
+        ("test 2", "test"),
+        ("Devi", None),
+        ("valkyrie", None),
+        ("test_subject", None),
+        ("miku", None),
+        ("trainer", None),
+        ("", None),
+    ],
+)
 def test_names_of_splits(name, split):
     assert layouts.split_of(name) == split
 
 
-# ---- what is refused, and what is skipped --------------------------------------------------------------------------
+# ---- what is refused, and what is skipped --------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png"]
+)
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_names_that_lead_out_of_an_archive_are_refused(tmp_path, name, kind):
     path = tmp_path / f"set.{kind}"
@@ -386,8 +606,13 @@ def test_a_zip_with_a_damaged_directory_is_refused(tmp_path):
 
 
 def test_copies_are_found_in_a_tar_that_was_appended_to(tmp_path):
-    """`tar -r` writes a name a second time: what is fetched then comes in another order than the records."""
-    pictures = {f"a/{i}.png": png(seed=i, colour=(20 * i, 90, 200 - 20 * i), size=(48, 48)) for i in range(8)}
+    """`tar -r` writes a name a second time: what is fetched then comes in another order than the
+    records.
+    """
+    pictures = {
+        f"a/{i}.png": png(seed=i, colour=(20 * i, 90, 200 - 20 * i), size=(48, 48))
+        for i in range(8)
+    }
     pictures["a/8.png"] = pictures["a/3.png"]
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for name in [*pictures, "a/0.png"]:
@@ -407,7 +632,10 @@ def test_where_a_list_of_whole_paths_lies_says_nothing_of_splits_and_classes(tmp
     records, fetch, note = sources.from_list(lines)
     assert note == "read as class: 2 classes (miku, rin)"
     assert {r.key: (r.label, r.split) for r in records} == {
-        "miku/1.png": ("miku", None), "miku/2.png": ("miku", None), "rin/3.png": ("rin", None)}  # fmt: skip
+        "miku/1.png": ("miku", None),
+        "miku/2.png": ("miku", None),
+        "rin/3.png": ("rin", None),
+    }
     assert all(load() == (root / r.key).read_bytes() for r, load in fetch(records))
 
 
@@ -429,16 +657,34 @@ def test_names_that_differ_in_case_are_told_and_doubles_counted(tmp_path):
             z.writestr(name, png(seed=i))
     records, _, notes = sources.find(tmp_path / "set.zip")
     assert [r.key for r in records] == ["Miku/1.png", "miku/1.png", "rin/1.png"]
-    assert notes == ["read as class: 3 classes (Miku, miku, rin)", "1 names came twice; the first of each is kept",
-                     "classes that differ only in case are kept apart: Miku and miku"]  # fmt: skip
+    assert notes == [
+        "read as class: 3 classes (Miku, miku, rin)",
+        "1 names came twice; the first of each is kept",
+        "classes that differ only in case are kept apart: Miku and miku",
+    ]
 
 
 def test_min_per_class_leaves_small_classes_out(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=12)
     lay(tmp_path / "images", [f"rare/{i}.png" for i in range(5)])
-    done = call("data.py", "images", "--out", "out", "--size", 16, "--min-per-class", 6, cwd=tmp_path, check=0)
+    done = call(
+        "data.py",
+        "images",
+        "--out",
+        "out",
+        "--size",
+        16,
+        "--min-per-class",
+        6,
+        cwd=tmp_path,
+        check=0,
+    )
     assert "5 images left out: 1 classes have fewer than 6" in done.stdout
-    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == ["class0", "class1", "class2"]
+    assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == [
+        "class0",
+        "class1",
+        "class2",
+    ]
     line = refused(call("data.py", "images", "--out", "no", "--min-per-class", 13, cwd=tmp_path))
     assert "--min-per-class 13" in line and not (tmp_path / "no").exists()
 
@@ -458,10 +704,14 @@ def odd_files():
     exif[0x0112] = 6  # turn right by 90 degrees to see it upright
     gray = np.where(pixels[..., :1] > 0, 60000, 15000).astype(np.uint16)[..., 0]
     return {
-        "exif.jpg": saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95),
+        "exif.jpg": saved(
+            image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95
+        ),
         "palette.png": saved(image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         "cmyk.jpg": saved(image.convert("CMYK"), "JPEG", quality=95),
-        "animated.gif": saved(image, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 40))]),
+        "animated.gif": saved(
+            image, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 40))]
+        ),
         "deep.png": saved(Image.fromarray(gray), "PNG"),
         "gray.jpg": saved(image.convert("L"), "JPEG", quality=95),
     }
@@ -471,19 +721,35 @@ def odd_files():
 def test_odd_files_are_decoded_upright_in_rgb(name):
     got = decode.decode(odd_files()[name], 20, fg=False)["images"].astype(int)
     top, bottom = got[:9].mean((0, 1)), got[11:].mean((0, 1))
-    want = {"deep.png": ([233] * 3, [58] * 3), "gray.jpg": ([76] * 3, [29] * 3)}.get(name, ([255, 0, 0], [0, 0, 255]))
+    want = {"deep.png": ([233] * 3, [58] * 3), "gray.jpg": ([76] * 3, [29] * 3)}.get(
+        name, ([255, 0, 0], [0, 0, 255])
+    )
     assert np.abs(top - want[0]).max() < 12 and np.abs(bottom - want[1]).max() < 12, (top, bottom)
 
 
 def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=40)
-    bomb = saved(Image.new("1", (14000, 14000)), "PNG")  # a few kilobytes that unpack to 196 megapixels
+    bomb = saved(
+        Image.new("1", (14000, 14000)), "PNG"
+    )  # a few kilobytes that unpack to 196 megapixels
     whole = saved(Image.effect_noise((64, 64), 60), "JPEG")
-    lay(root, [("class0/bomb.png", bomb), ("class1/cut.jpg", whole[: len(whole) // 2]), ("class1/empty.png", b"")])
-    done = call("data.py", root, "--out", "out", "--size", 16, "--split", "1,0,0", cwd=tmp_path, check=0)
+    lay(
+        root,
+        [
+            ("class0/bomb.png", bomb),
+            ("class1/cut.jpg", whole[: len(whole) // 2]),
+            ("class1/empty.png", b""),
+        ],
+    )
+    done = call(
+        "data.py", root, "--out", "out", "--size", 16, "--split", "1,0,0", cwd=tmp_path, check=0
+    )
     header = data.open_split(tmp_path / "out", "train")["header"]
     skipped = dict(header["skipped_first"])
-    assert set(skipped) == {"class0/bomb.png", "class1/cut.jpg", "class1/empty.png"} and header["skipped"] == 3
+    assert (
+        set(skipped) == {"class0/bomb.png", "class1/cut.jpg", "class1/empty.png"}
+        and header["skipped"] == 3
+    )
     assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
 
 
@@ -492,11 +758,13 @@ def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=2, each=each)
     for i in range(4):
         (tmp_path / "images" / "train" / "class0" / f"illust{i}_0.png").write_bytes(b"no picture")
-    assert "more than 5 %" in refused(call("data.py", "images", "--out", "out", "--size", 16, cwd=tmp_path))
+    assert "more than 5 %" in refused(
+        call("data.py", "images", "--out", "out", "--size", 16, cwd=tmp_path)
+    )
     assert not list((tmp_path / "out").glob("*"))
 
 
-# ---- tags, strata, the crop ----------------------------------------------------------------------------------------
+# ---- tags, strata, the crop ----------------------------------------------------------------------
 
 
 def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
@@ -505,17 +773,51 @@ def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     (tmp_path / "list.csv").write_text("path,label,split,tags\n" + "\n".join(rows))
     call("data.py", "list.csv", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
     split = data.open_split(tmp_path / "out", "train")
-    assert split["header"]["tags"] == ["smile", "hat"] and split["tags"].shape == (len(split["images"]), 2)
-    assert (split["tags"][:, 0] == 0).all() and (split["tags"][:, 1] == split["labels"].numpy() * 2 - 1).all()
-    call("data.py", "list.csv", "--out", "all", "--size", 16, "--emoticons", "--min-per-tag", 1, cwd=tmp_path, check=0)
+    assert split["header"]["tags"] == ["smile", "hat"] and split["tags"].shape == (
+        len(split["images"]),
+        2,
+    )
+    assert (split["tags"][:, 0] == 0).all() and (
+        split["tags"][:, 1] == split["labels"].numpy() * 2 - 1
+    ).all()
+    call(
+        "data.py",
+        "list.csv",
+        "--out",
+        "all",
+        "--size",
+        16,
+        "--emoticons",
+        "--min-per-tag",
+        1,
+        cwd=tmp_path,
+        check=0,
+    )
     words = data.open_split(tmp_path / "all", "train")["header"]["tags"]
     assert words[:3] == ["smile", ":d", "hat"] and len(words) == 3 + split["labels"].sum()
-    done = call("data.py", "list.csv", "--out", "few", "--size", 16, "--tag-importance", 0.2, cwd=tmp_path, check=0)
-    assert data.open_split(tmp_path / "few", "train")["header"]["tags"] == ["hat"]  # every picture has smile
+    done = call(
+        "data.py",
+        "list.csv",
+        "--out",
+        "few",
+        "--size",
+        16,
+        "--tag-importance",
+        0.2,
+        cwd=tmp_path,
+        check=0,
+    )
+    assert data.open_split(tmp_path / "few", "train")["header"]["tags"] == [
+        "hat"
+    ]  # every picture has smile
     left_out = "1 emoticons, 7 on fewer than 2 pictures, 1 of an importance up to 0.2"
     assert f"tags: 1 of 10 are learned; {left_out}" in done.stdout
-    (tmp_path / "list.csv").write_text("path,label\n" + "\n".join(row.partition(",,")[0] for row in rows))
-    assert "has none; leave it out" in refused(call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path))
+    (tmp_path / "list.csv").write_text(
+        "path,label\n" + "\n".join(row.partition(",,")[0] for row in rows)
+    )
+    assert "has none; leave it out" in refused(
+        call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path)
+    )
 
 
 @pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xD", "x3", "0_0", ";)", "\\o/"])
@@ -523,7 +825,9 @@ def test_emoticons_are_told_from_words(tag):
     assert tags.is_emoticon(tag)
 
 
-@pytest.mark.parametrize("tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero", "v", "..."])
+@pytest.mark.parametrize(
+    "tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero", "v", "..."]
+)
 def test_words_are_no_emoticons(tag):
     assert not tags.is_emoticon(tag)
 
@@ -534,7 +838,9 @@ def test_the_importance_of_a_tag_is_the_papers():
     assert tags.importance(lists)["c"] == pytest.approx(1 / 4 * np.log(4))
     lists = [("a", "a"), ("b",), ("b",)]
     twice = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
-    assert tags.vocabulary(twice)[0] == ["b"]  # a tag that is said twice of one picture is still on one
+    assert tags.vocabulary(twice)[0] == [
+        "b"
+    ]  # a tag that is said twice of one picture is still on one
 
 
 def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
@@ -544,13 +850,17 @@ def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
     assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
     rows = [row["tags"] for _, row in stream(records[::399])]
-    assert rows[0].tolist() == [0] + [tags.NONE] * (tags.MOST - 1) and rows[1].tolist() == list(range(tags.MOST))
+    assert rows[0].tolist() == [0] + [tags.NONE] * (tags.MOST - 1) and rows[1].tolist() == list(
+        range(tags.MOST)
+    )
 
 
 def figure(centre, size=(120, 80)):
     """A blob on a two-coloured ground, around a centre."""
     y, x = np.mgrid[: size[1], : size[0]]
-    pixels = np.where((y < size[1] // 2)[..., None], (120, 190, 240), (130, 200, 120)).astype(np.uint8)
+    pixels = np.where((y < size[1] // 2)[..., None], (120, 190, 240), (130, 200, 120)).astype(
+        np.uint8
+    )
     pixels[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 16**2] = (230, 60, 90)
     return Image.fromarray(pixels)
 
@@ -572,5 +882,17 @@ def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
 def test_a_boxes_file_of_another_set_is_one_line(tmp_path):
     draw_folder(tmp_path / "images")
     (tmp_path / "boxes.txt").write_text("other.png 1 2 3 4\n")
-    line = refused(call("data.py", "images", "--out", "out", "--boxes", "boxes.txt", "--crop", "figure", cwd=tmp_path))
+    line = refused(
+        call(
+            "data.py",
+            "images",
+            "--out",
+            "out",
+            "--boxes",
+            "boxes.txt",
+            "--crop",
+            "figure",
+            cwd=tmp_path,
+        )
+    )
     assert "--boxes boxes.txt names none" in line

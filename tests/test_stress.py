@@ -35,10 +35,15 @@ def apart(a, b):
 def test_every_corruption_spoils_and_repeats_itself(images, name):
     spoil, levels, _, headline = corruptions.SWEEPS[name]
     found = [spoil(images, level, torch.Generator().manual_seed(0)) for level in levels]
-    assert all(x.shape == images.shape and x.dtype == torch.uint8 for x in found) and headline in levels
+    assert (
+        all(x.shape == images.shape and x.dtype == torch.uint8 for x in found)
+        and headline in levels
+    )
     assert torch.equal(found[0], spoil(images, levels[0], torch.Generator().manual_seed(0)))
     strength = [apart(x, images) for x in found]
-    assert max(strength) > 0.5 and (name not in ("cutout", "blur", "jpeg") or strength == sorted(strength))
+    assert max(strength) > 0.5 and (
+        name not in ("cutout", "blur", "jpeg") or strength == sorted(strength)
+    )
 
 
 def test_cutout_has_the_area_that_was_asked(images):
@@ -52,18 +57,25 @@ def test_cutout_has_the_area_that_was_asked(images):
 
 def test_turning_there_and_back_or_not_at_all(images):
     assert torch.equal(corruptions.turned(images, 0, 1.0), images)
-    assert torch.equal(corruptions.turned(images, 90, 1.0), images.rot90(-1, (1, 2))) or torch.equal(
-        corruptions.turned(images, 90, 1.0), images.rot90(1, (1, 2)))  # fmt: skip
-    assert apart(corruptions.hue(corruptions.hue(images, 120, None), 240, None), images) < 12  # but for clipping
+    assert torch.equal(
+        corruptions.turned(images, 90, 1.0), images.rot90(-1, (1, 2))
+    ) or torch.equal(corruptions.turned(images, 90, 1.0), images.rot90(1, (1, 2)))
+    assert (
+        apart(corruptions.hue(corruptions.hue(images, 120, None), 240, None), images) < 12
+    )  # but for clipping
     gray = corruptions.grayscale(images, 1, None)
-    assert apart(corruptions.hue(gray, 60, None), gray) < 0.6 and (gray[..., 0] == gray[..., 2]).all()
+    assert (
+        apart(corruptions.hue(gray, 60, None), gray) < 0.6 and (gray[..., 0] == gray[..., 2]).all()
+    )
 
 
 def test_line_art_of_one_colour_is_white():
-    assert (corruptions.line_art(torch.full((1, 8, 8, 3), 90, dtype=torch.uint8), 1, None) == 255).all()
+    assert (
+        corruptions.line_art(torch.full((1, 8, 8, 3), 90, dtype=torch.uint8), 1, None) == 255
+    ).all()
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +85,24 @@ def drawn(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toon, "plan", lambda **kw: plan(**kw | {"n": 120}, characters=6))
         pack.pack("toon", base / "toon", size=32)
-        patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2})
-        quick = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--decoder-depth", 1, "--device", "cpu"]
-        call("pretrain.py", "--data", base / "toon", "--out", base / "run", *quick, cwd=base, check=0)
+        patch.setitem(
+            model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2}
+        )
+        quick = [
+            "--image-size",
+            32,
+            "--batch-size",
+            16,
+            "--epochs",
+            1,
+            "--decoder-depth",
+            1,
+            "--device",
+            "cpu",
+        ]
+        call(
+            "pretrain.py", "--data", base / "toon", "--out", base / "run", *quick, cwd=base, check=0
+        )
     return base
 
 
@@ -89,26 +116,42 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     monkeypatch.setattr(stress, "RATIOS", (0.5, 0.75))
     run_stress(monkeypatch, drawn / "run", "--images", 16, "--device", "cpu")
     report, text = json.loads((drawn / "run" / "stress.json").read_text()), capsys.readouterr().out
-    assert {"stress.json", "robustness.png", "parts.png", "reconstruction.png", "features.safetensors"} <= {
-        p.name for p in (drawn / "run").iterdir()}  # fmt: skip
+    assert {
+        "stress.json",
+        "robustness.png",
+        "parts.png",
+        "reconstruction.png",
+        "features.safetensors",
+    } <= {p.name for p in (drawn / "run").iterdir()}
     assert set(report["robustness"]) == set(corruptions.SWEEPS) and "eyes" in report["parts"]
-    assert sum(x["images"] for name, x in report["style"].items() if "palette" in name) == report["images"] == 16
+    assert (
+        sum(x["images"] for name, x in report["style"].items() if "palette" in name)
+        == report["images"]
+        == 16
+    )
     same = report["resolution"][0]  # the size that it was trained at
     assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
     masks = {r["strategy"] for r in report["reconstruction"]}
-    assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {"simmim", "learned"} & masks
+    assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {
+        "simmim",
+        "learned",
+    } & masks
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
     assert "masked error under the fixed random mask" in text and "without eyes" in text
 
 
 def test_nothing_that_is_there_is_replaced_but_by_the_same_command(drawn, monkeypatch, tmp_path):
-    run = shutil.copytree(drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("stress*", "*.png"))
+    run = shutil.copytree(
+        drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("stress*", "*.png")
+    )
     (run / "stress.json").write_text(json.dumps({"command": "python -m experiments.stress other"}))
     with pytest.raises(UserError, match=r"stress\.json is there already; --force"):
         run_stress(monkeypatch, run, "--images", 8)
     (run / "stress.json").unlink()
     (run / "robustness.png").write_text("mine")
-    with pytest.raises(UserError, match=r"robustness\.png is there already; --force"):  # somebody's own
+    with pytest.raises(
+        UserError, match=r"robustness\.png is there already; --force"
+    ):  # somebody's own
         run_stress(monkeypatch, run, "--images", 8)
     words = [run, "--images", 8, "--device", "cpu", "--only", "cutout"]
     run_stress(monkeypatch, *words)
@@ -121,7 +164,9 @@ def test_nothing_that_is_there_is_replaced_but_by_the_same_command(drawn, monkey
     shutil.copytree(drawn / "toon", tmp_path / "other")
     run_stress(monkeypatch, *words, "--data", tmp_path / "other")
     run_stress(monkeypatch, *words, "--split", "test")
-    where = [p.parent.relative_to(run).as_posix() for p in sorted(run.glob("**/stress-cutout.json"))]
+    where = [
+        p.parent.relative_to(run).as_posix() for p in sorted(run.glob("**/stress-cutout.json"))
+    ]
     assert sorted(where) == [".", "other-val", "toon-test"]
     assert json.loads((run / "toon-test/stress-cutout.json").read_text())["split"] == "test"
 
@@ -133,10 +178,15 @@ def test_what_the_mid_terms_table_would_not_use_is_refused(drawn, monkeypatch, w
 
 
 def test_only_one_corruption_is_what_the_whole_sweep_says(drawn, monkeypatch, capsys):
-    run_stress(monkeypatch, drawn / "run", "--images", 16, "--device", "cpu", "--only", "cutout,grayscale")
+    run_stress(
+        monkeypatch, drawn / "run", "--images", 16, "--device", "cpu", "--only", "cutout,grayscale"
+    )
     report = json.loads((drawn / "run" / "stress-cutout-grayscale.json").read_text())
     whole = json.loads((drawn / "run" / "stress.json").read_text())["robustness"]
-    assert report["top1"] == {"cutout 0.3": whole["cutout"]["0.3"], "grayscale 1": whole["grayscale"]["1"]}
+    assert report["top1"] == {
+        "cutout 0.3": whole["cutout"]["0.3"],
+        "grayscale 1": whole["grayscale"]["1"],
+    }
     right = stats.from_bits(report["right"]["cutout 0.3"], report["images"])
     assert (
         100 * right.mean() == pytest.approx(report["top1"]["cutout 0.3"])
@@ -154,23 +204,35 @@ def test_the_mid_terms_table_is_one_flag(drawn, monkeypatch, capsys):
 
 
 def test_pixels_are_made_without_the_answer(drawn):
-    """What stands in the hidden patches must not change what is predicted for them: no statistic of theirs is used."""
+    """What stands in the hidden patches must not change what is predicted for them: no statistic of
+    theirs is used.
+    """
     model, norm_pix = stress.load_mae(drawn / "run", torch.device("cpu"))
     assert norm_pix
     draws = torch.Generator().manual_seed(0)
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=draws)
     noise = masking.gumbel_noise(2, 16, draws)
-    made, where = stress.reconstruct(model, view, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext)
+    made, where = stress.reconstruct(
+        model, view, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext
+    )
     other = torch.where(where[..., None], 255 - view, view)
-    again, _ = stress.reconstruct(model, other, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext)
-    assert torch.equal(made, again) and torch.equal(made[~where], view[~where]) and where.float().mean() == 0.75
+    again, _ = stress.reconstruct(
+        model, other, {}, "random", 0.75, noise, norm_pix, contextlib.nullcontext
+    )
+    assert (
+        torch.equal(made, again)
+        and torch.equal(made[~where], view[~where])
+        and where.float().mean() == 0.75
+    )
 
 
 @pytest.mark.slow
 def test_a_run_without_its_state_and_bad_flags(drawn, tmp_path, monkeypatch):
     shutil.copytree(drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("state.pt"))
     command = [sys.executable, "-m", "experiments.stress"]
-    done = subprocess.run([*command, tmp_path / "run", "--midterm"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, tmp_path / "run", "--midterm"], cwd=ROOT, capture_output=True, text=True
+    )
     assert "no state.pt" in refused(done)
     with pytest.raises(UserError, match="--images 2"):
         run_stress(monkeypatch, drawn / "run", "--images", 2)
@@ -191,4 +253,9 @@ def test_the_flat_guess_is_the_mean_of_what_is_seen(images):
 
 
 def test_grades():
-    assert [stress.grade(x) for x in (18.1, 18.0, 10.0, 9.9)] == ["good", "moderate", "moderate", "poor"]
+    assert [stress.grade(x) for x in (18.1, 18.0, 10.0, 9.9)] == [
+        "good",
+        "moderate",
+        "moderate",
+        "poor",
+    ]

@@ -55,7 +55,9 @@ out = pathlib.Path(sys.argv[1])
 found = out / f"{pathlib.Path(flags['--data']).name}-{flags['--split']}"  # its model does not say what its own data are
 found.mkdir(exist_ok=True)
 """
-PROBE = FOUND + """
+PROBE = (
+    FOUND
+    + """
 bits = {"random": "aa", "attn": "ff"}.get(out.name.split("-")[0].split("_")[0], "f0")
 top1 = bin(int(bits, 16)).count("1") / 8
 row = {"logistic": {"top1": top1, "C": 1.0, "per_class": [1]}, "knn": {"top1": top1}, "retrieval": {"map": .5}}
@@ -65,9 +67,13 @@ name = "probe-headline.json" if "--headline" in sys.argv else "probe.json"
 (found / name).write_text(json.dumps({"rows": rows, "right": {"logistic": bits * 9, "knn": bits * 9},
                                     "machine": "pretended", "config": {"seed": 0, "dtype": "bf16"}}))
 """
-STRESS = FOUND + """
+)
+STRESS = (
+    FOUND
+    + """
 (found / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 50.0}, "right": {"cutout 0.3": "f0" * 9}}))
 """
+)
 FINETUNE = """
 import json, pathlib, shlex, sys
 flags = dict(zip(sys.argv[2:], sys.argv[3:]))
@@ -97,7 +103,11 @@ cli(study.main)
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with stages that pretend: they take no time and know what to find."""
-    for name, text in (("pretrain.py", PRETRAIN), ("probe.py", PROBE), ("experiments/stress.py", STRESS)):
+    for name, text in (
+        ("pretrain.py", PRETRAIN),
+        ("probe.py", PROBE),
+        ("experiments/stress.py", STRESS),
+    ):
         (tmp_path / "stages" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "stages" / name).write_text(text)
     (tmp_path / "stages" / "maps.py").write_text("")
@@ -119,7 +129,9 @@ def commit(home):
 
 
 def ask(monkeypatch, small, *words):
-    monkeypatch.setattr(sys, "argv", ["experiments.study", "--data", str(small), "--threads", "1", *map(str, words)])
+    monkeypatch.setattr(
+        sys, "argv", ["experiments.study", "--data", str(small), "--threads", "1", *map(str, words)]
+    )
     study.main()
 
 
@@ -128,23 +140,38 @@ def calls(home):
     return path.read_text().splitlines() if path.exists() else []
 
 
-# ---- plans ---------------------------------------------------------------------------------------------------------
+# ---- plans ---------------------------------------------------------------------------------------
 
 
-KNOWN = {"guided": "attn_high", "fg": "{coarse}", "parts": "{parts}", "dino": "d.pth",
-         "strategies": ["random", "learned"], "data": "toon", "blr": 4e-3, "epochs": 20, "ratio": 0.75,
-         "depth": "1"}  # fmt: skip
+KNOWN = {
+    "guided": "attn_high",
+    "fg": "{coarse}",
+    "parts": "{parts}",
+    "dino": "d.pth",
+    "strategies": ["random", "learned"],
+    "data": "toon",
+    "blr": 4e-3,
+    "epochs": 20,
+    "ratio": 0.75,
+    "depth": "1",
+}
 
 
 @pytest.mark.parametrize("name", plans.MAKE)
 def test_every_plan_is_whole(name):
     plan = plans.make(name, ["middle:beta=3 --ratio .6"], **KNOWN)
-    assert "middle:beta=3 --ratio .6" in plan["arms"] and set(plan["arms"].values()) <= set(plan["arms"])
+    assert "middle:beta=3 --ratio .6" in plan["arms"] and set(plan["arms"].values()) <= set(
+        plan["arms"]
+    )
     for hypothesis in plan["hypotheses"]:
         assert (plans.FAMILY | plans.LOOK)[hypothesis["id"]] == len(hypothesis["parts"])
-        assert all(p["arm"] in plan["arms"] and p["against"] in plan["arms"] for p in hypothesis["parts"])
+        assert all(
+            p["arm"] in plan["arms"] and p["against"] in plan["arms"] for p in hypothesis["parts"]
+        )
         assert all(p["what"] in verdicts.UNITS for p in hypothesis["parts"])
-    drawn = [arm for lines in plan["panels"].values() for own in lines.values() for arm in own.values()]
+    drawn = [
+        arm for lines in plan["panels"].values() for own in lines.values() for arm in own.values()
+    ]
     assert set(drawn) <= set(plan["arms"])
 
 
@@ -156,11 +183,17 @@ def test_the_proposal_is_what_is_tested():
         for h in plans.make(name, **KNOWN)["hypotheses"]
         for p in h["parts"]
     }
-    assert {("H1", "top1", "attn_high", "random", 1.0), ("H1", "epochs", "attn_high", "random", 10.0),
-            ("H1", "top1", "attn_high", "attn_high:shuffle=1", 0.0), ("H1", "top1", "attn_high", "green", 0.0),
-            ("H3", "epochs", "parts", "random", 15.0), ("H3", "cutout", "parts", "random", 1.0),
-            ("H2b at .5", "top1", "fg_heavy", "random", 0.5), ("H2a at .75", "variance", "bg_heavy", "random", 0.0),
-            ("H2a at .5", "epochs", "bg_heavy", "random", 0.0)} <= claims  # fmt: skip
+    assert {
+        ("H1", "top1", "attn_high", "random", 1.0),
+        ("H1", "epochs", "attn_high", "random", 10.0),
+        ("H1", "top1", "attn_high", "attn_high:shuffle=1", 0.0),
+        ("H1", "top1", "attn_high", "green", 0.0),
+        ("H3", "epochs", "parts", "random", 15.0),
+        ("H3", "cutout", "parts", "random", 1.0),
+        ("H2b at .5", "top1", "fg_heavy", "random", 0.5),
+        ("H2a at .75", "variance", "bg_heavy", "random", 0.0),
+        ("H2a at .5", "epochs", "bg_heavy", "random", 0.0),
+    } <= claims
 
 
 def test_random_and_guided_masks_get_as_many_trials():
@@ -170,77 +203,142 @@ def test_random_and_guided_masks_get_as_many_trials():
 
 
 def test_parameters_join_an_arm():
-    assert plans.with_parameter("attn_high --teacher x", "shuffle=1") == "attn_high:shuffle=1 --teacher x"
+    assert (
+        plans.with_parameter("attn_high --teacher x", "shuffle=1")
+        == "attn_high:shuffle=1 --teacher x"
+    )
     assert plans.with_parameter("attn_high:beta=2", "shuffle=1") == "attn_high:beta=2,shuffle=1"
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def test_no_reported_seed_runs_before_its_plan_is_committed(home, small, monkeypatch, capsys):
     words = ["--plan", "h1", "--seeds", 2, "--out", "results/study"]
     ask(monkeypatch, small, *words, "--dry")
-    assert not calls(home) and not (home / "results").exists() and "8 to run" in capsys.readouterr().out
+    assert (
+        not calls(home)
+        and not (home / "results").exists()
+        and "8 to run" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match="git add results/study/h1-packed"):
         ask(monkeypatch, small, *words)
     assert calls(home) == ["random 1000"]  # the pilot, which fixes the threshold
     plan = json.loads((home / "results/study/h1-packed/PLAN.json").read_text())
-    assert plan["thresholds"] == {"random": round(20 + 0.9 * (61 - 20), 2)} and plan["phase"] == "reported"
+    assert (
+        plan["thresholds"] == {"random": round(20 + 0.9 * (61 - 20), 2)}
+        and plan["phase"] == "reported"
+    )
     with pytest.raises(UserError, match="git add"):
         ask(monkeypatch, small, *words)  # written is not committed
     commit(home)
     ask(monkeypatch, small, *words)
-    assert len(calls(home)) == 9 and sorted(calls(home)[1:3]) == ["attn_high 0", "random 0"]  # whole seeds first
+    assert len(calls(home)) == 9 and sorted(calls(home)[1:3]) == [
+        "attn_high 0",
+        "random 0",
+    ]  # whole seeds first
     with pytest.raises(UserError, match="another recipe"):
         ask(monkeypatch, small, *words, "--epochs", 3)
 
     folder = home / "results/study/h1-packed"
     rows = report.open_folder(folder)["rows"]
     row = rows["attn_high"][1]
-    assert row["commit"] == "abc1234" and row["machine"] == "pretended" and row["metrics"]["top1"] == 100.0
-    assert row["curve"]["seconds"][:3] == [0, 6, 12] and row["seconds"]["pretrain"] == 81  # evaluations are not counted
+    assert (
+        row["commit"] == "abc1234"
+        and row["machine"] == "pretended"
+        and row["metrics"]["top1"] == 100.0
+    )
+    assert (
+        row["curve"]["seconds"][:3] == [0, 6, 12] and row["seconds"]["pretrain"] == 81
+    )  # evaluations are not counted
     pilot = next(r for r in study.read_rows(folder) if r["seed"] == 1000)
-    assert row["commands"][0].startswith("OMP_NUM_THREADS=1 python pretrain.py --eval-every 1 --model nano")
-    assert ["--dtype bf16" in line for line in pilot["commands"] + row["commands"]] == [False, False, True, True]
-    assert "in bf16" in (home / "results/STUDY.md").read_text()  # the pilot's format, whatever this machine likes best
-    assert {"table.md", "table.csv", "verdicts.json", "curves.png", "bars.png"} <= {p.name for p in folder.iterdir()}
+    assert row["commands"][0].startswith(
+        "OMP_NUM_THREADS=1 python pretrain.py --eval-every 1 --model nano"
+    )
+    assert ["--dtype bf16" in line for line in pilot["commands"] + row["commands"]] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert (
+        "in bf16" in (home / "results/STUDY.md").read_text()
+    )  # the pilot's format, whatever this machine likes best
+    assert {"table.md", "table.csv", "verdicts.json", "curves.png", "bars.png"} <= {
+        p.name for p in folder.iterdir()
+    }
     text = (home / "results/STUDY.md").read_text()
     assert "8 of 8 planned runs are there" in text and "untrained encoder 50.0 %" in text
 
 
 @pytest.mark.slow
-def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(home, small, monkeypatch, capsys):
-    words = ["--plan", "arms", "--arms", "green", "attn_low --ratio .5", "--exploratory", "--seeds", 2]
+def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(
+    home, small, monkeypatch, capsys
+):
+    words = [
+        "--plan",
+        "arms",
+        "--arms",
+        "green",
+        "attn_low --ratio .5",
+        "--exploratory",
+        "--seeds",
+        2,
+    ]
     ask(monkeypatch, small, *words)
     folder = home / "runs/study/results"
-    assert len(calls(home)) == 7 and "attn_low" in (folder / "arms-packed-exploratory/table.md").read_text()
+    assert (
+        len(calls(home)) == 7
+        and "attn_low" in (folder / "arms-packed-exploratory/table.md").read_text()
+    )
     (home / "runs/study/work").rename(home / "elsewhere")  # another machine has the rows alone
     ask(monkeypatch, small, *words)
     assert len(calls(home)) == 7 and "6 done, 0 to run" in capsys.readouterr().out
     ask(monkeypatch, small, "--plan", "ablations", "--exploratory", "--seeds", 1, "--budget", 1e-6)
     assert len(calls(home)) == 7  # its pilot was there, and nothing fits into the budget
-    panels = json.loads((home / "runs/study/results/ablations-packed-exploratory/PLAN.json").read_text())["panels"]
-    assert panels["decoder depth"]["random"] == {"1": "random", "2": "random --decoder-depth 2",
-                                                 "4": "random --decoder-depth 4"}  # the recipe has 1  # fmt: skip
+    panels = json.loads(
+        (home / "runs/study/results/ablations-packed-exploratory/PLAN.json").read_text()
+    )["panels"]
+    assert panels["decoder depth"]["random"] == {
+        "1": "random",
+        "2": "random --decoder-depth 2",
+        "4": "random --decoder-depth 4",
+    }  # the recipe has 1
     assert panels["weight of flat patches"]["raw pixels"]["1"] == "random --no-norm-pix"
     ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
-    assert len(calls(home)) == 11  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
+    assert (
+        len(calls(home)) == 11
+    )  # random lacks a stage of this plan, and the pilot, which makes parts, its folder
     text = (home / "runs/study/STUDY.md").read_text()
     assert "Exploratory: no plan was committed" in text and "1 seed: no interval" in text
 
 
 def test_the_budget_leaves_out_whole_seeds_and_says_so(home, small, monkeypatch, capsys):
     jobs = [{"seed": s, "arm": arm} for s in range(3) for arm in ("random", "green")]
-    rows = [{"arm": "random", "seconds": {"pretrain": 50, "probe": 10}}, {"arm": "green", "seconds": {"pretrain": 120}}]
+    rows = [
+        {"arm": "random", "seconds": {"pretrain": 50, "probe": 10}},
+        {"arm": "green", "seconds": {"pretrain": 120}},
+    ]
     kept, left = study.within(jobs, rows, 6.0, 1)
     assert [j["seed"] for j in kept] == [0, 0, 1, 1] and [j["seed"] for j in left] == [2, 2]
-    assert len(study.within(jobs, rows, 6.0, 2)[0]) == 6 and study.within(jobs, rows, None, 1) == (jobs, [])
-    ask(monkeypatch, small, "--plan", "arms", "--exploratory", "--budget", 3.2, "--seeds", 3)  # a run takes 81 s
-    assert "left out by --budget: random, seeds 2" in capsys.readouterr().out and len(calls(home)) == 3
+    assert len(study.within(jobs, rows, 6.0, 2)[0]) == 6 and study.within(jobs, rows, None, 1) == (
+        jobs,
+        [],
+    )
+    ask(
+        monkeypatch, small, "--plan", "arms", "--exploratory", "--budget", 3.2, "--seeds", 3
+    )  # a run takes 81 s
+    assert (
+        "left out by --budget: random, seeds 2" in capsys.readouterr().out and len(calls(home)) == 3
+    )
 
 
-def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home, small, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else what is printed comes behind the error, at exit
+def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(
+    home, small, monkeypatch
+):
+    monkeypatch.delenv(
+        "PYTHONUNBUFFERED", raising=False
+    )  # else what is printed comes behind the error, at exit
     words = ["--plan", "arms", "--arms", "grid", "block", "--exploratory", "--seeds", 1]
     with pytest.raises(UserError, match="1 runs failed.*block, seed 2000.*no such thing"):
         ask(monkeypatch, small, *words)
@@ -256,11 +354,28 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_tried_again(home,
 
 @pytest.mark.slow
 def test_a_killed_study_goes_on(home, small):
-    """kill -9 of the study in its second run; the stage that it leaves behind is waited for, and not run twice."""
-    command = [sys.executable, "-c", PRETENDED, home / "stages", "--plan", "arms", "--exploratory", "--seeds", 2,
-               "--data", small, "--threads", 1]  # fmt: skip
+    """kill -9 of the study in its second run; the stage that it leaves behind is waited for, and
+    not run twice.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        PRETENDED,
+        home / "stages",
+        "--plan",
+        "arms",
+        "--exploratory",
+        "--seeds",
+        2,
+        "--data",
+        small,
+        "--threads",
+        1,
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PRETEND_UNTIL": str(home / "go")}
-    start = functools.partial(subprocess.Popen, [str(w) for w in command], cwd=home, env=env, stdout=subprocess.PIPE)
+    start = functools.partial(
+        subprocess.Popen, [str(w) for w in command], cwd=home, env=env, stdout=subprocess.PIPE
+    )
     first = start()
     while len(calls(home)) < 2:  # the pilot is through
         assert first.poll() is None
@@ -274,29 +389,56 @@ def test_a_killed_study_goes_on(home, small):
     (home / "go").touch()
     assert b"2/2 random, seed 2001" in second.communicate(timeout=100)[0] and second.returncode == 0
     assert sorted({(r["arm"], r["seed"]) for r in study.read_rows(rows.parent)}) == [
-        ("random", 1000), ("random", 2000), ("random", 2001)]  # fmt: skip
+        ("random", 1000),
+        ("random", 2000),
+        ("random", 2001),
+    ]
     assert calls(home).count("random 1000") == 1
 
 
 def test_mistakes_are_one_line(home, small, monkeypatch):
-    done = stage("experiments/study.py", "--plan", "h1", "--data", small, "--arms", "atn_high", cwd=home,
-                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    done = stage(
+        "experiments/study.py",
+        "--plan",
+        "h1",
+        "--data",
+        small,
+        "--arms",
+        "atn_high",
+        cwd=home,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert "did you mean attn_high" in refused(done)
-    for words, message in ((["--budget", "-1"], "--budget -1"), (["--data", "nothing"], "nothing"),
-                           (["--jobs", 0], "--jobs 0"), (["--seeds", 501], "between 1 and 500")):  # fmt: skip
+    for words, message in (
+        (["--budget", "-1"], "--budget -1"),
+        (["--data", "nothing"], "nothing"),
+        (["--jobs", 0], "--jobs 0"),
+        (["--seeds", 501], "between 1 and 500"),
+    ):
         with pytest.raises(UserError, match=message):
             ask(monkeypatch, small, "--plan", "h1", "--exploratory", *words)
     with pytest.raises(UserError, match="plan tune asks of attn_high alone"):
         ask(monkeypatch, small, "--plan", "tune", "--guided", "attn_hint")
     with pytest.raises(UserError, match="leave --eval-every out"):
-        ask(monkeypatch, small, "--plan", "h1", "--exploratory", "--recipe", "--model nano --eval-every 4")
+        ask(
+            monkeypatch,
+            small,
+            "--plan",
+            "h1",
+            "--exploratory",
+            "--recipe",
+            "--model nano --eval-every 4",
+        )
 
 
-# ---- what is written where, and what is refused ----------------------------------------------------------------------
+# ---- what is written where, and what is refused --------------------------------------------------
 
 
 def test_tracked_results_are_written_only_where_they_are_named(home, small, monkeypatch, capsys):
-    with pytest.raises(UserError, match="plan h1 is reported: .*--out results/study; or try masks with --exploratory"):
+    with pytest.raises(
+        UserError,
+        match="plan h1 is reported: .*--out results/study; or try masks with --exploratory",
+    ):
         ask(monkeypatch, small, "--plan", "h1")
     monkeypatch.setattr(sys, "argv", ["experiments.study", "--report"])
     with pytest.raises(UserError, match="say which, as --out results/study"):
@@ -311,14 +453,22 @@ def test_a_study_is_not_spliced_into_the_text_of_others(home, small, monkeypatch
     words = ["--plan", "arms", "--exploratory", "--seeds", 1]
     ask(monkeypatch, small, *words, "--out", "results/study")
     before = (home / "results/STUDY.md").read_bytes()
-    with pytest.raises(UserError, match="results/STUDY.md tells of the studies in results/study, and would lose them"):
+    with pytest.raises(
+        UserError,
+        match="results/STUDY.md tells of the studies in results/study, and would lose them",
+    ):
         ask(monkeypatch, small, *words, "--out", "results/toy")
-    assert (home / "results/STUDY.md").read_bytes() == before and not (home / "results/toy").exists()
+    assert (home / "results/STUDY.md").read_bytes() == before and not (
+        home / "results/toy"
+    ).exists()
     ask(monkeypatch, small, *words, "--out", "results/study")
     (home / "notes").write_text("mine")
-    for flags, says in ((["--out", "notes"], "notes is a file"), (["--out", "notes/x"], "notes is a file"),
-                        (["--work", "notes"], "notes is a file"),
-                        (["--out", "runs/x", "--work", "runs/x"], "are both runs/x")):  # fmt: skip
+    for flags, says in (
+        (["--out", "notes"], "notes is a file"),
+        (["--out", "notes/x"], "notes is a file"),
+        (["--work", "notes"], "notes is a file"),
+        (["--out", "runs/x", "--work", "runs/x"], "are both runs/x"),
+    ):
         with pytest.raises(UserError, match=says):
             ask(monkeypatch, small, *words, *flags)
     assert len(calls(home)) == 2
@@ -326,13 +476,22 @@ def test_a_study_is_not_spliced_into_the_text_of_others(home, small, monkeypatch
 
 def test_the_second_loss_is_what_plan_or_arm_says(home, small):
     """A recipe or an arm may write it either way; else there is none, as in the first plans."""
-    plan = plan_of("h1") | {"data": "packed", "split": "val", "recipe": "--epochs 2", "pilot_seed": 1000}
+    plan = plan_of("h1") | {
+        "data": "packed",
+        "split": "val",
+        "recipe": "--epochs 2",
+        "pilot_seed": 1000,
+    }
     plan |= {"data_digest": "d", "phase": "dev"}
     found = {}
     for arm in ("attn_high", "attn_high --contrast=1", "attn_high --contrast .5", "simmim"):
         job = study.job_of(plan, arm, 0, SimpleNamespace(work="w"))
         words = study_run.commands(job, SimpleNamespace(data=small), {})["pretrain"]
-        found[arm] = [w for w, before in zip(words, ["", *words], strict=False) if "--contrast" in (w[:10], before)]
+        found[arm] = [
+            w
+            for w, before in zip(words, ["", *words], strict=False)
+            if "--contrast" in (w[:10], before)
+        ]
     assert [*found.values()] == [["--contrast", "0"], ["--contrast=1"], ["--contrast", ".5"], []]
 
 
@@ -348,7 +507,9 @@ def test_a_threshold_of_three_pilots(home, small, monkeypatch):
     folder = home / "results/study/look-packed"
     plan = json.loads((folder / "PLAN.json").read_text())
     ends = [60 + seed % 3 for seed in (1000, 1001, 1002)]
-    assert plan["thresholds"] == {"random": round(20 + 0.9 * (sum(ends) / 3 - 20), 2)} and plan["seeds"] == [100]
+    assert plan["thresholds"] == {"random": round(20 + 0.9 * (sum(ends) / 3 - 20), 2)} and plan[
+        "seeds"
+    ] == [100]
     assert [len(row.get("controls", {})) for row in study.read_rows(folder)] == [2, 0, 0]
     commit(home)
     ask(monkeypatch, small, *words)
@@ -361,7 +522,9 @@ def test_a_threshold_of_three_pilots(home, small, monkeypatch):
     assert "| H1 again on packed |" in text
 
 
-def test_more_seeds_are_added_to_what_was_explored_and_to_nothing_that_is_reported(home, small, monkeypatch):
+def test_more_seeds_are_added_to_what_was_explored_and_to_nothing_that_is_reported(
+    home, small, monkeypatch
+):
     words = ["--plan", "arms", "--arms", "green", "--exploratory", "--seeds"]
     ask(monkeypatch, small, *words, 2)
     ask(monkeypatch, small, *words, 3, "--dry")
@@ -370,7 +533,10 @@ def test_more_seeds_are_added_to_what_was_explored_and_to_nothing_that_is_report
     ask(monkeypatch, small, *words, 3)
     assert calls(home)[5:] == ["random 2002", "green 2002"]  # and nothing twice
     assert json.loads((folder / "PLAN.json").read_text())["seeds"] == [2000, 2001, 2002]
-    assert len(study.read_rows(folder)) == 7 and "6 of 6 planned" in (home / "runs/study/STUDY.md").read_text()
+    assert (
+        len(study.read_rows(folder)) == 7
+        and "6 of 6 planned" in (home / "runs/study/STUDY.md").read_text()
+    )
     with pytest.raises(UserError, match="has another seeds"):
         ask(monkeypatch, small, *words, 2)
     words = ["--plan", "h1", "--out", "results/study", "--seeds"]
@@ -384,18 +550,30 @@ ADAPT = ["--plan", "adapt", "--encoder", "runs/e"]
 X = ["--exploratory"]
 
 
-@pytest.mark.parametrize("words, flag", [
-    (["--plan", "h1", *X, "--encoder", "e"], "encoder"), (["--plan", "h1", *X, "--phases", "rates"], "phases"),
-    (["--plan", "arms", *X, "--keep", ".5"], "keep"), (["--plan", "arms", *X, "--scratch-times", "2"], "scratch-times"),
-    (["--plan", "arms", *X, "--guided", "green"], "guided"), (["--plan", "h1", *X, "--dino", "f"], "dino"),
-    (["--plan", "tune", *X], "exploratory"), ([*ADAPT, "--seeds", "3"], "seeds"), ([*ADAPT, "--jobs", "2"], "jobs"),
-    ([*ADAPT, "--recipe", "-"], "recipe"), ([*ADAPT, *X], "exploratory"), ([*ADAPT, "--budget", "3"], "budget"),
-    ([*ADAPT, "--phases", "rank", "--methods", "lora"], "methods"),
-    ([*ADAPT, "--phases", "first", "--trial-epochs", "3"], "trial-epochs"),
-    ([*ADAPT, "--phases", "rates", "--epochs", "3"], "epochs"),
-    ([*ADAPT, "--methods", "linear", "--keep", ".5"], "keep"),
-    ([*ADAPT, "--methods", "full", "--scratch-times", "2"], "scratch-times"),
-    (["--report", "--out", "results/study"], "data"), (["--report", "--out", "o", "--dry"], "data")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (["--plan", "h1", *X, "--encoder", "e"], "encoder"),
+        (["--plan", "h1", *X, "--phases", "rates"], "phases"),
+        (["--plan", "arms", *X, "--keep", ".5"], "keep"),
+        (["--plan", "arms", *X, "--scratch-times", "2"], "scratch-times"),
+        (["--plan", "arms", *X, "--guided", "green"], "guided"),
+        (["--plan", "h1", *X, "--dino", "f"], "dino"),
+        (["--plan", "tune", *X], "exploratory"),
+        ([*ADAPT, "--seeds", "3"], "seeds"),
+        ([*ADAPT, "--jobs", "2"], "jobs"),
+        ([*ADAPT, "--recipe", "-"], "recipe"),
+        ([*ADAPT, *X], "exploratory"),
+        ([*ADAPT, "--budget", "3"], "budget"),
+        ([*ADAPT, "--phases", "rank", "--methods", "lora"], "methods"),
+        ([*ADAPT, "--phases", "first", "--trial-epochs", "3"], "trial-epochs"),
+        ([*ADAPT, "--phases", "rates", "--epochs", "3"], "epochs"),
+        ([*ADAPT, "--methods", "linear", "--keep", ".5"], "keep"),
+        ([*ADAPT, "--methods", "full", "--scratch-times", "2"], "scratch-times"),
+        (["--report", "--out", "results/study"], "data"),
+        (["--report", "--out", "o", "--dry"], "data"),
+    ],
+)
 def test_what_a_plan_would_not_use_is_refused(home, small, monkeypatch, words, flag):
     with pytest.raises(UserError, match=f"^--{flag} .*leave it out"):
         ask(monkeypatch, small, *words)
@@ -406,7 +584,9 @@ def test_an_experiment_starts_without_what_is_slow_to_load():
     """--help has torch to wait for, and nothing else."""
     names = ("study", "stress", "map_quality", "readme_numbers")
     code = f"import sys, {', '.join('experiments.' + n for n in names)}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert not {"matplotlib", "scipy", "sklearn", "transformers"} & set(done.stdout.split())
 
 
@@ -428,7 +608,9 @@ def test_the_numbers_of_the_docs_are_written_where_they_are_named(tmp_path, monk
 
 @pytest.mark.parametrize("split, phase", [("val", "reported"), ("dev", "dev"), ("val", "pilot")])
 def test_a_row_is_read_from_the_files_that_its_stages_name(tmp_path, split, phase):
-    """A headline has a file of its own, another split a folder; a whole probe that lies beside them is another's."""
+    """A headline has a file of its own, another split a folder; a whole probe that lies beside them
+    is another's.
+    """
     out = tmp_path / "run"
     out.mkdir()
     (tmp_path / "pretrain.py").write_text(PRETRAIN)
@@ -437,24 +619,56 @@ def test_a_row_is_read_from_the_files_that_its_stages_name(tmp_path, split, phas
     found = out if split == "val" else out / "packed-dev"
     found.mkdir(exist_ok=True)
     if split == "val":
-        save_model(MAE(32, 8, 32, 1, 2, 32, 1), out / "model.safetensors", {"step": 0, "run": {"data": "packed"}})
-    probe = {"rows": {"mean": {"logistic": {"top1": 0.5}, "knn": {"top1": 0.5}}}, "right": {"logistic": "f0"},
-             "machine": "m", "config": {}}  # fmt: skip
+        save_model(
+            MAE(32, 8, 32, 1, 2, 32, 1),
+            out / "model.safetensors",
+            {"step": 0, "run": {"data": "packed"}},
+        )
+    probe = {
+        "rows": {"mean": {"logistic": {"top1": 0.5}, "knn": {"top1": 0.5}}},
+        "right": {"logistic": "f0"},
+        "machine": "m",
+        "config": {},
+    }
     name = "probe.json" if phase == "pilot" else "probe-headline.json"
-    for path, top1 in ((out / "probe.json", 0.1), (out / "probe-headline.json", 0.2), (found / name, 0.5)):
+    for path, top1 in (
+        (out / "probe.json", 0.1),
+        (out / "probe-headline.json", 0.2),
+        (found / name, 0.5),
+    ):
         probe["rows"]["mean"]["logistic"] = {"top1": top1}
         path.write_text(json.dumps(probe))
-    (found / "stress-cutout.json").write_text(json.dumps({"top1": {"cutout 0.3": 7}, "right": {"cutout 0.3": "0f"}}))
+    (found / "stress-cutout.json").write_text(
+        json.dumps({"top1": {"cutout 0.3": 7}, "right": {"cutout 0.3": "0f"}})
+    )
     (tmp_path / "run-full").mkdir()
     tuned = study_run.scores_of(tmp_path / "run-full", split)
     assert tuned.name == ("metrics.json" if split == "val" else "metrics-dev.json")
     tuned.write_text(json.dumps({"top1": 90.0, "right": "ff"}))
-    plan = {"plan": "finetune", "data": "packed", "split": split, "recipe": "", "dtype": None, "pilot_seed": 1000}
-    job = {"out": out, "plan": plan, "phase": phase, "stages": ["pretrain", "probe", "stress", "finetune"], "key": "k",
-           "arm": "random", "seed": 1000 if phase == "pilot" else 0}  # fmt: skip
+    plan = {
+        "plan": "finetune",
+        "data": "packed",
+        "split": split,
+        "recipe": "",
+        "dtype": None,
+        "pilot_seed": 1000,
+    }
+    job = {
+        "out": out,
+        "plan": plan,
+        "phase": phase,
+        "stages": ["pretrain", "probe", "stress", "finetune"],
+        "key": "k",
+        "arm": "random",
+        "seed": 1000 if phase == "pilot" else 0,
+    }
     args = SimpleNamespace(data="packed", threads=1)
     row = study_run.collect(job, args, {}, {}, "abc")
-    assert row["metrics"]["top1"] == 50 and row["metrics"]["cutout"] == 7 and row["metrics"]["finetuned"] == 90
+    assert (
+        row["metrics"]["top1"] == 50
+        and row["metrics"]["cutout"] == 7
+        and row["metrics"]["finetuned"] == 90
+    )
     assert row["right"] == {"logistic": "f0", "cutout": "0f", "finetuned": "ff"}
 
 
@@ -469,8 +683,14 @@ def test_one_real_run(small, tmp_path, monkeypatch):
     recipe = "--model nano --image-size 32 --batch-size 16 --epochs 2 --decoder-depth 1 --device cpu --dtype fp32"
     words = ["--plan", "arms", "--exploratory", "--seeds", 1, "--jobs", 2, f"--recipe={recipe}"]
     ask(monkeypatch, small, *words)
-    row = report.open_folder(tmp_path / "runs/study/results/arms-packed-exploratory")["rows"]["random"][2000]
-    assert row["config"]["seed"] == 2000 and row["config"]["flat_weight"] == 1 and len(row["curve"]["linear"]) == 3
+    row = report.open_folder(tmp_path / "runs/study/results/arms-packed-exploratory")["rows"][
+        "random"
+    ][2000]
+    assert (
+        row["config"]["seed"] == 2000
+        and row["config"]["flat_weight"] == 1
+        and len(row["curve"]["linear"]) == 3
+    )
     assert not list((tmp_path / "runs").glob("**/state.pt"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the row's commands say
@@ -486,19 +706,38 @@ def test_one_real_run(small, tmp_path, monkeypatch):
 
 def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, monkeypatch):
     (home / "stages" / "finetune_lora.py").write_text(f"KEEP = {study_run.KEEP!r}\n{FINETUNE}")
-    words = ["--plan", "adapt", "--encoder", "runs/e", "--out", "finetune.csv", "--methods", "linear", "lora"]
+    words = [
+        "--plan",
+        "adapt",
+        "--encoder",
+        "runs/e",
+        "--out",
+        "finetune.csv",
+        "--methods",
+        "linear",
+        "lora",
+    ]
     words += ["--phases"]
     with pytest.raises(UserError, match="phase first takes the best learning rate of linear, lora"):
         ask(monkeypatch, small, *words, "first")
     ask(monkeypatch, small, *words, "rates", "first")
     assert len(calls(home)) == 10 and all("--eval-on dev" in line for line in calls(home)[:8])
-    assert "--method linear --head-lr 0.01 --seed 0" in calls(home)[8] and "--lr 0.012 --seed 0" in calls(home)[9]
+    assert (
+        "--method linear --head-lr 0.01 --seed 0" in calls(home)[8]
+        and "--lr 0.012 --seed 0" in calls(home)[9]
+    )
     (home / "runs").rename(home / "elsewhere")  # another machine has the table alone
     ask(monkeypatch, small, *words, "rates", "first", "rank", "margin", "seeds")
-    assert len(calls(home)) == 10 + 3 + 6 + 4 and "--epochs 2" in calls(home)[4] and "--epochs 8" in calls(home)[9]
+    assert (
+        len(calls(home)) == 10 + 3 + 6 + 4
+        and "--epochs 2" in calls(home)[4]
+        and "--epochs 8" in calls(home)[9]
+    )
     table = (home / "finetune.md").read_text().splitlines()
     assert table[2].startswith("| linear, ") and "| 3 | 90.50 ± 0.00 |" in table[2]
-    assert "| r 32, linear head | 90.50 | 62.00 | 1 |" in table and any("arcface head, margin 0.3" in x for x in table)
+    assert "| r 32, linear head | 90.50 | 62.00 | 1 |" in table and any(
+        "arcface head, margin 0.3" in x for x in table
+    )
     with pytest.raises(UserError, match="--encoder RUN go together"):
         ask(monkeypatch, small, "--plan", "adapt")
 
@@ -506,21 +745,31 @@ def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, 
     other = [*words[:2], "--encoder", "runs/other", *words[4:]]
     with pytest.raises(UserError, match="rows of another encoder or data set"):
         ask(monkeypatch, small, *other, "first")
-    with pytest.raises(UserError, match="finetune.csv has first-linear-s0 by other flags|first-lora-s0 by other flags"):
+    with pytest.raises(
+        UserError,
+        match="finetune.csv has first-linear-s0 by other flags|first-lora-s0 by other flags",
+    ):
         ask(monkeypatch, small, *words, "first", "--epochs", 9)
     other[other.index("finetune.csv")] = "other.csv"
-    with pytest.raises(UserError, match="elsewhere/adapt/packed/rates-linear0.01 has rates-linear0.01 by other flags"):
+    with pytest.raises(
+        UserError,
+        match="elsewhere/adapt/packed/rates-linear0.01 has rates-linear0.01 by other flags",
+    ):
         ask(monkeypatch, small, *other, "rates", "--work", "elsewhere/adapt/packed")
     (home / "README.md").write_text("mine")
     for out, says in (("README.md", "ends in .csv"), ("README.csv", "README.md is there already")):
         with pytest.raises(UserError, match=says):
             ask(monkeypatch, small, *words, "rates", "--out", out)
-    assert (home / "finetune.csv").read_bytes() == before and (home / "README.md").read_text() == "mine"
+    assert (home / "finetune.csv").read_bytes() == before and (
+        home / "README.md"
+    ).read_text() == "mine"
     ask(monkeypatch, small, *ADAPT, "--methods", "linear", "--phases", "rates", "--dry")
-    assert len(calls(home)) == 10 + 3 + 6 + 4 and "runs/adapt/packed/finetune" not in str(list(home.glob("**/*.csv")))
+    assert len(calls(home)) == 10 + 3 + 6 + 4 and "runs/adapt/packed/finetune" not in str(
+        list(home.glob("**/*.csv"))
+    )
 
 
-# ---- statistics and verdicts ---------------------------------------------------------------------------------------
+# ---- statistics and verdicts ---------------------------------------------------------------------
 
 
 def test_a_claim_is_refuted_by_one_side_of_the_t_test_and_seeds_follow_from_power():
@@ -528,7 +777,10 @@ def test_a_claim_is_refuted_by_one_side_of_the_t_test_and_seeds_follow_from_powe
     for claim in (0.5, 0.0, -0.5):
         p = scipy.stats.ttest_1samp(d, claim, alternative="less").pvalue
         assert stats.p_below(d, claim) == pytest.approx(p, abs=1e-9)
-    assert stats.t_power(1.0, 0.8, 8) > 0.8 > stats.t_power(1.0, 0.8, 7) and stats.seeds_needed(1.0, 0.8) == 8
+    assert (
+        stats.t_power(1.0, 0.8, 8) > 0.8 > stats.t_power(1.0, 0.8, 7)
+        and stats.seeds_needed(1.0, 0.8) == 8
+    )
     right = np.random.default_rng(0).random(13) < 0.5
     assert (stats.from_bits(stats.to_bits(right), 13) == right).all()
 
@@ -538,20 +790,33 @@ GROUPS = np.arange(IMAGES) // 2
 
 
 def synthetic(plan, top1, quick, noise=0.4, final=60.0):
-    """Rows of a plan: each arm's Top-1 in percent and how fast its kNN rises, with noise between seeds."""
+    """Rows of a plan: each arm's Top-1 in percent and how fast its kNN rises, with noise between
+    seeds.
+    """
     rng, rows = np.random.default_rng(0), {}
     for arm in plan["arms"]:
         rows[arm] = {}
         for seed in plan["seeds"]:
-            hardness = np.random.default_rng(seed).permutation(IMAGES)  # the same images are easy in every arm
+            hardness = np.random.default_rng(seed).permutation(
+                IMAGES
+            )  # the same images are easy in every arm
             value = top1[arm] + noise * rng.standard_normal()
             right = hardness < IMAGES * value / 100
             epoch = np.arange(0, 21)
-            knn = np.minimum(final, 20 + 2 * epoch * quick[arm] * (1 + 0.02 * rng.standard_normal()))
-            rows[arm][seed] = {"seed": seed, "arm": arm, "metrics": {"top1": 100 * right.mean()},
-                               "right": {k: stats.to_bits(right) for k in ("logistic", "cutout")},
-                               "curve": {"epoch": epoch.tolist(), "linear": knn.tolist(),
-                                         "seconds": (60 * epoch).tolist()}}  # fmt: skip
+            knn = np.minimum(
+                final, 20 + 2 * epoch * quick[arm] * (1 + 0.02 * rng.standard_normal())
+            )
+            rows[arm][seed] = {
+                "seed": seed,
+                "arm": arm,
+                "metrics": {"top1": 100 * right.mean()},
+                "right": {k: stats.to_bits(right) for k in ("logistic", "cutout")},
+                "curve": {
+                    "epoch": epoch.tolist(),
+                    "linear": knn.tolist(),
+                    "seconds": (60 * epoch).tolist(),
+                },
+            }
     return rows
 
 
@@ -563,7 +828,8 @@ def plan_of(name, seeds=5):
 
 def judge(plan, rows):
     measured = [
-        h | {"parts": [verdicts.measure(p, plan, rows, GROUPS) for p in h["parts"]]} for h in plan["hypotheses"]
+        h | {"parts": [verdicts.measure(p, plan, rows, GROUPS) for p in h["parts"]]}
+        for h in plan["hypotheses"]
     ]
     return {h["id"]: h for h in verdicts.judge(measured, plan["family"])}
 
@@ -578,28 +844,44 @@ def test_epochs_are_counted_two_other_ways_beside_the_plan():
     rows = h1_rows(plan, 80.0, 2.0)  # random ends at 60 after 20 epochs, attn_high after 10
     part = plan["hypotheses"][0]["parts"][1]
     by_logarithm, own = verdicts.checks(part, plan, rows)
-    assert by_logarithm.startswith("by logarithms of the epochs +") and "the threshold that these 5 baselines" in own
+    assert (
+        by_logarithm.startswith("by logarithms of the epochs +")
+        and "the threshold that these 5 baselines" in own
+    )
     assert float(own.split(" ")[1]) == pytest.approx(20 + 0.9 * 40, abs=1)
     saved = [float(line.split(" +")[1].split(" ")[0]) for line in (by_logarithm, own)]
     assert saved == pytest.approx([50, 50], abs=2) and "never" not in own
-    assert "5 runs and 0 baselines never" in verdicts.checks(part, plan, h1_rows(plan, 80.0, 0.5))[1]
+    assert (
+        "5 runs and 0 baselines never" in verdicts.checks(part, plan, h1_rows(plan, 80.0, 0.5))[1]
+    )
     assert verdicts.checks(part, plan, h1_rows(plan_of("h1", seeds=1), 80.0, 2.0)) == []
 
 
 def test_epochs_saved_by_logarithms():
-    """Half the epochs and twice as many save nothing, where a mean of ratios has a loss of a quarter."""
+    """Half the epochs and twice as many save nothing, where a mean of ratios has a loss of a
+    quarter.
+    """
     plan = plan_of("look")
-    test, mean = (plans.test(what, "attn_high", "random", 10.0) for what in ("log_epochs", "epochs"))
+    test, mean = (
+        plans.test(what, "attn_high", "random", 10.0) for what in ("log_epochs", "epochs")
+    )
     rows = h1_rows(plan, 80.0, 1.0)
     for seed, row in rows["random"].items():
         row["curve"] = rows["attn_high"][seed]["curve"] | {
-            "epoch": [e * (2 if seed % 2 else 0.5) for e in rows["attn_high"][seed]["curve"]["epoch"]]}
+            "epoch": [
+                e * (2 if seed % 2 else 0.5) for e in rows["attn_high"][seed]["curve"]["epoch"]
+            ]
+        }
     rows["random"].pop(4)
     found, other = (verdicts.measure(t, plan, rows, GROUPS) for t in (test, mean))
     assert found["effect"] == pytest.approx(0, abs=1e-6) and other["effect"] == pytest.approx(-25)
     assert found["low"] < 0 < found["high"] < 100 and found["per_seed"] == other["per_seed"]
     even = verdicts.measure(test, plan, h1_rows(plan, 80.0, 1.4), GROUPS)
-    assert even["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3) and even["low"] > 10 and verdicts.holds(even)
+    assert (
+        even["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3)
+        and even["low"] > 10
+        and verdicts.holds(even)
+    )
 
 
 def test_a_large_effect_is_supported():
@@ -608,7 +890,11 @@ def test_a_large_effect_is_supported():
     assert found["verdict"] == "supported" and found["holm_p"] < 0.05
     top1, epochs = found["parts"][:2]
     assert top1["effect"] == pytest.approx(5, abs=0.8) and top1["bootstrap"]["low"] > 0
-    assert epochs["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3) and top1["n"] == 5 and top1["power"] > 0.4
+    assert (
+        epochs["effect"] == pytest.approx(100 * (1 - 1 / 1.4), abs=3)
+        and top1["n"] == 5
+        and top1["power"] > 0.4
+    )
 
 
 def test_no_effect_refutes_a_claim_and_too_much_noise_decides_nothing():
@@ -628,20 +914,38 @@ def test_a_guided_mask_that_ties_with_its_control_has_shown_nothing():
 
 
 @pytest.mark.parametrize("seeds, tie", [(1, False), (2, False), (2, True), (5, True)])
-def test_few_seeds_or_seeds_that_tie_get_no_interval_no_p_and_no_colour(seeds, tie, tmp_path, monkeypatch):
+def test_few_seeds_or_seeds_that_tie_get_no_interval_no_p_and_no_colour(
+    seeds, tie, tmp_path, monkeypatch
+):
     plan = plan_of("h1", seeds)
     rows = h1_rows(plan, 85.0, 1.4)
     if tie:  # each seed names the same five images more, and is as fast
         for arm, own in rows.items():
             right = np.arange(IMAGES) < (240 if arm == "attn_high" else 235)
             for row in own.values():
-                row |= {"right": dict.fromkeys(("logistic", "cutout"), stats.to_bits(right)), "curve": own[0]["curve"]}
+                row |= {
+                    "right": dict.fromkeys(("logistic", "cutout"), stats.to_bits(right)),
+                    "curve": own[0]["curve"],
+                }
                 row["metrics"]["top1"] = 100 * right.mean()
     table = verdicts.summary(plan, rows, GROUPS)
     test = table[1]["difference"]
-    assert test["low"] is test["high"] is test["p"] is test["holm_p"] is test["bootstrap"] is test["power"] is None
+    assert (
+        test["low"]
+        is test["high"]
+        is test["p"]
+        is test["holm_p"]
+        is test["bootstrap"]
+        is test["power"]
+        is None
+    )
     cells = report.compared(test)
-    assert f"; {seeds} seed" in cells[0] and "no interval" in cells[0] and "(" not in cells[0] and cells[1] == "-"
+    assert (
+        f"; {seeds} seed" in cells[0]
+        and "no interval" in cells[0]
+        and "(" not in cells[0]
+        and cells[1] == "-"
+    )
     assert table[1]["top1"]["half"] is None
     found = judge(plan, rows)["H1"]
     assert found["verdict"] == "undecided" and found["p"] == 1 and " to " not in found["because"]
@@ -659,7 +963,10 @@ def test_the_test_images_are_in_every_interval_of_a_share_of_them():
     rows = h1_rows(plan, 85.0, 1.4, noise=0.05)
     test = verdicts.measure(plans.test("top1", "attn_high", "random", 1.0), plan, rows, GROUPS)
     alone = stats.paired_t(test["per_seed"])
-    assert test["high"] - test["low"] > 1.5 * (alone["high"] - alone["low"]) and test["p_against"] > 0.5
+    assert (
+        test["high"] - test["low"] > 1.5 * (alone["high"] - alone["low"])
+        and test["p_against"] > 0.5
+    )
     assert test["over"] == "seeds and illustrations" and "alone" not in report.interval(test)
     epochs = verdicts.measure(plans.test("epochs", "attn_high", "random", 1.0), plan, rows, GROUPS)
     assert epochs["over"] == "seeds alone" and "over seeds alone)" in report.interval(epochs)
@@ -667,16 +974,28 @@ def test_the_test_images_are_in_every_interval_of_a_share_of_them():
 
 def test_pictures_of_the_study_end_at_100_percent(tmp_path, monkeypatch):
     plan, drawn = plan_of("h1"), []
-    rows = synthetic(plan, dict.fromkeys(plan["arms"], 99.0), dict.fromkeys(plan["arms"], 5.0), noise=1.0, final=100)
+    rows = synthetic(
+        plan,
+        dict.fromkeys(plan["arms"], 99.0),
+        dict.fromkeys(plan["arms"], 5.0),
+        noise=1.0,
+        final=100,
+    )
     table = verdicts.summary(plan, rows, GROUPS)
     monkeypatch.setattr(study_figures, "save", lambda figure, path: drawn.append(figure))
     monkeypatch.setattr("common.plots.save", lambda figure, path: drawn.append(figure))
     values = {arm: [r["metrics"]["top1"] for r in own.values()] for arm, own in rows.items()}
     study_figures.bars("bars.png", table, values, "")
-    study_figures.curves("c.png", {a: [r["curve"] for r in own.values()] for a, own in rows.items()}, {}, None, "")
-    study_figures.grid("g.png", {"a": {"x": dict(zip("1234", plan["arms"], strict=False))}}, table, "")
+    study_figures.curves(
+        "c.png", {a: [r["curve"] for r in own.values()] for a, own in rows.items()}, {}, None, ""
+    )
+    study_figures.grid(
+        "g.png", {"a": {"x": dict(zip("1234", plan["arms"], strict=False))}}, table, ""
+    )
     bars, curves, grid = drawn
-    assert bars.axes[0].get_xlim()[1] == 100 and {a.get_ylim()[1] for a in (*curves.axes, *grid.axes)} == {100}
+    assert bars.axes[0].get_xlim()[1] == 100 and {
+        a.get_ylim()[1] for a in (*curves.axes, *grid.axes)
+    } == {100}
 
 
 def test_a_missing_seed_leaves_all_open():
@@ -690,13 +1009,19 @@ def test_a_missing_seed_leaves_all_open():
 
 def test_a_threshold_that_was_not_reached_is_a_bound():
     plan = plan_of("h1")
-    slow = judge(plan, h1_rows(plan, 85.0, 0.3))["H1"]  # attn_high never gets there: no saving of 10 %
+    slow = judge(plan, h1_rows(plan, 85.0, 0.3))[
+        "H1"
+    ]  # attn_high never gets there: no saving of 10 %
     assert slow["verdict"] == "refuted" and "never reached" in slow["parts"][1]["notes"][0]
     rows = h1_rows(plan, 85.0, 1.4)
     for row in rows["random"].values():
         row["curve"]["linear"] = [20.0 + e for e in row["curve"]["epoch"]]
     fast = judge(plan, rows)["H1"]  # random never does: at least this was saved
-    assert fast["verdict"] == "supported" and fast["parts"][1]["p_against"] == 1 and fast["parts"][1]["effect"] > 25
+    assert (
+        fast["verdict"] == "supported"
+        and fast["parts"][1]["p_against"] == 1
+        and fast["parts"][1]["effect"] > 25
+    )
     for row in rows["attn_high"].values():
         row["curve"]["linear"] = [20.0 + e / 2 for e in row["curve"]["epoch"]]
     both = judge(plan, rows)["H1"]["parts"][1]  # equal bounds are not equal runs
@@ -709,7 +1034,10 @@ def test_a_threshold_that_was_not_reached_is_a_bound():
 def test_variances_need_ten_seeds():
     def rows_for(seeds, spread):
         plan = plan_of("h2", seeds)
-        top1, quick = {arm: 80.0 for arm in plan["arms"]}, {arm: 1.3 if "bg" in arm else 1.0 for arm in plan["arms"]}
+        top1, quick = (
+            {arm: 80.0 for arm in plan["arms"]},
+            {arm: 1.3 if "bg" in arm else 1.0 for arm in plan["arms"]},
+        )
         rows = synthetic(plan, top1, quick, noise=3.0)
         calm = synthetic(plan, top1, quick, noise=spread)
         return judge(plan, rows | {arm: calm[arm] for arm in rows if "bg" in arm})
@@ -730,14 +1058,20 @@ def test_the_epoch_that_crosses_is_interpolated_and_the_minute_is_compared():
     plan = plan_of("h1", 2)
     rows = h1_rows(plan, 80.0, 1.0)
     for row in rows["attn_high"].values():
-        row["curve"] |= {"linear": [20.0, 50.0, 60.0], "epoch": [0, 10, 20], "seconds": [0, 1200, 2400]}
+        row["curve"] |= {
+            "linear": [20.0, 50.0, 60.0],
+            "epoch": [0, 10, 20],
+            "seconds": [0, 1200, 2400],
+        }
     assert verdicts.epochs_to(rows["attn_high"][0], 55.0) == 15
     table = {line["arm"]: line for line in verdicts.summary(plan, rows, GROUPS)}
     assert table["attn_high"]["then"] == 20 and table["attn_high"]["linear_then"]["mean"] == 50
 
 
 def test_pairs_that_are_one_run_up_to_the_threshold_decide_nothing():
-    """A mask that is guided later is random before: equal epochs are no finding about it, however often they are."""
+    """A mask that is guided later is random before: equal epochs are no finding about it, however
+    often they are.
+    """
     plan = plan_of("h1")
     found = judge(plan, h1_rows(plan, 85.0, 1.0, noise=0.1))["H1"]
     assert found["verdict"] == "refuted"  # each seed its own curve: noise of 2 % around no saving
@@ -749,10 +1083,24 @@ def test_pairs_that_are_one_run_up_to_the_threshold_decide_nothing():
 
 
 def test_a_hypothesis_that_points_the_wrong_way_does_not_help_the_others():
-    part = {"what": "top1", "n": 5, "planned": 5, "claim": 0.0, "low": 1.0, "p_against": 1.0, "bootstrap": None,
-            "arm": "a", "against": "b", "unit": "points", "high": 3.0, "notes": []}  # fmt: skip
+    part = {
+        "what": "top1",
+        "n": 5,
+        "planned": 5,
+        "claim": 0.0,
+        "low": 1.0,
+        "p_against": 1.0,
+        "bootstrap": None,
+        "arm": "a",
+        "against": "b",
+        "unit": "points",
+        "high": 3.0,
+        "notes": [],
+    }
     good, harm = part | {"effect": 2.0, "p": 0.03}, part | {"effect": -2.0, "p": 1e-4}
-    found = verdicts.judge([{"id": "H1", "parts": [good]}, {"id": "H3", "parts": [harm]}], {"H1": 1, "H3": 1})
+    found = verdicts.judge(
+        [{"id": "H1", "parts": [good]}, {"id": "H3", "parts": [harm]}], {"H1": 1, "H3": 1}
+    )
     assert found[0]["holm_p"] == pytest.approx(0.06) and found[0]["verdict"] == "undecided"
 
 
@@ -761,14 +1109,21 @@ def test_what_comes_after_pre_training_has_its_own_difference():
     rows = synthetic(plan, dict.fromkeys(plan["arms"], 50.0), dict.fromkeys(plan["arms"], 1.0))
     for arm, own in rows.items():
         for seed, row in own.items():
-            row["metrics"]["finetuned"] = 90.0 + (seed - 4 if arm == "attn_high" else 0)  # 4, 3 and 2 points below
+            row["metrics"]["finetuned"] = 90.0 + (
+                seed - 4 if arm == "attn_high" else 0
+            )  # 4, 3 and 2 points below
     text = report.arm_table(verdicts.summary(plan, rows, GROUPS), "mean")
     line = next(x for x in text if x.startswith("| `attn_high` |"))
-    assert "fine-tuned, %" in text[0] and "| 87.00 ± 1.00 | -3.00 (-5.48 to -0.52; n = 3, over seeds alone) |" in line
+    assert (
+        "fine-tuned, %" in text[0]
+        and "| 87.00 ± 1.00 | -3.00 (-5.48 to -0.52; n = 3, over seeds alone) |" in line
+    )
     rng = np.random.default_rng(0)
     for own in rows.values():
         for row in own.values():
-            row["right"]["finetuned"] = stats.to_bits(rng.random(IMAGES) < row["metrics"]["finetuned"] / 100)
+            row["right"]["finetuned"] = stats.to_bits(
+                rng.random(IMAGES) < row["metrics"]["finetuned"] / 100
+            )
     with_bits = verdicts.summary(plan, rows, GROUPS)[1]["finetuned_difference"]
     assert with_bits["over"] == "seeds and illustrations" and with_bits["bootstrap"]
     assert with_bits["high"] - with_bits["low"] > 3 and "alone" not in report.interval(with_bits)

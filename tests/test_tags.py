@@ -41,14 +41,17 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def test_words_stand_in_order_between_cls_and_sep():
     mask, pad, cls, sep = (V + x for x in (mfdn.MASK, mfdn.PAD, mfdn.CLS, mfdn.SEP))
     ids = torch.tensor([[7, 2, -1], [-1, -1, -1], [0, 9, 4]])
     assert mfdn.to_words(ids, V, L).tolist() == [
-        [cls, 2, 7, sep, pad, pad, pad, pad], [cls, sep, *[pad] * 6], [cls, 0, 4, 9, sep, pad, pad, pad]]  # fmt: skip
+        [cls, 2, 7, sep, pad, pad, pad, pad],
+        [cls, sep, *[pad] * 6],
+        [cls, 0, 4, 9, sep, pad, pad, pad],
+    ]
     assert mfdn.nothing_told(V, L).tolist() == [[cls, *[mask] * 6, sep]]
 
 
@@ -66,9 +69,13 @@ def test_hidden_tags_are_a_share_and_where_none_is_left_not_even_their_number_is
     seen, hidden = mfdn.hide(words, V, 0.5, seeded())
     assert abs(hidden[:, 1:5].float().mean() - 0.5) < 0.02 and not hidden[:, [0, 5, 6, 7]].any()
     all_hidden = hidden.sum(1) == 4
-    assert (seen[all_hidden] == mfdn.nothing_told(V, L)).all() and 0.04 < all_hidden.float().mean() < 0.09
+    assert (
+        seen[all_hidden] == mfdn.nothing_told(V, L)
+    ).all() and 0.04 < all_hidden.float().mean() < 0.09
     some = ~all_hidden
-    assert (seen[some][hidden[some]] == V + mfdn.MASK).all() and (seen[some] == words[some])[~hidden[some]].all()
+    assert (seen[some][hidden[some]] == V + mfdn.MASK).all() and (seen[some] == words[some])[
+        ~hidden[some]
+    ].all()
     blank, nothing = mfdn.hide(mfdn.to_words(torch.tensor([[-1]]), V, L), V, 0.0, seeded())
     assert (blank == mfdn.nothing_told(V, L)).all() and not nothing.any()
 
@@ -76,17 +83,25 @@ def test_hidden_tags_are_a_share_and_where_none_is_left_not_even_their_number_is
 def test_the_curriculum_rises_to_all_at_the_half_and_stays():
     share = [mfdn.curriculum(s, 100) for s in range(101)]
     assert share[0] == 0 and share[25] == pytest.approx(0.5) and share[50:] == [1.0] * 51
-    assert share[10] == pytest.approx(1 - (1 + math.cos(2 * math.pi * 0.1)) / 2) and share == sorted(share)
+    assert share[10] == pytest.approx(
+        1 - (1 + math.cos(2 * math.pi * 0.1)) / 2
+    ) and share == sorted(share)
 
 
 def test_many_hot_and_reach():
     ids = torch.tensor([[0, 3, -1], [-1, -1, -1], [9, 1, 2]])
-    assert np.argwhere(tagging.many_hot(ids, V)).tolist() == [[0, 0], [0, 3], [2, 1], [2, 2], [2, 9]]
+    assert np.argwhere(tagging.many_hot(ids, V)).tolist() == [
+        [0, 0],
+        [0, 3],
+        [2, 1],
+        [2, 2],
+        [2, 9],
+    ]
     assert np.argwhere(tagging.many_hot(ids, 2)).tolist() == [[0, 0], [2, 1]]
     assert mfdn.reaches((ids >= 0).sum(1), 4).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arm", mfdn.ARMS)
@@ -139,7 +154,9 @@ def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
 
 
 def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
-    """12 blocks for the picture and 12 for both, 4 of the decoder, 65 and 32 tokens, 25,404 tags, 14,413 characters."""
+    """12 blocks for the picture and 12 for both, 4 of the decoder, 65 and 32 tokens, 25,404 tags,
+    14,413 characters.
+    """
     C, tags_, D = 14_413, 25_404, 1024
     with torch.device("meta"):
         net = mfdn.MFDN(ViT(128, 16, D, 24, 16), C, tags_, "mfdn", 32)
@@ -150,7 +167,9 @@ def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
     block = 12 * D * D + 13 * D  # qkv, proj, MLP; their biases and two norms
     decode = block + 4 * D * D + 6 * D  # cross-attention, its biases and a norm
     count = 24 * block + 2 * D + 769 * D + D  # encoder: blocks, last norm, patch embedding, CLS
-    count += 4 * block + 2 * D + (tags_ + 4) * D + 32 * D + 2 * D  # language, and the two kinds of tokens
+    count += (
+        4 * block + 2 * D + (tags_ + 4) * D + 32 * D + 2 * D
+    )  # language, and the two kinds of tokens
     count += 4 * decode + 2 * D + (tags_ + C) * (D + 1)
     assert sum(p.numel() for p in net.parameters()) == count
     x = net.encoder.embed(patches, ids)
@@ -158,25 +177,43 @@ def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
     assert net.decoder(x[:, :32], x).shape == (2, 32, D) and hidden.shape == (2, 32)
 
 
-# ---- the stage -------------------------------------------------------------------------------------------------------
+# ---- the stage -----------------------------------------------------------------------------------
 
 
 def test_a_run_writes_what_it_says(trained):
     found = {p.name for p in trained.iterdir()}
-    assert {"state.pt", "model.safetensors", "metrics.json", "log.jsonl", "curves.png", "sheet.png",
-            "selected_tags.csv"} == found  # fmt: skip
+    assert {
+        "state.pt",
+        "model.safetensors",
+        "metrics.json",
+        "log.jsonl",
+        "curves.png",
+        "sheet.png",
+        "selected_tags.csv",
+    } == found
     row = json.loads((trained / "metrics.json").read_text())
-    assert row["half"].keys() == row["end"].keys() == {f"{k}_top{n}" for k in ("with", "without") for n in (1, 5)}
+    assert (
+        row["half"].keys()
+        == row["end"].keys()
+        == {f"{k}_top{n}" for k in ("with", "without") for n in (1, 5)}
+    )
     assert row["tags"].keys() == {"map", "micro_f1", "macro_f1", "error", "error_top", "ap"}
     assert len(row["tags"]["ap"]) == 5 and "tags_truth" not in row
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert [r["hidden"] for r in log if "hidden" in r][-1] == 1.0 and row["dev"].keys() > row["end"].keys()
+    assert [r["hidden"] for r in log if "hidden" in r][-1] == 1.0 and row["dev"].keys() > row[
+        "end"
+    ].keys()
     assert [r["epoch"] for r in log if "dev_with_top1" in r] == [1, 2]
     with safe_open(trained / "model.safetensors", "pt") as file:
         header = json.loads(file.metadata()["animask"])
-    assert header["words"] == sorted(WORDS, key=header["words"].index) and len(header["thresholds"]) == 5
+    assert (
+        header["words"] == sorted(WORDS, key=header["words"].index)
+        and len(header["thresholds"]) == 5
+    )
     listed = list(csv.DictReader((trained / "selected_tags.csv").open()))
-    assert [r["name"] for r in listed] == header["words"] and int(listed[0]["count"]) >= int(listed[-1]["count"]) > 0
+    assert [r["name"] for r in listed] == header["words"] and int(listed[0]["count"]) >= int(
+        listed[-1]["count"]
+    ) > 0
 
 
 @pytest.mark.parametrize("arm", [a for a in mfdn.ARMS if a != "mfdn"])
@@ -184,17 +221,35 @@ def test_every_arm_trains(tagged, arm):
     words = ["encoder", "--data", "packed", "--out", f"arm-{arm}", "--arm", arm]
     done = call("tags.py", *words, *QUICK, cwd=tagged, check=0)
     row = json.loads((tagged / f"arm-{arm}" / "metrics.json").read_text())
-    assert ("tags" in row) == (arm in mfdn.NAMES_TAGS) and ("mAP" in done.stdout) == (arm in mfdn.NAMES_TAGS)
+    assert ("tags" in row) == (arm in mfdn.NAMES_TAGS) and ("mAP" in done.stdout) == (
+        arm in mfdn.NAMES_TAGS
+    )
     log = (tagged / f"arm-{arm}" / "log.jsonl").read_text()
     assert ('"hidden"' in log) == (arm in mfdn.HIDES_TAGS)
-    assert ("without_top1" in row["end"]) == (arm != "bce") and ("with_top1" in row["end"]) == (arm in mfdn.READS_TAGS)
+    assert ("without_top1" in row["end"]) == (arm != "bce") and ("with_top1" in row["end"]) == (
+        arm in mfdn.READS_TAGS
+    )
 
 
 def test_it_learns_the_colours_and_their_names(tagged):
-    call("tags.py", "encoder", "--data", "packed", "--out", "long", "--epochs", 40, *QUICK[2:], cwd=tagged, check=0)
+    call(
+        "tags.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "long",
+        "--epochs",
+        40,
+        *QUICK[2:],
+        cwd=tagged,
+        check=0,
+    )
     row = json.loads((tagged / "long" / "metrics.json").read_text())
     assert row["end"]["without_top1"] > 80, row["end"]  # a third by guessing
-    ap = dict(zip(json.loads(read_header(tagged / "long"))["words"], row["tags"]["ap"], strict=True))
+    ap = dict(
+        zip(json.loads(read_header(tagged / "long"))["words"], row["tags"]["ap"], strict=True)
+    )
     assert min(ap[colour] for colour in WORDS[:3]) > 70, ap
 
 
@@ -225,7 +280,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tagged, trained, monkeyp
     assert len(calls) == 4
     monkeypatch.setattr(tags.train, "catch_signals", catch)
     call("tags.py", *words, "--resume", cwd=tagged, check=0)
-    one, two = (torch.load(tagged / run / "state.pt", weights_only=True) for run in ("whole", "stopped"))
+    one, two = (
+        torch.load(tagged / run / "state.pt", weights_only=True) for run in ("whole", "stopped")
+    )
     assert one["step"] == two["step"] and one["half"] == two["half"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     done = call("tags.py", *words, "--resume", cwd=tagged, check=0)
@@ -233,14 +290,21 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tagged, trained, monkeyp
 
 
 def test_shares_of_a_batch_sum_to_the_whole(tagged):
-    """Losses of two slices, as two processes have them, and their gradients, are those of one process."""
+    """Losses of two slices, as two processes have them, and their gradients, are those of one
+    process.
+    """
     args = parse("encoder", "--data", tagged / "packed", *QUICK)
     args.length, args.encoder = 6, str(tagged / "encoder")
     for arm in ("mfdn", "l2l", "bce", "vilt", "tags"):
         args.arm = arm
-        task = tags.open_task(args, torch.device("cpu"), tags.train.autocast_of(torch.device("cpu"), torch.float32))
+        task = tags.open_task(
+            args, torch.device("cpu"), tags.train.autocast_of(torch.device("cpu"), torch.float32)
+        )
         rows = task.train.rows[:8]
-        images, y = data.take(task.train.split["images"], rows, torch.device("cpu")), task.train.labels[rows]
+        images, y = (
+            data.take(task.train.split["images"], rows, torch.device("cpu")),
+            task.train.labels[rows],
+        )
 
         def gradient(slices, task=task, images=images, rows=rows, y=y):
             task.net.zero_grad()
@@ -250,9 +314,14 @@ def test_shares_of_a_batch_sum_to_the_whole(tagged):
                 who, what = tags.losses(task.net.eval(), batch, y[mine], 8)
                 (who + what).backward()
                 total += (who + what).item()
-            return total, torch.cat([p.grad.flatten() for p in task.net.parameters() if p.grad is not None])
+            return total, torch.cat(
+                [p.grad.flatten() for p in task.net.parameters() if p.grad is not None]
+            )
 
-        (whole, of_whole), (parts, of_parts) = gradient([slice(0, 8)]), gradient([slice(0, 4), slice(4, 8)])
+        (whole, of_whole), (parts, of_parts) = (
+            gradient([slice(0, 8)]),
+            gradient([slice(0, 4), slice(4, 8)]),
+        )
         assert parts == pytest.approx(whole, rel=1e-5), arm
         torch.testing.assert_close(of_parts, of_whole, rtol=1e-3, atol=1e-6, msg=arm)
 
@@ -267,15 +336,23 @@ def parse(*words):
 
 def test_the_papers_schedule():
     args = parse("encoder", "--schedule", "two-stage", "--warmup", 0)
-    assert [round(tags.rate(s, 100, args), 4) for s in (0, 30, 60, 80, 100)] == [1.0, 0.8, 0.6, 0.3, 0.0]
+    assert [round(tags.rate(s, 100, args), 4) for s in (0, 30, 60, 80, 100)] == [
+        1.0,
+        0.8,
+        0.6,
+        0.3,
+        0.0,
+    ]
 
 
-# ---- use -------------------------------------------------------------------------------------------------------------
+# ---- use -----------------------------------------------------------------------------------------
 
 
 def test_pictures_get_a_name_and_tags(tagged, trained):
     picture = sorted((tagged / "images").rglob("*.png"))[0]
-    done = call("tags.py", "whole", picture, "--json", "--threshold", 0, "--top", 3, cwd=tagged, check=0)
+    done = call(
+        "tags.py", "whole", picture, "--json", "--threshold", 0, "--top", 3, cwd=tagged, check=0
+    )
     row = json.loads(done.stdout)
     assert row["name"].startswith("class") and 0 <= row["confidence"] <= 1 and len(row["tags"]) == 3
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
@@ -292,47 +369,102 @@ def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
     assert "2 of its 4 tags are ours, the rest are 0; it lacks 4 of ours" in done.stderr
     rows = list(csv.reader((tagged / "said.csv").open()))
     assert rows[0] == ["picture", "general", "Hat", "tail", "class1"] and len(rows) == 17
-    assert all(float(r[1]) == float(r[3]) == 0 < float(r[2]) and 0 < float(r[4]) < 1 for r in rows[1:])
+    assert all(
+        float(r[1]) == float(r[3]) == 0 < float(r[2]) and 0 < float(r[4]) < 1 for r in rows[1:]
+    )
     call("tags.py", "whole", folder, "--csv", "ours.csv", "--force", cwd=tagged, check=0)
-    assert next(csv.reader((tagged / "ours.csv").open()))[1:] == json.loads(read_header(trained))["words"]
+    assert (
+        next(csv.reader((tagged / "ours.csv").open()))[1:]
+        == json.loads(read_header(trained))["words"]
+    )
 
 
 def test_recognize_says_tags_beside_names(tagged, trained):
-    call("finetune_lora.py", "encoder", "--data", "packed", "--out", "linear", "--method", "linear", "--epochs", 1,
-         *QUICK[4:], cwd=tagged, check=0)  # fmt: skip
+    call(
+        "finetune_lora.py",
+        "encoder",
+        "--data",
+        "packed",
+        "--out",
+        "linear",
+        "--method",
+        "linear",
+        "--epochs",
+        1,
+        *QUICK[4:],
+        cwd=tagged,
+        check=0,
+    )
     picture = sorted((tagged / "images").rglob("*.png"))[0]
     done = call("recognize.py", "linear", picture, "--json", "--tags", "whole", cwd=tagged, check=0)
     alone = call("tags.py", "whole", picture, "--json", cwd=tagged, check=0)
     assert json.loads(done.stdout)["tags"] == json.loads(alone.stdout)["tags"]
-    assert "no run of tags.py" in refused(call("recognize.py", "linear", picture, "--tags", "encoder", cwd=tagged))
-    assert "is for naming" in refused(call("recognize.py", "linear", "--list", "--tags", "whole", cwd=tagged))
+    assert "no run of tags.py" in refused(
+        call("recognize.py", "linear", picture, "--tags", "encoder", cwd=tagged)
+    )
+    assert "is for naming" in refused(
+        call("recognize.py", "linear", "--list", "--tags", "whole", cwd=tagged)
+    )
 
 
 BAD = {
     "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
     "too shallow": (["shallow", "--data", "packed", *QUICK], "has one block"),
-    "a run of ours to train": (["whole", "--data", "packed", *QUICK], "is a run of tags.py: give pictures"),
+    "a run of ours to train": (
+        ["whole", "--data", "packed", *QUICK],
+        "is a run of tags.py: give pictures",
+    ),
     "an encoder asked": (["encoder", "images"], "it is no run of tags.py"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
-    "told to a blind one": (["arm-image", "images", "--tell", "hat"], "is for a run that reads tags"),
+    "told to a blind one": (
+        ["arm-image", "images", "--tell", "hat"],
+        "is for a run that reads tags",
+    ),
     "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
     "no name for a table": (["whole", "images", "--csv", ""], "--csv gives no value"),
     "force for nothing": (["whole", "images", "--force"], "--force is for what is written"),
     "thresholds of none": (["arm-image", "images", "--top", 3], "is for a run that names tags"),
-    "a list with a gap": (["whole", "images", "--csv", "no.csv", "--like", "gap.csv"], "entry 2 is no tag of its own"),
-    "a split of other tags": (["encoder", "--data", "mixed", *QUICK], "val has other tags than train"),
-    "an older packing": (["encoder", "--data", "older", *QUICK], "has the tags of an older packing"),
-    "an older packing probed": (["encoder", "--data", "older", "--views", 1, "--device", "cpu"], "of an older packing"),
+    "a list with a gap": (
+        ["whole", "images", "--csv", "no.csv", "--like", "gap.csv"],
+        "entry 2 is no tag of its own",
+    ),
+    "a split of other tags": (
+        ["encoder", "--data", "mixed", *QUICK],
+        "val has other tags than train",
+    ),
+    "an older packing": (
+        ["encoder", "--data", "older", *QUICK],
+        "has the tags of an older packing",
+    ),
+    "an older packing probed": (
+        ["encoder", "--data", "older", "--views", 1, "--device", "cpu"],
+        "of an older packing",
+    ),
     "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
-    "another encoder": (["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK], "encoder "),
+    "another encoder": (
+        ["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK],
+        "encoder ",
+    ),
     "a table of none": (["arm-image", "images", "--csv", "no.csv"], "is for a run that names tags"),
     "no list": (["whole", "images", "--csv", "no.csv", "--like", "list.txt"], "is no list of tags"),
-    "like without a table": (["whole", "images", "--like", "list.txt"], "--like list.txt is for --csv FILE"),
-    "a flag of training": (["whole", "images", "--arm", "vilt"], "--arm vilt is for training, not for pictures"),
+    "like without a table": (
+        ["whole", "images", "--like", "list.txt"],
+        "--like list.txt is for --csv FILE",
+    ),
+    "a flag of training": (
+        ["whole", "images", "--arm", "vilt"],
+        "--arm vilt is for training, not for pictures",
+    ),
     "a flag of use": (["encoder", "--data", "packed", "--top", 3], "--top 3 is for pictures"),
-    "an unused ratio": (["encoder", "--data", "packed", "--tag-ratio", .3], "--tag-ratio 0.3 is for --arm fixed"),
-    "another vocabulary": (["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK], ", images "),
-}  # fmt: skip
+    "an unused ratio": (
+        ["encoder", "--data", "packed", "--tag-ratio", 0.3],
+        "--tag-ratio 0.3 is for --arm fixed",
+    ),
+    "another vocabulary": (
+        ["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK],
+        ", images ",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -343,21 +475,48 @@ def test_bad_input_is_one_line(tagged, trained, case):
         call("data.py", "images", "--out", "plain", "--size", 32, cwd=tagged, check=0)
         text = (tagged / "list.csv").read_text()
         (tagged / "other.csv").write_text(text.replace("hat", "cap"))
-        call("data.py", "other.csv", "--out", "other", "--size", 32, "--split", ".6,.2,.2", cwd=tagged, check=0)
+        call(
+            "data.py",
+            "other.csv",
+            "--out",
+            "other",
+            "--size",
+            32,
+            "--split",
+            ".6,.2,.2",
+            cwd=tagged,
+            check=0,
+        )
         (tagged / "list.txt").write_text("hello\nyou\n")
         (tagged / "shallow").mkdir()
         save_model(MAE(32, 8, 32, 1, 2, 32, 1), tagged / "shallow" / "model.safetensors", {})
-        call("tags.py", "encoder", "--data", "packed", "--out", "arm-image", "--arm", "image", "--force", *QUICK,
-             cwd=tagged, check=0)  # fmt: skip
+        call(
+            "tags.py",
+            "encoder",
+            "--data",
+            "packed",
+            "--out",
+            "arm-image",
+            "--arm",
+            "image",
+            "--force",
+            *QUICK,
+            cwd=tagged,
+            check=0,
+        )
     assert why in refused(call("probe.py" if "probed" in case else "tags.py", *words, cwd=tagged))
 
 
 def spoil_sets(base):
     """Packed sets that are wrong in one way each, and another encoder."""
     changes = {
-        "mixed": lambda split, t, h: (t, h | {"tags": h["tags"][::-1]}) if split == "val" else (t, h),
+        "mixed": lambda split, t, h: (
+            (t, h | {"tags": h["tags"][::-1]}) if split == "val" else (t, h)
+        ),
         "older": lambda _, t, h: (t | {"tags": (t["tags"] >= 0).to(torch.uint8)}, h),
-        "empty": lambda split, t, h: (t | {"tags": t["tags"] * 0 - 1}, h) if split == "val" else (t, h),
+        "empty": lambda split, t, h: (
+            (t | {"tags": t["tags"] * 0 - 1}, h) if split == "val" else (t, h)
+        ),
     }
     for name, change in changes.items():
         (base / name).mkdir()
@@ -369,14 +528,17 @@ def spoil_sets(base):
     (base / "gap.csv").write_text("tag_id,name,category,count\n1,hat,0,5\n9\n")
 
 
-# ---- the table of arms, and what a tag costs -------------------------------------------------------------------------
+# ---- the table of arms, and what a tag costs -----------------------------------------------------
 
 
 def test_the_table_of_arms_pairs_seeds():
     made = {"mfdn": [60, 62, 64], "image": [50, 55, 51], "vilt": [30, 20, 10]}
     none = {"true_map": "", "map": "", "micro_f1": "", "macro_f1": ""}
-    rows = [{"arm": arm, "seed": str(100 + i), "without": str(x), "with": str(x + 40)} | none
-            for arm, xs in made.items() for i, x in enumerate(xs)]  # fmt: skip
+    rows = [
+        {"arm": arm, "seed": str(100 + i), "without": str(x), "with": str(x + 40)} | none
+        for arm, xs in made.items()
+        for i, x in enumerate(xs)
+    ]
     arms = experiments.mfdn.by_arm(rows, mfdn.ARMS)
     lines = list(experiments.mfdn.answers(arms, experiments.mfdn.questions(rows)))
     assert "| full MFDN on the picture alone against the image-only ViT | +10.0 (" in lines[0]
@@ -389,17 +551,45 @@ def test_the_table_of_arms_pairs_seeds():
 
 def test_each_arm_takes_the_rate_that_was_best_on_dev(tmp_path):
     lines = ["arm,seed,flags,with,without,map,command"]
-    lines += ["mfdn,500,--lr 0.001,90,50,20,c", "mfdn,501,--lr 0.001,90,40,20,c", "mfdn,500,--lr 0.002,80,47,10,c",
-              "tags,500,--lr 0.001,60,2,,c", "tags,500,--lr 0.002,61,1,,c", "bce,500,--head-lr 0.01,,,3,c"]  # fmt: skip
+    lines += [
+        "mfdn,500,--lr 0.001,90,50,20,c",
+        "mfdn,501,--lr 0.001,90,40,20,c",
+        "mfdn,500,--lr 0.002,80,47,10,c",
+        "tags,500,--lr 0.001,60,2,,c",
+        "tags,500,--lr 0.002,61,1,,c",
+        "bce,500,--head-lr 0.01,,,3,c",
+    ]
     (tmp_path / "rates.csv").write_text("\n".join(lines))
-    found = {a: experiments.mfdn.best_rate(tmp_path / "rates.csv", a) for a in ("mfdn", "tags", "bce", "image")}
-    assert found == {"mfdn": ("--lr", "0.002"), "tags": ("--lr", "0.002"), "bce": ("--head-lr", "0.01"), "image": ()}
+    found = {
+        a: experiments.mfdn.best_rate(tmp_path / "rates.csv", a)
+        for a in ("mfdn", "tags", "bce", "image")
+    }
+    assert found == {
+        "mfdn": ("--lr", "0.002"),
+        "tags": ("--lr", "0.002"),
+        "bce": ("--head-lr", "0.01"),
+        "image": (),
+    }
 
 
 @pytest.mark.slow
 def test_arms_are_run_once_and_written_as_a_table(tagged, monkeypatch):
-    words = ["encoder", "--data", "packed", "--arms", "mfdn", "image", "--out", "table", "--work", "work", "--threads",
-             1, "--flags", "--epochs 2 --batch-size 8 --device cpu"]  # fmt: skip
+    words = [
+        "encoder",
+        "--data",
+        "packed",
+        "--arms",
+        "mfdn",
+        "image",
+        "--out",
+        "table",
+        "--work",
+        "work",
+        "--threads",
+        1,
+        "--flags",
+        "--epochs 2 --batch-size 8 --device cpu",
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     call("experiments.mfdn", *words, "--seeds", 1, cwd=tagged, check=0)
     done = call("experiments.mfdn", *words, "--seeds", 2, cwd=tagged, check=0)
@@ -411,12 +601,17 @@ def test_arms_are_run_once_and_written_as_a_table(tagged, monkeypatch):
     assert "2 seeds: no interval" in text
     tried = call("experiments.mfdn", *words, "--rates", 1e-3, 2e-3, cwd=tagged, check=0)
     rows = list(csv.DictReader((tagged / "table/rates.csv").open()))
-    assert "4 runs, 0 done" in tried.stdout and [r["flags"] for r in rows] == ["--lr 0.001"] * 2 + ["--lr 0.002"] * 2
+    assert (
+        "4 runs, 0 done" in tried.stdout
+        and [r["flags"] for r in rows] == ["--lr 0.001"] * 2 + ["--lr 0.002"] * 2
+    )
     assert rows[0].keys() & {"half_with", "error"} == set()  # of val it has nothing
 
 
 def test_the_cost_of_tags_is_measured_and_what_does_not_fit_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(benchmarks.tags.SIZES, "nano", benchmarks.tags.SIZES["nano"] | {"dim": 32, "heads": 2})
+    monkeypatch.setitem(
+        benchmarks.tags.SIZES, "nano", benchmarks.tags.SIZES["nano"] | {"dim": 32, "heads": 2}
+    )
     row = benchmarks.tags.one("l2l", 25, 2, "nano", "cpu", 1, 1)
     assert row["step_ms"] > 0 and row["peak_mb"] > 50
     monkeypatch.setattr(benchmarks.tags, "one", lambda *_: row)
@@ -426,7 +621,10 @@ def test_the_cost_of_tags_is_measured_and_what_does_not_fit_says_so(tmp_path, mo
     benchmarks.tags.main()
     rows = list(csv.DictReader((tmp_path / "bench_tags.csv").open()))
     assert len(rows) == 6 and [r["arm"] for r in rows if not r["step_ms"]] == ["l2l"]
-    assert "GB for attention among its queries" in rows[3]["note"] and (tmp_path / "bench_tags.png").exists()
+    assert (
+        "GB for attention among its queries" in rows[3]["note"]
+        and (tmp_path / "bench_tags.png").exists()
+    )
 
 
 class Here:
@@ -443,7 +641,7 @@ class Here:
         return self
 
 
-# ---- how tags are judged ---------------------------------------------------------------------------------------------
+# ---- how tags are judged -------------------------------------------------------------------------
 
 
 def test_thresholds_are_the_best_for_f1():
@@ -468,8 +666,13 @@ def test_numbers_of_tags_are_scikit_learns():
     row, said = tagging.judge(scores, truth, np.full(30, 0.6)), scores >= 0.6
     there = [t for t in range(30) if t != 3]
     assert row["micro_f1"] == pytest.approx(100 * f1_score(truth, said, average="micro"), abs=1e-3)
-    assert row["macro_f1"] == pytest.approx(100 * f1_score(truth[:, there], said[:, there], average="macro"), abs=1e-3)
-    assert row["error"] == pytest.approx(100 * (said != truth).mean(), abs=1e-3) and row["ap"][3] is None
+    assert row["macro_f1"] == pytest.approx(
+        100 * f1_score(truth[:, there], said[:, there], average="macro"), abs=1e-3
+    )
+    assert (
+        row["error"] == pytest.approx(100 * (said != truth).mean(), abs=1e-3)
+        and row["ap"][3] is None
+    )
     top = np.argsort(-truth.sum(0), kind="stable")[:25]
     assert row["error_top"] == pytest.approx(100 * (said != truth)[:, top].mean(), abs=1e-3)
 
@@ -481,7 +684,9 @@ def test_a_logistic_regression_for_each_tag_is_scikit_learns():
     x = torch.from_numpy(rng.normal(size=(200, 5))).float()
     truth = (x.numpy() @ rng.normal(size=(5, 3)) + rng.normal(size=(200, 3))) > 0.5
     W, b = tagging.many_logistic(x, torch.from_numpy(truth).float(), 0.01)
-    for t in range(3):  # theirs: C * sum of errors + |w|^2 / 2; ours: mean of errors + penalty * |w|^2
+    for t in range(
+        3
+    ):  # theirs: C * sum of errors + |w|^2 / 2; ours: mean of errors + penalty * |w|^2
         fit = LogisticRegression(C=1 / (2 * 0.01 * 200), tol=1e-8).fit(x.numpy(), truth[:, t])
         np.testing.assert_allclose(W[:, t], fit.coef_[0], atol=2e-3)
         assert abs(b[t] - fit.intercept_[0]) < 2e-3
@@ -496,20 +701,41 @@ def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
         path.mkdir(exist_ok=True)
         more = {"style": {"shade": [0, 1]}}
         save_safetensors(tensors | {"style": shade}, path / f"{split}.safetensors", header | more)
-    done = call("probe.py", "encoder", "--data", "styled", "--views", 1, "--device", "cpu", cwd=tagged, check=0)
+    done = call(
+        "probe.py",
+        "encoder",
+        "--data",
+        "styled",
+        "--views",
+        1,
+        "--device",
+        "cpu",
+        cwd=tagged,
+        check=0,
+    )
     rows = json.loads((tagged / "encoder" / "styled-val" / "probe.json").read_text())["pictured"]
     assert rows.keys() == {"extremes", "untrained extremes", "thumb4", "thumb8", "thumb16"}
     ap = rows["thumb4"]["tags"]["ap"]
-    assert min(ap[colour] for colour in WORDS[:3]) > 0.5, ap  # a third of the pictures; some are filed under nothing
-    assert rows["thumb4"]["style"]["shade"]["top1"] > 0.9 > rows["thumb4"]["style"]["shade"]["guess"]
+    assert min(ap[colour] for colour in WORDS[:3]) > 0.5, (
+        ap
+    )  # a third of the pictures; some are filed under nothing
+    assert (
+        rows["thumb4"]["style"]["shade"]["top1"] > 0.9 > rows["thumb4"]["style"]["shade"]["guess"]
+    )
     assert "tags, mAP" in done.stdout and "by guessing" in done.stdout
 
 
 def test_what_is_said_of_a_picture_falls_into_four_kinds():
-    said, given, truth = (np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0]))
+    said, given, truth = (
+        np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0])
+    )
     kinds = tagging.four_kinds(said, given, truth)
     assert {k: v.nonzero()[0].tolist() for k, v in kinds.items()} == {
-        "right": [0], "missed": [2], "new but true": [1], "new and false": [3]}  # fmt: skip
+        "right": [0],
+        "missed": [2],
+        "new but true": [1],
+        "new and false": [3],
+    }
 
 
 def test_a_list_without_names_is_refused(tmp_path):

@@ -24,15 +24,21 @@ def test_draw_is_deterministic_and_well_formed():
         assert a["image"].shape == (128, 128, 3) and a["fg"].shape == a["parts"].shape == (128, 128)
         assert {a[k].dtype for k in ("image", "fg", "parts")} == {np.dtype("uint8")}
         assert a["tags"] and all(isinstance(t, str) and t for t in a["tags"])
-        assert {k: v in toon.STRATA[k] for k, v in a["style"].items()} == dict.fromkeys(toon.STRATA, True)
+        assert {k: v in toon.STRATA[k] for k, v in a["style"].items()} == dict.fromkeys(
+            toon.STRATA, True
+        )
     assert not np.array_equal(*(toon.draw(item)["image"] for item in toon.plan(2, 1)))
 
 
 def test_the_pictures_are_those_that_were_published():
-    """Every result on the demo set stands on these. Mean colour, and pixels of each part, of three of the 2,400."""
-    published = {0: ([141.3, 135.2, 161.2], [1421, 1672, 190, 135, 20, 544, 114]),
-                 800: ([151.0, 151.1, 151.9], [1352, 1713, 336, 120, 31, 56, 488]),
-                 1600: ([210.7, 219.3, 217.1], [904, 2341, 366, 112, 5, 266, 102])}  # fmt: skip
+    """Every result on the demo set stands on these. Mean colour, and pixels of each part, of three
+    of the 2,400.
+    """
+    published = {
+        0: ([141.3, 135.2, 161.2], [1421, 1672, 190, 135, 20, 544, 114]),
+        800: ([151.0, 151.1, 151.9], [1352, 1713, 336, 120, 31, 56, 488]),
+        1600: ([210.7, 219.3, 217.1], [904, 2341, 366, 112, 5, 266, 102]),
+    }
     items = toon.plan(2400)
     for i, (colour, pixels) in published.items():
         drawn = toon.draw(items[i], 64)
@@ -68,7 +74,9 @@ def test_cast_shares_every_value_and_tells_everybody_apart(characters):
         assert set(counts) <= set(values) and min(counts.values()) >= 2, attribute
         if characters >= 48:
             assert set(counts) == set(values) and max(counts.values()) < 0.7 * characters, attribute
-    differ = [sum(p[a] != q[a] for a in toon.ATTRIBUTES) for i, p in enumerate(people) for q in people[:i]]
+    differ = [
+        sum(p[a] != q[a] for a in toon.ATTRIBUTES) for i, p in enumerate(people) for q in people[:i]
+    ]
     assert min(differ) >= 3
 
 
@@ -87,7 +95,9 @@ def test_plan_is_balanced_or_long_tailed():
     assert set(Counter(item["label"] for item in items).values()) == {50}
     assert len({item["key"] for item in items}) == 2400 and items == toon.plan(2400)
     assert all(item["key"].startswith(item["who"]["name"] + "/") for item in items)
-    sizes = [n for _, n in sorted(Counter(item["label"] for item in toon.plan(2400, tail=1.2)).items())]
+    sizes = [
+        n for _, n in sorted(Counter(item["label"] for item in toon.plan(2400, tail=1.2)).items())
+    ]
     assert sum(sizes) == 2400 and len(sizes) == 48 and min(sizes) >= 5
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 10 * sizes[-1]
 
@@ -95,7 +105,11 @@ def test_plan_is_balanced_or_long_tailed():
 def thumbnails(drawn, k):
     """-> (n, 3 k k) standardised block means and a constant."""
     images = np.stack([d["image"] for d in drawn]).astype(float)
-    x = images.reshape(len(images), k, images.shape[1] // k, k, -1, 3).mean((2, 4)).reshape(len(images), -1)
+    x = (
+        images.reshape(len(images), k, images.shape[1] // k, k, -1, 3)
+        .mean((2, 4))
+        .reshape(len(images), -1)
+    )
     return np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
 
 
@@ -121,15 +135,24 @@ def test_the_sheet_is_drawn_once_and_wrong_flags_draw_none(tmp_path):
     assert Image.open(tmp_path / "a.png").size == (32, 16)
     assert "a.png is there already; --force replaces it" in refused(sheet(*words, cwd=tmp_path))
     sheet(*words, "--force", cwd=tmp_path, check=0)
-    for more in (["--rows", 0], ["--columns", -1], ["--size", 10**6], ["--seed", 2**70], ["--who", "nobody"],
-                 ["--out", "a.txt"], ["--out", "a.png/b.png"]):  # fmt: skip
+    for more in (
+        ["--rows", 0],
+        ["--columns", -1],
+        ["--size", 10**6],
+        ["--seed", 2**70],
+        ["--who", "nobody"],
+        ["--out", "a.txt"],
+        ["--out", "a.png/b.png"],
+    ):
         assert str(more[1]) in refused(sheet(*more, cwd=tmp_path)) or more[0] == "--out"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_yaw_that_is_stored_is_the_yaw_that_was_drawn(monkeypatch):
     drawn, pose = [], toon.Canvas.pose
-    monkeypatch.setattr(toon.Canvas, "pose", lambda c, yaw, *more: drawn.append(abs(yaw)) or pose(c, yaw, *more))
+    monkeypatch.setattr(
+        toon.Canvas, "pose", lambda c, yaw, *more: drawn.append(abs(yaw)) or pose(c, yaw, *more)
+    )
     said = [toon.draw(item, 16)["style"]["yaw"] for item in toon.plan(40, 4)]
     assert len(drawn) == 4 * 40 and set(said) == {"frontal", "turned", "far turned"}
     for name, yaw in zip(said, drawn[::4], strict=True):  # the head's pose comes first

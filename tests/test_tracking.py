@@ -9,7 +9,20 @@ from conftest import call, refused
 
 from common.train import read_log
 
-STEP = ["--model", "nano", "--image-size", 32, "--epochs", 1, "--batch", 16, "--mask", "random", "--device", "cpu"]
+STEP = [
+    "--model",
+    "nano",
+    "--image-size",
+    32,
+    "--epochs",
+    1,
+    "--batch",
+    16,
+    "--mask",
+    "random",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +34,16 @@ def run(small, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
-        words = ["pretrain.py", "--data", small, "--out", base / "run", "--log", "tensorboard,wandb", *STEP]
+        words = [
+            "pretrain.py",
+            "--data",
+            small,
+            "--out",
+            base / "run",
+            "--log",
+            "tensorboard,wandb",
+            *STEP,
+        ]
         call(*words, cwd=base, check=0)
     return base / "run"
 
@@ -38,14 +60,20 @@ def test_tensorboard_shows_the_log_the_configuration_and_all_pictures(run):
     read = {event.step: event.value for event in found.Scalars("loss")}
     assert losses(run) and read == pytest.approx(losses(run), rel=1e-6)
     assert {"lr", "grad_norm", "knn"} <= set(found.Tags()["scalars"])
-    assert set(found.Tags()["images"]) == {path.stem for path in run.glob("*.png")} >= {"masks", "recon", "curves"}
+    assert (
+        set(found.Tags()["images"])
+        == {path.stem for path in run.glob("*.png")}
+        >= {"masks", "recon", "curves"}
+    )
     assert found.Images("recon")[0].encoded_image_string.startswith(b"\x89PNG")
     config = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert json.loads(config.strip("`\n"))["mask"] == "random"
 
 
 def records(path):
-    """Bytes of each record of a log in LevelDB's format: blocks of 32 KiB; pieces with checksum, length and kind."""
+    """Bytes of each record of a log in LevelDB's format: blocks of 32 KiB; pieces with checksum,
+    length and kind.
+    """
     raw, at, record = path.read_bytes(), 7, b""  # behind the file's name
     while at + 7 <= len(raw):
         if -at % 2**15 < 7:  # too small for a piece
@@ -62,12 +90,21 @@ def test_wandb_offline_keeps_the_same_to_be_sent_later(run):
     from wandb.proto import wandb_internal_pb2
 
     read, config = {}, {}
-    for record in map(wandb_internal_pb2.Record.FromString, records(next(run.glob("wandb/offline-run-*/run-*.wandb")))):
+    for record in map(
+        wandb_internal_pb2.Record.FromString,
+        records(next(run.glob("wandb/offline-run-*/run-*.wandb"))),
+    ):
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        row = {
+            item.key or item.nested_key[0]: json.loads(item.value_json)
+            for item in record.history.item
+        }
         read |= {row["_step"]: row["loss"]} if "loss" in row else {}
     assert read == pytest.approx(losses(run)) and config["mask"] == "random"
-    sent = {re.sub(r"_\d+_\w+$", "", path.stem) for path in run.glob("wandb/offline-run-*/files/media/images/*.png")}
+    sent = {
+        re.sub(r"_\d+_\w+$", "", path.stem)
+        for path in run.glob("wandb/offline-run-*/files/media/images/*.png")
+    }
     assert sent >= {"masks", "recon", "curves"}
 
 
@@ -80,6 +117,18 @@ def test_an_unknown_place_is_refused(small, tmp_path):
 def test_a_slip_in_a_flag_leaves_a_finished_run_as_it_is(run, small):
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     for words in (("--log", "mlflow"), ("--data", ""), ("--mask=",)):
-        line = refused(call("pretrain.py", "--data", small, "--out", run, "--force", *STEP, *words, cwd=run.parent))
+        line = refused(
+            call(
+                "pretrain.py",
+                "--data",
+                small,
+                "--out",
+                run,
+                "--force",
+                *STEP,
+                *words,
+                cwd=run.parent,
+            )
+        )
         assert words[0] in line
     assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before

@@ -20,7 +20,9 @@ def test_dinos_loss_is_the_cross_entropy_of_different_crops():
             for b in range(4) if t != v else ():
                 p = ((taught[t, b] - centre) / views.SHARPER).softmax(0)
                 total.append(-(p * (said[v, b] / views.SHARP).log_softmax(0)).sum())
-    torch.testing.assert_close(views.dino_loss(said, taught, centre), torch.stack(total).view(4, 4).sum(0).mean() / 4)
+    torch.testing.assert_close(
+        views.dino_loss(said, taught, centre), torch.stack(total).view(4, 4).sum(0).mean() / 4
+    )
     same = torch.zeros(2, 3, 8)
     assert views.dino_loss(same, same, torch.zeros(8)).item() == pytest.approx(math.log(8))
 
@@ -36,15 +38,33 @@ def test_small_crops_lie_in_the_picture_and_are_small():
     class Args:
         min_crop, jitter = 0.4, 0.0
 
-    ramp = torch.arange(64, dtype=torch.uint8)[None, None, :, None].expand(256, 64, 64, 3).contiguous()
-    wide, small = (views.crops(Args, ramp, torch.Generator().manual_seed(0), 16, x).float() for x in (1.0, 0.5))
-    span = lambda x: (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).mean()  # noqa: E731
+    ramp = (
+        torch.arange(64, dtype=torch.uint8)[None, None, :, None].expand(256, 64, 64, 3).contiguous()
+    )
+    wide, small = (
+        views.crops(Args, ramp, torch.Generator().manual_seed(0), 16, x).float() for x in (1.0, 0.5)
+    )
+
+    def span(x):
+        return (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).mean()
+
     assert 0.4 < span(small) / span(wide) < 0.6
 
 
 @pytest.mark.parametrize("method", views.METHODS)
 def test_what_they_write_is_an_encoder(small, tmp_path, method):
-    words = ["--image-size", 32, "--batch-size", 16, "--epochs", 2, "--device", "cpu", "--dtype", "fp32"]
+    words = [
+        "--image-size",
+        32,
+        "--batch-size",
+        16,
+        "--epochs",
+        2,
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    ]
     command = ("experiments.views", method, "--data", small, "--out", tmp_path / "run", *words)
     call(*command, cwd=ROOT, check=0)
     encoder, size = load_encoder(tmp_path / "run")

@@ -23,7 +23,10 @@ WEIGHTS = ROOT / "weights"
 def drawings():
     """Two of each character, no two alike -> [name], u8 (n, 128, 128, 3)."""
     people = toon.cast() * 2
-    images = [toon.draw(toon.unseen(person, i + 1, seed=99)[i], 128)["image"] for i, person in enumerate(people)]
+    images = [
+        toon.draw(toon.unseen(person, i + 1, seed=99)[i], 128)["image"]
+        for i, person in enumerate(people)
+    ]
     return [person["name"] for person in people], np.stack(images)
 
 
@@ -41,14 +44,20 @@ def test_they_are_small_in_16_bits_and_have_cards():
         assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}, path
     for folder in WEIGHTS.iterdir():
         card = (folder / "README.md").read_text()
-        assert "license: mit" in card and "How good it is" in card and "Nothing was measured" not in card
+        assert (
+            "license: mit" in card
+            and "How good it is" in card
+            and "Nothing was measured" not in card
+        )
 
 
 def test_its_encoder_fills_in_three_quarters(drawings):
     names, images = drawings
     net, header = demo.network("weights/toon")
     N, found = net.encoder.side**2, []
-    views = data.whole_views(images, torch.arange(len(names)), net.config["image_size"], demo.MACHINE.device)
+    views = data.whole_views(
+        images, torch.arange(len(names)), net.config["image_size"], demo.MACHINE.device
+    )
     for rows, view in views:
         for i, own in zip(rows.tolist(), view.split(1), strict=True):
             ids_keep, ids_mask, _ = demo.draw_mask("random", {}, N, 0.75, {}, 1.0, i)
@@ -60,16 +69,26 @@ def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
     names, images = drawings
     net, header = classifier.load_classifier("weights/toon-lora")
     logits, embeddings = recognize.embed(net, header, images, nullcontext)
-    rows = recognize.answers(names, logits, embeddings, classifier.load_gallery("weights/toon-lora"), 1)
-    assert statistics.fmean(row["name"] == who for row, who in zip(rows, names, strict=True)) >= 0.95
+    rows = recognize.answers(
+        names, logits, embeddings, classifier.load_gallery("weights/toon-lora"), 1
+    )
+    assert (
+        statistics.fmean(row["name"] == who for row, who in zip(rows, names, strict=True)) >= 0.95
+    )
 
 
 def test_its_tagger_names_them_too_from_the_picture_alone(drawings):
     names, images = drawings
     net, header = mfdn.load("weights/toon-tags")
-    views = data.whole_views(images, torch.arange(len(names)), header["image_size"], demo.MACHINE.device)
+    views = data.whole_views(
+        images, torch.arange(len(names)), header["image_size"], demo.MACHINE.device
+    )
     with torch.no_grad():
-        said = [header["classes"][c] for _, view in views for c in mfdn.answers(net, view)[0].argmax(1).tolist()]
+        said = [
+            header["classes"][c]
+            for _, view in views
+            for c in mfdn.answers(net, view)[0].argmax(1).tolist()
+        ]
     assert statistics.fmean(a == b for a, b in zip(said, names, strict=True)) >= 0.95
 
 
@@ -77,5 +96,9 @@ def test_its_detector_finds_whom_its_recogniser_names():
     pages = [item for item in scenes.plan() if item["split"] == "val"][:16]
     found = names("weights/toon-det", "weights/toon-lora", pages)
     faces = found["right"] + found["wrong"] + found["unknown"]
-    assert faces > 30 and faces >= 0.8 * (faces + found["missed"]) and found["background"] < 0.2 * faces
+    assert (
+        faces > 30
+        and faces >= 0.8 * (faces + found["missed"])
+        and found["background"] < 0.2 * faces
+    )
     assert found["right"] >= 0.5 * faces and found["wrong"] <= 0.1 * faces, found
