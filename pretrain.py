@@ -33,7 +33,7 @@ import data
 import kernels
 import mask as masking
 from common import distributed, train
-from common.agreement import Agreement
+from common.agreement import Agreement, parse_contrast
 from common.checkpoints import init_from, load_exactly, save_beside, save_model
 from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
 from common.evaluate import draw_run, evaluate
@@ -42,14 +42,14 @@ from common.guidance import (
     Guide,
     default_source,
     flags_of_teacher,
-    is_blind,
+    is_trained,
     warn_of_collapse,
 )
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import (
     FLOOR,
-    absolute_loss,
+    absolute_error,
     detail_weight,
     patch_detail,
     reconstruction_loss,
@@ -58,19 +58,14 @@ from kernels.loss import (
 from model import MAE, SIZES, Block, Pooler, SimMIM, check_config
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
-LOSSES = {"simmim": absolute_loss}  # what is not here has reconstruction_loss
-BLIND = (
-    "nothing trained the teacher's CLS token, so its attention tells where a patch is, and finds the border;\n"
-    "         --contrast W --contrast-by cls trains it, --attention outlier does without it"
+ERRORS = {"simmim": absolute_error}  # every other mask trains with the squared error
+UNTRAINED = (
+    "nothing trains the attention of this teacher, so it tells little but where a patch is; "
+    "--contrast pooler trains it"
 )
-AGREEMENT = {
-    "pooler": dict(
-        contrast=1.0, temperature=0.15, contrast_loss="dcl"
-    ),  # changes no feature; CLS tokens do
-    "cls": dict(contrast=0.01, temperature=0.07, contrast_loss="nt_xent"),
-}
-# share of views with another background, where --contrast is on and the masks for it are there
-SWAP = 0.7
+# What an image is augmented by where two views of it are compared: else light and background, and
+# not the character, tell whose view it is. Swapping needs foreground masks.
+JITTER, SWAP = 0.3, 0.7
 LOG_EVERY = 10  # steps
 SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
 WRITTEN = (
@@ -79,12 +74,14 @@ WRITTEN = (
     "stats_head.safetensors",
     "*.png",
 )  # by a run that was finished
-# what is not given; on a CPU, here in fp32, many small steps learn more than few large ones
-# (LOG.md)
+# What is not given. Length and batch are counted in views, which are the same for every mask and
+# every data set. On a CPU many small steps learn more than few large ones (results/LOG.md).
 DEFAULTS = {
-    "cpu": dict(model="nano", epochs=20, batch_size=32, blr=8e-3, decoder_depth=1),
-    "gpu": dict(model="small", epochs=200, batch_size=512, blr=6e-4, decoder_depth=2),
+    "cpu": dict(model="nano", blr=8e-3, decoder_depth=1),
+    "gpu": dict(model="small", blr=6e-4, decoder_depth=2),
 }
+VIEWS = {"cpu": 64_000, "gpu": 10_000_000}  # of a run
+BATCH_VIEWS = {"cpu": 32, "gpu": 512}  # of a step
 
 
 def parse_args():
@@ -193,35 +190,22 @@ def parse_args():
         help="added to a patch's std in norm_pix, squared; plain MAE: --norm-floor .001 --flat-weight 1",
     )
     add = parser.add_argument_group(
-        "agreement of two views of each image (common/agreement.py)"
+        "contrast of two views of each image (common/agreement.py)"
     ).add_argument
     add(
         "--contrast",
-        type=between(0, 100),
-        metavar="W",
-        help="weight of this second loss; 0: plain MAE, one view (default: 0; where the run's own\n"
-        "attention guides, 1 with a pooler, .01 with cls)",
-    )
-    add(
-        "--contrast-by",
-        choices=["pooler", "cls"],
-        default="pooler",
-        help="what is compared: a pooler that reads the patch tokens and changes nothing in the\n"
-        "encoder, so that attention learns to look; or CLS tokens, so that features learn, too",
-    )
-    add(
-        "--temperature",
-        type=between(0.01, 10),
-        metavar="T",
-        help="of the comparison (default: .15; cls .07)",
-    )
-    add(
-        "--contrast-loss",
-        choices=["dcl", "nt_xent"],
-        help="nt_xent counts the right answer among the others, which small batches feel (default: dcl; cls nt_xent)",
+        default=None,
+        metavar="pooler|cls|none",
+        help="what a second, contrastive loss compares: a pooler that reads the patch tokens and\n"
+        "changes nothing in the encoder; the CLS tokens; or nothing, which is plain MAE.\n"
+        "Parameters: pooler:weight=1,temperature=.15,dcl=1 (default: pooler; simmim: none)",
     )
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=at_least(1), help="passes over the data (default: per device)")
+    add(
+        "--epochs",
+        type=at_least(1),
+        help="passes over the data (default: as many as give a number of views, per device)",
+    )
     add(
         "--batch-size",
         type=at_least(1),
@@ -260,14 +244,14 @@ def parse_args():
         type=between(0, 0.9),
         metavar="J",
         help="brightness, contrast and saturation of a view change by up to this share (default:\n"
-        ".3 with --contrast, else 0)",
+        ".3 where two views are compared, else 0)",
     )
     add(
         "--swap-background",
         type=between(0, 1),
         metavar="SHARE",
         help="of the views, that get another image's background, by the data's own foreground or\n"
-        "by --maps (default: .7 with --contrast where the data have one, else 0)",
+        "by --maps (default: .7 where two views are compared and the data have one, else 0)",
     )
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
@@ -308,40 +292,42 @@ def parse_args():
 
 
 def fill_defaults(args, device, dtype):
-    """What was not given depends on the machine, and the sizes on the model."""
+    """What was not given depends on the machine, and the sizes on the model.
+
+    It does not depend on the mask: two runs that differ in --mask are an experiment. SimMIM is the
+    one exception. Its encoder reads mask tokens, so there is no second loss on it.
+    """
+    kind = "cpu" if device.type == "cpu" else "gpu"
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    given = {k: v for k, v in vars(args).items() if v is not None}
-    mask = args.mask.partition(":")[0]  # simmim has no second loss
-    own = (
-        args.teacher == "self"
-        and mask != "simmim"
-        and "attn" in (masking.NEEDS.get(mask), args.weight_by)
-    )
-    trained = (
-        "pooler" if args.contrast_by == "pooler" else "rollout"
-    )  # what the second loss teaches to look
-    by = AGREEMENT[args.contrast_by]
-    contrast = given.setdefault(
-        "contrast", by["contrast"] if own and args.attention in (None, trained) else 0.0
-    )
-    defaults = (
-        DEFAULTS["cpu" if device.type == "cpu" else "gpu"]
-        | by
-        | {"jitter": 0.3 if contrast else 0.0}
-    )
-    if device.type == "cpu" and args.dtype == "bf16":
-        defaults["epochs"] = 48  # which three times the speed allows
-    for name in ("epochs", "batch_size") if contrast else ():
-        defaults[name] //= 2  # as many steps of as many views: each image has two
-    vars(args).update(defaults | given)
-    size = {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")}
-    vars(args).update(
-        size | given | {"eval_every": given.get("eval_every", min(10, (args.epochs + 1) // 2))}
-    )
-    args.attention = args.attention or default_source(
-        flags_of_teacher(args, args.teacher), args.teacher
-    )
-    args.ratio = args.ratio or ("0.6" if mask == "simmim" else "0.75")
+    simmim = args.mask.partition(":")[0] == "simmim"
+    args.contrast = args.contrast or ("none" if simmim else "pooler")
+    args.contrast, args.agreement = parse_contrast(args.contrast)
+    args.views = 1 if args.contrast == "none" else 2  # of each image
+    defaults = DEFAULTS[kind] | {
+        "batch_size": BATCH_VIEWS[kind] // args.views,
+        "jitter": 0.0 if args.contrast == "none" else JITTER,
+        "ratio": "0.6" if simmim else "0.75",
+    }
+    fill(args, defaults)
+    fill(args, {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")})
+    flags = flags_of_teacher(args, args.teacher)
+    args.attention = args.attention or default_source(flags, args.teacher)
+
+
+def fill(args, defaults):
+    """Give every flag that was not given its default."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def set_length(args, images, device):
+    """--epochs where it was not given: the number of whole passes nearest to VIEWS views."""
+    views = VIEWS["cpu" if device.type == "cpu" else "gpu"]
+    fill(args, {"epochs": max(1, round(views / (args.views * images)))})
+    fill(args, {"eval_every": min(10, (args.epochs + 1) // 2)})
+    if args.every > args.epochs:
+        raise UserError(f"--every {args.every} keeps nothing of {args.epochs} epochs; leave it out")
 
 
 def parse_masking(args):
@@ -399,13 +385,8 @@ def flags_used(args, strategy):
         ),
         (
             "contrast",
-            strategy != "simmim",
+            strategy != "simmim" or args.contrast == "none",
             f"compares what MAE's encoder makes of visible patches alone{own}",
-        ),
-        (
-            "contrast-by contrast-loss temperature",
-            args.contrast > 0,
-            "belongs to the loss that --contrast W turns on",
         ),
         (
             "norm-floor",
@@ -417,7 +398,6 @@ def flags_used(args, strategy):
             strategy != "simmim",
             f"is for MAE's decoder, simmim has one linear layer{own}",
         ),
-        ("every", args.every <= args.epochs, f"keeps nothing of {args.epochs} epochs"),
         ("force", not args.resume, "starts anew, and --resume goes on"),
     )
 
@@ -443,8 +423,7 @@ def run_name(args):
         "" if args.norm_floor == FLOOR else f"floor{args.norm_floor:g}",
         "" if args.teacher == "self" else f"by-{Path(args.teacher).name}",
         "" if args.init is None else f"from-{Path(args.init).name}",
-        f"contrast{args.contrast:g}" if "contrast" in args.given else "",
-        "cls" if args.contrast and args.contrast_by == "cls" else "",
+        f"contrast-{args.contrast}" if "contrast" in args.given else "",
         f"weighted-by-{args.weight_by}" if args.weight_by else "",
         args.attention if "attention" in args.given else "",
         "" if args.maps == "auto" else Path(args.maps).name,
@@ -481,7 +460,7 @@ def open_data(args):
         args.data = str(data.open_or_pack(args.data, args.image_size))
     train_set = data.open_split(args.data, "train")
     if args.swap_background is None:
-        args.swap_background = SWAP if args.contrast and "fg" in train_set else 0.0
+        args.swap_background = SWAP if args.contrast != "none" and "fg" in train_set else 0.0
     return train_set, data.open_split(args.data, args.eval_on)
 
 
@@ -497,7 +476,7 @@ def build_model(args, strategy):
         decoder_dim=args.decoder_dim,
         decoder_depth=args.decoder_depth,
     )
-    if args.contrast and args.contrast_by == "pooler":
+    if args.contrast == "pooler":
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
     for block in (m for m in model.modules() if isinstance(m, Block)):
         block.recompute = args.recompute
@@ -529,9 +508,10 @@ def networks_of(args, model, guide, train_set):
     of the agreement.
     """
     networks = {"model": model, **guide.networks}
-    if args.contrast:
+    if args.contrast != "none":
+        settings = args.agreement
         networks["agreement"] = Agreement(
-            model.config["dim"], train_set, args.temperature, args.contrast_loss == "dcl"
+            model.config["dim"], train_set, settings["temperature"], settings["dcl"] > 0
         )
     return torch.nn.ModuleDict(networks)
 
@@ -550,7 +530,7 @@ def fit_batch(args, images, rank, world, V):
         raise UserError(
             f"{args.data} has {images} training images, --accumulate needs {args.accumulate}"
         )
-    if args.contrast and args.accumulate == B:
+    if args.contrast != "none" and args.accumulate == B:
         raise UserError(
             f"--contrast compares each image with others, and --batch-size {B} --accumulate "
             f"{args.accumulate} leaves it alone; give a larger batch, 128 if it fits"
@@ -614,27 +594,30 @@ def machine_message(args, device, world, dtype_reason, impl, impl_reason):
     )
 
 
+def recipe(args, images, batch, peak_lr):
+    """What every mask is trained by, in one line."""
+    views = args.epochs * images * args.views
+    contrast = f"contrast {args.contrast}"
+    if args.contrast != "none":
+        contrast += f" (weight {args.agreement['weight']:g})"
+    return (
+        f"{views:,} views: {args.epochs} epochs, views of an image {args.views}, "
+        f"images of a step {batch}; {contrast}, jitter {args.jitter:g}, "
+        f"background swapped in {args.swap_background:.0%}, learning rate {peak_lr:.2g}"
+    )
+
+
 def start_message(
     args, out, train_set, held_set, model, ratio, batch, peak_lr, step, init_message, guided_by
 ):
     """What is printed before the first step."""
-    blind = "attention of" in (guided_by or "") and is_blind(
+    blind = "attention of" in (guided_by or "") and not is_trained(
         args.attention, flags_of_teacher(args, args.teacher), args.teacher
     )
-    lines = (("init", init_message), ("guide", guided_by), ("warning", blind and BLIND))
+    lines = (("init", init_message), ("guide", guided_by), ("warning", blind and UNTRAINED))
     more = [f"{word:9}{line}" for word, line in lines if line]
     N, p = model.encoder.side**2, args.patch_size
     count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
-    views = (
-        f", two views each, compared by {args.contrast_by} (weight {args.contrast:g})"
-        if args.contrast
-        else ""
-    )
-    views += (
-        f", {args.swap_background:.0%} of them with another background"
-        if args.swap_background
-        else ""
-    )
     images, classes = len(train_set["images"]), len(train_set["header"]["classes"])
     return "\n".join(
         (
@@ -642,8 +625,9 @@ def start_message(
             f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
             f"{masking.kept(N, ratio)} of them visible",
             *more,
-            f"run      {out}: {args.mask}, {args.epochs} epochs of {images // batch} steps of {batch} images{views}, "
-            f"learning rate {peak_lr:.2g}" + (f"; going on from step {step}" if step else ""),
+            f"recipe   {recipe(args, images // batch * batch, batch, peak_lr)}",
+            f"run      {out}: {args.mask}, {args.epochs * (images // batch)} steps"
+            + (f"; going on from step {step}" if step else ""),
         )
     )
 
@@ -692,13 +676,14 @@ def main():
 
     # network and data
     train_set, held_set = open_data(args)
+    set_length(args, len(train_set["images"]), device)
     out = Path(args.out or f"runs/{run_name(args)}")
     S, p, N = args.image_size, args.patch_size, (args.image_size // args.patch_size) ** 2
     norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
     loss_fn = functools.partial(
-        LOSSES.get(strategy, reconstruction_loss), return_error=True, **norm
+        reconstruction_loss, error_of=ERRORS.get(strategy), return_error=True, **norm
     )
-    V = 2 if args.contrast else 1  # views of each image: neighbours in a batch of V*B
+    V = args.views  # of each image: neighbours in a batch of V*B
     B, b, image_slice, rank_slice = fit_batch(args, len(train_set["images"]), rank, world, V)
     check_memory(args, device, strategy, min(ratios), V * b)
     model = build_model(args, strategy).to(device)
@@ -815,13 +800,12 @@ def main():
                 aux_loss = aux_loss + guide.loss(
                     now, ids_mask[now], error
                 )  # so far no gradient for the network
-                if args.contrast:
+                if args.contrast != "none":
                     agreement = learning["agreement"](
                         model.encoder.summary(tokens), rows.view(world, -1)[:, now]
                     )
-                    aux_loss = (
-                        aux_loss + args.contrast * world * agreement
-                    )  # the whole batch's, in every process
+                    # agreement is the whole batch's, in every process
+                    aux_loss = aux_loss + args.agreement["weight"] * world * agreement
                 (micro_loss + aux_loss / (args.accumulate * world)).backward()
                 loss = loss + micro_loss.detach()
 
@@ -832,7 +816,7 @@ def main():
             lr = train.set_lr(optimizer, train.lr_at(step, total, args.warmup * total, peak_lr))
             optimizer.step()
             optimizer.zero_grad()
-            guide.update_ema(model.encoder, t)
+            guide.update_ema(model.encoder, step, total)
             step += 1
 
             # log, evaluate, save
@@ -846,8 +830,8 @@ def main():
                     step,
                     f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32",
                 )
-                row |= guide.statistics(patches, ids_mask)
-                row |= learning["agreement"].statistics() if args.contrast else {}
+                row |= guide.statistics(patches, ids_mask, step, total)
+                row |= learning["agreement"].statistics() if V == 2 else {}
                 warn_of_collapse(step, row)
                 log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)

@@ -15,14 +15,60 @@ DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848). A run's los
 + W * mean of L_i.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import data
 from common import distributed, metrics
+from common.io import UserError
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
+# What --contrast compares, and how. The pooler changes no feature, so it takes the full weight.
+SETTINGS = {
+    "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0},
+    "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0},
+    "none": {},
+}
+
+
+def parse_contrast(text):
+    """ "cls:weight=.1" -> ("cls", {"weight": 0.1, "temperature": 0.07, "dcl": 0.0})."""
+    name, _, pairs = text.partition(":")
+    if name not in SETTINGS:
+        raise UserError(f"--contrast {text} is unknown; choose from {', '.join(SETTINGS)}")
+    settings = dict(SETTINGS[name])
+    for pair in filter(None, pairs.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in settings:
+            known = ", ".join(settings) or "no parameters"
+            raise UserError(f"--contrast {name} has no parameter {key!r}; it has {known}")
+        settings[key] = number(value, f"--contrast {name}:{pair}", key == "temperature")
+    return name, settings
+
+
+def number(text, flag, positive):
+    """A finite number, 0 or more; more than 0 where it must be positive."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf or (positive and value == 0):
+        raise UserError(f"{flag}: {text!r} must be a number {'above 0' if positive else 'from 0'}")
+    return value
+
+
+def contrast_of(flags):
+    """Which second loss a run had, by its saved flags: "pooler", "cls" or "none".
+
+    Older runs saved its weight as a number, and the word under "contrast_by".
+    """
+    saved = flags.get("contrast", "none")
+    if isinstance(saved, str):
+        return saved
+    return flags.get("contrast_by", "pooler") if saved > 0 else "none"
 
 
 class Agreement(nn.Module):

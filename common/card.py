@@ -18,7 +18,6 @@ SHOWN = (
     "mask",
     "ratio",
     "contrast",
-    "contrast_by",
     "arm",
     "method",
     "head",

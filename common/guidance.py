@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import distributed
+from common.agreement import contrast_of
 from common.checkpoints import beside, flags_of, load_teacher
 from common.command import progress
 from common.io import UserError
@@ -32,7 +33,9 @@ from kernels.loss import patch_detail
 from model import LossPredictor, ranking_loss
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
-EMA = 0.996  # of the run's own average; rises to 1 by half a cosine (as in AttMask)
+# Share of a run after which half of the teacher's weights are new. The first map is made after a
+# tenth of the run: the initial weights have 1 % of the teacher then, whatever the run's length.
+HALF_LIFE = 0.015
 LEAST_RANK = 2.5  # directions that projections use; fewer is collapse
 TRUTH = {
     "fg": "foreground masks",
@@ -123,10 +126,8 @@ class Guide:
                 copy.deepcopy(encoder),
                 encoder.side * encoder.patch_size,
             )
-            self.networks, self.refresh_epochs = (
-                {"teacher": self.teacher},
-                refresh_epochs(epochs, start),
-            )
+            self.networks["teacher"] = self.teacher
+            self.refresh_epochs = refresh_epochs(epochs, start)
         else:
             (self.teacher, self.teacher_size), self.refresh_epochs = load_teacher(teacher), [0]
         check_source(
@@ -239,19 +240,19 @@ class Guide:
             self.graph.backward(self.predicted.grad)
 
     @torch.no_grad()
-    def update_ema(self, encoder, t):
-        """The run's own average takes a step towards the encoder; its momentum goes from EMA to 1."""
+    def update_ema(self, encoder, step, total):
+        """The run's own average takes a step towards the encoder."""
         if "teacher" in self.networks:
-            momentum = 1 - (1 - EMA) * (math.cos(math.pi * t) + 1) / 2
-            torch._foreach_lerp_(
-                list(self.teacher.parameters()), list(encoder.parameters()), 1 - momentum
-            )
+            share = 1 - ema_momentum(step, total)
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(encoder.parameters()), share)
 
-    def statistics(self, patches, ids_mask):
+    def statistics(self, patches, ids_mask, step, total):
         """What the log says of a batch's masks: diversity, what was masked of foreground and
         background, or entropy.
         """
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
+        if "teacher" in self.networks:
+            numbers["teacher_initial"] = initial_share(step, total)
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
         if self.need == "difficulty":
@@ -283,7 +284,7 @@ def warn_of_collapse(step, numbers):
     if numbers.get("projection_rank", math.inf) < LEAST_RANK:
         tqdm.write(
             f"step {step}: the agreement has collapsed: projections use {numbers['projection_rank']:.1f} of 128 "
-            "directions; try a smaller --contrast, a larger --batch-size or a higher --temperature"
+            "directions; try a larger --batch-size, or a higher temperature, --contrast pooler:temperature=.3"
         )
 
 
@@ -296,6 +297,21 @@ def refresh_epochs(epochs, start):
     instead of a quarter of them.
     """
     return {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
+
+
+def ema_momentum(step, total):
+    """How much of the teacher stays at this step: rises to 1 by half a cosine, as in AttMask.
+
+    AttMask (arXiv:2203.12719) begins at 0.996. In a run of a few hundred steps such a teacher would
+    keep most of its random weights, so the half-life is a share of the run instead.
+    """
+    new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
+    return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
+
+
+def initial_share(steps, total):
+    """How much of the teacher are still the weights that the run began with, after so many steps."""
+    return math.prod(ema_momentum(step, total) for step in range(steps))
 
 
 SOURCES = ("pooler", "rollout", "cls", "received", "outlier")
@@ -317,10 +333,9 @@ def default_source(flags, teacher):
     --contrast did, in the last one where nothing is known but that it is a file, as DINO's are;
     else what needs no training.
     """
-    by_cls = flags.get("contrast_by") == "cls"
-    if flags.get("contrast", 0) > 0 and (
-        by_cls or teacher == "self" or beside(teacher, "pooler").exists()
-    ):
+    contrast = contrast_of(flags)
+    by_cls = contrast == "cls"
+    if contrast != "none" and (by_cls or teacher == "self" or beside(teacher, "pooler").exists()):
         return "rollout" if by_cls else "pooler"
     return "cls" if not flags and Path(teacher).is_file() else "outlier"
 
@@ -331,14 +346,16 @@ def check_source(source, encoder, flag, name):
     """
     if source == "pooler" and encoder.pooler is None:
         raise UserError(
-            f"{flag} pooler: {name} has no pooler, which --contrast W trains; {flag} outlier needs nothing "
+            f"{flag} pooler: {name} has no pooler, which --contrast pooler trains; {flag} outlier needs nothing "
             "that was trained"
         )
 
 
-def is_blind(source, flags, teacher):
-    """Is attention asked of a CLS token that nothing trained?"""
-    return source in ("cls", "rollout") and default_source(flags, teacher) in ("pooler", "outlier")
+def is_trained(source, flags, teacher):
+    """Did something train what this attention is read from?"""
+    if source == "pooler":
+        return True
+    return source in ("cls", "rollout") and default_source(flags, teacher) in ("cls", "rollout")
 
 
 @torch.no_grad()

@@ -52,12 +52,12 @@ from experiments.study_run import alone, execute
 VIT = "--model nano --image-size 64 --patch-size 8 --batch-size 64"
 ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
     "mae": (
-        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast 0",
+        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast none",
         "--blr",
         (4e-3, 8e-3, 16e-3),
     ),
     "agree": (
-        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast .01 --contrast-by cls",
+        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast cls",
         "--blr",
         (4e-3, 8e-3, 16e-3),
     ),

@@ -282,7 +282,7 @@ def check(args):
         )
     if args.plan == "look" and "--contrast " not in args.recipe:
         raise UserError(
-            f"--recipe {args.recipe}: plan look is about what a second loss teaches; add --contrast W"
+            f"--recipe {args.recipe}: plan look is about what a second loss teaches; add --contrast pooler"
         )
     if args.epochs:
         args.recipe += f" --epochs {args.epochs}"

@@ -74,7 +74,7 @@ def commands(job, args, ready):
     elif not any(
         word.split("=")[0] == "--contrast" for word in recipe
     ):  # none unless the plan says so
-        recipe += ["--contrast", "0"]
+        recipe += ["--contrast", "none"]
     probe = [
         "probe.py",
         out,

@@ -1,24 +1,23 @@
-"""The weighted reconstruction loss: masked patches only, flat colour counts less; loss and gradient in one pass.
+"""The weighted reconstruction loss: masked patches only, and flat colour weighs less.
 
 For a masked patch with pixels x and prediction y, both of P numbers (x normalised by ImageNet's
-mean and std):
+mean and standard deviation):
 
-    target  t = (x - mean(x)) / sqrt(var(x) + s0^2)      norm_pix; t = x without it
+    target  t = (x - mean(x)) / sqrt(var(x) + s0^2)           norm_pix; t = x without it
     error   e = mean over P of (y - t)^2
-    detail  d = sqrt(mean of (x01 - its channel's mean)^2)         x01 in [0, 1]; a flat red patch
-            has detail 0
-    weight  w = w_flat + (1 - w_flat) * (1 - exp(-d / tau))        1 on rich patches, w_flat on
-            perfectly flat ones
-    loss    L = sum(w e) / sum(w)                                  gradient  dL/dy = 2 w (y - t) /
-            (P sum(w))
+    detail  d = sqrt(mean of (x01 - its channel's mean)^2)    x01 in [0, 1]; 0 for a flat red patch
+    weight  w = w_flat + (1 - w_flat) * (1 - exp(-d / tau))   1 on rich patches, w_flat on flat ones
+    loss    L = sum(w e) / sum(w)
+    gradient    dL/dy = 2 w (y - t) / (P sum(w))
 
 The floor s0 is ours: anime patches are often perfectly flat, and without a floor norm_pix would
 blow up the last bit of a JPEG to a target of unit variance. s0 = 1e-3 is the original (He et al.
 2021, section 4.2).
 
-Bytes, for n = B*M patches: x is read as P bytes, y read and dL/dy written in y's dtype, e and w are
-4 bytes a patch. n*P*(1 + 2*size) is 1.16 GB for B 2048, M 147, P 768 in bf16. Autograd would keep t
-and y - t in memory and come back for them; but dL/dy is known as soon as y - t is, if sum(w) is
+`loss_reference` is PyTorch with autograd, and the place to try another loss. `loss_kernel` writes
+the loss and the gradient in one pass over y. Bytes of the kernel, for n = B*M patches: x is read as
+P bytes, y is read and dL/dy is written in y's dtype, e and w are 4 bytes a patch. n*P*(1 + 2*size)
+is 1.16 GB for B 2048, M 147, P 768 in bf16. The gradient is known as soon as y - t is, if sum(w) is
 known before. So w, which needs no y, is a small pass of its own over bytes. Its sum may come from
 outside (`weight_sum`): then splitting a batch changes nothing.
 """
@@ -46,20 +45,18 @@ LEAST = 1e-30  # stands for sum(w) where there is nothing to sum: the loss of an
 
 
 def detail_reference(view, ids, patch):
-    """d in whole numbers, so that it is 0 and not nearly 0 on flat patches; n pixels, S_c and Q_c a
-    channel's sum
-    and sum of squares:   d^2 = mean_c (Q_c/n - (S_c/n)^2) / 255^2 = (n sum_c Q_c - sum_c S_c^2) /
-                          (255^2 n^2 C)
+    """d (B, M) in whole numbers, so that it is 0 and not nearly 0 on flat patches.
+
+    With n pixels, and S_c and Q_c a channel's sum and sum of squares:
+    d^2 = mean_c (Q_c/n - (S_c/n)^2) / 255^2 = (n sum_c Q_c - sum_c S_c^2) / (255^2 n^2 C)
     """
     C, n = view.shape[3], patch * patch
     x = patch_bytes(view, ids, patch).int()
-    rows = x.unflatten(2, (patch, patch * C)).sum(
-        2, dtype=torch.int32
-    )  # over a patch's rows first: vectorised
+    # over a patch's rows first: that is vectorised
+    rows = x.unflatten(2, (patch, patch * C)).sum(2, dtype=torch.int32)
     S = rows.unflatten(2, (patch, C)).sum(2)  # int64 (B, M, C)
-    Q = (
-        x.mul_(x).sum(2, dtype=torch.int64 if needs_64_bits(patch, C) else torch.int32).long()
-    )  # (B, M)
+    wide = torch.int64 if needs_64_bits(patch, C) else torch.int32
+    Q = x.mul_(x).sum(2, dtype=wide).long()  # (B, M)
     return (n * Q - S.mul_(S).sum(2)).float().sqrt().div_(255 * n * C**0.5)
 
 
@@ -68,16 +65,6 @@ def needs_64_bits(patch, C):
     px on.
     """
     return patch * patch * C * 255**2 >= 2**31
-
-
-def mean_square(x, patch):
-    """x (B, M, P) -> (B, M), the mean of its squares. Row by row of the patch: as fast, and twice
-    as exact in fp32.
-    """
-    rows = torch.linalg.vector_norm(
-        x.unflatten(2, (patch, -1)), dim=3
-    )  # no array of squares is made
-    return rows.square_().sum(2).div_(x.shape[2])
 
 
 def normalise_patches_(x, floor):
@@ -101,21 +88,26 @@ def targets(view, ids, patch, norm_pix, floor=FLOOR):
     return normalise_patches_(x, floor) if norm_pix else (x, None)
 
 
-def loss_reference(pred, view, ids, weight, factor, patch, norm_pix, floor, need_gradient):
-    """-> e (B, M), and dL/dy (B, M, P) = factor * w * (y - t), factor = 2 / (P sum(w)).
+def squared_error(pred, target):
+    """e (B, M): the mean squared error of each patch, from pred and target (B, M, P)."""
+    return (pred - target).square().mean(2)
 
-    One buffer holds t, then y - t, then the gradient: no other array of that size is made.
+
+def absolute_error(pred, target):
+    """e (B, M): the mean absolute error of each patch, which SimMIM trains with."""
+    return (pred - target).abs().mean(2)
+
+
+def loss_reference(pred, target, weight, weight_sum, error_of=None):
+    """-> L = sum(w e) / sum(w), a scalar, and e (B, M). Autograd finds the gradient.
+
+    This is the place to try another loss: what you write in these lines, or in `squared_error`,
+    trains on a CPU, on a Mac, and on a GPU with --impl torch. `loss_kernel` below is the same
+    mathematics with a gradient of its own; a test compares the two.
     """
-    exact = torch.promote_types(pred.dtype, torch.float32)
-    t = targets(view, ids, patch, norm_pix, floor)[0].to(exact)
-    for y, x in zip(
-        pred.split(16), t.split(16), strict=True
-    ):  # in parts: what torch converts to fp32 stays small
-        torch.sub(y, x, out=x)
-    error = mean_square(t, patch)
-    if not need_gradient:
-        return error, pred.new_empty(0)
-    return error, t.mul_((factor * weight)[..., None]).to(pred.dtype)
+    error = (error_of or squared_error)(pred, target)
+    loss = (weight * error).sum() / weight_sum
+    return loss, error
 
 
 # ---- the kernels ---------------------------------------------------------------------------------
@@ -193,18 +185,8 @@ def loss_kernel(
         tl.store(gradient + at, (w[:, None] * diff).to(gradient.dtype.element_ty), mask=inside)
 
 
-@jit
-def scale_kernel(gradient, by, count, P: tl.constexpr, PATCHES: tl.constexpr, WIDTH: tl.constexpr):
-    """gradient *= by. Where `by` is 1 nothing is moved, and the CPU need not wait to find out."""
-    n, j, inside = tile_of(count, P, PATCHES, WIDTH)
-    at, factor = n.to(tl.int64)[:, None] * P + j[None, :], tl.load(by)
-    if factor != 1:
-        x = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32) * factor
-        tl.store(gradient + at, x.to(gradient.dtype.element_ty), mask=inside)
-
-
 def loss_triton(pred, view, ids, weight, factor, patch, norm_pix, floor, need_gradient):
-    """What `loss_reference` gives, by the kernel."""
+    """-> e (B, M), and dL/dy (B, M, P) = factor * w * (y - t), factor = 2 / (P sum(w))."""
     pred, view, ids = pred.contiguous(), view.contiguous(), ids.contiguous()
     S, C = view.shape[2:]
     scale, shift = byte_scale(C)
@@ -279,59 +261,33 @@ def loss_op(
     floor: float,
     scale: float,
     need_gradient: bool,
-    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     factor = 2 * scale / (pred.shape[2] * weight_sum)
-    run = loss_triton if impl == "triton" else loss_reference
-    error, gradient = run(pred, view, ids, weight, factor, patch, norm_pix, floor, need_gradient)
+    error, gradient = loss_triton(
+        pred, view, ids, weight, factor, patch, norm_pix, floor, need_gradient
+    )
     return (weight * error).sum() * (scale / weight_sum), gradient, error
 
 
 @loss_op.register_fake
-def _(pred, view, ids, weight, weight_sum, patch, norm_pix, floor, scale, need_gradient, impl):
+def _(pred, view, ids, weight, weight_sum, patch, norm_pix, floor, scale, need_gradient):
     gradient = pred.new_empty(pred.shape if need_gradient else 0)
     return weight.new_empty(()), gradient, weight.new_empty(ids.shape)
 
 
 def remember_gradient(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(
-        False
-    )  # or autograd fills zeros, as large as the gradient, for the other outputs
+    # or autograd fills zeros, as large as the gradient, for the other outputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
-    ctx.impl = inputs[-1]
-
-
-def scale_(gradient, by, impl):
-    """gradient *= by, untouched where by is 1: one more pass over memory would cost nearly what the
-    loss did.
-    """
-    if impl == "triton":
-        count, P = gradient.shape[:2].numel(), gradient.shape[2]
-        launch(scale_kernel, count, P, gradient, by, count, P=P)
-    elif by.device.type != "cpu" or by != 1:
-        gradient.mul_(by)
 
 
 def backward(ctx, by, *_):
-    """Backward: the gradient that the forward left, times that of what was made of the loss (`by`,
-    a scalar).
-
-    In place, unless somebody comes back: retain_graph, or torch.compile, whose graphs know no
-    writing in place.
-    """
-    if by is None:
-        return (None,) * 11
+    """The gradient that the forward pass left, times the gradient of the loss (`by`, a scalar)."""
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "reconstruction_loss gives no second derivative (create_graph=True)"
-        )
+        raise NotImplementedError("the Triton loss gives no second derivative (create_graph=True)")
     (gradient,) = ctx.saved_tensors
-    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
-        gradient = gradient * by
-    else:
-        scale_(gradient, by, ctx.impl)
-    return gradient, *[None] * 10
+    return None if by is None else gradient * by, *[None] * 9
 
 
 loss_op.register_autograd(backward, setup_context=remember_gradient)
@@ -356,39 +312,21 @@ def detail_weight(detail, flat_weight, tau=TAU):
     return flat_weight + (1 - flat_weight) * (1 - torch.exp(-detail / tau))
 
 
-def loss_gradient_error(
-    pred, view, ids, patch, weight, norm_pix, weight_sum, impl, floor, scale, need_gradient
-):
-    """What both functions below are made of: the arguments checked and completed, the operator
-    called.
-    """
+def check_loss(pred, view, ids, patch, weight, weight_sum):
+    """The arguments of a loss, checked and completed -> weight (B, M) and its sum, both fp32."""
     check_patches(view, ids, patch)
-    chosen, _ = choose_impl(impl, pred.device)
-    shape, exact = (
-        (*ids.shape, patch * patch * view.shape[3]),
-        torch.promote_types(pred.dtype, torch.float32),
-    )
-    if (
-        pred.shape != shape
-        or not pred.is_floating_point()
-        or (chosen == "triton" and exact == torch.float64)
-    ):
-        raise ValueError(
-            f"pred must be (B, M, P) = {shape} in fp32, bf16, fp16, not {tuple(pred.shape)} {pred.dtype}"
-        )
+    shape = (*ids.shape, patch * patch * view.shape[3])
+    if pred.shape != shape or not pred.is_floating_point():
+        raise ValueError(f"pred must be (B, M, P) = {shape}, not {tuple(pred.shape)} {pred.dtype}")
+    exact = torch.promote_types(pred.dtype, torch.float32)
     weight = torch.ones(ids.shape, device=pred.device) if weight is None else weight.detach()
     if weight.shape != ids.shape:
         raise ValueError(f"weight must be (B, M) = {tuple(ids.shape)}, not {tuple(weight.shape)}")
     weight = weight.to(exact).contiguous()
-    total = (
-        weight.sum()
-        if weight_sum is None
-        else torch.as_tensor(weight_sum, device=pred.device).detach().to(exact)
-    )
-    total = total.clamp(min=LEAST)
-    return loss_op(
-        pred, view, ids, weight, total, patch, norm_pix, floor, scale, need_gradient, chosen
-    )
+    if weight_sum is None:
+        weight_sum = weight.sum()
+    weight_sum = torch.as_tensor(weight_sum, device=pred.device).detach().to(exact)
+    return weight, weight_sum.clamp(min=LEAST)
 
 
 def reconstruction_loss(
@@ -402,6 +340,7 @@ def reconstruction_loss(
     impl="auto",
     floor=FLOOR,
     scale=1.0,
+    error_of=None,
     return_error=False,
 ):
     """pred (B, M, P), view u8 (B, S, S, C), ids_mask (B, M) -> scalar sum(w e) / sum(w),
@@ -410,35 +349,37 @@ def reconstruction_loss(
     weight        (B, M), a plain tensor, 1 if None: another weighting is three lines in your script
     weight_sum    sum over the whole global batch where pred is only a part of it; None sums this
                   part's weights
-    scale         on loss and gradient before the gradient is rounded to pred's dtype: fp16 needs
-                  its loss scale here
+    scale         on loss and gradient before the gradient is rounded to pred's dtype: fp16 needs its
+                  loss scale here
+    error_of      a function of pred and target; None is `squared_error`, the one that the kernel
+                  knows, every other one runs the reference
     return_error  -> (loss, errors (B, M)); the errors give no gradient
     """
-    need = torch.is_grad_enabled() and pred.requires_grad
-    loss, _, error = loss_gradient_error(
-        pred, view, ids_mask, patch, weight, norm_pix, weight_sum, impl, floor, scale, need
-    )
-    return (loss, error) if return_error else loss
-
-
-def absolute_loss(
-    pred, view, ids_mask, patch, weight, norm_pix, weight_sum, floor=FLOOR, return_error=True
-):
-    """SimMIM's loss, sum(w mean|y - t|) / sum(w), -> (loss, errors (B, M)): plain PyTorch, it is
-    only a baseline.
-    """
-    error = (pred.float() - targets(view, ids_mask, patch, norm_pix, floor)[0]).abs().mean(2)
-    loss = (weight * error).sum() / weight_sum.clamp(min=LEAST)
+    weight, weight_sum = check_loss(pred, view, ids_mask, patch, weight, weight_sum)
+    chosen, _ = choose_impl(impl, pred.device)
+    if chosen == "triton" and error_of is None:
+        if pred.dtype == torch.float64:
+            raise ValueError("pred must be fp32, bf16 or fp16 for the Triton loss, not float64")
+        need = torch.is_grad_enabled() and pred.requires_grad
+        loss, _, error = loss_op(
+            pred, view, ids_mask, weight, weight_sum, patch, norm_pix, floor, scale, need
+        )
+    else:
+        with torch.no_grad():
+            target, _ = targets(view, ids_mask, patch, norm_pix, floor)
+        exact = pred.to(weight.dtype)  # fp32 where pred is bf16 or fp16
+        loss, error = loss_reference(exact, target.to(exact.dtype), weight, weight_sum, error_of)
+        loss = loss * scale
     return (loss, error.detach()) if return_error else loss
 
 
+@torch.no_grad()
 def patch_error(pred, view, ids, patch, norm_pix=True, impl="auto", floor=FLOOR):
-    """Mean squared error of each masked patch, (B, M) fp32. Gives no gradient:
-    `reconstruction_loss` does.
-    """
-    return loss_gradient_error(
-        pred.detach(), view, ids, patch, None, norm_pix, None, impl, floor, 1.0, False
-    )[2]
+    """Mean squared error of each masked patch, (B, M) fp32. Gives no gradient."""
+    _, error = reconstruction_loss(
+        pred, view, ids, patch, norm_pix=norm_pix, impl=impl, floor=floor, return_error=True
+    )
+    return error
 
 
 def visible_stats(view, ids_keep, ids_mask, patch, floor=FLOOR):

@@ -91,7 +91,6 @@ def kernels_of(S, p, C, dtype):
         S=S,
         p=p,
         C=C,
-        P=p * p * C,
         SCALE=scale,
         SHIFT=shift,
         NORM_PIX=True,
@@ -100,10 +99,8 @@ def kernels_of(S, p, C, dtype):
     )
     types = dict(view="*u8", ids="*i64", count="i32", K="i32", M="i32", unit="fp32", floor="fp32")
     types |= dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
-    types |= dict.fromkeys(("by", "detail", "weight", "factor", "error"), "*fp32")
-    ours = dict(
-        gather=G.gather_kernel, detail=L.detail_kernel, loss=L.loss_kernel, scale=L.scale_kernel
-    )
+    types |= dict.fromkeys(("detail", "weight", "factor", "error"), "*fp32")
+    ours = dict(gather=G.gather_kernel, detail=L.detail_kernel, loss=L.loss_kernel)
     for name, kernel in ours.items():
         if name != "detail" or dtype == DTYPES[0]:
             yield name, kernel, types, constants

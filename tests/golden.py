@@ -84,7 +84,8 @@ def pretrain(name, *flags):
     size = [
         w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)
     ]  # simmim has no decoder
-    return ["pretrain.py", "--out", f"runs/{name}", *size, *flags]
+    contrast = [] if "--contrast" in flags else ["--contrast", "none"]
+    return ["pretrain.py", "--out", f"runs/{name}", *size, *contrast, *flags]
 
 
 def finetune(name, *flags):
@@ -95,27 +96,16 @@ def short(mask):
     return mask.split(":")[0]
 
 
-def plain(mask):
-    """A mask, and no second loss for those that have one by default."""
-    return ["--mask", mask, *["--contrast", 0] * mask.startswith("attn")]
-
-
-FIRST = {short(m): [pretrain(short(m), *plain(m))] for m in MASKS} | {
-    "accumulate": [pretrain("accumulate", *plain("attn_high:start=.3"), "--accumulate", 2)],
-    "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3")],
+FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {
+    "accumulate": [pretrain("accumulate", "--mask", "attn_high:start=.3", "--accumulate", 2)],
+    "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3", "--contrast", "pooler")],
     # a sharp temperature magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all
     # but alike
     "contrast": [
         pretrain(
             "contrast",
             "--contrast",
-            0.03,
-            "--contrast-by",
-            "cls",
-            "--temperature",
-            1,
-            "--contrast-loss",
-            "dcl",
+            "cls:weight=.03,temperature=1,dcl=1",
             "--weight-by",
             "attn",
         )

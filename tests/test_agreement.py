@@ -17,7 +17,7 @@ from common.train import read_log
 from experiments import stress
 from model import MAE, SIZES, ViT
 
-CLS = ["--contrast", 0.5, "--contrast-by", "cls", "--mask", "attn_high"]
+CLS = ["--contrast", "cls:weight=.5", "--mask", "attn_high"]
 TINY = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--decoder-depth", 1]
 
 
@@ -112,10 +112,7 @@ def test_a_run_learns_its_cls_token_and_follows_it(finished):
         all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows)
         and rows
     )
-    assert (
-        "two views each, compared by cls (weight 0.5)" in done.stdout
-        and "warning" not in done.stdout
-    )
+    assert "contrast cls (weight 0.5)" in done.stdout and "warning" not in done.stdout
     assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
     state = torch.load(out / "state.pt", weights_only=True)
     assert state["config"]["attention"] == "rollout" and state["agreement"][
@@ -154,7 +151,7 @@ def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
     same to the bit.
     """
     for name, weight in (("a", 0.1), ("b", 3)):
-        pretrain(small, tmp_path / name, "--contrast", weight, "--epochs", 1)
+        pretrain(small, tmp_path / name, "--contrast", f"pooler:weight={weight}", "--epochs", 1)
     one, two = (
         torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("a", "b")
     )
@@ -169,14 +166,23 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
     """
     done = pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
     assert (
-        "compared by pooler (weight 1)" in done.stdout
+        "contrast pooler (weight 1)" in done.stdout
         and (tmp_path / "a" / "pooler.safetensors").exists()
     )
     pretrain(
-        small, tmp_path / "b", "--mask", "attn_hint", "--teacher", tmp_path / "a", "--epochs", 1
+        small,
+        tmp_path / "b",
+        "--mask",
+        "attn_hint",
+        "--teacher",
+        tmp_path / "a",
+        "--contrast",
+        "none",
+        "--epochs",
+        1,
     )
     state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)["config"]
-    assert state["attention"] == "pooler" and state["contrast"] == 0
+    assert state["attention"] == "pooler" and state["contrast"] == "none"
     call(
         "maps.py",
         "--data",
@@ -204,7 +210,7 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
         "--mask",
         "attn_high",
         "--contrast",
-        0,
+        "none",
         "--attention",
         "pooler",
         check=2,
@@ -259,7 +265,9 @@ def test_a_teacher_with_a_pooler_is_judged_where_parts_are_known(small, tmp_path
     ("flags", "teacher", "files", "source"),
     [
         ({}, "dino.pth", [], "cls"),
-        ({"contrast": 0}, "run", [], "outlier"),
+        ({"contrast": "none"}, "run", [], "outlier"),
+        ({"contrast": "pooler"}, "self", [], "pooler"),
+        ({"contrast": "cls"}, "run", [], "rollout"),
         ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
         ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
         ({"contrast": 1, "contrast_by": "pooler"}, "self", [], "pooler"),
@@ -285,9 +293,9 @@ def test_a_teacher_is_read_by_what_was_trained(
 
 @pytest.mark.slow
 def test_what_is_made_anew_has_no_pooler_of_before(small, tmp_path):
-    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1)
+    pretrain(small, tmp_path / "run", "--epochs", 1)
     assert (tmp_path / "run" / "pooler.safetensors").exists()
-    pretrain(small, tmp_path / "run", "--epochs", 1, "--force")
+    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", "none", "--force")
     assert not (tmp_path / "run" / "pooler.safetensors").exists()
 
 
@@ -379,7 +387,7 @@ def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, mo
     open_split = data.open_split
     monkeypatch.setattr(data, "open_split", lambda *a: open_split(*a) | {"fg": fg})
     for name, flags in (("weighted", words), ("plain", words[: words.index("--weight-by")])):
-        pretrain(small, tmp_path / name, "--contrast", 1, *flags)
+        pretrain(small, tmp_path / name, *flags)
     one, two = (
         [r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r]
         for x in ("weighted", "plain")
@@ -417,14 +425,14 @@ def test_weights_of_the_loss_are_the_score_over_its_mean():
 
 
 @pytest.mark.slow
-def test_weight_0_is_a_plain_run(small, tmp_path):
-    for name, words in (("plain", []), ("zero", ["--contrast", 0, "--jitter", 0])):
+def test_a_run_without_contrast_has_no_projector(small, tmp_path):
+    for name, words in (
+        ("none", ["--contrast", "none"]),
+        ("zero", ["--contrast", "pooler:weight=0"]),
+    ):
         pretrain(small, tmp_path / name, "--epochs", 1, *words)
-    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("plain", "zero"))
-    assert (
-        all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
-        and "agreement" not in two
-    )
+    one, two = (torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("none", "zero"))
+    assert "agreement" in two and "agreement" not in one
 
 
 @pytest.mark.slow
@@ -433,14 +441,14 @@ def test_weight_0_is_a_plain_run(small, tmp_path):
     [
         ["--accumulate", 4],
         ["--dtype", "bf16"],
-        ["--contrast-loss", "nt_xent", "--temperature", 0.5],
+        ["--contrast", "pooler:dcl=0,temperature=.5"],
     ],
 )
 def test_other_ways_to_run_it(small, tmp_path, words):
     """Accumulated, an image is compared with those of its part alone; every part still finds whole
     pairs.
     """
-    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", 1, *words)
+    pretrain(small, tmp_path / "run", "--epochs", 1, *words)
     row = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "agreement" in r][-1]
     views = 2 * 16 // 4 if "--accumulate" in words else 32
     assert 0 < row["agreement"] < 1.5 * math.log(views) + 1 and math.isfinite(row["loss"])
@@ -480,13 +488,7 @@ def test_several_processes_compare_as_one(small, tmp_path, processes, by):
     """
     words = [
         "--contrast",
-        1,
-        "--contrast-by",
-        by,
-        "--contrast-loss",
-        "dcl",
-        "--temperature",
-        0.15,
+        f"{by}:weight=1,dcl=1,temperature=.15",
         "--mask",
         "detail:shuffle=1",
         "--jitter",
@@ -513,21 +515,19 @@ def test_several_processes_compare_as_one(small, tmp_path, processes, by):
 
 @pytest.mark.slow
 def test_compiled(small, tmp_path):
-    pretrain(small, tmp_path / "run", "--contrast", 1, "--compile", "--epochs", 1)
+    pretrain(small, tmp_path / "run", "--compile", "--epochs", 1)
 
 
 @pytest.mark.parametrize(
     ("words", "say"),
     [
-        (["--contrast", 1, "--batch-size", 1], "others"),
-        (["--contrast", 1, "--batch-size", 4, "--accumulate", 4], "others"),
-        (["--contrast", 1, "--mask", "simmim"], "--contrast"),
-        (["--contrast", 1, "--temperature", 0], "--temperature"),
-        (["--contrast", 0, "--contrast-by", "cls"], "--contrast"),
+        (["--batch-size", 1], "others"),
+        (["--batch-size", 4, "--accumulate", 4], "others"),
+        (["--contrast", "pooler", "--mask", "simmim"], "--contrast"),
+        (["--contrast", "pooler:temperature=0"], "above 0"),
+        (["--contrast", "none:weight=1"], "no parameter"),
+        (["--contrast", 1], "pooler, cls, none"),
         (["--mask", "attn_high:shuffle=1", "--weight-by", "attn"], "--weight-by attn"),
-        (["--contrast", -1], "--contrast"),
-        (["--temperature", 0.2], "--contrast"),
-        (["--contrast-loss", "dcl"], "--contrast"),
         (["--weight-by", "parts"], "--weight-by"),
     ],
 )
@@ -555,14 +555,14 @@ def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
 def test_a_teacher_that_nothing_trained_is_warned_of(small, finished, tmp_path):
     """Its own average without --contrast, and a run that had none; not a run that had it."""
     plain = ["--mask", "attn_high", "--epochs", 1]
-    blind = pretrain(small, tmp_path / "a", *plain, "--attention", "cls")
-    assert "nothing trained the teacher's CLS token" in blind.stdout
+    blind = pretrain(small, tmp_path / "a", *plain, "--contrast", "none", "--attention", "cls")
+    assert "nothing trains the attention of this teacher" in blind.stdout
     other = pretrain(
         small, tmp_path / "b", *plain, "--teacher", tmp_path / "a", "--attention", "cls"
     )
-    assert "nothing trained" in other.stdout
+    assert "nothing trains" in other.stdout
     seeing = pretrain(small, tmp_path / "c", *plain, "--teacher", finished[0])
-    assert "nothing trained" not in seeing.stdout
+    assert "nothing trains" not in seeing.stdout
     assert (
         torch.load(tmp_path / "c" / "state.pt", weights_only=True)["config"]["attention"]
         == "rollout"

@@ -15,7 +15,7 @@ from experiments import baselines
 TINY = "--model nano --image-size 32 --patch-size 8 --batch-size 8"
 ENCODERS = {
     "mae": (
-        f"pretrain.py {TINY} --decoder-depth 1 --mask random --contrast 0",
+        f"pretrain.py {TINY} --decoder-depth 1 --mask random --contrast none",
         "--blr",
         (1e-3, 2e-3),
     )

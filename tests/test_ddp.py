@@ -108,8 +108,8 @@ def test_two_processes_are_one_with_two_parts_bit_for_bit(small, tmp_path):
         "--flat-weight",
         1,
         "--contrast",
-        0,
-    ]  # whose negatives are a part's
+        "none",  # the negatives of a second loss are a part's
+    ]
     both = start(small, tmp_path / "both", *exact)
     text, errors = both.communicate(timeout=300)
     assert both.returncode == 0, errors

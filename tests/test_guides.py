@@ -52,6 +52,33 @@ def test_a_teacher_looks_again_while_it_learns_fast(epochs, start, expected):
     assert set(guidance.refresh_epochs(epochs, start)) == expected
 
 
+@pytest.mark.parametrize("total", [30, 290, 2000, 100_000])
+def test_the_first_map_is_made_by_a_teacher_that_learned(total):
+    """Whatever the length of a run: at its first map, the random weights have 2 % of the teacher."""
+    first = min(guidance.refresh_epochs(10, masking.START)) * total // 10
+    assert guidance.initial_share(first, total) < 0.02
+    assert guidance.initial_share(first // 4, total) > 0.02  # an average, not a copy
+
+
+def test_the_teacher_follows_the_encoder():
+    """A constant encoder: the teacher has a known share of its first weights, the rest is new."""
+    encoder = ViT(32, 8, 32, 1, 1)
+    split = {"header": {}, "images": np.zeros((4, 32, 32, 3), np.uint8)}
+    guide = guidance.Guide(
+        "attn_high", {}, encoder, split, None, torch.device("cpu"), None, source="cls", epochs=10
+    )
+    first = [w.detach().clone() for w in guide.teacher.parameters()]
+    with torch.no_grad():
+        for w in encoder.parameters():
+            w += 1
+    for step in range(12):
+        guide.update_ema(encoder, step, 100)
+    left = guidance.initial_share(12, 100)
+    assert left < 0.01
+    for old, new in zip(first, guide.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + (1 - left))
+
+
 def quick(mask):
     """simmim has no decoder to be made shallow."""
     return QUICK[:-2] if mask == "simmim" else QUICK
@@ -248,6 +275,8 @@ def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, mo
             "--mask",
             "learned",
             *QUICK,
+            "--contrast",
+            "none",
             "--accumulate",
             parts,
             "--out",
@@ -300,10 +329,9 @@ def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypat
 
     monkeypatch.setattr(guidance, "crop_map", noted)
     monkeypatch.chdir(tmp_path)
+    words = ["--data", figures, "--contrast", "none", *QUICK, "--epochs", 1]
     for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
-        run(
-            monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--epochs", 1, "--out", mask[-1]
-        )
+        run(monkeypatch, *words, "--mask", mask, "--out", mask[-1])
     half = len(seen) // 2
     assert half and all(
         torch.equal(a.roll(1), b) for a, b in zip(seen[:half], seen[half:], strict=True)
@@ -317,8 +345,8 @@ def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch)
 
     plain = guidance.Guide.update_ema
 
-    def stop_at_5(self, encoder, t):
-        plain(self, encoder, t)
+    def stop_at_5(self, encoder, step, total):
+        plain(self, encoder, step, total)
         self.steps = getattr(self, "steps", 0) + 1
         if self.steps == 5:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -194,6 +194,40 @@ def test_accumulation_changes_nothing_but_rounding(small, finished, tmp_path):
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[4]), rtol=1e-3, atol=0)
 
 
+def resolved(monkeypatch, small, *words):
+    """The configuration that a run has after every default is filled in."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(small), *map(str, words)])
+    args = pretrain.parse_args()
+    pretrain.fill_defaults(args, torch.device("cpu"), torch.float32)
+    train_set, _ = pretrain.open_data(args)
+    pretrain.set_length(args, len(train_set["images"]), torch.device("cpu"))
+    return pretrain.config_of(args)
+
+
+@pytest.mark.parametrize("words", [(), ("--contrast", "none"), ("--contrast", "cls")], ids=str)
+def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch, words):
+    """Views, epochs, batch, augmentation and second loss are one recipe. SimMIM is the exception."""
+    masks = [name for name in masking.STRATEGIES if name != "simmim"]
+    found = {mask: resolved(monkeypatch, small, "--mask", mask, *words) for mask in masks}
+    assert {config.pop("mask") for config in found.values()} == set(masks)
+    for mask, config in found.items():
+        assert config == found["random"], mask
+
+
+def test_simmim_has_no_second_loss(small, monkeypatch):
+    config = resolved(monkeypatch, small, "--mask", "simmim")
+    assert config["contrast"] == "none" and config["views"] == 1
+
+
+@pytest.mark.parametrize("contrast", ["none", "pooler"])
+def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
+    config = resolved(monkeypatch, small, "--contrast", contrast)
+    images = len(data.open_split(small, "train")["images"])
+    views = config["epochs"] * images * config["views"]
+    assert abs(views - pretrain.VIEWS["cpu"]) <= images * config["views"]
+    assert config["batch_size"] * config["views"] == pretrain.BATCH_VIEWS["cpu"]
+
+
 def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):
     """Record what every step looks at, under random and under attn_high: only the masks may differ."""
     seen = {}
@@ -211,7 +245,6 @@ def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypat
             "--mask",
             name,
         ]
-        words += ["--contrast", 1]  # the same for both: two views of each image
         monkeypatch.setattr(sys, "argv", [str(w) for w in words])
         pretrain.main()
         monkeypatch.undo()

@@ -484,7 +484,7 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
     }
     plan |= {"data_digest": "d", "phase": "dev"}
     found = {}
-    for arm in ("attn_high", "attn_high --contrast=1", "attn_high --contrast .5", "simmim"):
+    for arm in ("attn_high", "attn_high --contrast=cls", "attn_high --contrast pooler", "simmim"):
         job = study.job_of(plan, arm, 0, SimpleNamespace(work="w"))
         words = study_run.commands(job, SimpleNamespace(data=small), {})["pretrain"]
         found[arm] = [
@@ -492,15 +492,20 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
             for w, before in zip(words, ["", *words], strict=False)
             if "--contrast" in (w[:10], before)
         ]
-    assert [*found.values()] == [["--contrast", "0"], ["--contrast=1"], ["--contrast", ".5"], []]
+    assert [*found.values()] == [
+        ["--contrast", "none"],
+        ["--contrast=cls"],
+        ["--contrast", "pooler"],
+        [],
+    ]
 
 
 def test_a_threshold_of_three_pilots(home, small, monkeypatch):
     """Plan look: their mean; views and a teacher in every arm; the headline of today."""
     words = ["--plan", "look", "--seeds", 1, "--out", "results/study"]
-    with pytest.raises(UserError, match="add --contrast W"):
+    with pytest.raises(UserError, match="add --contrast pooler"):
         ask(monkeypatch, small, *words)
-    words += ["--recipe", "--model nano --contrast 1"]
+    words += ["--recipe", "--model nano --contrast pooler"]
     with pytest.raises(UserError, match="git add"):
         ask(monkeypatch, small, *words)
     assert calls(home) == ["random 1000", "random 1001", "random 1002"]
