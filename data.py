@@ -1,11 +1,11 @@
 """Stage 0: packed sets. Opened as memory maps, read ahead in batches, and cut into views on the device.
 
-    python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images,
-                                                or the word toon
-    python data.py --show datasets/NAME         a sheet of what was packed; of images not yet
-                                                packed, of the two crops
-    python data.py PATH --layout split/-/class  what the folders above a picture say, where that can
-                                                be read in two ways
+    python data.py PATH --out datasets/NAME     PATH: a folder, zip, tar, table or list of images, \\
+        or the word toon
+    python data.py --show datasets/NAME         a sheet of what was packed; of images not yet \\
+        packed, of the two crops
+    python data.py PATH --layout split/-/class  what the folders above a picture say, where that \\
+        can be read in two ways
 
 Reads:  images, in any layout that ingest/sources.py knows
 Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for it), as

@@ -1,8 +1,8 @@
 """Stage 8: where are the faces? Learn it from pages with boxes, and find them in any picture.
 
     python detect.py weights/toon --data datasets/scenes
-    python detect.py runs/NAME-det PICTURE... --out found      # outlines; --crop: faces, which
-    data.py reads
+    # outlines; --crop: faces, which data.py reads
+    python detect.py runs/NAME-det PICTURE... --out found
 
 Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a set, data.py PATH
         --detect packs one

@@ -1,7 +1,7 @@
 """Write an encoder for other tools: public MAE names, timm, transformers, ONNX, an adapter merged, a run at half size.
 
-    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX]
-    [--force]
+    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX] \\
+        [--force]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that
         common/formats.py lists; for onnx and half also a run of finetune_lora.py with its head and

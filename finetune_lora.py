@@ -1,7 +1,7 @@
 """Stage 4: teach an encoder characters: a head on it (linear), thin adapters in it (lora), or all of it (full).
 
-    python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora     # or: torchrun
-    --nproc-per-node 8 ...
+    # or: torchrun --nproc-per-node 8 ...
+    python finetune_lora.py runs/toon-nano-attn_high-0.75-s0 --method lora
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME

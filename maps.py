@@ -1,8 +1,8 @@
 """Stage 1: maps of a data set that masks are guided by: attention, foreground (saliency), parts; once, in a file.
 
     python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every
-    strategy on the same faces
+    python maps.py --data datasets/toon --map all --run runs/NAME      only a picture: every \\
+        strategy on the same faces
 
 A set that has exact masks of its own, such as pictures with alpha, needs no maps of foreground:
 they are estimates.

@@ -1,8 +1,8 @@
 """Stage 2: masked pre-training. A ViT learns anime images by predicting the patches that a mask hides from it.
 
     python pretrain.py --mask attn_high --ratio 0.75
-    torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75      # the same run on 8
-    GPUs
+    # the same run on 8 GPUs
+    torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed
         first); maps/NAME for the masks that need foreground or parts (maps.py makes them)

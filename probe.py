@@ -1,8 +1,8 @@
 """Stage 3: what did the encoder learn? Frozen features, simple classifiers, and controls beside every number.
 
     python probe.py runs/NAME                     # on the data that the run was trained on
-    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1 --data datasets/X     # and is A better
-    than B?
+    # and is A better than B?
+    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1 --data datasets/X
 
 Reads:  runs/NAME (model.safetensors, log.jsonl), datasets/NAME (train, val; choices are made on
         dev, or on a tenth of train)

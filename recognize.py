@@ -1,14 +1,14 @@
 """Stage 5: name the character in a picture, or say that it is nobody known; enrol new ones; measure how well it does.
 
-    python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a
-    list on stdin
+    python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a \\
+        list on stdin
     python recognize.py runs/NAME IMAGE --tags runs/TAGS      and what it shows, by a run of tags.py
-    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of
-    detect.py
-    python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing is
-    trained
-    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an
-    enrolment back
+    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of \\
+        detect.py
+    python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing \\
+        is trained
+    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an \\
+        enrolment back
     python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
 
 Reads:  runs/NAME/ head.safetensors, gallery.safetensors and what finetune_lora.py wrote beside them

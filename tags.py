@@ -1,8 +1,8 @@
 """Stage 6: image and tags together. Learn who it is and what the picture shows, from both; ask with the picture alone.
 
     python tags.py runs/NAME --data datasets/toon              # or: torchrun --nproc-per-node 8 ...
-    python tags.py runs/NAME-tags PICTURE...                   # who it is, and tags with their
-    probabilities
+    # who it is, and tags with their probabilities
+    python tags.py runs/NAME-tags PICTURE...
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to use it runs/NAME-tags, pictures, and a tagger's

@@ -6,12 +6,11 @@ et al. 2023, arXiv:2304.10520): of the CLS token, or of a pooler that reads the 
 changes nothing in them (model.Pooler). Of the 2B views of a batch, i and j being views of one
 image:
 
-    h = unit(projector(that token))                       projector: Linear, BatchNorm, ReLU,
-                                                          Linear; dropped afterwards
-    L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)  NT-Xent, k != i (SimCLR, Chen et al. 2020,
-                                                          arXiv:2002.05709)
+    h = unit(projector(that token))
+    L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
 
-DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848). A run's loss is reconstruction
+The projector is Linear, BatchNorm, ReLU, Linear, and is dropped afterwards. The sum over k != i is
+NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848). A run's loss is reconstruction
 + W * mean of L_i.
 """
 

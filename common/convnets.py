@@ -1,7 +1,7 @@
 """Convolutional networks in the place of our ViT: what the field would pick first. transformers builds them.
 
-    python finetune_lora.py resnet50 --method full --from-scratch --data datasets/mine --image-size
-    64
+    python finetune_lora.py resnet50 --method full --from-scratch --data datasets/mine \\
+        --image-size 64
 
 A stage sees them as it sees a ViT: "patches" are the whole view, tokens (B, 1+N, D) are the places
 of the last map, in the place of the CLS token stands their mean. NAME@2 is a network whose first

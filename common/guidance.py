@@ -1,15 +1,12 @@
 """What guides a mask: maps of whole images, kept in a file, and cropped exactly as the images are.
 
-    need        score of a patch                        where it comes from
-    attn        attention of a teacher                  the run's own average, another encoder, or
-                maps.py --map attn
-    fg          its share of foreground                 maps.py --map saliency, or the data's true
-                foreground masks
-    parts       shares of eyes, hair, clothes, ...      maps.py --map parts, or the data's true
-                parts
-    detail      contrast of its pixels                  the view itself (kernels/loss.py)
-    difficulty  the loss that is predicted for it       a small head that learns during the run
-                (model.py)
+    need        score of a patch                      where it comes from
+    attn        attention of a teacher                the run's own average, another encoder,
+                                                      or maps.py --map attn
+    fg          its share of foreground               maps.py --map saliency, or the true masks
+    parts       shares of eyes, hair, clothes, ...    maps.py --map parts, or the true parts
+    detail      contrast of its pixels                the view itself (kernels/loss.py)
+    difficulty  the loss that is predicted for it     a small head that learns during the run
 
 A map of a whole image is far smaller than the image: a step copies only the rows of its batch.
 """

@@ -1,9 +1,11 @@
 """Where are the faces: what does pre-training bring, and what must learn? Arms of detect.py, several seeds each.
 
-    python -m experiments.detection weights/toon --data datasets/scenes --seeds 3 --out
-    results/detection python -m experiments.detection runs/NAME-det --sides --data datasets/scenes
-    --out results/detection python -m experiments.detection weights/toon-det --names
-    weights/toon-lora --out results/detection
+    python -m experiments.detection weights/toon --data datasets/scenes --seeds 3 --out \\
+        results/detection
+    python -m experiments.detection runs/NAME-det --sides --data datasets/scenes --out \\
+        results/detection
+    python -m experiments.detection weights/toon-det --names weights/toon-lora --out \\
+        results/detection
 
 Reads:  what detect.py reads; its runs under --work, which are made if they are not there
 Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with

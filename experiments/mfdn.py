@@ -1,8 +1,9 @@
 """What do tags bring, and can they be done without? All arms of tags.py, several seeds each, in one table.
 
     python -m experiments.mfdn runs/NAME --data datasets/toon --seeds 5 --out results/tags
-    python -m experiments.mfdn runs/NAME --data datasets/toon --rates 5e-4 1e-3 2e-3 --out
-    results/tags     # on dev
+    # on dev
+    python -m experiments.mfdn runs/NAME --data datasets/toon --rates 5e-4 1e-3 2e-3 --out \\
+        results/tags
 
 Reads:  what tags.py reads; its runs under --work, which are made if they are not there
 Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md, arms.png; with

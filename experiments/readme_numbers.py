@@ -1,8 +1,8 @@
 """The README's first command, its random twin, the probe of both, and its third command.
 
     python -m experiments.readme_numbers --out runs/readme
-    python -m experiments.readme_numbers --out results --force      # in git: the numbers that the
-    docs quote
+    # in git: the numbers that the docs quote
+    python -m experiments.readme_numbers --out results --force
 
 Runs them as a user would, one after the other in a folder of its own, and writes OUT/demo.json,
 probe_toon.json (the guided run's) and the pictures of OUT/figures/: what the guided run hid,

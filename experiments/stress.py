@@ -1,11 +1,11 @@
 """What breaks it? A probe trained on clean features looks at spoiled pictures; the decoder is asked for hidden pixels.
 
-    python -m experiments.stress runs/NAME                     # on the data that the run was
-    trained on
-    python -m experiments.stress runs/NAME --midterm           # only PSNR by ratio, as the mid-term
-    report's table
-    python -m experiments.stress runs/NAME --only cutout       # only Top-1 under this, at its
-    headline level
+    # on the data that the run was trained on
+    python -m experiments.stress runs/NAME
+    # only PSNR by ratio, as the mid-term report's table
+    python -m experiments.stress runs/NAME --midterm
+    # only Top-1 under this, at its headline level
+    python -m experiments.stress runs/NAME --only cutout
 
 Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made),
         datasets/NAME

@@ -1,13 +1,13 @@
 """The study: which masks teach what, with error bars. Plans runs, makes them by command line, judges their rows.
 
-    python -m experiments.study --plan h1 --data datasets/toon --dry    # which runs, and how long
-    they take
-    python -m experiments.study --plan h1 --data datasets/toon --exploratory    # in
-    runs/study/results
-    python -m experiments.study --plan h1 --data datasets/toon --out results/study   # pilot; commit
-    its plan, again
-    python -m experiments.study --plan adapt --encoder runs/NAME --data datasets/NAME --phases rates
-    first rank
+    # which runs, and how long they take
+    python -m experiments.study --plan h1 --data datasets/toon --dry
+    # in runs/study/results
+    python -m experiments.study --plan h1 --data datasets/toon --exploratory
+    # pilot; commit its plan, again
+    python -m experiments.study --plan h1 --data datasets/toon --out results/study
+    python -m experiments.study --plan adapt --encoder runs/NAME --data datasets/NAME --phases \\
+        rates first rank
 
 Reads:  datasets/NAME, and what the stages write to runs/study/work/NAME
 Writes: OUT/PLAN-NAME/ PLAN.json, images.json, rows.jsonl, verdicts.json, table.md, table.csv,

@@ -1,9 +1,9 @@
 """The net under every move of code: small seeded CPU runs of all stages, and what came out of each.
 
-    python tests/golden.py OLD NEW       do two commits give the same bits on this machine? ("." is
-                                         the working tree)
-    python tests/golden.py --write       write tests/golden.json anew: only where the results are
-                                         meant to change
+    python tests/golden.py OLD NEW       do two commits give the same bits on this machine? ("." \\
+        is the working tree)
+    python tests/golden.py --write       write tests/golden.json anew: only where the results are \\
+        meant to change
 
 Writes: tests/golden.json: {case: {number's name: value}}; tests/test_golden.py holds today's code
 to it at 1e-4.
