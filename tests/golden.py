@@ -49,6 +49,8 @@ NANO = (
     *CPU,
 )
 TUNE = ("--data", "packed", "--batch-size", 16, "--epochs", 2, *CPU)
+PACK = ("--size", 32, "--split", ".6,.2,.2", "--dev", 0.1, "--dedupe", "off")
+SHORT = ("--batch-size", 8, "--epochs", 2, *CPU)
 TIMES = (
     "seconds",
     "images_per_s",
@@ -242,7 +244,37 @@ SECOND = {  # these stand on runs/random
         pretrain("init", "--mask", "attn_low", "--init", "runs/random", "--attention", "received")
     ],
 }
-THIRD = {
+STAGES = {  # of the applications, each on its own kind of data
+    "tags": [
+        ["data.py", "list.csv", "--out", "datasets/tags", *PACK],
+        ["tags.py", "runs/random", "--data", "datasets/tags", "--out", "runs/tags", *SHORT],
+    ],
+    "vilt": [
+        ["data.py", "list.csv", "--out", "datasets/vilt", *PACK],
+        ["tags.py", "runs/random", "--data", "datasets/vilt", "--out", "runs/vilt", *SHORT]
+        + ["--arm", "vilt"],
+    ],
+    "detect": [
+        ["data.py", "boxes.json", "--detect", "--out", "datasets/detect", *PACK],
+        ["detect.py", "runs/random", "--data", "datasets/detect", "--out", "runs/detect", *SHORT]
+        + ["--view", 32, "--method", "full"],
+    ],
+    "segment": [
+        [
+            "segment.py",
+            "runs/random",
+            "--data",
+            "frames",
+            "--out",
+            "runs/segment",
+            "--epochs",
+            2,
+            *CPU,
+        ]
+    ],
+    "export": [["export.py", "runs/random", "--to", "mae", "--out", "runs/export/mae.safetensors"]],
+}
+THIRD = STAGES | {
     "recognize": [["recognize.py", "runs/lora", "--verify", "--data", "packed", *CPU]],
     "strangers": [["recognize.py", "runs/scratch", "--verify", "--data", "packed", *CPU]],
 }
@@ -312,6 +344,47 @@ def write_pictures(folder):
         Image.fromarray(rgba).save(folder / f"class{label}" / f"i{i // 8}_{i}.png")
 
 
+def write_tags_and_boxes(work):
+    """list.csv names two tags of each of these pictures, boxes.json where its figure is (COCO)."""
+    images, labels, fg, _ = make_pictures(64, 40, seed=9)
+    lines, records, boxes = ["path,label,tags"], [], []
+    for i, label in enumerate(labels):
+        name = f"class{label}/i{i // 8}_{i}.png"
+        light = "bright" if images[i].mean() > 127 else "dark"
+        lines.append(f"images/{name},class{label},colour{label} {light} size{i % 3}")
+        rows, columns = np.nonzero(fg[i])
+        left, top = int(columns.min()), int(rows.min())
+        width, height = int(columns.max()) + 1 - left, int(rows.max()) + 1 - top
+        records.append({"id": i, "file_name": f"images/{name}", "width": 40, "height": 40})
+        box = {"id": i, "image_id": i, "category_id": 1, "bbox": [left, top, width, height]}
+        boxes.append(box | {"area": width * height, "iscrowd": 0})
+    (work / "list.csv").write_text("\n".join(lines))
+    categories = [{"id": 1, "name": "face"}]
+    coco = {"images": records, "annotations": boxes, "categories": categories}
+    (work / "boxes.json").write_text(json.dumps(coco))
+
+
+def write_frames(folder, side=32, counts=(("train", 36), ("dev", 18), ("val", 18), ("test", 9))):
+    """What `data.py hybrid` would write: drawn, noisy, and half of each, with their masks."""
+    folder.mkdir(parents=True)
+    classes = ["drawn", "photographed", "panels"]
+    kinds = {"mixed": ["panels"], "purely": []}
+    for seed, (split, n) in enumerate(counts):
+        images, _, _, _ = make_pictures(n, side, seed=20 + seed)
+        noise = np.random.default_rng(seed).normal(128, 40, images.shape).clip(0, 255)
+        labels = np.arange(n) % 3
+        drawn = np.full((n, side, side), 255, np.uint8)
+        drawn[labels == 1] = 0
+        drawn[labels == 2, :, side // 2 :] = 0
+        frames = np.where(drawn[..., None] > 0, images, noise.astype(np.uint8))
+        about = {"format": 1, "source": "hybrid", "classes": classes, "size": side}
+        about |= {"split": split, "keys": [f"{split}{i}" for i in range(n)], "groups": None}
+        about |= {"parts": None, "style": None, "tags": [], "notes": [], "hybrid": kinds}
+        about |= {"skipped": 0, "skipped_first": [], "crop": "centre", "margin": 0.1}
+        tensors = {"images": frames, "drawn": drawn, "labels": labels.astype(np.int64)}
+        save_file(tensors, folder / f"{split}.safetensors", {"animask": json.dumps(about)})
+
+
 # ---- running -------------------------------------------------------------------------------------
 
 
@@ -356,6 +429,8 @@ def run_all(root, work, only=None):
     """
     write_packed(work / "packed")
     write_pictures(work / "images")
+    write_tags_and_boxes(work)
+    write_frames(work / "frames")
 
     def wanted(cases):
         return {k: v for k, v in cases.items() if only is None or k in only}
