@@ -77,7 +77,8 @@ def atomic(path):
 
 def lock_beside(path):
     """The lock file of a file, or of a folder that is not there yet."""
-    return Path(path).with_name(f".{Path(path).name}.lock")
+    path = Path(os.path.abspath(path))  # "." has a name, too
+    return path.parent / f".{path.name}.lock"
 
 
 @contextlib.contextmanager

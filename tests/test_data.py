@@ -389,6 +389,15 @@ def test_flags_that_given_splits_leave_nothing_to_do_are_refused(tmp_path):
     )
 
 
+def test_the_folder_that_one_stands_in_is_there_already(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=1, each=4)
+    (tmp_path / "here").mkdir()
+    for out in (".", ".."):
+        done = call("data.py", root, "--out", out, cwd=tmp_path / "here")
+        assert "is there already" in refused(done)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "images"]
+
+
 def test_show_takes_no_detect(small):
     assert "--detect is for packing" in refused(
         call("data.py", "--show", small, "--detect", cwd=small)
