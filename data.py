@@ -352,10 +352,8 @@ def open_or_pack(path, image_size=128):
         pack,
     )  # only now: the painter, archives and decoders are behind it
 
-    if path.name in ("toon", "hybrid", "scenes") and all(
-        p.suffix in (".safetensors", ".tmp") for p in path.glob("*")
-    ):
-        print(f"drawing {path} (once)")  # also where that was cut short
+    if path.name in ("toon", "hybrid", "scenes") and not any(path.glob("*")):
+        print(f"drawing {path} (once)")
         pack(path.name, path)
         return path
     out = default_out(path)

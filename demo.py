@@ -512,7 +512,7 @@ def enrol_page(run, who, files):
             [x["name"] for x in pictures],
             recognize.embed(net, header, images, MACHINE.autocast),
         )
-        said = recognize.add_faces(name, who, keys, embeddings, classifier.load_gallery(name))
+        said = recognize.add_faces(name, who, keys, embeddings)
     return f"<p>{escape(said)}</p>"
 
 
@@ -522,7 +522,7 @@ def forget_page(run, who):
     name = recogniser_of(run) or missing("Recognise", run)
     with LOCK:
         _, header = loaded(classifier.load_classifier, name)
-        said = recognize.take_out(name, who or "", header, classifier.load_gallery(name))
+        said = recognize.take_out(name, who or "", header)
     return f"<p>{escape(said)}</p>"
 
 

@@ -38,6 +38,7 @@ from common.command import (
     Parser,
     at_least,
     between,
+    claim,
     cli,
     command,
     progress,
@@ -56,7 +57,6 @@ RESULTS = ("metrics*.json", "detector.safetensors", "precision*.png", "pages*.pn
 NO_CONFIG = (
     "out",
     "resume",
-    "force",
     "given",
     "log",
     "device",
@@ -100,11 +100,6 @@ def parse_args():
         "--resume",
         action="store_true",
         help="go on with the run in --out, from its last checkpoint",
-    )
-    add(
-        "--force",
-        action="store_true",
-        help="start anew where another run is in --out; replace pictures",
     )
     add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add = parser.add_argument_group("how").add_argument
@@ -472,7 +467,7 @@ def run(args, device, autocast):
     """A run from its beginning to metrics.json -> what stands there. What is finished is only read."""
     task, out = open_task(args, device, autocast), Path(args.out)
     state, finished = (
-        train.open_run(out, task.config, args.resume, args.force, RESULTS) or {},
+        train.open_run(out, task.config, args.resume, RESULTS) or {},
         out / f"metrics{split_suffix(args.eval_on)}.json",
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -522,6 +517,8 @@ def use(args, device, autocast):
     )
     if args.crop and not args.out:
         raise UserError("--crop writes pictures; --out DIR says where")
+    if args.out:
+        claim([], Path(args.out) / ".lock")
     problems, count, taken = [], 0, set()
     for key, picture in whole_pictures(args.pictures, problems):
         with autocast():
@@ -563,7 +560,7 @@ def own_name(key, taken):
 
 
 def write_pictures(args, name, picture, boxes):
-    """Outlines, or faces; those that an earlier run found beyond them go with --force."""
+    """The picture with outlines, or, by --crop, its faces."""
     from ingest.scenes import outlined as draw
 
     shown = {
@@ -576,13 +573,9 @@ def write_pictures(args, name, picture, boxes):
         }
     for stem, pixels in shown.items():
         path = Path(args.out) / f"{stem}.png"
-        refuse_overwrite([path], args.force)
+        refuse_overwrite([path])
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
-    for i in itertools.count(len(boxes)) if args.crop and args.force else ():
-        if not (old := Path(args.out) / f"{name}_{i}.png").exists():
-            break
-        old.unlink()
 
 
 def main():

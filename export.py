@@ -1,7 +1,6 @@
 """Write an encoder for other tools: public MAE names, timm, transformers, ONNX, an adapter merged, a run at half size.
 
-    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX] \\
-        [--force]
+    python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX]
 
 Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that
         common/formats.py lists; for onnx and half also a run of finetune_lora.py with its head and
@@ -29,7 +28,7 @@ import torch
 
 from common.card import card_file, write_card
 from common.checkpoints import ENCODER, as_convolution, at_size, load_encoder, load_exactly
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
+from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
 from common.graphs import graph_of, library, save_onnx
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
@@ -156,28 +155,28 @@ def save_half(source, out):
     return f"give {out} wherever a stage asks for a run"
 
 
-def export(source, to, out=None, image_size=None, force=False):
-    """Write an encoder in the format `to` -> (what was written, a line of Python that loads it).
-
-    What is there already is replaced only by force.
-    """
+def target(source, to, out=None):
+    """-> where an export goes, and every file that it writes."""
     source = Path(source)
     name = {"hf": "hf", "half": "half", "onnx": "model.onnx"}.get(to, f"{to}.safetensors")
     out = Path(out or (source if source.is_dir() else source.parent) / name)
     read, written = ({f.resolve(), f.resolve() / "model.safetensors"} for f in (source, out))
     if read & written:
         raise UserError(f"--out {out} is what is read: choose another")
-    folder = {"hf": HF_FILES, "half": (*(f"{name}.safetensors" for name in TENSORS), *BESIDE)}.get(
-        to
-    )
-    refuse_file(out if folder else out.parent)
-    if not folder and out.is_dir():
+    names = {"hf": HF_FILES, "half": (*(f"{name}.safetensors" for name in TENSORS), *BESIDE)}
+    files = [out / name for name in names[to]] if to in names else [out]
+    refuse_file(files[0].parent)
+    if to not in names and out.is_dir():
         raise UserError(
             f"--out {out} is a folder, and --to {to} writes a file; give --out {out}/{name}"
         )
-    refuse_overwrite(
-        [*([out / name for name in folder] if folder else [out]), card_file(out, to)], force
-    )
+    return out, [*files, card_file(out, to)]
+
+
+def export(source, to, out=None, image_size=None):
+    """Write an encoder in the format `to` -> (what was written, a line of Python that loads it)."""
+    source, (out, files) = Path(source), target(source, to, out)
+    refuse_overwrite(files)
     if to == "half":
         if not any(
             (source / f"{name}.safetensors").exists() for name in ("model", "head", "detector")
@@ -223,7 +222,6 @@ def main():
     add(
         "--out", metavar="FILE", help="where to (default: beside ENCODER; a folder for hf and half)"
     )
-    add("--force", action="store_true", help="replace what is there already")
     add(
         "--image-size",
         type=at_least(1),
@@ -231,8 +229,9 @@ def main():
         help="side of a view; positions are resized to it (default: as it is)",
     )
     args = parser.parse_args()
+    claim(target(args.encoder, args.to, args.out)[1])
     with working("exporting"):
-        out, use = export(args.encoder, args.to, args.out, args.image_size, args.force)
+        out, use = export(args.encoder, args.to, args.out, args.image_size)
         write_card(args.encoder, args.to, out, use)
     print(f"wrote    {out}, {card_file(out, args.to).name}\nload it  {use}")
     if args.to == "merged":

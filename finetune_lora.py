@@ -108,7 +108,6 @@ RESULTS = (
 NO_CONFIG = (
     "out",
     "resume",
-    "force",
     "given",
     "log",
     "device",
@@ -142,7 +141,6 @@ def parse_args():
         action="store_true",
         help="go on with the run in --out, from its last checkpoint",
     )
-    add("--force", action="store_true", help="start anew where another run is in --out")
     add("--eval-on", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add(
         "--hold-out",
@@ -614,12 +612,10 @@ def finetune(args, seed, out, device, autocast):
     optimizer = classifier.make_optimizer(
         net, args.lr, args.head_lr, args.weight_decay, args.layer_decay
     )
-    state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
+    state = train.open_run(out, task.config, args.resume, RESULTS)
     if state and (out / f"metrics{split_suffix(args.eval_on)}.json").exists():
         print(f"run      {out} is finished")
-        return read_json(
-            out / f"metrics{split_suffix(args.eval_on)}.json", ["top1"], "--force starts anew"
-        )
+        return read_json(out / f"metrics{split_suffix(args.eval_on)}.json", ["top1"])
     B = min(args.batch_size, len(train_rows))
     if B % world:
         raise UserError(

@@ -44,11 +44,11 @@ from common.checkpoints import flags_of, load_teacher
 from common.command import (
     Parser,
     between,
+    claim,
     cli,
     command,
     progress,
     refuse_file,
-    refuse_overwrite,
     refuse_unused,
     working,
 )
@@ -109,7 +109,6 @@ def parse_args():
         help="whose images (default: train)",
     )
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
-    add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add(
         "--dtype",
@@ -618,12 +617,12 @@ def main():
     if args.map == "all":
         named = name_of(args.run) + ("" if args.split == "train" else f"-{args.split}")
         path = out / f"strategies-{named}.png"
-        refuse_overwrite([path], args.force)
+        claim([path])
         sheet_of_all(path, args.run, split, device, pick_dtype(args.dtype, device)[0])
         return print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
     path = data.map_file(out, args.map, split)
     sheet = path.with_name(f"sheet-{path.stem}.png")
-    refuse_overwrite([path, sheet], args.force)
+    claim([path, sheet])
     grid, dtype, rows = rows_of_map(args, split["images"], device)
     n = len(split["images"])
     header = {

@@ -99,11 +99,6 @@ def parse_args():
         action="store_true",
         help="go on with the run in --out, from its last checkpoint",
     )
-    add(
-        "--force",
-        action="store_true",
-        help="replace what is there already: begin anew in the folder of another run",
-    )
     add = parser.add_argument_group("network").add_argument
     add("--model", choices=SIZES, help="default: small on a GPU, nano on a CPU")
     add(
@@ -398,7 +393,6 @@ def flags_used(args, strategy):
             strategy != "simmim",
             f"is for MAE's decoder, simmim has one linear layer{own}",
         ),
-        ("force", not args.resume, "starts anew, and --resume goes on"),
     )
 
 
@@ -437,7 +431,6 @@ def config_of(args):
     leave_out = (
         "out",
         "resume",
-        "force",
         "log",
         "device",
         "compile",
@@ -692,13 +685,11 @@ def main():
 
     # what guides the mask, optimizer, and the state of a run that is resumed
     init_message = (
-        init_from(model, args.init)
-        if args.init and (args.force or not (out / "state.pt").exists())
-        else ""
+        init_from(model, args.init) if args.init and not (out / "state.pt").exists() else ""
     )
     guide = make_guide(args, strategy, params, model.encoder, train_set, device, autocast, V)
     config = config_of(args) | {"images": len(train_set["images"]), "guide": guide.about}
-    state = train.open_run(out, config, args.resume, args.force, WRITTEN)
+    state = train.open_run(out, config, args.resume, WRITTEN)
     net = torch.compile(model) if args.compile else model
     learning = networks_of(args, model, guide, train_set).to(
         device

@@ -41,17 +41,7 @@ import torch
 import data
 from common import features, guidance, metrics, stats, tagging
 from common.checkpoints import flags_of, load_encoder
-from common.command import (
-    Parser,
-    at_least,
-    between,
-    cli,
-    command,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-    working,
-)
+from common.command import Parser, at_least, between, claim, cli, command, refuse_unused, working
 from common.io import UserError, save_text
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -150,7 +140,6 @@ def parse_args():
         metavar="DIR",
         help="where a comparison goes (default: compare/ beside the first run)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     add = parser.add_argument_group("machine").add_argument
     add("--seed", type=at_least(0), default=0, help="of mini-batches and episodes")
     add(
@@ -201,13 +190,9 @@ def check(args, task):
     several = len(args.runs) > 1
     args.views = 1 if args.headline or not task.labelled else args.views
     for run in args.runs:
-        refuse_file(task.home[run])
-        refuse_overwrite(
-            [results_file(run, task)], args.force, "--headline, --data and --split write to others"
-        )
+        claim([results_file(run, task)], fix="choose another --headline, --data or --split")
     if several and task.labelled:
-        refuse_file(task.out)
-        refuse_overwrite([task.out / "compare.json"], args.force)
+        claim([task.out / "compare.json"])
 
 
 def results_file(run, task):

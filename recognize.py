@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
+import contextlib
 import itertools
 import json
 import shlex
@@ -50,9 +51,9 @@ from common.classifier import (
     predict,
     save_gallery,
 )
-from common.command import Parser, at_least, between, cli, command, refuse_overwrite, refuse_unused
+from common.command import Parser, at_least, between, claim, cli, command, refuse_unused
 from common.features import results_folder
-from common.io import UserError, read_header, save_json
+from common.io import UserError, lock_beside, locked, read_header, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
@@ -115,7 +116,6 @@ def parse_args():
         choices=["val", "dev", "test", "train"],
         help="split of --verify",
     )
-    add("--force", action="store_true", help="replace results of another --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_intermixed_args()  # pictures may stand before and after flags
@@ -146,7 +146,7 @@ def check(args):
     refuse_unused(
         args,
         (
-            ("data eval-on force", task == "verify", "is for --verify"),
+            ("data eval-on", task == "verify", "is for --verify"),
             (
                 "threshold",
                 task in ("name", "verify"),
@@ -325,7 +325,7 @@ def apart(embeddings, known):
     return ~(again | (torch.tril(unit @ unit.T, -1) > SAME).any(1))
 
 
-def enrol(args, net, header, gallery, autocast):
+def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who, problems = new_name(args.enrol, header), []
     found = list(predictions(args, net, header, autocast, problems))
@@ -335,7 +335,7 @@ def enrol(args, net, header, gallery, autocast):
         [key for some, *_ in found for key in some],
         torch.cat([x for *_, x in found]),
     )
-    print(add_faces(args.run, who, keys, embeddings, gallery))
+    print(add_faces(args.run, who, keys, embeddings))
     print(
         f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
     )
@@ -349,10 +349,23 @@ def new_name(text, header):
     return who
 
 
-def add_faces(run, who, keys, embeddings, gallery):
+@contextlib.contextmanager
+def gallery_to_change(run):
+    """with gallery_to_change(run) as gallery: as it is now; who else changes it waits until the end."""
+    with locked(lock_beside(Path(run) / "gallery.safetensors"), wait=True):
+        yield load_gallery(run)
+
+
+def add_faces(run, who, keys, embeddings):
     """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a
     picture counts once.
     """
+    with gallery_to_change(run) as gallery:
+        return with_faces(run, who, keys, embeddings, gallery)
+
+
+def with_faces(run, who, keys, embeddings, gallery):
+    """What `add_faces` does, in a gallery that nobody else changes."""
     names = gallery["names"]
     own = gallery["labels"] == (names.index(who) if who in names else -1)
     new = apart(embeddings, gallery["embeddings"][own])
@@ -372,15 +385,18 @@ def add_faces(run, who, keys, embeddings, gallery):
     return f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
 
 
-def forget(args, header, gallery):
-    print(take_out(args.run, args.forget, header, gallery))
-
-
-def take_out(run, who, header, gallery):
+def take_out(run, who, header):
     """Take an enrolled character and its pictures out of the run's gallery -> what is said of it."""
-    who, names = sources.nfc(who.strip()), gallery["names"]
+    who = sources.nfc(who.strip())
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training; only enrolled characters can be forgotten")
+    with gallery_to_change(run) as gallery:
+        return without_faces(run, who, gallery)
+
+
+def without_faces(run, who, gallery):
+    """What `take_out` does, in a gallery that nobody else changes."""
+    names = gallery["names"]
     if who not in names:
         raise UserError(f"{who} is not enrolled; --list says who is")
     k = names.index(who)
@@ -562,9 +578,7 @@ def verify(args, net, header, gallery, autocast):
 
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.eval_on, header["data"])
-    refuse_overwrite(
-        [home / "recognize.json"], args.force, "other --data or --eval-on go elsewhere"
-    )
+    claim([home / "recognize.json"], fix="choose another --data or --eval-on")
     found = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
     split, rows, embeddings, own, who, margin, sure = found
     row = {
@@ -624,15 +638,20 @@ def main():
     gallery = load_gallery(args.run)
     if task in ("forget", "list"):
         header = read_header(Path(args.run) / "head.safetensors", REMEDY)[1]
-        return (forget if task == "forget" else list_known)(args, header, gallery)
+        if task == "list":
+            return list_known(args, header, gallery)
+        return print(take_out(args.run, args.forget, header))
     net, header = load_classifier(args.run)
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     if args.threshold is not None:  # of those that were learned; that of the enrolled moves with it
         gallery["enrolled_threshold"] += args.threshold - gallery["threshold"]
         gallery["threshold"] = args.threshold
-    work = {"verify": verify, "enrol": enrol, "name": recognise}[task]
-    work(args, net.to(device), header, gallery, autocast_of(device, dtype))
+    autocast = autocast_of(device, dtype)
+    if task == "enrol":
+        return enrol(args, net.to(device), header, autocast)
+    work = verify if task == "verify" else recognise
+    work(args, net.to(device), header, gallery, autocast)
 
 
 if __name__ == "__main__":

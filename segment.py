@@ -42,6 +42,7 @@ from common.command import (
     Parser,
     at_least,
     between,
+    claim,
     cli,
     command,
     progress,
@@ -62,7 +63,6 @@ RESULTS = ("metrics*.json", "*.safetensors", "proxies/*.safetensors", "overlays*
 NO_CONFIG = (
     "out",
     "resume",
-    "force",
     "given",
     "log",
     "device",
@@ -102,11 +102,6 @@ def parse_args():
         "--resume",
         action="store_true",
         help="go on with the run in --out, from its last checkpoint",
-    )
-    add(
-        "--force",
-        action="store_true",
-        help="start anew where another run is in --out; replace masks",
     )
     add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add("--until", type=int, default=3, choices=[1, 2, 3], help="last stage")
@@ -711,7 +706,7 @@ def learn_pixels(task, patches, state, log):
 def run(args, device, autocast):
     """All stages up to --until -> the row of metrics. What is finished is only read."""
     task, out = open_task(args, device, autocast), Path(args.out)
-    state = train.open_run(out, task.config, args.resume, args.force, RESULTS) or {}
+    state = train.open_run(out, task.config, args.resume, RESULTS) or {}
     out.mkdir(parents=True, exist_ok=True)
     if not state:
         train.save_state({"config": task.config, "stage": 0}, out / "state.pt")
@@ -833,6 +828,8 @@ def use(args, device, autocast):
     refuse_unused(
         args, (("side", not squared, f"is for stage 3, and {args.encoder} stopped before it"),)
     )
+    if args.out:
+        claim([], Path(args.out) / ".lock")
     problems, count, table = [], 0, csv.writer(sys.stdout)
     if args.share:
         table.writerow(["picture", "drawn"])
@@ -842,13 +839,13 @@ def use(args, device, autocast):
         if args.share:
             table.writerow([key, f"{found.mean():.4f}"])
         if args.out:
-            write_masks(Path(args.out), key, picture, found > 0.5, args.force)
+            write_masks(Path(args.out), key, picture, found > 0.5)
     tell_problems(problems, count, False)
     if args.out:
         print(f"wrote    {args.out}/: masks and overlays of {count} pictures", file=sys.stderr)
 
 
-def write_masks(out, key, picture, mask, force):
+def write_masks(out, key, picture, mask):
     out.mkdir(parents=True, exist_ok=True)
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
     shown = segmenting.overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[
@@ -856,7 +853,7 @@ def write_masks(out, key, picture, mask, force):
     ].numpy()
     for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
         path = out / f"{name}-{what}.png"
-        refuse_overwrite([path], force)
+        refuse_overwrite([path])
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
 

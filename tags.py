@@ -44,11 +44,11 @@ from common.command import (
     Parser,
     at_least,
     between,
+    claim,
     cli,
     command,
     progress,
     refuse_file,
-    refuse_overwrite,
     refuse_unused,
     working,
 )
@@ -66,7 +66,6 @@ RESULTS = ("metrics*.json", "model.safetensors", "curves.png", "sheet*.png", "se
 NO_CONFIG = (
     "out",
     "resume",
-    "force",
     "given",
     "log",
     "device",
@@ -111,11 +110,6 @@ def parse_args():
         "--resume",
         action="store_true",
         help="go on with the run in --out, from its last checkpoint",
-    )
-    add(
-        "--force",
-        action="store_true",
-        help="start anew where another run is in --out; replace the file of --csv",
     )
     add("--eval-on", default="val", choices=["val", "test"], help="split that is reported")
     add = parser.add_argument_group("what is learned").add_argument
@@ -274,11 +268,15 @@ def refuse_flags(args):
             ),
             ("keep min-crop colour", not blind, "is for pictures, and --arm tags sees none"),
             ("like", args.csv is not None, "is for --csv FILE"),
-            ("force", training or args.csv is not None, "is for what is written, a run or --csv"),
             (
                 "threshold top json",
                 args.csv is None,
                 "is for lines; --csv writes every probability",
+            ),
+            (
+                "tell",
+                args.csv is None or args.like is not None,
+                "changes who it is, and --csv without --like writes tags alone",
             ),
         ),
     )
@@ -522,11 +520,11 @@ def fit(args, device, autocast):
     task, out = open_task(args, device, autocast), Path(args.out)
     net, rows_train = task.net, task.train.rows
     optimizer = make_optimizer(net, args)
-    state = train.open_run(out, task.config, args.resume, args.force, RESULTS)
+    state = train.open_run(out, task.config, args.resume, RESULTS)
     finished = out / f"metrics{split_suffix(args.eval_on)}.json"
     if state and finished.exists():
         print(f"run      {out} is finished")
-        return read_json(finished, ["end"], "--force starts anew")
+        return read_json(finished, ["end"])
     B = min(args.batch_size, len(rows_train))
     if B % world:
         raise UserError(
@@ -832,7 +830,7 @@ def write_table(args, net, header, found, problems):
     """--csv: a row a picture, probabilities of our tags, or of another tagger's in its order; 0 of
     what we have not.
     """
-    refuse_overwrite([args.csv], args.force)
+    claim([args.csv], fix="choose another --csv")
     columns, names, written = np.arange(net.V), header["words"], []
     if args.like:
         selected = tagging.read_selected(args.like)

@@ -31,15 +31,7 @@ from PIL import Image
 
 import data
 from benchmarks import OUT, ROOT, about, status_mb
-from common.command import (
-    Parser,
-    at_least,
-    cli,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-    working,
-)
+from common.command import Parser, at_least, claim, cli, refuse_unused, working
 from common.io import UserError, write_rows
 from common.tables import save_csv
 from common.train import read_log
@@ -318,7 +310,6 @@ def main():
         metavar="DIR",
         help="folder of the CSV (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args, where, rows = parser.parse_args(), about(torch.device("cpu")), []
     scale = args.scale is not None
     refuse_unused(
@@ -338,8 +329,7 @@ def main():
         args.out
         / f"bench_{'pack' if args.pack else 'dump' if args.dump else 'scale' if scale else 'data'}.csv"
     )
-    refuse_file(args.out)
-    refuse_overwrite([path], args.force)
+    claim([path])
     if args.pack:
         found = pack_rows(args.pack)
     elif args.dump:

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from benchmarks import DTYPES, OUT, TRITON, about, status_mb
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, refuse_unused
+from common.command import Parser, at_least, claim, cli, refuse_unused
 from common.io import UserError
 from common.tables import save_csv
 from common.train import pick_device
@@ -282,7 +282,6 @@ def main():
         metavar="DIR",
         help="folder of the CSV and the plot (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     device = pick_device(args.device)
     refuse_unused(
@@ -295,8 +294,7 @@ def main():
         cases, dtype, name = CPU_CASES, "fp32", "bench_kernels_cpu.csv"
         print("no GPU here: the CPU's paths are measured; the kernels and their bandwidth are not")
     path, dtype = args.out / name, DTYPES[args.dtype or dtype]
-    refuse_file(args.out)
-    refuse_overwrite([path, path.with_suffix(".png")], args.force)
+    claim([path, path.with_suffix(".png")])
     gate(device, dtype)
     copy_gb_s = copy_speed(device)
     where = {"copy_gb_per_s": round(copy_gb_s, 1)} | about(device, triton=TRITON)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import OUT, about
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
+from common.command import Parser, at_least, claim, cli, working
 from common.graphs import graph_of, library, save_onnx
 from common.tables import save_csv
 
@@ -77,10 +77,8 @@ def main():
         metavar="DIR",
         help="folder of the table (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args, rows = parser.parse_args(), []
-    refuse_file(args.out)
-    refuse_overwrite([args.out / "bench_latency.csv"], args.force)
+    claim([args.out / "bench_latency.csv"])
     with working("measuring"):
         for run in args.runs:
             for row in measure(run, args.batch_size, args.turns):

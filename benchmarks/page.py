@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from benchmarks import OUT, ROOT, about, status_mb
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, claim, cli
 from common.io import UserError
 from common.tables import save_csv
 
@@ -133,10 +133,8 @@ def main():
         metavar="DIR",
         help="folder of the table (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
-    refuse_file(args.out)
-    refuse_overwrite([args.out / "bench_page.csv"], args.force)
+    claim([args.out / "bench_page.csv"])
     row = measure(args.run, args.moves, args.drops) | about(torch.device("cpu"))
     print(", ".join(f"{k} {v}" for k, v in row.items()))
     save_csv(args.out / "bench_page.csv", [row])

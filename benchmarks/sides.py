@@ -14,7 +14,7 @@ import data
 from benchmarks import OUT, about, now
 from common.checkpoints import resize_positions
 from common.classifier import load_classifier
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
+from common.command import Parser, at_least, claim, cli, working
 from common.io import UserError
 from common.tables import save_csv
 from common.train import autocast_of, pick_dtype
@@ -90,10 +90,8 @@ def main():
         metavar="DIR",
         help="folder of the table (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args, rows = parser.parse_args(), []
-    refuse_file(args.out)
-    refuse_overwrite([args.out / "bench_sides.csv"], args.force)
+    claim([args.out / "bench_sides.csv"])
     autocast = autocast_of(CPU, pick_dtype("auto", CPU)[0])
     with working("measuring"):
         for side in args.sides:

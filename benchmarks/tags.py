@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import OUT, about, now, status_mb
 from common import mfdn, plots, train
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite, working
+from common.command import Parser, at_least, claim, cli, working
 from common.tables import save_csv
 from model import SIZES, ViT
 
@@ -160,10 +160,8 @@ def main():
         metavar="DIR",
         help="folder of table and figure (default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args, rows, start_time = parser.parse_args(), [], time.perf_counter()
-    refuse_file(args.out)
-    refuse_overwrite([args.out / "bench_tags.csv", args.out / "bench_tags.png"], args.force)
+    claim([args.out / "bench_tags.csv", args.out / "bench_tags.png"])
     device = train.pick_device(args.device)
     with working("measuring"):
         for row in measure(args, device):

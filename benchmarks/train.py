@@ -32,10 +32,10 @@ from common.command import (
     Parser,
     at_least,
     between,
+    claim,
     cli,
     progress,
     refuse_file,
-    refuse_overwrite,
     refuse_unused,
 )
 from common.io import UserError, save_text
@@ -350,14 +350,13 @@ def main():
         help="folder of the CSV, where these candidates' rows are "
         "replaced, the plot and the table of this call\n(default: runs/bench)",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     refuse_unused(args, [("repeats", not args.quick, "is not for --quick, which takes 3 turns")])
     device = pick_device(args.device)
     path = args.out / f"bench_train_{device.type}.csv"
     refuse_file(args.out)
     rows_there(path, KEYS)
-    refuse_overwrite([path.with_suffix(suffix) for suffix in (".md", ".png")], args.force)
+    claim([path.with_suffix(suffix) for suffix in (".md", ".png")])
     batch, steps, warmup = (256, 30, 20) if device.type == "cuda" else (16, 3, 3)
     names = args.only or (QUICK if args.quick else list(CANDIDATES))
     if unknown := set(names) - CANDIDATES.keys():

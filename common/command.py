@@ -1,11 +1,10 @@
-"""A command of ours: its flags, its mistakes in one line each, what it may overwrite, what is seen while it works.
+"""A command of ours: its flags, its mistakes in one line each, what it may write, what is seen while it works.
 
 Imports torch nowhere: `data.py` starts without it.
 """
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.io import UserError
+from common.io import UserError, lock_beside, locked
 
 NO_MEMORY = (
     "OutOfMemory",
@@ -27,6 +26,7 @@ NO_MEMORY = (
     "calculation overflowed",
 )
 QUIET = 10  # seconds between two lines where output is piped
+LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 
 
 def cli(main):
@@ -46,14 +46,19 @@ def cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if (line := in_one_line(problem)) is None:
             raise
-        line, rank = (
-            " ".join(line.splitlines()),
-            int(os.environ.get("RANK", 0)),
-        )  # a value may hold a line break
+        line = " ".join(line.splitlines())  # a value may hold a line break
+        rank = os.environ["RANK"] if launched() else "0"
         print(
-            f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr
+            f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr
         )
         sys.exit(2)
+    finally:
+        LOCKS.close()
+
+
+def launched():
+    """Whether torchrun started this process. One of its variables alone is left over from elsewhere."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def in_one_line(problem):
@@ -159,25 +164,27 @@ def refuse_unused(args, rows):
 # ---- files that are there already ----------------------------------------------------------------
 
 
-def refuse_overwrite(paths, force=False, fix="another --out leaves it"):
-    """Nothing that exists is overwritten without --force; but the command that wrote a result may
-    write it again.
+def claim(paths, lock=None, fix="choose another --out"):
+    """What a command writes is its own until it ends: others wait, and what is there is refused.
+
+    lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
     """
-    for path in map(Path, paths):
-        if not force and os.path.lexists(path) and not by_this_command(path):
-            raise UserError(f"{path} is there already; --force replaces it, {fix}")
+    lock = Path(lock).absolute() if lock else lock_beside(paths[0])
+    refuse_file(lock.parent)
+    if lock not in HELD:
+        LOCKS.enter_context(locked(lock))
+        LOCKS.callback(HELD.discard, lock)
+        HELD.add(lock)
+    refuse_overwrite(paths, fix)
 
 
-def by_this_command(path):
-    """Is this a JSON file that says in "command" that this very command made it?"""
-
-    def plain(line):
-        return [word for word in shlex.split(line) if word != "--force"]
-
-    try:
-        return plain(json.loads(path.read_text())["command"]) == plain(command())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def refuse_overwrite(paths, fix="choose another --out"):
+    """Nothing that exists is overwritten: the line says what removes it."""
+    there = [str(path) for path in paths if os.path.lexists(path)]
+    if there:
+        folders = any(os.path.isdir(path) for path in there)
+        remove = shlex.join(["rm", *["-r"] * folders, *there])
+        raise UserError(f"{there[0]} is there already; remove it ({remove}), or {fix}")
 
 
 def refuse_file(folder):

@@ -15,6 +15,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from common.command import launched
 from common.io import UserError
 
 
@@ -25,9 +26,9 @@ def join(device):
     A GPU each, NCCL between them; CPU tensors go by gloo. All but rank 0 fall silent: what they
     print is dropped.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if world == 1:
+    if not launched() or os.environ["WORLD_SIZE"] == "1":
         return 0, 1, device
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # there is none on Windows, and so no lock
+    fcntl = None
+
 
 class UserError(Exception):
     """A mistake of the user: one line with the value and the fix. The stage prints it and exits
@@ -65,6 +70,75 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+# ---- locks: one process writes --------------------------------------------------------------------
+
+
+def lock_beside(path):
+    """The lock file of a file, or of a folder that is not there yet."""
+    path = Path(os.path.abspath(path))  # "." has a name, too
+    return path.parent / f".{path.name}.lock"
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Hold a lock file, and remove it at the end -> its descriptor. If another process holds it,
+    that is a UserError, or this one waits.
+
+    The system ends a lock with its process: the file of a process that was killed locks nothing.
+    """
+    if fcntl is None:
+        yield None
+        return
+    path = Path(path)
+    created = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open_locked(path, wait)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, str(os.getpid()).encode())
+        yield file
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
+        os.close(file)
+        if created:
+            with contextlib.suppress(OSError):  # it holds something by now
+                path.parent.rmdir()
+
+
+def open_locked(path, wait):
+    """-> the descriptor of a lock file that is locked, and still the one of this name."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock(file, path, wait)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:  # who held it has just removed it
+            pass
+        except UserError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def lock(file, path, wait):
+    """Lock an open file. A file system without locks locks nothing."""
+    name = path.name.removesuffix(".lock").removeprefix(".")
+    what = path.with_name(name) if name else path.parent
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UserError(
+                f"{what} is being written by another process (pid {os.read(file, 20).decode()}); "
+                "wait, or choose another --out"
+            ) from None
+        print(f"waiting for a process that still writes to {what}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return
 
 
 # ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the o

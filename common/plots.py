@@ -4,14 +4,14 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart; maps are dra
 """
 
 import contextlib
+import os
 import sys
 import textwrap
 import warnings
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # first: the shell's may be a name that matplotlib refuses
 
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -352,7 +352,9 @@ def tag_lines(splits):
         [np.asarray(s["tags"]) for s in splits.values()],
     )
     if planes[0].dtype != np.int32:
-        return [f"{len(words)} tags, of an older packing: make it again with data.py --force"]
+        return [
+            f"{len(words)} tags, of an older packing: remove it, and make it again with data.py"
+        ]
     count = sum(np.bincount(p[p >= 0], minlength=len(words)) for p in planes)
     each = np.concatenate([(p >= 0).sum(1) for p in planes])
     most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])

@@ -35,7 +35,7 @@ def has_tags(split):
     plane = split.get("tags")
     if plane is not None and plane.dtype != np.int32:
         raise UserError(
-            f"{plane.filename} has the tags of an older packing; make it again with data.py --force"
+            f"{plane.filename} has the tags of an older packing; remove it, and make it again with data.py"
         )
     return plane is not None
 

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import refuse_file, refuse_overwrite
+from common.command import claim, refuse_overwrite
 from common.distributed import all_reduce, place
 from common.io import UserError, atomic, save_text
 
@@ -28,8 +29,6 @@ try:
     import resource
 except ImportError:  # there is none on Windows
     resource = None
-
-ANEW = "--force starts anew, another --out leaves it alone"
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -256,37 +255,41 @@ def load_state(path):
     ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
         raise UserError(
-            f"{path} can't be read as a checkpoint of ours ({reason}); {ANEW}"
+            f"{path} can't be read as a checkpoint of ours ({reason}); {anew(path)}"
         ) from None
 
 
-def open_run(out, config, resume, force=False, files=()):
-    """-> the state to go on from, or None. A folder with another run in it is left alone, unless
-    force: that run goes.
+def anew(state):
+    """What may be done about a run that is in the way; state: its state.pt."""
+    return f"rm -r {shlex.quote(str(Path(state).parent))} removes it, another --out leaves it alone"
+
+
+def open_run(out, config, resume, files=()):
+    """-> the state to go on from, or None. The folder is this process's until it ends, and a folder
+    with another run in it is left alone.
 
     files: what a finished run writes, as patterns of names; they stand for a run whose state.pt was
     removed.
     """
-    refuse_file(out)
-    there = [path for pattern in ("state.pt", *files) for path in Path(out).glob(pattern)]
-    for path in there if force and place()[0] == 0 else ():
-        path.unlink()
-    if force or not (Path(out) / "state.pt").exists():
-        refuse_overwrite(there, force)
+    path = Path(out) / "state.pt"
+    if place()[0] == 0:
+        claim([], Path(out) / ".lock")
+    if not path.exists():
+        refuse_overwrite(found for pattern in files for found in Path(out).glob(pattern))
         if resume:
             print(f"nothing to resume in {out}: a new run")
         return None
-    state = load_state(Path(out) / "state.pt")
+    state = load_state(path)
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"{out}/state.pt is not a checkpoint of a run of ours; {ANEW}")
+        raise UserError(f"{path} is not a checkpoint of a run of ours; {anew(path)}")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:8])
         raise UserError(
-            f"{out} holds a run with {pairs}; --resume goes on with the same flags, {ANEW}"
+            f"{out} holds a run with {pairs}; --resume goes on with the same flags, {anew(path)}"
         )
     if not resume:
         raise UserError(
-            f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {ANEW}"
+            f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {anew(path)}"
         )
     return state
 
@@ -304,7 +307,7 @@ def taking_up(path):
             .splitlines()[0]
             .removeprefix(f"UserError: {path} ")
         )
-        raise UserError(f"{path} is not as it was written ({reason}); {ANEW}") from None
+        raise UserError(f"{path} is not as it was written ({reason}); {anew(path)}") from None
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from common import stats
 from common.command import at_least, between
-from common.io import UserError, read_json
+from common.io import UserError, lock_beside, locked, read_json
 from common.tables import read_csv, replace_rows
-from experiments.study_run import alone, execute
+from experiments.study_run import execute
 
 KEYS = ("arm", "seed", "flags")
 
@@ -51,7 +51,7 @@ def run(args, out, words):
     `python`.
     """
     scores = out / "metrics.json"
-    with alone(out.with_name(out.name + ".lock")) as lock:
+    with locked(lock_beside(out), wait=True) as lock:
         if not scores.exists():
             execute(words, out.with_name(out.name + ".log"), args.threads, lock)
     found = read_json(scores, ["command"], "remove its folder and run again")

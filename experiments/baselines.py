@@ -42,12 +42,12 @@ from common import metrics, plots, stats
 from common.classifier import load_classifier, pooled_of, predict
 from common.command import Parser, at_least, between, cli, refuse_file, working
 from common.corruptions import SWEEPS
-from common.io import UserError, read_json, save_json, save_text
+from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
-from experiments.study_run import alone, execute
+from experiments.study_run import execute
 
 VIT = "--model nano --image-size 64 --patch-size 8 --batch-size 64"
 ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
@@ -185,7 +185,7 @@ def make(args, out, words):
     words = [*words, "--data", args.data, "--out", str(out)]
     words += [] if words[0] == "-m" else ["--resume"]  # experiments.views begins anew
     line = line_of(args, words)
-    with alone(out.with_name(out.name + ".lock")) as lock:
+    with locked(lock_beside(out), wait=True) as lock:
         if (out / "made.json").exists():
             there = read_json(out / "made.json", ["command"], "remove its folder and run again")[
                 "command"

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -23,6 +22,7 @@ from common import classifier, plots
 from common.command import Parser, between, cli, refuse_file
 from common.evaluate import hide
 from common.io import UserError
+from common.plots import plt
 from ingest import toon
 
 THEMES = {

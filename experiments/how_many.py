@@ -18,7 +18,7 @@ import torch
 import data
 from common import features, metrics, stats
 from common.checkpoints import load_encoder
-from common.command import Parser, at_least, cli, command, progress, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, claim, cli, command, progress, refuse_file
 from common.io import UserError
 from common.tables import save_csv
 from common.train import commit, machine, seeded
@@ -68,13 +68,11 @@ def main():
         help="draws (default: 5); intervals resample them and val",
     )
     add("--out", metavar="CSV", help="the table (default: how_many.csv in the run's folder)")
-    add("--force", action="store_true", help="replace what is there already")
     parser.set_defaults(split="val", device="auto", dtype="auto")
     args = parser.parse_args()
     out = Path(args.out or Path(args.run) / "how_many.csv")
-    for folder in (args.run, out.parent):
-        refuse_file(folder)
-    refuse_overwrite([out], args.force)
+    refuse_file(args.run)
+    claim([out])
     encoder, size = load_encoder(args.run)
     task = features.open_task(args, args.run)
     if not task.labelled:

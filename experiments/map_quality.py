@@ -34,15 +34,7 @@ import maps
 import mask as masking
 from common import guidance, metrics
 from common.checkpoints import load_teacher
-from common.command import (
-    Parser,
-    cli,
-    progress,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-    working,
-)
+from common.command import Parser, claim, cli, progress, refuse_file, working
 from common.features import untrained_like
 from common.io import UserError
 from common.tables import replace_rows, rows_there
@@ -296,9 +288,7 @@ def main():
         metavar="PNG",
         help="draw a sheet of --data here (only of data that may be shown)",
     )
-    add("--force", action="store_true", help="replace a --figure that is there already")
     args = parser.parse_args()
-    refuse_unused(args, [("force", args.figure, "is for --figure")])
     check(args)
     images, foreground, parts = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_teacher(args.run)
@@ -331,8 +321,7 @@ def check(args):
     if args.portraits != "none":
         check_zip(args.portraits)
     if args.figure:
-        refuse_file(Path(args.figure).parent)
-        refuse_overwrite([args.figure], args.force, "another --figure leaves it")
+        claim([args.figure], fix="choose another --figure")
         if Path(args.figure).suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(
                 f"--figure {args.figure} is drawn as .png, .pdf or .svg; give such a name"

@@ -1,8 +1,7 @@
 """The README's first command, its random twin, the probe of both, and its third command.
 
     python -m experiments.readme_numbers --out runs/readme
-    # in git: the numbers that the docs quote
-    python -m experiments.readme_numbers --out results --force
+    python -m experiments.readme_numbers --out results    # in git: the numbers that the docs quote
 
 Runs them as a user would, one after the other in a folder of its own, and writes OUT/demo.json,
 probe_toon.json (the guided run's) and the pictures of OUT/figures/: what the guided run hid,
@@ -28,7 +27,7 @@ from PIL import Image
 
 import data
 from common.checkpoints import load_teacher
-from common.command import Parser, cli, command, progress, refuse_file, refuse_overwrite
+from common.command import Parser, claim, cli, command, progress
 from common.io import UserError, save_json
 from common.train import commit, machine, read_log
 from ingest import toon
@@ -172,14 +171,12 @@ def main():
         metavar="DIR",
         help="folder of numbers and pictures: results is the one in git, runs/readme is not",
     )
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     results, names = (
         args.out.resolve(),
         ["demo_recognition.json"] + ["demo.json", "probe_toon.json"] * (not args.run),
     )
-    refuse_file(results)
-    refuse_overwrite([args.out / name for name in names], args.force)
+    claim([args.out / name for name in names])
     (results / "figures").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -33,17 +33,7 @@ import data
 import mask as masking
 from common import errors, features, guidance, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
-from common.command import (
-    Parser,
-    at_least,
-    cli,
-    command,
-    progress,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-    working,
-)
+from common.command import Parser, at_least, claim, cli, command, progress, refuse_unused, working
 from common.corruptions import SWEEPS, moved, paint
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
@@ -88,7 +78,6 @@ def parse_args():
         action="store_true",
         help="only PSNR and SSIM by ratio under random masks, graded; writes nothing",
     )
-    add("--force", action="store_true", help="replace what is there already")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
@@ -100,7 +89,6 @@ def parse_args():
                 not args.midterm,
                 "is of the probe, and --midterm looks at predicted pixels alone",
             ),
-            ("force", not args.midterm, "is for files, and --midterm writes none"),
         ],
     )
     if Path(args.run).is_file():
@@ -479,9 +467,7 @@ def pixel_lines(rows):
 
 
 def names_of(task):
-    """The files that this command writes, the JSON first: once it is there, the pictures are known
-    to be its own.
-    """
+    """The files that this command writes."""
     if task.args.only:
         return [f"stress-{task.args.only.replace(',', '-')}.json"]
     probe = ["robustness.png", *["parts.png"] * ("parts" in task.split)] if task.labelled else []
@@ -490,11 +476,7 @@ def names_of(task):
 
 def check(task):
     """Every mistake before minutes of work."""
-    names = [task.out / name for name in names_of(task)]
-    refuse_file(task.out)
-    refuse_overwrite(names[:1], task.args.force)
-    if not names[0].exists():
-        refuse_overwrite(names[1:], task.args.force)
+    claim([task.out / name for name in names_of(task)])
     if task.args.only and not task.labelled:
         raise UserError(
             f"--only {task.args.only} needs two classes or more, and labels on all images of {task.folder}"

@@ -51,7 +51,7 @@ from common.command import (
     refuse_unused,
     working,
 )
-from common.io import UserError, read_json, save_json, save_text
+from common.io import UserError, locked, read_json, save_json, save_text
 from common.tables import rows_there
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
@@ -59,7 +59,6 @@ from experiments.study_run import (
     KEEP,
     RUNNING,
     adapt_rows,
-    alone,
     commands,
     execute,
     number_format,
@@ -709,7 +708,7 @@ def main():
         names = plans.ALL if args.plan == "all" else [args.plan]
         studies = [] if args.report else [open_study(name, args) for name in names]
         for study in [] if args.dry else studies:
-            locks.enter_context(alone(study["folder"] / ".lock", wait=False))
+            locks.enter_context(locked(study["folder"] / ".lock"))
         failed = run_studies(studies, args)
         if args.dry:
             return

@@ -3,7 +3,6 @@
 import math
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from common.plots import (
@@ -16,6 +15,7 @@ from common.plots import (
     controls,
     panels,
     percent,
+    plt,
     save,
     shared_legend,
 )

@@ -1,6 +1,5 @@
 """One run of the study: the stages as a user calls them, and what they wrote as one row. study.py plans them."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -10,15 +9,10 @@ import time
 from pathlib import Path
 
 from common import features
-from common.io import UserError, save_json
+from common.io import UserError, lock_beside, locked, save_json
 from common.tables import replace_rows, rows_there
 from common.train import commit, read_log
 from experiments import plans
-
-try:
-    import fcntl
-except ImportError:  # there is none on Windows: two studies at once are then not told apart
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = set()  # processes of ours
@@ -138,31 +132,13 @@ def execute(words, log, threads, lock=None):
         )
 
 
-@contextlib.contextmanager
-def alone(path, wait=True):
-    """Hold a lock file -> its descriptor. A stage that outlived a killed study still holds the lock
-    of its run.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise UserError(
-                        f"another study writes to {path.parent}; wait, or choose another --out"
-                    ) from None
-                print(f"waiting for a process that still writes to {path.parent}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno() if fcntl else None
-
-
 def run_one(job, args, ready):
     """Make one run -> its row. Finished pre-training is not repeated, one that was stopped goes on."""
     out, seconds = job["out"], {}
     made = out / "made.json"  # pretrain.py is through: the commit that it ran at
-    with alone(out / ".lock") as lock:
+    with locked(lock_beside(out), wait=True) as lock:
+        for old in out.glob("**/probe*.json"):  # of a study that was stopped before its row
+            old.unlink()
         for stage, words in commands(job, args, ready).items():
             if stage == "pretrain" and made.exists() and (out / "model.safetensors").exists():
                 continue
@@ -357,7 +333,7 @@ def adapt_rows(args, path):
                 yield rows
                 continue
             if not there:
-                with alone(out.with_suffix(".lock")) as lock:
+                with locked(lock_beside(out), wait=True) as lock:
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}

@@ -29,7 +29,7 @@ import data
 from common import train
 from common.agreement import Agreement
 from common.checkpoints import resize_positions
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, between, claim, cli, progress
 from common.lora import save_encoder
 from kernels.gather import masked_patch_gather
 from model import SIZES, ViT
@@ -140,7 +140,6 @@ def parse_args():
     add("method", choices=METHODS)
     add("--data", required=True, metavar="DIR", help="packed set")
     add("--out", required=True, metavar="DIR", help="run folder")
-    add("--force", action="store_true", help="replace what is there already")
     add("--model", choices=SIZES, default="nano")
     add("--image-size", type=at_least(16), default=64, metavar="PX")
     add("--patch-size", type=at_least(4), default=8, metavar="PX")
@@ -179,8 +178,7 @@ def parse_args():
 def main():
     args = parse_args()
     out = Path(args.out)
-    refuse_file(out)
-    refuse_overwrite([out / "model.safetensors"], args.force)
+    claim([out / "model.safetensors"], out / ".lock")
     device = train.pick_device(args.device)
     args.autocast = train.autocast_of(device, train.pick_dtype(args.dtype, device)[0])
     train_set = data.open_split(args.data, "train")
@@ -189,9 +187,7 @@ def main():
     images, total, step = data.resident(train_set, device), args.epochs * (n // B), 0
     optimizer = train.make_optimizer(net, args.lr, 0.05)
     config = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in ("given", "autocast", "force", "out", "device")
+        k: v for k, v in vars(args).items() if k not in ("given", "autocast", "out", "device")
     }
     out.mkdir(parents=True, exist_ok=True)
     log, meter = train.Log(out / "log.jsonl", -1), train.Meter(B, device)

@@ -12,6 +12,7 @@ same JPEG. The true mask, `drawn`, is for judging: only the fully supervised arm
 """
 
 import io
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,6 @@ PALETTES = 64  # layers of each kind whose colours are dealt out
 
 def open_photos(split):
     """The photographs of a split -> list of pictures."""
-    import matplotlib
     import sklearn
 
     try:
@@ -83,7 +83,7 @@ def open_photos(split):
     folders = {
         "sklearn": Path(sklearn.__path__[0]) / "datasets/images",
         "skimage": Path(skimage.__path__[0]) / "data",
-        "matplotlib": Path(matplotlib.get_data_path()) / "sample_data",
+        "matplotlib": Path(find_spec("matplotlib").origin).parent / "mpl-data/sample_data",
         "pywt": Path(pywt.__path__[0]) / "data",
     }
     paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
@@ -350,9 +350,8 @@ def main():
         help="frames of a kind, each beside its mask (default: 6)",
     )
     add("--seed", type=at_least(0), default=0, help="default: 0")
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
-    toon.refuse_sheet(args.out, args.force)
+    toon.refuse_sheet(args.out)
     photos, colours, items = {"val": open_photos("val")}, palettes(args.seed), plan(args.seed)
     some = [
         i

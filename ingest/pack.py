@@ -15,8 +15,8 @@ Writes: datasets/NAME/{train,val,test}.safetensors (dev, too, if --dev asks for 
         was made.
 
 Packing streams: memory holds what is known of each picture, and some 250 bytes more while copies
-are looked for (their thumbnails lie on the disk, a kilobyte each). The files are written aside and
-take their places together: a packing that fails or is killed leaves what stood there before.
+are looked for (their thumbnails lie on the disk, a kilobyte each). The files are written into a folder
+aside, which is renamed at the end: a packing that fails or is killed leaves no set at all.
 data.py reads them.
 """
 
@@ -44,13 +44,14 @@ from common.command import (
     Parser,
     at_least,
     between,
+    claim,
     progress,
     refuse_file,
     refuse_overwrite,
     refuse_unused,
     working,
 )
-from common.io import UserError, read_header, remove_leftovers, write_rows
+from common.io import UserError, lock_beside, locked, read_header, write_rows
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
 from ingest.splits import assign_splits, large_enough, long_tailed, without_copies
@@ -69,7 +70,7 @@ DTYPE = {
     "boxes": "F32",
     "heads": "F32",
 }  # of planes; others are U8
-WRITTEN = ("test", "val", "dev", "train")  # in this order: where train stands a data set is whole
+WRITTEN = ("test", "val", "dev", "train")
 TOO_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 ROOM, PAINT = (
     2**28,
@@ -373,7 +374,17 @@ def check_source(path, records, given, is_drawn):
     )
 
 
-def pack(
+def pack(path, out, *args, **options):
+    """Pack PATH into the folder out, as `write_set` does, while no other process writes it."""
+    refuse_file(out)
+    with locked(lock_beside(out)):
+        with contextlib.suppress(OSError):
+            os.rmdir(out)  # an empty folder is not in the way
+        refuse_overwrite([out])
+        write_set(path, out, *args, **options)
+
+
+def write_set(
     path,
     out,
     size=None,
@@ -395,13 +406,11 @@ def pack(
     emoticons=False,
     drawings=None,
     detect=False,
-    force=False,
     given=(),
 ):
     """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names
     of flags given.
     """
-    refuse_others(out, force)
     size = size or (LARGE if detect or str(path) == "scenes" else SIDE)
     is_toon = str(path) == "toon"
     shares = shares or (TOON_SHARES if is_toon else SHARES)
@@ -476,24 +485,6 @@ def too_few_to_deal(splits, shares, records):
 # ---- files: all of them, or none -----------------------------------------------------------------
 
 
-def refuse_others(out, force):
-    """Only what a packing that was killed left is replaced without --force: splits of ours with no
-    train beside.
-    """
-    refuse_file(out)
-    for path in (Path(out) / f"{split}.safetensors" for split in reversed(WRITTEN)):
-        if force or not os.path.lexists(path):
-            continue
-        if path.stem == "train":
-            raise UserError(
-                f"{out} is packed already; give another --out, or --force to replace it"
-            )
-        with contextlib.suppress(UserError):  # of a file that is none of ours
-            if read_header(path)[1].get("split") == path.stem:
-                continue
-        refuse_overwrite([path])
-
-
 def refuse_full_disk(out, dims, n, size):
     """Say before the work that the files will not fit."""
     free = shutil.disk_usage(next(p for p in Path(out).resolve().parents if p.is_dir())).free
@@ -506,25 +497,15 @@ def refuse_full_disk(out, dims, n, size):
 
 @contextlib.contextmanager
 def written_aside(out):
-    """A folder in `out`; the splits written there take their places together at the end, or none of
-    them does.
-    """
-    folder, out = Path(out) / f".packing.{os.getpid()}.tmp", Path(out)
-    remove_leftovers(out / "packing")
-    folder.mkdir(parents=True, exist_ok=True)
+    """A folder beside `out`, which gets its name at the end: a set is there whole, or not at all."""
+    folder = Path(out).with_name(f".{Path(out).name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a packing that was killed
+    folder.mkdir(parents=True)
     try:
         yield folder
-        for split in reversed(
-            WRITTEN
-        ):  # what stood there: train goes first, the rest is no data set without it
-            (out / f"{split}.safetensors").unlink(missing_ok=True)
-        for split in WRITTEN:
-            if (path := folder / f"{split}.safetensors").exists():
-                os.replace(path, out / path.name)
+        os.rename(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if it is empty: nothing was packed
 
 
 def write_all(out, records, dims, stream, max_broken, about):
@@ -609,8 +590,7 @@ def show(args):
         if is_packed(args.path)
         else Path(f"{default_out(args.path)}_crops.png")
     )
-    refuse_file(path.parent)
-    refuse_overwrite([path], args.force, "or move it away")
+    claim([path], fix="move it away")
     from common import plots  # heavy: only when a picture is asked for
     from data import open_split
 
@@ -784,7 +764,6 @@ def parse_args():
         help=f"toon only: how many (default: {toon.COUNT})",
     )
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
-    add("--force", action="store_true", help="replace what is there already")
     words = iter(sys.argv[1:])  # argparse takes -/class for a flag
     args = parser.parse_args(
         [f"--layout={next(words, '')}" if w == "--layout" else w for w in words]
@@ -807,7 +786,7 @@ def refuse_unused_flags(args):
         args,
         (
             (
-                "out layout crop split dev group-by dedupe keep-copies max-broken "
+                "out detect layout crop split dev group-by dedupe keep-copies max-broken "
                 "min-per-class min-per-tag tag-importance "
                 "emoticons tail drawings seed",
                 not args.show,
@@ -884,7 +863,6 @@ def main():
         args.emoticons,
         args.drawings,
         args.detect,
-        args.force,
         args.given,
     )
     print(

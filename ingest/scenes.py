@@ -204,10 +204,9 @@ def main():
     add("--columns", type=between(1, 20, int), default=4, help="default: 4")
     add("--rows", type=between(1, 20, int), default=3, help="default: 3")
     add("--seed", type=at_least(0), default=0, help="default: 0")
-    add("--force", action="store_true", help="replace what is there already")
     add("--plain", action="store_true", help="without the boxes")
     args = parser.parse_args()
-    toon.refuse_sheet(args.out, args.force)
+    toon.refuse_sheet(args.out)
     items = [i for i in plan(args.seed) if i["split"] == "val"][: args.rows * args.columns]
     pages = (draw(item, args.size) for item in progress(items, "drawing"))
     shown = (

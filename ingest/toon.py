@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, between, claim, cli, progress
 from common.io import UserError, atomic
 
 COUNT = 2400        # drawings in the demo set
@@ -690,12 +690,11 @@ def unseen(person, count, seed=0):
     """Items of one of the cast that no data set has, -> list for draw()."""
     return [{"seed": (seed + 1, i), "who": person} for i in range(count)]
 
-def refuse_sheet(path, force):
+def refuse_sheet(path):
     """What a sheet is written to has the name of a picture, and is not there yet."""
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {path} must be the name of a picture, such as sheet.png")
-    refuse_file(Path(path).parent)
-    refuse_overwrite([path], force)
+    claim([path])
 
 def write_sheet(path, pictures, rows, columns, size):
     """Pictures u8 (size, size[, 3]), as many as come, line by line -> a picture file."""
@@ -714,12 +713,11 @@ def main():
     add("--rows", type=between(1, 100, int), default=6, help="default: 6")
     add("--seed", type=at_least(0), default=0, help="default: 0")
     add("--who", help="one character of the demo set, in pictures that the set has not")
-    add("--force", action="store_true", help="replace what is there already")
     args = parser.parse_args()
     count, people = args.columns * args.rows, {person["name"]: person for person in cast()}
     if args.who and args.who not in people:
         raise UserError(f"--who {args.who} is unknown; there are: {', '.join(people)}")
-    refuse_sheet(args.out, args.force)
+    refuse_sheet(args.out)
     items = unseen(people[args.who], count, args.seed) if args.who else plan(count, min(48, count), args.seed)
     pictures = (draw(item, args.size)["image"] for item in progress(items, "drawing"))
     write_sheet(args.out, pictures, args.rows, args.columns, args.size)

@@ -291,14 +291,6 @@ def test_a_teacher_is_read_by_what_was_trained(
     assert guidance.default_source(flags, teacher) == source
 
 
-@pytest.mark.slow
-def test_what_is_made_anew_has_no_pooler_of_before(small, tmp_path):
-    pretrain(small, tmp_path / "run", "--epochs", 1)
-    assert (tmp_path / "run" / "pooler.safetensors").exists()
-    pretrain(small, tmp_path / "run", "--epochs", 1, "--contrast", "none", "--force")
-    assert not (tmp_path / "run" / "pooler.safetensors").exists()
-
-
 def test_only_the_masks_map_is_shuffled():
     """Weights of the loss are this image's own; backgrounds are cut by the data's own figure,
     whatever --maps says.

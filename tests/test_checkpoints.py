@@ -356,7 +356,7 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
             export(tmp_path, "hf", out)
 
 
-def test_export_replaces_nothing_without_force(tmp_path):
+def test_export_replaces_nothing(tmp_path):
     C.save_model(small_mae(), tmp_path / "run" / "model.safetensors", {})
     mine = tmp_path / "README.md"
     mine.write_text("mine")
@@ -364,7 +364,7 @@ def test_export_replaces_nothing_without_force(tmp_path):
     def run(*words):
         return call("export.py", tmp_path / "run", *words, cwd=tmp_path)
 
-    assert "README.md is there already; --force" in refused(run("--to", "timm", "--out", mine))
+    assert "README.md is there already" in refused(run("--to", "timm", "--out", mine))
     assert "is a file, and" in refused(run("--to", "hf", "--out", mine / "hf"))
     assert "is a file, and" in refused(
         run("--to", "timm", "--out", mine / "x" / "timm.safetensors")
@@ -374,10 +374,8 @@ def test_export_replaces_nothing_without_force(tmp_path):
     for to, name in (("timm", "timm.safetensors"), ("hf", "hf/model.safetensors")):
         assert run("--to", to).returncode == 0
         before = (tmp_path / "run" / name).read_bytes()
-        assert f"{name} is there already; --force" in refused(run("--to", to, "--image-size", 64))
+        assert f"{name} is there already" in refused(run("--to", to, "--image-size", 64))
         assert (tmp_path / "run" / name).read_bytes() == before
-        assert run("--to", to, "--image-size", 64, "--force").returncode == 0
-        assert (tmp_path / "run" / name).read_bytes() != before
     (tmp_path / "run" / "hf" / "model.safetensors").unlink()
     assert "hf/config.json is there already" in refused(run("--to", "hf"))
     line = refused(run("--to", "mae", "--image-size", 8 * 10**7))

@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT, call, draw_folder, refused, shared_file
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import data
 from common.io import UserError
@@ -186,7 +185,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
         "split": "--split .5,.1",
         "size": "--size 0",
         "group": "--group-by (",
-        "twice": "packed already",
+        "twice": "out is there already",
     }
     assert says[what] in line
     if what == "twice":
@@ -203,14 +202,6 @@ def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
         tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]}
     )
     assert keys_of(tmp_path, "train") == names
-
-
-def test_what_a_killed_packing_left_is_not_mixed_with_the_next(tmp_path):
-    root = draw_folder(tmp_path / "images", classes=2, each=30)
-    pack_images(root, tmp_path / "out", "--size", 16, "--dev", ".2", check=0)
-    (tmp_path / "out" / "train.safetensors").unlink()
-    pack_images(root, tmp_path / "out", "--size", 16, "--seed", 1, "--split", ".8,.2,0", check=0)
-    assert sorted(p.stem for p in (tmp_path / "out").glob("*.safetensors")) == ["train", "val"]
 
 
 def test_a_folder_with_a_slash_behind_it_is_the_same_folder(tmp_path, monkeypatch):
@@ -398,24 +389,31 @@ def test_flags_that_given_splits_leave_nothing_to_do_are_refused(tmp_path):
     )
 
 
-def test_a_packed_set_and_its_sheet_are_replaced_only_by_force(tmp_path):
+def test_the_folder_that_one_stands_in_is_there_already(tmp_path):
+    root = draw_folder(tmp_path / "images", classes=1, each=4)
+    (tmp_path / "here").mkdir()
+    for out in (".", ".."):
+        done = call("data.py", root, "--out", out, cwd=tmp_path / "here")
+        assert "is there already" in refused(done)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "images"]
+
+
+def test_show_takes_no_detect(small):
+    assert "--detect is for packing" in refused(
+        call("data.py", "--show", small, "--detect", cwd=small)
+    )
+
+
+def test_a_packed_set_and_its_sheet_are_replaced_by_nothing(tmp_path):
     root = draw_folder(tmp_path / "images")
     pack_images(root, tmp_path / "out", "--size", 16, check=0)
     before = (tmp_path / "out" / "train.safetensors").read_bytes()
-    assert "packed already" in refused(pack_images(root, tmp_path / "out", "--size", 24))
+    line = refused(pack_images(root, tmp_path / "out", "--size", 24))
+    assert "is there already" in line and f"rm -r {tmp_path / 'out'}" in line
+    assert (tmp_path / "out" / "train.safetensors").read_bytes() == before
     (root / "class0" / "illust0_0.png").write_bytes(b"no image")
-    assert "more than 1 %" in refused(
-        pack_images(root, tmp_path / "out", "--force", "--max-broken", ".01")
-    )
-    assert (
-        tmp_path / "out" / "train.safetensors"
-    ).read_bytes() == before  # a packing that failed takes nothing
-    pack_images(root, tmp_path / "out", "--size", 24, "--force", "--split", ".8,.2,0", check=0)
-    assert data.open_split(tmp_path / "out", "train")["images"].shape[1] == 24
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "train.safetensors",
-        "val.safetensors",
-    ]
+    assert "more than 1 %" in refused(pack_images(root, tmp_path / "new", "--max-broken", ".01"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out"]  # nothing of what failed
     for path, picture in (
         (tmp_path / "out", tmp_path / "out" / "sheet.png"),
         (root, tmp_path / "datasets" / "images_crops.png"),
@@ -423,35 +421,33 @@ def test_a_packed_set_and_its_sheet_are_replaced_only_by_force(tmp_path):
         picture.parent.mkdir(exist_ok=True)
         picture.write_bytes(b"mine")
         line = refused(call("data.py", "--show", path, cwd=tmp_path))
-        assert picture.name in line and "--force" in line and picture.read_bytes() == b"mine"
-        call("data.py", "--show", path, "--force", cwd=tmp_path, check=0)
-        assert picture.read_bytes() != b"mine"
+        assert picture.name in line and picture.read_bytes() == b"mine"
+        picture.unlink()
+        call("data.py", "--show", path, cwd=tmp_path, check=0)
+        assert picture.exists()
 
 
-@pytest.mark.parametrize("content", [b"mine", None])
-def test_a_file_of_somebody_else_is_neither_removed_nor_overwritten(tmp_path, content):
+def test_a_folder_with_a_file_of_somebody_else_is_left_alone_and_an_empty_one_is_filled(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2)
-    theirs = tmp_path / "out" / "val.safetensors"
+    theirs = tmp_path / "out" / "notes.txt"
     theirs.parent.mkdir()
-    save_file(
-        {"weight": np.zeros(3, np.float32)}, theirs, {"format": "pt"}
-    ) if content is None else (theirs.write_bytes(content))
-    before = theirs.read_bytes()
-    line = refused(pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2"))
-    assert "val.safetensors is there already; --force replaces it" in line
-    assert theirs.read_bytes() == before and len(list(theirs.parent.iterdir())) == 1
-    pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2", "--force", check=0)
+    theirs.write_text("mine")
+    words = ("--size", 16, "--split", ".8,0,.2")
+    assert "out is there already" in refused(pack_images(root, tmp_path / "out", *words))
+    assert [p.read_text() for p in theirs.parent.iterdir()] == ["mine"]
+    theirs.unlink()
+    pack_images(root, tmp_path / "out", *words, check=0)
     assert sorted(p.stem for p in theirs.parent.iterdir()) == ["test", "train"]
 
 
 def test_what_a_killed_packing_wrote_aside_is_removed_by_the_next(tmp_path):
-    aside = tmp_path / "out" / ".packing.999999999.tmp"
-    aside.mkdir(parents=True)
-    (aside / "test.safetensors").write_bytes(b"half")
-    pack_images(
-        draw_folder(tmp_path / "images", classes=2), tmp_path / "out", "--size", 16, check=0
-    )
-    assert not aside.exists() and (tmp_path / "out" / "train.safetensors").exists()
+    aside = tmp_path / ".out.tmp"
+    aside.mkdir()
+    (aside / "dev.safetensors").write_bytes(b"half")
+    root = draw_folder(tmp_path / "images", classes=2)
+    pack_images(root, tmp_path / "out", "--size", 16, "--split", ".8,0,.2", check=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out"]
+    assert sorted(p.stem for p in (tmp_path / "out").iterdir()) == ["test", "train"]
 
 
 def test_out_that_is_a_file_or_under_one_is_one_line(tmp_path):
@@ -824,21 +820,6 @@ def test_the_demo_set_has_the_same_splits_however_it_is_asked_for(tmp_path, monk
         pack.main()
     data.open_or_pack(tmp_path / "toon")
     assert shares == [pack.TOON_SHARES] * 3 and numbers == [2400, 480, 2400]
-
-
-def test_a_demo_set_whose_drawing_was_cut_short_is_drawn_again(tmp_path, monkeypatch):
-    """kill -9 leaves a temporary file, or some of the splits: train is written last, and it alone
-    counts.
-    """
-    calls = []
-    monkeypatch.setattr(pack, "pack", lambda *args, **kw: calls.append(args))
-    for name in ("test.safetensors", ".val.safetensors.123.tmp"):
-        (tmp_path / "toon").mkdir(exist_ok=True)
-        (tmp_path / "toon" / name).write_bytes(b"half")
-        assert data.open_or_pack(tmp_path / "toon") == tmp_path / "toon"
-    (tmp_path / "toon" / "train.safetensors").write_bytes(b"whole")
-    data.open_or_pack(tmp_path / "toon")
-    assert [c[0] for c in calls] == ["toon", "toon"]
 
 
 # ---- what is held apart for choices --------------------------------------------------------------

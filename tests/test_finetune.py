@@ -16,6 +16,7 @@ from conftest import call, draw_folder
 import data
 import finetune_lora
 from common import classifier, corruptions, errors, features, stats, train
+from common.command import LOCKS
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
 from common.train import read_log, seeded
@@ -43,7 +44,8 @@ def main(*words, pictures=False):
         if not pictures:
             patch.setattr(errors, "draw", lambda *_: None)
         try:
-            finetune_lora.main()
+            with LOCKS:
+                finetune_lora.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

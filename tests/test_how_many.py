@@ -41,4 +41,4 @@ def test_its_table_has_a_row_for_each_number_and_each_feature(run, small, tmp_pa
         "experiments.how_many" in r["command"] and r["machine"] and r["commit"] for r in rows
     )
     assert len(done.stdout.splitlines()) == len(rows) + 1
-    assert "--force" in refused(call(*words, cwd=tmp_path))
+    assert "is there already" in refused(call(*words, cwd=tmp_path))

@@ -155,9 +155,8 @@ def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
     assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
     (tmp_path / "README.md").write_text("# mine\n\nwords\n")
     for words, says in (
-        (["--figure", "sheet.png"], "sheet.png is there already; --force"),
+        (["--figure", "sheet.png"], "sheet.png is there already"),
         (["--figure", "sheet.txt"], "sheet.txt is drawn as"),
-        (["--force"], "--force is for --figure"),
         (["--out", "README.md"], "README.md is there already, and no such table"),
         (["--out", "README.md/t.csv"], "README.md is a file"),
     ):

@@ -16,6 +16,7 @@ import maps
 import mask as masking
 import model
 from common import guidance, metrics, plots
+from common.command import LOCKS
 from common.io import UserError
 from common.train import seeded
 
@@ -39,7 +40,8 @@ def here(*words):
     """maps.py with these words, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["maps.py", *map(str, words)])
-        maps.main()
+        with LOCKS:
+            maps.main()
 
 
 @pytest.fixture(scope="module")
@@ -329,17 +331,15 @@ def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
     assert next_command(text)[-2:] == ["--maps", "maps/true"]
 
 
-def test_force_replaces_maps(small, tmp_path):
+def test_maps_and_their_sheet_are_replaced_by_nothing(small, tmp_path):
     words = ("--data", small, "--map", "saliency", "--out", tmp_path)
     here(*words)
-    before = (tmp_path / "saliency.safetensors").read_bytes()
-    (tmp_path / "saliency.safetensors").write_text("old")
-    (tmp_path / "sheet-saliency.png").write_text("old")
-    with pytest.raises(UserError, match="is there already"):
-        here(*words)
-    here(*words, "--force")
-    assert (tmp_path / "saliency.safetensors").read_bytes() == before
-    assert (tmp_path / "sheet-saliency.png").read_bytes() != b"old"
+    for name in ("saliency.safetensors", "sheet-saliency.png"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name} is there already"):
+            here(*words)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_what_maps_refuses(small, run, made, tmp_path):
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
     before = (made / "saliency.safetensors").read_bytes()
-    assert "is there already; --force replaces it" in no("--map", "saliency", "--out", made)
+    assert "is there already" in no("--map", "saliency", "--out", made)
     assert (made / "saliency.safetensors").read_bytes() == before and not list(tmp_path.iterdir())
 
 
@@ -444,7 +444,7 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
     assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
     with pytest.raises(UserError, match="needs true parts"):
-        here("--data", small, *words, "--force")
+        here("--data", small, *words, "--out", tmp_path / "new")
     with pytest.raises(UserError, match="needs an encoder"):
         here("--data", small, "--map", "all")
 

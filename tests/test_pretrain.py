@@ -434,7 +434,6 @@ def test_a_checkpoint_with_code_in_it_is_refused_unrun(small, tmp_path):
         (["--no-norm-pix", "--norm-floor", 0.1], "norm-floor"),
         (["--mask", "simmim"], "decoder-depth"),
         (["--mask", "simmim", "--decoder-dim", 64], "decoder-dim"),
-        (["--resume", "--force"], "force"),
     ],
 )
 def test_no_flag_is_ignored(small, tmp_path, words, flag):
@@ -448,7 +447,7 @@ def test_no_flag_is_ignored(small, tmp_path, words, flag):
 
 def test_flags_that_are_used_are_no_part_of_the_network(finished):
     config = torch.load(finished[0] / "state.pt", weights_only=True)["config"]
-    assert not {"given", "force", "resume", "out"} & config.keys()
+    assert not {"given", "resume", "out"} & config.keys()
 
 
 @pytest.mark.parametrize(
@@ -509,18 +508,8 @@ def test_a_finished_run_without_its_state_is_not_replaced(small, finished, tmp_p
     before = (out / "model.safetensors").read_bytes()
     for more in ((), ("--resume",)):
         line = refused(train(small, out, "--epochs", 1, "--seed", 1, *more))
-        assert "model.safetensors is there already; --force replaces it" in line
+        assert "model.safetensors is there already; remove it (rm " in line
     assert (out / "model.safetensors").read_bytes() == before
-    done = train(small, out, "--epochs", 1, "--seed", 1, "--force", check=0)
-    assert "going on" not in done.stdout and (out / "model.safetensors").read_bytes() != before
-
-
-def test_force_starts_anew_where_another_run_is(small, tmp_path):
-    train(small, tmp_path / "out", "--epochs", 1, check=0)
-    assert "--force starts anew" in refused(train(small, tmp_path / "out", "--epochs", 2))
-    train(small, tmp_path / "out", "--epochs", 2, "--seed", 1, "--force", check=0)
-    assert torch.load(tmp_path / "out" / "state.pt", weights_only=True)["config"]["seed"] == 1
-    assert [r["step"] for r in read_log(tmp_path / "out" / "log.jsonl") if "val_mse" in r][0] == 0
 
 
 @pytest.mark.parametrize(
@@ -555,7 +544,7 @@ def test_a_state_that_was_changed_names_the_fix(small, finished, tmp_path, chang
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pretrain.SIZES, "nano", NANO)
         line = refused(call(*words, "--resume", cwd=tmp_path))
-    assert "not as it was written" in line and "--force starts anew" in line
+    assert "not as it was written" in line and "rm -r" in line
     assert (tmp_path / "out" / "state.pt").read_bytes() == before
 
 

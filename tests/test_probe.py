@@ -16,6 +16,7 @@ import data
 import pretrain
 import probe
 from common import checkpoints, compare, features, stats
+from common.command import LOCKS
 from common.io import UserError
 from ingest import pack
 from model import ViT
@@ -40,7 +41,8 @@ def run_probe(monkeypatch, *words, looking=False):
     if not looking:
         monkeypatch.setattr(probe, "draw", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, words)])
-    probe.main()
+    with LOCKS:
+        probe.main()
 
 
 def relative(run, other, **flags):
@@ -121,8 +123,9 @@ def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
     """In another process, and with features that are extracted again."""
     run = runs[0] / "random-s0"
     first = json.loads((run / "probe.json").read_text())
-    (run / "features.safetensors").unlink()
-    run_probe(monkeypatch, run, *FAST, "--force")
+    for name in ("features.safetensors", "probe.json"):
+        (run / name).unlink()
+    run_probe(monkeypatch, run, *FAST)
     again = json.loads((run / "probe.json").read_text())
     assert again["rows"] == first["rows"] and again["efficiency"] == first["efficiency"]
 
@@ -150,12 +153,13 @@ def test_runs_are_compared_in_pairs(runs, monkeypatch, capsys):
     base, _ = runs
     made = (base / "random-s0" / "features.safetensors").stat().st_mtime_ns
     three = (base / "random-s0", base / "random-s1", base / "green-s0", *FAST)
-    with pytest.raises(UserError, match="random-s0/probe.json is there already; --force"):
+    with pytest.raises(UserError, match="random-s0/probe.json is there already"):
         run_probe(monkeypatch, *three)
-    run_probe(monkeypatch, *three, "--force")
+    (base / "random-s0" / "probe.json").unlink()
+    run_probe(monkeypatch, *three)
     (base / "green-s0" / "probe.json").unlink()
     (base / "random-s1" / "probe.json").unlink()
-    with pytest.raises(UserError, match="compare.json is there already; --force"):
+    with pytest.raises(UserError, match="compare.json is there already"):
         run_probe(monkeypatch, *three[1:])
     assert (
         base / "random-s0" / "features.safetensors"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import ingest.pictures
 import recognize
 from common import classifier, metrics
+from common.command import LOCKS
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
 from common.tables import read_csv
@@ -68,7 +69,8 @@ def recognise(capsys, *words):
         ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"],
     )
     try:
-        recognize.main()
+        with LOCKS:
+            recognize.main()
     finally:
         sys.argv = before
     return capsys.readouterr()
@@ -88,8 +90,8 @@ def test_a_recogniser_is_asked_at_other_sizes(run, small, tmp_path):
     assert [int(row["patches"]) for row in rows.values()] == [4, 16, 64] and float(
         rows[64]["ms_1"]
     ) > 0
-    assert "no multiple" in refused(call(*words, "--force", "--sides", 20, cwd=tmp_path))
-    assert "--force" in refused(call(*words, "--sides", 32, cwd=tmp_path))
+    assert "no multiple" in refused(call(*words[:-1], "new", "--sides", 20, cwd=tmp_path))
+    assert "is there already" in refused(call(*words, "--sides", 32, cwd=tmp_path))
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -262,7 +264,6 @@ def test_nothing_given_is_ignored(run, copy, tmp_path):
     for words in (
         (picture, "--data", "x"),
         (picture, "--eval-on", "dev"),
-        (picture, "--force"),
         ("--verify", picture),
         ("--verify", "--nearest", 2),
         ("--verify", "--crop", "figure"),
@@ -317,13 +318,15 @@ def test_verification_and_strangers(copy, small, capsys, tmp_path):
     assert row["known"] > 30 and row["strangers"] > 5 and 0 <= row["auroc_unknown"] <= 100
     assert row["dir_at_far_10"] >= row["dir_at_far_0.1"]
     assert f"{row['strangers_unknown']:.1f} % called unknown" in told
-    with pytest.raises(UserError, match="--force"):
+    with pytest.raises(UserError, match="is there already"):
         recognise(capsys, copy, *words, "--threshold", 0.1)  # another result under the same name
-    assert json.loads(recognise(capsys, copy, *words, "--force", "--json").out)["open_set"] == row
+    (copy / "packed-train" / "recognize.json").unlink()
+    assert json.loads(recognise(capsys, copy, *words, "--json").out)["open_set"] == row
+    (copy / "packed-train" / "recognize.json").unlink()
     # once enrolled, the same character is known, and counted apart
     somebody = sorted((pictures / "somebody").iterdir())[:5]
     recognise(capsys, copy, "--enrol", "somebody", *somebody)
-    recognise(capsys, copy, *words, "--force")
+    recognise(capsys, copy, *words)
     row = json.loads((copy / "packed-train" / "recognize.json").read_text())["open_set"]
     assert row["strangers"] == 0 and "strangers_unknown" not in row and row["enrolled"] > 5
     assert row["enrolled_named_rightly"] > 60

@@ -13,6 +13,7 @@ from conftest import ROOT, call, refused
 import mask as masking
 import model
 from common import corruptions, stats
+from common.command import LOCKS
 from common.io import UserError
 from experiments import stress
 from ingest import pack, toon
@@ -108,7 +109,8 @@ def drawn(tmp_path_factory):
 
 def run_stress(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["experiments.stress", *map(str, words)])
-    stress.main()
+    with LOCKS:
+        stress.main()
 
 
 def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
@@ -140,27 +142,19 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert "masked error under the fixed random mask" in text and "without eyes" in text
 
 
-def test_nothing_that_is_there_is_replaced_but_by_the_same_command(drawn, monkeypatch, tmp_path):
+def test_nothing_that_is_there_is_replaced(drawn, monkeypatch, tmp_path):
     run = shutil.copytree(
         drawn / "run", tmp_path / "run", ignore=shutil.ignore_patterns("stress*", "*.png")
     )
-    (run / "stress.json").write_text(json.dumps({"command": "python -m experiments.stress other"}))
-    with pytest.raises(UserError, match=r"stress\.json is there already; --force"):
-        run_stress(monkeypatch, run, "--images", 8)
-    (run / "stress.json").unlink()
-    (run / "robustness.png").write_text("mine")
-    with pytest.raises(
-        UserError, match=r"robustness\.png is there already; --force"
-    ):  # somebody's own
-        run_stress(monkeypatch, run, "--images", 8)
+    for name in ("stress.json", "robustness.png"):
+        (run / name).write_text("mine")
+        with pytest.raises(UserError, match=f"{name} is there already"):
+            run_stress(monkeypatch, run, "--images", 8)
+        (run / name).unlink()
     words = [run, "--images", 8, "--device", "cpu", "--only", "cutout"]
     run_stress(monkeypatch, *words)
-    run_stress(monkeypatch, *words)  # the same again is no loss
     with pytest.raises(UserError, match=r"stress-cutout\.json is there already"):
-        run_stress(monkeypatch, *words[:1], "--images", 9, *words[3:])
-    before = (run / "stress-cutout.json").read_bytes()
-    run_stress(monkeypatch, *words, "--force")
-    assert len((run / "stress-cutout.json").read_bytes()) == len(before) + len(" --force")
+        run_stress(monkeypatch, *words)
     shutil.copytree(drawn / "toon", tmp_path / "other")
     run_stress(monkeypatch, *words, "--data", tmp_path / "other")
     run_stress(monkeypatch, *words, "--split", "test")
@@ -171,7 +165,7 @@ def test_nothing_that_is_there_is_replaced_but_by_the_same_command(drawn, monkey
     assert json.loads((run / "toon-test/stress-cutout.json").read_text())["split"] == "test"
 
 
-@pytest.mark.parametrize("words", [["--only", "cutout"], ["--pool", "cls"], ["--force"]])
+@pytest.mark.parametrize("words", [["--only", "cutout"], ["--pool", "cls"]])
 def test_what_the_mid_terms_table_would_not_use_is_refused(drawn, monkeypatch, words):
     with pytest.raises(UserError, match=f"{words[0]}.* is .*midterm"):
         run_stress(monkeypatch, drawn / "run", "--midterm", *words)

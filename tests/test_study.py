@@ -604,7 +604,7 @@ def test_the_numbers_of_the_docs_are_written_where_they_are_named(tmp_path, monk
     with pytest.raises(UserError, match="--out"):
         ask_for()
     (tmp_path / "demo.json").write_text("{}")
-    with pytest.raises(UserError, match="demo.json is there already; --force"):
+    with pytest.raises(UserError, match="demo.json is there already"):
         ask_for("--out", tmp_path)
     with pytest.raises(UserError, match="demo.json is a file"):
         ask_for("--out", tmp_path / "demo.json/x")

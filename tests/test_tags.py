@@ -364,7 +364,7 @@ def test_pictures_get_a_name_and_tags(tagged, trained):
 def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
     theirs = "tag_id,name,category,count\n9,general,9,1\n1,Hat,0,5\n2,tail,0,3\n3,class1,4,2\n"
     (tagged / "selected.csv").write_text(theirs)
-    folder, more = tagged / "images" / "class1", ["--like", "selected.csv", "--force"]
+    folder, more = tagged / "images" / "class1", ["--like", "selected.csv"]
     done = call("tags.py", "whole", folder, "--csv", "said.csv", *more, cwd=tagged, check=0)
     assert "2 of its 4 tags are ours, the rest are 0; it lacks 4 of ours" in done.stderr
     rows = list(csv.reader((tagged / "said.csv").open()))
@@ -372,7 +372,7 @@ def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
     assert all(
         float(r[1]) == float(r[3]) == 0 < float(r[2]) and 0 < float(r[4]) < 1 for r in rows[1:]
     )
-    call("tags.py", "whole", folder, "--csv", "ours.csv", "--force", cwd=tagged, check=0)
+    call("tags.py", "whole", folder, "--csv", "ours.csv", cwd=tagged, check=0)
     assert (
         next(csv.reader((tagged / "ours.csv").open()))[1:]
         == json.loads(read_header(trained))["words"]
@@ -422,7 +422,10 @@ BAD = {
     ),
     "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
     "no name for a table": (["whole", "images", "--csv", ""], "--csv gives no value"),
-    "force for nothing": (["whole", "images", "--force"], "--force is for what is written"),
+    "told for a table": (
+        ["whole", "images", "--csv", "no.csv", "--tell", "hat"],
+        "--tell hat changes who it is",
+    ),
     "thresholds of none": (["arm-image", "images", "--top", 3], "is for a run that names tags"),
     "a list with a gap": (
         ["whole", "images", "--csv", "no.csv", "--like", "gap.csv"],
@@ -499,7 +502,6 @@ def test_bad_input_is_one_line(tagged, trained, case):
             "arm-image",
             "--arm",
             "image",
-            "--force",
             *QUICK,
             cwd=tagged,
             check=0,

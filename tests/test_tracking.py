@@ -124,7 +124,6 @@ def test_a_slip_in_a_flag_leaves_a_finished_run_as_it_is(run, small):
                 small,
                 "--out",
                 run,
-                "--force",
                 *STEP,
                 *words,
                 cwd=run.parent,
