@@ -4,12 +4,12 @@
 
 Reads:  a run of pretrain.py (default: the newest in runs/, else in weights/), and what was made of
         it: runs/NAME-lora, -tags, -seg, -det
-Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten; runs that a
-button makes
+Writes: gallery.safetensors of the recogniser, where somebody is enrolled or forgotten
 
-The page is this machine's alone unless --host or --share opens it. A picture that somebody drops is
-read as every stage reads it (ingest/decode.py), in memory; nothing that a visitor sends names a
-file or a command.
+The page is this machine's alone unless --host or --share opens it. Requests that another site's
+page sends are refused. A picture that somebody drops is read as every stage reads it
+(ingest/decode.py), in memory; nothing that a visitor sends names a file, and nothing starts a
+command.
 """
 
 if __name__ == "__main__":
@@ -21,16 +21,17 @@ import base64
 import functools
 import inspect
 import io
+import ipaddress
 import os
 import re
 import shlex
-import subprocess
-import sys
+import socket
 import threading
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -56,7 +57,12 @@ from model import put_patches, to_pixels
 
 FIRST_RUN = "runs/toon-nano-attn_high-0.75-s0"  # what README's first command makes on a CPU
 DRAWN = 256  # side of a picture that the page draws itself
-MOST_MB = 32  # of a file that somebody drops
+MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that somebody drops
+# What the page's own script posts to. By gradio's other posts anybody could call a function of the
+# page by its name, or start ffmpeg.
+POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
+# No function has a name for programs. One runs at a time, so that one picture is decoded at a time.
+EVENT = {"api_visibility": "private", "concurrency_id": "page"}
 LOCK = threading.Lock()  # of the gallery: two visitors may enrol at once
 CSS = """
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 12px }
@@ -119,7 +125,7 @@ def choose_run(name):
         return next(iter(encoders()), FIRST_RUN)
     if not Path(name).is_dir():
         raise UserError(
-            f"{name} is no run; python pretrain.py makes one, and python demo.py alone offers to"
+            f"{name} is no run; python pretrain.py makes one, and python demo.py alone shows the newest"
         )
     if (head := Path(name) / "head.safetensors").exists():
         return read_header(head)[1]["base"]
@@ -154,7 +160,7 @@ def detector_of(run):
 
 
 def commands(run):
-    """What a button makes where it is missing -> {tab: (words behind python, about how many
+    """What makes a run where it is missing -> {tab: (words behind python, about how many
     minutes)}.
     """
     return {
@@ -164,29 +170,6 @@ def commands(run):
         "Drawn or photographed": (["segment.py", run], 15),
         "Pages": (["detect.py", run], 15),
     }
-
-
-def make(words):
-    """Run one of `commands`, yielding how far it is, a line of HTML."""
-    yield f"<p>python {escape(shlex.join(words))}</p>"
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=env,
-    ) as process:
-        for line in process.stdout:
-            share = re.match(r"\s*(\d+)%\|", line)
-            bar = f'<progress value="{share[1]}" max="100"></progress>' if share else ""
-            yield f"<p>{bar} {escape(line.strip()[-160:])}</p>"
-    yield (
-        "<p>Done.</p>"
-        if process.returncode == 0
-        else f"<p>It ended with status {process.returncode}: {line}</p>"
-    )
 
 
 # ---- what is loaded, once ------------------------------------------------------------------------
@@ -318,10 +301,10 @@ def answer(work):
 
 
 def missing(tab, run):
-    """UserError that says what the button below makes."""
+    """UserError that says which command makes the run."""
     words, minutes = commands(run)[tab]
     raise UserError(
-        f"There is no run for this yet; the button below makes one in about {minutes} minutes: "
+        f"There is no run for this yet. This command makes one in about {minutes} minutes: "
         f"python {shlex.join(words)}"
     )
 
@@ -642,6 +625,55 @@ def probe_table(path):
     return f'<div class="table"><table><tr><th>Top-1</th>{head}</tr>{body}</table></div>'
 
 
+# ---- who may ask ---------------------------------------------------------------------------------
+
+
+def is_own(host, names):
+    """Is this Host header this machine's? An address in numbers is: DNS can't rebind it."""
+    name = re.sub(r":\d*$", "", host)
+    try:
+        return bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return name in names
+
+
+def refusal(method, path, headers, names):
+    """headers: {name: value} in small letters -> (status, sentence), or None where it is answered."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if not is_own(host, names):
+        return (
+            403,
+            "The page has another address: see what demo.py printed, or start it with --host",
+        )
+    if origin is not None and origin.partition("://")[2] != host:
+        return 403, "Another site's page sent this request"
+    if method == "POST" and path.rstrip("/") not in POSTS:
+        return 404, "The page has no such function"
+    return None
+
+
+class Gate:
+    """An ASGI middleware: answers what `refusal` refuses. names: those that this machine has."""
+
+    def __init__(self, app, names):
+        self.app, self.names = app, names
+
+    async def __call__(self, scope, receive, send):
+        refused = None
+        if scope["type"] == "http":
+            headers = {
+                k.decode("latin-1"): v.decode("latin-1").lower() for k, v in scope["headers"]
+            }
+            refused = refusal(scope["method"], scope["path"], headers, self.names)
+        if refused is None:
+            await self.app(scope, receive, send)
+            return
+        status, sentence = refused
+        text = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": status, "headers": text})
+        await send({"type": "http.response.body", "body": sentence.encode()})
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -664,9 +696,8 @@ def shown(picture):
     return figures([(picture["name"], png(decode(picture["bytes"], 160, False)["images"]))])
 
 
-def tab_of(gr, name, text, run, found, controls, page, below=list):
-    """A tab: a sentence, controls, what `page` says, a button where a run is missing, more below;
-    functions make them.
+def tab_of(gr, name, text, controls, page, below=list):
+    """A tab: a sentence, controls, what `page` says, more below; functions make them.
 
     -> page, its inputs behind the picture, where its answer goes, events after which it is asked
     again.
@@ -676,12 +707,6 @@ def tab_of(gr, name, text, run, found, controls, page, below=list):
         with gr.Row():
             inputs = controls()
         out = gr.HTML(elem_id=name.split()[0].lower())
-        if name in commands(run) and not found:
-            words, minutes = commands(run)[name]
-            button = gr.Button(
-                f"Make it: about {minutes} minutes", elem_id=f"make-{name.split()[0].lower()}"
-            )
-            button.click(functools.partial(make, words), None, out, api_visibility="private")
         events = below()
     return page, inputs, out, events
 
@@ -726,19 +751,17 @@ def enrol_controls(gr, run):
         forget = gr.Button("Forget", elem_id="forget")
     told = gr.HTML(elem_id="told")
     done = [
-        add.click(functools.partial(enrol_page, run), [who, files], told, api_visibility="private"),
-        forget.click(functools.partial(forget_page, run), [known], told, api_visibility="private"),
+        add.click(functools.partial(enrol_page, run), [who, files], told, **EVENT),
+        forget.click(functools.partial(forget_page, run), [known], told, **EVENT),
     ]
     for event in done:
-        event.then(
-            lambda: gr.Dropdown(enrolled(run), value=None), None, known, api_visibility="private"
-        )
+        event.then(lambda: gr.Dropdown(enrolled(run), value=None), None, known, **EVENT)
     return done
 
 
 def build(gr, run):
     """The page of gradio, `gr`, about one run of pretrain.py."""
-    private = {"api_visibility": "private", "show_progress": "hidden"}
+    private = EVENT | {"show_progress": "hidden"}
 
     def bound(page):
         return functools.partial(page, run)
@@ -747,7 +770,7 @@ def build(gr, run):
         gr.Markdown(
             f"# AniMask\nOne picture, and what networks make of it that learned from drawings: `{run}`"
         )
-        picture = gr.State()
+        picture = gr.State(drawing(toon.cast()[0]["name"], 0))
         with gr.Row():
             with gr.Column(scale=0, min_width=200):
                 seen = gr.HTML(elem_id="picture")
@@ -758,14 +781,13 @@ def build(gr, run):
                 number = gr.Slider(0, 99, 0, step=1, label="which drawing", elem_id="number")
             with gr.Column(min_width=240):
                 file = gr.File(label="or a picture of your own", height=140, elem_id="file")
+                gr.Markdown(f"It may have {MOST_MB} MB and {MOST_MEGAPIXELS} megapixels.")
                 said = gr.HTML(elem_id="said")
         tabs = [
             tab_of(
                 gr,
                 "Mask",
                 "Patches are hidden, and the network predicts them from the rest.",
-                run,
-                Path(run).is_dir(),
                 lambda: mask_controls(gr),
                 bound(mask_page),
             ),
@@ -773,8 +795,6 @@ def build(gr, run):
                 gr,
                 "Recognise",
                 'Which character it is, or "unknown"; and the faces that are nearest.',
-                run,
-                recogniser_of(run),
                 list,
                 bound(recognise_page),
                 lambda: enrol_controls(gr, run),
@@ -783,8 +803,6 @@ def build(gr, run):
                 gr,
                 "Tags",
                 "What the picture shows, from the picture alone.",
-                run,
-                tagger_of(run),
                 list,
                 bound(tags_page),
             ),
@@ -792,8 +810,6 @@ def build(gr, run):
                 gr,
                 "Drawn or photographed",
                 "Which pixels are drawn; what is photographed is orange.",
-                run,
-                segmenter_of(run),
                 lambda: [gr.Checkbox(label="it holds both", elem_id="both")],
                 bound(segment_page),
             ),
@@ -801,8 +817,6 @@ def build(gr, run):
                 gr,
                 "Pages",
                 "Where faces are, and who they are.",
-                run,
-                detector_of(run),
                 list,
                 bound(pages_page),
             ),
@@ -810,8 +824,6 @@ def build(gr, run):
                 gr,
                 "Compare",
                 "Two runs, the same patches hidden.",
-                run,
-                True,
                 lambda: compare_controls(gr, run),
                 bound(compare_page),
             ),
@@ -819,8 +831,6 @@ def build(gr, run):
                 gr,
                 "Learn",
                 "How the run learned, and what it knows.",
-                run,
-                True,
                 list,
                 bound(learn_page),
             ),
@@ -866,17 +876,13 @@ def library():
     return gradio
 
 
-def main():
-    args = parse_args()
-    set_malloc(arena_max=1)  # else each of the server's threads keeps a heap of its own
-    run, MACHINE.device = choose_run(args.run), pick_device(args.device)
-    MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
-    fonts = (
-        ["system-ui", "sans-serif"],
-        ["ui-monospace", "monospace"],
-    )  # those of the system: nothing is fetched
-    page = build(gr := library(), run)
-    _, address, public = page.launch(
+def serve(gr, args, run):
+    """Start the server in threads of its own -> the page, its address."""
+    from starlette.middleware import Middleware  # comes with gradio
+
+    names = {"localhost", socket.gethostname().lower(), args.host.lower()}
+    page = build(gr, run)
+    _, local, public = page.launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
@@ -887,9 +893,25 @@ def main():
         max_file_size=MOST_MB * 2**20,
         footer_links=[],
         ssr_mode=False,
-        theme=gr.themes.Default(font=fonts[0], font_mono=fonts[1]),
+        app_kwargs={"middleware": [Middleware(Gate, names)]},
+        # fonts of the system: nothing is fetched
+        theme=gr.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
     )
-    print(f"page     {public or address}; control-C ends it", flush=True)
+    if public:
+        names.add(urlsplit(public).netloc)
+    return page, public or local
+
+
+def main():
+    args = parse_args()
+    set_malloc(arena_max=1)  # else each of the server's threads keeps a heap of its own
+    Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6  # Pillow refuses more, undecoded
+    run, MACHINE.device = choose_run(args.run), pick_device(args.device)
+    MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
+    page, address = serve(library(), args, run)
+    print(f"page     {address}; control-C ends it", flush=True)
     mask_page(
         run, drawing(toon.cast()[0]["name"], 0), "attn_high", 0.75, 0.5, 0.1, 1.0, 0
     )  # loads what is asked first

@@ -1,9 +1,13 @@
 """The page: what each tab says of a picture, bad files, names with markup; and clicked through in a real browser."""
 
+import io
+import json
 import os
 import re
 import shutil
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -139,9 +143,6 @@ def test_what_is_missing_says_how_it_is_made(at):
     assert "pretrain.py" in mask_page("runs/none") and "pretrain.py" in demo.learn_page(
         "runs/none", None
     )
-    program = "print('data'); print(' 41%|####', flush=True); raise SystemExit(3)"
-    said = list(demo.make(["-c", program]))
-    assert 'value="41"' in said[2] and "status 3" in said[-1]
 
 
 def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_path, monkeypatch):
@@ -189,18 +190,103 @@ def test_weights_that_ship_stand_behind_own_runs(at, tmp_path, monkeypatch):
     assert demo.encoders() == ["runs/c", "weights/b"]
 
 
+# ---- who may ask ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, None),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, None),
+        ({"host": "[::1]:7860"}, None),
+        ({"host": "192.168.1.7:7860"}, None),
+        ({"host": "studio:7860"}, None),
+        ({"host": "studio.evil.example:7860"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({}, 403),
+        ({"host": "localhost:7860", "origin": "http://localhost:8000"}, 403),
+        ({"host": "localhost:7860", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:7860", "origin": "null"}, 403),
+    ],
+)
+def test_only_the_page_itself_is_answered(headers, status):
+    refused = demo.refusal("POST", "/gradio_api/upload", headers, {"localhost", "studio"})
+    assert (refused and refused[0]) == status
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
+    with bench.server(QUICK, cwd=site, env=os.environ | {"PYTHONPATH": str(ROOT)}) as (_, address):
+        yield address
+
+
+def ask(address, path, body=None, headers=None):
+    """-> the status, the text that the page answers."""
+    request = urllib.request.Request(address + path, body, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as problem:
+        return problem.code, problem.read().decode()
+
+
+def upload(address, file, **headers):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    return ask(address, "/gradio_api/upload", body + file + b"\r\n--x--\r\n", kind | headers)
+
+
+def drop(address, file):
+    """Drop a picture as the page does -> what it says."""
+    path = json.loads(upload(address, file, Origin=address)[1])[0]
+    calls = json.loads(ask(address, "/config")[1])["dependencies"]
+    number = next(call["id"] for call in calls if call["targets"][0][1] == "upload")
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, None]
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": "visitor"}).encode()
+    headers = {"Content-Type": "application/json", "Origin": address}
+    assert ask(address, "/gradio_api/queue/join", body, headers)[0] == 200
+    return ask(address, "/gradio_api/queue/data?session_hash=visitor")[1]
+
+
+@pytest.mark.slow
+def test_requests_of_other_sites_are_refused(address):
+    elsewhere = "http://evil.example"
+    assert ask(address, "/")[0] == 200
+    assert ask(address, "/", headers={"Host": "evil.example:7860"})[0] == 403
+    assert upload(address, b"x", Origin=elsewhere)[0] == 403
+    assert upload(address, b"x", Origin=address)[0] == 200
+    join = {"Origin": elsewhere, "Content-Type": "application/json"}
+    assert ask(address, "/gradio_api/queue/join", b"{}", join)[0] == 403
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["run/drawn", "api/drawn/", "call/drawn", "process_recording"])
+def test_no_function_has_a_name_for_programs(address, path):
+    kind = {"Content-Type": "application/json"}
+    assert ask(address, f"/gradio_api/{path}", b'{"data": ["akika", 0]}', kind)[0] == 404
+    assert json.loads(ask(address, "/gradio_api/info")[1])["named_endpoints"] == {}
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_too_large_is_a_sentence(address):
+    for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
+        file = io.BytesIO()
+        Image.new("1", (side, side)).save(file, "PNG")
+        assert words in drop(address, file.getvalue())
+    assert upload(address, bytes(demo.MOST_MB * 2**20 + 1))[0] == 413
+
+
 # ---- in a browser --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def page(site):
+def page(address):
     """The page in chromium, and the addresses that it asked for."""
-    pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
     browsers = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     if not shutil.which("chromium"):
         pytest.skip("no chromium on this machine: apt install chromium")
-    here = {"cwd": site, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    with bench.server(QUICK, **here) as (_, address), browsers.sync_playwright() as play:
+    with browsers.sync_playwright() as play:
         page = bench.browser_of(play).new_page()
         page.asked = []
         page.on("request", lambda request: page.asked.append(request.url))
@@ -222,8 +308,8 @@ def test_the_page_in_a_browser(page, tmp_path):
     for name, words in (
         ("Recognise", "similarity"),
         ("Tags", "tags.py"),
-        ("Drawn", "button below"),
-        ("Pages", "button below"),
+        ("Drawn", "segment.py"),
+        ("Pages", "detect.py"),
         ("Compare", "dB"),
         ("Learn", "probe.py"),
         ("Mask", "pretrain.py --mask"),

@@ -464,7 +464,7 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     if not Path("runs/a").exists():
         shutil.copytree(tagged / "encoder", "runs/a")
     picture = demo.drawing("akika", 0)
-    assert "button below" in demo.pages_page("runs/a", picture)
+    assert "python detect.py" in demo.pages_page("runs/a", picture)
     shutil.copytree(det, "runs/a-det")
     assert (
         demo.choose_run("runs/a-det") == "runs/enc" and demo.detector_of("runs/a") == "runs/a-det"
