@@ -10,8 +10,8 @@ image:
     L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
 
 The projector is Linear, BatchNorm, ReLU, Linear, and is dropped afterwards. The sum over k != i is
-NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848). A run's loss is reconstruction
-+ W * mean of L_i.
+NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al.
+2021, arXiv:2110.06848). A run's loss is reconstruction + W * mean of L_i.
 """
 
 import math
