@@ -9,9 +9,17 @@ import json
 import math
 import os
 import shutil
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+# Of Pillow's 40 formats; among the others is EPS, which it gives to Ghostscript to be run.
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels: refused
 
 
 class UserError(Exception):
@@ -188,6 +196,18 @@ def move(f, start, to, count, step=2**24):
         f.seek(to + i)
         f.write(chunk)
     return to + count
+
+
+# ---- files of other people ------------------------------------------------------------------------
+
+
+def open_picture(file):
+    """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
+
+    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
+    for a picture of more than 89 megapixels.
+    """
+    return Image.open(file, formats=FORMATS)
 
 
 # ---- small files ---------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from common.command import (
     working,
 )
 from common.features import untrained_like
-from common.io import UserError
+from common.io import UserError, open_picture
 from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
@@ -66,7 +66,7 @@ def portraits(path, framing, half=1, side=128):
         names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
         people = sorted({n.split("/")[-2] for n in names})[half::2]
         pictures = [
-            Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people
+            open_picture(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people
         ]
         return torch.from_numpy(
             np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures])

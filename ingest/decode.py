@@ -1,22 +1,20 @@
 """From the bytes of a picture file, whatever it is, to a square of uint8: decode(data, size, ...).
 
 EXIF rotation, palettes, grays of 16 bits, CMYK, animations (their first frame) and transparency all
-end as RGB. What can't be read raises. Pictures of more than 89 megapixels are refused.
+end as RGB. What can't be read raises.
 """
 
 import contextlib
 import io
 import math
 import re
-import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from common.io import open_picture
+
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
-warnings.simplefilter(
-    "error", Image.DecompressionBombWarning
-)  # Pillow would only warn up to twice its limit
 
 
 def open_image(data, least):
@@ -26,7 +24,7 @@ def open_image(data, least):
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more.
     """
-    with Image.open(io.BytesIO(data)) as img:
+    with open_picture(io.BytesIO(data)) as img:
         full = img.width
         img.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = img.width / full
@@ -157,7 +155,7 @@ def count_alpha(records, fetch):
     for _, load in fetch(some):
         with (
             contextlib.suppress(Exception),
-            Image.open(io.BytesIO(load())) as img,
+            open_picture(io.BytesIO(load())) as img,
         ):  # a broken one is named later
             found += has_alpha(img) and not opaque(img.convert("RGBA"))
     return found, len(some)

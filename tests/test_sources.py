@@ -14,11 +14,11 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import ROOT, call, draw_folder, refused, stage
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 from common.io import UserError
-from ingest import decode, layouts, pack, sources, tags
+from ingest import decode, layouts, pack, pictures, sources, tags
 
 
 def png(colour=(200, 30, 30), size=(24, 24), seed=0):
@@ -751,6 +751,42 @@ def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
         and header["skipped"] == 3
     )
     assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+OTHER_FORMATS = {
+    "a program": EPS + b"(made) (w) file closefile showpage\n",
+    "an endless program": EPS + b"{} loop\n",
+    "wmf": b"\xd7\xcd\xc6\x9a"
+    + bytes(6)
+    + b"\x09\x00" * 3
+    + bytes(6)
+    + b"\x01\x00\t\x00"
+    + bytes(40),
+    "pdf": b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\ntrailer <</Root 1 0 R>>\n%%EOF\n",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_other_formats_are_no_pictures_and_start_no_program(tmp_path, monkeypatch, kind):
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\necho started > {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow asks once a process
+    lay(tmp_path, [("x.png", OTHER_FORMATS[kind])])
+    problems = []
+    assert list(pictures.whole_pictures([tmp_path / "x.png"], problems)) == []
+    assert "x.png" in problems[0][1] and "cannot identify" in problems[0][1]
+    assert not (tmp_path / "started").exists()
+
+
+def test_pictures_are_opened_in_one_place():
+    """Pillow without a list of formats would hand an EPS to Ghostscript."""
+    code = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
+    found = [p for p in code if re.search(r"Image\.open\(|imread|mpimg", p.read_text())]
+    assert [p.relative_to(ROOT).as_posix() for p in found] == ["common/io.py"]
 
 
 def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
