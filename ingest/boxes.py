@@ -234,11 +234,11 @@ def decode(data, size, boxes, most, shares, clipped):
     Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut
     off, and counted in the list `clipped`.
     """
-    img, scale = open_image(data, 2 * size)
-    img, side = on_paper(img), max(img.size)
-    shown = [max(1, round(x * size / side)) for x in img.size]
     square = Image.new("RGB", (size, size), GRAY)
-    square.paste(img.resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    with open_image(data, 2 * size) as (img, scale):
+        side = max(img.size)
+        shown = [max(1, round(x * size / side)) for x in img.size]
+        square.paste(on_paper(img).resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
     edge = np.array([*img.size, *img.size], np.float32)
     found = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
     inside = found.clip(0, edge)

@@ -38,7 +38,7 @@ from ingest import layouts
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
-MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may hold one each
+MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
 Record = namedtuple(
     "Record", "key place label split group tags box", defaults=(None, None, None, (), None)
 )

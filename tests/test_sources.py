@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 import types
 import unicodedata
 import zipfile
@@ -751,6 +752,27 @@ def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
         and header["skipped"] == 3
     )
     assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
+
+
+def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, monkeypatch):
+    """Sixteen of 88 megapixels side by side took 6 GB."""
+    names = [f"{i}.png" for i in range(16)]
+    lay(tmp_path, names)
+    monkeypatch.setattr(decode, "PIXELS", decode.Room(2 * 24 * 24))
+    upright, busy, counts = decode.upright, [], []
+
+    def slow(img):
+        busy.append(img)
+        counts.append(len(busy))
+        time.sleep(0.01)
+        busy.remove(img)
+        return upright(img)
+
+    monkeypatch.setattr(decode, "upright", slow)
+    problems = []
+    found = list(pictures.pictures([tmp_path], 16, "centre", 0, problems))
+    assert len(found) == 16 and not problems and max(counts) == 2
+    assert decode.PIXELS.free == 2 * 24 * 24
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
