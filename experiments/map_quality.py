@@ -44,7 +44,7 @@ from common.command import (
     working,
 )
 from common.features import untrained_like
-from common.io import UserError, open_picture
+from common.io import UserError, open_picture, regular
 from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
@@ -74,7 +74,7 @@ def portraits(path, framing, half=1, side=128):
 
 
 def check_zip(path):
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(regular(path)):
         raise UserError(
             f"{path} is no zip of portraits; --portraits none measures the demo set alone"
         )
