@@ -221,7 +221,8 @@ def dropped(path):
     """A file that the page put into its upload folder -> a picture; UserError where it is none."""
     name, file = Path(path).name, Path(path).read_bytes()
     try:
-        size = open_image(file, 2**15)[0].size
+        with open_image(file, 2**15) as (img, _):
+            size = img.size
     except Exception as problem:  # Pillow raises what it likes
         raise UserError(f"{name} is not a picture that can be read: {reason(problem)}") from None
     if min(size) < 8:
@@ -530,9 +531,10 @@ def tags_page(run, picture):
 
 def whole_of(picture):
     """A picture that somebody dropped -> u8 (H, W, 3), uncut, its longer side 1024 px at most."""
-    whole = on_paper(open_image(picture["bytes"], 1024)[0])
-    whole.thumbnail((1024, 1024))
-    return np.array(whole)
+    with open_image(picture["bytes"], 1024) as (img, _):
+        shown = on_paper(img)
+        shown.thumbnail((1024, 1024))
+        return np.array(shown)
 
 
 @answer

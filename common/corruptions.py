@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from common.io import open_picture
 from data import LUMA
 
 GRAY = 128
@@ -87,7 +88,7 @@ def jpeg(images, level, generator):
     for picture in images.cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=int(level))
-        result.append(np.array(Image.open(file)))
+        result.append(np.array(open_picture(file)))
     return torch.from_numpy(np.stack(result)).to(images.device)
 
 

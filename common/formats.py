@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common.io import UserError, read_safetensors
+from common.io import UserError, read_safetensors, regular
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -86,7 +86,7 @@ def read_tensors(path):
     it is.
     """
     try:
-        with open(path, "rb") as f:
+        with open(regular(path), "rb") as f:
             start = f.read(9)
         if start[8:] != b"{" and start[:1] in (
             b"P",

@@ -9,9 +9,17 @@ import json
 import math
 import os
 import shutil
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+# Of Pillow's 40 formats; among the others is EPS, which it gives to Ghostscript to be run.
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels: refused
 
 try:
     import fcntl
@@ -168,7 +176,7 @@ def read_safetensors(path, remedy="remove it and make it again"):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as f:
+        with safe_open(regular(path), "pt") as f:
             header = json.loads((f.metadata() or {}).get("animask", "{}"))
             return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError, ValueError) as problem:
@@ -180,7 +188,7 @@ def read_header(path, remedy="remove it and make it again"):
     "animask" or {}).
     """
     try:
-        with open(path, "rb") as f:
+        with open(regular(path), "rb") as f:
             room = int.from_bytes(f.read(8), "little")
             entries = json.loads(f.read(min(room, 2**30)))
         header = json.loads(entries.pop("__metadata__", {}).get("animask", "{}"))
@@ -264,6 +272,26 @@ def move(f, start, to, count, step=2**24):
     return to + count
 
 
+# ---- files of other people ------------------------------------------------------------------------
+
+
+def regular(path):
+    """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe; give a file or a folder")
+    return path
+
+
+def open_picture(file):
+    """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
+
+    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
+    for a picture of more than 89 megapixels.
+    """
+    return Image.open(file, formats=FORMATS)
+
+
 # ---- small files ---------------------------------------------------------------------------------
 
 
@@ -272,7 +300,7 @@ def read_json(path, keys=(), fix="remove it and run again"):
     UserError with the fix.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(regular(path).read_text())
     except (OSError, ValueError) as problem:
         raise UserError(
             f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import metrics
-from common.io import UserError, atomic
+from common.io import UserError, atomic, regular
 
 TOP = 25  # the most frequent tags, of which the error is told apart
 MOST = 1000  # the most frequent tags are asked for one by one: it takes half a minute
@@ -199,7 +199,7 @@ def style_row(features, styles, groups, strata):
 def read_selected(path):
     """selected_tags.csv: columns tag_id, name, category, count -> list of its rows, in its order."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(regular(path), newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
         raise UserError(f"{path} can't be read as a list of tags: {problem}") from None

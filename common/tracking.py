@@ -9,7 +9,8 @@ import os
 from importlib.util import find_spec
 
 import numpy as np
-from PIL import Image
+
+from common.io import open_picture
 
 
 class TensorBoard:
@@ -27,9 +28,8 @@ class TensorBoard:
 
     def pictures(self, paths, step):
         for path in paths:
-            self.writer.add_image(
-                path.stem, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC"
-            )
+            pixels = np.asarray(open_picture(path).convert("RGB"))
+            self.writer.add_image(path.stem, pixels, step, dataformats="HWC")
         self.writer.close()
 
 

@@ -36,7 +36,7 @@ from common import guidance, metrics
 from common.checkpoints import load_teacher
 from common.command import Parser, claim, cli, progress, refuse_file, working
 from common.features import untrained_like
-from common.io import UserError
+from common.io import UserError, open_picture, regular
 from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
@@ -58,7 +58,7 @@ def portraits(path, framing, half=1, side=128):
         names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
         people = sorted({n.split("/")[-2] for n in names})[half::2]
         pictures = [
-            Image.open(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people
+            open_picture(io.BytesIO(archive.read(n))) for n in names if n.split("/")[-2] in people
         ]
         return torch.from_numpy(
             np.stack([framed(p.convert("RGBA"), framing, side) for p in pictures])
@@ -66,7 +66,7 @@ def portraits(path, framing, half=1, side=128):
 
 
 def check_zip(path):
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(regular(path)):
         raise UserError(
             f"{path} is no zip of portraits; --portraits none measures the demo set alone"
         )

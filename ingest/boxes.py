@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.io import UserError
+from common.io import UserError, regular
 from ingest import layouts
 from ingest.decode import on_paper, open_image
-from ingest.sources import Record, fetch_files, nfc, table_rows, walk
+from ingest.sources import Record, fetch_files, nfc, refuse_odd, table_rows, walk
 
 HEADERS = ("x1,y1,x2,y2", "xmin,ymin,xmax,ymax", "left,top,right,bottom")  # of a table of boxes
 GRAY = (128, 128, 128)  # what fills a picture up to a square
@@ -83,7 +83,7 @@ def from_voc(root):
     boxes, classes = {}, []
     for path in sorted((root / "Annotations").rglob("*.xml")):
         try:
-            tree = ElementTree.parse(path).getroot()
+            tree = ElementTree.parse(regular(path)).getroot()
             if (name := tree.findtext("filename") or path.stem + ".jpg") in boxes:
                 raise ValueError(f"{name} is another file's picture")
             own = boxes[name] = []
@@ -121,7 +121,7 @@ def from_yolo(root):
     for name in walk(root):
         own, path = boxes.setdefault(name, []), labels.get(place(name))
         for number, line in enumerate(
-            path.read_text("utf-8-sig", "replace").splitlines() if path else (), 1
+            regular(path).read_text("utf-8-sig", "replace").splitlines() if path else (), 1
         ):
             try:
                 kind, x, y, w, h, *sure = map(float, line.split())
@@ -163,11 +163,12 @@ def reader_of(path):
 
 def find(path):
     """-> (records, fetch, notes, are boxes shares): as sources.find, but `box` is a list of boxes."""
-    path = Path(path)
+    path = regular(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file or a folder of boxes")
     reader, name = reader_of(path)
     boxes, classes, shares = reader(path)
+    refuse_odd(path, boxes)
     root = path if path.is_dir() else path.parent
     places = find_places(list(boxes), list(walk(root)))
     notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
@@ -234,11 +235,11 @@ def decode(data, size, boxes, most, shares, clipped):
     Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut
     off, and counted in the list `clipped`.
     """
-    img, scale = open_image(data, 2 * size)
-    img, side = on_paper(img), max(img.size)
-    shown = [max(1, round(x * size / side)) for x in img.size]
     square = Image.new("RGB", (size, size), GRAY)
-    square.paste(img.resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
+    with open_image(data, 2 * size) as (img, scale):
+        side = max(img.size)
+        shown = [max(1, round(x * size / side)) for x in img.size]
+        square.paste(on_paper(img).resize(shown, Image.Resampling.BICUBIC, reducing_gap=2.0))
     edge = np.array([*img.size, *img.size], np.float32)
     found = np.array(boxes, np.float32).reshape(-1, 4) * (edge if shares else scale)
     inside = found.clip(0, edge)

@@ -1,47 +1,84 @@
 """From the bytes of a picture file, whatever it is, to a square of uint8: decode(data, size, ...).
 
 EXIF rotation, palettes, grays of 16 bits, CMYK, animations (their first frame) and transparency all
-end as RGB. What can't be read raises. Pictures of more than 89 megapixels are refused.
+end as RGB. What can't be read raises.
 """
 
 import contextlib
 import io
 import math
 import re
-import warnings
+import threading
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from common.io import open_picture
+
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
-warnings.simplefilter(
-    "error", Image.DecompressionBombWarning
-)  # Pillow would only warn up to twice its limit
 
 
+class Room:
+    """What threads share: `with room.of(12)` waits until 12 of it are free."""
+
+    def __init__(self, size):
+        self.free, self.changed = size, threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, share):
+        with self.changed:
+            self.changed.wait_for(lambda: share <= self.free)
+            self.free -= share
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += share
+                self.changed.notify_all()
+
+
+# Pixels that are decoded at the same time: as many as one picture may have. At 12 bytes each (WebP
+# takes 20) they are a gigabyte.
+PIXELS = Room(Image.MAX_IMAGE_PIXELS)
+# The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
+Image.core.set_block_size(2**26)
+
+
+@contextlib.contextmanager
 def open_image(data, least):
     """Bytes -> an upright RGB or RGBA image of 8 bits (the first frame), and its scale: JPEGs may
     come out reduced.
 
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
-    `least` or more.
+    `least` or more. What is made of the image within the `with` shares the memory for decoding.
     """
-    with Image.open(io.BytesIO(data)) as img:
-        full = img.width
-        img.draft("RGB", (least, least))  # only JPEGs know what that is
-        scale = img.width / full
-        if img.mode.startswith(("I", "F")):
-            img = eight_bits(img)
-        ImageOps.exif_transpose(img, in_place=True)
-        img = img.convert("RGBA" if has_alpha(img) else "RGB")
-        return img.convert("RGB") if opaque(img) else img, scale
+    with open_picture(io.BytesIO(data)) as file, PIXELS.of(file.width * file.height):
+        full = file.width
+        file.draft("RGB", (least, least))  # only JPEGs know what that is
+        scale = file.width / full
+        img = upright(file)
+        file.close()
+        yield img, scale
+
+
+def upright(img):
+    """-> a copy, RGB or RGBA of 8 bits, turned as its EXIF says."""
+    if img.mode.startswith(("I", "F")):
+        img = eight_bits(img)
+    ImageOps.exif_transpose(img, in_place=True)
+    img = img.convert("RGBA" if has_alpha(img) else "RGB")
+    return img.convert("RGB") if opaque(img) else img
 
 
 def eight_bits(img):
     """16-bit grays, 32-bit integers and floats -> L. Pillow would clip them at 255."""
-    pixels = np.asarray(img, np.float32)
+    pixels = np.array(img, np.float32)
     top = 65535 if pixels.max() > 255 else 1 if img.mode == "F" and pixels.max() <= 1 else 255
-    gray = Image.fromarray(np.uint8(np.clip(pixels / top, 0, 1) * 255 + 0.5))
+    pixels /= top
+    np.clip(pixels, 0, 1, out=pixels)
+    pixels *= 255
+    pixels += 0.5
+    gray = Image.fromarray(np.uint8(pixels))
     gray.info |= {"exif": img.info["exif"]} if "exif" in img.info else {}
     return gray
 
@@ -121,11 +158,11 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
     least = (
         2 * size if crop == "centre" else 4 * size if box is None else 2**15
     )  # a box may be small
-    img, scale = open_image(data, least)
-    if crop == "figure":
-        box = [scale * x for x in box] if box else foreground_box(img)
-    area = square(img, box if crop == "figure" else None, margin)
-    img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
+    with open_image(data, least) as (img, scale):
+        if crop == "figure":
+            box = [scale * x for x in box] if box else foreground_box(img)
+        area = square(img, box if crop == "figure" else None, margin)
+        img = img.resize((size, size), Image.Resampling.BICUBIC, area, reducing_gap=2.0)
     alpha = img.getchannel("A") if img.mode == "RGBA" else Image.new("L", img.size, 255)
     if img.mode == "RGBA":
         img = Image.composite(img.convert("RGB"), Image.new("RGB", img.size, PAPER), alpha)
@@ -135,8 +172,14 @@ def decode(data, size, fg, box=None, crop="centre", margin=0.1):
 def on_paper(img):
     """RGB or RGBA -> RGB: what is transparent shows PAPER."""
     if img.mode == "RGBA":
-        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img)
-    return img.convert("RGB")
+        img = Image.alpha_composite(Image.new("RGBA", img.size, PAPER), img).convert("RGB")
+    return img
+
+
+def whole(data):
+    """Bytes of an image file -> u8 (H, W, 3), uncut."""
+    with open_image(data, 2**15) as (img, _):
+        return np.array(on_paper(img))
 
 
 def reason(problem):
@@ -157,7 +200,7 @@ def count_alpha(records, fetch):
     for _, load in fetch(some):
         with (
             contextlib.suppress(Exception),
-            Image.open(io.BytesIO(load())) as img,
+            open_picture(io.BytesIO(load())) as img,
         ):  # a broken one is named later
             found += has_alpha(img) and not opaque(img.convert("RGBA"))
     return found, len(some)

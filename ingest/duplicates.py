@@ -38,7 +38,8 @@ WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CRO
 
 def thumbnail(data):
     """Bytes of an image file -> gray u8 (32, 32), JPEGs are decoded at a fraction of their size."""
-    img = open_image(data, 2 * SIDE)[0].resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    with open_image(data, 2 * SIDE) as (img, _):
+        img = img.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     return np.asarray(on_paper(img).convert("L"))  # the copy may have been flattened
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from common.command import Parser, at_least, between, cli, progress
-from common.io import UserError
+from common.io import UserError, open_picture
 from ingest import toon
 
 KINDS = {
@@ -87,7 +87,9 @@ def open_photos(split):
         "pywt": Path(pywt.__path__[0]) / "data",
     }
     paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
-    photos = [np.uint8(np.load(p)["data"]) if p.suffix == ".npz" else Image.open(p) for p in paths]
+    photos = [
+        np.uint8(np.load(p)["data"]) if p.suffix == ".npz" else open_picture(p) for p in paths
+    ]
     return [(Image.fromarray(p) if isinstance(p, np.ndarray) else p).convert("RGB") for p in photos]
 
 
@@ -226,7 +228,7 @@ def develop(frame, rng):
     Image.fromarray(noisy).save(
         file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2]))
     )
-    return np.asarray(Image.open(file))
+    return np.asarray(open_picture(file))
 
 
 # ---- frames --------------------------------------------------------------------------------------

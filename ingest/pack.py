@@ -31,6 +31,7 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -78,7 +79,7 @@ ROOM, PAINT = (
 )  # bytes of decoded pictures at a time; bytes that the painter takes for a pixel
 
 
-def decode_records(records, fetch, work, at_once=64):
+def decode_records(records, fetch, work, at_once=16):
     """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes
     without the GIL.
     """
@@ -98,10 +99,11 @@ def decode_records(records, fetch, work, at_once=64):
 
     items = iter(fetch(records))
     with ThreadPoolExecutor() as pool:
-        while some := list(
-            islice(items, at_once)
-        ):  # in chunks, so that results never pile up in memory
-            yield from pool.map(one, some)
+        waiting = deque(pool.submit(one, item) for item in islice(items, at_once))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(one, item) for item in islice(items, 1))
+            yield done
 
 
 def render(records, draw, size, dims, processes):
@@ -219,7 +221,7 @@ def open_images(path, size, crop, margin, boxes, layout):
     def work(r, data):
         return decode(data, size, fg, r.box, crop, margin)
 
-    chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
+    chunk = at_once(size, 32, min(16, max(1, ROOM // (4 * size**2))))
     return records, notes, dims, fetch, lambda some: decode_records(some, fetch, work, chunk), {}
 
 
@@ -302,7 +304,7 @@ def open_boxes(path, size):
     def work(r, data):
         return boxes.decode(data, size, r.box, most, shares, clipped)
 
-    chunk = at_once(size, 32, min(64, max(1, ROOM // (4 * size**2))))
+    chunk = at_once(size, 32, min(16, max(1, ROOM // (4 * size**2))))
 
     def stream(some):
         clipped.clear()

@@ -4,11 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from common.io import UserError
 from ingest import pack, sources
-from ingest.decode import decode, on_paper, open_image, reason
+from ingest.decode import decode, reason, whole
 
 
 def is_picture(path):
@@ -32,13 +30,11 @@ def pictures(paths, size, crop, margin, problems):
 
 def whole_pictures(paths, problems):
     """The same, uncut: yield (key, u8 (H, W, 3))."""
-    return each_picture(
-        paths, lambda r, b: np.array(on_paper(open_image(b, 2**15)[0])), problems, at_once=4
-    )
+    return each_picture(paths, lambda r, b: whole(b), problems, at_once=1)
 
 
-def each_picture(paths, work, problems, at_once=64):
-    """Yield (key, work(record, bytes)) of all that can be read, `at_once` of them in memory."""
+def each_picture(paths, work, problems, at_once=16):
+    """Yield (key, work(record, bytes)) of all that can be read, `at_once` of them ahead."""
     for path in paths:
         try:
             if path != "-" and is_picture(Path(path)):

@@ -32,13 +32,15 @@ from functools import partial
 from pathlib import Path
 
 from common.command import working
-from common.io import UserError
+from common.io import UserError, regular
 from ingest import layouts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
-MOST_BYTES = 2**28  # a picture file larger than this is refused: 16 threads may hold one each
+MOST_NAME = 1000  # characters of a picture's name
+ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
+MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
 Record = namedtuple(
     "Record", "key place label split group tags box", defaults=(None, None, None, (), None)
 )
@@ -70,6 +72,7 @@ def find(path, boxes_file=None, layout=None):
             0,
             layouts.taken_for(f"read as {READ_AS[reader]}", [(r.split, r.label) for r in records]),
         )
+    refuse_odd(path, [r.key for r in records])
     first, alike = {}, defaultdict(list)
     for r in records:
         first.setdefault(r.key, r)
@@ -90,6 +93,16 @@ def find(path, boxes_file=None, layout=None):
         fetch,
         notes,
     )
+
+
+def refuse_odd(path, names):
+    """Names are printed, and are a line each."""
+    for name in names:
+        if ODD.search(name) or len(name) > MOST_NAME:
+            raise UserError(
+                f"{path} holds the name {name[:80]!r}, which has control characters or more than "
+                f"{MOST_NAME} characters; rename it"
+            )
 
 
 def two_readings(path, problem):
@@ -125,10 +138,10 @@ def reader_of(path):
         (Path.is_dir, from_folder),
         (lambda p: p.suffix.lower() in (".csv", ".tsv"), from_table),
         (zipfile.is_zipfile, from_zip),
-        (tarfile.is_tarfile, from_tar),
+        (is_tar, from_tar),
     )
     for fits, reader in layouts:
-        if fits(path):
+        if fits(regular(path)):
             return reader
     raise UserError(
         f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)"
@@ -201,7 +214,7 @@ def by_path(found, layout=None):
 
 
 def read_whole(path):
-    if os.path.getsize(path) > MOST_BYTES:
+    if os.path.getsize(regular(path)) > MOST_BYTES:
         raise ValueError(f"the file has more than {MOST_BYTES >> 20} MB")
     with open(path, "rb") as f:
         return f.read()
@@ -284,7 +297,7 @@ def from_table(path):
 
 def table_rows(path):
     """Yield (line number, [cells]) of a csv or tsv file, empty lines left out."""
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with open(regular(path), newline="", encoding="utf-8-sig") as f:
         rows = csv.reader(f, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             yield from ((rows.line_num, row) for row in rows if row)
@@ -315,7 +328,7 @@ def from_zip(path, layout=None):
     """A zip: its members are read in place, by name."""
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as problem:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as problem:
         raise UserError(f"{path} is not a whole zip archive: {problem}") from None
     for name in archive.namelist():
         refuse_escape(path, name)
@@ -366,13 +379,57 @@ def from_tar(path, layout=None):
     return records, fetch, *notes
 
 
+# ---- tar: its headers say how much follows, and nothing is read before that is checked
+
+MOST_HEADER = 2**20  # bytes of a long name, or of a set of PAX fields
+ANNOUNCED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+# What tarfile raises for a broken header, besides its own errors.
+BROKEN_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
+
+
+def refuse_sparse(*_):
+    raise tarfile.ReadError("it holds a sparse file; pack it without --sparse")
+
+
+class Member(tarfile.TarInfo):
+    """A header of a tar. Long headers and sparse files are refused before they are read."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in ANNOUNCED and not 0 <= member.size <= MOST_HEADER:
+            raise tarfile.ReadError(f"it has a header of {member.size} bytes")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            refuse_sparse()
+        return member
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse_sparse
+
+
+def is_tar(path):
+    try:
+        with tarfile.open(path, "r|*", tarinfo=Member):
+            return True
+    except BROKEN_TAR:
+        return False
+
+
 def tar_images(path, wanted=()):
     """Yield (name, bytes, or None if it is not wanted) of the pictures of a tar, in its order."""
+    most = 2**30 + 1000 * os.path.getsize(path)  # pictures hardly shrink when they are packed
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with tarfile.open(path, "r|*", tarinfo=Member) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # it would remember every member
                 refuse_escape(path, member.name)
+                if member.offset_data + member.size > most:
+                    raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
                 if member.isfile() and is_image(member.name):
                     size = (
                         member.size if member.size <= MOST_BYTES else 0
@@ -381,7 +438,7 @@ def tar_images(path, wanted=()):
                         member.name,
                         tar.extractfile(member).read(size) if member.name in wanted else None,
                     )
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+    except BROKEN_TAR as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
 
@@ -464,7 +521,7 @@ def read_boxes(path):
     x2, y2)}.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = regular(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"{path} can't be read as text in UTF-8: {problem}") from None
     line_of_five, boxes = re.compile(r"(.+?)" + 4 * r"[\t, ]+(-?\d+(?:\.\d+)?)" + r"\s*"), {}
@@ -528,7 +585,7 @@ def read_posts(path, have):
                 found = next((have[n] for n in names if n in have), None)
                 records += [post_record(post, found)] if found else []
                 absent += not found
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 broken.append(f"{Path(file.filename()).name}, line {file.filelineno()}")
     lost = f"{len(broken)} of {lines} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * lines:

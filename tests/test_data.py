@@ -240,10 +240,10 @@ def test_an_alpha_channel_that_hides_nothing_is_no_figure(tmp_path):
     assert "fg" not in data.open_split(tmp_path / "out", "train")
     face = Image.new("RGB", (64, 64), (250, 250, 250))
     face.paste((200, 30, 30), (20, 10, 40, 50))
-    boxes = [
-        decode.foreground_box(decode.open_image(saved_png(face.convert(mode)), 32)[0])
-        for mode in ("RGB", "RGBA")
-    ]
+    boxes = []
+    for mode in ("RGB", "RGBA"):
+        with decode.open_image(saved_png(face.convert(mode)), 32) as (img, _):
+            boxes.append(decode.foreground_box(img))
     assert boxes[0] == boxes[1] != (0, 0, 64, 64)
 
 

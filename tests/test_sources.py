@@ -7,18 +7,20 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 import types
 import unicodedata
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import ROOT, call, draw_folder, refused, stage
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
-from common.io import UserError
-from ingest import decode, layouts, pack, sources, tags
+from common.io import UserError, read_header, read_json, read_safetensors
+from ingest import boxes, decode, layouts, pack, pictures, sources, tags
 
 
 def png(colour=(200, 30, 30), size=(24, 24), seed=0):
@@ -595,6 +597,121 @@ def test_a_cut_tar_is_refused(tmp_path, kind):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def header(name, size, kind=b"0"):
+    """The 512 bytes that stand before a member of a tar."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(data):
+    return data + bytes(-len(data) % 512)
+
+
+def pax(**fields):
+    """A PAX header, which replaces fields of the next one."""
+    found = b""
+    for name, value in fields.items():
+        body = f" {name.replace('_', '.')}={value}\n".encode()
+        length = next(n for n in range(len(body), 2**20) if len(str(n)) + len(body) == n)
+        found += f"{length}".encode() + body
+    return header("pax", len(found), b"x") + padded(found)
+
+
+def member(name, data):
+    return header(name, len(data)) + padded(data)
+
+
+SPARSE_1 = {"GNU_sparse_major": 1, "GNU_sparse_minor": 0, "GNU_sparse_realsize": 9}
+BAD_TARS = {  # what follows a good member -> a word of the refusal
+    "a size of 10^20": (pax(size=10**20) + member("b.png", b"x"), "says 1000000"),
+    "a size of 100 GB": (pax(size=10**11) + member("b.png", b"x"), "says 1000000"),
+    "a long PAX header": (header("pax", 5 * 2**30, b"x"), "header of 5368709120"),
+    "a long global PAX header": (header("pax", 5 * 2**30, b"g"), "header of 5368709120"),
+    "a long name": (header("long", 5 * 2**30, b"L"), "header of 5368709120"),
+    "a long link": (header("long", 5 * 2**30, b"K"), "header of 5368709120"),
+    "a negative header": (header("long", -512, b"L"), "header of -512"),
+    "3,000 PAX headers": (pax(comment="x") * 3000 + member("b.png", b"x"), "not a whole tar"),
+    "a broken charset": (pax(size="\ud7ff").replace(b"\xed\x9f", b"\xff\xff"), "not a whole tar"),
+    "sparse of old GNU": (header("b.png", 512, b"S") + bytes(512), "sparse"),
+    "sparse 0.0": (pax(GNU_sparse_size="abc") + member("b.png", b"x"), "sparse"),
+    "sparse 0.1": (pax(GNU_sparse_map="1,x") + member("b.png", b"x"), "sparse"),
+    "sparse 1.0": (pax(**SPARSE_1) + member("b.png", b"1\nzz\n"), "sparse"),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "later"])
+@pytest.mark.parametrize("kind", BAD_TARS)
+def test_a_tar_whose_headers_lie_is_refused_before_it_is_read(tmp_path, kind, place):
+    bad, word = BAD_TARS[kind]
+    path = tmp_path / "set.tar"
+    path.write_bytes((member("a.png", png()) if place == "later" else b"") + bad + bytes(1024))
+    with pytest.raises(UserError, match=word if place == "later" else "whole") as problem:
+        sources.find(path)
+    assert len(str(problem.value)) < 300
+
+
+@pytest.mark.parametrize("bad", ["version", "name", "offset"])
+def test_a_zip_with_an_odd_directory_is_refused(tmp_path, bad):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", png())
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"PK\x01\x02")  # the entry of the directory
+    if bad == "version":
+        whole[at + 6] = 255
+    elif bad == "name":
+        whole[at + 9] |= 8  # it is UTF-8, says this bit
+        whole[at + 46] = 255
+    else:
+        whole[-10:-6] = b"\xff\xff\xff\x7f"  # bytes of the directory
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="not a whole zip"):
+        sources.find(path)
+
+
+ODD_NAMES = ["a\0b.png", "a\nb.png", "a\x1b[31mb.png", "a\u2028b.png", f"{'x' * 50_000}.png"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("kind", ["zip", "tar", "csv", "list"])
+def test_a_name_that_is_not_one_line_of_text_is_refused(tmp_path, monkeypatch, name, kind):
+    path = tmp_path / f"set.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            info = zipfile.ZipInfo("a.png")
+            info.filename = name.replace("\0", "\1")  # zipfile cuts names at a NUL
+            archive.writestr(info, png())
+    elif kind == "tar":
+        path.write_bytes(pax(path=name) + member("a.png", png()) + bytes(1024))
+    elif kind == "csv":
+        path.write_text(f'path,label\n"{name}",miku\n', newline="")
+    elif kind == "list":
+        monkeypatch.setattr("sys.stdin", [name])
+        path = "-"
+    with pytest.raises(UserError, match="rename it|not a table") as problem:
+        sources.find(path)
+    assert len(str(problem.value)) < 500 and len(str(problem.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has neither")
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_devices_and_pipes_are_never_opened(tmp_path, kind):
+    path = "/dev/zero" if kind == "device" else tmp_path / "pipe.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    good = lay(tmp_path / "images", ["a.png", "b.png"])
+    (tmp_path / "set.csv").write_text(f"path\n{good}/a.png\n{path}\n")
+    problems = []
+    found = list(pictures.pictures([path, tmp_path / "set.csv"], 16, "centre", 0, problems))
+    assert len(found) == 1 and len(problems) == 2
+    assert all("device or a pipe" in why for _, why in problems)
+    readers = (sources.find, partial(sources.find, good), boxes.find)
+    for read in (*readers, read_header, read_safetensors, read_json):
+        with pytest.raises(UserError, match="device or a pipe"):
+            read(path)
+
+
 def test_a_zip_with_a_damaged_directory_is_refused(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -751,6 +868,63 @@ def test_bombs_and_broken_files_are_skipped_and_named(tmp_path):
         and header["skipped"] == 3
     )
     assert "decompression bomb" in skipped["class0/bomb.png"] and "skipped 3" in done.stdout
+
+
+def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, monkeypatch):
+    """Sixteen of 88 megapixels side by side took 6 GB."""
+    names = [f"{i}.png" for i in range(16)]
+    lay(tmp_path, names)
+    monkeypatch.setattr(decode, "PIXELS", decode.Room(2 * 24 * 24))
+    upright, busy, counts = decode.upright, [], []
+
+    def slow(img):
+        busy.append(img)
+        counts.append(len(busy))
+        time.sleep(0.01)
+        busy.remove(img)
+        return upright(img)
+
+    monkeypatch.setattr(decode, "upright", slow)
+    problems = []
+    found = list(pictures.pictures([tmp_path], 16, "centre", 0, problems))
+    assert len(found) == 16 and not problems and max(counts) == 2
+    assert decode.PIXELS.free == 2 * 24 * 24
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+OTHER_FORMATS = {
+    "a program": EPS + b"(made) (w) file closefile showpage\n",
+    "an endless program": EPS + b"{} loop\n",
+    "wmf": b"\xd7\xcd\xc6\x9a"
+    + bytes(6)
+    + b"\x09\x00" * 3
+    + bytes(6)
+    + b"\x01\x00\t\x00"
+    + bytes(40),
+    "pdf": b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\ntrailer <</Root 1 0 R>>\n%%EOF\n",
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_other_formats_are_no_pictures_and_start_no_program(tmp_path, monkeypatch, kind):
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\necho started > {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow asks once a process
+    lay(tmp_path, [("x.png", OTHER_FORMATS[kind])])
+    problems = []
+    assert list(pictures.whole_pictures([tmp_path / "x.png"], problems)) == []
+    assert "x.png" in problems[0][1] and "cannot identify" in problems[0][1]
+    assert not (tmp_path / "started").exists()
+
+
+def test_pictures_are_opened_in_one_place():
+    """Pillow without a list of formats would hand an EPS to Ghostscript."""
+    code = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if p.parent.name != "tests"]
+    found = [p for p in code if re.search(r"Image\.open\(|imread|mpimg", p.read_text())]
+    assert [p.relative_to(ROOT).as_posix() for p in found] == ["common/io.py"]
 
 
 def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
