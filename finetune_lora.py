@@ -45,6 +45,7 @@ from common.command import (
     between,
     cli,
     command,
+    drawing,
     progress,
     refuse_file,
     refuse_unused,
@@ -650,7 +651,7 @@ def finetune(args, seed, out, device, autocast):
     with train.taking_up(out / "state.pt"):
         if state:
             load_exactly(net, task.frozen | state["model"], out / "state.pt")
-            optimizer.load_state_dict(state["optimizer"])
+            train.load_optimizer(optimizer, state["optimizer"])
             step, seconds, best = state["step"], state["seconds"], state["best"]
     log = train.Log(
         out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0
@@ -814,10 +815,10 @@ def write_results(args, task, best_epoch, step, batch, meter):
     if not judged_before:
         write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    errors.draw(task, row, logits, title, split_suffix(args.eval_on))
-    save_json(
-        row, out / f"metrics{split_suffix(args.eval_on)}.json"
-    )  # last: where it stands, the run is finished
+    # behind all files of the network: where it stands, the run is finished
+    save_json(row, out / f"metrics{split_suffix(args.eval_on)}.json")
+    with drawing("curves.png, confusion.png or confused.png"):
+        errors.draw(task, row, logits, title, split_suffix(args.eval_on))
     print(result_message(row, out))
     return row
 

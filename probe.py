@@ -47,6 +47,7 @@ from common.command import (
     between,
     cli,
     command,
+    drawing,
     refuse_file,
     refuse_overwrite,
     refuse_unused,
@@ -597,7 +598,7 @@ def probe(run, task):
     if args.headline:
         found = {args.pool: found[args.pool]}
     else:
-        with working("drawing"):
+        with working("drawing"), drawing("attention.png and others"):
             draw(home, encoder, size, task, found["mean"])
     if not task.labelled:
         print(
@@ -626,12 +627,11 @@ def measure_run(run, encoder, size, found, task):
 
         rows["attentive"] = attentive_row(encoder, size, task)
         rows |= control_rows(features.home_of(run), encoder, size, task)
-        plots.confusion(
-            home / "confusion.png",
-            rows[pool]["logistic"]["confusion"],
-            task.names,
-            f"Logistic regression on {WORDS[pool]}, {task.args.split}: {home.name}",
-        )
+        title = f"Logistic regression on {WORDS[pool]}, {task.args.split}: {home.name}"
+        with drawing("confusion.png"):
+            plots.confusion(
+                home / "confusion.png", rows[pool]["logistic"]["confusion"], task.names, title
+            )
     rows["chance"] = chance(task)
     print("\n".join(table(rows, pool)))
     numbers = {

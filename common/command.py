@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.fields import shown
 from common.io import UserError
 
 NO_MEMORY = (
@@ -46,10 +47,7 @@ def cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if (line := in_one_line(problem)) is None:
             raise
-        line, rank = (
-            " ".join(line.splitlines()),
-            int(os.environ.get("RANK", 0)),
-        )  # a value may hold a line break
+        line, rank = shown(" ".join(line.splitlines())), int(os.environ.get("RANK", 0))
         print(
             f"error: {line}" if rank == 0 else f"error in process {rank}: {line}", file=sys.stderr
         )
@@ -68,6 +66,16 @@ def in_one_line(problem):
         return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
     if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
+
+
+@contextlib.contextmanager
+def drawing(what):
+    """with drawing("curves.png"): a figure that fails is a line, for the results stand already."""
+    try:
+        yield
+    except Exception as problem:  # matplotlib raises whatever it meets
+        line = shown(" ".join(f"{type(problem).__name__}: {problem}".split()))[:200]
+        print(f"note: {what} could not be drawn ({line})", file=sys.stderr)
 
 
 def command():

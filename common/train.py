@@ -22,6 +22,8 @@ import torch
 
 from common.command import refuse_file, refuse_overwrite
 from common.distributed import all_reduce, place
+from common.fields import ANYTHING, check_fields, number, table_of, whole
+from common.formats import check_size
 from common.io import UserError, atomic, save_text
 
 try:
@@ -29,6 +31,12 @@ try:
 except ImportError:  # there is none on Windows
     resource = None
 
+STATE = {
+    "config": table_of(ANYTHING),
+    "step?": whole(0),
+    "seconds?": number(0, 1e9),
+    "stage?": whole(0, 3),
+}
 ANEW = "--force starts anew, another --out leaves it alone"
 
 
@@ -228,8 +236,8 @@ def catch_signals():
             raise KeyboardInterrupt
         stop_signal.append(signal.Signals(number))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, note)
     return stop_signal
 
 
@@ -250,7 +258,8 @@ def load_state(path):
     values is refused.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_size(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
@@ -258,6 +267,8 @@ def load_state(path):
         raise UserError(
             f"{path} can't be read as a checkpoint of ours ({reason}); {ANEW}"
         ) from None
+    check_fields(state, STATE, path, ANEW)
+    return state
 
 
 def open_run(out, config, resume, force=False, files=()):
@@ -298,7 +309,7 @@ def taking_up(path):
     """
     try:
         yield
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         reason = (
             f"{type(problem).__name__}: {problem}"[:200]
             .splitlines()[0]
@@ -319,6 +330,17 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
         if p.requires_grad:
             groups[p.ndim < 2 or name.endswith("_token")]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def load_optimizer(optimizer, saved):
+    """Take up the moments of AdamW that state.pt keeps. Its rates are set before every step, and its other numbers
+    follow from the flags. Moments that do not fit their weights are a ValueError."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for weight, moments in optimizer.state.items():
+        shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        if {name: x.shape for name, x in moments.items()} != shapes:
+            raise ValueError("the optimizer's moments do not fit the weights")
 
 
 def set_lr(optimizer, lr):
