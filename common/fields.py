@@ -86,7 +86,7 @@ def table_of(field):
 
 ANYTHING = Field("anything", lambda v: True)
 FLAG = Field("true or false", lambda v: isinstance(v, bool))
-TEXT = Field("a text", lambda v: isinstance(v, str))
+TEXT = Field("a text of at most 4,096 letters", lambda v: isinstance(v, str) and len(v) <= 4096)
 NAME = Field(f"one line of 1 to {LETTERS} printable characters", is_name)
 NAMES = Field(
     f"different names, each {NAME.says}",

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import traceback
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,9 +18,22 @@ from safetensors.torch import save_file
 
 import data
 import recognize
-from common import classifier, detection, errors, features, lora, mfdn, segmenting, tagging, train
+from common import (
+    classifier,
+    command,
+    detection,
+    errors,
+    features,
+    fields,
+    lora,
+    mfdn,
+    segmenting,
+    tagging,
+    train,
+)
 from common.checkpoints import init_from, load_encoder, load_exactly
 from common.io import UserError, save_safetensors
+from ingest import sources, tags
 from model import MAE, ViT
 
 SEED, DEEP, CPU = 0, "@deep", torch.device("cpu")
@@ -278,12 +292,15 @@ def cases(path, count):
 
 def spoiled(x, how):
     """A tensor, changed."""
+    if how in ("nan", "infinite"):
+        x = x.float()
     value = {"nan": float("nan"), "infinite": float("inf"), "huge": 1e30, "negative": -1.0}
+    if not x.is_floating_point():  # the largest and smallest whole numbers of its kind
+        value |= {"huge": torch.iinfo(x.dtype).max, "negative": torch.iinfo(x.dtype).min}
     if how in value:
-        x = x.float() if x.is_floating_point() or how in ("nan", "infinite") else x
         x = x.clone()
-        x.view(-1)[-1:] = min(value[how], 2**31 - 1) if not x.is_floating_point() else value[how]
-        return x.clamp(min=0) if x.dtype == torch.uint8 else x
+        x.view(-1)[-1:] = value[how]
+        return x
     changed = {
         "empty": x[:0] if x.ndim else x.new_zeros(0),
         "flat": x.flatten(),
@@ -335,7 +352,7 @@ def complaint(use, base):
         assert found is not False, "an answer that is not finite"
         text = json.dumps(found, allow_nan=False, ensure_ascii=False)
         assert "\x1b" not in text, "a name that is not printable"
-    except UserError as problem:
+    except (UserError, OSError) as problem:  # common.command.cli makes a line of either
         return None if "\n" not in str(problem) else "more than one line"
     except BaseException as problem:  # whatever it is: it would reach the user as a traceback
         at = traceback.extract_tb(problem.__traceback__)[-1]
@@ -352,6 +369,79 @@ def judge(home, file, count):
             failed.append(f"{file}, {case}: {found}")
         path.write_bytes(whole)
     return failed
+
+
+# ---- files that would take all memory, and names that are none ---------------------------------
+
+
+def test_a_pth_that_is_larger_than_its_file_is_refused(tmp_path):
+    weights = {"cls_token": torch.zeros(1, 1, 1).expand(1, 1, 10**10)}  # 40 GB in 1 kB
+    torch.save(weights, tmp_path / "view.pth")
+    with pytest.raises(UserError, match="larger than the file"):
+        load_encoder(tmp_path / "view.pth")
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+    for read_it in (load_encoder, train.load_state):
+        with pytest.raises(UserError, match="packed"):
+            read_it(tmp_path / "small.pth")
+
+
+@pytest.mark.parametrize(
+    "file, field, value",
+    [
+        ("tags/model.safetensors", ("tags", "C"), 9_000_000),
+        ("faces/detector.safetensors", ("page",), 40_000),
+        ("lora/head.safetensors", ("image_size",), 10**9),
+        ("lora/head.safetensors", ("packed_size",), 30_000),
+        ("frames/model.safetensors", ("patches", "encoder", "depth"), 900),
+    ],
+)
+def test_a_header_is_checked_before_it_is_believed(home, file, field, value, monkeypatch):
+    path = home / file
+    whole, (tensors, header) = path.read_bytes(), read(path)
+    at = header
+    for key in field[:-1]:
+        at = at[key]
+    at[field[-1]] = value
+    write(path, tensors, header)
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
+    with pytest.raises(UserError, match=field[-1] if field[-1] not in ("C", "depth") else "has"):
+        FILES[file][1](home)
+    path.write_bytes(whole)
+
+
+def test_patterns_of_an_adapter_are_compared_and_not_matched(home):
+    path = home / "lora/adapter_config.json"
+    whole = path.read_text()
+    config = json.loads(whole) | {"rank_pattern": {"(a+)+x" + "(.*)*" * 20 + "!": 2}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rank_pattern|pattern"):
+        use_recogniser(home)
+    path.write_text(whole)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0b", "\x1b[2J", "x" * 101, "\u202eb", "\ud800"])
+def test_what_is_no_name_is_neither_packed_nor_enrolled(name, tmp_path):
+    with pytest.raises(UserError, match="printable"):
+        recognize.new_name(name, {"classes": []})
+    assert not fields.is_name(name)
+    records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
+    assert tags.vocabulary(records)[0] == ["hat"]
+    assert fields.is_name("初音\u3000ミク $_$") and fields.shown("a\x1b\n") == "a\\x1b\\n"
+
+
+def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, capsys):
+    from common import plots
+
+    plots.confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["$_$", "$\\frac$"], "$^$")
+    assert (tmp_path / "c.png").stat().st_size
+    with command.drawing("c.png"):
+        raise RuntimeError("no\nfigure")
+    assert capsys.readouterr().err == "note: c.png could not be drawn (RuntimeError: no figure)\n"
 
 
 def test_there_are_six_hundred_cases_and_nothing_is_wrong_before(home):
