@@ -54,7 +54,7 @@ from common.command import (
 from common.convnets import NETWORKS, is_convnet, load_any
 from common.corruptions import cutout, squares
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
-from common.io import UserError, read_header, read_json, save_json, save_safetensors
+from common.io import UserError, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
@@ -774,9 +774,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
     report, out = task.report, task.out
     where = {"commit": train.commit(), "machine": train.machine(task.device)}
     judged_before = (out / "head.safetensors").exists() and any(out.glob("metrics*.json"))
-    calibration = (
-        read_header(out / "gallery.safetensors")[1] if judged_before else write_gallery(args, task)
-    )
+    calibration = classifier.gallery_header(out) if judged_before else write_gallery(args, task)
     logits, _ = predict(task, report, report.rows, "reported split")
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]

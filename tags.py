@@ -54,6 +54,7 @@ from common.command import (
     working,
 )
 from common.features import name_of, open_rows, split_suffix
+from common.fields import shown
 from common.io import UserError, read_json, save_json
 from common.lora import fingerprint
 from ingest.pictures import pictures, tell_problems
@@ -813,7 +814,7 @@ def say(args, header, key, characters, tags):
 
 def line(row):
     who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
-    return f"{row['picture']}: {who}{mfdn.in_words(row.get('tags', {}))}".removesuffix("; ")
+    return f"{shown(row['picture'])}: {who}{mfdn.in_words(row.get('tags', {}))}".removesuffix("; ")
 
 
 def use(args, device, autocast):

@@ -491,6 +491,14 @@ def head_of(folder):
     return header
 
 
+def gallery_header(folder):
+    """The same of its gallery: who is in it, and what was calibrated."""
+    path = Path(folder) / "gallery.safetensors"
+    header = read_header(path, REMEDY)[1]
+    check_fields(header, GALLERY, path, REMEDY)
+    return header
+
+
 def load_classifier(folder):
     """runs/NAME of finetune_lora.py -> (Classifier in eval mode, header of its head file)."""
     folder, path = Path(folder), Path(folder) / "head.safetensors"

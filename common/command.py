@@ -5,7 +5,6 @@ Imports torch nowhere: `data.py` starts without it.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError
+from common.io import UserError, parse_json
 
 NO_MEMORY = (
     "OutOfMemory",
@@ -183,7 +182,7 @@ def by_this_command(path):
         return [word for word in shlex.split(line) if word != "--force"]
 
     try:
-        return plain(json.loads(path.read_text())["command"]) == plain(command())
+        return plain(parse_json(path.read_text())["command"]) == plain(command())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

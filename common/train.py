@@ -24,7 +24,7 @@ from common.command import refuse_file, refuse_overwrite
 from common.distributed import all_reduce, place
 from common.fields import ANYTHING, check_fields, number, table_of, whole
 from common.formats import check_size
-from common.io import UserError, atomic, save_text
+from common.io import UserError, atomic, parse_json, save_text
 
 try:
     import resource
@@ -378,7 +378,7 @@ def read_log(path):
     rows = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
