@@ -41,6 +41,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.fields import (
+    ANYTHING,
+    CUT,
+    NAMES,
+    SIDE,
+    TEXT,
+    check_arrays,
+    check_fields,
+    check_range,
+    list_of,
+    one_of,
+    table_of,
+    whole,
+)
 from common.io import DTYPES, UserError, not_whole, read_header, write_rows
 
 APART = 0.1  # of train is held apart for choices where there is no split dev
@@ -48,6 +62,44 @@ LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-
 # whole images at a time for teachers and evaluations: on a CPU 256 were four times slower
 # (results/LOG.md)
 CHUNK = 64
+
+PACKED = {  # fields of a packed split, and its arrays: n images of S x S pixels
+    "classes": NAMES,
+    "size": SIDE,
+    "keys": list_of(TEXT),
+    "crop": CUT["crop"],
+    "margin": CUT["margin"],
+    "split": TEXT,
+    "source": TEXT,
+    "groups?": list_of(ANYTHING),
+    "tags?": NAMES,
+    "parts?": NAMES,
+    "style?": table_of(NAMES),
+    "hybrid?": table_of(NAMES),
+}
+PLANES = {
+    "images": "uint8 n S S 3",
+    "labels": "int64 n",
+    "fg?": "uint8 n S S",
+    "parts?": "uint8 n S S",
+    "drawn?": "uint8 n S S",
+    "tags?": "int32 n T",
+    "all_tags?": "int32 n U",
+    "boxes?": "float32 n K 4",
+    "heads?": "float32 n K 4",
+    "style?": "uint8 n Q",
+}
+MAPS = {  # fields of a file of maps
+    "grid": SIDE,
+    "data_digest": TEXT,
+    "data?": TEXT,
+    "split?": TEXT,
+    "parts?": whole(1, 255),
+    "quality?": TEXT,
+    "source?": TEXT,
+    "by?": TEXT,
+}
+MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8", "drawn": "uint8"}
 
 
 # ---- reading: a split is a dict of arrays that stay in the file ----------------------------------
@@ -80,12 +132,26 @@ def open_split(folder, name):
             "data.py --split and --dev make them"
         )
     split = open_tensors(path) if there else {"header": {}}
-    if "images" not in split or "classes" not in split["header"]:
-        wrong = "holds no images" if there else "does not exist"
-        raise UserError(
-            f"{path} {wrong}; python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
-        )
+    fix = f"python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
+    if not there:
+        raise UserError(f"{path} does not exist; {fix}")
+    check_split(split, path, fix)
     return split | {"labels": torch.from_numpy(np.array(split["labels"]))}
+
+
+def check_split(split, path, fix):
+    """A UserError where a packed split is not as PACKED and PLANES say."""
+    header, arrays = split["header"], {k: x for k, x in split.items() if k != "header"}
+    check_fields(header, PACKED, path, fix)
+    n, strata = len(header["keys"]), header.get("style") or {}
+    check_arrays(arrays, PLANES, path, fix, n=n, S=header["size"], Q=len(strata))
+    check_range(split["labels"], -1, len(header["classes"]), "labels", path, fix)
+    if n == 0 or len(header.get("groups") or header["keys"]) != n:
+        raise UserError(f"{path} has {n} images, or not as many groups; {fix}")
+    if odd := [k for k in ("tags", "parts", "style") if bool(header.get(k)) != (k in split)]:
+        raise UserError(f"{path} has either an array {odd[0]!r} or names for it, not both; {fix}")
+    for column, values in enumerate(strata.values() if "style" in split else ()):
+        check_range(split["style"][:, column], 0, len(values), "styles", path, fix)
 
 
 def fingerprint(split):
@@ -166,17 +232,17 @@ def open_map(path, name, split):
     fix += "" if own == "train" else f" --split {own}"
     if not path.exists():
         raise UserError(f"no {name} maps at {path}: {fix} --out {path.parent} makes them")
-    tensors, n = open_tensors(path), len(split["images"])
-    about, grid = tensors["header"], tensors["header"].get("grid")
-    if about.get("map") != name or name not in tensors:
-        wrong = f"maps of {about.get('map')}, not of {name}"
-    elif about.get("data_digest") != fingerprint(split):
-        wrong = f"maps of another data set ({about.get('data')} {about.get('split')}), or of this one packed otherwise"
-    elif tensors[name].shape != (n, grid, grid):
-        wrong = f"maps of shape {tensors[name].shape}, not {(n, grid, grid)}"
-    else:
-        return tensors[name]
-    raise UserError(f"{path} holds {wrong}; {fix} --out OTHER makes those of {folder}")
+    fix += f" --out OTHER makes those of {folder}"
+    arrays, n = open_tensors(path), len(split["images"])
+    about = arrays.pop("header")
+    check_fields(about, MAPS | {"map": one_of(name)}, path, fix)
+    if about["data_digest"] != fingerprint(split):
+        raise UserError(
+            f"{path} holds maps of another data set ({about.get('data')} {about.get('split')}), "
+            f"or of this one packed otherwise; {fix}"
+        )
+    check_arrays(arrays, {name: f"{MAP_DTYPE[name]} n g g"}, path, fix, n=n, g=about["grid"])
+    return arrays[name]
 
 
 # ---- the loader: one prefetch thread, no worker processes ----------------------------------------

@@ -47,7 +47,7 @@ from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
-from common.io import UserError, read_header, read_json
+from common.io import UserError, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -127,10 +127,10 @@ def choose_run(name):
         raise UserError(
             f"{name} is no run; python pretrain.py makes one, and python demo.py alone shows the newest"
         )
-    if (head := Path(name) / "head.safetensors").exists():
-        return read_header(head)[1]["base"]
+    if (Path(name) / "head.safetensors").exists():
+        return classifier.head_of(name)["base"]
     if (found := Path(name) / "detector.safetensors").exists():
-        return read_header(found)[1].get("base", name.rstrip("/").removesuffix("-det"))
+        return detection.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 

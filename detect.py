@@ -41,6 +41,7 @@ from common.command import (
     claim,
     cli,
     command,
+    drawing,
     progress,
     refuse_file,
     refuse_overwrite,
@@ -332,7 +333,7 @@ def learn(task, net, optimizer, state, log):
     if "model" in state:
         with train.taking_up(out / "state.pt"):
             load_exactly(net, state["model"], out / "state.pt")
-            optimizer.load_state_dict(state["optimizer"])
+            train.load_optimizer(optimizer, state["optimizer"])
             step, seconds = state["step"], state["seconds"]
     late, total = round((1 - args.late) * args.epochs), args.epochs * per_epoch
     images = data.resident(task.train, task.device)
@@ -402,12 +403,9 @@ def step_loss(task, net, rows, pages, late, generator):
 
 
 def write_results(task, net, seconds):
-    """metrics.json, precision.png, pages.png: how good it is on the reported split, by a threshold
-    of dev.
+    """-> the row of metrics.json: how good it is on the reported split, by a threshold of dev; and
+    the answers there.
     """
-    from common import plots
-    from ingest.toon import write_sheet
-
     args, out = task.args, Path(task.args.out)
     answers, truth = judge(task, net, *task.dev)
     threshold = detection.best_threshold(answers, truth)
@@ -432,15 +430,23 @@ def write_results(task, net, seconds):
         "machine": train.machine(task.device),
         "commit": train.commit(),
     }
+    return row, answers
+
+
+def draw(task, row, answers):
+    """precision.png, and pages.png: pages of the reported split with outlines."""
+    from common import plots
+    from ingest.toon import write_sheet
+
+    args, out = task.args, Path(task.args.out)
     suffix = split_suffix(args.eval_on)
     title = f"{out.name} on {args.eval_on} of {Path(args.data).name}"
-    plots.plot_precision(out / f"precision{suffix}.png", precision, row, title)
-    some = data.evenly_spaced(len(truth), 8)
+    plots.plot_precision(out / f"precision{suffix}.png", row["precision"], row, title)
     pages = [
-        outlined(np.array(task.report["images"][i]), answers[i], threshold) for i in some.tolist()
+        outlined(np.array(task.report["images"][i]), answers[i], row["threshold"])
+        for i in data.evenly_spaced(len(answers), 8).tolist()
     ]
-    write_sheet(out / f"pages{suffix}.png", pages, 2, 4, side)
-    return row
+    write_sheet(out / f"pages{suffix}.png", pages, 2, 4, task.page)
 
 
 def judge(task, net, split, rows):
@@ -485,7 +491,7 @@ def run(args, device, autocast):
     if args.method == "lora":  # the file is a plain network
         merge_lora(net.encoder)
         remove_lora(net.encoder)
-    row = write_results(task, net, seconds)
+    row, answers = write_results(task, net, seconds)
     header = {
         "detector": net.config,
         "base": args.encoder,
@@ -495,6 +501,8 @@ def run(args, device, autocast):
     }
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     save_json(row, finished)
+    with drawing("precision.png or pages.png"):
+        draw(task, row, answers)
     log.pictures()
     wrong = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in row["mistakes"].items())
     print(

@@ -29,6 +29,7 @@ import torch
 from common.card import card_file, write_card
 from common.checkpoints import ENCODER, as_convolution, at_size, load_encoder, load_exactly
 from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
+from common.fields import SIDE, check_fields
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
 from common.graphs import graph_of, library, save_onnx
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
@@ -144,10 +145,11 @@ def save_half(source, out):
         f"{name}.safetensors" for name in TENSORS if (source / f"{name}.safetensors").exists()
     ]:
         tensors, header = read_safetensors(source / name)
+        check_fields(header, {"image_size?": SIDE}, source / name, "make the run again")
         if (
             "fingerprint" in header and (out / "model.safetensors").exists()
         ):  # a whole network, rounded by now
-            header["fingerprint"] = fingerprint(load_encoder(out, header["image_size"])[0])
+            header["fingerprint"] = fingerprint(load_encoder(out, header.get("image_size"))[0])
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / name, header or None)
     for name in [name for name in BESIDE if (source / name).exists()]:

@@ -45,6 +45,7 @@ from common.command import (
     between,
     cli,
     command,
+    drawing,
     progress,
     refuse_file,
     refuse_unused,
@@ -53,7 +54,7 @@ from common.command import (
 from common.convnets import NETWORKS, is_convnet, load_any
 from common.corruptions import cutout, squares
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
-from common.io import UserError, read_header, read_json, save_json, save_safetensors
+from common.io import UserError, read_json, save_json, save_safetensors
 from common.lora import TARGETS, add_lora, fingerprint, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
@@ -646,7 +647,7 @@ def finetune(args, seed, out, device, autocast):
     with train.taking_up(out / "state.pt"):
         if state:
             load_exactly(net, task.frozen | state["model"], out / "state.pt")
-            optimizer.load_state_dict(state["optimizer"])
+            train.load_optimizer(optimizer, state["optimizer"])
             step, seconds, best = state["step"], state["seconds"], state["best"]
     log = train.Log(
         out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0
@@ -769,9 +770,7 @@ def write_results(args, task, best_epoch, step, batch, meter):
     report, out = task.report, task.out
     where = {"commit": train.commit(), "machine": train.machine(task.device)}
     judged_before = (out / "head.safetensors").exists() and any(out.glob("metrics*.json"))
-    calibration = (
-        read_header(out / "gallery.safetensors")[1] if judged_before else write_gallery(args, task)
-    )
+    calibration = classifier.gallery_header(out) if judged_before else write_gallery(args, task)
     logits, _ = predict(task, report, report.rows, "reported split")
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     steps = [row for row in train.read_log(out / "log.jsonl") if "loss" in row]
@@ -810,10 +809,10 @@ def write_results(args, task, best_epoch, step, batch, meter):
     if not judged_before:
         write_network(args, task, step, where)
     title = f"{args.method}, {args.head} head, {Path(args.data).name}: Top-1 {row['top1']:.1f} % on {args.eval_on}"
-    errors.draw(task, row, logits, title, split_suffix(args.eval_on))
-    save_json(
-        row, out / f"metrics{split_suffix(args.eval_on)}.json"
-    )  # last: where it stands, the run is finished
+    # behind all files of the network: where it stands, the run is finished
+    save_json(row, out / f"metrics{split_suffix(args.eval_on)}.json")
+    with drawing("curves.png, confusion.png or confused.png"):
+        errors.draw(task, row, logits, title, split_suffix(args.eval_on))
     print(result_message(row, out))
     return row
 

@@ -635,7 +635,7 @@ def load_run(state, path, learning, optimizer, guide):
         if "decoder_heads" in state:  # of the checkpoint that it began with
             learning["model"].set_decoder_heads(state["decoder_heads"])
         guide.load_maps(state["maps"], path)
-        optimizer.load_state_dict(state["optimizer"])
+        train.load_optimizer(optimizer, state["optimizer"])
         return int(state["step"]), float(state["seconds"])
 
 

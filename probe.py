@@ -41,7 +41,17 @@ import torch
 import data
 from common import features, guidance, metrics, stats, tagging
 from common.checkpoints import flags_of, load_encoder
-from common.command import Parser, at_least, between, claim, cli, command, refuse_unused, working
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    claim,
+    cli,
+    command,
+    drawing,
+    refuse_unused,
+    working,
+)
 from common.io import UserError, save_text
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -582,7 +592,7 @@ def probe(run, task):
     if args.headline:
         found = {args.pool: found[args.pool]}
     else:
-        with working("drawing"):
+        with working("drawing"), drawing("attention.png and others"):
             draw(home, encoder, size, task, found["mean"])
     if not task.labelled:
         print(
@@ -611,12 +621,11 @@ def measure_run(run, encoder, size, found, task):
 
         rows["attentive"] = attentive_row(encoder, size, task)
         rows |= control_rows(features.home_of(run), encoder, size, task)
-        plots.confusion(
-            home / "confusion.png",
-            rows[pool]["logistic"]["confusion"],
-            task.names,
-            f"Logistic regression on {WORDS[pool]}, {task.args.split}: {home.name}",
-        )
+        title = f"Logistic regression on {WORDS[pool]}, {task.args.split}: {home.name}"
+        with drawing("confusion.png"):
+            plots.confusion(
+                home / "confusion.png", rows[pool]["logistic"]["confusion"], task.names, title
+            )
     rows["chance"] = chance(task)
     print("\n".join(table(rows, pool)))
     numbers = {

@@ -42,18 +42,19 @@ import data
 from common import metrics, mfdn
 from common.classifier import (
     CALIBRATED,
-    REMEDY,
     compared,
     decide,
+    head_of,
     load_classifier,
     load_gallery,
     pooled_of,
     predict,
     save_gallery,
 )
-from common.command import Parser, at_least, between, claim, cli, command, refuse_unused
+from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_unused
 from common.features import results_folder
-from common.io import UserError, lock_beside, locked, read_header, save_json
+from common.fields import refuse_odd_name, shown
+from common.io import UserError, lock_beside, locked, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from ingest import pack, sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
@@ -176,8 +177,8 @@ def predictions(args, net, header, autocast, problems, blank=None):
 
     blank: a list that gets the pages on which --detect finds no face.
     """
-    crop = args.crop or header.get("crop", "centre")
-    items = pictures(args.images, header["packed_size"], crop, header.get("margin", 0.1), problems)
+    crop = args.crop or header["crop"]
+    items = pictures(args.images, header["packed_size"], crop, header["margin"], problems)
     if args.detect:
         items = faces(args, header["packed_size"], problems, blank)
     while some := list(itertools.islice(items, data.CHUNK)):
@@ -198,7 +199,7 @@ def faces(args, size, problems, blank):
         boxes, _ = detection.faces_of(net, picture, about["page"], about["threshold"])
         if not len(boxes):
             blank.append(key)
-            print(f"{key}: no face was found", file=sys.stderr)
+            print(f"{shown(key)}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
             yield f"{key}[{where}]", detection.cut_out(picture, box, detection.MARGIN, size)
@@ -243,7 +244,7 @@ def answers(keys, logits, embeddings, gallery, nearest):
 
 
 def in_words(row):
-    faces = ", ".join(f"{f['picture']} {f['similarity']:.2f}" for f in row["nearest"])
+    faces = ", ".join(f"{shown(f['picture'])} {f['similarity']:.2f}" for f in row["nearest"])
     sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
     like = f"similarity {row['similarity']:.2f}"
     who = (
@@ -253,7 +254,7 @@ def in_words(row):
     )
     tags = mfdn.in_words(row.get("tags", {}))
     return (
-        f"{row['picture']}: {who}"
+        f"{shown(row['picture'])}: {who}"
         + (f"; nearest: {faces}" if faces else "")
         + (f"; tags: {tags}" if tags else "")
     )
@@ -266,9 +267,7 @@ def tagger(run, own, device, autocast):
     own: the header of the recogniser, whose pictures it gets.
     """
     net, header = mfdn.load(run)
-    if other := [
-        k for k in ("packed_size", "crop", "margin") if header[k] != own.get(k, header[k])
-    ]:
+    if other := [k for k in ("packed_size", "crop", "margin") if header[k] != own[k]]:
         raise UserError(
             f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
             f"{own[other[0]]}); train both on one data set"
@@ -344,6 +343,7 @@ def enrol(args, net, header, autocast):
 def new_name(text, header):
     """A name as it is stored; UserError where training has taught it."""
     who = sources.nfc(text.strip())
+    refuse_odd_name(who, "the name", "give another")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     return who
@@ -619,15 +619,16 @@ def verify(args, net, header, gallery, autocast):
         "machine": machine(net.encoder.cls_token.device),
         "commit": commit(),
     }
-    title, shown = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
-    plots.plot_verification(
-        home / "roc.png",
-        pairs if "verification" in row else None,
-        shown if min(map(len, shown)) else None,
-        title,
-        points,
-    )
     save_json(row, home / "recognize.json")
+    title, both = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
+    with drawing("roc.png"):
+        plots.plot_verification(
+            home / "roc.png",
+            pairs if "verification" in row else None,
+            both if min(map(len, both)) else None,
+            title,
+            points,
+        )
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
@@ -637,7 +638,7 @@ def main():
     task = check(args)
     gallery = load_gallery(args.run)
     if task in ("forget", "list"):
-        header = read_header(Path(args.run) / "head.safetensors", REMEDY)[1]
+        header = head_of(args.run)
         if task == "list":
             return list_known(args, header, gallery)
         return print(take_out(args.run, args.forget, header))

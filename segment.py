@@ -45,6 +45,7 @@ from common.command import (
     claim,
     cli,
     command,
+    drawing,
     progress,
     refuse_file,
     refuse_overwrite,
@@ -512,7 +513,7 @@ def fit(task, stage, net, rows, loss_of, total, lr, state, log):
     if state.get("stage") == stage:
         with train.taking_up(out / "state.pt"):
             load_exactly(net, state["model"], out / "state.pt")
-            optimizer.load_state_dict(state["optimizer"])
+            train.load_optimizer(optimizer, state["optimizer"])
             step, seconds = state["step"], state["seconds"]
     images = data.resident(task.train.split, task.device)
     stop_signal, meter, pacer = (
@@ -750,8 +751,6 @@ def run(args, device, autocast):
         row["left_out"] = judge(
             task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last
         ).get("", {})
-    draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
-    log.pictures()
     row |= {
         "config": task.config,
         "command": command(),
@@ -759,6 +758,9 @@ def run(args, device, autocast):
         "commit": train.commit(),
     }
     save_json(row, finished)
+    with drawing("overlays.png"):
+        draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
+    log.pictures()
     print(f"wrote    {out}/\nnext: python segment.py {shlex.quote(str(out))} PICTURE --out masks")
     return row
 

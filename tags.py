@@ -47,12 +47,14 @@ from common.command import (
     claim,
     cli,
     command,
+    drawing,
     progress,
     refuse_file,
     refuse_unused,
     working,
 )
 from common.features import name_of, open_rows, split_suffix
+from common.fields import shown
 from common.io import UserError, read_json, save_json
 from common.lora import fingerprint
 from ingest.pictures import pictures, tell_problems
@@ -541,7 +543,7 @@ def fit(args, device, autocast):
     with train.taking_up(out / "state.pt"):
         if state:
             load_exactly(net, state["model"], out / "state.pt")
-            optimizer.load_state_dict(state["optimizer"])
+            train.load_optimizer(optimizer, state["optimizer"])
             step, seconds, half = state["step"], state["seconds"], state["half"]
     log = train.Log(
         out / "log.jsonl", step if state else -1, args.log, task.config, write=rank == 0
@@ -696,8 +698,10 @@ def write_results(args, task, half, B, meter):
     ids = np.asarray(split["tags"])
     counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
     tagging.write_selected(out / "selected_tags.csv", task.words, counts)
-    draw(args, task, log, guesses, scores, thresholds)
-    save_json(row, out / f"metrics{suffix}.json")  # last: where it stands, the run is finished
+    # behind all files of the network: where it stands, the run is finished
+    save_json(row, out / f"metrics{suffix}.json")
+    with drawing("curves.png or sheet.png"):
+        draw(args, task, log, guesses, scores, thresholds)
     best = row.get("tags_truth") or row.get("tags")
     print(f"{args.eval_on:<9}{in_words(end)}")
     if best:
@@ -808,7 +812,7 @@ def say(args, header, key, characters, tags):
 
 def line(row):
     who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
-    return f"{row['picture']}: {who}{mfdn.in_words(row.get('tags', {}))}".removesuffix("; ")
+    return f"{shown(row['picture'])}: {who}{mfdn.in_words(row.get('tags', {}))}".removesuffix("; ")
 
 
 def use(args, device, autocast):

@@ -130,6 +130,8 @@ def draw(path, rows, title):
                     )
                     axis.plot(r["tags"], fits[-1][key], "x", color=colour)
             axis.set(xscale="log", yscale="log", xlabel="tags in the vocabulary", ylabel=label)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
         axes[0].legend()
 
 

@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.fields import (
+    ENCODER,
+    TEXT,
+    check_fields,
+    check_finite,
+    number,
+)
 from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.train import check_memory
 from model import SIZES, Pooler, ViT
 
-ENCODER = ("image_size", "patch_size", "dim", "depth", "heads")  # what a ViT is built from
+ABOUT = {
+    "config?": {"network?": TEXT},
+    "run?": {"data?": TEXT, "mask?": TEXT, "contrast?": number(0)},
+}
 
 
 def as_convolution(weights):
@@ -66,6 +76,7 @@ def load_exactly(module, weights, path, assign=False):
         raise UserError(
             f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}"
         )
+    check_finite(weights, path)
     module.load_state_dict(weights, assign=assign)
 
 
@@ -78,9 +89,11 @@ def about_model(run):
     of other files.
     """
     try:
-        return read_header(model_file(run))[1]
+        header = read_header(model_file(run))[1]
     except UserError:
         return {}
+    check_fields(header, ABOUT, model_file(run), "make the run again")
+    return header
 
 
 def flags_of(run):

@@ -20,7 +20,22 @@ import data
 from common.checkpoints import load_exactly
 from common.command import progress
 from common.convnets import load_any
-from common.io import UserError, read_safetensors, save_safetensors
+from common.fields import (
+    CUT,
+    NAMES,
+    SIDE,
+    TEXT,
+    check_arrays,
+    check_equal,
+    check_fields,
+    check_finite,
+    check_range,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
+from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.lora import fingerprint, load_adapter
 
 MARGINS = {
@@ -438,14 +453,57 @@ def decide(logits, embeddings, gallery):
 # ---- files: head.safetensors (neck and head; finetune_lora.py writes it) and gallery.safetensors -
 
 
+NUMBER = number()
+HEAD = {
+    "base": TEXT,
+    "classes": NAMES,
+    "config": {
+        "head": one_of(*HEADS),
+        "pool": one_of(*POOLS),
+        "margin?": number(0, 10),
+        "scale": number(1e-6),
+        "dim": whole(1, 2**14),
+    },
+    "method": TEXT,
+    "image_size": SIDE,
+    "fingerprint": TEXT,
+    "data": TEXT,
+} | CUT
+GALLERY = {
+    "names": NAMES,
+    "keys": list_of(TEXT, 1),
+    "learned": whole(1),
+    "threshold": NUMBER,
+    "enrolled_threshold": NUMBER,
+    "false_accept": NUMBER,
+    "false_reject": NUMBER,
+    "by": TEXT,
+    "temperature": number(1e-6),
+    "platt": list_of(NUMBER, 2, 2),
+}
+
+
+def head_of(folder):
+    """The header of a run's head file, without its weights."""
+    path = Path(folder) / "head.safetensors"
+    header = read_header(path, REMEDY)[1]
+    check_fields(header, HEAD, path, REMEDY)
+    return header
+
+
+def gallery_header(folder):
+    """The same of its gallery: who is in it, and what was calibrated."""
+    path = Path(folder) / "gallery.safetensors"
+    header = read_header(path, REMEDY)[1]
+    check_fields(header, GALLERY, path, REMEDY)
+    return header
+
+
 def load_classifier(folder):
     """runs/NAME of finetune_lora.py -> (Classifier in eval mode, header of its head file)."""
     folder, path = Path(folder), Path(folder) / "head.safetensors"
     weights, header = read_safetensors(path, REMEDY)
-    if lost := sorted(
-        {"base", "classes", "config", "method", "image_size", "fingerprint"} - header.keys()
-    ):
-        raise UserError(f"{path} has no {lost[0]!r}; finetune_lora.py makes it anew")
+    check_fields(header, HEAD, path, REMEDY)
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
     encoder, _ = load_any(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
@@ -475,16 +533,19 @@ def load_gallery(folder):
     """
     path = Path(folder) / "gallery.safetensors"
     tensors, header = read_safetensors(path, REMEDY)
-    if (
-        not {"embeddings", "labels"} <= tensors.keys()
-        or not {"names", "keys", "learned", *CALIBRATED} <= header.keys()
-    ):
-        raise UserError(f"{path} is not a gallery, or an older one; finetune_lora.py makes it anew")
-    faces, keys = len(tensors["embeddings"]), len(header["keys"])
-    if faces == 0 or faces != keys:
-        raise UserError(
-            f"{path} holds {faces} faces of {keys} that it names; finetune_lora.py makes it anew"
-        )
+    check_fields(header, GALLERY, path, REMEDY)
+    head = head_of(folder)
+    n, C, learned = len(header["keys"]), len(header["names"]), header["learned"]
+    sizes = {"n": n, "D": head["config"]["dim"]}
+    check_arrays(tensors, {"embeddings": "float n D", "labels": "int64 n"}, path, REMEDY, **sizes)
+    check_range(tensors["labels"], 0, C, "labels", path, REMEDY)
+    check_finite(tensors, path)
+    check_equal(
+        path,
+        REMEDY,
+        names=(", ".join(header["names"][:learned]), ", ".join(head["classes"])),
+        characters_with_a_face=(len(tensors["labels"].unique()), C),
+    )
     tensors["embeddings"] = tensors["embeddings"].float()
     return (
         tensors | header | make_gallery(tensors["embeddings"], tensors["labels"], header["learned"])

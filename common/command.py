@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.fields import shown
 from common.io import UserError, lock_beside, locked
 
 NO_MEMORY = (
@@ -46,7 +47,7 @@ def cli(main):
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
         if (line := in_one_line(problem)) is None:
             raise
-        line = " ".join(line.splitlines())  # a value may hold a line break
+        line = shown(" ".join(line.splitlines()))
         rank = os.environ["RANK"] if launched() else "0"
         print(
             f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr
@@ -73,6 +74,16 @@ def in_one_line(problem):
         return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
     if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
+
+
+@contextlib.contextmanager
+def drawing(what):
+    """with drawing("curves.png"): a figure that fails is a line, for the results stand already."""
+    try:
+        yield
+    except Exception as problem:  # matplotlib raises whatever it meets
+        line = shown(" ".join(f"{type(problem).__name__}: {problem}".split()))[:200]
+        print(f"note: {what} could not be drawn ({line})", file=sys.stderr)
 
 
 def command():

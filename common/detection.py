@@ -20,7 +20,18 @@ from PIL import Image
 from torch import nn
 
 from common.checkpoints import blank_encoder, load_exactly, resize_positions
-from common.io import UserError, read_safetensors
+from common.fields import (
+    ANYTHING,
+    ENCODER,
+    EPSILON,
+    SIDE,
+    TEXT,
+    check_encoder,
+    check_fields,
+    number,
+    table_of,
+)
+from common.io import UserError, read_header, read_safetensors
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
@@ -31,6 +42,14 @@ OFF = 5.0  # weight of the error of the sides, beside 1 - GIoU
 LEAST = 4  # pixels: smaller boxes of a view are not asked for
 # room around a face that is cut out, as a share of its longer side: so names are found best, on dev
 MARGIN = 0.2
+REMEDY = "python detect.py ENCODER makes it"
+FIELDS = {
+    "detector": {"encoder": ENCODER, "norm_eps": EPSILON},
+    "page": SIDE,
+    "threshold": number(-1, 2),
+    "base?": TEXT,
+    "run?": table_of(ANYTHING),
+}
 MOST, OVERLAP = 100, 0.5  # answers of a picture, IoU of two answers for one face
 SMALL = 24  # pixels: what counts as small among mistakes
 
@@ -100,22 +119,21 @@ def cells(n, stride, device):
     return torch.stack([x, y], 2).flatten(0, 1)
 
 
-def blank(config):
-    return Detector(blank_encoder(config["encoder"], config["norm_eps"]))
+def header_of(path):
+    """The header of a detector's file, without its weights."""
+    header = read_header(path, REMEDY)[1]
+    check_fields(header, FIELDS, path, REMEDY)
+    return header
 
 
 def load(path):
     """A run of detect.py, or its detector.safetensors -> the network, and its header."""
     path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
-    weights, header = read_safetensors(path, "python detect.py ENCODER makes it")
-    try:
-        header |= {"page": int(header["page"]), "threshold": float(header["threshold"])}
-        net = blank(header["detector"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        reason = f"{type(problem).__name__}: {str(problem)[:60]}"
-        raise UserError(
-            f"{path} is no detector ({reason}); python detect.py ENCODER makes one"
-        ) from None
+    weights, header = read_safetensors(path, REMEDY)
+    check_fields(header, FIELDS, path, REMEDY)
+    shape = header["detector"]["encoder"]
+    check_encoder(weights, shape, path, REMEDY, "encoder.")
+    net = Detector(blank_encoder(shape, header["detector"]["norm_eps"]))
     load_exactly(net, weights, path)
     return net.eval(), header
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance, metrics
-from common.command import working
+from common.command import drawing, working
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, patch_error, visible_stats
@@ -164,6 +164,12 @@ def draw_run(log, model, held, norm, autocast, last, name, title):
     """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what
     guided the mask).
     """
+    with drawing("masks.png, curves.png or recon.png"):
+        draw_files(log, model, held, norm, autocast, last, name, title)
+    log.pictures()
+
+
+def draw_files(log, model, held, norm, autocast, last, name, title):
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
     out = log.path.parent
@@ -183,7 +189,6 @@ def draw_run(log, model, held, norm, autocast, last, name, title):
     )
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
     plots.image_grid(out / "recon.png", title, list(lines))
-    log.pictures()
 
 
 def hide(view, ids, patch):

@@ -21,6 +21,7 @@ from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside
 from common.command import progress
 from common.convnets import ConvNet
 from common.evaluate import extremes
+from common.fields import FLAG, SIDE, TEXT, check_fields, check_finite, table_of, whole
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from model import MAE, ViT, shape_of
@@ -232,11 +233,21 @@ def header_of(model, size, task, views, blocks=False):
     }
 
 
+CACHED = {
+    "model": TEXT,
+    "data": table_of(TEXT),
+    "image_size": SIDE,
+    "dtype": TEXT,
+    "views": whole(1),
+    "blocks": FLAG,
+}
+
+
 def covers(there, wanted):
     """Was a file made under a header that has all that is wanted? More views, blocks or splits do
     no harm.
     """
-    same = all(there.get(k) == wanted[k] for k in ("model", "image_size", "dtype"))
+    same = all(there[k] == wanted[k] for k in ("model", "image_size", "dtype"))
     more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
     return same and more and wanted["data"].items() <= there["data"].items()
 
@@ -248,18 +259,19 @@ def cached(path, header, make):
     Features of another model are refused: whoever copied them here has to say so by removing the
     file.
     """
-    tensors, there = (
-        read_safetensors(path, "remove it and run again") if path.exists() else (None, header)
-    )
-    if there.get("model") != header["model"]:
+    remedy = "remove it and run again"
+    tensors, there = read_safetensors(path, remedy) if path.exists() else (None, header)
+    check_fields(there, CACHED, path, remedy)
+    if there["model"] != header["model"]:
         raise UserError(
-            f"{path} holds features of another model ({there.get('model')}, this one is "
+            f"{path} holds features of another model ({there['model']}, this one is "
             f"{header['model']}); remove it and run again"
         )
     if tensors is None or not covers(there, header):
         tensors = make()
         save_safetensors(tensors, path, header)
     found = {}
+    check_finite(tensors, path)
     for key, x in tensors.items():
         split, _, pool = key.partition(".")
         if header["blocks"] or not pool.startswith("block"):

@@ -11,15 +11,29 @@ file holds is ever run.
 """
 
 import argparse
-import json
 import math
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
-from common.io import UserError, read_safetensors, regular
+from common.fields import (
+    ENCODER,
+    EPSILON,
+    FLAG,
+    check_arrays,
+    check_blocks,
+    check_encoder,
+    check_fields,
+    list_of,
+    number,
+    one_of,
+    shown,
+    whole,
+)
+from common.io import UserError, parse_table, read_safetensors, regular
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -73,12 +87,63 @@ HEADS = {
     1536: 24,
     1664: 16,
 }  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours)
-VIT = {
-    "cls_token": 3,
-    "pos_embed": 3,
-    "patch_embed.proj.weight": 4,
-    "patch_embed.proj.bias": 1,
-}  # what makes it a ViT
+VIT = {  # what makes it a ViT: width D, 1 + N places, patches of p x p
+    "cls_token": "float 1 1 D",
+    "pos_embed": "float 1 N D",
+    "patch_embed.proj.weight": "float D 3 p p",
+    "patch_embed.proj.bias": "float D",
+    "mask_token?": "float 1 1 W",
+}
+REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the folder"
+
+# Fields of a header of ours, then of the json files of others
+MODEL = {
+    "config": ENCODER
+    | {
+        "decoder_dim?": whole(1, 2**14),
+        "decoder_depth?": whole(0, 1000),
+        "decoder_heads?": whole(1, 1000),
+        "norm_eps?": EPSILON,
+    },
+    "norm_pix?": FLAG,
+    "floor?": number(0),
+}
+THREE = list_of(number(), 3, 3)
+THREE_POSITIVE = list_of(number(1e-6), 3, 3)
+CONFIG = {
+    "num_attention_heads?": whole(1, 1000),
+    "decoder_num_attention_heads?": whole(1, 1000),
+    "hidden_size?": whole(1, 2**14),
+    "layer_norm_eps?": EPSILON,
+    "norm_pix_loss?": FLAG,
+    "hidden_act?": one_of("gelu"),
+    "model_args?": {"num_heads?": whole(1, 1000)},
+    "pretrained_cfg?": {"num_heads?": whole(1, 1000), "mean?": THREE, "std?": THREE_POSITIVE},
+}
+PIXELS = {"image_mean?": THREE, "image_std?": THREE_POSITIVE}
+
+
+def check_size(path):
+    """A .pth that unpacks to more than it is, as a deflated one may, is refused before it is read."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > Path(path).stat().st_size:
+            raise ValueError(
+                f"it is packed, and takes {unpacked:,} bytes; torch.save packs nothing"
+            )
+
+
+def check_tensors(tensors, path):
+    """The same of tensors that say they are larger than their file: views of few numbers, or sparse."""
+    size, room = 0, 4 * Path(path).stat().st_size  # tied weights count twice
+    for name, w in tensors.items():
+        size += w.numel() * w.element_size()
+        if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized or size > room:
+            raise UserError(
+                f"{path}: {shown(str(name))} {tuple(w.shape)} is larger than the file, or packed; "
+                "save it as plain tensors"
+            )
 
 
 def read_tensors(path):
@@ -92,6 +157,7 @@ def read_tensors(path):
             b"P",
             b"\x80",
         ):  # a zip, or a bare pickle as torch wrote before 1.6
+            check_size(path)
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
@@ -101,7 +167,7 @@ def read_tensors(path):
         Exception
     ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
-        line = str(problem).strip().split("\n")[0][:100] or "it is cut short"
+        line = shown(str(problem).strip().split("\n")[0][:100]) or "it is cut short"
         reason = f"it wants to run {code[1]} and was not opened" if code else line
         raise UserError(
             f"{path} is not a whole AniMask model or public checkpoint ({reason})"
@@ -109,14 +175,13 @@ def read_tensors(path):
     return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
 
 
-def read_json(path):
-    """-> dict; {} where there is no file."""
+def read_json(path, table):
+    """-> dict, whose fields are as the table says; {} where there is no file."""
     try:
-        content = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        content = parse_table(Path(path).read_text()) if Path(path).exists() else {}
     except (OSError, ValueError) as problem:
         raise UserError(f"{path} can't be read as JSON ({problem})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+    check_fields(content, table, path, "mend it, or take another copy")
     return content
 
 
@@ -198,10 +263,12 @@ def our_names(loaded, path):
     """What a file holds -> {our name: tensor fp32}, the patch embedding still a convolution."""
     loaded = loaded if isinstance(loaded, dict) else {}
     inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), dict)), loaded)
+    tensors = {k: w for k, w in inner.items() if isinstance(w, torch.Tensor)}
+    check_tensors(tensors, path)
     weights = {
         re.sub(PREFIX, "", str(k)): w.float()
-        for k, w in inner.items()
-        if isinstance(w, torch.Tensor) and not str(k).startswith("student.")
+        for k, w in tensors.items()
+        if not str(k).startswith("student.")
     }
     weights = {k: w for k, w in weights.items() if not re.match(DROPPED, k)}
     if {"register_tokens", "reg_token"} & weights.keys():
@@ -214,12 +281,7 @@ def our_names(loaded, path):
         "mask_token" in weights and weights["mask_token"].ndim == 2
     ):  # DINOv2's (1, D): of its training, no decoder's
         del weights["mask_token"]
-    if any(k not in weights or weights[k].ndim != n for k, n in VIT.items()):
-        some = ", ".join(list(weights)[:3]) or "no weights"
-        raise UserError(
-            f"{path} is not a whole AniMask model or public checkpoint: it has {some}, not cls_token, "
-            "pos_embed and patch_embed.proj (D, 3, p, p); of a run of ours, give the folder"
-        )
+    check_arrays(weights, VIT, path, REMEDY)
     return weights
 
 
@@ -228,13 +290,10 @@ def facts_beside(path, header):
     beside it.
     """
     if header:
-        if "config" not in header:
-            raise UserError(f"{path} is not a whole AniMask model: its header has no configuration")
+        check_fields(header, MODEL, path, "python pretrain.py makes an encoder")
         return header["config"] | {"norm_pix": header.get("norm_pix", True)}
-    config, pixels = (
-        read_json(path.parent / "config.json"),
-        read_json(path.parent / "preprocessor_config.json"),
-    )
+    config = read_json(path.parent / "config.json", CONFIG)
+    pixels = read_json(path.parent / "preprocessor_config.json", PIXELS)
     timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
     facts = {
         "heads": config.get("num_attention_heads", timm.get("num_heads")),
@@ -242,7 +301,6 @@ def facts_beside(path, header):
         "decoder_heads": config.get("decoder_num_attention_heads"),
         "norm_eps": config.get("layer_norm_eps"),
         "norm_pix": config.get("norm_pix_loss"),
-        "activation": config.get("hidden_act"),
         "mean": pixels.get("image_mean", timm.get("mean")),
         "std": pixels.get("image_std", timm.get("std")),
     }
@@ -251,7 +309,7 @@ def facts_beside(path, header):
 
 def check_heads(width, heads, key, owner):
     """A number of heads changes no shape: a wrong one would be seen nowhere but in the features."""
-    if not isinstance(heads, int) or heads < 1 or width % heads:
+    if heads is None or width % heads:
         say = (
             "how many heads share it is not known"
             if heads is None
@@ -280,13 +338,12 @@ def read_checkpoint(path):
         run = given.parent if given.suffix else given
         raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
     loaded, header = read_tensors(path)
-    weights, facts = our_names(loaded, path), facts_beside(path, header)
+    try:
+        weights, facts = our_names(loaded, path), facts_beside(path, header)
+    except (RuntimeError, IndexError):
+        raise UserError(f"{path} has weights of shapes that do not go together; {REMEDY}") from None
     kernel, positions = weights["patch_embed.proj.weight"].shape, weights["pos_embed"].shape[1]
     dim, side, p = weights["cls_token"].shape[2], math.isqrt(max(positions - 1, 0)), kernel[2]
-    if kernel[1] != 3 or kernel[3] != p:
-        raise UserError(
-            f"{path} has a patch embedding {tuple(kernel)}: not of square patches in three colours"
-        )
     if positions < 2 or side**2 != positions - 1:
         raise UserError(
             f"{path} has {positions} positions: not a square grid and one for the CLS token"
@@ -294,10 +351,6 @@ def read_checkpoint(path):
     if facts.get("dim", dim) != dim:
         raise UserError(
             f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model"
-        )
-    if facts.get("activation", "gelu") != "gelu":
-        raise UserError(
-            f"{path} was trained with the activation {facts['activation']}; this encoder has only gelu"
         )
     width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
     facts = {
@@ -318,6 +371,8 @@ def read_checkpoint(path):
         check_heads(
             width, facts["decoder_heads"], "decoder_num_attention_heads", f"the decoder of {path}"
         )
+    check_encoder(weights, facts, path, REMEDY)
+    check_blocks(weights, "decoder_blocks", facts["decoder_depth"], width, path, REMEDY)
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
     matrix = (

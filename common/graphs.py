@@ -112,7 +112,7 @@ def graph_of(source, image_size=None):
         )
     return graph.eval(), about | {
         "side": header["packed_size"],
-        "crop": header.get("crop", "centre"),
+        "crop": header["crop"],
     }
 
 

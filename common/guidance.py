@@ -13,6 +13,7 @@ A map of a whole image is far smaller than the image: a step copies only the row
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from common import distributed
 from common.agreement import contrast_of
 from common.checkpoints import beside, flags_of, load_teacher
 from common.command import progress
+from common.fields import check_arrays
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
@@ -137,7 +139,10 @@ class Guide:
         were none yet.
         """
         if name:
+            if not re.fullmatch(r"attn-\d+\.safetensors", name):
+                raise ValueError(f"maps in a file {name!r}")
             self.file, self.maps["attn"] = name, data.open_tensors(path.parent / name)["attn"]
+            check_arrays({"attn": self.maps["attn"]}, {"attn": "float16 n g g"}, path, "")
 
     def refresh_maps(self, epoch, step, images, out):
         """Let the teacher make its maps of all images, if this is one of its epochs."""

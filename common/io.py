@@ -158,6 +158,25 @@ DTYPES = {
     "F16": np.float16,
     "F32": np.float32,
 }  # of rows
+BYTES = {"BOOL": 1, "I8": 1, "BF16": 2, "I16": 2, "U16": 2, "U32": 4, "F64": 8, "U64": 8} | {
+    name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()
+}  # of one number
+
+
+def parse_json(text):
+    """-> the value; JSON that is nested too deep is a ValueError, as all other broken JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def parse_table(text):
+    """The same; what is no table of fields is a ValueError."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of fields")
+    return found
 
 
 def not_whole(path, problem, remedy):
@@ -177,7 +196,7 @@ def read_safetensors(path, remedy="remove it and make it again"):
 
     try:
         with safe_open(regular(path), "pt") as f:
-            header = json.loads((f.metadata() or {}).get("animask", "{}"))
+            header = parse_table((f.metadata() or {}).get("animask", "{}"))
             return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
     except (SafetensorError, OSError, ValueError) as problem:
         raise not_whole(path, problem, remedy) from None
@@ -190,14 +209,25 @@ def read_header(path, remedy="remove it and make it again"):
     try:
         with open(regular(path), "rb") as f:
             room = int.from_bytes(f.read(8), "little")
-            entries = json.loads(f.read(min(room, 2**30)))
-        header = json.loads(entries.pop("__metadata__", {}).get("animask", "{}"))
-        return {
-            name: (e["dtype"], tuple(e["shape"]), 8 + room + e["data_offsets"][0])
-            for name, e in entries.items()
-        }, header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+            size = os.fstat(f.fileno()).st_size - 8 - room  # of the tensors
+            entries = parse_table(f.read(room) if size >= 0 else "")
+        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
+        return {name: place_of(e, 8 + room, size) for name, e in entries.items()}, header
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise not_whole(path, problem, remedy) from None
+
+
+def place_of(entry, start, size):
+    """A tensor in a file's head -> (dtype's name, shape, its first byte in the file).
+
+    The tensors begin at `start` and take `size` bytes; one that does not fit there is a ValueError.
+    """
+    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError(f"a tensor of shape {shape}")
+    if last > size or last - first != math.prod(shape) * BYTES[entry["dtype"]]:
+        raise ValueError(f"a tensor of shape {shape} takes {last - first} bytes of {size}")
+    return entry["dtype"], shape, start + first
 
 
 def save_safetensors(tensors, path, header=None):
@@ -300,7 +330,7 @@ def read_json(path, keys=(), fix="remove it and run again"):
     UserError with the fix.
     """
     try:
-        found = json.loads(regular(path).read_text())
+        found = parse_json(regular(path).read_text())
     except (OSError, ValueError) as problem:
         raise UserError(
             f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}"

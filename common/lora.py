@@ -16,6 +16,20 @@ from torch import nn
 from common import formats
 from common.checkpoints import as_convolution, load_encoder
 from common.convnets import ConvNet
+from common.fields import (
+    FLAG,
+    SIDE,
+    TEXT,
+    Field,
+    check_fields,
+    check_finite,
+    list_of,
+    number,
+    one_of,
+    shown,
+    table_of,
+    whole,
+)
 from common.io import UserError, save_json, save_safetensors
 from model import shape_of
 
@@ -29,15 +43,30 @@ LAYERS = {
 TARGETS = tuple(name for names in LAYERS.values() for name in names)
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "base_model.model.{}.lora_{}.weight"  # peft's name for a layer's A or B
-KEEP_THE_BASE = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-    "mica",
-)  # initial A and B of peft that fit here
+NO = Field("false", lambda v: v in (False, []))
+KEEPS_THE_BASE = Field(  # initial A and B of peft that fit here; others change the encoder, too
+    "true or a start that leaves the encoder as it is; "
+    "peft's save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED) converts it",
+    lambda v: v in (True, False, "gaussian", "eva", "orthogonal", "mica"),
+)
+RANK, ALPHA = whole(1, 10**5), number(1e-6)
+CONFIG = {  # fields of adapter_config.json: plain LoRA of an unchanged encoder; then of our header
+    "peft_type": one_of("LORA"),
+    "base_model_name_or_path?": TEXT,
+    "r": RANK,
+    "lora_alpha": ALPHA,
+    "rank_pattern?": table_of(RANK),
+    "alpha_pattern?": table_of(ALPHA),
+    "lora_dropout?": number(0, 0.99),
+    "use_rslora?": FLAG,
+    "bias?": one_of("none"),
+    "use_dora?": NO,
+    "fan_in_fan_out?": NO,
+    "modules_to_save?": NO,
+    "init_lora_weights?": KEEPS_THE_BASE,
+}
+ABOUT = {"parts?": list_of(whole(0, 2), 1, 3), "fingerprint": TEXT, "image_size": SIDE}
+REMEDY = "python finetune_lora.py ENCODER --method lora makes one"
 
 
 class LoRA(nn.Module):
@@ -213,20 +242,14 @@ def read_adapter(folder):
     """-> adapter_config.json, {layer: (A, B)}, our header or {}. Only plain LoRA of an unchanged
     encoder.
     """
-    path, config = Path(folder) / ADAPTER[0], formats.read_json(Path(folder) / ADAPTER[1])
-    if not config or not path.exists():
+    path, about = (Path(folder) / name for name in ADAPTER)
+    if not path.exists() or not about.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
-    kind, bias = [str(config.get("peft_type"))], config.get("bias", "none")
-    kind += [k for k in ("use_dora", "fan_in_fan_out", "modules_to_save") if config.get(k)]
-    kind += [f"bias={bias}"] if bias != "none" else []
-    if kind != ["LORA"]:
-        raise UserError(f"{path} is {' '.join(kind)}; only plain LoRA is known here")
-    if (start := config.get("init_lora_weights", True)) not in KEEP_THE_BASE:
-        raise UserError(
-            f"{path} was made with init_lora_weights={start}, which changes the encoder, too; convert it: "
-            "peft's save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED)"
-        )
+    config = formats.read_json(about, CONFIG)
     tensors, header = formats.read_tensors(path)
+    check_fields(tensors, {}, path, REMEDY)
+    if header:
+        check_fields(header, ABOUT, path, REMEDY)
     names = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors})
     wanted = {TENSOR.format(name, factor) for name in names for factor in "AB"}
     if wanted != tensors.keys() or not names:
@@ -234,37 +257,47 @@ def read_adapter(folder):
         raise UserError(
             f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; left over: {', '.join(extra)}"
         )
-    return (
-        config,
-        {k: [tensors[TENSOR.format(k, factor)].float() for factor in "AB"] for k in names},
-        header,
-    )
+    formats.check_tensors(tensors, path)
+    check_finite(tensors, path)
+    for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
+        if not any(ends_in(name, key) for name in names):
+            raise UserError(
+                f"{about} has a pattern {shown(key)[:100]!r}, and no layer's name ends so; patterns are "
+                "compared letter by letter: write names in its place"
+            )
+    pairs = {k: [tensors[TENSOR.format(k, factor)].float() for factor in "AB"] for k in names}
+    return config, pairs, header
+
+
+def ends_in(name, key):
+    """Is the key of a pattern the last parts of a layer's name? peft would match it as a regular
+    expression, which takes for ever where somebody wants it to.
+    """
+    plain = key.removeprefix("^").replace("\\.", ".")
+    return f".{name}".endswith(f".{plain}")
 
 
 def pattern_value(patterns, name, otherwise):
-    """What rank_pattern or alpha_pattern says of a layer: keys are regular expressions of a name's
-    end, as in peft.
-    """
-    return next(
-        (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name)), otherwise
-    )
+    """What rank_pattern or alpha_pattern says of a layer."""
+    return next((v for k, v in (patterns or {}).items() if ends_in(name, k)), otherwise)
 
 
 def lora_from(name, base, A, B, config, qkv, folder):
     """A (r, in) and B (out, r) of a file as LoRA on the Linear base; `qkv`, which of the three, get
     their own.
     """
-    rank = pattern_value(config.get("rank_pattern"), name, config.get("r"))
-    if A.shape != (rank, base.in_features) or B.shape != (base.out_features, rank):
+    rank = pattern_value(config.get("rank_pattern"), name, config["r"])
+    chunks, of = (qkv, 3) if qkv and name.endswith("attn.qkv") else ([0], 1)
+    fits = A.shape == (rank, base.in_features) and B.shape == (base.out_features, rank)
+    if not fits or rank % len(chunks) or len(set(chunks)) != len(chunks):
         raise UserError(
             f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B {tuple(B.shape)} "
             f"against rank {rank} and a layer of {base.in_features} to {base.out_features}"
         )
-    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    chunks, of = (qkv, 3) if qkv and name.endswith("attn.qkv") else ([0], 1)
     r, width = rank // len(chunks), base.out_features // of
-    lora = LoRA(base, r, scale * r, config.get("lora_dropout", 0.0), chunks, of)
+    lora = LoRA(base, r, scale * r, config.get("lora_dropout") or 0.0, chunks, of)
     with torch.no_grad():
         lora.A.copy_(A.view_as(lora.A))
         for i, k in enumerate(chunks):

@@ -17,7 +17,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoints import about_model, blank_encoder, load_exactly, model_file
-from common.io import UserError, read_safetensors, save_safetensors
+from common.fields import (
+    CUT,
+    ENCODER,
+    EPSILON,
+    NAMES,
+    SIDE,
+    check_arrays,
+    check_encoder,
+    check_equal,
+    check_fields,
+    list_of,
+    number,
+    one_of,
+    whole,
+)
+from common.io import read_safetensors, save_safetensors
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
 ARMS = {  # what is read, and what is learned besides the character
@@ -33,6 +48,20 @@ READS_TAGS, HIDES_TAGS = ("mfdn", "fixed", "vilt", "tags"), ("mfdn", "fixed")
 NAMES_TAGS = ("mfdn", "fixed", "bce", "l2l")
 MASK, PAD, CLS, SEP, SPECIAL = range(5)  # come behind the V tags: V + MASK, ...
 REMEDY = "python tags.py ENCODER --data DIR makes it"
+FIELDS = {
+    "tags": {
+        "encoder": ENCODER | {"depth": whole(2, 1000)},
+        "norm_eps": EPSILON,
+        "C": whole(1, 10**6),
+        "V": whole(1, 10**6),
+        "arm": one_of(*ARMS),
+        "length": whole(2, 10**4),
+    },
+    "words": NAMES,
+    "classes": NAMES,
+    "thresholds?": list_of(number(-1, 2)),
+    "image_size": SIDE,
+} | CUT
 
 
 # ---- words: a picture's tags as the network reads them -------------------------------------------
@@ -320,10 +349,21 @@ def load(folder):
     """runs/NAME of tags.py -> (MFDN in eval mode, header of its model file)."""
     path = model_file(folder)
     weights, header = read_safetensors(path, REMEDY)
-    keys = {"tags", "words", "classes", "thresholds", "image_size", "packed_size", "crop", "margin"}
-    if lost := sorted(keys - header.keys()):
-        raise UserError(f"{path} has no {lost[0]!r}: it is no run of tags.py; {REMEDY}")
-    config = header["tags"]
+    check_fields(header, FIELDS, path, REMEDY)
+    config, words = header["tags"], len(header["words"])
+    rows = {"reach": "float R", "head.weight?": "float C D", "tag_head.bias?": "float V"}
+    sizes = {"R": config["length"] - 2, "C": config["C"], "D": config["encoder"]["dim"]}
+    sizes["V"] = 1 if config["arm"] == "l2l" else words
+    check_equal(
+        path,
+        REMEDY,
+        classes=(len(header["classes"]), config["C"]),
+        words=(words, config["V"]),
+        thresholds=(len(header.get("thresholds") or []), words * (config["arm"] in NAMES_TAGS)),
+        image_size=(header["image_size"], config["encoder"]["image_size"]),
+    )
+    check_encoder(weights, config["encoder"], path, REMEDY, "encoder.")
+    check_arrays(weights, rows, path, REMEDY, **sizes)
     encoder = blank_encoder(config["encoder"], config["norm_eps"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
     load_exactly(net, weights, path)

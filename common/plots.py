@@ -49,6 +49,7 @@ plt.rcParams |= {
     "figure.constrained_layout.use": True,
 }
 plt.rcParams |= {"legend.frameon": False, "legend.fontsize": 9}
+plt.rcParams["text.parse_math"] = False  # names are text: $ begins no formula
 # names of characters in Japanese, Chinese, Korean: what systems bring for them, where it is
 # installed
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
@@ -769,6 +770,7 @@ def plot_verification(path, pairs, strangers, title, reliable=()):
             ylabel="true positive rate, %",
             xscale="log",
         )
+        axes[0].xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
         axes[0].set(xlim=(0.01, 100), ylim=(0, 100))
         axes[0].legend(fontsize=8, loc="upper left")
         axes[1].set(title="Precision and recall", xlabel="recall, %", ylabel="precision, %")

@@ -14,6 +14,17 @@ from torch import nn
 
 import data
 from common.checkpoints import blank_encoder, load_exactly
+from common.fields import (
+    ANYTHING,
+    ENCODER,
+    EPSILON,
+    SIDE,
+    check_encoder,
+    check_fields,
+    number,
+    one_of,
+    table_of,
+)
 from common.io import UserError, read_header, read_safetensors
 from model import shape_of
 
@@ -21,6 +32,13 @@ KINDS = ("photographed", "drawn")  # what a frame, a patch, a pixel may be: 0 or
 EPS = 1e-3  # of the guided filter: contrasts under a thirtieth of the range are no edges
 TOLERANCE = 2  # pixels that a border may be off
 REMEDY = "remove it and run segment.py again"
+PATCHES = {"encoder": ENCODER, "norm_eps": EPSILON, "decide": one_of("centroids", "cls")}
+PIXELS = {
+    "network": one_of("unet", "segformer"),
+    "patches?": PATCHES,
+    "image_size": SIDE,
+    "seconds": number(0, 1e9),
+}
 
 
 # ---- patches: stage 1 ----------------------------------------------------------------------------
@@ -100,15 +118,18 @@ def cut_together(view, drawn, share, generator):
     return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
-def blank_patches(config):
-    """What Patches.config was -> Patches of that shape, with random weights."""
+def blank_patches(config, weights, path, prefix=""):
+    """What Patches.config was -> Patches of that shape, with random weights. weights of the file at path: they have
+    that shape, too."""
+    check_encoder(weights, config["encoder"], path, REMEDY, f"{prefix}encoder.")
     return Patches(blank_encoder(config["encoder"], config["norm_eps"]), config["decide"])
 
 
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    net = blank_patches(header["patches"])
+    check_fields(header, {"patches": PATCHES, "stage": table_of(ANYTHING)}, path, REMEDY)
+    net = blank_patches(header["patches"], weights, path)
     load_exactly(net, weights, path)
     return net.eval()
 
@@ -289,8 +310,9 @@ def segformer(channels):
 def load_pixels(path):
     """model.safetensors of stage 3 -> its Pixels in eval mode, header of its file."""
     weights, header = read_safetensors(path, REMEDY)
-    config = header["patches"]
-    net = Pixels(header["network"], config and blank_patches(config))
+    check_fields(header, PIXELS, path, REMEDY)
+    config = header.get("patches")
+    net = Pixels(header["network"], config and blank_patches(config, weights, path, "patches."))
     load_exactly(net, weights, path)
     return net.eval(), header
 

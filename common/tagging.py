@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import metrics
+from common.fields import is_name
 from common.io import UserError, atomic, regular
 
 TOP = 25  # the most frequent tags, of which the error is told apart
@@ -29,15 +30,8 @@ def many_hot(ids, V):
 
 
 def has_tags(split):
-    """Does a packed split bring lists of tags? Those of an older packing, one column a tag, are
-    refused.
-    """
-    plane = split.get("tags")
-    if plane is not None and plane.dtype != np.int32:
-        raise UserError(
-            f"{plane.filename} has the tags of an older packing; remove it, and make it again with data.py"
-        )
-    return plane is not None
+    """Does a packed split bring lists of tags?"""
+    return "tags" in split
 
 
 def average_precisions(scores, truth):
@@ -209,7 +203,7 @@ def read_selected(path):
         )
     names = [row["name"] for row in rows]
     for at, row in enumerate(rows):
-        if not row["name"] or not row["category"] or row["name"] in names[:at]:
+        if not is_name(row["name"]) or not row["category"] or row["name"] in names[:at]:
             raise UserError(
                 f"{path}, entry {at + 1} is no tag of its own, with name and category: {row['name']!r}"
             )

@@ -23,13 +23,21 @@ import torch
 
 from common.command import claim, refuse_overwrite
 from common.distributed import all_reduce, place
-from common.io import UserError, atomic, save_text
+from common.fields import ANYTHING, check_fields, number, table_of, whole
+from common.formats import check_size
+from common.io import UserError, atomic, parse_json, save_text
 
 try:
     import resource
 except ImportError:  # there is none on Windows
     resource = None
 
+STATE = {
+    "config": table_of(ANYTHING),
+    "step?": whole(0),
+    "seconds?": number(0, 1e9),
+    "stage?": whole(0, 3),
+}
 
 # ---- the machine ---------------------------------------------------------------------------------
 
@@ -227,8 +235,8 @@ def catch_signals():
             raise KeyboardInterrupt
         stop_signal.append(signal.Signals(number))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, note)
     return stop_signal
 
 
@@ -249,7 +257,8 @@ def load_state(path):
     values is refused.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_size(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         Exception
     ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
@@ -257,6 +266,8 @@ def load_state(path):
         raise UserError(
             f"{path} can't be read as a checkpoint of ours ({reason}); {anew(path)}"
         ) from None
+    check_fields(state, STATE, path, anew(path))
+    return state
 
 
 def anew(state):
@@ -301,7 +312,7 @@ def taking_up(path):
     """
     try:
         yield
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         reason = (
             f"{type(problem).__name__}: {problem}"[:200]
             .splitlines()[0]
@@ -322,6 +333,17 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
         if p.requires_grad:
             groups[p.ndim < 2 or name.endswith("_token")]["params"].append(p)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def load_optimizer(optimizer, saved):
+    """Take up the moments of AdamW that state.pt keeps. Its rates are set before every step, and its other numbers
+    follow from the flags. Moments that do not fit their weights are a ValueError."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for weight, moments in optimizer.state.items():
+        shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        if {name: x.shape for name, x in moments.items()} != shapes:
+            raise ValueError("the optimizer's moments do not fit the weights")
 
 
 def set_lr(optimizer, lr):
@@ -359,7 +381,7 @@ def read_log(path):
     rows = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict)]
 
 

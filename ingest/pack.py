@@ -52,6 +52,7 @@ from common.command import (
     refuse_unused,
     working,
 )
+from common.fields import refuse_odd_name
 from common.io import UserError, lock_beside, locked, read_header, write_rows
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
@@ -451,6 +452,8 @@ def write_set(
     )
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
+    for name in classes:
+        refuse_odd_name(name, "the class", "rename its folder, or its label in the table")
     about = {
         "format": 1,
         "source": str(path),

@@ -18,7 +18,6 @@ folders tell split and class, ingest/layouts.py reads them.
 
 import csv
 import fileinput
-import json
 import os
 import re
 import shlex
@@ -32,7 +31,7 @@ from functools import partial
 from pathlib import Path
 
 from common.command import working
-from common.io import UserError, regular
+from common.io import UserError, parse_json, regular
 from ingest import layouts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -576,7 +575,7 @@ def read_posts(path, have):
         for line in filter(bytes.strip, file):
             lines += 1
             try:
-                post = json.loads(line)
+                post = parse_json(line)
                 names = [
                     str(post[k])
                     for k in ("file_name", "path", "id", "md5")

@@ -11,6 +11,8 @@ from collections import Counter
 
 import numpy as np
 
+from common.fields import is_name
+
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
 KEPT, WITHOUT = (
@@ -53,6 +55,7 @@ def vocabulary(records, least=2, above=0.0, emoticons=False):
     lists = [r.tags for r in records if r.split == "train" and r.tags]
     count = Counter(tag for tags in lists for tag in set(tags))
     gone = {
+        "no names": [t for t in count if not is_name(t)],
         "emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
         f"on fewer than {least} pictures": [t for t, n in count.items() if n < least],
     }

@@ -527,9 +527,9 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
             C.load_encoder(tmp_path / name)
         assert "\n" not in str(told.value)
     foreign = (
-        (torch.zeros(3), "no weights"),
-        ({"model": {"a": torch.zeros(3)}}, "it has a, not"),
-        ([1], "no weights"),
+        (torch.zeros(3), "cls_token"),
+        ({"model": {"a": torch.zeros(3)}}, "cls_token"),
+        ([1], "cls_token"),
         ({"model": small_mae().state_dict()}, "give the folder"),
     )
     for what, says in foreign:
@@ -560,13 +560,13 @@ def changed(weights, **changes):
             ROUGH_HEADS,
             r"norm1.bias \(3,\) against \(64,\)",
         ),
-        ({"blocks__99999999__norm1__bias": torch.zeros(64)}, ROUGH_HEADS, "missing"),
+        ({"blocks__99999999__norm1__bias": torch.zeros(64)}, ROUGH_HEADS, "has no array.*blocks.2"),
         ({"pos_embed": torch.zeros(1, 19, 64)}, ROUGH_HEADS, "19 positions"),
-        ({"pos_embed": torch.zeros(17, 64)}, ROUGH_HEADS, "not cls_token, pos_embed"),
+        ({"pos_embed": torch.zeros(17, 64)}, ROUGH_HEADS, "pos_embed"),
         (
             {"patch_embed__proj__weight": torch.zeros(64, 1, 8, 8)},
             ROUGH_HEADS,
-            r"patch embedding \(64, 1, 8, 8\)",
+            r"patch_embed.*\(64, 1, 8, 8\)",
         ),
         ({"norm__bias": None}, {"hidden_size": 32}, "64 wide, config.json beside it says 32"),
         ({}, {"hidden_act": "quick_gelu"}, "quick_gelu"),
@@ -621,7 +621,7 @@ def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
     assert C.load_encoder(tmp_path / "x.pth")[0].blocks[0].attn.heads == 16
     for wrong in (0, -1, 7, "16", 2.0):
         (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": wrong}))
-        with pytest.raises(UserError, match="heads can't share it"):
+        with pytest.raises(UserError, match="heads"):
             C.load_encoder(tmp_path / "x.pth")
 
 

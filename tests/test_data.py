@@ -26,6 +26,9 @@ def pack_images(source, out, *more, **kw):
     return call("data.py", source, "--out", out, *more, cwd=out.parent, **kw)
 
 
+ABOUT = {"classes": ["a"], "crop": "centre", "margin": 0.1, "split": "train", "source": "x"}
+
+
 def keys_of(out, split):
     return data.open_split(out, split)["header"]["keys"]
 
@@ -199,7 +202,7 @@ def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
     records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
     rows = ((r, {"images": np.zeros((1, 1, 3), np.uint8)}) for r in records)
     pack.write_split(
-        tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, {"classes": ["a"]}
+        tmp_path / "train.safetensors", rows, dims, records, {"a": 0}, ABOUT | {"size": 1}
     )
     assert keys_of(tmp_path, "train") == names
 

@@ -386,13 +386,13 @@ def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
     assert "detector.safetensors does not exist" in said(encoder, "wide.png")
     assert "does not exist" in said("runs/none", "wide.png")
     assert "multiples of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
-    assert "is no detector" in said(Path(encoder) / "model.safetensors", "wide.png")
+    assert "detect.py ENCODER makes it" in said(Path(encoder) / "model.safetensors", "wide.png")
     weights, header = read_safetensors(det / "detector.safetensors")
     for i, lost in enumerate(
         ({"page": None}, {"threshold": "high"}, {"detector": {"encoder": {}, "norm_eps": 1e-6}})
     ):
         save_safetensors(weights, pages / f"odd{i}.safetensors", header | lost)
-        assert "is no detector" in said(f"odd{i}.safetensors", "wide.png")
+        assert "detect.py ENCODER makes it" in said(f"odd{i}.safetensors", "wide.png")
     assert "larger than the pages" in said(
         encoder, *WORDS, "--out", "x", "--view", 512, "--page", 64
     )
@@ -437,7 +437,7 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
     done = call(
         "recognize.py", run, "page.png", "--detect", "runs/enc/model.safetensors", cwd=pages
     )
-    assert "is no detector" in refused(done)
+    assert "detect.py ENCODER makes it" in refused(done)
 
 
 def test_what_is_cut_out_is_the_face_and_room_around_it():

@@ -254,7 +254,7 @@ def test_an_adapter_that_changed_its_encoder_is_refused_and_can_be_converted(tmp
     expected = trained(net)
     net.save_pretrained(tmp_path / "theirs")
     with pytest.raises(
-        UserError, match=f"init_lora_weights={kind}, .*path_initial_model_for_weight_conversion"
+        UserError, match=f"init_lora_weights.*{kind}.*path_initial_model_for_weight_conversion"
     ):
         C.load_adapter(small_vit(), tmp_path / "theirs")
     config = tmp_path / "theirs" / "adapter_config.json"  # what it would give if it were believed
@@ -285,7 +285,7 @@ def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path,
         "init_lora_weights": kind
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"init_lora_weights={kind}"):
+    with pytest.raises(UserError, match=f"init_lora_weights.*{kind}"):
         C.load_adapter(small_vit(), tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
         ({"r": 8}, "against rank 8"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias=all"),
+        ({"bias": "all"}, "bias.*all"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
     ],
 )

@@ -395,21 +395,21 @@ def test_what_open_map_refuses(small, made, tmp_path):
             made / "saliency.safetensors",
             train,
             "parts",
-            ("maps of saliency, not of parts", "--map parts"),
+            ("map is 'saliency'", "--map parts"),
         ),
         (made / "saliency.safetensors", val, "saliency", ("another data set", "--split val")),
-        (small / "train.safetensors", train, "saliency", ("not of saliency", "--out OTHER")),
+        (small / "train.safetensors", train, "saliency", ("no field", "--out OTHER")),
         (
             write("few.safetensors", (n - 1, 32, 32), about),
             train,
             "saliency",
-            ("shape", str((n, 32, 32))),
+            ("has to be", str((n, 32, 32))),
         ),
         (
             write("fine.safetensors", (n, 8, 8), about),
             train,
             "saliency",
-            ("shape", str((n, 32, 32))),
+            ("has to be", str((n, 32, 32))),
         ),
     ):
         with pytest.raises(UserError) as problem:

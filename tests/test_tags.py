@@ -414,7 +414,7 @@ BAD = {
         ["whole", "--data", "packed", *QUICK],
         "is a run of tags.py: give pictures",
     ),
-    "an encoder asked": (["encoder", "images"], "it is no run of tags.py"),
+    "an encoder asked": (["encoder", "images"], "tags.py ENCODER"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
     "told to a blind one": (
         ["arm-image", "images", "--tell", "hat"],
@@ -437,11 +437,11 @@ BAD = {
     ),
     "an older packing": (
         ["encoder", "--data", "older", *QUICK],
-        "has the tags of an older packing",
+        "has to be int32",
     ),
     "an older packing probed": (
         ["encoder", "--data", "older", "--views", 1, "--device", "cpu"],
-        "of an older packing",
+        "has to be int32",
     ),
     "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
     "another encoder": (

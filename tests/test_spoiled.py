@@ -1,0 +1,458 @@
+"""Valid files of every kind, of which one field is spoiled: an answer without NaN, or one line and status 2.
+
+python -m pytest -m slow tests/test_spoiled.py        # all cases; without -m slow a few of each kind
+"""
+
+import copy
+import json
+import random
+import shutil
+import traceback
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import data
+import recognize
+from common import (
+    classifier,
+    command,
+    detection,
+    errors,
+    features,
+    fields,
+    lora,
+    mfdn,
+    segmenting,
+    tagging,
+    train,
+)
+from common.checkpoints import init_from, load_encoder, load_exactly
+from common.io import UserError, save_safetensors
+from ingest import sources, tags
+from model import MAE, ViT
+
+SEED, DEEP, CPU = 0, "@deep", torch.device("cpu")
+SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(torch.device("cpu"), torch.float32)
+CUT = {"packed_size": 32, "crop": "centre", "margin": 0.1}
+VALUES = {
+    "null": None,
+    "text": "$_$\x1b[2J\n\0",
+    "long": "x" * 100_000,
+    "negative": -1,
+    "none": 0,
+    "huge": 10**30,
+    "nan": float("nan"),
+    "true": True,
+    "empty list": [],
+    "empty table": {},
+    "odd list": [-1, "a", None],
+    "deep": DEEP,
+}
+TENSORS = (
+    "gone",
+    "nan",
+    "infinite",
+    "huge",
+    "negative",
+    "empty",
+    "flat",
+    "further",
+    "whole",
+    "real",
+)
+ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F7"}
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+
+def save_packed(base):
+    """Nothing: it is packed already. Maps of it, and features."""
+    split = data.open_split(base / "packed", "train")
+    n, about = len(split["labels"]), {"map": "saliency", "grid": 4, "by": "", "quality": "coarse"}
+    about |= {"data": "packed", "split": "train", "data_digest": data.fingerprint(split)}
+    maps = np.zeros((n, 4, 4), np.uint8)
+    data.write_maps(base / "saliency.safetensors", "saliency", [maps], maps.shape, "U8", about)
+    save_safetensors({"train.mean": torch.zeros(1, n, 8)}, base / "features.safetensors", CACHED)
+
+
+def save_recogniser(base):
+    torch.manual_seed(0)
+    encoder, _ = load_encoder(base / "encoder")
+    net, run = classifier.Classifier(encoder, 3).eval(), base / "lora"
+    about = {"config": net.config, "classes": ["a", "b", "c"], "method": "lora", "data": "packed"}
+    about |= {"base": str(base / "encoder"), "image_size": 32, **CUT}
+    about["fingerprint"] = lora.fingerprint(encoder)
+    head = {k: w for k, w in net.state_dict().items() if not k.startswith("encoder.")}
+    save_safetensors(head, run / "head.safetensors", about)
+    lora.add_lora(encoder, 2)
+    lora.save_adapter(encoder, run, base / "encoder")
+    found = dict.fromkeys(classifier.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
+    names, labels = ["a", "b", "c", "new"], torch.arange(8) % 4
+    keys = [f"{i}.png" for i in range(8)]
+    path = run / "gallery.safetensors"
+    classifier.save_gallery(path, torch.randn(8, 32), labels, names, keys, 3, found)
+
+
+def save_applications(base):
+    encoder, _ = load_encoder(base / "encoder")
+    about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
+    mfdn.save(mfdn.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT)
+    faces = detection.Detector(ViT(*SHAPE))
+    header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
+    save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
+    patches = segmenting.Patches(ViT(*SHAPE), "centroids")
+    header = {"patches": patches.config, "stage": {}}
+    save_safetensors(patches.state_dict(), base / "plain/patches.safetensors", header)
+    pixels = segmenting.Pixels("unet", patches)
+    header = {"network": "unet", "patches": patches.config, "image_size": 32, "seconds": 1.0}
+    save_safetensors(pixels.state_dict(), base / "frames/model.safetensors", header)
+
+
+def a_step(net):
+    """AdamW of a network, after a step."""
+    optimizer = train.make_optimizer(net, 1e-3, 0.05)
+    for w in net.parameters():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    return optimizer
+
+
+def save_run(base):
+    model = MAE(*SHAPE, 32, 1)
+    state = {"model": model.state_dict(), "optimizer": a_step(model).state_dict()}
+    state |= {"config": {"epochs": 1}, "step": 1, "seconds": 2.0}
+    (base / "run").mkdir()
+    train.save_state(state, base / "run/state.pt")
+
+
+@pytest.fixture(scope="module")
+def home(tagged, tmp_path_factory):
+    """A folder with a valid file of each kind; a case spoils one, and puts it back."""
+    base = tmp_path_factory.mktemp("spoiled") / "home"
+    shutil.copytree(tagged, base)
+    for save in (save_packed, save_recogniser, save_applications, save_run):
+        save(base)
+    return base
+
+
+# ---- what reads them: a function of the folder -> what it answers, plain values or a tensor ------
+
+
+def view():
+    return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
+
+
+def use_packed(base):
+    sets, _ = features.open_rows(base / "packed", "val", 0)
+    for images in sets:
+        split, rows = images.split, images.rows
+        data.groups_of(split)
+        errors.by_stratum(split, rows.numpy(), images.labels[rows] == 0, least=1)
+        tagging.has_tags(split) and tagging.many_hot(split["tags"], len(split["header"]["tags"]))
+        data.take(split["images"], rows[:4], CPU)
+    return [split["header"]["keys"][i] for i in rows.tolist()]
+
+
+def use_maps(base):
+    maps = data.open_map(base, "saliency", data.open_split(base / "packed", "train"))
+    return torch.from_numpy(np.array(maps))
+
+
+CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32", "views": 1}
+CACHED |= {"blocks": False}
+
+
+def use_features(base):
+    return (
+        features.cached(base / "features.safetensors", CACHED, dict)
+        .get("mean", {})
+        .get("train", [])
+    )
+
+
+def use_encoder(base):
+    init_from(MAE(*SHAPE[:3], 4, 2, 32, 1), base / "encoder")
+    encoder, _ = load_encoder(base / "encoder")
+    return encoder.features(view())
+
+
+def use_state(base):
+    model, path = MAE(*SHAPE, 32, 1), base / "run/state.pt"
+    optimizer, state = train.make_optimizer(model, 1e-3, 0.05), train.load_state(path)
+    with train.taking_up(path):
+        load_exactly(model, state["model"], path)
+        train.load_optimizer(optimizer, state["optimizer"])
+        step = state["step"] + state["seconds"]
+    for w in model.parameters():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    return step
+
+
+def use_recogniser(base):
+    gallery = classifier.load_gallery(base / "lora")
+    net, header = classifier.load_classifier(base / "lora")
+    found = recognize.embed(net, header, view().numpy(), AUTOCAST)
+    rows = recognize.answers(["x"], *found, gallery, 2)
+    counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
+    return [rows, [name in header["classes"] for name in gallery["names"]], counts]
+
+
+def use_tagger(base):
+    net, header = mfdn.load(base / "tags")
+    characters, tags = mfdn.answers(net, view())
+    named = mfdn.named(tags[0], header)
+    return [header["classes"][characters.argmax()], named, characters.tolist(), tags.tolist()]
+
+
+def use_detector(base):
+    net, header = detection.load(base / "faces")
+    boxes, scores = detection.faces_of(net, view()[0].numpy(), header["page"], header["threshold"])
+    return [boxes.tolist(), scores.tolist()]
+
+
+def use_segmenter(base):
+    return segmenting.load(base / "frames", CPU, AUTOCAST)[0](view()).detach()
+
+
+def use_patches(base):
+    return segmenting.load(base / "plain", CPU, AUTOCAST)[0](view()).detach()
+
+
+FILES = {  # file: how many cases, and what reads it
+    "packed/train.safetensors": (80, use_packed),
+    "packed/val.safetensors": (50, use_packed),
+    "saliency.safetensors": (50, use_maps),
+    "features.safetensors": (40, use_features),
+    "encoder/model.safetensors": (80, use_encoder),
+    "run/state.pt": (80, use_state),
+    "lora/head.safetensors": (60, use_recogniser),
+    "lora/gallery.safetensors": (80, use_recogniser),
+    "lora/adapter_model.safetensors": (60, use_recogniser),
+    "lora/adapter_config.json": (60, use_recogniser),
+    "tags/model.safetensors": (80, use_tagger),
+    "frames/model.safetensors": (60, use_segmenter),
+    "plain/patches.safetensors": (40, use_patches),
+    "faces/detector.safetensors": (60, use_detector),
+}
+
+
+def read(path):
+    """-> its tensors, and its fields; of state.pt all are fields."""
+    if path.suffix == ".json":
+        return {}, json.loads(path.read_text())
+    if path.suffix == ".pt":
+        return {}, torch.load(path, weights_only=True)
+    with safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        return tensors, json.loads((f.metadata() or {}).get("animask", "{}"))
+
+
+def write(path, tensors, fields):
+    if path.suffix == ".pt":
+        return torch.save(fields, path)
+    text = json.dumps(fields).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
+    if path.suffix == ".json":
+        return path.write_text(text)
+    save_file(tensors, path, {"animask": text})
+
+
+# ---- what is spoiled -----------------------------------------------------------------------------
+
+
+def places(fields, above=()):
+    """The way to each field, those in tables and the first of a list, too."""
+    if len(above) == 4:
+        return
+    items = fields.items() if isinstance(fields, dict) else enumerate(fields[:1])
+    for key, value in items:
+        yield (*above, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*above, key))
+
+
+def cases(path, count):
+    """-> [(what, where, how)], always the same."""
+    tensors, fields = read(path)
+    ways, rng = list(places(fields)), random.Random(f"{SEED} {path.name}")
+    found = [("field", way, how) for way in ways for how in ("gone", *VALUES)]
+    if path.suffix == ".pt":
+        found += [("tensor in", way, how) for way in ways for how in TENSORS[1:]]
+    rows = [("tensor", name, how) for name in tensors for how in TENSORS]
+    rows += [("entry", name, how) for name in tensors for how in ENTRIES]
+    share = min(len(rows), count // 2)
+    return rng.sample(rows, share) + rng.sample(found, min(len(found), count - share))
+
+
+def spoiled(x, how):
+    """A tensor, changed."""
+    if how in ("nan", "infinite"):
+        x = x.float()
+    value = {"nan": float("nan"), "infinite": float("inf"), "huge": 1e30, "negative": -1.0}
+    if not x.is_floating_point():  # the largest and smallest whole numbers of its kind
+        value |= {"huge": torch.iinfo(x.dtype).max, "negative": torch.iinfo(x.dtype).min}
+    if how in value:
+        x = x.clone()
+        x.view(-1)[-1:] = value[how]
+        return x
+    changed = {
+        "empty": x[:0] if x.ndim else x.new_zeros(0),
+        "flat": x.flatten(),
+        "further": x[None],
+    }
+    return changed[how] if how in changed else x.long() if how == "whole" else x.float()
+
+
+def spoil(path, what, where, how):
+    tensors, fields = read(path)
+    if what == "entry":
+        return spoil_entry(path, where, how)
+    if what == "tensor":
+        x = tensors.pop(where)
+        tensors |= {} if how == "gone" else {where: spoiled(x, how).contiguous()}
+        return write(path, tensors, fields)
+    at = fields
+    for key in where[:-1]:
+        at = at[key]
+    if how == "gone":
+        del at[where[-1]]
+    elif what == "tensor in":
+        x = at[where[-1]]
+        at[where[-1]] = spoiled(x, how) if torch.is_tensor(x) else x
+    else:
+        at[where[-1]] = copy.deepcopy(VALUES[how])
+    write(path, tensors, fields)
+
+
+def spoil_entry(path, name, how):
+    """What the file's head says of a tensor, but not the tensor."""
+    raw = path.read_bytes()
+    room = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + room])
+    head[name]["dtype" if how == "dtype" else "shape"] = ENTRIES[how]
+    text = json.dumps(head).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + room :])
+
+
+# ---- what every reader has to keep ---------------------------------------------------------------
+
+
+def complaint(use, base):
+    """What is wrong with an answer, or None."""
+    try:
+        with torch.no_grad():
+            found = use(base)
+        found = found.isfinite().all().item() if torch.is_tensor(found) else found
+        assert found is not False, "an answer that is not finite"
+        text = json.dumps(found, allow_nan=False, ensure_ascii=False)
+        assert "\x1b" not in text, "a name that is not printable"
+    except (UserError, OSError) as problem:  # common.command.cli makes a line of either
+        return None if "\n" not in str(problem) else "more than one line"
+    except BaseException as problem:  # whatever it is: it would reach the user as a traceback
+        at = traceback.extract_tb(problem.__traceback__)[-1]
+        return f"{type(problem).__name__}: {str(problem)[:150]} in {at.filename}, line {at.lineno}"
+
+
+def judge(home, file, count):
+    """Every case of a file -> lines that say what went wrong."""
+    failed, path, (_, use) = [], home / file, FILES[file]
+    whole = path.read_bytes()
+    for case in cases(path, count):
+        spoil(path, *case)
+        if found := complaint(use, home):
+            failed.append(f"{file}, {case}: {found}")
+        path.write_bytes(whole)
+    return failed
+
+
+# ---- files that would take all memory, and names that are none ---------------------------------
+
+
+def test_a_pth_that_is_larger_than_its_file_is_refused(tmp_path):
+    weights = {"cls_token": torch.zeros(1, 1, 1).expand(1, 1, 10**10)}  # 40 GB in 1 kB
+    torch.save(weights, tmp_path / "view.pth")
+    with pytest.raises(UserError, match="larger than the file"):
+        load_encoder(tmp_path / "view.pth")
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, content in files.items():
+            new.writestr(name, content)
+    for read_it in (load_encoder, train.load_state):
+        with pytest.raises(UserError, match="packed"):
+            read_it(tmp_path / "small.pth")
+
+
+@pytest.mark.parametrize(
+    "file, field, value",
+    [
+        ("tags/model.safetensors", ("tags", "C"), 9_000_000),
+        ("faces/detector.safetensors", ("page",), 40_000),
+        ("lora/head.safetensors", ("image_size",), 10**9),
+        ("lora/head.safetensors", ("packed_size",), 30_000),
+        ("frames/model.safetensors", ("patches", "encoder", "depth"), 900),
+    ],
+)
+def test_a_header_is_checked_before_it_is_believed(home, file, field, value, monkeypatch):
+    path = home / file
+    whole, (tensors, header) = path.read_bytes(), read(path)
+    at = header
+    for key in field[:-1]:
+        at = at[key]
+    at[field[-1]] = value
+    write(path, tensors, header)
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # nothing is built
+    with pytest.raises(UserError, match=field[-1] if field[-1] not in ("C", "depth") else "has"):
+        FILES[file][1](home)
+    path.write_bytes(whole)
+
+
+def test_patterns_of_an_adapter_are_compared_and_not_matched(home):
+    path = home / "lora/adapter_config.json"
+    whole = path.read_text()
+    config = json.loads(whole) | {"rank_pattern": {"(a+)+x" + "(.*)*" * 20 + "!": 2}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="rank_pattern|pattern"):
+        use_recogniser(home)
+    path.write_text(whole)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\0b", "\x1b[2J", "x" * 101, "\u202eb", "\ud800"])
+def test_what_is_no_name_is_neither_packed_nor_enrolled(name, tmp_path):
+    with pytest.raises(UserError, match="printable"):
+        recognize.new_name(name, {"classes": []})
+    assert not fields.is_name(name)
+    records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
+    assert tags.vocabulary(records)[0] == ["hat"]
+    assert fields.is_name("初音\u3000ミク $_$") and fields.shown("a\x1b\n") == "a\\x1b\\n"
+
+
+def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, capsys):
+    from common import plots
+
+    plots.confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["$_$", "$\\frac$"], "$^$")
+    assert (tmp_path / "c.png").stat().st_size
+    with command.drawing("c.png"):
+        raise RuntimeError("no\nfigure")
+    assert capsys.readouterr().err == "note: c.png could not be drawn (RuntimeError: no figure)\n"
+
+
+def test_there_are_six_hundred_cases_and_nothing_is_wrong_before(home):
+    assert sum(len(cases(home / file, count)) for file, (count, _) in FILES.items()) >= 600
+    assert [complaint(use, home) for _, use in FILES.values()] == [None] * len(FILES)
+    for _, use in FILES.values():
+        use(home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_one_spoiled_field_is_an_answer_or_one_line(file, home):
+    failed = judge(home, file, FILES[file][0])
+    assert not failed, f"{len(failed)}:\n" + "\n".join(failed)
