@@ -13,6 +13,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mask as masking
 
@@ -344,3 +346,18 @@ def test_nothing_of_the_development_data_is_in_the_repository():
         f for f in files if "faces20" in f and f.endswith((".png", ".webp", ".safetensors", ".zip"))
     ]
     assert sys.version_info >= (3, 10)
+
+
+def requirements(pattern):
+    """Files of pip -> [Requirement], without comments and names of other files."""
+    text = "\n".join(path.read_text() for path in ROOT.glob(pattern))
+    lines = [re.sub(r"\s*#.*", "", line) for line in text.splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("-")]
+
+
+def test_every_requirement_has_a_tested_version():
+    tested = {canonicalize_name(r.name): r for r in requirements("constraints.txt")}
+    for wanted in requirements("requirements*.txt"):
+        found = tested[canonicalize_name(wanted.name)]
+        version = str(found.specifier).removeprefix("==")
+        assert wanted.specifier.contains(version) and not found.url, wanted
