@@ -80,7 +80,7 @@ DEFAULTS = {
     "cpu": dict(model="nano", blr=8e-3, decoder_depth=1),
     "gpu": dict(model="small", blr=6e-4, decoder_depth=2),
 }
-VIEWS = {"cpu": 64_000, "gpu": 10_000_000}  # of a run
+VIEWS = {"cpu": 64_000, "gpu": 4_000_000}  # of a run
 BATCH_VIEWS = {"cpu": 32, "gpu": 512}  # of a step
 
 
