@@ -219,6 +219,8 @@ def drawing(who, number):
 
 def dropped(path):
     """A file that the page put into its upload folder -> a picture; UserError where it is none."""
+    if path is None:
+        raise UserError("drop the file of a picture")
     name, file = Path(path).name, Path(path).read_bytes()
     try:
         with open_image(file, 2**15) as (img, _):

@@ -135,6 +135,11 @@ def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
     assert picture is before and "<i>" not in said and "&lt;i&gt;bad.png" in said
 
 
+def test_no_file_is_a_sentence_too():
+    before = demo.drawing(WHO, 1)
+    assert demo.taken(None, before)[0] is before and "drop" in demo.taken(None, before)[2]
+
+
 def test_what_is_missing_says_how_it_is_made(at):
     for page in (demo.recognise_page, demo.tags_page, demo.segment_page):
         assert "python " in page("runs/none", demo.drawing(WHO, 0)) and "minutes" in page(
