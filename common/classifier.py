@@ -535,8 +535,8 @@ def load_gallery(folder):
     tensors, header = read_safetensors(path, REMEDY)
     check_fields(header, GALLERY, path, REMEDY)
     head = head_of(folder)
-    n, C, learned = len(header["keys"]), len(header["names"]), header["learned"]
-    sizes = {"n": n, "D": head["config"]["dim"]}
+    C, learned = len(header["names"]), header["learned"]
+    sizes = {"n": len(header["keys"]), "D": head["config"]["dim"]}
     check_arrays(tensors, {"embeddings": "float n D", "labels": "int64 n"}, path, REMEDY, **sizes)
     check_range(tensors["labels"], 0, C, "labels", path, REMEDY)
     check_finite(tensors, path)

@@ -7,6 +7,7 @@ import bisect
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import platform
@@ -286,7 +287,7 @@ def open_run(out, config, resume, files=()):
     if place()[0] == 0:
         claim([], Path(out) / ".lock")
     if not path.exists():
-        refuse_overwrite(found for pattern in files for found in Path(out).glob(pattern))
+        refuse_overwrite(itertools.chain(*map(Path(out).glob, files)))
         if resume:
             print(f"nothing to resume in {out}: a new run")
         return None

@@ -347,7 +347,8 @@ def write_pictures(folder):
 def write_tags_and_boxes(work):
     """list.csv names two tags of each of these pictures, boxes.json where its figure is (COCO)."""
     images, labels, fg, _ = make_pictures(64, 40, seed=9)
-    lines, records, boxes = ["path,label,tags"], [], []
+    lines = ["path,label,tags"]
+    records, boxes = [], []
     for i, label in enumerate(labels):
         name = f"class{label}/i{i // 8}_{i}.png"
         light = "bright" if images[i].mean() > 127 else "dark"

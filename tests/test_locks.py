@@ -203,7 +203,8 @@ def test_a_second_process_is_one_line_and_writes_nothing(fresh, name):
 def test_of_two_processes_on_one_folder_one_wins(fresh, name):
     both = [ended(p) for p in [started(STAGES[name][0], fresh) for _ in range(2)]]
     assert sorted(done.returncode for done in both) == [0, 2], [done.stderr for done in both]
-    lines = [x for done in both if done.returncode for x in done.stderr.splitlines()]
+    (loser,) = [done for done in both if done.returncode]
+    lines = loser.stderr.splitlines()
     assert sum("error: " in line for line in lines) == 1 and "Traceback" not in str(lines)
     check_whole(fresh / "new")
     steps = [row["step"] for row in read_log(fresh / "new/run/log.jsonl")]

@@ -268,6 +268,7 @@ def floor_of(name):
         "mask": 0,
         "kernels": 0,
         "common.io": 0,
+        "common.fields": 0,
         "common.command": 0,
         "model": 1,
         "data": 1,

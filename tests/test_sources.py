@@ -875,7 +875,8 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     names = [f"{i}.png" for i in range(16)]
     lay(tmp_path, names)
     monkeypatch.setattr(decode, "PIXELS", decode.Room(2 * 24 * 24))
-    upright, busy, counts = decode.upright, [], []
+    upright = decode.upright
+    busy, counts = [], []
 
     def slow(img):
         busy.append(img)

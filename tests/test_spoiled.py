@@ -9,6 +9,7 @@ import random
 import shutil
 import traceback
 import zipfile
+from itertools import product
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ from common.io import UserError, save_safetensors
 from ingest import sources, tags
 from model import MAE, ViT
 
-SEED, DEEP, CPU = 0, "@deep", torch.device("cpu")
+SEED, DEEP = 0, "@deep"
+CPU = torch.device("cpu")
 SHAPE, AUTOCAST = (32, 8, 32, 2, 2), train.autocast_of(torch.device("cpu"), torch.float32)
 CUT = {"packed_size": 32, "crop": "centre", "margin": 0.1}
 VALUES = {
@@ -281,11 +283,10 @@ def cases(path, count):
     """-> [(what, where, how)], always the same."""
     tensors, fields = read(path)
     ways, rng = list(places(fields)), random.Random(f"{SEED} {path.name}")
-    found = [("field", way, how) for way in ways for how in ("gone", *VALUES)]
+    found = list(product(["field"], ways, ("gone", *VALUES)))
     if path.suffix == ".pt":
-        found += [("tensor in", way, how) for way in ways for how in TENSORS[1:]]
-    rows = [("tensor", name, how) for name in tensors for how in TENSORS]
-    rows += [("entry", name, how) for name in tensors for how in ENTRIES]
+        found += product(["tensor in"], ways, TENSORS[1:])
+    rows = [*product(["tensor"], tensors, TENSORS), *product(["entry"], tensors, ENTRIES)]
     share = min(len(rows), count // 2)
     return rng.sample(rows, share) + rng.sample(found, min(len(found), count - share))
 
@@ -361,7 +362,8 @@ def complaint(use, base):
 
 def judge(home, file, count):
     """Every case of a file -> lines that say what went wrong."""
-    failed, path, (_, use) = [], home / file, FILES[file]
+    failed, path = [], home / file
+    _, use = FILES[file]
     whole = path.read_bytes()
     for case in cases(path, count):
         spoil(path, *case)
