@@ -15,6 +15,7 @@ from torch import nn
 from common.fields import (
     ENCODER,
     TEXT,
+    Field,
     check_fields,
     check_finite,
     number,
@@ -23,9 +24,11 @@ from common.io import UserError, read_header, read_safetensors, save_safetensors
 from common.train import check_memory
 from model import SIZES, Pooler, ViT
 
+# Older runs saved the weight of the second loss as a number, and its word in another field.
+WEIGHT_OR_WORD = Field("a word or a weight", lambda v: TEXT.fits(v) or number(0, 100).fits(v))
 ABOUT = {
     "config?": {"network?": TEXT},
-    "run?": {"data?": TEXT, "mask?": TEXT, "contrast?": number(0)},
+    "run?": {"data?": TEXT, "mask?": TEXT, "contrast?": WEIGHT_OR_WORD},
 }
 
 

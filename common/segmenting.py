@@ -32,7 +32,7 @@ KINDS = ("photographed", "drawn")  # what a frame, a patch, a pixel may be: 0 or
 EPS = 1e-3  # of the guided filter: contrasts under a thirtieth of the range are no edges
 TOLERANCE = 2  # pixels that a border may be off
 REMEDY = "remove it and run segment.py again"
-PATCHES = {"encoder": ENCODER, "norm_eps": EPSILON, "decide": one_of("centroids", "cls")}
+PATCHES = {"encoder": ENCODER, "norm_eps": EPSILON, "decide": one_of("centroid", "cls")}
 PIXELS = {
     "network": one_of("unet", "segformer"),
     "patches?": PATCHES,

@@ -292,8 +292,6 @@ def open_run(out, config, resume, files=()):
             print(f"nothing to resume in {out}: a new run")
         return None
     state = load_state(path)
-    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"{path} is not a checkpoint of a run of ours; {anew(path)}")
     if other := [k for k in config if config[k] != state["config"].get(k)]:
         pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:8])
         raise UserError(

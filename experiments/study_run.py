@@ -137,6 +137,7 @@ def run_one(job, args, ready):
     out, seconds = job["out"], {}
     made = out / "made.json"  # pretrain.py is through: the commit that it ran at
     with locked(lock_beside(out), wait=True) as lock:
+        out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("**/probe*.json"):  # of a study that was stopped before its row
             old.unlink()
         for stage, words in commands(job, args, ready).items():

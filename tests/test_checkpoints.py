@@ -530,7 +530,7 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
         (torch.zeros(3), "cls_token"),
         ({"model": {"a": torch.zeros(3)}}, "cls_token"),
         ([1], "cls_token"),
-        ({"model": small_mae().state_dict()}, "give the folder"),
+        ({"model": small_mae().state_dict()}, "the folder"),
     )
     for what, says in foreign:
         torch.save(what, tmp_path / "other.pth")

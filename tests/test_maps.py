@@ -432,9 +432,9 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     )
     words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
     here("--data", tmp_path / "true", *words)
-    (
-        tmp_path / "pictures" / f"strategies-{run.name}-val.png"
-    ).touch()  # drawn by the run's name; another's is left
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    # drawn by the run's name; another's is left
+    (tmp_path / "pictures" / f"strategies-{run.name}-val.png").touch()
     with pytest.raises(UserError, match=f"strategies-{run.name}-val.png is there already"):
         here("--data", tmp_path / "true", *words)
     assert list(shown) == list(masking.STRATEGIES)[:6] + [

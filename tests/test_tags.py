@@ -399,7 +399,7 @@ def test_recognize_says_tags_beside_names(tagged, trained):
     done = call("recognize.py", "linear", picture, "--json", "--tags", "whole", cwd=tagged, check=0)
     alone = call("tags.py", "whole", picture, "--json", cwd=tagged, check=0)
     assert json.loads(done.stdout)["tags"] == json.loads(alone.stdout)["tags"]
-    assert "no run of tags.py" in refused(
+    assert "python tags.py ENCODER" in refused(
         call("recognize.py", "linear", picture, "--tags", "encoder", cwd=tagged)
     )
     assert "is for naming" in refused(
@@ -417,7 +417,7 @@ BAD = {
     "an encoder asked": (["encoder", "images"], "tags.py ENCODER"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
     "told to a blind one": (
-        ["arm-image", "images", "--tell", "hat"],
+        ["blind", "images", "--tell", "hat"],
         "is for a run that reads tags",
     ),
     "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
@@ -426,7 +426,7 @@ BAD = {
         ["whole", "images", "--csv", "no.csv", "--tell", "hat"],
         "--tell hat changes who it is",
     ),
-    "thresholds of none": (["arm-image", "images", "--top", 3], "is for a run that names tags"),
+    "thresholds of none": (["blind", "images", "--top", 3], "is for a run that names tags"),
     "a list with a gap": (
         ["whole", "images", "--csv", "no.csv", "--like", "gap.csv"],
         "entry 2 is no tag of its own",
@@ -448,7 +448,7 @@ BAD = {
         ["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK],
         "encoder ",
     ),
-    "a table of none": (["arm-image", "images", "--csv", "no.csv"], "is for a run that names tags"),
+    "a table of none": (["blind", "images", "--csv", "no.csv"], "is for a run that names tags"),
     "no list": (["whole", "images", "--csv", "no.csv", "--like", "list.txt"], "is no list of tags"),
     "like without a table": (
         ["whole", "images", "--like", "list.txt"],
@@ -499,7 +499,7 @@ def test_bad_input_is_one_line(tagged, trained, case):
             "--data",
             "packed",
             "--out",
-            "arm-image",
+            "blind",
             "--arm",
             "image",
             *QUICK,
@@ -701,7 +701,7 @@ def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
         tensors, header = read_safetensors(tagged / "packed" / f"{split}.safetensors")
         shade = (tensors["labels"] == 1).to(torch.uint8)[:, None]  # what the colour tells
         path.mkdir(exist_ok=True)
-        more = {"style": {"shade": [0, 1]}}
+        more = {"style": {"shade": ["dark", "light"]}}
         save_safetensors(tensors | {"style": shade}, path / f"{split}.safetensors", header | more)
     done = call(
         "probe.py",
