@@ -309,7 +309,7 @@ def regular(path):
     """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} is a device or a pipe; give a file or a folder")
+        raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
     return path
 
 

@@ -157,7 +157,9 @@ def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_
     net.centroids[0] = (
         0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
     )
-    save_safetensors(net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config})
+    save_safetensors(
+        net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config, "stage": {}}
+    )
     monkeypatch.setattr(demo, "segmenter_of", lambda run: tmp_path)
     picture = own(tmp_path / "mine.png", (64, 64))
     alone, known = demo.segment_page(at, picture), demo.segment_page(at, picture, True)

@@ -132,7 +132,7 @@ def test_a_room_only_becomes_smaller(room):
 # ---- pages ---------------------------------------------------------------------------------------
 
 PAGE, ALL_PAGES = 1300, 8000
-LIMITS = {"README.md": 1820, "results/STUDY.md": 12930}
+LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
     "README.md": 1820,
     "results/STUDY.md": 12930,
