@@ -48,9 +48,9 @@ def noisy_split(folder, n, side, name="train"):
     sizes = [min(len(noise), n - at) for at in range(0, n, len(noise))]
     rows = ({"images": noise[:count], "labels": np.zeros(count, np.int64)} for count in sizes)
     planes = {"images": ("U8", (side, side, 3)), "labels": ("I64", ())}
-    write_rows(
-        Path(folder) / f"{name}.safetensors", planes, n, rows, lambda: {"classes": [], "keys": []}
-    )
+    about = {"classes": ["noise"], "keys": [""] * n, "size": side, "split": name, "source": "noise"}
+    about |= {"crop": "centre", "margin": 0.1}
+    write_rows(Path(folder) / f"{name}.safetensors", planes, n, rows, lambda: about)
     return data.open_split(folder, name)
 
 

@@ -717,9 +717,11 @@ def test_the_prefetch_thread_starts_no_threads_of_its_own():
 def test_memory_does_not_grow_with_the_data_set(tmp_path):
     """One epoch over a packed file of 3 GB, sparse on disk: anonymous memory stays where it was."""
     n, side = 65536, 128
+    about = {"classes": ["a"], "keys": [""] * n, "size": side, "split": "train", "source": ""}
+    about |= {"crop": "centre", "margin": 0.1}
     header = json.dumps(
         {
-            "__metadata__": {"animask": json.dumps({"classes": [], "keys": []})},
+            "__metadata__": {"animask": json.dumps(about)},
             "images": {
                 "dtype": "U8",
                 "shape": [n, side, side, 3],
@@ -732,7 +734,7 @@ def test_memory_does_not_grow_with_the_data_set(tmp_path):
             },
         }
     )
-    header = header.encode().ljust(1024)
+    header = header.encode().ljust(len(header) + 8 - len(header) % 8)
     with open(tmp_path / "train.safetensors", "wb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
         f.truncate(8 + len(header) + n * (side * side * 3 + 8))
