@@ -108,7 +108,7 @@ def save_applications(base):
     faces = detection.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
-    patches = segmenting.Patches(ViT(*SHAPE), "centroids")
+    patches = segmenting.Patches(ViT(*SHAPE), "centroid")
     header = {"patches": patches.config, "stage": {}}
     save_safetensors(patches.state_dict(), base / "plain/patches.safetensors", header)
     pixels = segmenting.Pixels("unet", patches)
