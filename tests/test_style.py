@@ -18,10 +18,12 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
-FILES = sorted(
+FILES = sorted(  # an environment beside them (.venv, .venv-ci, venv) is not ours
     path
     for path in ROOT.rglob("*.py")
-    if not any(part.startswith(".") or part in ("runs", "venv") for part in path.parts[-3:-1])
+    if not any(
+        part.startswith(".") or part in ("runs", "venv") for part in path.relative_to(ROOT).parts
+    )
 )
 
 # ---- ruff ----------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (4112, 2700),
     "experiments": (5912, 1900),
     "benchmarks": (2157, 900),
-    "tests": (18189, 8500),
+    "tests": (18191, 8500),
 }
 
 
