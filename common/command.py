@@ -172,6 +172,84 @@ def refuse_unused(args, rows):
             raise UserError(f"--{lost[0]}{value} {what}; leave it out")
 
 
+class Flags:
+    """The flags of a command, and which of them were given, and which were read.
+
+    A stage reads every flag that it has a use for before its work begins. What was given, and
+    nobody read, has no effect: `refuse_unread` says so.
+    """
+
+    def __init__(self, parser, words=None):
+        found = vars(parser.parse_args(words))
+        self.given = found.pop("given")  # names of the flags on the command line
+        self.values = found
+        self.read = set()
+
+    def __getattr__(self, name):  # only asked for names that the object itself lacks
+        values = self.__dict__.get("values", {})
+        if name not in values:
+            raise AttributeError(name)
+        self.read.add(name)
+        return values[name]
+
+    def fill(self, **defaults):
+        """Defaults that depend on the machine, the model or the method: flags not given take them."""
+        for name, value in defaults.items():
+            if name not in self.given:
+                self.values[name] = value
+
+    def take_saved(self, saved, free=("device", "log")):
+        """The flags of a run that is resumed. Given ones are refused, but for those that are `free`."""
+        for name in sorted(self.given - {"resume", *free}):
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect beside --resume, which takes the flags "
+                "of the run; leave it out"
+            )
+        kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
+        self.values = {**self.values, **saved, **kept}
+
+    def refuse_unread(self):
+        """Call it when everything is set up: a flag that changes nothing here is a mistake."""
+        for name in sorted(self.given - self.read):
+            raise UserError(f"--{name.replace('_', '-')} has no effect here; leave it out")
+
+    def name(self, *first, leave_out=("out", "data", "device", "log", "resume")):
+        """ "toon-nano-mask-attn_high-seed-1": what a run is called, by the flags that were given."""
+        words = [f"{k}-{v}" for k, v in self.values.items() if k in self.given - {*leave_out}]
+        return re.sub(r"[^\w.-]+", "-", "-".join([*first, *words]))
+
+
+def parse_keys(text, choices, flag):
+    """ "lora:r=4,alpha=8" -> ("lora", {"r": 4, "alpha": 8}): a name, and values for its keys.
+
+    choices {name: {key: default}}: a value gets its default's type. Others are a UserError that
+    says what there is.
+    """
+    name, _, pairs = text.partition(":")
+    if name not in choices:
+        raise UserError(f"{flag} {name} is unknown; choose from {', '.join(choices)}")
+    values = dict(choices[name])
+    for pair in filter(None, pairs.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in values:
+            known = ", ".join(values) or "no keys"
+            raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
+        values[key] = number_like(values[key], value, f"{flag} {name}:{pair}")
+    return name, values
+
+
+def number_like(default, text, flag):
+    """text as a finite number of the default's type (int, float), or as it is (str)."""
+    kind = type(default)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if kind is not str and not math.isfinite(value):
+        raise UserError(f"{flag}: {text!r} must be a {'whole ' * (kind is int)}number")
+    return value
+
+
 # ---- files that are there already ----------------------------------------------------------------
 
 

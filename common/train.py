@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import claim, refuse_overwrite
+from common.command import claim, launched, progress, refuse_overwrite
 from common.distributed import all_reduce, place
 from common.fields import ANYTHING, check_fields, number, table_of, whole
 from common.formats import check_size
@@ -509,3 +510,175 @@ class Pacer:
         save(*args)
         self.last = time.perf_counter()
         self.cost = self.last - start_time
+
+
+# ---- what surrounds a loop -----------------------------------------------------------------------
+
+LOG_EVERY = 10  # steps
+KINDS_OF_RESULTS = ("state.pt", "log.jsonl", "*.safetensors", "*.json", "*.png")
+
+
+class Run:
+    """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C. The loop stays in the stage.
+
+    parts: {name: an object with state_dict and load_state_dict}; all of them are saved in state.pt.
+    With flags.resume they go on from there, with the same bits on a CPU as a run that never stopped.
+    With torchrun only the first process writes.
+    """
+
+    def __init__(self, flags, parts, total, per_epoch, device):
+        self.out = Path(flags.out)
+        self.config = {k: v for k, v in flags.values.items() if k not in ("log", "resume")}
+        self.parts, self.device = parts, device
+        self.total, self.per_epoch = total, per_epoch  # steps
+        self.batch_size = flags.batch_size  # images of a step
+        self.step, self.seconds_before = 0, 0.0
+        self.writes = not launched() or os.environ["RANK"] == "0"
+        self.path = self.out / "state.pt"
+        if self.writes:
+            claim([], self.out / ".lock")
+        if flags.resume:
+            self.load()
+        elif self.writes:
+            refuse_overwrite(sorted(itertools.chain(*map(self.out.glob, KINDS_OF_RESULTS))))
+        if self.writes:
+            self.drop_later_rows()
+        self.trackers = [kind(self.out, self.config) for kind in flags.log if self.writes]
+        self.stop = catch_signals()
+        self.losses, self.norms = [], []
+        self.start = self.last_save = time.perf_counter()
+        self.save_cost = 0.0
+        self.restart()
+        if self.writes and not flags.resume:
+            self.save()  # so that a run can be resumed from its first moment
+        self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
+
+    # -- files
+
+    def load(self):
+        """Put what state.pt holds in its place."""
+        state = load_state(self.path)
+        with taking_up(self.path):
+            for name, part in self.parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, state[name])
+                else:
+                    part.load_state_dict(state[name])
+            self.step, self.seconds_before = int(state["step"]), float(state["seconds"])
+        if self.step > self.total:
+            raise UserError(
+                f"{self.path} is at step {self.step} of {self.total}; {anew(self.path)}"
+            )
+
+    def save(self):
+        """Write state.pt."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        about = {"config": self.config, "step": self.step, "seconds": self.seconds()}
+        start = time.perf_counter()
+        save_state(state | about, self.path)
+        self.last_save = time.perf_counter()
+        self.save_cost = self.last_save - start
+        self.restart()
+
+    def drop_later_rows(self):
+        """The checkpoint decides where a resumed run stands: rows of later steps leave the log."""
+        rows = [r for r in read_log(self.out / "log.jsonl") if r.get("step", math.inf) <= self.step]
+        rows = rows if self.step > 0 else []
+        save_text("".join(json.dumps(row) + "\n" for row in rows), self.out / "log.jsonl")
+
+    def log(self, **row):
+        """A line of log.jsonl; its numbers go to TensorBoard or wandb, too, where asked."""
+        if not self.writes:
+            return
+        row = {"step": self.step, **row}
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as problem:  # a line cut short is left out when the log is read
+            raise UserError(
+                f"could not write {self.out}/log.jsonl: {problem.strerror}; make room, then go on "
+                f"with --resume {self.out}"
+            ) from None
+        for tracker in self.trackers:
+            tracker.numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
+
+    # -- in the loop
+
+    def timed(self, batches):
+        """Iterate over batches, adding up the time that each takes to come."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def update(self, loss, grad_norm):
+        """After each optimizer step. Waits for no GPU."""
+        self.step += 1
+        self.bar.update()
+        self.losses.append(loss.detach())
+        self.norms.append(grad_norm)
+
+    @property
+    def logs_now(self):
+        """Whether this step gets a row: every tenth, an epoch's last, and the last before a stop."""
+        return self.step % LOG_EVERY == 0 or self.step % self.per_epoch == 0 or bool(self.stop)
+
+    def log_step(self, **more):
+        """A row with the mean loss and gradient norm since the last one, and the speed."""
+        losses, norms = (torch.stack(x).cpu() for x in (self.losses, self.norms))
+        finite = losses.isfinite() & norms.isfinite()
+        if not finite.all():
+            first = self.step - len(losses) + 1 + int((~finite).nonzero()[0])
+            raise UserError(
+                f"the loss is not finite at step {first}; {self.path} is the last good state; try "
+                "a smaller learning rate, or --dtype fp32"
+            )
+        seconds = time.perf_counter() - self.since
+        row = {
+            "epoch": round(self.step / self.per_epoch, 4),
+            "loss": losses.mean().item(),
+            "grad_norm": norms.mean().item(),
+            "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
+            "data_wait": round(self.waited / max(1e-9, seconds), 5),
+            "memory_mb": round(peak_memory_mb(self.device)),
+            "seconds": self.seconds(),
+        }
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        self.losses, self.norms = [], []
+        self.restart()
+        self.log(**row, **more)
+
+    def save_if_due(self):
+        """At a stop, at the end, and so often that saving takes 1 % of the time; then stop if asked to."""
+        if not self.logs_now:
+            return
+        waited = time.perf_counter() - self.last_save
+        due = waited > min(100 * self.save_cost, 600)
+        if self.writes and (self.stop or self.step == self.total or due):
+            self.save()
+        if self.stop:
+            self.bar.close()
+            print(
+                f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:\n"
+                f"  python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.out))}",
+                flush=True,
+            )
+            sys.exit(128 + self.stop[0])
+
+    def restart(self):
+        """Speed and wait are measured from now on."""
+        self.waited, self.since = 0.0, time.perf_counter()
+
+    def seconds(self):
+        """Of the whole run, the time before it was resumed included."""
+        return round(self.seconds_before + time.perf_counter() - self.start, 2)
+
+    def close(self):
+        """After the loop: the bar ends, and trackers get the pictures that the run drew."""
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.pictures(sorted(self.out.glob("*.png")), self.step)
