@@ -14,6 +14,7 @@ from torch import nn
 
 from common.fields import (
     ENCODER,
+    SIDE,
     TEXT,
     Field,
     check_fields,
@@ -21,7 +22,6 @@ from common.fields import (
     number,
 )
 from common.io import UserError, read_header, read_safetensors, save_safetensors
-from common.train import check_memory
 from model import SIZES, Pooler, ViT
 
 # Older runs saved the weight of the second loss as a number, and its word in another field.
@@ -57,30 +57,16 @@ def save_model(model, path, about):
 
 
 def load_exactly(module, weights, path, assign=False):
-    """Load weights into module, all of them and no others; what is missing, left over or of another
-    shape is named.
+    """Load weights into module: all of them and no others. Torch names what does not fit.
 
     assign: a module on the device "meta", which has no memory, takes their tensors as its own.
     """
-    own = {k: tuple(w.shape) for k, w in module.state_dict().items()}
-    given = {k: tuple(w.shape) for k, w in weights.items()}
-    other = [f"{k} {given[k]} against {own[k]}" for k in own if k in given and own[k] != given[k]]
-    found = {
-        "missing": sorted(own.keys() - given),
-        "left over": sorted(given.keys() - own),
-        "other shape": other,
-    }
-    lists = {
-        kind: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        for kind, names in found.items()
-        if names
-    }
-    if lists:
-        raise UserError(
-            f"{path} does not fit this model; {'; '.join(f'{k}: {names}' for k, names in lists.items())}"
-        )
     check_finite(weights, path)
-    module.load_state_dict(weights, assign=assign)
+    try:
+        module.load_state_dict(weights, assign=assign)
+    except RuntimeError as problem:
+        reasons = " ".join(str(problem).split("\n\t")[1:])
+        raise UserError(f"{path} does not fit this model: {reasons[:300]}") from None
 
 
 def model_file(run):
@@ -119,18 +105,11 @@ def resize_positions(pos, side):
 def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
     size, p = image_size or facts["image_size"], facts["patch_size"]
-    if size < p or size % p:
+    if size < p or size % p or not SIDE.fits(size):
         raise UserError(
-            f"{path} has patches of {p} px: an image size of {size} px is no multiple of it"
+            f"{path} has patches of {p} px: an image size of {size} px is no multiple of it, or "
+            "too large"
         )
-    # bytes of positions, with what resizes them
-    check_memory(
-        torch.device("cpu"),
-        size,
-        p,
-        lambda side: 12 * (side // p) ** 2 * facts["dim"],
-        "another encoder",
-    )
     resized = {
         k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")
     }

@@ -10,8 +10,6 @@ import os
 import re
 import shlex
 import sys
-import threading
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -292,44 +290,16 @@ def starting():
         print("loading ...", end="\r", file=sys.stderr, flush=True)
 
 
-class Lines:
-    """What tqdm writes to where output is piped: each of its bars becomes a line."""
-
-    def write(self, text):
-        if line := text.strip("\r\n "):
-            print(line, file=sys.stderr, flush=True)
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress(items=None, name=None, total=None, disable=False, **options):
-    """tqdm: a bar on a terminal; where output is piped a line every ten seconds, none if it is done
-    before.
-    """
+    """tqdm's bar; where output is piped, a line every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
 
 
 @contextlib.contextmanager
-def working(what, disable=False):
-    """with working("fitting the probe"): the same for what has no steps to count, the seconds that
-    went by.
-    """
-    done, start_time, terminal = threading.Event(), time.perf_counter(), sys.stderr.isatty()
-
-    def tell():
-        while not done.wait(1 if terminal else QUIET):
-            line = f"{what}, {time.perf_counter() - start_time:.0f} s"
-            print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    if not disable:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if terminal and not disable:
-            print("\x1b[K", end="", file=sys.stderr, flush=True)
+def working(what):
+    """with working("fitting the probe"): on a terminal, say what takes its time without steps."""
+    if sys.stderr.isatty():
+        print(f"{what} ...", end="\r", file=sys.stderr, flush=True)
+    yield

@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 4), (is_nested, 102), (assigns_many, 167)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 4), (is_nested, 102), (assigns_many, 166)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -108,11 +108,11 @@ ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (3902, 2500),
     "applications": (4918, 3900),
     "kernels": (744, 520),
-    "common": (8786, 2400),
+    "common": (8735, 2400),
     "ingest": (4112, 2700),
     "experiments": (5912, 1900),
     "benchmarks": (2157, 900),
-    "tests": (18306, 8500),
+    "tests": (18309, 8500),
 }
 
 
