@@ -37,11 +37,7 @@ from common.io import UserError, parse_table, read_safetensors, regular
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
-WRAPPERS = (
-    "teacher",
-    "model",
-    "state_dict",
-)  # keys under which training checkpoints keep the weights
+WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
 DROPPED = (
     r"(head|pre_logits|fc_norm|dino_head|ibot_head|classifier|pooler|embeddings\.mask_token)(\.|$)"
@@ -72,21 +68,8 @@ HF_TOKENS = {
     "decoder_pos_embed": "decoder.decoder_pos_embed",
 }
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
-HEADS = {
-    192: 3,
-    256: 4,
-    320: 5,
-    384: 6,
-    512: 8,
-    640: 10,
-    768: 12,
-    896: 14,
-    1024: 16,
-    1280: 16,
-    1408: 16,
-    1536: 24,
-    1664: 16,
-}  # width: heads of the public ViTs (DeiT, DINO, DINOv2, MAE, timm, ours)
+WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
+HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
 VIT = {  # what makes it a ViT: width D, 1 + N places, patches of p x p
     "cls_token": "float 1 1 D",
     "pos_embed": "float 1 N D",
@@ -310,14 +293,54 @@ def facts_beside(path, header):
 def check_heads(width, heads, key, owner):
     """A number of heads changes no shape: a wrong one would be seen nowhere but in the features."""
     if heads is None or width % heads:
-        say = (
-            "how many heads share it is not known"
-            if heads is None
-            else f"{heads} heads can't share it"
-        )
         raise UserError(
-            f'{owner} is {width} wide: {say}; a config.json beside it has to say {{"{key}": N}}'
+            f"{owner} is {width} wide, and {heads or 'an unknown number of'} heads can't share it; "
+            f'a config.json beside it has to say {{"{key}": N}}'
         )
+
+
+def encoder_file(given):
+    """A run folder or a file -> the file with the weights; a UserError says what makes one."""
+    path = given / "model.safetensors" if given.is_dir() else given
+    if path.exists():
+        return path
+    if (given / "adapter_config.json").exists():
+        raise UserError(
+            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
+        )
+    run = given.parent if given.suffix else given
+    raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
+
+
+def shape_of(weights, path):
+    """-> what the shapes of the weights say of a ViT: {image_size, patch_size, dim, depth, ...}."""
+    positions = weights["pos_embed"].shape[1]
+    side = math.isqrt(max(positions - 1, 0))
+    if positions < 2 or side**2 != positions - 1:
+        raise UserError(
+            f"{path} has {positions} positions: not a square grid and one for the CLS token"
+        )
+    p = weights["patch_embed.proj.weight"].shape[2]
+    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
+    return {
+        "image_size": side * p,
+        "patch_size": p,
+        "dim": weights["cls_token"].shape[2],
+        "depth": count_blocks(weights, "blocks"),
+        "decoder_dim": width,
+        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+    }
+
+
+def with_defaults(facts, shape):
+    """The heads and the epsilon, which no shape tells: those given, else those of public ViTs."""
+    width = shape["decoder_dim"]
+    usual = {
+        "heads": HEADS.get(shape["dim"]),
+        "decoder_heads": None if width % 32 else width // 32,
+        "norm_eps": EPS,
+    }
+    return usual | facts | shape
 
 
 def read_checkpoint(path):
@@ -329,43 +352,19 @@ def read_checkpoint(path):
     loaded as it was trained is a UserError.
     """
     given = Path(path)
-    path = given / "model.safetensors" if given.is_dir() else given
-    if not path.exists() and (given / "adapter_config.json").exists():
-        raise UserError(
-            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
-        )
-    if not path.exists():
-        run = given.parent if given.suffix else given
-        raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
+    path = encoder_file(given)
     loaded, header = read_tensors(path)
     try:
         weights, facts = our_names(loaded, path), facts_beside(path, header)
     except (RuntimeError, IndexError):
         raise UserError(f"{path} has weights of shapes that do not go together; {REMEDY}") from None
-    kernel, positions = weights["patch_embed.proj.weight"].shape, weights["pos_embed"].shape[1]
-    dim, side, p = weights["cls_token"].shape[2], math.isqrt(max(positions - 1, 0)), kernel[2]
-    if positions < 2 or side**2 != positions - 1:
-        raise UserError(
-            f"{path} has {positions} positions: not a square grid and one for the CLS token"
-        )
+    shape = shape_of(weights, path)
+    dim, width = shape["dim"], shape["decoder_dim"]
     if facts.get("dim", dim) != dim:
         raise UserError(
             f"{path} is {dim} wide, config.json beside it says {facts['dim']}: they are not of one model"
         )
-    width = weights["mask_token"].shape[-1] if "mask_token" in weights else 0
-    facts = {
-        "heads": HEADS.get(dim),
-        "decoder_heads": None if width % 32 else width // 32,
-        "norm_eps": EPS,
-    } | facts
-    facts |= {
-        "image_size": side * p,
-        "patch_size": p,
-        "dim": dim,
-        "depth": count_blocks(weights, "blocks"),
-        "decoder_dim": width,
-        "decoder_depth": count_blocks(weights, "decoder_blocks"),
-    }
+    facts = with_defaults(facts, shape)
     check_heads(dim, facts["heads"], "num_attention_heads", path)
     if width and facts["decoder_depth"]:
         check_heads(
