@@ -108,11 +108,11 @@ ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (3902, 2500),
     "applications": (4918, 3900),
     "kernels": (744, 520),
-    "common": (8735, 2400),
+    "common": (8734, 2400),
     "ingest": (4112, 2700),
     "experiments": (5912, 1900),
     "benchmarks": (2157, 900),
-    "tests": (18309, 8500),
+    "tests": (18307, 8500),
 }
 
 
@@ -137,7 +137,7 @@ PAGE, ALL_PAGES = 1300, 8000
 LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
     "README.md": 1779,
-    "results/STUDY.md": 13470,
+    "results/STUDY.md": 13459,
     "docs/glossary.md": 1676,
     "docs/own_data.md": 1574,
     "docs/recognition.md": 1913,
