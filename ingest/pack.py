@@ -52,7 +52,7 @@ from common.command import (
     refuse_unused,
     working,
 )
-from common.fields import refuse_odd_name
+from common.fields import refuse_odd_name, shown
 from common.io import UserError, lock_beside, locked, read_header, write_rows
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
@@ -541,7 +541,7 @@ def write_all(out, records, dims, stream, max_broken, about):
                     f"{path}: {len(own) - len(skipped)} images of {about['size']} px, "
                     f"{len(about['classes'])} classes{why}"
                 )
-    print("\n".join(told))
+    print("\n".join(shown(line) for line in told))
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from common.fields import shown
 from common.io import UserError
 from ingest import pack, sources
 from ingest.decode import decode, reason, whole
@@ -66,6 +67,6 @@ def tell_problems(problems, count, as_json):
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise UserError(problems[0][1] + more if problems else "no picture was given")
     for key, problem in problems:
-        print(f"skipped: {problem}", file=sys.stderr)
+        print(f"skipped: {shown(problem)}", file=sys.stderr)
         if as_json:
             print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))

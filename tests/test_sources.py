@@ -712,6 +712,11 @@ def test_devices_and_pipes_are_never_opened(tmp_path, kind):
             read(path)
 
 
+def test_a_file_with_an_odd_name_is_printed_with_escapes(capsys):
+    pictures.tell_problems([("a", "a\x1b[31m.png is no picture")], 1, False)
+    assert "a\\x1b[31m.png is no picture" in capsys.readouterr().err
+
+
 def test_a_zip_with_a_damaged_directory_is_refused(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -109,10 +109,10 @@ ROOMS = {  # lines today, and the lines that are wanted
     "applications": (4918, 3900),
     "kernels": (744, 520),
     "common": (8734, 2400),
-    "ingest": (4112, 2700),
+    "ingest": (4113, 2700),
     "experiments": (5912, 1900),
     "benchmarks": (2157, 900),
-    "tests": (18307, 8500),
+    "tests": (18312, 8500),
 }
 
 
@@ -142,7 +142,7 @@ EXCEPTIONS = {  # today's words of the pages that are too long
     "docs/own_data.md": 1574,
     "docs/recognition.md": 1913,
     "docs/results.md": 1977,
-    "docs": 13746,
+    "docs": 13762,
 }
 
 
