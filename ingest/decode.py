@@ -37,9 +37,10 @@ class Room:
                 self.changed.notify_all()
 
 
-# Pixels that are decoded at the same time: as many as one picture may have. At 12 bytes each (WebP
-# takes 20) they are a gigabyte.
+# Pixels that are decoded at the same time: as many as one picture may have. At 12 bytes each they
+# are a gigabyte. WebP takes 20 bytes for a pixel and AVIF 15, so they may have fewer.
 PIXELS = Room(Image.MAX_IMAGE_PIXELS)
+MOST_PIXELS = {"WEBP": 50_000_000, "AVIF": 66_000_000}
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
 
@@ -54,6 +55,8 @@ def open_image(data, least):
     """
     with open_picture(io.BytesIO(data)) as file, PIXELS.of(file.width * file.height):
         full = file.width
+        if file.width * file.height > MOST_PIXELS.get(file.format, math.inf):
+            raise ValueError(f"{file.width}x{file.height} pixels of {file.format} are too many")
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
         img = upright(file)

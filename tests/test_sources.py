@@ -712,6 +712,17 @@ def test_devices_and_pipes_are_never_opened(tmp_path, kind):
             read(path)
 
 
+def test_formats_that_take_much_memory_may_have_fewer_pixels(tmp_path, monkeypatch):
+    monkeypatch.setitem(decode.MOST_PIXELS, "WEBP", 99)
+    problems = []
+    for name in ("a.webp", "a.png"):
+        Image.new("RGB", (10, 10)).save(tmp_path / name)
+    assert len(list(pictures.whole_pictures([tmp_path], problems))) == 1
+    assert problems == [
+        ("a.webp", "a.webp is not a picture that can be read: 10x10 pixels of WEBP are too many")
+    ]
+
+
 def test_a_file_with_an_odd_name_is_printed_with_escapes(capsys):
     pictures.tell_problems([("a", "a\x1b[31m.png is no picture")], 1, False)
     assert "a\\x1b[31m.png is no picture" in capsys.readouterr().err
