@@ -398,40 +398,6 @@ class SimMIM(nn.Module):
         return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 
 
-class LossPredictor(nn.Module):
-    """Predicts from a view which patches will be hard to reconstruct: one small block over all of
-    them.
-
-    It guides the mask "learned", in the manner of HPM (Wang et al. 2023), and shares nothing with
-    the encoder.
-    """
-
-    def __init__(self, side, patch_size, dim=64):
-        super().__init__()
-        self.embed = nn.Linear(patch_size * patch_size * 3, dim)
-        self.register_buffer("positions", sincos_positions(dim, side)[:, 1:])
-        self.block = Block(dim, dim // 32)
-        self.score = nn.Linear(dim, 1)
-        self.apply(init_weights)
-
-    def forward(self, patches):
-        """patches (B, N, P), all of a view's -> a score (B, N), higher where a greater loss is
-        expected.
-        """
-        return self.score(self.block(self.embed(patches) + self.positions)).squeeze(-1)
-
-
-def ranking_loss(score, error):
-    """score, error (B, M): log loss of saying for every pair of patches which one has the greater
-    error; a scalar.
-
-    Only the order counts, because errors shrink while the model learns (HPM, Wang et al. 2023,
-    arXiv:2304.05919).
-    """
-    harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
-    return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
-
-
 def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
     if image_size < 1 or patch_size < 1 or image_size % patch_size:
         fits = [p for p in (4, 6, 8, 12, 14, 16, 32) if image_size % p == 0]

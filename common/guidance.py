@@ -17,6 +17,8 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import data
@@ -29,7 +31,7 @@ from common.fields import check_arrays
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
-from model import LossPredictor, ranking_loss
+from model import Block, init_weights, sincos_positions
 
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
 # Share of a run after which half of the teacher's weights are new. The first map is made after a
@@ -270,6 +272,40 @@ class Guide:
             need: score.argmax(2) if score.dim() == 3 else score for need, score in scores.items()
         }
         return {need: score.unflatten(1, (self.side, self.side)) for need, score in flat.items()}
+
+
+class LossPredictor(nn.Module):
+    """Predicts from a view which patches will be hard to reconstruct: one small block over all of
+    them.
+
+    It guides the mask "learned", in the manner of HPM (Wang et al. 2023), and shares nothing with
+    the encoder.
+    """
+
+    def __init__(self, side, patch_size, dim=64):
+        super().__init__()
+        self.embed = nn.Linear(patch_size * patch_size * 3, dim)
+        self.register_buffer("positions", sincos_positions(dim, side)[:, 1:])
+        self.block = Block(dim, dim // 32)
+        self.score = nn.Linear(dim, 1)
+        self.apply(init_weights)
+
+    def forward(self, patches):
+        """patches (B, N, P), all of a view's -> a score (B, N), higher where a greater loss is
+        expected.
+        """
+        return self.score(self.block(self.embed(patches) + self.positions)).squeeze(-1)
+
+
+def ranking_loss(score, error):
+    """score, error (B, M): log loss of saying for every pair of patches which one has the greater
+    error; a scalar.
+
+    Only the order counts, because errors shrink while the model learns (HPM, Wang et al. 2023,
+    arXiv:2304.05919).
+    """
+    harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
+    return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
 
 
 def warn_of_collapse(step, numbers):

@@ -118,7 +118,7 @@ def training_step(log):
     boxes, flip = data.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
     labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
-    predictor, rows = M.LossPredictor(4, 8), torch.arange(4)
+    predictor, rows = guidance.LossPredictor(4, 8), torch.arange(4)
     follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
@@ -141,7 +141,7 @@ def training_step(log):
             pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True
         )
         loss = loss + reconstruction_loss(pred, view, ids_mask, 8, weight, error_of=absolute_error)
-        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(
+        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + guidance.ranking_loss(
             guess.gather(1, ids_mask), error
         )
         agreed = agreement(tokens[:, 0], rows // 2) + agreement(
