@@ -385,6 +385,25 @@ def jitter_colour(images, draws, level):
     return ((mean + contrast * (x - mean)) * light).round().clamp(0, 255).to(torch.uint8)
 
 
+def swap_backgrounds(view, fg, draws, share, views):
+    """Views u8 (B, S, S, 3), a share of them with the background of another view.
+
+    fg (B, S, S, 1): 1 on the figure, 0 on the background; draws (B,) in [0, 1] choose the views.
+    Where the other view has its figure, its mean background colour stands. Then the figure alone
+    tells whose view it is (BG_Random; Ryali et al. 2021, arXiv:2103.12719). `views` views of an
+    image are neighbours in the batch, and get the backgrounds of different images.
+    """
+    if share == 0:
+        return view
+    x, bg = view.float(), 1 - fg
+    colour = (bg * x).sum((1, 2), keepdim=True) / bg.sum((1, 2), keepdim=True).clamp(min=1e-3)
+    background = (bg * x + fg * colour).round().to(torch.uint8)  # the figure is painted over
+    background = background.roll(2 * views - 1, 0)
+    mixed = (fg * x + bg * background).round().to(torch.uint8)
+    swapped = (draws < share)[:, None, None, None]
+    return torch.where(swapped, mixed, view)
+
+
 def view_maps(maps, boxes, flip, side):
     """maps (B, G, G) of the whole images -> the same crops of them, fp32 (B, side, side): they
     follow the images.

@@ -510,9 +510,7 @@ def hidden_by(strategy, patches, g, n, ratios, t=1.0):
     noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
     for ratio in ratios:
         K = masking.kept(g * g, ratio)
-        _, ids_mask = masking.sample(
-            masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K
-        )
+        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, g * g - K), K)
         hidden[ratio] = (
             torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
         )

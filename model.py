@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.io import UserError
 from kernels.gather import MEAN, STD, masked_patch_gather
@@ -89,27 +88,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N - start, D); tokens before `start` are read,
     and not updated.
-
-    recompute: keep only x for the backward pass and compute the rest again there (Chen et al. 2016,
-    arXiv:1604.06174).
     """
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.recompute = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x, start=0, bias=None):
-        if self.recompute and torch.is_grad_enabled():  # nothing is random here
-            return checkpoint(
-                self.branches, x, start, bias, use_reentrant=False, preserve_rng_state=False
-            )
-        return self.branches(x, start, bias)
-
-    def branches(self, x, start, bias):
         x = x[:, start:] + self.attn(self.norm1(x), start, bias)
         return x + self.mlp(self.norm2(x))
 
@@ -268,12 +256,12 @@ class Decoder(nn.Module):
     pre-training.
     """
 
-    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth):
+    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
+        heads = decoder_heads or decoder_dim // 32  # MAE: 512 wide, 16 heads
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
-        heads = decoder_dim // 32  # as in MAE, whose decoder is 512 wide and has 16 heads
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
@@ -332,20 +320,12 @@ class MAE(nn.Module):
             decoder_depth=decoder_depth,
         )
         check_config(**self.config)
+        if decoder_heads and decoder_heads != decoder_dim // 32:
+            self.config["decoder_heads"] = decoder_heads
         self.encoder = ViT(image_size, patch_size, dim, depth, heads)
         self.decoder = Decoder(
-            image_size // patch_size, patch_size, dim, decoder_dim, decoder_depth
+            self.encoder.side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads
         )
-        self.set_decoder_heads(decoder_heads)
-
-    def set_decoder_heads(self, heads):
-        """Another number than decoder_dim / 32, as a checkpoint may have been trained with; None
-        changes nothing.
-        """
-        if heads is not None and heads != self.decoder.decoder_blocks[0].attn.heads:
-            self.config["decoder_heads"] = heads
-            for block in self.decoder.decoder_blocks:
-                block.attn.heads = heads
 
     def forward(self, patches, ids_keep, ids_mask):
         """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2),

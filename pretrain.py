@@ -35,8 +35,18 @@ import mask as masking
 from common import distributed, train
 from common.agreement import Agreement, parse_contrast
 from common.checkpoints import init_from, load_exactly, save_beside, save_model
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
+from common.command import (
+    Parser,
+    at_least,
+    between,
+    cli,
+    parse_keys,
+    progress,
+    refuse_file,
+    refuse_unused,
+)
 from common.evaluate import draw_run, evaluate
+from common.formats import read_checkpoint
 from common.guidance import (
     SOURCES,
     Guide,
@@ -55,10 +65,10 @@ from kernels.loss import (
     reconstruction_loss,
     stats_loss,
 )
-from model import MAE, SIZES, Block, Pooler, SimMIM, check_config
+from model import MAE, SIZES, Pooler, SimMIM, check_config
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
-ERRORS = {"simmim": absolute_error}  # every other mask trains with the squared error
+ERRORS = {"squares": absolute_error}  # every other mask trains with the squared error
 UNTRAINED = (
     "nothing trains the attention of this teacher, so it tells little but where a patch is; "
     "--contrast pooler trains it"
@@ -140,7 +150,7 @@ def parse_args():
     add(
         "--ratio",
         metavar="R",
-        help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)",
+        help="share of patches hidden; .5:.9 is a schedule (default: .75, squares .6)",
     )
     add(
         "--teacher",
@@ -193,7 +203,7 @@ def parse_args():
         metavar="pooler|cls|none",
         help="what a second, contrastive loss compares: a pooler that reads the patch tokens and\n"
         "changes nothing in the encoder; the CLS tokens; or nothing, which is plain MAE.\n"
-        "Parameters: pooler:weight=1,temperature=.15,dcl=1 (default: pooler; simmim: none)",
+        "Parameters: pooler:weight=1,temperature=.15,dcl=1 (default: pooler; squares: none)",
     )
     add = parser.add_argument_group("training").add_argument
     add(
@@ -275,11 +285,6 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--impl", default="auto", choices=["auto", "torch", "triton"], help="of the two kernels")
     add("--compile", action="store_true", help="torch.compile the network")
-    add(
-        "--recompute",
-        action="store_true",
-        help="activations again in the backward pass: less memory, a third slower",
-    )
     return parser.parse_args()
 
 
@@ -294,7 +299,7 @@ def fill_defaults(args, device, dtype):
     """
     kind = "cpu" if device.type == "cpu" else "gpu"
     args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    simmim = args.mask.partition(":")[0] == "simmim"
+    simmim = args.mask.partition(":")[0] == "squares"
     args.contrast = args.contrast or ("none" if simmim else "pooler")
     args.contrast, args.agreement = parse_contrast(args.contrast)
     args.views = 1 if args.contrast == "none" else 2  # of each image
@@ -332,21 +337,38 @@ def parse_masking(args):
         raise UserError(
             f"--batch-size {args.batch_size} must be divisible by --accumulate {args.accumulate}"
         )
+    name, params = parse_keys(args.mask, mask_keys(args.teacher), "--mask")
     try:
-        name, params = masking.parse_mask(args.mask)
-        ratios = masking.parse_ratio(args.ratio)
+        ratios = parse_ratio(args.ratio)
         for ratio in ratios:
             masking.kept((args.image_size // args.patch_size) ** 2, ratio)
     except ValueError as problem:
         raise UserError(problem) from None
     refuse_unused(args, flags_used(args, name))
     check_config(**SIZES[args.model] | vars(args))
-    if args.teacher != "self" and masking.NEEDS.get(name) == "attn":
-        params = {
-            "start": 0.0,
-            "ramp_for": 0.0,
-        } | params  # a trained teacher guides from the first step on
     return name, params, ratios
+
+
+def mask_keys(teacher):
+    """The keys of each mask, and their defaults: a trained teacher guides from the first step on."""
+    keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
+    for name, need in masking.NEEDS.items():
+        if need == "attn" and teacher != "self":
+            keys[name] |= {"start": 0.0, "ramp_for": 0.0}
+    return keys
+
+
+def parse_ratio(text):
+    """ "0.75" -> (0.75, 0.75); ".5:.9", from the first epoch to the last, -> (0.5, 0.9)."""
+    try:
+        ratios = [float(word) for word in text.split(":")]
+    except ValueError:
+        ratios = []
+    if len(ratios) not in (1, 2) or not all(0 < ratio < 1 for ratio in ratios):
+        raise UserError(
+            f"--ratio {text} must be between 0 and 1, such as 0.75, or a schedule such as 0.5:0.9"
+        )
+    return ratios[0], ratios[-1]
 
 
 def flags_used(args, strategy):
@@ -380,7 +402,7 @@ def flags_used(args, strategy):
         ),
         (
             "contrast",
-            strategy != "simmim" or args.contrast == "none",
+            strategy != "squares" or args.contrast == "none",
             f"compares what MAE's encoder makes of visible patches alone{own}",
         ),
         (
@@ -390,8 +412,8 @@ def flags_used(args, strategy):
         ),
         (
             "decoder-dim decoder-depth",
-            strategy != "simmim",
-            f"is for MAE's decoder, simmim has one linear layer{own}",
+            strategy != "squares",
+            f"is for MAE's decoder, SimMIM has one linear layer{own}",
         ),
     )
 
@@ -434,7 +456,6 @@ def config_of(args):
         "log",
         "device",
         "compile",
-        "recompute",
         "impl",
         "eval_every",
         "eval_on",
@@ -461,19 +482,26 @@ def build_model(args, strategy):
     """The network, its weights drawn from --seed: MAE, or SimMIM for its own mask."""
     torch.manual_seed(args.seed)
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    build = SimMIM if strategy == "simmim" else MAE
+    build = SimMIM if strategy == "squares" else MAE
     model = build(
         args.image_size,
         args.patch_size,
         **size,
         decoder_dim=args.decoder_dim,
         decoder_depth=args.decoder_depth,
+        decoder_heads=decoder_heads_of(args.init),
     )
     if args.contrast == "pooler":
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
-    for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.recompute = args.recompute
     return model
+
+
+def decoder_heads_of(checkpoint):
+    """The heads of the decoder that a run starts from; None where there is none."""
+    if not checkpoint:
+        return None
+    _, facts = read_checkpoint(checkpoint)
+    return facts["decoder_heads"] if facts["decoder_depth"] else None
 
 
 def make_guide(args, strategy, params, encoder, train_set, device, autocast, views):
@@ -555,7 +583,7 @@ def check_memory(args, device, strategy, ratio, b):
         N = (image_size // args.patch_size) ** 2
         decoder = (
             []
-            if strategy == "simmim"
+            if strategy == "squares"
             else [(N, args.decoder_dim, args.decoder_depth, args.decoder_dim // 32)]
         )
 
@@ -568,7 +596,7 @@ def check_memory(args, device, strategy, ratio, b):
                 learns,
             )
 
-        seen = N if strategy == "simmim" else int(N * (1 - ratio))  # by the encoder, in a step
+        seen = N if strategy == "squares" else int(N * (1 - ratio))  # by the encoder, in a step
         return max(memory(seen, b // args.accumulate, True), memory(N, data.CHUNK, False))
 
     train.check_memory(device, args.image_size, args.patch_size, need)
@@ -632,8 +660,6 @@ def load_run(state, path, learning, optimizer, guide):
     with train.taking_up(path):
         for name, network in learning.items():
             load_exactly(network, state[name], path)
-        if "decoder_heads" in state:  # of the checkpoint that it began with
-            learning["model"].set_decoder_heads(state["decoder_heads"])
         guide.load_maps(state["maps"], path)
         train.load_optimizer(optimizer, state["optimizer"])
         return int(state["step"]), float(state["seconds"])
@@ -643,12 +669,8 @@ def save_run(out, learning, optimizer, guide, config, step, seconds):
     """state.pt: everything that a resumed run needs. Maps that it does not name are removed after
     it is written.
     """
-    state, shape = (
-        {name: network.state_dict() for name, network in learning.items()},
-        learning["model"].config,
-    )
+    state = {name: network.state_dict() for name, network in learning.items()}
     state |= {"optimizer": optimizer.state_dict(), "maps": guide.file}
-    state |= {"decoder_heads": shape["decoder_heads"]} if "decoder_heads" in shape else {}
     train.save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
     for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
         old.unlink()
@@ -766,8 +788,8 @@ def main():
             view = guide.swap_backgrounds(view, rows, boxes, flip, draws[:, 3], rank_slice)
             view = data.jitter_colour(view, draws[:, :3], args.jitter)
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
-            patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view, rank_slice)
-            priority = masking.STRATEGIES[strategy](patches, noise, t, **params)  # (b, N)
+            patches = guide.patch_scores(rows, boxes, flip, view, rank_slice)
+            priority = masking.STRATEGIES[strategy](patches, noise, t, N - K, **params)  # (b, N)
             ids_keep, ids_mask = masking.sample(priority, K)  # (b, K), (b, M)
 
             # forward, loss, backward, in micro-batches that fit in memory; the weights' sum is the

@@ -5,7 +5,7 @@ backward) and the step itself are timed in one process, interleaved, with cached
 passes of a self-teacher are extra, see experiments/readme_numbers.py. What the agreement of two
 views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS token,
 other backgrounds, colour jitter; and what a teacher would that looks at every view instead of
-keeping maps. `true parts` are the demo set's own, finer than those of maps.py. simmim has a step of
+keeping maps. `true parts` are the demo set's own, finer than those of maps.py. squares has a step of
 its own: it encodes all patches. On a CPU it is the processor's time of this process that counts, so
 that other work on the machine does not.
 """
@@ -76,8 +76,8 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
     ids_mask.
     """
     N = noise.shape[1]
-    patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view)
-    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
+    patches = guide.patch_scores(rows, boxes, flip, view)
+    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7, N - K), K)
     if guide.networks:
         guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
         guide.backward()
@@ -85,7 +85,7 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
 
 
 def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
-    """Forward, backward and update of the network, the same for every strategy but simmim."""
+    """Forward, backward and update of the network, the same for every strategy but squares."""
     with autocast():
         pred, _, _ = model(masked_patch_gather(view, ids_keep, patch), ids_keep, ids_mask)
     reconstruction_loss(pred, view, ids_mask, patch).backward()
@@ -126,7 +126,7 @@ def make_extras(model, train, device):
 
 
 def measure(size, train, device, rounds):
-    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its
+    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of squares those of its
     own step.
     """
     autocast, S, patch = (
@@ -137,13 +137,13 @@ def measure(size, train, device, rounds):
     model, baseline = MAE(**size, decoder_depth=DECODER_DEPTH).to(device), SimMIM(**size).to(device)
     optimizer, its_optimizer = (make_optimizer(net, 1e-4, 0.05) for net in (model, baseline))
     N = model.encoder.side**2
-    names = [name for name in masking.STRATEGIES if name != "simmim"]
+    names = [name for name in masking.STRATEGIES if name != "squares"]
     guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
         guides["true parts"].maps["parts"] = train["parts"]
     extras = make_extras(model, train, device)
-    times = {name: [] for name in [*guides, "step", "simmim", *extras]}
+    times = {name: [] for name in [*guides, "step", "squares", *extras]}
     for i in progress(range(rounds), "rounds", leave=False):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
@@ -162,8 +162,8 @@ def measure(size, train, device, rounds):
             with timed(times[name], device):
                 extra(view, rows, boxes, flip)
         optimizer.zero_grad()
-        with timed(times["simmim"], device):
-            ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
+        with timed(times["squares"], device):
+            ids = masking.sample(masking.squares({}, noise, 0.0, 0), masking.kept(N, 0.6))
             step(baseline, its_optimizer, view, *ids, patch, autocast)
     return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in times.items()}
 
@@ -188,7 +188,7 @@ def main():
     rows_there(path, keys)
     device, size = pick_device(args.device), SIZES[args.model]
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
-    ms["simmim"] -= ms["step"]  # what it takes more
+    ms["squares"] -= ms["step"]  # what it takes more
     step_ms, where = ms.pop("step"), {"model": args.model, "batch": BATCH} | about(device)
 
     def less(name):

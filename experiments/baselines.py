@@ -61,7 +61,7 @@ ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
         "--blr",
         (4e-3, 8e-3, 16e-3),
     ),
-    "simmim": (f"pretrain.py {VIT} --mask simmim", "--blr", (2e-3, 4e-3, 8e-3)),
+    "simmim": (f"pretrain.py {VIT} --mask squares", "--blr", (2e-3, 4e-3, 8e-3)),
     "simclr": (f"-m experiments.views simclr {VIT}", "--lr", (5e-4, 1e-3, 2e-3)),
     "dino": (f"-m experiments.views dino {VIT}", "--lr", (5e-4, 1e-3, 2e-3)),
 }

@@ -335,9 +335,7 @@ def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
     """
     N = model.encoder.side**2
     K = masking.kept(N, ratio)
-    priority = masking.STRATEGIES[strategy](
-        patches | {"masked": N - K}, noise, 1.0, **NO_RAMP.get(strategy, {})
-    )
+    priority = masking.STRATEGIES[strategy](patches, noise, 1.0, N - K, **NO_RAMP.get(strategy, {}))
     ids_keep, ids_mask = masking.sample(priority, K)
     pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
@@ -378,7 +376,7 @@ def reconstruction(model, norm, task, strategies=None):
         known = [
             s
             for s in masking.STRATEGIES
-            if s != "simmim" and masking.NEEDS.get(s) in (None, *patches)
+            if s != "squares" and masking.NEEDS.get(s) in (None, *patches)
         ]
         for strategy, ratio in itertools.product(strategies or known, RATIOS):
             pasted, where = reconstruct(

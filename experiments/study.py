@@ -46,6 +46,7 @@ from common.command import (
     at_least,
     between,
     cli,
+    parse_keys,
     refuse_file,
     refuse_overwrite,
     refuse_unused,
@@ -270,10 +271,7 @@ def check(args):
     if is_adapt and not args.encoder:
         raise UserError("--plan adapt and --encoder RUN go together: what is adapted")
     for arm in [args.guided, *args.arms]:
-        try:
-            masking.parse_mask(arm.split(" ")[0])
-        except ValueError as problem:
-            raise UserError(problem) from None
+        parse_keys(arm.split(" ")[0], masking.PARAMS, "--mask")
     if args.plan in ("tune", "look") and args.guided.split(" ")[0] != "attn_high":
         raise UserError(
             f"--guided {args.guided}: plan {args.plan} asks of attn_high alone, with its hint or as many "

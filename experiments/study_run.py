@@ -62,7 +62,7 @@ def commands(job, args, ready):
         *number_format(plan),
     ]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
-    if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
+    if job["arm"].startswith("squares"):  # has no decoder, whatever the recipe says of it
         at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
         recipe = [word for i, word in enumerate(recipe) if i not in at]
     elif not any(

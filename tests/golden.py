@@ -78,14 +78,14 @@ MASKS = (
     "parts",
     "detail",
     "learned:start=.1",
-    "simmim",
+    "squares",
 )
 
 
 def pretrain(name, *flags):
     size = [
-        w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)
-    ]  # simmim has no decoder
+        w for w in NANO if "squares" not in flags or w not in ("--decoder-depth", 1)
+    ]  # SimMIM has no decoder
     contrast = [] if "--contrast" in flags else ["--contrast", "none"]
     return ["pretrain.py", "--out", f"runs/{name}", *size, *contrast, *flags]
 
@@ -95,7 +95,9 @@ def finetune(name, *flags):
 
 
 def short(mask):
-    return mask.split(":")[0]
+    """The name of a mask's case; squares has that of SimMIM, which it trains."""
+    name = mask.split(":")[0]
+    return "simmim" if name == "squares" else name
 
 
 FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {

@@ -397,7 +397,7 @@ def test_simmim_is_weighted_without_a_second_loss(small, tmp_path):
         tmp_path / "a",
         *TINY[:-2],
         "--mask",
-        "simmim",
+        "squares",
         "--weight-by",
         "attn",
         "--epochs",
@@ -515,7 +515,7 @@ def test_compiled(small, tmp_path):
     [
         (["--batch-size", 1], "others"),
         (["--batch-size", 4, "--accumulate", 4], "others"),
-        (["--contrast", "pooler", "--mask", "simmim"], "--contrast"),
+        (["--contrast", "pooler", "--mask", "squares"], "--contrast"),
         (["--contrast", "pooler:temperature=0"], "above 0"),
         (["--contrast", "none:weight=1"], "no parameter"),
         (["--contrast", 1], "pooler, cls, none"),
@@ -524,7 +524,7 @@ def test_compiled(small, tmp_path):
     ],
 )
 def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
-    words = [w for w in ["--decoder-depth", 1] if "simmim" not in words] + words
+    words = [w for w in ["--decoder-depth", 1] if "squares" not in words] + words
     done = call(
         "pretrain.py",
         "--data",

@@ -638,16 +638,18 @@ def test_decoder_heads_are_believed(tmp_path):
     )
     theirs = shaken(transformers.ViTMAEForPreTraining(config))
     theirs.save_pretrained(tmp_path / "hf")
-    C.init_from(ours := small_mae(), tmp_path / "hf")
+    C.init_from(ours := small_mae(decoder_heads=4), tmp_path / "hf")
     check_pretraining(ours.eval(), theirs, some_view())
     assert ours.config["decoder_heads"] == 4
     C.save_model(ours, tmp_path / "ours" / "model.safetensors", {"norm_pix": True})
-    C.init_from(again := small_mae(), tmp_path / "ours")
+    C.init_from(again := small_mae(decoder_heads=4), tmp_path / "ours")
     check_pretraining(again.eval(), theirs, some_view())
     folder, _ = export(tmp_path / "ours", "hf")
     back = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
     check_pretraining(ours, back, some_view())
     assert M.MAE(**ours.config).decoder.decoder_blocks[0].attn.heads == 4
+    with pytest.raises(UserError, match="4 heads"):
+        C.init_from(small_mae(), tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(
         json.dumps(config.to_dict() | {"decoder_num_attention_heads": 5})
     )

@@ -355,7 +355,7 @@ QUICK = {
         "parts",
         "detail",
         "learned",
-        "simmim",
+        "squares",
         "grid",
         "green",
         "block:size=1",
@@ -466,7 +466,7 @@ UNUSED = [
     (PRE, "--mask attn_low --teacher runs/nano", "--maps maps/tiny"),
     (
         ["pretrain.py", *SMALL[:10], "--out", "runs/new"],
-        "--mask simmim",
+        "--mask squares",
         "--teacher runs/nano|--decoder-depth 1",
     ),
     (PRE, "--no-norm-pix", "--norm-floor .1"),

@@ -81,7 +81,7 @@ def test_the_teacher_follows_the_encoder():
 
 def quick(mask):
     """simmim has no decoder to be made shallow."""
-    return QUICK[:-2] if mask == "simmim" else QUICK
+    return QUICK[:-2] if mask == "squares" else QUICK
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ OFTEN = (
     "parts",
     "detail",
     "learned",
-    "simmim",
+    "squares",
     "attn_low:shuffle=1",
     "learned:shuffle=1",
 )
@@ -295,7 +295,7 @@ def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, mo
 
 def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, "--mask", "simmim", *quick("simmim"), "--out", "sim")
+    run(monkeypatch, "--data", figures, "--mask", "squares", *quick("squares"), "--out", "sim")
     assert "6 of them visible" in capsys.readouterr().out  # of 16
     header = json.loads(header_of("sim/model.safetensors"))
     assert header["run"]["ratio"] == "0.6" and "decoder_depth" not in header["config"]
@@ -413,9 +413,9 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
         monkeypatch,
         "--data",
         figures,
-        *quick("simmim"),
+        *quick("squares"),
         "--mask",
-        "simmim",
+        "squares",
         "--init",
         "first",
         "--out",
@@ -434,18 +434,22 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
 
 
 def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
-    """Its code is put into mask.py's place, named in STRATEGIES, and trains."""
+    """Its code and its entry are put into mask.py, and the mask trains."""
     text = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
     assert len(code.strip().splitlines()) <= 10
-    exec(code, vars(masking))
-    monkeypatch.setitem(masking.STRATEGIES, "middle", masking.middle)
+    entry = re.search(r"add the entry `(.*?)`", text).group(1)
+    source = (ROOT / "mask.py").read_text()
+    source = source.replace("STRATEGIES = {", f"{code}\n\nSTRATEGIES = {{\n    {entry},")
+    changed = {}
+    exec(source, changed)
+    for table in ("STRATEGIES", "PARAMS"):
+        monkeypatch.setattr(masking, table, changed[table])
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
     assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
-    priority = masking.middle(
-        {}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5
-    )
+    noise = masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0))
+    priority = changed["middle"]({}, noise, 0.5, 32)
     often = torch.zeros(64).scatter_add_(
         0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32)
     )
@@ -500,6 +504,6 @@ def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
     assert "another data set" in refusal(
         "--data", small, "--mask", "parts", "--maps", tmp_path / "other"
     )
-    assert "no parameter 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
+    assert "no key 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
     line = refusal("--data", small, "--init", "nowhere")
     assert "nowhere" in line

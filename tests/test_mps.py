@@ -129,12 +129,12 @@ def training_step(log):
         view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
         sources = ("cls", "received", "rollout", "pooler")
         attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
-        patches |= {"masked": 12, "attn": sum(attention)}
+        patches["attn"] = sum(attention)
         tokens, every = teacher.all_patches(view)
         guess = predictor(tokens)
         patches |= {"detail": patch_detail(view, every, 8), "difficulty": guess.detach()}
         for strategy in masking.STRATEGIES.values():
-            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9), 4)
+            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9, 12), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
         pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
         loss, error = reconstruction_loss(
