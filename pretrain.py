@@ -65,7 +65,7 @@ from kernels.loss import (
     reconstruction_loss,
     stats_loss,
 )
-from model import MAE, SIZES, Pooler, SimMIM, check_config
+from model import MAE, SIZES, Pooler, SimMIM
 
 WEIGHT_DECAY, CLIP = 0.05, 1.0
 ERRORS = {"squares": absolute_error}  # every other mask trains with the squared error
@@ -161,8 +161,8 @@ def parse_args():
     add(
         "--attention",
         choices=SOURCES,
-        help="of the pooler, of the CLS token through all blocks (rollout) or in the last, of all\n"
-        "patches, or outlier: tokens far from the mean of their place (default: what was trained)",
+        help="of the pooler, of the CLS token through all blocks (rollout) or in the last,\n"
+        "or outlier: tokens far from the mean of their place (default: what was trained)",
     )
     add(
         "--maps",
@@ -345,7 +345,6 @@ def parse_masking(args):
     except ValueError as problem:
         raise UserError(problem) from None
     refuse_unused(args, flags_used(args, name))
-    check_config(**SIZES[args.model] | vars(args))
     return name, params, ratios
 
 

@@ -352,7 +352,7 @@ def initial_share(steps, total):
     return math.prod(ema_momentum(step, total) for step in range(steps))
 
 
-SOURCES = ("pooler", "rollout", "cls", "received", "outlier")
+SOURCES = ("pooler", "rollout", "cls", "outlier")
 SAMPLE = 1024  # images that the usual token of each place is the mean of
 
 

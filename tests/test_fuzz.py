@@ -608,7 +608,7 @@ LOST = [
     [["maps.py", "--data", "datasets/other", "--map", "saliency", "--out", "maps/tiny"]],
     [
         MAPS + ["--map", "attn", "--run", "runs/nano"],
-        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "received"],
+        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "cls"],
     ],
     [["pretrain.py", *SMALL, "--out", "runs/nano"]],
     [["pretrain.py", *SMALL, "--out", "runs/lora"]],

@@ -386,7 +386,7 @@ def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
     for words in (
         ["--teacher", "dino.pth"],
         ["--teacher", "adapted"],
-        ["--teacher", "adapted", "--attention", "received"],
+        ["--teacher", "adapted", "--attention", "cls"],
     ):
         out = f"pupil{len(words)}-{words[1]}"
         run(

@@ -127,7 +127,7 @@ def training_step(log):
             for need in ("fg", "parts")
         }
         view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
-        sources = ("cls", "received", "rollout", "pooler")
+        sources = ("cls", "rollout", "pooler")
         attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
         patches["attn"] = sum(attention)
         tokens, every = teacher.all_patches(view)

@@ -344,7 +344,7 @@ def test_a_machine_without_git_has_no_commit(monkeypatch):
         (["--ratio", "1"], "--ratio 1"),
         (["--ratio", "0"], "--ratio 0"),
         (["--ratio", ".99"], "16 patches"),
-        (["--patch-size", 7], "--image-size 32 is not a multiple of --patch-size 7"),
+        (["--patch-size", 7], "image size 32 is not a multiple of patch size 7"),
         (["--mask", "atn_high"], "choose from random"),
         (["--mask", "attn_high:gamma=1"], "no key 'gamma'"),
         (["--epochs", 0], "--epochs 0"),
