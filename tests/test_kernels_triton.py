@@ -46,21 +46,21 @@ def test_the_kernels_in_the_interpreter():
 
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
-    """{(kernel, target, S, p, C, dtype): what the compiled kernel needs}."""
+    """{(kernel, target, S, p, dtype): what the compiled kernel needs}."""
     cache = str(tmp_path_factory.mktemp("triton"))
     rows = json.loads(
         python(
             "-W", "ignore", "tests/compile_kernels.py", TRITON_CACHE_DIR=cache, TRITON_INTERPRET="0"
         )
     )
-    return {(r["kernel"], r["target"], r["S"], r["p"], r["C"], r["dtype"]): r for r in rows}
+    return {(r["kernel"], r["target"], r["S"], r["p"], r["dtype"]): r for r in rows}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [75, 80, 90, 120])
 def test_no_kernel_spills(resources, target):
     assert (
-        resources.pop(("greedy", 90, 0, 0, 0, "fp32"), dict(spills=1))["spills"] > 0
+        resources.pop(("greedy", 90, 0, 0, "fp32"), dict(spills=1))["spills"] > 0
     )  # a spill would be seen
     ours = {name: r for name, r in resources.items() if name[1] == target}
     assert {name[0] for name in ours} == {"gather", "detail", "loss"}
@@ -74,7 +74,7 @@ def test_no_kernel_spills(resources, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [75, 80, 90, 120])
 def test_bytes_are_loaded_sixteen_at_a_time(resources, target):
-    for (kernel, where, S, p, _, dtype), r in resources.items():
+    for (kernel, where, S, p, dtype), r in resources.items():
         if where == target and kernel in ("gather", "detail", "loss"):
             wide, size = r["loads"].count(16), dict(fp32=4, bf16=2, fp16=2)[dtype]
             if (
