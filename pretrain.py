@@ -538,7 +538,7 @@ def networks_of(args, model, guide, train_set):
 
 def fit_batch(args, images, rank, world, V):
     """-> B: --batch-size, or fewer where the set has fewer images; the b of them that this process
-    works on; which of B images those are, and which of V*B views theirs are.
+    works on; which of V*B views theirs are.
 
     Every process and every micro-batch gets as many.
     """
@@ -569,7 +569,7 @@ def fit_batch(args, images, rank, world, V):
             f"{B} is not; {fix}"
         )
     b = B // world
-    return B, b, slice(rank * b, (rank + 1) * b), slice(V * rank * b, V * (rank + 1) * b)
+    return B, b, slice(V * rank * b, V * (rank + 1) * b)
 
 
 def check_memory(args, device, strategy, ratio, b):
@@ -698,7 +698,7 @@ def main():
         reconstruction_loss, error_of=ERRORS.get(strategy), return_error=True, **norm
     )
     V = args.views  # of each image: neighbours in a batch of V*B
-    B, b, image_slice, rank_slice = fit_batch(args, len(train_set["images"]), rank, world, V)
+    B, b, rank_slice = fit_batch(args, len(train_set["images"]), rank, world, V)
     check_memory(args, device, strategy, min(ratios), V * b)
     model = build_model(args, strategy).to(device)
     per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * V * B / 256
@@ -769,10 +769,9 @@ def main():
         if step == epoch * per_epoch:
             guide.refresh_maps(epoch, step, train_set["images"], out)
         order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in meter.timed(
-            data.batches(images, order, B, device, step % per_epoch, image_slice, V)
-        ):
+        for rows, batch in meter.timed(data.batches(images, order, B, device, step % per_epoch, V)):
             # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
+            batch = batch[rank_slice]
             t = step / total  # progress of the run
             generator = train.seeded(args.seed, epoch, step)
             boxes, flip = data.draw_boxes(V * B, generator, args.min_crop)
