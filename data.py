@@ -79,10 +79,12 @@ def open_split(folder, name):
     path = Path(folder) / f"{name}.safetensors"
     fix = f"python data.py IMAGES --out {shlex.quote(str(folder))} makes it"
     there = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
-    if there and name not in there:
-        fix = f"{folder} has only {', '.join(there)}; --eval-on chooses another"
+    problem = f"{path} does not exist; {fix}"
+    if there:
+        only = ", ".join(there)
+        problem = f"{folder} has no split {name}, only {only}; --eval-on chooses another"
     if name not in there:
-        raise UserError(f"{path} does not exist; {fix}")
+        raise UserError(problem)
     split = open_tensors(path)
     check_split(split, path, fix)
     split["labels"] = torch.from_numpy(np.array(split["labels"]))
