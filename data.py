@@ -81,8 +81,7 @@ def open_split(folder, name):
     there = sorted(file.stem for file in Path(folder).glob("*.safetensors"))
     problem = f"{path} does not exist; {fix}"
     if there:
-        only = ", ".join(there)
-        problem = f"{folder} has no split {name}, only {only}; --eval-on chooses another"
+        problem = f"{folder} has no split {name}, only {', '.join(there)}; choose one of them"
     if name not in there:
         raise UserError(problem)
     split = open_tensors(path)
