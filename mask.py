@@ -18,8 +18,8 @@ Arguments of a strategy:
     t         progress of the run, from 0 to 1
     hidden    M, the number of patches to hide
 
-Keyword parameters are set on the command line: `--mask attn_high:beta=2,start=0.2`. A strategy that
-reads a score also has shuffle=1, the control: each image then gets the score of another image.
+Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A strategy that reads a
+score also has shuffle=1, the control: each image then gets the score of another image.
 
 To add a strategy, write a function and add it to STRATEGIES:
 
@@ -67,9 +67,7 @@ def guided(score, beta, noise):
 
 def ramp(t, start, length):
     """0 until t = start, then a straight line to 1 at t = start + length."""
-    if length <= 0:
-        return float(t >= start)
-    return min(1.0, max(0.0, (t - start) / length))
+    return min(1.0, max(0.0, (t - start) / length)) if length > 0 else float(t >= start)
 
 
 # ---- strategies without a score: the baselines ---------------------------------------------------
