@@ -7,12 +7,11 @@
 Reads:  datasets/NAME (the demo set is drawn if it is not there; images are packed first); maps/NAME
         for masks that need foreground or parts (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the
-        next stages), stats_head.safetensors and pooler.safetensors (for pictures and attention),
-        log.jsonl, curves.png, recon.png, masks.png
+        next stages), stats_head.safetensors, pooler.safetensors, log.jsonl, three pictures
 
-All random numbers are drawn on the CPU from (seed, epoch, step). So two masks with one seed see the
-same images in the same order with the same crops, and a killed run that is resumed ends with the
-same bits. With torchrun each process has images and random numbers of its own.
+Random numbers are drawn on the CPU from (seed, epoch, step). So two masks with one seed see the
+same images in the same order with the same crops, and a resumed run ends with the same bits. With
+torchrun each process has images and random numbers of its own.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
@@ -57,6 +56,7 @@ from model import MAE, SIZES, Pooler, SimMIM
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
 WARMUP = 0.1  # share of the run in which the learning rate rises
+WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
@@ -67,12 +67,6 @@ DEFAULTS = {
     "cpu": {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32},
     "gpu": {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512},
 }
-MODEL_HELP = """default: small on a GPU, nano on a CPU; keys: image_size, patch_size, decoder_dim,
-decoder_depth, and simmim=1 for SimMIM instead of MAE"""
-ATTENTION_HELP = """of the pooler, of the CLS token through all blocks (rollout) or in the last (cls), or
-outlier: distance from the mean token (default: what was trained, else outlier)"""
-CONTRAST_HELP = """a second, contrastive loss trains a pooler that reads the patch tokens and changes
-nothing in the encoder, or the CLS token; none is plain MAE (default: pooler)"""
 
 
 def parse_flags():
@@ -81,14 +75,14 @@ def parse_flags():
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--out", metavar="DIR", help="folder of the run (default: runs/ and the flags given)")
     add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
-    add("--model", metavar="|".join(SIZES) + "[:key=value,...]", help=MODEL_HELP)
+    add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
     add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
     add("--ratio", metavar="R", help="share of hidden patches; .5:.9 is a schedule (default: .75)")
     add("--teacher", default="self", metavar="self|maps|PATH", help="whose attention guides")
-    add("--attention", choices=guidance.SOURCES, help=ATTENTION_HELP)
+    add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="foreground and parts that guide")
-    add("--contrast", metavar="pooler|cls|none[:key=value,...]", help=CONTRAST_HELP)
+    add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="of flat patches")
     add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
     add("--epochs", type=at_least(1), help="default: what gives a number of views, per device")
@@ -116,16 +110,13 @@ def join_processes(device):
     """The number of this process, how many torchrun started, and this one's device."""
     if not launched():
         return 0, 1, device
-    backend = "gloo"
     if device.type == "cuda":
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    hours = datetime.timedelta(hours=6)  # the others wait while process 0 packs or evaluates
-    torch.distributed.init_process_group(backend, timeout=hours)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if rank > 0:
+    torch.distributed.init_process_group(timeout=WAIT)
+    if torch.distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return rank, world, device
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
 def wait_for_all(world):
@@ -134,7 +125,7 @@ def wait_for_all(world):
 
 
 def share_gradients(model, agreement, guide, flags, world):
-    """The network and the second loss as the loop calls them: gradients are means over processes."""
+    """The network and the second loss, as the loop calls them: gradients are means of processes."""
     net = torch.compile(model) if flags.compile else model
     if world == 1:
         return net, agreement
@@ -269,16 +260,15 @@ def make_teacher(encoder, flags, start):
 def describe(flags, splits, model, V, total):
     """Print what is trained, on what, and how."""
     train_set, held_set = splits
-    count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
+    images, held = len(train_set["images"]), len(held_set["images"])
+    count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
-        f"data     {flags.data}: {len(train_set['images'])} train, {len(held_set['images'])} "
-        f"{flags.split} images, {len(train_set['header']['classes'])} classes\n"
-        f"model    {flags.model}: {count / 1e6:.1f} M parameters, {model.encoder.side**2} patches\n"
-        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image in {flags.epochs} "
-        f"epochs; contrast {flags.contrast}, crops from {flags.min_crop:g} of the area, flat patches "
-        f"weigh {flags.flat_weight:g}\n"
-        f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, {total} steps, seed {flags.seed}, "
-        f"evaluated every {flags.eval_every} epochs"
+        f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
+        f"model    {flags.model}: {count:.1f} M parameters, {model.encoder.side**2} patches\n"
+        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
+        f"{flags.min_crop:g} of the area, contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
+        f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
+        f"epochs, an evaluation every {flags.eval_every}"
     )
 
 
@@ -286,10 +276,9 @@ def describe(flags, splits, model, V, total):
 
 
 def draw(generator, n, N, min_crop, device):
-    """All random numbers of a step: crops (n, 4), flips (n,), noise (n, N), and four more (n, 4)."""
+    """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
     boxes, flip = data.draw_boxes(n, generator, min_crop)
-    noise = masking.gumbel_noise(n, N, generator)
-    draws = torch.rand(n, 4, generator=generator)
+    noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
     return (data.send(x, device) for x in (boxes, flip, noise, draws))
 
 

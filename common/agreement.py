@@ -64,7 +64,7 @@ class Agreement(nn.Module):
     def statistics(self):
         """Of the last step: the loss, the share of views that find their pair, directions in use."""
         loss, found, h = self.last
-        rank = metrics.effective_rank(h)
+        rank = metrics.effective_rank(h.nan_to_num())  # Run reports a loss that is not finite
         return {"agreement": loss.item(), "found": found.item(), "projection_rank": rank}
 
 
