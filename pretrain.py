@@ -23,6 +23,7 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import datetime
+import functools
 import os
 import shlex
 import signal
@@ -129,9 +130,9 @@ def share_gradients(model, agreement, guide, flags, world):
     net = torch.compile(model) if flags.compile else model
     if world == 1:
         return net, agreement
-    if guide.predictor:
-        guide.predictor = DistributedDataParallel(guide.predictor)
-    return DistributedDataParallel(net), agreement and DistributedDataParallel(agreement)
+    spread = functools.partial(DistributedDataParallel, broadcast_buffers=False)  # constants
+    guide.predictor = guide.predictor and spread(guide.predictor)
+    return spread(net), agreement and spread(agreement)
 
 
 def stop_together(run, world):
