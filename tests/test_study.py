@@ -408,7 +408,7 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
         cwd=home,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert "did you mean attn_high" in refused(done)
+    assert "choose from random" in refused(done)
     for words, message in (
         (["--budget", "-1"], "--budget -1"),
         (["--data", "nothing"], "nothing"),
