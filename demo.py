@@ -332,10 +332,11 @@ def known_scores(picture, view, side):
     """
     planes = picture["truth"] or {"fg": (255 * maps.coarse(view)[0]).byte().cpu().numpy()}
     whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
-    return {
-        need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
-        for need, plane in planes.items()
-    }
+    scores = {"fg": guidance.crop_map(planes["fg"][None], *whole, side)}
+    if "parts" in planes:
+        count = len(toon.PARTS)
+        scores["parts"] = guidance.crop_parts(planes["parts"][None], *whole, side, count)
+    return {need: score.to(view.device) for need, score in scores.items()}
 
 
 def measured(net, view, need):

@@ -23,7 +23,7 @@ import data
 import mask as masking
 from benchmarks import OUT, about, now
 from common import guidance
-from common.agreement import Agreement
+from common.agreement import SETTINGS, Agreement
 from common.command import Parser, at_least, cli, progress, refuse_file
 from common.tables import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
@@ -58,16 +58,11 @@ def make_guide(name, encoder, train, device, autocast):
     """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's
     are not measured.
     """
-    need, n = masking.NEEDS.get(name), len(train["images"])
-    train = (
-        train
-        | {k: fake_maps(k, n, encoder.side) for k in guidance.TRUTH}
-        | {"header": {"parts": range(7)}}
-    )
-    guide = guidance.Guide(name, {}, encoder, train, None, device, autocast, maps="truth")
-    guide.networks.pop("teacher", None)
-    if need == "attn":
-        guide.maps["attn"] = fake_maps(need, n, encoder.side)
+    guide = guidance.Guide(name, encoder, ".", autocast)
+    if guide.need in guidance.IN_FILES:
+        guide.maps, guide.parts = fake_maps(guide.need, len(train["images"]), encoder.side), 7
+    if guide.predictor:
+        guide.predictor.to(device)
     return guide
 
 
@@ -76,11 +71,11 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
     ids_mask.
     """
     N = noise.shape[1]
-    patches = guide.patch_scores(rows, boxes, flip, view)
+    boxes, flip = boxes.to(view.device), flip.to(view.device)
+    patches = guide.scores(rows, boxes, flip, view)
     ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7, N - K), K)
-    if guide.networks:
-        guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
-        guide.backward()
+    if guide.predictor:
+        guide.loss(ids_mask, noise[:, : N - K]).backward()
     return ids_keep, ids_mask
 
 
@@ -97,9 +92,8 @@ def make_extras(model, train, device):
     """{what is timed beside the masks: f(view, rows, boxes, flip)}: forward, and backward where it
     learns.
     """
-    swapper = make_guide("fg_heavy", model.encoder, train, device, contextlib.nullcontext)
-    swapper.swap, swapper.views = 0.7, 2
-    agreement = Agreement(model.config["dim"], train, 0.15).to(device)
+    figure = fake_maps("fg", len(train["images"]), model.encoder.side)
+    agreement = Agreement(model.config["dim"], train, SETTINGS["pooler"]).to(device)
     model.encoder.pooler = Pooler(model.config["dim"], model.config["heads"]).to(device)
     N, D = model.encoder.side**2, model.config["dim"]
     tokens = torch.randn(BATCH, 1 + masking.kept(N, RATIO), D, device=device, requires_grad=True)
@@ -107,6 +101,11 @@ def make_extras(model, train, device):
         torch.rand(BATCH, 4, device=device),
         lambda rows: rows[: BATCH // 2].repeat_interleave(2),
     )
+
+    def swap(view, rows, boxes, flip):
+        S, crop = view.shape[1], (boxes.to(device), flip.to(device))
+        fg = guidance.crop_map(figure, rows, *crop, S).view(-1, S, S, 1)
+        data.swap_backgrounds(view, fg, draws[:, 3], 0.7, 2)
 
     def look(view, *_):
         with torch.no_grad():
@@ -119,7 +118,7 @@ def make_extras(model, train, device):
         "agreement, pooler": lambda view, rows, *_: agreement(
             model.encoder.pooler(tokens), pairs(rows)
         ).backward(),
-        "other backgrounds": lambda *batch: swapper.swap_backgrounds(*batch, draws[:, 3]),
+        "other backgrounds": swap,
         "colour jitter": lambda view, *_: data.jitter_colour(view, draws[:, :3], 0.3),
         "a look at every view": look,
     }
@@ -141,7 +140,7 @@ def measure(size, train, device, rounds):
     guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
-        guides["true parts"].maps["parts"] = train["parts"]
+        guides["true parts"].maps = train["parts"]
     extras = make_extras(model, train, device)
     times = {name: [] for name in [*guides, "step", "squares", *extras]}
     for i in progress(range(rounds), "rounds", leave=False):

@@ -103,56 +103,45 @@ def recognition(features, train, held):
 
 
 @torch.no_grad()
-def attention_by_part(encoder, image_size, autocast, split, source="cls"):
-    """Where attention goes in images with true parts -> {part: its share of the attention over its
-    share of the area}.
+def attention_by_part(encoder, split, source, autocast):
+    """{part: share of the attention over share of the area} in images with true parts.
 
     1 is no preference. Parts that no image has are left out.
     """
-    rows, names = data.evenly_spaced(len(split["images"]), 256), split["header"]["parts"]
+    size, rows = encoder.side * encoder.patch_size, data.evenly_spaced(len(split["images"]), 256)
+    names = split["header"]["parts"]
     mass, area = torch.zeros(2, len(names))
-    for index, attention in guidance.attention(
-        encoder, image_size, split["images"], rows, source, autocast
-    ):
-        whole = data.full_boxes(len(index))
-        share = guidance.crop_map(
-            "parts", split["parts"], index, *whole, encoder.side, "cpu", len(names)
-        )  # (B, N, P)
-        mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
+    for index, score in guidance.attention(encoder, size, split["images"], rows, source, autocast):
+        boxes, flip = data.full_boxes(len(index))
+        share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
+        score = (score / score.sum(1, keepdim=True)).cpu()
+        mass += torch.einsum("bn,bnp->p", score, share)
         area += share.mean(1).sum(0)
-    return {
-        name: round((m / a).item(), 3)
-        for name, m, a in zip(names, mass, area, strict=True)
-        if a > 0
-    }
+    ratios = zip(names, mass, area, strict=True)
+    return {name: round((m / a).item(), 3) for name, m, a in ratios if a > 0}
 
 
 @working("evaluating")
-def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
-    """What the log says of a model after `epoch` epochs, judged on split `held`, called name;
-    printed in one line.
+def evaluate(model, splits, norm, autocast, epoch):
+    """What the log says of a model after `epoch` epochs; printed in one line.
 
-    -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails),
-    with true parts
-    "attention_on", where the teacher's attention goes.
+    splits: the training split and the one that is judged. {"epoch", "val_mse"}, with labels also
+    "knn" and "linear" (at epoch 0 with those of thumbnails).
     """
+    train, held = splits
     S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
-    text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
+    text = f"epoch {epoch:<4g} masked MSE {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
-        row |= recognition(
-            functools.partial(pooled_tokens, model.encoder, S, autocast), train, held
-        )
+        features = functools.partial(pooled_tokens, model.encoder, S, autocast)
+        row |= recognition(features, train, held)
         text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         if epoch == 0:
-            row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
-            text += f" untrained; thumbnails {row['knn_thumbnail']:.1f} %, {row['linear_thumbnail']:.1f} %"
+            control = recognition(thumbnails, train, held)
+            row |= {f"{key}_thumbnail": value for key, value in control.items()}
+            text += f" untrained; thumbnails {control['knn']:.1f} %, {control['linear']:.1f} %"
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
-    if held["header"].get("parts"):
-        row["attention_on"] = attention_by_part(
-            teacher, teacher.side * teacher.patch_size, autocast, held, source
-        )
     tqdm.write(text)
     return row
 
@@ -160,35 +149,27 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_run(log, model, held, norm, autocast, last, name, title):
-    """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what
-    guided the mask).
-    """
-    with drawing("masks.png, curves.png or recon.png"):
-        draw_files(log, model, held, norm, autocast, last, name, title)
-    log.pictures()
+def draw_masks(out, view, ids_mask, scores, patch):
+    """masks.png: views u8 (n, S, S, 3), {need: scores (n, g, g)} and what the encoder sees."""
+    view, ids_mask = view[:8], ids_mask[:8]
+    lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, patch))]
+    with drawing("masks.png"):
+        from common import plots  # matplotlib takes a second to load
+
+        plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
-def draw_files(log, model, held, norm, autocast, last, name, title):
-    from common import plots  # matplotlib takes a second to load: only where a picture is drawn
-
-    out = log.path.parent
-    if last:
-        view, ids_mask, scores = last
-        lines = [
-            ("view", view),
-            *scores.items(),
-            ("seen", hide(view, ids_mask, model.config["patch_size"])),
-        ]
-        plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
-    plots.curves(out / "curves.png", read_log(log.path), name, title)
-    lines = zip(
-        ("original", "seen", "predicted", "pasted"),
-        reconstruct(model, held, norm, autocast),
-        strict=True,
-    )
+def draw_run(out, model, held, norm, autocast):
+    """curves.png and recon.png of a run."""
+    names = ("original", "seen", "predicted", "pasted")
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
-    plots.image_grid(out / "recon.png", title, list(lines))
+    with drawing("curves.png or recon.png"):
+        from common import plots
+
+        split = held["header"].get("split", "val")
+        plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
+        pictures = reconstruct(model, held, norm, autocast)
+        plots.image_grid(out / "recon.png", title, list(zip(names, pictures, strict=True)))
 
 
 def hide(view, ids, patch):

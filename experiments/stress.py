@@ -292,18 +292,13 @@ def load_mae(run, device):
 def patches_of(model, split, rows, view):
     """What strategies need of these views, as far as it is known: the dict `patches` of mask.py."""
     _, ids = model.encoder.all_patches(view)
-    args = (
-        rows,
-        *data.full_boxes(len(rows)),
-        model.encoder.side,
-        view.device,
-        len(split["header"].get("parts", ())),
-    )
-    maps = {
-        name: guidance.crop_map(name, split[name], *args)
-        for name in ("fg", "parts")
-        if name in split
-    }
+    maps, where = {}, (rows, *data.full_boxes(len(rows)), model.encoder.side)
+    if "fg" in split:
+        maps["fg"] = guidance.crop_map(split["fg"], *where)
+    if "parts" in split:
+        count = len(split["header"].get("parts", ()))
+        maps["parts"] = guidance.crop_parts(split["parts"], *where, count)
+    maps = {need: score.to(view.device) for need, score in maps.items()}
     attention = model.encoder.patch_attention(view).float().mean(1)
     return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 

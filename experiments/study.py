@@ -68,7 +68,7 @@ from experiments.study_run import (
     run_one,
 )
 
-RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
+RECIPE = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {
     "coarse": ["saliency", "--quality", "coarse"],
@@ -321,7 +321,7 @@ def recipe_of(text):
         ("blr", float, 8e-3),
         ("epochs", int, 32),
         ("ratio", str, 0.75),
-        ("decoder-depth", str, 2),
+        ("model", str, "nano:decoder_depth=2"),
         ("eval-every", str, "1"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default)
@@ -352,7 +352,7 @@ def make_plan(name, args):
         blr=recipe.blr,
         epochs=recipe.epochs,
         ratio=recipe.ratio,
-        depth=recipe.decoder_depth,
+        depth=recipe.model.partition("decoder_depth=")[2].partition(",")[0] or "1",
     )
     if recipe.eval_every != "1" and plan["hypotheses"]:
         raise UserError(

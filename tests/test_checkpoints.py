@@ -657,41 +657,6 @@ def test_decoder_heads_are_believed(tmp_path):
         C.init_from(small_mae(), tmp_path / "hf")
 
 
-@pytest.mark.slow
-def test_a_run_keeps_the_decoder_heads_that_it_began_with(small, tmp_path):
-    torch.manual_seed(0)
-    C.save_model(
-        M.MAE(32, 8, 192, 4, 3, 128, 1, decoder_heads=2),
-        tmp_path / "start" / "model.safetensors",
-        {},
-    )
-    words = (
-        "--data",
-        small,
-        "--model",
-        "nano",
-        "--image-size",
-        32,
-        "--decoder-depth",
-        1,
-        "--init",
-        tmp_path / "start",
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-        "--mask",
-        "random",
-    )
-    for more in ((), ("--resume",)):
-        call("pretrain.py", *words, *more, cwd=tmp_path, check=0)
-        written = tmp_path / "run" / "model.safetensors"
-        assert formats.read_checkpoint(written)[1]["decoder_heads"] == 2
-        written.unlink()
-
-
 def test_tables_know_every_name():
     """No parameter of ours is without a Hugging Face name, and no two share one."""
     mae = small_mae()

@@ -560,14 +560,13 @@ def test_the_next_line_is_right(tmp_path):
         "pretrain.py",
         "--data",
         "datasets/c",
-        "--eval-on",
+        "--split",
         "test",
     ]
     assert "need labels" not in done.stdout
     done = call("data.py", "--show", "datasets/c", cwd=tmp_path, check=0)
     assert (
-        "sheet.png written; next: python pretrain.py --data datasets/c --eval-on test"
-        in done.stdout
+        "sheet.png written; next: python pretrain.py --data datasets/c --split test" in done.stdout
     )
     for path in folder.rglob("*.png"):
         image = Image.open(path).convert("RGBA")

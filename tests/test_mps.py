@@ -26,7 +26,7 @@ import mask as masking
 import model as M
 import tags
 from common import guidance, mfdn
-from common.agreement import Agreement
+from common.agreement import SETTINGS, Agreement
 from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import (
@@ -113,19 +113,21 @@ def training_step(log):
         make_optimizer(model, 1e-3, 0.05),
     )
     model.encoder.pooler, teacher.pooler = M.Pooler(64, 2), M.Pooler(64, 2)
-    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, 0.15)
+    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, SETTINGS["pooler"])
     images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
     boxes, flip = data.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
     labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
     predictor, rows = guidance.LossPredictor(4, 8), torch.arange(4)
-    follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
+    follow = guidance.Teacher(teacher, "pooler", set(), "self")
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
         patches = {
-            need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5)
-            for need in ("fg", "parts")
+            "fg": guidance.crop_map(labels, rows, boxes, flip, 4),
+            "parts": guidance.crop_parts(labels, rows, boxes, flip, 4, 5),
         }
+        figure = guidance.crop_map(labels, rows, boxes, flip, 32).view(4, 32, 32, 1)
+        view = data.swap_backgrounds(view, figure, torch.rand(4, generator=draws), 0.7, 2)
         view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
         sources = ("cls", "rollout", "pooler")
         attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
@@ -151,7 +153,7 @@ def training_step(log):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        guidance.Guide.update_ema(follow, model.encoder, 5, 10)
+        follow.update(model.encoder, 5, 10)
         (
             masking.diversity(ids_mask, 16),
             guidance.region_shares(patches["fg"], ids_mask),

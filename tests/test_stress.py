@@ -90,13 +90,11 @@ def drawn(tmp_path_factory):
             model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2}
         )
         quick = [
-            "--image-size",
-            32,
+            "--model",
+            "nano:image_size=32",
             "--batch-size",
             16,
             "--epochs",
-            1,
-            "--decoder-depth",
             1,
             "--device",
             "cpu",

@@ -301,8 +301,8 @@ def test_what_is_done_is_skipped_in_other_plans_and_on_other_machines(
     )["panels"]
     assert panels["decoder depth"]["random"] == {
         "1": "random",
-        "2": "random --decoder-depth 2",
-        "4": "random --decoder-depth 4",
+        "2": "random --model nano:decoder_depth=2",
+        "4": "random --model nano:decoder_depth=4",
     }  # the recipe has 1
     assert panels["weight of flat patches"]["raw pixels"]["1"] == "random --no-norm-pix"
     ask(monkeypatch, small, "--plan", "h3", "--exploratory", "--seeds", 1)
@@ -685,7 +685,7 @@ def row_folder(base):
 def test_one_real_run(small, tmp_path, monkeypatch):
     """The real stages: a pilot and a seed; the row's own commands make the same digits."""
     monkeypatch.chdir(tmp_path)
-    recipe = "--model nano --image-size 32 --batch-size 16 --epochs 2 --decoder-depth 1 --device cpu --dtype fp32"
+    recipe = "--model nano:image_size=32 --batch-size 16 --epochs 2 --device cpu --dtype fp32"
     words = ["--plan", "arms", "--exploratory", "--seeds", 1, "--jobs", 2, f"--recipe={recipe}"]
     ask(monkeypatch, small, *words)
     row = report.open_folder(tmp_path / "runs/study/results/arms-packed-exploratory")["rows"][
