@@ -38,14 +38,19 @@ TAU = 0.05  # detail at which the weight has risen by 63 %: a soft shadow edge
 # ---- the reference -------------------------------------------------------------------------------
 
 
-def loss_reference(pred, target, weight, weight_sum, error_of=None):
+def loss_reference(pred, target, weight, error_of=None):
     """L = sum(w e) / sum(w), a scalar, and e (B, M). Autograd finds the gradient.
 
     What you write here or in `squared_error` trains on a CPU, on a Mac, and on a GPU with --impl
     torch. `loss_kernel` is the same with a gradient of its own; a test compares the two.
     """
     error = (error_of or squared_error)(pred, target)
-    return (weight * error).sum() / weight_sum, error
+    return (weight * error).sum() / sum_of(weight), error
+
+
+def sum_of(weight):
+    """sum(w), or a little where there is nothing to sum: the loss of an empty batch is 0."""
+    return weight.sum().clamp(min=1e-30)
 
 
 def squared_error(pred, target):
@@ -163,7 +168,6 @@ def loss_op(
     view: Tensor,
     ids: Tensor,
     weight: Tensor,
-    weight_sum: Tensor,
     patch: int,
     norm_pix: bool,
     floor: float,
@@ -171,17 +175,18 @@ def loss_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> L, dL/dy (B, M, P) or nothing, e (B, M)."""
     pred, view, ids = pred.contiguous(), view.contiguous(), ids.contiguous()
-    factor = 2 / (pred.shape[2] * weight_sum)
+    total = sum_of(weight)
+    factor = 2 / (pred.shape[2] * total)
     error = torch.empty(ids.shape, dtype=torch.float32, device=pred.device)
     gradient = torch.empty(pred.shape if need_gradient else 0, dtype=pred.dtype, device=pred.device)
     tensors = (pred, view, ids, weight, factor, error, gradient)
     constants = dict(S=view.shape[2], p=patch, NORM_PIX=norm_pix, GRADIENT=need_gradient)
     launch(loss_kernel, ids, pred.shape[2], *tensors, ids.numel(), ids.shape[1], floor, **constants)
-    return (weight * error).sum() * (1 / weight_sum), gradient, error
+    return (weight * error).sum() * (1 / total), gradient, error
 
 
 @loss_op.register_fake
-def _(pred, view, ids, weight, weight_sum, patch, norm_pix, floor, need_gradient):
+def _(pred, view, ids, weight, patch, norm_pix, floor, need_gradient):
     gradient = pred.new_empty(pred.shape if need_gradient else 0)
     return weight.new_empty(()), gradient, weight.new_empty(ids.shape)
 
@@ -197,7 +202,7 @@ def backward(ctx, by, *_):
     if torch.is_grad_enabled():
         raise NotImplementedError("the Triton loss gives no second derivative (create_graph=True)")
     (gradient,) = ctx.saved_tensors
-    return None if by is None else gradient * by, *[None] * 8
+    return None if by is None else gradient * by, *[None] * 7
 
 
 loss_op.register_autograd(backward, setup_context=remember_gradient)
@@ -218,18 +223,15 @@ def detail_weight(detail, flat_weight, tau=TAU):
     return flat_weight + (1 - flat_weight) * (1 - torch.exp(-detail / tau))
 
 
-def check_loss(pred, view, ids, patch, weight, weight_sum):
-    """weight (B, M) and its sum, in fp32. A ValueError where shapes do not fit."""
+def check_loss(pred, view, ids, patch, weight):
+    """The weight (B, M), in fp32. A ValueError where shapes do not fit."""
     check_patches(view, ids, patch)
     weight = torch.ones(ids.shape, device=pred.device) if weight is None else weight.detach()
     shape = (*ids.shape, patch * patch * 3)
     if pred.shape != shape or weight.shape != shape[:2]:
         found = f"{tuple(pred.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"pred must be {shape}, and weight {shape[:2]}, not {found}")
-    exact = torch.promote_types(pred.dtype, torch.float32)
-    weight = weight.to(exact).contiguous()
-    weight_sum = weight.sum() if weight_sum is None else weight_sum.detach().to(exact)
-    return weight, weight_sum.clamp(min=1e-30)  # the loss of an empty batch is 0
+    return weight.to(torch.promote_types(pred.dtype, torch.float32)).contiguous()
 
 
 def reconstruction_loss(
@@ -239,7 +241,6 @@ def reconstruction_loss(
     patch,
     weight=None,
     norm_pix=True,
-    weight_sum=None,
     impl="auto",
     floor=FLOOR,
     error_of=None,
@@ -248,19 +249,18 @@ def reconstruction_loss(
     """L, a scalar that is differentiable in pred (B, M, P); view u8 (B, S, S, 3), ids_mask (B, M).
 
     weight        (B, M), 1 if None
-    weight_sum    of the whole batch, where pred is a part of it; None: the sum of weight
     error_of      a function such as `absolute_error`: it runs the reference; None: squared_error
     return_error  -> (L, e (B, M)); the errors give no gradient
     """
-    weight, weight_sum = check_loss(pred, view, ids_mask, patch, weight, weight_sum)
+    weight = check_loss(pred, view, ids_mask, patch, weight)
     chosen, _ = choose_impl(impl, pred.device)
     if chosen == "triton" and error_of is None:
         settings = patch, norm_pix, floor, torch.is_grad_enabled() and pred.requires_grad
-        loss, _, error = loss_op(pred, view, ids_mask, weight, weight_sum, *settings)
+        loss, _, error = loss_op(pred, view, ids_mask, weight, *settings)
     else:
         target, _ = targets(view, ids_mask, patch, norm_pix, floor)
         exact = pred.to(weight.dtype)  # fp32 where pred is bf16 or fp16
-        loss, error = loss_reference(exact, target.to(exact.dtype), weight, weight_sum, error_of)
+        loss, error = loss_reference(exact, target.to(exact.dtype), weight, error_of)
     return (loss, error.detach()) if return_error else loss
 
 

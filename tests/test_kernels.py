@@ -277,28 +277,10 @@ def test_the_gradient_is_fp32_until_it_is_rounded():
     """In fp16 the factor 2 / (P sum(w)) alone would be 0."""
     view, _, ids = case(4)
     pred = (2**10 * torch.randn(*ids.shape, 48)).to(DEVICE, torch.float16).requires_grad_()
-    many = torch.tensor(1e6, device=DEVICE)
-    (found,) = torch.autograd.grad(loss(pred, view, ids, 4, weight_sum=many), pred)
-    weight = torch.ones(ids.shape, device=DEVICE)
+    weight = torch.full(ids.shape, 1e5, device=DEVICE)
+    (found,) = torch.autograd.grad(loss(pred, view, ids, 4, weight), pred)
     truth = loss_by_formula(pred.double(), view, ids, 4, weight, True, torch.float64)[1]
-    truth = truth * ids.numel() / many
-    assert typical(found - truth) < 2**-8 * typical(truth)
-
-
-def test_splitting_a_batch_changes_nothing():
-    view, _, ids = case(8, B=4)
-    pred = (
-        torch.randn(*ids.shape, 192, generator=torch.Generator().manual_seed(1))
-        .to(DEVICE)
-        .requires_grad_()
-    )
-    weight = torch.rand(ids.shape).to(DEVICE)
-    whole = loss(pred, view, ids, 8, weight)
-    (gradient,) = torch.autograd.grad(whole, pred)
-    parts = [slice(0, 1), slice(1, 4)]
-    halves = [loss(pred[s], view[s], ids[s], 8, weight[s], weight_sum=weight.sum()) for s in parts]
-    torch.testing.assert_close(sum(halves), whole)
-    torch.testing.assert_close(torch.autograd.grad(sum(halves), pred)[0], gradient)
+    assert typical(found - truth) < 2**-10 * typical(truth)
 
 
 # ---- edges ---------------------------------------------------------------------------------------
@@ -452,7 +434,7 @@ def test_opcheck():
     view, keep, ids = case(4)
     pred, weight = torch.randn(*ids.shape, 48).to(DEVICE), torch.rand(ids.shape).to(DEVICE)
     for y in (pred.clone().requires_grad_(), pred.bfloat16()):
-        arguments = (y, view, ids, weight, weight.sum(), 4, True, 0.15, y.requires_grad)
+        arguments = (y, view, ids, weight, 4, True, 0.15, y.requires_grad)
         torch.library.opcheck(L.loss_op, arguments)
     torch.library.opcheck(G.gather_op, (view, keep.flip(1), 4, torch.bfloat16))
     torch.library.opcheck(L.detail_op, (view, ids, 4))

@@ -139,9 +139,7 @@ def training_step(log):
             ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9, 12), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
         pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
-        loss, error = reconstruction_loss(
-            pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True
-        )
+        loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, return_error=True)
         loss = loss + reconstruction_loss(pred, view, ids_mask, 8, weight, error_of=absolute_error)
         heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + guidance.ranking_loss(
             guess.gather(1, ids_mask), error

@@ -408,7 +408,7 @@ def test_mistakes_are_one_line(home, small, monkeypatch):
         cwd=home,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert "--mask atn_high is unknown" in refused(done)
+    assert "choose from random" in refused(done)
     for words, message in (
         (["--budget", "-1"], "--budget -1"),
         (["--data", "nothing"], "nothing"),
@@ -484,7 +484,7 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
     }
     plan |= {"data_digest": "d", "phase": "dev"}
     found = {}
-    for arm in ("attn_high", "attn_high --contrast=cls", "attn_high --contrast pooler"):
+    for arm in ("attn_high", "attn_high --contrast=cls", "attn_high --contrast pooler", "squares"):
         job = study.job_of(plan, arm, 0, SimpleNamespace(work="w"))
         words = study_run.commands(job, SimpleNamespace(data=small), {})["pretrain"]
         found[arm] = [
@@ -496,6 +496,7 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
         ["--contrast", "none"],
         ["--contrast=cls"],
         ["--contrast", "pooler"],
+        [],
     ]
 
 
