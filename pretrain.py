@@ -4,8 +4,7 @@
     python pretrain.py --resume runs/NAME
     torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75       (a GPU each)
 
-Reads:  datasets/NAME (the demo set is drawn if it is not there; images are packed first); maps/NAME
-        for masks that need foreground or parts (maps.py makes them)
+Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the
         next stages), stats_head.safetensors, pooler.safetensors, log.jsonl, three pictures
 
@@ -163,18 +162,15 @@ def pick_machine(flags, device):
 
 def parse_model(flags, decoder_depth):
     """--model: the arguments of the network, and whether it is SimMIM, which has its own defaults."""
-    choices = {}
-    for name, size in SIZES.items():
-        choices[name] = {key: size[key] for key in ("image_size", "patch_size", "decoder_dim")}
-        choices[name] |= {"decoder_depth": decoder_depth, "simmim": 0}
-    name, keys = parse_keys(flags.model, choices, "--model")
-    if keys.pop("simmim") == 0:
+    own = {"decoder_depth": decoder_depth, "simmim": 0}
+    _, size = parse_keys(flags.model, {name: s | own for name, s in SIZES.items()}, "--model")
+    if size.pop("simmim") == 0:
         flags.fill(mask="random", ratio="0.75", contrast="pooler")
-        return SIZES[name] | keys, False
+        return size, False
     flags.fill(mask="squares", ratio="0.6", contrast="none")
     if flags.contrast != "none":
         raise UserError(f"--contrast {flags.contrast}: SimMIM reads mask tokens and has none")
-    return SIZES[name] | keys, True
+    return size, True
 
 
 def open_data(flags, image_size, rank, world):
@@ -193,11 +189,8 @@ def set_length(flags, images, defaults, V, world):
     flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
     flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
     b = min(flags.batch_size, images) // world
-    if b < V:
-        raise UserError(
-            f"--batch-size {flags.batch_size} gives each process {b} of {images} images; give a "
-            f"larger one: --contrast {flags.contrast} compares an image with others"
-        )
+    if b < V:  # a second loss compares an image with others
+        raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; give more")
     flags.values["batch_size"] = b * world
     return b, images // (b * world)
 
@@ -260,8 +253,7 @@ def make_teacher(encoder, flags, start):
 
 def describe(flags, splits, model, V, total):
     """Print what is trained, on what, and how."""
-    train_set, held_set = splits
-    images, held = len(train_set["images"]), len(held_set["images"])
+    images, held = (len(split["images"]) for split in splits)
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
@@ -284,7 +276,7 @@ def draw(generator, n, N, min_crop, device):
 
 
 def swap_backgrounds(view, figure, rows, boxes, flip, draws):
-    """A share SWAP of the views gets the background of another image, where the data have masks."""
+    """A share SWAP of the views gets another image's background, where the data have masks."""
     if figure is None:
         return view
     S = view.shape[1]

@@ -8,9 +8,8 @@ al. 2023, arXiv:2304.10520), or a pooler that reads the patch tokens and changes
     h = unit(projector(CLS token or pooler))
     L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
 
-The projector is Linear, BatchNorm, ReLU, Linear, and is dropped afterwards. The sum over k != i is
-NT-Xent (SimCLR, Chen et al. 2020, arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al.
-2021, arXiv:2110.06848). The loss of a run is reconstruction + weight * mean of L_i.
+The projector is dropped afterwards. The sum over k != i is NT-Xent (SimCLR, Chen et al. 2020,
+arXiv:2002.05709). DCL leaves k = j out of the sum (Yeh et al. 2021, arXiv:2110.06848).
 """
 
 import torch
@@ -41,7 +40,7 @@ def contrast_of(flags):
 
 
 class Agreement(nn.Module):
-    """The projector and the loss. Images of one group are not each other's negatives."""
+    """The projector and the loss; images of one group are not each other's negatives."""
 
     def __init__(self, dim, train, settings):
         super().__init__()

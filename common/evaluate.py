@@ -1,7 +1,6 @@
-"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions. probe.py is the thorough measure.
+"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions.
 
-Everything here is the same for every run, whatever it trains with: whole images, and one fixed
-random mask.
+They are the same for every run: whole images, and one fixed random mask.
 """
 
 import functools
@@ -25,9 +24,7 @@ GRAY = 128  # a masked patch in a picture
 
 
 def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
-    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to
-    undo norm_pix.
-    """
+    """view u8 (B, S, S, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
     p = model.config["patch_size"]
     with autocast():
         pred, stats, _ = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
@@ -41,9 +38,7 @@ def hide_at_random(noise, device):
 
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
-    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the
-    same.
-    """
+    """Mean squared error of hidden patches, all of one weight, under one fixed random mask."""
     rows, c, errors = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config, []
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
     views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
@@ -55,11 +50,9 @@ def masked_mse(model, split, norm, autocast):
 
 
 def extremes(tokens):
-    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over
-    the patches.
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and smallest value of each feature.
 
-    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them
-    drowns it.
+    What identifies a character is often in one patch, such as an iris, and a mean hides it.
     """
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
@@ -80,11 +73,9 @@ def thumbnails(split, rows, side=4):
 
 
 def recognition(features, train, held):
-    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by
-    ridge on them}.
+    """Top-1 in percent: {"knn", "linear" (ridge regression), "mean_rank" (1 is a collapse)}.
 
-    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D);
-    "mean_rank": how many directions the latter use, 1 being collapse.
+    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)

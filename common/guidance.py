@@ -1,12 +1,10 @@
 """Scores that guide masks: a teacher's attention, maps from files, and predicted losses.
 
-    need        score of a patch                    source
-    attn        attention of a teacher              the average of the run, another encoder, or
-                                                    maps.py --map attn
-    fg          share of foreground                 exact masks of the data, or maps.py --map saliency
-    parts       shares of eyes, hair, clothes, ...  exact parts of the data, or maps.py --map parts
-    detail      contrast of the pixels              the view itself (kernels/loss.py)
-    difficulty  predicted loss                      a small head that learns during the run
+    attn        attention of a teacher: the average of the run, another encoder, or maps.py
+    fg          share of foreground: exact masks of the data, or maps.py --map saliency
+    parts       shares of eyes, hair, clothes, ...: exact parts of the data, or maps.py --map parts
+    detail      contrast of the pixels (kernels/loss.py)
+    difficulty  loss that a small head predicts, which learns during the run
 
 Maps belong to whole images, and are cropped and flipped as the images are.
 
@@ -190,8 +188,7 @@ class Teacher:
 def average_of(encoder, source, epochs, start):
     """The Teacher that is the run's own average; it guides after the share `start` of the epochs.
 
-    A young teacher's attention is poor, so it makes new maps at a quarter and at half of the run. A
-    set of maps costs up to an epoch: a forward pass over all patches instead of a quarter of them.
+    A young teacher's attention is poor, so it makes new maps at a quarter and at half of the run.
     """
     shares = [share for share in (start, 0.25, 0.5) if share >= start]
     before = {math.ceil(share * epochs) for share in shares}
@@ -201,19 +198,18 @@ def average_of(encoder, source, epochs, start):
 def ema_momentum(step, total):
     """The share of the teacher that stays at this step; it rises to 1 by half a cosine (AttMask).
 
-    AttMask (Kakogeorgiou et al. 2022, arXiv:2203.12719) begins at 0.996. In a run of a few hundred
-    steps that would keep most of the random weights, so the half-life is a share of the run here.
+    AttMask (arXiv:2203.12719) begins at 0.996, which suits long runs; here the half-life is a share
+    of the run.
     """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def default_source(flags, teacher):
-    """How the attention of a teacher is read; flags: those that it learned under.
+    """How the attention of a teacher ("self", a run or a file) is read, by the flags of its run.
 
-    teacher: "self", a run or a file. The pooler where one was trained. The CLS token where a loss
-    trained it: through all blocks with --contrast cls, in the last block for a file of others, such
-    as DINO's. Else `outlier`, which needs no trained attention.
+    The pooler where one was trained. The CLS token where a loss trained it: through all blocks with
+    --contrast cls, in the last for a file of others, such as DINO's. Else outlier.
     """
     contrast = contrast_of(flags)
     if contrast == "cls":
@@ -240,8 +236,7 @@ def attention(encoder, image_size, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
 
     pooler, rollout and cls are means over heads of ViT.patch_attention. outlier is the distance of
-    a token from the mean token of its place: in a plain MAE nothing trains the CLS token, and its
-    attention tells little but where a patch is.
+    a token from the mean of its place: nothing trains the CLS token of a plain MAE to attend.
     """
     if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)
@@ -276,11 +271,7 @@ def attention_rows(images, encoder, image_size, source, autocast):
 
 
 class LossPredictor(nn.Module):
-    """Predicts which patches of a view will be hard to reconstruct: one small block over all.
-
-    It guides the mask "learned" in the manner of HPM (Wang et al. 2023, arXiv:2304.05919), and
-    shares nothing with the encoder.
-    """
+    """Predicts which patches are hard to reconstruct, as HPM (Wang et al. 2023, arXiv:2304.05919)."""
 
     def __init__(self, side, patch_size, dim=64):
         super().__init__()
@@ -311,7 +302,7 @@ def open_maps(need, where, folder, train):
     """The maps of the training images: (rows (n, G, G), number of parts, a line about them).
 
     where: a folder or file of maps.py; "truth", the exact masks of the data set; "auto", those if
-    there are, else maps/NAME. An estimate never replaces exact masks unless --maps asks for it.
+    there are, else maps/NAME.
     """
     name, has_truth = IN_FILES[need], need in TRUTH and need in train
     if where == "truth" and not has_truth:

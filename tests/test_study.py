@@ -484,7 +484,7 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
     }
     plan |= {"data_digest": "d", "phase": "dev"}
     found = {}
-    for arm in ("attn_high", "attn_high --contrast=cls", "attn_high --contrast pooler", "squares"):
+    for arm in ("attn_high", "attn_high --contrast=cls", "attn_high --contrast pooler"):
         job = study.job_of(plan, arm, 0, SimpleNamespace(work="w"))
         words = study_run.commands(job, SimpleNamespace(data=small), {})["pretrain"]
         found[arm] = [
@@ -496,7 +496,6 @@ def test_the_second_loss_is_what_plan_or_arm_says(home, small):
         ["--contrast", "none"],
         ["--contrast=cls"],
         ["--contrast", "pooler"],
-        [],
     ]
 
 
