@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import base64
 import functools
-import inspect
 import io
 import ipaddress
 import os
@@ -333,10 +332,11 @@ def known_scores(picture, view, side):
     """
     planes = picture["truth"] or {"fg": (255 * maps.coarse(view)[0]).byte().cpu().numpy()}
     whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
-    return {
-        need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
-        for need, plane in planes.items()
-    }
+    scores = {"fg": guidance.crop_map(planes["fg"][None], *whole, side)}
+    if "parts" in planes:
+        count = len(toon.PARTS)
+        scores["parts"] = guidance.crop_parts(planes["parts"][None], *whole, side, count)
+    return {need: score.to(view.device) for need, score in scores.items()}
 
 
 def measured(net, view, need):
@@ -365,10 +365,10 @@ def draw_mask(strategy, scores, N, ratio, wanted, t, seed):
     """scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask, and which of the wanted parameters
     the strategy has.
     """
-    K, takes = masking.kept(N, ratio), inspect.signature(masking.STRATEGIES[strategy]).parameters
-    params = {name: x for name, x in wanted.items() if name in takes}
+    K = masking.kept(N, ratio)
+    params = {name: x for name, x in wanted.items() if name in masking.PARAMS[strategy]}
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
-    priority = masking.STRATEGIES[strategy](scores | {"masked": N - K}, noise, t, **params)
+    priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)
     return *masking.sample(priority, K), params
 
 

@@ -510,9 +510,7 @@ def hidden_by(strategy, patches, g, n, ratios, t=1.0):
     noise, hidden = masking.gumbel_noise(n, g * g, seeded(0)), {}
     for ratio in ratios:
         K = masking.kept(g * g, ratio)
-        _, ids_mask = masking.sample(
-            masking.STRATEGIES[strategy](patches | {"masked": g * g - K}, noise, t), K
-        )
+        _, ids_mask = masking.sample(masking.STRATEGIES[strategy](patches, noise, t, g * g - K), K)
         hidden[ratio] = (
             torch.zeros(n, g * g, dtype=torch.bool).scatter(1, ids_mask, True).view(n, g, g)
         )
@@ -543,11 +541,11 @@ def sheet_of_map(path, name, images, maps, parts):
     g = (
         12 if name == "saliency" else maps.shape[-1]
     )  # as with the demo's network; saliency has no encoder's grid
-    scores = {
-        need: guidance.crop_map(
-            need, maps, rows, *data.full_boxes(len(rows)), g, "cpu", 1 + (parts or 0)
-        )
-    }
+    whole = data.full_boxes(len(rows))
+    if need == "parts":
+        scores = {need: guidance.crop_parts(maps, rows, *whole, g, 1 + parts)}
+    else:
+        scores = {need: guidance.crop_map(maps, rows, *whole, g)}
     strategies = [s for s in masking.STRATEGIES if masking.NEEDS.get(s) == need]
     strategies += [s for s in masking.STRATEGIES if s not in masking.NEEDS]
     shown, title = (
@@ -594,10 +592,9 @@ def sheet_of_all(path, run, split, device, dtype):
         "detail": patch_detail(view, every, p).cpu(),
         "difficulty": difficulty(model, view, autocast).cpu(),
     }
-    for need, count in (("fg", 0), ("parts", len(split["header"]["parts"]))):
-        scores[need] = guidance.crop_map(
-            need, split[need], index, *data.full_boxes(len(index)), g, "cpu", count
-        )
+    whole, count = data.full_boxes(len(index)), len(split["header"]["parts"])
+    scores["fg"] = guidance.crop_map(split["fg"], index, *whole, g)
+    scores["parts"] = guidance.crop_parts(split["parts"], index, *whole, g, count)
     shown = {"attention": scores["attn"], "parts": scores["parts"].argmax(2)}
     maps = [(name, score.unflatten(1, (g, g))) for name, score in shown.items()]
     title = "What each strategy hides first, at the end of a run"

@@ -1,15 +1,15 @@
-"""The network: a Vision Transformer encoder and the MAE decoder. common/checkpoints.py saves and loads them.
+"""The networks: a Vision Transformer encoder, the decoder of MAE, and SimMIM.
 
-Shapes used everywhere
-    B batch   S image side   p patch side   g = S/p patches a side   N = g*g patches   K kept   M =
-              N-K masked
-    D encoder width   W decoder width   H heads   P = p*p*3 numbers in a patch, ordered (row,
-                      column, colour)
+    B  batch                                  D  width of the encoder
+    S  side of a view in pixels               W  width of the decoder
+    p  side of a patch in pixels              H  attention heads
+    g = S / p      patches on a side          d = D / H      width of a head
+    N = g * g      patches of a view          P = p * p * 3  numbers of a patch, in the order
+    K  visible, M = N - K hidden patches                     (row, column, colour)
 
-The encoder sees the K kept patches only; the decoder gets them back with mask tokens in the other M
-places and predicts the pixels of those (He et al. 2021, "Masked Autoencoders Are Scalable Vision
-Learners", arXiv:2111.06377). Parameter names are those of the public MAE checkpoints, so that a
-file can be exchanged in both directions.
+The encoder sees the K visible patches. The decoder adds mask tokens at the M hidden places and
+predicts their pixels (MAE; He et al. 2021, arXiv:2111.06377). Parameters have the names of the
+public MAE checkpoints. common/checkpoints.py saves and loads them.
 """
 
 import math
@@ -17,12 +17,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.io import UserError
 from kernels.gather import MEAN, STD, masked_patch_gather
 
-# width, depth, heads of the encoder; image and patch side, width of the decoder that go with it
 SIZES = {
     "nano": dict(dim=192, depth=4, heads=3, image_size=64, patch_size=8, decoder_dim=128),
     "tiny": dict(dim=256, depth=8, heads=4, image_size=96, patch_size=8, decoder_dim=128),
@@ -31,52 +29,57 @@ SIZES = {
 }
 
 
-def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); exact everywhere. bias: -inf
-    hides a key.
+# ---- the transformer -----------------------------------------------------------------------------
 
-    A GPU wins with the fused kernel, which never writes the (N, N) probabilities. A CPU does not at
-    the lengths of an MAE: there two plain matrix products were faster (results/LOG.md, "attention
-    on a CPU").
+
+def attention(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key.
+
+    The fused kernel of a GPU never writes the (N, N) probabilities. On a CPU, two matrix products
+    are faster at the short lengths of an MAE (results/LOG.md, "attention on a CPU").
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, start=0, bias=None):
-        """x (B, N, D) -> (B, N - start, D): what the tokens from `start` on take from all; bias as
-        in attention().
-        """
+    def queries_keys_values(self, x):
+        """x (B, N, D) -> q, k, v, each (B, H, N, d)."""
         B, N, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, H, N, d)
-        return self.proj(
-            attention(q[:, :, start:], k, v, bias).transpose(1, 2).reshape(B, N - start, D)
-        )
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, start=0, bias=None):
+        """x (B, N, D) -> (B, N - start, D): the tokens from `start` on, which attend to all."""
+        q, k, v = self.queries_keys_values(x)
+        y = attention(q[:, :, start:], k, v, bias)  # (B, H, N - start, d)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
     def probabilities(self, x, queries):
-        """Attention probabilities: x (B, 1+N, D) -> (B, H, 1+N, 1+N), or only the first `queries`
-        of its rows, fp32.
+        """Attention probabilities of the first `queries` tokens: x (B, N, D) -> (B, H, queries, N).
 
-        A fused attention returns no probabilities, so the rows that are needed are computed again.
+        In fp32. They are computed anew, because a fused attention does not return them.
         """
-        B, N, D = x.shape
-        q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        scores = (q[:, :, :queries] @ k.transpose(-2, -1)).float() * (D // self.heads) ** -0.5
-        return scores.softmax(-1)
+        q, k, _ = self.queries_keys_values(x)
+        scores = (q[:, :, :queries] @ k.transpose(-2, -1)).float()
+        return (scores * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -87,40 +90,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (B, N, D) -> (B, N - start, D); tokens before `start` are read,
-    and not updated.
-
-    recompute: keep only x for the backward pass and compute the rest again there (Chen et al. 2016,
-    arXiv:1604.06174).
-    """
+    """Pre-norm transformer block."""
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.recompute = False
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x, start=0, bias=None):
-        if self.recompute and torch.is_grad_enabled():  # nothing is random here
-            return checkpoint(
-                self.branches, x, start, bias, use_reentrant=False, preserve_rng_state=False
-            )
-        return self.branches(x, start, bias)
-
-    def branches(self, x, start, bias):
+        """x (B, N, D) -> (B, N - start, D): tokens before `start` are read, and not updated."""
         x = x[:, start:] + self.attn(self.norm1(x), start, bias)
         return x + self.mlp(self.norm2(x))
 
 
 def sincos_positions(dim, side):
-    """Fixed 2-D sine-cosine positions, (1, 1 + side*side, dim); row 0 is the CLS token's and is
-    zero.
+    """Fixed 2-D sine-cosine positions, (1, 1 + side*side, dim); row 0, the CLS token's, is zero.
 
-    The first half of the numbers encodes the column, the second the row, each as [sin, cos] of
-    position * 10000^(-k / (dim/4)), k = 0 .. dim/4 - 1 (Vaswani et al. 2017, in two dimensions as
-    in MAE).
+    The first half of the numbers encodes the column, the second half the row. Each is [sin, cos] of
+    position * 10000^(-k / (dim/4)), k = 0 .. dim/4 - 1 (Vaswani et al. 2017, arXiv:1706.03762).
     """
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim / 4))
     angle = torch.arange(side, dtype=torch.float32)[:, None] * omega  # (side, dim/4)
@@ -132,20 +121,17 @@ def sincos_positions(dim, side):
 
 
 def init_weights(module):
-    """Xavier uniform for every matrix, the patch embedding included; biases 0; LayerNorm stays at 1
-    and 0.
-    """
+    """Xavier uniform for every matrix, 0 for biases. A LayerNorm keeps 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def shrink_branches(blocks):
-    """Scale what each branch adds to the residual stream by 1/sqrt(2 depth), as GPT-2 does (Radford
-    et al. 2019).
+    """Scale what a branch adds to the residual stream by 1/sqrt(2 depth) (GPT-2; Radford 2019).
 
-    Not in MAE, which warms up for 40 epochs. Runs of minutes gain: results/LOG.md, "the demo
-    recipe".
+    MAE warms up for 40 epochs instead. Runs of minutes learn faster with it (results/LOG.md, "the
+    demo recipe").
     """
     with torch.no_grad():
         for block in blocks:
@@ -153,62 +139,58 @@ def shrink_branches(blocks):
             block.mlp.fc2.weight.mul_((2 * len(blocks)) ** -0.5)
 
 
-class Pooler(nn.Module):
-    """Reads the patch tokens, one learned query a head; what it attends to is a map of what
-    matters.
+# ---- the encoder ---------------------------------------------------------------------------------
 
-    Gradients stop at the tokens: it learns from what an encoder has found out, and changes nothing
-    in it.
+
+class Pooler(nn.Module):
+    """Reads the patch tokens by one learned query a head. Its attention is a map of what matters.
+
+    Gradients stop at the tokens: the pooler learns, and changes nothing in the encoder.
     """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.query_token = nn.Parameter(torch.randn(heads, dim // heads))
-        self.kv = nn.Linear(
-            dim, 2 * dim, bias=False
-        )  # a key's changes nothing, and rounding would move it
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)  # a bias of the keys would change nothing
         nn.init.xavier_uniform_(self.kv.weight)
 
     def keys_and_values(self, tokens):
         """tokens (B, 1+N, D) -> attention (B, H, N) and values (B, H, N, d), fp32."""
-        k, v = (
-            self.kv(tokens[:, 1:].detach().float())
-            .unflatten(2, (2, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
-        return torch.einsum("bhnd,hd->bhn", k, self.query_token * k.shape[3] ** -0.5).softmax(2), v
+        kv = self.kv(tokens[:, 1:].detach().float())  # (B, N, 2 D)
+        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query = self.query_token * k.shape[3] ** -0.5  # (H, d)
+        return torch.einsum("bhnd,hd->bhn", k, query).softmax(2), v
 
     def forward(self, tokens):
-        """tokens (B, 1+N, D), the CLS token first and not read -> (B, D)."""
+        """tokens (B, 1+N, D) -> (B, D). The CLS token comes first, and is not read."""
         A, v = self.keys_and_values(tokens)
         return torch.einsum("bhn,bhnd->bhd", A, v).flatten(1)
 
 
 class ViT(nn.Module):
-    """The encoder. It takes patches, not images, so that what is masked never reaches it."""
+    """The encoder. It takes patches, not images, so that hidden patches never reach it."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
+        check_sizes(image_size, patch_size, dim, heads)
         self.patch_size = patch_size
-        self.side = image_size // patch_size
+        self.side = image_size // patch_size  # g
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(patch_size * patch_size * 3, dim)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("pos_embed", sincos_positions(dim, self.side))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pooler = None  # or a Pooler, which pre-training adds for agreement and attention
+        self.pooler = None  # or a Pooler, which pre-training adds
         self.apply(init_weights)
         shrink_branches(self.blocks)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def embed(self, patches, ids, pos=None):
-        """patches (B, K, P) that stand at places ids (B, K) -> tokens (B, 1+K, D); pos: others than
-        its own.
-        """
+        """patches (B, K, P) at places ids (B, K) -> tokens (B, 1+K, D); pos replaces pos_embed."""
         pos = self.pos_embed if pos is None else pos
-        x = self.patch_embed["proj"](patches) + pos[0, 1:][ids]
-        cls = (self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1)
+        x = self.patch_embed["proj"](patches) + pos[0, 1:][ids]  # (B, K, D)
+        cls = (self.cls_token + pos[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
         return torch.cat([cls.to(x.dtype), x], 1)
 
     def forward(self, patches, ids, pos=None):
@@ -219,96 +201,121 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def summary(self, tokens):
-        """tokens (B, 1+K, D) -> (B, D), what two views of an image are compared by: the pooler's,
-        or the CLS token.
-        """
+        """tokens (B, 1+K, D) -> (B, D), what two views of an image are compared by."""
         return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
 
     def all_patches(self, view):
-        """view u8 (B, S, S, 3) -> every patch (B, N, P) and its place (B, N): nothing masked."""
+        """view u8 (B, S, S, 3) -> all patches (B, N, P) and their places (B, N)."""
         ids = torch.arange(self.side**2, device=view.device).expand(view.shape[0], -1).contiguous()
         return masked_patch_gather(view, ids, self.patch_size), ids
 
     def features(self, view):
-        """view u8 (B, S, S, 3), nothing masked -> tokens (B, 1+N, D)."""
+        """view u8 (B, S, S, 3), nothing hidden -> tokens (B, 1+N, D)."""
         return self(*self.all_patches(view))
 
     def patch_attention(self, view, source="cls"):
         """view u8 (B, S, S, 3) -> attention to each patch, (B, H, N) fp32.
 
-        source "cls": from the CLS token in the last block, as in DINO and AttMask; "received":
-        there from all patches, their mean over i of A_ij, which also says something where nothing
-        was trained through the CLS token, as in an MAE; "rollout": from the CLS token through all
-        blocks, H = 1; "pooler": from the pooler's queries.
+        source  "cls": of the CLS token in the last block, as in DINO and AttMask; "rollout": of the
+                CLS token through all blocks, H = 1; "pooler": of the pooler's queries
         """
         if source == "pooler":
             return self.pooler.keys_and_values(self.features(view))[0]
         if source == "rollout":
             return self.rollout(view)
-        x = self.embed(*self.all_patches(view))
+        x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
-        A = last.attn.probabilities(last.norm1(x), 1 if source == "cls" else x.shape[1])
-        return A[:, :, 0, 1:] if source == "cls" else A[:, :, 1:, 1:].mean(2)
+        return last.attn.probabilities(last.norm1(x), 1)[:, :, 0, 1:]
 
     def rollout(self, view):
-        """What the CLS token takes from each patch through all blocks, (B, 1, N): the product over blocks of
-        (mean over heads of A + I) / 2 (Abnar and Zuidema 2020, arXiv:2005.00928)."""
-        x = self.embed(*self.all_patches(view))
+        """Attention of the CLS token through all blocks: view u8 (B, S, S, 3) -> (B, 1, N).
+
+        The product over blocks of (A + I) / 2, A the mean over heads (Abnar and Zuidema 2020,
+        arXiv:2005.00928).
+        """
+        x = self.embed(*self.all_patches(view))  # (B, 1+N, D)
         path = torch.eye(x.shape[1], device=x.device)
         for block in self.blocks:
-            A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)
-            path, x = (A @ path + path) / 2, block(x)
+            A = block.attn.probabilities(block.norm1(x), x.shape[1]).mean(1)  # (B, 1+N, 1+N)
+            path = (A @ path + path) / 2
+            x = block(x)
         return path[:, None, 0, 1:]
 
 
-class Decoder(nn.Module):
-    """Predicts the pixels of the masked patches from the encoder's tokens; thrown away after
-    pre-training.
-    """
+def check_sizes(image_size, patch_size, dim, heads):
+    """A UserError where patches do not divide the view, or heads do not divide the width."""
+    if image_size < 1 or patch_size < 1 or image_size % patch_size:
+        raise UserError(
+            f"image size {image_size} is not a multiple of patch size {patch_size}; "
+            "choose a patch size that divides it, such as 8 or 16"
+        )
+    if dim % heads or dim % 4:
+        raise UserError(
+            f"width {dim} with {heads} heads; choose a multiple of {math.lcm(heads, 4)}"
+        )
 
-    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth):
+
+def shape_of(encoder):
+    """The arguments of an encoder's constructor: ViT(**shape_of(encoder))."""
+    return dict(
+        image_size=encoder.side * encoder.patch_size,
+        patch_size=encoder.patch_size,
+        dim=encoder.cls_token.shape[2],
+        depth=len(encoder.blocks),
+        heads=encoder.blocks[0].attn.heads,
+    )
+
+
+# ---- MAE -----------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Predicts the pixels of the hidden patches. It is not used after pre-training."""
+
+    def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
+        heads = decoder_heads or decoder_dim // 32  # 32 wide, as in MAE
+        if heads < 1 or decoder_dim % heads or decoder_dim % 32:
+            raise UserError(
+                f"decoder width {decoder_dim} with {heads} heads; choose a width that 32 divides"
+            )
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
-        heads = decoder_dim // 32  # as in MAE, whose decoder is 512 wide and has 16 heads
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, patch_size * patch_size * 3)
-        self.stats_head = nn.Linear(decoder_dim, 2)  # ours: mean and log std, for pictures only
+        self.stats_head = nn.Linear(decoder_dim, 2)  # mean and log std of a patch, for pictures
         self.apply(init_weights)
         shrink_branches(self.decoder_blocks)
         nn.init.zeros_(self.stats_head.weight)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, latent, ids_keep, ids_mask):
-        """latent (B, 1+K, D) -> pred (B, M, P) and stats (B, M, 2) of the masked patches, in the
-        order of ids_mask.
+        """latent (B, 1+K, D) -> pred (B, M, P) and stats (B, M, 2), in the order of ids_mask.
 
-        The papers' code puts the tokens back into image order first. Attention does not depend on
-        the order of its tokens, only on the positions that were added to them: we append the mask
-        tokens and save two gathers, and the masked patches are then simply the last M rows. Nobody
-        asks for the visible ones, so the last block only reads them: same prediction, same
-        gradients, a quarter of its MLP saved. stats, what is left to be said of means and log stds
-        by kernels.loss.visible_stats, gives no gradient to the rest of the network.
+        Tokens carry their positions, so their order does not matter. Mask tokens are appended
+        instead of put back into image order, as the code of MAE does: the prediction is the same.
+        The last block updates the mask tokens only, which saves a quarter of its MLP. The
+        statistics head gives no gradient to the rest of the network (kernels/loss.py).
         """
-        pos = self.decoder_pos_embed[0]
-        x = self.decoder_embed(latent)
-        visible = x + torch.cat([pos[:1].expand(len(x), 1, -1), pos[1:][ids_keep]], 1)
-        hidden = self.mask_token + pos[1:][ids_mask]
+        pos = self.decoder_pos_embed[0]  # (1+N, W)
+        x = self.decoder_embed(latent)  # (B, 1+K, W)
+        cls_pos = pos[:1].expand(len(x), 1, -1)
+        visible = x + torch.cat([cls_pos, pos[1:][ids_keep]], 1)
+        hidden = self.mask_token + pos[1:][ids_mask]  # (B, M, W)
         x = torch.cat([visible, hidden.to(visible.dtype)], 1)  # (B, 1+N, W)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_norm(self.decoder_blocks[-1](x, latent.shape[1]))  # (B, M, W)
+        x = self.decoder_blocks[-1](x, start=latent.shape[1])  # (B, M, W)
+        x = self.decoder_norm(x)
         return self.decoder_pred(x), self.stats_head(x.detach())
 
 
 class MAE(nn.Module):
-    """Encoder and decoder. `config` is what its constructor was called with: it travels in every
-    file we write.
-    """
+    """Encoder and decoder. `config` holds the arguments; it is saved in every file of weights."""
 
     def __init__(
         self,
@@ -331,34 +338,28 @@ class MAE(nn.Module):
             decoder_dim=decoder_dim,
             decoder_depth=decoder_depth,
         )
-        check_config(**self.config)
+        if decoder_heads and decoder_heads != decoder_dim // 32:
+            self.config["decoder_heads"] = decoder_heads
         self.encoder = ViT(image_size, patch_size, dim, depth, heads)
         self.decoder = Decoder(
-            image_size // patch_size, patch_size, dim, decoder_dim, decoder_depth
+            self.encoder.side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads
         )
-        self.set_decoder_heads(decoder_heads)
-
-    def set_decoder_heads(self, heads):
-        """Another number than decoder_dim / 32, as a checkpoint may have been trained with; None
-        changes nothing.
-        """
-        if heads is not None and heads != self.decoder.decoder_blocks[0].attn.heads:
-            self.config["decoder_heads"] = heads
-            for block in self.decoder.decoder_blocks:
-                block.attn.heads = heads
 
     def forward(self, patches, ids_keep, ids_mask):
-        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2),
-        tokens.
+        """patches (B, K, P) -> pred (B, M, P), stats (B, M, 2), tokens (B, 1+K, D).
+
+        ids_keep (B, K) and ids_mask (B, M) are the places of the visible and the hidden patches.
         """
         tokens = self.encoder(patches, ids_keep)
-        return *self.decoder(tokens, ids_keep, ids_mask), tokens
+        pred, stats = self.decoder(tokens, ids_keep, ids_mask)
+        return pred, stats, tokens
+
+
+# ---- SimMIM --------------------------------------------------------------------------------------
 
 
 class LinearDecoder(nn.Module):
-    """What SimMIM has instead of a decoder: a mask token that the encoder sees, and one linear
-    layer to pixels.
-    """
+    """The decoder of SimMIM: a mask token that the encoder sees, and one linear layer to pixels."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -370,10 +371,10 @@ class LinearDecoder(nn.Module):
 
 
 class SimMIM(nn.Module):
-    """The baseline whose encoder also sees the masked places, as mask tokens (Xie et al. 2021,
-    arXiv:2111.09886).
+    """The baseline whose encoder also sees hidden places (Xie et al. 2021, arXiv:2111.09886).
 
-    Same interface as MAE; the encoder works on all N tokens instead of K, which is what MAE saves.
+    The interface is that of MAE; arguments of a decoder are ignored. The encoder works on all N
+    tokens, not on K.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, **_):
@@ -381,98 +382,30 @@ class SimMIM(nn.Module):
         self.config = dict(
             image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads
         )
-        check_config(**self.config, decoder_dim=32)
         self.encoder = ViT(image_size, patch_size, dim, depth, heads)
         self.decoder = LinearDecoder(patch_size, dim)
 
     def forward(self, patches, ids_keep, ids_mask):
-        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats (B, M, 2),
-        None.
-        """
-        x = self.encoder.embed(patches, ids_keep)
-        hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]
-        x = torch.cat([x, hidden.to(x.dtype)], 1)  # attention does not mind the order: see Decoder
+        """patches (B, K, P), ids_keep (B, K), ids_mask (B, M) -> pred (B, M, P), stats, None."""
+        x = self.encoder.embed(patches, ids_keep)  # (B, 1+K, D)
+        hidden = self.decoder.mask_token + self.encoder.pos_embed[0, 1:][ids_mask]  # (B, M, D)
+        x = torch.cat([x, hidden.to(x.dtype)], 1)  # (B, 1+N, D)
         for block in self.encoder.blocks:
             x = block(x)
         x = self.encoder.norm(x[:, -ids_mask.shape[1] :])  # (B, M, D)
         return self.decoder.decoder_pred(x), self.decoder.stats_head(x.detach()), None
 
 
-class LossPredictor(nn.Module):
-    """Predicts from a view which patches will be hard to reconstruct: one small block over all of
-    them.
-
-    It guides the mask "learned", in the manner of HPM (Wang et al. 2023), and shares nothing with
-    the encoder.
-    """
-
-    def __init__(self, side, patch_size, dim=64):
-        super().__init__()
-        self.embed = nn.Linear(patch_size * patch_size * 3, dim)
-        self.register_buffer("positions", sincos_positions(dim, side)[:, 1:])
-        self.block = Block(dim, dim // 32)
-        self.score = nn.Linear(dim, 1)
-        self.apply(init_weights)
-
-    def forward(self, patches):
-        """patches (B, N, P), all of a view's -> a score (B, N), higher where a greater loss is
-        expected.
-        """
-        return self.score(self.block(self.embed(patches) + self.positions)).squeeze(-1)
-
-
-def ranking_loss(score, error):
-    """score, error (B, M): log loss of saying for every pair of patches which one has the greater
-    error; a scalar.
-
-    Only the order counts, because errors shrink while the model learns (HPM, Wang et al. 2023,
-    arXiv:2304.05919).
-    """
-    harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
-    return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
-
-
-def check_config(image_size, patch_size, dim, heads, decoder_dim, **_):
-    if image_size < 1 or patch_size < 1 or image_size % patch_size:
-        fits = [p for p in (4, 6, 8, 12, 14, 16, 32) if image_size % p == 0]
-        raise UserError(
-            f"--image-size {image_size} is not a multiple of --patch-size {patch_size}; "
-            f"patch sizes that divide it: {', '.join(map(str, fits)) or 'none of the usual'}"
-        )
-    if dim % heads or dim % 4:
-        raise UserError(
-            f"a width of {dim} can't be shared by {heads} heads; choose a multiple of {math.lcm(heads, 4)}"
-        )
-    if decoder_dim < 32 or decoder_dim % 32:
-        raise UserError(
-            f"--decoder-dim {decoder_dim} must be a multiple of 32, the width of one of its heads"
-        )
-
-
-def shape_of(encoder):
-    """What a ViT of this shape is built from: ViT(**shape_of(encoder))."""
-    p, dim, blocks = encoder.patch_size, encoder.cls_token.shape[2], encoder.blocks
-    return dict(
-        image_size=encoder.side * p,
-        patch_size=p,
-        dim=dim,
-        depth=len(blocks),
-        heads=blocks[0].attn.heads,
-    )
-
-
 # ---- patches back to pixels ----------------------------------------------------------------------
 
 
 def to_pixels(pred, stats=None):
-    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2) of evaluate.predict, mean and log std, undo
-    norm_pix.
-    """
+    """pred (B, M, P) -> u8 (B, M, P); stats (B, M, 2), mean and log std, undo norm_pix."""
     if stats is not None:
         pred = pred * stats[..., 1:].exp() + stats[..., :1]
-    std, mean = (
-        torch.tensor(x, device=pred.device).repeat(pred.shape[2] // 3) for x in (STD, MEAN)
-    )
+    repeats = pred.shape[2] // 3
+    std = torch.tensor(STD, device=pred.device).repeat(repeats)  # (P,)
+    mean = torch.tensor(MEAN, device=pred.device).repeat(repeats)
     return ((pred * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -480,10 +413,8 @@ def put_patches(view, ids, patches):
     """A copy of view u8 (B, S, S, 3) with patches u8 (B, M, P) at places ids (B, M)."""
     B, S = view.shape[:2]
     p = math.isqrt(patches.shape[2] // 3)
-    out = view.clone().view(B, S // p, p, S // p, 3 * p)
-    pictures, patches = (
-        torch.arange(B, device=view.device)[:, None],
-        patches.unflatten(2, (p, 3 * p)),
-    )
-    out[pictures, ids // (S // p), :, ids % (S // p)] = patches
+    g = S // p
+    out = view.clone().view(B, g, p, g, 3 * p)  # (image, row, pixel row, column, pixels)
+    image = torch.arange(B, device=view.device)[:, None]
+    out[image, ids // g, :, ids % g] = patches.unflatten(2, (p, 3 * p))
     return out.view(B, S, S, 3)

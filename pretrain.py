@@ -1,21 +1,19 @@
-"""Stage 2: masked pre-training. A ViT learns anime images by predicting the patches that a mask hides from it.
+"""Stage 2: masked pre-training. A ViT learns anime images by predicting hidden patches.
 
     python pretrain.py --mask attn_high --ratio 0.75
-    # the same run on 8 GPUs
-    torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75
+    python pretrain.py --resume runs/NAME
+    torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75       (a GPU each)
 
-Reads:  datasets/NAME (the demo set is drawn if it is not there; a folder or zip of images is packed
-        first); maps/NAME for the masks that need foreground or parts (maps.py makes them)
+Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (maps.py makes them)
 Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the
-next stages),
-        stats_head.safetensors (for pictures), pooler.safetensors (where --contrast trains one),
-        log.jsonl, curves.png,
-        recon.png, masks.png, snapshots/ if asked
+        next stages), stats_head.safetensors, pooler.safetensors, log.jsonl, three pictures
 
-All random numbers are drawn on the CPU from (seed, epoch, step): two strategies with one seed, and
-as many views of an image, see the same images in the same order with the same crops, and a run that
-was killed and resumed ends with the same bits as one that was not. Several processes draw the same
-and take a slice each: --batch-size is that of all, and the losses are those of one.
+Random numbers are drawn on the CPU from (seed, epoch, step). So two masks with one seed see the
+same images in the same order with the same crops, and a resumed run ends with the same bits. With
+torchrun each process has images and random numbers of its own.
+
+    V views of an image, neighbours in a batch   b images of a process   B images of all processes
+    S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
 """
 
 if __name__ == "__main__":
@@ -23,28 +21,26 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
+import datetime
 import functools
+import os
 import shlex
+import signal
+import sys
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
 import kernels
 import mask as masking
-from common import distributed, train
-from common.agreement import Agreement, parse_contrast
-from common.checkpoints import init_from, load_exactly, save_beside, save_model
-from common.command import Parser, at_least, between, cli, progress, refuse_file, refuse_unused
-from common.evaluate import draw_run, evaluate
-from common.guidance import (
-    SOURCES,
-    Guide,
-    default_source,
-    flags_of_teacher,
-    is_trained,
-    warn_of_collapse,
-)
+from common import guidance, train
+from common.agreement import SETTINGS, Agreement
+from common.checkpoints import flags_of, init_from, load_teacher, save_beside, save_model
+from common.command import Flags, Parser, at_least, between, cli, launched, parse_keys
+from common.evaluate import attention_by_part, draw_masks, draw_run, evaluate
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import (
@@ -55,814 +51,373 @@ from kernels.loss import (
     reconstruction_loss,
     stats_loss,
 )
-from model import MAE, SIZES, Block, Pooler, SimMIM, check_config
+from model import MAE, SIZES, Pooler, SimMIM
 
-WEIGHT_DECAY, CLIP = 0.05, 1.0
-ERRORS = {"simmim": absolute_error}  # every other mask trains with the squared error
-UNTRAINED = (
-    "nothing trains the attention of this teacher, so it tells little but where a patch is; "
-    "--contrast pooler trains it"
-)
-# What an image is augmented by where two views of it are compared: else light and background, and
-# not the character, tell whose view it is. Swapping needs foreground masks.
-JITTER, SWAP = 0.3, 0.7
-LOG_EVERY = 10  # steps
-SNAPSHOT = "snapshots/encoder-{:04d}.safetensors"  # after so many epochs
-WRITTEN = (
-    "model.safetensors",
-    "pooler.safetensors",
-    "stats_head.safetensors",
-    "*.png",
-)  # by a run that was finished
-# What is not given. Length and batch are counted in views, which are the same for every mask and
-# every data set. On a CPU many small steps learn more than few large ones (results/LOG.md).
+WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
+CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
+WARMUP = 0.1  # share of the run in which the learning rate rises
+WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
+# Where two views are compared, colours and backgrounds must not tell whose view it is.
+JITTER = 0.3  # brightness, contrast and saturation change by up to this share
+SWAP = 0.7  # share of views with the background of another image, where the data have foreground
+LEAST_RANK = 2.5  # directions that projections use; fewer is a collapse
+# Length and batch are counted in views, so they are the same for every mask and data set. On a CPU
+# many small steps learn more than few large ones (results/LOG.md).
 DEFAULTS = {
-    "cpu": dict(model="nano", blr=8e-3, decoder_depth=1),
-    "gpu": dict(model="small", blr=6e-4, decoder_depth=2),
+    "cpu": {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32},
+    "gpu": {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512},
 }
-VIEWS = {"cpu": 64_000, "gpu": 4_000_000}  # of a run
-BATCH_VIEWS = {"cpu": 32, "gpu": 512}  # of a step
 
 
-def parse_args():
+def parse_flags():
     parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add(
-        "--data",
-        default="datasets/toon",
-        metavar="DIR",
-        help="packed set, or images to pack (default: the demo set)",
-    )
-    add("--out", metavar="DIR", help="run folder (default: runs/ and the flags that matter)")
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, from its last checkpoint",
-    )
-    add = parser.add_argument_group("network").add_argument
-    add("--model", choices=SIZES, help="default: small on a GPU, nano on a CPU")
-    add(
-        "--image-size",
-        type=at_least(1),
-        metavar="PX",
-        help="side of a view (default: per model, 96 or 128)",
-    )
-    add(
-        "--patch-size",
-        type=at_least(1),
-        metavar="PX",
-        help="side of a patch (default: per model, 8 or 16)",
-    )
-    add(
-        "--decoder-dim",
-        type=at_least(1),
-        metavar="W",
-        help="width of the decoder (default: per model, 128 or 256)",
-    )
-    add(
-        "--decoder-depth",
-        type=at_least(1),
-        metavar="N",
-        help="blocks of the decoder (default: per device, 1 or 2)",
-    )
-    add(
-        "--init",
-        metavar="PATH",
-        help="start from these weights: a run, or a checkpoint of MAE or DINO",
-    )
-    add = parser.add_argument_group("mask and loss").add_argument
-    add(
-        "--mask",
-        default="random",
-        metavar="NAME[:key=value,...]",
-        help=f"one of {', '.join(masking.STRATEGIES)}",
-    )
-    add(
-        "--ratio",
-        metavar="R",
-        help="share of patches hidden; .5:.9 is a schedule (default: .75, simmim .6)",
-    )
-    add(
-        "--teacher",
-        default="self",
-        metavar="self|maps|PATH",
-        help="whose attention guides: its own average, the maps of --maps, a run, a checkpoint of MAE or DINO",
-    )
-    add(
-        "--attention",
-        choices=SOURCES,
-        help="of the pooler, of the CLS token through all blocks (rollout) or in the last, of all\n"
-        "patches, or outlier: tokens far from the mean of their place (default: what was trained)",
-    )
-    add(
-        "--maps",
-        default="auto",
-        metavar="auto|truth|DIR",
-        help="foreground and parts: the data's own masks, or by maps.py\n(auto: its own if there are, else maps/NAME)",
-    )
-    add(
-        "--flat-weight",
-        type=between(0, 1),
-        default=0.1,
-        metavar="W",
-        help="loss weight of a flat patch; 1: as all",
-    )
-    add(
-        "--weight-by",
-        choices=["attn", "fg", "detail"],
-        help="weigh the loss of a patch by the teacher's attention, foreground or contrast, too, under any mask",
-    )
-    add(
-        "--no-norm-pix",
-        action="store_true",
-        help="predict raw pixels instead of each patch's contrast",
-    )
-    add(
-        "--norm-floor",
-        type=between(0, 1),
-        default=FLOOR,
-        metavar="S0",
-        help="added to a patch's std in norm_pix, squared; plain MAE: --norm-floor .001 --flat-weight 1",
-    )
-    add = parser.add_argument_group(
-        "contrast of two views of each image (common/agreement.py)"
-    ).add_argument
-    add(
-        "--contrast",
-        default=None,
-        metavar="pooler|cls|none",
-        help="what a second, contrastive loss compares: a pooler that reads the patch tokens and\n"
-        "changes nothing in the encoder; the CLS tokens; or nothing, which is plain MAE.\n"
-        "Parameters: pooler:weight=1,temperature=.15,dcl=1 (default: pooler; simmim: none)",
-    )
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "--epochs",
-        type=at_least(1),
-        help="passes over the data (default: as many as give a number of views, per device)",
-    )
-    add(
-        "--batch-size",
-        type=at_least(1),
-        metavar="B",
-        help="images for one optimizer step (default: per device)",
-    )
-    add(
-        "--accumulate",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="split each batch into N that fit in memory",
-    )
-    add(
-        "--blr",
-        type=between(1e-9, 10),
-        metavar="LR",
-        help="base learning rate: lr = blr * views of a batch / 256 (default: per device)",
-    )
-    add(
-        "--warmup",
-        type=between(0, 1),
-        default=0.1,
-        metavar="SHARE",
-        help="share of the run with a rising rate",
-    )
-    add(
-        "--min-crop",
-        type=between(0.01, 1),
-        default=0.4,
-        metavar="AREA",
-        help="smallest share of an image in a crop",
-    )
-    add(
-        "--jitter",
-        type=between(0, 0.9),
-        metavar="J",
-        help="brightness, contrast and saturation of a view change by up to this share (default:\n"
-        ".3 where two views are compared, else 0)",
-    )
-    add(
-        "--swap-background",
-        type=between(0, 1),
-        metavar="SHARE",
-        help="of the views, that get another image's background, by the data's own foreground or\n"
-        "by --maps (default: .7 where two views are compared and the data have one, else 0)",
-    )
+    add = parser.add_argument
+    add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
+    add("--out", metavar="DIR", help="folder of the run (default: runs/ and the flags given)")
+    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
+    add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
+    add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
+    add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
+    add("--ratio", metavar="R", help="share of hidden patches; .5:.9 is a schedule (default: .75)")
+    add("--teacher", default="self", metavar="self|maps|PATH", help="whose attention guides")
+    add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
+    add("--maps", default="auto", metavar="auto|truth|DIR", help="foreground and parts that guide")
+    add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
+    add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="of flat patches")
+    add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
+    add("--epochs", type=at_least(1), help="default: what gives a number of views, per device")
+    add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
+    add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
+    add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: half, at most 10")
+    add("--split", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
-    add("--eval-on", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
-    add(
-        "--eval-every",
-        type=at_least(1),
-        metavar="EPOCHS",
-        help="between evaluations (default: half, at most 10)",
-    )
-    add(
-        "--every",
-        type=at_least(0),
-        default=0,
-        metavar="EPOCHS",
-        help="keep weights in snapshots/ (0: never)",
-    )
-    add(
-        "--log",
-        type=train.trackers,
-        default=(),
-        metavar="NAMES",
-        help="tensorboard,wandb beside log.jsonl",
-    )
-    add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--impl", default="auto", choices=["auto", "torch", "triton"], help="of the two kernels")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
     add("--compile", action="store_true", help="torch.compile the network")
-    add(
-        "--recompute",
-        action="store_true",
-        help="activations again in the backward pass: less memory, a third slower",
-    )
-    return parser.parse_args()
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    flags = Flags(parser)
+    if flags.resume:
+        flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
+        flags.values["out"] = flags.resume
+    return flags
 
 
-# ---- before the loop: defaults, checks, names, network, batches ----------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
-def fill_defaults(args, device, dtype):
-    """What was not given depends on the machine, and the sizes on the model.
-
-    It does not depend on the mask: two runs that differ in --mask are an experiment. SimMIM is the
-    one exception. Its encoder reads mask tokens, so there is no second loss on it.
-    """
-    kind = "cpu" if device.type == "cpu" else "gpu"
-    args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    simmim = args.mask.partition(":")[0] == "simmim"
-    args.contrast = args.contrast or ("none" if simmim else "pooler")
-    args.contrast, args.agreement = parse_contrast(args.contrast)
-    args.views = 1 if args.contrast == "none" else 2  # of each image
-    defaults = DEFAULTS[kind] | {
-        "batch_size": BATCH_VIEWS[kind] // args.views,
-        "jitter": 0.0 if args.contrast == "none" else JITTER,
-        "ratio": "0.6" if simmim else "0.75",
-    }
-    fill(args, defaults)
-    fill(args, {k: SIZES[args.model][k] for k in ("image_size", "patch_size", "decoder_dim")})
-    flags = flags_of_teacher(args, args.teacher)
-    args.attention = args.attention or default_source(flags, args.teacher)
+def join_processes(device):
+    """The number of this process, how many torchrun started, and this one's device."""
+    if not launched():
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(timeout=WAIT)
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
-def fill(args, defaults):
-    """Give every flag that was not given its default."""
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def wait_for_all(world):
+    if world > 1:
+        torch.distributed.barrier()
 
 
-def set_length(args, images, device):
-    """--epochs where it was not given: the number of whole passes nearest to VIEWS views."""
-    views = VIEWS["cpu" if device.type == "cpu" else "gpu"]
-    fill(args, {"epochs": max(1, round(views / (args.views * images)))})
-    fill(args, {"eval_every": min(10, (args.epochs + 1) // 2)})
-    if args.every > args.epochs:
-        raise UserError(f"--every {args.every} keeps nothing of {args.epochs} epochs; leave it out")
+def share_gradients(model, agreement, guide, flags, world):
+    """The network and the second loss, as the loop calls them: gradients are means of processes."""
+    net = torch.compile(model) if flags.compile else model
+    if world == 1:
+        return net, agreement
+    spread = functools.partial(DistributedDataParallel, broadcast_buffers=False)  # constants
+    guide.predictor = guide.predictor and spread(guide.predictor)
+    return spread(net), agreement and spread(agreement)
 
 
-def parse_masking(args):
-    """--mask and --ratio -> the strategy, its parameters, the ratio at the start and at the end."""
-    refuse_file(args.out or "runs")
-    if args.batch_size % args.accumulate:
-        raise UserError(
-            f"--batch-size {args.batch_size} must be divisible by --accumulate {args.accumulate}"
-        )
-    try:
-        name, params = masking.parse_mask(args.mask)
-        ratios = masking.parse_ratio(args.ratio)
-        for ratio in ratios:
-            masking.kept((args.image_size // args.patch_size) ** 2, ratio)
-    except ValueError as problem:
-        raise UserError(problem) from None
-    refuse_unused(args, flags_used(args, name))
-    check_config(**SIZES[args.model] | vars(args))
-    if args.teacher != "self" and masking.NEEDS.get(name) == "attn":
-        params = {
-            "start": 0.0,
-            "ramp_for": 0.0,
-        } | params  # a trained teacher guides from the first step on
-    return name, params, ratios
+def stop_together(run, world):
+    """A signal that one process got stops all of them after the same step."""
+    if world > 1:
+        number = torch.tensor(run.stop[0] if run.stop else 0)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        if number > 0 and not run.stop:
+            run.stop.append(signal.Signals(number.item()))
 
 
-def flags_used(args, strategy):
-    """The table for refuse_unused: flags that not every run has a use for."""
-    need, own = masking.NEEDS.get(strategy), f", not for --mask {strategy}"
-    guided = [name for name, what in masking.NEEDS.items() if what == "attn"]
-    return (
-        (
-            "teacher attention",
-            "attn" in (need, args.weight_by),
-            f"is for masks guided by attention ({', '.join(guided)}), and for --weight-by attn{own}",
-        ),
-        (
-            "weight-by",
-            args.weight_by != need or "shuffle=" not in args.mask,
-            f"asks for its own map{own}:shuffle=1",
-        ),
-        (
-            "attention",
-            args.teacher != "maps",
-            "chooses among an encoder's, and --teacher maps has made its choice",
-        ),
-        (
-            "maps",
-            need in ("fg", "parts")
-            or args.teacher == "maps"
-            or args.weight_by == "fg"
-            or args.swap_background,
-            "is for masks that know foreground or parts (fg_heavy, bg_heavy, parts), for --weight-by fg, for "
-            f"--swap-background and for --teacher maps{own}",
-        ),
-        (
-            "contrast",
-            strategy != "simmim" or args.contrast == "none",
-            f"compares what MAE's encoder makes of visible patches alone{own}",
-        ),
-        (
-            "norm-floor",
-            not args.no_norm_pix,
-            "is a part of norm_pix, which --no-norm-pix turns off",
-        ),
-        (
-            "decoder-dim decoder-depth",
-            strategy != "simmim",
-            f"is for MAE's decoder, simmim has one linear layer{own}",
-        ),
-    )
+# ---- before the loop -----------------------------------------------------------------------------
 
 
-def use_impl(name, device):
-    """Set what "auto" means to the kernels -> (implementation, the reason)."""
-    kernels.default = name
-    try:
-        return kernels.choose_impl("auto", device)
-    except ValueError as problem:
-        raise UserError(problem) from None
+def pick_machine(flags, device):
+    """The dtype of matrix products, the context in which they run in it, and the defaults."""
+    dtype, reason = train.pick_dtype(flags.dtype, device)
+    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
+    kind, why = kernels.choose_impl("auto", device)
+    print(f"machine  {train.machine(device)}")
+    print(f"         {flags.dtype}: {reason}; kernels in {kind}: {why}")
+    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"]
+    out = f"runs/{flags.name(Path(flags.data).name)}"
+    flags.fill(out=out, model=defaults["model"], blr=defaults["blr"])
+    flags.read |= {"out", "log"}  # Run reads them
+    return dtype, train.autocast_of(device, dtype), defaults
 
 
-def run_name(args):
-    """The data, the model, the mask, and every flag that is not at its default."""
-    words = [
-        Path(args.data).name,
-        args.model,
-        args.mask,
-        args.ratio,
-        "" if args.flat_weight == 0.1 else f"flat{args.flat_weight:g}",
-        "raw" if args.no_norm_pix else "",
-        "" if args.norm_floor == FLOOR else f"floor{args.norm_floor:g}",
-        "" if args.teacher == "self" else f"by-{Path(args.teacher).name}",
-        "" if args.init is None else f"from-{Path(args.init).name}",
-        f"contrast-{args.contrast}" if "contrast" in args.given else "",
-        f"weighted-by-{args.weight_by}" if args.weight_by else "",
-        args.attention if "attention" in args.given else "",
-        "" if args.maps == "auto" else Path(args.maps).name,
-        f"s{args.seed}",
-    ]
-    return "-".join(filter(None, words)).replace(":", "-").replace(",", "-")
+def parse_model(flags, decoder_depth):
+    """--model: the arguments of the network, and whether it is SimMIM, which has its own defaults."""
+    own = {"decoder_depth": decoder_depth, "simmim": 0}
+    _, size = parse_keys(flags.model, {name: s | own for name, s in SIZES.items()}, "--model")
+    if size.pop("simmim") == 0:
+        flags.fill(mask="random", ratio="0.75", contrast="pooler")
+        return size, False
+    flags.fill(mask="squares", ratio="0.6", contrast="none")
+    if flags.contrast != "none":
+        raise UserError(f"--contrast {flags.contrast}: SimMIM reads mask tokens and has none")
+    return size, True
 
 
-def config_of(args):
-    """The flags that decide the weights: a run can only be resumed under the same."""
-    leave_out = (
-        "out",
-        "resume",
-        "log",
-        "device",
-        "compile",
-        "recompute",
-        "impl",
-        "eval_every",
-        "eval_on",
-        "every",
-        "given",
-    )
-    return {k: v for k, v in vars(args).items() if k not in leave_out}
+def open_data(flags, image_size, rank, world):
+    """The training split and that of the evaluations. Process 0 packs images first."""
+    if rank > 0:
+        wait_for_all(world)
+    flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
+    if rank == 0:
+        wait_for_all(world)
+    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
-def open_data(args):
-    """-> the training split and that of the evaluations, packed first where they are images.
+def set_length(flags, images, defaults, V, world):
+    """Images of a step for each process, and steps of an epoch. Defaults are counted in views."""
+    epochs = max(1, round(defaults["views"] / (V * images)))
+    flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
+    flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
+    b = min(flags.batch_size, images) // world
+    if b < V:  # a second loss compares an image with others
+        raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; give more")
+    flags.values["batch_size"] = b * world
+    return b, images // (b * world)
 
-    The default of --swap-background depends on what they hold.
-    """
-    with distributed.zero_first():
-        args.data = str(data.open_or_pack(args.data, args.image_size))
-    train_set = data.open_split(args.data, "train")
-    if args.swap_background is None:
-        args.swap_background = SWAP if args.contrast != "none" and "fg" in train_set else 0.0
-    return train_set, data.open_split(args.data, args.eval_on)
 
-
-def build_model(args, strategy):
-    """The network, its weights drawn from --seed: MAE, or SimMIM for its own mask."""
-    torch.manual_seed(args.seed)
-    size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    build = SimMIM if strategy == "simmim" else MAE
-    model = build(
-        args.image_size,
-        args.patch_size,
-        **size,
-        decoder_dim=args.decoder_dim,
-        decoder_depth=args.decoder_depth,
-    )
-    if args.contrast == "pooler":
+def build_network(size, simmim, contrast, flags):
+    """MAE or SimMIM, its weights drawn from --seed or read from --init."""
+    torch.manual_seed(flags.seed)
+    model = (SimMIM if simmim else MAE)(**size)
+    if contrast == "pooler":
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
-    for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.recompute = args.recompute
+    if flags.init and not flags.resume:
+        print(f"init     {init_from(model, flags.init)}")
     return model
 
 
-def make_guide(args, strategy, params, encoder, train_set, device, autocast, views):
-    """What the flags say of a Guide."""
-    return Guide(
-        strategy,
-        params,
-        encoder,
-        train_set,
-        args.data,
-        device,
-        autocast,
-        teacher=args.teacher,
-        source=args.attention,
-        maps=args.maps,
-        epochs=args.epochs,
-        views=views,
-        weigh=args.weight_by,
-        swap=args.swap_background,
+def parse_mask(flags, N):
+    """--mask and --ratio: the strategy, its parameters, and the ratios of the first and last step."""
+    keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
+    for name, need in masking.NEEDS.items():
+        if need == "attn" and flags.values["teacher"] != "self":
+            keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
+    strategy, params = parse_keys(flags.mask, keys, "--mask")
+    try:
+        ratios = [float(word) for word in flags.ratio.split(":")]
+        for ratio in ratios:
+            masking.kept(N, ratio)
+    except ValueError as problem:
+        raise UserError(f"--ratio {flags.ratio}: {problem}") from None
+    return strategy, params, (ratios[0], ratios[-1])
+
+
+def make_guide(strategy, params, encoder, flags, train_set, autocast):
+    """The scores that the strategy reads, and where they come from."""
+    views, shuffle = 1 if flags.contrast == "none" else 2, params.pop("shuffle", 0) > 0
+    guide = guidance.Guide(strategy, encoder, flags.out, autocast, views, shuffle)
+    about = {"detail": "the contrast of each view", "difficulty": "a head that predicts losses"}
+    if guide.need == "attn" and flags.teacher != "maps":
+        guide.teacher = make_teacher(encoder, flags, params["start"])
+        about["attn"] = f"attention ({guide.teacher.source}) of {flags.teacher}"
+    elif guide.need in guidance.IN_FILES:
+        found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
+        guide.maps, guide.parts, about[guide.need] = found
+    if guide.need:
+        print(f"guide    {about[guide.need]}")
+    return guide
+
+
+def make_teacher(encoder, flags, start):
+    """The average of the run's own encoder, or the encoder of --teacher."""
+    name = flags.teacher
+    learned = flags.values if name == "self" else flags_of(name)
+    trained = guidance.default_source(learned, name)
+    source = flags.attention or trained
+    if trained == "outlier" and source != "outlier":
+        print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
+    if name == "self":
+        return guidance.average_of(encoder, source, flags.epochs, start)
+    return guidance.Teacher(load_teacher(name)[0], source, {0}, name)
+
+
+def describe(flags, splits, model, V, total):
+    """Print what is trained, on what, and how."""
+    images, held = (len(split["images"]) for split in splits)
+    count = sum(w.numel() for w in model.parameters()) / 1e6
+    print(
+        f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
+        f"model    {flags.model}: {count:.1f} M parameters, {model.encoder.side**2} patches\n"
+        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
+        f"{flags.min_crop:g} of the area, contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
+        f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
+        f"epochs, an evaluation every {flags.eval_every}"
     )
 
 
-def networks_of(args, model, guide, train_set):
-    """All that a resumed run needs the weights of: the model, what guides the mask, the projector
-    of the agreement.
-    """
-    networks = {"model": model, **guide.networks}
-    if args.contrast != "none":
-        settings = args.agreement
-        networks["agreement"] = Agreement(
-            model.config["dim"], train_set, settings["temperature"], settings["dcl"] > 0
-        )
-    return torch.nn.ModuleDict(networks)
+# ---- in the loop ---------------------------------------------------------------------------------
 
 
-def fit_batch(args, images, rank, world, V):
-    """-> B: --batch-size, or fewer where the set has fewer images; the b of them that this process
-    works on; which of B images those are, and which of V*B views theirs are.
-
-    Every process and every micro-batch gets as many.
-    """
-    B, splits = (
-        min(args.batch_size, images // args.accumulate * args.accumulate),
-        world * args.accumulate,
-    )
-    if B == 0:
-        raise UserError(
-            f"{args.data} has {images} training images, --accumulate needs {args.accumulate}"
-        )
-    if args.contrast != "none" and args.accumulate == B:
-        raise UserError(
-            f"--contrast compares each image with others, and --batch-size {B} --accumulate "
-            f"{args.accumulate} leaves it alone; give a larger batch, 128 if it fits"
-        )
-    if B % splits:
-        fits = next(
-            (n for n in (-(-B // splits) * splits, B // splits * splits) if 0 < n <= images), None
-        )
-        fix = (
-            f"--batch-size {fits} is"
-            if fits
-            else f"{args.data} has {images} images: use fewer processes"
-        )
-        raise UserError(
-            f"--batch-size must be divisible by processes x --accumulate, {world} x {args.accumulate}: "
-            f"{B} is not; {fix}"
-        )
-    b = B // world
-    return B, b, slice(rank * b, (rank + 1) * b), slice(V * rank * b, V * (rank + 1) * b)
+def draw(generator, n, N, min_crop, device):
+    """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
+    boxes, flip = data.draw_boxes(n, generator, min_crop)
+    noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
+    return (data.send(x, device) for x in (boxes, flip, noise, draws))
 
 
-def check_memory(args, device, strategy, ratio, b):
-    """Refuse what memory can't hold: a step of b images on this device, or an evaluation of whole
-    images.
-    """
-    size, item, fused = SIZES[args.model], 4 if args.dtype == "fp32" else 2, device.type != "cpu"
-
-    def need(image_size):
-        N = (image_size // args.patch_size) ** 2
-        decoder = (
-            []
-            if strategy == "simmim"
-            else [(N, args.decoder_dim, args.decoder_depth, args.decoder_dim // 32)]
-        )
-
-        def memory(n, images, learns):
-            return train.step_memory(
-                [(n, size["dim"], size["depth"], size["heads"]), *decoder],
-                images,
-                item,
-                fused,
-                learns,
-            )
-
-        seen = N if strategy == "simmim" else int(N * (1 - ratio))  # by the encoder, in a step
-        return max(memory(seen, b // args.accumulate, True), memory(N, data.CHUNK, False))
-
-    train.check_memory(device, args.image_size, args.patch_size, need)
+def swap_backgrounds(view, figure, rows, boxes, flip, draws):
+    """A share SWAP of the views gets another image's background, where the data have masks."""
+    if figure is None:
+        return view
+    S = view.shape[1]
+    fg = guidance.crop_map(figure, rows, boxes, flip, S).view(-1, S, S, 1)
+    return data.swap_backgrounds(view, fg, draws, SWAP, views=2)
 
 
-def micro_batches(b, n):
-    """-> n slices of b rows."""
-    return [slice(i, i + b // n) for i in range(0, b, b // n)]
+def refresh_maps(guide, epoch, run, images, world):
+    """Before some epochs the teacher makes maps of all images; process 0 writes them for all."""
+    begins = run.step == epoch * run.per_epoch
+    if guide.teacher is None or epoch not in guide.teacher.epochs or not begins:
+        return
+    name = f"attn-{run.step:08d}.safetensors"
+    if run.writes:
+        guide.teacher.write_maps(images, run.out / name, guide.autocast)
+    wait_for_all(world)
+    guide.open_attention(name)
 
 
-def machine_message(args, device, world, dtype_reason, impl, impl_reason):
-    """What is printed before the data are opened."""
-    return (
-        f"machine  {train.machine(device)}{f', {world} processes' if world > 1 else ''}\n"
-        f"         {args.dtype}: {dtype_reason}; kernels in {impl}: {impl_reason}"
-    )
+def log_evaluation(run, model, guide, splits, norm):
+    """A row of the log: how good the encoder is, and where the attention that guides goes."""
+    row = evaluate(model, splits, norm, guide.autocast, run.step / run.per_epoch)
+    if splits[1]["header"].get("parts"):
+        encoder, source = model.encoder, guidance.default_source(run.config, "self")
+        if guide.teacher:
+            encoder, source = guide.teacher.encoder, guide.teacher.source
+        row["attention_on"] = attention_by_part(encoder, splits[1], source, guide.autocast)
+    run.log(**row, seconds=run.seconds())
 
 
-def recipe(args, images, batch, peak_lr):
-    """What every mask is trained by, in one line."""
-    views = args.epochs * images * args.views
-    contrast = f"contrast {args.contrast}"
-    if args.contrast != "none":
-        contrast += f" (weight {args.agreement['weight']:g})"
-    return (
-        f"{views:,} views: {args.epochs} epochs, views of an image {args.views}, "
-        f"images of a step {batch}; {contrast}, jitter {args.jitter:g}, "
-        f"background swapped in {args.swap_background:.0%}, learning rate {peak_lr:.2g}"
-    )
+def log_step(run, lr, masks, agreement):
+    """A row of the log, and a warning where masks or projections are the same for all images."""
+    row = masks | (agreement.statistics() if agreement else {})
+    if "mask_entropy" in row and min(row["mask_diversity"], row["mask_entropy"]) <= 0.2:
+        tqdm.write(f"step {run.step}: the learned masks have collapsed; try a smaller beta")
+    if row.get("projection_rank", LEAST_RANK) < LEAST_RANK:
+        tqdm.write(f"step {run.step}: --contrast has collapsed; try a larger --batch-size")
+    run.log_step(lr=lr, **row)
 
 
-def start_message(
-    args, out, train_set, held_set, model, ratio, batch, peak_lr, step, init_message, guided_by
-):
-    """What is printed before the first step."""
-    blind = "attention of" in (guided_by or "") and not is_trained(
-        args.attention, flags_of_teacher(args, args.teacher), args.teacher
-    )
-    lines = (("init", init_message), ("guide", guided_by), ("warning", blind and UNTRAINED))
-    more = [f"{word:9}{line}" for word, line in lines if line]
-    N, p = model.encoder.side**2, args.patch_size
-    count = sum(w.numel() for name, w in model.named_parameters() if "stats_head" not in name)
-    images, classes = len(train_set["images"]), len(train_set["header"]["classes"])
-    return "\n".join(
-        (
-            f"data     {args.data}: {images} train, {len(held_set['images'])} {args.eval_on} images, {classes} classes",
-            f"model    {args.model}: {count / 1e6:.1f} M parameters, {args.image_size} px in {N} patches of {p} px, "
-            f"{masking.kept(N, ratio)} of them visible",
-            *more,
-            f"recipe   {recipe(args, images // batch * batch, batch, peak_lr)}",
-            f"run      {out}: {args.mask}, {args.epochs * (images // batch)} steps"
-            + (f"; going on from step {step}" if step else ""),
-        )
-    )
-
-
-def load_run(state, path, learning, optimizer, guide):
-    """Put the state of a run that is resumed in its place -> its step, and the seconds that it took
-    so far.
-    """
-    with train.taking_up(path):
-        for name, network in learning.items():
-            load_exactly(network, state[name], path)
-        if "decoder_heads" in state:  # of the checkpoint that it began with
-            learning["model"].set_decoder_heads(state["decoder_heads"])
-        guide.load_maps(state["maps"], path)
-        train.load_optimizer(optimizer, state["optimizer"])
-        return int(state["step"]), float(state["seconds"])
-
-
-def save_run(out, learning, optimizer, guide, config, step, seconds):
-    """state.pt: everything that a resumed run needs. Maps that it does not name are removed after
-    it is written.
-    """
-    state, shape = (
-        {name: network.state_dict() for name, network in learning.items()},
-        learning["model"].config,
-    )
-    state |= {"optimizer": optimizer.state_dict(), "maps": guide.file}
-    state |= {"decoder_heads": shape["decoder_heads"]} if "decoder_heads" in shape else {}
-    train.save_state(state | {"config": config, "step": step, "seconds": seconds}, out / "state.pt")
-    for old in set(out.glob("attn-*.safetensors")) - {out / str(guide.file)}:
+def finish(run, model, guide, held_set, norm):
+    """Write what the next stages read, and the pictures."""
+    if not run.writes:
+        return
+    for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
-
-
-# ---- the run -------------------------------------------------------------------------------------
+    save_beside(model, run.out)
+    about = {"step": run.step, "run": run.config, **norm}
+    save_model(model, run.out / "model.safetensors", about)
+    draw_run(run.out, model, held_set, norm, guide.autocast)
+    print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
+    print(f"next: python probe.py {shlex.quote(str(run.out))}")
 
 
 def main():
-    args = parse_args()
-    device = train.pick_device(args.device)
-    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
-    fill_defaults(args, device, dtype)
-    strategy, params, ratios = parse_masking(args)
-    rank, world, device = distributed.join(device)
-    autocast = train.autocast_of(device, dtype)
-    print(machine_message(args, device, world, dtype_reason, *use_impl(args.impl, device)))
+    flags = parse_flags()
+    rank, world, device = join_processes(train.pick_device(flags.device))
+    dtype, autocast, defaults = pick_machine(flags, device)
+    size, simmim = parse_model(flags, defaults["decoder_depth"])
+    contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
+    V = 1 if contrast == "none" else 2
+    splits = open_data(flags, size["image_size"], rank, world)
+    images = data.resident(splits[0], device)
+    b, per_epoch = set_length(flags, len(images), defaults, V, world)
+    total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
 
-    # network and data
-    train_set, held_set = open_data(args)
-    set_length(args, len(train_set["images"]), device)
-    out = Path(args.out or f"runs/{run_name(args)}")
-    S, p, N = args.image_size, args.patch_size, (args.image_size // args.patch_size) ** 2
-    norm = {"norm_pix": not args.no_norm_pix, "floor": args.norm_floor}  # of the targets
-    loss_fn = functools.partial(
-        reconstruction_loss, error_of=ERRORS.get(strategy), return_error=True, **norm
-    )
-    V = args.views  # of each image: neighbours in a batch of V*B
-    B, b, image_slice, rank_slice = fit_batch(args, len(train_set["images"]), rank, world, V)
-    check_memory(args, device, strategy, min(ratios), V * b)
-    model = build_model(args, strategy).to(device)
-    per_epoch, peak_lr = len(train_set["images"]) // B, args.blr * V * B / 256
-    total = per_epoch * args.epochs
-
-    # what guides the mask, optimizer, and the state of a run that is resumed
-    init_message = (
-        init_from(model, args.init) if args.init and not (out / "state.pt").exists() else ""
-    )
-    guide = make_guide(args, strategy, params, model.encoder, train_set, device, autocast, V)
-    config = config_of(args) | {"images": len(train_set["images"]), "guide": guide.about}
-    state = train.open_run(out, config, args.resume, WRITTEN)
-    net = torch.compile(model) if args.compile else model
-    learning = networks_of(args, model, guide, train_set).to(
-        device
-    )  # a teacher among them has no gradient
+    model = build_network(size, simmim, contrast, flags).to(device)
+    S, p, N = size["image_size"], size["patch_size"], model.encoder.side**2
+    strategy, params, ratios = parse_mask(flags, N)
+    guide = make_guide(strategy, params, model.encoder, flags, splits[0], autocast)
+    parts = {"model": model, **guide.networks()}
+    parts |= {"agreement": Agreement(size["dim"], splits[0], settings)} if V == 2 else {}
+    learning = torch.nn.ModuleDict(parts).to(device)  # a teacher among them has no gradient
     optimizer = train.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
-    summed = [
-        w for name, w in learning.named_parameters() if "agreement" not in name
-    ]  # over processes
-    clipped = [
-        w
-        for name, w in model.named_parameters()
-        if "stats_head" not in name and "pooler" not in name
-    ]
-    step, seconds = (
-        load_run(state, out / "state.pt", learning, optimizer, guide) if state else (0, 0.0)
-    )
-    log = train.Log(out / "log.jsonl", step if state else -1, args.log, config, write=rank == 0)
-    print(
-        start_message(
-            args,
-            out,
-            train_set,
-            held_set,
-            model,
-            ratios[0],
-            B,
-            peak_lr,
-            step,
-            init_message,
-            guide.about,
-        )
-    )
+    net, agreement = share_gradients(model, parts.get("agreement"), guide, flags, world)
+    norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
+    how = {"error_of": absolute_error if simmim else None, "return_error": True, **norm}
+    # the pooler and the statistics head give no gradient to the rest
+    alone = ("encoder.pooler", "decoder.stats_head")
+    clipped = [w for name, w in model.named_parameters() if not name.startswith(alone)]
+    figure = splits[0].get("fg") if V == 2 else None
+    describe(flags, splits, model, V, total)
+    flags.refuse_unread()
+    saved = parts | {"optimizer": optimizer, "guide": guide}
+    run = train.Run(flags, saved, total, per_epoch, device)
+    if run.writes and run.step == 0:
+        log_evaluation(run, model, guide, splits, norm)
 
-    stop_signal, meter, pacer = (
-        train.catch_signals(),
-        train.Meter(B, device, seconds),
-        train.Pacer(),
-    )
-    judge = functools.partial(
-        evaluate,
-        model,
-        guide.teacher or model.encoder,
-        train_set,
-        held_set,
-        args.eval_on,
-        norm,
-        autocast,
-        args.attention,
-    )
-    if step == 0 and rank == 0:
-        log(step=0, **judge(0.0), seconds=meter.seconds())
-    images, view = data.resident(train_set, device), None
-    bar = progress(total=total, initial=step, unit="step", disable=rank > 0)
-
-    for epoch in range(step // per_epoch, args.epochs):
-        if step == epoch * per_epoch:
-            guide.refresh_maps(epoch, step, train_set["images"], out)
-        order = data.epoch_order(len(images), args.seed, epoch)
-        for rows, batch in meter.timed(
-            data.batches(images, order, B, device, step % per_epoch, image_slice, V)
-        ):
-            # view and mask; all random numbers are drawn here, on the CPU, for the whole batch
-            t = step / total  # progress of the run
-            generator = train.seeded(args.seed, epoch, step)
-            boxes, flip = data.draw_boxes(V * B, generator, args.min_crop)
-            drawn = (
-                boxes,
-                flip,
-                masking.gumbel_noise(V * B, N, generator),
-                torch.rand(V * B, 4, generator=generator),
-            )
-            boxes, flip, noise, draws = (data.send(x[rank_slice], device) for x in drawn)
+    for epoch in range(run.step // per_epoch, flags.epochs):
+        refresh_maps(guide, epoch, run, splits[0]["images"], world)
+        order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
+        batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
+        for rows, batch in run.timed(batches):
+            # 1. a view of each picture
+            t = run.step / total  # progress of the run
+            generator = train.seeded(flags.seed, epoch, run.step, rank)
+            boxes, flip, noise, draws = draw(generator, V * b, N, flags.min_crop, device)
             view = data.view_images(batch, boxes, flip, S)  # u8 (V*b, S, S, 3)
-            view = guide.swap_backgrounds(view, rows, boxes, flip, draws[:, 3], rank_slice)
-            view = data.jitter_colour(view, draws[:, :3], args.jitter)
+            view = swap_backgrounds(view, figure, rows, boxes, flip, draws[:, 3])
+            view = data.jitter_colour(view, draws[:, :3], JITTER if V == 2 else 0)
+
+            # 2. which patches are hidden
             K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
-            patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view, rank_slice)
-            priority = masking.STRATEGIES[strategy](patches, noise, t, **params)  # (b, N)
-            ids_keep, ids_mask = masking.sample(priority, K)  # (b, K), (b, M)
+            patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
+            priority = masking.STRATEGIES[strategy](patches, noise, t, N - K, **params)  # (V*b, N)
+            ids_keep, ids_mask = masking.sample(priority, K)  # (V*b, K), (V*b, M)
 
-            # forward, loss, backward, in micro-batches that fit in memory; the weights' sum is the
-            # whole batch's
-            weight = detail_weight(
-                patch_detail(view, ids_mask, p), args.flat_weight
-            ) * guide.weights(patches, ids_mask)
-            weight_sum, loss = distributed.all_reduce(weight.sum()), 0.0
-            for now in micro_batches(V * b, args.accumulate):
-                visible = masked_patch_gather(view[now], ids_keep[now], p, dtype)  # (V*b/n, K, P)
-                with autocast():
-                    pred, stats, tokens = net(
-                        visible, ids_keep[now], ids_mask[now]
-                    )  # (V*b/n, M, P), ..., 2), 1+K, D)
-                micro_loss, error = loss_fn(
-                    pred, view[now], ids_mask[now], p, weight[now], weight_sum=weight_sum
-                )
-                aux_loss = stats_loss(
-                    stats, view[now], ids_keep[now], ids_mask[now], p, args.norm_floor
-                )
-                aux_loss = aux_loss + guide.loss(
-                    now, ids_mask[now], error
-                )  # so far no gradient for the network
-                if args.contrast != "none":
-                    agreement = learning["agreement"](
-                        model.encoder.summary(tokens), rows.view(world, -1)[:, now]
-                    )
-                    # agreement is the whole batch's, in every process
-                    aux_loss = aux_loss + args.agreement["weight"] * world * agreement
-                (micro_loss + aux_loss / (args.accumulate * world)).backward()
-                loss = loss + micro_loss.detach()
+            # 3. forward
+            visible = masked_patch_gather(view, ids_keep, p, dtype)  # (V*b, K, p*p*3)
+            with autocast():  # (V*b, M, p*p*3), (V*b, M, 2), (V*b, 1+K, D)
+                pred, stats, tokens = net(visible, ids_keep, ids_mask)
 
-            # update
-            guide.backward()
-            distributed.all_reduce_gradients(summed)
+            # 4. loss
+            weight = detail_weight(patch_detail(view, ids_mask, p), flags.flat_weight)  # (V*b, M)
+            loss, error = reconstruction_loss(pred, view, ids_mask, p, weight, **how)
+            side_loss = stats_loss(stats, view, ids_keep, ids_mask, p) + guide.loss(ids_mask, error)
+            if agreement:
+                summary = model.encoder.summary(tokens)  # (V*b, D)
+                side_loss = side_loss + settings["weight"] * agreement(summary, rows)
+            (loss + side_loss).backward()
+
+            # 5. update
             grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
-            lr = train.set_lr(optimizer, train.lr_at(step, total, args.warmup * total, peak_lr))
+            lr = train.set_lr(optimizer, train.lr_at(run.step, total, WARMUP * total, peak_lr))
             optimizer.step()
             optimizer.zero_grad()
-            guide.update_ema(model.encoder, step, total)
-            step += 1
+            guide.update_teacher(model.encoder, run.step, total)
+            run.update(loss, grad_norm)
 
-            # log, evaluate, save
-            bar.update()
-            meter.add(loss, grad_norm)
-            stop = distributed.largest(
-                stop_signal[0] if stop_signal else 0
-            )  # all stop after the same step
-            if step % LOG_EVERY == 0 or step % per_epoch == 0 or stop:
-                row = meter.row(
-                    step,
-                    f"{out}/state.pt is the last good state; try --blr under {args.blr:g} or fp32",
-                )
-                row |= guide.statistics(patches, ids_mask, step, total)
-                row |= learning["agreement"].statistics() if V == 2 else {}
-                warn_of_collapse(step, row)
-                log(step=step, epoch=round(step / per_epoch, 4), lr=lr, **row)
-                bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                if rank == 0 and (step % (per_epoch * args.eval_every) == 0 or step == total):
-                    log(step=step, **judge(step / per_epoch), seconds=meter.seconds())
-                if rank == 0 and args.every and step % (per_epoch * args.every) == 0:
-                    save_model(
-                        model,
-                        out / SNAPSHOT.format(epoch + 1),
-                        {"step": step, "run": config, **norm},
-                    )
-                if stop or step == total or pacer.due():
-                    if rank == 0:
-                        pacer.time(
-                            save_run, out, learning, optimizer, guide, config, step, meter.seconds()
-                        )
-                    meter.restart()
-            distributed.stop_here(stop, step, args.resume)
-    bar.close()
-    distributed.leave()
-
-    last = (
-        None if view is None else (view[: 8 * V : V], ids_mask[: 8 * V : V], guide.shown(patches))
-    )  # None: finished
-    save_beside(model, out)
-    save_model(model, out / "model.safetensors", {"step": step, "run": config, **norm})
-    draw_run(
-        log,
-        model,
-        held_set,
-        norm,
-        autocast,
-        last,
-        args.eval_on,
-        f"{args.mask}, ratio {args.ratio}, {args.model}, {Path(args.data).name}",
-    )
-    print(
-        f"wrote    {out}/model.safetensors, recon.png, curves.png, masks.png after {meter.seconds():.0f} s\n"
-        f"next: python probe.py {shlex.quote(str(out))}"
-    )
+            # 6. log, evaluate, save
+            stop_together(run, world)
+            if run.logs_now:
+                masks = guide.statistics(patches, ids_mask, params.get("beta", 1.0))
+                log_step(run, lr, masks, parts.get("agreement"))
+            if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
+                log_evaluation(run, model, guide, splits, norm)
+                draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
+            run.save_if_due()
+    wait_for_all(world)
+    finish(run, model, guide, splits[1], norm)
+    run.close()
 
 
 if __name__ == "__main__":

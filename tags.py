@@ -559,10 +559,9 @@ def fit(args, device, autocast):
 
     for epoch in range(step // per_epoch, args.epochs):
         order = rows_train[data.epoch_order(len(rows_train), args.seed, epoch)]
-        for rows, some in meter.timed(
-            data.batches(images, order, B, device, step % per_epoch, mine)
-        ):
+        for rows, some in meter.timed(data.batches(images, order, B, device, step % per_epoch)):
             # view and tags; all random numbers are drawn here, on the CPU
+            some = some[mine]
             share = args.tag_ratio if args.arm == "fixed" else mfdn.curriculum(step, total)
             batch = make_batch(
                 args, task, rows, some, share, mine, train.seeded(args.seed, epoch, step)

@@ -108,7 +108,16 @@ def trained(folder, rows_to_log):
     """pretrain.py on a packed folder until it has logged so many rows -> (median images a second,
     waiting, MB).
     """
-    flags = ["--image-size", "32", "--epochs", "1000", "--device", "cpu", "--eval-every", "1000"]
+    flags = [
+        "--model",
+        "nano:image_size=32",
+        "--epochs",
+        "1000",
+        "--device",
+        "cpu",
+        "--eval-every",
+        "1000",
+    ]
     command = [
         sys.executable,
         ROOT / "pretrain.py",

@@ -5,7 +5,7 @@ backward) and the step itself are timed in one process, interleaved, with cached
 passes of a self-teacher are extra, see experiments/readme_numbers.py. What the agreement of two
 views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS token,
 other backgrounds, colour jitter; and what a teacher would that looks at every view instead of
-keeping maps. `true parts` are the demo set's own, finer than those of maps.py. simmim has a step of
+keeping maps. `true parts` are the demo set's own, finer than those of maps.py. squares has a step of
 its own: it encodes all patches. On a CPU it is the processor's time of this process that counts, so
 that other work on the machine does not.
 """
@@ -23,7 +23,7 @@ import data
 import mask as masking
 from benchmarks import OUT, about, now
 from common import guidance
-from common.agreement import Agreement
+from common.agreement import SETTINGS, Agreement
 from common.command import Parser, at_least, cli, progress, refuse_file
 from common.tables import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
@@ -58,16 +58,11 @@ def make_guide(name, encoder, train, device, autocast):
     """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's
     are not measured.
     """
-    need, n = masking.NEEDS.get(name), len(train["images"])
-    train = (
-        train
-        | {k: fake_maps(k, n, encoder.side) for k in guidance.TRUTH}
-        | {"header": {"parts": range(7)}}
-    )
-    guide = guidance.Guide(name, {}, encoder, train, None, device, autocast, maps="truth")
-    guide.networks.pop("teacher", None)
-    if need == "attn":
-        guide.maps["attn"] = fake_maps(need, n, encoder.side)
+    guide = guidance.Guide(name, encoder, ".", autocast)
+    if guide.need in guidance.IN_FILES:
+        guide.maps, guide.parts = fake_maps(guide.need, len(train["images"]), encoder.side), 7
+    if guide.predictor:
+        guide.predictor.to(device)
     return guide
 
 
@@ -76,16 +71,16 @@ def masked_ids(name, guide, rows, boxes, flip, view, noise, K):
     ids_mask.
     """
     N = noise.shape[1]
-    patches = {"masked": N - K} | guide.patch_scores(rows, boxes, flip, view)
-    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7), K)
-    if guide.networks:
-        guide.loss(slice(None), ids_mask, noise[:, : N - K]).backward()
-        guide.backward()
+    boxes, flip = boxes.to(view.device), flip.to(view.device)
+    patches = guide.scores(rows, boxes, flip, view)
+    ids_keep, ids_mask = masking.sample(masking.STRATEGIES[name](patches, noise, 0.7, N - K), K)
+    if guide.predictor:
+        guide.loss(ids_mask, noise[:, : N - K]).backward()
     return ids_keep, ids_mask
 
 
 def step(model, optimizer, view, ids_keep, ids_mask, patch, autocast):
-    """Forward, backward and update of the network, the same for every strategy but simmim."""
+    """Forward, backward and update of the network, the same for every strategy but squares."""
     with autocast():
         pred, _, _ = model(masked_patch_gather(view, ids_keep, patch), ids_keep, ids_mask)
     reconstruction_loss(pred, view, ids_mask, patch).backward()
@@ -97,9 +92,8 @@ def make_extras(model, train, device):
     """{what is timed beside the masks: f(view, rows, boxes, flip)}: forward, and backward where it
     learns.
     """
-    swapper = make_guide("fg_heavy", model.encoder, train, device, contextlib.nullcontext)
-    swapper.swap, swapper.views = 0.7, 2
-    agreement = Agreement(model.config["dim"], train, 0.15).to(device)
+    figure = fake_maps("fg", len(train["images"]), model.encoder.side)
+    agreement = Agreement(model.config["dim"], train, SETTINGS["pooler"]).to(device)
     model.encoder.pooler = Pooler(model.config["dim"], model.config["heads"]).to(device)
     N, D = model.encoder.side**2, model.config["dim"]
     tokens = torch.randn(BATCH, 1 + masking.kept(N, RATIO), D, device=device, requires_grad=True)
@@ -107,6 +101,11 @@ def make_extras(model, train, device):
         torch.rand(BATCH, 4, device=device),
         lambda rows: rows[: BATCH // 2].repeat_interleave(2),
     )
+
+    def swap(view, rows, boxes, flip):
+        S, crop = view.shape[1], (boxes.to(device), flip.to(device))
+        fg = guidance.crop_map(figure, rows, *crop, S).view(-1, S, S, 1)
+        data.swap_backgrounds(view, fg, draws[:, 3], 0.7, 2)
 
     def look(view, *_):
         with torch.no_grad():
@@ -119,14 +118,14 @@ def make_extras(model, train, device):
         "agreement, pooler": lambda view, rows, *_: agreement(
             model.encoder.pooler(tokens), pairs(rows)
         ).backward(),
-        "other backgrounds": lambda *batch: swapper.swap_backgrounds(*batch, draws[:, 3]),
+        "other backgrounds": swap,
         "colour jitter": lambda view, *_: data.jitter_colour(view, draws[:, :3], 0.3),
         "a look at every view": look,
     }
 
 
 def measure(size, train, device, rounds):
-    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of simmim those of its
+    """-> {strategy: median milliseconds of guidance}, and those of a "step"; of squares those of its
     own step.
     """
     autocast, S, patch = (
@@ -137,13 +136,13 @@ def measure(size, train, device, rounds):
     model, baseline = MAE(**size, decoder_depth=DECODER_DEPTH).to(device), SimMIM(**size).to(device)
     optimizer, its_optimizer = (make_optimizer(net, 1e-4, 0.05) for net in (model, baseline))
     N = model.encoder.side**2
-    names = [name for name in masking.STRATEGIES if name != "simmim"]
+    names = [name for name in masking.STRATEGIES if name != "squares"]
     guides = {name: make_guide(name, model.encoder, train, device, autocast) for name in names}
     if "parts" in train:
         guides["true parts"] = make_guide("parts", model.encoder, train, device, autocast)
-        guides["true parts"].maps["parts"] = train["parts"]
+        guides["true parts"].maps = train["parts"]
     extras = make_extras(model, train, device)
-    times = {name: [] for name in [*guides, "step", "simmim", *extras]}
+    times = {name: [] for name in [*guides, "step", "squares", *extras]}
     for i in progress(range(rounds), "rounds", leave=False):
         draws = seeded(0, i)
         rows = torch.randperm(len(train["images"]), generator=draws)[:BATCH]
@@ -162,8 +161,8 @@ def measure(size, train, device, rounds):
             with timed(times[name], device):
                 extra(view, rows, boxes, flip)
         optimizer.zero_grad()
-        with timed(times["simmim"], device):
-            ids = masking.sample(masking.simmim({}, noise, 0.0), masking.kept(N, 0.6))
+        with timed(times["squares"], device):
+            ids = masking.sample(masking.squares({}, noise, 0.0, 0), masking.kept(N, 0.6))
             step(baseline, its_optimizer, view, *ids, patch, autocast)
     return {name: 1000 * statistics.median(x[rounds // 5 :]) for name, x in times.items()}
 
@@ -188,7 +187,7 @@ def main():
     rows_there(path, keys)
     device, size = pick_device(args.device), SIZES[args.model]
     ms = measure(size, data.open_split(args.data, "train"), device, args.rounds)
-    ms["simmim"] -= ms["step"]  # what it takes more
+    ms["squares"] -= ms["step"]  # what it takes more
     step_ms, where = ms.pop("step"), {"model": args.model, "batch": BATCH} | about(device)
 
     def less(name):

@@ -16,7 +16,7 @@ import mask as masking
 from benchmarks import DTYPES, now
 from common.checkpoints import init_from
 from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
-from kernels.gather import byte_scale, masked_patch_gather
+from kernels.gather import SCALE, SHIFT, masked_patch_gather
 from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
 from model import MAE, SIZES
 
@@ -53,7 +53,7 @@ def our_loss(case, net, view, noise, dtype, autocast, mark):
 
 def their_loss(case, net, view, noise, dtype, autocast, mark):
     """-> loss(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
-    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in byte_scale(3))
+    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in (SCALE, SHIFT))
 
     def loss(i):
         pixels = (

@@ -203,6 +203,11 @@ def init_from(model, path):
             f"{own['decoder_dim']} and {own['decoder_depth']}; "
             f"give --decoder-dim {width} --decoder-depth {depth}"
         )
+    heads = own.get("decoder_heads", own.get("decoder_dim", 0) // 32)
+    if decoder and facts["decoder_heads"] != heads:
+        raise UserError(
+            f"--init {path} has a decoder of {facts['decoder_heads']} heads, this run one of {heads}"
+        )
     weights, _ = at_size(
         weights if decoder else encoder_of(weights), facts, own["image_size"], path
     )
@@ -214,8 +219,6 @@ def init_from(model, path):
     load_exactly(
         model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path
     )
-    if decoder:
-        model.set_decoder_heads(facts["decoder_heads"])
     grid = (
         ""
         if facts["image_size"] == own["image_size"]

@@ -1,7 +1,6 @@
-"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions. probe.py is the thorough measure.
+"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions.
 
-Everything here is the same for every run, whatever it trains with: whole images, and one fixed
-random mask.
+They are the same for every run: whole images, and one fixed random mask.
 """
 
 import functools
@@ -25,9 +24,7 @@ GRAY = 128  # a masked patch in a picture
 
 
 def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
-    """view u8 (B, S, S, 3) of which ids_mask (B, M) is hidden -> pred (B, M, P), stats (B, M, 2) to
-    undo norm_pix.
-    """
+    """view u8 (B, S, S, 3) -> pred (B, M, P), and stats (B, M, 2) that undo norm_pix."""
     p = model.config["patch_size"]
     with autocast():
         pred, stats, _ = model(masked_patch_gather(view, ids_keep, p), ids_keep, ids_mask)
@@ -41,9 +38,7 @@ def hide_at_random(noise, device):
 
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
-    """Mean squared error on hidden patches under one fixed random mask, every patch weighing the
-    same.
-    """
+    """Mean squared error of hidden patches, all of one weight, under one fixed random mask."""
     rows, c, errors = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config, []
     noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
     views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
@@ -55,11 +50,9 @@ def masked_mse(model, split, norm, autocast):
 
 
 def extremes(tokens):
-    """Patch tokens (B, N, D) -> (B, 2D): the largest and the smallest value of each feature over
-    the patches.
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and smallest value of each feature.
 
-    What makes a character is often in one patch, a hairclip or an iris, and a mean over all of them
-    drowns it.
+    What identifies a character is often in one patch, such as an iris, and a mean hides it.
     """
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
@@ -80,11 +73,9 @@ def thumbnails(split, rows, side=4):
 
 
 def recognition(features, train, held):
-    """Top-1 in percent on the evaluation images: {"knn": among the training images, "linear": by
-    ridge on them}.
+    """Top-1 in percent: {"knn", "linear" (ridge regression), "mean_rank" (1 is a collapse)}.
 
-    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D);
-    "mean_rank": how many directions the latter use, 1 being collapse.
+    features(split, rows) -> the features of the kNN (n, E) and of the ridge regression (n, D).
     """
     bank = data.evenly_spaced(len(train["images"]), BANK_IMAGES)
     queries = data.evenly_spaced(len(held["images"]), EVAL_IMAGES)
@@ -103,56 +94,45 @@ def recognition(features, train, held):
 
 
 @torch.no_grad()
-def attention_by_part(encoder, image_size, autocast, split, source="cls"):
-    """Where attention goes in images with true parts -> {part: its share of the attention over its
-    share of the area}.
+def attention_by_part(encoder, split, source, autocast):
+    """{part: share of the attention over share of the area} in images with true parts.
 
     1 is no preference. Parts that no image has are left out.
     """
-    rows, names = data.evenly_spaced(len(split["images"]), 256), split["header"]["parts"]
+    size, rows = encoder.side * encoder.patch_size, data.evenly_spaced(len(split["images"]), 256)
+    names = split["header"]["parts"]
     mass, area = torch.zeros(2, len(names))
-    for index, attention in guidance.attention(
-        encoder, image_size, split["images"], rows, source, autocast
-    ):
-        whole = data.full_boxes(len(index))
-        share = guidance.crop_map(
-            "parts", split["parts"], index, *whole, encoder.side, "cpu", len(names)
-        )  # (B, N, P)
-        mass += torch.einsum("bn,bnp->p", (attention / attention.sum(1, keepdim=True)).cpu(), share)
+    for index, score in guidance.attention(encoder, size, split["images"], rows, source, autocast):
+        boxes, flip = data.full_boxes(len(index))
+        share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
+        score = (score / score.sum(1, keepdim=True)).cpu()
+        mass += torch.einsum("bn,bnp->p", score, share)
         area += share.mean(1).sum(0)
-    return {
-        name: round((m / a).item(), 3)
-        for name, m, a in zip(names, mass, area, strict=True)
-        if a > 0
-    }
+    ratios = zip(names, mass, area, strict=True)
+    return {name: round((m / a).item(), 3) for name, m, a in ratios if a > 0}
 
 
 @working("evaluating")
-def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
-    """What the log says of a model after `epoch` epochs, judged on split `held`, called name;
-    printed in one line.
+def evaluate(model, splits, norm, autocast, epoch):
+    """What the log says of a model after `epoch` epochs; printed in one line.
 
-    -> {"epoch", "val_mse"}, with labels "knn" and "linear" (at epoch 0 also those of thumbnails),
-    with true parts
-    "attention_on", where the teacher's attention goes.
+    splits: the training split and the one that is judged. {"epoch", "val_mse"}, with labels also
+    "knn" and "linear" (at epoch 0 with those of thumbnails).
     """
+    train, held = splits
     S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
-    text = f"epoch {epoch:<4g} {name} masked MSE {row['val_mse']:.4f}"
+    text = f"epoch {epoch:<4g} masked MSE {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
-        row |= recognition(
-            functools.partial(pooled_tokens, model.encoder, S, autocast), train, held
-        )
+        features = functools.partial(pooled_tokens, model.encoder, S, autocast)
+        row |= recognition(features, train, held)
         text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         if epoch == 0:
-            row |= {f"{k}_thumbnail": v for k, v in recognition(thumbnails, train, held).items()}
-            text += f" untrained; thumbnails {row['knn_thumbnail']:.1f} %, {row['linear_thumbnail']:.1f} %"
+            control = recognition(thumbnails, train, held)
+            row |= {f"{key}_thumbnail": value for key, value in control.items()}
+            text += f" untrained; thumbnails {control['knn']:.1f} %, {control['linear']:.1f} %"
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
-    if held["header"].get("parts"):
-        row["attention_on"] = attention_by_part(
-            teacher, teacher.side * teacher.patch_size, autocast, held, source
-        )
     tqdm.write(text)
     return row
 
@@ -160,35 +140,27 @@ def evaluate(model, teacher, train, held, name, norm, autocast, source, epoch):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def draw_run(log, model, held, norm, autocast, last, name, title):
-    """Beside the log: recon.png, curves.png, and masks.png of the last batch (view, ids_mask, what
-    guided the mask).
-    """
-    with drawing("masks.png, curves.png or recon.png"):
-        draw_files(log, model, held, norm, autocast, last, name, title)
-    log.pictures()
+def draw_masks(out, view, ids_mask, scores, patch):
+    """masks.png: views u8 (n, S, S, 3), {need: scores (n, g, g)} and what the encoder sees."""
+    view, ids_mask = view[:8], ids_mask[:8]
+    lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, patch))]
+    with drawing("masks.png"):
+        from common import plots  # matplotlib takes a second to load
+
+        plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
-def draw_files(log, model, held, norm, autocast, last, name, title):
-    from common import plots  # matplotlib takes a second to load: only where a picture is drawn
-
-    out = log.path.parent
-    if last:
-        view, ids_mask, scores = last
-        lines = [
-            ("view", view),
-            *scores.items(),
-            ("seen", hide(view, ids_mask, model.config["patch_size"])),
-        ]
-        plots.image_grid(out / "masks.png", f"What the last batch hid: {title}", lines)
-    plots.curves(out / "curves.png", read_log(log.path), name, title)
-    lines = zip(
-        ("original", "seen", "predicted", "pasted"),
-        reconstruct(model, held, norm, autocast),
-        strict=True,
-    )
+def draw_run(out, model, held, norm, autocast):
+    """curves.png and recon.png of a run."""
+    names = ("original", "seen", "predicted", "pasted")
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
-    plots.image_grid(out / "recon.png", title, list(lines))
+    with drawing("curves.png or recon.png"):
+        from common import plots
+
+        split = held["header"].get("split", "val")
+        plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
+        pictures = reconstruct(model, held, norm, autocast)
+        plots.image_grid(out / "recon.png", title, list(zip(names, pictures, strict=True)))
 
 
 def hide(view, ids, patch):

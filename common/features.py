@@ -99,7 +99,7 @@ def load_mae(path):
 
     _, facts = read_checkpoint(path)
     if not facts["decoder_depth"]:
-        raise UserError(f"{path} has no decoder, as simmim has none; give a run with another mask")
+        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
     model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
     init_from(model, path)
     if beside(path, "stats_head").exists():

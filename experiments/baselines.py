@@ -49,19 +49,19 @@ from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
 from experiments.study_run import execute
 
-VIT = "--model nano --image-size 64 --patch-size 8 --batch-size 64"
+VIT = "--model nano --batch-size 64"  # 64 px in patches of 8
 ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
     "mae": (
-        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast none",
+        f"pretrain.py {VIT} --mask random --contrast none",
         "--blr",
         (4e-3, 8e-3, 16e-3),
     ),
     "agree": (
-        f"pretrain.py {VIT} --decoder-depth 1 --mask random --contrast cls",
+        f"pretrain.py {VIT} --mask random --contrast cls",
         "--blr",
         (4e-3, 8e-3, 16e-3),
     ),
-    "simmim": (f"pretrain.py {VIT} --mask simmim", "--blr", (2e-3, 4e-3, 8e-3)),
+    "simmim": ("pretrain.py --model nano:simmim=1 --batch-size 64", "--blr", (2e-3, 4e-3, 8e-3)),
     "simclr": (f"-m experiments.views simclr {VIT}", "--lr", (5e-4, 1e-3, 2e-3)),
     "dino": (f"-m experiments.views dino {VIT}", "--lr", (5e-4, 1e-3, 2e-3)),
 }
@@ -109,11 +109,11 @@ for table, more in (
     new = {f"mae-full-{name}": ("mae", f"{full} {flags}", *rates) for name, flags in more.items()}
     TABLES[table], ARMS = ["mae-full", *new], ARMS | new
 SHAPES = {
-    "64p4": "--patch-size 4",
-    "64p16": "--patch-size 16",
-    "96p8": "--image-size 96",
-    "96p12": "--image-size 96 --patch-size 12",
-    "128p16": "--image-size 128 --patch-size 16",
+    "64p4": "--model nano:patch_size=4",
+    "64p16": "--model nano:patch_size=16",
+    "96p8": "--model nano:image_size=96",
+    "96p12": "--model nano:image_size=96,patch_size=12",
+    "128p16": "--model nano:image_size=128,patch_size=16",
     "b32": "--batch-size 32",
     "b128": "--batch-size 128",
     "tiny": "--model tiny",

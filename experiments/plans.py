@@ -81,10 +81,9 @@ def look(guided, fg, data, **_):
     """The second verdict on H1: a second loss in every arm, by --recipe; three pilots, epochs by
     logarithms.
 
-    Compared beside it: a hint, the figure itself, and attention as a weight of the loss instead of
-    a mask.
+    Compared beside it: a hint, and the figure itself.
     """
-    shuffled, weighted = with_parameter(guided, "shuffle=1"), "random --weight-by attn"
+    shuffled = with_parameter(guided, "shuffle=1")
     figure = [
         f"fg_heavy --maps {maps}" for maps in dict.fromkeys([fg, "{refined}"]) if maps != "{coarse}"
     ]
@@ -95,7 +94,6 @@ def look(guided, fg, data, **_):
         shuffled,
         "green",
         *figure,
-        weighted,
     ]
     claim = "what H1 claims of attn_high, on the headline of today"
     tests = [
@@ -177,7 +175,11 @@ def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
     panels = {
         "ratio": {n: levels(a, "--ratio", (".5", ".75", ".9"), ratio) for n, a in both.items()},
         "decoder depth": {
-            n: levels(a, "--decoder-depth", ("1", "2", "4"), depth) for n, a in both.items()
+            n: {
+                d: a if d == depth else f"{a} --model nano:decoder_depth={d}"
+                for d in ("1", "2", "4")
+            }
+            for n, a in both.items()
         },
         "teacher": {
             guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
@@ -229,9 +231,9 @@ def tune(guided, blr, epochs, **_):
     own = [
         f"--blr {blr / 2:g}",
         "--min-crop 0.2",
-        "--warmup 0.2",
+        "--ratio 0.6",
         "--flat-weight 0.1",
-        "--decoder-depth 2",
+        "--model nano:decoder_depth=2",
     ]
     plain = [f"random {flags}".strip() for flags in shared + own]
     tuned = [f"{guided} {flags}".strip() for flags in shared]

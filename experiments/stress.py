@@ -292,18 +292,13 @@ def load_mae(run, device):
 def patches_of(model, split, rows, view):
     """What strategies need of these views, as far as it is known: the dict `patches` of mask.py."""
     _, ids = model.encoder.all_patches(view)
-    args = (
-        rows,
-        *data.full_boxes(len(rows)),
-        model.encoder.side,
-        view.device,
-        len(split["header"].get("parts", ())),
-    )
-    maps = {
-        name: guidance.crop_map(name, split[name], *args)
-        for name in ("fg", "parts")
-        if name in split
-    }
+    maps, where = {}, (rows, *data.full_boxes(len(rows)), model.encoder.side)
+    if "fg" in split:
+        maps["fg"] = guidance.crop_map(split["fg"], *where)
+    if "parts" in split:
+        count = len(split["header"].get("parts", ()))
+        maps["parts"] = guidance.crop_parts(split["parts"], *where, count)
+    maps = {need: score.to(view.device) for need, score in maps.items()}
     attention = model.encoder.patch_attention(view).float().mean(1)
     return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 
@@ -335,9 +330,7 @@ def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
     """
     N = model.encoder.side**2
     K = masking.kept(N, ratio)
-    priority = masking.STRATEGIES[strategy](
-        patches | {"masked": N - K}, noise, 1.0, **NO_RAMP.get(strategy, {})
-    )
+    priority = masking.STRATEGIES[strategy](patches, noise, 1.0, N - K, **NO_RAMP.get(strategy, {}))
     ids_keep, ids_mask = masking.sample(priority, K)
     pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
@@ -378,7 +371,7 @@ def reconstruction(model, norm, task, strategies=None):
         known = [
             s
             for s in masking.STRATEGIES
-            if s != "simmim" and masking.NEEDS.get(s) in (None, *patches)
+            if s != "squares" and masking.NEEDS.get(s) in (None, *patches)
         ]
         for strategy, ratio in itertools.product(strategies or known, RATIOS):
             pasted, where = reconstruct(

@@ -46,6 +46,7 @@ from common.command import (
     at_least,
     between,
     cli,
+    parse_keys,
     refuse_file,
     refuse_overwrite,
     refuse_unused,
@@ -67,7 +68,7 @@ from experiments.study_run import (
     run_one,
 )
 
-RECIPE = "--model nano --image-size 64 --patch-size 8 --decoder-depth 1 --batch-size 64 --blr 8e-3 --epochs 15"
+RECIPE = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {
     "coarse": ["saliency", "--quality", "coarse"],
@@ -270,10 +271,7 @@ def check(args):
     if is_adapt and not args.encoder:
         raise UserError("--plan adapt and --encoder RUN go together: what is adapted")
     for arm in [args.guided, *args.arms]:
-        try:
-            masking.parse_mask(arm.split(" ")[0])
-        except ValueError as problem:
-            raise UserError(problem) from None
+        parse_keys(arm.split(" ")[0], masking.PARAMS, "--mask")
     if args.plan in ("tune", "look") and args.guided.split(" ")[0] != "attn_high":
         raise UserError(
             f"--guided {args.guided}: plan {args.plan} asks of attn_high alone, with its hint or as many "
@@ -323,7 +321,7 @@ def recipe_of(text):
         ("blr", float, 8e-3),
         ("epochs", int, 32),
         ("ratio", str, 0.75),
-        ("decoder-depth", str, 2),
+        ("model", str, "nano:decoder_depth=2"),
         ("eval-every", str, "1"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default)
@@ -354,7 +352,7 @@ def make_plan(name, args):
         blr=recipe.blr,
         epochs=recipe.epochs,
         ratio=recipe.ratio,
-        depth=recipe.decoder_depth,
+        depth=recipe.model.partition("decoder_depth=")[2].partition(",")[0] or "1",
     )
     if recipe.eval_every != "1" and plan["hypotheses"]:
         raise UserError(

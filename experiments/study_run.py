@@ -55,17 +55,14 @@ def commands(job, args, ready):
     on = [
         "--data",
         data,
-        "--eval-on",
+        "--split",
         plan["split"],
         "--seed",
         str(job["seed"]),
         *number_format(plan),
     ]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
-    if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
-        at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
-        recipe = [word for i, word in enumerate(recipe) if i not in at]
-    elif not any(
+    if not any(
         word.split("=")[0] == "--contrast" for word in recipe
     ):  # none unless the plan says so
         recipe += ["--contrast", "none"]
@@ -81,7 +78,7 @@ def commands(job, args, ready):
         *number_format(plan),
     ]
     every = {
-        "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out, "--resume"],
+        "pretrain": going_on(["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out], out),
         "probe": probe + ([] if is_whole(job) else ["--headline"]),
         "stress": [
             "-m",
@@ -104,6 +101,12 @@ def commands(job, args, ready):
         ],
     }
     return {stage: every[stage] for stage in job["stages"]}
+
+
+def going_on(words, out):
+    """A command of a stage -> the same, or what goes on with the run that it left in `out`."""
+    begun = (Path(out) / "state.pt").exists()
+    return [words[0], "--resume", str(out)] if begun else words
 
 
 def execute(words, log, threads, lock=None):

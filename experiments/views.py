@@ -125,7 +125,9 @@ def build(args, train_set):
     size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
     net = nn.ModuleDict({"student": ViT(args.image_size, args.patch_size, **size)})
     if args.method == "simclr":
-        net["agreement"] = Agreement(size["dim"], train_set, args.temperature, dcl=False)
+        net["agreement"] = Agreement(
+            size["dim"], train_set, {"temperature": args.temperature, "dcl": 0}
+        )
         return net
     net["head"] = Head(size["dim"])
     net["head"].register_buffer("centre", torch.zeros(PROTOTYPES))

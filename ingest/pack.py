@@ -639,7 +639,7 @@ def to_learn(out):
         return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
     words = ["python", "pretrain.py", "--data", str(out)]
     words += ["--mask", "fg_heavy"] if "fg" in tensors else []
-    words += ["--eval-on", have[0]] if have and have[0] != "val" else []
+    words += ["--split", have[0]] if have and have[0] != "val" else []
     if not have:
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
     few = (

@@ -1,20 +1,14 @@
-"""Fused masked-patch gather: only the patches that are kept are read, converted and written.
+"""Fused gather of patches: only the visible patches are read, converted and written.
 
     out[b, k, (r, q, c)] = (view[b, y*p + r, x*p + q, c] / 255 - mean[c]) / std[c]
     (y, x) = divmod(ids[b, k], S/p)
 
-Bytes, for B images of which K patches of P = p*p*C numbers are kept:
+Bytes, for B views of which K patches of P = p*p*3 numbers are visible: the kernel reads B*K*P bytes
+and writes B*K*P numbers, 0.04 + 0.08 MB a view at 224 px, p 16, K 49 in bf16. To convert, scale and
+cut the whole view first moves 5 MB in each of these steps.
 
-    fused       reads B*K*P bytes, writes B*K*P numbers
-    as usual    converts, scales, shifts and cuts the whole view, then drops three quarters of it
-
-At 224 px, p 16, K 49 in bf16 that is 0.04 + 0.08 MB an image, against about 5 MB for each of the
-usual steps.
-
-A view is stored (B, S, S, C), so that a row of a patch is p*C bytes side by side: 48 bytes, three
-16-byte loads, for p = 16. Stored as planes, the rows of a patch would be 16 bytes each, and the
-compiler loads them one byte at a time. The result feeds a plain matrix product with the patch
-embedding; a patch flattens to (row, column, colour).
+A view is stored as (B, S, S, 3): a row of a patch of 16 px is three 16-byte loads. From planes, the
+compiler would load single bytes. A patch is flattened in the order (row, column, colour).
 """
 
 import functools
@@ -22,209 +16,132 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels import choose_impl, jit, launch, tl
+from kernels import LARGEST, choose_impl, constexpr, jit, launch, tl
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, so that public checkpoints can be used as they are
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, so that public checkpoints can be used as they are
 STD = (0.229, 0.224, 0.225)
-
-
-def byte_scale(C):
-    """C channels -> two tuples: byte * scale[c] + shift[c] is the normalised value, (byte/255 -
-    mean) / std.
-
-    Three channels take ImageNet's mean and std; one, two or four take the average of those, each
-    channel.
-    """
-    mean, std = (MEAN, STD) if C == 3 else ((sum(MEAN) / 3,) * C, (sum(STD) / 3,) * C)
-    return tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+# (byte / 255 - mean) / std = byte * SCALE + SHIFT
+SCALE = tuple(1 / (255 * s) for s in STD)
+SHIFT = tuple(-m / s for m, s in zip(MEAN, STD, strict=True))
 
 
 def check_patches(view, ids, patch):
-    """What every operation on patches asks of its input; a ValueError says what is wrong."""
-    S, device = view.shape[-2], view.device
-    if (
-        view.dtype != torch.uint8
-        or view.ndim != 4
-        or view.shape[1] != S
-        or not 1 <= view.shape[3] <= 4
-    ):
+    """A ValueError where the arguments of an operation on patches do not fit together."""
+    S, N = view.shape[-2], (view.shape[-2] // patch) ** 2
+    if view.dtype != torch.uint8 or view.ndim != 4 or view.shape[1:] != (S, S, 3):
+        raise ValueError(f"view must be uint8 (B, S, S, 3), not {view.dtype} {tuple(view.shape)}")
+    if S % patch or patch > LARGEST:
         raise ValueError(
-            f"view must be uint8 (B, S, S, 1 to 4), not {view.dtype} {tuple(view.shape)}"
+            f"patches of {patch} px: they must divide {S} px, and be at most {LARGEST} px"
         )
-    if patch < 1 or S % patch:
-        raise ValueError(f"patches of {patch} px do not divide a view of {S} px")
-    if (
-        ids.ndim != 2
-        or ids.shape[0] != view.shape[0]
-        or ids.dtype != torch.int64
-        or ids.device != device
-    ):
-        wrong = f"{ids.dtype} {tuple(ids.shape)} on {ids.device}"
-        raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, on {device}, not {wrong}")
-    if (
-        device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling()
-    ):  # on a GPU a look is a wait
-        low, high = ids.aminmax()
-        if low < 0 or high >= (S // patch) ** 2:
-            raise ValueError(
-                f"ids from {low} to {high} are not all among {(S // patch) ** 2} patches"
-            )
+    if ids.ndim != 2 or len(ids) != len(view) or ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, not {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = ids.aminmax()  # on a GPU this would be a wait in every step
+        if low < 0 or high >= N:
+            raise ValueError(f"ids from {low} to {high} are not all among {N} patches")
 
 
 # ---- the reference -------------------------------------------------------------------------------
 
 
 def patch_bytes(view, ids, patch):
-    """view u8 (B, S, S, C), ids i64 (B, K) -> the raw bytes of those patches, u8 (B, K, P).
+    """view u8 (B, S, S, 3), ids i64 (B, K) -> the bytes of those patches, u8 (B, K, P).
 
-    To cut up the whole view first looks wasteful. It copies bytes, a quarter of one pass in fp32,
-    and makes a row of each patch: a CPU copies rows up to eight times as fast as it indexes (B,
-    S/p, p, S/p, p*C) in two places.
+    The whole view is cut up first: a CPU copies rows eight times as fast as it indexes two axes.
     """
-    B, S, _, C = view.shape
+    B, S = view.shape[:2]
     g = S // patch
-    rows = (
-        view.reshape(B * g, patch, g, patch * C)
-        .transpose(1, 2)
-        .reshape(B * g * g, patch * patch * C)
-    )  # (B*N, P)
+    N, P = g * g, patch * patch * 3
+    rows = view.reshape(B * g, patch, g, patch * 3).transpose(1, 2).reshape(B * N, P)
     image = torch.arange(B, device=view.device)[:, None]
-    return rows.index_select(0, (image * g * g + ids).flatten()).view(*ids.shape, patch * patch * C)
+    return rows.index_select(0, (image * N + ids).flatten()).view(*ids.shape, P)
 
 
 def gather_reference(view, ids, patch, dtype=torch.float32):
-    """The formula in PyTorch: (B, S, S, C), (B, K) -> (B, K, P) of dtype.
-
-    Converted once, then in place: what mixes uint8 and fp32 in one operation can be 20 times slower
-    on a CPU (p = 8).
-    """
+    """The formula in PyTorch: view (B, S, S, 3), ids (B, K) -> (B, K, P) of dtype."""
     x = patch_bytes(view, ids, patch).float()
-    scale, shift = scale_of_patch(view.shape[3], patch, view.device)
+    scale, shift = scale_of_patch(patch, view.device)
     return x.mul_(scale).add_(shift).to(dtype)
 
 
 @functools.cache
-def scale_of_patch(C, patch, device):
-    """byte_scale for every number of a patch, (P,) each; kept: to make a tensor on a GPU from
-    numbers is a wait.
-    """
-    return tuple(torch.tensor(v, device=device).repeat(patch * patch) for v in byte_scale(C))
+def scale_of_patch(patch, device):
+    """SCALE and SHIFT for every number of a patch, (P,) each. To make them on a GPU is a wait."""
+    return tuple(torch.tensor(v, device=device).repeat(patch * patch) for v in (SCALE, SHIFT))
 
 
 # ---- the kernel ----------------------------------------------------------------------------------
-# A program holds PATCHES patches in WIDTH lanes each, the next power of 2 after P: lanes beyond P
-# are masked off. S, p and C are constants of the compiled kernel: only so does the compiler see
-# that 16 neighbouring lanes read 16 neighbouring bytes at an address that 16 divides (8 for p = 8,
-# whose rows are 24 bytes), and makes one load of them.
+# A program holds PATCHES patches in WIDTH lanes each; lanes beyond P are masked off. S and p are
+# constants, so that the compiler sees that 16 lanes read 16 bytes at an address that 16 divides.
 
 
 @jit
-def tile_of(count, P: tl.constexpr, PATCHES: tl.constexpr, WIDTH: tl.constexpr):
-    """-> n (PATCHES,) which patches, j (WIDTH,) which numbers of a patch, inside (PATCHES, WIDTH)
-    what exists.
-    """
+def tile_of(count, P: constexpr, PATCHES: constexpr, WIDTH: constexpr):
+    """n (PATCHES,), the patches; j (WIDTH,), the numbers of a patch; inside, those that exist."""
     n = tl.program_id(0) * PATCHES + tl.arange(0, PATCHES)
     j = tl.arange(0, WIDTH)
     return n, j, (n < count)[:, None] & (j < P)[None, :]
 
 
 @jit
-def load_bytes(
-    view, ids, count, K, n, j, inside, S: tl.constexpr, p: tl.constexpr, C: tl.constexpr
-):
-    """Bytes of the patches n, (PATCHES, WIDTH), 0 where not inside. Offsets are int64: a batch may
-    pass 2^31.
-    """
+def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
+    """Bytes of the patches n, (PATCHES, WIDTH). Offsets are int64: a batch may pass 2^31 bytes."""
     place = tl.load(ids + n, mask=n < count, other=0)
     y, x = place // (S // p), place % (S // p)
-    first = (
-        (n // K).to(tl.int64) * (S * S * C) + y * (p * S * C) + x * (p * C)
-    )  # the patch's first byte
-    within = (j // (p * C)) * (S * C) + j % (
-        p * C
-    )  # row j // (p*C) begins S*C bytes after the one above
+    first = (n // K).to(tl.int64) * (S * S * 3) + y * (p * S * 3) + x * (p * 3)  # byte of a patch
+    within = (j // (p * 3)) * (S * 3) + j % (p * 3)  # the next row begins S*3 bytes later
     return tl.load(view + first[:, None] + within[None, :], mask=inside, other=0)
 
 
 @jit
-def normalise(x, j, SCALE: tl.constexpr, SHIFT: tl.constexpr, C: tl.constexpr):
-    """byte * scale[c] + shift[c], c = j % C. Selected, not looked up: a table would be a load for
-    each number.
-    """
+def normalise(x, j, SCALE: constexpr = SCALE, SHIFT: constexpr = SHIFT):
+    """byte * SCALE[c] + SHIFT[c], c = j % 3. Selected: a table would be a load for each number."""
     scale, shift = tl.full(j.shape, SCALE[0], tl.float32), tl.full(j.shape, SHIFT[0], tl.float32)
-    for c in tl.static_range(1, C):
-        scale, shift = tl.where(j % C == c, SCALE[c], scale), tl.where(j % C == c, SHIFT[c], shift)
+    for c in tl.static_range(1, 3):
+        scale = tl.where(j % 3 == c, SCALE[c], scale)
+        shift = tl.where(j % 3 == c, SHIFT[c], shift)
     return x.to(tl.float32) * scale[None, :] + shift[None, :]
 
 
 @jit
 def gather_kernel(
-    view,
-    ids,
-    out,
-    count,
-    K,
-    S: tl.constexpr,
-    p: tl.constexpr,
-    C: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    PATCHES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    view, ids, out, count, K, S: constexpr, p: constexpr, PATCHES: constexpr, WIDTH: constexpr
 ):
-    P: tl.constexpr = p * p * C
+    P: constexpr = p * p * 3
     n, j, inside = tile_of(count, P, PATCHES, WIDTH)
-    x = load_bytes(view, ids, count, K, n, j, inside, S, p, C)
-    x = normalise(x, j, SCALE, SHIFT, C)  # (byte/255 - mean) / std
-    tl.store(
-        out + n.to(tl.int64)[:, None] * P + j[None, :], x.to(out.dtype.element_ty), mask=inside
-    )
+    x = load_bytes(view, ids, count, K, n, j, inside, S, p)
+    x = normalise(x, j)  # (byte/255 - mean) / std
+    at = n.to(tl.int64)[:, None] * P + j[None, :]
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=inside)
 
 
-# ---- the operator: what torch.compile sees. No autograd: pixels go in ----------------------------
+# ---- the operator: what torch.compile sees. It has no autograd: its input is pixels --------------
 
 
 @torch.library.custom_op("animask::masked_patch_gather", mutates_args=())
 def gather_op(view: Tensor, ids: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    view, ids = (
-        view.contiguous(),
-        ids.contiguous(),
-    )  # ids.argsort(1)[:, :K] is not: other ids would be read
-    S, C = view.shape[2:]
-    scale, shift = byte_scale(C)
-    out = torch.empty(*ids.shape, patch * patch * C, dtype=dtype, device=view.device)
-    launch(
-        gather_kernel,
-        ids.numel(),
-        out.shape[2],
-        view,
-        ids,
-        out,
-        ids.numel(),
-        ids.shape[1],
-        S=S,
-        p=patch,
-        C=C,
-        SCALE=scale,
-        SHIFT=shift,
-    )
+    view = view.contiguous()
+    ids = ids.contiguous()  # ids.argsort(1)[:, :K] is not, and other ids would be read
+    S, P = view.shape[2], patch * patch * 3
+    out = torch.empty(*ids.shape, P, dtype=dtype, device=view.device)
+    launch(gather_kernel, ids, P, view, ids, out, ids.numel(), ids.shape[1], S=S, p=patch)
     return out
 
 
 @gather_op.register_fake
 def _(view, ids, patch, dtype):
-    return view.new_empty(*ids.shape, patch * patch * view.shape[3], dtype=dtype)
+    return view.new_empty(*ids.shape, patch * patch * 3, dtype=dtype)
 
 
 # ---- the dispatcher ------------------------------------------------------------------------------
 
 
 def masked_patch_gather(view, ids, patch, dtype=torch.float32, impl="auto"):
-    """view u8 (B, S, S, C), ids i64 (B, K) -> normalised patches (B, K, P) of dtype. Not
-    differentiable: pixels in.
+    """view u8 (B, S, S, 3), ids i64 (B, K) -> normalised patches (B, K, P) of dtype.
 
-    impl is "auto", "torch" or "triton"; see `kernels.choose_impl`. ValueError where shapes or ids
-    do not fit.
+    impl is "auto", "torch" or "triton" (`kernels.choose_impl`). A ValueError where shapes or ids
+    do not fit. Not differentiable.
     """
     check_patches(view, ids, patch)
     chosen, _ = choose_impl(impl, view.device)

@@ -25,13 +25,12 @@ from kernels import loss as L  # noqa: E402
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = (75, 80, 90, 120)  # T4; A100; H100 and H200; GeForce RTX 50
 SHAPES = [
-    (224, 16, 3),
-    (128, 16, 3),
-    (96, 8, 3),
-    (224, 14, 3),
-    (128, 32, 3),
-    (128, 16, 4),
-]  # S, p, C
+    (224, 16),
+    (128, 16),
+    (96, 8),
+    (224, 14),
+    (128, 32),
+]  # S, p
 DTYPES = ("bf16", "fp32", "fp16")  # all of them for the first shape
 
 
@@ -84,20 +83,10 @@ def needs(binary):
     }
 
 
-def kernels_of(S, p, C, dtype):
+def kernels_of(S, p, dtype):
     """Name, kernel, types of its arguments, constants, the width of each kernel at this shape."""
-    scale, shift = G.byte_scale(C)
-    constants = dict(
-        S=S,
-        p=p,
-        C=C,
-        SCALE=scale,
-        SHIFT=shift,
-        NORM_PIX=True,
-        GRADIENT=True,
-        WIDE=L.needs_64_bits(p, C),
-    )
-    types = dict(view="*u8", ids="*i64", count="i32", K="i32", M="i32", unit="fp32", floor="fp32")
+    constants = dict(S=S, p=p, NORM_PIX=True, GRADIENT=True)
+    types = dict(view="*u8", ids="*i64", count="i32", K="i32", M="i32", floor="fp32")
     types |= dict.fromkeys(("out", "pred", "gradient"), f"*{dtype}")
     types |= dict.fromkeys(("detail", "weight", "factor", "error"), "*fp32")
     ours = dict(gather=G.gather_kernel, detail=L.detail_kernel, loss=L.loss_kernel)
@@ -109,19 +98,17 @@ def kernels_of(S, p, C, dtype):
 def main():
     rows = []
     for target in TARGETS:
-        for S, p, C in SHAPES:
-            for dtype in DTYPES if (S, p, C) == SHAPES[0] else DTYPES[:1]:
-                for name, kernel, types, constants in kernels_of(S, p, C, dtype):
-                    found = needs(compiled(kernel, types, constants, tile(p * p * C), target))
-                    rows.append(
-                        dict(kernel=name, target=target, S=S, p=p, C=C, dtype=dtype) | found
-                    )
+        for S, p in SHAPES:
+            for dtype in DTYPES if (S, p) == SHAPES[0] else DTYPES[:1]:
+                for name, kernel, types, constants in kernels_of(S, p, dtype):
+                    found = needs(compiled(kernel, types, constants, tile(p * p * 3), target))
+                    rows.append(dict(kernel=name, target=target, S=S, p=p, dtype=dtype) | found)
     greedy = compiled(
         greedy_kernel, dict(x="*fp32", out="*fp32"), {}, dict(WIDTH=8192, num_warps=1), 90
     )
     print(
         json.dumps(
-            rows + [dict(kernel="greedy", target=90, S=0, p=0, C=0, dtype="fp32") | needs(greedy)]
+            rows + [dict(kernel="greedy", target=90, S=0, p=0, dtype="fp32") | needs(greedy)]
         )
     )
 

@@ -35,19 +35,9 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
 CPU = ("--device", "cpu", "--dtype", "fp32")
-NANO = (
-    "--data",
-    "packed",
-    "--image-size",
-    32,
-    "--decoder-depth",
-    1,
-    "--batch-size",
-    16,
-    "--epochs",
-    3,
-    *CPU,
-)
+NANO = ("--data", "packed", "--batch-size", 16, "--epochs", 3, *CPU)
+MAE = ("--model", "nano:image_size=32")
+SIMMIM = ("--model", "nano:image_size=32,simmim=1")
 TUNE = ("--data", "packed", "--batch-size", 16, "--epochs", 2, *CPU)
 PACK = ("--size", 32, "--split", ".6,.2,.2", "--dev", 0.1, "--dedupe", "off")
 SHORT = ("--batch-size", 8, "--epochs", 2, *CPU)
@@ -78,16 +68,13 @@ MASKS = (
     "parts",
     "detail",
     "learned:start=.1",
-    "simmim",
 )
 
 
 def pretrain(name, *flags):
-    size = [
-        w for w in NANO if "simmim" not in flags or w not in ("--decoder-depth", 1)
-    ]  # simmim has no decoder
+    model = [] if "--model" in flags else MAE
     contrast = [] if "--contrast" in flags else ["--contrast", "none"]
-    return ["pretrain.py", "--out", f"runs/{name}", *size, *contrast, *flags]
+    return ["pretrain.py", "--out", f"runs/{name}", *NANO, *model, *contrast, *flags]
 
 
 def finetune(name, *flags):
@@ -99,29 +86,11 @@ def short(mask):
 
 
 FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {
-    "accumulate": [pretrain("accumulate", "--mask", "attn_high:start=.3", "--accumulate", 2)],
+    "simmim": [pretrain("simmim", *SIMMIM)],
     "pooler": [pretrain("pooler", "--mask", "attn_high:start=.3", "--contrast", "pooler")],
     # a sharp temperature magnifies the rounding of a CPU: an untrained encoder's CLS tokens are all
     # but alike
-    "contrast": [
-        pretrain(
-            "contrast",
-            "--contrast",
-            "cls:weight=.03,temperature=1,dcl=1",
-            "--weight-by",
-            "attn",
-        )
-    ],
-    "two_processes": [
-        [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            2,
-            *pretrain("two_processes", "--mask", "learned:start=.1"),
-        ]
-    ],
+    "cls": [pretrain("cls", "--contrast", "cls:weight=.03,temperature=1,dcl=1")],
     "raw_pixels": [pretrain("raw_pixels", "--no-norm-pix", "--flat-weight", 1)],
     "schedule": [
         pretrain("schedule", "--mask", "fg_heavy:shuffle=1", "--ratio", ".5:.8", "--min-crop", 0.6)
@@ -240,9 +209,7 @@ SECOND = {  # these stand on runs/random
     "teacher": [
         pretrain("teacher", "--mask", "attn_high", "--teacher", "runs/random", "--attention", "cls")
     ],
-    "init": [
-        pretrain("init", "--mask", "attn_low", "--init", "runs/random", "--attention", "received")
-    ],
+    "adapted": [pretrain("adapted", "--mask", "attn_low", "--init", "runs/random")],
 }
 STAGES = {  # of the applications, each on its own kind of data
     "tags": [
@@ -421,7 +388,7 @@ def run_resumed(root, work):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
-    run_case(root, work, [[*words, "--resume"]])
+    run_case(root, work, [["pretrain.py", "--resume", "runs/resume"]])
 
 
 def run_all(root, work, only=None):

@@ -1,15 +1,16 @@
 """common/agreement.py: two views of one image find each other, in every way of running; and what follows the result."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call, refused
-from test_ddp import alone, losses, nearly_the_same, start
 
 import data
+import pretrain as stage
 from common import guidance, metrics
 from common.agreement import Agreement, agreement_loss
 from common.checkpoints import load_teacher
@@ -18,7 +19,8 @@ from experiments import stress
 from model import MAE, SIZES, ViT
 
 CLS = ["--contrast", "cls:weight=.5", "--mask", "attn_high"]
-TINY = ["--device", "cpu", "--image-size", 32, "--batch-size", 16, "--decoder-depth", 1]
+TINY = ["--device", "cpu", "--model", "nano:image_size=32", "--batch-size", 16]
+DCL = {"temperature": 0.15, "dcl": 1}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,19 +32,8 @@ def small_nano():
 
 
 def pretrain(data, out, *words, check=0):
-    epochs = [] if "--epochs" in words else ["--epochs", 2]
-    return call(
-        "pretrain.py",
-        "--data",
-        data,
-        "--out",
-        out,
-        *TINY,
-        *epochs,
-        *words,
-        cwd=out.parent,
-        check=check,
-    )
+    words = ["--data", data, "--out", out, *TINY, "--epochs", 2, *words]
+    return call("pretrain.py", *words, cwd=out.parent, check=check)
 
 
 def by_hand(h, groups, T, dcl):
@@ -86,7 +77,7 @@ def test_effective_rank_counts_directions():
 def test_the_projector_learns_to_find_the_other_view():
     """Two noisy copies of each of 16 vectors, in 60 steps."""
     torch.manual_seed(0)
-    agreement = Agreement(32, {"header": {}, "labels": torch.zeros(16)}, 0.15)
+    agreement = Agreement(32, {"header": {}, "labels": torch.zeros(16)}, DCL)
     things, rows = (x.repeat_interleave(2, 0) for x in (torch.randn(16, 32), torch.arange(16)))
     optimizer, seen = torch.optim.AdamW(agreement.parameters(), 1e-3), []
     for _ in range(60):
@@ -112,12 +103,10 @@ def test_a_run_learns_its_cls_token_and_follows_it(finished):
         all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows)
         and rows
     )
-    assert "contrast cls (weight 0.5)" in done.stdout and "warning" not in done.stdout
+    assert "attention (rollout) of self" in done.stdout and "warning" not in done.stdout
     assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
     state = torch.load(out / "state.pt", weights_only=True)
-    assert state["config"]["attention"] == "rollout" and state["agreement"][
-        "projector.0.weight"
-    ].shape == (1024, 96)
+    assert state["agreement"]["projector.0.weight"].shape == (1024, 96)
     assert state["model"]["encoder.cls_token"].shape == (1, 1, 96)
     from safetensors.torch import load_file
 
@@ -135,10 +124,10 @@ def test_a_stopped_run_ends_with_the_same_bits(small, finished, tmp_path, monkey
 
     Four.asked = 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "catch_signals", lambda: Four([15]))
+        patch.setattr(train, "catch_signals", lambda: Four([signal.SIGTERM]))
         pretrain(small, tmp_path / "run", *CLS, check=143)
     assert 0 < torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] < 10
-    pretrain(small, tmp_path / "run", *CLS, "--resume")
+    call("pretrain.py", "--resume", tmp_path / "run", cwd=tmp_path, check=0)
     one, two = (
         torch.load(out / "state.pt", weights_only=True) for out in (finished[0], tmp_path / "run")
     )
@@ -165,24 +154,11 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
     what it attends to.
     """
     done = pretrain(small, tmp_path / "a", "--mask", "attn_high", "--epochs", 1)
-    assert (
-        "contrast pooler (weight 1)" in done.stdout
-        and (tmp_path / "a" / "pooler.safetensors").exists()
-    )
-    pretrain(
-        small,
-        tmp_path / "b",
-        "--mask",
-        "attn_hint",
-        "--teacher",
-        tmp_path / "a",
-        "--contrast",
-        "none",
-        "--epochs",
-        1,
-    )
-    state = torch.load(tmp_path / "b" / "state.pt", weights_only=True)["config"]
-    assert state["attention"] == "pooler" and state["contrast"] == "none"
+    assert "attention (pooler) of self" in done.stdout
+    assert (tmp_path / "a" / "pooler.safetensors").exists()
+    words = ["--mask", "attn_hint", "--teacher", tmp_path / "a", "--contrast", "none"]
+    done = pretrain(small, tmp_path / "b", *words, "--epochs", 1)
+    assert f"attention (pooler) of {tmp_path}/a" in done.stdout
     call(
         "maps.py",
         "--data",
@@ -291,31 +267,6 @@ def test_a_teacher_is_read_by_what_was_trained(
     assert guidance.default_source(flags, teacher) == source
 
 
-def test_only_the_masks_map_is_shuffled():
-    """Weights of the loss are this image's own; backgrounds are cut by the data's own figure,
-    whatever --maps says.
-    """
-    fg, attn = torch.arange(4).view(4, 1, 1).expand(4, 4, 4) * 60, torch.rand(4, 4, 4)
-    split = {"header": {}, "fg": fg.numpy().astype(np.uint8)}
-    guide = guidance.Guide(
-        "fg_heavy",
-        {"shuffle": 1},
-        ViT(32, 8, 16, 1, 1),
-        split,
-        None,
-        torch.device("cpu"),
-        None,
-        weigh="detail",
-        swap=0.5,
-    )
-    guide.needs, guide.weigh, guide.maps["attn"] = ["fg", "attn"], "attn", attn.numpy()
-    rows, whole = torch.arange(4), data.full_boxes(4)
-    found = guide.patch_scores(rows, *whole, None)
-    torch.testing.assert_close(found["attn"], attn.flatten(1))
-    torch.testing.assert_close(found["fg"][:, 0] * 255, torch.tensor([180.0, 0, 60, 120]))
-    assert guide.figure is split["fg"]
-
-
 def test_the_rollout_is_the_product_over_blocks():
     torch.manual_seed(0)
     encoder, view = ViT(32, 8, 32, 2, 2), torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
@@ -329,26 +280,17 @@ def test_the_rollout_is_the_product_over_blocks():
     torch.testing.assert_close(found[:, 0], (factors[1] @ factors[0])[:, 0, 1:])
 
 
-def guide_of(split, swap, views=2):
-    encoder = ViT(32, 8, 32, 1, 1)
-    return guidance.Guide(
-        "random", {}, encoder, split, None, torch.device("cpu"), None, views=views, swap=swap
-    )
-
-
 def test_backgrounds_are_another_images():
     """Left half figure, right half background: of swapped views only the right half changes, to
     another image's.
     """
     fg = np.zeros((4, 32, 32), np.uint8)
     fg[:, :, :16] = 255
-    split = {"header": {}, "fg": fg}
-    view = (torch.arange(8, dtype=torch.uint8) * 20)[:, None, None, None].repeat(
-        1, 32, 32, 3
-    )  # 4 images, 2 views
+    shades = torch.arange(8, dtype=torch.uint8) * 20  # 2 views of 4 images
+    view = shades[:, None, None, None].repeat(1, 32, 32, 3)
     rows, (boxes, flip) = torch.arange(4).repeat_interleave(2), data.full_boxes(8)
     draws = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
-    mixed = guide_of(split, 0.5).swap_backgrounds(view, rows, boxes, flip, draws)
+    mixed = stage.swap_backgrounds(view, fg, rows, boxes, flip, draws)
     assert torch.equal(mixed[:, :, :15], view[:, :, :15])
     right = mixed[:, 0, -1, 0].tolist()
     assert [i for i in range(8) if right[i] != 20 * i] == [0, 1, 4, 6, 7]
@@ -358,62 +300,7 @@ def test_backgrounds_are_another_images():
         and others[0] != others[1]
         and others[6] != others[7]
     )
-    assert guide_of(split, 0.0).swap_backgrounds(view, rows, boxes, flip, draws) is view
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--weight-by", "attn"],
-        ["--mask", "fg_heavy", "--weight-by", "attn"],
-        ["--mask", "attn_high", "--weight-by", "fg"],
-        ["--weight-by", "detail"],
-    ],
-)
-def test_the_loss_is_weighted_by_a_map_under_any_mask(small, tmp_path, words, monkeypatch):
-    """The masks and the weights know what they ask for; another weight is another loss."""
-    fg = np.random.default_rng(0).integers(
-        0, 256, (len(data.open_split(small, "train")["images"]), 32, 32), np.uint8
-    )
-    open_split = data.open_split
-    monkeypatch.setattr(data, "open_split", lambda *a: open_split(*a) | {"fg": fg})
-    for name, flags in (("weighted", words), ("plain", words[: words.index("--weight-by")])):
-        pretrain(small, tmp_path / name, *flags)
-    one, two = (
-        [r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r]
-        for x in ("weighted", "plain")
-    )
-    assert all(map(math.isfinite, one)) and one != two
-
-
-@pytest.mark.slow
-def test_simmim_is_weighted_without_a_second_loss(small, tmp_path):
-    call(
-        "pretrain.py",
-        "--data",
-        small,
-        "--out",
-        tmp_path / "a",
-        *TINY[:-2],
-        "--mask",
-        "simmim",
-        "--weight-by",
-        "attn",
-        "--epochs",
-        1,
-        cwd=tmp_path,
-        check=0,
-    )
-    rows = read_log(tmp_path / "a" / "log.jsonl")
-    assert math.isfinite(rows[-1]["val_mse"]) and not any("agreement" in r for r in rows)
-
-
-def test_weights_of_the_loss_are_the_score_over_its_mean():
-    guide = guide_of({"header": {}, "fg": np.zeros((4, 32, 32), np.uint8)}, 0.0)
-    guide.weigh, score = "fg", torch.tensor([[0.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    found = guide.weights({"fg": score}, torch.tensor([[0, 2], [1, 3]]))
-    torch.testing.assert_close(found, torch.tensor([[0.1, 1.9], [0.1, 0.1]]))
+    assert stage.swap_backgrounds(view, None, rows, boxes, flip, draws) is view
 
 
 @pytest.mark.slow
@@ -428,81 +315,11 @@ def test_a_run_without_contrast_has_no_projector(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--accumulate", 4],
-        ["--dtype", "bf16"],
-        ["--contrast", "pooler:dcl=0,temperature=.5"],
-    ],
-)
+@pytest.mark.parametrize("words", [["--dtype", "bf16"], ["--contrast", "pooler:dcl=0"]])
 def test_other_ways_to_run_it(small, tmp_path, words):
-    """Accumulated, an image is compared with those of its part alone; every part still finds whole
-    pairs.
-    """
     pretrain(small, tmp_path / "run", "--epochs", 1, *words)
     row = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "agreement" in r][-1]
-    views = 2 * 16 // 4 if "--accumulate" in words else 32
-    assert 0 < row["agreement"] < 1.5 * math.log(views) + 1 and math.isfinite(row["loss"])
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_has_the_gradient_of_its_own_views(monkeypatch, rank):
-    """Of two processes: the loss is the whole batch's, the projector's gradient whole, that of the
-    views their own.
-    """
-    torch.manual_seed(0)
-    agreement = Agreement(32, {"header": {}, "labels": torch.zeros(4)}, 0.15)
-    rows = torch.arange(4).repeat_interleave(2)
-    x = torch.randn(8, 32, requires_grad=True)
-    whole = agreement(x, rows)
-    whole.backward()
-    expected = [agreement.projector[0].weight.grad.clone(), x.grad[4 * rank : 4 * rank + 4].clone()]
-    agreement.zero_grad()
-    part, parts = x.detach()[4 * rank : 4 * rank + 4].requires_grad_(), [*x.detach().split(4)]
-    parts[rank] = part
-    monkeypatch.setattr("common.distributed.with_others", lambda own: torch.cat(parts))
-    loss = agreement(part, rows.view(2, 4))
-    loss.backward()
-    assert torch.equal(loss, whole)
-    for found, right in zip((agreement.projector[0].weight.grad, part.grad), expected, strict=True):
-        torch.testing.assert_close(found, right)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "by"), [(2, "pooler"), (4, "cls")])
-def test_several_processes_compare_as_one(small, tmp_path, processes, by):
-    """An untrained encoder makes nearly the same of all images: the batch norm enlarges rounding,
-    then AdamW does.
-
-    1.8e-4 of the length of all weights was measured in 15 steps; a pooler leaves the encoder within
-    test_ddp's 1e-5.
-    """
-    words = [
-        "--contrast",
-        f"{by}:weight=1,dcl=1,temperature=.15",
-        "--mask",
-        "detail:shuffle=1",
-        "--jitter",
-        0.2,
-    ]
-    several = start(small, tmp_path / "several", *words, processes=processes)
-    text, errors = several.communicate(timeout=300)
-    assert several.returncode == 0, errors
-    alone(small, tmp_path / "one", *words)
-    assert [*losses(tmp_path / "several").values()] == pytest.approx(
-        [*losses(tmp_path / "one").values()], rel=1e-3
-    )
-    one, two = (
-        torch.load(tmp_path / x / "state.pt", weights_only=True) for x in ("one", "several")
-    )
-    if by == "pooler":
-        assert nearly_the_same(
-            *({k: w for k, w in x["model"].items() if "pooler" not in k} for x in (one, two))
-        )
-    for part in ("model", "agreement"):
-        a, b = (torch.cat([w.flatten() for w in x[part].values()]) for x in (one, two))
-        assert (a - b).norm() < 1e-2 * a.norm(), part
+    assert 0 < row["agreement"] < 1.5 * math.log(32) + 1 and math.isfinite(row["loss"])
 
 
 @pytest.mark.slow
@@ -510,65 +327,27 @@ def test_compiled(small, tmp_path):
     pretrain(small, tmp_path / "run", "--compile", "--epochs", 1)
 
 
-@pytest.mark.parametrize(
-    ("words", "say"),
-    [
-        (["--batch-size", 1], "others"),
-        (["--batch-size", 4, "--accumulate", 4], "others"),
-        (["--contrast", "pooler", "--mask", "simmim"], "--contrast"),
-        (["--contrast", "pooler:temperature=0"], "above 0"),
-        (["--contrast", "none:weight=1"], "no parameter"),
-        (["--contrast", 1], "pooler, cls, none"),
-        (["--mask", "attn_high:shuffle=1", "--weight-by", "attn"], "--weight-by attn"),
-        (["--weight-by", "parts"], "--weight-by"),
-    ],
-)
-def test_what_can_not_be_compared_is_refused(small, tmp_path, words, say):
-    words = [w for w in ["--decoder-depth", 1] if "simmim" not in words] + words
-    done = call(
-        "pretrain.py",
-        "--data",
-        small,
-        "--out",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-        "--image-size",
-        32,
-        "--epochs",
-        1,
-        *words,
-        cwd=tmp_path,
-    )
-    assert say in refused(done) and not (tmp_path / "run" / "state.pt").exists()
-
-
 @pytest.mark.slow
 def test_a_teacher_that_nothing_trained_is_warned_of(small, finished, tmp_path):
     """Its own average without --contrast, and a run that had none; not a run that had it."""
     plain = ["--mask", "attn_high", "--epochs", 1]
     blind = pretrain(small, tmp_path / "a", *plain, "--contrast", "none", "--attention", "cls")
-    assert "nothing trains the attention of this teacher" in blind.stdout
+    assert "nothing trains the attention (cls)" in blind.stdout
     other = pretrain(
         small, tmp_path / "b", *plain, "--teacher", tmp_path / "a", "--attention", "cls"
     )
     assert "nothing trains" in other.stdout
     seeing = pretrain(small, tmp_path / "c", *plain, "--teacher", finished[0])
     assert "nothing trains" not in seeing.stdout
-    assert (
-        torch.load(tmp_path / "c" / "state.pt", weights_only=True)["config"]["attention"]
-        == "rollout"
-    )
+    assert "attention (rollout) of" in seeing.stdout
 
 
 def test_views_of_one_image_are_neighbours():
-    """Views 2i and 2i+1 of a batch of V*B are crops of image i, whatever process they belong to."""
+    """Views 2i and 2i+1 of a batch of V*B are crops of image i."""
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3).numpy()
-    batches = data.batches(
-        images, torch.tensor([4, 2, 0, 5]), 4, torch.device("cpu"), 0, slice(2, 4), 2
-    )
-    ((rows, views),) = list(batches)
-    assert rows.tolist() == [4, 4, 2, 2, 0, 0, 5, 5] and views[:, 0, 0, 0].tolist() == [0, 0, 5, 5]
+    order = torch.tensor([4, 2, 0, 5])
+    ((rows, views),) = data.batches(images, order, 4, torch.device("cpu"), times=2)
+    assert rows.tolist() == views[:, 0, 0, 0].tolist() == [4, 4, 2, 2, 0, 0, 5, 5]
 
 
 def test_a_model_returns_its_tokens():

@@ -12,10 +12,10 @@ from common import classifier
 from common.convnets import ConvNet
 from experiments import baselines
 
-TINY = "--model nano --image-size 32 --patch-size 8 --batch-size 8"
+TINY = "--model nano:image_size=32 --batch-size 8"
 ENCODERS = {
     "mae": (
-        f"pretrain.py {TINY} --decoder-depth 1 --mask random --contrast none",
+        f"pretrain.py {TINY} --mask random --contrast none",
         "--blr",
         (1e-3, 2e-3),
     )

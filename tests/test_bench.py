@@ -169,7 +169,9 @@ def test_a_bench_replaces_nothing_and_leaves_results_alone(
 def test_the_bench_of_masks_adds_to_a_table_and_to_nothing_else(monkeypatch, tmp_path):
     monkeypatch.setattr(masks.data, "open_split", lambda *_: None)
     monkeypatch.setattr(
-        masks, "measure", lambda size, *_: {"random": 1.0, "block": 2.0, "simmim": 9.0, "step": 8.0}
+        masks,
+        "measure",
+        lambda size, *_: {"random": 1.0, "block": 2.0, "squares": 9.0, "step": 8.0},
     )
     for model in ("nano", "tiny", "nano"):
         words = [

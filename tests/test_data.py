@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, call, draw_folder, refused, shared_file
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import data
 from common.io import UserError
@@ -265,6 +266,23 @@ def test_a_packed_file_that_was_cut_is_refused(tmp_path):
         path.write_bytes(part)
         with pytest.raises(UserError, match="not a whole file"):
             data.open_split(tmp_path / "out", "train")
+
+
+def test_a_split_that_does_not_fit_together_is_refused(tmp_path):
+    tensors = {"images": torch.zeros(3, 8, 8, 3, dtype=torch.uint8), "labels": torch.arange(3)}
+    about = ABOUT | {"size": 8, "keys": ["a", "b", "c"], "classes": ["x", "y", "z"]}
+    wrong = {
+        "no field 'keys'": (tensors, {k: v for k, v in about.items() if k != "keys"}),
+        "no array 'labels'": ({"images": tensors["images"]}, about),
+        "images is uint8": (tensors, about | {"size": 9}),
+        "labels is int64": (tensors | {"labels": torch.arange(2)}, about),
+        "labels are 1 to 3": (tensors | {"labels": torch.arange(1, 4)}, about),
+        "fg is uint8": (tensors | {"fg": torch.zeros(3, 4, 4, dtype=torch.uint8)}, about),
+    }
+    for words, (arrays, header) in wrong.items():
+        save_file(arrays, tmp_path / "train.safetensors", {"animask": json.dumps(header)})
+        with pytest.raises(UserError, match=words):
+            data.open_split(tmp_path, "train")
 
 
 @pytest.mark.slow
@@ -542,14 +560,13 @@ def test_the_next_line_is_right(tmp_path):
         "pretrain.py",
         "--data",
         "datasets/c",
-        "--eval-on",
+        "--split",
         "test",
     ]
     assert "need labels" not in done.stdout
     done = call("data.py", "--show", "datasets/c", cwd=tmp_path, check=0)
     assert (
-        "sheet.png written; next: python pretrain.py --data datasets/c --eval-on test"
-        in done.stdout
+        "sheet.png written; next: python pretrain.py --data datasets/c --split test" in done.stdout
     )
     for path in folder.rglob("*.png"):
         image = Image.open(path).convert("RGBA")
@@ -660,6 +677,22 @@ def test_a_map_follows_crop_and_flip():
     assert ((y - x).abs()[:, seen] <= 1).all()
     centre = [(m[seen] * (torch.arange(144) % 12)).sum(1) / m[seen].sum(1) for m in (bright, hot)]
     assert (centre[0] - centre[1]).abs().max() < 0.75
+
+
+def test_swapped_views_get_the_background_of_another_image():
+    """Left half figure, right half background: only right halves change, and of the draws under 0.5."""
+    view = (torch.arange(8, dtype=torch.uint8) * 20)[:, None, None, None].repeat(1, 32, 32, 3)
+    fg = torch.zeros(8, 32, 32, 1)  # 4 images, 2 views of each
+    fg[:, :, :16] = 1
+    draws = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
+    mixed = data.swap_backgrounds(view, fg, draws, share=0.5, views=2)
+    assert torch.equal(mixed[:, :, :16], view[:, :, :16])
+    right = mixed[:, 0, -1, 0].tolist()
+    assert [i for i in range(8) if right[i] != 20 * i] == [0, 1, 4, 6, 7]
+    image = [x // 40 for x in right]  # that the background is from
+    assert all(image[i] != i // 2 for i in (0, 1, 4, 6, 7))
+    assert image[0] != image[1] and image[6] != image[7]  # two views, two backgrounds
+    assert data.swap_backgrounds(view, fg, draws, share=0.0, views=2) is view
 
 
 def test_boxes_lie_inside_and_show_at_least_the_least():

@@ -37,18 +37,12 @@ SEED, CPU = 0, ["--device", "cpu", "--dtype", "fp32"]
 SMALL = [
     "--data",
     "datasets/tiny",
-    "--image-size",
-    32,
-    "--patch-size",
-    8,
+    "--model",
+    "nano:image_size=32,decoder_dim=32",
     "--batch-size",
     16,
     "--epochs",
     1,
-    "--decoder-depth",
-    1,
-    "--decoder-dim",
-    32,
     *CPU,
 ]
 TAGS = ["--data", "datasets/tiny", "--epochs", 2, "--batch-size", 16, *CPU]
@@ -116,7 +110,7 @@ GOOD = {
 }
 # Other calls that work, whose inputs are spoiled, too
 MORE = [
-    ("pretrain.py", [*SMALL, "--out", "runs/nano", "--resume"]),
+    ("pretrain.py", ["--resume", "runs/nano"]),
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--mask", "fg_heavy", "--maps", "maps/tiny"]),
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--mask", "attn_high", "--teacher", "runs/nano"]),
     ("pretrain.py", [*SMALL, "--out", "runs/new", "--init", "runs/nano"]),
@@ -355,7 +349,7 @@ QUICK = {
         "parts",
         "detail",
         "learned",
-        "simmim",
+        "squares",
         "grid",
         "green",
         "block:size=1",
@@ -459,17 +453,12 @@ UNUSED = [
         "--teacher runs/nano|--teacher self|--attention cls|--maps truth|--maps maps/tiny",
     ),
     (PRE, "--mask fg_heavy", "--teacher runs/nano|--attention outlier"),
-    (PRE, "--mask parts", "--teacher runs/nano|--attention received"),
+    (PRE, "--mask parts", "--teacher runs/nano|--attention outlier"),
     (PRE, "--mask detail", "--teacher runs/nano|--maps truth"),
     (PRE, "--mask learned", "--teacher runs/nano|--maps truth|--attention cls"),
     (PRE, "--mask attn_high", "--maps maps/tiny|--maps truth"),
     (PRE, "--mask attn_low --teacher runs/nano", "--maps maps/tiny"),
-    (
-        ["pretrain.py", *SMALL[:10], "--out", "runs/new"],
-        "--mask simmim",
-        "--teacher runs/nano|--decoder-depth 1",
-    ),
-    (PRE, "--no-norm-pix", "--norm-floor .1"),
+    (PRE, "--mask squares", "--teacher runs/nano"),
     (
         TUNE,
         "--method linear",
@@ -567,7 +556,7 @@ UNUSED = [
     (STRESS, "--midterm", "--only cutout|--pool cls"),
 ]
 TOO_LARGE = [
-    (PRE, "", f"--image-size 1000000|--seed {2**65}"),
+    (PRE, "", f"--seed {2**65}"),
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "",
@@ -608,7 +597,7 @@ LOST = [
     [["maps.py", "--data", "datasets/other", "--map", "saliency", "--out", "maps/tiny"]],
     [
         MAPS + ["--map", "attn", "--run", "runs/nano"],
-        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "received"],
+        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "cls"],
     ],
     [["pretrain.py", *SMALL, "--out", "runs/nano"]],
     [["pretrain.py", *SMALL, "--out", "runs/lora"]],

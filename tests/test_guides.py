@@ -1,6 +1,7 @@
 """common/guidance.py: maps follow their images, the truth or a file is chosen, every strategy trains."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -19,22 +20,13 @@ import data
 import mask as masking
 import pretrain
 from common import evaluate, guidance
+from common.command import LOCKS
 from common.formats import is_decoder
 from common.train import read_log
 from model import ViT
 
-QUICK = [
-    "--device",
-    "cpu",
-    "--image-size",
-    32,
-    "--batch-size",
-    16,
-    "--epochs",
-    2,
-    "--decoder-depth",
-    1,
-]
+QUICK = ["--device", "cpu", "--model", "nano:image_size=32", "--batch-size", 16, "--epochs", 2]
+SIMMIM = [*QUICK[:3], "nano:image_size=32,simmim=1", *QUICK[4:]]
 
 
 @pytest.mark.parametrize(
@@ -48,40 +40,32 @@ QUICK = [
         (8, 1, {8}),
     ],
 )
-def test_a_teacher_looks_again_while_it_learns_fast(epochs, start, expected):
-    assert set(guidance.refresh_epochs(epochs, start)) == expected
+def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected):
+    assert guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", epochs, start).epochs == expected
 
 
 @pytest.mark.parametrize("total", [30, 290, 2000, 100_000])
 def test_the_first_map_is_made_by_a_teacher_that_learned(total):
     """Whatever the length of a run: at its first map, the random weights have 2 % of the teacher."""
-    first = min(guidance.refresh_epochs(10, masking.START)) * total // 10
-    assert guidance.initial_share(first, total) < 0.02
-    assert guidance.initial_share(first // 4, total) > 0.02  # an average, not a copy
+    first = int(masking.START * total)
+    momenta = [guidance.ema_momentum(step, total) for step in range(first)]
+    assert math.prod(momenta) < 0.02
+    assert math.prod(momenta[: first // 4]) > 0.02  # an average, not a copy
 
 
 def test_the_teacher_follows_the_encoder():
     """A constant encoder: the teacher has a known share of its first weights, the rest is new."""
     encoder = ViT(32, 8, 32, 1, 1)
-    split = {"header": {}, "images": np.zeros((4, 32, 32, 3), np.uint8)}
-    guide = guidance.Guide(
-        "attn_high", {}, encoder, split, None, torch.device("cpu"), None, source="cls", epochs=10
-    )
-    first = [w.detach().clone() for w in guide.teacher.parameters()]
+    teacher = guidance.average_of(encoder, "cls", 10, 0.1)
+    first = [w.detach().clone() for w in teacher.encoder.parameters()]
     with torch.no_grad():
         for w in encoder.parameters():
             w += 1
     for step in range(12):
-        guide.update_ema(encoder, step, 100)
-    left = guidance.initial_share(12, 100)
-    assert left < 0.01
-    for old, new in zip(first, guide.teacher.parameters(), strict=True):
-        torch.testing.assert_close(new, old + (1 - left))
-
-
-def quick(mask):
-    """simmim has no decoder to be made shallow."""
-    return QUICK[:-2] if mask == "simmim" else QUICK
+        teacher.update(encoder, step, 100)
+    assert 0 < teacher.initial < 0.01
+    for old, new in zip(first, teacher.encoder.parameters(), strict=True):
+        torch.testing.assert_close(new, old + (1 - teacher.initial))
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +116,14 @@ def write_parts(folder, path, parts=3):
 
 
 def run(monkeypatch, *words):
-    """pretrain.py in this process, a smaller network, no pictures: starting and drawing would take
-    most of the time.
-    """
+    """pretrain.py in this process, a smaller network, no pictures: they would take most of the time."""
     small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
     monkeypatch.setitem(pretrain.SIZES, "nano", small)
     monkeypatch.setattr(pretrain, "draw_run", lambda *_: None)
+    monkeypatch.setattr(pretrain, "draw_masks", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [str(w) for w in ["pretrain.py", *words]])
     pretrain.main()
+    LOCKS.close()
 
 
 # ---- maps follow their images --------------------------------------------------------------------
@@ -158,12 +142,12 @@ def test_a_hot_patch_follows_crop_and_flip():
         maps[i, row, column] = 1
     view = data.view_images(torch.from_numpy(images), boxes, flip, S)
     seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
-    known = guidance.crop_map("attn", maps, torch.arange(n), boxes, flip, side, "cpu")
+    known = guidance.crop_map(maps, torch.arange(n), boxes, flip, side)
     assert (
         known.argmax(1) == seen.argmax(1)
     ).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
     assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
-    unflipped = guidance.crop_map("attn", maps, torch.arange(n), boxes, ~flip, side, "cpu")
+    unflipped = guidance.crop_map(maps, torch.arange(n), boxes, ~flip, side)
     assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
 
 
@@ -171,10 +155,10 @@ def test_parts_are_shares_and_figure_is_one_of_them():
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
-    shares = guidance.crop_map("parts", labels, rows, boxes, flip, 8, "cpu", 5)
+    shares = guidance.crop_parts(labels, rows, boxes, flip, 8, 5)
     assert shares.shape == (6, 64, 5)
     torch.testing.assert_close(shares.sum(2), torch.ones(6, 64))
-    figure = guidance.crop_map("fg", np.uint8(255 * (labels > 0)), rows, boxes, flip, 8, "cpu")
+    figure = guidance.crop_map(np.uint8(255 * (labels > 0)), rows, boxes, flip, 8)
     torch.testing.assert_close(1 - shares[..., 0], figure)
 
 
@@ -198,13 +182,13 @@ def test_attention_by_part_is_1_where_attention_is_even(figures):
     with torch.no_grad():
         encoder.blocks[-1].attn.qkv.weight.zero_()
     found = evaluate.attention_by_part(
-        encoder, 32, lambda: torch.autocast("cpu", enabled=False), split
+        encoder, split, "cls", lambda: torch.autocast("cpu", enabled=False)
     )
     assert found == {"ground": 1.0, "figure": 1.0}
     with torch.no_grad():  # now it looks at what is bright: the ratio must leave 1
         torch.nn.init.normal_(encoder.blocks[-1].attn.qkv.weight, std=0.5)
     found = evaluate.attention_by_part(
-        encoder, 32, lambda: torch.autocast("cpu", enabled=False), split
+        encoder, split, "cls", lambda: torch.autocast("cpu", enabled=False)
     )
     assert abs(found["figure"] - 1) > 0.01
 
@@ -237,7 +221,7 @@ OFTEN = (
     "parts",
     "detail",
     "learned",
-    "simmim",
+    "squares",
     "attn_low:shuffle=1",
     "learned:shuffle=1",
 )
@@ -249,7 +233,7 @@ OFTEN = (
 def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
     monkeypatch.chdir(tmp_path)
     write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
-    run(monkeypatch, "--data", figures, "--mask", mask, *quick(mask), "--out", "out", "--every", 1)
+    run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--out", "out")
     rows = read_log("out/log.jsonl")
     last = [r for r in rows if "loss" in r][-1]
     assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
@@ -259,59 +243,18 @@ def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
         )
         assert last[first] > last[other]
     assert ("mask_entropy" in last) == mask.startswith("learned")
-    assert {p.name for p in Path("out/snapshots").iterdir()} == {
-        "encoder-0001.safetensors",
-        "encoder-0002.safetensors",
-    }
-
-
-def test_a_learned_mask_learns_alike_from_a_batch_in_parts(figures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for parts in (1, 2):
-        run(
-            monkeypatch,
-            "--data",
-            figures,
-            "--mask",
-            "learned",
-            *QUICK,
-            "--contrast",
-            "none",
-            "--accumulate",
-            parts,
-            "--out",
-            f"{parts}",
-        )
-    states = [torch.load(f"{parts}/state.pt", weights_only=True)["predictor"] for parts in (1, 2)]
-    assert all(torch.allclose(states[0][k], states[1][k], atol=2e-3) for k in states[0])
-    torch.manual_seed(0)
-    untrained = guidance.LossPredictor(4, 8).state_dict()
-    assert not all(
-        torch.allclose(states[0][k], untrained[k], atol=1e-4)
-        for k in untrained
-        if k.endswith("bias")
-    )
 
 
 def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, "--mask", "simmim", *quick("simmim"), "--out", "sim")
-    assert "6 of them visible" in capsys.readouterr().out  # of 16
+    run(monkeypatch, "--data", figures, *SIMMIM, "--out", "sim")
+    rows = read_log("sim/log.jsonl")
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
     header = json.loads(header_of("sim/model.safetensors"))
     assert header["run"]["ratio"] == "0.6" and "decoder_depth" not in header["config"]
-    run(
-        monkeypatch,
-        "--data",
-        figures,
-        "--mask",
-        "attn_high",
-        "--teacher",
-        "sim",
-        *QUICK,
-        "--out",
-        "pupil",
-    )
-    assert "attention of sim" in capsys.readouterr().out
+    words = ["--mask", "attn_high", "--teacher", "sim", *QUICK, "--out", "pupil"]
+    run(monkeypatch, "--data", figures, *words)
+    assert "attention (outlier) of sim" in capsys.readouterr().out
 
 
 def header_of(path):
@@ -323,9 +266,9 @@ def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypat
     """The same crops, and in the place of each image's map that of its neighbour in the batch."""
     seen, plain = [], guidance.crop_map
 
-    def noted(need, maps, rows, *rest):
+    def noted(maps, rows, *rest):
         seen.append(rows)
-        return plain(need, maps, rows, *rest)
+        return plain(maps, rows, *rest)
 
     monkeypatch.setattr(guidance, "crop_map", noted)
     monkeypatch.chdir(tmp_path)
@@ -338,27 +281,33 @@ def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypat
     )
 
 
-def test_a_learned_mask_resumes_to_the_same_bits(figures, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mask", "part"),
+    [("learned:start=0,ramp_for=0", "predictor"), ("attn_high:start=0", "teacher")],
+)
+def test_a_guided_run_resumes_to_the_same_bits(figures, tmp_path, monkeypatch, mask, part):
+    """The predictor, or the teacher with its maps, is a part of the state."""
     monkeypatch.chdir(tmp_path)
-    words = ["--data", figures, "--mask", "learned:start=0,ramp_for=0", *QUICK]
+    words = ["--data", figures, "--mask", mask, *QUICK]
     run(monkeypatch, *words, "--out", "whole")
 
-    plain = guidance.Guide.update_ema
+    plain = guidance.Guide.update_teacher
 
     def stop_at_5(self, encoder, step, total):
         plain(self, encoder, step, total)
-        self.steps = getattr(self, "steps", 0) + 1
-        if self.steps == 5:
+        if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(guidance.Guide, "update_ema", stop_at_5)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, *words, "--out", "parts")
-    monkeypatch.setattr(guidance.Guide, "update_ema", plain)
-    run(monkeypatch, *words, "--out", "parts", "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(guidance.Guide, "update_teacher", stop_at_5)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *words, "--out", "parts")
+    LOCKS.close()
+    run(monkeypatch, "--resume", "parts")
     a, b = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("whole", "parts"))
-    for key in ("model", "predictor"):
+    for key in ("model", part):
         assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
+    assert a["guide"] == b["guide"]
 
 
 def as_dino(run_folder, path):
@@ -383,25 +332,11 @@ def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
     Path("config.json").write_text('{"num_attention_heads": 1}')
     run(monkeypatch, "--data", figures, *QUICK, "--init", "dino.pth", "--out", "adapted")
     assert "dino.pth: encoder, the decoder starts anew" in capsys.readouterr().out
-    for words in (
-        ["--teacher", "dino.pth"],
-        ["--teacher", "adapted"],
-        ["--teacher", "adapted", "--attention", "received"],
-    ):
-        out = f"pupil{len(words)}-{words[1]}"
-        run(
-            monkeypatch,
-            "--data",
-            figures,
-            *QUICK,
-            "--mask",
-            "attn_high:beta=2",
-            *words,
-            "--out",
-            out,
-        )
-        assert f"attention of {words[1]}" in capsys.readouterr().out
-        assert (Path(out) / "attn-00000000.safetensors").exists()
+    for teacher, source in (("dino.pth", "cls"), ("adapted", "pooler")):
+        words = ["--mask", "attn_high:beta=2", "--teacher", teacher, "--out", f"by-{teacher}"]
+        run(monkeypatch, "--data", figures, *QUICK, *words)
+        assert f"attention ({source}) of {teacher}" in capsys.readouterr().out
+        assert Path(f"by-{teacher}/attn-00000000.safetensors").exists()
 
 
 def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
@@ -409,18 +344,7 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
 ):
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
-    run(
-        monkeypatch,
-        "--data",
-        figures,
-        *quick("simmim"),
-        "--mask",
-        "simmim",
-        "--init",
-        "first",
-        "--out",
-        "simmim",
-    )
+    run(monkeypatch, "--data", figures, *SIMMIM, "--init", "first", "--out", "simmim")
     run(monkeypatch, "--data", figures, *QUICK, "--init", "simmim", "--out", "back")
     assert capsys.readouterr().out.count("the decoder starts anew") == 2
     run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
@@ -434,18 +358,22 @@ def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
 
 
 def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
-    """Its code is put into mask.py's place, named in STRATEGIES, and trains."""
+    """Its code and its entry are put into mask.py, and the mask trains."""
     text = (ROOT / "README.md").read_text()
     code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
     assert len(code.strip().splitlines()) <= 10
-    exec(code, vars(masking))
-    monkeypatch.setitem(masking.STRATEGIES, "middle", masking.middle)
+    entry = re.search(r"add the entry `(.*?)`", text).group(1)
+    source = (ROOT / "mask.py").read_text()
+    source = source.replace("STRATEGIES = {", f"{code}\n\nSTRATEGIES = {{\n    {entry},")
+    changed = {}
+    exec(source, changed)
+    for table in ("STRATEGIES", "PARAMS"):
+        monkeypatch.setattr(masking, table, changed[table])
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
     assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
-    priority = masking.middle(
-        {}, masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0)), 0.5
-    )
+    noise = masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0))
+    priority = changed["middle"]({}, noise, 0.5, 32)
     often = torch.zeros(64).scatter_add_(
         0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32)
     )
@@ -500,6 +428,6 @@ def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
     assert "another data set" in refusal(
         "--data", small, "--mask", "parts", "--maps", tmp_path / "other"
     )
-    assert "no parameter 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
+    assert "no key 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
     line = refusal("--data", small, "--init", "nowhere")
     assert "nowhere" in line

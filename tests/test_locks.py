@@ -16,8 +16,8 @@ from conftest import ROOT, call, draw_folder, refused
 from PIL import Image
 
 import data
+import pretrain
 import recognize
-from common import distributed
 from common.checkpoints import save_model
 from common.classifier import load_gallery
 from common.io import UserError, locked, read_safetensors
@@ -28,7 +28,7 @@ from model import MAE
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
 CPU = ["--device", "cpu", "--dtype", "fp32"]
 TUNE = ["--data", "packed", "--batch-size", 8, *CPU]
-SMALL = ["--image-size", 32, "--patch-size", 8, "--decoder-depth", 1, "--decoder-dim", 32]
+SMALL = ["--model", "nano:image_size=32,decoder_dim=32"]
 
 # {name: (a call of each stage that writes, its lock)}; what it writes is under new/
 STAGES = {
@@ -39,7 +39,7 @@ STAGES = {
         "new/maps/.saliency.safetensors.lock",
     ),
     "pretrain": (
-        ["pretrain.py", *TUNE, *SMALL, "--model", "nano", "--epochs", 6, "--out", "new/run"],
+        ["pretrain.py", *TUNE, *SMALL, "--epochs", 6, "--out", "new/run"],
         "new/run/.lock",
     ),
     "probe": (
@@ -218,7 +218,7 @@ def test_of_two_processes_on_one_folder_one_wins(fresh, name):
 def test_a_left_over_variable_of_torchrun_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "many")
-    assert distributed.join(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert pretrain.join_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert "nowhere" in refused(call("probe.py", "nowhere", cwd=tmp_path))
 
 

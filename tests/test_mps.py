@@ -26,7 +26,7 @@ import mask as masking
 import model as M
 import tags
 from common import guidance, mfdn
-from common.agreement import Agreement
+from common.agreement import SETTINGS, Agreement
 from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import (
@@ -113,35 +113,35 @@ def training_step(log):
         make_optimizer(model, 1e-3, 0.05),
     )
     model.encoder.pooler, teacher.pooler = M.Pooler(64, 2), M.Pooler(64, 2)
-    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, 0.15)
+    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, SETTINGS["pooler"])
     images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
     boxes, flip = data.draw_boxes(4, draws, 0.4)
     noise = masking.gumbel_noise(4, 16, draws)
     labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
-    predictor, rows = M.LossPredictor(4, 8), torch.arange(4)
-    follow = SimpleNamespace(networks={"teacher": teacher}, teacher=teacher)
+    predictor, rows = guidance.LossPredictor(4, 8), torch.arange(4)
+    follow = guidance.Teacher(teacher, "pooler", set(), "self")
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
         patches = {
-            need: guidance.crop_map(need, labels, rows, boxes, flip, 4, "cpu", 5)
-            for need in ("fg", "parts")
+            "fg": guidance.crop_map(labels, rows, boxes, flip, 4),
+            "parts": guidance.crop_parts(labels, rows, boxes, flip, 4, 5),
         }
+        figure = guidance.crop_map(labels, rows, boxes, flip, 32).view(4, 32, 32, 1)
+        view = data.swap_backgrounds(view, figure, torch.rand(4, generator=draws), 0.7, 2)
         view = data.jitter_colour(view, torch.rand(4, 3, generator=draws), 0.3)
-        sources = ("cls", "received", "rollout", "pooler")
+        sources = ("cls", "rollout", "pooler")
         attention = [teacher.patch_attention(view, source).mean(1) for source in sources]
-        patches |= {"masked": 12, "attn": sum(attention)}
+        patches["attn"] = sum(attention)
         tokens, every = teacher.all_patches(view)
         guess = predictor(tokens)
         patches |= {"detail": patch_detail(view, every, 8), "difficulty": guess.detach()}
         for strategy in masking.STRATEGIES.values():
-            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9), 4)
+            ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9, 12), 4)
         weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
         pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
-        loss, error = reconstruction_loss(
-            pred, view, ids_mask, 8, weight, True, weight.sum(), return_error=True
-        )
+        loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, True, return_error=True)
         loss = loss + reconstruction_loss(pred, view, ids_mask, 8, weight, error_of=absolute_error)
-        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + M.ranking_loss(
+        heads = stats_loss(stats, view, ids_keep, ids_mask, 8) + guidance.ranking_loss(
             guess.gather(1, ids_mask), error
         )
         agreed = agreement(tokens[:, 0], rows // 2) + agreement(
@@ -151,7 +151,7 @@ def training_step(log):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        guidance.Guide.update_ema(follow, model.encoder, 5, 10)
+        follow.update(model.encoder, 5, 10)
         (
             masking.diversity(ids_mask, 16),
             guidance.region_shares(patches["fg"], ids_mask),

@@ -250,6 +250,7 @@ def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones
         re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M)
     )
     assert set(table) == set(masking.STRATEGIES)
+    cost["squares"] = cost["simmim"]  # measured under the name of the network that it trains
     assert {name: abs(float(x)) for name, x in table.items()} == {
         name: abs(cost[name]) for name in table
     }

@@ -11,25 +11,21 @@ import traceback
 import zipfile
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import data
 import recognize
 from common import (
     classifier,
     command,
     detection,
-    errors,
     features,
     fields,
     lora,
     mfdn,
     segmenting,
-    tagging,
     train,
 )
 from common.checkpoints import init_from, load_encoder, load_exactly
@@ -73,14 +69,8 @@ ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F
 # ---- the files -----------------------------------------------------------------------------------
 
 
-def save_packed(base):
-    """Nothing: it is packed already. Maps of it, and features."""
-    split = data.open_split(base / "packed", "train")
-    n, about = len(split["labels"]), {"map": "saliency", "grid": 4, "by": "", "quality": "coarse"}
-    about |= {"data": "packed", "split": "train", "data_digest": data.fingerprint(split)}
-    maps = np.zeros((n, 4, 4), np.uint8)
-    data.write_maps(base / "saliency.safetensors", "saliency", [maps], maps.shape, "U8", about)
-    save_safetensors({"train.mean": torch.zeros(1, n, 8)}, base / "features.safetensors", CACHED)
+def save_features(base):
+    save_safetensors({"train.mean": torch.zeros(1, 8, 8)}, base / "features.safetensors", CACHED)
 
 
 def save_recogniser(base):
@@ -138,7 +128,7 @@ def home(tagged, tmp_path_factory):
     """A folder with a valid file of each kind; a case spoils one, and puts it back."""
     base = tmp_path_factory.mktemp("spoiled") / "home"
     shutil.copytree(tagged, base)
-    for save in (save_packed, save_recogniser, save_applications, save_run):
+    for save in (save_features, save_recogniser, save_applications, save_run):
         save(base)
     return base
 
@@ -148,22 +138,6 @@ def home(tagged, tmp_path_factory):
 
 def view():
     return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
-
-
-def use_packed(base):
-    sets, _ = features.open_rows(base / "packed", "val", 0)
-    for images in sets:
-        split, rows = images.split, images.rows
-        data.groups_of(split)
-        errors.by_stratum(split, rows.numpy(), images.labels[rows] == 0, least=1)
-        tagging.has_tags(split) and tagging.many_hot(split["tags"], len(split["header"]["tags"]))
-        data.take(split["images"], rows[:4], CPU)
-    return [split["header"]["keys"][i] for i in rows.tolist()]
-
-
-def use_maps(base):
-    maps = data.open_map(base, "saliency", data.open_split(base / "packed", "train"))
-    return torch.from_numpy(np.array(maps))
 
 
 CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32", "views": 1}
@@ -228,9 +202,6 @@ def use_patches(base):
 
 
 FILES = {  # file: how many cases, and what reads it
-    "packed/train.safetensors": (80, use_packed),
-    "packed/val.safetensors": (50, use_packed),
-    "saliency.safetensors": (50, use_maps),
     "features.safetensors": (40, use_features),
     "encoder/model.safetensors": (80, use_encoder),
     "run/state.pt": (80, use_state),
@@ -446,8 +417,8 @@ def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, 
     assert capsys.readouterr().err == "note: c.png could not be drawn (RuntimeError: no figure)\n"
 
 
-def test_there_are_six_hundred_cases_and_nothing_is_wrong_before(home):
-    assert sum(len(cases(home / file, count)) for file, (count, _) in FILES.items()) >= 600
+def test_there_are_five_hundred_cases_and_nothing_is_wrong_before(home):
+    assert sum(len(cases(home / file, count)) for file, (count, _) in FILES.items()) >= 500
     assert [complaint(use, home) for _, use in FILES.values()] == [None] * len(FILES)
     for _, use in FILES.values():
         use(home)

@@ -90,13 +90,11 @@ def drawn(tmp_path_factory):
             model.SIZES, "nano", model.SIZES["nano"] | {"dim": 32, "depth": 2, "heads": 2}
         )
         quick = [
-            "--image-size",
-            32,
+            "--model",
+            "nano:image_size=32",
             "--batch-size",
             16,
             "--epochs",
-            1,
-            "--decoder-depth",
             1,
             "--device",
             "cpu",
@@ -135,7 +133,7 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
     masks = {r["strategy"] for r in report["reconstruction"]}
     assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {
-        "simmim",
+        "squares",
         "learned",
     } & masks
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])

@@ -9,20 +9,8 @@ from conftest import call, refused
 
 from common.train import read_log
 
-STEP = [
-    "--model",
-    "nano",
-    "--image-size",
-    32,
-    "--epochs",
-    1,
-    "--batch",
-    16,
-    "--mask",
-    "random",
-    "--device",
-    "cpu",
-]
+STEP = ["--device", "cpu", "--model", "nano:image_size=32", "--epochs", 1, "--batch-size", 16]
+STEP += ["--mask", "random"]
 
 
 @pytest.fixture(scope="module")
