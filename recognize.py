@@ -18,7 +18,7 @@ or of another split
 
 The trained head names the characters that it learned. An enrolled one has no place in the head: it
 wins where the mean of its faces is nearer than that of every learned one. Below a threshold that
-finetune_lora.py calibrated a face is unknown (common/classifier.py, `decide`). A picture and its
+finetune_lora.py calibrated a face is unknown (common/gallery.py, `decide`). A picture and its
 mirror image are looked at, and their mean is used.
 """
 
@@ -40,22 +40,14 @@ import torch.nn.functional as F
 
 import data
 from common import metrics, mfdn
-from common.classifier import (
-    CALIBRATED,
-    compared,
-    decide,
-    head_of,
-    load_classifier,
-    load_gallery,
-    pooled_of,
-    predict,
-    save_gallery,
-)
+from common.classifier import head_of, pooled_of, predict
 from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_unused
 from common.features import results_folder
 from common.fields import refuse_odd_name, shown
+from common.gallery import compared, decide, load_gallery, save_gallery
 from common.io import UserError, lock_beside, locked, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
+from finetune_lora import load_classifier
 from ingest import pack, sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
@@ -416,10 +408,8 @@ def without_faces(run, who, gallery):
 
 def replace_gallery(run, embeddings, labels, names, keys, old):
     """Write the gallery of a run again; what was calibrated stays."""
-    about = {k: old[k] for k in CALIBRATED}
-    save_gallery(
-        Path(run) / "gallery.safetensors", embeddings, labels, names, keys, old["learned"], about
-    )
+    about = old | {"names": names, "keys": keys}
+    save_gallery(Path(run) / "gallery.safetensors", embeddings, labels, about)
 
 
 def list_known(args, header, gallery):
@@ -497,7 +487,7 @@ def open_set(known, right, enrolled, strangers):
 
 def reliability(known, right, strangers):
     """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in
-    percent, and points.
+    percent.
 
     Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is
     left out.
@@ -506,8 +496,8 @@ def reliability(known, right, strangers):
     right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
     weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, strangers)])
     there = ~sure.isnan()
-    error, points = metrics.calibration_error(sure[there], right[there], weights[there])
-    return round(100 * error, 3), points
+    error, _ = metrics.calibration_error(sure[there], right[there], weights[there])
+    return round(100 * error, 3)
 
 
 def table(row):
@@ -605,9 +595,9 @@ def verify(args, net, header, gallery, autocast):
         row["open_set"] = open_set(
             margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers
         )
-    learned, points = known & (own < gallery["learned"]), ()
+    learned = known & (own < gallery["learned"])
     if learned.any() and len(strangers):
-        row["calibration_error"], points = reliability(
+        row["calibration_error"] = reliability(
             sure[learned], (who == own)[learned], sure_of_strangers
         )
     if not {"verification", "open_set"} & row.keys():
@@ -627,7 +617,6 @@ def verify(args, net, header, gallery, autocast):
             pairs if "verification" in row else None,
             both if min(map(len, both)) else None,
             title,
-            points,
         )
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)

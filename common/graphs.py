@@ -18,7 +18,7 @@ from torch import nn
 import data
 from common import mfdn
 from common.checkpoints import load_encoder
-from common.classifier import decide, load_classifier, load_gallery
+from common.gallery import decide, load_gallery
 from common.io import UserError, atomic
 
 PIP, MOST = (
@@ -90,6 +90,8 @@ def graph_of(source, image_size=None):
     the folder.
     """
     if (Path(source) / "head.safetensors").exists():
+        from finetune_lora import load_classifier  # goes to export.py with these graphs
+
         net, header = load_classifier(source)
         gallery = load_gallery(source)
         graph = RecogniserGraph(net, header, gallery)

@@ -39,15 +39,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import metrics, plots, stats
-from common.classifier import load_classifier, pooled_of, predict
+from common.classifier import pooled_of, predict
 from common.command import Parser, at_least, between, cli, refuse_file, working
-from common.corruptions import SWEEPS
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
+from experiments.corruptions import SWEEPS
 from experiments.study_run import execute
+from finetune_lora import load_classifier
 
 VIT = "--model nano --image-size 64 --patch-size 8 --batch-size 64"
 ENCODERS = {  # command of pre-training, the flag of its learning rate, trials

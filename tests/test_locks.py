@@ -19,7 +19,7 @@ import data
 import recognize
 from common import distributed
 from common.checkpoints import save_model
-from common.classifier import load_gallery
+from common.gallery import load_gallery
 from common.io import UserError, locked, read_safetensors
 from common.train import load_state, read_log
 from ingest import hybrid, pack, scenes

@@ -18,14 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import data
+import finetune_lora
 import recognize
 from common import (
     classifier,
     command,
     detection,
-    errors,
     features,
     fields,
+    gallery,
     lora,
     mfdn,
     segmenting,
@@ -92,13 +93,12 @@ def save_recogniser(base):
     about["fingerprint"] = lora.fingerprint(encoder)
     head = {k: w for k, w in net.state_dict().items() if not k.startswith("encoder.")}
     save_safetensors(head, run / "head.safetensors", about)
-    lora.add_lora(encoder, 2)
-    lora.save_adapter(encoder, run, base / "encoder")
-    found = dict.fromkeys(classifier.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
-    names, labels = ["a", "b", "c", "new"], torch.arange(8) % 4
-    keys = [f"{i}.png" for i in range(8)]
-    path = run / "gallery.safetensors"
-    classifier.save_gallery(path, torch.randn(8, 32), labels, names, keys, 3, found)
+    finetune_lora.add_lora(encoder, 2)
+    finetune_lora.save_lora(encoder, run, base / "encoder")
+    about = dict.fromkeys(gallery.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
+    about |= {"names": ["a", "b", "c", "new"], "keys": [f"{i}.png" for i in range(8)], "learned": 3}
+    labels = torch.arange(8) % 4
+    gallery.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
 
 
 def save_applications(base):
@@ -155,7 +155,6 @@ def use_packed(base):
     for images in sets:
         split, rows = images.split, images.rows
         data.groups_of(split)
-        errors.by_stratum(split, rows.numpy(), images.labels[rows] == 0, least=1)
         tagging.has_tags(split) and tagging.many_hot(split["tags"], len(split["header"]["tags"]))
         data.take(split["images"], rows[:4], CPU)
     return [split["header"]["keys"][i] for i in rows.tolist()]
@@ -198,12 +197,12 @@ def use_state(base):
 
 
 def use_recogniser(base):
-    gallery = classifier.load_gallery(base / "lora")
-    net, header = classifier.load_classifier(base / "lora")
+    known = gallery.load_gallery(base / "lora")
+    net, header = finetune_lora.load_classifier(base / "lora")
     found = recognize.embed(net, header, view().numpy(), AUTOCAST)
-    rows = recognize.answers(["x"], *found, gallery, 2)
-    counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
-    return [rows, [name in header["classes"] for name in gallery["names"]], counts]
+    rows = recognize.answers(["x"], *found, known, 2)
+    counts = torch.bincount(known["labels"], minlength=len(known["names"])).tolist()
+    return [rows, [name in header["classes"] for name in known["names"]], counts]
 
 
 def use_tagger(base):
