@@ -24,7 +24,6 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import math
-import re
 import shlex
 from argparse import ArgumentTypeError, BooleanOptionalAction
 from pathlib import Path
@@ -38,9 +37,8 @@ from torch import nn
 import data
 import mask as masking
 from common import classifier, gallery, metrics, stats, train
-from common.checkpoints import flags_of, load_exactly
+from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
-from common.convnets import load_any
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
@@ -65,10 +63,8 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
-NECK_FEW, NECK_MANY = (
-    256,
-    20,
-)  # pictures for the neck's statistics: after an epoch; a class, at the end
+NECK_FEW = 256  # training pictures that give the neck its statistics after an epoch
+NECK_MANY = 20  # pictures of each character that do so at the end
 FACES = 500  # training pictures of a character in the gallery, at most
 
 
@@ -77,7 +73,10 @@ def read_flags():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
-        "encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, ..."
+        "encoder",
+        nargs="?",
+        metavar="ENCODER",
+        help="runs/NAME, or a checkpoint of MAE, DINO, timm",
     )
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
@@ -86,31 +85,20 @@ def read_flags():
     add(
         "--head",
         default="linear",
-        help=f"{', '.join(classifier.HEADS)}; arcface:margin=.3,scale=32",
+        help="linear, mlp, ifa, arcface:margin=.5,scale=32, cosface, ...",
     )
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
-    add(
-        "--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="full: a block more"
-    )
+    add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="a block more")
     add("--hold-out", type=at_least(0), default=0, metavar="N", help="characters that are left out")
-    add(
-        "--image-size",
-        type=at_least(1),
-        metavar="PX",
-        help="side of a view (default: the encoder's)",
-    )
+    add("--image-size", type=at_least(1), metavar="PX", help="side of a view (the encoder's)")
     add("--epochs", type=at_least(1), help="passes over the data (default: of the method)")
     add("--batch-size", type=at_least(2), metavar="B", help="images of a step")
     add("--lr", type=between(0, 1), help="peak learning rate of the encoder or the adapter")
     add("--head-lr", type=between(1e-9, 1), metavar="LR", help="peak learning rate of the head")
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
-    add(
-        "--augment",
-        action=BooleanOptionalAction,
-        help="crop, flip, colour, cutout (not for linear)",
-    )
+    add("--augment", action=BooleanOptionalAction, help="crop, flip, colour, cutout")
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; .25:.75 rises")
     add("--split", default="val", choices=["val", "dev", "test"], help="what is reported")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
@@ -127,19 +115,11 @@ def read_flags():
     else:
         method, _ = parse_keys(flags.method, METHODS, "--method")
         flags.fill(augment=method != "linear", **RECIPE[method])
-        flags.fill(out=f"runs/{default_name(flags.values, method)}")
+        named = {"head", "from_scratch", "seed"}  # of the flags that were given
+        name = flags.name(name_of(flags.encoder), flags.method, leave_out=flags.given - named)
+        flags.fill(out=f"runs/{name}")
         flags.values["command"] = command()
     return flags
-
-
-def default_name(values, method):
-    """toon-lora-r-4-s1: encoder, method, head and seed."""
-    words = [name_of(values["encoder"]), method]
-    words += values["method"].split(":")[1:]
-    words += [] if values["head"] == "linear" else [values["head"]]
-    words += ["scratch"] if values["from_scratch"] else []
-    words += [f"s{values['seed']}"] if values["seed"] else []
-    return re.sub(r"[^\w.-]+", "-", "-".join(words))
 
 
 # ---- LoRA: low-rank adapters ---------------------------------------------------------------------
@@ -207,8 +187,9 @@ def save_lora(encoder, folder, base):
 @torch.no_grad()
 def load_lora(encoder, folder):
     """Put the adapter of a folder, ours or one that peft made, on a plain encoder, and freeze it."""
+    layers = read_adapter(folder, encoder)
     encoder.requires_grad_(False)
-    for name, (A, B, scale) in read_adapter(folder, encoder).items():
+    for name, (A, B, scale) in layers.items():
         lora = LoRA(encoder.get_submodule(name), len(A), scale * len(A))
         lora.A[0], lora.B[0] = A, B
         encoder.set_submodule(name, lora)
@@ -219,7 +200,7 @@ def load_classifier(folder):
     folder = Path(folder)
     weights, header = classifier.read_head(folder)
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
-    encoder, _ = load_any(base, header["image_size"])
+    encoder, _ = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
         raise UserError(
             f"{base} is not the encoder that {folder} was trained on any more; put that one back, "
@@ -286,12 +267,30 @@ def drop_patches(view, encoder, keep, generator):
 # ---- before the loop: data, network, optimizer ---------------------------------------------------
 
 
+class Weights(dict):
+    """{name: weight in the network's memory}, as a part of state.pt."""
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, saved):
+        for name, weight in self.items():
+            weight.copy_(saved[name])
+
+
+class Best(dict):
+    """The best epoch so far, its macro-F1 on dev and its weights, as a part of state.pt."""
+
+    state_dict = dict.copy
+    load_state_dict = dict.update
+
+
 def open_task(flags, device, autocast):
     """-> what a run works with, a namespace: data, classes, network, and what of it is trained."""
     task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
     task.method, keys = parse_keys(flags.method, METHODS, "--method")
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    encoder, task.S = load_any(flags.encoder, flags.image_size)
+    encoder, task.S = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
     sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
@@ -301,64 +300,22 @@ def open_task(flags, device, autocast):
     if flags.from_scratch:
         encoder = untrained_like(encoder, flags.seed)
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
-    task.base = flags.values.setdefault("fingerprint", fingerprint(encoder))  # before training
-    if task.base != fingerprint(encoder):
+    if flags.values.setdefault("fingerprint", fingerprint(encoder)) != fingerprint(encoder):
         raise UserError(f"{flags.encoder} has changed since {task.out} began; put the old one back")
     torch.manual_seed(flags.seed)
     encoder.requires_grad_(task.method == "full")
     if task.method == "lora":
         add_lora(encoder, keys["r"], keys["alpha"])
     pool = "mean" if task.head == "ifa" else flags.pool
-    net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
-    task.net = net.to(device)
-    weights = net.state_dict(keep_vars=True)
-    # {name: weight} in the network's memory: what is trained, with the neck's statistics; the rest
-    task.trained = {
-        k: w.detach() for k, w in weights.items() if w.requires_grad or not k.startswith("encoder.")
-    }
-    task.frozen = {k: w for k, w in weights.items() if k not in task.trained}
+    task.net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
+    task.trained = Weights()  # with the neck's statistics
+    for name, w in task.net.to(device).state_dict(keep_vars=True).items():
+        if w.requires_grad or not name.startswith("encoder."):
+            task.trained[name] = w.detach()
     task.keys = keys | head_keys
-    task.count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    task.share = task.count / sum(p.numel() for p in net.parameters())
+    task.count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+    task.share = task.count / sum(p.numel() for p in task.net.parameters())
     return task
-
-
-class Trained:
-    """What a run changes of its network, as a part of state.pt."""
-
-    def __init__(self, task):
-        self.task = task
-
-    def state_dict(self):
-        return self.task.trained
-
-    def load_state_dict(self, weights):
-        load_exactly(self.task.net, self.task.frozen | weights, self.task.out / "state.pt")
-
-
-class Best:
-    """The weights after the best epoch so far, by macro-F1 on dev, as a part of state.pt."""
-
-    def __init__(self):
-        self.epoch, self.macro_f1, self.weights = 0, -1.0, {}
-
-    def state_dict(self):
-        return vars(self)
-
-    def load_state_dict(self, saved):
-        vars(self).update(saved)
-
-    def update(self, epoch, macro_f1, weights):
-        if macro_f1 > self.macro_f1:
-            self.epoch, self.macro_f1 = epoch, macro_f1
-            self.weights = {k: w.cpu().clone() for k, w in weights.items()}
-
-
-def make_optimizer(flags, task):
-    """AdamW with the rates of the method."""
-    lr = 0.0 if task.method == "linear" else flags.lr
-    decay = WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
-    return classifier.make_optimizer(task.net, lr, flags.head_lr, *decay)
 
 
 def unfreeze(net, trained, epoch, every):
@@ -426,20 +383,22 @@ def pooled_views(task, images, t, generator):
 
 
 def finetune(flags, task):
-    """Train for --epochs, or what is left of them -> (run, best)."""
+    """Train for --epochs, or what is left of them -> (run, the best epoch)."""
     net, device, C = task.net, task.device, len(task.classes)
     train_rows, labels = task.train.rows, task.train.labels
     B, seed, balanced = flags.batch_size, flags.seed, flags.balanced
     per_epoch = len(train_rows) // B
     total = per_epoch * flags.epochs
     unfreeze_every = flags.unfreeze_every if task.method == "full" else 0
-    optimizer = make_optimizer(flags, task)
+    lr = 0.0 if task.method == "linear" else flags.lr
+    rates = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
+    optimizer = classifier.make_optimizer(net, *rates)
     share = torch.bincount(labels[train_rows], minlength=C) / len(train_rows)
     adjust = (flags.logit_adjust * share.log()).to(device)  # Menon et al. 2020, arXiv:2007.07314
     flags.read |= {"log", "resume"}  # Run reads them
     flags.refuse_unread()
-    best = Best()
-    parts = {"model": Trained(task), "optimizer": optimizer, "best": best}
+    best = Best(epoch=0, macro_f1=-1.0, weights={})
+    parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
     print(start_message(flags, task, run))
     if task.method == "linear" and not task.augment and task.keep == "1" and run.step < total:
@@ -480,24 +439,25 @@ def finetune(flags, task):
             if run.step % per_epoch == 0:
                 row = evaluate(task)
                 run.log(epoch=epoch + 1, **row, seconds=run.seconds())
-                best.update(epoch + 1, row["dev_macro_f1"], task.trained)
+                if row["dev_macro_f1"] > best["macro_f1"]:
+                    weights = {name: w.cpu().clone() for name, w in task.trained.items()}
+                    best.update(epoch=epoch + 1, macro_f1=row["dev_macro_f1"], weights=weights)
             run.save_if_due()
-    parts["model"].load_state_dict(best.weights)
-    return run, best
+    task.trained.load_state_dict(best["weights"])
+    return run, best["epoch"]
 
 
 def start_message(flags, task, run):
     """What is printed before the first step."""
     sizes = torch.bincount(task.train.labels[task.train.rows])
-    uneven = "; --balanced draws the rare ones as often" if sizes.max() > 5 * sizes.min() else ""
-    rates = f"{flags.values['lr']:.2g} and {flags.values['head_lr']:.2g}"
+    uneven = "; --balanced helps the rare ones" if sizes.max() > 5 * sizes.min() else ""
     return (
         f"data     {flags.data}: {len(task.train.rows)} images to learn from, {len(task.dev.rows)} to "
         f"choose by, {len(sizes)} characters of {sizes.min()} to {sizes.max()}{uneven}\n"
         f"model    {flags.method} of {flags.encoder}, {flags.head} head: {task.count:,} parameters "
         f"trained, {task.share:.2%}\n"
         f"run      {task.out}: {flags.epochs} epochs of {run.per_epoch} steps of {run.batch_size} "
-        f"images, learning rates {rates}, {task.keep} of the patches, from step {run.step}"
+        f"images, {task.keep} of the patches, from step {run.step}"
     )
 
 
@@ -505,22 +465,19 @@ def start_message(flags, task, run):
 
 
 @torch.no_grad()
-def write_results(flags, task, run, best):
+def write_results(flags, task, run, best_epoch):
     """Judge the network on pictures that decided nothing, write all files but state.pt.
 
     A network that is there already stays as it is, and so does its gallery, in which somebody may
     be enrolled.
     """
     report, out, suffix = task.report, task.out, split_suffix(flags.split)
-    where = {"commit": train.commit(), "machine": train.machine(task.device)}
-    rows = spread_rows(task.train, len(task.classes), NECK_MANY)
-    predict(task, task.train, rows, bn_stats=True)
+    predict(task, task.train, spread_rows(task.train, len(task.classes), NECK_MANY), bn_stats=True)
     if not any(out.glob("metrics*.json")):
         write_gallery(task)
-        write_network(flags, task, run.step, where)
+        write_network(flags, task, run)
+    logits = predict(task, report, report.rows)
     calibration = gallery.gallery_header(out)
-    logits, truth = predict(task, report, report.rows), report.labels[report.rows]
-    log = train.read_log(out / "log.jsonl")
     row = {
         "run": out.name,
         "method": task.method,
@@ -528,41 +485,39 @@ def write_results(flags, task, run, best):
         "seed": flags.seed,
         "data": flags.data,
         "evaluated_on": flags.split,
-        **scores(task, logits, truth),
-        "thumbnails_top1": thumbnail_top1(task),
-        "best_epoch": best.epoch,
-        **cost(task, run, log),
+        "best_epoch": best_epoch,
+        **scores(task, logits, report.labels[report.rows]),
+        **cost(task, run),
         "calibration": {k: calibration[k] for k in gallery.CALIBRATED},
         "config": run.config | task.keys,
-        **where,
         "command": flags.command,
+        "commit": train.commit(),
+        "machine": train.machine(task.device),
     }
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
     with drawing("curves.png or confusion.png"):
-        draw(row, log, task.classes, out, suffix)
+        from common import plots  # matplotlib takes half a second to load
+
+        title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
+        plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
+        plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     print(result_message(row, out))
 
 
 def scores(task, logits, truth):
-    """Of logits (n, C) against truth (n,): shares in percent, each picture, each class."""
+    """Of logits (n, C) against truth (n,), in percent: of all, by size of the class, of each class."""
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     found = metrics.classification(logits, truth, sizes)
+    each = zip(task.classes, found["per_class"], strict=True)
     right = logits.argmax(1) == truth
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
     interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
-    by_size = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
-    per_class = {}
-    for name, recall, row, size in zip(
-        task.classes, found["per_class"], found["confusion"], sizes.tolist(), strict=True
-    ):
-        top1 = None if recall is None else 100 * recall
-        per_class[name] = {"top1": top1, "pictures": sum(row), "trained_on": size}
+    shares = ("top1", "top5", "macro_f1", "head", "mid", "tail")
     return {
-        **{k: 100 * found[k] for k in ("top1", "top5", "macro_f1")},
+        **{k: 100 * found[k] for k in shares if found[k] is not None},
         "top1_interval": [round(interval["low"], 2), round(interval["high"], 2)],
-        "by_size": by_size,
-        "frequency_correlation": found["frequency_correlation"],
-        "per_class": per_class,
+        "thumbnails_top1": thumbnail_top1(task),
+        "per_class": {name: None if top1 is None else 100 * top1 for name, top1 in each},
         "confusion": found["confusion"],
         "right": stats.to_bits(right),
     }
@@ -579,29 +534,18 @@ def thumbnail_top1(task, side=8):
     return metrics.ridge_top1(features, labels, len(task.classes))
 
 
-def cost(task, run, log):
-    """What the run took: parameters, memory, time."""
-    steps = [row for row in log if "loss" in row]
-    speed = np.median([row["images_per_s"] for row in steps])
+def cost(task, run):
+    """What the run took: parameters, time, memory."""
+    steps = [row for row in train.read_log(task.out / "log.jsonl") if "loss" in row]
+    speed = float(np.median([row["images_per_s"] for row in steps]))
     return {
         "parameters_trained": task.count,
         "share_trained_percent": round(100 * task.share, 3),
         "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2),
-        "step_ms": round(1000 * run.batch_size / float(speed), 2),
+        "step_ms": round(1000 * run.batch_size / speed, 2),
         "peak_memory_mb": max(row["memory_mb"] for row in steps),
         "seconds": run.seconds(),
     }
-
-
-def draw(row, log, names, out, suffix):
-    """curves.png and confusion.png."""
-    from common import plots  # matplotlib takes half a second to load
-
-    title = (
-        f"{row['method']}, {row['head']} head: Top-1 {row['top1']:.1f} % on {row['evaluated_on']}"
-    )
-    plots.training(out / "curves.png", log, row["best_epoch"], title)
-    plots.confusion(out / f"confusion{suffix}.png", row["confusion"], names, title)
 
 
 def result_message(row, out):
@@ -609,14 +553,13 @@ def result_message(row, out):
     low, high = row["top1_interval"]
     found = row["calibration"]
     return (
-        f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % ({low:.1f} to {high:.1f} by its "
-        f"illustrations; 8x8 thumbnails: {row['thumbnails_top1']:.1f} %), Top-5 {row['top5']:.2f} %, "
-        f"macro-F1 {row['macro_f1']:.2f} %, epoch {row['best_epoch']} kept\n"
+        f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}; "
+        f"8x8 thumbnails: {row['thumbnails_top1']:.1f} %), macro-F1 {row['macro_f1']:.2f} %, epoch "
+        f"{row['best_epoch']} kept\n"
         f"unknown  on dev {found['false_reject']:.0%} of known faces, "
         f"{1 - found['false_accept']:.0%} of unknown ones ({found['by']})\n"
         f"wrote    {out}/ after {row['seconds']:.0f} s\n"
-        f"next: python recognize.py {shlex.quote(str(out))} PICTURE names a character, and with "
-        "--verify measures how far to trust it"
+        f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
     )
 
 
@@ -634,16 +577,21 @@ def write_gallery(task):
     left_out = (dev.labels < 0).nonzero()[:, 0]  # by --hold-out: they stand for unknown characters
     unknown = faces(dev, left_out)[1] if len(left_out) else None
     held_out = *faces(dev, dev.rows), dev.labels[dev.rows]
-    found = gallery.calibrate(embeddings, labels, *held_out, unknown)
+    about = gallery.calibrate(embeddings, labels, *held_out, unknown)
     keys = [task.train.split["header"]["keys"][i] for i in known.tolist()]
-    path = task.out / "gallery.safetensors"
-    about = {"names": task.classes, "keys": keys, "learned": len(task.classes), **found}
-    gallery.save_gallery(path, embeddings, labels, about)
+    about |= {"names": task.classes, "keys": keys, "learned": len(task.classes)}
+    gallery.save_gallery(task.out / "gallery.safetensors", embeddings, labels, about)
 
 
-def write_network(flags, task, step, where):
+def write_network(flags, task, run):
     """head.safetensors, and under it the adapter or the whole encoder."""
     encoder, split = task.net.encoder, task.train.split
+    if task.method == "lora":
+        save_lora(encoder, task.out, flags.encoder)
+    elif task.method == "full" or flags.from_scratch:
+        about = {"step": run.step, "run": run.config}
+        save_encoder(encoder, task.out / "model.safetensors", about)
+    head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
     about = {
         "config": task.net.config,
         "classes": task.classes,
@@ -655,13 +603,7 @@ def write_network(flags, task, step, where):
         "packed_size": split["images"].shape[1],
         "crop": split["header"]["crop"],
         "margin": split["header"]["margin"],
-        **where,
     }
-    if task.method == "lora":
-        save_lora(encoder, task.out, flags.encoder)
-    elif task.method == "full" or flags.from_scratch:
-        save_encoder(encoder, task.out / "model.safetensors", {"step": step, "run": flags.values})
-    head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
     save_safetensors(head, task.out / "head.safetensors", about)
 
 
@@ -676,8 +618,8 @@ def main():
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     task = open_task(flags, device, train.autocast_of(device, dtype))
-    run, best = finetune(flags, task)
-    write_results(flags, task, run, best)
+    run, best_epoch = finetune(flags, task)
+    write_results(flags, task, run, best_epoch)
     run.close()
 
 

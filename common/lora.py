@@ -14,7 +14,6 @@ from torch import nn
 
 from common import formats
 from common.checkpoints import as_convolution, load_encoder
-from common.convnets import ConvNet
 from common.fields import (
     FLAG,
     SIDE,
@@ -61,8 +60,6 @@ REMEDY = "python finetune_lora.py ENCODER --method lora makes one"
 
 def save_encoder(encoder, path, about):
     """Write an encoder without a decoder; `about` joins the header."""
-    if isinstance(encoder, ConvNet):
-        return save_safetensors(encoder.state_dict(), path, {"config": encoder.config, **about})
     config = shape_of(encoder) | {"norm_eps": encoder.norm.eps}
     save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **about})
 

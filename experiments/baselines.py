@@ -44,6 +44,7 @@ from common.command import Parser, at_least, between, cli, refuse_file, working
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
+from experiments import convnets
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
 from experiments.corruptions import SWEEPS
@@ -93,14 +94,14 @@ for table, more in (
         {
             "balanced": "--balanced",
             "adjusted": "--logit-adjust 1",
-            "arcface": "--head arcface --margin .3",
-            "cosface": "--head cosface --margin .2",
+            "arcface": "--head arcface:margin=.3",
+            "cosface": "--head cosface:margin=.2",
         },
     ),
     (
         "margin",
         {
-            f"{head}-{m:g}": f"--head {head} --margin {m:g}"
+            f"{head}-{m:g}": f"--head {head}:margin={m:g}"
             for head, margins in (("arcface", (0.1, 0.3, 0.5)), ("cosface", (0.1, 0.2, 0.35)))
             for m in margins
         },
@@ -184,7 +185,6 @@ COST = {
 def make(args, out, words):
     """Make a run, or go on with it, unless made.json says that it is through -> its folder."""
     words = [*words, "--data", args.data, "--out", str(out)]
-    words += [] if words[0] == "-m" else ["--resume"]  # experiments.views begins anew
     line = line_of(args, words)
     with locked(lock_beside(out), wait=True) as lock:
         if (out / "made.json").exists():
@@ -195,6 +195,9 @@ def make(args, out, words):
                 raise UserError(f"{out} was made by other flags ({there}); give another --work")
             return out
         print(line, flush=True)
+        if (out / "state.pt").exists() and "experiments.views" not in words:  # that begins anew
+            script = words[:2] if words[0] == "-m" else words[:1]
+            words = [*script, "--resume", str(out)]
         execute(words, out.with_name(out.name + ".log"), args.threads, lock)
         save_json({"command": line, "commit": commit()}, out / "made.json")
     return out
@@ -215,8 +218,11 @@ def encoder_of(args, name, rate, epochs, seed, phase):
 def tuned(args, arm, encoder, rate, epochs, seed, phase, more=()):
     """A run of finetune_lora.py -> its folder. epochs None: the default of its method."""
     _, command, flag, _ = ARMS[arm]
+    script = ["finetune_lora.py"]
+    if convnets.is_convnet(encoder):
+        script = ["-m", "experiments.convnets"]
     words = [
-        "finetune_lora.py",
+        *script,
         encoder,
         *shlex.split(command),
         flag,
@@ -361,12 +367,13 @@ def final(args, plan):
             if seed == 0 and args.classes > LEFT_OUT + 1:
                 outs.append(tuned(args, arm, *on, "strangers", ("--hold-out", str(LEFT_OUT))))
             for out in outs:
-                if not (out / "recognize.json").exists():
-                    execute(
-                        ["recognize.py", str(out), "--verify"],
-                        out.with_name(out.name + ".log"),
-                        args.threads,
-                    )
+                if (out / "recognize.json").exists():
+                    continue
+                script = ["recognize.py"]
+                if convnets.is_convnet(out):
+                    script = ["-m", "experiments.convnets"]
+                words = [*script, str(out), "--verify"]
+                execute(words, out.with_name(out.name + ".log"), args.threads)
             return outs
 
         for arm, outs in zip(left, side_by_side(args, run, left), strict=True):
@@ -385,7 +392,7 @@ def row_of(args, out, strangers=None):
         k: found[k] for k in ("top1", "top5", "macro_f1", "step_ms", "peak_memory_mb", "best_epoch")
     }
     row |= {"epochs": found["config"]["epochs"]} | {
-        k: found["by_size"].get(k, "") for k in ("head", "mid", "tail")
+        k: found.get(k, "") for k in ("head", "mid", "tail")
     }
     row |= {
         k: v for k, v in verified.get("verification", {}).items() if k in GOOD
@@ -707,6 +714,7 @@ def main():
             f"{args.plan} was made with another {other[0]} ({plan.get(other[0])}); give another --out"
         )
     torch.set_num_threads(args.threads)
+    convnets.in_stages()
     pilot(args, plan)
     tune(args, plan)
     final(args, plan)

@@ -61,6 +61,7 @@ def commands(job, args, ready):
         str(job["seed"]),
         *number_format(plan),
     ]
+    report = ["--split" if word == "--eval-on" else word for word in on]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
     if job["arm"].startswith("simmim"):  # has no decoder, whatever the recipe says of it
         at = [i for i, word in enumerate(recipe) if i and "--decoder-d" in word + recipe[i - 1]]
@@ -92,18 +93,18 @@ def commands(job, args, ready):
             "--images",
             "1000000",
         ],
-        "finetune": [
-            "finetune_lora.py",
-            out,
-            "--method",
-            "full",
-            *on,
-            "--out",
+        "finetune": going_on(
+            ["finetune_lora.py", out, "--method", "full", *report, "--out", f"{out}-full"],
             f"{out}-full",
-            "--resume",
-        ],
+        ),
     }
     return {stage: every[stage] for stage in job["stages"]}
+
+
+def going_on(words, out):
+    """A command of finetune_lora.py -> the same, or what goes on with the run that it left in `out`."""
+    begun = (Path(out) / "state.pt").exists()
+    return [words[0], "--resume", str(out)] if begun else words
 
 
 def execute(words, log, threads, lock=None):
@@ -316,7 +317,7 @@ def adapt_rows(args, path):
             phase, args.methods, plans.best_learning_rates(rows)
         ):
             out = Path(args.work) / f"{phase}-{name}"
-            flags = ["--out", out, "--resume", *method_flags(method, args, phase), *flags]
+            flags = ["--out", out, *method_flags(method, args, phase), *flags]
             words = ["finetune_lora.py", *wanted, *map(str, flags)]
             print(line := shlex.join(["python", *words]), flush=True)
             if args.dry:
@@ -335,11 +336,12 @@ def adapt_rows(args, path):
                 continue
             if not there:
                 with locked(lock_beside(out), wait=True) as lock:
+                    words = going_on(words, out)
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
             row = {
-                k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k]
+                k: round(v, 3) if isinstance(v := found.get(k, ""), float) and v > 1 else v
                 for k in KEEP
             }
             replace_rows(path, [row], ["run"])

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, stage
 
-from common.lora import save_encoder
 from common.train import read_log
-from model import MAE, Block, ViT
+from model import MAE, Block
 
 QUICK = [
     "--device",
@@ -182,37 +181,6 @@ def test_stopped_then_one_is_killed_then_one_alone_ends_it(small, tmp_path):
     assert nearly_the_same(
         *(torch.load(x / "state.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole"))
     )
-
-
-@pytest.mark.slow
-def test_two_processes_finetune_as_one(small, tmp_path):
-    """The batch norm of the neck and the margin of the head look at the whole batch, whose features
-    both share.
-    """
-    save_encoder(ViT(32, 8, 32, 2, 2), tmp_path / "encoder.safetensors", {})
-    words = [
-        tmp_path / "encoder.safetensors",
-        "--data",
-        small,
-        "--method",
-        "lora",
-        "--head",
-        "curricularface",
-    ]
-    words += ["--epochs", 2, "--device", "cpu", "--dtype", "fp32", "--batch-size", 16]
-    both = torchrun("finetune_lora.py", *words, "--out", tmp_path / "both", cwd=tmp_path)
-    text, errors = both.communicate(timeout=300)
-    assert both.returncode == 0 and text.count("wrote") == 1, errors
-    stage(
-        "finetune_lora.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD
-    )
-    one, two = (
-        torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both")
-    )
-    assert nearly_the_same(two, one)
-    assert {p.name for p in (tmp_path / "one").iterdir()} == {
-        p.name for p in (tmp_path / "both").iterdir()
-    }
 
 
 @pytest.mark.slow
