@@ -4,13 +4,11 @@
     python finetune_lora.py --resume runs/NAME-lora                  goes on with a run
     python finetune_lora.py --resume runs/NAME-lora --split test     judges it on another split
 
-Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
-        datasets/NAME
-Writes: runs/NAME-METHOD/ state.pt (all that a resumed run needs), head.safetensors, and what
-        belongs under it: for lora adapter_model.safetensors and adapter_config.json, for full
-        model.safetensors; gallery.safetensors (embeddings of training pictures, the threshold of
-        "unknown"), log.jsonl, metrics.json, curves.png, confusion.png (of another split:
-        metrics-SPLIT.json, confusion-SPLIT.png)
+Reads:  an encoder (runs/NAME, or a checkpoint file that common/formats.py knows), datasets/NAME
+Writes: runs/NAME-METHOD/ state.pt, head.safetensors, and what belongs under it: for lora
+        adapter_model.safetensors and adapter_config.json, for full model.safetensors;
+        gallery.safetensors (embeddings of training pictures, the threshold of "unknown"),
+        log.jsonl, metrics.json, curves.png, confusion.png (of another split: metrics-SPLIT.json)
 
 Choices (best epoch, threshold) are made on dev, or on a tenth of train that is held out by group.
 --split is reported.
@@ -25,7 +23,7 @@ if __name__ == "__main__":
 
 import math
 import shlex
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,9 +43,9 @@ from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
 # The recipe. Learning rates were chosen on dev of faces20 in short runs (results/LOG.md).
-RISING = "0.25:0.75"  # share of the patches that is shown, from the first step to the last
+RISING = 0.25, 0.75  # share of the patches that is shown, from the first step to the last
 RECIPE = {
-    "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": "1"},
+    "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": (1.0, 1.0)},
     "lora": {"epochs": 30, "batch_size": 32, "lr": 3e-3, "head_lr": 1e-2, "keep": RISING},
     "full": {"epochs": 30, "batch_size": 32, "lr": 1e-3, "head_lr": 1e-2, "keep": RISING},
 }
@@ -72,21 +70,12 @@ def read_flags():
     """The flags of the command, those of a resumed run, and the defaults of the method."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add(
-        "encoder",
-        nargs="?",
-        metavar="ENCODER",
-        help="runs/NAME, or a checkpoint of MAE, DINO, timm",
-    )
+    add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
     add("--resume", metavar="RUN", help="go on with this run, by its flags")
     add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=.9")
-    add(
-        "--head",
-        default="linear",
-        help="linear, mlp, ifa, arcface:margin=.5,scale=32, cosface, ...",
-    )
+    add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=.5,scale=32")
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
     add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="a block more")
@@ -219,17 +208,10 @@ def load_classifier(folder):
 
 
 def shares(text):
-    """An argparse type: a share, or the first and the last of a run: ".25:.75" -> "0.25:0.75"."""
-    parts = [f"{between(0.01, 1)(part):g}" for part in text.split(":")]
-    if len(parts) > 2:
-        raise ArgumentTypeError(f"{text} must be a share, such as .5, or two, such as .25:.75")
-    return ":".join(parts)
-
-
-def shown(keep, t):
-    """The share of the patches that is shown at t of a run, which goes from 0 to 1."""
-    first, *last = (float(share) for share in keep.split(":"))
-    return first + ((last or [first])[0] - first) * t
+    """An argparse type: ".5" -> (0.5, 0.5), ".25:.75" -> (0.25, 0.75), first and last of the run."""
+    first, _, last = text.partition(":")
+    share = between(0.01, 1)
+    return share(first), share(last or first)
 
 
 def cutout(view, share, generator):
@@ -364,10 +346,8 @@ def evaluate(task):
 def cache_features(task):
     """A frozen encoder that sees the same views in every epoch looks at each picture once."""
     for images in (task.train, task.dev):
-        rows = torch.arange(len(images.split["images"]))
-        pooled = classifier.pooled_of(
-            task.net, images.split, rows, task.S, task.autocast, "features"
-        )
+        split, rows = images.split, torch.arange(len(images.split["images"]))
+        pooled = classifier.pooled_of(task.net, split, rows, task.S, task.autocast, "features")
         task.features[images.name] = pooled
 
 
@@ -377,7 +357,8 @@ def pooled_views(task, images, t, generator):
         view = augmented(images, task.S, generator)
     else:
         view = data.view_images(images, *data.full_boxes(len(images)), task.S)
-    patches, ids = drop_patches(view, task.net.encoder, shown(task.keep, t), generator)
+    first, last = task.keep
+    patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
     with task.autocast():
         return task.net.pooled(patches, ids)
 
@@ -400,8 +381,9 @@ def finetune(flags, task):
     best = Best(epoch=0, macro_f1=-1.0, weights={})
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
-    print(start_message(flags, task, run))
-    if task.method == "linear" and not task.augment and task.keep == "1" and run.step < total:
+    print_start(flags, task, run)
+    same_views = not task.augment and min(task.keep) == 1
+    if task.method == "linear" and same_views and run.step < total:
         cache_features(task)
     images = task.features.get("train", data.resident(task.train.split, device))
 
@@ -447,17 +429,14 @@ def finetune(flags, task):
     return run, best["epoch"]
 
 
-def start_message(flags, task, run):
-    """What is printed before the first step."""
+def print_start(flags, task, run):
     sizes = torch.bincount(task.train.labels[task.train.rows])
-    uneven = "; --balanced helps the rare ones" if sizes.max() > 5 * sizes.min() else ""
-    return (
-        f"data     {flags.data}: {len(task.train.rows)} images to learn from, {len(task.dev.rows)} to "
-        f"choose by, {len(sizes)} characters of {sizes.min()} to {sizes.max()}{uneven}\n"
-        f"model    {flags.method} of {flags.encoder}, {flags.head} head: {task.count:,} parameters "
-        f"trained, {task.share:.2%}\n"
-        f"run      {task.out}: {flags.epochs} epochs of {run.per_epoch} steps of {run.batch_size} "
-        f"images, {task.keep} of the patches, from step {run.step}"
+    held_out = len(task.dev.rows)
+    print(
+        f"data     {flags.data}: {len(sizes)} characters of {sizes.min()} to {sizes.max()} pictures, "
+        f"{held_out} pictures to choose by\n"
+        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
+        f"parameters trained ({task.share:.2%}), step {run.step} of {run.total}"
     )
 
 
@@ -501,7 +480,7 @@ def write_results(flags, task, run, best_epoch):
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
         plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
         plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
-    print(result_message(row, out))
+    print_result(row, out)
 
 
 def scores(task, logits, truth):
@@ -548,17 +527,12 @@ def cost(task, run):
     }
 
 
-def result_message(row, out):
-    """What is printed at the end: the result, its control, and the command that follows."""
+def print_result(row, out):
     low, high = row["top1_interval"]
-    found = row["calibration"]
-    return (
+    print(
         f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}; "
-        f"8x8 thumbnails: {row['thumbnails_top1']:.1f} %), macro-F1 {row['macro_f1']:.2f} %, epoch "
-        f"{row['best_epoch']} kept\n"
-        f"unknown  on dev {found['false_reject']:.0%} of known faces, "
-        f"{1 - found['false_accept']:.0%} of unknown ones ({found['by']})\n"
-        f"wrote    {out}/ after {row['seconds']:.0f} s\n"
+        f"8x8 thumbnails: {row['thumbnails_top1']:.1f} %), macro-F1 {row['macro_f1']:.2f} %\n"
+        f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {row['best_epoch']} kept\n"
         f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
     )
 

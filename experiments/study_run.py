@@ -340,6 +340,7 @@ def adapt_rows(args, path):
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
+            found["keep"] = "1" if method == "linear" else args.keep
             row = {
                 k: round(v, 3) if isinstance(v := found.get(k, ""), float) and v > 1 else v
                 for k in KEEP
