@@ -446,7 +446,7 @@ def recognise_page(run, picture):
     name = recogniser_of(run) or missing("Recognise", run)
     net, header = loaded(load_classifier, name)
     gallery, image = load_gallery(name), cut_as(picture, header)
-    logits, embeddings = recognize.embed(net, header, image, MACHINE.autocast)
+    logits, embeddings = recognize.embed(net, image, MACHINE.autocast)
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
     who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
     sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
@@ -494,7 +494,7 @@ def enrol_page(run, who, files):
     with LOCK:
         keys, (_, embeddings) = (
             [x["name"] for x in pictures],
-            recognize.embed(net, header, images, MACHINE.autocast),
+            recognize.embed(net, images, MACHINE.autocast),
         )
         said = recognize.add_faces(name, who, keys, embeddings)
     return f"<p>{escape(said)}</p>"
@@ -569,7 +569,7 @@ def pages_page(run, picture):
     ]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     if who and cut:
-        found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
+        found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
         rows = recognize.answers(names, *found, load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     shown = outlined(pixels, boxes.numpy() / np.array([pixels.shape[1], pixels.shape[0]] * 2))

@@ -67,7 +67,6 @@ FACES = 500  # training pictures of a character in the gallery, at most
 
 
 def read_flags():
-    """The flags of the command, those of a resumed run, and the defaults of the method."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
@@ -94,7 +93,11 @@ def read_flags():
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
-    flags = Flags(parser)
+    return with_defaults(Flags(parser))
+
+
+def with_defaults(flags):
+    """The saved flags of a run that is resumed; for a new one the recipe of its method."""
     if bool(flags.encoder) == bool(flags.resume):
         raise UserError("give an ENCODER, such as runs/NAME, or --resume RUN")
     if flags.resume:
@@ -318,7 +321,7 @@ def predict(task, images, rows, bn_stats=False):
     if images.name in task.features:
         pooled = task.features[images.name][rows]
     else:
-        pooled = classifier.pooled_of(net, images.split, rows, task.S, task.autocast)
+        pooled = classifier.pooled_of(net, images.split, rows, task.autocast)
     if bn_stats and task.head != "ifa":
         net.neck.running_mean.copy_(pooled.mean(0))
         net.neck.running_var.copy_(pooled.var(0))
@@ -347,7 +350,7 @@ def cache_features(task):
     """A frozen encoder that sees the same views in every epoch looks at each picture once."""
     for images in (task.train, task.dev):
         split, rows = images.split, torch.arange(len(images.split["images"]))
-        pooled = classifier.pooled_of(task.net, split, rows, task.S, task.autocast, "features")
+        pooled = classifier.pooled_of(task.net, split, rows, task.autocast, "features")
         task.features[images.name] = pooled
 
 
@@ -491,9 +494,10 @@ def scores(task, logits, truth):
     right = logits.argmax(1) == truth
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
     interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
-    shares = ("top1", "top5", "macro_f1", "head", "mid", "tail")
+    sized = [k for k in ("head", "mid", "tail") if found[k] is not None]
     return {
-        **{k: 100 * found[k] for k in shares if found[k] is not None},
+        **{k: 100 * found[k] for k in ("top1", "top5", "macro_f1")},
+        "by_size": {k: 100 * found[k] for k in sized},
         "top1_interval": [round(interval["low"], 2), round(interval["high"], 2)],
         "thumbnails_top1": thumbnail_top1(task),
         "per_class": {name: None if top1 is None else 100 * top1 for name, top1 in each},
@@ -543,7 +547,7 @@ def write_gallery(task):
 
     def faces(images, rows):
         split, net = images.split, task.net
-        pooled = classifier.pooled_of(net, split, rows, task.S, task.autocast, "gallery", True)
+        pooled = classifier.pooled_of(net, split, rows, task.autocast, "gallery", True)
         return classifier.predict(net, pooled)
 
     _, embeddings = faces(task.train, known)

@@ -176,7 +176,7 @@ def predictions(args, net, header, autocast, problems, blank=None):
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = np.stack(images)
-        yield list(keys), torch.from_numpy(images), *embed(net, header, images, autocast)
+        yield list(keys), torch.from_numpy(images), *embed(net, images, autocast)
 
 
 def faces(args, size, problems, blank):
@@ -197,12 +197,12 @@ def faces(args, size, problems, blank):
             yield f"{key}[{where}]", detection.cut_out(picture, box, detection.MARGIN, size)
 
 
-def embed(net, header, images, autocast):
+def embed(net, images, autocast):
     """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings
     (B, D).
     """
-    rows, size = torch.arange(len(images)), header["image_size"]
-    return predict(net, pooled_of(net, {"images": images}, rows, size, autocast, mirrored=True))
+    rows = torch.arange(len(images))
+    return predict(net, pooled_of(net, {"images": images}, rows, autocast, mirrored=True))
 
 
 def answers(keys, logits, embeddings, gallery, nearest):
@@ -540,14 +540,12 @@ def table(row):
     ]
 
 
-def faces_of(args, net, header, gallery, folder, name, autocast):
+def faces_of(args, net, gallery, folder, name, autocast):
     """Pictures of a packed split -> split, rows, embeddings, which known character each shows (-1: a stranger), who it
     is taken for, the margin of that, and the confidence."""
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    pooled = pooled_of(
-        net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True
-    )
+    pooled = pooled_of(net, split, rows, autocast, f"faces of {folder}", mirrored=True)
     logits, embeddings = predict(net, pooled)
     ids = {who: i for i, who in enumerate(gallery["names"])}
     own = torch.tensor(
@@ -569,7 +567,7 @@ def verify(args, net, header, gallery, autocast):
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.eval_on, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --eval-on")
-    found = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
+    found = faces_of(args, net, gallery, folder, args.eval_on, autocast)
     split, rows, embeddings, own, who, margin, sure = found
     row = {
         "run": str(args.run),
@@ -586,9 +584,7 @@ def verify(args, net, header, gallery, autocast):
     if min(map(len, pairs)) and data.has_labels(split):
         row["verification"] = verification(*pairs)
     if not (own >= 0).any() and Path(header["data"]).exists():
-        *_, own, who, margin, sure = faces_of(
-            args, net, header, gallery, header["data"], "val", autocast
-        )
+        *_, own, who, margin, sure = faces_of(args, net, gallery, header["data"], "val", autocast)
         row["known_of"] = header["data"]
     known = own >= 0
     if known.any():

@@ -171,19 +171,21 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
 
 
 @torch.no_grad()
-def pooled_of(net, split, rows, S, autocast, name="", mirrored=False):
+def pooled_of(net, split, rows, autocast, name="", mirrored=False):
     """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU.
 
     name: of a progress bar. mirrored: the mean of the picture and its mirror image. That takes
     twice the time, and tells known from unknown characters better.
     """
     pooled = []
-    views = data.whole_views(split["images"], rows, S, net.encoder.cls_token.device)
+    encoder = net.encoder
+    S = encoder.side * encoder.patch_size
+    views = data.whole_views(split["images"], rows, S, encoder.cls_token.device)
     total = -(-len(rows) // data.CHUNK)
     for _, view in progress(views, name, total, leave=False, disable=not name):
         sides = (view, view.flip(2)) if mirrored else (view,)
         with autocast():
-            both = [net.pooled(*net.encoder.all_patches(x)).cpu() for x in sides]
+            both = [net.pooled(*encoder.all_patches(x)).cpu() for x in sides]
         pooled.append(torch.stack(both).mean(0))
     return torch.cat(pooled)
 

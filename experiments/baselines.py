@@ -392,7 +392,7 @@ def row_of(args, out, strangers=None):
         k: found[k] for k in ("top1", "top5", "macro_f1", "step_ms", "peak_memory_mb", "best_epoch")
     }
     row |= {"epochs": found["config"]["epochs"]} | {
-        k: found.get(k, "") for k in ("head", "mid", "tail")
+        k: found["by_size"].get(k, "") for k in ("head", "mid", "tail")
     }
     row |= {
         k: v for k, v in verified.get("verification", {}).items() if k in GOOD
@@ -459,10 +459,7 @@ def few_shot(args, net, header, autocast):
     new = torch.tensor([name not in header["classes"] for name in sets[0]["header"]["classes"]])
     rows = [new[split["labels"]].nonzero()[:, 0] for split in sets]
     labels = [split["labels"][r] for split, r in zip(sets, rows, strict=True)]
-    found = [
-        pooled_of(net, split, r, header["image_size"], autocast)
-        for split, r in zip(sets, rows, strict=True)
-    ]
+    found = [pooled_of(net, split, r, autocast) for split, r in zip(sets, rows, strict=True)]
     found = [predict(net, pooled)[1] for pooled in found]
     row = {}
     for name, shots in (("one_shot", 1), ("five_shot", 5)):

@@ -34,11 +34,12 @@ class ConvNet(nn.Module):
     """config: network (a name of NETWORKS, @ and the stride of its first layers), image_size."""
 
     blocks = ()  # no block learns at a rate of its own
-    patch_size = side = 1  # no patch can be left out
+    side = 1  # no patch can be left out
 
     def __init__(self, network, image_size):
         super().__init__()
         self.config = {"network": network, "image_size": image_size}
+        self.patch_size = image_size
         name, _, stride = network.partition("@")
         self.body = build(name, image_size, int(stride or 4))
         self.register_buffer("cls_token", torch.zeros(1, 1, NETWORKS[name]), persistent=False)

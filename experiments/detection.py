@@ -199,7 +199,7 @@ def names(detector, recogniser, pages, side=512):
                 page["image"], box.tolist(), detection.MARGIN, header["packed_size"]
             )
             row = recognize.answers(
-                [""], *recognize.embed(known, header, cut[None], nullcontext), gallery, 0
+                [""], *recognize.embed(known, cut[None], nullcontext), gallery, 0
             )[0]
             own = [i for i, x in enumerate(detection.iou(box, true).tolist()) if x >= 0.5]
             right = row["name"] in [page["names"][i] for i in own]

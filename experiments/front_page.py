@@ -70,9 +70,7 @@ def story(run, who, number):
         raise UserError(f"no recogniser was made of {run} yet: python finetune_lora.py {run}")
     net, header = demo.loaded(load_classifier, name)
     gallery = load_gallery(name)
-    logits, embeddings = recognize.embed(
-        net, header, demo.cut_as(picture, header), demo.MACHINE.autocast
-    )
+    logits, embeddings = recognize.embed(net, demo.cut_as(picture, header), demo.MACHINE.autocast)
     row = recognize.answers([who], logits, embeddings, gallery, 1)[0]
     print(recognize.in_words(row))
     shares, ids = (logits[0].float() / gallery["temperature"]).softmax(0).topk(3)

@@ -341,10 +341,9 @@ def adapt_rows(args, path):
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
             found["keep"] = "1" if method == "linear" else args.keep
-            row = {
-                k: round(v, 3) if isinstance(v := found.get(k, ""), float) and v > 1 else v
-                for k in KEEP
-            }
+            row = {k: found.get(k, "") for k in KEEP}
+            for k, v in row.items():
+                row[k] = round(v, 3) if isinstance(v, float) and v > 1 else v
             replace_rows(path, [row], ["run"])
             yield (rows := rows_there(path, KEEP))
 

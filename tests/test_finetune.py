@@ -296,13 +296,11 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
     def autocast():
         return torch.autocast("cpu", enabled=False)
 
-    pooled = classifier.pooled_of(
-        net, held, torch.arange(len(held["images"])), header["image_size"], autocast
-    )
+    pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
     right = (net(pooled).argmax(1) == held["labels"]).float().mean()
     train, known = data.open_split(small, "train"), gallery.load_gallery(lora)
     rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
-    pooled = classifier.pooled_of(net, train, rows, header["image_size"], autocast, mirrored=True)
+    pooled = classifier.pooled_of(net, train, rows, autocast, mirrored=True)
     torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
     assert 100 * right.item() == pytest.approx(row["top1"], abs=1e-4)
 

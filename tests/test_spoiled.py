@@ -199,7 +199,7 @@ def use_state(base):
 def use_recogniser(base):
     known = gallery.load_gallery(base / "lora")
     net, header = finetune_lora.load_classifier(base / "lora")
-    found = recognize.embed(net, header, view().numpy(), AUTOCAST)
+    found = recognize.embed(net, view().numpy(), AUTOCAST)
     rows = recognize.answers(["x"], *found, known, 2)
     counts = torch.bincount(known["labels"], minlength=len(known["names"])).tolist()
     return [rows, [name in header["classes"] for name in known["names"]], counts]
