@@ -483,14 +483,19 @@ def write_results(flags, task, run, best_epoch):
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
         plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
         plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
-    print_result(row, out)
+    low, high = row["top1_interval"]
+    print(
+        f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}; 8x8 "
+        f"thumbnails: {row['thumbnails_top1']:.1f} %), macro-F1 {row['macro_f1']:.2f} %\n"
+        f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {best_epoch} kept\n"
+        f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
+    )
 
 
 def scores(task, logits, truth):
-    """Of logits (n, C) against truth (n,), in percent: of all, by size of the class, of each class."""
+    """Of logits (n, C) against truth (n,), in percent: of all, and by size of the class."""
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     found = metrics.classification(logits, truth, sizes)
-    each = zip(task.classes, found["per_class"], strict=True)
     right = logits.argmax(1) == truth
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
     interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
@@ -500,7 +505,6 @@ def scores(task, logits, truth):
         "by_size": {k: 100 * found[k] for k in sized},
         "top1_interval": [round(interval["low"], 2), round(interval["high"], 2)],
         "thumbnails_top1": thumbnail_top1(task),
-        "per_class": {name: None if top1 is None else 100 * top1 for name, top1 in each},
         "confusion": found["confusion"],
         "right": stats.to_bits(right),
     }
@@ -529,16 +533,6 @@ def cost(task, run):
         "peak_memory_mb": max(row["memory_mb"] for row in steps),
         "seconds": run.seconds(),
     }
-
-
-def print_result(row, out):
-    low, high = row["top1_interval"]
-    print(
-        f"{row['evaluated_on']:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}; "
-        f"8x8 thumbnails: {row['thumbnails_top1']:.1f} %), macro-F1 {row['macro_f1']:.2f} %\n"
-        f"wrote    {out}/ after {row['seconds']:.0f} s, epoch {row['best_epoch']} kept\n"
-        f"next: python recognize.py {shlex.quote(str(out))} PICTURE"
-    )
 
 
 def write_gallery(task):

@@ -286,7 +286,7 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
         "confusion.png",
     }
     row = metrics_of(lora)
-    wanted = """top1 top5 macro_f1 per_class confusion parameters_trained share_trained_percent step_ms
+    wanted = """top1 top5 macro_f1 by_size confusion parameters_trained share_trained_percent step_ms
                 peak_memory_mb machine commit command"""
     assert set(wanted.split()) <= set(row)
     # the files alone give the same answers as the run did
