@@ -85,13 +85,11 @@ class TaggerGraph(Graph):
         return (tags,) if characters is None else (characters.softmax(1), tags)
 
 
-def graph_of(source, image_size=None):
+def graph_of(source, load_classifier, image_size=None):
     """A run or a checkpoint -> (Graph, about): a recogniser, a tagger, or an encoder, by what is in
     the folder.
     """
     if (Path(source) / "head.safetensors").exists():
-        from finetune_lora import load_classifier  # goes to export.py with these graphs
-
         net, header = load_classifier(source)
         gallery = load_gallery(source)
         graph = RecogniserGraph(net, header, gallery)
