@@ -91,15 +91,6 @@ class Fusion(nn.Module):
         return self.norm(F.relu(self.mix(x).squeeze(2)))
 
 
-def build_head(kind, dim, classes, margin, scale):
-    """(B, D) -> (B, C); ifa differs from linear in its neck alone."""
-    if kind in MARGINS:
-        return MarginHead(dim, classes, kind, margin, scale)
-    if kind == "mlp":
-        return nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
-    return nn.Linear(dim, classes)
-
-
 class Classifier(nn.Module):
     """Encoder, neck and head. `config` and the class names travel in head.safetensors."""
 
@@ -113,7 +104,13 @@ class Classifier(nn.Module):
             self.neck = Fusion(dim, len(encoder.blocks))
         else:
             self.neck = nn.BatchNorm1d(dim, 1e-6, affine=False)
-        self.head = build_head(head, dim, classes, margin, scale)
+        if head in MARGINS:
+            self.head = MarginHead(dim, classes, head, margin, scale)
+        elif head == "mlp":
+            hidden = nn.Linear(dim, HIDDEN)
+            self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(HIDDEN, classes))
+        else:
+            self.head = nn.Linear(dim, classes)
 
     def pooled(self, patches, ids):
         """patches (B, K, P) at places ids (B, K) -> fp32 (B, D), for ifa (B, D, L): the CLS tokens
