@@ -46,8 +46,10 @@ from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
+from common.gallery import load_gallery
 from common.io import UserError, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
+from finetune_lora import load_classifier
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.scenes import outlined
@@ -442,9 +444,9 @@ def compare_page(run, picture, other, ratio, seed):
 def recognise_page(run, picture):
     """Who it is, how sure that is, and the faces of the gallery that are nearest."""
     name = recogniser_of(run) or missing("Recognise", run)
-    net, header = loaded(classifier.load_classifier, name)
-    gallery, image = classifier.load_gallery(name), cut_as(picture, header)
-    logits, embeddings = recognize.embed(net, header, image, MACHINE.autocast)
+    net, header = loaded(load_classifier, name)
+    gallery, image = load_gallery(name), cut_as(picture, header)
+    logits, embeddings = recognize.embed(net, image, MACHINE.autocast)
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
     who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
     sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
@@ -473,11 +475,7 @@ def face_of(folder, key):
 
 def enrolled(run):
     """Names that recognize.py --enrol or the page added."""
-    gallery = (
-        classifier.load_gallery(name)
-        if (name := recogniser_of(run))
-        else {"names": [], "learned": 0}
-    )
+    gallery = load_gallery(name) if (name := recogniser_of(run)) else {"names": [], "learned": 0}
     return gallery["names"][gallery["learned"] :]
 
 
@@ -487,7 +485,7 @@ def enrol_page(run, who, files):
     name = recogniser_of(run) or missing("Recognise", run)
     if not (who or "").strip():
         raise UserError("give the character a name")
-    net, header = loaded(classifier.load_classifier, name)
+    net, header = loaded(load_classifier, name)
     who = recognize.new_name(who, header)
     pictures = [dropped(path) for path in files or []]
     if not pictures:
@@ -496,7 +494,7 @@ def enrol_page(run, who, files):
     with LOCK:
         keys, (_, embeddings) = (
             [x["name"] for x in pictures],
-            recognize.embed(net, header, images, MACHINE.autocast),
+            recognize.embed(net, images, MACHINE.autocast),
         )
         said = recognize.add_faces(name, who, keys, embeddings)
     return f"<p>{escape(said)}</p>"
@@ -507,7 +505,7 @@ def forget_page(run, who):
     """Take an enrolled character out again -> what happened, in a sentence."""
     name = recogniser_of(run) or missing("Recognise", run)
     with LOCK:
-        _, header = loaded(classifier.load_classifier, name)
+        _, header = loaded(load_classifier, name)
         said = recognize.take_out(name, who or "", header)
     return f"<p>{escape(said)}</p>"
 
@@ -564,15 +562,15 @@ def pages_page(run, picture):
     pixels = whole_of(picture)
     with MACHINE.autocast():
         boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
-    known, header = loaded(classifier.load_classifier, who) if who else (None, {})
+    known, header = loaded(load_classifier, who) if who else (None, {})
     cut = [
         detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size"))
         for box in boxes.tolist()
     ]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     if who and cut:
-        found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
-        rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
+        found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
+        rows = recognize.answers(names, *found, load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     shown = outlined(pixels, boxes.numpy() / np.array([pixels.shape[1], pixels.shape[0]] * 2))
     faces = figures((name, png(x)) for name, x in zip(names, cut, strict=True))

@@ -49,7 +49,8 @@ from common.command import (
 )
 from common.features import name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, atomic, read_json, save_json, save_safetensors
-from common.lora import add_lora, fingerprint, merge_lora, remove_lora
+from common.lora import fingerprint
+from finetune_lora import add_lora, merge_lora
 from ingest.pictures import tell_problems, whole_pictures
 
 LOG_EVERY, CLIP, CHUNK = 10, 1.0, 16  # steps, norm of the gradient, pages at a time
@@ -490,7 +491,6 @@ def run(args, device, autocast):
     seconds = learn(task, net, optimizer, state, log)
     if args.method == "lora":  # the file is a plain network
         merge_lora(net.encoder)
-        remove_lora(net.encoder)
     row, answers = write_results(task, net, seconds)
     header = {
         "detector": net.config,

@@ -34,6 +34,7 @@ from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
 from common.graphs import graph_of, library, save_onnx
 from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
 from common.lora import fingerprint, load_merged, save_encoder
+from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
 
@@ -189,7 +190,7 @@ def export(source, to, out=None, image_size=None):
         return out, save_half(source, out)
     if to == "onnx":
         library()  # what is missing is said before anything is loaded
-        return out, save_onnx(*graph_of(source, image_size), out)
+        return out, save_onnx(*graph_of(source, load_classifier, image_size), out)
     if to == "merged":
         encoder, _ = load_merged(source, image_size)
         save_encoder(encoder, out, {"merged": str(source)})

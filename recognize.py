@@ -18,7 +18,7 @@ or of another split
 
 The trained head names the characters that it learned. An enrolled one has no place in the head: it
 wins where the mean of its faces is nearer than that of every learned one. Below a threshold that
-finetune_lora.py calibrated a face is unknown (common/classifier.py, `decide`). A picture and its
+finetune_lora.py calibrated a face is unknown (common/gallery.py, `decide`). A picture and its
 mirror image are looked at, and their mean is used.
 """
 
@@ -40,22 +40,14 @@ import torch.nn.functional as F
 
 import data
 from common import metrics, mfdn
-from common.classifier import (
-    CALIBRATED,
-    compared,
-    decide,
-    head_of,
-    load_classifier,
-    load_gallery,
-    pooled_of,
-    predict,
-    save_gallery,
-)
+from common.classifier import head_of, pooled_of, predict
 from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_unused
 from common.features import results_folder
 from common.fields import refuse_odd_name, shown
+from common.gallery import compared, decide, load_gallery, save_gallery
 from common.io import UserError, lock_beside, locked, save_json
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
+from finetune_lora import load_classifier
 from ingest import pack, sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
@@ -184,7 +176,7 @@ def predictions(args, net, header, autocast, problems, blank=None):
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = np.stack(images)
-        yield list(keys), torch.from_numpy(images), *embed(net, header, images, autocast)
+        yield list(keys), torch.from_numpy(images), *embed(net, images, autocast)
 
 
 def faces(args, size, problems, blank):
@@ -205,12 +197,12 @@ def faces(args, size, problems, blank):
             yield f"{key}[{where}]", detection.cut_out(picture, box, detection.MARGIN, size)
 
 
-def embed(net, header, images, autocast):
+def embed(net, images, autocast):
     """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings
     (B, D).
     """
-    rows, size = torch.arange(len(images)), header["image_size"]
-    return predict(net, pooled_of(net, {"images": images}, rows, size, autocast, mirrored=True))
+    rows = torch.arange(len(images))
+    return predict(net, pooled_of(net, {"images": images}, rows, autocast, mirrored=True))
 
 
 def answers(keys, logits, embeddings, gallery, nearest):
@@ -416,10 +408,8 @@ def without_faces(run, who, gallery):
 
 def replace_gallery(run, embeddings, labels, names, keys, old):
     """Write the gallery of a run again; what was calibrated stays."""
-    about = {k: old[k] for k in CALIBRATED}
-    save_gallery(
-        Path(run) / "gallery.safetensors", embeddings, labels, names, keys, old["learned"], about
-    )
+    about = old | {"names": names, "keys": keys}
+    save_gallery(Path(run) / "gallery.safetensors", embeddings, labels, about)
 
 
 def list_known(args, header, gallery):
@@ -497,7 +487,7 @@ def open_set(known, right, enrolled, strangers):
 
 def reliability(known, right, strangers):
     """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in
-    percent, and points.
+    percent.
 
     Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is
     left out.
@@ -506,8 +496,8 @@ def reliability(known, right, strangers):
     right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
     weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, strangers)])
     there = ~sure.isnan()
-    error, points = metrics.calibration_error(sure[there], right[there], weights[there])
-    return round(100 * error, 3), points
+    error, _ = metrics.calibration_error(sure[there], right[there], weights[there])
+    return round(100 * error, 3)
 
 
 def table(row):
@@ -550,14 +540,12 @@ def table(row):
     ]
 
 
-def faces_of(args, net, header, gallery, folder, name, autocast):
+def faces_of(args, net, gallery, folder, name, autocast):
     """Pictures of a packed split -> split, rows, embeddings, which known character each shows (-1: a stranger), who it
     is taken for, the margin of that, and the confidence."""
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    pooled = pooled_of(
-        net, split, rows, header["image_size"], autocast, f"faces of {folder}", mirrored=True
-    )
+    pooled = pooled_of(net, split, rows, autocast, f"faces of {folder}", mirrored=True)
     logits, embeddings = predict(net, pooled)
     ids = {who: i for i, who in enumerate(gallery["names"])}
     own = torch.tensor(
@@ -579,7 +567,7 @@ def verify(args, net, header, gallery, autocast):
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.eval_on, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --eval-on")
-    found = faces_of(args, net, header, gallery, folder, args.eval_on, autocast)
+    found = faces_of(args, net, gallery, folder, args.eval_on, autocast)
     split, rows, embeddings, own, who, margin, sure = found
     row = {
         "run": str(args.run),
@@ -596,18 +584,16 @@ def verify(args, net, header, gallery, autocast):
     if min(map(len, pairs)) and data.has_labels(split):
         row["verification"] = verification(*pairs)
     if not (own >= 0).any() and Path(header["data"]).exists():
-        *_, own, who, margin, sure = faces_of(
-            args, net, header, gallery, header["data"], "val", autocast
-        )
+        *_, own, who, margin, sure = faces_of(args, net, gallery, header["data"], "val", autocast)
         row["known_of"] = header["data"]
     known = own >= 0
     if known.any():
         row["open_set"] = open_set(
             margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers
         )
-    learned, points = known & (own < gallery["learned"]), ()
+    learned = known & (own < gallery["learned"])
     if learned.any() and len(strangers):
-        row["calibration_error"], points = reliability(
+        row["calibration_error"] = reliability(
             sure[learned], (who == own)[learned], sure_of_strangers
         )
     if not {"verification", "open_set"} & row.keys():
@@ -627,7 +613,6 @@ def verify(args, net, header, gallery, autocast):
             pairs if "verification" in row else None,
             both if min(map(len, both)) else None,
             title,
-            points,
         )
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)

@@ -19,7 +19,6 @@ import data
 from common import metrics
 from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
-from common.convnets import ConvNet
 from common.evaluate import extremes
 from common.fields import FLAG, SIDE, TEXT, check_fields, check_finite, table_of, whole
 from common.io import UserError, read_safetensors, save_safetensors
@@ -112,9 +111,7 @@ def untrained_like(encoder, seed=0):
     feature.
     """
     torch.manual_seed(seed)
-    return (
-        ConvNet(**encoder.config) if isinstance(encoder, ConvNet) else ViT(**shape_of(encoder))
-    ).eval()
+    return ViT(**shape_of(encoder)).eval()
 
 
 # ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B,

@@ -18,7 +18,7 @@ from torch import nn
 import data
 from common import mfdn
 from common.checkpoints import load_encoder
-from common.classifier import decide, load_classifier, load_gallery
+from common.gallery import decide, load_gallery
 from common.io import UserError, atomic
 
 PIP, MOST = (
@@ -85,7 +85,7 @@ class TaggerGraph(Graph):
         return (tags,) if characters is None else (characters.softmax(1), tags)
 
 
-def graph_of(source, image_size=None):
+def graph_of(source, load_classifier, image_size=None):
     """A run or a checkpoint -> (Graph, about): a recogniser, a tagger, or an encoder, by what is in
     the folder.
     """

@@ -39,15 +39,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import metrics, plots, stats
-from common.classifier import load_classifier, pooled_of, predict
+from common.classifier import pooled_of, predict
 from common.command import Parser, at_least, between, cli, refuse_file, working
-from common.corruptions import SWEEPS
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
+from experiments import convnets
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
+from experiments.corruptions import SWEEPS
 from experiments.study_run import execute
+from finetune_lora import load_classifier
 
 VIT = "--model nano --batch-size 64"  # 64 px in patches of 8
 ENCODERS = {  # command of pre-training, the flag of its learning rate, trials
@@ -92,14 +94,14 @@ for table, more in (
         {
             "balanced": "--balanced",
             "adjusted": "--logit-adjust 1",
-            "arcface": "--head arcface --margin .3",
-            "cosface": "--head cosface --margin .2",
+            "arcface": "--head arcface:margin=.3",
+            "cosface": "--head cosface:margin=.2",
         },
     ),
     (
         "margin",
         {
-            f"{head}-{m:g}": f"--head {head} --margin {m:g}"
+            f"{head}-{m:g}": f"--head {head}:margin={m:g}"
             for head, margins in (("arcface", (0.1, 0.3, 0.5)), ("cosface", (0.1, 0.2, 0.35)))
             for m in margins
         },
@@ -183,7 +185,6 @@ COST = {
 def make(args, out, words):
     """Make a run, or go on with it, unless made.json says that it is through -> its folder."""
     words = [*words, "--data", args.data, "--out", str(out)]
-    words += [] if words[0] == "-m" else ["--resume"]  # experiments.views begins anew
     line = line_of(args, words)
     with locked(lock_beside(out), wait=True) as lock:
         if (out / "made.json").exists():
@@ -194,6 +195,9 @@ def make(args, out, words):
                 raise UserError(f"{out} was made by other flags ({there}); give another --work")
             return out
         print(line, flush=True)
+        if (out / "state.pt").exists() and "experiments.views" not in words:  # that begins anew
+            script = words[:2] if words[0] == "-m" else words[:1]
+            words = [*script, "--resume", str(out)]
         execute(words, out.with_name(out.name + ".log"), args.threads, lock)
         save_json({"command": line, "commit": commit()}, out / "made.json")
     return out
@@ -214,8 +218,11 @@ def encoder_of(args, name, rate, epochs, seed, phase):
 def tuned(args, arm, encoder, rate, epochs, seed, phase, more=()):
     """A run of finetune_lora.py -> its folder. epochs None: the default of its method."""
     _, command, flag, _ = ARMS[arm]
+    script = ["finetune_lora.py"]
+    if convnets.is_convnet(encoder):
+        script = ["-m", "experiments.convnets"]
     words = [
-        "finetune_lora.py",
+        *script,
         encoder,
         *shlex.split(command),
         flag,
@@ -360,12 +367,13 @@ def final(args, plan):
             if seed == 0 and args.classes > LEFT_OUT + 1:
                 outs.append(tuned(args, arm, *on, "strangers", ("--hold-out", str(LEFT_OUT))))
             for out in outs:
-                if not (out / "recognize.json").exists():
-                    execute(
-                        ["recognize.py", str(out), "--verify"],
-                        out.with_name(out.name + ".log"),
-                        args.threads,
-                    )
+                if (out / "recognize.json").exists():
+                    continue
+                script = ["recognize.py"]
+                if convnets.is_convnet(out):
+                    script = ["-m", "experiments.convnets"]
+                words = [*script, str(out), "--verify"]
+                execute(words, out.with_name(out.name + ".log"), args.threads)
             return outs
 
         for arm, outs in zip(left, side_by_side(args, run, left), strict=True):
@@ -451,10 +459,7 @@ def few_shot(args, net, header, autocast):
     new = torch.tensor([name not in header["classes"] for name in sets[0]["header"]["classes"]])
     rows = [new[split["labels"]].nonzero()[:, 0] for split in sets]
     labels = [split["labels"][r] for split, r in zip(sets, rows, strict=True)]
-    found = [
-        pooled_of(net, split, r, header["image_size"], autocast)
-        for split, r in zip(sets, rows, strict=True)
-    ]
+    found = [pooled_of(net, split, r, autocast) for split, r in zip(sets, rows, strict=True)]
     found = [predict(net, pooled)[1] for pooled in found]
     row = {}
     for name, shots in (("one_shot", 1), ("five_shot", 5)):
@@ -706,6 +711,7 @@ def main():
             f"{args.plan} was made with another {other[0]} ({plan.get(other[0])}); give another --out"
         )
     torch.set_num_threads(args.threads)
+    convnets.in_stages()
     pilot(args, plan)
     tune(args, plan)
     final(args, plan)

@@ -33,13 +33,14 @@ import torch
 import detect
 import recognize
 from common import detection, plots, stats
-from common.classifier import load_classifier, load_gallery
 from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.features import open_splits
+from common.gallery import load_gallery
 from common.io import UserError, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, machine, pick_dtype
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from finetune_lora import load_classifier
 from ingest import scenes
 
 ARMS = {  # flags of detect.py, and what they say
@@ -198,7 +199,7 @@ def names(detector, recogniser, pages, side=512):
                 page["image"], box.tolist(), detection.MARGIN, header["packed_size"]
             )
             row = recognize.answers(
-                [""], *recognize.embed(known, header, cut[None], nullcontext), gallery, 0
+                [""], *recognize.embed(known, cut[None], nullcontext), gallery, 0
             )[0]
             own = [i for i, x in enumerate(detection.iou(box, true).tolist()) if x >= 0.5]
             right = row["name"] in [page["names"][i] for i in own]

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 
 import demo
 import recognize
-from common import classifier, plots
+from common import plots
 from common.command import Parser, between, cli, refuse_file
 from common.evaluate import hide
+from common.gallery import load_gallery
 from common.io import UserError
 from common.plots import plt
+from finetune_lora import load_classifier
 from ingest import toon
 
 THEMES = {
@@ -66,11 +68,9 @@ def story(run, who, number):
     name = demo.recogniser_of(run)
     if name is None:
         raise UserError(f"no recogniser was made of {run} yet: python finetune_lora.py {run}")
-    net, header = demo.loaded(classifier.load_classifier, name)
-    gallery = classifier.load_gallery(name)
-    logits, embeddings = recognize.embed(
-        net, header, demo.cut_as(picture, header), demo.MACHINE.autocast
-    )
+    net, header = demo.loaded(load_classifier, name)
+    gallery = load_gallery(name)
+    logits, embeddings = recognize.embed(net, demo.cut_as(picture, header), demo.MACHINE.autocast)
     row = recognize.answers([who], logits, embeddings, gallery, 1)[0]
     print(recognize.in_words(row))
     shares, ids = (logits[0].float() / gallery["temperature"]).softmax(0).topk(3)

@@ -321,7 +321,7 @@ def trials(phase, methods, best):
     """
     if phase == "rates":
         return [
-            (f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--eval-on", "dev"])
+            (f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--split", "dev"])
             for m in methods
             for v in LEARNING_RATES[m][1]
         ]
@@ -331,11 +331,13 @@ def trials(phase, methods, best):
             "row of it: --phases rates comes first"
         )
     if phase == "rank":
-        return [(f"lora-r{r}", "lora", [*best["lora"], "--r", r]) for r in (4, 16, 32)]
-    if phase == "margin":
-        margin = {m: ["--margin", m] for _, m in HEADS if m}
         return [
-            (f"{head}{m or ''}", "lora", [*best["lora"], "--head", head, *margin.get(m, [])])
+            (f"lora-r{r}", "lora", [*best["lora"], "--method", f"lora:r={r}"]) for r in (4, 16, 32)
+        ]
+    if phase == "margin":
+        words = {(head, m): f"{head}:margin={m}" if m else head for head, m in HEADS}
+        return [
+            (f"{head}{m or ''}", "lora", [*best["lora"], "--head", words[head, m]])
             for head, m in HEADS
         ]
     seeds = (0,) if phase == "first" else (1, 2)

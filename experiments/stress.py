@@ -27,17 +27,18 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
+import numpy as np
 import torch
 
 import data
 import mask as masking
-from common import errors, features, guidance, metrics, stats
+from common import features, guidance, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
 from common.command import Parser, at_least, claim, cli, command, progress, refuse_unused, working
-from common.corruptions import SWEEPS, moved, paint
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
+from experiments.corruptions import SWEEPS, moved, paint
 from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
@@ -195,9 +196,18 @@ def without_parts(task):
     return result
 
 
+def in_styles(split, rows):
+    """Rows (n,) of a split -> {"palette: vivid": (n,) bool}: which are drawn so; {} without styles."""
+    found = {}
+    for column, (stratum, values) in enumerate((split["header"].get("style") or {}).items()):
+        drawn = torch.from_numpy(np.asarray(split["style"])[rows, column])
+        found |= {f"{stratum}: {value}": drawn == i for i, value in enumerate(values)}
+    return found
+
+
 def by_style(task, right):
     """Top-1 and number of images of each value of each of the demo set's strata, on clean pictures."""
-    found = {name: right[here] for name, here in errors.in_styles(task.split, task.rows).items()}
+    found = {name: right[here] for name, here in in_styles(task.split, task.rows).items()}
     return {
         name: {"top1": percent(x) if len(x) else None, "images": len(x)}
         for name, x in found.items()

@@ -61,6 +61,7 @@ def commands(job, args, ready):
         str(job["seed"]),
         *number_format(plan),
     ]
+    report = ["--split" if word == "--eval-on" else word for word in on]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
     if not any(
         word.split("=")[0] == "--contrast" for word in recipe
@@ -89,16 +90,10 @@ def commands(job, args, ready):
             "--images",
             "1000000",
         ],
-        "finetune": [
-            "finetune_lora.py",
-            out,
-            "--method",
-            "full",
-            *on,
-            "--out",
+        "finetune": going_on(
+            ["finetune_lora.py", out, "--method", "full", *report, "--out", f"{out}-full"],
             f"{out}-full",
-            "--resume",
-        ],
+        ),
     }
     return {stage: every[stage] for stage in job["stages"]}
 
@@ -319,7 +314,7 @@ def adapt_rows(args, path):
             phase, args.methods, plans.best_learning_rates(rows)
         ):
             out = Path(args.work) / f"{phase}-{name}"
-            flags = ["--out", out, "--resume", *method_flags(method, args, phase), *flags]
+            flags = ["--out", out, *method_flags(method, args, phase), *flags]
             words = ["finetune_lora.py", *wanted, *map(str, flags)]
             print(line := shlex.join(["python", *words]), flush=True)
             if args.dry:
@@ -338,13 +333,14 @@ def adapt_rows(args, path):
                 continue
             if not there:
                 with locked(lock_beside(out), wait=True) as lock:
+                    words = going_on(words, out)
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
-            row = {
-                k: round(found[k], 3) if isinstance(found[k], float) and found[k] > 1 else found[k]
-                for k in KEEP
-            }
+            found["keep"] = "1" if method == "linear" else args.keep
+            row = {k: found.get(k, "") for k in KEEP}
+            for k, v in row.items():
+                row[k] = round(v, 3) if isinstance(v, float) and v > 1 else v
             replace_rows(path, [row], ["run"])
             yield (rows := rows_there(path, KEEP))
 

@@ -139,22 +139,14 @@ FIRST = {short(m): [pretrain(short(m), "--mask", m)] for m in MASKS} | {
 }
 SECOND = {  # these stand on runs/random
     "linear": [finetune("linear", "--method", "linear", "--epochs", 10)],
-    "lora": [finetune("lora", "--method", "lora", "--r", 4)],
-    "lora_arcface": [
-        finetune("lora_arcface", "--method", "lora", "--head", "arcface", "--pool", "cls")
-    ],
-    "lora_cosface": [
-        finetune("lora_cosface", "--method", "lora", "--head", "cosface", "--targets", "q,v,fc1")
-    ],
-    "full": [
-        finetune("full", "--method", "full", "--mixup", 0.4, "--cutmix", 1, "--unfreeze-every", 1)
-    ],
+    "lora": [finetune("lora", "--method", "lora:r=4")],
+    "lora_arcface": [finetune("lora_arcface", "--head", "arcface", "--pool", "cls")],
+    "lora_cosface": [finetune("lora_cosface", "--head", "cosface")],
+    "full": [finetune("full", "--method", "full", "--unfreeze-every", 1)],
     "full_curricular": [
         finetune("full_curricular", "--method", "full", "--head", "curricularface", "--balanced")
     ],
-    "ifa": [
-        finetune("ifa", "--method", "full", "--head", "ifa", "--logit-adjust", 1, "--patience", 2)
-    ],
+    "ifa": [finetune("ifa", "--method", "full", "--head", "ifa", "--logit-adjust", 1)],
     "scratch": [
         finetune("scratch", "--method", "full", "--from-scratch", "--keep", 1, "--hold-out", 1)
     ],

@@ -9,8 +9,8 @@ import pytest
 from conftest import call, refused
 
 from common import classifier
-from common.convnets import ConvNet
 from experiments import baselines
+from experiments.convnets import ConvNet
 
 TINY = "--model nano:image_size=32 --batch-size 8"
 ENCODERS = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import call, refused
 
-from common.convnets import NETWORKS, ConvNet, load_any
-from common.lora import fingerprint, save_encoder
+from common.lora import fingerprint
+from experiments.convnets import NETWORKS, ConvNet, load_any, save_any
 
 pytest.importorskip("transformers", reason="pip install -r requirements-segment.txt")
 QUICK = ["--image-size", 32, "--batch-size", 16, "--device", "cpu", "--dtype", "fp32"]
@@ -32,7 +32,7 @@ def test_tokens_are_the_places_of_the_last_map_and_before_them_their_mean(name, 
 
 def test_a_network_in_a_file_comes_back(tmp_path):
     net = ConvNet("resnet10@2", 32).eval()
-    save_encoder(net, tmp_path / "model.safetensors", {})
+    save_any(net, tmp_path / "model.safetensors", {})
     back, size = load_any(tmp_path)
     assert size == 32 and fingerprint(back) == fingerprint(net)
     view = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
@@ -41,48 +41,17 @@ def test_a_network_in_a_file_comes_back(tmp_path):
 
 
 def test_it_learns_and_recognises_as_a_vit_does(small, tmp_path):
-    words = [
-        "--method",
-        "full",
-        "--from-scratch",
-        "--data",
-        small,
-        "--epochs",
-        8,
-        *QUICK,
-        "--out",
-        tmp_path / "run",
-    ]
-    said = call("finetune_lora.py", "resnet10", *words, cwd=tmp_path, check=0).stdout
-    assert "full of resnet10" in said and "100% of the patches" in said
+    words = ["--method", "full", "--from-scratch", "--data", small, "--epochs", 8, *QUICK]
+    stage = "experiments.convnets"
+    call(stage, "resnet10", *words, "--out", tmp_path / "run", cwd=tmp_path, check=0)
     pictures = sorted((small.parent / "images").rglob("*.png"))[:4]
-    named = call(
-        "recognize.py", tmp_path / "run", *pictures, cwd=tmp_path, check=0
-    ).stdout.splitlines()
+    done = call(stage, tmp_path / "run", *pictures, cwd=tmp_path, check=0)
+    named = done.stdout.splitlines()
     assert len(named) == 4 and sum("confidence" in line or "unknown" in line for line in named) == 4
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["--method", "lora"], "is no ViT"),
-        (["--method", "full"], "is no ViT"),
-        (["--method", "full", "--from-scratch", "--head", "ifa"], "is no ViT"),
-        (["--method", "full", "--from-scratch", "--keep", ".5"], "--keep 0.5 is for a ViT"),
-        (
-            ["--method", "full", "--from-scratch", "--layer-decay", ".5"],
-            "--layer-decay 0.5 is for a ViT",
-        ),
-    ],
-)
-def test_flags_of_a_vit_are_refused(small, tmp_path, words, line):
-    assert line in refused(
-        call("finetune_lora.py", "resnet10", "--data", small, *words, cwd=tmp_path)
-    )
 
 
 def test_without_transformers_it_is_one_line(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     words = ["--method", "full", "--from-scratch", "--data", small, *QUICK]
-    line = refused(call("finetune_lora.py", "resnet10", *words, cwd=tmp_path))
+    line = refused(call("experiments.convnets", "resnet10", *words, cwd=tmp_path))
     assert "pip install -r requirements-segment.txt" in line

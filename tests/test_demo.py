@@ -19,7 +19,7 @@ from PIL import Image
 import demo
 import mask as masking
 from benchmarks import page as bench
-from common import classifier, segmenting
+from common import gallery, segmenting
 from common.checkpoints import load_encoder
 from common.io import save_safetensors
 from experiments import front_page
@@ -113,7 +113,7 @@ def test_somebody_is_enrolled_and_forgotten_and_markup_stays_text(at, tmp_path):
         name
     ]
     assert not any(
-        "/" in key for key in classifier.load_gallery("runs/a-linear")["keys"][-3:]
+        "/" in key for key in gallery.load_gallery("runs/a-linear")["keys"][-3:]
     )  # no folder of uploads
     assert "<b>me" not in demo.recognise_page(at, demo.dropped(files[0]))
     assert "is forgotten" in demo.forget_page(at, name) and demo.enrolled(at) == []

@@ -10,11 +10,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-import common.lora as C
 import model as M
 from common.checkpoints import load_encoder
 from common.io import UserError
+from common.lora import save_encoder
 from export import export
+from finetune_lora import add_lora, load_lora, lora_layers, merge_lora, save_lora
 
 
 def small_vit(seed=0, **changes):
@@ -30,63 +31,50 @@ def some_view(B=2, S=32):
     )
 
 
-def adapted(r=4, seed=0, **options):
+def trained_weights(encoder):
+    return [weight for weight in encoder.parameters() if weight.requires_grad]
+
+
+def adapted(r=4, seed=0, alpha=None):
     """An encoder whose adapter is not nothing."""
     vit = small_vit(seed)
-    for weight in C.add_lora(vit, r, **options):
+    add_lora(vit, r, alpha)
+    for weight in trained_weights(vit):
         torch.nn.init.normal_(weight, std=0.05)
     return vit
 
 
 def test_it_starts_as_nothing_and_trains_alone():
     plain, vit, view = small_vit(), small_vit(), some_view()
-    weights = C.add_lora(vit, 4, dropout=0.1)
-    assert (
-        torch.equal(vit.features(view), plain.features(view))
-        and not vit.blocks[0].attn.qkv.dropout.training
-    )
+    add_lora(vit, 4)
+    assert torch.equal(vit.features(view), plain.features(view))
     vit.train().features(view).square().mean().backward()
     trained = {name for name, w in vit.named_parameters() if w.grad is not None}
-    assert len(weights) == len(trained) == 2 * 2 * 4 and all(
-        n.endswith((".A", ".B")) for n in trained
-    )
-    assert all(w.grad is not None for w in weights)
+    assert len(trained) == 2 * 2 * 4 and all(n.endswith((".A", ".B")) for n in trained)
+    assert len(trained_weights(vit)) == len(trained)
 
 
 def test_initial_factors():
-    lora = C.add_lora(small_vit(dim=256, heads=4, depth=1), 16)[0]
+    vit = small_vit(dim=256, heads=4, depth=1)
+    add_lora(vit, 16)
+    A = vit.blocks[0].attn.qkv.A
     bound = 1 / math.sqrt(256)  # kaiming uniform with a = sqrt 5: sqrt(6 / ((1 + 5) * 256))
-    assert 0.95 * bound < lora.abs().max() <= bound and abs(lora.std() / bound - 3**-0.5) < 0.02
+    assert 0.95 * bound < A.abs().max() <= bound and abs(A.std() / bound - 3**-0.5) < 0.02
 
 
 def test_the_fused_layer_does_what_three_adapters_would():
-    vit = adapted(r=4, alpha=6, targets=("q", "v", "o"))
+    vit = adapted(r=4, alpha=6)
     lora, x = vit.blocks[0].attn.qkv, torch.randn(3, 5, 64)
-    q, k, v = lora.base(x).chunk(3, 2)
-    q = q + 6 / 4 * x @ lora.A[0].T @ lora.B[0].T
-    v = v + 6 / 4 * x @ lora.A[1].T @ lora.B[1].T
-    torch.testing.assert_close(lora(x), torch.cat([q, k, v], 2))
-    assert set(C.lora_layers(vit)) == {
-        f"blocks.{i}.attn.{n}" for i in range(2) for n in ("qkv", "proj")
-    }
+    parts = [
+        y + 6 / 4 * x @ lora.A[i].T @ lora.B[i].T for i, y in enumerate(lora.base(x).chunk(3, 2))
+    ]
+    torch.testing.assert_close(lora(x), torch.cat(parts, 2))
 
 
-def test_merge_and_unmerge_are_explicit():
+def test_a_merged_encoder_is_plain_and_does_the_same():
     vit, view = adapted(), some_view()
-    before, base = vit.features(view), vit.blocks[0].attn.qkv.base.weight.clone()
-    for mode in (True, False):
-        assert torch.equal(vit.train(mode).blocks[0].attn.qkv.base.weight, base)
-    C.merge_lora(vit)
-    torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="already merged"):
-        C.merge_lora(vit)
-    C.unmerge_lora(vit)
-    torch.testing.assert_close(vit.blocks[0].attn.qkv.base.weight, base, rtol=0, atol=1e-7)
-    torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="not merged"):
-        C.unmerge_lora(vit)
-    C.merge_lora(vit)
-    C.remove_lora(vit)
+    before = vit.features(view)
+    merge_lora(vit)
     assert vit.state_dict().keys() == small_vit().state_dict().keys()
     torch.testing.assert_close(vit.features(view), before, rtol=0, atol=1e-5)
 
@@ -98,7 +86,8 @@ def count(size, rank):
             **{k: M.SIZES[size][k] for k in ("image_size", "patch_size", "dim", "depth", "heads")}
         )
     whole = sum(w.numel() for w in encoder.parameters())
-    return sum(w.numel() for w in C.add_lora(encoder, rank)), whole
+    add_lora(encoder, rank)
+    return sum(w.numel() for w in trained_weights(encoder)), whole
 
 
 def test_shares_that_the_docs_give():
@@ -119,24 +108,10 @@ def test_share_of_the_parameters():
     assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        ({"targets": ("q", "x")}, "'q,x'"),
-        ({"targets": ()}, "targets ''"),
-        ({"r": 0}, "rank 0"),
-        ({"r": 65}, "1 to 64"),
-        ({"dropout": 1.0}, "dropout 1.0"),
-    ],
-)
-def test_bad_options_are_refused(options, says):
-    with pytest.raises(UserError, match=says):
-        C.add_lora(small_vit(), **options)
-
-
-def test_two_adapters_are_refused():
-    with pytest.raises(UserError, match="already"):
-        C.add_lora(adapted())
+@pytest.mark.parametrize("r", [0, 65])
+def test_bad_ranks_are_refused(r):
+    with pytest.raises(UserError, match="1 to 64"):
+        add_lora(small_vit(), r)
 
 
 # ---- adapter files, and the `peft` library -------------------------------------------------------
@@ -159,29 +134,20 @@ def made_by_peft(folder, seed=5, **options):
     return net.base_model.model.features(some_view())
 
 
-@pytest.mark.parametrize("targets", [tuple(C.TARGETS), ("q", "v"), ("v",), ("k", "o", "fc2")])
-def test_peft_loads_ours_with_the_same_output(tmp_path, targets):
-    vit, view = adapted(r=4, alpha=6, dropout=0.1, targets=targets), some_view()
-    C.save_adapter(vit, tmp_path, "runs/x")
+def test_peft_loads_ours_with_the_same_output(tmp_path):
+    vit, view = adapted(r=4, alpha=6), some_view()
+    save_lora(vit, tmp_path, "runs/x")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    fused = [t for t in targets if t in "qkv"]
-    if len(fused) < len(targets):
-        assert (config["r"], config["lora_alpha"]) == (4, 6)
-        assert config["rank_pattern"] == ({"attn.qkv": 4 * len(fused)} if len(fused) > 1 else {})
+    assert (config["r"], config["lora_alpha"]) == (4, 6)
+    assert config["rank_pattern"] == {"attn.qkv": 12}
     net = peft_model(small_vit(), tmp_path)
     torch.testing.assert_close(
         net.base_model.model.features(view), vit.features(view), rtol=0, atol=1e-5
     )
     assert (vit.features(view) - small_vit().features(view)).abs().max() > 0.1
     back = small_vit()
-    weights = C.load_adapter(back, tmp_path)
-    assert torch.equal(back.features(view), vit.features(view)) and all(
-        w.requires_grad for w in weights
-    )
-    pairs = zip(weights, [w for w in vit.parameters() if w.requires_grad], strict=True)
-    assert all(
-        torch.equal(a, b) for a, b in pairs
-    )  # q, k and v are apart again: training can go on
+    load_lora(back, tmp_path)
+    assert torch.equal(back.features(view), vit.features(view))
 
 
 @pytest.mark.parametrize(
@@ -202,24 +168,20 @@ def test_peft_loads_ours_with_the_same_output(tmp_path, targets):
 def test_what_peft_made_loads_here(tmp_path, options):
     expected = made_by_peft(tmp_path / "theirs", **options)
     vit = small_vit()
-    C.load_adapter(vit, tmp_path / "theirs")
+    load_lora(vit, tmp_path / "theirs")
     torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-5)
-    C.save_adapter(vit, tmp_path / "again", "runs/x")  # and back to peft, whatever its ranks are
-    net = peft_model(small_vit(), tmp_path / "again")
-    torch.testing.assert_close(
-        net.base_model.model.features(some_view()), expected, rtol=0, atol=1e-5
-    )
 
 
 def test_merged_export_is_an_encoder_of_ours(tmp_path):
-    C.save_encoder(small_vit(), tmp_path / "base.safetensors", {})
+    save_encoder(small_vit(), tmp_path / "base.safetensors", {})
     base, _ = load_encoder(tmp_path / "base.safetensors", image_size=48)
-    for weight in C.add_lora(base, 4):
+    add_lora(base, 4)
+    for weight in trained_weights(base):
         torch.nn.init.normal_(weight, std=0.05)
-    C.save_adapter(base, tmp_path / "run", tmp_path / "base.safetensors")
+    save_lora(base, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
-    assert size == 48 and not C.lora_layers(encoder)
+    assert size == 48 and not lora_layers(encoder)
     torch.testing.assert_close(
         encoder.features(some_view(S=48)), base.features(some_view(S=48)), rtol=0, atol=1e-5
     )
@@ -256,16 +218,16 @@ def test_an_adapter_that_changed_its_encoder_is_refused_and_can_be_converted(tmp
     with pytest.raises(
         UserError, match=f"init_lora_weights.*{kind}.*path_initial_model_for_weight_conversion"
     ):
-        C.load_adapter(small_vit(), tmp_path / "theirs")
+        load_lora(small_vit(), tmp_path / "theirs")
     config = tmp_path / "theirs" / "adapter_config.json"  # what it would give if it were believed
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": True}))
     vit = small_vit()
-    C.load_adapter(vit, tmp_path / "theirs")
+    load_lora(vit, tmp_path / "theirs")
     assert (vit.features(some_view()) - expected).norm() > 0.05 * expected.norm()
     net.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "untrained")
     )
-    C.load_adapter(vit := small_vit(), tmp_path / "converted")
+    load_lora(vit := small_vit(), tmp_path / "converted")
     torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-4)
 
 
@@ -274,19 +236,19 @@ def test_an_adapter_that_left_its_encoder_alone_loads(tmp_path, kind):
     net = begun(kind)
     expected = trained(net)
     net.save_pretrained(tmp_path)
-    C.load_adapter(vit := small_vit(), tmp_path)
+    load_lora(vit := small_vit(), tmp_path)
     torch.testing.assert_close(vit.features(some_view()), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["corda", "loftq", "lora_ga", "unheard_of"])
 def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path, kind):
-    C.save_adapter(adapted(), tmp_path, "runs/x")
+    save_lora(adapted(), tmp_path, "runs/x")
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
         "init_lora_weights": kind
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"init_lora_weights.*{kind}"):
-        C.load_adapter(small_vit(), tmp_path)
+        load_lora(small_vit(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -301,11 +263,11 @@ def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path,
     ],
 )
 def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
-    C.save_adapter(adapted(), tmp_path, "runs/x")
+    save_lora(adapted(), tmp_path, "runs/x")
     vit = small_vit(**other)
     with pytest.raises(UserError, match=says):
-        C.load_adapter(vit, tmp_path)
-    assert not C.lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
+        load_lora(vit, tmp_path)
+    assert not lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
 @pytest.mark.parametrize(
@@ -319,29 +281,23 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
     ],
 )
 def test_adapters_of_another_rank_or_kind_are_refused(tmp_path, change, says):
-    C.save_adapter(adapted(), tmp_path, "runs/x")
+    save_lora(adapted(), tmp_path, "runs/x")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=says):
-        C.load_adapter(small_vit(), tmp_path)
+        load_lora(small_vit(), tmp_path)
 
 
 def test_adapter_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="has no adapter"):
-        C.load_adapter(small_vit(), tmp_path)
-    C.save_adapter(adapted(), tmp_path, "runs/x")
+        load_lora(small_vit(), tmp_path)
+    save_lora(adapted(), tmp_path, "runs/x")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"hello")
     with pytest.raises(UserError, match="adapter_model.safetensors is not a whole"):
-        C.load_adapter(small_vit(), tmp_path)
+        load_lora(small_vit(), tmp_path)
     save_file(
         {"base_model.model.vit.layer.0.lora_A.weight": torch.zeros(4, 64)},
         tmp_path / "adapter_model.safetensors",
     )
     with pytest.raises(UserError, match="missing: .*lora_B.weight"):
-        C.load_adapter(small_vit(), tmp_path)
-    for vit in (small_vit(), adapted()):
-        if C.lora_layers(vit):
-            C.merge_lora(vit)
-        with pytest.raises(ValueError):
-            C.save_adapter(vit, tmp_path / "new", "runs/x")
-    assert not (tmp_path / "new").exists()
+        load_lora(small_vit(), tmp_path)

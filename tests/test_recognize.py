@@ -14,9 +14,10 @@ from conftest import call, draw_folder, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import finetune_lora
 import ingest.pictures
 import recognize
-from common import classifier, metrics
+from common import gallery, metrics
 from common.command import LOCKS
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
@@ -164,7 +165,7 @@ def test_pictures_are_cut_as_those_it_learned_from(run, copy, capsys, monkeypatc
     )
     picture = run[1] / "class1" / "illust3_0.png"
     recognise(capsys, copy, picture)
-    net, header = classifier.load_classifier(copy)
+    net, header = finetune_lora.load_classifier(copy)
     assert (header["crop"], header["margin"]) == ("centre", 0.1)
     monkeypatch.setattr(
         recognize, "load_classifier", lambda *_: (net, header | {"crop": "figure", "margin": 0.3})
@@ -232,7 +233,7 @@ def test_a_new_character_is_known_from_three_pictures_without_training(run, copy
 def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(
     run, copy, capsys, tmp_path
 ):
-    before = classifier.load_gallery(copy)
+    before = gallery.load_gallery(copy)
     pictures = sorted((draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0").iterdir())
     shutil.copy(pictures[0], tmp_path / "again.png")
     with pytest.raises(UserError, match="2 different pictures are too few"):
@@ -254,7 +255,7 @@ def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(
     assert (
         "forgotten" in call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0).stdout
     )
-    after = classifier.load_gallery(copy)
+    after = gallery.load_gallery(copy)
     assert after["names"] == before["names"] and after["keys"] == before["keys"]
     assert torch.equal(after["unit"], before["unit"])
 
@@ -354,14 +355,10 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
 
 def test_a_confidence_is_judged_where_half_are_strangers():
     known, right = torch.tensor([0.9, 0.9, torch.nan]), torch.tensor([True, True, False])
-    error, points = recognize.reliability(
-        known, right, torch.full((8,), 0.9)
-    )  # weights 2/3, right, and 1, wrong
-    assert points == [
-        (pytest.approx(0.9), pytest.approx(0.4), pytest.approx(1.0))
-    ] and error == pytest.approx(50)
-    error, _ = recognize.reliability(torch.ones(3), torch.ones(3, dtype=torch.bool), torch.zeros(5))
-    assert error == 0
+    # weights: 2/3, right, and 1, wrong
+    assert recognize.reliability(known, right, torch.full((8,), 0.9)) == pytest.approx(50)
+    everybody = torch.ones(3, dtype=torch.bool)
+    assert recognize.reliability(torch.ones(3), everybody, torch.zeros(5)) == 0
 
 
 # ---- bad runs ------------------------------------------------------------------------------------
@@ -430,9 +427,8 @@ def test_spoiled_runs_are_one_line(run, copy, capsys, tmp_path):
     assert "finetune_lora.py" in line(tmp_path / "nothing", picture)
     assert "give pictures" in line(copy) and "--threshold" in line(copy, picture, "--threshold", 2)
     about = read_safetensors(copy / "gallery.safetensors")[1]
-    calibrated = {k: about[k] for k in classifier.CALIBRATED}
-    nobody = torch.zeros(0, 32), torch.zeros(0).long(), about["names"], [], 3
-    classifier.save_gallery(copy / "gallery.safetensors", *nobody, calibrated)
+    nobody = torch.zeros(0, 32), torch.zeros(0).long(), about | {"keys": []}
+    gallery.save_gallery(copy / "gallery.safetensors", *nobody)
     assert "has to be a list" in line(copy, picture)
     spoiled("gallery.safetensors").unlink()
     assert "gallery.safetensors does not exist" in line(copy, picture)

@@ -303,9 +303,18 @@ def arrows():
     return {name: {known(i) for i in imports(path)} - {name, ""} for name, path in names.items()}
 
 
+LOADS = {  # a stage that uses what another makes: its networks, its adapters
+    ("recognize", "finetune_lora"),
+    ("export", "finetune_lora"),
+    ("detect", "finetune_lora"),
+}
+
+
 def test_no_arrow_runs_back_up():
     for name, targets in arrows().items():
         for target in targets - {"common", "ingest", "experiments", "benchmarks"}:
+            if (name, target) in LOADS:
+                continue
             assert not (floor_of(target) == floor_of(name) == 3), (
                 f"{name} imports another stage, {target}"
             )

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import finetune_lora
 import recognize
 from common import (
     classifier,
@@ -23,6 +24,7 @@ from common import (
     detection,
     features,
     fields,
+    gallery,
     lora,
     mfdn,
     segmenting,
@@ -82,13 +84,12 @@ def save_recogniser(base):
     about["fingerprint"] = lora.fingerprint(encoder)
     head = {k: w for k, w in net.state_dict().items() if not k.startswith("encoder.")}
     save_safetensors(head, run / "head.safetensors", about)
-    lora.add_lora(encoder, 2)
-    lora.save_adapter(encoder, run, base / "encoder")
-    found = dict.fromkeys(classifier.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
-    names, labels = ["a", "b", "c", "new"], torch.arange(8) % 4
-    keys = [f"{i}.png" for i in range(8)]
-    path = run / "gallery.safetensors"
-    classifier.save_gallery(path, torch.randn(8, 32), labels, names, keys, 3, found)
+    finetune_lora.add_lora(encoder, 2)
+    finetune_lora.save_lora(encoder, run, base / "encoder")
+    about = dict.fromkeys(gallery.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
+    about |= {"names": ["a", "b", "c", "new"], "keys": [f"{i}.png" for i in range(8)], "learned": 3}
+    labels = torch.arange(8) % 4
+    gallery.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
 
 
 def save_applications(base):
@@ -172,12 +173,12 @@ def use_state(base):
 
 
 def use_recogniser(base):
-    gallery = classifier.load_gallery(base / "lora")
-    net, header = classifier.load_classifier(base / "lora")
-    found = recognize.embed(net, header, view().numpy(), AUTOCAST)
-    rows = recognize.answers(["x"], *found, gallery, 2)
-    counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
-    return [rows, [name in header["classes"] for name in gallery["names"]], counts]
+    known = gallery.load_gallery(base / "lora")
+    net, header = finetune_lora.load_classifier(base / "lora")
+    found = recognize.embed(net, view().numpy(), AUTOCAST)
+    rows = recognize.answers(["x"], *found, known, 2)
+    counts = torch.bincount(known["labels"], minlength=len(known["names"])).tolist()
+    return [rows, [name in header["classes"] for name in known["names"]], counts]
 
 
 def use_tagger(base):

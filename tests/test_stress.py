@@ -12,10 +12,10 @@ from conftest import ROOT, call, refused
 
 import mask as masking
 import model
-from common import corruptions, stats
+from common import stats
 from common.command import LOCKS
 from common.io import UserError
-from experiments import stress
+from experiments import corruptions, stress
 from ingest import pack, toon
 
 

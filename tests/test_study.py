@@ -83,9 +83,11 @@ score = {"--lr": float(flags.get("--lr", 0)), "--head-lr": float(flags.get("--he
 line = shlex.join(["python", "finetune_lora.py", *sys.argv[1:]])
 row = dict.fromkeys(KEEP, 1) | {"run": out.name, "top1": 90.5, "command": line}
 row |= {"macro_f1": 50 + 1e3 * score["--lr"] - score["--head-lr"]}
-row |= {"lr": score["--lr"], "head_lr": score["--head-lr"], "r": flags.get("--r", "8"), "epochs": flags.get("--epochs")}
-row |= {"head": flags.get("--head", "linear"), "margin": flags.get("--margin", "")}
-name = "metrics.json" if flags.get("--eval-on", "val") == "val" else f"metrics-{flags['--eval-on']}.json"
+row |= {"lr": score["--lr"], "head_lr": score["--head-lr"], "epochs": flags.get("--epochs")}
+row |= {"r": flags["--method"].partition("r=")[2] or "8"}
+head, _, margin = flags.get("--head", "linear").partition(":margin=")
+row |= {"head": head, "margin": margin}
+name = "metrics.json" if flags.get("--split", "val") == "val" else f"metrics-{flags['--split']}.json"
 (out / name).write_text(json.dumps({"config": {}} | row))
 with open(pathlib.Path(__file__).parent / "calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
@@ -725,7 +727,7 @@ def test_adaptation_takes_the_best_rate_on_dev_and_repeats_nothing(home, small, 
     with pytest.raises(UserError, match="phase first takes the best learning rate of linear, lora"):
         ask(monkeypatch, small, *words, "first")
     ask(monkeypatch, small, *words, "rates", "first")
-    assert len(calls(home)) == 10 and all("--eval-on dev" in line for line in calls(home)[:8])
+    assert len(calls(home)) == 10 and all("--split dev" in line for line in calls(home)[:8])
     assert (
         "--method linear --head-lr 0.01 --seed 0" in calls(home)[8]
         and "--lr 0.012 --seed 0" in calls(home)[9]

@@ -11,9 +11,11 @@ from conftest import ROOT
 import data
 import demo
 import recognize
-from common import classifier, mfdn
+from common import mfdn
+from common.gallery import load_gallery
 from common.io import read_safetensors
 from experiments.detection import names
+from finetune_lora import load_classifier
 from ingest import scenes, toon
 
 WEIGHTS = ROOT / "weights"
@@ -67,11 +69,9 @@ def test_its_encoder_fills_in_three_quarters(drawings):
 
 def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
     names, images = drawings
-    net, header = classifier.load_classifier("weights/toon-lora")
-    logits, embeddings = recognize.embed(net, header, images, nullcontext)
-    rows = recognize.answers(
-        names, logits, embeddings, classifier.load_gallery("weights/toon-lora"), 1
-    )
+    net, header = load_classifier("weights/toon-lora")
+    logits, embeddings = recognize.embed(net, images, nullcontext)
+    rows = recognize.answers(names, logits, embeddings, load_gallery("weights/toon-lora"), 1)
     assert (
         statistics.fmean(row["name"] == who for row, who in zip(rows, names, strict=True)) >= 0.95
     )

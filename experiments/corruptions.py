@@ -13,8 +13,7 @@ from PIL import Image
 
 from common.io import open_picture
 from data import LUMA
-
-GRAY = 128
+from finetune_lora import GRAY, cutout
 
 
 def to_u8(x):
@@ -31,14 +30,6 @@ def luminance(images):
     return (images.float() @ torch.tensor(LUMA, device=images.device))[:, None]
 
 
-def squares(n, S, share, generator):
-    """(n, S, S) bool: a square of this share of the area each, wholly inside, at a random place."""
-    side, at = round(S * math.sqrt(share)), torch.arange(S)
-    top, left = torch.randint(S - side + 1, (2, n, 1), generator=generator)
-    rows, columns = ((at >= start) & (at < start + side) for start in (top, left))  # (n, S)
-    return rows[:, :, None] & columns[:, None]
-
-
 def paint(images, where):
     """where (B, S, S) bool turns gray."""
     return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
@@ -50,11 +41,6 @@ def moved(where, generator):
     """
     shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
     return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
-
-
-def cutout(images, level, generator):
-    """A gray square of this share of the area (DeVries and Taylor 2017, arXiv:1708.04552)."""
-    return paint(images, squares(*images.shape[:2], level, generator))
 
 
 def turned(images, degrees, factor):

@@ -1,18 +1,26 @@
-"""Convolutional networks in the place of our ViT: what the field would pick first. transformers builds them.
+"""Convolutional networks in the place of our ViT, the baselines that the field would pick first.
 
-    python finetune_lora.py resnet50 --method full --from-scratch --data datasets/mine \\
-        --image-size 64
+    python -m experiments.convnets resnet50 --method full --from-scratch --data datasets/mine
+    python -m experiments.convnets runs/resnet50-full --verify      as recognize.py does
 
-A stage sees them as it sees a ViT: "patches" are the whole view, tokens (B, 1+N, D) are the places
-of the last map, in the place of the CLS token stands their mean. NAME@2 is a network whose first
-layers halve the sides once and not twice, for small pictures; NAME@1 not at all.
+The stages know ViTs only. Here they get networks of transformers by other functions of the same
+names: `in_stages`. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map,
+and their mean is in the place of the CLS token. NAME@2 is a network whose first layers halve the
+sides once and not twice, for small pictures, NAME@1 not at all.
 """
+
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.checkpoints import about_model, load_encoder, load_exactly, model_file
-from common.io import UserError, read_safetensors
+import finetune_lora
+import recognize
+from common import checkpoints, features, lora
+from common.checkpoints import about_model, load_exactly, model_file
+from common.command import cli
+from common.io import UserError, read_safetensors, save_safetensors
 from kernels.gather import MEAN, STD
 
 NETWORKS = {  # width of the last map
@@ -25,15 +33,13 @@ NETWORKS = {  # width of the last map
 class ConvNet(nn.Module):
     """config: network (a name of NETWORKS, @ and the stride of its first layers), image_size."""
 
-    blocks, patch_size, side = (
-        (),
-        1,
-        1,
-    )  # no block learns at a rate of its own, no patch can be left out
+    blocks = ()  # no block learns at a rate of its own
+    side = 1  # no patch can be left out
 
     def __init__(self, network, image_size):
         super().__init__()
         self.config = {"network": network, "image_size": image_size}
+        self.patch_size = image_size
         name, _, stride = network.partition("@")
         self.body = build(name, image_size, int(stride or 4))
         self.register_buffer("cls_token", torch.zeros(1, 1, NETWORKS[name]), persistent=False)
@@ -124,4 +130,38 @@ def load(path, image_size=None):
 
 def load_any(path, image_size=None):
     """As checkpoints.load_encoder; a name of NETWORKS, or a run of one, is that network."""
-    return (load if is_convnet(path) else load_encoder)(path, image_size)
+    return (load if is_convnet(path) else checkpoints.load_encoder)(path, image_size)
+
+
+def save_any(encoder, path, about):
+    """As lora.save_encoder."""
+    if isinstance(encoder, ConvNet):
+        save_safetensors(encoder.state_dict(), path, {"config": encoder.config, **about})
+    else:
+        lora.save_encoder(encoder, path, about)
+
+
+def untrained_like(encoder, seed=0):
+    """As features.untrained_like."""
+    if not isinstance(encoder, ConvNet):
+        return features.untrained_like(encoder, seed)
+    torch.manual_seed(seed)
+    return ConvNet(**encoder.config).eval()
+
+
+def in_stages():
+    """From now on finetune_lora.py, and what loads its runs, takes these networks, too."""
+    finetune_lora.load_encoder = load_any
+    finetune_lora.save_encoder = save_any
+    finetune_lora.untrained_like = untrained_like
+
+
+def main():
+    in_stages()
+    trained = len(sys.argv) > 1 and (Path(sys.argv[1]) / "head.safetensors").exists()
+    stage = recognize if trained else finetune_lora
+    stage.main()
+
+
+if __name__ == "__main__":
+    cli(main)
