@@ -38,11 +38,12 @@ import torch
 from PIL import Image
 
 import data
+import detect
 import maps
 import mask as masking
 import recognize
 import segment
-from common import classifier, detection, guidance, metrics, mfdn, plots, segmenting
+from common import classifier, guidance, metrics, mfdn, plots
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
@@ -130,7 +131,7 @@ def choose_run(name):
     if (Path(name) / "head.safetensors").exists():
         return classifier.head_of(name)["base"]
     if (found := Path(name) / "detector.safetensors").exists():
-        return detection.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
+        return detect.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 
@@ -196,7 +197,7 @@ def loaded(load, run):
 
 @functools.lru_cache(2)
 def segmenter(run):
-    return segmenting.load(run, MACHINE.device, MACHINE.autocast)
+    return segment.load(run, MACHINE.device, MACHINE.autocast)
 
 
 # ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} --------------------------
@@ -548,9 +549,9 @@ def segment_page(run, picture, mixed=False):
     masks_of, side, squared = segmenter(name)
     pixels = whole_of(picture)
     mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
-    laid_over = segmenting.overlay(
-        torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None]
-    )[0]
+    laid_over = segment.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[
+        0
+    ]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
     command = same_as(f"segment.py {name} PICTURE --out masks{' --mixed' * mixed}")
     return bars({"drawn": float(mask.mean())}) + figures(items, "wide") + command
@@ -560,13 +561,13 @@ def segment_page(run, picture, mixed=False):
 def pages_page(run, picture):
     """Where faces are, and who they are where there is a recogniser."""
     name, who = detector_of(run) or missing("Pages", run), recogniser_of(run)
-    net, about = loaded(detection.load, name)
+    net, about = loaded(detect.load, name)
     pixels = whole_of(picture)
     with MACHINE.autocast():
-        boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
+        boxes, scores = detect.faces_of(net, pixels, about["page"], about["threshold"])
     known, header = loaded(classifier.load_classifier, who) if who else (None, {})
     cut = [
-        detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size"))
+        detect.cut_out(pixels, box, detect.MARGIN, header.get("packed_size"))
         for box in boxes.tolist()
     ]
     names = [f"score {score:.2f}" for score in scores.tolist()]

@@ -778,7 +778,7 @@ def plot_verification(path, pairs, strangers, title, reliable=()):
 
 
 def plot_precision(path, precision, row, title):
-    """Precision (101,) at IoU .5 over recall, and AP by the size of faces; row: what detection.coco
+    """Precision (101,) at IoU .5 over recall, and AP by the size of faces; row: what detect.coco
     found.
     """
     with panels(path, title, 1, 2, (8.4, 3.4)) as (curve, bars):

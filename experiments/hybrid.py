@@ -30,7 +30,7 @@ from PIL import ImageOps
 
 import data
 import segment
-from common import metrics, plots, segmenting, stats
+from common import metrics, plots, stats
 from common.command import Parser, at_least, cli, command, refuse_file
 from common.io import UserError, save_text
 from common.tables import read_csv
@@ -311,7 +311,7 @@ def cues(args):
 def plain_frames(split):
     """-> images u8 (n, S, S, 3) and is each drawn? (n,) of frames of one kind."""
     names = np.array(split["header"]["classes"])[split["labels"].numpy()]
-    rows = np.nonzero(np.isin(names, segmenting.KINDS))[0]
+    rows = np.nonzero(np.isin(names, segment.KINDS))[0]
     return np.array(split["images"][rows]), names[rows] == "drawn"
 
 
@@ -322,7 +322,7 @@ def composites(args, side=384):
     """OUT/composites.png: two drawings on each photograph of val and test, without grain or JPEG,
     and their masks.
     """
-    masks_of, at, squared = segmenting.load(args.encoder, torch.device("cpu"), nullcontext)
+    masks_of, at, squared = segment.load(args.encoder, torch.device("cpu"), nullcontext)
     photos, rows, scores = (
         [p for split in ("val", "test") for p in hybrid.open_photos(split)],
         [],
@@ -339,8 +339,8 @@ def composites(args, side=384):
             segment.mask_of(picture, masks_of, at, squared, torch.device("cpu"), mixed=True) > 0.5
         )
         said, true = (torch.from_numpy(x)[None] for x in (said, figure["fg"] > 127))
-        scores.append(segmenting.judge_masks([(said, true)])["miou"])
-        rows.append((picture, segmenting.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
+        scores.append(segment.judge_masks([(said, true)])["miou"])
+        rows.append((picture, segment.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
     print(
         "mean IoU "
         + " ".join(f"{score:.0f}" for score in scores)

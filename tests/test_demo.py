@@ -18,8 +18,9 @@ from PIL import Image
 
 import demo
 import mask as masking
+import segment
 from benchmarks import page as bench
-from common import classifier, segmenting
+from common import classifier
 from common.checkpoints import load_encoder
 from common.io import save_safetensors
 from experiments import front_page
@@ -152,7 +153,7 @@ def test_what_is_missing_says_how_it_is_made(at):
 
 def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = segmenting.Patches(load_encoder(at)[0], "centroid")
+    net = segment.Patches(load_encoder(at)[0], "centroid")
     net.centroids.normal_()
     net.centroids[0] = (
         0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign

@@ -15,7 +15,6 @@ from test_fuzz import render_here
 import data
 import detect
 import experiments.detection
-from common import detection
 from common.io import read_safetensors, save_safetensors
 from common.tables import read_csv
 from ingest import pack, scenes
@@ -30,11 +29,11 @@ BOXES = torch.tensor([[[8.0, 8, 24, 24], [30, 10, 62, 60], [2, 40, 5, 60]], [[-1
 
 def tiny():
     torch.manual_seed(0)
-    return detection.Detector(ViT(64, 8, 32, 1, 2)).eval()
+    return detect.Detector(ViT(64, 8, 32, 1, 2)).eval()
 
 
 def test_a_box_is_taught_at_its_centre_on_the_level_of_its_size_and_weighs_one():
-    heat, boxes, weight = detection.targets(BOXES, 64, 8)
+    heat, boxes, weight = detect.targets(BOXES, 64, 8)
     assert (
         heat.shape == weight.shape == (2, 16**2 + 8**2 + 4**2)
         and (heat[1] == 0).all()
@@ -51,27 +50,27 @@ def test_a_box_is_taught_at_its_centre_on_the_level_of_its_size_and_weighs_one()
     for k in (0, 1):
         own = (boxes[0] == BOXES[0, k]).all(1)
         assert weight[0, own].sum() == pytest.approx(1, abs=0.15)
-    centre = torch.cat([detection.cells(n * n, 64 // n, "cpu") for n in (16, 8, 4)])
+    centre = torch.cat([detect.cells(n * n, 64 // n, "cpu") for n in (16, 8, 4)])
     assert ((centre[peaks] - 16).abs().amax(1) <= 4)[first.all(1)].all()
 
 
 def test_giou_and_iou_are_what_their_formulas_say():
     a, b = torch.tensor([0.0, 0, 4, 4]), torch.tensor([2.0, 2, 6, 6])
-    assert detection.iou(a, b) == pytest.approx(4 / 28) and detection.giou(a, a) == pytest.approx(1)
-    assert detection.giou(a, b) == pytest.approx(4 / 28 - 1 + 28 / 36)
+    assert detect.iou(a, b) == pytest.approx(4 / 28) and detect.giou(a, a) == pytest.approx(1)
+    assert detect.giou(a, b) == pytest.approx(4 / 28 - 1 + 28 / 36)
     far = torch.tensor([10.0, 0, 12, 4])
-    assert detection.iou(a, far) == 0 and detection.giou(a, far) == pytest.approx(-1 + 24 / 48)
+    assert detect.iou(a, far) == 0 and detect.giou(a, far) == pytest.approx(-1 + 24 / 48)
 
 
 def test_the_loss_falls_where_answers_come_nearer():
-    heat, boxes, _ = detection.targets(BOXES, 64, 8)
+    heat, boxes, _ = detect.targets(BOXES, 64, 8)
     sure = torch.where(heat == 1, 6.0, -6.0)
     losses = [
-        detection.loss_of(logits, boxes + off, BOXES, 64, 8).item()
+        detect.loss_of(logits, boxes + off, BOXES, 64, 8).item()
         for logits, off in ((sure, 0), (sure, 3), (-sure, 0), (torch.zeros_like(sure), 0))
     ]
     assert losses[0] < 0.1 < losses[1] and losses[0] < losses[3] < losses[2]
-    nobody = detection.loss_of(-6 * torch.ones_like(heat[1:]), boxes[1:], BOXES[1:], 64, 8)
+    nobody = detect.loss_of(-6 * torch.ones_like(heat[1:]), boxes[1:], BOXES[1:], 64, 8)
     assert 0 <= nobody < 0.01
 
 
@@ -99,7 +98,7 @@ def test_answers_are_peaks_and_none_is_given_twice():
     ):
         logits[0, cell], boxes[0, cell] = score, torch.tensor(box, dtype=torch.float)
     net.forward = lambda view: (logits, boxes)
-    found, scores = detection.detect(net, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0]
+    found, scores = detect.detect(net, torch.zeros(1, 64, 64, 3, dtype=torch.uint8))[0]
     sure = scores > 0.5
     assert sure.sum() == 2 and torch.allclose(scores[sure], torch.tensor([3.0, 0.5]).sigmoid())
     peak, beside = torch.tensor([3.0, 2.0]).sigmoid().square()  # neighbours say where a box is, too
@@ -114,23 +113,23 @@ def test_the_surest_answer_is_the_first_also_where_there_are_few():
         view = torch.randint(
             256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
         )
-        scores = detection.detect(tiny(), view)[0][1]
+        scores = detect.detect(tiny(), view)[0][1]
         assert len(scores) and (scores.diff() <= 0).all()
 
 
 def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
     truth = [torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
     right = [(truth[0], torch.tensor([0.9, 0.8])), (torch.zeros(0, 4), torch.zeros(0))]
-    row, precision = detection.coco(right, truth, 256)
+    row, precision = detect.coco(right, truth, 256)
     assert (
         row["ap"] == row["ap50"] == row["ar"] == 100
         and row["ap_small"] is None
         and len(precision) == 101
     )
     shifted = [(truth[0] + 0.02, torch.tensor([0.9, 0.8])), right[1]]
-    assert 30 < detection.coco(shifted, truth, 256)[0]["ap"] < 90
+    assert 30 < detect.coco(shifted, truth, 256)[0]["ap"] < 90
     nothing = [(torch.zeros(0, 4), torch.zeros(0))] * 2
-    assert detection.coco(nothing, truth, 256)[0]["ap"] == 0
+    assert detect.coco(nothing, truth, 256)[0]["ap"] == 0
     wrong = [
         (
             torch.tensor(
@@ -145,7 +144,7 @@ def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
         ),
         right[1],
     ]
-    found = detection.mistakes(wrong, truth, 0.5, 256)
+    found = detect.mistakes(wrong, truth, 0.5, 256)
     assert found == {
         "right": 1,
         "double": 1,
@@ -155,19 +154,16 @@ def test_answers_are_judged_as_coco_does_and_mistakes_are_told_apart():
         "missed_covered": 0,
         "missed": 1,
     }
-    assert detection.mistakes(right, truth, 0.85, 50)["missed_small"] == 1
-    assert 0.6 < detection.best_threshold(wrong, truth) <= 0.9
+    assert detect.mistakes(right, truth, 0.85, 50)["missed_small"] == 1
+    assert 0.6 < detect.best_threshold(wrong, truth) <= 0.9
     close = torch.tensor(
         [[0.1, 0.1, 0.5, 0.5], [0.2, 0.1, 0.6, 0.5]]
     )  # IoU .6, and answers nearer to the first
     found = torch.tensor([[0.11, 0.1, 0.51, 0.5], [0.14, 0.1, 0.54, 0.5]])
-    assert (
-        detection.iou(found[1], close).argmax() == 0
-        and detection.iou(found[1], close).amin() >= 0.5
-    )
+    assert detect.iou(found[1], close).argmax() == 0 and detect.iou(found[1], close).amin() >= 0.5
     near = [(found, torch.tensor([0.9, 0.8]))]
-    assert detection.coco(near, [close], 256)[0]["ap50"] == 100
-    assert detection.mistakes(near, [close], 0.5, 256)["right"] == 2
+    assert detect.coco(near, [close], 256)[0]["ap50"] == 100
+    assert detect.mistakes(near, [close], 0.5, 256)["right"] == 2
 
 
 def test_crops_carry_their_boxes_along():
@@ -253,17 +249,15 @@ def test_a_run_writes_what_it_says(det):
     found = row["mistakes"]
     assert row["faces"] == found["right"] + sum(found[k] for k in found if "missed" in k)
     assert (det / "precision.png").exists() and (det / "pages.png").exists()
-    net, header = detection.load(det)
+    net, header = detect.load(det)
     assert header["page"] == 80 and not [
         name for name, _ in net.named_parameters() if name.endswith((".A", ".B"))
     ]
 
 
 def test_the_last_quarter_of_the_epochs_learns_from_nearly_whole_pages(pages, encoder, monkeypatch):
-    sides, loss_of = [], detection.loss_of
-    monkeypatch.setattr(
-        detection, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words)
-    )
+    sides, loss_of = [], detect.loss_of
+    monkeypatch.setattr(detect, "loss_of", lambda *words: sides.append(words[3]) or loss_of(*words))
     trained(pages, encoder, "runs/late", "--epochs", 4, "--method", "full")
     assert sides == 6 * [48] + 2 * [64]  # two steps an epoch; pages of 80
 
@@ -281,7 +275,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, 
     monkeypatch.setattr(detect, "step_loss", real)
     assert "--resume goes on" in refused(trained(pages, encoder, "runs/cut", "--epochs", 2))
     assert trained(pages, encoder, "runs/cut", "--epochs", 2, "--resume").returncode == 0
-    a, b = (detection.load(p)[0].state_dict() for p in (det, pages / "runs/cut"))
+    a, b = (detect.load(p)[0].state_dict() for p in (det, pages / "runs/cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     path = pages / "datasets/scenes/train.safetensors"
     before, (rows, header) = path.read_bytes(), read_safetensors(path)
@@ -293,7 +287,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, 
 
 def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     face = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.0, 0.0, 0.1, 0.1]])
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(face, torch.tensor([0.9, 0.01]))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(face, torch.tensor([0.9, 0.01]))])
     Image.new("RGB", (200, 100), (90, 90, 90)).save(pages / "wide.png")
     Image.new("RGB", (1, 1)).save(pages / "dot.png")
     done = call(
@@ -318,7 +312,7 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     below = torch.tensor(
         [[0.25, 0.25, 0.5, 0.5], [0.2, 0.6, 0.4, 0.9]]
     )  # the second in what makes it a square
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(below, torch.tensor([0.9, 0.8]))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(below, torch.tensor([0.9, 0.8]))])
     done = call("detect.py", det, "wide.png", "--out", "square", "--crop", cwd=pages, check=0)
     assert len(json.loads(done.stdout)["faces"]) == len(list((pages / "square").iterdir())) == 1
     call("detect.py", det, "wide.png", "--out", "shown", "--threshold", 0.95, cwd=pages, check=0)
@@ -327,7 +321,7 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
 
 def test_pictures_of_one_name_have_files_of_their_own(pages, det, monkeypatch):
     found = torch.tensor([[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 0.9, 0.9]])
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(found, torch.ones(len(found)))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(found, torch.ones(len(found)))])
     for folder in ("p/same", "q/same"):
         (pages / folder).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(pages / folder / "x.png")
@@ -340,7 +334,7 @@ def test_pictures_of_one_name_have_files_of_their_own(pages, det, monkeypatch):
 
 def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
     call("export.py", det, "--to", "half", "--out", "half", cwd=pages, check=0)
-    (whole, about), (half, same) = detection.load(det), detection.load(pages / "half")
+    (whole, about), (half, same) = detect.load(det), detect.load(pages / "half")
     view = torch.randint(
         0, 256, (1, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -413,7 +407,7 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
     words = ["--data", small, "--method", "linear", "--epochs", 1, "--device", "cpu", "--out", run]
     call("finetune_lora.py", tagged / "encoder", *words, cwd=pages, check=0)
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     Image.new("RGB", (64, 64), (200, 90, 90)).save(pages / "page.png")
     lines = call(
         "recognize.py", run, "page.png", "--detect", det, "--json", cwd=pages, check=0
@@ -422,7 +416,7 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
         "page.png[6,6,19,19]",
         "page.png[32,16,48,32]",
     ]
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     done = call("recognize.py", run, "page.png", "--detect", det, cwd=pages, check=0)
     assert done.stdout == "" and "page.png: no face was found" in done.stderr
     (pages / "torn.png").write_text("no picture")
@@ -443,14 +437,14 @@ def test_a_page_s_faces_are_named_one_by_one(pages, det, small, tagged, monkeypa
 def test_what_is_cut_out_is_the_face_and_room_around_it():
     picture = np.zeros((40, 60, 3), np.uint8)
     picture[10:20, 30:40] = 255
-    assert (detection.cut_out(picture, (30, 10, 40, 20), 0) == 255).all()
-    room = detection.cut_out(picture, (30, 10, 40, 20), 0.5)
+    assert (detect.cut_out(picture, (30, 10, 40, 20), 0) == 255).all()
+    room = detect.cut_out(picture, (30, 10, 40, 20), 0.5)
     assert (
         room.shape == (20, 20, 3)
         and (room[5:15, 5:15] == 255).all()
         and room.mean() == pytest.approx(255 / 4)
     )
-    assert detection.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (
+    assert detect.cut_out(picture, (0, 0, 10, 40), 1, 16).shape == (
         16,
         16,
         3,
@@ -470,7 +464,7 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
         demo.choose_run("runs/a-det") == "runs/enc" and demo.detector_of("runs/a") == "runs/a-det"
     )
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a", picture)
     assert (
         text.count("<img") == 3 and "score 0.80" in text and "detect.py runs/a-det PICTURE" in text
@@ -479,7 +473,7 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     call("finetune_lora.py", "runs/a", *words, cwd=pages, check=0)
     text = demo.pages_page("runs/a", picture)
     assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
-    monkeypatch.setattr(detection, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
+    monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     assert "0 faces" in demo.pages_page("runs/a", picture)
 
 

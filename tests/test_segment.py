@@ -14,7 +14,6 @@ from PIL import Image
 import data
 import experiments.hybrid
 import segment
-from common import segmenting
 from common.train import seeded
 from ingest import hybrid
 from model import ViT
@@ -147,7 +146,7 @@ def test_the_packed_set_tells_kinds_photographs_and_masks(frames):
 
 def tiny():
     torch.manual_seed(0)
-    return segmenting.Patches(ViT(32, 8, 32, 1, 2), "centroid").eval()
+    return segment.Patches(ViT(32, 8, 32, 1, 2), "centroid").eval()
 
 
 def test_the_nearest_centroid_decides():
@@ -200,16 +199,16 @@ def test_patches_of_another_frame_keep_its_label(monkeypatch):
 
 
 def test_cuts_have_all_shapes_and_no_frame_is_cut_more_often_than_asked():
-    cut = segmenting.cut_masks(400, 32, 0.25, seeded(0))
+    cut = segment.cut_masks(400, 32, 0.25, seeded(0))
     assert (
         0.2 < cut.any((1, 2)).float().mean() < 0.3
-        and not segmenting.cut_masks(9, 32, 0, seeded(0)).any()
+        and not segment.cut_masks(9, 32, 0, seeded(0)).any()
     )
-    corners = segmenting.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
+    corners = segment.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
     assert 0.2 < (corners == 0).float().mean() < 0.6  # windows, and a few blobs
     assert all((corners == n).any() for n in range(5))
     view, drawn = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8), torch.rand(6, 32, 32)
-    shown, masks = segmenting.cut_together(view, drawn, 1, seeded(2))
+    shown, masks = segment.cut_together(view, drawn, 1, seeded(2))
     theirs = masks != drawn
     assert theirs.any((1, 2)).all() and torch.equal(shown[theirs], view.flip(0)[theirs])
     assert torch.equal(shown[~theirs], view[~theirs]) and torch.equal(
@@ -228,7 +227,7 @@ def test_scores_between_patches_are_means_of_moved_frames():
         return (None, x.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))
 
     net = SimpleNamespace(encoder=SimpleNamespace(patch_size=8, side=4), scores=brightness)
-    fine = segmenting.fine_scores(net, view)
+    fine = segment.fine_scores(net, view)
     assert (
         fine.shape == (1, 8, 8)
         and fine[0, 2, 2] == fine.max()
@@ -241,48 +240,48 @@ def test_two_means_finds_the_halves_of_each_frame_whatever_its_level():
     true = torch.arange(24)[None] < torch.tensor([6, 12, 20])[:, None]
     low = torch.tensor([0.1, 0.2, 0.62])[:, None]
     probability = (low + 0.25 * true)[:, None].expand(3, 24, 24) + 0.02 * torch.randn(3, 24, 24)
-    moved = segmenting.two_means(probability)
+    moved = segment.two_means(probability)
     assert ((moved > 0.5) == true[:, None]).all() and not (
         (probability > 0.5) == true[:, None]
     ).all((1, 2)).any()
-    assert segmenting.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
+    assert segment.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
 
 
 def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     view[:, :, 18:] = 200
     blurred = torch.sigmoid((torch.arange(32.0) - 16) / 3).expand(1, 32, 32)
-    found, true = segmenting.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
+    found, true = segment.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
     assert torch.equal((found > 0.5).float(), true.expand(1, 32, 32))
     assert ((blurred > 0.5) != (true > 0)).any() and found[0, 16, 18] - found[
         0, 16, 17
     ] > 0.3  # a step, not a slope
-    flat = segmenting.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
+    flat = segment.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "part"), [("unet", 2), ("segformer", 4)])
 def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(name, part):
     torch.manual_seed(0)
-    net = segmenting.Pixels(name, segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid"))
+    net = segment.Pixels(name, segment.Patches(ViT(32, 8, 32, 2, 2), "centroid"))
     noise, target = (
         torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8),
         torch.rand(4, 64 // part, 64 // part),
     )
     logits = net.train()(noise)
     assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
-    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
+    masks = segment.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
     assert masks.shape == (1, 36, 50) and masks.min() >= 0 and masks.max() <= 1
 
 
 def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
-    patches = segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid")
+    patches = segment.Patches(ViT(32, 8, 32, 2, 2), "centroid")
     patches.scores = lambda view: (
         None,
         view.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)),
     )
     net, view = (
-        segmenting.Pixels("unet", patches),
+        segment.Pixels("unet", patches),
         torch.zeros(1, 64, 96, 3),
     )  # seen by the encoder at 32 by 32
     view[:, 32:, :48] = 200
@@ -298,9 +297,7 @@ def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
 def test_no_convolution_of_a_segformer_is_silent():
     torch.manual_seed(0)
     convs = [
-        m
-        for m in segmenting.segformer(3).modules()
-        if isinstance(m, torch.nn.Conv2d) and m.groups > 1
+        m for m in segment.segformer(3).modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1
     ]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
     assert len(convs) == 7 and min(loud) > 0.7 and max(loud) < 2
@@ -309,13 +306,13 @@ def test_no_convolution_of_a_segformer_is_silent():
 def test_masks_are_judged_as_by_hand():
     true, said = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     true[:, :, :4], said[:, :, :6] = True, True
-    row = segmenting.judge_masks([(said, true)])
+    row = segment.judge_masks([(said, true)])
     assert row["iou_drawn"] == pytest.approx(100 * 32 / 48, abs=0.01)
     assert row["iou_photographed"] == pytest.approx(100 * 16 / 32, abs=0.01)
     assert row["miou"] == pytest.approx((200 / 3 + 50) / 2, abs=0.01)
     assert row["boundary_f"] == 100  # two pixels off
     said[:, :, :7] = True
-    assert segmenting.judge_masks([(said, true)])["boundary_f"] == 0
+    assert segment.judge_masks([(said, true)])["boundary_f"] == 0
 
 
 # ---- the stage -----------------------------------------------------------------------------------
@@ -334,7 +331,7 @@ def test_three_stages_leave_their_files_and_numbers(frames, learned):
     split = data.open_split(learned.parent / "packed", "train")
     proxies = data.open_map(learned / "proxies", "drawn", split)
     names = np.array(split["header"]["classes"])[split["labels"]]
-    assert proxies.shape == (36, 32, 32) and not proxies[np.isin(names, segmenting.KINDS)].any()
+    assert proxies.shape == (36, 32, 32) and not proxies[np.isin(names, segment.KINDS)].any()
     assert (learned / "overlays.png").exists()
     again = call(
         "segment.py",
@@ -380,7 +377,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     call(*words, "--resume", cwd=frames, check=0)
     for name in ("patches", "model"):
         a, b = (
-            segmenting.read_safetensors(place / f"{name}.safetensors")[0]
+            segment.read_safetensors(place / f"{name}.safetensors")[0]
             for place in (learned, tmp_path / "run")
         )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
@@ -491,7 +488,7 @@ def test_patches_alone_segment_too(frames, tmp_path):
 def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
     """Without masks, without mixed frames, without a split dev."""
     draw_folder(tmp_path / "own", classes=2, each=16)
-    for i, name in enumerate(segmenting.KINDS):
+    for i, name in enumerate(segment.KINDS):
         (tmp_path / f"own/class{i}").rename(tmp_path / "own" / name)
     call("data.py", "own", "--out", "packed", "--size", 32, cwd=tmp_path, check=0)
     done = call(
