@@ -184,6 +184,7 @@ class Flags:
         self.given = found.pop("given")  # names of the flags on the command line
         self.values = found
         self.read = set()
+        self.saved = set()  # names of flags that a resumed run had
 
     def __getattr__(self, name):  # only asked for names that the object itself lacks
         values = self.__dict__.get("values", {})
@@ -195,7 +196,7 @@ class Flags:
     def fill(self, **defaults):
         """Defaults that depend on the machine, the model or the method: flags not given take them."""
         for name, value in defaults.items():
-            if name not in self.given:
+            if name not in self.given | self.saved:
                 self.values[name] = value
 
     def take_saved(self, saved, free=("device", "log")):
@@ -207,6 +208,7 @@ class Flags:
             )
         kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
         self.values = {**self.values, **saved, **kept}
+        self.saved = saved.keys() - kept.keys()
 
     def refuse_unread(self):
         """Call it when everything is set up: a flag that changes nothing here is a mistake."""

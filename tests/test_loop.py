@@ -45,7 +45,8 @@ def test_a_run_is_named_by_the_flags_that_were_given():
 def test_a_resumed_run_takes_its_saved_flags():
     flags = flags_of("--resume", "run")
     flags.take_saved({"lr": 0.7, "out": "run"})
-    assert (flags.lr, flags.resume) == (0.7, "run")
+    flags.fill(lr=1.0, batch_size=16)
+    assert (flags.lr, flags.resume, flags.batch_size) == (0.7, "run", 16)
     with pytest.raises(UserError, match="--lr has no effect beside --resume"):
         flags_of("--resume", "run", "--lr", "1").take_saved({"lr": 0.7})
 
