@@ -48,7 +48,7 @@ from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
-from common.io import UserError, read_json
+from common.io import UserError, read_header, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -131,7 +131,7 @@ def choose_run(name):
     if (Path(name) / "head.safetensors").exists():
         return classifier.head_of(name)["base"]
     if (found := Path(name) / "detector.safetensors").exists():
-        return detect.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
+        return read_header(found)[1].get("base") or name.rstrip("/").removesuffix("-det")
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 
@@ -197,7 +197,8 @@ def loaded(load, run):
 
 @functools.lru_cache(2)
 def segmenter(run):
-    return segment.load(run, MACHINE.device, MACHINE.autocast)
+    net, header = segment.load(run)
+    return net.to(MACHINE.device), header["image_size"]
 
 
 # ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} --------------------------
@@ -546,9 +547,9 @@ def segment_page(run, picture, mixed=False):
     both.
     """
     name = segmenter_of(run) or missing("Drawn or photographed", run)
-    masks_of, side, squared = segmenter(name)
+    net, side = segmenter(name)
     pixels = whole_of(picture)
-    mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
+    mask = segment.mask_of(net, pixels, side, MACHINE.autocast, mixed)
     laid_over = segment.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[
         0
     ]

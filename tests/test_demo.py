@@ -21,7 +21,6 @@ import mask as masking
 import segment
 from benchmarks import page as bench
 from common import classifier
-from common.checkpoints import load_encoder
 from common.io import save_safetensors
 from experiments import front_page
 
@@ -153,14 +152,9 @@ def test_what_is_missing_says_how_it_is_made(at):
 
 def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = segment.Patches(load_encoder(at)[0], "centroid")
-    net.centroids.normal_()
-    net.centroids[0] = (
-        0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
-    )
-    save_safetensors(
-        net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config, "stage": {}}
-    )
+    net = segment.Pixels("unet")
+    header = {"network": "unet", "image_size": 32, "seconds": 1.0}
+    save_safetensors(net.state_dict(), tmp_path / "model.safetensors", header)
     monkeypatch.setattr(demo, "segmenter_of", lambda run: tmp_path)
     picture = own(tmp_path / "mine.png", (64, 64))
     alone, known = demo.segment_page(at, picture), demo.segment_page(at, picture, True)

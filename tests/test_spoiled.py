@@ -108,7 +108,7 @@ def save_applications(base):
     faces = detect.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
-    patches = segment.Patches(ViT(*SHAPE), "centroid")
+    patches = segment.Patches(ViT(*SHAPE))
     header = {"patches": patches.config, "stage": {}}
     save_safetensors(patches.state_dict(), base / "plain/patches.safetensors", header)
     pixels = segment.Pixels("unet", patches)
@@ -220,11 +220,12 @@ def use_detector(base):
 
 
 def use_segmenter(base):
-    return segment.load(base / "frames", CPU, AUTOCAST)[0](view()).detach()
+    return segment.pixel_masks(segment.load(base / "frames")[0], view(), AUTOCAST)
 
 
 def use_patches(base):
-    return segment.load(base / "plain", CPU, AUTOCAST)[0](view()).detach()
+    net = segment.load_patches(base / "plain/patches.safetensors")
+    return segment.proxy_masks(net, view(), AUTOCAST)
 
 
 FILES = {  # file: how many cases, and what reads it
