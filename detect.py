@@ -53,7 +53,7 @@ NARROW = 0.54 / 6  # standard deviation of a box's Gaussian, by its side (TTFNet
 SIDES_WEIGHT = 5.0  # of the error of the sides in the loss; 1 - GIoU has weight 1
 LEAST = 4  # pixels: the loss leaves out smaller boxes
 PAGE = 7 / 4  # side of a whole page by --view: the detector reads pages at 224 px, crops at 128 px
-LATE, LATE_SIDE = 0.25, 6 / 7  # last share of the epochs, whose crops have this share of the page
+LATE = 0.25  # share of the epochs, the last ones, whose crops have 6/7 of the page's side
 MOSAIC = 0.3  # share of the steps whose crops show four pages
 COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
@@ -179,27 +179,25 @@ def area(boxes):
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
-def overlap_of(a, b):
-    """Boxes (..., 4) and (..., 4), broadcast -> area of their intersection (...)."""
+def intersection(a, b):
+    """Boxes (..., 4) and (..., 4), broadcast -> the box that both cover (..., 4), or an inverted one."""
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
-    return (high - low).clamp(min=0).prod(-1)
+    return torch.cat([low, high], -1)
 
 
 def iou(a, b):
     """Boxes (..., 4) and (..., 4), broadcast -> intersection over union (...)."""
-    both = overlap_of(a, b)
+    both = area(intersection(a, b))
     return both / (area(a) + area(b) - both).clamp(min=1e-9)
 
 
 def giou(a, b):
     """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
-    both = overlap_of(a, b)
-    low = torch.minimum(a[..., :2], b[..., :2])
-    high = torch.maximum(a[..., 2:], b[..., 2:])
-    hull = area(torch.cat([low, high], -1)).clamp(min=1e-6)
-    union = (area(a) + area(b) - both).clamp(min=1e-6)
-    return both / union - 1 + union / hull
+    both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
+    hull = torch.cat([low, torch.maximum(a[..., 2:], b[..., 2:])], -1)
+    union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
+    return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
 
 
 def loss_of(logits, found, boxes, S, patch):
@@ -369,7 +367,7 @@ def open_task(flags, device, autocast):
     if task.view % two:
         raise UserError(f"--view {task.view} must be a multiple of {two}, which is two patches")
     task.page = int(task.view * PAGE) // two * two
-    task.late = max(task.view, int(task.page * LATE_SIDE) // two * two)
+    task.late = max(task.view, task.page * 6 // 7 // two * two)
     task.encoder, _ = load_encoder(flags.encoder, task.page)
     return task
 
@@ -483,7 +481,7 @@ def fit(flags, device, autocast):
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
-    about |= {"run": out.name, "data": flags.data}
+    about |= {"run": out.name, "data": flags.data, "seed": task.seed}
     save_json(about | row, out / f"metrics{split_suffix(flags.eval_on)}.json")
     run.close()
     print(
@@ -583,6 +581,8 @@ def parse_flags():
 def main():
     flags = parse_flags()
     if flags.resume:
+        if flags.encoder:
+            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "eval_on"))
         flags.values["out"] = flags.resume

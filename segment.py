@@ -492,8 +492,7 @@ def fit(task, run, part):
                 loss = part.loss(task, part.net.train(), index, some, generator)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
-            rate = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
-            train.set_lr(part.optimizer, rate)
+            train.set_lr(part.optimizer, train.lr_at(done, part.steps, 0.1 * part.steps, part.lr))
             part.optimizer.step()
             part.optimizer.zero_grad()
             run.update(loss, grad_norm)
@@ -564,7 +563,8 @@ def run_stages(flags, device, autocast):
     parts = {"model": three.net, "optimizer": three.optimizer}
     if one.steps:
         parts |= {"patches": one.net, "patches_optimizer": one.optimizer}
-    run = train.Run(flags, parts, one.steps + three.steps, len(one.rows), device)
+    per_epoch = max(1, len(one.rows) // flags.batch_size)
+    run = train.Run(flags, parts, one.steps + three.steps, per_epoch, device)
     frames = f"{len(one.rows)} frames of one kind, {len(task.train.mixed)} mixed"
     print(f"data     {flags.data}: {frames}, {task.S} px\nrun      {run.out}")
     row = {"run": run.out.name, "seed": task.seed, "data": flags.data, "evaluated_on": task.held}
@@ -572,8 +572,7 @@ def run_stages(flags, device, autocast):
         row["frames"] = learn_patches(task, run, one)
     row["proxies"] = judge(task, lambda view: proxy_masks(one.net, view, autocast))
     row["pixel_seconds"] = learn_pixels(task, run, one, three)
-    three.net.eval()
-    row["pixels"] = judge(task, lambda view: pixel_masks(three.net, view, autocast))
+    row["pixels"] = judge(task, lambda view: pixel_masks(three.net.eval(), view, autocast))
     row |= {"config": run.config, "command": command()}
     row |= {"machine": train.machine(device), "commit": train.commit()}
     save_json(row, run.out / f"metrics{split_suffix(task.held)}.json")
@@ -667,6 +666,8 @@ def parse_flags():
 def main():
     flags = parse_flags()
     if flags.resume:
+        if flags.encoder:
+            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "eval_on"))
         flags.values["out"] = flags.resume
@@ -678,8 +679,7 @@ def main():
     autocast = train.autocast_of(device, dtype)
     if flags.pictures:
         return use(flags, device, autocast)
-    seed = f"-s{flags.seed}" if flags.seed else ""
-    flags.fill(out=f"runs/{name_of(flags.encoder)}-seg{seed}")
+    flags.fill(out=f"runs/{name_of(flags.encoder)}-seg" + f"-s{flags.seed}" * (flags.seed > 0))
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     load_encoder(flags.encoder)  # before a data set is made
     flags.values["data"] = str(data.open_or_pack(flags.data))
