@@ -53,7 +53,7 @@ NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours al
 SOURCES = ("proxies", "frames", "truth")  # frames: of one kind alone; truth: true masks, a control
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
 PIXEL_LR = 2e-3  # peak learning rate of stage 3
-KEEP = 0.5  # share of the patches that stage 1 sees in training: half the time
+KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
 CUT = 1.0  # share of the frames that show a part of another one
 MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
 EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
