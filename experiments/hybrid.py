@@ -12,7 +12,7 @@ Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md,
         with --composites OUT/composites.png: drawings that no run saw laid on photographs of val
         and test
 
-Arms that differ in stage 3 alone share stages 1 and 2 of a seed.
+Arms that differ in stage 3 alone share stage 1 of a seed.
 """
 
 if __name__ == "__main__":
