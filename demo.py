@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import base64
 import functools
+import inspect
 import io
 import ipaddress
 import os
@@ -37,19 +38,18 @@ import torch
 from PIL import Image
 
 import data
+import detect
 import maps
 import mask as masking
 import recognize
 import segment
-from common import classifier, detection, guidance, metrics, mfdn, plots, segmenting
+from common import classifier, guidance, metrics, mfdn, plots
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
 from common.features import load_mae
-from common.gallery import load_gallery
-from common.io import UserError, read_json
+from common.io import UserError, read_header, read_json
 from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
-from finetune_lora import load_classifier
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.scenes import outlined
@@ -131,7 +131,7 @@ def choose_run(name):
     if (Path(name) / "head.safetensors").exists():
         return classifier.head_of(name)["base"]
     if (found := Path(name) / "detector.safetensors").exists():
-        return detection.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
+        return read_header(found)[1].get("base") or name.rstrip("/").removesuffix("-det")
     return about_model(name)["base"] if mfdn.is_tagger(name) else name
 
 
@@ -197,7 +197,8 @@ def loaded(load, run):
 
 @functools.lru_cache(2)
 def segmenter(run):
-    return segmenting.load(run, MACHINE.device, MACHINE.autocast)
+    net, header = segment.load(run)
+    return net.to(MACHINE.device), header["image_size"]
 
 
 # ---- a picture: {"name", "bytes", "truth": planes of a drawing of ours} --------------------------
@@ -334,11 +335,10 @@ def known_scores(picture, view, side):
     """
     planes = picture["truth"] or {"fg": (255 * maps.coarse(view)[0]).byte().cpu().numpy()}
     whole = (torch.zeros(1, dtype=torch.long), *data.full_boxes(1))
-    scores = {"fg": guidance.crop_map(planes["fg"][None], *whole, side)}
-    if "parts" in planes:
-        count = len(toon.PARTS)
-        scores["parts"] = guidance.crop_parts(planes["parts"][None], *whole, side, count)
-    return {need: score.to(view.device) for need, score in scores.items()}
+    return {
+        need: guidance.crop_map(need, plane[None], *whole, side, view.device, len(toon.PARTS))
+        for need, plane in planes.items()
+    }
 
 
 def measured(net, view, need):
@@ -367,10 +367,10 @@ def draw_mask(strategy, scores, N, ratio, wanted, t, seed):
     """scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask, and which of the wanted parameters
     the strategy has.
     """
-    K = masking.kept(N, ratio)
-    params = {name: x for name, x in wanted.items() if name in masking.PARAMS[strategy]}
+    K, takes = masking.kept(N, ratio), inspect.signature(masking.STRATEGIES[strategy]).parameters
+    params = {name: x for name, x in wanted.items() if name in takes}
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
-    priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)
+    priority = masking.STRATEGIES[strategy](scores | {"masked": N - K}, noise, t, **params)
     return *masking.sample(priority, K), params
 
 
@@ -444,9 +444,9 @@ def compare_page(run, picture, other, ratio, seed):
 def recognise_page(run, picture):
     """Who it is, how sure that is, and the faces of the gallery that are nearest."""
     name = recogniser_of(run) or missing("Recognise", run)
-    net, header = loaded(load_classifier, name)
-    gallery, image = load_gallery(name), cut_as(picture, header)
-    logits, embeddings = recognize.embed(net, image, MACHINE.autocast)
+    net, header = loaded(classifier.load_classifier, name)
+    gallery, image = classifier.load_gallery(name), cut_as(picture, header)
+    logits, embeddings = recognize.embed(net, header, image, MACHINE.autocast)
     row = recognize.answers([picture["name"]], logits, embeddings, gallery, 3)[0]
     who = escape(row["name"] or f"unknown, most like {row['best_guess']}")
     sure = {} if row["confidence"] is None else {"confidence": row["confidence"]}
@@ -475,7 +475,11 @@ def face_of(folder, key):
 
 def enrolled(run):
     """Names that recognize.py --enrol or the page added."""
-    gallery = load_gallery(name) if (name := recogniser_of(run)) else {"names": [], "learned": 0}
+    gallery = (
+        classifier.load_gallery(name)
+        if (name := recogniser_of(run))
+        else {"names": [], "learned": 0}
+    )
     return gallery["names"][gallery["learned"] :]
 
 
@@ -485,7 +489,7 @@ def enrol_page(run, who, files):
     name = recogniser_of(run) or missing("Recognise", run)
     if not (who or "").strip():
         raise UserError("give the character a name")
-    net, header = loaded(load_classifier, name)
+    net, header = loaded(classifier.load_classifier, name)
     who = recognize.new_name(who, header)
     pictures = [dropped(path) for path in files or []]
     if not pictures:
@@ -494,7 +498,7 @@ def enrol_page(run, who, files):
     with LOCK:
         keys, (_, embeddings) = (
             [x["name"] for x in pictures],
-            recognize.embed(net, images, MACHINE.autocast),
+            recognize.embed(net, header, images, MACHINE.autocast),
         )
         said = recognize.add_faces(name, who, keys, embeddings)
     return f"<p>{escape(said)}</p>"
@@ -505,7 +509,7 @@ def forget_page(run, who):
     """Take an enrolled character out again -> what happened, in a sentence."""
     name = recogniser_of(run) or missing("Recognise", run)
     with LOCK:
-        _, header = loaded(load_classifier, name)
+        _, header = loaded(classifier.load_classifier, name)
         said = recognize.take_out(name, who or "", header)
     return f"<p>{escape(said)}</p>"
 
@@ -543,12 +547,12 @@ def segment_page(run, picture, mixed=False):
     both.
     """
     name = segmenter_of(run) or missing("Drawn or photographed", run)
-    masks_of, side, squared = segmenter(name)
+    net, side = segmenter(name)
     pixels = whole_of(picture)
-    mask = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
-    laid_over = segmenting.overlay(
-        torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None]
-    )[0]
+    mask = segment.mask_of(net, pixels, side, MACHINE.autocast, mixed)
+    laid_over = segment.overlay(torch.from_numpy(pixels)[None], torch.from_numpy(mask > 0.5)[None])[
+        0
+    ]
     items = [("picture", png(pixels)), ("what is photographed, in orange", png(laid_over))]
     command = same_as(f"segment.py {name} PICTURE --out masks{' --mixed' * mixed}")
     return bars({"drawn": float(mask.mean())}) + figures(items, "wide") + command
@@ -558,19 +562,19 @@ def segment_page(run, picture, mixed=False):
 def pages_page(run, picture):
     """Where faces are, and who they are where there is a recogniser."""
     name, who = detector_of(run) or missing("Pages", run), recogniser_of(run)
-    net, about = loaded(detection.load, name)
+    net, about = loaded(detect.load, name)
     pixels = whole_of(picture)
     with MACHINE.autocast():
-        boxes, scores = detection.faces_of(net, pixels, about["page"], about["threshold"])
-    known, header = loaded(load_classifier, who) if who else (None, {})
+        boxes, scores = detect.faces_of(net, pixels, about["page"], about["threshold"])
+    known, header = loaded(classifier.load_classifier, who) if who else (None, {})
     cut = [
-        detection.cut_out(pixels, box, detection.MARGIN, header.get("packed_size"))
+        detect.cut_out(pixels, box, detect.MARGIN, header.get("packed_size"))
         for box in boxes.tolist()
     ]
     names = [f"score {score:.2f}" for score in scores.tolist()]
     if who and cut:
-        found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
-        rows = recognize.answers(names, *found, load_gallery(who), 0)
+        found = recognize.embed(known, header, np.stack(cut), MACHINE.autocast)
+        rows = recognize.answers(names, *found, classifier.load_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     shown = outlined(pixels, boxes.numpy() / np.array([pixels.shape[1], pixels.shape[0]] * 2))
     faces = figures((name, png(x)) for name, x in zip(names, cut, strict=True))

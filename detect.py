@@ -1,17 +1,17 @@
-"""Stage 8: where are the faces? Learn it from pages with boxes, and find them in any picture.
+"""Stage 8: find the faces on a page. Train a detector on pages with boxes; use it on any picture.
 
     python detect.py weights/toon --data datasets/scenes
-    # outlines; --crop: faces, which data.py reads
-    python detect.py runs/NAME-det PICTURE... --out found
+    python detect.py runs/NAME-det PICTURE... --out found     outlines; --crop: faces, for data.py
 
-Reads:  an encoder; datasets/NAME with boxes: python data.py scenes draws such a set, data.py PATH
-        --detect packs one
-Writes: runs/NAME-det/ detector.safetensors, state.pt (what a resumed run needs), log.jsonl,
-metrics.json,
-        precision.png, pages.png; with pictures a JSON line for each on standard output
+Reads:  an encoder; a set with boxes (python data.py scenes draws one, data.py PATH --detect packs)
+Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.json; for pictures
+        a JSON line each on standard output
 
-The network and its loss are in common/detection.py. It learns from crops of pages, which are larger
-in the last epochs, and is asked about whole pages; its choices (the threshold) are made on dev.
+A plain ViT is enough for detection (ViTDet, Li et al. 2022, arXiv:2203.16527). Its last tokens
+become maps with cells of half, once and twice the patch's side. Each cell has the score of a
+centre, with CenterNet's focal loss (Zhou et al. 2019, arXiv:1904.07850), and the distances to the
+four sides of a box, with the weights of TTFNet (Liu et al. 2020, arXiv:1909.00700).
+Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N cells of all maps.
 """
 
 if __name__ == "__main__":
@@ -19,592 +19,593 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import itertools
+import contextlib
+import io
 import json
 import shlex
-import sys
-from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data
-from common import detection, distributed, train
-from common.checkpoints import load_encoder, load_exactly
-from common.command import (
-    Parser,
-    at_least,
-    between,
-    claim,
-    cli,
-    command,
-    drawing,
-    progress,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-)
-from common.features import name_of, open_splits, split_suffix, untrained_like
-from common.io import UserError, atomic, read_json, save_json, save_safetensors
-from common.lora import fingerprint
-from finetune_lora import add_lora, merge_lora
-from ingest.pictures import tell_problems, whole_pictures
+from common import fields, train
+from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
+from common.command import Flags, Parser, at_least, between, claim, cli, command, progress
+from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
+from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from kernels.gather import masked_patch_gather
+from model import shape_of
 
-LOG_EVERY, CLIP, CHUNK = 10, 1.0, 16  # steps, norm of the gradient, pages at a time
-RATES = {"lora": 2e-3, "full": 1e-3, "linear": 2e-3}  # peak learning rates
-RESULTS = ("metrics*.json", "detector.safetensors", "precision*.png", "pages*.png")
-NO_CONFIG = (
-    "out",
-    "resume",
-    "given",
-    "log",
-    "device",
-    "eval_on",
-    "encoder",
-    "pictures",
-    "crop",
-    "margin",
-    "threshold",
-    "side",
-)
+# ---- numbers that no flag sets -------------------------------------------------------------------
+
+RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
+WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
+WIDTH = 96  # channels of the maps
+STRIDES = (0.5, 1, 2)  # from a cell of a map to the next, in patches
+BOUNDS = (0, 4, 8, 1e9)  # sqrt(width * height) of a map's boxes, in patches
+NARROW = 0.54 / 6  # standard deviation of a box's Gaussian, by its side (TTFNet)
+SIDES_WEIGHT = 5.0  # of the error of the sides in the loss; 1 - GIoU has weight 1
+LEAST = 4  # pixels: the loss leaves out smaller boxes
+PAGE = 7 / 4  # side of a whole page by --view: the detector reads pages at 224 px, crops at 128 px
+LATE = 0.25  # share of the epochs, the last ones, whose crops have 6/7 of the page's side
+MOSAIC = 0.3  # share of the steps whose crops show four pages
+COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
+MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
+LOWEST = 0.1  # threshold of a detector that finds nothing
+MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
+CHUNK = 16  # pages at a time
+RECIPE = ("data", "boxes", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
+REMEDY = "python detect.py ENCODER makes it"
+FIELDS = {
+    "detector": {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON},
+    "page": fields.SIDE,
+    "threshold": fields.number(-1, 2),
+    "base?": fields.TEXT,
+    "run?": fields.table_of(fields.ANYTHING),
+}
 
 
-def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "encoder",
-        metavar="ENCODER",
-        help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
-        "to use what was learned runs/NAME-det",
-    )
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive")
-    add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="set with boxes: python data.py scenes makes one (default: datasets/scenes)",
-    )
-    add(
-        "--boxes",
-        default="boxes",
-        choices=["boxes", "heads"],
-        help="faces, or heads with hair and hats",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        help="run folder (default: the encoder's and det); of pictures, a folder for them",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, from its last checkpoint",
-    )
-    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
-    add = parser.add_argument_group("how").add_argument
-    add(
-        "--method",
-        default="full",
-        choices=RATES,
-        help="of the encoder: frozen (linear), low-rank, everything",
-    )
-    add(
-        "--from-scratch",
-        action="store_true",
-        help="control: the encoder begins with random weights",
-    )
-    add(
-        "--page",
-        type=between(32, 4096, int),
-        metavar="PX",
-        help="side of whole pages (default: 1.75 times --view)",
-    )
-    add(
-        "--view",
-        type=between(16, 4096, int),
-        default=128,
-        metavar="PX",
-        help="side of crops, in pixels",
-    )
-    add("--epochs", type=at_least(1), default=16, help="passes over the pages")
-    add(
-        "--late",
-        type=between(0, 1),
-        default=0.25,
-        metavar="SHARE",
-        help="of the epochs, the last ones: crops are nearly whole pages",
-    )
-    add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
-    add(
-        "--lr",
-        type=between(0, 1),
-        help="peak learning rate (default: lora 2e-3, linear 2e-3, full 1e-3)",
-    )
-    add(
-        "--mosaic",
-        type=between(0, 1),
-        default=0.3,
-        metavar="SHARE",
-        help="of the steps whose crops show four pages",
-    )
-    add(
-        "--colour",
-        type=between(0, 1),
-        default=0.3,
-        metavar="X",
-        help="brightness, contrast, saturation times 1 +- X",
-    )
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add = parser.add_argument_group("what is done with pictures").add_argument
-    add("--crop", action="store_true", help="write each face as a picture of its own")
-    add(
-        "--margin",
-        type=between(0, 3),
-        default=detection.MARGIN,
-        help="room around a cropped face, as a share of it",
-    )
-    add(
-        "--threshold",
-        type=between(0, 1),
-        metavar="SCORE",
-        help="of an answer, at least (default: dev's best)",
-    )
-    add(
-        "--side",
-        type=between(32, 4096, int),
-        metavar="PX",
-        help="pictures are resized to it (default: as trained)",
-    )
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add(
-        "--log",
-        type=train.trackers,
-        default=(),
-        metavar="NAMES",
-        help="tensorboard,wandb beside log.jsonl",
-    )
-    return parser.parse_intermixed_args()
+# ---- the network ---------------------------------------------------------------------------------
 
 
-def refuse_flags(args):
-    training = not args.pictures
-    refuse_unused(
-        args,
-        (
-            (
-                "data boxes resume eval-on method from-scratch page view epochs late "
-                "batch-size lr mosaic colour seed log",
-                training,
-                "is for training, not for pictures",
-            ),
-            (
-                "crop margin threshold side",
-                not training,
-                "is for pictures: python detect.py runs/NAME-det PICTURE",
-            ),
-            ("margin", args.crop, "is for --crop"),
-        ),
-    )
-    if args.from_scratch and args.method != "full":
-        raise UserError(
-            f"--from-scratch trains all weights; with --method {args.method} they would stay random: "
-            "give --method full"
-        )
+class Detector(nn.Module):
+    """An encoder, three maps of its tokens, and one head for all of them."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        shape = shape_of(encoder)
+        D = shape["dim"]
+        self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for load
+        self.encoder, self.patch = encoder, encoder.patch_size
+        maps = nn.ConvTranspose2d(D, WIDTH, 2, 2), nn.Conv2d(D, WIDTH, 1), nn.Conv2d(D, WIDTH, 2, 2)
+        self.maps = nn.ModuleList(maps)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, WIDTH) for _ in self.maps)
+        layers = []
+        for _ in range(2):
+            layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(8, WIDTH), nn.GELU()]
+        self.tower = nn.Sequential(*layers)
+        self.out = nn.Conv2d(WIDTH, 5, 3, padding=1)
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.constant_(self.out.bias, 0.0)
+        nn.init.constant_(self.out.bias[:1], -4.6)  # a score of 0.01: few cells are a centre
+
+    def tokens(self, view, corner=(0, 0)):
+        """view u8 (B, S, S, 3) -> patch tokens (B, D, g, g), g = S / patch.
+
+        corner: row and column in the encoder's grid at which the view begins. A view that is larger
+        than the grid gets interpolated positions.
+        """
+        g, side = view.shape[1] // self.patch, self.encoder.side
+        steps = torch.arange(g, device=view.device)
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        patches, pos = y * g + x, None
+        places = (y + corner[0]) * side + x + corner[1]
+        if g > side:
+            pos, places = resize_positions(self.encoder.pos_embed, g), patches
+        patches, places = (i.flatten().expand(len(view), -1) for i in (patches, places))
+        pixels = masked_patch_gather(view, patches.contiguous(), self.patch)
+        tokens = self.encoder(pixels, places.contiguous(), pos)
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (g, g))
+
+    def forward(self, view, corner=(0, 0)):
+        """view u8 (B, S, S, 3) -> logits of centres (B, N), boxes x1, y1, x2, y2 (B, N, 4) in pixels."""
+        tokens, logits, boxes = self.tokens(view, corner), [], []
+        for scale, to_map, norm in zip(STRIDES, self.maps, self.norms, strict=True):
+            stride = int(scale * self.patch)
+            out = self.out(self.tower(norm(to_map(tokens)))).float().flatten(2)  # (B, 5, n)
+            reach = 3 * stride * out[:, 1:].clamp(-5, 5).exp()  # left, up, right, down
+            centre = cells(out.shape[2], stride, view.device)
+            logits.append(out[:, 0])
+            boxes.append(torch.cat([centre - reach[:, :2].mT, centre + reach[:, 2:].mT], 2))
+        return torch.cat(logits, 1), torch.cat(boxes, 1)
 
 
-# ---- the data ------------------------------------------------------------------------------------
+def cells(n, stride, device):
+    """Centres x, y of the n cells of a square map, (n, 2) in pixels."""
+    place = (torch.arange(round(n**0.5), device=device) + 0.5) * stride
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    return torch.stack([x, y], 2).flatten(0, 1)
 
 
-def open_task(args, device, autocast):
-    """-> what a run works with, a namespace."""
-    task, splits = (
-        SimpleNamespace(args=args, device=device, autocast=autocast),
-        open_splits(args.data, args.eval_on),
-    )
-    train_split, task.report = splits["train"], splits[args.eval_on]
-    rows = torch.arange(len(train_split["images"]))
-    apart = torch.from_numpy(
-        data.hold_apart(data.groups_of(train_split), np.zeros(len(rows)), data.APART)
-    )
-    task.rows = rows if "dev" in splits else rows[~apart]
-    task.train, task.dev = (
-        train_split,
-        (splits["dev"], None) if "dev" in splits else (train_split, rows[apart]),
-    )
-    parts = {"train": (train_split, task.rows), "dev": task.dev, args.eval_on: (task.report, None)}
-    for name, (split, some) in parts.items():
-        if args.boxes not in split or (boxes_of(split, args.boxes, some) < 0).all():
+def load(path):
+    """A run of detect.py, or its detector.safetensors -> the network in eval mode, and its header."""
+    path = Path(path) / "detector.safetensors" if Path(path).is_dir() else Path(path)
+    weights, header = read_safetensors(path, REMEDY)
+    fields.check_fields(header, FIELDS, path, REMEDY)
+    shape = header["detector"]["encoder"]
+    fields.check_encoder(weights, shape, path, REMEDY, "encoder.")
+    net = Detector(blank_encoder(shape, header["detector"]["norm_eps"]))
+    load_exactly(net, weights, path)
+    return net.eval(), header
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def targets(boxes, S, patch):
+    """What each cell should say: heat (B, N), box (B, N, 4), weight of that box (B, N).
+
+    boxes (B, K, 4) in pixels. A box belongs to the map of its size. It is a Gaussian around its
+    centre, whose weights sum to 1.
+    """
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+    size = sides.prod(2).sqrt()
+    middle = boxes[..., :2] + sides / 2
+    large_enough = sides.amin(2) >= LEAST
+    parts = []
+    for scale, low, high in zip(STRIDES, BOUNDS, BOUNDS[1:], strict=False):
+        stride = int(scale * patch)
+        centre = cells((S // stride) ** 2, stride, boxes.device)
+        here = (large_enough & (size >= low * patch) & (size < high * patch))[:, :, None]
+        away = centre - middle[:, :, None]  # (B, K, n, 2)
+        scaled = away / (NARROW * sides[:, :, None] + 1e-6)
+        bell = (-0.5 * scaled.square().sum(3)).exp() * here
+        holds_centre = away.abs().amax(3) <= stride / 2
+        parts.append(torch.where(holds_centre & here, 1.0, bell))
+    bell = torch.cat(parts, 2)  # (B, K, N)
+    heat, which = bell.max(1)
+    weight = heat / bell.sum(2).clamp(min=1e-6).gather(1, which)
+    return heat, boxes.gather(1, which[..., None].expand(-1, -1, 4)), weight * (heat > 0.05)
+
+
+def area(boxes):
+    """Boxes (..., 4) -> (...); an inverted box has none."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+
+
+def intersection(a, b):
+    """Boxes (..., 4) and (..., 4), broadcast -> the box that both cover (..., 4), or an inverted one."""
+    low = torch.maximum(a[..., :2], b[..., :2])
+    high = torch.minimum(a[..., 2:], b[..., 2:])
+    return torch.cat([low, high], -1)
+
+
+def iou(a, b):
+    """Boxes (..., 4) and (..., 4), broadcast -> intersection over union (...)."""
+    both = area(intersection(a, b))
+    return both / (area(a) + area(b) - both).clamp(min=1e-9)
+
+
+def giou(a, b):
+    """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
+    both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
+    hull = torch.cat([low, torch.maximum(a[..., 2:], b[..., 2:])], -1)
+    union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
+    return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
+
+
+def loss_of(logits, found, boxes, S, patch):
+    """Focal loss of the centres, plus GIoU and relative side error of the boxes, per face.
+
+    logits (B, N), found (B, N, 4): what the network says; boxes (B, K, 4): the truth.
+    """
+    heat, true, weight = targets(boxes, S, patch)
+    p, peak = logits.sigmoid().clamp(1e-4, 1 - 1e-4), heat == 1
+    focal = torch.where(peak, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
+    size = (true[..., 2:] - true[..., :2]).clamp(min=1).mean(2)
+    sides_error = (found - true).abs().mean(2) / size
+    box_loss = weight * (1 - giou(found, true) + SIDES_WEIGHT * sides_error)
+    return (box_loss.sum() - focal.sum()) / peak.sum().clamp(min=1)
+
+
+# ---- from maps to faces --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detect(net, view):
+    """view u8 (B, S, S, 3) -> for each boxes (k, 4) in shares of it and scores (k,), best first."""
+    logits, boxes = net(view)
+    S, scores = view.shape[1], logits.sigmoid()
+    sizes = [(S // int(scale * net.patch)) ** 2 for scale in STRIDES]
+    maps = zip(scores.split(sizes, 1), boxes.split(sizes, 1), strict=True)
+    peaks, boxes = zip(*(peaks_of(heat, found) for heat, found in maps), strict=True)
+    peaks, boxes = torch.cat(peaks, 1), torch.cat(boxes, 1).clamp(0, S) / S
+    answers = []
+    for score, found, peak in zip(scores, boxes, peaks, strict=True):
+        best = torch.where(peak, score, 0).topk(min(MOST, int(peak.sum()))).indices
+        best = best[(found[best, 2:] > found[best, :2]).all(1)]
+        best = best[suppress(found[best])]
+        answers.append((found[best].cpu(), score[best].cpu()))
+    return answers
+
+
+def peaks_of(heat, boxes):
+    """Scores (B, n) and boxes (B, n, 4) of one map -> its local maxima (B, n), smoothed boxes.
+
+    A smoothed box is the mean over a cell and its eight neighbours, weighted by score squared.
+    """
+    g = round(heat.shape[1] ** 0.5)
+    heat = heat[:, None].unflatten(2, (g, g))
+    peak = F.max_pool2d(heat, 3, 1, 1) == heat
+    weighted = heat**2 * boxes.mT.unflatten(2, (g, g))
+    mean = F.avg_pool2d(weighted, 3, 1, 1) / F.avg_pool2d(heat**2, 3, 1, 1).clamp(min=1e-12)
+    return peak.flatten(1), mean.flatten(2).mT
+
+
+def suppress(boxes):
+    """Non-maximum suppression: boxes (k, 4), best score first -> indices of those that stay."""
+    left, stay = torch.arange(len(boxes), device=boxes.device), []
+    while len(left):
+        stay.append(left[0])
+        left = left[1:][iou(boxes[left[0]], boxes[left[1:]]) < OVERLAP]
+    return torch.stack(stay) if stay else left
+
+
+def faces_of(net, picture, side, threshold):
+    """Faces of a picture u8 (H, W, 3), from left to right: boxes (k, 4) in its pixels, scores (k,).
+
+    The network sees it on a gray square of about `side` pixels, a multiple of two patches.
+    """
+    S, (h, w) = max(1, round(side / (2 * net.patch))) * 2 * net.patch, picture.shape[:2]
+    size = [max(1, round(x * S / max(h, w))) for x in (w, h)]
+    page = Image.new("RGB", (S, S), (128, 128, 128))
+    page.paste(Image.fromarray(picture).resize(size, Image.BICUBIC, reducing_gap=2.0))
+    view = torch.from_numpy(np.array(page))[None].to(net.out.weight.device)
+    boxes, scores = detect(net, view)[0]
+    sure = scores >= threshold
+    share = torch.tensor([w, h] * 2) / max(h, w)
+    boxes, scores = (boxes[sure] / share).clamp(0, 1) * torch.tensor([w, h] * 2), scores[sure]
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]  # and not in the gray
+    order = inside[boxes[inside, 0].argsort()]
+    return boxes[order], scores[order]
+
+
+def cut_out(picture, box, margin, size=None):
+    """The square around a box, u8 (s, s, 3); outside of the picture its border is repeated."""
+    x1, y1, x2, y2 = box
+    half = max(1.0, max(x2 - x1, y2 - y1) * (0.5 + margin))
+    steps = np.arange(round(2 * half))
+    rows = (steps + round((y1 + y2) / 2 - half)).clip(0, picture.shape[0] - 1)
+    columns = (steps + round((x1 + x2) / 2 - half)).clip(0, picture.shape[1] - 1)
+    square = Image.fromarray(picture[rows][:, columns])
+    if size:
+        square = square.resize((size, size), Image.BICUBIC, reducing_gap=2.0)
+    return np.array(square)
+
+
+def coco(answers, truth, side):
+    """pycocotools' numbers in percent, "precision" at IoU 0.5 for 101 recalls, "threshold".
+
+    answers: as `detect` gives them; truth: list of (k, 4) in shares; side: of a page, in pixels.
+    AP is the mean over IoU 0.5 to 0.95; small faces have under 32^2 pixels, large ones over 96^2.
+    The threshold is the score with the best F1 at IoU 0.5.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+        true = coco_set(truth, [None] * len(truth), side)
+        judged = COCOeval(true, coco_set(*zip(*answers, strict=True), side), "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    names = "ap ap50 ap75 ap_small ap_medium ap_large ar_1 ar_10 ar ar_small ar_medium ar_large"
+    row = {}
+    for name, x in zip(names.split(), judged.stats.tolist(), strict=True):
+        row[name] = round(100 * x, 2) if x >= 0 else None  # no face of this size
+    precision = np.maximum(judged.eval["precision"][0, :, 0, 0, -1], 0)
+    recall, scores = judged.params.recThrs, judged.eval["scores"][0, :, 0, 0, -1]
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    threshold = max(LOWEST, scores[f1.argmax()].item())
+    return row | {"precision": precision.round(4).tolist(), "threshold": round(threshold, 3)}
+
+
+def coco_set(boxes, scores, side):
+    """Boxes of each page, and their scores or None -> pycocotools' COCO."""
+    from pycocotools.coco import COCO
+
+    rows = []
+    for page, (some, sure) in enumerate(zip(boxes, scores, strict=True)):
+        for i, (x1, y1, x2, y2) in enumerate((np.asarray(some, float) * side).tolist()):
+            w, h = x2 - x1, y2 - y1
+            row = {"id": len(rows) + 1, "image_id": page, "category_id": 1, "iscrowd": 0}
+            row |= {"bbox": [x1, y1, w, h], "area": w * h}
+            rows.append(row if sure is None else row | {"score": sure[i].item()})
+    found = COCO()
+    images = [{"id": page} for page in range(len(boxes))]
+    found.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
+    found.createIndex()
+    return found
+
+
+def judge(task, net, split, rows):
+    """Answers for whole pages, and their true boxes, both in the order of rows (None: all)."""
+    chosen, answers = torch.arange(len(split["images"])) if rows is None else rows, []
+    net.eval()
+    for some in progress(chosen.split(CHUNK), "judging"):
+        pages = data.take(split["images"], some, task.device)
+        view = data.view_images(pages, *data.full_boxes(len(some)), task.page)
+        with task.autocast():
+            answers += detect(net, view)
+    return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, task.boxes, rows)]
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def open_task(flags, device, autocast):
+    """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
+    held, splits = flags.eval_on, open_splits(flags.data, flags.eval_on)
+    task = SimpleNamespace(device=device, autocast=autocast, boxes=flags.boxes, seed=flags.seed)
+    task.train, task.report = splits["train"], splits[held]
+    task.rows, rows, chosen = hold_out(splits)
+    task.dev = splits[chosen], rows
+    parts = {"train": (task.train, task.rows), "dev": task.dev, held: (task.report, None)}
+    for name, (split, rows) in parts.items():
+        if task.boxes not in split or (boxes_of(split, task.boxes, rows) < 0).all():
             raise UserError(
-                f"{args.data} has no {args.boxes} on pages of {name}; python data.py scenes draws pages "
-                "with some, python data.py PATH --detect packs your own"
+                f"{flags.data} has no {task.boxes} on pages of {name}; python data.py scenes draws "
+                "pages with some, python data.py PATH --detect packs others"
             )
-    two = 2 * load_encoder(args.encoder)[0].patch_size  # a cell of the coarsest map
-    task.page = args.page or args.view * 7 // 4 // two * two
-    if args.view > task.page:
-        raise UserError(
-            f"--view {args.view} is larger than the pages of {task.page} px; give at most that"
-        )
-    if args.view % two or task.page % two:
-        raise UserError(
-            f"--view {args.view} and pages of {task.page} px must be multiples of {two}, two patches of "
-            f"{args.encoder}"
-        )
-    task.late = max(
-        args.view, task.page * 6 // 7 // two * two
-    )  # side of the crops of the last epochs
-    task.encoder, _ = load_encoder(args.encoder, task.page)
-    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
-    task.config = config | {
-        "encoder": fingerprint(task.encoder),
-        "images": data.fingerprint(train_split),
-        "truth": blake2b(np.array(train_split[args.boxes]), digest_size=6).hexdigest(),
-    }
+    two = 2 * load_encoder(flags.encoder)[0].patch_size  # a cell of the coarsest map
+    task.view = flags.view
+    if task.view % two:
+        raise UserError(f"--view {task.view} must be a multiple of {two}, which is two patches")
+    task.page = int(task.view * PAGE) // two * two
+    task.late = max(task.view, task.page * 6 // 7 // two * two)
+    task.encoder, _ = load_encoder(flags.encoder, task.page)
     return task
 
 
 def boxes_of(split, name, rows):
-    """-> (n, K, 4) fp32, in shares of the pages; -1 fills up. rows: None takes all."""
+    """Boxes of some pages (None: all), (n, K, 4) fp32 in shares of the page; -1 fills up."""
     return torch.from_numpy(np.array(split[name] if rows is None else split[name][rows.numpy()]))
 
 
-def crops(args, images, boxes, generator, side, least, most=1.0):
+def crops(images, boxes, generator, side, least, most=1.0):
     """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in
     their pixels.
 
-    Crops have a share of `least` to `most` of the page's side; boxes of which little is left are
-    taken out.
+    A crop has a share from least to most of the page's side. A box with under 0.3 of its area in
+    the crop leaves.
     """
     share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
     flip = torch.rand(len(images), generator=generator) < 0.5
     view = data.view_images(images, torch.cat([corner, share, share], 1), flip, side)
-    draws = torch.rand(len(images), 3, generator=generator)
+    view = data.jitter_colour(view, torch.rand(len(images), 3, generator=generator), COLOUR)
     origin = corner.flip(1).repeat(1, 2)[:, None]
-    there, moved = boxes[..., :1] >= 0, (boxes - origin) / share[:, None]
+    moved = (boxes - origin) / share[:, None]
     mirrored = torch.stack([1 - moved[..., 2], moved[..., 1], 1 - moved[..., 0], moved[..., 3]], 2)
     moved = torch.where(flip[:, None, None], mirrored, moved)
-    left = moved.clamp(0, 1)
-    kept = there[..., 0] & (
-        (left[..., 2:] - left[..., :2]).prod(2) > 0.3 * (moved[..., 2:] - moved[..., :2]).prod(2)
-    )
-    return data.jitter_colour(view, draws, args.colour), torch.where(
-        kept[..., None], left * side, -1.0
-    )
+    inside = moved.clamp(0, 1)
+    kept = (boxes[..., 0] >= 0) & (area(inside) > 0.3 * area(moved))
+    return view, torch.where(kept[..., None], inside * side, -1.0)
 
 
-def mosaic(args, images, boxes, generator, side, least):
-    """The same, each crop of four pages: the batch's, one further in each corner."""
+def mosaic(images, boxes, generator, side, least):
+    """The same, but each crop shows four pages of the batch, one in each quarter."""
     half, views, found = side // 2, [], []
-    for turn, (y, x) in enumerate(((0, 0), (0, half), (half, 0), (half, half))):
-        view, own = crops(
-            args, images.roll(turn, 0), boxes.roll(turn, 0), generator, half, 0.7 * least, 0.7
-        )
+    for turn, (y, x) in enumerate([(0, 0), (0, half), (half, 0), (half, half)]):
+        pages, truth = images.roll(turn, 0), boxes.roll(turn, 0)
+        view, inside = crops(pages, truth, generator, half, 0.7 * least, 0.7)
         views.append(view)
-        found.append(torch.where(own >= 0, own + torch.tensor([x, y, x, y]), own))
-    rows = torch.cat(views[:2], 2), torch.cat(views[2:], 2)
-    return torch.cat(rows, 1), torch.cat(found, 1)
+        found.append(torch.where(inside >= 0, inside + torch.tensor([x, y, x, y]), inside))
+    upper, lower = torch.cat(views[:2], 2), torch.cat(views[2:], 2)
+    return torch.cat([upper, lower], 1), torch.cat(found, 1)
 
 
-# ---- a run ---------------------------------------------------------------------------------------
+def build(task, method):
+    """The network on the device; of its encoder learns all (full, scratch), LoRA, or nothing."""
+    torch.manual_seed(task.seed)
+    encoder = untrained_like(task.encoder, task.seed) if method == "scratch" else task.encoder
+    encoder.requires_grad_(method in ("full", "scratch"))
+    if method == "lora":
+        from finetune_lora import add_lora
 
-
-def build(task):
-    """-> the network on the device, and its optimizer."""
-    args, encoder = task.args, task.encoder
-    torch.manual_seed(args.seed)
-    if args.from_scratch:
-        encoder = untrained_like(encoder, args.seed)
-    encoder.requires_grad_(args.method == "full")
-    if args.method == "lora":
         add_lora(encoder)
-    net = detection.Detector(encoder).to(task.device)
-    return net, train.make_optimizer(net, args.lr, 0.05, (0.9, 0.999))
-
-
-def learn(task, net, optimizer, state, log):
-    """Train for --epochs, or what `state` leaves of them -> seconds."""
-    args, out, n = task.args, Path(task.args.out), len(task.rows)
-    B = min(args.batch_size, n)
-    per_epoch, step, seconds = n // B, 0, 0.0
-    if "model" in state:
-        with train.taking_up(out / "state.pt"):
-            load_exactly(net, state["model"], out / "state.pt")
-            train.load_optimizer(optimizer, state["optimizer"])
-            step, seconds = state["step"], state["seconds"]
-    late, total = round((1 - args.late) * args.epochs), args.epochs * per_epoch
-    images = data.resident(task.train, task.device)
-    stop_signal, meter, pacer = (
-        train.catch_signals(),
-        train.Meter(B, task.device, seconds),
-        train.Pacer(),
-    )
-
-    def save():
-        train.save_state(
-            {
-                "config": task.config,
-                "model": net.state_dict(),
-                "step": step,
-                "seconds": meter.seconds(),
-                "optimizer": optimizer.state_dict(),
-            },
-            out / "state.pt",
-        )
-
-    bar = progress(total=total, initial=step, unit="step")
-    for epoch in range(step // per_epoch, args.epochs):
-        order = task.rows[data.epoch_order(n, args.seed, epoch)]
-        for rows, pages in meter.timed(
-            data.batches(images, order, B, task.device, step % per_epoch)
-        ):
-            loss = step_loss(
-                task, net.train(), rows, pages, epoch >= late, train.seeded(args.seed, epoch, step)
-            )
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, args.lr))
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            meter.add(loss.detach(), grad_norm)
-            stop = stop_signal[0] if stop_signal else 0
-            if step % LOG_EVERY == 0 or step == total or stop:
-                row = meter.row(step, f"try a smaller --lr than {args.lr:g}")
-                log(step=step, epoch=round(step / per_epoch, 3), **row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if stop or step == total or pacer.due():
-                pacer.time(save)
-                meter.restart()
-            if stop:
-                bar.close()
-                distributed.stop_here(stop, step, args.resume)
-    bar.close()
-    return meter.seconds()
+    return Detector(encoder).to(task.device)
 
 
 def step_loss(task, net, rows, pages, late, generator):
-    """The loss of a batch of crops; a crop stands at some place of the encoder's grid, as crops of
-    whole pages do.
-    """
-    args, boxes = task.args, boxes_of(task.train, task.args.boxes, rows)
-    cut = mosaic if torch.rand(1, generator=generator) < args.mosaic else crops
-    side, least = (task.late, 0.7) if late else (args.view, 0.5)
-    view, boxes = cut(args, pages, boxes, generator, side, least)
+    """The loss of a batch of crops, each at a random place of a whole page's grid of patches."""
+    boxes = boxes_of(task.train, task.boxes, rows)
+    cut = mosaic if torch.rand(1, generator=generator) < MOSAIC else crops
+    side, least = (task.late, 0.7) if late else (task.view, 0.5)
+    view, boxes = cut(pages, boxes, generator, side, least)
     room = (task.page - side) // net.patch + 1
     corner = torch.randint(room, (2,), generator=generator).tolist()
     with task.autocast():
-        logits, said = net(view, corner)
-    return detection.loss_of(logits, said, boxes.to(task.device), side, net.patch)
+        logits, found = net(view, corner)
+    return loss_of(logits, found, boxes.to(task.device), side, net.patch)
 
 
-def write_results(task, net, seconds):
-    """-> the row of metrics.json: how good it is on the reported split, by a threshold of dev; and
-    the answers there.
-    """
-    args, out = task.args, Path(task.args.out)
-    answers, truth = judge(task, net, *task.dev)
-    threshold = detection.best_threshold(answers, truth)
-    answers, truth = judge(task, net, task.report, None)
-    side = task.report["images"].shape[1]  # sizes of faces are told in pixels of the packed pages
-    row, precision = detection.coco(answers, truth, side)
-    row = {
-        "run": out.name,
-        "seed": args.seed,
-        "data": args.data,
-        "evaluated_on": args.eval_on,
-    } | row
-    row |= {
-        "threshold": threshold,
-        "mistakes": detection.mistakes(answers, truth, threshold, side),
-        "precision": precision,
-        "pages": len(truth),
-        "faces": sum(map(len, truth)),
-        "seconds": round(seconds, 1),
-        "config": task.config,
-        "command": command(),
-        "machine": train.machine(task.device),
-        "commit": train.commit(),
-    }
-    return row, answers
+def learn(task, net, optimizer, run, epochs, lr):
+    """Train from the run's step to its last one."""
+    images, late = data.resident(task.train, task.device), round((1 - LATE) * epochs)
+    for epoch in range(run.step // run.per_epoch, epochs):
+        order = task.rows[data.epoch_order(len(task.rows), task.seed, epoch)]
+        start = run.step % run.per_epoch
+        batches = data.batches(images, order, run.batch_size, task.device, start)
+        for rows, pages in run.timed(batches):
+            generator = train.seeded(task.seed, epoch, run.step)
+            loss = step_loss(task, net.train(), rows, pages, epoch >= late, generator)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            train.set_lr(optimizer, train.lr_at(run.step, run.total, 0.1 * run.total, lr))
+            optimizer.step()
+            optimizer.zero_grad()
+            run.update(loss, grad_norm)
+            if run.step % train.LOG_EVERY == 0 or run.step == run.total or run.stop:
+                run.log_step()
+                run.save_if_due()
 
 
-def draw(task, row, answers):
-    """precision.png, and pages.png: pages of the reported split with outlines."""
-    from common import plots
-    from ingest.toon import write_sheet
+def fit(flags, device, autocast):
+    """Train a detector, or go on with it, and write the detector and how good it is."""
+    task = open_task(flags, device, autocast)
+    method, epochs, out = flags.method, flags.epochs, Path(flags.out)
+    flags.fill(lr=RATES[method])
+    lr = flags.lr
+    flags.values["batch_size"] = min(flags.batch_size, len(task.rows))
+    flags.read |= {"resume", "log"}  # Run reads them
+    flags.refuse_unread()
+    net = build(task, method)
+    optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
+    per_epoch = len(task.rows) // flags.batch_size
+    parts = {"model": net, "optimizer": optimizer}
+    run = train.Run(flags, parts, epochs * per_epoch, per_epoch, device)
+    print(f"data     {flags.data}: {len(task.rows)} pages of {task.page} px, crops of {task.view}")
+    print(f"run      {out}: {method}, {epochs} epochs, rate {lr:g}")
+    learn(task, net, optimizer, run, epochs, lr)
+    if method == "lora":  # the file is a plain network
+        from finetune_lora import merge_lora
 
-    args, out = task.args, Path(task.args.out)
-    suffix = split_suffix(args.eval_on)
-    title = f"{out.name} on {args.eval_on} of {Path(args.data).name}"
-    plots.plot_precision(out / f"precision{suffix}.png", row["precision"], row, title)
-    pages = [
-        outlined(np.array(task.report["images"][i]), answers[i], row["threshold"])
-        for i in data.evenly_spaced(len(answers), 8).tolist()
-    ]
-    write_sheet(out / f"pages{suffix}.png", pages, 2, 4, task.page)
-
-
-def judge(task, net, split, rows):
-    """-> answers and truth of pages, lists in the order of rows."""
-    every, answers = torch.arange(len(split["images"])) if rows is None else rows, []
-    net.eval()
-    for some in progress(every.split(CHUNK), "judging"):
-        view = data.view_images(
-            data.take(split["images"], some, task.device), *data.full_boxes(len(some)), task.page
-        )
-        with task.autocast():
-            answers += detection.detect(net, view)
-    return answers, [own[own[:, 0] >= 0] for own in boxes_of(split, task.args.boxes, rows)]
-
-
-def outlined(page, answer, threshold):
-    from ingest.scenes import outlined as draw
-
-    boxes, scores = answer
-    return draw(page, boxes[scores >= threshold].numpy())
-
-
-def run(args, device, autocast):
-    """A run from its beginning to metrics.json -> what stands there. What is finished is only read."""
-    task, out = open_task(args, device, autocast), Path(args.out)
-    state, finished = (
-        train.open_run(out, task.config, args.resume, RESULTS) or {},
-        out / f"metrics{split_suffix(args.eval_on)}.json",
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    if state and finished.exists():
-        print(f"run      {out} is finished")
-        return read_json(finished)
-    log = train.Log(out / "log.jsonl", state.get("step", -1), args.log, task.config)
-    net, optimizer = build(task)
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    print(
-        f"data     {args.data}: {len(task.rows)} pages of {task.page} px, crops of {args.view}, late {task.late} px\n"
-        f"run      {out}: {args.method}, {count:,} parameters trained, {args.epochs} epochs, rate {args.lr:g}"
-    )
-    seconds = learn(task, net, optimizer, state, log)
-    if args.method == "lora":  # the file is a plain network
         merge_lora(net.encoder)
-    row, answers = write_results(task, net, seconds)
-    header = {
-        "detector": net.config,
-        "base": args.encoder,
-        "page": task.page,
-        "threshold": row["threshold"],
-        "run": task.config,
-    }
+    row = results(task, net)
+    recipe = {name: flags.values[name] for name in RECIPE}
+    about = {"command": command(), "machine": train.machine(device), "commit": train.commit()}
+    about |= {"evaluated_on": flags.eval_on, "seconds": run.seconds(), "config": recipe}
+    header = {"detector": net.config, "base": flags.encoder, "run": recipe}
+    header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
-    save_json(row, finished)
-    with drawing("precision.png or pages.png"):
-        draw(task, row, answers)
-    log.pictures()
-    wrong = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in row["mistakes"].items())
+    about |= {"run": out.name, "data": flags.data, "seed": task.seed}
+    save_json(about | row, out / f"metrics{split_suffix(flags.eval_on)}.json")
+    run.close()
     print(
-        f"{args.eval_on:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
-        f"{row['faces']} faces on {row['pages']} pages\nanswers  {wrong}, at a score of {row['threshold']:g}\n"
-        f"wrote    {out}/ after {seconds:.0f} s\nnext: python detect.py {shlex.quote(str(out))} PICTURE --out found"
+        f"{flags.eval_on:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
+        f"{row['faces']} faces on {row['pages']} pages\nwrote    {out}/ after {run.seconds():.0f} s\n"
+        f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found"
     )
-    return row
 
 
-# ---- use -----------------------------------------------------------------------------------------
+def results(task, net):
+    """The row of metrics.json: the reported split, with the threshold that is best on dev."""
+    side = task.report["images"].shape[1]
+    threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
+    answers, truth = judge(task, net, task.report, None)
+    row = coco(answers, truth, side) | {"threshold": threshold}
+    return row | {"pages": len(truth), "faces": sum(map(len, truth))}
 
 
-def use(args, device, autocast):
-    """A JSON line for each picture; --out: the pictures with outlines, or, by --crop, the faces."""
-    net, header = detection.load(args.encoder)
-    net, threshold = (
-        net.to(device),
-        header["threshold"] if args.threshold is None else args.threshold,
-    )
-    if args.crop and not args.out:
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def use(flags, device, autocast):
+    """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
+    from ingest.pictures import tell_problems, whole_pictures
+
+    net, header = load(flags.encoder)
+    net.to(device)
+    flags.fill(threshold=header["threshold"])
+    threshold, crop, out = flags.threshold, flags.crop, flags.out
+    if crop and not out:
         raise UserError("--crop writes pictures; --out DIR says where")
-    if args.out:
-        claim([], Path(args.out) / ".lock")
-    problems, count, taken = [], 0, set()
-    for key, picture in whole_pictures(args.pictures, problems):
+    flags.refuse_unread()
+    problems, count = [], 0
+    for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
-            boxes, scores = detection.faces_of(net, picture, args.side or header["page"], threshold)
+            boxes, scores = faces_of(net, picture, header["page"], threshold)
         count += 1
-        print(
-            json.dumps(
-                {
-                    "picture": key,
-                    "width": picture.shape[1],
-                    "height": picture.shape[0],
-                    "faces": [
-                        {"box": [round(x) for x in box], "score": round(score, 3)}
-                        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-                    ],
-                },
-                ensure_ascii=False,
-            )
-        )
-        if args.out:
-            write_pictures(args, own_name(key, taken), picture, boxes)
+        faces = [
+            {"box": [round(x) for x in box], "score": round(score, 3)}
+            for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+        ]
+        size = {"width": picture.shape[1], "height": picture.shape[0]}
+        print(json.dumps({"picture": key} | size | {"faces": faces}, ensure_ascii=False))
+        if out:
+            write_pictures(Path(out), key, picture, boxes, crop)
     tell_problems(problems, count, False)
-    if args.out:
-        print(f"wrote    {args.out}/ of {count} pictures", file=sys.stderr)
 
 
-def own_name(key, taken):
-    """A picture's folder and name, with a number where another one's is the same -> what its
-    results are called.
-    """
+def write_pictures(out, key, picture, boxes, crop):
+    """PNG files named by the picture's folder and name: the picture with outlines, or its faces."""
+    from ingest.scenes import outlined
+
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    own = next(
-        n
-        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        if n not in taken
-    )
-    taken.add(own)
-    return own
-
-
-def write_pictures(args, name, picture, boxes):
-    """The picture with outlines, or, by --crop, its faces."""
-    from ingest.scenes import outlined as draw
-
-    shown = {
-        name: draw(picture, boxes.numpy() / np.array([picture.shape[1], picture.shape[0]] * 2))
-    }
-    if args.crop:
-        shown = {
-            f"{name}_{i}": detection.cut_out(picture, box, args.margin)
-            for i, box in enumerate(boxes.tolist())
-        }
+    if crop:
+        shown = {f"{name}_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
+    else:
+        size = [picture.shape[1], picture.shape[0]] * 2
+        shown = {name: outlined(picture, boxes.numpy() / size)}
     for stem, pixels in shown.items():
-        path = Path(args.out) / f"{stem}.png"
-        refuse_overwrite([path])
+        path = out / f"{stem}.png"
+        claim([path], out / ".lock")
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_flags():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("encoder", metavar="ENCODER", nargs="?", help="a run or checkpoint; for pictures a run-det")
+    add("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive")
+    add = parser.add_argument_group("training").add_argument
+    add("--data", default="datasets/scenes", metavar="DIR", help="packed set with boxes")
+    add("--boxes", default="boxes", choices=["boxes", "heads"], help="faces, or heads with hair")
+    add("--method", default="full", choices=RATES, help="what learns; scratch: from random weights")
+    add("--view", type=between(16, 2048, int), default=128, metavar="PX", help="side of crops")
+    add("--epochs", type=at_least(1), default=16, help="passes over the pages")
+    add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
+    add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
+    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
+    add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--crop", action="store_true", help="write each face as a picture of its own")
+    add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
+    add = parser.add_argument_group("both").add_argument
+    add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags
+    return Flags(parser)
+
+
 def main():
-    args = parse_args()
-    refuse_flags(args)
-    device = train.pick_device(args.device)
-    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
-    args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    if not args.pictures and args.out is None:
-        args.out = f"runs/{name_of(args.encoder)}-det{f'-s{args.seed}' if args.seed else ''}"
-    if args.out is not None:
-        refuse_file(args.out)
+    flags = parse_flags()
+    if flags.resume:
+        if flags.encoder:
+            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
+        state = train.load_state(Path(flags.resume) / "state.pt")
+        flags.take_saved(state["config"], free=("device", "log", "eval_on"))
+        flags.values["out"] = flags.resume
+    if not flags.encoder:
+        raise UserError("ENCODER is missing; python detect.py weights/toon trains on ours")
+    device = train.pick_device(flags.device)
+    dtype, reason = train.pick_dtype(flags.dtype, device)
+    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
     autocast = train.autocast_of(device, dtype)
-    if args.pictures:
-        return use(args, device, autocast)
-    args.lr = RATES[args.method] if args.lr is None else args.lr
-    detection.needs_pycocotools()  # said now, not after the training
-    print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
-    load_encoder(args.encoder)  # what is wrong with it is said before a data set is made
-    args.data = str(data.open_or_pack(args.data or "datasets/scenes"))
-    run(args, device, autocast)
+    if flags.pictures:
+        return use(flags, device, autocast)
+    try:
+        import pycocotools  # noqa: F401 (found out now, not after the training)
+    except ImportError:
+        raise UserError("pycocotools is missing: pip install -r requirements-detect.txt") from None
+    seed = f"-s{flags.seed}" if flags.seed else ""
+    flags.fill(out=f"runs/{name_of(flags.encoder)}-det{seed}")
+    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
+    load_encoder(flags.encoder)  # before a data set is made
+    flags.values["data"] = str(data.open_or_pack(flags.data))
+    fit(flags, device, autocast)
 
 
 if __name__ == "__main__":

@@ -183,18 +183,18 @@ def faces(args, size, problems, blank):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without
     one is said.
     """
-    from common import detection
+    import detect
 
-    net, about = detection.load(args.detect)
+    net, about = detect.load(args.detect)
     net.to(pick_device(args.device))
     for key, picture in whole_pictures(args.images, problems):
-        boxes, _ = detection.faces_of(net, picture, about["page"], about["threshold"])
+        boxes, _ = detect.faces_of(net, picture, about["page"], about["threshold"])
         if not len(boxes):
             blank.append(key)
             print(f"{shown(key)}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
-            yield f"{key}[{where}]", detection.cut_out(picture, box, detection.MARGIN, size)
+            yield f"{key}[{where}]", detect.cut_out(picture, box, detect.MARGIN, size)
 
 
 def embed(net, images, autocast):

@@ -1,21 +1,20 @@
-"""Stage 7: drawn or photographed? Learn from labels of whole frames, and say it of every pixel of a frame that is both.
+"""Stage 7: drawn or photographed? Learn from labels of whole frames, and answer for each pixel.
 
     python segment.py runs/NAME --data datasets/hybrid
     python segment.py runs/NAME-seg PICTURE... --out masks
 
-Reads:  an encoder; datasets/NAME with the classes "drawn" and "photographed", and frames of other
-        classes: mixed ones
-Writes: runs/NAME-seg/ patches.safetensors (stage 1), proxies/drawn.safetensors (stage 2),
-model.safetensors (stage 3),
-        state.pt (what a resumed run needs), metrics.json, log.jsonl, overlays.png; with pictures
-        masks and overlays
+Reads:  an encoder; a set of frames with the classes "drawn" and "photographed", and others: mixed
+Writes: runs/NAME-seg/ with patches.safetensors (stage 1), model.safetensors (stage 3), state.pt,
+        log.jsonl, metrics.json; for pictures the share of each that is drawn, as CSV on standard
+        output, and with --out masks and overlays
 
-1. An encoder learns from frames of one kind, cut together; a patch is what the nearest centroid of
-patch tokens is. 2. Patches of mixed frames are named, also half a patch further, and carried to the
-picture's edges: proxy masks. 3. A U-Net, shown colours and what patches say, learns from them, and
-from frames of one kind, cut together. No mask that somebody drew is learned from; the set's own
-(plane "drawn") judge, and teach --learn-from truth alone. The source (arXiv:2410.04789) has a
-SegFormer in the U-Net's place.
+1. Patches: an encoder learns from frames of one kind. The nearest centroid names a patch later.
+2. Proxies: patches of mixed frames become masks by a guided filter and a threshold of each frame.
+3. Pixels: a U-Net sees colours and scores of patches; it learns from proxies and plain frames.
+In both trainings a frame shows a part of another one. True masks (plane "drawn" of the set) are for
+evaluation, and for training with --learn-from truth alone. After "Hybrid compositions"
+(arXiv:2410.04789), which has a SegFormer in the U-Net's place.
+Shapes: B batch, S side of a view in pixels, g patches on a side, K patches seen, H, W any sides.
 """
 
 if __name__ == "__main__":
@@ -24,6 +23,8 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import csv
+import itertools
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -33,385 +34,141 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data
 import mask as masking
-from common import distributed, segmenting, train
-from common.checkpoints import load_encoder, load_exactly
-from common.command import (
-    Parser,
-    at_least,
-    between,
-    claim,
-    cli,
-    command,
-    drawing,
-    progress,
-    refuse_file,
-    refuse_overwrite,
-    refuse_unused,
-    working,
-)
-from common.features import name_of, open_splits, split_suffix
-from common.io import UserError, atomic, read_header, read_json, save_json, save_safetensors
-from common.lora import fingerprint
-from ingest.pictures import tell_problems, whole_pictures
+from common import fields, train
+from common.checkpoints import blank_encoder, load_encoder, load_exactly
+from common.command import Flags, Parser, at_least, claim, cli, command, parse_keys, progress
+from common.features import hold_out, name_of, open_splits, split_suffix
+from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
+from model import shape_of
 
-LOG_EVERY, CLIP = 10, 1.0  # steps, norm of the gradient
-BATCH, FIRST = 32, {1: 0, 3: 10**6}  # frames of a step; a stage's first step in the log
-RESULTS = ("metrics*.json", "*.safetensors", "proxies/*.safetensors", "overlays*.png")
-NO_CONFIG = (
-    "out",
-    "resume",
-    "given",
-    "log",
-    "device",
-    "eval_on",
-    "encoder",
-    "pictures",
-    "until",
-    "share",
-    "side",
-    "mixed",
-)
+# ---- numbers that no flag sets -------------------------------------------------------------------
 
-
-def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "encoder",
-        metavar="ENCODER",
-        help="runs/NAME, or a checkpoint of MAE, DINO, timm or HF; "
-        "to use what was learned runs/NAME-seg",
-    )
-    parser.add_argument(
-        "pictures", nargs="*", metavar="PICTURE", help="file, folder (a video's frames), archive"
-    )
-    add = parser.add_argument_group("what to learn from, and where to write").add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="set of frames: python data.py hybrid makes one (default: datasets/hybrid)",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        help="run folder (default: the encoder's and seg); of pictures, folder of the masks",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out, from its last checkpoint",
-    )
-    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
-    add("--until", type=int, default=3, choices=[1, 2, 3], help="last stage")
-    add = parser.add_argument_group("stages 1 and 2: patches").add_argument
-    add(
-        "--patches",
-        metavar="RUN",
-        help="take both from another run of segment.py, and make stage 3 alone",
-    )
-    add(
-        "--decide",
-        default="centroid",
-        choices=["centroid", "cls"],
-        help="what names a patch: the nearest centroid\n"
-        "of patch tokens, or a head that learned on the CLS token",
-    )
-    add(
-        "--image-size",
-        type=at_least(16),
-        metavar="S",
-        help="side of the frames in pixels (default: as packed)",
-    )
-    add("--epochs", type=at_least(1), default=70, help="passes over the frames of one kind")
-    add("--lr", type=between(0, 1), default=5e-4, help="peak learning rate")
-    add(
-        "--keep",
-        type=between(0.01, 1),
-        default=0.5,
-        metavar="SHARE",
-        help="of the patches shown in training",
-    )
-    add = parser.add_argument_group("stage 3: pixels").add_argument
-    add(
-        "--learn-from",
-        default="proxies",
-        choices=["proxies", "frames", "truth"],
-        help="mixed frames with proxies; "
-        "frames\nof one kind alone; mixed frames with the true masks (a fully supervised control)",
-    )
-    add(
-        "--network",
-        default="unet",
-        choices=["unet", "segformer"],
-        help="segformer is the source's, and needs transformers",
-    )
-    add(
-        "--no-hint",
-        action="store_true",
-        help="the network sees colours alone, not what stage 1 says of patches",
-    )
-    add(
-        "--proxies",
-        metavar="FILE",
-        help="other masks of train than those of stage 2: saliency of maps.py",
-    )
-    add(
-        "--flip",
-        type=between(0, 1),
-        default=0.0,
-        metavar="SHARE",
-        help="of the patches of proxies that are inverted",
-    )
-    add(
-        "--balanced",
-        action="store_true",
-        help="both kinds of pixels weigh the same, however many there are",
-    )
-    add("--pixel-steps", type=at_least(1), default=800, metavar="N", help=f"of {BATCH} frames each")
-    add("--pixel-lr", type=between(0, 1), default=2e-3, metavar="LR", help="peak learning rate")
-    add = parser.add_argument_group("both").add_argument
-    add(
-        "--leave-out",
-        metavar="WHAT=VALUE",
-        help="drawings of this style are not learned from, such as line=bold",
-    )
-    add(
-        "--cut",
-        type=between(0, 1),
-        default=1.0,
-        metavar="SHARE",
-        help="of the frames that show a part of another one, too",
-    )
-    add(
-        "--min-crop",
-        type=between(0.01, 1),
-        default=0.5,
-        metavar="AREA",
-        help="smallest share of a frame in a crop",
-    )
-    add(
-        "--colour",
-        type=between(0, 1),
-        default=0.3,
-        metavar="X",
-        help="brightness, contrast, saturation times 1 +- X",
-    )
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add = parser.add_argument_group("what is said of pictures").add_argument
-    add(
-        "--mixed",
-        action="store_true",
-        help="all of them hold both kinds: each picture gets a threshold of its own",
-    )
-    add("--share", action="store_true", help="print how much of each picture is drawn, as CSV")
-    add(
-        "--side",
-        type=between(32, 4096, int),
-        metavar="PX",
-        help="short side that pictures are resized to (default: as trained)",
-    )
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add(
-        "--log",
-        type=train.trackers,
-        default=(),
-        metavar="NAMES",
-        help="tensorboard,wandb beside log.jsonl",
-    )
-    return parser.parse_intermixed_args()
+KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
+NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
+SOURCES = ("proxies", "frames", "truth")  # frames: of one kind alone; truth: true masks, a control
+WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
+PIXEL_LR = 2e-3  # peak learning rate of stage 3
+KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
+CUT = 1.0  # share of the frames that show a part of another one
+MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
+EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
+REMEDY = "python segment.py ENCODER --data DIR makes it"
+PATCHES = {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON}
+PIXELS = {
+    "network": fields.one_of(*NETWORKS),
+    "patches?": PATCHES,
+    "image_size": fields.SIDE,
+    "seconds": fields.number(0, 1e9),
+}
 
 
-def refuse_flags(args):
-    training, third = not args.pictures, args.until == 3
-    refuse_unused(
-        args,
-        (
-            (
-                "data resume eval-on until decide image-size epochs lr keep cut "
-                "learn-from network no-hint proxies flip "
-                "balanced pixel-steps pixel-lr leave-out min-crop colour seed log",
-                training,
-                "is for training, not for pictures",
-            ),
-            (
-                "share side mixed",
-                not training,
-                "is for pictures: python segment.py runs/NAME-seg PICTURE",
-            ),
-            (
-                "learn-from network no-hint proxies flip balanced pixel-steps pixel-lr",
-                third,
-                f"is for stage 3, not for --until {args.until}",
-            ),
-            (
-                "decide image-size epochs lr keep",
-                args.patches is None,
-                "is for stage 1, and --patches brings it",
-            ),
-            ("patches", training, "is for training, not for pictures"),
-            (
-                "proxies flip",
-                args.learn_from == "proxies",
-                f"is for proxies, not for --learn-from {args.learn_from}",
-            ),
-        ),
-    )
+# ---- stage 1: patches ----------------------------------------------------------------------------
 
 
-# ---- the data: frames of one kind, and mixed ones ------------------------------------------------
+class Patches(nn.Module):
+    """An encoder, a head for training, and the two centroids that name a patch later."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        shape = shape_of(encoder)
+        self.config = {"encoder": shape, "norm_eps": encoder.norm.eps}  # for blank_patches
+        self.encoder, self.head = encoder, nn.Linear(shape["dim"], 1)
+        self.register_buffer("centroids", torch.zeros(2, shape["dim"]))
+        self.register_buffer("scale", torch.ones(()))  # standard deviation of a patch's score
+
+    def forward(self, patches, ids):
+        """patches (B, K, P), ids (B, K) -> logits of "drawn" of each patch (B, K)."""
+        return self.head(self.encoder(patches, ids).float())[:, 1:, 0]
+
+    def scores(self, view):
+        """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches; over 0 is drawn.
+
+        A score is the squared distance to one centroid minus that to the other.
+        """
+        tokens = self.encoder.features(view)[:, 1:].float()
+        s = 2 * tokens @ (self.centroids[1] - self.centroids[0])
+        s = s + (self.centroids[0] ** 2).sum() - (self.centroids[1] ** 2).sum()
+        s, g = s / self.scale, self.encoder.side
+        return s.mean(1), s.unflatten(1, (g, g))
 
 
-def open_task(args, device, autocast):
-    """-> what a run works with, a namespace; the comments say what is in it."""
-    task, splits = (
-        SimpleNamespace(args=args, device=device, autocast=autocast),
-        open_splits(args.data, args.eval_on),
-    )
-    classes = splits["train"]["header"]["classes"]
-    if missing := [kind for kind in segmenting.KINDS if kind not in classes]:
-        raise UserError(
-            f"{args.data} has no frames labelled {missing[0]!r}, only {', '.join(map(str, classes))[:80]}; "
-            "segment.py needs two folders of frames, drawn and photographed, and may have more of mixed "
-            "ones: python data.py FOLDER"
-        )
-    kind = torch.full((len(classes) + 1,), -1)  # of a class: 0, 1, or -1: mixed, or without a label
-    for k, name in enumerate(segmenting.KINDS):
-        kind[classes.index(name)] = k
-    sets = {
-        name: frames_of(split, kind, name == "train" and args.leave_out)
-        for name, split in splits.items()
-    }
-    if "dev" not in sets:
-        sets["dev"] = hold_apart(sets["train"])
-    task.train, task.report = sets["train"], sets[args.eval_on]
-    task.judged = {name: sets[name] for name in ("dev", args.eval_on)}  # choices are made on dev
-    if none := [
-        name
-        for k, name in enumerate(segmenting.KINDS)
-        if not (task.train.kind[task.train.plain] == k).any()
-    ]:
-        raise UserError(
-            f"{args.data}, train has no frames that are {none[0]}; there have to be frames of both kinds"
-        )
-    if args.until == 3 and args.learn_from != "frames" and not len(task.train.mixed):
-        print(
-            f"{args.data}, train has no mixed frames: no stage 3; --learn-from frames makes it without them"
-        )
-        args.until = 2
-    if args.until == 3 and args.learn_from == "truth" and "drawn" not in task.train.split:
-        raise UserError(
-            f"{args.data} has no true masks to learn from; --learn-from proxies needs none"
-        )
-    task.encoder, _ = load_encoder(
-        args.encoder, args.image_size or splits["train"]["images"].shape[1]
-    )
-    task.S = task.encoder.side * task.encoder.patch_size
-    config = {k: v for k, v in vars(args).items() if k not in NO_CONFIG}
-    task.config = config | {
-        "encoder": fingerprint(task.encoder),
-        "images": data.fingerprint(splits["train"]),
-    }
-    return task
+def blank_patches(config, weights, path, prefix=""):
+    """Patches of a saved shape with random weights; `weights` of the file at path must fit it."""
+    fields.check_encoder(weights, config["encoder"], path, REMEDY, f"{prefix}encoder.")
+    return Patches(blank_encoder(config["encoder"], config["norm_eps"]))
 
 
-def frames_of(split, kind, leave_out):
-    """-> namespace: split, kind (n,) of each frame, and rows: plain ones (of one kind), mixed ones."""
-    kinds = kind[split["labels"]]
-    rows = torch.arange(len(kinds))
-    if leave_out:
-        rows = rows[~in_style(split, leave_out) | (kinds == segmenting.KINDS.index("photographed"))]
-    return SimpleNamespace(
-        split=split, kind=kinds, plain=rows[kinds[rows] >= 0], mixed=rows[kinds[rows] < 0]
-    )
+def load_patches(path):
+    """patches.safetensors -> Patches in eval mode."""
+    weights, header = read_safetensors(path, REMEDY)
+    table = {"patches": PATCHES, "stage": fields.table_of(fields.ANYTHING)}
+    fields.check_fields(header, table, path, REMEDY)
+    net = blank_patches(header["patches"], weights, path)
+    load_exactly(net, weights, path)
+    return net.eval()
 
 
-def in_style(split, text):
-    """ "line=bold" -> (n,) bool: is the drawing in a frame of this style?"""
-    what, _, value = text.partition("=")
-    strata = split["header"].get("style") or {}
-    if value not in strata.get(what, ()):
-        known = (
-            "; ".join(f"{k}={'|'.join(v)}" for k, v in strata.items())
-            or "none: the set knows no styles"
-        )
-        raise UserError(f"--leave-out {text} is unknown; there are: {known}")
-    column = list(strata).index(what)
-    return torch.from_numpy(np.array(split["style"])[:, column] == strata[what].index(value))
+def cut_masks(B, S, share, generator):
+    """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, else nothing."""
+    u = torch.rand(8, B, 1, 1, generator=generator)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
+    angle, (cy, cx, height, width) = 2 * math.pi * u[0], u[1:5]
+    plane = x * angle.cos() + y * angle.sin() > 1.2 * cy - 0.6
+    power = torch.where(u[5] < 0.5, 2, 20)  # of a window: an ellipse, a rectangle
+    v = (y - 1.2 * cy + 0.6).abs() / (0.25 + 0.6 * height)
+    h = (x - 1.2 * cx + 0.6).abs() / (0.25 + 0.6 * width)
+    noise = torch.randn(B, 1, 4, 4, generator=generator)
+    blobs = F.interpolate(noise, size=(S, S), mode="bicubic")[:, 0] > cy - 0.5
+    shapes = torch.stack([plane, v**power + h**power < 1, blobs])
+    return shapes[(3 * u[6, :, 0, 0]).long(), torch.arange(B)] & (u[7] < share)
 
 
-def hold_apart(frames):
-    """A tenth of train leaves it, by group -> the namespace of what left."""
-    apart = torch.from_numpy(data.hold_apart(data.groups_of(frames.split), frames.kind, data.APART))
-    dev = SimpleNamespace(split=frames.split, kind=frames.kind)
-    for name in ("plain", "mixed"):
-        rows = getattr(frames, name)
-        setattr(dev, name, rows[apart[rows]])
-        setattr(frames, name, rows[~apart[rows]])
-    return dev
+def cut_together(view, drawn, share, generator):
+    """Frames (B, S, S, 3) and masks (B, S, S); `share` of them show a part of another frame."""
+    cut = cut_masks(len(view), view.shape[1], share, generator).to(view.device)
+    return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
-def views(task, split, rows):
-    """Yield (rows, u8 (B, S, S, 3)) of whole frames."""
-    return data.whole_views(split["images"], rows, task.S, task.device)
-
-
-# ---- stage 1: patches by labels of frames --------------------------------------------------------
-
-
-def crops(task, images, masks, generator, share):
-    """-> views u8 (B, S, S, 3), masks (B, S, S) of the same places; a `share` of them shows a part
-    of another one.
-    """
-    boxes, flip = data.draw_boxes(len(images), generator, task.args.min_crop)
+def crops(task, images, masks, generator):
+    """Views u8 (B, S, S, 3), and masks (B, S, S) of the same places, cut together."""
+    boxes, flip = data.draw_boxes(len(images), generator, MIN_CROP)
     colour = torch.rand(len(images), 3, generator=generator)
-    view = data.jitter_colour(
-        data.view_images(images, boxes, flip, task.S), colour, task.args.colour
-    )
-    return segmenting.cut_together(
-        view, data.view_maps(masks, boxes, flip, task.S).to(view.device), share, generator
-    )
+    view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, COLOUR)
+    drawn = data.view_maps(masks, boxes, flip, task.S).to(view.device)
+    return cut_together(view, drawn, CUT, generator)
 
 
 def patch_loss(task, net, rows, images, generator):
-    """Cross-entropy of each patch that is shown; its label is the share of its pixels whose frame
-    is drawn.
-    """
-    args, y, N = task.args, task.train.kind[rows].float(), net.encoder.side**2
-    whole = net.decide == "cls"  # a CLS token has one label, its frame's
-    view, drawn = crops(task, images, y[:, None, None], generator, 0 if whole else args.cut)
+    """Cross-entropy of the patches seen; the label of a patch is the share of it that is drawn."""
+    labels, N, patch = task.train.kind[rows].float(), net.encoder.side**2, net.encoder.patch_size
+    view, drawn = crops(task, images, labels[:, None, None], generator)
     noise = torch.rand(len(rows), N, generator=generator).to(view.device)
-    ids, _ = masking.sample(noise, max(1, round(args.keep * N)))
-    frame, patches = net(masked_patch_gather(view, ids, net.encoder.patch_size), ids)
-    if whole:
-        return F.binary_cross_entropy_with_logits(frame, y.to(view.device))
-    share = F.avg_pool2d(drawn[:, None], net.encoder.patch_size).flatten(1).gather(1, ids)
-    return F.binary_cross_entropy_with_logits(patches, share)
+    ids, _ = masking.sample(noise, max(1, round(KEEP * N)))
+    logits = net(masked_patch_gather(view, ids, patch), ids)
+    share = F.avg_pool2d(drawn[:, None], patch).flatten(1).gather(1, ids)
+    return F.binary_cross_entropy_with_logits(logits, share)
 
 
 @torch.no_grad()
 def set_centroids(task, net):
-    """The mean patch token of each kind, over the frames of one kind in train; and the std of a
-    patch's score.
-    """
+    """Set the mean patch token of each kind over train, and the standard deviation of scores."""
     net.eval()
-    total, count, scores = (
-        torch.zeros_like(net.centroids),
-        torch.zeros(2, 1, device=task.device),
-        [],
-    )
-    for index, view in views(task, task.train.split, task.train.plain):
+    net.scale.fill_(1.0)
+    total, count = torch.zeros_like(net.centroids), torch.zeros(2, 1, device=task.device)
+    for rows, view in views(task, task.train.split, task.train.plain):
         with task.autocast():
             tokens = net.encoder.features(view)[:, 1:].float().mean(1)
-        one_hot = F.one_hot(task.train.kind[index], 2).float().to(task.device)
+        one_hot = F.one_hot(task.train.kind[rows], 2).float().to(task.device)
         total += one_hot.T @ tokens
         count += one_hot.sum(0)[:, None]
     net.centroids.copy_(total / count)
     some = task.train.plain[data.evenly_spaced(len(task.train.plain), 4 * data.CHUNK)]
+    scores = []
     for _, view in views(task, task.train.split, some):
         with task.autocast():
             scores.append(net.scores(view)[1].flatten())
@@ -420,464 +177,513 @@ def set_centroids(task, net):
 
 @torch.no_grad()
 def judge_frames(task, net, frames):
-    """-> share of the frames of one kind that are named rightly, in percent."""
+    """Accuracy on frames of one kind, in percent; None without such frames."""
     right = []
-    for index, view in views(task, frames.split, frames.plain):
+    for rows, view in views(task, frames.split, frames.plain):
         with task.autocast():
-            right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[index] == 1))
+            right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[rows] == 1))
     return round(100 * torch.cat(right).float().mean().item(), 2) if right else None
 
 
 # ---- stage 2: proxy masks ------------------------------------------------------------------------
 
 
-def write_proxies(task, net, out):
-    """Proxy masks of all mixed frames of train -> out/drawn.safetensors, a row a frame of the
-    split; others are 0.
+def fine_scores(net, view):
+    """view u8 (B, S, S, 3) -> (B, 2g, 2g): mean scores over frames moved by half a patch or not."""
+    h, g = net.encoder.patch_size // 2, net.encoder.side
+    total, count = torch.zeros(2, len(view), 2 * g + 1, 2 * g + 1, device=view.device)
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        moved = F.pad(view.permute(0, 3, 1, 2).float(), (0, dx * h, 0, dy * h), mode="replicate")
+        moved = moved[..., dy * h :, dx * h :].permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        cells = net.scores(moved)[1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+        total[:, dy : dy + 2 * g, dx : dx + 2 * g] += cells
+        count[:, dy : dy + 2 * g, dx : dx + 2 * g] += 1
+    return (total / count)[:, : 2 * g, : 2 * g]
+
+
+def guided_filter(values, view, radius):
+    """values (B, H, W) with their borders moved to the edges of view u8 (B, H, W, 3).
+
+    In each window the result is a linear function of brightness (He, Sun & Tang 2013, equations 5,
+    6 and 8).
     """
-    split, S, n = task.train.split, task.S, len(task.train.split["labels"])
-    chosen = torch.zeros(n, dtype=torch.bool).scatter(0, task.train.mixed, True)
 
-    def rows():
-        for index, view in progress(
-            views(task, split, torch.arange(n)), "proxies", -(-n // data.CHUNK)
-        ):
-            found, some = np.zeros((len(index), S, S), np.uint8), chosen[index]
-            if some.any():
-                probability, _ = segmenting.proxy_masks(
-                    net, view[some.to(view.device)], task.autocast
-                )
-                found[some.numpy()] = (
-                    (255 * segmenting.two_means(probability)).round().byte().cpu().numpy()
-                )
-            yield found
+    def mean(x):
+        return F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
 
-    header = {
-        "map": "drawn",
-        "grid": S,
-        "data_digest": data.fingerprint(split),
-        "commit": train.commit(),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    data.write_maps(data.map_file(out, "drawn", split), "drawn", rows(), (n, S, S), "U8", header)
+    guide = (view.float() * view.new_tensor(data.LUMA, dtype=torch.float32)).sum(3) / 255
+    m_guide, m_values = mean(guide), mean(values)
+    a = (mean(guide * values) - m_guide * m_values) / (mean(guide**2) - m_guide**2 + EPS)
+    return mean(a) * guide + mean(m_values - a * m_guide)
+
+
+def two_means(probability):
+    """Probabilities (B, S, S) of mixed frames, moved so that 0.5 is each frame's own threshold.
+
+    The threshold lies midway between the means over and under it (Ridler & Calvard 1978). What else
+    is in a frame moves all of its scores, and keeps their order.
+    """
+
+    def mean(x, where):
+        return (x * where).sum((1, 2), keepdim=True) / where.sum((1, 2), keepdim=True).clamp(min=1)
+
+    threshold = probability.mean((1, 2), keepdim=True)
+    for _ in range(16):
+        over, under = probability > threshold, probability <= threshold
+        threshold = (mean(probability, over) + mean(probability, under)) / 2
+    return (probability + 0.5 - threshold).clamp(0, 1)
+
+
+@torch.no_grad()
+def proxy_masks(net, view, autocast):
+    """view u8 (B, S, S, 3) -> probability of drawn (B, S, S)."""
+    with autocast():
+        cells = fine_scores(net.eval(), view).sigmoid()
+    coarse = F.interpolate(cells[:, None], size=view.shape[1:3], mode="bilinear")[:, 0]
+    return guided_filter(coarse, view, net.encoder.patch_size // 2).clamp(0, 1)
+
+
+def proxies_of(task, net):
+    """Masks u8 (n, S, S) of train: proxies of mixed frames, 0 elsewhere."""
+    masks = np.zeros((len(task.train.kind), task.S, task.S), np.uint8)
+    batches = views(task, task.train.split, task.train.mixed)
+    for rows, view in progress(batches, "proxies", -(-len(task.train.mixed) // data.CHUNK)):
+        probability = two_means(proxy_masks(net, view, task.autocast))
+        masks[rows.numpy()] = (255 * probability).round().byte().cpu().numpy()
+    return masks
 
 
 # ---- stage 3: pixels -----------------------------------------------------------------------------
 
 
-def masks_to_learn(task, rows):
-    """Masks (B, ., .) fp32, 0 or 1: a frame of one kind is all of it, a mixed one is what
-    --learn-from says.
+class Pixels(nn.Module):
+    """A U-Net or SegFormer; it sees colours, and the scores of stage 1 where `patches` are given."""
+
+    def __init__(self, network, patches=None):
+        super().__init__()
+        self.patches = patches
+        self.net = (UNet if network == "unet" else segformer)(3 + (patches is not None))
+        self.net.to(memory_format=torch.channels_last)
+
+    def forward(self, view):
+        """view u8 (B, H, W, 3), any size -> logits of "drawn" (B, h, w) fp32; h, w: the network's."""
+        x = view.permute(0, 3, 1, 2).float()
+        seen = [x / 127.5 - 1] if self.patches is None else [x / 127.5 - 1, self.hint(x)]
+        logits = self.net(torch.cat(seen, 1))
+        logits = getattr(logits, "logits", logits)  # transformers wraps its outputs
+        return logits[:, 0].float()
+
+    @torch.no_grad()
+    def hint(self, x):
+        """Colours (B, 3, H, W), 0 to 255 -> scores of patches (B, 1, H, W); no gradient."""
+        side = self.patches.encoder.side * self.patches.encoder.patch_size
+        small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True).round().byte()
+        _, scores = self.patches.scores(small.permute(0, 2, 3, 1).contiguous())
+        return F.interpolate(scores[:, None], size=x.shape[2:], mode="bilinear")
+
+
+class UNet(nn.Module):
+    """3x3 convolutions, down to 1/16 of the side and up to 1/2 (Ronneberger, Fischer & Brox 2015).
+
+    x (B, channels, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
     """
-    kind, side = task.train.kind[rows], task.masks.shape[1]
-    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()]) > 127).float()
-    if task.args.flip:
-        mixed = torch.where(inverted(task, rows, side), 1 - mixed, mixed)
-    return torch.where((kind < 0)[:, None, None], mixed, kind.clamp(min=0).float()[:, None, None])
+
+    def __init__(self, channels, widths=(16, 32, 64, 96)):
+        super().__init__()
+        pairs = [*itertools.pairwise(widths)]
+        self.stem = convs(channels, widths[0], size=5, stride=2)
+        self.down = nn.ModuleList(convs(a, b, b) for a, b in [(widths[0], widths[0]), *pairs])
+        self.up = nn.ModuleList(convs(a + b, a, a) for a, b in reversed(pairs))
+        self.out = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, x):
+        x, seen = self.down[0](self.stem(x)), []
+        for down in self.down[1:]:
+            seen.append(x)
+            x = down(F.max_pool2d(x, 2))
+        for up in self.up:
+            before = seen.pop()
+            x = up(torch.cat([F.interpolate(x, size=before.shape[2:]), before], 1))
+        return self.out(x)
 
 
-def inverted(task, rows, side):
-    """--flip: (B, side, side) bool, the same patches of a frame whenever it comes."""
-    g = task.encoder.side
-    draws = torch.stack(
-        [torch.rand(g, g, generator=train.seeded(task.args.seed, 9, int(r))) for r in rows]
+def convs(*widths, size=3, stride=1):
+    """A convolution, BatchNorm and ReLU from each width to the next."""
+    layers = []
+    for a, b in itertools.pairwise(widths):
+        conv = nn.Conv2d(a, b, size, stride, size // 2, bias=False)
+        layers += [conv, nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def segformer(channels):
+    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million.
+
+    The encoder's convolutions are initialised as in the paper's code, by their outputs. With
+    transformers' standard deviation of 0.02 those of a single channel are nearly silent.
+    """
+    try:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+    except ImportError:
+        raise UserError(
+            "--network segformer needs transformers: pip install transformers; unet does not"
+        ) from None
+    config = SegformerConfig(
+        num_labels=1,
+        num_channels=channels,
+        depths=[2, 2, 2, 1],
+        hidden_sizes=[24, 48, 64, 96],
+        num_attention_heads=[1, 2, 4, 8],
+        decoder_hidden_size=64,
+        drop_path_rate=0,
+        classifier_dropout_prob=0,
+        attn_implementation="eager",  # faster than the fused one on a CPU
     )
-    place = torch.arange(side) * g // side
-    return (draws < task.args.flip)[:, place][:, :, place]
+    net = SegformerForSemanticSegmentation(config)
+    for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
+        outputs = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
+        nn.init.normal_(conv.weight, std=math.sqrt(2 / outputs))
+    return net
 
 
-def pixel_loss(task, net, rows, images, generator):
-    """Cross-entropy where the network answers; --balanced: what is drawn weighs as much as what is
-    not.
-    """
-    view, drawn = crops(task, images, masks_to_learn(task, rows), generator, task.args.cut)
-    logits = net(view)
-    drawn = F.interpolate(drawn[:, None], size=logits.shape[1:], mode="area")[:, 0]
-    loss = F.binary_cross_entropy_with_logits(logits, drawn, reduction="none")
-    if not task.args.balanced:
-        return loss.mean()
-    share = drawn.mean().clamp(1e-3, 1 - 1e-3)
-    return (loss * (0.5 * drawn / share + 0.5 * (1 - drawn) / (1 - share))).mean()
-
-
-# ---- training: one loop for stages 1 and 3 -------------------------------------------------------
-
-
-def fit(task, stage, net, rows, loss_of, total, lr, state, log):
-    """Train `net` for `total` steps of loss_of(task, net, rows, images, generator), or what `state`
-    leaves of them.
-    """
-    args, out, B = task.args, Path(task.args.out), min(BATCH, len(rows))
-    per_epoch, optimizer = len(rows) // B, train.make_optimizer(net, lr, 0.05, (0.9, 0.999))
-    step, seconds = 0, 0.0
-    if state.get("stage") == stage:
-        with train.taking_up(out / "state.pt"):
-            load_exactly(net, state["model"], out / "state.pt")
-            train.load_optimizer(optimizer, state["optimizer"])
-            step, seconds = state["step"], state["seconds"]
-    images = data.resident(task.train.split, task.device)
-    stop_signal, meter, pacer = (
-        train.catch_signals(),
-        train.Meter(B, task.device, seconds),
-        train.Pacer(),
-    )
-
-    def save():
-        train.save_state(
-            {
-                "config": task.config,
-                "stage": stage,
-                "model": net.state_dict(),
-                "step": step,
-                "optimizer": optimizer.state_dict(),
-                "seconds": meter.seconds(),
-            },
-            out / "state.pt",
-        )
-
-    bar = progress(total=total, initial=step, unit="step")
-    for epoch in range(step // per_epoch, -(-total // per_epoch)):
-        order = rows[data.epoch_order(len(rows), args.seed, epoch)][
-            : B * (total - epoch * per_epoch)
-        ]
-        for index, some in meter.timed(
-            data.batches(images, order, B, task.device, step % per_epoch)
-        ):
-            generator = train.seeded(args.seed, stage, epoch, step)
-            with task.autocast():
-                loss = loss_of(task, net.train(), index, some, generator)
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, lr))
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            meter.add(loss.detach(), grad_norm)
-            stop = stop_signal[0] if stop_signal else 0
-            if step % LOG_EVERY == 0 or step == total or stop:
-                row = meter.row(step, f"try a smaller learning rate than {lr:g}")
-                log(step=FIRST[stage] + step, stage=stage, epoch=round(step / per_epoch, 3), **row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if stop or step == total or pacer.due():
-                pacer.time(save)
-                meter.restart()
-            if stop:
-                bar.close()
-                distributed.stop_here(stop, step, args.resume)
-    bar.close()
-    return meter.seconds()
-
-
-# ---- how good it is ------------------------------------------------------------------------------
+def load(path):
+    """A run of segment.py -> Pixels in eval mode, header of model.safetensors."""
+    path = Path(path) / "model.safetensors"
+    weights, header = read_safetensors(path, REMEDY)
+    fields.check_fields(header, PIXELS, path, REMEDY)
+    config = header.get("patches")
+    net = Pixels(header["network"], config and blank_patches(config, weights, path, "patches."))
+    load_exactly(net, weights, path)
+    return net.eval(), header
 
 
 @torch.no_grad()
-def judge(task, frames, masks_of):
-    """masks_of(view) -> {version: (B, S, S)}, probabilities of drawn. -> {version: {kind: row of
-    judge_masks}}.
+def pixel_masks(net, view, autocast):
+    """view u8 (B, H, W, 3) -> probability of drawn (B, H, W)."""
+    with autocast():
+        logits = net(view)
+    return F.interpolate(logits[:, None], size=view.shape[1:3], mode="bilinear")[:, 0].sigmoid()
 
-    Beside the kinds stand all heterogeneous and all purely hybrid frames, where the set tells; {}
-    without true masks.
+
+def masks_to_learn(task, rows):
+    """Masks (B, ., .) fp32, 0 or 1: of a mixed frame from task.masks, else all of it is one kind."""
+    kind = task.train.kind[rows][:, None, None]
+    mixed = torch.from_numpy(np.asarray(task.masks[rows.numpy()]) > 127).float()
+    return torch.where(kind < 0, mixed, kind.clamp(min=0).float())
+
+
+def pixel_loss(task, net, rows, images, generator):
+    """Cross-entropy at the size of the network's answer."""
+    view, drawn = crops(task, images, masks_to_learn(task, rows), generator)
+    logits = net(view)
+    drawn = F.interpolate(drawn[:, None], size=logits.shape[1:], mode="area")[:, 0]
+    return F.binary_cross_entropy_with_logits(logits, drawn)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def judge_masks(pairs):
+    """Pairs of (found, true) masks (B, H, W) bool -> IoU over all of them, of each kind, in %."""
+    both, either = torch.zeros(2), torch.zeros(2)
+    for found, true in pairs:
+        for kind, (a, b) in enumerate([(~found, ~true), (found, true)]):
+            both[kind] += (a & b).sum()
+            either[kind] += (a | b).sum()
+    iou = 100 * both / either.clamp(min=1)
+    row = {"iou_drawn": iou[1], "iou_photographed": iou[0], "miou": iou.mean()}
+    return {k: round(x.item(), 2) for k, x in row.items()}
+
+
+@torch.no_grad()
+def judge(task, masks_of):
+    """masks_of(view) -> probabilities (B, S, S); {split: {kind: row of judge_masks}} of them.
+
+    "_known" behind a split's name: each frame has its own threshold. The set names groups of kinds
+    ("mixed", "purely"), which have rows, too. {} without true masks.
     """
-    if "drawn" not in frames.split:
-        return {}
-    header, pairs = frames.split["header"], {}
-    for index, view in views(task, frames.split, frames.mixed):
-        kinds, truth = (
-            [header["classes"][c] for c in frames.split["labels"][index]],
-            true_masks(frames, index, view),
-        )
-        for version, masks in masks_of(view).items():
-            for kind, said, true in zip(kinds, masks > 0.5, truth, strict=True):
-                pairs.setdefault(version, {}).setdefault(kind, []).append((said[None], true[None]))
-    for some in pairs.values():
-        groups = header.get("hybrid") or {"mixed": list(some)}
-        some |= {
-            name: [pair for kind in kinds for pair in some.get(kind, [])]
-            for name, kinds in groups.items()
-        }
-    return {
-        version: {name: segmenting.judge_masks(found) for name, found in some.items() if found}
-        for version, some in pairs.items()
-    }
-
-
-def versions(masks, coarse=None):
-    """Probabilities (B, S, S) -> those to judge: at .5, with each frame's threshold, and coarse
-    ones with theirs.
-    """
-    known = {"_known": masks} | ({} if coarse is None else {"_coarse": coarse})
-    return {"": masks} | {name: segmenting.two_means(some) for name, some in known.items()}
-
-
-def judge_all(task, masks_of):
-    """-> {split and version: {kind: row of judge_masks}} of dev and the reported split."""
-    return {
-        name + version: found
-        for name, frames in task.judged.items()
-        for version, found in judge(task, frames, masks_of).items()
-    }
+    judged = {k: v for k, v in task.judged.items() if "drawn" in v.split and len(v.mixed)}
+    pairs = {}
+    for name, frames in judged.items():
+        header = frames.split["header"]
+        groups = header.get("hybrid") or {"mixed": header["classes"]}
+        for rows, view in views(task, frames.split, frames.mixed):
+            masks, truth = masks_of(view), true_masks(frames, rows, view)
+            for version, found in ((name, masks), (f"{name}_known", two_means(masks))):
+                some = pairs.setdefault(version, {})
+                for row, mask, true in zip(rows, found > 0.5, truth, strict=True):
+                    kind = header["classes"][frames.split["labels"][row]]
+                    for group in [kind, *(g for g, kinds in groups.items() if kind in kinds)]:
+                        some.setdefault(group, []).append((mask[None], true[None]))
+    return {v: {g: judge_masks(p) for g, p in some.items()} for v, some in pairs.items()}
 
 
 def true_masks(frames, rows, view):
     """(B, S, S) bool, at the side of `view`."""
     true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
-    return (
-        F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0].to(view.device)
-        > 127.5
-    )
+    small = F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0]
+    return small.to(view.device) > 127.5
+
+
+def overlay(view, mask):
+    """view u8 (B, H, W, 3), mask (B, H, W) bool -> u8, with orange over what is not drawn."""
+    orange = view.new_tensor([230, 159, 0]).float()
+    tinted = 0.35 * view.float() + 0.65 * orange
+    return torch.where(mask[..., None].to(view.device), view.float(), tinted).round().byte()
 
 
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def learn_patches(task, state, log):
-    """Stage 1 -> the network, from its file where it is finished."""
-    args, path = task.args, Path(task.args.patches or task.args.out) / "patches.safetensors"
-    if path.exists() or args.patches:
-        return segmenting.load_patches(path).to(task.device)
-    torch.manual_seed(args.seed)
-    net = segmenting.Patches(task.encoder, args.decide).to(task.device)
-    total = args.epochs * (len(task.train.plain) // min(BATCH, len(task.train.plain)))
-    seconds = fit(task, 1, net, task.train.plain, patch_loss, total, args.lr, state, log)
-    with working("centroids"):
-        set_centroids(task, net)
-        row = {"seconds": seconds} | {
-            name: judge_frames(task, net, some) for name, some in task.judged.items()
-        }
-    save_safetensors(net.state_dict(), path, {"patches": net.config, "stage": row})
-    print(
-        f"stage 1  frames named rightly: dev {row['dev']} %, {args.eval_on} {row[args.eval_on]} %; "
-        f"{seconds:.0f} s"
-    )
-    return net
-
-
-def make_proxies(task, net, masks_of):
-    """Stage 2 -> rows of judge for dev and the reported split, of all `versions`."""
-    args, out = task.args, Path(task.args.patches or task.args.out) / "proxies"
-    if not len(task.train.mixed):
-        print("stage 2  no mixed frames in train: there is nothing to make proxies for")
-        return {}
-    if not data.map_file(out, "drawn", task.train.split).exists():
-        write_proxies(task, net, out)
-    found = judge_all(task, masks_of)
-    print(f"stage 2  proxies on {args.eval_on}: {in_words(found.get(args.eval_on + '_known', {}))}")
-    return found
-
-
-def learn_pixels(task, patches, state, log):
-    """Stage 3 -> the segmenter, and its seconds; from its file where it is finished."""
-    args, path = task.args, Path(task.args.out) / "model.safetensors"
-    if path.exists():
-        net, header = segmenting.load_pixels(path)
-        return net.to(task.device), header["seconds"]
-    torch.manual_seed(args.seed)
-    net = segmenting.Pixels(args.network, None if args.no_hint else patches).to(task.device)
-    if args.learn_from == "truth":
-        task.masks = task.train.split["drawn"]
-    elif args.proxies:
-        task.masks = data.open_map(args.proxies, "saliency", task.train.split)
-    elif args.learn_from == "proxies":
-        task.masks = data.open_map(
-            Path(args.patches or args.out) / "proxies", "drawn", task.train.split
+def open_task(flags, device, autocast):
+    """What a run works with: frames of each split, the encoder, the side S of a view in pixels."""
+    held, splits = flags.eval_on, open_splits(flags.data, flags.eval_on)
+    task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed, held=held)
+    task.learn_from = flags.learn_from
+    classes = splits["train"]["header"]["classes"]
+    if missing := [kind for kind in KINDS if kind not in classes]:
+        raise UserError(
+            f"{flags.data} has no frames labelled {missing[0]!r}; python data.py FOLDER packs the "
+            "folders drawn and photographed, and more of mixed frames"
         )
+    fitted, chosen, where = hold_out(splits)
+    task.train = frames_of(splits["train"], fitted)
+    report = frames_of(splits[held], torch.arange(len(splits[held]["labels"])))
+    task.judged = {"dev": frames_of(splits[where], chosen), held: report}
+    if len(task.train.kind[task.train.plain].unique()) < 2:
+        raise UserError(f"{flags.data} has in train frames of one kind alone; both are needed")
+    if task.learn_from == "truth" and "drawn" not in task.train.split:
+        raise UserError(f"{flags.data} has no true masks; --learn-from proxies needs none")
+    if task.learn_from != "frames" and not len(task.train.mixed):
+        raise UserError(f"{flags.data} has no mixed frames; --learn-from frames needs none")
+    task.encoder, _ = load_encoder(flags.encoder, splits["train"]["images"].shape[1])
+    task.S = task.encoder.side * task.encoder.patch_size
+    return task
+
+
+def frames_of(split, rows):
+    """Some frames of a split: kind (n,) of all, -1 if mixed, and the rows of plain and mixed ones."""
+    kind = torch.full((len(split["header"]["classes"]) + 1,), -1)  # the last: without a label
+    for k, name in enumerate(KINDS):
+        kind[split["header"]["classes"].index(name)] = k
+    kind = kind[split["labels"]]
+    plain, mixed = rows[kind[rows] >= 0], rows[kind[rows] < 0]
+    return SimpleNamespace(split=split, kind=kind, plain=plain, mixed=mixed)
+
+
+def views(task, split, rows):
+    """Yield (rows, u8 (B, S, S, 3)) of whole frames."""
+    return data.whole_views(split["images"], rows, task.S, task.device)
+
+
+def fit(task, run, part):
+    """Train the network of a stage from the run's step to the last step of the stage."""
+    images, rows = data.resident(task.train.split, task.device), part.rows
+    done = run.step - part.first
+    B = min(run.batch_size, len(rows))
+    per_epoch = len(rows) // B
+    for epoch in range(done // per_epoch, -(-part.steps // per_epoch)):
+        order = rows[data.epoch_order(len(rows), task.seed, epoch)]
+        order = order[: B * (part.steps - epoch * per_epoch)]
+        batches = data.batches(images, order, B, task.device, done % per_epoch)
+        for index, some in run.timed(batches):
+            generator = train.seeded(task.seed, part.stage, epoch, done)
+            with task.autocast():
+                loss = part.loss(task, part.net.train(), index, some, generator)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
+            train.set_lr(part.optimizer, train.lr_at(done, part.steps, 0.1 * part.steps, part.lr))
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+            run.update(loss, grad_norm)
+            done += 1
+            if done % train.LOG_EVERY == 0 or done == part.steps or run.stop:
+                run.log_step(stage=part.stage, epoch=round(done / per_epoch, 3))
+                run.save_if_due()
+
+
+def build(flags, task):
+    """What is trained in stages 1 and 3: network, rows of train, loss, first step, steps, rate."""
+    plain, everything = task.train.plain, torch.cat([task.train.plain, task.train.mixed])
+    one = SimpleNamespace(stage=1, rows=plain, loss=patch_loss, first=0, steps=0)
+    if flags.patches:
+        one.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
     else:
-        task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
-    rows = (
-        task.train.plain
-        if args.learn_from == "frames"
-        else torch.cat([task.train.plain, task.train.mixed])
-    )
-    seconds = fit(task, 3, net, rows, pixel_loss, args.pixel_steps, args.pixel_lr, state, log)
-    save_safetensors(
-        net.state_dict(),
-        path,
-        {
-            "network": args.network,
-            "patches": net.patches and patches.config,
-            "image_size": task.S,
-            "seconds": seconds,
-        },
-    )
-    return net.eval(), seconds
+        torch.manual_seed(task.seed)
+        one.net = Patches(task.encoder).to(task.device)
+        one.steps = flags.epochs * (len(plain) // min(flags.batch_size, len(plain)))
+        one.lr = flags.lr
+        one.optimizer = train.make_optimizer(one.net, one.lr, WEIGHT_DECAY, BETAS)
+    three = SimpleNamespace(stage=3, loss=pixel_loss, first=one.steps, steps=flags.pixel_steps)
+    three.rows = plain if task.learn_from == "frames" else everything
+    three.lr = PIXEL_LR
+    three.network, keys = parse_keys(flags.network, NETWORKS, "--network")
+    torch.manual_seed(task.seed)
+    three.net = Pixels(three.network, one.net if keys["hint"] else None).to(task.device)
+    three.optimizer = train.make_optimizer(three.net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
+    return one, three
 
 
-def run(args, device, autocast):
-    """All stages up to --until -> the row of metrics. What is finished is only read."""
-    task, out = open_task(args, device, autocast), Path(args.out)
-    state = train.open_run(out, task.config, args.resume, RESULTS) or {}
-    out.mkdir(parents=True, exist_ok=True)
-    if not state:
-        train.save_state({"config": task.config, "stage": 0}, out / "state.pt")
-    finished = out / f"metrics{split_suffix(args.eval_on)}.json"
-    if state and finished.exists() and read_json(finished, ["until"])["until"] >= args.until:
-        print(f"run      {out} is finished")
-        return read_json(finished)
-    at = FIRST[state["stage"]] + state["step"] if state.get("stage") else -1
-    log = train.Log(out / "log.jsonl", at, args.log, task.config)
-    print(
-        f"data     {args.data}: {len(task.train.plain)} of one kind, {len(task.train.mixed)} mixed, {task.S} px\n"
-        f"run      {out}: stages 1 to {args.until}, --decide {args.decide}, --learn-from {args.learn_from}"
-    )
-    net = learn_patches(task, state, log)
-    stage = read_header(Path(args.patches or out) / "patches.safetensors")[1]["stage"]
-    row = {
-        "run": out.name,
-        "seed": args.seed,
-        "data": args.data,
-        "evaluated_on": args.eval_on,
-        "until": args.until,
-        "frames": stage,
-    }
-
-    def last(view):
-        return versions(*segmenting.proxy_masks(net, view, task.autocast))
-
-    if args.until > 1:
-        row["proxies"] = make_proxies(task, net, last)
-    if args.until > 2:
-        pixels, row["pixel_seconds"] = learn_pixels(task, net, state, log)
-
-        def last(view):
-            return versions(segmenting.pixel_masks(pixels, view, task.autocast))
-
-        row["pixels"] = judge_all(task, last)
-        found = in_words(row["pixels"].get(args.eval_on, {}))
-        print(f"stage 3  {args.eval_on}: {found}; {row['pixel_seconds']:.0f} s")
-    if args.leave_out:
-        mixed = task.report.mixed[in_style(task.report.split, args.leave_out)[task.report.mixed]]
-        row["left_out"] = judge(
-            task, SimpleNamespace(**vars(task.report) | {"mixed": mixed}), last
-        ).get("", {})
-    row |= {
-        "config": task.config,
-        "command": command(),
-        "machine": train.machine(device),
-        "commit": train.commit(),
-    }
-    save_json(row, finished)
-    with drawing("overlays.png"):
-        draw(task, net, last, out / f"overlays{split_suffix(args.eval_on)}.png")
-    log.pictures()
-    print(f"wrote    {out}/\nnext: python segment.py {shlex.quote(str(out))} PICTURE --out masks")
+def learn_patches(task, run, one):
+    """Stage 1: train, set the centroids, write patches.safetensors -> its accuracies."""
+    fit(task, run, one)
+    set_centroids(task, one.net)
+    row = {name: judge_frames(task, one.net, some) for name, some in task.judged.items()}
+    row["seconds"] = run.seconds()
+    run.save()
+    header = {"patches": one.net.config, "stage": row}
+    save_safetensors(one.net.state_dict(), run.out / "patches.safetensors", header)
+    print(f"stage 1  {row[task.held]} % of the frames of one kind in {task.held} are right")
     return row
 
 
-def in_words(found):
-    some = [name for name in ("mixed", "purely") if name in found]
-    return (
-        ", ".join(f"{name} mean IoU {found[name]['miou']:.1f} %" for name in some)
-        or "no true masks to judge by"
-    )
+def learn_pixels(task, run, one, three):
+    """Stage 3: train, and write model.safetensors."""
+    if task.learn_from == "truth":
+        task.masks = task.train.split["drawn"]
+    elif task.learn_from == "proxies":
+        task.masks = proxies_of(task, one.net)
+    else:
+        task.masks = np.zeros((len(task.train.kind), 1, 1), np.uint8)
+    start = run.seconds()
+    fit(task, run, three)
+    run.save()
+    header = {"network": three.network, "patches": three.net.patches and one.net.config}
+    header |= {"image_size": task.S, "seconds": run.seconds() - start}
+    save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
+    return header["seconds"]
 
 
-@torch.no_grad()
-def draw(task, net, masks_of, path, most=8):
-    """Frames of the reported split, their true masks, patches, and what is said at last."""
-    from common import plots
+def run_stages(flags, device, autocast):
+    """All stages, or what a resumed run has left of them, and metrics.json."""
+    task = open_task(flags, device, autocast)
+    one, three = build(flags, task)
+    flags.read |= {"out", "resume", "log"}  # Run reads them
+    flags.refuse_unread()
+    parts = {"model": three.net, "optimizer": three.optimizer}
+    if one.steps:
+        parts |= {"patches": one.net, "patches_optimizer": one.optimizer}
+    per_epoch = max(1, len(one.rows) // flags.batch_size)
+    run = train.Run(flags, parts, one.steps + three.steps, per_epoch, device)
+    frames = f"{len(one.rows)} frames of one kind, {len(task.train.mixed)} mixed"
+    print(f"data     {flags.data}: {frames}, {task.S} px\nrun      {run.out}")
+    row = {"run": run.out.name, "seed": task.seed, "data": flags.data, "evaluated_on": task.held}
+    if one.steps:
+        row["frames"] = learn_patches(task, run, one)
+    row["proxies"] = judge(task, lambda view: proxy_masks(one.net, view, autocast))
+    row["pixel_seconds"] = learn_pixels(task, run, one, three)
+    row["pixels"] = judge(task, lambda view: pixel_masks(three.net.eval(), view, autocast))
+    row |= {"config": run.config, "command": command()}
+    row |= {"machine": train.machine(device), "commit": train.commit()}
+    save_json(row, run.out / f"metrics{split_suffix(task.held)}.json")
+    run.close()
+    for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
+        for kind, scores in row[name].get(task.held, {}).items():
+            print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
+    where = shlex.quote(str(run.out))
+    print(f"wrote    {run.out}/\nnext: python segment.py {where} PICTURE --out masks")
 
-    frames = task.report if len(task.report.mixed) else task.train
-    rows = frames.mixed if len(frames.mixed) else frames.plain
-    rows = rows[data.evenly_spaced(len(rows), most)]
-    _, view = next(views(task, frames.split, rows))
-    with task.autocast():
-        patches = (
-            F.interpolate(net.scores(view)[1][:, None].float(), size=view.shape[1:3])[:, 0] > 0
-        )
-    masks = {"patches": patches, "mask": masks_of(view)[""] > 0.5}
-    if "drawn" in frames.split:
-        masks["true mask"] = true_masks(frames, rows, view)
-    shown = [
-        ("frame", view),
-        *((name, segmenting.overlay(view, mask)) for name, mask in masks.items()),
-    ]
-    plots.image_grid(path, "What is photographed, in orange", shown)
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
-# ---- use -----------------------------------------------------------------------------------------
+def mask_of(net, picture, side, autocast, mixed=False):
+    """picture u8 (H, W, 3) -> probability of drawn (H, W), found at short side `side`.
 
-
-@torch.no_grad()
-def mask_of(picture, masks_of, side, squared, device, mixed=False):
-    """picture u8 (H, W, 3) -> probability of drawn (H, W): found at short side `side`, then carried
-    to its edges.
+    A guided filter moves its borders to the picture's edges. mixed: see two_means.
     """
     H, W = picture.shape[:2]
-    scale = side / min(H, W)
-    size = (
-        (side, side)
-        if squared
-        else tuple(min(8 * side, max(32, round(x * scale / 32) * 32)) for x in (W, H))
-    )
-    small = torch.from_numpy(np.array(Image.fromarray(picture).resize(size, Image.BICUBIC)))[
-        None
-    ].to(device)
-    found = F.interpolate(masks_of(small)[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
+    scale, device = side / min(H, W), next(net.parameters()).device
+    size = [min(8 * side, max(32, round(x * scale / 32) * 32)) for x in (W, H)]
+    small = np.array(Image.fromarray(picture).resize(size, Image.BICUBIC))
+    found = pixel_masks(net, torch.from_numpy(small)[None].to(device), autocast)
+    found = F.interpolate(found[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
     full = torch.from_numpy(picture)[None].to(device)
-    found = segmenting.guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)
-    return (segmenting.two_means(found) if mixed else found)[0].cpu().numpy()
+    found = guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)
+    return (two_means(found) if mixed else found)[0].cpu().numpy()
 
 
-def use(args, device, autocast):
-    """Write NAME-mask.png (white is drawn) and NAME-overlay.png of each picture, or print shares."""
-    masks_of, side, squared = segmenting.load(args.encoder, device, autocast)
-    if not args.share and not args.out:
-        raise UserError(
-            "--out DIR says where the masks go; --share prints how much is drawn instead"
-        )
-    refuse_unused(
-        args, (("side", not squared, f"is for stage 3, and {args.encoder} stopped before it"),)
-    )
-    if args.out:
-        claim([], Path(args.out) / ".lock")
+def use(flags, device, autocast):
+    """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
+    from ingest.pictures import tell_problems, whole_pictures
+
+    net, header = load(flags.encoder)
+    out, mixed = flags.out, flags.mixed
+    flags.refuse_unread()
     problems, count, table = [], 0, csv.writer(sys.stdout)
-    if args.share:
-        table.writerow(["picture", "drawn"])
-    for key, picture in whole_pictures(args.pictures, problems):
-        found = mask_of(picture, masks_of, args.side or side, squared, device, args.mixed)
+    table.writerow(["picture", "drawn"])
+    for key, picture in whole_pictures(flags.pictures, problems):
+        found = mask_of(net.to(device), picture, header["image_size"], autocast, mixed)
         count += 1
-        if args.share:
-            table.writerow([key, f"{found.mean():.4f}"])
-        if args.out:
-            write_masks(Path(args.out), key, picture, found > 0.5)
+        table.writerow([key, f"{found.mean():.4f}"])
+        if out:
+            write_masks(Path(out), key, picture, found > 0.5)
     tell_problems(problems, count, False)
-    if args.out:
-        print(f"wrote    {args.out}/: masks and overlays of {count} pictures", file=sys.stderr)
 
 
 def write_masks(out, key, picture, mask):
-    out.mkdir(parents=True, exist_ok=True)
+    """NAME-mask.png, where white is drawn, and NAME-overlay.png."""
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    shown = segmenting.overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[
-        0
-    ].numpy()
+    shown = overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
     for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
         path = out / f"{name}-{what}.png"
-        refuse_overwrite([path])
+        claim([path], out / ".lock")
         with atomic(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
 
 
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_flags():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("encoder", metavar="ENCODER", nargs="?", help="a run or checkpoint; for pictures a run-seg")
+    add("pictures", nargs="*", metavar="PICTURE", help="file, folder (a video's frames), archive")
+    add = parser.add_argument_group("training").add_argument
+    add("--data", default="datasets/hybrid", metavar="DIR", help="packed set of frames")
+    add("--patches", metavar="RUN", help="take stage 1 from another run of segment.py")
+    add("--epochs", type=at_least(1), default=70, help="of stage 1: passes over frames of one kind")
+    add("--lr", type=at_least(0, float), default=5e-4, help="peak learning rate of stage 1")
+    add("--learn-from", default="proxies", choices=SOURCES, help="masks of stage 3")
+    add("--network", default="unet", help="of stage 3: unet, segformer; unet:hint=0: colours alone")
+    add("--pixel-steps", type=at_least(1), default=800, metavar="N", help="of stage 3")
+    add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
+    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
+    add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--mixed", action="store_true", help="all hold both kinds: each gets its own threshold")
+    add = parser.add_argument_group("both").add_argument
+    add("--out", metavar="DIR", help="run folder (default: runs/NAME-seg); for pictures a folder")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags
+    return Flags(parser)
+
+
 def main():
-    args = parse_args()
-    refuse_flags(args)
-    device = train.pick_device(args.device)
-    dtype, dtype_reason = train.pick_dtype(args.dtype, device)
-    args.dtype = "fp32" if dtype == torch.float32 else "bf16"
-    if not args.pictures and args.out is None:
-        args.out = f"runs/{name_of(args.encoder)}-seg{f'-s{args.seed}' if args.seed else ''}"
-    if args.out is not None:
-        refuse_file(args.out)
-    if args.pictures:
-        return use(args, device, train.autocast_of(device, dtype))
-    if args.until == 3:
-        segmenting.Pixels(args.network)  # a missing library is said now, not after stages 1 and 2
-    print(f"machine  {train.machine(device)}\n         {args.dtype}: {dtype_reason}")
-    load_encoder(args.encoder)  # what is wrong with it is said before a data set is made
-    args.data = str(data.open_or_pack(args.data or "datasets/hybrid"))
-    run(args, device, train.autocast_of(device, dtype))
+    flags = parse_flags()
+    if flags.resume:
+        if flags.encoder:
+            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
+        state = train.load_state(Path(flags.resume) / "state.pt")
+        flags.take_saved(state["config"], free=("device", "log", "eval_on"))
+        flags.values["out"] = flags.resume
+    if not flags.encoder:
+        raise UserError("ENCODER is missing; python segment.py weights/toon trains on ours")
+    device = train.pick_device(flags.device)
+    dtype, reason = train.pick_dtype(flags.dtype, device)
+    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
+    autocast = train.autocast_of(device, dtype)
+    if flags.pictures:
+        return use(flags, device, autocast)
+    flags.fill(out=f"runs/{name_of(flags.encoder)}-seg" + f"-s{flags.seed}" * (flags.seed > 0))
+    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
+    load_encoder(flags.encoder)  # before a data set is made
+    flags.values["data"] = str(data.open_or_pack(flags.data))
+    run_stages(flags, device, autocast)
 
 
 if __name__ == "__main__":

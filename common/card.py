@@ -5,10 +5,9 @@ It has the layout that model hubs read: a head of `key: value` lines, then text.
 
 from pathlib import Path
 
-from common import detection
 from common.checkpoints import flags_of
 from common.classifier import head_of
-from common.io import UserError, read_json, save_text
+from common.io import UserError, read_header, read_json, save_text
 
 LIBRARY = {"hf": "transformers", "timm": "timm", "onnx": "onnx"}  # of the others pytorch
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by ingest/toon.py: nobody else's pictures
@@ -100,7 +99,7 @@ def flags_of_run(source):
     """
     head, detector = source / "head.safetensors", source / "detector.safetensors"
     if detector.exists():
-        return detection.header_of(detector).get("run") or {}
+        return read_header(detector)[1].get("run") or {}
     if not head.exists():
         return flags_of(source)
     header = head_of(source)

@@ -775,29 +775,3 @@ def plot_verification(path, pairs, strangers, title, reliable=()):
         axes[0].legend(fontsize=8, loc="upper left")
         axes[1].set(title="Precision and recall", xlabel="recall, %", ylabel="precision, %")
         axes[1].set(xlim=(0, 100), ylim=(0, 100))
-
-
-def plot_precision(path, precision, row, title):
-    """Precision (101,) at IoU .5 over recall, and AP by the size of faces; row: what detection.coco
-    found.
-    """
-    with panels(path, title, 1, 2, (8.4, 3.4)) as (curve, bars):
-        curve.plot(range(101), [100 * p for p in precision], color=BLUE)
-        curve.set(
-            title=f"AP50 {row['ap50']:.1f} %",
-            xlabel="recall, %",
-            ylabel="precision, %",
-            ylim=(0, 101),
-        )
-        kinds = {
-            "all": "ap",
-            "small": "ap_small",
-            "medium": "ap_medium",
-            "large": "ap_large",
-            "AP75": "ap75",
-        }
-        values = [row[k] or 0 for k in kinds.values()]
-        bars.bar(list(kinds), values, color=BLUE)
-        for i, value in enumerate(values):
-            bars.text(i, value + 1, f"{value:.0f}", ha="center")
-        bars.set(title="AP by size (small: under 32 x 32 px)", ylabel="AP, %", ylim=(0, 105))

@@ -650,11 +650,14 @@ class Run:
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         self.losses, self.norms = [], []
         self.restart()
-        self.log(**row, **more)
+        self.log(**(row | more))
 
     def save_if_due(self):
-        """At a stop, at the end, and so often that saving takes 1 % of the time; then stop if asked to."""
-        if not self.logs_now:
+        """At a stop, at the end, and so often that saving takes 1 % of the time; then stop if asked to.
+
+        Only just after a row was logged, for the checkpoint keeps no losses.
+        """
+        if self.losses:
             return
         waited = time.perf_counter() - self.last_save
         due = waited > min(100 * self.save_cost, 600)

@@ -32,7 +32,7 @@ import torch
 
 import detect
 import recognize
-from common import detection, plots, stats
+from common import plots, stats
 from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.features import open_splits
 from common.gallery import load_gallery
@@ -47,7 +47,7 @@ ARMS = {  # flags of detect.py, and what they say
     "full": ("--method full", "all weights learn, from a pre-trained encoder"),
     "lora": ("--method lora", "low-rank adapters in the encoder"),
     "linear": ("--method linear", "the encoder is frozen"),
-    "scratch": ("--method full --from-scratch", "all weights learn, from random ones"),
+    "scratch": ("--method scratch", "all weights learn, from random ones"),
 }
 HEADINGS = {
     "ap": "AP",
@@ -80,15 +80,12 @@ def words_of(args, arm, seed, more=()):
         *shlex.split(args.flags),
         "--out",
         str(out),
-        "--resume",
     ]
 
 
 def row_of(args, found):
-    row = {
-        column: found[column] for column in (*HEADINGS, "threshold", "seconds", "machine", "commit")
-    }
-    return row | found["mistakes"]
+    columns = (*HEADINGS, "threshold", "seconds", "machine", "commit")
+    return {column: found[column] for column in columns}
 
 
 def in_words(row):
@@ -142,7 +139,7 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
     """OUT/sides.csv: a detector asked at each of SIDES, about val; seconds are those of one page at
     a time.
     """
-    net, header = detection.load(args.encoder)
+    net, header = detect.load(args.encoder)
     autocast, split = (
         autocast_of(device, pick_dtype("auto", device)[0]),
         open_splits(args.data, "val")["val"],
@@ -152,18 +149,17 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
     packed = split["images"].shape[1]
     for side in SIDES:
         task = SimpleNamespace(
-            args=SimpleNamespace(**header["run"]), device=device, autocast=autocast, page=side
+            boxes=header["run"]["boxes"], device=device, autocast=autocast, page=side
         )
         said, truth = detect.judge(task, net, split, None)
-        found, _ = detection.coco(said, truth, packed)
+        found = detect.coco(said, truth, packed)
         took = []
         for page in split["images"][:16]:
             start_time = time.perf_counter()
             with autocast():
-                detection.faces_of(net, page, side, header["threshold"])
+                detect.faces_of(net, page, side, header["threshold"])
             took.append(1000 * (time.perf_counter() - start_time))
         row = {"detector": args.encoder, "side": side} | {k: found[k] for k in HEADINGS}
-        row |= detection.mistakes(said, truth, header["threshold"], packed)
         row |= {"ms": round(statistics.median(took), 1)}
         row |= {
             "pages_per_s": round(1000 / row["ms"], 1),
@@ -183,7 +179,7 @@ def names(detector, recogniser, pages, side=512):
     Widths of the answers that are right and of the unknown are in pixels of a page of 256.
     """
     (net, about), (known, header), widths = (
-        detection.load(detector),
+        detect.load(detector),
         load_classifier(recogniser),
         defaultdict(list),
     )
@@ -193,15 +189,13 @@ def names(detector, recogniser, pages, side=512):
     )
     for page in map(lambda item: scenes.draw(item, side), progress(pages, "naming")):
         true, seen = side * torch.from_numpy(page["boxes"][: len(page["names"])]), set()
-        boxes, _ = detection.faces_of(net, page["image"], about["page"], about["threshold"])
+        boxes, _ = detect.faces_of(net, page["image"], about["page"], about["threshold"])
         for box in boxes:
-            cut = detection.cut_out(
-                page["image"], box.tolist(), detection.MARGIN, header["packed_size"]
-            )
+            cut = detect.cut_out(page["image"], box.tolist(), detect.MARGIN, header["packed_size"])
             row = recognize.answers(
                 [""], *recognize.embed(known, cut[None], nullcontext), gallery, 0
             )[0]
-            own = [i for i, x in enumerate(detection.iou(box, true).tolist()) if x >= 0.5]
+            own = [i for i, x in enumerate(detect.iou(box, true).tolist()) if x >= 0.5]
             right = row["name"] in [page["names"][i] for i in own]
             said = (
                 "background"

@@ -12,7 +12,7 @@ Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md,
         with --composites OUT/composites.png: drawings that no run saw laid on photographs of val
         and test
 
-Arms that differ in stage 3 alone share stages 1 and 2 of a seed.
+Arms that differ in stage 3 alone share stage 1 of a seed.
 """
 
 if __name__ == "__main__":
@@ -30,7 +30,7 @@ from PIL import ImageOps
 
 import data
 import segment
-from common import metrics, plots, segmenting, stats
+from common import metrics, plots, stats
 from common.command import Parser, at_least, cli, command, refuse_file
 from common.io import UserError, save_text
 from common.tables import read_csv
@@ -42,27 +42,18 @@ ARMS = {  # flags of segment.py, and what they say
     "proxies": ("", "proxy masks and frames of one kind: the method"),
     "frames": ("--learn-from frames", "frames of one kind alone"),
     "truth": ("--learn-from truth", "true masks: fully supervised, a control"),
-    "flip10": ("--flip .1", "a tenth of the patches of proxies inverted"),
-    "flip20": ("--flip .2", "a fifth"),
-    "balanced": ("--balanced", "both kinds of pixels weigh the same"),
-    "saliency": ("--proxies {saliency}", "saliency maps in the place of proxies"),
-    "cls": ("--decide cls", "patches named by a head of the CLS token"),
-    "no_hint": ("--no-hint", "the U-Net is not shown what patches say"),
+    "no_hint": ("--network unet:hint=0", "the U-Net is not shown what patches say"),
     "segformer": ("--network segformer", "a SegFormer in the place of a U-Net"),
-    "bold": ("--leave-out line=bold", "no drawings with bold lines in train"),
 }
-OWN = ("proxies", "cls", "bold")  # arms with a stage 1 of their own
+OWN = ("proxies",)  # arms with a stage 1 of their own
 PARTS = {
     "frames": ("frames", "val"),
     "proxy": ("proxies", "val_known", "mixed", "miou"),
-    "proxy_coarse": ("proxies", "val_coarse", "mixed", "miou"),
     "proxy_half": ("proxies", "val", "mixed", "miou"),
     "miou": ("pixels", "val", "mixed", "miou"),
     "known": ("pixels", "val_known", "mixed", "miou"),
     "iou_drawn": ("pixels", "val", "mixed", "iou_drawn"),
-    "border": ("pixels", "val", "mixed", "boundary_f"),
     "purely": ("pixels", "val", "purely", "miou"),
-    "left_out": ("left_out", "mixed", "miou"),
     "seconds": ("frames", "seconds"),
     "pixel_seconds": ("pixel_seconds",),
 }  # where metrics.json has them
@@ -72,7 +63,6 @@ HEADINGS = {
     "proxy": "proxies, mean IoU",
     "miou": "mean IoU, mixed",
     "known": "and own thresholds",
-    "border": "boundary F",
     "purely": "mean IoU, purely hybrid",
 }
 QUESTIONS = (
@@ -90,31 +80,19 @@ QUESTIONS = (
         ("proxies", "proxy_half"),
         "proxies by each frame's threshold against .5",
     ),
-    (("proxies", "proxy"), ("proxies", "proxy_coarse"), "proxies carried to edges against patches"),
-    (
-        ("proxies", "proxy"),
-        ("cls", "proxy"),
-        "nearest centroid against a head of the CLS token, proxies",
-    ),
     (
         ("proxies", "miou"),
         ("no_hint", "miou"),
         "a U-Net shown what patches say against one that is not",
     ),
     (("proxies", "miou"), ("segformer", "miou"), "U-Net against SegFormer"),
-    (("flip10", "miou"), ("proxies", "miou"), "a tenth of the patches inverted"),
-    (("flip20", "miou"), ("proxies", "miou"), "a fifth"),
-    (("balanced", "miou"), ("proxies", "miou"), "both kinds of pixels weigh the same"),
-    (("saliency", "miou"), ("proxies", "miou"), "saliency in the place of proxies"),
 )
 
 
 def words_of(args, arm, seed, more=()):
     """A run's folder, and what a user would type behind `python` to make it."""
     place = Path(args.work) / Path(args.data).name
-    words = shlex.split(ARMS[arm][0].format(saliency=place / "saliency/saliency.safetensors")) + [
-        *map(str, more)
-    ]
+    words = [*shlex.split(ARMS[arm][0]), *map(str, more)]
     words += [] if arm in OWN else ["--patches", str(place / f"proxies-s{seed}")]
     out = place / f"{arm}-s{seed}"
     return out, [
@@ -128,7 +106,6 @@ def words_of(args, arm, seed, more=()):
         *shlex.split(args.flags),
         "--out",
         str(out),
-        "--resume",
     ]
 
 
@@ -172,11 +149,6 @@ def write_table(args, rows):
             + f" | {minutes:.1f} |"
         )
     lines += ["", "Pixels are counted over all frames together."]
-    if "bold" in arms:
-        new, every = (cell(arms["bold"], column) for column in ("left_out", "miou"))
-        lines[-1] += (
-            f" Where bold lines were left out of train, mixed frames that have them reach {new}, all {every}."
-        )
     lines += [
         "",
         "| difference, points | mean (95 % t interval over paired seeds) |",
@@ -311,7 +283,7 @@ def cues(args):
 def plain_frames(split):
     """-> images u8 (n, S, S, 3) and is each drawn? (n,) of frames of one kind."""
     names = np.array(split["header"]["classes"])[split["labels"].numpy()]
-    rows = np.nonzero(np.isin(names, segmenting.KINDS))[0]
+    rows = np.nonzero(np.isin(names, segment.KINDS))[0]
     return np.array(split["images"][rows]), names[rows] == "drawn"
 
 
@@ -322,7 +294,7 @@ def composites(args, side=384):
     """OUT/composites.png: two drawings on each photograph of val and test, without grain or JPEG,
     and their masks.
     """
-    masks_of, at, squared = segmenting.load(args.encoder, torch.device("cpu"), nullcontext)
+    net, header = segment.load(args.encoder)
     photos, rows, scores = (
         [p for split in ("val", "test") for p in hybrid.open_photos(split)],
         [],
@@ -335,12 +307,10 @@ def composites(args, side=384):
             np.array(ImageOps.fit(photos[k // 2], (side, side))),
         )
         picture = np.uint8(true * figure["image"] + (1 - true) * photo + 0.5)
-        said = (
-            segment.mask_of(picture, masks_of, at, squared, torch.device("cpu"), mixed=True) > 0.5
-        )
+        said = segment.mask_of(net, picture, header["image_size"], nullcontext, mixed=True) > 0.5
         said, true = (torch.from_numpy(x)[None] for x in (said, figure["fg"] > 127))
-        scores.append(segmenting.judge_masks([(said, true)])["miou"])
-        rows.append((picture, segmenting.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
+        scores.append(segment.judge_masks([(said, true)])["miou"])
+        rows.append((picture, segment.overlay(torch.from_numpy(picture)[None], said)[0].numpy()))
     print(
         "mean IoU "
         + " ".join(f"{score:.0f}" for score in scores)
@@ -402,12 +372,6 @@ def main():
         return cues(args)
     if not args.encoder:
         raise UserError("an encoder is missing: runs/NAME of pretrain.py")
-    saliency = Path(args.work) / Path(args.data).name / "saliency/saliency.safetensors"
-    if "saliency" in args.arms and not saliency.exists():
-        raise UserError(
-            f"the arm saliency needs maps: python maps.py --data {args.data} --map saliency --out "
-            f"{saliency.parent}, or --arms without it"
-        )
     path, seeds = Path(args.out) / "arms.csv", range(100, 100 + args.seeds)
     for arms in (
         [a for a in args.arms if a in OWN],

@@ -61,7 +61,6 @@ def commands(job, args, ready):
         str(job["seed"]),
         *number_format(plan),
     ]
-    report = ["--split" if word == "--eval-on" else word for word in on]
     recipe = shlex.split(f"{plan['recipe']} --mask {job['arm'].format(**ready)}")
     if not any(
         word.split("=")[0] == "--contrast" for word in recipe
@@ -91,7 +90,7 @@ def commands(job, args, ready):
             "1000000",
         ],
         "finetune": going_on(
-            ["finetune_lora.py", out, "--method", "full", *report, "--out", f"{out}-full"],
+            ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full"],
             f"{out}-full",
         ),
     }

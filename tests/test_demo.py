@@ -18,9 +18,9 @@ from PIL import Image
 
 import demo
 import mask as masking
+import segment
 from benchmarks import page as bench
-from common import gallery, segmenting
-from common.checkpoints import load_encoder
+from common import classifier
 from common.io import save_safetensors
 from experiments import front_page
 
@@ -61,7 +61,7 @@ def own(path, size=(50, 40)):
     return demo.dropped(path)
 
 
-@pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "squares"])
+@pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "simmim"])
 def test_every_strategy_is_shown(at, strategy):
     text = mask_page(at, strategy)
     assert (
@@ -113,7 +113,7 @@ def test_somebody_is_enrolled_and_forgotten_and_markup_stays_text(at, tmp_path):
         name
     ]
     assert not any(
-        "/" in key for key in gallery.load_gallery("runs/a-linear")["keys"][-3:]
+        "/" in key for key in classifier.load_gallery("runs/a-linear")["keys"][-3:]
     )  # no folder of uploads
     assert "<b>me" not in demo.recognise_page(at, demo.dropped(files[0]))
     assert "is forgotten" in demo.forget_page(at, name) and demo.enrolled(at) == []
@@ -152,14 +152,9 @@ def test_what_is_missing_says_how_it_is_made(at):
 
 def test_a_picture_known_to_hold_both_kinds_gets_a_threshold_of_its_own(at, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = segmenting.Patches(load_encoder(at)[0], "centroid")
-    net.centroids.normal_()
-    net.centroids[0] = (
-        0  # far from all tokens is drawn: whatever is in the picture, its scores are of one sign
-    )
-    save_safetensors(
-        net.state_dict(), tmp_path / "patches.safetensors", {"patches": net.config, "stage": {}}
-    )
+    net = segment.Pixels("unet")
+    header = {"network": "unet", "image_size": 32, "seconds": 1.0}
+    save_safetensors(net.state_dict(), tmp_path / "model.safetensors", header)
     monkeypatch.setattr(demo, "segmenter_of", lambda run: tmp_path)
     picture = own(tmp_path / "mine.png", (64, 64))
     alone, known = demo.segment_page(at, picture), demo.segment_page(at, picture, True)

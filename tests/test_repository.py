@@ -307,6 +307,7 @@ LOADS = {  # a stage that uses what another makes: its networks, its adapters
     ("recognize", "finetune_lora"),
     ("export", "finetune_lora"),
     ("detect", "finetune_lora"),
+    ("recognize", "detect"),
 }
 
 

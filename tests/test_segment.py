@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ from PIL import Image
 import data
 import experiments.hybrid
 import segment
-from common import segmenting
 from common.train import seeded
 from ingest import hybrid
 from model import ViT
@@ -147,7 +147,7 @@ def test_the_packed_set_tells_kinds_photographs_and_masks(frames):
 
 def tiny():
     torch.manual_seed(0)
-    return segmenting.Patches(ViT(32, 8, 32, 1, 2), "centroid").eval()
+    return segment.Patches(ViT(32, 8, 32, 1, 2)).eval()
 
 
 def test_the_nearest_centroid_decides():
@@ -173,17 +173,18 @@ def test_patches_of_another_frame_keep_its_label(monkeypatch):
     seen = []
 
     class Net(torch.nn.Module):
-        decide, encoder = "centroid", ViT(32, 8, 32, 1, 2)
+        encoder = ViT(32, 8, 32, 1, 2)
 
         def forward(self, patches, ids):
             seen.append(patches.mean(2))
-            return None, patches.mean(2)
+            return patches.mean(2)
 
     monkeypatch.setattr(
         segment.F, "binary_cross_entropy_with_logits", lambda logits, labels: seen.append(labels)
     )
-    args = SimpleNamespace(min_crop=1, colour=0, cut=1, keep=0.75)
-    task = SimpleNamespace(args=args, S=32, train=SimpleNamespace(kind=torch.tensor([0, 1])))
+    for name, value in {"MIN_CROP": 1, "COLOUR": 0, "KEEP": 0.75}.items():
+        monkeypatch.setattr(segment, name, value)
+    task = SimpleNamespace(S=32, train=SimpleNamespace(kind=torch.tensor([0, 1])))
     images = (
         torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]
         .expand(2, 32, 32, 3)
@@ -200,16 +201,16 @@ def test_patches_of_another_frame_keep_its_label(monkeypatch):
 
 
 def test_cuts_have_all_shapes_and_no_frame_is_cut_more_often_than_asked():
-    cut = segmenting.cut_masks(400, 32, 0.25, seeded(0))
+    cut = segment.cut_masks(400, 32, 0.25, seeded(0))
     assert (
         0.2 < cut.any((1, 2)).float().mean() < 0.3
-        and not segmenting.cut_masks(9, 32, 0, seeded(0)).any()
+        and not segment.cut_masks(9, 32, 0, seeded(0)).any()
     )
-    corners = segmenting.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
+    corners = segment.cut_masks(400, 32, 1, seeded(1))[:, [0, 0, -1, -1], [0, -1, 0, -1]].sum(1)
     assert 0.2 < (corners == 0).float().mean() < 0.6  # windows, and a few blobs
     assert all((corners == n).any() for n in range(5))
     view, drawn = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8), torch.rand(6, 32, 32)
-    shown, masks = segmenting.cut_together(view, drawn, 1, seeded(2))
+    shown, masks = segment.cut_together(view, drawn, 1, seeded(2))
     theirs = masks != drawn
     assert theirs.any((1, 2)).all() and torch.equal(shown[theirs], view.flip(0)[theirs])
     assert torch.equal(shown[~theirs], view[~theirs]) and torch.equal(
@@ -228,7 +229,7 @@ def test_scores_between_patches_are_means_of_moved_frames():
         return (None, x.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)))
 
     net = SimpleNamespace(encoder=SimpleNamespace(patch_size=8, side=4), scores=brightness)
-    fine = segmenting.fine_scores(net, view)
+    fine = segment.fine_scores(net, view)
     assert (
         fine.shape == (1, 8, 8)
         and fine[0, 2, 2] == fine.max()
@@ -241,48 +242,48 @@ def test_two_means_finds_the_halves_of_each_frame_whatever_its_level():
     true = torch.arange(24)[None] < torch.tensor([6, 12, 20])[:, None]
     low = torch.tensor([0.1, 0.2, 0.62])[:, None]
     probability = (low + 0.25 * true)[:, None].expand(3, 24, 24) + 0.02 * torch.randn(3, 24, 24)
-    moved = segmenting.two_means(probability)
+    moved = segment.two_means(probability)
     assert ((moved > 0.5) == true[:, None]).all() and not (
         (probability > 0.5) == true[:, None]
     ).all((1, 2)).any()
-    assert segmenting.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
+    assert segment.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
 
 
 def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     view[:, :, 18:] = 200
     blurred = torch.sigmoid((torch.arange(32.0) - 16) / 3).expand(1, 32, 32)
-    found, true = segmenting.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
+    found, true = segment.guided_filter(blurred, view, 4), (torch.arange(32) >= 18).float()
     assert torch.equal((found > 0.5).float(), true.expand(1, 32, 32))
     assert ((blurred > 0.5) != (true > 0)).any() and found[0, 16, 18] - found[
         0, 16, 17
     ] > 0.3  # a step, not a slope
-    flat = segmenting.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
+    flat = segment.guided_filter(torch.full((1, 32, 32), 0.3), view, 4)
     assert flat == pytest.approx(torch.full((1, 32, 32), 0.3), abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "part"), [("unet", 2), ("segformer", 4)])
 def test_networks_of_pixels_begin_at_chance_and_answer_for_frames_of_any_size(name, part):
     torch.manual_seed(0)
-    net = segmenting.Pixels(name, segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid"))
+    net = segment.Pixels(name, segment.Patches(ViT(32, 8, 32, 2, 2)))
     noise, target = (
         torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8),
         torch.rand(4, 64 // part, 64 // part),
     )
     logits = net.train()(noise)
     assert torch.nn.functional.binary_cross_entropy_with_logits(logits, target) < 0.9
-    masks = segmenting.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
+    masks = segment.pixel_masks(net.eval(), noise[:1, :36, :50], nullcontext)
     assert masks.shape == (1, 36, 50) and masks.min() >= 0 and masks.max() <= 1
 
 
 def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
-    patches = segmenting.Patches(ViT(32, 8, 32, 2, 2), "centroid")
+    patches = segment.Patches(ViT(32, 8, 32, 2, 2))
     patches.scores = lambda view: (
         None,
         view.float().mean(3).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)),
     )
     net, view = (
-        segmenting.Pixels("unet", patches),
+        segment.Pixels("unet", patches),
         torch.zeros(1, 64, 96, 3),
     )  # seen by the encoder at 32 by 32
     view[:, 32:, :48] = 200
@@ -292,15 +293,13 @@ def test_the_network_of_pixels_is_shown_scores_where_their_patches_are():
         and hint[0, 0, 60, 4] == pytest.approx(200)
         and hint[0, 0, 4, 4] == 0
     )
-    assert hint[0, 0, 60, 90] == 0 and not any(p.requires_grad for p in patches.parameters())
+    assert hint[0, 0, 60, 90] == 0 and not hint.requires_grad
 
 
 def test_no_convolution_of_a_segformer_is_silent():
     torch.manual_seed(0)
     convs = [
-        m
-        for m in segmenting.segformer(3).modules()
-        if isinstance(m, torch.nn.Conv2d) and m.groups > 1
+        m for m in segment.segformer(3).modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1
     ]
     loud = [conv(torch.randn(4, conv.in_channels, 16, 16)).std().item() for conv in convs]
     assert len(convs) == 7 and min(loud) > 0.7 and max(loud) < 2
@@ -309,45 +308,35 @@ def test_no_convolution_of_a_segformer_is_silent():
 def test_masks_are_judged_as_by_hand():
     true, said = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     true[:, :, :4], said[:, :, :6] = True, True
-    row = segmenting.judge_masks([(said, true)])
+    row = segment.judge_masks([(said, true)])
     assert row["iou_drawn"] == pytest.approx(100 * 32 / 48, abs=0.01)
     assert row["iou_photographed"] == pytest.approx(100 * 16 / 32, abs=0.01)
     assert row["miou"] == pytest.approx((200 / 3 + 50) / 2, abs=0.01)
-    assert row["boundary_f"] == 100  # two pixels off
-    said[:, :, :7] = True
-    assert segmenting.judge_masks([(said, true)])["boundary_f"] == 0
 
 
 # ---- the stage -----------------------------------------------------------------------------------
 
 
-def test_three_stages_leave_their_files_and_numbers(frames, learned):
+def test_three_stages_leave_their_files_and_numbers(learned):
     found = json.loads((learned / "metrics.json").read_text())
-    assert 0 <= found["frames"]["val"] <= 100 and found["pixels"]["val"].keys() >= {
-        "mixed",
-        "purely",
-        "panels",
-    }
-    assert found["proxies"].keys() == {
-        k + v for k in ("dev", "val") for v in ("", "_known", "_coarse")
-    }
-    split = data.open_split(learned.parent / "packed", "train")
-    proxies = data.open_map(learned / "proxies", "drawn", split)
-    names = np.array(split["header"]["classes"])[split["labels"]]
-    assert proxies.shape == (36, 32, 32) and not proxies[np.isin(names, segmenting.KINDS)].any()
-    assert (learned / "overlays.png").exists()
-    again = call(
-        "segment.py",
-        "encoder",
-        "--data",
-        "packed",
-        "--out",
-        "learned",
-        "--resume",
-        *QUICK,
-        cwd=frames,
-    )
-    assert again.returncode == 0 and "is finished" in again.stdout
+    assert 0 <= found["frames"]["val"] <= 100
+    assert found["pixels"]["val"].keys() >= {"mixed", "purely", "panels"}
+    for stage in ("proxies", "pixels"):
+        assert found[stage].keys() == {"dev", "val", "dev_known", "val_known"}
+
+
+def test_the_nearest_centroid_names_frames_as_its_file_says(learned):
+    """Accuracy and proxies again, from the file of stage 1 alone."""
+    net = segment.load_patches(learned / "patches.safetensors")
+    splits = {name: data.open_split(learned.parent / "packed", name) for name in ("train", "val")}
+    frames = {k: segment.frames_of(s, torch.arange(len(s["labels"]))) for k, s in splits.items()}
+    task = SimpleNamespace(S=32, device=torch.device("cpu"), autocast=nullcontext)
+    found = json.loads((learned / "metrics.json").read_text())
+    assert segment.judge_frames(task, net, frames["val"]) == found["frames"]["val"]
+    task.train = frames["train"]
+    masks = segment.proxies_of(task, net)
+    assert masks.shape == (36, 32, 32) and not masks[task.train.plain].any()
+    assert masks[task.train.mixed].any((1, 2)).all()
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -355,35 +344,29 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     frames, learned, tmp_path, monkeypatch, step
 ):
     """Stopped in stage 1 and in stage 3 (its first step is the third of all)."""
-    count, plain, signals = 0, segment.train.Meter.add, []
+    update, count = segment.train.Run.update, []
 
-    def add(self, *words):
-        nonlocal count
-        count += 1
-        if count == step:
-            signals[-1].append(segment.train.signal.SIGTERM)
-        return plain(self, *words)
+    def stopping(self, *words):
+        count.append(1)
+        if len(count) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return update(self, *words)
 
-    monkeypatch.setattr(segment.train, "catch_signals", lambda: signals.append([]) or signals[-1])
-    monkeypatch.setattr(segment.train.Meter, "add", add)
-    words = [
-        "segment.py",
-        frames / "encoder",
-        "--data",
-        frames / "packed",
-        "--out",
-        tmp_path / "run",
-        *QUICK,
-    ]
-    stopped = call(*words, cwd=frames)
-    assert stopped.returncode == 128 + 15 and not (tmp_path / "run/metrics.json").exists()
-    call(*words, "--resume", cwd=frames, check=0)
+    monkeypatch.setattr(segment.train.Run, "update", stopping)
+    out = tmp_path / "run"
+    words = [frames / "encoder", "--data", frames / "packed", "--out", out, *QUICK]
+    stopped = call("segment.py", *words, cwd=frames)
+    assert stopped.returncode == 128 + 15 and not (out / "metrics.json").exists()
+    assert "is there already" in refused(call("segment.py", *words, cwd=frames))
+    call("segment.py", "--resume", out, cwd=frames, check=0)
+    assert len(count) == 3
     for name in ("patches", "model"):
         a, b = (
-            segmenting.read_safetensors(place / f"{name}.safetensors")[0]
-            for place in (learned, tmp_path / "run")
+            segment.read_safetensors(place / f"{name}.safetensors")[0] for place in (learned, out)
         )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    call("segment.py", "--resume", out, "--eval-on", "test", cwd=frames, check=0)
+    assert (out / "metrics-test.json").exists() and len(count) == 3
 
 
 def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
@@ -392,22 +375,10 @@ def test_masks_to_learn_are_proxies_truth_or_none(frames, learned):
         {"photographed": 0, "drawn": 1}.get(name, -1) for name in split["header"]["classes"]
     ]
     kind = torch.tensor(of_class)[split["labels"]]
-    task = SimpleNamespace(
-        args=SimpleNamespace(flip=0.0, seed=0),
-        masks=split["drawn"],
-        encoder=SimpleNamespace(side=4),
-        train=SimpleNamespace(kind=kind),
-    )
+    task = SimpleNamespace(masks=split["drawn"], train=SimpleNamespace(kind=kind))
     rows = torch.arange(len(kind))
     masks = segment.masks_to_learn(task, rows)
     assert torch.equal(masks, (torch.from_numpy(np.array(split["drawn"])) > 127).float())
-    task.args.flip = 0.25
-    turned = segment.masks_to_learn(task, rows)
-    share = ((turned - masks).abs() > 0)[kind < 0].float().mean()
-    assert 0.1 < share < 0.4 and torch.equal(turned[kind >= 0], masks[kind >= 0])
-    assert torch.equal(
-        turned, segment.masks_to_learn(task, rows)
-    )  # the same patches whenever they come
 
 
 def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
@@ -425,7 +396,6 @@ def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
         "none.png",
         "--out",
         "masks",
-        "--share",
         cwd=tmp_path,
         check=0,
     )
@@ -448,90 +418,38 @@ def test_pictures_get_masks_overlays_and_shares(learned, tmp_path):
     ]
 
 
-def test_patches_alone_segment_too(frames, tmp_path):
-    words = [
-        "segment.py",
-        "encoder",
-        "--data",
-        "packed",
-        "--out",
-        "second",
-        "--until",
-        2,
-        *QUICK[:2],
-        *QUICK[4:],
-    ]
-    call(*words, cwd=frames, check=0)
-    assert not (frames / "second/model.safetensors").exists()
+def test_stage_1_of_another_run_and_no_mixed_frames(frames, learned, tmp_path):
+    words = ["encoder", "--data", "packed", "--out", tmp_path / "run", "--patches", learned]
+    quick = [*QUICK[2:], "--learn-from", "frames", "--network", "unet:hint=0"]
+    call("segment.py", *words, *quick, cwd=frames, check=0)
+    assert not (tmp_path / "run/patches.safetensors").exists()
+    assert segment.load(tmp_path / "run")[0].patches is None
     Image.new("RGB", (50, 30), "white").save(tmp_path / "white.png")
-    call("segment.py", frames / "second", "white.png", "--out", "m", cwd=tmp_path, check=0)
-    assert np.asarray(Image.open(tmp_path / "m/white-mask.png")).shape == (30, 50)
-    call(
-        "segment.py",
-        "encoder",
-        "--data",
-        "packed",
-        "--out",
-        "third",
-        "--patches",
-        "second",
-        "--learn-from",
-        "frames",
-        *QUICK[2:],
-        cwd=frames,
-        check=0,
+    call("segment.py", tmp_path / "run", "white.png", cwd=tmp_path, check=0)
+    assert "--epochs has no effect" in refused(
+        call("segment.py", *words[:4], tmp_path / "x", *words[5:], *QUICK, cwd=frames)
     )
-    assert (
-        not (frames / "third/patches.safetensors").exists()
-        and (frames / "third/model.safetensors").exists()
-    )
-    call("segment.py", frames / "third", "white.png", "--share", cwd=tmp_path, check=0)
 
 
 def test_folders_of_ones_own_frames_are_enough(frames, tmp_path):
     """Without masks, without mixed frames, without a split dev."""
     draw_folder(tmp_path / "own", classes=2, each=16)
-    for i, name in enumerate(segmenting.KINDS):
+    for i, name in enumerate(segment.KINDS):
         (tmp_path / f"own/class{i}").rename(tmp_path / "own" / name)
     call("data.py", "own", "--out", "packed", "--size", 32, cwd=tmp_path, check=0)
-    done = call(
-        "segment.py",
-        frames / "encoder",
-        "--data",
-        "packed",
-        "--out",
-        "run",
-        *QUICK,
-        cwd=tmp_path,
-        check=0,
-    )
-    assert (
-        "no mixed frames: no stage 3" in done.stdout
-        and (tmp_path / "run/patches.safetensors").exists()
-    )
+    words = ["segment.py", frames / "encoder", "--data", "packed", "--out", "run", *QUICK]
+    assert "no mixed frames" in refused(call(*words, cwd=tmp_path))
+    call(*words, "--learn-from", "frames", cwd=tmp_path, check=0)
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["pixels"] == {}
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--data", "none"], "does not exist"),
-        (["--until", 2, "--flip", 0.1], "--flip 0.1 is for stage 3, not for --until 2"),
-        (
-            ["--learn-from", "truth", "--flip", 0.1],
-            "--flip 0.1 is for proxies, not for --learn-from truth",
-        ),
-        (
-            ["--until", 2, "--network", "segformer"],
-            "--network segformer is for stage 3, not for --until 2",
-        ),
-        (
-            ["--leave-out", "line=thick"],
-            "--leave-out line=thick is unknown; there are: palette=natural|",
-        ),
-        (["--share"], "--share is for pictures"),
-        (["--image-size", 33], "no multiple"),
+        (["--network", "unet:depth=3"], "has no key"),
+        (["--mixed"], "--mixed has no effect"),
         (["--patches", "nowhere"], "nowhere/patches.safetensors does not exist"),
-        (["--proxies", "nowhere"], "no saliency maps at nowhere"),
     ],
 )
 def test_what_does_not_fit_is_refused(frames, tmp_path, words, reason):
@@ -553,13 +471,10 @@ def test_sets_without_the_two_kinds_and_runs_of_others_are_refused(
     frames, small, learned, tmp_path
 ):
     words = ["segment.py", frames / "encoder", "--data", small, "--out", tmp_path / "run"]
-    assert "no frames labelled 'photographed', only class0, class1" in refused(
-        call(*words, cwd=tmp_path)
-    )
-    other = call("segment.py", frames / "encoder", "x.png", "--share", cwd=tmp_path)
-    assert "is no run of segment.py" in refused(other)
-    assert "--out DIR says where" in refused(call("segment.py", learned, "x.png", cwd=tmp_path))
-    assert "x.png" in refused(call("segment.py", learned, "x.png", "--share", cwd=tmp_path))
+    assert "no frames labelled 'photographed'" in refused(call(*words, cwd=tmp_path))
+    other = call("segment.py", frames / "encoder", "x.png", cwd=tmp_path)
+    assert "segment.py ENCODER --data DIR makes it" in refused(other)
+    assert "x.png" in refused(call("segment.py", learned, "x.png", cwd=tmp_path))
 
 
 def test_without_transformers_a_segformer_is_refused(frames, tmp_path, monkeypatch):

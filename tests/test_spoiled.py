@@ -16,18 +16,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import detect
 import finetune_lora
 import recognize
+import segment
 from common import (
     classifier,
     command,
-    detection,
     features,
     fields,
     gallery,
     lora,
     mfdn,
-    segmenting,
+    tagging,
     train,
 )
 from common.checkpoints import init_from, load_encoder, load_exactly
@@ -96,13 +97,13 @@ def save_applications(base):
     encoder, _ = load_encoder(base / "encoder")
     about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
     mfdn.save(mfdn.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT)
-    faces = detection.Detector(ViT(*SHAPE))
+    faces = detect.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
-    patches = segmenting.Patches(ViT(*SHAPE), "centroid")
+    patches = segment.Patches(ViT(*SHAPE))
     header = {"patches": patches.config, "stage": {}}
     save_safetensors(patches.state_dict(), base / "plain/patches.safetensors", header)
-    pixels = segmenting.Pixels("unet", patches)
+    pixels = segment.Pixels("unet", patches)
     header = {"network": "unet", "patches": patches.config, "image_size": 32, "seconds": 1.0}
     save_safetensors(pixels.state_dict(), base / "frames/model.safetensors", header)
 
@@ -189,17 +190,18 @@ def use_tagger(base):
 
 
 def use_detector(base):
-    net, header = detection.load(base / "faces")
-    boxes, scores = detection.faces_of(net, view()[0].numpy(), header["page"], header["threshold"])
+    net, header = detect.load(base / "faces")
+    boxes, scores = detect.faces_of(net, view()[0].numpy(), header["page"], header["threshold"])
     return [boxes.tolist(), scores.tolist()]
 
 
 def use_segmenter(base):
-    return segmenting.load(base / "frames", CPU, AUTOCAST)[0](view()).detach()
+    return segment.pixel_masks(segment.load(base / "frames")[0], view(), AUTOCAST)
 
 
 def use_patches(base):
-    return segmenting.load(base / "plain", CPU, AUTOCAST)[0](view()).detach()
+    net = segment.load_patches(base / "plain/patches.safetensors")
+    return segment.proxy_masks(net, view(), AUTOCAST)
 
 
 FILES = {  # file: how many cases, and what reads it
