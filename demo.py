@@ -42,7 +42,8 @@ import maps
 import mask as masking
 import recognize
 import segment
-from common import classifier, detection, guidance, metrics, mfdn, plots, segmenting
+import tags
+from common import classifier, detection, guidance, metrics, plots, segmenting
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli
 from common.evaluate import hide, predict
@@ -131,7 +132,7 @@ def choose_run(name):
         return classifier.head_of(name)["base"]
     if (found := Path(name) / "detector.safetensors").exists():
         return detection.header_of(found).get("base") or name.rstrip("/").removesuffix("-det")
-    return about_model(name)["base"] if mfdn.is_tagger(name) else name
+    return about_model(name)["base"] if tags.is_tagger(name) else name
 
 
 def made_of(run, file):
@@ -516,15 +517,15 @@ def forget_page(run, who):
 def tags_page(run, picture):
     """The character and the tags that the picture alone tells."""
     name = tagger_of(run) or missing("Tags", run)
-    net, header = loaded(mfdn.load, name)
+    net, header = loaded(tags.load_tagger, name)
     view = data.view_images(
         torch.from_numpy(cut_as(picture, header)).to(MACHINE.device),
         *data.full_boxes(1),
         header["image_size"],
     )
     with MACHINE.autocast():
-        logits, tags = mfdn.answers(net, view)
-    said = bars(mfdn.named(tags[0].float().cpu(), header)) if tags is not None else ""
+        logits, found = tags.answers(net, view)
+    said = bars(tags.named(found[0].float().cpu(), header)) if found is not None else ""
     if logits is not None:
         sure, who = logits[0].float().softmax(0).max(0)
         said = f"<h2>{escape(header['classes'][who])}, {sure:.0%}</h2>" + said

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import data
 import recognize
+import tags
 from common import (
     classifier,
     command,
@@ -27,14 +28,13 @@ from common import (
     features,
     fields,
     lora,
-    mfdn,
     segmenting,
-    tagging,
     train,
 )
 from common.checkpoints import init_from, load_encoder, load_exactly
 from common.io import UserError, save_safetensors
-from ingest import sources, tags
+from ingest import sources
+from ingest.tags import vocabulary
 from model import MAE, ViT
 
 SEED, DEEP = 0, "@deep"
@@ -104,7 +104,9 @@ def save_recogniser(base):
 def save_applications(base):
     encoder, _ = load_encoder(base / "encoder")
     about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
-    mfdn.save(mfdn.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT)
+    tags.save_tagger(
+        tags.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT
+    )
     faces = detection.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
@@ -156,7 +158,7 @@ def use_packed(base):
         split, rows = images.split, images.rows
         data.groups_of(split)
         errors.by_stratum(split, rows.numpy(), images.labels[rows] == 0, least=1)
-        tagging.has_tags(split) and tagging.many_hot(split["tags"], len(split["header"]["tags"]))
+        tags.has_tags(split) and tags.many_hot(split["tags"], len(split["header"]["tags"]))
         data.take(split["images"], rows[:4], CPU)
     return [split["header"]["keys"][i] for i in rows.tolist()]
 
@@ -207,10 +209,10 @@ def use_recogniser(base):
 
 
 def use_tagger(base):
-    net, header = mfdn.load(base / "tags")
-    characters, tags = mfdn.answers(net, view())
-    named = mfdn.named(tags[0], header)
-    return [header["classes"][characters.argmax()], named, characters.tolist(), tags.tolist()]
+    net, header = tags.load_tagger(base / "tags")
+    characters, found = tags.answers(net, view())
+    named = tags.named(found[0], header)
+    return [header["classes"][characters.argmax()], named, characters.tolist(), found.tolist()]
 
 
 def use_detector(base):
@@ -432,7 +434,7 @@ def test_what_is_no_name_is_neither_packed_nor_enrolled(name, tmp_path):
         recognize.new_name(name, {"classes": []})
     assert not fields.is_name(name)
     records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
-    assert tags.vocabulary(records)[0] == ["hat"]
+    assert vocabulary(records)[0] == ["hat"]
     assert fields.is_name("初音\u3000ミク $_$") and fields.shown("a\x1b\n") == "a\\x1b\\n"
 
 

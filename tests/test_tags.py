@@ -16,7 +16,6 @@ import benchmarks.tags
 import data
 import experiments.mfdn
 import tags
-from common import mfdn, tagging
 from common.checkpoints import save_model
 from common.io import UserError, read_safetensors, save_safetensors
 from model import MAE, ViT
@@ -34,7 +33,7 @@ def trained(tagged):
 
 def net_of(arm="mfdn", classes=3, seed=0):
     torch.manual_seed(seed)
-    return mfdn.MFDN(ViT(32, 8, 32, 4, 2), classes, V, arm, L).eval()
+    return tags.MFDN(ViT(32, 8, 32, 4, 2), classes, V, arm, L).eval()
 
 
 def seeded(seed=0):
@@ -45,43 +44,43 @@ def seeded(seed=0):
 
 
 def test_words_stand_in_order_between_cls_and_sep():
-    mask, pad, cls, sep = (V + x for x in (mfdn.MASK, mfdn.PAD, mfdn.CLS, mfdn.SEP))
+    mask, pad, cls, sep = (V + x for x in (tags.MASK, tags.PAD, tags.CLS, tags.SEP))
     ids = torch.tensor([[7, 2, -1], [-1, -1, -1], [0, 9, 4]])
-    assert mfdn.to_words(ids, V, L).tolist() == [
+    assert tags.to_words(ids, V, L).tolist() == [
         [cls, 2, 7, sep, pad, pad, pad, pad],
         [cls, sep, *[pad] * 6],
         [cls, 0, 4, 9, sep, pad, pad, pad],
     ]
-    assert mfdn.nothing_told(V, L).tolist() == [[cls, *[mask] * 6, sep]]
+    assert tags.nothing_told(V, L).tolist() == [[cls, *[mask] * 6, sep]]
 
 
 def test_of_too_many_tags_a_random_subset_is_read_and_the_most_frequent_without_a_generator():
     ids = torch.arange(10).expand(500, 10)
-    assert (mfdn.to_words(ids, V, L)[:, 1:-1] == torch.arange(6)).all()
-    words = mfdn.to_words(ids, V, L, seeded())
-    assert (words[:, 1:-1].diff(dim=1) > 0).all() and (words[:, -1] == V + mfdn.SEP).all()
+    assert (tags.to_words(ids, V, L)[:, 1:-1] == torch.arange(6)).all()
+    words = tags.to_words(ids, V, L, seeded())
+    assert (words[:, 1:-1].diff(dim=1) > 0).all() and (words[:, -1] == V + tags.SEP).all()
     often = torch.bincount(words[:, 1:-1].flatten(), minlength=V) / 500
     assert (often - 0.6).abs().max() < 0.08
 
 
 def test_hidden_tags_are_a_share_and_where_none_is_left_not_even_their_number_is_told():
-    words = mfdn.to_words(torch.tensor([[1, 2, 3, 4]]).repeat(4000, 1), V, L)
-    seen, hidden = mfdn.hide(words, V, 0.5, seeded())
+    words = tags.to_words(torch.tensor([[1, 2, 3, 4]]).repeat(4000, 1), V, L)
+    seen, hidden = tags.hide(words, V, 0.5, seeded())
     assert abs(hidden[:, 1:5].float().mean() - 0.5) < 0.02 and not hidden[:, [0, 5, 6, 7]].any()
     all_hidden = hidden.sum(1) == 4
     assert (
-        seen[all_hidden] == mfdn.nothing_told(V, L)
+        seen[all_hidden] == tags.nothing_told(V, L)
     ).all() and 0.04 < all_hidden.float().mean() < 0.09
     some = ~all_hidden
-    assert (seen[some][hidden[some]] == V + mfdn.MASK).all() and (seen[some] == words[some])[
+    assert (seen[some][hidden[some]] == V + tags.MASK).all() and (seen[some] == words[some])[
         ~hidden[some]
     ].all()
-    blank, nothing = mfdn.hide(mfdn.to_words(torch.tensor([[-1]]), V, L), V, 0.0, seeded())
-    assert (blank == mfdn.nothing_told(V, L)).all() and not nothing.any()
+    blank, nothing = tags.hide(tags.to_words(torch.tensor([[-1]]), V, L), V, 0.0, seeded())
+    assert (blank == tags.nothing_told(V, L)).all() and not nothing.any()
 
 
 def test_the_curriculum_rises_to_all_at_the_half_and_stays():
-    share = [mfdn.curriculum(s, 100) for s in range(101)]
+    share = [tags.curriculum(s, 100) for s in range(101)]
     assert share[0] == 0 and share[25] == pytest.approx(0.5) and share[50:] == [1.0] * 51
     assert share[10] == pytest.approx(
         1 - (1 + math.cos(2 * math.pi * 0.1)) / 2
@@ -90,39 +89,39 @@ def test_the_curriculum_rises_to_all_at_the_half_and_stays():
 
 def test_many_hot_and_reach():
     ids = torch.tensor([[0, 3, -1], [-1, -1, -1], [9, 1, 2]])
-    assert np.argwhere(tagging.many_hot(ids, V)).tolist() == [
+    assert np.argwhere(tags.many_hot(ids, V)).tolist() == [
         [0, 0],
         [0, 3],
         [2, 1],
         [2, 2],
         [2, 9],
     ]
-    assert np.argwhere(tagging.many_hot(ids, 2)).tolist() == [[0, 0], [2, 1]]
-    assert mfdn.reaches((ids >= 0).sum(1), 4).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
+    assert np.argwhere(tags.many_hot(ids, 2)).tolist() == [[0, 0], [2, 1]]
+    assert tags.reaches((ids >= 0).sum(1), 4).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
 
 
 # ---- the network ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", mfdn.ARMS)
+@pytest.mark.parametrize("arm", tags.ARMS)
 def test_every_arm_answers_in_its_shapes_and_learns_all_that_it_has(arm):
     net = net_of(arm)
     view = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=seeded())
     ids = torch.tensor([[1, 2], [3, -1], [-1, -1], [0, 9], [5, 6]])
-    words = mfdn.to_words(ids, V, L)
-    characters, said = mfdn.answers(net, view)
-    told, nothing = mfdn.answers(net, view, ids)
-    assert mfdn.answers(net, view, ask_tags=False)[1] is None
+    words = tags.to_words(ids, V, L)
+    characters, said = tags.answers(net, view)
+    told, nothing = tags.answers(net, view, ids)
+    assert tags.answers(net, view, ask_tags=False)[1] is None
     assert nothing is None and (characters is None) == (arm == "bce")
     assert characters is None or characters.shape == told.shape == (5, 3)
-    assert (said is not None) == (arm in mfdn.NAMES_TAGS)
+    assert (said is not None) == (arm in tags.NAMES_TAGS)
     assert said is None or said.shape == (5, V) and (said >= 0).all() and (said <= 1).all()
     if characters is not None:
-        assert torch.equal(characters, told) == (arm not in mfdn.READS_TAGS)
+        assert torch.equal(characters, told) == (arm not in tags.READS_TAGS)
         torch.testing.assert_close(characters[2], told[2])  # of whom nothing is known, told or not
     if arm == "tags":
-        assert torch.equal(characters, mfdn.answers(net, 255 - view)[0]), "it sees no picture"
-    hidden = words < V if arm in mfdn.HIDES_TAGS else None
+        assert torch.equal(characters, tags.answers(net, 255 - view)[0]), "it sees no picture"
+    hidden = words < V if arm in tags.HIDES_TAGS else None
     outputs = net(*net.encoder.all_patches(view), words, hidden)
     sum(x.sum() for x in outputs if x is not None).backward()
     idle = {n for n, p in net.named_parameters() if p.grad is None}
@@ -134,23 +133,23 @@ def test_padding_is_never_read():
     net = net_of()
     ids = torch.tensor([[1, 2]])
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    before, _ = mfdn.answers(net, view, ids)
+    before, _ = tags.answers(net, view, ids)
     with torch.no_grad():
-        net.language.embed.weight[V + mfdn.PAD] += 100
+        net.language.embed.weight[V + tags.PAD] += 100
         net.language.pos_token[:, 4:] += 100  # behind CLS, two words, SEP
-    assert torch.equal(before, mfdn.answers(net, view, ids)[0])
+    assert torch.equal(before, tags.answers(net, view, ids)[0])
 
 
 def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
     net = net_of()
     net.reach.copy_(torch.tensor([1, 0.5, 0.25, 0, 0, 0]))
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded())
-    words = mfdn.nothing_told(V, L).expand(2, -1)
+    words = tags.nothing_told(V, L).expand(2, -1)
     with torch.no_grad():
-        _, logits = net(*net.encoder.all_patches(view), words, words == V + mfdn.MASK)
+        _, logits = net(*net.encoder.all_patches(view), words, words == V + tags.MASK)
     p = logits.softmax(1).view(2, L - 2, V)
-    torch.testing.assert_close(mfdn.answers(net, view)[1], p[:, 0] + p[:, 1] / 2 + p[:, 2] / 4)
-    assert mfdn.answers(net, view)[1].sum(1).tolist() == pytest.approx([1.75, 1.75], abs=1e-5)
+    torch.testing.assert_close(tags.answers(net, view)[1], p[:, 0] + p[:, 1] / 2 + p[:, 2] / 4)
+    assert tags.answers(net, view)[1].sum(1).tolist() == pytest.approx([1.75, 1.75], abs=1e-5)
 
 
 def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
@@ -159,7 +158,7 @@ def test_a_configuration_of_the_size_of_vit_large_is_the_papers():
     """
     C, tags_, D = 14_413, 25_404, 1024
     with torch.device("meta"):
-        net = mfdn.MFDN(ViT(128, 16, D, 24, 16), C, tags_, "mfdn", 32)
+        net = tags.MFDN(ViT(128, 16, D, 24, 16), C, tags_, "mfdn", 32)
         patches, ids = torch.zeros(2, 64, 768), torch.zeros(2, 64, dtype=torch.long)
         words, hidden = torch.zeros(2, 32, dtype=torch.long), torch.ones(2, 32, dtype=torch.bool)
     assert (net.half, len(net.encoder.blocks) - net.half, len(net.decoder.blocks)) == (12, 12, 4)
@@ -216,18 +215,18 @@ def test_a_run_writes_what_it_says(trained):
     ) > 0
 
 
-@pytest.mark.parametrize("arm", [a for a in mfdn.ARMS if a != "mfdn"])
+@pytest.mark.parametrize("arm", [a for a in tags.ARMS if a != "mfdn"])
 def test_every_arm_trains(tagged, arm):
     words = ["encoder", "--data", "packed", "--out", f"arm-{arm}", "--arm", arm]
     done = call("tags.py", *words, *QUICK, cwd=tagged, check=0)
     row = json.loads((tagged / f"arm-{arm}" / "metrics.json").read_text())
-    assert ("tags" in row) == (arm in mfdn.NAMES_TAGS) and ("mAP" in done.stdout) == (
-        arm in mfdn.NAMES_TAGS
+    assert ("tags" in row) == (arm in tags.NAMES_TAGS) and ("mAP" in done.stdout) == (
+        arm in tags.NAMES_TAGS
     )
     log = (tagged / f"arm-{arm}" / "log.jsonl").read_text()
-    assert ('"hidden"' in log) == (arm in mfdn.HIDES_TAGS)
+    assert ('"hidden"' in log) == (arm in tags.HIDES_TAGS)
     assert ("without_top1" in row["end"]) == (arm != "bce") and ("with_top1" in row["end"]) == (
-        arm in mfdn.READS_TAGS
+        arm in tags.READS_TAGS
     )
 
 
@@ -541,7 +540,7 @@ def test_the_table_of_arms_pairs_seeds():
         for arm, xs in made.items()
         for i, x in enumerate(xs)
     ]
-    arms = experiments.mfdn.by_arm(rows, mfdn.ARMS)
+    arms = experiments.mfdn.by_arm(rows, tags.ARMS)
     lines = list(experiments.mfdn.answers(arms, experiments.mfdn.questions(rows)))
     assert "| full MFDN on the picture alone against the image-only ViT | +10.0 (" in lines[0]
     low, high = (float(x) for x in lines[0].split("(")[1].split(";")[0].split(" to "))
@@ -652,7 +651,7 @@ def test_thresholds_are_the_best_for_f1():
     rng = np.random.default_rng(0)
     truth = rng.random((200, 6)) < 0.3
     scores = np.round(rng.random((200, 6)) * 0.5 + truth * 0.3, 2)  # with ties
-    found = tagging.fit_thresholds(scores, truth)
+    found = tags.fit_thresholds(scores, truth)
     for t in range(6):
         best = max(f1_score(truth[:, t], scores[:, t] >= x) for x in np.unique(scores[:, t]))
         assert f1_score(truth[:, t], scores[:, t] >= found[t]) == pytest.approx(best)
@@ -665,7 +664,7 @@ def test_numbers_of_tags_are_scikit_learns():
     truth = rng.random((100, 30)) < 0.2
     truth[:, 3] = False
     scores = rng.random((100, 30))
-    row, said = tagging.judge(scores, truth, np.full(30, 0.6)), scores >= 0.6
+    row, said = tags.judge(scores, truth, np.full(30, 0.6)), scores >= 0.6
     there = [t for t in range(30) if t != 3]
     assert row["micro_f1"] == pytest.approx(100 * f1_score(truth, said, average="micro"), abs=1e-3)
     assert row["macro_f1"] == pytest.approx(
@@ -685,7 +684,7 @@ def test_a_logistic_regression_for_each_tag_is_scikit_learns():
     rng = np.random.default_rng(2)
     x = torch.from_numpy(rng.normal(size=(200, 5))).float()
     truth = (x.numpy() @ rng.normal(size=(5, 3)) + rng.normal(size=(200, 3))) > 0.5
-    W, b = tagging.many_logistic(x, torch.from_numpy(truth).float(), 0.01)
+    W, b = tags.many_logistic(x, torch.from_numpy(truth).float(), 0.01)
     for t in range(
         3
     ):  # theirs: C * sum of errors + |w|^2 / 2; ours: mean of errors + penalty * |w|^2
@@ -731,7 +730,7 @@ def test_what_is_said_of_a_picture_falls_into_four_kinds():
     said, given, truth = (
         np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0])
     )
-    kinds = tagging.four_kinds(said, given, truth)
+    kinds = tags.four_kinds(said, given, truth)
     assert {k: v.nonzero()[0].tolist() for k, v in kinds.items()} == {
         "right": [0],
         "missed": [2],
@@ -743,7 +742,7 @@ def test_what_is_said_of_a_picture_falls_into_four_kinds():
 def test_a_list_without_names_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="its first line has to name tag_id, name, category, count"):
-        tagging.read_selected(tmp_path / "x.csv")
+        tags.read_selected(tmp_path / "x.csv")
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match="can't be read as a list of tags"):
-        tagging.read_selected(tmp_path / "x.png")
+        tags.read_selected(tmp_path / "x.png")
