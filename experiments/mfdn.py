@@ -120,7 +120,6 @@ def words_of(args, arm, seed, more=()):
         *flags,
         "--out",
         str(out),
-        "--resume",
     ]
 
 
@@ -262,10 +261,7 @@ def main():
     if args.rates:
         seeds = range(500, 500 + (args.seeds or 1))
         jobs = [
-            (arm, seed, ("--head-lr" if arm == "bce" else "--lr", lr))
-            for seed in seeds
-            for lr in args.rates
-            for arm in args.arms
+            (arm, seed, ("--lr", lr)) for seed in seeds for lr in args.rates for arm in args.arms
         ]
         return run_all(args, jobs, Path(args.out) / "rates.csv", words_of, row_of, said)
     path = Path(args.out) / "arms.csv"

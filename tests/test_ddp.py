@@ -216,40 +216,6 @@ def test_two_processes_finetune_as_one(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_learn_tags_as_one(tagged, tmp_path, processes):
-    """Hidden tags are counted over the whole batch, and drawn for it."""
-    words = [
-        tagged / "encoder",
-        "--data",
-        tagged / "packed",
-        "--epochs",
-        2,
-        "--batch-size",
-        8,
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-    ]
-    both = torchrun(
-        "tags.py", *words, "--out", tmp_path / "both", cwd=tmp_path, processes=processes
-    )
-    text, errors = both.communicate(timeout=300)
-    assert both.returncode == 0 and text.count("wrote") == 1, errors
-    stage("tags.py", *words, "--out", tmp_path / "one", cwd=tmp_path, check=0, env=ONE_THREAD)
-    one, two = (
-        torch.load(tmp_path / x / "state.pt", weights_only=True)["model"] for x in ("one", "both")
-    )
-    assert nearly_the_same(two, one)
-    logs = [
-        [r["loss"] for r in read_log(tmp_path / x / "log.jsonl") if "loss" in r]
-        for x in ("one", "both")
-    ]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
-
-
-@pytest.mark.slow
 def test_a_batch_that_cant_be_shared_is_refused(small, tmp_path):
     done = start(small, tmp_path / "out", "--batch-size", 15)
     _, errors = done.communicate(timeout=120)

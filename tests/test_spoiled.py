@@ -104,9 +104,9 @@ def save_recogniser(base):
 def save_applications(base):
     encoder, _ = load_encoder(base / "encoder")
     about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
-    tags.save_tagger(
-        tags.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT
-    )
+    net = tags.MFDN(encoder, 2, 2, "mfdn", 6)
+    header = {"tags": net.config} | about | CUT
+    save_safetensors(net.state_dict(), base / "tags/model.safetensors", header)
     faces = detection.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
@@ -158,7 +158,7 @@ def use_packed(base):
         split, rows = images.split, images.rows
         data.groups_of(split)
         errors.by_stratum(split, rows.numpy(), images.labels[rows] == 0, least=1)
-        tags.has_tags(split) and tags.many_hot(split["tags"], len(split["header"]["tags"]))
+        "tags" in split and tags.many_hot(split["tags"], len(split["header"]["tags"]))
         data.take(split["images"], rows[:4], CPU)
     return [split["header"]["keys"][i] for i in rows.tolist()]
 

@@ -1,23 +1,24 @@
-"""tags.py and its network: words, masks, curriculum, shapes, arms, resume, processes, answers, tables, bad input."""
+"""tags.py and its network: words, masks, curriculum, shapes, arms, resume, answers, figures, bad input."""
 
 import csv
 import json
 import math
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import WORDS, call, refused
-from PIL import Image
 from safetensors import safe_open
 
 import benchmarks.tags
-import data
 import experiments.mfdn
 import tags
+from common import train
 from common.checkpoints import save_model
-from common.io import UserError, read_safetensors, save_safetensors
+from common.command import LOCKS
+from common.io import read_safetensors, save_safetensors
 from model import MAE, ViT
 
 V, L = 10, 8
@@ -187,7 +188,6 @@ def test_a_run_writes_what_it_says(trained):
         "metrics.json",
         "log.jsonl",
         "curves.png",
-        "sheet.png",
         "selected_tags.csv",
     } == found
     row = json.loads((trained / "metrics.json").read_text())
@@ -258,90 +258,31 @@ def read_header(run):
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tagged, trained, monkeypatch):
-    catch, calls = tags.train.catch_signals, []
+    update = train.Run.update
 
-    class StopAfter(list):
-        """Fills as a signal would, when it is read for the fourth time: in the second epoch."""
+    def update_and_stop(run, *numbers):
+        update(run, *numbers)
+        if run.step == 5:  # in the second epoch
+            run.stop.append(signal.SIGTERM)
 
-        def __bool__(self):
-            calls.append(1)
-            return len(calls) == 4
-
-        def __getitem__(self, _):
-            return 15
-
-    monkeypatch.setattr(tags.train, "catch_signals", lambda: StopAfter())
+    monkeypatch.setattr(train.Run, "update", update_and_stop)
     words = ["encoder", "--data", "packed", "--out", "stopped", *QUICK]
     monkeypatch.chdir(tagged)
     monkeypatch.setattr(sys, "argv", ["tags.py", *map(str, words)])
     with pytest.raises(SystemExit):
         tags.main()
-    assert len(calls) == 4
-    monkeypatch.setattr(tags.train, "catch_signals", catch)
-    call("tags.py", *words, "--resume", cwd=tagged, check=0)
+    LOCKS.close()  # as the end of its process would
+    assert torch.load(tagged / "stopped" / "state.pt", weights_only=True)["step"] == 5
+    call("tags.py", "--resume", "stopped", cwd=tagged, check=0)
     one, two = (
         torch.load(tagged / run / "state.pt", weights_only=True) for run in ("whole", "stopped")
     )
-    assert one["step"] == two["step"] and one["half"] == two["half"]
+    assert one["step"] == two["step"] and one["config"]["half"] == two["config"]["half"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
-    done = call("tags.py", *words, "--resume", cwd=tagged, check=0)
+    done = call("tags.py", "--resume", "stopped", cwd=tagged, check=0)
     assert "is finished" in done.stdout
-
-
-def test_shares_of_a_batch_sum_to_the_whole(tagged):
-    """Losses of two slices, as two processes have them, and their gradients, are those of one
-    process.
-    """
-    args = parse("encoder", "--data", tagged / "packed", *QUICK)
-    args.length, args.encoder = 6, str(tagged / "encoder")
-    for arm in ("mfdn", "l2l", "bce", "vilt", "tags"):
-        args.arm = arm
-        task = tags.open_task(
-            args, torch.device("cpu"), tags.train.autocast_of(torch.device("cpu"), torch.float32)
-        )
-        rows = task.train.rows[:8]
-        images, y = (
-            data.take(task.train.split["images"], rows, torch.device("cpu")),
-            task.train.labels[rows],
-        )
-
-        def gradient(slices, task=task, images=images, rows=rows, y=y):
-            task.net.zero_grad()
-            total = 0
-            for mine in slices:
-                batch = tags.make_batch(args, task, rows, images[mine], 0.5, mine, seeded(3))
-                who, what = tags.losses(task.net.eval(), batch, y[mine], 8)
-                (who + what).backward()
-                total += (who + what).item()
-            return total, torch.cat(
-                [p.grad.flatten() for p in task.net.parameters() if p.grad is not None]
-            )
-
-        (whole, of_whole), (parts, of_parts) = (
-            gradient([slice(0, 8)]),
-            gradient([slice(0, 4), slice(4, 8)]),
-        )
-        assert parts == pytest.approx(whole, rel=1e-5), arm
-        torch.testing.assert_close(of_parts, of_whole, rtol=1e-3, atol=1e-6, msg=arm)
-
-
-def parse(*words):
-    old, sys.argv = sys.argv, ["tags.py", *map(str, words)]
-    try:
-        return tags.parse_args()
-    finally:
-        sys.argv = old
-
-
-def test_the_papers_schedule():
-    args = parse("encoder", "--schedule", "two-stage", "--warmup", 0)
-    assert [round(tags.rate(s, 100, args), 4) for s in (0, 30, 60, 80, 100)] == [
-        1.0,
-        0.8,
-        0.6,
-        0.3,
-        0.0,
-    ]
+    call("tags.py", "--resume", "stopped", "--split", "test", cwd=tagged, check=0)
+    assert "end" in json.loads((tagged / "stopped" / "metrics-test.json").read_text())
 
 
 # ---- use -----------------------------------------------------------------------------------------
@@ -349,33 +290,13 @@ def test_the_papers_schedule():
 
 def test_pictures_get_a_name_and_tags(tagged, trained):
     picture = sorted((tagged / "images").rglob("*.png"))[0]
-    done = call(
-        "tags.py", "whole", picture, "--json", "--threshold", 0, "--top", 3, cwd=tagged, check=0
-    )
+    done = call("tags.py", "whole", picture, "--json", "--threshold", 0, cwd=tagged, check=0)
     row = json.loads(done.stdout)
-    assert row["name"].startswith("class") and 0 <= row["confidence"] <= 1 and len(row["tags"]) == 3
+    assert row["name"].startswith("class") and 0 <= row["confidence"] <= 1 and len(row["tags"]) == 5
     assert list(row["tags"].values()) == sorted(row["tags"].values(), reverse=True)
     told = call("tags.py", "whole", picture, "--tell", "hat nosuch red", cwd=tagged, check=0)
     assert "1 of 3 tags are none of this run's, and skipped: nosuch" in told.stderr
     assert told.stdout.startswith(f"{picture}: class")
-
-
-def test_a_table_has_the_columns_of_another_tagger(tagged, trained):
-    theirs = "tag_id,name,category,count\n9,general,9,1\n1,Hat,0,5\n2,tail,0,3\n3,class1,4,2\n"
-    (tagged / "selected.csv").write_text(theirs)
-    folder, more = tagged / "images" / "class1", ["--like", "selected.csv"]
-    done = call("tags.py", "whole", folder, "--csv", "said.csv", *more, cwd=tagged, check=0)
-    assert "2 of its 4 tags are ours, the rest are 0; it lacks 4 of ours" in done.stderr
-    rows = list(csv.reader((tagged / "said.csv").open()))
-    assert rows[0] == ["picture", "general", "Hat", "tail", "class1"] and len(rows) == 17
-    assert all(
-        float(r[1]) == float(r[3]) == 0 < float(r[2]) and 0 < float(r[4]) < 1 for r in rows[1:]
-    )
-    call("tags.py", "whole", folder, "--csv", "ours.csv", cwd=tagged, check=0)
-    assert (
-        next(csv.reader((tagged / "ours.csv").open()))[1:]
-        == json.loads(read_header(trained))["words"]
-    )
 
 
 def test_recognize_says_tags_beside_names(tagged, trained):
@@ -409,63 +330,31 @@ def test_recognize_says_tags_beside_names(tagged, trained):
 BAD = {
     "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
     "too shallow": (["shallow", "--data", "packed", *QUICK], "has one block"),
-    "a run of ours to train": (
-        ["whole", "--data", "packed", *QUICK],
-        "is a run of tags.py: give pictures",
-    ),
+    "a run of ours to train": (["whole", "--data", "packed", *QUICK], "is a run of tags.py"),
     "an encoder asked": (["encoder", "images"], "tags.py ENCODER"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
-    "told to a blind one": (
-        ["blind", "images", "--tell", "hat"],
-        "is for a run that reads tags",
-    ),
-    "nothing told": (["whole", "images", "--tell", " "], "--tell is empty"),
-    "no name for a table": (["whole", "images", "--csv", ""], "--csv gives no value"),
-    "told for a table": (
-        ["whole", "images", "--csv", "no.csv", "--tell", "hat"],
-        "--tell hat changes who it is",
-    ),
-    "thresholds of none": (["blind", "images", "--top", 3], "is for a run that names tags"),
-    "a list with a gap": (
-        ["whole", "images", "--csv", "no.csv", "--like", "gap.csv"],
-        "entry 2 is no tag of its own",
-    ),
+    "told to a blind one": (["blind", "images", "--tell", "hat"], "--tell has no effect"),
+    "thresholds of none": (["blind", "images", "--threshold", 0.3], "--threshold has no effect"),
     "a split of other tags": (
         ["encoder", "--data", "mixed", *QUICK],
         "val has other tags than train",
     ),
-    "an older packing": (
-        ["encoder", "--data", "older", *QUICK],
-        "has to be int32",
-    ),
-    "an older packing probed": (
-        ["encoder", "--data", "older", "--views", 1, "--device", "cpu"],
-        "has to be int32",
-    ),
+    "an older packing": (["encoder", "--data", "older", *QUICK], "has to be int32"),
     "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
-    "another encoder": (
-        ["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK],
-        "encoder ",
+    "a flag of training": (["whole", "images", "--arm", "vilt"], "--arm has no effect"),
+    "a flag of use": (
+        ["encoder", "--data", "packed", "--out", "no", "--json", *QUICK],
+        "--json has no effect",
     ),
-    "a table of none": (["blind", "images", "--csv", "no.csv"], "is for a run that names tags"),
-    "no list": (["whole", "images", "--csv", "no.csv", "--like", "list.txt"], "is no list of tags"),
-    "like without a table": (
-        ["whole", "images", "--like", "list.txt"],
-        "--like list.txt is for --csv FILE",
+    "a key of another arm": (
+        ["encoder", "--data", "packed", "--arm", "mfdn:share=.3"],
+        "--arm mfdn has no key 'share'",
     ),
-    "a flag of training": (
-        ["whole", "images", "--arm", "vilt"],
-        "--arm vilt is for training, not for pictures",
+    "views of no picture": (
+        ["encoder", "--data", "packed", "--out", "no", "--arm", "tags", "--min-crop", 0.3, *QUICK],
+        "--min-crop has no effect",
     ),
-    "a flag of use": (["encoder", "--data", "packed", "--top", 3], "--top 3 is for pictures"),
-    "an unused ratio": (
-        ["encoder", "--data", "packed", "--tag-ratio", 0.3],
-        "--tag-ratio 0.3 is for --arm fixed",
-    ),
-    "another vocabulary": (
-        ["encoder", "--data", "other", "--out", "whole", "--resume", *QUICK],
-        ", images ",
-    ),
+    "an encoder that is known": (["encoder", "--resume", "whole"], "--resume RUN"),
 }
 
 
@@ -475,20 +364,6 @@ def test_bad_input_is_one_line(tagged, trained, case):
     if not (tagged / "plain").exists():
         spoil_sets(tagged)
         call("data.py", "images", "--out", "plain", "--size", 32, cwd=tagged, check=0)
-        text = (tagged / "list.csv").read_text()
-        (tagged / "other.csv").write_text(text.replace("hat", "cap"))
-        call(
-            "data.py",
-            "other.csv",
-            "--out",
-            "other",
-            "--size",
-            32,
-            "--split",
-            ".6,.2,.2",
-            cwd=tagged,
-            check=0,
-        )
         (tagged / "list.txt").write_text("hello\nyou\n")
         (tagged / "shallow").mkdir()
         save_model(MAE(32, 8, 32, 1, 2, 32, 1), tagged / "shallow" / "model.safetensors", {})
@@ -505,11 +380,11 @@ def test_bad_input_is_one_line(tagged, trained, case):
             cwd=tagged,
             check=0,
         )
-    assert why in refused(call("probe.py" if "probed" in case else "tags.py", *words, cwd=tagged))
+    assert why in refused(call("tags.py", *words, cwd=tagged))
 
 
 def spoil_sets(base):
-    """Packed sets that are wrong in one way each, and another encoder."""
+    """Packed sets that are wrong in one way each."""
     changes = {
         "mixed": lambda split, t, h: (
             (t, h | {"tags": h["tags"][::-1]}) if split == "val" else (t, h)
@@ -524,9 +399,6 @@ def spoil_sets(base):
         for path in (base / "packed").glob("*.safetensors"):
             tensors, header = change(path.stem, *read_safetensors(path))
             save_safetensors(tensors, base / name / path.name, header)
-    (base / "encoder2").mkdir()
-    save_model(MAE(32, 8, 32, 4, 2, 32, 1), base / "encoder2" / "model.safetensors", {})
-    (base / "gap.csv").write_text("tag_id,name,category,count\n1,hat,0,5\n9\n")
 
 
 # ---- the table of arms, and what a tag costs -----------------------------------------------------
@@ -558,7 +430,7 @@ def test_each_arm_takes_the_rate_that_was_best_on_dev(tmp_path):
         "mfdn,500,--lr 0.002,80,47,10,c",
         "tags,500,--lr 0.001,60,2,,c",
         "tags,500,--lr 0.002,61,1,,c",
-        "bce,500,--head-lr 0.01,,,3,c",
+        "bce,500,--lr 0.01,,,3,c",
     ]
     (tmp_path / "rates.csv").write_text("\n".join(lines))
     found = {
@@ -568,7 +440,7 @@ def test_each_arm_takes_the_rate_that_was_best_on_dev(tmp_path):
     assert found == {
         "mfdn": ("--lr", "0.002"),
         "tags": ("--lr", "0.002"),
-        "bce": ("--head-lr", "0.01"),
+        "bce": ("--lr", "0.01"),
         "image": (),
     }
 
@@ -724,25 +596,3 @@ def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
         rows["thumb4"]["style"]["shade"]["top1"] > 0.9 > rows["thumb4"]["style"]["shade"]["guess"]
     )
     assert "tags, mAP" in done.stdout and "by guessing" in done.stdout
-
-
-def test_what_is_said_of_a_picture_falls_into_four_kinds():
-    said, given, truth = (
-        np.array(x, bool) for x in ([1, 1, 0, 1, 0], [1, 0, 1, 0, 0], [1, 1, 1, 0, 0])
-    )
-    kinds = tags.four_kinds(said, given, truth)
-    assert {k: v.nonzero()[0].tolist() for k, v in kinds.items()} == {
-        "right": [0],
-        "missed": [2],
-        "new but true": [1],
-        "new and false": [3],
-    }
-
-
-def test_a_list_without_names_is_refused(tmp_path):
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="its first line has to name tag_id, name, category, count"):
-        tags.read_selected(tmp_path / "x.csv")
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="can't be read as a list of tags"):
-        tags.read_selected(tmp_path / "x.png")
