@@ -124,7 +124,7 @@ def to_words(ids, V, length, generator=None):
     return words.scatter(1, 1 + (tags < V).sum(1, keepdim=True), V + SEP)
 
 
-def nothing_told(V, length):
+def all_masked(V, length):
     """(1, L): a mask at every place of a tag, so that the number of tags is unknown, too."""
     words = torch.full((1, length), V + MASK)
     words[:, 0] = V + CLS
@@ -135,18 +135,18 @@ def nothing_told(V, length):
 def hide(words, V, share, generator):
     """words (B, L) -> with this share of the tags masked, and which ones, (B, L) bool.
 
-    A picture of which no tag is left reads `nothing_told`.
+    A picture of which no tag is left reads `all_masked`.
     """
     tags = words < V
     hidden = tags & (torch.rand(words.shape, generator=generator) < share)
     left = (tags & ~hidden).any(1, keepdim=True)
     masked = words.masked_fill(hidden, V + MASK)
-    return torch.where(left, masked, nothing_told(V, words.shape[1])), hidden
+    return torch.where(left, masked, all_masked(V, words.shape[1])), hidden
 
 
 def as_read(net, ids):
     """Known tags ids (B, T), or None -> words (B, L) or (1, L), as this network learned to read."""
-    nothing = nothing_told(net.V, net.length)
+    nothing = all_masked(net.V, net.length)
     if ids is None and net.arm in HIDES_TAGS:
         return nothing
     ids = torch.full((1, 1), -1) if ids is None else ids
@@ -357,9 +357,9 @@ def named(probabilities, header, threshold=None):
     return {header["words"][i]: round(probabilities[i].item(), 4) for i in best}
 
 
-def in_words(tags):
-    """What `named` found, as text."""
-    return ", ".join(f"{tag} {p:.2f}" for tag, p in tags.items())
+def in_words(numbers):
+    """{name: number} as text."""
+    return ", ".join(f"{name} {x:.2f}" for name, x in numbers.items())
 
 
 def is_tagger(path):
@@ -511,7 +511,10 @@ def fit(flags, task):
     flags.refuse_unread()
     parts = {"model": net, "optimizer": optimizer}
     run = train.Run(flags, parts, total, per_epoch, device)
-    print(start_message(flags, task, run))
+    print(
+        f"data     {len(train_rows):,} images, {len(task.classes)} characters, {len(task.words)} tags"
+    )
+    print(f"run      {run.out}: {total} steps, {per_epoch} an epoch, from step {run.step}")
     images = data.resident(task.train.split, device)
     pairs = []  # the two losses of each step since the last row of the log
     for epoch in range(run.step // per_epoch, epochs):
@@ -549,22 +552,11 @@ def fit(flags, task):
     return run
 
 
-def start_message(flags, task, run):
-    """What is printed before the first step."""
-    count = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-    return (
-        f"data     {flags.data}: {len(task.train.rows):,} images, {len(task.classes)} characters, "
-        f"{len(task.words)} tags\n"
-        f"model    --arm {task.arm}: {ARMS[task.arm]}; {count:,} parameters learn\n"
-        f"run      {run.out}: {run.total} steps, {run.per_epoch} an epoch, from step {run.step}"
-    )
-
-
 def evaluate(run, task, epoch):
     """Log the accuracies on dev; those of the reported split at half of the run are kept."""
     row = accuracies(task, task.dev)
     run.log(epoch=epoch, **{f"dev_{k}": x for k, x in row.items()}, seconds=run.seconds())
-    run.bar.write(f"epoch {epoch:<4} dev {accuracy_in_words(row)}")
+    run.bar.write(f"epoch {epoch:<4} dev {in_words(row)}")
     if epoch == run.total // run.per_epoch // 2:
         # state.pt keeps it with the flags
         run.config["half"] = {task.report.name: accuracies(task, task.report)}
@@ -594,13 +586,6 @@ def accuracies(task, images):
             right = torch.cat(parts) < k
             found[f"{way}_top{k}"] = round(100 * right.double().mean().item(), 3)
     return found
-
-
-def accuracy_in_words(row):
-    """{"with_top1": .., "without_top1": ..} -> "Top-1 78.0 % with tags, 60.2 % without"."""
-    words = {"with_top1": "with tags", "without_top1": "without"}
-    found = [f"{row[key]:.1f} % {text}" for key, text in words.items() if key in row]
-    return f"Top-1 {', '.join(found)}" if found else "no characters"
 
 
 @torch.no_grad()
@@ -697,7 +682,7 @@ def write_results(flags, task, run):
     out, log = run.out, train.read_log(run.out / "log.jsonl")
     row = metrics_row(flags, task, run, log)
     header = header_of(flags, task, run)
-    print(f"{flags.split:<9}{accuracy_in_words(row['end'])}")
+    print(f"{flags.split:<9}{in_words(row['end'])}")
     if task.arm in NAMES_TAGS:
         judged, row["dev"]["map"], thresholds = judge_tags(task)
         header["thresholds"] = thresholds.tolist()
@@ -980,7 +965,7 @@ def main():
             f"{flags.encoder} is a run of tags.py: give pictures to name, or an encoder to train"
         )
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
-    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
+    print(f"machine  {train.machine(device)}, {flags.dtype}: {reason}")
     if not flags.resume:
         complete(flags)
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"

@@ -52,7 +52,7 @@ def test_words_stand_in_order_between_cls_and_sep():
         [cls, sep, *[pad] * 6],
         [cls, 0, 4, 9, sep, pad, pad, pad],
     ]
-    assert tags.nothing_told(V, L).tolist() == [[cls, *[mask] * 6, sep]]
+    assert tags.all_masked(V, L).tolist() == [[cls, *[mask] * 6, sep]]
 
 
 def test_of_too_many_tags_a_random_subset_is_read_and_the_most_frequent_without_a_generator():
@@ -70,14 +70,14 @@ def test_hidden_tags_are_a_share_and_where_none_is_left_not_even_their_number_is
     assert abs(hidden[:, 1:5].float().mean() - 0.5) < 0.02 and not hidden[:, [0, 5, 6, 7]].any()
     all_hidden = hidden.sum(1) == 4
     assert (
-        seen[all_hidden] == tags.nothing_told(V, L)
+        seen[all_hidden] == tags.all_masked(V, L)
     ).all() and 0.04 < all_hidden.float().mean() < 0.09
     some = ~all_hidden
     assert (seen[some][hidden[some]] == V + tags.MASK).all() and (seen[some] == words[some])[
         ~hidden[some]
     ].all()
     blank, nothing = tags.hide(tags.to_words(torch.tensor([[-1]]), V, L), V, 0.0, seeded())
-    assert (blank == tags.nothing_told(V, L)).all() and not nothing.any()
+    assert (blank == tags.all_masked(V, L)).all() and not nothing.any()
 
 
 def test_the_curriculum_rises_to_all_at_the_half_and_stays():
@@ -145,7 +145,7 @@ def test_probabilities_of_tags_are_sums_over_places_that_pictures_reach():
     net = net_of()
     net.reach.copy_(torch.tensor([1, 0.5, 0.25, 0, 0, 0]))
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded())
-    words = tags.nothing_told(V, L).expand(2, -1)
+    words = tags.all_masked(V, L).expand(2, -1)
     with torch.no_grad():
         _, logits = net(*net.encoder.all_patches(view), words, words == V + tags.MASK)
     p = logits.softmax(1).view(2, L - 2, V)
