@@ -947,7 +947,7 @@ def complete(flags):
     )  # what is wrong with it is printed before a data set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
-    leave_out = ("out", "data", "device", "dtype", "log", "split")
+    leave_out = flags.given - {"arm", "seed"}
     name = flags.name(f"{name_of(flags.encoder)}-tags", leave_out=leave_out)
     flags.values["out"] = flags.out or f"runs/{name}"
     flags.values["command"] = command()
