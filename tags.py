@@ -942,9 +942,7 @@ def complete(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
     if flags.lr is None:
         flags.values["lr"] = 3e-2 if flags.arm == "bce" else 5e-4
-    checkpoints.load_encoder(
-        flags.encoder
-    )  # what is wrong with it is printed before a data set is drawn
+    checkpoints.load_encoder(flags.encoder)  # its faults show before a data set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
     leave_out = flags.given - {"arm", "seed"}
