@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 import data
-from common import features, guidance, metrics, stats, tagging
+from common import features, guidance, metrics, stats
 from common.checkpoints import flags_of, load_encoder
 from common.command import (
     Parser,
@@ -236,7 +236,7 @@ def open_task(args):
     )
     if not task.labelled:
         return task
-    task.tagged = not args.headline and tagging.has_tags(task.train)
+    task.tagged = not args.headline and "tags" in task.train
     if not args.headline:
         task.threshold = threshold_of(args)
     bank, queries = task.labels["train"], task.labels[args.split]
@@ -386,6 +386,8 @@ def pictured_rows(home, encoder, size, found, task):
         for name, x in ({pool: found[pool]} | {k: controls[k] for k in names}).items()
     }
     rows = {name: {} for name in asked}
+    import tags as tagging  # only here: it loads another stage
+
     if task.tagged:
         words, plane = (
             header["tags"][: tagging.MOST],

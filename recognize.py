@@ -39,7 +39,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import metrics, mfdn
+import tags
+from common import metrics
 from common.classifier import head_of, pooled_of, predict
 from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_unused
 from common.features import results_folder
@@ -244,11 +245,11 @@ def in_words(row):
         if row["known"]
         else f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})"
     )
-    tags = mfdn.in_words(row.get("tags", {}))
+    words = tags.in_words(row.get("tags", {}))
     return (
         f"{shown(row['picture'])}: {who}"
         + (f"; nearest: {faces}" if faces else "")
-        + (f"; tags: {tags}" if tags else "")
+        + (f"; tags: {words}" if words else "")
     )
 
 
@@ -258,13 +259,13 @@ def tagger(run, own, device, autocast):
 
     own: the header of the recogniser, whose pictures it gets.
     """
-    net, header = mfdn.load(run)
+    net, header = tags.load_tagger(run)
     if other := [k for k in ("packed_size", "crop", "margin") if header[k] != own[k]]:
         raise UserError(
             f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
             f"{own[other[0]]}); train both on one data set"
         )
-    if net.arm not in mfdn.NAMES_TAGS:
+    if net.arm not in tags.NAMES_TAGS:
         raise UserError(
             f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn"
         )
@@ -275,8 +276,8 @@ def tagger(run, own, device, autocast):
             images.to(device), *data.full_boxes(len(images)), header["image_size"]
         )
         with autocast():
-            _, tags = mfdn.answers(net, view)
-        return [{"tags": mfdn.named(row.cpu(), header)} for row in tags]
+            _, found = tags.answers(net, view)
+        return [{"tags": tags.named(row.cpu(), header)} for row in found]
 
     return shown
 
@@ -289,8 +290,8 @@ def recognise(args, net, header, gallery, autocast):
         args, net, header, autocast, problems, blank
     ):
         rows = answers(keys, logits, embeddings, gallery, args.nearest)
-        for row, tags in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
-            row |= tags
+        for row, more in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
+            row |= more
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)

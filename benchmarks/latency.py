@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import OUT, about
 from common.command import Parser, at_least, claim, cli, working
-from common.graphs import graph_of, library, save_onnx
 from common.tables import save_csv
+from export import graph_of, library, save_onnx
 from finetune_lora import load_classifier
 
 

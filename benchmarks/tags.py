@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import OUT, about, now, status_mb
-from common import mfdn, plots, train
+from common import plots, train
 from common.command import Parser, at_least, claim, cli, working
 from common.tables import save_csv
 from model import SIZES, ViT
+from tags import MFDN, hide, to_words
 
 ARMS, WORDS, EACH = ("mfdn", "l2l", "bce"), (25, 200, 5000, 25_000), 30
 IMAGES = 1000  # an epoch of so many is told
@@ -42,13 +43,11 @@ def one(arm, V, batch, model, device, steps, threads):
     torch.manual_seed(0)
     size, device = SIZES[model], torch.device(device)
     encoder = ViT(size["image_size"], size["patch_size"], size["dim"], size["depth"], size["heads"])
-    net = mfdn.MFDN(encoder, 48, V, arm).to(device)
+    net = MFDN(encoder, 48, V, arm).to(device)
     encoder.requires_grad_(arm != "bce")
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(V, (batch, EACH)).sort(1).values
-    words, hidden = mfdn.hide(
-        mfdn.to_words(ids, V, net.length), V, 1.0, torch.Generator().manual_seed(0)
-    )
+    words, hidden = hide(to_words(ids, V, net.length), V, 1.0, torch.Generator().manual_seed(0))
     view = torch.randint(
         256, (batch, size["image_size"], size["image_size"], 3), dtype=torch.uint8
     ).to(device)

@@ -447,38 +447,6 @@ def curves(path, rows, split, title):
             draw(axis, held)
 
 
-def tag_curves(path, rows, title):
-    """Rows of log.jsonl of tags.py -> its losses with the share of hidden tags, and Top-1 on dev,
-    by epoch.
-    """
-    with panels(path, title, 1, 2, (8.4, 3.4)) as axes:
-        plot_rows(axes[0], rows, "epoch", "character_loss", color=BLUE, label="character")
-        if any(r.get("tag_loss") for r in rows):
-            plot_rows(axes[0], rows, "epoch", "tag_loss", "--", color=ORANGE, label="tags")
-        axes[0].set(
-            title="Training loss", xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None)
-        )
-        axes[0].legend()
-        lines = {
-            "dev_with_top1": ("s-", ORANGE, "picture and tags"),
-            "dev_without_top1": ("o-", BLUE, "picture alone"),
-        }
-        for key, (style, colour, label) in lines.items():
-            plot_rows(axes[1], rows, "epoch", key, style, color=colour, label=label, markersize=4)
-        hidden = [r | {"hidden": 100 * r["hidden"]} for r in rows if "hidden" in r]
-        plot_rows(
-            axes[1], hidden, "epoch", "hidden", ":", color=INK, label="tags hidden in training"
-        )
-        axes[1].set(
-            title="Characters on dev",
-            xlabel="epoch",
-            ylabel="Top-1, and share of tags, %",
-            ylim=(0, 100),
-        )
-        if axes[1].lines:
-            axes[1].legend(loc="lower right")
-
-
 def attention_on(axis, held):
     """How much more attention each part gets than its area, by epoch; only where the data knows the
     parts.

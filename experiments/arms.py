@@ -53,7 +53,13 @@ def run(args, out, words):
     scores = out / "metrics.json"
     with locked(lock_beside(out), wait=True) as lock:
         if not scores.exists():
-            execute(words, out.with_name(out.name + ".log"), args.threads, lock)
+            begun = (out / "state.pt").exists()
+            execute(
+                [words[0], "--resume", str(out)] if begun else words,
+                out.with_name(out.name + ".log"),
+                args.threads,
+                lock,
+            )
     found = read_json(scores, ["command"], "remove its folder and run again")
     if shlex.split(found["command"])[1:] != words:
         raise UserError(f"{out} was made by other flags ({found['command']}); give another --work")

@@ -23,11 +23,12 @@ from argparse import RawTextHelpFormatter
 from pathlib import Path
 from statistics import fmean
 
-from common import mfdn, plots, stats
+from common import plots, stats
 from common.command import Parser, at_least, between, cli, refuse_file
 from common.io import UserError, save_text
 from common.tables import read_csv
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from tags import ARMS
 
 PARTS = {
     "half_with": ("half", "with_top1"),
@@ -119,7 +120,6 @@ def words_of(args, arm, seed, more=()):
         *flags,
         "--out",
         str(out),
-        "--resume",
     ]
 
 
@@ -163,7 +163,7 @@ def questions(rows):
 
 def write_table(args, rows):
     """OUT/arms.md and arms.png of the rows that are there."""
-    arms, truth = by_arm(rows, mfdn.ARMS), any(r["true_map"] for r in rows)
+    arms, truth = by_arm(rows, ARMS), any(r["true_map"] for r in rows)
     columns = [column_of(rows, k) for k in HEADINGS]
     title = f"Arms of tags.py on {Path(args.data).name}, val; mean ± std over seeds, in percent"
     lines = [
@@ -176,9 +176,7 @@ def write_table(args, rows):
         minutes = stats.mean_std([float(r["seconds"]) / 60 for r in seeds.values()])["mean"]
         cells = [cell(seeds, column) for column in columns]
         lines.append(
-            f"| `{arm}`: {mfdn.ARMS[arm]} | {len(seeds)} | "
-            + " | ".join(cells)
-            + f" | {minutes:.1f} |"
+            f"| `{arm}`: {ARMS[arm]} | {len(seeds)} | " + " | ".join(cells) + f" | {minutes:.1f} |"
         )
     against = "all the tags that are true" if truth else "the tags that pictures are filed under"
     lines += [
@@ -236,8 +234,8 @@ def main():
     add(
         "--arms",
         nargs="+",
-        default=list(mfdn.ARMS),
-        choices=mfdn.ARMS,
+        default=list(ARMS),
+        choices=ARMS,
         metavar="ARM",
         help="default: all",
     )
@@ -263,10 +261,7 @@ def main():
     if args.rates:
         seeds = range(500, 500 + (args.seeds or 1))
         jobs = [
-            (arm, seed, ("--head-lr" if arm == "bce" else "--lr", lr))
-            for seed in seeds
-            for lr in args.rates
-            for arm in args.arms
+            (arm, seed, ("--lr", lr)) for seed in seeds for lr in args.rates for arm in args.arms
         ]
         return run_all(args, jobs, Path(args.out) / "rates.csv", words_of, row_of, said)
     path = Path(args.out) / "arms.csv"

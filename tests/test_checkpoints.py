@@ -353,7 +353,7 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
         with pytest.raises(UserError, match="what is read"):
-            export(tmp_path, "hf", out)
+            export(tmp_path, "mae", out)
 
 
 def test_export_replaces_nothing(tmp_path):
@@ -374,10 +374,10 @@ def test_export_replaces_nothing(tmp_path):
     for to, name in (("timm", "timm.safetensors"), ("hf", "hf/model.safetensors")):
         assert run("--to", to).returncode == 0
         before = (tmp_path / "run" / name).read_bytes()
-        assert f"{name} is there already" in refused(run("--to", to, "--image-size", 64))
+        assert f"{name.split('/')[0]} is there already" in refused(
+            run("--to", to, "--image-size", 64)
+        )
         assert (tmp_path / "run" / name).read_bytes() == before
-    (tmp_path / "run" / "hf" / "model.safetensors").unlink()
-    assert "hf/config.json is there already" in refused(run("--to", "hf"))
     line = refused(run("--to", "mae", "--image-size", 8 * 10**7))
     assert (
         "an image size of 80000000 px" in line

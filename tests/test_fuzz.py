@@ -121,18 +121,6 @@ MORE = [
     ("recognize.py", ["runs/lora", "--verify", "--data", "datasets/tiny", *CPU]),
     ("recognize.py", ["runs/lora", "--enrol", "newcomer", "pictures/class0", *CPU]),
     ("tags.py", ["runs/tags", "pictures/class0", *CPU]),
-    (
-        "tags.py",
-        [
-            "runs/tags",
-            "pictures/class0",
-            "--csv",
-            "new.csv",
-            "--like",
-            "runs/tags/selected_tags.csv",
-            *CPU,
-        ],
-    ),
     ("export.py", ["runs/lora", "--to", "merged", "--out", "exports/merged.safetensors"]),
     ("data.py", ["list.csv", "--out", "datasets/new", "--size", 32]),
     (
@@ -205,7 +193,6 @@ INPUTS = {
         "runs/tags/model.safetensors",
         "datasets/tiny/train.safetensors",
         "datasets/tiny/dev.safetensors",
-        "runs/tags/selected_tags.csv",
         "pictures/class0/illust0_0.png",
     ],
     "export.py": [
@@ -487,23 +474,13 @@ UNUSED = [
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "--arm image",
-        "--tag-ratio .3|--tag-weight 2|--length 9|--top 3|--json|--csv x.csv"
-        "|--tell hat|--threshold .5|--like table.csv",
+        "--json|--tell hat|--threshold .5",
     ),
-    (
-        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
-        "--arm bce",
-        "--lr .1|--layer-decay .5|--tag-weight 2",
-    ),
-    (
-        ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
-        "--arm tags",
-        "--keep .5|--min-crop .5|--colour .1",
-    ),
+    (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm tags", "--min-crop .5"),
     (
         ["tags.py", "runs/tags", *CPU],
         PICTURE,
-        "--arm vilt|--epochs 3|--data datasets/tiny|--resume|--out new|--seed 1|--like table.csv",
+        "--arm vilt|--epochs 3|--data datasets/tiny|--out new|--seed 1",
     ),
     (PACK, "", "--min-per-tag 3|--tag-importance .2|--emoticons"),
     (PACK, "", "--margin .2|--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
@@ -551,7 +528,7 @@ TOO_LARGE = [
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "",
-        f"--seed {2**65}|--length 1000|--epochs 1",
+        f"--seed {2**65}|--epochs 1",
     ),
     (TUNE, "", f"--image-size 1000000|--seed {2**65}|--hold-out 4"),
     (PROBE, "--headline", f"--seed {2**65}"),
@@ -596,7 +573,6 @@ LOST = [
     [["finetune_lora.py", "runs/nano", *TINY_TUNE, "--out", "runs/nano"]],
     [["tags.py", "runs/nano", *TAGS, "--out", "runs/tags"]],
     [["tags.py", "runs/nano", *TAGS, "--out", "runs/nano"]],
-    [["tags.py", "runs/tags", PICTURE, "--csv", "notes.txt", *CPU]],
     [["ingest.toon", "--rows", 1, "--columns", 1, "--size", 32, "--out", "picture.png"]],
     [["data.py", "pictures", "--out", "datasets/tiny", "--size", 32]],
     [["data.py", "--show", "datasets/tiny"]] * 2,

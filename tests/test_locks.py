@@ -62,7 +62,7 @@ STAGES = {
     ),
     "export": (
         ["export.py", "encoder", "--to", "hf", "--out", "new/hf"],
-        "new/hf/.model.safetensors.lock",
+        "new/.hf.lock",
     ),
     "verify": (
         ["recognize.py", "new/lora", "--verify", "--data", "packed", "--eval-on", "test", *CPU],

@@ -25,7 +25,7 @@ import data
 import mask as masking
 import model as M
 import tags
-from common import guidance, mfdn
+from common import guidance
 from common.agreement import SETTINGS, Agreement
 from common.train import make_optimizer, seeded
 from kernels.gather import masked_patch_gather
@@ -188,26 +188,26 @@ def test_a_training_step_has_an_mps_kernel_for_everything(as_on_a_gpu):
     )  # what stands there for the plain form
 
 
-@pytest.mark.parametrize("arm", mfdn.ARMS)
+@pytest.mark.parametrize("arm", tags.ARMS)
 def test_a_step_on_tags_has_an_mps_kernel_for_everything(as_on_a_gpu, monkeypatch, arm):
-    monkeypatch.setattr(mfdn, "attention", F.scaled_dot_product_attention)
+    monkeypatch.setattr(tags, "attention", F.scaled_dot_product_attention)
     torch.manual_seed(0)
-    net, log = mfdn.MFDN(M.ViT(32, 8, 64, 2, 2), 3, 10, arm, 8), OperatorLog()
+    net, log = tags.MFDN(M.ViT(32, 8, 64, 2, 2), 3, 10, arm, 8), OperatorLog()
     optimizer, ids = (
         torch.optim.AdamW(net.parameters(), fused=True),
         torch.tensor([[1, 2], [3, -1], [0, 9], [-1, -1]]),
     )
-    words = mfdn.to_words(ids, 10, 8)
-    hidden = words < 10 if arm in mfdn.HIDES_TAGS else None
-    targets = words[hidden] if arm in mfdn.HIDES_TAGS else torch.ones(4, 10)
+    words = tags.to_words(ids, 10, 8)
+    hidden = words < 10 if arm in tags.HIDES_TAGS else None
+    targets = words[hidden] if arm in tags.HIDES_TAGS else torch.ones(4, 10)
     view = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     batch = SimpleNamespace(words=words, hidden=hidden, targets=targets, count=5)
     with log, sdpa_kernel(SDPBackend.MATH):
         batch.patches, batch.ids = net.encoder.all_patches(view)
-        sum(tags.losses(net, batch, torch.tensor([0, 1, 2, 0]), 4)).backward()
+        sum(tags.losses(net, batch, torch.tensor([0, 1, 2, 0]))).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        mfdn.answers(net, view), mfdn.answers(net, view, ids)
+        tags.answers(net, view), tags.answers(net, view, ids)
     assert not log.missing and torch.float64 not in log.dtypes
     assert {"aten::native_layer_norm_backward", "aten::_fused_adamw_"} <= log.seen
 

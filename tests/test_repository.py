@@ -281,7 +281,8 @@ def floor_of(name):
         "experiments": 4,
         "benchmarks": 4,
         "demo": 4,
-    }  # the page is made of the stages
+        "export": 4,
+    }  # the page is made of the stages, and every stage's runs are exported
     return found if found is not None else above.get(top, 3)
 
 
@@ -308,6 +309,11 @@ LOADS = {  # a stage that uses what another makes: its networks, its adapters
     ("export", "finetune_lora"),
     ("detect", "finetune_lora"),
     ("recognize", "detect"),
+    ("recognize", "tags"),
+    ("probe", "tags"),
+    ("export", "detect"),
+    ("export", "tags"),
+    ("export", "segment"),
 }
 
 

@@ -20,6 +20,7 @@ import detect
 import finetune_lora
 import recognize
 import segment
+import tags
 from common import (
     classifier,
     command,
@@ -27,13 +28,12 @@ from common import (
     fields,
     gallery,
     lora,
-    mfdn,
-    tagging,
     train,
 )
 from common.checkpoints import init_from, load_encoder, load_exactly
 from common.io import UserError, save_safetensors
-from ingest import sources, tags
+from ingest import sources
+from ingest.tags import vocabulary
 from model import MAE, ViT
 
 SEED, DEEP = 0, "@deep"
@@ -96,7 +96,9 @@ def save_recogniser(base):
 def save_applications(base):
     encoder, _ = load_encoder(base / "encoder")
     about = {"words": ["x", "y"], "classes": ["a", "b"], "image_size": 32, "thresholds": [0.0, 0.0]}
-    mfdn.save(mfdn.MFDN(encoder, 2, 2, "mfdn", 6), base / "tags/model.safetensors", about | CUT)
+    net = tags.MFDN(encoder, 2, 2, "mfdn", 6)
+    header = {"tags": net.config} | about | CUT
+    save_safetensors(net.state_dict(), base / "tags/model.safetensors", header)
     faces = detect.Detector(ViT(*SHAPE))
     header = {"detector": faces.config, "page": 64, "threshold": 0.0, "base": "encoder", "run": {}}
     save_safetensors(faces.state_dict(), base / "faces/detector.safetensors", header)
@@ -183,10 +185,10 @@ def use_recogniser(base):
 
 
 def use_tagger(base):
-    net, header = mfdn.load(base / "tags")
-    characters, tags = mfdn.answers(net, view())
-    named = mfdn.named(tags[0], header)
-    return [header["classes"][characters.argmax()], named, characters.tolist(), tags.tolist()]
+    net, header = tags.load_tagger(base / "tags")
+    characters, found = tags.answers(net, view())
+    named = tags.named(found[0], header)
+    return [header["classes"][characters.argmax()], named, characters.tolist(), found.tolist()]
 
 
 def use_detector(base):
@@ -406,7 +408,7 @@ def test_what_is_no_name_is_neither_packed_nor_enrolled(name, tmp_path):
         recognize.new_name(name, {"classes": []})
     assert not fields.is_name(name)
     records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
-    assert tags.vocabulary(records)[0] == ["hat"]
+    assert vocabulary(records)[0] == ["hat"]
     assert fields.is_name("初音\u3000ミク $_$") and fields.shown("a\x1b\n") == "a\\x1b\\n"
 
 

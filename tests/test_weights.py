@@ -11,7 +11,7 @@ from conftest import ROOT
 import data
 import demo
 import recognize
-from common import mfdn
+import tags
 from common.gallery import load_gallery
 from common.io import read_safetensors
 from experiments.detection import names
@@ -79,7 +79,7 @@ def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
 
 def test_its_tagger_names_them_too_from_the_picture_alone(drawings):
     names, images = drawings
-    net, header = mfdn.load("weights/toon-tags")
+    net, header = tags.load_tagger("weights/toon-tags")
     views = data.whole_views(
         images, torch.arange(len(names)), header["image_size"], demo.MACHINE.device
     )
@@ -87,7 +87,7 @@ def test_its_tagger_names_them_too_from_the_picture_alone(drawings):
         said = [
             header["classes"][c]
             for _, view in views
-            for c in mfdn.answers(net, view)[0].argmax(1).tolist()
+            for c in tags.answers(net, view)[0].argmax(1).tolist()
         ]
     assert statistics.fmean(a == b for a, b in zip(said, names, strict=True)) >= 0.95
 
