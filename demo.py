@@ -4,7 +4,7 @@
 
 Reads:  a run of pretrain.py (default: the newest in runs/, or one in weights/), and the runs that
         were made of it: runs/NAME-lora, -tags, -seg, -det
-Writes: gallery.safetensors of the recogniser, when somebody is enrolled or forgotten
+Writes: nothing
 
 Only this machine can open the page, unless --host or --share allows others. The page refuses
 requests that another site sends. A dropped picture is read as in every stage (ingest/decode.py),
@@ -23,7 +23,6 @@ import ipaddress
 import os
 import re
 import socket
-import threading
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +63,6 @@ QUEUE = 50  # waiting requests; one change of the picture makes five
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 PRIVATE = EVENT | {"api_visibility": "private"}  # no name for programs
-LOCK = threading.Lock()  # of the gallery: two visitors may enrol at once
 MACHINE = SimpleNamespace(device=torch.device("cpu"))  # main may set another
 MACHINE.autocast = autocast_of(MACHINE.device, torch.float32)
 GALLERY = "gallery.safetensors"
@@ -122,17 +120,15 @@ def encoders():
 
 
 def choose_run(name):
-    """The run of pretrain.py that the page shows: the given one, or the one that it was made of."""
+    """The given run of pretrain.py, or the one that the given run was made of; or the newest."""
+    known = encoders()
     if name is None:
-        return next(iter(encoders()), FIRST_RUN)
+        return next(iter(known), FIRST_RUN)
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
-    if (Path(name) / "head.safetensors").exists():
-        return classifier.head_of(name)["base"]
-    detector = Path(name) / "detector.safetensors"
-    if detector.exists():
-        return detection.header_of(detector).get("base") or name.rstrip("/").removesuffix("-det")
-    return about_model(name)["base"] if mfdn.is_tagger(name) else name
+    name = str(Path(name))
+    bases = [run for run in known if name.startswith(f"{run}-") and name not in known]
+    return max(bases, key=len, default=name)
 
 
 def made_of(run, file):
@@ -144,10 +140,6 @@ def made_of(run, file):
 
 def recogniser_of(run):
     return made_of(run, GALLERY)
-
-
-def detector_of(run):
-    return made_of(run, "detector.safetensors")
 
 
 def run_for(tab, run):
@@ -256,7 +248,7 @@ def png_file(pixels):
 
 def png(pixels):
     """u8 (H, W, 3), or a map (g, g) that gets colours -> the address of an <img>."""
-    pixels = torch.as_tensor(pixels).cpu()
+    pixels = torch.as_tensor(pixels.copy() if isinstance(pixels, np.ndarray) else pixels).cpu()
     shown = pixels.numpy() if pixels.dim() == 3 else plots.coloured(pixels[None])[0]
     return f"data:image/png;base64,{base64.b64encode(png_file(shown)).decode()}"
 
@@ -305,13 +297,11 @@ def answer(work):
 # ---- the tab Mask --------------------------------------------------------------------------------
 
 
-def attention_of(run, encoder, view, header):
-    """Attention of the teacher's pooler or CLS token to each patch (1, N), and its name."""
-    source = guidance.default_source(header.get("run", {}), run)
-    trained = source != "outlier"
+def attention_of(encoder, view):
+    """Attention to each patch (1, N): of the pooler, or of the CLS token through all blocks."""
+    source = "rollout" if encoder.pooler is None else "pooler"
     with MACHINE.autocast():
-        scores = encoder.patch_attention(view, source if trained else "rollout")
-    return scores.float().mean(1), "attention" if trained else "attention, untrained"
+        return encoder.patch_attention(view, source).float().mean(1)
 
 
 def known_maps(picture, view, side):
@@ -375,8 +365,7 @@ def mask_page(run, picture, words, ratio, t, seed):
     strategy, _ = parsed(words)
     net, header = network(run_for("Mask", run))
     view, g = view_of(picture, net.config["image_size"]), net.encoder.side
-    attention, how = attention_of(run, net.encoder, view, header)
-    known = {"attn": attention} | known_maps(picture, view, g)
+    known = {"attn": attention_of(net.encoder, view)} | known_maps(picture, view, g)
     need = masking.NEEDS.get(strategy)
     scores = known | computed(net, view, need)
     if need and need not in scores:
@@ -384,7 +373,7 @@ def mask_page(run, picture, words, ratio, t, seed):
     ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
-    names = {"attn": how, "fg": "foreground", "parts": "parts"}
+    names = {"attn": "attention", "fg": "foreground", "parts": "parts"}
     items = [("picture", png(view[0]))]
     for need, x in known.items():
         levels = x.argmax(2) if x.dim() == 3 else x
@@ -426,42 +415,6 @@ def face_of(folder, key):
     return png(np.array(split["images"][keys.index(key)])) if key in keys else None
 
 
-def enrolled(run):
-    """Names that recognize.py --enrol or the page added."""
-    name = recogniser_of(run)
-    if name is None:
-        return []
-    gallery = classifier.load_gallery(name)
-    return gallery["names"][gallery["learned"] :]
-
-
-@answer
-def enrol_page(run, who, files):
-    """Add a character to the gallery -> a sentence."""
-    name = run_for("Recognise", run)
-    if not (who or "").strip():
-        raise UserError("give the character a name")
-    net, header = loaded(classifier.load_classifier, name)
-    who = recognize.new_name(who, header)
-    pictures = [dropped(path) for path in files or []]
-    if not pictures:
-        raise UserError(f"give {recognize.FEW} to 5 pictures of {who}")
-    images = np.concatenate([cut_as(picture, header) for picture in pictures])
-    keys = [picture.name for picture in pictures]
-    with LOCK:
-        _, embeddings = recognize.embed(net, header, images, MACHINE.autocast)
-        return sentence(recognize.add_faces(name, who, keys, embeddings))
-
-
-@answer
-def forget_page(run, who):
-    """Take an enrolled character out of the gallery -> a sentence."""
-    name = run_for("Recognise", run)
-    _, header = loaded(classifier.load_classifier, name)
-    with LOCK:
-        return sentence(recognize.take_out(name, who or "", header))
-
-
 # ---- the tabs Tags, Drawn or photographed, Pages -------------------------------------------------
 
 
@@ -484,16 +437,16 @@ def tags_page(run, picture):
 
 
 @answer
-def segment_page(run, picture, mixed=False):
-    """Drawn pixels, and photographed ones in orange. mixed: the picture holds both for sure."""
+def segment_page(run, picture):
+    """Drawn pixels, and photographed ones in orange."""
     name = run_for("Drawn or photographed", run)
     masks_of, side, squared = segmenter(name)
     pixels = whole_of(picture)
-    drawn = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device, mixed)
+    drawn = segment.mask_of(pixels, masks_of, side, squared, MACHINE.device)
     image, where = torch.from_numpy(pixels)[None], torch.from_numpy(drawn > 0.5)[None]
     orange = segmenting.overlay(image, where)[0]
     items = [("picture", png(pixels)), ("photographed pixels in orange", png(orange))]
-    command = same_as(f"segment.py {name} PICTURE --out masks{' --mixed' * mixed}")
+    command = same_as(f"segment.py {name} PICTURE --out masks")
     return bars({"drawn": float(drawn.mean())}) + figures(items, "wide") + command
 
 
@@ -555,8 +508,9 @@ class Gate:
     async def __call__(self, scope, receive, send):
         refused = None
         if scope["type"] == "http":
-            headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-            headers = {key: value.lower() for key, value in headers.items()}
+            headers = {
+                k.decode("latin-1"): v.decode("latin-1").lower() for k, v in scope["headers"]
+            }
             refused = refusal(scope["method"], scope["path"], headers, self.names)
         if refused is None:
             await self.app(scope, receive, send)
@@ -577,7 +531,7 @@ def chosen(make, before):
     except UserError as problem:
         picture, text = before, sentence(problem)
     small = decode(picture.bytes, 160, False)["images"]
-    return picture, figures([(picture.name, png(small.copy()))]), text
+    return picture, figures([(picture.name, png(small))]), text
 
 
 def drawn(who, number, before):
@@ -615,29 +569,12 @@ def mask_controls(gr):
         allow_custom_value=True,
         elem_id="strategy",
     )
-    ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="ratio, hidden share", elem_id="ratio")
-    t = gr.Slider(0, 1, 1, step=0.05, label="time, 0 start and 1 end of a run")
-    seed = gr.Slider(0, 99, 0, step=1, label="seed of the noise")
+    ratio = gr.Slider(
+        0.1, 0.95, 0.75, step=0.05, label="ratio", info="hidden share", elem_id="ratio"
+    )
+    t = gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run")
+    seed = gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")
     return [words, ratio, t, seed]
-
-
-def enrol_controls(gr, run):
-    """Rows that add a character and take one out -> their two events."""
-    with gr.Row():
-        who = gr.Textbox(label="name of a new character", elem_id="new")
-        several = {"file_count": "multiple", "label": "three to five pictures", "height": 120}
-        files = gr.File(**several, elem_id="faces")
-        add = gr.Button("Enrol", elem_id="enrol")
-    with gr.Row():
-        known = gr.Dropdown(enrolled(run), label="enrolled", elem_id="known")
-        forget = gr.Button("Forget", elem_id="forget")
-    out = gr.HTML(elem_id="told")
-    enrol_here, forget_here = (functools.partial(f, run) for f in (enrol_page, forget_page))
-    added = add.click(enrol_here, [who, files], out, **PRIVATE)
-    removed = forget.click(forget_here, [known], out, **PRIVATE)
-    for event in (added, removed):
-        event.then(lambda: gr.Dropdown(enrolled(run), value=None), None, known, **PRIVATE)
-    return [added, removed]
 
 
 def picture_row(gr, picture):
@@ -674,23 +611,16 @@ def build(gr, run):
         picture = gr.State(drawing(toon.cast()[0]["name"], 0))
         seen, at_start = picture_row(gr, picture)
         for name, (work, text) in pages.items():
-            events = []
             with gr.Tab(name):
                 gr.Markdown(text)
                 with gr.Row():
                     inputs = mask_controls(gr) if work is mask_page else []
-                    if work is segment_page:
-                        inputs = [gr.Checkbox(label="it holds both", elem_id="both")]
                 short = name.split()[0].lower()
                 out = gr.HTML(elem_id=short)
-                if work is recognise_page:
-                    events = enrol_controls(gr, run)
             ask, asked = functools.partial(once, work, run), [picture, *inputs]
             triggers = [seen.change, *(x.input for x in inputs)]
             named = EVENT | {"trigger_mode": "always_last", "api_name": short}
             gr.on(triggers, ask, asked, out, **named)
-            for event in events:
-                event.then(ask, asked, out, **PRIVATE)
         page.load(*at_start, **PRIVATE)
     return page.queue(max_size=QUEUE)
 
