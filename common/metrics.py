@@ -234,6 +234,7 @@ def psnr(a, b, where):
 
     10 log10(255^2 / mean squared error); nan where no pixel is asked for.
     """
+    a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
     error = (a.double() - b.double()).square().mean(3)
     return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
 

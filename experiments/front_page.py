@@ -53,12 +53,12 @@ def story(run, who, number):
     """
     picture, (net, header) = demo.drawing(who, number), demo.network(run)
     view, N = demo.view_of(picture, net.config["image_size"]), net.encoder.side**2
-    attention, how = demo.attention_of(run, net.encoder, view, header)
-    ids_keep, ids_mask, _ = demo.draw_mask("random", {}, N, 0.75, {}, 1.0, 0)
+    attention = demo.attention_of(net.encoder, view)
+    ids_keep, ids_mask = demo.draw_mask("random", {}, N, 0.75, 1.0, 0)
     pasted, decibel = demo.filled_in(net, header, view, ids_keep, ids_mask)
     pictures = [
         ("a new drawing", view[0]),
-        (f"its {how}", heat(attention, view)),
+        ("its attention", heat(attention, view)),
         (
             f"seen: {len(ids_keep[0])} of {N} patches",
             hide(view, ids_mask, net.config["patch_size"])[0],

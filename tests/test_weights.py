@@ -62,7 +62,7 @@ def test_its_encoder_fills_in_three_quarters(drawings):
     )
     for rows, view in views:
         for i, own in zip(rows.tolist(), view.split(1), strict=True):
-            ids_keep, ids_mask, _ = demo.draw_mask("random", {}, N, 0.75, {}, 1.0, i)
+            ids_keep, ids_mask = demo.draw_mask("random", {}, N, 0.75, 1.0, i)
             found.append(demo.filled_in(net, header, own, ids_keep, ids_mask)[1])
     assert statistics.fmean(found) > 18  # dB, of the mid-term report
 
