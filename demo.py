@@ -56,7 +56,7 @@ from ingest.scenes import outlined
 from kernels.loss import FLOOR, patch_detail
 from model import put_patches, to_pixels
 
-FIRST_RUN = "runs/toon-nano-attn_high-0.75-s0"  # the run of README's first command on a CPU
+FIRST_RUN = "runs/toon-mask-attn_high-ratio-0.75"  # the run of README's first command on a CPU
 DRAWN, DRAWINGS = 256, 100  # side of a drawing that the page makes, and how many of each character
 WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
