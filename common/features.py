@@ -1,34 +1,30 @@
-"""Frozen features, extracted once and kept beside the run: what probe.py and experiments.stress share.
+"""Frozen features, extracted once and kept in a file: what probe.py and experiments share; labelled rows.
 
-A set of features is a dict {"train": (V, n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU:
-V views of every image, the whole image first, then random crops. fp16 also when they were just
-made: a second run reads the same digits.
+A set of features is {"train": (n, D), "dev": ..., "val": ...}, fp16 on the CPU, of whole images. They
+are fp16 also when they were just made: a second run reads the same digits.
 """
 
 import hashlib
 import json
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 from common import metrics
 from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
 from common.evaluate import extremes
-from common.fields import FLAG, SIDE, TEXT, check_fields, check_finite, table_of, whole
+from common.fields import SIDE, TEXT, check_fields, check_finite, table_of
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from model import MAE, ViT, shape_of
 
-POOLS, HEADLINE = ("mean", "cls", "extremes", "grid"), "extremes"
-GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
+POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
 SIDES = (4, 8, 16)  # of the thumbnails
-MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py
 
 
 # ---- the data: what is fitted, what is chosen on, what is reported -------------------------------
@@ -114,71 +110,36 @@ def untrained_like(encoder, seed=0):
     return ViT(**shape_of(encoder)).eval()
 
 
-# ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B,
+# ---- extraction: an extractor is a function of view u8 (B, S, S, 3) -> {name: (B, D)} -------------
 
 
-def pooled(encoder, view, blocks):
-    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS, extremes (B, 2D), means over the squares of a 4x4 grid
-    (B, 16D), and with blocks each block's mean."""
-    found, x = {}, encoder.embed(*encoder.all_patches(view))
-    for i, block in enumerate(encoder.blocks):
+def pooled(encoder, view):
+    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS token, extremes of the tokens (B, 2D)."""
+    x = encoder.embed(*encoder.all_patches(view))
+    for block in encoder.blocks:
         x = block(x)
-        if blocks:
-            found[f"block{i + 1}"] = x[:, 1:].float().mean(1)
     x = encoder.norm(x).float()
-    grid = x[:, 1:].unflatten(1, (encoder.side, encoder.side)).permute(0, 3, 1, 2)  # (B, D, g, g)
-    grid = F.adaptive_avg_pool2d(grid, min(GRID, encoder.side)).flatten(1)
-    return found | {
-        "mean": x[:, 1:].mean(1),
-        "cls": x[:, 0],
-        "extremes": extremes(x[:, 1:]),
-        "grid": grid,
-    }
-
-
-def encoder_extractor(encoder, size, autocast, clock, blocks=False):
-    """Tokens of an encoder, pooled; adds the seconds of its forward pass to clock["forward"]."""
-
-    def extractor(images, boxes, flip):
-        view = data.view_images(images, boxes, flip, size)
-        start_time = time.perf_counter()
-        with autocast():
-            found = {pool: x.cpu() for pool, x in pooled(encoder, view, blocks).items()}
-        clock["forward"] = clock.get("forward", 0) + time.perf_counter() - start_time
-        return found
-
-    return extractor
+    return {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
 
 
 @torch.no_grad()
-def extract(extractor, split, views, device, name=""):
-    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once
-    for each view.
-
-    The grid, which is sixteen times as large as a token, is that of the whole images alone.
-    """
-    n, chunks = len(split["images"]), []
-    boxes = [
-        data.full_boxes(n),
-        *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views)),
-    ]
-    for rows in progress(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False):
-        images = data.take(split["images"], rows, device)
-        found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
-        seen = {pool: found[:1] if pool.endswith("grid") else found for pool in found[0]}
-        chunks.append(
-            {pool: torch.stack([f[pool].half().cpu() for f in kept]) for pool, kept in seen.items()}
-        )
-    return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
+def extract(extractor, split, size, task, name=""):
+    """All whole images of a split, at `size` pixels -> {pool: (n, D) fp16 on the CPU}."""
+    chunks = []
+    rows = torch.arange(len(split["images"]))
+    for some in progress(rows.split(data.CHUNK), f"features {name}", leave=False):
+        images = data.take(split["images"], some, task.device)
+        view = data.view_images(images, *data.full_boxes(len(some)), size)
+        with task.autocast():
+            chunks.append({pool: x.half().cpu() for pool, x in extractor(view).items()})
+    return {pool: torch.cat([c[pool] for c in chunks]) for pool in chunks[0]}
 
 
-def extract_all(extractor, task, views):
-    """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in
-    several views.
-    """
+def extract_all(extractor, size, task):
+    """All splits -> {"train.mean": (n, D), "val.mean": (m, D), ...}."""
     tensors = {}
     for name, split in task.splits.items():
-        found = extract(extractor, split, views if name == "train" else 1, task.device, name)
+        found = extract(extractor, split, size, task, name)
         tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
     return tensors
 
@@ -217,102 +178,67 @@ def digest(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
-def header_of(model, size, task, views, blocks=False):
-    """What the features depend on."""
+CACHED = {"model": TEXT, "data": table_of(TEXT), "image_size": SIDE, "dtype": TEXT}
+
+
+def cached(path, model, size, task, make):
+    """-> {pool: {split: (n, D)}} of a file made under the same header, or of make(), which is written.
+
+    The header is what features depend on. Those of another model are refused: whoever copied them
+    here removes the file.
+    """
     digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
-    return {
-        "model": model,
-        "data": digests,
-        "image_size": size,
-        "dtype": task.dtype,
-        "views": views,
-        "blocks": blocks,
-    }
-
-
-CACHED = {
-    "model": TEXT,
-    "data": table_of(TEXT),
-    "image_size": SIDE,
-    "dtype": TEXT,
-    "views": whole(1),
-    "blocks": FLAG,
-}
-
-
-def covers(there, wanted):
-    """Was a file made under a header that has all that is wanted? More views, blocks or splits do
-    no harm.
-    """
-    same = all(there[k] == wanted[k] for k in ("model", "image_size", "dtype"))
-    more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
-    return same and more and wanted["data"].items() <= there["data"].items()
-
-
-def cached(path, header, make):
-    """-> {pool: {split: (V, n, D)}}: path's, if it was made under this header, else those of
-    make(), which are written.
-
-    Features of another model are refused: whoever copied them here has to say so by removing the
-    file.
-    """
-    remedy = "remove it and run again"
-    tensors, there = read_safetensors(path, remedy) if path.exists() else (None, header)
-    check_fields(there, CACHED, path, remedy)
-    if there["model"] != header["model"]:
+    header = {"model": model, "data": digests, "image_size": size, "dtype": task.dtype}
+    tensors, there = read_safetensors(path) if path.exists() else ({}, header)
+    check_fields(there, CACHED, path, "remove it and run again")
+    if there["model"] != model:
         raise UserError(
-            f"{path} holds features of another model ({there['model']}, this one is "
-            f"{header['model']}); remove it and run again"
+            f"{path} holds features of another model ({there['model']}, this one is {model}); "
+            "remove it and run again"
         )
-    if tensors is None or not covers(there, header):
+    if there != header or not tensors:
         tensors = make()
         save_safetensors(tensors, path, header)
-    found = {}
     check_finite(tensors, path)
+    found = {}
     for key, x in tensors.items():
         split, _, pool = key.partition(".")
-        if header["blocks"] or not pool.startswith("block"):
-            found.setdefault(pool, {})[split] = x[: header["views"]]
+        found.setdefault(pool, {})[split] = x
     return found
 
 
-def of_run(folder, run, encoder, size, task, views=1, blocks=False):
-    """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and
-    written there.
-
-    clock: seconds "all" and "forward" where they were extracted now, else empty.
-    """
-    clock, start_time = {}, time.perf_counter()
-    extractor = encoder_extractor(encoder, size, task.autocast, clock, blocks)
-    header = header_of(digest(model_file(run)), size, task, views, blocks)
-
-    def make():
-        return extract_all(extractor, task, views)
-
-    found = cached(Path(folder) / "features.safetensors", header, make)
-    return found, clock | {"all": time.perf_counter() - start_time} if clock else {}
+def of_run(folder, run, encoder, size, task):
+    """-> {pool: {split: (n, D)}}; from folder/features.safetensors, or extracted and written there."""
+    return cached(
+        Path(folder) / "features.safetensors",
+        digest(model_file(run)),
+        size,
+        task,
+        lambda: extract_all(partial(pooled, encoder), size, task),
+    )
 
 
-def of_controls(folder, untrained, size, task, views=1):
-    """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ...,
-    ...}.
+def of_controls(folder, untrained, size, task):
+    """The same of the random-init encoder and of thumbnails: {"untrained mean": ..., "thumb4": ...}.
 
     They depend on the architecture and the data alone: one file in the folder of runs serves all
     runs alike.
     """
-    header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task, views)
-    name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
-    tokens = encoder_extractor(untrained, size, task.autocast, {})
+    model = f"untrained {tuple(shape_of(untrained).values())}"
+    splits = [data.fingerprint(split) for split in task.splits.values()]
+    about = json.dumps([model, splits, size, task.dtype])
+    name = hashlib.blake2b(about.encode(), digest_size=6).hexdigest()
+    original = task.train["images"].shape[1]
 
-    def extractor(images, boxes, flip):
-        view = data.view_images(images, boxes, flip, images.shape[1])
-        thumbs = {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
-        return {f"untrained {pool}": x for pool, x in tokens(images, boxes, flip).items()} | thumbs
+    def thumbs(view):
+        return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
 
     def make():
-        return extract_all(extractor, task, views)
+        tokens = extract_all(partial(pooled, untrained), size, task)
+        tokens = {k.replace(".", ".untrained "): x for k, x in tokens.items()}
+        return tokens | extract_all(thumbs, original, task)
 
-    return cached(Path(folder) / f"controls-{name}.safetensors", header, make)
+    return cached(Path(folder) / f"controls-{name}.safetensors", model, size, task, make)
 
 
 # ---- labelled rows: learned from, chosen by, reported --------------------------------------------
