@@ -17,9 +17,7 @@ go through the same two matrices.
 if __name__ == "__main__":  # packing needs no torch, and starts in a third of the time
     import sys
 
-    from common.command import cli, starting
-
-    starting()
+    from common.command import cli
     from ingest.pack import main
 
     sys.exit(cli(main))

@@ -11,11 +11,6 @@ requests that another site sends. A dropped picture is read as in every stage (i
 in memory. Nothing that a visitor sends is used as the path of a file, and nothing starts a command.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import base64
 import functools
 import io

@@ -15,11 +15,6 @@ Writes: beside ENCODER, or to --out:
         and a card, FILE.md or README.md in the folder: data, recipe, figures, limits, licence
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import contextlib
 import json
 import logging

@@ -16,11 +16,6 @@ Choices (best epoch, threshold) are made on dev, or on a tenth of train that is 
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import math
 import shlex
 from argparse import BooleanOptionalAction

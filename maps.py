@@ -24,11 +24,6 @@ the header, and
                              numbers, no names; what a cluster shows is seen on the sheet
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import math
 import re
 import shlex

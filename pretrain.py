@@ -16,11 +16,6 @@ torchrun each process has images and random numbers of its own.
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import datetime
 import functools
 import os

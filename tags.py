@@ -21,11 +21,6 @@ Thresholds of tags are chosen on dev. The split of --split is judged at the half
     V tags    C characters     N patches   n pictures
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import itertools
 import json
 import math
@@ -41,7 +36,7 @@ from torch import nn
 
 import data
 import mask as masking
-from common import checkpoints, classifier, fields, metrics, train
+from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
@@ -830,70 +825,6 @@ def line_of(row):
     """An answer as a line of text."""
     who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
     return f"{shown(row['picture'])}: {who}{in_words(row.get('tags', {}))}".removesuffix("; ")
-
-
-# ---- what frozen features know of tags and of style: rows of probe.py ----------------------------
-
-PENALTIES = (1e-3, 1e-2, 1e-1)  # of the squared weights
-STEPS = 60  # of L-BFGS
-
-
-def many_logistic(x, truth, penalty):
-    """x (n, D) standardised, truth fp32 (n, V) -> W (D, V), b (V,): a logistic regression for each
-    tag, all at once.
-    """
-    V = truth.shape[1]
-    W = torch.zeros(x.shape[1], V, requires_grad=True)
-    b = torch.zeros(V, requires_grad=True)
-    solver = torch.optim.LBFGS([W, b], max_iter=STEPS, line_search_fn="strong_wolfe")
-
-    def closure():
-        solver.zero_grad()
-        error = F.binary_cross_entropy_with_logits(x @ W + b, truth)
-        error = error + penalty / V * W.square().sum()
-        error.backward()
-        return error
-
-    solver.step(closure)
-    return W.detach(), b.detach()
-
-
-def tag_row(features, truths, words):
-    """features (n, D), truths (n, V) bool of what is fitted, chosen on, reported -> map, penalty, ap.
-
-    As many logistic regressions as tags; their one penalty is the best on what is chosen on.
-    """
-    (x, choose, report), (y, truth, judged) = features, (some.numpy() for some in truths)
-    x, choose, report = (some.float() for some in metrics.standardise(x, choose, report))
-    best = {"map": -1.0}
-    for penalty in PENALTIES:
-        W, b = many_logistic(x, torch.from_numpy(y).float(), penalty)
-        score = float(np.nanmean(average_precisions((choose @ W + b).numpy(), truth)))
-        if score > best["map"]:
-            best = {"map": score, "penalty": penalty, "fit": (W, b)}
-    W, b = best["fit"]
-    ap = average_precisions((report @ W + b).numpy(), judged)
-    each = [None if np.isnan(a) else round(float(a), 4) for a in ap]
-    row = {"map": float(np.nanmean(ap)), "penalty": best["penalty"]}
-    return row | {"ap": dict(zip(words, each, strict=True))}
-
-
-def style_row(features, styles, groups, strata):
-    """styles u8 (n, 3) of what is fitted and reported -> {stratum: {"top1", "macro_f1", "guess"}}.
-
-    By the headline's logistic regression; guess: the share of the most frequent value.
-    """
-    (x, _, report), (y, _, truth), row = features, styles, {}
-    for i, (name, values) in enumerate(strata.items()):
-        learned, labels = y[:, i].long(), truth[:, i].long()
-        scores, _ = metrics.logistic_probe(x, learned, len(values), groups)
-        found = scores(report).argmax(1)
-        row[name] = {
-            "top1": (found == labels).double().mean().item(),
-            "macro_f1": metrics.macro_f1(found, labels),
-            "guess": (labels == learned.mode().values).double().mean().item(),
-        }
-    return row
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import argparse
 import math
 import re
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from common.fields import (
     shown,
     whole,
 )
-from common.io import UserError, parse_table, read_safetensors, regular
+from common.io import UserError, check_size, parse_table, read_safetensors, regular
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -106,19 +105,8 @@ CONFIG = {
 PIXELS = {"image_mean?": THREE, "image_std?": THREE_POSITIVE}
 
 
-def check_size(path):
-    """A .pth that unpacks to more than it is, as a deflated one may, is refused before it is read."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > Path(path).stat().st_size:
-            raise ValueError(
-                f"it is packed, and takes {unpacked:,} bytes; torch.save packs nothing"
-            )
-
-
 def check_tensors(tensors, path):
-    """The same of tensors that say they are larger than their file: views of few numbers, or sparse."""
+    """Tensors that are larger than their file are refused: views of few numbers, or sparse ones."""
     size, room = 0, 4 * Path(path).stat().st_size  # tied weights count twice
     for name, w in tensors.items():
         size += w.numel() * w.element_size()

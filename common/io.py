@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import warnings
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -320,6 +321,17 @@ def open_picture(file):
     for a picture of more than 89 megapixels.
     """
     return Image.open(file, formats=FORMATS)
+
+
+def check_size(path):
+    """A .pth that unpacks to more than it is, as a deflated one may, is refused before it is read."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > Path(path).stat().st_size:
+            raise ValueError(
+                f"it is packed, and takes {unpacked:,} bytes; torch.save packs nothing"
+            )
 
 
 # ---- small files ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
 
-import bisect
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -18,16 +18,16 @@ import subprocess
 import sys
 import time
 import timeit
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.checkpoints import load_exactly
 from common.command import claim, launched, progress, refuse_overwrite
-from common.distributed import all_reduce, place
 from common.fields import ANYTHING, check_fields, number, table_of, whole
-from common.formats import check_size
-from common.io import UserError, atomic, parse_json, save_text
+from common.io import UserError, atomic, check_size, parse_json, save_text
 
 try:
     import resource
@@ -168,64 +168,6 @@ def peak_memory_mb(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def step_memory(stacks, images, item, fused, learns):
-    """About how many bytes a step on so many images takes, with stacks [(tokens n, width D, blocks,
-    heads H)].
-
-    weights  16 bytes for each of 12 D^2 a block: the weight, its gradient, two moments of AdamW
-    kept     by a block for its backward pass, of each token: 2 D numbers in fp32 (what its norms
-             read) and 18 D of `item` bytes (what its matrices and its GELU read, q, k and v twice,
-             its branches); one block works at a time where nothing learns
-    square   H n^2 probabilities of `item` bytes, kept where it learns; at work two more, scores or
-             gradients. A fused attention has none
-    On a CPU the peak of the process was 1.19 and 1.10 times as much (steps of small, 128 px, 64
-    images: 1.1 GB; nano,
-    256 px, 16 images: 2.1 GB) and .98 times (evaluation of small, 224 px: .9 GB); torch itself has
-    .1 GB of it.
-    """
-    weights, kept, at_work = 0, 0, 0
-    for n, D, blocks, H in stacks:
-        square = 0 if fused else H * n * n * item
-        weights += 16 * 12 * D * D * blocks
-        kept += (n * D * (8 + 18 * item) + square) * blocks * learns
-        at_work = max(at_work, 3 * square + n * D * (8 + 18 * item) * (not learns))
-    return weights + images * (kept + at_work)
-
-
-def free_memory(device):
-    """Bytes that this device has left, infinite where nobody tells; processes on a CPU share them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    with contextlib.suppress(OSError):  # only Linux has it
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0]) / place()[1]
-    return math.inf
-
-
-SMALLER = "a smaller --batch-size, --model or --decoder-dim, or more --accumulate"
-
-
-def check_memory(device, image_size, patch, need, fix=SMALLER):
-    """A UserError, before the first step, where need(image size) bytes are not free; it says the
-    largest that fits.
-    """
-    free, sizes = (
-        free_memory(device),
-        range(patch, image_size, patch),
-    )  # need(image size) rises with it
-    if need(image_size) > free:
-        fits = patch * bisect.bisect(sizes, free, key=need)
-        best = (
-            f"--image-size {fits} is the largest that fits, or" if fits else "no --image-size fits:"
-        )
-        raise UserError(
-            f"--image-size {image_size} needs about {need(image_size) / 2**30:.1f} GB of memory here, and "
-            f"{free / 2**30:.1f} are free; {best} give {fix}"
-        )
-
-
 def catch_signals():
     """-> a list that a first Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one
     interrupts.
@@ -275,50 +217,6 @@ def load_state(path):
 def anew(state):
     """What may be done about a run that is in the way; state: its state.pt."""
     return f"rm -r {shlex.quote(str(Path(state).parent))} removes it, another --out leaves it alone"
-
-
-def open_run(out, config, resume, files=()):
-    """-> the state to go on from, or None. The folder is this process's until it ends, and a folder
-    with another run in it is left alone.
-
-    files: what a finished run writes, as patterns of names; they stand for a run whose state.pt was
-    removed.
-    """
-    path = Path(out) / "state.pt"
-    if place()[0] == 0:
-        claim([], Path(out) / ".lock")
-    if not path.exists():
-        refuse_overwrite(itertools.chain(*map(Path(out).glob, files)))
-        if resume:
-            print(f"nothing to resume in {out}: a new run")
-        return None
-    state = load_state(path)
-    if other := [k for k in config if config[k] != state["config"].get(k)]:
-        pairs = ", ".join(f"{k} {state['config'].get(k)} (now {config[k]})" for k in other[:8])
-        raise UserError(
-            f"{out} holds a run with {pairs}; --resume goes on with the same flags, {anew(path)}"
-        )
-    if not resume:
-        raise UserError(
-            f"{out} already holds this run, at step {state.get('step')}; --resume goes on, {anew(path)}"
-        )
-    return state
-
-
-@contextlib.contextmanager
-def taking_up(path):
-    """with taking_up(state.pt): what its state lacks, or has otherwise than it was written, is a
-    UserError.
-    """
-    try:
-        yield
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        reason = (
-            f"{type(problem).__name__}: {problem}"[:200]
-            .splitlines()[0]
-            .removeprefix(f"UserError: {path} ")
-        )
-        raise UserError(f"{path} is not as it was written ({reason}); {anew(path)}") from None
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
@@ -386,130 +284,33 @@ def read_log(path):
 
 
 def trackers(text):
-    """An argparse type: what a log is sent to, found before anything is written."""
-    from common.tracking import known
-
-    return known(text)
-
-
-class Log:
-    """log(**row) writes a line of JSON, and repeats its numbers to "tensorboard" and "wandb" where
-    asked.
-
-    Rows after `step` are dropped first: the checkpoint alone decides where a resumed run stands.
-    write=False is for processes that leave the log to another: their rows are dropped.
-    """
-
-    def __init__(self, path, step, also=(), config=None, write=True):
-        self.path, self.write, self.step = Path(path), write, max(step, 0)
-        self.trackers = [kind(self.path.parent, config) for kind in also if write]
-        if write:
-            save_text(
-                "".join(
-                    json.dumps(r) + "\n" for r in read_log(path) if r.get("step", math.inf) <= step
-                ),
-                path,
-            )
-
-    def __call__(self, **row):
-        if not self.write:
-            return
-        self.step = row["step"]
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as problem:  # a full disk; a line cut short is left out when the log is read
-            raise UserError(
-                f"could not write {self.path}: {problem.strerror}; make room, then add --resume"
-            ) from None
-        for tracker in self.trackers:
-            tracker.numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
-
-    def pictures(self):
-        """Those that the run has drawn: the last thing that is said of it."""
-        for tracker in self.trackers:
-            tracker.pictures(sorted(self.path.parent.glob("*.png")), self.step)
+    """An argparse type: "tensorboard,wandb" -> the names, if their packages are there."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in ("tensorboard", "wandb"):
+            raise argparse.ArgumentTypeError(f"{name} is unknown; choose from tensorboard, wandb")
+        if not find_spec(name):
+            raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}")
+    return names
 
 
-class Meter:
-    """The losses and gradient norms of the steps since the last row of the log, their speed, and
-    the wait for data.
-    """
+def open_tracker(name, out, config):
+    """-> a function of (numbers, step) that sends them to TensorBoard or to Weights & Biases."""
+    if name == "wandb":
+        import wandb
 
-    def __init__(self, batch_size, device, seconds=0.0):
-        self.batch_size, self.device, self.start_time = (
-            batch_size,
-            device,
-            time.perf_counter() - seconds,
-        )
-        self.losses, self.norms = [], []
-        self.restart()
+        run = wandb.init(project="animask", name=out.name, dir=os.fspath(out), config=config)
+        return lambda numbers, step: run.log(numbers, step=step)
+    from torch.utils.tensorboard import SummaryWriter
 
-    def restart(self):
-        """Speed and wait are measured from now on."""
-        self.waited, self.since = 0.0, time.perf_counter()
+    writer = SummaryWriter(out)
 
-    def timed(self, items):
-        """Iterate over items, adding up the time that each takes to come."""
-        items = iter(items)
-        while True:
-            start_time = time.perf_counter()
-            item = next(items, None)
-            self.waited += time.perf_counter() - start_time
-            if item is None:
-                return
-            yield item
+    def send(numbers, step):
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def seconds(self):
-        """Of the whole run, the time before it was resumed included."""
-        return round(time.perf_counter() - self.start_time, 2)
-
-    def add(self, loss, norm):
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def row(self, step, fix):
-        """-> means since the last row; a loss that is not finite is a UserError with its step and
-        the fix.
-
-        Losses are summed over the processes, each having its share; only here does the CPU wait for
-        a GPU.
-        """
-        now = torch.stack(
-            [all_reduce(torch.stack(self.losses)), torch.stack(self.norms)], 1
-        ).cpu()  # (steps, 2)
-        self.losses, self.norms = [], []
-        if not now.isfinite().all():
-            first = step - len(now) + 1 + int((~now.isfinite().all(1)).nonzero()[0])
-            raise UserError(f"the loss is not finite at step {first}; {fix}")
-        waited, seconds = self.waited, time.perf_counter() - self.since
-        self.restart()
-        return {
-            "loss": now[:, 0].mean().item(),
-            "grad_norm": now[:, 1].mean().item(),
-            "images_per_s": round(len(now) * self.batch_size / seconds, 1),
-            "data_wait": round(waited / max(1e-9, seconds), 5),
-            "memory_mb": round(peak_memory_mb(self.device)),
-            "seconds": self.seconds(),
-        }
-
-
-class Pacer:
-    """When to write the next checkpoint: so rarely that they cost at most 1 % of the run, but every
-    10 minutes.
-    """
-
-    def __init__(self):
-        self.last, self.cost = time.perf_counter(), 0.0
-
-    def due(self):
-        return time.perf_counter() - self.last > min(100 * self.cost, 600)
-
-    def time(self, save, *args):
-        start_time = time.perf_counter()
-        save(*args)
-        self.last = time.perf_counter()
-        self.cost = self.last - start_time
+    return send
 
 
 # ---- what surrounds a loop -----------------------------------------------------------------------
@@ -543,7 +344,8 @@ class Run:
             refuse_overwrite(sorted(itertools.chain(*map(self.out.glob, KINDS_OF_RESULTS))))
         if self.writes:
             self.drop_later_rows()
-        self.trackers = [kind(self.out, self.config) for kind in flags.log if self.writes]
+        names = flags.log if self.writes else ()
+        self.trackers = [open_tracker(name, self.out, self.config) for name in names]
         self.stop = catch_signals()
         self.losses, self.norms = [], []
         self.start = self.last_save = time.perf_counter()
@@ -558,13 +360,18 @@ class Run:
     def load(self):
         """Put what state.pt holds in its place."""
         state = load_state(self.path)
-        with taking_up(self.path):
+        try:
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[name])
+                elif isinstance(part, torch.nn.Module):
+                    load_exactly(part, state[name], self.path)
                 else:
                     part.load_state_dict(state[name])
             self.step, self.seconds_before = int(state["step"]), float(state["seconds"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+            reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
+            raise UserError(f"{self.path} does not fit ({reason}); {anew(self.path)}") from None
         if self.step > self.total:
             raise UserError(
                 f"{self.path} is at step {self.step} of {self.total}; {anew(self.path)}"
@@ -599,8 +406,8 @@ class Run:
                 f"could not write {self.out}/log.jsonl: {problem.strerror}; make room, then go on "
                 f"with --resume {self.out}"
             ) from None
-        for tracker in self.trackers:
-            tracker.numbers({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
+        for send in self.trackers:
+            send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
     # -- in the loop
 
@@ -681,7 +488,5 @@ class Run:
         return round(self.seconds_before + time.perf_counter() - self.start, 2)
 
     def close(self):
-        """After the loop: the bar ends, and trackers get the pictures that the run drew."""
+        """After the loop."""
         self.bar.close()
-        for tracker in self.trackers:
-            tracker.pictures(sorted(self.out.glob("*.png")), self.step)

@@ -10,6 +10,7 @@ import shutil
 import traceback
 import zipfile
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from common import (
     lora,
     train,
 )
-from common.checkpoints import init_from, load_encoder, load_exactly
+from common.checkpoints import init_from, load_encoder
 from common.io import UserError, save_safetensors
 from ingest import sources
 from ingest.tags import vocabulary
@@ -164,11 +165,10 @@ def use_encoder(base):
 
 def use_state(base):
     model, path = MAE(*SHAPE, 32, 1), base / "run/state.pt"
-    optimizer, state = train.make_optimizer(model, 1e-3, 0.05), train.load_state(path)
-    with train.taking_up(path):
-        load_exactly(model, state["model"], path)
-        train.load_optimizer(optimizer, state["optimizer"])
-        step = state["step"] + state["seconds"]
+    optimizer = train.make_optimizer(model, 1e-3, 0.05)
+    flags = SimpleNamespace(out=path.parent, resume=path.parent, values={}, log=(), batch_size=1)
+    run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
+    step = run.step + run.seconds_before
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     optimizer.step()
