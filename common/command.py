@@ -292,10 +292,22 @@ def starting():
         print("loading ...", end="\r", file=sys.stderr, flush=True)
 
 
+class Lines:
+    """Where output is piped, what tqdm writes: each state of a bar is a line."""
+
+    def write(self, text):
+        line = text.strip("\r\n ")
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(items=None, name=None, total=None, disable=False, **options):
     """tqdm's bar; where output is piped, a line every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
 
 

@@ -34,7 +34,7 @@ def check_patches(view, ids, patch):
         raise ValueError(
             f"patches of {patch} px: they must divide {S} px, and be at most {LARGEST} px"
         )
-    if ids.ndim != 2 or len(ids) != len(view) or ids.dtype != torch.int64:
+    if ids.ndim != 2 or ids.shape[0] != view.shape[0] or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, not {tuple(ids.shape)}")
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = ids.aminmax()  # on a GPU this would be a wait in every step

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import demo
 import mask as masking
-from common import segmenting
+import segment
 from common.checkpoints import load_encoder
 from common.io import save_safetensors
 from experiments import front_page
@@ -184,10 +184,11 @@ def test_no_float64_where_a_mac_would_compute(at, tmp_path, strategy, monkeypatc
 
 def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    net = segmenting.Patches(load_encoder(at)[0], "centroid")
+    net = segment.Patches(load_encoder(at)[0])
     net.centroids.normal_()
-    about = {"patches": net.config, "stage": {}}
-    save_safetensors(net.state_dict(), tmp_path / "patches.safetensors", about)
+    pixels = segment.Pixels("unet", net)
+    about = {"network": "unet", "patches": net.config, "image_size": 32, "seconds": 1.0}
+    save_safetensors(pixels.state_dict(), tmp_path / "model.safetensors", about)
     monkeypatch.setattr(demo, "run_for", lambda tab, run: tmp_path)
     text = demo.segment_page(at, own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "drawn</span>" in text
