@@ -69,7 +69,7 @@ MADE = {  # tab: file of the run that it needs, the command that makes such a ru
     "Mask": (None, "pretrain.py --mask attn_high --ratio 0.75 --out {}", 5),
     "Recognise": (GALLERY, "finetune_lora.py {} --method lora", 7),
     "Tags": ("selected_tags.csv", "tags.py {}", 4),
-    "Drawn or photographed": ("patches.safetensors", "segment.py {}", 15),
+    "Drawn or photographed": ("seg*/model.safetensors", "segment.py {}", 15),
     "Pages": ("detector.safetensors", "detect.py {}", 15),
 }
 CSS = """
@@ -131,9 +131,13 @@ def choose_run(name):
 
 
 def made_of(run, file):
-    """The newest run made of this one that has the file, or None; runs/a-b-det is of runs/a-b."""
+    """The newest run made of this one that has the file, or None; runs/a-b-det is of runs/a-b.
+
+    file: its name, or with the end of the folder's name, as in seg*/model.safetensors.
+    """
     others = tuple(f"{name}-" for name in encoders() if name.startswith(f"{run}-"))
-    found = newest(Path(run).parent.glob(f"{Path(run).name}-*/{file}"))
+    pattern = file if "/" in file else f"*/{file}"
+    found = newest(Path(run).parent.glob(f"{Path(run).name}-{pattern}"))
     return next((made for made in found if not made.startswith(others)), None)
 
 

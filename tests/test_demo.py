@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 import demo
 import mask as masking
 import segment
-from common.checkpoints import load_encoder
 from common.io import save_safetensors
 from experiments import front_page
 
@@ -182,16 +181,15 @@ def test_no_float64_where_a_mac_would_compute(at, tmp_path, strategy, monkeypatc
         assert "<h2>" in demo.tags_page(at, demo.drawing(WHO, 0))
 
 
-def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    net = segment.Patches(load_encoder(at)[0])
-    net.centroids.normal_()
-    pixels = segment.Pixels("unet", net)
-    about = {"network": "unet", "patches": net.config, "image_size": 32, "seconds": 1.0}
-    save_safetensors(pixels.state_dict(), tmp_path / "model.safetensors", about)
-    monkeypatch.setattr(demo, "run_for", lambda tab, run: tmp_path)
+def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path):
+    network, out = "unet", Path("runs/a-seg")
+    net = segment.Pixels(network)
+    out.mkdir()
+    header = {"network": network, "patches": None, "image_size": 32, "seconds": 1.0}
+    save_safetensors(net.state_dict(), out / "model.safetensors", header)
     text = demo.segment_page(at, own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "drawn</span>" in text
+    shutil.rmtree(out)
 
 
 def test_the_front_page_shows_what_the_page_does(at, tmp_path):
