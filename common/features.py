@@ -1,19 +1,17 @@
-"""Frozen features, extracted once and kept beside the run: what probe.py and experiments.stress share.
+"""Frozen features, extracted once and kept in the run's folder; the splits that stages learn from.
 
-A set of features is a dict {"train": (V, n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU:
-V views of every image, the whole image first, then random crops. fp16 also when they were just
-made: a second run reads the same digits.
+A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
+They are fp16 also when they were just made, so a second run reads the same digits.
 """
 
 import hashlib
 import json
-import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 from common import metrics
@@ -21,15 +19,13 @@ from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside
 from common.command import progress
 from common.convnets import ConvNet
 from common.evaluate import extremes
-from common.fields import FLAG, SIDE, TEXT, check_fields, check_finite, table_of, whole
+from common.fields import SIDE, TEXT, check_fields, check_finite, table_of
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from model import MAE, ViT, shape_of
 
-POOLS, HEADLINE = ("mean", "cls", "extremes", "grid"), "extremes"
-GRID = 4  # side of the grid of means: it keeps the layout that thumbnails have
+POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
 SIDES = (4, 8, 16)  # of the thumbnails
-MIN_CROP = 0.4  # smallest share of an image that a further view shows, as in pretrain.py
 
 
 # ---- the data: what is fitted, what is chosen on, what is reported -------------------------------
@@ -117,72 +113,39 @@ def untrained_like(encoder, seed=0):
     ).eval()
 
 
-# ---- extraction: an extractor is a function of (images u8 (B, S, S, 3), boxes, flip) -> {name: (B,
+# ---- extraction ----------------------------------------------------------------------------------
 
 
-def pooled(encoder, view, blocks):
-    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS, extremes (B, 2D), means over the squares of a 4x4 grid
-    (B, 16D), and with blocks each block's mean."""
-    found, x = {}, encoder.embed(*encoder.all_patches(view))
-    for i, block in enumerate(encoder.blocks):
-        x = block(x)
-        if blocks:
-            found[f"block{i + 1}"] = x[:, 1:].float().mean(1)
-    x = encoder.norm(x).float()
-    grid = x[:, 1:].unflatten(1, (encoder.side, encoder.side)).permute(0, 3, 1, 2)  # (B, D, g, g)
-    grid = F.adaptive_avg_pool2d(grid, min(GRID, encoder.side)).flatten(1)
-    return found | {
-        "mean": x[:, 1:].mean(1),
-        "cls": x[:, 0],
-        "extremes": extremes(x[:, 1:]),
-        "grid": grid,
-    }
+def pooled(encoder, view):
+    """view u8 (B, S, S, 3) -> {"mean" (B, D), "cls" (B, D), "extremes" (B, 2D)} of the tokens."""
+    x = encoder.features(view).float()
+    return {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
 
 
-def encoder_extractor(encoder, size, autocast, clock, blocks=False):
-    """Tokens of an encoder, pooled; adds the seconds of its forward pass to clock["forward"]."""
-
-    def extractor(images, boxes, flip):
-        view = data.view_images(images, boxes, flip, size)
-        start_time = time.perf_counter()
-        with autocast():
-            found = {pool: x.cpu() for pool, x in pooled(encoder, view, blocks).items()}
-        clock["forward"] = clock.get("forward", 0) + time.perf_counter() - start_time
-        return found
-
-    return extractor
+def thumbs(view):
+    """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
+    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
 
 
 @torch.no_grad()
-def extract(extractor, split, views, device, name=""):
-    """All of a split -> {pool: (views, n, D) fp16}: of the whole images, then of crops drawn once
-    for each view.
+def extract(extractor, size, task):
+    """Features of whole images -> {"train.mean": (n, D) fp16, "val.mean": ...}.
 
-    The grid, which is sixteen times as large as a token, is that of the whole images alone.
-    """
-    n, chunks = len(split["images"]), []
-    boxes = [
-        data.full_boxes(n),
-        *(data.draw_boxes(n, seeded(0, v), MIN_CROP) for v in range(1, views)),
-    ]
-    for rows in progress(torch.arange(n).split(data.CHUNK), f"features {name}", leave=False):
-        images = data.take(split["images"], rows, device)
-        found = [extractor(images, *(x[rows] for x in box)) for box in boxes]
-        seen = {pool: found[:1] if pool.endswith("grid") else found for pool in found[0]}
-        chunks.append(
-            {pool: torch.stack([f[pool].half().cpu() for f in kept]) for pool, kept in seen.items()}
-        )
-    return {pool: torch.cat([c[pool] for c in chunks], 1) for pool in chunks[0]}
-
-
-def extract_all(extractor, task, views):
-    """All splits -> {"train.mean": (V, n, D), "val.mean": (1, n, D), ...}; only train is seen in
-    several views.
+    extractor(view u8 (B, size, size, 3)) -> {name: (B, D)}.
     """
     tensors = {}
     for name, split in task.splits.items():
-        found = extract(extractor, split, views if name == "train" else 1, task.device, name)
-        tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
+        rows = torch.arange(len(split["images"]))
+        views = data.whole_views(split["images"], rows, size, task.device)
+        chunks = []
+        for _, view in progress(
+            views, f"features {name}", -(-len(rows) // data.CHUNK), leave=False
+        ):
+            with task.autocast():
+                found = extractor(view)
+            chunks.append({key: x.half().cpu() for key, x in found.items()})
+        for key in chunks[0]:
+            tensors[f"{name}.{key}"] = torch.cat([c[key] for c in chunks])
     return tensors
 
 
@@ -220,44 +183,19 @@ def digest(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
-def header_of(model, size, task, views, blocks=False):
+def header_of(model, size, task):
     """What the features depend on."""
     digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
-    return {
-        "model": model,
-        "data": digests,
-        "image_size": size,
-        "dtype": task.dtype,
-        "views": views,
-        "blocks": blocks,
-    }
+    return {"model": model, "data": digests, "image_size": size, "dtype": task.dtype}
 
 
-CACHED = {
-    "model": TEXT,
-    "data": table_of(TEXT),
-    "image_size": SIDE,
-    "dtype": TEXT,
-    "views": whole(1),
-    "blocks": FLAG,
-}
-
-
-def covers(there, wanted):
-    """Was a file made under a header that has all that is wanted? More views, blocks or splits do
-    no harm.
-    """
-    same = all(there[k] == wanted[k] for k in ("model", "image_size", "dtype"))
-    more = there["views"] >= wanted["views"] and there["blocks"] >= wanted["blocks"]
-    return same and more and wanted["data"].items() <= there["data"].items()
+CACHED = {"model": TEXT, "data": table_of(TEXT), "image_size": SIDE, "dtype": TEXT}
 
 
 def cached(path, header, make):
-    """-> {pool: {split: (V, n, D)}}: path's, if it was made under this header, else those of
-    make(), which are written.
+    """-> {pool: {split: (n, D)}} from path, if it was made under this header, else of make().
 
-    Features of another model are refused: whoever copied them here has to say so by removing the
-    file.
+    Features of another model are refused: whoever copied them here has to remove the file.
     """
     remedy = "remove it and run again"
     tensors, there = read_safetensors(path, remedy) if path.exists() else (None, header)
@@ -265,55 +203,44 @@ def cached(path, header, make):
     if there["model"] != header["model"]:
         raise UserError(
             f"{path} holds features of another model ({there['model']}, this one is "
-            f"{header['model']}); remove it and run again"
+            f"{header['model']}); {remedy}"
         )
-    if tensors is None or not covers(there, header):
+    if tensors is None or there != header:
         tensors = make()
         save_safetensors(tensors, path, header)
-    found = {}
     check_finite(tensors, path)
+    found = {}
     for key, x in tensors.items():
         split, _, pool = key.partition(".")
-        if header["blocks"] or not pool.startswith("block"):
-            found.setdefault(pool, {})[split] = x[: header["views"]]
+        found.setdefault(pool, {})[split] = x
     return found
 
 
-def of_run(folder, run, encoder, size, task, views=1, blocks=False):
-    """-> ({pool: {split: (V, n, D)}}, clock); from folder/features.safetensors, or extracted and
-    written there.
-
-    clock: seconds "all" and "forward" where they were extracted now, else empty.
-    """
-    clock, start_time = {}, time.perf_counter()
-    extractor = encoder_extractor(encoder, size, task.autocast, clock, blocks)
-    header = header_of(digest(model_file(run)), size, task, views, blocks)
+def of_run(folder, run, encoder, size, task):
+    """-> {pool: {split: (n, D)}} from folder/features.safetensors, or extracted and written there."""
+    header = header_of(digest(model_file(run)), size, task)
 
     def make():
-        return extract_all(extractor, task, views)
+        return extract(partial(pooled, encoder), size, task)
 
-    found = cached(Path(folder) / "features.safetensors", header, make)
-    return found, clock | {"all": time.perf_counter() - start_time} if clock else {}
+    return cached(Path(folder) / "features.safetensors", header, make)
 
 
-def of_controls(folder, untrained, size, task, views=1):
-    """The same for the untrained encoder and for thumbnails: {"untrained mean": ..., "thumb4": ...,
-    ...}.
+def of_controls(folder, untrained, size, task):
+    """The same of the random-init encoder and of thumbnails: {"untrained mean": ..., "thumb4": ...}.
 
-    They depend on the architecture and the data alone: one file in the folder of runs serves all
-    runs alike.
+    They depend on the architecture and the data alone, so one file in the folder of runs serves
+    all runs.
     """
-    header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task, views)
+    header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task)
     name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
-    tokens = encoder_extractor(untrained, size, task.autocast, {})
 
-    def extractor(images, boxes, flip):
-        view = data.view_images(images, boxes, flip, images.shape[1])
-        thumbs = {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
-        return {f"untrained {pool}": x for pool, x in tokens(images, boxes, flip).items()} | thumbs
+    def tokens(view):
+        return {f"untrained {pool}": x for pool, x in pooled(untrained, view).items()}
 
     def make():
-        return extract_all(extractor, task, views)
+        packed = task.train["images"].shape[1]  # thumbnails are of the packed images
+        return extract(tokens, size, task) | extract(thumbs, packed, task)
 
     return cached(Path(folder) / f"controls-{name}.safetensors", header, make)
 

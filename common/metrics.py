@@ -1,6 +1,6 @@
 """What is measured, as pure functions of tensors: no files, no models. Imports nothing of ours."""
 
-import math
+import copy
 
 import numpy as np
 import torch
@@ -238,31 +238,6 @@ def psnr(a, b, where):
     return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
 
 
-def ssim_map(a, b):
-    """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n,
-    S, S).
-
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance;
-    mirrored borders.
-    """
-    from scipy.ndimage import gaussian_filter
-
-    a, b = a.double().cpu(), b.double().cpu()
-
-    def blur(p):
-        return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = (
-        blur(a * a) - mean_a**2,
-        blur(b * b) - mean_b**2,
-        blur(a * b) - mean_a * mean_b,
-    )
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(3)
-
-
 def auc(score, truth):
     """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where only one kind is
     there.
@@ -355,24 +330,10 @@ def detection_rate(known, right, strangers, far):
     return ((known > threshold) & right).double().mean().item()
 
 
-# ---- classifiers on frozen features: ridge, logistic regression, the MAE linear probe ------------
+# ---- classifiers on frozen features ---------------------------------------------------------------
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
-STRENGTHS = (
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-    10.0,
-)  # C of the logistic regression, the most regularised first
-LEARNING_RATES = (
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-)  # base values of the MAE recipe's sweep, for a batch of 256
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
 
 
 def standardise(train, *others):
@@ -406,198 +367,30 @@ def ridge_top1(features, labels, classes):
     return 100 * topk(report @ W + b, labels[2], 1)
 
 
-def axes_of(x, classes):
-    """x (n, D) -> eigenvalues (D), eigenvectors (D, D) of X^T X / (n classes): the axes of the
-    steps of `logistic`.
+def logistic_probe(x, labels, choose, truth, classes):
+    """Logistic regression on standardised features -> (a function from (k, D) to scores, C).
+
+    x (n, D) and labels (n) are fitted; C is the best on choose (m, D) and truth (m), the smaller of
+    equals. Scores are log probabilities (k, classes), -inf for a class without a row.
     """
-    return torch.linalg.eigh(x.T @ x / (len(x) * classes))
+    from sklearn.linear_model import LogisticRegression
 
-
-def logistic(x, labels, classes, C, start=None, most=1000, tolerance=1e-8, axes=None):
-    """Multinomial logistic regression by L-BFGS -> (W (D, classes), b (classes)), in the precision
-    of x (n, D).
-
-    Minimises C * sum_i -log p(label_i | x_i) + |W|^2 / 2, the intercept b free: scikit-learn's
-    LogisticRegression, divided by C n, so that one tolerance (of the largest gradient) serves every
-    C and n. Features are correlated, so the steps are taken in variables V, W = P V, in which the
-    curvature X^T X / (n classes) + I / (C n) is the identity: several times fewer steps. start: a
-    (W, b) to go on from; axes: axes_of(x), if they are known.
-    """
-    n, D = x.shape
-    values, vectors = axes or axes_of(x, classes)
-    roots = (values.clamp(min=0) + 1 / (C * n)).sqrt()
-    P, inverse = (vectors * (roots**power) @ vectors.T for power in (-1, 1))
-    V = torch.zeros(D + 1, classes, dtype=x.dtype)
-    if start is not None:
-        V[:-1], V[-1] = inverse @ start[0], start[1]
-    z, target, rows = x @ P, F.one_hot(labels, classes).to(x.dtype), torch.arange(n)
-    solver = torch.optim.LBFGS(
-        [V],
-        max_iter=most,
-        max_eval=2 * most,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss():
-        log_p, W = (
-            torch.addmm(V[-1], z, V[:-1]).log_softmax(1),
-            P @ V[:-1],
-        )  # (n, classes), (D, classes)
-        error = log_p.exp().sub_(target).div_(n)
-        V.grad = torch.cat([z.T @ error + P @ W / (C * n), error.sum(0)[None]])
-        return -log_p[rows, labels].mean() + W.square().sum() / (2 * C * n)
-
-    solver.step(loss)
-    return P @ V[:-1], V[-1]
-
-
-def folds(groups, k=5, seed=0):
-    """groups (n) of whatever kind -> (n,) i64 fold of each image; a group is never split, sizes are
-    nearly equal.
-    """
-    _, ids, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    fold = np.zeros(len(sizes), np.int64)
-    fold[order] = np.cumsum(sizes[order]) * k // (len(ids) + 1)
-    return torch.from_numpy(fold[ids])
-
-
-def chosen_strength(x, labels, classes, groups, strengths=STRENGTHS):
-    """The C with the best Top-1 in 5-fold cross-validation, the smaller of equals; x (n, D)
-    float64, standardised.
-
-    From the most regularised on, until one is worse than the best so far, each C from the solution
-    of the one before. float32 and a gradient of 1e-3 suffice to choose among decades.
-    """
-    x, fold, best, best_right = x.float(), folds(groups), None, -1
-    starts, axes = [None] * 5, [axes_of(x[fold != i], classes) for i in range(5)]
-    for C in strengths:
-        right = 0
-        for i in range(5):
-            train, test = fold != i, fold == i
-            starts[i] = W, b = logistic(
-                x[train], labels[train], classes, C, starts[i], 100, 1e-3, axes[i]
-            )
-            right += int(((x[test] @ W + b).argmax(1) == labels[test]).sum())
-        if right < best_right:
-            break
+    z, held = (rows.numpy() for rows in standardise(x, choose))
+    model = LogisticRegression(tol=1e-7, max_iter=2000, warm_start=True)
+    best, best_right = None, -1
+    for C in STRENGTHS:
+        model.set_params(C=C).fit(z, labels.numpy())
+        right = int((model.predict(held) == truth.numpy()).sum())
         if right > best_right:
-            best, best_right = C, right
-    return best
+            best, best_right = copy.deepcopy(model), right
 
+    def scores(new):
+        found = torch.full((len(new), classes), float("-inf"), dtype=torch.float64)
+        z = standardise(x, new)[1].numpy()
+        found[:, best.classes_] = torch.from_numpy(best.predict_log_proba(z))
+        return found
 
-def fit_logistic(x, labels, classes, C):
-    """Roughly in float32, then to a gradient of 1e-6 in float64: a third of the time, the same
-    answer.
-    """
-    W, b = logistic(x.float(), labels, classes, C, most=200, tolerance=1e-5)
-    return logistic(x, labels, classes, C, (W.double(), b.double()), tolerance=1e-6)
-
-
-def logistic_probe(x, labels, classes, groups):
-    """The headline: x (n, D) standardised, C by cross-validation -> a function from (m, D) to
-    scores (m, C), and C.
-    """
-    z = standardise(x)[0]
-    C = chosen_strength(z, labels, classes, groups)
-    W, b = fit_logistic(z, labels, classes, C)
-    return lambda new: standardise(x, new)[1] @ W + b, C
-
-
-def bn_linear(views, labels, classes, lrs=LEARNING_RATES, epochs=90, batch=256, warmup=10, seed=0):
-    """The MAE recipe (He et al. 2021, appendix A): BatchNorm without affine, then linear ->
-    scores(x), (n, C) per lr.
-
-    views (V, n, D): features of V views of each image; an epoch shows one of them, drawn at random.
-    lrs are for 256 images, warm-up and half a cosine as in the paper. Plain SGD, momentum .9, no
-    decay: LARS is for the paper's batches of 16,384, and at 256 it is one more constant to choose.
-    All lrs train at once, as columns of one matrix.
-    """
-    V, n, D = views.shape
-    batch, R = min(batch, n), len(lrs)
-    peak = torch.tensor(lrs).repeat_interleave(classes) * batch / 256  # (R*classes)
-    W, b = torch.zeros(D, R * classes), torch.zeros(R * classes)
-    speed_W, speed_b, mean, var = (
-        torch.zeros_like(W),
-        torch.zeros_like(b),
-        torch.zeros(D),
-        torch.ones(D),
-    )
-    generator, steps, target = (
-        torch.Generator().manual_seed(seed),
-        n // batch,
-        F.one_hot(labels, classes).float(),
-    )
-    for epoch in range(epochs):
-        shown = torch.randint(V, (n,), generator=generator)
-        for i, rows in enumerate(
-            torch.randperm(n, generator=generator)[: steps * batch].split(batch)
-        ):
-            x = views[shown[rows], rows].float()
-            batch_var, batch_mean = torch.var_mean(x, 0, correction=0)
-            mean, var = (
-                mean.lerp(batch_mean, 0.1),
-                var.lerp(batch_var * batch / max(1, batch - 1), 0.1),
-            )
-            x = (x - batch_mean) * (batch_var + 1e-6).rsqrt()
-            error = torch.addmm(b, x, W).view(batch, R, classes).softmax(2)
-            error = (error - target[rows][:, None]).view(
-                batch, -1
-            ) / batch  # the cross-entropy's gradient
-            now = epoch + i / steps
-            factor = (
-                now / warmup
-                if now < warmup
-                else (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup))) / 2
-            )
-            speed_W, speed_b = 0.9 * speed_W + x.T @ error, 0.9 * speed_b + error.sum(0)
-            W, b = W - factor * peak * speed_W, b - factor * peak * speed_b
-    scale = (var + 1e-6).rsqrt()
-    return lambda x: (
-        torch.addmm(b, (x.float() - mean) * scale, W).view(len(x), R, classes).unbind(1)
-    )
-
-
-def attentive(tokens, labels, classes, lr, epochs=20, batch=256, hidden=128, seed=0):
-    """Pooling that is learned with the classifier -> scores(tokens), (n, classes); tokens (n, N, D)
-    of patches, fp16.
-
-    A small network scores each token, the softmax over an image's tokens weighs their mean, then as
-    bn_linear has it: BatchNorm without affine, linear (ABMILP; Przewiezlikowski et al. 2024,
-    arXiv:2412.03215). AdamW, half a cosine.
-    """
-    generator, (n, _, D) = torch.Generator().manual_seed(seed), tokens.shape
-
-    def draw(*shape):
-        return (torch.randn(*shape, generator=generator) * shape[0] ** -0.5).requires_grad_()
-
-    A, a, W, b = (
-        draw(D, hidden),
-        draw(hidden, 1),
-        draw(D, classes),
-        torch.zeros(classes, requires_grad=True),
-    )
-    norm, steps = torch.nn.BatchNorm1d(D, affine=False), max(1, n // batch) * epochs
-    optimizer = torch.optim.AdamW([A, a, W, b], lr, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-    def scores(x):
-        weight = (torch.tanh(x @ A) @ a).softmax(1)  # (B, N, 1)
-        return norm((weight * x).sum(1)) @ W + b
-
-    for _ in range(epochs):
-        for rows in torch.randperm(n, generator=generator)[: max(1, n // batch) * batch].split(
-            batch
-        ):
-            F.cross_entropy(scores(tokens[rows].float()), labels[rows]).backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    norm.eval()
-    return lambda new: torch.cat([scores(x.float()).detach() for x in new.split(batch)])
+    return scores, best.C
 
 
 def effective_rank(x):
