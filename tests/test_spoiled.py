@@ -80,7 +80,7 @@ def save_packed(base):
     about |= {"data": "packed", "split": "train", "data_digest": data.fingerprint(split)}
     maps = np.zeros((n, 4, 4), np.uint8)
     data.write_maps(base / "saliency.safetensors", "saliency", [maps], maps.shape, "U8", about)
-    save_safetensors({"train.mean": torch.zeros(1, n, 8)}, base / "features.safetensors", CACHED)
+    save_safetensors({"train.mean": torch.zeros(n, 8)}, base / "features.safetensors", CACHED)
 
 
 def save_recogniser(base):
@@ -166,8 +166,7 @@ def use_maps(base):
     return torch.from_numpy(np.array(maps))
 
 
-CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32", "views": 1}
-CACHED |= {"blocks": False}
+CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32"}
 
 
 def use_features(base):

@@ -439,10 +439,6 @@ BAD = {
         ["encoder", "--data", "older", *QUICK],
         "has to be int32",
     ),
-    "an older packing probed": (
-        ["encoder", "--data", "older", "--views", 1, "--device", "cpu"],
-        "has to be int32",
-    ),
     "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
     "another encoder": (
         ["encoder2", "--data", "packed", "--out", "whole", "--resume", *QUICK],
@@ -506,7 +502,7 @@ def test_bad_input_is_one_line(tagged, trained, case):
             cwd=tagged,
             check=0,
         )
-    assert why in refused(call("probe.py" if "probed" in case else "tags.py", *words, cwd=tagged))
+    assert why in refused(call("tags.py", *words, cwd=tagged))
 
 
 def spoil_sets(base):
@@ -692,39 +688,6 @@ def test_a_logistic_regression_for_each_tag_is_scikit_learns():
         fit = LogisticRegression(C=1 / (2 * 0.01 * 200), tol=1e-8).fit(x.numpy(), truth[:, t])
         np.testing.assert_allclose(W[:, t], fit.coef_[0], atol=2e-3)
         assert abs(b[t] - fit.intercept_[0]) < 2e-3
-
-
-def test_the_probe_asks_for_tags_and_style_beside_controls(tagged, monkeypatch):
-    monkeypatch.setattr("probe.FEW_SHOT", ((2, 1),))
-    path = tagged / "styled"
-    for split in ("train", "val", "test"):
-        tensors, header = read_safetensors(tagged / "packed" / f"{split}.safetensors")
-        shade = (tensors["labels"] == 1).to(torch.uint8)[:, None]  # what the colour tells
-        path.mkdir(exist_ok=True)
-        more = {"style": {"shade": ["dark", "light"]}}
-        save_safetensors(tensors | {"style": shade}, path / f"{split}.safetensors", header | more)
-    done = call(
-        "probe.py",
-        "encoder",
-        "--data",
-        "styled",
-        "--views",
-        1,
-        "--device",
-        "cpu",
-        cwd=tagged,
-        check=0,
-    )
-    rows = json.loads((tagged / "encoder" / "styled-val" / "probe.json").read_text())["pictured"]
-    assert rows.keys() == {"extremes", "untrained extremes", "thumb4", "thumb8", "thumb16"}
-    ap = rows["thumb4"]["tags"]["ap"]
-    assert min(ap[colour] for colour in WORDS[:3]) > 0.5, (
-        ap
-    )  # a third of the pictures; some are filed under nothing
-    assert (
-        rows["thumb4"]["style"]["shade"]["top1"] > 0.9 > rows["thumb4"]["style"]["shade"]["guess"]
-    )
-    assert "tags, mAP" in done.stdout and "by guessing" in done.stdout
 
 
 def test_what_is_said_of_a_picture_falls_into_four_kinds():
