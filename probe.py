@@ -1,18 +1,19 @@
-"""Stage 3: what did the encoder learn? Frozen features, simple classifiers, and controls for every number.
+"""Stage 3: what did the encoder learn? Simple classifiers on frozen features, each beside its controls.
 
     python probe.py runs/NAME                     # on the data that the run was trained on
-    # is B better than A? two seeds or more of each
-    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1
+    # is B better than A?
+    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1 --data datasets/X
 
-Reads:  runs/NAME (model.safetensors, log.jsonl) or a public checkpoint; datasets/NAME (train, dev and
-        the reported split; without dev, a tenth of train is held out for choices)
-Writes: runs/NAME/ probe.json (with --headline probe-headline.json), features.safetensors,
-        attention.png, patches.png, neighbours.png; for another data set or split the same in
-        runs/NAME/DATA-SPLIT/; for several runs also compare.json in --out
+Reads:  runs/NAME (model.safetensors, log.jsonl) or a public checkpoint; datasets/NAME (train, dev,
+        val; without dev a tenth of train is held out for choices)
+Writes: runs/NAME/ probe.json (by --headline probe-headline.json), features.safetensors,
+        attention.png, patches.png, neighbours.png; of another data set or split the same in
+        runs/NAME/DATA-SPLIT/; beside the run controls-DIGEST.safetensors (random-init encoder and
+        thumbnails, for all runs); of several runs compare/compare.json and curves.png
 
-The headline was fixed before any number was seen: Top-1 of a logistic regression on the extremes of
-the patch tokens. Its strength C is chosen on dev. Features are kept in fp16 and classifiers run on
-the CPU, so the same command gives the same digits.
+The headline is declared before any number is seen: Top-1 of logistic regression on the largest and
+smallest values of the patch tokens. The same command gives the same digits: features are kept in
+fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
 """
 
 import json
@@ -24,27 +25,27 @@ import numpy as np
 import torch
 
 import data
-from common import features, metrics
+from common import features, metrics, stats
 from common.checkpoints import flags_of, load_encoder
-from common.command import Flags, Parser, between, claim, cli, command, drawing, working
-from common.io import UserError, save_json
+from common.command import Flags, Parser, claim, cli, command, drawing, working
+from common.io import UserError, save_json, save_text
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
-COLUMNS = (  # of the printed table: group, heading, where its number is in a row of probe.json
-    ("logistic", "Top-1", "logistic.top1"),
-    ("", "Top-5", "logistic.top5"),
-    ("", "F1", "logistic.macro_f1"),
-    ("kNN", "Top-1", "knn.top1"),
-    ("retrieval", "mAP", "retrieval.map"),
-    ("", "R@1", "retrieval.recall1"),
-    ("verify", "EER", "verification.equal_error_rate"),
-    ("5-way", "1-shot", "few_shot.5-way 1-shot.mean"),
-    ("", "5-shot", "few_shot.5-way 5-shot.mean"),
-)
-LESS_IS_BETTER = {"verification.equal_error_rate"}
-CONFIDENCE = 0.95
+PAIRED = 2000  # images at most whose pairs are verified: their number grows with the square
+HEADS = {"logistic": "logistic regression", "knn": "kNN"}
+COLUMNS = {  # of the printed table: where a number is in a row of probe.json, and its heading
+    "logistic.top1": "linear",
+    "logistic.top5": "Top-5",
+    "logistic.macro_f1": "F1",
+    "knn.top1": "kNN",
+    "retrieval.map": "mAP",
+    "retrieval.recall1": "R@1",
+    "verification.auc": "verify",
+    "few_shot.5-way 1-shot.mean": "1-shot",
+    "few_shot.5-way 5-shot.mean": "5-shot",
+}
 
 
 def parse_args():
@@ -57,31 +58,20 @@ def parse_args():
         "--pool",
         choices=features.POOLS,
         default=features.HEADLINE,
-        help=f"pooling of the headline (default: {features.HEADLINE})",
+        help=f"pooling of the patch tokens for the headline (default: {features.HEADLINE})",
     )
     add(
         "--headline",
         action="store_true",
         help="only the headline and kNN: no controls, no pictures",
     )
-    add(
-        "--threshold",
-        type=between(0, 100),
-        metavar="PERCENT",
-        help="kNN Top-1 in the run's log that counts as learned (default: random init + 90 %% of\n"
-        "the gain of the first run with random masks)",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        help="folder of a comparison (default: compare/ next to the first run)",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, mps: of the encoder")
+    add("--out", metavar="DIR", help="folder of a comparison (default: compare/ beside the run)")
+    add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add(
         "--dtype",
         default="auto",
         choices=["auto", "bf16", "fp32"],
-        help="of the encoder's products",
+        help="of the encoder's matrix products",
     )
     return Flags(parser)
 
@@ -89,62 +79,61 @@ def parse_args():
 # ---- what is measured on -------------------------------------------------------------------------
 
 
-def open_task(args):
-    """features.open_task, and what is fitted, chosen on and reported: the same for all features.
+def open_task(flags):
+    """features.open_task, with what is fitted, chosen on and reported: the same for all features.
 
-    task.home: {run: the folder of its results}; task.out: that of a comparison.
+    task.home: {run: folder of its results}; task.out: folder of a comparison, None for one run.
     """
-    task = features.open_task(args, args.runs[0])
-    task.home = {run: features.results_folder(run, task.folder, args.split) for run in args.runs}
-    task.out = comparison_folder(args, task) if len(args.runs) > 1 else None
+    task = features.open_task(flags, flags.runs[0])
+    held = task.held = flags.split
+    task.home = {run: features.results_folder(run, task.folder, held) for run in flags.runs}
+    task.out = comparison_folder(flags, task) if len(flags.runs) > 1 else None
     task.labels = {name: split["labels"] for name, split in task.splits.items()}
-    task.groups = {name: data.groups_of(split) for name, split in task.splits.items()}
+    task.groups = data.groups_of(task.split)
     task.names = task.train["header"]["classes"]
-    fit, choose, choose_in = features.hold_out(task.splits)
-    task.uses = (("train", fit), (choose_in, choose), (args.split, slice(None)))
-    task.counts = torch.bincount(task.labels["train"][fit].clamp(min=0), minlength=len(task.names))
     task.controls = {}  # {shape of an encoder: rows of its controls}
-    task.pool, task.headline = args.pool, args.headline
+    task.result = "probe.json"
     if task.labelled:
-        check_classes(task, args.split)
-        task.episodes = draw_episodes(task, args.split)
+        task.pool = flags.pool
+        task.headline = flags.headline
+        task.result = "probe-headline.json" if flags.headline else "probe.json"
+        open_labels(task)
+    for home in task.home.values():
+        claim([home / task.result], fix="choose another --headline, --data or --split")
+    if task.out:
+        claim([task.out / "compare.json"])
+    flags.refuse_unread()
     return task
 
 
-def comparison_folder(args, task):
-    """Where a comparison of several runs goes."""
-    first = features.home_of(args.runs[0])
-    home = task.home[args.runs[0]]
-    return Path(args.out or first.parent / ("compare" if home == first else f"compare-{home.name}"))
+def comparison_folder(flags, task):
+    """compare/ beside the first run; compare-DATA-SPLIT/ for other data or another split."""
+    first = features.home_of(flags.runs[0])
+    own = task.home[flags.runs[0]]
+    name = "compare" if own == first else f"compare-{own.name}"
+    return Path(flags.out or first.parent / name)
 
 
-def check_classes(task, split):
-    """Every class that is reported has to be in train."""
-    lost = [task.names[c] for c in task.labels[split].unique() if task.counts[c] == 0]
-    if lost:
+def open_labels(task):
+    """Rows to fit on, to choose on and to report, class sizes, few-shot episodes."""
+    fit, choose, choose_in = features.hold_out(task.splits)
+    task.uses = (("train", fit), (choose_in, choose), (task.held, slice(None)))
+    bank, queries = task.labels["train"], task.labels[task.held]
+    task.counts = torch.bincount(bank[fit], minlength=len(task.names))
+    if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
         raise UserError(
-            f"{task.folder}: {split} has classes that train has not ({', '.join(lost[:4])}); "
+            f"{task.folder}: {task.held} has classes that train has not ({', '.join(lost[:4])}); "
             "pack it again: python data.py IMAGES --min-per-class 10"
         )
-
-
-def draw_episodes(task, split):
-    """Few-shot episodes, drawn once for all features -> {"5-way 1-shot": (examples, questions)}."""
-    found = {}
+    task.episodes = {}
     for ways, shots in FEW_SHOT:
-        bank, queries = task.labels["train"], task.labels[split]
-        episodes = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
-        if episodes is not None:
-            found[f"{ways}-way {shots}-shot"] = episodes
-    return found
-
-
-def results_file(task, run):
-    return task.home[run] / f"probe{'-headline' * task.headline}.json"
+        drawn = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
+        if drawn is not None:
+            task.episodes[f"{ways}-way {shots}-shot"] = drawn
 
 
 def rows_of(values, task):
-    """values {split: (n, ...)} -> of the rows that are fitted, chosen on, reported."""
+    """values {split: (n, ...)} -> those that are fitted, chosen on, reported."""
     return [values[name][rows] for name, rows in task.uses]
 
 
@@ -153,159 +142,145 @@ def rows_of(values, task):
 
 @working("fitting classifiers")
 def measure(found, task):
-    """Every number about one set of features -> (row of probe.json, {head: which images are right})."""
-    reported = task.args.split
-    bank, queries, labels = found["train"], found[reported], task.labels[reported]
+    """Every number of one set of features -> (row of probe.json, {head: which images are right})."""
+    bank, queries, labels = found["train"], found[task.held], task.labels[task.held]
     (x, choose, report), (y, truth, _) = rows_of(found, task), rows_of(task.labels, task)
-    predict, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
+    classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
     scores = {
-        "logistic": predict(report),
+        "logistic": classify(report),
         "knn": metrics.knn_votes(bank, task.labels["train"], queries, len(task.names)),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
     row["logistic"]["C"] = C
+    row["retrieval"] = metrics.retrieval(queries, labels, task.groups)
+    row["few_shot"] = few_shot(bank, queries, task)
     if not task.headline:
-        row |= without_classifier(bank, queries, task)
+        row["verification"] = verification(queries, labels, task.groups)
     return row, {head: s.argmax(1) == labels for head, s in scores.items()}
 
 
-def without_classifier(bank, queries, task):
-    """Retrieval, verification and few-shot episodes: nothing is fitted.
-
-    Few-shot accuracy is the mean of 600 episodes with half of its 95 % interval.
-    """
-    labels, groups = task.labels[task.args.split], task.groups[task.args.split]
-    row = {"retrieval": metrics.retrieval(queries, labels, groups), "few_shot": {}}
-    rows = data.evenly_spaced(len(labels), 2000)
-    same, different = metrics.pair_cosines(queries[rows], labels[rows], groups[rows])
-    if len(same) and len(different):
-        row["verification"] = {
-            "equal_error_rate": metrics.equal_error_rate(same, different),
-            "tpr_at_fpr_1_percent": metrics.tpr_at_fpr(same, different, 0.01),
-        }
+def few_shot(bank, queries, task):
+    """Mean accuracy over 600 episodes, and half of its 95 % interval, for each kind of episode."""
+    row = {}
     for name, episodes in task.episodes.items():
         accuracy = metrics.few_shot(bank, queries, *episodes)
         half = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
-        row["few_shot"][name] = {"mean": accuracy.mean().item(), "half": half}
+        row[name] = {"mean": accuracy.mean().item(), "half": half}
     return row
 
 
+def verification(x, labels, groups):
+    """Are two pictures of one class? By their cosine: area under the ROC curve, equal error rate."""
+    from sklearn.metrics import roc_auc_score
+
+    rows = data.evenly_spaced(len(x), PAIRED)
+    same, other = metrics.pair_cosines(x[rows], labels[rows], groups[rows])
+    if not len(same) or not len(other):
+        return {}
+    auc = roc_auc_score(*metrics.truth_and_scores(same, other))
+    return {"auc": float(auc), "equal_error_rate": metrics.equal_error_rate(same, other)}
+
+
 def chance(task):
-    """What guessing gets, as a row: the most frequent classes of train, a random ranking."""
-    labels = task.labels[task.args.split]
+    """What guessing gets, as a row: the most frequent classes of train; a random ranking."""
+    labels = task.labels[task.held]
     share = torch.bincount(labels, minlength=len(task.names)).double() / len(labels)
-    same = share.square().sum().item()
-    guess = metrics.classification(
-        task.counts.double().expand(len(labels), -1), labels, task.counts
-    )
+    guess = task.counts.double().expand(len(labels), -1)
+    guess = metrics.classification(guess, labels, task.counts)
+    same = share.square().sum().item()  # probability that two pictures have one class
     return {
         "logistic": guess,
         "knn": guess,
         "retrieval": {"map": same, "recall1": same},
-        "verification": {"equal_error_rate": 0.5, "tpr_at_fpr_1_percent": 0.01},
+        "verification": {"auc": 0.5, "equal_error_rate": 0.5},
         "few_shot": {name: {"mean": 1 / int(name.split("-")[0])} for name in task.episodes},
     }
 
 
-def control_rows(encoder, size, run, task):
+def control_rows(run, encoder, size, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
         untrained = features.untrained_like(encoder).to(task.device)
         found = features.of_controls(features.home_of(run).parent, untrained, size, task)
-        task.controls[shape] = {name: measure(x, task)[0] for name, x in found.items()}
+        names = [f"untrained {task.pool}", *(f"thumb{side}" for side in features.SIDES)]
+        task.controls[shape] = {name: measure(found[name], task)[0] for name in names}
     return task.controls[shape]
-
-
-# ---- epochs to a threshold -----------------------------------------------------------------------
-
-
-def threshold_of(args):
-    """-> (kNN Top-1 in percent to be reached, how it was fixed), (None, why) where no log tells."""
-    if args.threshold is not None:
-        return args.threshold, "as --threshold says"
-    plain = [run for run in args.runs if flags_of(run).get("mask") == "random"]
-    reference = (plain or args.runs)[0]
-    knn = [r["knn"] for r in read_log(features.home_of(reference) / "log.jsonl") if "knn" in r]
-    if not knn:
-        return None, f"no kNN in {reference}/log.jsonl"
-    return metrics.threshold_of(knn), f"random init + 90 % of the gain of {Path(reference).name}"
-
-
-def efficiency(rows, threshold):
-    """Rows of log.jsonl -> epochs and seconds until kNN reached the threshold (None: never).
-
-    Seconds are those of the whole run, a teacher's maps and the evaluations included.
-    """
-    evaluated = [r for r in rows if "knn" in r]
-    if not evaluated or threshold is None:
-        return None
-    knn = [r["knn"] for r in evaluated]
-    reached = {
-        key: metrics.first_crossing([r[key] for r in evaluated], knn, threshold)
-        for key in ("epoch", "seconds")
-    }
-    return {
-        "untrained": knn[0],
-        "final": knn[-1],
-        "threshold": threshold,
-        "reached_epoch": reached["epoch"],
-        "reached_seconds": reached["seconds"],
-        "epochs": evaluated[-1]["epoch"],
-        "peak_memory_mb": max((r["memory_mb"] for r in rows if "memory_mb" in r), default=None),
-    }
-
-
-def efficiency_line(found, how):
-    if found is None:
-        return "no kNN in its log: nothing about epochs"
-    when = "not reached"
-    if found["reached_epoch"] is not None:
-        when = f"after {found['reached_epoch']:.1f} epochs, {found['reached_seconds']:.0f} s"
-    return f"kNN of {found['threshold']:.1f} % in the run ({how}): {when}"
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
 
 def percent(row, where):
-    """ "few_shot.5-way 1-shot.mean" of a row, in percent; None where it has none."""
+    """ "knn.top1" of a row, in percent; None where it has none."""
     for key in where.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return None if row is None else 100 * row
 
 
-def beats(value, other, where):
-    return value < other if where in LESS_IS_BETTER else value > other
-
-
 def table(rows):
-    """rows {name: row} -> lines; < marks what does not beat the best thumbnail."""
-    columns = [where for _, _, where in COLUMNS]
-    thumbs = [row for name, row in rows.items() if name.startswith("thumb")]
+    """rows {name: row} -> lines; < marks what is not better than the best thumbnail."""
     best = {}
-    for where in columns:
-        values = [percent(row, where) for row in thumbs]
-        values = [v for v in values if v is not None]
-        if values:
-            best[where] = min(values) if where in LESS_IS_BETTER else max(values)
-    lines = [
-        f"{'':18}" + "".join(f"{group:>8}" for group, _, _ in COLUMNS),
-        f"{'features':18}" + "".join(f"{heading:>8}" for _, heading, _ in COLUMNS),
-    ]
+    for where in COLUMNS:
+        found = [percent(row, where) for name, row in rows.items() if name.startswith("thumb")]
+        best[where] = max((x for x in found if x is not None), default=-1)
+    lines = [f"{'features':20}" + "".join(f"{name:>7} " for name in COLUMNS.values())]
     for name, row in rows.items():
-        judged = best if not name.startswith(("thumb", "chance")) else {}
-        lines.append(f"{name:18}" + "".join(cell(row, where, judged) for where in columns).rstrip())
+        line = f"{name:20}"
+        for where in COLUMNS:
+            value = percent(row, where)
+            loses = value is not None and value <= best[where]
+            mark = "<" if loses and not name.startswith(("thumb", "chance")) else " "
+            line += f"{'-' if value is None else f'{value:.1f}':>7}{mark}"
+        lines.append(line.rstrip())
     return lines
 
 
-def cell(row, where, best):
-    """One number of the table, marked where it does not beat the best thumbnail."""
-    value = percent(row, where)
-    if value is None:
-        return f"{'-':>7} "
-    loses = where in best and not beats(value, best[where], where)
-    return f"{value:7.1f}" + ("<" if loses else " ")
+# ---- epochs to a threshold -----------------------------------------------------------------------
+
+
+def threshold_of(runs):
+    """-> (kNN Top-1 in percent to be reached, how it was fixed); (None, why) where no log tells.
+
+    The reference is the first run with random masks, else the first run.
+    """
+    plain = [run for run in runs if flags_of(run).get("mask") == "random"]
+    reference = (plain or runs)[0]
+    log = read_log(features.home_of(reference) / "log.jsonl")
+    knn = [row["knn"] for row in log if "knn" in row]
+    if not knn:
+        return None, f"no kNN in {reference}/log.jsonl"
+    return metrics.threshold_of(knn), f"random init + 90 % of the gain of {Path(reference).name}"
+
+
+def efficiency(rows, threshold):
+    """Rows of log.jsonl -> epochs and seconds until kNN reached the threshold; None: no kNN in it.
+
+    Seconds are those of the whole run, with a teacher's maps and the evaluations.
+    """
+    evaluated = [row for row in rows if "knn" in row]
+    if threshold is None or not evaluated:
+        return None
+    knn = [row["knn"] for row in evaluated]
+    epochs, seconds = ([row[key] for row in evaluated] for key in ("epoch", "seconds"))
+    return {
+        "untrained": knn[0],
+        "final": knn[-1],
+        "threshold": threshold,
+        "reached_epoch": metrics.first_crossing(epochs, knn, threshold),
+        "reached_seconds": metrics.first_crossing(seconds, knn, threshold),
+        "epochs": epochs[-1],
+        "peak_memory_mb": max((r["memory_mb"] for r in rows if "memory_mb" in r), default=None),
+    }
+
+
+def efficiency_line(found, how):
+    if found is None:
+        return f"epochs to threshold: not known, {how}"
+    when = "not reached"
+    if found["reached_epoch"] is not None:
+        when = f"after {found['reached_epoch']:.1f} epochs, {found['reached_seconds']:.0f} s"
+    return f"kNN of {found['threshold']:.1f} % in the run ({how}): {when}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -313,7 +288,7 @@ def cell(row, where, best):
 
 def draw(home, encoder, size, task, found):
     """attention.png, patches.png, neighbours.png; found: features of the mean token."""
-    from common import plots  # matplotlib takes a second to load
+    from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
     split, train = task.split, task.train
     rows = data.evenly_spaced(len(split["images"]), data.CHUNK)
@@ -324,15 +299,13 @@ def draw(home, encoder, size, task, found):
     title = f"Patch tokens, principal components as colours: {home.name}"
     plots.patch_sheet(home / "patches.png", encoder, torch.cat([view[few], view]), title)
     rows = rows[few[:6]]
-    alike = split["labels"][rows][:, None] == train["labels"] if task.labelled else None
+    same = split["labels"][rows][:, None] == train["labels"] if task.labelled else None
     plots.neighbours(
         home / "neighbours.png",
-        found[task.args.split][rows],
-        found["train"],
-        lambda index: train["images"][index.numpy()],
-        split["images"][rows.numpy()],
-        lambda i, j: None if alike is None else bool(alike[i, j]),
-        f"{task.args.split} pictures and their nearest in train, cosine of mean tokens: {home.name}",
+        (found[task.held][rows], split["images"][rows.numpy()]),
+        (found["train"], train["images"]),
+        same,
+        f"{task.held} pictures and their nearest in train by cosine of mean tokens: {home.name}",
     )
 
 
@@ -340,83 +313,76 @@ def draw(home, encoder, size, task, found):
 
 
 def probe(run, task, threshold):
-    """Extract, measure, draw and write one run -> its report."""
+    """Extract, measure, draw and write one run -> what a comparison needs of it."""
     encoder, size = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
     found = features.of_run(task.home[run], run, encoder, size, task)
-    if not task.headline:
-        with working("drawing"), drawing("attention.png and others"):
-            draw(task.home[run], encoder, size, task, found["mean"])
-    report = about(run, task)
-    if task.labelled:
-        report |= measure_run(run, encoder, size, found, task)
-        log = read_log(features.home_of(run) / "log.jsonl")
-        report |= {"threshold": threshold[1], "efficiency": efficiency(log, threshold[0])}
-        print(efficiency_line(report["efficiency"], threshold[1]))
-    else:
-        print(f"{run}: no numbers, for they need labels of two classes or more")
-    save_report(report, results_file(task, run))
-    return report | {"path": str(run)}
-
-
-def about(run, task):
-    """What a report says of the run and of the data."""
-    return {
+    report = {
         "command": command(),
         "machine": machine(task.device),
         "commit": commit(),
         "run": features.home_of(run).name,
         "config": flags_of(run),
         "data": str(task.folder),
-        "split": task.args.split,
+        "split": task.held,
         "dtype": task.dtype,
         "images": {name: len(x) for name, x in task.labels.items()},
     }
+    if not (task.labelled and task.headline):
+        with working("drawing"), drawing("attention.png and others"):
+            draw(task.home[run], encoder, size, task, found["mean"])
+    right, log = {}, read_log(features.home_of(run) / "log.jsonl")
+    if task.labelled:
+        numbers, right = measure_run(run, encoder, size, found, task)
+        report |= numbers | {"efficiency": efficiency(log, threshold[0])}
+        print(efficiency_line(report["efficiency"], threshold[1]))
+    else:
+        print(f"{run}: no numbers, they need two classes and a label on every picture")
+    write(task.home[run] / task.result, report)
+    return report | {"right": right, "log": log, "path": str(run)}
 
 
 def measure_run(run, encoder, size, found, task):
-    """Rows of all features and controls, printed -> what the report says of them."""
-    pool = task.pool
-    found = {pool: found[pool]} if task.headline else found
-    measured = {name: measure(x, task) for name, x in found.items()}
-    rows = {name: row for name, (row, _) in measured.items()}
+    """Rows of all features and controls, printed -> (the report's part, which images are right)."""
+    pools = [task.pool] if task.headline else features.POOLS
+    measured = {pool: measure(found[pool], task) for pool in pools}
+    rows = {pool: row for pool, (row, _) in measured.items()}
+    right = measured[task.pool][1]
     if not task.headline:
-        rows |= control_rows(encoder, size, run, task)
-        rows["chance"] = chance(task)
+        rows |= control_rows(run, encoder, size, task)
+    rows["chance"] = chance(task)
     print("\n".join(table(rows)))
-    headline = rows[pool]["logistic"]["top1"]
-    right = {head: metrics.to_bits(x) for head, x in measured[pool][1].items()}
-    print(f"headline {100 * headline:.1f} %: logistic regression on {pool}, {task.args.split}")
-    return {
+    numbers = {
         "classes": task.names,
-        "pool": pool,
-        "headline": headline,
-        "rows": {name: without_lists(row) if name != pool else row for name, row in rows.items()},
-        "right": right,
+        "pool": task.pool,
+        "headline": rows[task.pool]["logistic"]["top1"],
+        "rows": {name: slim(row, name == task.pool) for name, row in rows.items()},
+        "right": {head: stats.to_bits(x) for head, x in right.items()},
     }
+    return numbers, right
 
 
-def without_lists(row):
-    """A row without its confusion and its numbers of each class: those of one pooling are enough."""
+def slim(row, whole):
+    """A row without its confusion and per-class numbers, unless it is the headline's."""
     return {
-        part: {k: x for k, x in numbers.items() if k not in ("per_class", "confusion")}
-        for part, numbers in row.items()
+        head: {k: v for k, v in numbers.items() if whole or k not in ("per_class", "confusion")}
+        for head, numbers in row.items()
     }
 
 
-def save_report(report, path):
-    save_json(report, path)
-    text = path.read_text()
+def write(path, report):
+    """The report as JSON, each list on one line."""
+    text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    path.write_text(text)  # lists of numbers on one line
-    print(f"wrote    {path}")
+    save_text(text + "\n", path)
+    print(f"wrote    {path}, features.safetensors")
 
 
-# ---- several runs: is B better than A? -----------------------------------------------------------
+# ---- several runs --------------------------------------------------------------------------------
 
 
 def by_config(reports):
-    """-> {name: {seed: report}}: runs whose flags differ in nothing but the seed."""
+    """-> {name: {seed: report}}: runs whose flags differ in the seed alone, named without -sN."""
     groups = {}
     for report in reports:
         config = {k: v for k, v in report["config"].items() if k not in ("seed", "out")}
@@ -424,106 +390,116 @@ def by_config(reports):
         seed = report["config"].get("seed", 0)
         if seed in seeds:
             raise UserError(
-                f"{report['path']} and {seeds[seed]['path']} have the same flags and the same "
-                "seed; name each run once"
+                f"{report['path']} and {seeds[seed]['path']} have the same flags and the same seed; "
+                "name each run once"
             )
         seeds[seed] = report
-    return {re.sub(r"-s(eed-)?\d+$", "", first_of(s)["run"]): s for s in groups.values()}
-
-
-def first_of(seeds):
-    return next(iter(seeds.values()))
+    named = {}
+    for seeds in groups.values():
+        first = next(iter(seeds.values()))
+        names = re.sub(r"-s\d+$", "", first["run"]), first["run"], first["path"]
+        named[next(name for name in names if name not in named)] = seeds
+    return named
 
 
 def summary(seeds):
-    """{seed: report} -> mean and standard deviation over seeds, in percent or epochs."""
-    row = {"runs": len(seeds)}
-    for head in ("logistic", "knn"):
-        values = [100 * r["rows"][r["pool"]][head]["top1"] for r in seeds.values()]
-        row[head] = mean_and_deviation(values)
-    epochs = [r["efficiency"]["reached_epoch"] for r in seeds.values() if r["efficiency"]]
-    reached = [e for e in epochs if e is not None]
-    row["epochs"] = mean_and_deviation(reached) if reached else None
+    """{seed: report} -> mean and standard deviation of each head's Top-1, and epochs to threshold."""
+    reports = list(seeds.values())
+    row = {"runs": len(reports)}
+    for head in HEADS:
+        top1 = [100 * r["rows"][r["pool"]][head]["top1"] for r in reports]
+        row[head] = stats.mean_std(top1)
+    epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
+    epochs = [x for x in epochs if x is not None]
+    row["reached"] = len(epochs)
+    row["reached_epoch"] = stats.mean_std(epochs) if epochs else None
     return row
 
 
-def mean_and_deviation(values):
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "deviation": deviation, "n": len(values)}
+def differences(configs, groups):
+    """Every configuration against the first, for each head, over the seeds that both have."""
+    (base, first), *others = configs.items()
+    rows = []
+    for name, other in others:
+        seeds = sorted(first.keys() & other.keys())
+        for head in HEADS if seeds else ():
+            right = [np.stack([x[s]["right"][head] for s in seeds]) for x in (other, first)]
+            points = 100.0 * (right[0].astype(float) - right[1])  # (seeds, images)
+            row = {"pair": f"{name} - {base}", "head": head, "seeds": seeds}
+            row["per_seed"] = points.mean(1).tolist()
+            row["images"] = stats.bootstrap(points, groups)
+            row["t"] = stats.t_interval(points.mean(1))
+            rows.append(row)
+    return rows
 
 
-def difference(first, other, head):
-    """other minus first in points of Top-1, paired by seed: the mean and its 95 % t interval.
-
-    The interval is None for fewer than three seeds: two give a t of 12.7.
-    """
-    from scipy.stats import ttest_rel
-
-    seeds = sorted(first.keys() & other.keys())
-    a, b = (
-        [100 * side[s]["rows"][side[s]["pool"]][head]["top1"] for s in seeds]
-        for side in (other, first)
+def difference_line(row):
+    """ "b - a  kNN  +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
+    over = (
+        f"{row['images']['low']:+.2f} to {row['images']['high']:+.2f} over seeds and illustrations"
     )
-    row = {"seeds": seeds, "mean": float(np.mean(np.subtract(a, b))) if seeds else None}
-    row |= {"low": None, "high": None, "p": None}
-    if len(seeds) >= 3 and np.std(np.subtract(a, b)) > 0:
-        test = ttest_rel(a, b)
-        low, high = test.confidence_interval(CONFIDENCE)
-        row |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
-    return row
+    seeds = f"{len(row['seeds'])} seed(s): no t interval"
+    if row["t"]:
+        seeds = f"{row['t']['low']:+.2f} to {row['t']['high']:+.2f} by t over seeds"
+    return f"{row['pair']}, {HEADS[row['head']]}: {row['images']['mean']:+.2f} points; 95 %: {over}, {seeds}"
 
 
-def in_words(row):
-    """A difference as text."""
-    if row["mean"] is None:
-        return "no seed in common"
-    if row["low"] is None:
-        return f"{row['mean']:+.2f} points ({len(row['seeds'])} seeds: no interval)"
-    interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
-    return f"{row['mean']:+.2f} points ({interval}; p {row['p']:.3f}; {len(row['seeds'])} seeds)"
+def plus_minus(found):
+    """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
+    if found is None:
+        return "-"
+    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
 
 
-def compare(reports, task):
-    """Means of each configuration and its difference from the first -> printed, and compare.json."""
+def compare(reports, task, threshold):
+    """Mean and standard deviation of each configuration, paired differences: printed and written."""
     configs = by_config(reports)
     summaries = {name: summary(seeds) for name, seeds in configs.items()}
-    (base, first), *others = configs.items()
-    pairs = []
+    print(f"{'configuration':28}{'runs':>5}{'linear, %':>14}{'kNN, %':>14}{'epochs':>14}")
     for name, row in summaries.items():
-        deviation = row["logistic"]["deviation"]
-        spread = "" if deviation is None else f" ± {deviation:.2f}"
-        print(f"{name}: headline {row['logistic']['mean']:.2f}{spread} % ({row['runs']} runs)")
-    for name, other in others:
-        for head in ("logistic", "knn"):
-            row = {"pair": f"{name} - {base}", "head": head} | difference(first, other, head)
-            pairs.append(row)
-            print(f"{row['pair']}, {head}: {in_words(row)}")
-    found = {"command": command(), "commit": commit(), "split": task.args.split}
-    save_json(found | {"configurations": summaries, "pairs": pairs}, task.out / "compare.json")
+        cells = [plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
+        print(f"{name[:27]:28}{row['runs']:>5}" + "".join(f"{cell:>14}" for cell in cells))
+    rows = differences(configs, task.groups.numpy()) if len(configs) > 1 else []
+    print("\n".join(map(difference_line, rows)))
+    about = {"command": command(), "machine": machine(task.device), "commit": commit()}
+    about |= {"split": task.held, "pool": task.pool, "threshold": threshold}
+    save_json(about | {"configurations": summaries, "pairs": rows}, task.out / "compare.json")
+    curves(configs, task.out / "curves.png", threshold)
     print(f"wrote    {task.out}/compare.json")
 
 
+def curves(configs, path, threshold):
+    """kNN by epoch in the logs of all runs; nothing where a run has none."""
+    from common import plots
+
+    logs = {}
+    for name, seeds in configs.items():
+        logs[name] = [[row for row in x["log"] if "knn" in row] for x in seeds.values()]
+    if all(all(seeds) for seeds in logs.values()):
+        thumbnail = next(iter(logs.values()))[0][0].get("knn_thumbnail")
+        plots.learning_curves(path, logs, thumbnail, threshold[0], "Learning curves")
+
+
 def main():
-    args = parse_args()
-    for run in args.runs:  # every mistake before minutes of work
+    flags = parse_args()
+    for run in flags.runs:  # every mistake before hours of work
         load_encoder(run)
-    task = open_task(args)
-    threshold = threshold_of(args)
-    args.refuse_unread()
-    for run in args.runs:
-        claim([results_file(task, run)], fix="choose another --data or --split")
-    if task.out:
-        claim([task.out / "compare.json"])
-    count = len(task.labels[args.split])
-    print(f"data     {task.folder}: {args.split}, {count:,} images, {len(task.names)} classes")
+    task = open_task(flags)
+    images = len(task.labels[task.held])
+    print(f"data     {task.folder}: {task.held}, {images:,} images, {len(task.names)} classes")
+    threshold = threshold_of(flags.runs)
     reports = []
-    for run in args.runs:
+    for run in flags.runs:
         print(f"run      {run}")
         reports.append(probe(run, task, threshold))
-    if task.out and task.labelled:
-        compare(reports, task)
-    run, folder = (shlex.quote(str(path)) for path in (args.runs[0], task.folder))
-    print(f"next: python finetune_lora.py {run} --method lora --data {folder}")
+    if len(reports) > 1 and task.labelled:
+        compare(reports, task, threshold)
+    run, folder = (shlex.quote(str(path)) for path in (flags.runs[0], task.folder))
+    print(
+        f"next: python finetune_lora.py {run} --method lora --data {folder}"
+        if task.labelled
+        else f"next: python probe.py {run} --data DIR, a set with labels; python data.py FOLDER makes one"
+    )
 
 
 if __name__ == "__main__":

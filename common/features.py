@@ -1,7 +1,7 @@
-"""Frozen features, extracted once and kept in a file: what probe.py and experiments share; labelled rows.
+"""Frozen features, extracted once and kept in the run's folder; the splits that stages learn from.
 
-A set of features is {"train": (n, D), "dev": ..., "val": ...}, fp16 on the CPU, of whole images. They
-are fp16 also when they were just made: a second run reads the same digits.
+A set of features is a dict {"train": (n, D), "dev": ..., "val": ...} of fp16 tensors on the CPU.
+They are fp16 also when they were just made, so a second run reads the same digits.
 """
 
 import hashlib
@@ -95,7 +95,9 @@ def load_mae(path):
     _, facts = read_checkpoint(path)
     if not facts["decoder_depth"]:
         raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
-    model = MAE(**{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth")})
+    model = MAE(
+        **{k: facts[k] for k in (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")}
+    )
     init_from(model, path)
     if beside(path, "stats_head").exists():
         load_beside(model.decoder.stats_head, path, "stats_head")
@@ -110,37 +112,39 @@ def untrained_like(encoder, seed=0):
     return ViT(**shape_of(encoder)).eval()
 
 
-# ---- extraction: an extractor is a function of view u8 (B, S, S, 3) -> {name: (B, D)} -------------
+# ---- extraction ----------------------------------------------------------------------------------
 
 
 def pooled(encoder, view):
-    """view u8 (B, S, S, 3) -> {name: (B, D)}: mean token, CLS token, extremes of the tokens (B, 2D)."""
-    x = encoder.embed(*encoder.all_patches(view))
-    for block in encoder.blocks:
-        x = block(x)
-    x = encoder.norm(x).float()
+    """view u8 (B, S, S, 3) -> {"mean" (B, D), "cls" (B, D), "extremes" (B, 2D)} of the tokens."""
+    x = encoder.features(view).float()
     return {"mean": x[:, 1:].mean(1), "cls": x[:, 0], "extremes": extremes(x[:, 1:])}
 
 
+def thumbs(view):
+    """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
+    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+
+
 @torch.no_grad()
-def extract(extractor, split, size, task, name=""):
-    """All whole images of a split, at `size` pixels -> {pool: (n, D) fp16 on the CPU}."""
-    chunks = []
-    rows = torch.arange(len(split["images"]))
-    for some in progress(rows.split(data.CHUNK), f"features {name}", leave=False):
-        images = data.take(split["images"], some, task.device)
-        view = data.view_images(images, *data.full_boxes(len(some)), size)
-        with task.autocast():
-            chunks.append({pool: x.half().cpu() for pool, x in extractor(view).items()})
-    return {pool: torch.cat([c[pool] for c in chunks]) for pool in chunks[0]}
+def extract(extractor, size, task):
+    """Features of whole images -> {"train.mean": (n, D) fp16, "val.mean": ...}.
 
-
-def extract_all(extractor, size, task):
-    """All splits -> {"train.mean": (n, D), "val.mean": (m, D), ...}."""
+    extractor(view u8 (B, size, size, 3)) -> {name: (B, D)}.
+    """
     tensors = {}
     for name, split in task.splits.items():
-        found = extract(extractor, split, size, task, name)
-        tensors |= {f"{name}.{pool}": x.contiguous() for pool, x in found.items()}
+        rows = torch.arange(len(split["images"]))
+        views = data.whole_views(split["images"], rows, size, task.device)
+        chunks = []
+        for _, view in progress(
+            views, f"features {name}", -(-len(rows) // data.CHUNK), leave=False
+        ):
+            with task.autocast():
+                found = extractor(view)
+            chunks.append({key: x.half().cpu() for key, x in found.items()})
+        for key in chunks[0]:
+            tensors[f"{name}.{key}"] = torch.cat([c[key] for c in chunks])
     return tensors
 
 
@@ -178,25 +182,29 @@ def digest(path):
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
 
 
+def header_of(model, size, task):
+    """What the features depend on."""
+    digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
+    return {"model": model, "data": digests, "image_size": size, "dtype": task.dtype}
+
+
 CACHED = {"model": TEXT, "data": table_of(TEXT), "image_size": SIDE, "dtype": TEXT}
 
 
-def cached(path, model, size, task, make):
-    """-> {pool: {split: (n, D)}} of a file made under the same header, or of make(), which is written.
+def cached(path, header, make):
+    """-> {pool: {split: (n, D)}} from path, if it was made under this header, else of make().
 
-    The header is what features depend on. Those of another model are refused: whoever copied them
-    here removes the file.
+    Features of another model are refused: whoever copied them here has to remove the file.
     """
-    digests = {name: data.fingerprint(split) for name, split in task.splits.items()}
-    header = {"model": model, "data": digests, "image_size": size, "dtype": task.dtype}
-    tensors, there = read_safetensors(path) if path.exists() else ({}, header)
-    check_fields(there, CACHED, path, "remove it and run again")
-    if there["model"] != model:
+    remedy = "remove it and run again"
+    tensors, there = read_safetensors(path, remedy) if path.exists() else (None, header)
+    check_fields(there, CACHED, path, remedy)
+    if there["model"] != header["model"]:
         raise UserError(
-            f"{path} holds features of another model ({there['model']}, this one is {model}); "
-            "remove it and run again"
+            f"{path} holds features of another model ({there['model']}, this one is "
+            f"{header['model']}); {remedy}"
         )
-    if there != header or not tensors:
+    if tensors is None or there != header:
         tensors = make()
         save_safetensors(tensors, path, header)
     check_finite(tensors, path)
@@ -208,37 +216,32 @@ def cached(path, model, size, task, make):
 
 
 def of_run(folder, run, encoder, size, task):
-    """-> {pool: {split: (n, D)}}; from folder/features.safetensors, or extracted and written there."""
-    return cached(
-        Path(folder) / "features.safetensors",
-        digest(model_file(run)),
-        size,
-        task,
-        lambda: extract_all(partial(pooled, encoder), size, task),
-    )
+    """-> {pool: {split: (n, D)}} from folder/features.safetensors, or extracted and written there."""
+    header = header_of(digest(model_file(run)), size, task)
+
+    def make():
+        return extract(partial(pooled, encoder), size, task)
+
+    return cached(Path(folder) / "features.safetensors", header, make)
 
 
 def of_controls(folder, untrained, size, task):
     """The same of the random-init encoder and of thumbnails: {"untrained mean": ..., "thumb4": ...}.
 
-    They depend on the architecture and the data alone: one file in the folder of runs serves all
-    runs alike.
+    They depend on the architecture and the data alone, so one file in the folder of runs serves
+    all runs.
     """
-    model = f"untrained {tuple(shape_of(untrained).values())}"
-    splits = [data.fingerprint(split) for split in task.splits.values()]
-    about = json.dumps([model, splits, size, task.dtype])
-    name = hashlib.blake2b(about.encode(), digest_size=6).hexdigest()
-    original = task.train["images"].shape[1]
+    header = header_of(f"untrained {tuple(shape_of(untrained).values())}", size, task)
+    name = hashlib.blake2b(json.dumps(header).encode(), digest_size=6).hexdigest()
 
-    def thumbs(view):
-        return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+    def tokens(view):
+        return {f"untrained {pool}": x for pool, x in pooled(untrained, view).items()}
 
     def make():
-        tokens = extract_all(partial(pooled, untrained), size, task)
-        tokens = {k.replace(".", ".untrained "): x for k, x in tokens.items()}
-        return tokens | extract_all(thumbs, original, task)
+        packed = task.train["images"].shape[1]  # thumbnails are of the packed images
+        return extract(tokens, size, task) | extract(thumbs, packed, task)
 
-    return cached(Path(folder) / f"controls-{name}.safetensors", model, size, task, make)
+    return cached(Path(folder) / f"controls-{name}.safetensors", header, make)
 
 
 # ---- labelled rows: learned from, chosen by, reported --------------------------------------------

@@ -1,5 +1,7 @@
 """What is measured, as pure functions of tensors: no files, no models. Imports nothing of ours."""
 
+import copy
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -237,31 +239,6 @@ def psnr(a, b, where):
     return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
 
 
-def ssim_map(a, b):
-    """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n,
-    S, S).
-
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance;
-    mirrored borders.
-    """
-    from scipy.ndimage import gaussian_filter
-
-    a, b = a.double().cpu(), b.double().cpu()
-
-    def blur(p):
-        return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = (
-        blur(a * a) - mean_a**2,
-        blur(b * b) - mean_b**2,
-        blur(a * b) - mean_a * mean_b,
-    )
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(3)
-
-
 def auc(score, truth):
     """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where only one kind is
     there.
@@ -354,10 +331,10 @@ def detection_rate(known, right, strangers, far):
     return ((known > threshold) & right).double().mean().item()
 
 
-# ---- classifiers on frozen features: ridge, logistic regression ------------
+# ---- classifiers on frozen features ---------------------------------------------------------------
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of the logistic regression
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
 
 
 def standardise(train, *others):
@@ -392,36 +369,29 @@ def ridge_top1(features, labels, classes):
 
 
 def logistic_probe(x, labels, choose, truth, classes):
-    """Logistic regression on standardised features, its C the best on the rows to choose on.
+    """Logistic regression on standardised features -> (a function from (k, D) to scores, C).
 
-    x (n, D) with labels (n), choose (m, D) with truth (m) -> a function from (k, D) to log
-    probabilities (k, classes), and C. A class without a row has -inf. The solver is scikit-learn's.
+    x (n, D) and labels (n) are fitted; C is the best on choose (m, D) and truth (m), the smaller of
+    equals. Scores are log probabilities (k, classes), -inf for a class without a row.
     """
     from sklearn.linear_model import LogisticRegression
 
-    z, held = (a.numpy() for a in standardise(x, choose))
-    rough = LogisticRegression(tol=1e-3, max_iter=100, warm_start=True)
-    rights = []
-    for C in STRENGTHS:  # the most regularised first, until one is worse than the one before
-        rough.set_params(C=C).fit(z, labels.numpy())
-        rights.append(int((rough.predict(held) == truth.numpy()).sum()))
-        if rights[-1] < max(rights):
-            break
-    C = STRENGTHS[rights.index(max(rights))]
-    best = LogisticRegression(C=C, tol=1e-7, max_iter=1000).fit(z, labels.numpy())
+    z, held = (rows.numpy() for rows in standardise(x, choose))
+    model = LogisticRegression(tol=1e-7, max_iter=2000, warm_start=True)
+    best, best_right = None, -1
+    for C in STRENGTHS:
+        model.set_params(C=C).fit(z, labels.numpy())
+        right = int((model.predict(held) == truth.numpy()).sum())
+        if right > best_right:
+            best, best_right = copy.deepcopy(model), right
 
-    def log_probabilities(new):
+    def scores(new):
         found = torch.full((len(new), classes), float("-inf"), dtype=torch.float64)
         z = standardise(x, new)[1].numpy()
         found[:, best.classes_] = torch.from_numpy(best.predict_log_proba(z))
         return found
 
-    return log_probabilities, C
-
-
-def to_bits(right):
-    """(n,) bool -> hexadecimal text, eight images in two digits: which images a probe got right."""
-    return np.packbits(np.asarray(right, bool)).tobytes().hex()
+    return scores, best.C
 
 
 def effective_rank(x):

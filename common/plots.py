@@ -6,7 +6,6 @@ Colours are Okabe and Ito's, which the colour-blind can tell apart; maps are dra
 import contextlib
 import os
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -17,25 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import font_manager
-from matplotlib.colors import PowerNorm, to_rgb
-from matplotlib.patches import Patch
+from matplotlib.colors import PowerNorm
 
-import data
 from common import metrics
 from common.io import atomic
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
 MARKERS = "os^DvPX*"
-PART_COLOURS = (
-    "#FFFFFF",
-    "#0072B2",
-    "#E69F00",
-    "#000000",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-)  # by part id
 plt.rcParams |= {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -180,31 +168,28 @@ def patch_sheet(path, encoder, view, title, shown=8):
     image_grid(path, title, [("picture", view[:shown]), ("tokens", colours[:shown])])
 
 
-def neighbours(path, queries, bank, images, query_images, right, title):
-    """Each query and its nearest: queries (Q, D), bank (n, D); images(rows), query_images u8 (Q, S,
-    S, 3).
+def neighbours(path, queries, bank, same, title):
+    """Each query and its 8 nearest of the bank by cosine.
 
-    right(query, row) -> True, False, or None where nothing is known of the class: the frame is then
-    green, orange and dashed, or gray.
+    queries, bank: (features (n, D), pictures u8 (n, S, S, 3)); same (Q, n) bool: of one class. A
+    neighbour of the same class has a green frame, another an orange, dashed one; without classes
+    (None) the frames are gray.
     """
-    frames = {True: (GREEN, "-", 3), False: (ORANGE, "--", 3), None: ("#BBBBBB", "-", 1)}
-    similarity, nearest = (
-        F.normalize(queries.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
-    ).topk(8, dim=1)
-    size = (10.2, 1.32 * len(queries) + 0.6)
-    with panels(path, title, len(queries), 9, size, squeeze=False) as axes:
-        show_rows(
-            axes,
-            [("", [query, *images(own)]) for query, own in zip(query_images, nearest, strict=True)],
-        )
+    unit = [F.normalize(x.float(), dim=1) for x, _ in (queries, bank)]
+    similarity, nearest = (unit[0] @ unit[1].T).topk(8, dim=1)
+    size = (10.2, 1.32 * len(nearest) + 0.6)
+    with panels(path, title, len(nearest), 9, size, squeeze=False) as axes:
+        rows = zip(queries[1], nearest.numpy(), strict=True)
+        show_rows(axes, [("", [query, *bank[1][found]]) for query, found in rows])
         axes[0, 0].set_title("query", fontsize=9)
-        for i, line in enumerate(axes[:, 1:]):
-            for axis, row, cosine in zip(
-                line, nearest[i].tolist(), similarity[i].tolist(), strict=True
-            ):
-                colour, style, width = frames[right(i, row)]
-                axis.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=width)
-                axis.set_xlabel(f"{cosine:.2f}", fontsize=8, labelpad=2)
+        for i, j in np.ndindex(*nearest.shape):
+            axis = axes[i, j + 1]
+            colour, style, width = "#BBBBBB", "-", 1
+            if same is not None:
+                right = bool(same[i, nearest[i, j]])
+                colour, style, width = (GREEN, "-", 3) if right else (ORANGE, "--", 3)
+            axis.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=width)
+            axis.set_xlabel(f"{similarity[i, j]:.2f}", fontsize=8, labelpad=2)
 
 
 def confused(path, pairs, title, each=5):
@@ -231,138 +216,6 @@ def confused(path, pairs, title, each=5):
                     va="bottom",
                     in_layout=False,
                 )
-
-
-# ---- a sheet of a packed data set ----------------------------------------------------------------
-
-
-def dataset_sheet(path, name, splits, classes=6, each=10):
-    """splits: {name: open split}. Pictures by class; foreground, parts laid over some; class sizes;
-    what is missing.
-    """
-    train = splits["train"]
-    header, images = train["header"], train["images"]
-    if header["classes"]:
-        rows = [
-            (header["classes"][c][:18], images[own])
-            for c, own in sampled(train["labels"], classes, each)
-        ]
-    else:
-        rows = [
-            ("", images[own.numpy()])
-            for own in data.evenly_spaced(len(images), 3 * each).split(each)
-        ]
-    shown = data.evenly_spaced(len(images), each)
-    for plane, label in (("fg", "foreground"), ("parts", "parts")):
-        rows += [(label, [laid_over(train, plane, i) for i in shown])] if plane in train else []
-    figure = plt.figure(figsize=(11.5, 1.05 * len(rows) + 3.9))
-    above, below = figure.subfigures(2, 1, height_ratios=[1.05 * len(rows) + 0.4, 3.2])
-    sizes = ", ".join(f"{n} {len(s['images']):,}" for n, s in splits.items())
-    above.suptitle(
-        f"{name}: {sizes}, {len(header['classes'])} classes, {images.shape[1]} px", fontsize=13
-    )
-    show_rows(above.subplots(len(rows), each, squeeze=False), rows)
-    left, right = below.subplots(1, 2, width_ratios=[3, 2])
-    class_sizes(left, splits)
-    right.axis("off")
-    right.text(
-        0,
-        1,
-        "\n".join(about_lines(splits)),
-        va="top",
-        fontsize=9,
-        linespacing=1.5,
-        transform=right.transAxes,
-    )
-    if "parts" in train and header.get("parts"):
-        patches = [
-            Patch(fc=c, ec=INK, lw=0.5, label=p)
-            for p, c in zip(header["parts"], PART_COLOURS, strict=False)
-        ]
-        right.legend(handles=patches, ncols=4, loc="lower left")
-    save(figure, path)
-
-
-def sampled(labels, classes, each):
-    """-> [(class id, rows)] of the largest, the smallest and some classes between them."""
-    labels = labels.numpy()
-    ids, counts = np.unique(labels[labels >= 0], return_counts=True)
-    order = ids[np.argsort(-counts, kind="stable")]
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, classes).round().astype(int))]
-    return [(c, np.nonzero(labels == c)[0][:each]) for c in chosen]
-
-
-def laid_over(split, plane, i):
-    """Picture i with the background grayed out, or with its parts in colours, u8 (S, S, 3)."""
-    picture = split["images"][i].astype(np.float32)
-    if plane == "fg":
-        share = split["fg"][i][..., None] / 255
-        return np.uint8(picture * share + 188 * (1 - share))
-    tint = np.array([to_rgb(c) for c in PART_COLOURS])[split["parts"][i] % len(PART_COLOURS)] * 255
-    return np.uint8(0.35 * picture.mean(2, keepdims=True) + 0.65 * tint)
-
-
-def class_sizes(axis, splits):
-    """Images of each class, the largest first, by split: the long tail at a glance."""
-    n = len(splits["train"]["header"]["classes"])
-    if not n:
-        axis.axis("off")
-        axis.text(0.5, 0.5, "no labels", ha="center", va="center", transform=axis.transAxes)
-        return
-    counts = [
-        torch.bincount(s["labels"][s["labels"] >= 0], minlength=n).numpy() for s in splits.values()
-    ]
-    order, bottom = np.argsort(-sum(counts), kind="stable"), np.zeros(n)
-    for split, count, colour in zip(splits, counts, COLOURS, strict=False):
-        axis.bar(
-            np.arange(n) + 1,
-            count[order],
-            0.9 if n < 100 else 1.0,
-            bottom,
-            color=colour,
-            label=split,
-        )
-        bottom += count[order]
-    axis.set(xlabel="class, by size", ylabel="images", xlim=(0.4, n + 0.6))
-    axis.set_title("Class sizes", loc="left")
-    axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-
-
-def about_lines(splits):
-    """What was left out or joined while packing, and what else the files hold."""
-    headers = [split["header"] for split in splits.values()]
-    skipped = [s for h in headers for s in h.get("skipped_first", [])]
-    lines = [
-        f"source: {headers[0]['source']}",
-        f"skipped: {sum(h.get('skipped', 0) for h in headers)}",
-    ]
-    lines += [f"  {k}: {why}" for k, why in skipped[:4]] + headers[0].get("notes", [])
-    lines += tag_lines(splits) if splits["train"]["header"].get("tags") else []
-    lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
-    return [piece for line in lines for piece in textwrap.wrap(line, 62, subsequent_indent="   ")][
-        :16
-    ]
-
-
-def tag_lines(splits):
-    """How many tags there are and a picture has, and the most frequent ones with the pictures that
-    they are on.
-    """
-    words, planes = (
-        splits["train"]["header"]["tags"],
-        [np.asarray(s["tags"]) for s in splits.values()],
-    )
-    if planes[0].dtype != np.int32:
-        return [
-            f"{len(words)} tags, of an older packing: remove it, and make it again with data.py"
-        ]
-    count = sum(np.bincount(p[p >= 0], minlength=len(words)) for p in planes)
-    each = np.concatenate([(p >= 0).sum(1) for p in planes])
-    most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])
-    return [
-        f"{len(words)} tags, {each.mean():.1f} an image ({each.max()} at most, none on {(each == 0).mean():.0%}), "
-        f"{(count < 10).sum()} on fewer than 10 images: {most}, ..."
-    ]
 
 
 # ---- a sheet of maps and masks -------------------------------------------------------------------
@@ -528,16 +381,6 @@ def learning_curves(path, groups, thumbnail, threshold, title):
         axes[0].legend(loc="lower right")
 
 
-def snapshot_curve(path, points, others, title):
-    """points [(epoch, Top-1 in percent)]; others {name: Top-1} as horizontal lines."""
-    with panels(path, title, 1, 1, (6.0, 3.8)) as axis:
-        axis.plot(*zip(*points, strict=True), "o-", color=BLUE, label="snapshots")
-        controls(axis, zip(others.values(), ("--", ":"), others, strict=False))
-        axis.set(xlabel="epoch", ylabel="ridge probe Top-1, %")
-        percent(axis)
-        axis.legend()
-
-
 # ---- where classes lie ---------------------------------------------------------------------------
 
 
@@ -548,38 +391,6 @@ def principal(x, k):
     from sklearn.decomposition import PCA
 
     return PCA(k, svd_solver="covariance_eigh").fit_transform(x.double().numpy())
-
-
-def scatter(path, train, labels, held, held_labels, names, title, most=8):
-    """Left: principal components of held features (no labels used). Right: discriminants fitted on
-    train.
-
-    Fisher's linear discriminants, the covariance within classes shrunk by 10 % towards a multiple
-    of I.
-    """
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    shown = torch.bincount(labels, minlength=len(names)).argsort(descending=True, stable=True)[
-        :most
-    ]
-    inside, own = torch.isin(held_labels, shown), torch.isin(labels, shown)
-    fisher = LinearDiscriminantAnalysis("eigen", shrinkage=0.1).fit(
-        train[own].double().numpy(), labels[own].numpy()
-    )
-    views = {
-        "Principal components (labels not used)": principal(held[inside], 2),
-        "Fisher's discriminants (fitted on train)": held[inside].double().numpy()
-        @ fisher.scalings_[:, :2],
-    }
-    with panels(path, title, 1, 2, (9.6, 4.4)) as axes:
-        for axis, (name, points) in zip(axes, views.items(), strict=True):
-            for c, colour, marker in zip(shown.tolist(), COLOURS, MARKERS, strict=False):
-                at, label = points[(held_labels[inside] == c).numpy()], str(names[c])[:16]
-                axis.scatter(
-                    *at.T, s=18, color=colour, marker=marker, alpha=0.75, lw=0, label=label
-                )
-            axis.set(title=name, xlabel="first", ylabel="second", xticks=[], yticks=[])
-        shared_legend(axes[0])
 
 
 def confusion(path, table, names, title):
@@ -598,92 +409,6 @@ def confusion(path, table, names, title):
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
         axis.set_yticks(range(len(labels)), labels, fontsize=size)
         axis.set(xlabel="class found", ylabel="true class")
-
-
-# ---- stress --------------------------------------------------------------------------------------
-
-
-def robustness(path, report, sweeps, title):
-    """Top-1 by level of every sweep, the clean level (dashed) and chance (dotted); single-level
-    ones as bars.
-    """
-    single = {
-        n: top1
-        for n, levels in report["robustness"].items()
-        if len(levels) == 1
-        for top1 in levels.values()
-    }
-    curves = {n: levels for n, levels in report["robustness"].items() if n not in single}
-    with panels(path, title, 2, 4, (11.5, 5.2), sharey=True) as axes:
-        *left, bars, sizes = axes.flat[: len(curves) + 2]
-        for axis, (name, levels) in zip(left, curves.items(), strict=True):
-            axis.plot(range(len(levels)), levels.values(), "o-", color=BLUE)
-            axis.set_xticks(range(len(levels)), levels)
-            axis.set(title=name, xlabel=sweeps[name][2])
-        bars.bar(range(len(single)), single.values(), 0.55, color=BLUE)
-        bars.set_xticks(range(len(single)), single)
-        bars.set(title="without colour")
-        plot_rows(sizes, report["resolution"], "side", "top1", "o-", color=BLUE)
-        sizes.set(title="resolution", xlabel="side of the view, px", xscale="log")
-        sides = [r["side"] for r in report["resolution"]]
-        some = [
-            b for a, b in zip([0, *sides], sides, strict=False) if b > 1.3 * a
-        ]  # labels must not touch
-        sizes.set_xticks(some, some)
-        sizes.minorticks_off()
-        for i, axis in enumerate(axes.flat):
-            controls(axis, [(report["clean"], "--", None), (report["chance"], ":", None)])
-            axis.set_visible(i < len(curves) + 2)
-        for axis in axes[:, 0]:
-            axis.set(ylabel="Top-1, % (dashed: clean)")
-            percent(axis, low=0)
-
-
-def parts(path, report, title):
-    """Top-1 with each part painted gray, beside the same shape elsewhere."""
-    rows = report["parts"]
-    kinds = {
-        "hidden": (-0.2, BLUE, "", "the part is gray"),
-        "control": (0.2, ORANGE, "//", "the same shape elsewhere is gray"),
-    }
-    with panels(path, title, 1, 1, (7.2, 3.6)) as axis:
-        for key, (shift, colour, hatch, label) in kinds.items():
-            place, values = np.arange(len(rows)) + shift, [r[key] for r in rows.values()]
-            axis.bar(place, values, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
-        controls(axis, [(report["clean"], "--", "clean"), (report["chance"], ":", "chance")])
-        axis.set_xticks(
-            range(len(rows)), [f"{n}\n{100 * r['area']:.1f} %" for n, r in rows.items()], fontsize=9
-        )
-        axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %")
-        percent(axis, low=0)
-        shared_legend(axis)
-
-
-def reconstruction(path, rows, title):
-    """PSNR on hidden pixels by ratio, a line per strategy; dotted: the mean colour of what is seen,
-    random masks.
-    """
-    of = {
-        name: [r for r in rows if r["strategy"] == name]
-        for name in dict.fromkeys(r["strategy"] for r in rows)
-    }
-    with panels(path, title, 1, 2, (9.8, 4.2)) as axes:
-        for axis, key, label in zip(
-            axes, ("psnr", "ssim"), ("PSNR on hidden pixels, dB", "SSIM there"), strict=True
-        ):
-            for i, (name, own) in enumerate(of.items()):
-                style = {
-                    "color": COLOURS[i % 8],
-                    "marker": MARKERS[i % 8],
-                    "ls": "-" if i < 8 else "--",
-                    "ms": 5,
-                }
-                plot_rows(axis, own, "ratio", key, label=name, **style)
-            axis.set(xlabel="share of patches hidden", ylabel=label)
-        plot_rows(
-            axes[0], of.get("random", []), "ratio", "psnr_flat", ":", color=INK, label="mean colour"
-        )
-        shared_legend(axes[0])
 
 
 # ---- verification --------------------------------------------------------------------------------

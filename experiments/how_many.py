@@ -37,17 +37,20 @@ def measure(found, task, fit, draws):
     """Yield (feature, pictures of each character, (draws, n) bool: which pictures of the split were
     named rightly).
     """
-    labels, groups = task.train["labels"], data.groups_of(task.train)
+    labels = task.train["labels"]
+    _, choose, where = features.hold_out(task.splits)
+    truth = task.splits[where]["labels"][choose]
     classes, largest = len(task.train["header"]["classes"]), int(labels[fit].bincount().max())
     work = [(each, draws, name) for each in EACH if each < largest for name in FEATURES]
     for each, n, name in progress(work + [(largest, 1, name) for name in FEATURES], "fits"):
         right = []
         for draw in range(n):
             rows = drawn_rows(fit, labels, each, draw)
+            x = found[name]
             scores, _ = metrics.logistic_probe(
-                found[name]["train"][0][rows], labels[rows], classes, groups[rows]
+                x["train"][rows], labels[rows], x[where][choose], truth, classes
             )
-            right.append(scores(found[name]["val"][0]).argmax(1) == task.split["labels"])
+            right.append(scores(x["val"]).argmax(1) == task.split["labels"])
         yield name, each if each < largest else "all", torch.stack(right)
 
 
@@ -81,7 +84,7 @@ def main():
     encoder, untrained = (net.to(task.device).requires_grad_(False) for net in both)
     found = features.of_controls(Path(args.run).parent, untrained, size, task)
     home = features.results_folder(args.run, task.folder, task.args.split)
-    found |= features.of_run(home, args.run, encoder, size, task)[0]
+    found |= features.of_run(home, args.run, encoder, size, task)
     made = {"machine": machine(task.device), "commit": commit(), "command": command()}
     rows, held, fit = [], data.groups_of(task.split), features.hold_out(task.splits)[0]
     for name, each, right in measure(found, task, fit, args.draws):

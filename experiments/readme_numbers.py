@@ -35,7 +35,7 @@ from ingest import toon
 ROOT = Path(__file__).resolve().parent.parent
 MASKS = ("attn_high", "random")  # the first run also draws the demo set
 PICTURES = ("recon", "masks", "curves")  # of pretrain.py
-PROBE_PICTURES = ("attention", "patches", "neighbours", "scatter")
+PROBE_PICTURES = ("attention", "patches", "neighbours")
 
 
 def run(folder, *words):
@@ -75,7 +75,7 @@ def probed(out):
         for name, row in rows.items()
         if "logistic" in row
     }
-    names = ("mean", "extremes", "untrained mean", "untrained extremes", "chance")
+    names = ("mean", "extremes", "untrained extremes", "chance")
     best = max(x for name, x in top1.items() if name.startswith("thumb"))
     return {"probe_" + name.replace(" ", "_"): top1[name] for name in names} | {
         "probe_best_thumbnail": best

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from common import evaluate
-from common.compare import markdown, plus_minus
 from common.io import UserError, read_json, save_json, save_text
 from common.stats import mean_std
 from common.tables import save_csv
@@ -51,6 +50,19 @@ PHASES = {  # in the title of a section, and among its threats
 }
 SLOW = 1.3  # times the median
 BEGIN, END = "<!-- experiments.study writes from here -->", "<!-- to here -->"
+
+
+def plus_minus(x, digits=1, missing="not reached"):
+    """{"mean", "std"} -> "84.20 ± 0.31"; `missing` for None."""
+    if x is None:
+        return missing
+    return f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if x["std"] is not None else "")
+
+
+def markdown(head, rows):
+    """-> lines of a Markdown table."""
+    first, *lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return [first, "|---" * len(head) + "|", *lines]
 
 
 def open_folder(folder):

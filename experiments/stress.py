@@ -66,7 +66,7 @@ def parse_args():
     add(
         "--pool",
         default="mean",
-        choices=features.POOLS[:3],
+        choices=features.POOLS,
         help="pooling of the tokens that the probe sees",
     )
     add(
@@ -122,16 +122,16 @@ def fit_probe(task):
     """The headline of probe.py, logistic regression on clean train features: task.scores(features
     (n, D)) -> (n, C).
     """
-    found, _ = features.of_run(task.out, task.run, task.encoder, task.size, task)
-    fit, _, _ = features.hold_out(task.splits)
-    x, labels, groups = (
-        found[task.args.pool]["train"][0],
-        task.train["labels"],
-        data.groups_of(task.train),
-    )
+    found = features.of_run(task.out, task.run, task.encoder, task.size, task)[task.args.pool]
+    fit, choose, where = features.hold_out(task.splits)
+    labels = {name: split["labels"] for name, split in task.splits.items()}
     with working("fitting the probe"):
         task.scores, _ = metrics.logistic_probe(
-            x[fit], labels[fit], len(task.train["header"]["classes"]), groups[fit]
+            found["train"][fit],
+            labels["train"][fit],
+            found[where][choose],
+            labels[where][choose],
+            len(task.train["header"]["classes"]),
         )
 
 
@@ -146,7 +146,7 @@ def right_of(task, spoil=None, rows=None, encoder=None, size=None, chunk=data.CH
             spoil(images, some) if spoil else images, *data.full_boxes(len(some)), size
         )
         with task.autocast():
-            found.append(features.pooled(encoder, view, False)[task.args.pool].half().cpu())
+            found.append(features.pooled(encoder, view)[task.args.pool].half().cpu())
     return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][rows]
 
 
@@ -332,6 +332,31 @@ def flat_guess(view, where):
     return torch.where(seen, view, colour.round().to(torch.uint8))
 
 
+def ssim_map(a, b):
+    """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n,
+    S, S).
+
+    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance;
+    mirrored borders.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    a, b = a.double().cpu(), b.double().cpu()
+
+    def blur(p):
+        return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = (
+        blur(a * a) - mean_a**2,
+        blur(b * b) - mean_b**2,
+        blur(a * b) - mean_a * mean_b,
+    )
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(3)
+
+
 @torch.no_grad()
 def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
     """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
@@ -353,7 +378,7 @@ def pixel_scores(view, pasted, where, foreground):
     """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of
     the flat guess.
     """
-    similarity, regions = metrics.ssim_map(pasted, view), {"": where}
+    similarity, regions = ssim_map(pasted, view), {"": where}
     if foreground is not None:
         regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
     scores = {"psnr_flat": metrics.psnr(flat_guess(view, where), view, where)}
@@ -488,14 +513,16 @@ def check(task):
 
 def draw(task, report, names):
     """The pictures of a report."""
-    from common import plots  # matplotlib takes a second to load
+    from experiments import stress_figures  # matplotlib takes a second to load
 
     out, run = task.out, task.run.name
     if "robustness.png" in names:
-        plots.robustness(out / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run}")
+        stress_figures.robustness(
+            out / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run}"
+        )
     if "parts.png" in names:
-        plots.parts(out / "parts.png", report, f"Recognised by which part? {run}")
-    plots.reconstruction(
+        stress_figures.parts(out / "parts.png", report, f"Recognised by which part? {run}")
+    stress_figures.reconstruction(
         out / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run}"
     )
 

@@ -7,8 +7,9 @@ and the claim. TEST there says when it is supported or refuted.
 
 import numpy as np
 
-from common import metrics, stats
-from experiments import plans
+from common import metrics
+from common.stats import bootstrap, from_bits, mean_std
+from experiments import plans, stats
 
 UNITS = {
     "top1": "points of Top-1",
@@ -78,12 +79,10 @@ def measure(test, plan, rows, groups):
         return result | of_differences(
             [a["metrics"][what] - b["metrics"][what] for a, b in pairs], claim
         )
-    right = [
-        [stats.from_bits(row["right"][BITS[what]], len(groups)) for row in pair] for pair in pairs
-    ]
+    right = [[from_bits(row["right"][BITS[what]], len(groups)) for row in pair] for pair in pairs]
     each = np.array([100.0 * a - 100.0 * b for a, b in right])  # (seeds, images)
     result |= of_differences(each, claim, groups) | {"over": "seeds and illustrations"}
-    return result if result["p"] is None else result | {"bootstrap": stats.bootstrap(each, groups)}
+    return result if result["p"] is None else result | {"bootstrap": bootstrap(each, groups)}
 
 
 def pair_up(test, rows):
@@ -330,9 +329,9 @@ def line(test):
 
 
 def with_interval(values):
-    """-> stats.mean_std, and "half" of the 95 % t interval over seeds; None where they allow none."""
+    """-> mean_std, and "half" of the 95 % t interval over seeds; None where they allow none."""
     t = stats.paired_t(values)
-    return stats.mean_std(values) | {"half": t and t["high"] - t["mean"]}
+    return mean_std(values) | {"half": t and t["high"] - t["mean"]}
 
 
 def summary(plan, rows, groups):

@@ -598,6 +598,7 @@ def show(args):
     claim([path], fix="move it away")
     from common import plots  # heavy: only when a picture is asked for
     from data import open_split
+    from ingest import sheet
 
     if is_packed(args.path):
         names = [
@@ -606,7 +607,7 @@ def show(args):
             if (Path(args.path) / f"{n}.safetensors").exists()
         ]
         with working("drawing the sheet"):
-            plots.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+            sheet.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
         return f"{path} written; next: {to_learn(args.path)}"
     records, fetch, _ = sources.find(args.path, args.boxes, "-")
 

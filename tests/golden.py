@@ -150,7 +150,7 @@ SECOND = {  # these stand on runs/random
     "scratch": [
         finetune("scratch", "--method", "full", "--from-scratch", "--keep", 1, "--hold-out", 1)
     ],
-    "probe": [["probe.py", "runs/random", "runs/simmim", "--data", "packed", "--blocks", *CPU]],
+    "probe": [["probe.py", "runs/random", "runs/simmim", "--data", "packed", *CPU]],
     "headline": [["probe.py", "runs/block", "--data", "packed", "--headline", *CPU]],
     "refined": [
         [

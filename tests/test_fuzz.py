@@ -453,17 +453,7 @@ UNUSED = [
     ),
     (TUNE, "--method lora", "--unfreeze-every 1"),
     (TUNE, "--method lora --head ifa", "--pool cls|--pool mean"),
-    (
-        PROBE,
-        "--headline",
-        "--reference runs/nano|--threshold 50|--views 2|--blocks|--snapshots|--claim 1|--out new",
-    ),
-    (
-        PROBE,
-        "--views 1",
-        "--threshold nan|--threshold inf|--claim nan|--claim 1|--out new|"
-        "--threshold 50 --reference runs/nano",
-    ),
+    (PROBE, "--headline", "--out new"),
     (NAME, PICTURE, "--data datasets/tiny|--eval-on val|--verify"),
     (
         NAME,

@@ -74,7 +74,7 @@ ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F
 
 
 def save_features(base):
-    save_safetensors({"train.mean": torch.zeros(1, 8, 8)}, base / "features.safetensors", CACHED)
+    save_safetensors({"train.mean": torch.zeros(8, 8)}, base / "features.safetensors", CACHED)
 
 
 def save_recogniser(base):
@@ -145,8 +145,7 @@ def view():
     return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
 
 
-CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32", "views": 1}
-CACHED |= {"blocks": False}
+CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32"}
 
 
 def use_features(base):

@@ -17,10 +17,19 @@ from conftest import ROOT, refused, stage
 
 import pretrain
 import probe
-from common import stats
 from common.checkpoints import save_model
 from common.io import UserError
-from experiments import plans, readme_numbers, report, study, study_figures, study_run, verdicts
+from common.stats import from_bits, to_bits
+from experiments import (
+    plans,
+    readme_numbers,
+    report,
+    stats,
+    study,
+    study_figures,
+    study_run,
+    verdicts,
+)
 from model import MAE
 
 PRETRAIN = """
@@ -788,7 +797,7 @@ def test_a_claim_is_refuted_by_one_side_of_the_t_test_and_seeds_follow_from_powe
         and stats.seeds_needed(1.0, 0.8) == 8
     )
     right = np.random.default_rng(0).random(13) < 0.5
-    assert (stats.from_bits(stats.to_bits(right), 13) == right).all()
+    assert (from_bits(to_bits(right), 13) == right).all()
 
 
 IMAGES = 400
@@ -816,7 +825,7 @@ def synthetic(plan, top1, quick, noise=0.4, final=60.0):
                 "seed": seed,
                 "arm": arm,
                 "metrics": {"top1": 100 * right.mean()},
-                "right": {k: stats.to_bits(right) for k in ("logistic", "cutout")},
+                "right": {k: to_bits(right) for k in ("logistic", "cutout")},
                 "curve": {
                     "epoch": epoch.tolist(),
                     "linear": knn.tolist(),
@@ -930,7 +939,7 @@ def test_few_seeds_or_seeds_that_tie_get_no_interval_no_p_and_no_colour(
             right = np.arange(IMAGES) < (240 if arm == "attn_high" else 235)
             for row in own.values():
                 row |= {
-                    "right": dict.fromkeys(("logistic", "cutout"), stats.to_bits(right)),
+                    "right": dict.fromkeys(("logistic", "cutout"), to_bits(right)),
                     "curve": own[0]["curve"],
                 }
                 row["metrics"]["top1"] = 100 * right.mean()
@@ -1127,7 +1136,7 @@ def test_what_comes_after_pre_training_has_its_own_difference():
     rng = np.random.default_rng(0)
     for own in rows.values():
         for row in own.values():
-            row["right"]["finetuned"] = stats.to_bits(
+            row["right"]["finetuned"] = to_bits(
                 rng.random(IMAGES) < row["metrics"]["finetuned"] / 100
             )
     with_bits = verdicts.summary(plan, rows, GROUPS)[1]["finetuned_difference"]
