@@ -349,7 +349,7 @@ def judge(task, net, split, rows):
 
 def open_task(flags, device, autocast):
     """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
-    held, splits = flags.eval_on, open_splits(flags.data, flags.eval_on)
+    held, splits = flags.split, open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, boxes=flags.boxes, seed=flags.seed)
     task.train, task.report = splits["train"], splits[held]
     task.rows, rows, chosen = hold_out(splits)
@@ -479,15 +479,15 @@ def fit(flags, device, autocast):
     row = results(task, net)
     recipe = {name: flags.values[name] for name in RECIPE}
     about = {"command": command(), "machine": train.machine(device), "commit": train.commit()}
-    about |= {"evaluated_on": flags.eval_on, "seconds": run.seconds(), "config": recipe}
+    about |= {"evaluated_on": flags.split, "seconds": run.seconds(), "config": recipe}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     about |= {"run": out.name, "data": flags.data, "seed": task.seed}
-    save_json(about | row, out / f"metrics{split_suffix(flags.eval_on)}.json")
+    save_json(about | row, out / f"metrics{split_suffix(flags.split)}.json")
     run.close()
     print(
-        f"{flags.eval_on:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
+        f"{flags.split:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
         f"{row['faces']} faces on {row['pages']} pages\nwrote    {out}/ after {run.seconds():.0f} s\n"
         f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found"
     )
@@ -566,7 +566,7 @@ def parse_flags():
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
+    add("--split", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     add = parser.add_argument_group("pictures").add_argument
@@ -586,7 +586,7 @@ def main():
         if flags.encoder:
             raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
-        flags.take_saved(state["config"], free=("device", "log", "eval_on"))
+        flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
     if not flags.encoder:
         raise UserError("ENCODER is missing; python detect.py weights/toon trains on ours")

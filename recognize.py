@@ -105,7 +105,7 @@ def parse_args():
     add("--verify", action="store_true", help="measure verification and strangers on a packed set")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
     add(
-        "--eval-on",
+        "--split",
         default="val",
         choices=["val", "dev", "test", "train"],
         help="split of --verify",
@@ -140,7 +140,7 @@ def check(args):
     refuse_unused(
         args,
         (
-            ("data eval-on", task == "verify", "is for --verify"),
+            ("data split", task == "verify", "is for --verify"),
             (
                 "threshold",
                 task in ("name", "verify"),
@@ -566,14 +566,14 @@ def verify(args, net, header, gallery, autocast):
     from common import plots  # matplotlib takes half a second to load
 
     folder = Path(data.open_or_pack(args.data or header["data"]))
-    home = results_folder(args.run, folder, args.eval_on, header["data"])
-    claim([home / "recognize.json"], fix="choose another --data or --eval-on")
-    found = faces_of(args, net, gallery, folder, args.eval_on, autocast)
+    home = results_folder(args.run, folder, args.split, header["data"])
+    claim([home / "recognize.json"], fix="choose another --data or --split")
+    found = faces_of(args, net, gallery, folder, args.split, autocast)
     split, rows, embeddings, own, who, margin, sure = found
     row = {
         "run": str(args.run),
         "data": str(folder),
-        "split": args.eval_on,
+        "split": args.split,
         "threshold": gallery["threshold"],
     }
     unit, labels = compared(embeddings, gallery), split["labels"][rows]
@@ -599,7 +599,7 @@ def verify(args, net, header, gallery, autocast):
         )
     if not {"verification", "open_set"} & row.keys():
         raise UserError(
-            f"{folder} has neither two labelled characters in {args.eval_on}, nor strangers to measure"
+            f"{folder} has neither two labelled characters in {args.split}, nor strangers to measure"
         )
     row |= {
         "command": command(),

@@ -437,7 +437,7 @@ def overlay(view, mask):
 
 def open_task(flags, device, autocast):
     """What a run works with: frames of each split, the encoder, the side S of a view in pixels."""
-    held, splits = flags.eval_on, open_splits(flags.data, flags.eval_on)
+    held, splits = flags.split, open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed, held=held)
     task.learn_from = flags.learn_from
     classes = splits["train"]["header"]["classes"]
@@ -650,7 +650,7 @@ def parse_flags():
     add("--pixel-steps", type=at_least(1), default=800, metavar="N", help="of stage 3")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add("--eval-on", default="val", choices=["val", "test", "dev"], help="split that is reported")
+    add("--split", default="val", choices=["val", "test", "dev"], help="split that is reported")
     add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     add = parser.add_argument_group("pictures").add_argument
@@ -669,7 +669,7 @@ def main():
         if flags.encoder:
             raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
-        flags.take_saved(state["config"], free=("device", "log", "eval_on"))
+        flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
     if not flags.encoder:
         raise UserError("ENCODER is missing; python segment.py weights/toon trains on ours")

@@ -247,7 +247,7 @@ def of_controls(folder, untrained, size, task):
 # ---- labelled rows: learned from, chosen by, reported --------------------------------------------
 
 
-def open_rows(folder, eval_on, hold_out):
+def open_rows(folder, held, hold_out):
     """-> what is learned from, chosen by and reported, and the names of the classes that are
     learned.
 
@@ -255,7 +255,7 @@ def open_rows(folder, eval_on, hold_out):
     the learned, -1 of others. All classes are learned but hold_out of them, always the same for one
     data set.
     """
-    splits = open_splits(folder, eval_on)
+    splits = open_splits(folder, held)
     if unlabelled := [name for name, split in splits.items() if not data.has_labels(split)]:
         raise UserError(
             f"{folder} has pictures without a label in {unlabelled[0]}, or only one class; python data.py "
@@ -299,7 +299,7 @@ def open_rows(folder, eval_on, hold_out):
             rows=rows[name],
             labels=own[splits[name]["labels"]],
         )
-        for name in ("train", "dev", eval_on)
+        for name in ("train", "dev", held)
     ]
     return sets, [classes[c] for c in chosen]
 

@@ -243,7 +243,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(pages, encoder, det, 
     assert len(steps) == 4
     a, b = (detect.load(p)[0].state_dict() for p in (det, pages / "runs/cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    call("detect.py", "--resume", "runs/cut", "--eval-on", "dev", cwd=pages, check=0)
+    call("detect.py", "--resume", "runs/cut", "--split", "dev", cwd=pages, check=0)
     assert (pages / "runs/cut/metrics-dev.json").exists() and len(steps) == 4
 
 

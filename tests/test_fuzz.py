@@ -454,11 +454,11 @@ UNUSED = [
     (TUNE, "--method lora", "--unfreeze-every 1"),
     (TUNE, "--method lora --head ifa", "--pool cls|--pool mean"),
     (PROBE, "--headline", "--out new"),
-    (NAME, PICTURE, "--data datasets/tiny|--eval-on val|--verify"),
+    (NAME, PICTURE, "--data datasets/tiny|--split val|--verify"),
     (
         NAME,
         "--enrol newcomer pictures/class0",
-        "--data datasets/tiny|--eval-on val|--threshold .5|--nearest 1|--json|--verify",
+        "--data datasets/tiny|--split val|--threshold .5|--nearest 1|--json|--verify",
     ),
     (NAME, "--verify", "--nearest 1|--crop figure|--enrol newcomer"),
     (
@@ -549,7 +549,7 @@ LOST = [
     [PROBE + ["--headline"], PROBE + ["--headline", "--data", "datasets/other"]],
     [STRESS + ["--only", "cutout"], STRESS + ["--only", "cutout", "--data", "datasets/other"]],
     [STRESS + ["--only", "cutout"], STRESS + ["--only", "cutout", "--split", "dev"]],
-    [NAME + ["--verify"], NAME + ["--verify", "--eval-on", "dev"]],
+    [NAME + ["--verify"], NAME + ["--verify", "--split", "dev"]],
     [NAME + ["--verify"], NAME + ["--verify", "--data", "datasets/other"]],
     [MAPS + ["--map", "saliency", "--out", "maps/tiny"]],
     [["maps.py", "--data", "datasets/other", "--map", "saliency", "--out", "maps/tiny"]],

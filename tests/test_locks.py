@@ -65,7 +65,7 @@ STAGES = {
         "new/.hf.lock",
     ),
     "verify": (
-        ["recognize.py", "new/lora", "--verify", "--data", "packed", "--eval-on", "test", *CPU],
+        ["recognize.py", "new/lora", "--verify", "--data", "packed", "--split", "test", *CPU],
         "new/lora/packed-test/.recognize.json.lock",
     ),
 }

@@ -264,7 +264,7 @@ def test_nothing_given_is_ignored(run, copy, tmp_path):
     picture = run[1] / "class1" / "illust3_0.png"
     for words in (
         (picture, "--data", "x"),
-        (picture, "--eval-on", "dev"),
+        (picture, "--split", "dev"),
         ("--verify", picture),
         ("--verify", "--nearest", 2),
         ("--verify", "--crop", "figure"),
@@ -313,7 +313,7 @@ def test_verification_and_strangers(copy, small, capsys, tmp_path):
     pictures = draw_folder(tmp_path / "pictures", 3, 20)
     shutil.copytree(draw_folder(tmp_path / "new", 1, 20, seed=5) / "class0", pictures / "somebody")
     call("data.py", pictures, "--out", tmp_path / "packed", "--size", 32, cwd=tmp_path, check=0)
-    words = ("--verify", "--data", tmp_path / "packed", "--eval-on", "train")
+    words = ("--verify", "--data", tmp_path / "packed", "--split", "train")
     told = recognise(capsys, copy, *words).out
     row = json.loads((copy / "packed-train" / "recognize.json").read_text())["open_set"]
     assert row["known"] > 30 and row["strangers"] > 5 and 0 <= row["auroc_unknown"] <= 100
@@ -339,7 +339,7 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
         (pictures / f"class{c}").rename(pictures / f"other{c}")
     call("data.py", pictures, "--out", tmp_path / "others", "--size", 32, cwd=tmp_path, check=0)
     told = recognise(
-        capsys, copy, "--verify", "--data", tmp_path / "others", "--eval-on", "train"
+        capsys, copy, "--verify", "--data", tmp_path / "others", "--split", "train"
     ).out
     row = json.loads((copy / "others-train" / "recognize.json").read_text())
     assert (

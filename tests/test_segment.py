@@ -365,7 +365,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
             segment.read_safetensors(place / f"{name}.safetensors")[0] for place in (learned, out)
         )
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    call("segment.py", "--resume", out, "--eval-on", "test", cwd=frames, check=0)
+    call("segment.py", "--resume", out, "--split", "test", cwd=frames, check=0)
     assert (out / "metrics-test.json").exists() and len(count) == 3
 
 
