@@ -15,13 +15,12 @@ from benchmarks import OUT, about
 from common.command import Parser, at_least, claim, cli, working
 from common.tables import save_csv
 from export import graph_of, library, save_onnx
-from finetune_lora import load_classifier
 
 
 @torch.no_grad()
 def measure(run, batches, turns):
     """Yield a row for each size of a batch of noise: medians of both."""
-    onnxruntime, (graph, facts) = library(), graph_of(run, load_classifier)
+    onnxruntime, (graph, facts) = library(), graph_of(run)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:

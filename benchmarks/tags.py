@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import OUT, about, now, status_mb
+from benchmarks import OUT, about, free_gb, now, status_mb
 from common import plots, train
 from common.command import Parser, at_least, claim, cli, working
 from common.tables import save_csv
@@ -78,10 +78,7 @@ def measure(args, device):
     for arm in ARMS:
         for V in args.words:
             row = {"arm": arm, "tags": V, "batch": args.batch_size, "model": args.model, "note": ""}
-            gb, free = (
-                need_gb(arm, V, args.batch_size, SIZES[args.model], device),
-                train.free_memory(device) / 2**30,
-            )
+            gb, free = need_gb(arm, V, args.batch_size, SIZES[args.model], device), free_gb(device)
             found = {"step_ms": "", "epoch_s": "", "peak_mb": ""}
             if gb > free:
                 row["note"] = (

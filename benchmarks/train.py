@@ -108,7 +108,7 @@ def on_paper(speed, batch, gradient_bytes, ranks=8, link=300e9, memory=3e12):
 
     A ring all-reduce moves 2 (R-1)/R times the gradient over each link (B/s; NVLink 4 has 450e9
     each way); to pack and unpack it reads and writes it twice (memory, B/s). What each GPU does
-    itself stays the same (common/distributed.py).
+    itself stays the same.
     """
     message = 2 * (ranks - 1) / ranks * gradient_bytes / link + 4 * gradient_bytes / memory
     return ranks * batch / (batch / speed + message)

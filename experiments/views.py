@@ -3,7 +3,8 @@
     python -m experiments.views dino --data datasets/faces20 --out runs/dino
 
 Reads:  datasets/NAME
-Writes: OUT/model.safetensors, an encoder that every stage takes, and log.jsonl
+Writes: OUT/model.safetensors, an encoder that every stage takes, log.jsonl and state.pt
+        (--resume OUT goes on from there)
 
 simclr  two crops of each image; each finds the other one among all crops of the batch by its CLS
         token (Chen et al. 2020, arXiv:2002.05709; common/agreement.py)
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     starting()  # torch takes two seconds to load
 
 import copy
+import shlex
 from pathlib import Path
 
 import torch
@@ -29,13 +31,15 @@ import data
 from common import train
 from common.agreement import Agreement
 from common.checkpoints import resize_positions
-from common.command import Parser, at_least, between, claim, cli, progress
+from common.command import Flags, Parser, at_least, between, cli
+from common.io import UserError
 from common.lora import save_encoder
 from kernels.gather import masked_patch_gather
 from model import SIZES, ViT
 
 PROTOTYPES, BOTTLENECK, HIDDEN = 1024, 128, 512
 SHARP, SHARPER = 0.1, 0.04  # temperatures of student and teacher
+WEIGHT_DECAY, CLIP = 0.05, 3.0  # CLIP: largest norm of the gradient
 CENTRE, LARGE = 0.9, 2  # how much of the centre stays in a step; crops that the teacher sees
 
 
@@ -63,33 +67,33 @@ def cls_of(encoder, view):
     return encoder(patches, ids, resize_positions(encoder.pos_embed, side))[:, 0].float()
 
 
-def crops(args, images, generator, side, shrink=1.0):
+def crops(flags, images, generator, side, shrink=1.0):
     """images u8 (B, ., ., 3) -> views u8 (B, side, side, 3); shrink: of the sides of a crop."""
-    boxes, flip = data.draw_boxes(len(images), generator, args.min_crop)
+    boxes, flip = data.draw_boxes(len(images), generator, flags.min_crop)
     room = boxes[:, 2:] * (1 - shrink)
     corner = boxes[:, :2] + torch.rand(len(images), 2, generator=generator) * room
     boxes = torch.cat([corner, boxes[:, 2:] - room], 1)
     draws = torch.rand(len(images), 3, generator=generator)
-    return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, args.jitter)
+    return data.jitter_colour(data.view_images(images, boxes, flip, side), draws, flags.jitter)
 
 
-def simclr(args, net, rows, images, generator, t):
+def simclr(flags, net, rows, images, generator, t):
     """NT-Xent of 2B views."""
     views = torch.stack(
-        [crops(args, images, generator, args.image_size) for _ in range(2)], 1
+        [crops(flags, images, generator, flags.image_size) for _ in range(2)], 1
     ).flatten(0, 1)
-    with args.autocast():
+    with flags.autocast():
         summary = cls_of(net["student"], views)
     return net["agreement"](summary, rows.repeat_interleave(2))
 
 
-def dino(args, net, rows, images, generator, t):
+def dino(flags, net, rows, images, generator, t):
     """Cross-entropy of the student's answers with the teacher's, of pairs of different crops."""
-    small = args.image_size // 2 // args.patch_size * args.patch_size
-    large = [crops(args, images, generator, args.image_size) for _ in range(LARGE)]
-    views = large + [crops(args, images, generator, small, 0.5) for _ in range(args.small)]
-    follow(net, 1 - (1 - args.momentum) * (1 - t))
-    with args.autocast():
+    small = flags.image_size // 2 // flags.patch_size * flags.patch_size
+    large = [crops(flags, images, generator, flags.image_size) for _ in range(LARGE)]
+    views = large + [crops(flags, images, generator, small, 0.5) for _ in range(flags.small)]
+    follow(net, 1 - (1 - flags.momentum) * (1 - t))
+    with flags.autocast():
         with torch.no_grad():
             taught = torch.stack(
                 [net["teacher_head"](cls_of(net["teacher"], view)) for view in large]
@@ -119,14 +123,14 @@ def follow(net, momentum):
 METHODS = {"simclr": simclr, "dino": dino}
 
 
-def build(args, train_set):
+def build(flags, train_set):
     """-> the networks by their names; what is drawn comes from --seed."""
-    torch.manual_seed(args.seed)
-    size = {k: SIZES[args.model][k] for k in ("dim", "depth", "heads")}
-    net = nn.ModuleDict({"student": ViT(args.image_size, args.patch_size, **size)})
-    if args.method == "simclr":
+    torch.manual_seed(flags.seed)
+    size = {k: SIZES[flags.model][k] for k in ("dim", "depth", "heads")}
+    net = nn.ModuleDict({"student": ViT(flags.image_size, flags.patch_size, **size)})
+    if flags.method == "simclr":
         net["agreement"] = Agreement(
-            size["dim"], train_set, {"temperature": args.temperature, "dcl": 0}
+            size["dim"], train_set, {"temperature": flags.temperature, "dcl": 0}
         )
         return net
     net["head"] = Head(size["dim"])
@@ -136,89 +140,68 @@ def build(args, train_set):
     return net
 
 
-def parse_args():
+def read_flags():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("method", choices=METHODS)
-    add("--data", required=True, metavar="DIR", help="packed set")
-    add("--out", required=True, metavar="DIR", help="run folder")
+    add("method", nargs="?", choices=METHODS)
+    add("--data", metavar="DIR", help="packed set")
+    add("--out", metavar="DIR", help="run folder")
+    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
     add("--model", choices=SIZES, default="nano")
     add("--image-size", type=at_least(16), default=64, metavar="PX")
     add("--patch-size", type=at_least(4), default=8, metavar="PX")
     add("--epochs", type=at_least(1), default=20)
     add("--batch-size", type=at_least(2), default=64, metavar="B")
     add("--lr", type=between(1e-9, 1), default=1e-3, help="peak learning rate")
-    add(
-        "--min-crop",
-        type=between(0.01, 1),
-        default=0.4,
-        metavar="AREA",
-        help="smallest share of an image in a crop",
-    )
-    add(
-        "--jitter",
-        type=between(0, 1),
-        default=0.3,
-        metavar="J",
-        help="brightness, contrast, saturation times 1 +- J",
-    )
+    add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
+    add("--jitter", type=between(0, 1), default=0.3, metavar="J", help="colours times 1 +- J")
     add("--temperature", type=between(0.01, 1), default=0.1, metavar="T", help="of simclr")
     add("--small", type=at_least(0), default=4, metavar="N", help="small crops, of dino")
-    add(
-        "--momentum",
-        type=between(0, 1),
-        default=0.99,
-        metavar="M",
-        help="of dino's teacher, rising to 1",
-    )
+    add("--momentum", type=between(0, 1), default=0.99, help="of dino's teacher, rising to 1")
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"])
-    return parser.parse_args()
+    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    flags = Flags(parser)
+    if flags.resume:
+        flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
+        flags.values["out"] = flags.resume
+    elif not (flags.method and flags.data and flags.out):
+        raise UserError(f"give a method ({', '.join(METHODS)}), --data and --out; or --resume RUN")
+    return flags
 
 
 def main():
-    args = parse_args()
-    out = Path(args.out)
-    claim([out / "model.safetensors"], out / ".lock")
-    device = train.pick_device(args.device)
-    args.autocast = train.autocast_of(device, train.pick_dtype(args.dtype, device)[0])
-    train_set = data.open_split(args.data, "train")
-    net, n = build(args, train_set).to(device).train(), len(train_set["labels"])
-    B = min(args.batch_size, n)
-    images, total, step = data.resident(train_set, device), args.epochs * (n // B), 0
-    optimizer = train.make_optimizer(net, args.lr, 0.05)
-    config = {
-        k: v for k, v in vars(args).items() if k not in ("given", "autocast", "out", "device")
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    log, meter = train.Log(out / "log.jsonl", -1), train.Meter(B, device)
-    bar = progress(total=total, unit="step")
-    for epoch in range(args.epochs):
-        order = data.epoch_order(n, args.seed, epoch)
-        for rows, batch in meter.timed(data.batches(images, order, B, device)):
-            loss = METHODS[args.method](
-                args, net, rows, batch, train.seeded(args.seed, epoch, step), step / total
-            )
+    flags = read_flags()
+    device = train.pick_device(flags.device)
+    flags.autocast = train.autocast_of(device, train.pick_dtype(flags.dtype, device)[0])
+    train_set = data.open_split(flags.data, "train")
+    images, n = data.resident(train_set, device), len(train_set["labels"])
+    B = flags.values["batch_size"] = min(flags.batch_size, n)
+    per_epoch = n // B
+    total = flags.epochs * per_epoch
+    net = build(flags, train_set).to(device).train()
+    optimizer = train.make_optimizer(net, flags.lr, WEIGHT_DECAY)
+    run = train.Run(flags, {"net": net, "optimizer": optimizer}, total, per_epoch, device)
+    for epoch in range(run.step // per_epoch, flags.epochs):
+        order = data.epoch_order(n, flags.seed, epoch)
+        for rows, batch in run.timed(data.batches(images, order, B, device, run.step % per_epoch)):
+            generator = train.seeded(flags.seed, epoch, run.step)
+            loss = METHODS[flags.method](flags, net, rows, batch, generator, run.step / total)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), 3.0)
-            lr = train.set_lr(optimizer, train.lr_at(step, total, 0.1 * total, args.lr))
+            norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
+            lr = train.set_lr(optimizer, train.lr_at(run.step, total, 0.1 * total, flags.lr))
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            bar.update()
-            meter.add(loss.detach(), norm)
-        row = meter.row(step, f"try a smaller --lr than {args.lr:g}")
-        log(step=step, epoch=epoch + 1, lr=lr, **row)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-    bar.close()
-    encoder = net["teacher" if args.method == "dino" else "student"]
-    save_encoder(
-        encoder, out / "model.safetensors", {"step": step, "run": config | {"data": args.data}}
-    )
-    print(
-        f"wrote    {out}/model.safetensors after {meter.seconds():.0f} s; next: python probe.py {out}"
-    )
+            run.update(loss, norm)
+            if run.logs_now:
+                run.log_step(lr=lr)
+            run.save_if_due()
+    encoder = net["teacher" if flags.method == "dino" else "student"]
+    save_encoder(encoder, run.out / "model.safetensors", {"step": run.step, "run": run.config})
+    run.close()
+    print(f"wrote    {run.out}/model.safetensors after {run.seconds():.0f} s")
+    print(f"next: python probe.py {shlex.quote(str(run.out))}")
 
 
 if __name__ == "__main__":

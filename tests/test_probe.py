@@ -22,18 +22,7 @@ from common.io import UserError
 from ingest import pack
 from model import ViT
 
-QUICK = [
-    "--device",
-    "cpu",
-    "--image-size",
-    "32",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "2",
-    "--decoder-depth",
-    "1",
-]
+QUICK = ["--device", "cpu", "--model", "nano:image_size=32", "--batch-size", "16", "--epochs", "2"]
 FAST = ["--device", "cpu", "--dtype", "fp32"]
 
 
