@@ -107,8 +107,7 @@ def at_size(weights, facts, image_size, path):
     size, p = image_size or facts["image_size"], facts["patch_size"]
     if size < p or size % p or not SIDE.fits(size):
         raise UserError(
-            f"{path} has patches of {p} px: an image size of {size} px is no multiple of it, or "
-            "too large"
+            f"{path} has patches of {p} px: --image-size {size} is no multiple of it, or too large"
         )
     resized = {
         k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")

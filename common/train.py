@@ -389,9 +389,12 @@ class Run:
 
     def drop_later_rows(self):
         """The checkpoint decides where a resumed run stands: rows of later steps leave the log."""
-        rows = [r for r in read_log(self.out / "log.jsonl") if r.get("step", math.inf) <= self.step]
-        rows = rows if self.step > 0 else []
-        save_text("".join(json.dumps(row) + "\n" for row in rows), self.out / "log.jsonl")
+        path = self.out / "log.jsonl"
+        rows = [r for r in read_log(path) if r.get("step", math.inf) <= self.step]
+        rows = rows if self.step > 0 else []  # those before a checkpoint are written again
+        if self.step > 0 and not rows:
+            raise UserError(f"{path} holds no row of this run any more; {anew(self.path)}")
+        save_text("".join(json.dumps(row) + "\n" for row in rows), path)
 
     def log(self, **row):
         """A line of log.jsonl; its numbers go to TensorBoard or wandb, too, where asked."""

@@ -96,7 +96,7 @@ def recognised(folder, encoder, results):
     output = subprocess.run(words, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
     answers = [json.loads(line) for line in output.splitlines()]
     metrics = json.loads((lora / "metrics.json").read_text())
-    shutil.copy(lora / "confused.png", results / "figures")
+    shutil.copy(lora / "confusion.png", results / "figures")
     return {
         "command_seconds": round(seconds),
         "top1": round(metrics["top1"], 1),
