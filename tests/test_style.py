@@ -138,11 +138,11 @@ LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
     "README.md": 1766,
     "results/STUDY.md": 13459,
-    "docs/glossary.md": 1651,
+    "docs/glossary.md": 1645,
     "docs/own_data.md": 1574,
     "docs/recognition.md": 1910,
     "docs/results.md": 1984,
-    "docs": 13584,
+    "docs": 13578,
 }
 
 
