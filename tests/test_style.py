@@ -142,7 +142,7 @@ EXCEPTIONS = {  # today's words of the pages that are too long
     "docs/own_data.md": 1574,
     "docs/recognition.md": 1910,
     "docs/results.md": 1984,
-    "docs": 13578,
+    "docs": 13569,
 }
 
 
