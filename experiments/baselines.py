@@ -38,13 +38,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from common import metrics, plots
+from common import metrics, plots, stats
 from common.classifier import pooled_of, predict
 from common.command import Parser, at_least, between, cli, refuse_file, working
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
-from experiments import convnets, stats
+from experiments import convnets
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
 from experiments.corruptions import SWEEPS
@@ -592,7 +592,7 @@ def against(seeds, best, split):
     groups, n = data.groups_of(split).numpy(), len(split["labels"])
     both = sorted(seeds.keys() & best.keys())
     right = [[stats.from_bits(rows[s]["right"], n) for s in both] for rows in (seeds, best)]
-    found = metrics.bootstrap(100.0 * (np.int8(right[0]) - np.int8(right[1])), groups)
+    found = stats.bootstrap(100.0 * (np.int8(right[0]) - np.int8(right[1])), groups)
     return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
