@@ -397,7 +397,7 @@ def by_config(reports):
     named = {}
     for seeds in groups.values():
         first = next(iter(seeds.values()))
-        names = re.sub(r"-s\d+$", "", first["run"]), first["run"], first["path"]
+        names = re.sub(r"-s(eed-)?\d+$", "", first["run"]), first["run"], first["path"]
         named[next(name for name in names if name not in named)] = seeds
     return named
 
