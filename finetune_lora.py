@@ -31,7 +31,17 @@ import data
 import mask as masking
 from common import classifier, gallery, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
+from common.command import (
+    Flags,
+    Parser,
+    at_least,
+    between,
+    claim,
+    cli,
+    command,
+    drawing,
+    parse_keys,
+)
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
@@ -582,6 +592,7 @@ def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
     if flags.resume and done.exists():
+        claim([], Path(flags.out) / ".lock")  # a killed process may have left its own
         print(f"run      {flags.out} is finished: {done}; --split test judges it on another split")
         return
     device = train.pick_device(flags.device)

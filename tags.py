@@ -37,7 +37,17 @@ from torch import nn
 import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
-from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
+from common.command import (
+    Flags,
+    Parser,
+    at_least,
+    between,
+    claim,
+    cli,
+    command,
+    drawing,
+    parse_keys,
+)
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, read_safetensors, save_json, save_safetensors
@@ -899,6 +909,7 @@ def main():
         complete(flags)
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
     if flags.resume and done.exists():
+        claim([], Path(flags.out) / ".lock")  # a killed process may have left its own
         print(f"run      {flags.out} is finished: {done}; --split test judges it on another split")
         return
     task = open_task(flags, device, autocast)

@@ -18,7 +18,7 @@ from common import metrics
 from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
 from common.evaluate import extremes
-from common.fields import SIDE, TEXT, check_fields, check_finite, table_of
+from common.fields import SIDE, TEXT, check_fields, check_finite, short, table_of
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from model import MAE, ViT, shape_of
@@ -201,7 +201,7 @@ def cached(path, header, make):
     check_fields(there, CACHED, path, remedy)
     if there["model"] != header["model"]:
         raise UserError(
-            f"{path} holds features of another model ({there['model']}, this one is "
+            f"{path} holds features of another model ({short(there['model'])}, this one is "
             f"{header['model']}); {remedy}"
         )
     if tensors is None or there != header:

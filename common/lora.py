@@ -23,6 +23,7 @@ from common.fields import (
     check_finite,
     number,
     one_of,
+    short,
     table_of,
     whole,
 )
@@ -174,7 +175,9 @@ def read_adapter(folder, encoder):
             )
         layers[name] = A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if header and header["fingerprint"] != fingerprint(encoder):
-        base = f"{config.get('base_model_name_or_path')}, fingerprint {header['fingerprint']}"
+        base = (
+            f"{config.get('base_model_name_or_path')}, fingerprint {short(header['fingerprint'])}"
+        )
         raise UserError(
             f"the adapter in {folder} is for {base}; this encoder's is {fingerprint(encoder)}"
         )

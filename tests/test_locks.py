@@ -349,10 +349,8 @@ def test_four_kills_of_each_stage_lose_nothing(fresh, name):
         process.kill()
         ended(process)
         check_whole(fresh / "new")
-        again = [*words, *["--resume"] * ("new/run" in words)]
-        if words[0] == "finetune_lora.py":
-            begun = (fresh / "new/run/state.pt").exists()
-            again = [words[0], "--resume", "new/run"] if begun else words
+        begun = (fresh / "new/run/state.pt").exists()
+        again = [words[0], "--resume", "new/run"] if begun else words
         done = ended(started(again, fresh))
         if done.returncode:
             assert "is there already" in refused(done)
