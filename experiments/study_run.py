@@ -78,7 +78,7 @@ def commands(job, args, ready):
         *number_format(plan),
     ]
     every = {
-        "pretrain": going_on(["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out], out),
+        "pretrain": ["pretrain.py", "--eval-every", "1", *recipe, *on, "--out", out],
         "probe": probe + ([] if is_whole(job) else ["--headline"]),
         "stress": [
             "-m",
@@ -89,16 +89,16 @@ def commands(job, args, ready):
             "--images",
             "1000000",
         ],
-        "finetune": going_on(
-            ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full"],
-            f"{out}-full",
-        ),
+        "finetune": ["finetune_lora.py", out, "--method", "full", *on, "--out", f"{out}-full"],
     }
     return {stage: every[stage] for stage in job["stages"]}
 
 
-def going_on(words, out):
-    """A command of a stage -> the same, or what goes on with the run that it left in `out`."""
+def going_on(words):
+    """A command -> the same, or what goes on with the run that it left in its --out."""
+    if "--out" not in words:
+        return words
+    out = words[words.index("--out") + 1]
     begun = (Path(out) / "state.pt").exists()
     return [words[0], "--resume", str(out)] if begun else words
 
@@ -142,7 +142,7 @@ def run_one(job, args, ready):
                 continue
             start_time = time.perf_counter()
             try:
-                execute(words, out / "study.log", args.threads, lock)
+                execute(going_on(words), out / "study.log", args.threads, lock)
             except UserError as problem:
                 if stage != "pretrain" or "the loss is not finite" not in str(problem):
                     raise
@@ -332,7 +332,7 @@ def adapt_rows(args, path):
                 continue
             if not there:
                 with locked(lock_beside(out), wait=True) as lock:
-                    words = going_on(words, out)
+                    words = going_on(words)
                     execute(words, out.with_suffix(".log"), args.threads, lock)
             found = json.loads(scores.read_text())
             found = found["config"] | found | {"phase": phase, "result": method}
