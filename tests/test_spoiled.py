@@ -126,6 +126,7 @@ def save_run(base):
     state |= {"config": {"epochs": 1}, "step": 1, "seconds": 2.0}
     (base / "run").mkdir()
     train.save_state(state, base / "run/state.pt")
+    (base / "run/log.jsonl").write_text('{"step": 0}\n')
 
 
 @pytest.fixture(scope="module")
