@@ -112,7 +112,7 @@ def open_or_pack(path, image_size=128):
         return path
     out = default_out(path)
     if not (out / "train.safetensors").exists():
-        pack(path, out, max(128, image_size))
+        pack(path, out, size=max(128, image_size))
     elif Path(open_split(out, "train")["header"]["source"]).resolve() != path.resolve():
         fix = f"python data.py {shlex.quote(str(path))} --out datasets/OTHER, then --data that"
         raise UserError(f"{out} was packed from another place; {fix}")

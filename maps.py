@@ -44,7 +44,7 @@ from common.command import (
     command,
     progress,
     refuse_file,
-    refuse_unused,
+    refuse_others,
     working,
 )
 from common.evaluate import hide_at_random, predict
@@ -117,23 +117,14 @@ def parse_args():
 def check(args):
     """What is missing, and what does not go together; then the defaults."""
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
-    by_colours, own = (
-        args.map == "saliency" and args.quality == "coarse",
-        f", not for --map {args.map}",
-    )
-    refuse_unused(
-        args,
-        (
-            ("quality", args.map in ("saliency", "parts"), f"is for --map saliency and parts{own}"),
-            ("source", args.map == "attn", f"is for --map attn{own}"),
-            ("parts", args.map == "parts", f"is for --map parts{own}"),
-            (
-                "run dtype",
-                not by_colours,
-                "is for an encoder, and coarse saliency uses none (--quality refined does)",
-            ),
-        ),
-    )
+    by_colours = args.map == "saliency" and args.quality == "coarse"
+    own = {"attn": "source", "saliency": "quality", "parts": "quality parts", "all": ""}[args.map]
+    task = f"--map {args.map}"
+    if by_colours:
+        task += " of coarse quality"
+    else:
+        own += " run dtype"
+    refuse_others(args.given, f"data map split out device {own}", task)
     refuse_file(args.out or "maps")
     if args.map == "attn" and args.run:
         args.source = args.source or guidance.default_source(flags_of(args.run), args.run)

@@ -42,7 +42,7 @@ import data
 import tags
 from common import metrics
 from common.classifier import head_of, pooled_of, predict
-from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_unused
+from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_others
 from common.features import results_folder
 from common.fields import refuse_odd_name, shown
 from common.gallery import compared, decide, load_gallery, save_gallery
@@ -57,6 +57,13 @@ FEW, PAIRS_OF = (
     4000,
 )  # pictures that an enrolment needs; images of which all pairs are compared, at most
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
+FLAGS = {  # of each task
+    "name": "threshold json nearest tags detect crop device dtype",
+    "enrol": "enrol crop device dtype",
+    "forget": "forget",
+    "list": "list json",
+    "verify": "verify data split threshold json device dtype",
+}
 FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, that are reported
 
 
@@ -128,39 +135,16 @@ def check(args):
         raise UserError(f"--{tasks[0]} and --{tasks[1]} are two tasks; give one of them")
     task = (tasks or ["name"])[0]
     if task in ("name", "enrol") and not args.images:
-        raise UserError(
-            "give pictures: files, folders, archives, or - for a list on standard input"
-        )
+        raise UserError("give pictures: files, folders, archives, or - for a list on stdin")
     if task not in ("name", "enrol") and args.images:
         more = "; it measures on a packed set: --data datasets/NAME" if task == "verify" else ""
         raise UserError(f"--{task} takes no pictures, such as {args.images[0]}{more}")
     for who in ("enrol", "forget"):
         if getattr(args, who) is not None and not getattr(args, who).strip():
             raise UserError(f"--{who} needs a name")
-    refuse_unused(
-        args,
-        (
-            ("data split", task == "verify", "is for --verify"),
-            (
-                "threshold",
-                task in ("name", "verify"),
-                f"is for naming and --verify, not for --{task}",
-            ),
-            (
-                "json",
-                task not in ("enrol", "forget"),
-                f"is for naming, --verify and --list, not for --{task}",
-            ),
-            ("nearest tags detect", task == "name", f"is for naming pictures, not for --{task}"),
-            ("crop", task in ("name", "enrol"), f"is for pictures, not for --{task}"),
-            ("crop", not args.detect, "is for whole pictures, and --detect cuts out faces"),
-            (
-                "device dtype",
-                task not in ("forget", "list"),
-                f"is for what computes, not for --{task}",
-            ),
-        ),
-    )
+    refuse_others(args.given, FLAGS[task], "naming" if task == "name" else f"--{task}")
+    if args.detect:
+        refuse_others(args.given - {"detect"}, FLAGS[task].replace("crop", ""), "--detect")
     return task
 
 
@@ -365,9 +349,7 @@ def with_faces(run, who, keys, embeddings, gallery):
     if twice := int((~new).sum()):
         print(f"{twice} of {len(new)} pictures are there already, and count once")
     if int(new.sum() + own.sum()) < FEW:
-        raise UserError(
-            f"{int(new.sum())} different pictures are too few to know {who} by; give {FEW} to 5"
-        )
+        raise UserError(f"{int(new.sum())} pictures of {who} are too few; give {FEW} to 5")
     names = names if who in names else [*names, who]
     labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
     keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
@@ -442,9 +424,7 @@ def verification(same, other):
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     if len(same) == 0 or len(other) == 0:
-        raise UserError(
-            "verification needs two characters or more, and one with two illustrations or more"
-        )
+        raise UserError("verification needs two characters, and one with two illustrations")
     shares = {f"tpr_at_fpr_{100 * r:g}": metrics.tpr_at_fpr(same, other, r) for r in FALSE_RATES}
     pairs = metrics.truth_and_scores(same, other)
     shares |= {

@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 from benchmarks import OUT, ROOT, about, status_mb
-from common.command import Parser, at_least, claim, cli, refuse_unused, working
+from common.command import Parser, at_least, claim, cli, refuse_others, working
 from common.io import UserError, write_rows
 from common.tables import save_csv
 from common.train import read_log
@@ -285,6 +285,14 @@ def dump_rows(n):
         yield pack_row("search for copies", count, copies_among, count)
 
 
+USES = {  # flags of each measurement
+    "pack": "pack",
+    "dump": "dump",
+    "scale": "scale batch-size",
+    "data": "images side batch-size",
+}
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -320,30 +328,16 @@ def main():
         help="folder of the CSV (default: runs/bench)",
     )
     args, where, rows = parser.parse_args(), about(torch.device("cpu")), []
-    scale = args.scale is not None
-    refuse_unused(
-        args,
-        [
-            ("scale dump", not args.pack, "is a measurement of its own, not for --pack"),
-            ("scale", not args.dump, "is a measurement of its own, not for --dump"),
-            ("images side", not (args.pack or args.dump or scale), "is for the loader alone"),
-            (
-                "batch-size",
-                not (args.pack or args.dump),
-                "is for the loader, not for --pack or --dump",
-            ),
-        ],
-    )
-    path = (
-        args.out
-        / f"bench_{'pack' if args.pack else 'dump' if args.dump else 'scale' if scale else 'data'}.csv"
-    )
+    tasks = [name for name in USES if getattr(args, name, None) is not None]
+    task = tasks[0] if tasks else "data"
+    refuse_others(args.given, f"out {USES[task]}", f"--{task}" if tasks else "the loader")
+    path = args.out / f"bench_{task}.csv"
     claim([path])
-    if args.pack:
+    if task == "pack":
         found = pack_rows(args.pack)
-    elif args.dump:
+    elif task == "dump":
         found = dump_rows(args.dump)
-    elif scale:
+    elif task == "scale":
         found = scale_rows(args.scale or SCALE, args.batch_size)
     else:
         found = loader_rows(args.images, args.side, args.batch_size)

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from benchmarks import DTYPES, OUT, TRITON, about, status_mb
-from common.command import Parser, at_least, claim, cli, refuse_unused
+from common.command import Parser, at_least, claim, cli, refuse_others
 from common.io import UserError
 from common.tables import save_csv
 from common.train import pick_device
@@ -284,9 +284,8 @@ def main():
     )
     args = parser.parse_args()
     device = pick_device(args.device)
-    refuse_unused(
-        args, [("batch", device.type == "cuda", "is for a GPU; a CPU has two cases of its own")]
-    )
+    if device.type != "cuda":
+        refuse_others(args.given & {"batch"}, "", "a CPU, which has two cases of its own")
     if device.type == "cuda":
         grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
         cases, dtype, name = list(itertools.product(*grid.values())), "bf16", "bench_kernels.csv"

@@ -36,7 +36,7 @@ from common.command import (
     cli,
     progress,
     refuse_file,
-    refuse_unused,
+    refuse_others,
 )
 from common.io import UserError, save_text
 from common.tables import replace_rows, rows_there
@@ -351,7 +351,8 @@ def main():
         "replaced, the plot and the table of this call\n(default: runs/bench)",
     )
     args = parser.parse_args()
-    refuse_unused(args, [("repeats", not args.quick, "is not for --quick, which takes 3 turns")])
+    if args.quick:
+        refuse_others(args.given & {"repeats"}, "", "--quick, which takes 3 turns")
     device = pick_device(args.device)
     path = args.out / f"bench_train_{device.type}.csv"
     refuse_file(args.out)

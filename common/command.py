@@ -153,21 +153,11 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def refuse_unused(args, rows):
-    """Nothing given is ignored. rows: (names of flags, are they used?, what they are for, and not
-    for).
-    """
-    for names, used, what in rows:
-        if not used and (
-            lost := [name for name in names.split() if name.replace("-", "_") in args.given]
-        ):
-            value = getattr(args, lost[0].replace("-", "_"), None)
-            value = (
-                f" {value}"
-                if isinstance(value, str | int | float) and not isinstance(value, bool)
-                else ""
-            )
-            raise UserError(f"--{lost[0]}{value} {what}; leave it out")
+def refuse_others(given, names, task):
+    """Nothing given is ignored. names: of the flags that this task has a use for."""
+    for flag in sorted(name.replace("_", "-") for name in given):
+        if flag not in names.split():
+            raise UserError(f"--{flag} has no effect with {task}; leave it out")
 
 
 class Flags:

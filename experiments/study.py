@@ -48,8 +48,8 @@ from common.command import (
     cli,
     parse_keys,
     refuse_file,
+    refuse_others,
     refuse_overwrite,
-    refuse_unused,
     working,
 )
 from common.io import UserError, locked, read_json, save_json, save_text
@@ -214,55 +214,37 @@ def parse_args():
 
 def refuse_flags(args):
     """Those that are given and would not be used."""
-    adapt, phases, methods = args.plan == "adapt", set(args.phases), set(args.methods)
-    whole = phases & {"rates", "first", "seeds"}  # what runs all methods; the others run LoRA alone
-    tuned = methods - {"linear"} if whole else {"lora"}
-    refuse_unused(
-        args,
-        [
-            (
-                "plan data seeds arms guided recipe epochs dino encoder phases methods "
-                "trial-epochs scratch-times keep budget "
-                "jobs threads dry exploratory work",
-                not args.report,
-                "makes runs, and --report makes none",
-            ),
-            (
-                "encoder phases methods trial-epochs scratch-times keep",
-                adapt,
-                "is for --plan adapt",
-            ),
-            (
-                "seeds arms guided recipe dino budget jobs exploratory",
-                not adapt,
-                "is for masks, not for --plan adapt",
-            ),
-            ("methods", whole, "is for --phases rates, first and seeds"),
-            (
-                "trial-epochs",
-                "rates" in phases and tuned,
-                "is for --phases rates, of other methods than linear",
-            ),
-            (
-                "epochs",
-                not adapt or phases - {"rates"} and tuned,
-                "is for other --phases than rates, and not for linear",
-            ),
-            ("scratch-times", whole and "scratch" in methods, "is for --methods scratch"),
-            ("keep", tuned, "is for other --methods than linear"),
-            ("guided", args.plan not in ("h2", "h3", "arms"), "is for plans with a guided mask"),
-            ("dino", args.plan in ("ablations", "all"), "is for --plan ablations"),
-            ("exploratory", args.plan != "tune", "is for plans that are reported, and tune is not"),
-        ],
-    )
+    if args.report:
+        return refuse_others(args.given, "report out", "--report, which makes no runs")
+    takes = ["plan", "data", "threads", "dry", "out", "work"]
+    if args.plan == "adapt":
+        takes += ["encoder", "phases", *adapt_flags(set(args.phases), set(args.methods))]
+    else:
+        takes += ["epochs", "seeds", "arms", "recipe", "budget", "jobs"]
+        takes += ["guided"] * (args.plan not in ("h2", "h3", "arms"))
+        takes += ["dino"] * (args.plan in ("ablations", "all"))
+        takes += ["exploratory"] * (args.plan != "tune")
+    refuse_others(args.given, " ".join(takes), f"this --plan {args.plan}")
+
+
+def adapt_flags(phases, methods):
+    """Flags that these phases of plan adapt have a use for."""
+    for_methods = phases & {"rates", "first", "seeds"}  # the others run LoRA alone
+    tuned = methods - {"linear"} if for_methods else {"lora"}
+    used = {
+        "methods": for_methods,
+        "trial-epochs": tuned and "rates" in phases,
+        "epochs": tuned and phases - {"rates"},
+        "scratch-times": for_methods and "scratch" in methods,
+        "keep": tuned,
+    }
+    return [name for name, wanted in used.items() if wanted]
 
 
 def check(args):
     """Refuse flags that do not fit together; fill in defaults that depend on the plan."""
     if args.report and not args.out:
-        raise UserError(
-            "--report rewrites the tables of a folder of studies: say which, as --out results/study"
-        )
+        raise UserError("--report rewrites the tables of a folder: say which, --out results/study")
     if not args.report and not (args.plan and args.data):
         raise UserError(
             f"say --plan ({', '.join(plans.MAKE)}, adapt, all) and --data datasets/NAME; or --report --out"
@@ -296,9 +278,7 @@ def check(args):
         return check_table(Path(args.out))
     refuse_file(args.out)
     if Path(args.out).resolve() == Path(args.work).resolve():
-        raise UserError(
-            f"--out and --work are both {args.out}: rows and run folders would mix; give two"
-        )
+        raise UserError(f"--out and --work are both {args.out}; give two folders")
     report.open_text(args.out)
 
 
@@ -355,9 +335,7 @@ def make_plan(name, args):
         depth=recipe.model.partition("decoder_depth=")[2].partition(",")[0] or "1",
     )
     if recipe.eval_every != "1" and plan["hypotheses"]:
-        raise UserError(
-            f"plan {name} counts epochs to a threshold; leave --eval-every out of --recipe"
-        )
+        raise UserError(f"plan {name} evaluates each epoch; leave --eval-every out of --recipe")
     phase = "dev" if name == "tune" else "exploratory" if args.exploratory else "reported"
     first, count = (
         FIRST_SEED.get(phase if phase == "exploratory" else name, 0),
@@ -720,9 +698,7 @@ def main():
             f"{shlex.quote(str(args.out))}"
         )
     if failed:
-        raise UserError(
-            f"{len(failed)} runs failed; the same command tries them again. The first: {failed[0]}"
-        )
+        raise UserError(f"{len(failed)} runs failed; the same command tries again: {failed[0]}")
 
 
 if __name__ == "__main__":

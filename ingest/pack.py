@@ -30,7 +30,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from argparse import Namespace
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,8 +47,8 @@ from common.command import (
     claim,
     progress,
     refuse_file,
+    refuse_others,
     refuse_overwrite,
-    refuse_unused,
     working,
 )
 from common.fields import refuse_odd_name, shown
@@ -90,10 +89,8 @@ def decode_records(records, fetch, work, at_once=16):
         try:
             return record, work(record, load())
         except MemoryError:
-            raise UserError(
-                f"memory is full while {record.key} is read; close other programs, or give a smaller "
-                "--size"
-            ) from None
+            fix = "close other programs, or give a smaller --size"
+            raise UserError(f"memory is full while {record.key} is read; {fix}") from None
         # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
         except Exception as problem:
             return record, problem
@@ -121,9 +118,8 @@ def render(records, draw, size, dims, processes):
                 )
                 yield r, {p: (row | {"images": row["image"], "style": style})[p] for p in dims}
         except BrokenProcessPool:
-            raise UserError(
-                f"a process that draws was killed: memory may be full; --size {size} is large"
-            ) from None
+            problem = f"a process that draws was killed: memory may be full; --size {size} is large"
+            raise UserError(problem) from None
 
 
 def at_once(size, each, most):
@@ -344,136 +340,105 @@ def near_duplicates(records, fetch, dedupe, out):
     return pairs, duplicates.report(records, pairs)
 
 
-def check_source(path, records, given, is_drawn):
+def check_source(path, records, args):
     """Flags that do nothing where the source brings its own splits; and a source without a train."""
     brings = {r.split for r in records}
     if None not in brings and "train" not in brings:
-        raise UserError(
-            f"{path} brings {' and '.join(sorted(brings))}, but no train; name one train, or leave the "
-            "splits unsaid to have them dealt, by a --layout with - for split"
-        )
-    deals, own = None in brings or "val" not in brings, "the splits that the source brings"
-    refuse_unused(
-        Namespace(given=given),
-        (
-            ("split", deals, f"is for sources without splits, and {own} are kept"),
-            ("dev", "dev" not in brings, f"is for sources without a dev, and {own} are kept"),
-            (
-                "keep-copies",
-                None not in brings,
-                "is for sources with splits of their own; here copies cross none",
-            ),
-            (
-                "seed",
-                is_drawn or deals or "dev" in given,
-                f"is for what is dealt, and {own} are kept",
-            ),
-            (
-                "min-per-tag tag-importance emoticons",
-                any(r.tags for r in records),
-                f"is for tags, and {path} has none",
-            ),
-        ),
-    )
+        fix = "name one train, or give a --layout with - for split to have them dealt"
+        raise UserError(f"{path} brings {' and '.join(sorted(brings))}, but no train; {fix}")
+    dealt = None in brings or "val" not in brings
+    tagged = any(r.tags for r in records)
+    used = {
+        "split": dealt,
+        "dev": "dev" not in brings,
+        "seed": path in DRAWN or dealt or "dev" in args.given,
+        "keep_copies": None not in brings and args.dedupe == "group",
+        "min_per_tag": tagged,
+        "tag_importance": tagged,
+        "emoticons": tagged,
+    }
+    idle = [name for name, wanted in used.items() if name in args.given and not wanted]
+    refuse_others(idle, "", f"the splits, --dedupe or tags of {path}")
 
 
-def pack(path, out, *args, **options):
-    """Pack PATH into the folder out, as `write_set` does, while no other process writes it."""
-    refuse_file(out)
-    with locked(lock_beside(out)):
+def pack(path, out, **flags):
+    """Pack PATH into the folder `out`, as the command does: pack("toon", "datasets/toon", seed=1)."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    pack_as_told(parse_args([str(path), "--out", str(out), *words]))
+
+
+def pack_as_told(args):
+    """The same by parsed flags, while no other process writes the folder."""
+    refuse_file(args.out)
+    with locked(lock_beside(args.out)):
         with contextlib.suppress(OSError):
-            os.rmdir(out)  # an empty folder is not in the way
-        refuse_overwrite([out])
-        write_set(path, out, *args, **options)
+            os.rmdir(args.out)  # an empty folder is not in the way
+        refuse_overwrite([args.out])
+        write_set(args)
 
 
-def write_set(
-    path,
-    out,
-    size=None,
-    shares=None,
-    dev=0.0,
-    seed=0,
-    group_by=None,
-    crop="centre",
-    margin=0.1,
-    boxes=None,
-    least=0,
-    dedupe="group",
-    tail=0.0,
-    layout=None,
-    keep_copies=False,
-    max_broken=TOO_BROKEN,
-    min_per_tag=2,
-    tag_importance=0.0,
-    emoticons=False,
-    drawings=None,
-    detect=False,
-    given=(),
-):
-    """Pack PATH into out/{train,val,test[,dev]}.safetensors and print what was done. given: names
-    of flags given.
-    """
-    size = size or (LARGE if detect or str(path) == "scenes" else SIDE)
-    is_toon = str(path) == "toon"
-    shares = shares or (TOON_SHARES if is_toon else SHARES)
-    source = (
-        open_toon(size, seed, tail, drawings)
-        if is_toon
-        else open_hybrid(size, seed)
-        if str(path) == "hybrid"
-        else open_scenes(size, seed)
-        if str(path) == "scenes"
-        else open_boxes(path, size)
-        if detect
-        else open_images(path, size, crop, margin, boxes, layout)
-    )
+def write_set(args):
+    """Pack args.path into args.out/{train,val,test[,dev]}.safetensors and print what was done."""
+    path, out = args.path, args.out
+    size = args.size or (LARGE if args.detect or path == "scenes" else SIDE)
+    shares = args.split or (TOON_SHARES if path == "toon" else SHARES)
+    source = open_source(args, size)
     records, notes, dims, fetch, stream, more = source
-    check_source(path, records, given, is_drawn=fetch is None)
+    check_source(path, records, args)
     refuse_full_disk(out, dims, len(records), size)
-    pairs, told = near_duplicates(records, fetch, dedupe, out)
-    records, dropped = without_copies(records, group_by, pairs, dedupe, keep_copies)
-    records, few = large_enough(records, least)
-    rows, named = (
-        [(r.label, r.group) for r in records],
-        dict(zip(("train", "val", "test"), shares, strict=True)),
-    )
-    splits = assign_splits([r.split for r in records], rows, named, dev, seed)
+    pairs, told = near_duplicates(records, fetch, args.dedupe, out)
+    records, dropped = without_copies(records, args.group_by, pairs, args.dedupe, args.keep_copies)
+    records, few = large_enough(records, args.min_per_class)
+    rows = [(r.label, r.group) for r in records]
+    named = dict(zip(("train", "val", "test"), shares, strict=True))
+    splits = assign_splits([r.split for r in records], rows, named, args.dev, args.seed)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    records, thinned = long_tailed(records, tail) if tail and not is_toon else (records, [])
-    words, left_out = tags.vocabulary(records, min_per_tag, tag_importance, emoticons)
-    dims, stream = tags.add_planes(words, records, dims, stream, thin=is_toon)
-    told += (
-        dropped
-        + few
-        + thinned
-        + left_out
-        + too_few_to_deal(splits, named | {"dev": dev}, source[0])
+    thinned = []
+    if args.tail and path != "toon":
+        records, thinned = long_tailed(records, args.tail)
+    words, left_out = tags.vocabulary(
+        records, args.min_per_tag, args.tag_importance, args.emoticons
     )
+    dims, stream = tags.add_planes(words, records, dims, stream, thin=path == "toon")
+    told += dropped + few + thinned + left_out
+    told += too_few_to_deal(splits, named | {"dev": args.dev}, source[0])
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
     for name in classes:
         refuse_odd_name(name, "the class", "rename its folder, or its label in the table")
     about = {
         "format": 1,
-        "source": str(path),
+        "source": path,
         "classes": classes,
         "size": size,
-        "split_seed": seed,
+        "split_seed": args.seed,
         "split_shares": shares,
-        "dev": dev,
-        "tail": tail,
-        "group_by": group_by,
-        "crop": crop,
-        "margin": margin,
-        "dedupe": dedupe,
-        "min_per_class": least,
+        "dev": args.dev,
+        "tail": args.tail,
+        "group_by": args.group_by,
+        "crop": args.crop,
+        "margin": args.margin,
+        "dedupe": args.dedupe,
+        "min_per_class": args.min_per_class,
         "tags": words,
         "notes": notes + told,
         "style": None,
         "parts": None,
     } | more
-    write_all(out, records, dims, stream, max_broken, about)
+    write_all(out, records, dims, stream, args.max_broken, about)
+
+
+def open_source(args, size):
+    """What open_toon, open_hybrid, open_scenes, open_boxes or open_images gives of the path."""
+    if args.path == "toon":
+        return open_toon(size, args.seed, args.tail, args.drawings)
+    if args.path == "hybrid":
+        return open_hybrid(size, args.seed)
+    if args.path == "scenes":
+        return open_scenes(size, args.seed)
+    if args.detect:
+        return open_boxes(args.path, size)
+    return open_images(args.path, size, args.crop, args.margin, args.boxes, args.layout)
 
 
 def too_few_to_deal(splits, shares, records):
@@ -528,10 +493,8 @@ def write_all(out, records, dims, stream, max_broken, about):
                 lost += skipped
                 check_skipped(out, lost, len(records), max_broken)
                 if len(skipped) == len(own):
-                    raise UserError(
-                        f"{len(own)} of {len(own)} images for {path} can't be read; the first: "
-                        f"{skipped[0][0]} ({skipped[0][1]})"
-                    )
+                    first = f"the first: {skipped[0][0]} ({skipped[0][1]})"
+                    raise UserError(f"none of {len(own)} images for {path} can be read; {first}")
                 why = (
                     f"; skipped {len(skipped)}, the first: {skipped[0][0]} ({skipped[0][1]})"
                     if skipped
@@ -558,14 +521,10 @@ def parse_shares(text):
         shares = [float(x) for x in text.split(",")]
     except ValueError:
         shares = []
-    if (
-        len(shares) != 3
-        or not all(0 <= x <= 1 for x in shares)
-        or abs(sum(shares) - 1) > 1e-6
-        or shares[0] == 0
-    ):
+    whole = len(shares) == 3 and abs(sum(shares) - 1) <= 1e-6
+    if not (whole and min(shares) >= 0 and shares[0] > 0):
         raise UserError(
-            f"--split {text} must be three shares for train,val,test that sum to 1, such as .7,.1,.2"
+            f"--split {text} must be shares of train,val,test that sum to 1, as .7,.1,.2"
         )
     return shares
 
@@ -651,7 +610,7 @@ def to_learn(out):
     return shlex.join(words) + few
 
 
-def parse_args():
+def parse_args(words=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
@@ -770,107 +729,54 @@ def parse_args():
         help=f"toon only: how many (default: {toon.COUNT})",
     )
     add("--seed", type=at_least(0), default=0, help="of the split and of the drawn demo set")
-    words = iter(sys.argv[1:])  # argparse takes -/class for a flag
+    words = iter(sys.argv[1:] if words is None else words)  # argparse takes -/class for a flag
     args = parser.parse_args(
         [f"--layout={next(words, '')}" if w == "--layout" else w for w in words]
     )
-    refuse_unused_flags(args)
+    check(args)
     return args
 
 
-def refuse_unused_flags(args):
-    """Those that depend on what the source brings are left to check_source."""
-    is_drawn, packed = args.path in DRAWN, args.show and is_packed(args.path)
-    by_folders = (
-        is_drawn
-        or args.detect
-        or args.path == "-"
-        or not Path(args.path).exists()
-        or (sources.reader_of(Path(args.path)) in sources.BY_FOLDERS)
-    )
-    refuse_unused(
-        args,
-        (
-            (
-                "out detect layout crop split dev group-by dedupe keep-copies max-broken "
-                "min-per-class min-per-tag tag-importance "
-                "emoticons tail drawings seed",
-                not args.show,
-                "is for packing, and --show packs nothing",
-            ),
-            (
-                "size margin boxes",
-                not packed,
-                f"is for pictures, and {args.path} is packed already",
-            ),
-            (
-                "layout crop margin boxes group-by dedupe keep-copies max-broken detect",
-                not is_drawn,
-                f"is for pictures, and {args.path} is drawn",
-            ),
-            (
-                "layout crop margin boxes min-per-class min-per-tag tail",
-                not args.detect,
-                "is not for --detect",
-            ),
-            (
-                "layout",
-                by_folders,
-                f"is for folders that tell split and class, and {args.path} tells them itself",
-            ),
-            ("drawings", args.path == "toon", "is for the demo set: python data.py toon"),
-            (
-                "tail",
-                args.path not in DRAWN[1:],
-                f"is for characters, and {args.path} has no classes of them",
-            ),
-            ("margin boxes", args.crop == "figure" or args.show, "is for --crop figure"),
-            (
-                "keep-copies",
-                args.dedupe == "group",
-                f"is for --dedupe group, not for --dedupe {args.dedupe}",
-            ),
-        ),
-    )
-
-
-def main():
-    args = parse_args()
+def check(args):
+    """Flags that do not go together; those that the source decides about are left to check_source."""
     if args.show and args.path in (*DRAWN, "-"):
-        raise UserError(
-            f"--show needs a folder or an archive, not {args.path}; pack it, then --show what was packed"
-        )
+        raise UserError(f"--show needs a folder or an archive, not {args.path}; pack it first")
     if args.out == "":
         raise UserError("--out is empty; give a folder")
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
+    task, takes = uses_of(args)
+    if args.crop != "figure" and not args.show:
+        takes = takes.replace("margin boxes", "")
+    refuse_others(args.given, takes, task)
+
+
+def uses_of(args):
+    """-> in words, and names of flags: what is done with the path, and what that has a use for."""
+    dealing = "out size split dev seed"
+    tags_too = f"{dealing} min-per-class min-per-tag tag-importance emoticons"
+    copies = "group-by dedupe keep-copies max-broken"
+    if args.show and is_packed(args.path):
+        return "--show of a packed set", "show"
+    if args.show:
+        return "--show", "show size margin boxes"
+    if args.path in DRAWN:
+        more = "tail drawings" if args.path == "toon" else ""
+        return f"{args.path}, which is drawn", f"{tags_too} {more}"
+    if args.detect:
+        return "--detect", f"detect {dealing} {copies}"
+    source = Path(args.path)
+    by_folders = args.path == "-" or not source.exists()
+    by_folders = by_folders or sources.reader_of(source) in sources.BY_FOLDERS
+    layout = "layout" if by_folders else ""
+    return f"{args.path}", f"{tags_too} {copies} {layout} crop margin boxes tail"
+
+
+def main():
+    args = parse_args()
     if args.show:
         return print(show(args))
-    out = args.out or default_out(args.path)
-    pack(
-        args.path,
-        out,
-        args.size,
-        args.split,
-        args.dev,
-        args.seed,
-        args.group_by,
-        args.crop,
-        args.margin,
-        args.boxes,
-        args.min_per_class,
-        args.dedupe,
-        args.tail,
-        args.layout,
-        args.keep_copies,
-        args.max_broken,
-        args.min_per_tag,
-        args.tag_importance,
-        args.emoticons,
-        args.drawings,
-        args.detect,
-        args.given,
-    )
-    print(
-        f"{out} is packed; next: python data.py --show {shlex.quote(str(out))}, or {to_learn(out)}"
-    )
+    args.out = args.out or str(default_out(args.path))
+    pack_as_told(args)
+    look = f"python data.py --show {shlex.quote(args.out)}"
+    print(f"{args.out} is packed; next: {look}, or {to_learn(args.out)}")

@@ -53,10 +53,8 @@ def find(path, boxes_file=None, layout=None):
     pictures, no labels.
     """
     if str(path) != "-" and (not str(path) or not Path(path).exists()):
-        raise UserError(
-            f"{path or 'an empty PATH'} does not exist; give a folder, an archive or a list of images, or "
-            "the word toon"
-        )
+        fix = "give a folder, an archive or a list of images, or the word toon"
+        raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
     with working(f"reading the names in {path}"):
         reader = from_list if str(path) == "-" else reader_of(Path(path))
         more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
@@ -98,10 +96,8 @@ def refuse_odd(path, names):
     """Names are printed, and are a line each."""
     for name in names:
         if ODD.search(name) or len(name) > MOST_NAME:
-            raise UserError(
-                f"{path} holds the name {name[:80]!r}, which has control characters or more than "
-                f"{MOST_NAME} characters; rename it"
-            )
+            odd = f"control characters, or more than {MOST_NAME} characters"
+            raise UserError(f"{path} holds the name {name[:80]!r}; rename it, it has {odd}")
 
 
 def two_readings(path, problem):
@@ -143,7 +139,7 @@ def reader_of(path):
         if fits(regular(path)):
             return reader
     raise UserError(
-        f"{path} is neither a folder nor a whole archive (zip, tar, tar.gz) nor a list (csv, tsv, jsonl)"
+        f"{path} is no folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
     )
 
 
@@ -272,12 +268,11 @@ def from_table(path):
         cells = dict(zip(columns, map(str.strip, row), strict=False))
         place, split = cells.get("path"), cells.get("split", "").lower()
         if len(row) > len(columns) or not place:
-            raise UserError(
-                f"{path}, line {number} is not {','.join(columns)} but {','.join(row)[:80]!r}"
-            )
+            found = ",".join(row)[:80]
+            raise UserError(f"{path}, line {number} is not {','.join(columns)} but {found!r}")
         if split and not layouts.split_of(split):
             raise UserError(
-                f"{path}, line {number}: split {split!r} is unknown; choose from train, val, test, dev"
+                f"{path}, line {number}: split {split!r} is none of train, val, test, dev"
             )
         label = sys.intern(nfc(cells.get("label", ""))) or None
         tags = tuple(sys.intern(nfc(tag)) for tag in cells.get("tags", "").split())
@@ -289,7 +284,7 @@ def from_table(path):
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         raise UserError(
-            f"{path}: {without} of {len(records)} rows have no split; give one to all rows or to none"
+            f"{path}: {without} of {len(records)} rows have no split; give it to all or none"
         )
     return records, partial(fetch_files, root=path.parent)
 
@@ -301,9 +296,8 @@ def table_rows(path):
         try:
             yield from ((rows.line_num, row) for row in rows if row)
         except (UnicodeDecodeError, csv.Error) as problem:
-            raise UserError(
-                f"{path} is not a table in UTF-8 after line {rows.line_num}: {problem}"
-            ) from None
+            after = f"after line {rows.line_num}: {problem}"
+            raise UserError(f"{path} is not a table in UTF-8 {after}") from None
 
 
 # ---- archives ------------------------------------------------------------------------------------
@@ -313,14 +307,8 @@ def refuse_escape(archive, name):
     """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is
     not to be trusted.
     """
-    if (
-        name.startswith(("/", "\\"))
-        or re.match(r"[A-Za-z]:", name)
-        or ".." in re.split(r"[/\\]", name)
-    ):
-        raise UserError(
-            f"{archive} holds the name {name!r}, which leads out of it; nothing was packed, pack it anew"
-        )
+    if ".." in re.split(r"[/\\]", name) or re.match(r"/|\\|[A-Za-z]:", name):
+        raise UserError(f"{archive} holds the name {name!r}, which leads out of it; pack it anew")
 
 
 def from_zip(path, layout=None):
@@ -453,9 +441,7 @@ def from_dafre(root):
     """
     pictures = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if pictures is None:
-        raise UserError(
-            f"{root} has DAF:re's labels but neither faces/ nor fullMin256/; unpack one there"
-        )
+        raise UserError(f"{root} has DAF:re's labels alone; unpack faces/ or fullMin256/ there")
     names_file, records = root / "labels" / "classid_classname.csv", []
     names = (
         {row[0]: sys.intern(nfc(row[1])) for _, row in table_rows(names_file)}
@@ -473,9 +459,8 @@ def from_dafre(root):
                     Record(place, f"{pictures}/{place}", names.get(class_id, class_id), split)
                 )
             elif number > 1:  # the first is a header
-                raise UserError(
-                    f"{table}, line {number} is not class_id,path but {','.join(row)[:80]!r}"
-                )
+                found = ",".join(row)[:80]
+                raise UserError(f"{table}, line {number} is not class_id,path but {found!r}")
     posts, notes = (
         read_posts(root, {Path(r.key).stem: r.key for r in records})
         if metadata_files(root)
@@ -509,7 +494,7 @@ def from_icartoonface(root):
     )
     if not folder.is_dir():
         raise UserError(
-            f"{root} has iCartoonFace's boxes but no icartoonface_rectrain/; unpack the pictures there"
+            f"{root} has iCartoonFace's boxes alone; unpack icartoonface_rectrain/ there"
         )
     records = [Record(n, n, n.split("/")[0], box=box) for n, box in boxes.items()]
     return records, partial(fetch_files, root=folder)
@@ -529,9 +514,8 @@ def read_boxes(path):
         name, *box = told.groups() if told else ("", 0, 0, 0, 0)
         x1, y1, x2, y2 = map(float, box)
         if not (x1 < x2 and y1 < y2):
-            raise UserError(
-                f"{path}, line {n} is not path x1 y1 x2 y2 with x1 < x2 and y1 < y2 but {line[:80]!r}"
-            )
+            wanted = "path x1 y1 x2 y2 with x1 < x2 and y1 < y2"
+            raise UserError(f"{path}, line {n} is not {wanted} but {line[:80]!r}")
         boxes[nfc(name)] = (x1, y1, x2, y2)
     return boxes
 
@@ -588,9 +572,7 @@ def read_posts(path, have):
                 broken.append(f"{Path(file.filename()).name}, line {file.filelineno()}")
     lost = f"{len(broken)} of {lines} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * lines:
-        raise UserError(
-            f"{path} is no metadata of pictures: {lost}; remove them, if the others are right"
-        )
+        raise UserError(f"{path} is no metadata of pictures: {lost}; mend or remove them")
     return records, [f"{absent} lines of the metadata have no picture here"] * bool(absent) + [
         lost
     ] * bool(broken)

@@ -130,12 +130,12 @@ def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     "bench, words, says",
     [
-        (benchmarks.data, ["--pack", 4, "--images", 9], "--images.* is for the loader alone"),
-        (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size.* is for the loader"),
-        (benchmarks.data, ["--scale", "--side", 9], "--side.* is for the loader alone"),
-        (benchmarks.data, ["--scale", "--pack", 4], "--scale.* is a measurement of its own"),
-        (kernels, ["--device", "cpu", "--batch", 4], "--batch.* is for a GPU"),
-        (train, ["--quick", "--repeats", 9], "--repeats.* is not for --quick"),
+        (benchmarks.data, ["--pack", 4, "--images", 9], "--images has no effect"),
+        (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size has no effect"),
+        (benchmarks.data, ["--scale", "--side", 9], "--side has no effect"),
+        (benchmarks.data, ["--scale", "--pack", 4], "--scale has no effect"),
+        (kernels, ["--device", "cpu", "--batch", 4], "--batch has no effect with a CPU"),
+        (train, ["--quick", "--repeats", 9], "--repeats has no effect with --quick"),
     ],
 )
 def test_a_bench_refuses_what_it_would_not_use(bench, words, says, monkeypatch):

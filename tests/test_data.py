@@ -183,7 +183,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, what):
     says = {
         "absent": "does not exist",
         "empty": "no image found",
-        "text": "neither a folder",
+        "text": "is no folder",
         "zip_of_nothing": "no image found",
         "half_broken": "more than 5 %",
         "split": "--split .5,.1",
@@ -230,7 +230,7 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=1, each=each)
     for path in (tmp_path / "images" / "test").rglob("*.png"):
         path.write_bytes(b"no image")
-    assert "2 of 2 images for" in refused(
+    assert "none of 2 images for" in refused(
         pack_images(tmp_path / "images", tmp_path / "out", "--size", 16)
     )
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -395,7 +395,9 @@ def test_flags_that_given_splits_leave_nothing_to_do_are_refused(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=2, each=4, seed=i)
     for flags in (["--split", ".8,.1,.1"], ["--dev", ".1"], ["--seed", 1]):
         line = refused(pack_images(tmp_path / "images", tmp_path / "out", *flags))
-        assert line.startswith(f"error: {flags[0]} is for") and not (tmp_path / "out").exists()
+        assert (
+            line.startswith(f"error: {flags[0]} has no effect") and not (tmp_path / "out").exists()
+        )
     shutil.rmtree(tmp_path / "images" / "val")  # now one is dealt
     pack_images(
         tmp_path / "images",
@@ -420,7 +422,7 @@ def test_the_folder_that_one_stands_in_is_there_already(tmp_path):
 
 
 def test_show_takes_no_detect(small):
-    assert "--detect is for packing" in refused(
+    assert "--detect has no effect" in refused(
         call("data.py", "--show", small, "--detect", cwd=small)
     )
 

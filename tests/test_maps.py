@@ -364,8 +364,8 @@ def test_what_maps_refuses(small, run, made, tmp_path):
         (("--parts", 3), "parts"),
         (("--source", "cls"), "source"),
     ):
-        assert no("--map", "saliency", *words).startswith(f"--{flag} {words[1]} is for")
-    assert "--quality coarse is for" in no("--map", "attn", "--run", run, "--quality", "coarse")
+        assert no("--map", "saliency", *words).startswith(f"--{flag} has no effect")
+    assert "--quality has no effect" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")

@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 3), (is_nested, 83), (assigns_many, 119)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 3), (is_nested, 83), (assigns_many, 118)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -106,13 +106,13 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2631, 2500),
-    "applications": (4721, 3900),
+    "applications": (4692, 3900),
     "kernels": (520, 520),
-    "common": (4576, 2400),
-    "ingest": (4268, 2700),
-    "experiments": (6490, 1900),
-    "benchmarks": (2169, 900),
-    "tests": (16515, 8500),
+    "common": (4566, 2400),
+    "ingest": (4156, 2700),
+    "experiments": (6459, 1900),
+    "benchmarks": (2163, 900),
+    "tests": (16512, 8500),
 }
 
 
