@@ -44,7 +44,7 @@ from common.command import (
     command,
     progress,
     refuse_file,
-    refuse_others,
+    refuse_idle,
     working,
 )
 from common.evaluate import hide_at_random, predict
@@ -119,12 +119,11 @@ def check(args):
     args.quality = args.quality or {"saliency": "coarse", "parts": "refined"}.get(args.map)
     by_colours = args.map == "saliency" and args.quality == "coarse"
     own = {"attn": "source", "saliency": "quality", "parts": "quality parts", "all": ""}[args.map]
-    task = f"--map {args.map}"
+    takes = {"data", "map", "run", "split", "out", "device", "dtype", *own.split()}
+    refuse_idle(args.given - takes, f"with --map {args.map}")
     if by_colours:
-        task += " of coarse quality"
-    else:
-        own += " run dtype"
-    refuse_others(args.given, f"data map split out device {own}", task)
+        idle = args.given & {"run", "dtype"}
+        refuse_idle(idle, "with coarse saliency, which needs no encoder (--quality refined does)")
     refuse_file(args.out or "maps")
     if args.map == "attn" and args.run:
         args.source = args.source or guidance.default_source(flags_of(args.run), args.run)

@@ -42,7 +42,7 @@ import data
 import tags
 from common import metrics
 from common.classifier import head_of, pooled_of, predict
-from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_others
+from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_idle
 from common.features import results_folder
 from common.fields import refuse_odd_name, shown
 from common.gallery import compared, decide, load_gallery, save_gallery
@@ -135,16 +135,16 @@ def check(args):
         raise UserError(f"--{tasks[0]} and --{tasks[1]} are two tasks; give one of them")
     task = (tasks or ["name"])[0]
     if task in ("name", "enrol") and not args.images:
-        raise UserError("give pictures: files, folders, archives, or - for a list on stdin")
+        raise UserError("give pictures: files, folders, archives; or -, a list on standard input")
     if task not in ("name", "enrol") and args.images:
         more = "; it measures on a packed set: --data datasets/NAME" if task == "verify" else ""
         raise UserError(f"--{task} takes no pictures, such as {args.images[0]}{more}")
     for who in ("enrol", "forget"):
         if getattr(args, who) is not None and not getattr(args, who).strip():
             raise UserError(f"--{who} needs a name")
-    refuse_others(args.given, FLAGS[task], "naming" if task == "name" else f"--{task}")
+    refuse_idle(args.given - set(FLAGS[task].split()), f"when the task is to {task}")
     if args.detect:
-        refuse_others(args.given - {"detect"}, FLAGS[task].replace("crop", ""), "--detect")
+        refuse_idle(args.given & {"crop"}, "with --detect, which cuts out faces")
     return task
 
 
@@ -346,12 +346,13 @@ def with_faces(run, who, keys, embeddings, gallery):
     names = gallery["names"]
     own = gallery["labels"] == (names.index(who) if who in names else -1)
     new = apart(embeddings, gallery["embeddings"][own])
-    if twice := int((~new).sum()):
+    added = int(new.sum())
+    if twice := len(new) - added:
         print(f"{twice} of {len(new)} pictures are there already, and count once")
-    if int(new.sum() + own.sum()) < FEW:
-        raise UserError(f"{int(new.sum())} pictures of {who} are too few; give {FEW} to 5")
+    if added + int(own.sum()) < FEW:
+        raise UserError(f"{added} different pictures of {who} are too few; give {FEW} to 5")
     names = names if who in names else [*names, who]
-    labels = torch.cat([gallery["labels"], torch.full((int(new.sum()),), names.index(who))])
+    labels = torch.cat([gallery["labels"], torch.full((added,), names.index(who))])
     keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
     replace_gallery(
         run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery

@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 from benchmarks import OUT, ROOT, about, status_mb
-from common.command import Parser, at_least, claim, cli, refuse_others, working
+from common.command import Parser, at_least, claim, cli, refuse_idle, working
 from common.io import UserError, write_rows
 from common.tables import save_csv
 from common.train import read_log
@@ -286,10 +286,10 @@ def dump_rows(n):
 
 
 USES = {  # flags of each measurement
-    "pack": "pack",
-    "dump": "dump",
-    "scale": "scale batch-size",
-    "data": "images side batch-size",
+    "pack": ["pack"],
+    "dump": ["dump"],
+    "scale": ["scale", "batch_size"],
+    "data": ["images", "side", "batch_size"],
 }
 
 
@@ -330,7 +330,7 @@ def main():
     args, where, rows = parser.parse_args(), about(torch.device("cpu")), []
     tasks = [name for name in USES if getattr(args, name, None) is not None]
     task = tasks[0] if tasks else "data"
-    refuse_others(args.given, f"out {USES[task]}", f"--{task}" if tasks else "the loader")
+    refuse_idle(args.given - {"out", *USES[task]}, f"with --{task}")
     path = args.out / f"bench_{task}.csv"
     claim([path])
     if task == "pack":

@@ -19,7 +19,7 @@ import torch
 
 import kernels
 from benchmarks import DTYPES, OUT, TRITON, about, status_mb
-from common.command import Parser, at_least, claim, cli, refuse_others
+from common.command import Parser, at_least, claim, cli, refuse_idle
 from common.io import UserError
 from common.tables import save_csv
 from common.train import pick_device
@@ -285,7 +285,7 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     if device.type != "cuda":
-        refuse_others(args.given & {"batch"}, "", "a CPU, which has two cases of its own")
+        refuse_idle(args.given & {"batch"}, "with a CPU, which has two cases of its own")
     if device.type == "cuda":
         grid = GPU_CASES | ({"batch": args.batch} if args.batch else {})
         cases, dtype, name = list(itertools.product(*grid.values())), "bf16", "bench_kernels.csv"

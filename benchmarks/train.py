@@ -36,7 +36,7 @@ from common.command import (
     cli,
     progress,
     refuse_file,
-    refuse_others,
+    refuse_idle,
 )
 from common.io import UserError, save_text
 from common.tables import replace_rows, rows_there
@@ -352,7 +352,7 @@ def main():
     )
     args = parser.parse_args()
     if args.quick:
-        refuse_others(args.given & {"repeats"}, "", "--quick, which takes 3 turns")
+        refuse_idle(args.given & {"repeats"}, "with --quick, which takes 3 turns")
     device = pick_device(args.device)
     path = args.out / f"bench_train_{device.type}.csv"
     refuse_file(args.out)

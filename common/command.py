@@ -153,11 +153,10 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def refuse_others(given, names, task):
-    """Nothing given is ignored. names: of the flags that this task has a use for."""
-    for flag in sorted(name.replace("_", "-") for name in given):
-        if flag not in names.split():
-            raise UserError(f"--{flag} has no effect with {task}; leave it out")
+def refuse_idle(flags, where="here"):
+    """Nothing given is ignored. flags: names of those that were given, and that nothing would read."""
+    for name in sorted(flags):
+        raise UserError(f"--{name.replace('_', '-')} has no effect {where}; leave it out")
 
 
 class Flags:
@@ -189,19 +188,15 @@ class Flags:
 
     def take_saved(self, saved, free=("device", "log")):
         """The flags of a run that is resumed. Given ones are refused, but for those that are `free`."""
-        for name in sorted(self.given - {"resume", *free}):
-            raise UserError(
-                f"--{name.replace('_', '-')} has no effect beside --resume, which takes the flags "
-                "of the run; leave it out"
-            )
+        given = self.given - {"resume", *free}
+        refuse_idle(given, "beside --resume, which takes the flags of the run")
         kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
         self.values = {**self.values, **saved, **kept}
         self.saved = saved.keys() - kept.keys()
 
     def refuse_unread(self):
         """Call it when everything is set up: a flag that changes nothing here is a mistake."""
-        for name in sorted(self.given - self.read):
-            raise UserError(f"--{name.replace('_', '-')} has no effect here; leave it out")
+        refuse_idle(self.given - self.read)
 
     def name(self, *first, leave_out=("out", "data", "device", "log", "resume")):
         """ "toon-nano-mask-attn_high-seed-1": what a run is called, by the flags that were given."""

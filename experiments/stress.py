@@ -34,7 +34,7 @@ import data
 import mask as masking
 from common import features, guidance, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
-from common.command import Parser, at_least, claim, cli, command, progress, refuse_others, working
+from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle, working
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
@@ -83,8 +83,8 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_args()
     if args.midterm:
-        given = args.given & {"only", "pool"}
-        refuse_others(given, "", "--midterm, which looks at predicted pixels alone")
+        idle = args.given & {"only", "pool"}
+        refuse_idle(idle, "with --midterm, which looks at predicted pixels alone")
     if Path(args.run).is_file():
         raise UserError(
             f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME"

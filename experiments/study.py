@@ -48,7 +48,7 @@ from common.command import (
     cli,
     parse_keys,
     refuse_file,
-    refuse_others,
+    refuse_idle,
     refuse_overwrite,
     working,
 )
@@ -207,24 +207,23 @@ def parse_args():
         help="run folders; their large files are removed after the row (default: "
         "runs/study/work; adapt: runs/adapt/NAME, all kept)",
     )
-    args = parser.parse_args()
-    refuse_flags(args)
-    return args
+    return parser.parse_args()
 
 
 def refuse_flags(args):
     """Those that are given and would not be used."""
     if args.report:
-        return refuse_others(args.given, "report out", "--report, which makes no runs")
+        return refuse_idle(args.given - {"report", "out"}, "with --report, which makes no runs")
     takes = ["plan", "data", "threads", "dry", "out", "work"]
     if args.plan == "adapt":
         takes += ["encoder", "phases", *adapt_flags(set(args.phases), set(args.methods))]
-    else:
-        takes += ["epochs", "seeds", "arms", "recipe", "budget", "jobs"]
-        takes += ["guided"] * (args.plan not in ("h2", "h3", "arms"))
-        takes += ["dino"] * (args.plan in ("ablations", "all"))
-        takes += ["exploratory"] * (args.plan != "tune")
-    refuse_others(args.given, " ".join(takes), f"this --plan {args.plan}")
+        chosen = f"--phases {' '.join(args.phases)} --methods {' '.join(args.methods)}"
+        return refuse_idle(args.given - set(takes), f"with --plan adapt {chosen}")
+    takes += ["epochs", "seeds", "arms", "recipe", "budget", "jobs"]
+    takes += ["guided"] * (args.plan not in ("h2", "h3", "arms"))
+    takes += ["dino"] * (args.plan in ("ablations", "all"))
+    takes += ["exploratory"] * (args.plan != "tune")
+    refuse_idle(args.given - set(takes), f"with --plan {args.plan}")
 
 
 def adapt_flags(phases, methods):
@@ -233,9 +232,9 @@ def adapt_flags(phases, methods):
     tuned = methods - {"linear"} if for_methods else {"lora"}
     used = {
         "methods": for_methods,
-        "trial-epochs": tuned and "rates" in phases,
+        "trial_epochs": tuned and "rates" in phases,
         "epochs": tuned and phases - {"rates"},
-        "scratch-times": for_methods and "scratch" in methods,
+        "scratch_times": for_methods and "scratch" in methods,
         "keep": tuned,
     }
     return [name for name, wanted in used.items() if wanted]
@@ -249,6 +248,7 @@ def check(args):
         raise UserError(
             f"say --plan ({', '.join(plans.MAKE)}, adapt, all) and --data datasets/NAME; or --report --out"
         )
+    refuse_flags(args)
     is_adapt = args.plan == "adapt"
     if is_adapt and not args.encoder:
         raise UserError("--plan adapt and --encoder RUN go together: what is adapted")
@@ -698,7 +698,7 @@ def main():
             f"{shlex.quote(str(args.out))}"
         )
     if failed:
-        raise UserError(f"{len(failed)} runs failed; the same command tries again: {failed[0]}")
+        raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from common.command import (
     claim,
     progress,
     refuse_file,
-    refuse_others,
+    refuse_idle,
     refuse_overwrite,
     working,
 )
@@ -346,19 +346,17 @@ def check_source(path, records, args):
     if None not in brings and "train" not in brings:
         fix = "name one train, or give a --layout with - for split to have them dealt"
         raise UserError(f"{path} brings {' and '.join(sorted(brings))}, but no train; {fix}")
-    dealt = None in brings or "val" not in brings
-    tagged = any(r.tags for r in records)
-    used = {
-        "split": dealt,
-        "dev": "dev" not in brings,
-        "seed": path in DRAWN or dealt or "dev" in args.given,
-        "keep_copies": None not in brings and args.dedupe == "group",
-        "min_per_tag": tagged,
-        "tag_importance": tagged,
-        "emoticons": tagged,
-    }
-    idle = [name for name, wanted in used.items() if name in args.given and not wanted]
-    refuse_others(idle, "", f"the splits, --dedupe or tags of {path}")
+    idle = set()
+    if None not in brings and "val" in brings:
+        idle |= {"split"} if path in DRAWN or "dev" in args.given else {"split", "seed"}
+    if "dev" in brings:
+        idle.add("dev")
+    refuse_idle(args.given & idle, f"beside the splits that {path} brings, which are kept")
+    if None in brings:
+        refuse_idle(args.given & {"keep_copies"}, "without splits that the source brings")
+    if not any(r.tags for r in records):
+        tag_flags = {"min_per_tag", "tag_importance", "emoticons"}
+        refuse_idle(args.given & tag_flags, f"on {path}, which has no tags")
 
 
 def pack(path, out, **flags):
@@ -521,11 +519,10 @@ def parse_shares(text):
         shares = [float(x) for x in text.split(",")]
     except ValueError:
         shares = []
-    whole = len(shares) == 3 and abs(sum(shares) - 1) <= 1e-6
-    if not (whole and min(shares) >= 0 and shares[0] > 0):
-        raise UserError(
-            f"--split {text} must be shares of train,val,test that sum to 1, as .7,.1,.2"
-        )
+    are_shares = len(shares) == 3 and all(0 <= x <= 1 for x in shares)
+    if not (are_shares and shares[0] > 0 and abs(sum(shares) - 1) <= 1e-6):
+        wanted = "three shares for train,val,test that sum to 1, such as .7,.1,.2"
+        raise UserError(f"--split {text} must be {wanted}")
     return shares
 
 
@@ -746,30 +743,32 @@ def check(args):
     if args.path == "-" and not args.out:
         raise UserError("a list on standard input has no name; give --out datasets/NAME")
     task, takes = uses_of(args)
+    refuse_idle(args.given - set(takes.split()), task)
     if args.crop != "figure" and not args.show:
-        takes = takes.replace("margin boxes", "")
-    refuse_others(args.given, takes, task)
+        refuse_idle(args.given & {"margin", "boxes"}, "without --crop figure")
+    if args.dedupe != "group":
+        refuse_idle(args.given & {"keep_copies"}, f"with --dedupe {args.dedupe}")
 
 
 def uses_of(args):
     """-> in words, and names of flags: what is done with the path, and what that has a use for."""
     dealing = "out size split dev seed"
-    tags_too = f"{dealing} min-per-class min-per-tag tag-importance emoticons"
-    copies = "group-by dedupe keep-copies max-broken"
+    words = "min_per_class min_per_tag tag_importance emoticons"
+    copies = "group_by dedupe keep_copies max_broken"
     if args.show and is_packed(args.path):
-        return "--show of a packed set", "show"
+        return "with --show of a packed set", "show"
     if args.show:
-        return "--show", "show size margin boxes"
+        return "with --show, which packs nothing", "show size margin boxes"
     if args.path in DRAWN:
         more = "tail drawings" if args.path == "toon" else ""
-        return f"{args.path}, which is drawn", f"{tags_too} {more}"
+        return f"on {args.path}, which is drawn", f"{dealing} {words} {more}"
     if args.detect:
-        return "--detect", f"detect {dealing} {copies}"
+        return "with --detect", f"detect {dealing} {copies}"
     source = Path(args.path)
     by_folders = args.path == "-" or not source.exists()
     by_folders = by_folders or sources.reader_of(source) in sources.BY_FOLDERS
     layout = "layout" if by_folders else ""
-    return f"{args.path}", f"{tags_too} {copies} {layout} crop margin boxes tail"
+    return f"on {args.path}", f"{dealing} {words} {copies} {layout} crop margin boxes tail"
 
 
 def main():

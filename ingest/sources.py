@@ -96,8 +96,8 @@ def refuse_odd(path, names):
     """Names are printed, and are a line each."""
     for name in names:
         if ODD.search(name) or len(name) > MOST_NAME:
-            odd = f"control characters, or more than {MOST_NAME} characters"
-            raise UserError(f"{path} holds the name {name[:80]!r}; rename it, it has {odd}")
+            odd = f"has control characters or more than {MOST_NAME} characters; rename it"
+            raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
 
 
 def two_readings(path, problem):

@@ -236,7 +236,7 @@ def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(
     before = gallery.load_gallery(copy)
     pictures = sorted((draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0").iterdir())
     shutil.copy(pictures[0], tmp_path / "again.png")
-    with pytest.raises(UserError, match="2 pictures of Zoë are too few"):
+    with pytest.raises(UserError, match="2 different pictures of Zoë are too few"):
         recognise(capsys, copy, "--enrol", "Zoë", pictures[0], pictures[1], tmp_path / "again.png")
     told = recognise(capsys, copy, "--enrol", "Zoë", *pictures[:3], tmp_path / "again.png").out
     assert "1 of 4 pictures are there already" in told and "enrolled with 3 pictures" in told
