@@ -1,6 +1,6 @@
-"""A command of ours: its flags, its mistakes in one line each, what it may write, what is seen while it works.
+"""What every command has: flags, one line for each mistake, locks on what it writes, a progress bar.
 
-Imports torch nowhere: `data.py` starts without it.
+Imports no torch: `data.py` packs without it.
 """
 
 import argparse
@@ -17,13 +17,7 @@ from tqdm import tqdm
 from common.fields import shown
 from common.io import UserError, lock_beside, locked
 
-NO_MEMORY = (
-    "OutOfMemory",
-    "MemoryError",
-    "can't allocate memory",
-    "alloc_cpu",
-    "calculation overflowed",
-)
+NO_MEMORY = "OutOfMemory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 QUIET = 10  # seconds between two lines where output is piped
 LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 
@@ -70,7 +64,7 @@ def in_one_line(problem):
         return f"{problem.filename or 'a file'} can't be read or written: {problem.strerror or problem}"
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
         return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
-    if any(word in f"{type(problem).__name__} {problem}" for word in NO_MEMORY):
+    if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
         return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
 
 
@@ -103,15 +97,10 @@ def between(low, high, kind=float):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = (
-                f"at least {low:g}"
-                if high >= MOST and not value > high
-                else f"between {low:g} and {high:g}"
-            )
-            raise argparse.ArgumentTypeError(
-                f"{text} must be a {'whole ' * (kind is int)}number {bounds}"
-            )
+        if not low <= value <= high:  # never true of nan
+            whole = "whole " if kind is int else ""
+            bounds = f"between {low:g} and {high:g}" if high < MOST else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be a {whole}number {bounds}")
         return value
 
     return number
@@ -126,30 +115,24 @@ MOST = 10**9  # of anything that is counted: what is larger is a slip of the han
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError, one line as all mistakes of a user; args.given: the
-    flags given.
-    """
+    """argparse whose mistakes are a UserError; the namespace has `given`, the set of flags given."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, **({"formatter_class": argparse.RawTextHelpFormatter} | options))
+        options.setdefault("formatter_class", argparse.RawTextHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
 
     def parse_known_args(self, args=None, namespace=None):
-        given = list(sys.argv[1:] if args is None else args)
-        for word, value in zip(given, [*given[1:], None], strict=False):
-            if re.fullmatch("--[^=]+=(--)?", word) or re.fullmatch("--[^=]+", word) and value == "":
-                self.error(f"{word} gives no value")  # argparse would make --x=-- an empty list
-        found, rest = super().parse_known_args(args, namespace)
-        words = {word.partition("=")[0] for word in given if word.startswith("--")}
-        options = {option: action.dest for option, action in self._option_string_actions.items()}
-        found.given = getattr(found, "given", set()) | {
-            dest
-            for option, dest in options.items()
-            for word in words
-            if option == word or word not in options and option.startswith(word)
-        }
+        words = sys.argv[1:] if args is None else args
+        found, rest = super().parse_known_args(words, namespace)
+        flags = {word.partition("=")[0] for word in words}
+        known = {name: action.dest for name, action in self._option_string_actions.items()}
+        found.given = getattr(found, "given", set()) | {known[f] for f in flags & known.keys()}
+        for name in found.given:
+            if getattr(found, name, None) in ("", []):  # as of --out "$UNSET"
+                self.error(f"--{name.replace('_', '-')} gives no value")
         return found, rest
 
 
@@ -277,22 +260,10 @@ def starting():
         print("loading ...", end="\r", file=sys.stderr, flush=True)
 
 
-class Lines:
-    """Where output is piped, what tqdm writes: each state of a bar is a line."""
-
-    def write(self, text):
-        line = text.strip("\r\n ")
-        if line:
-            print(line, file=sys.stderr, flush=True)
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress(items=None, name=None, total=None, disable=False, **options):
-    """tqdm's bar; where output is piped, a line every ten seconds."""
+    """tqdm's bar; where output is piped, it is drawn every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
 
 

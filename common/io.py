@@ -1,7 +1,6 @@
-"""Mistakes of the user, and files that are read and written whole or not at all.
+"""The user's mistakes, and files that are read and written whole or not at all.
 
-Imports nothing of ours, and torch only where it is needed: the packing half of data.py starts
-without it.
+Imports torch only inside functions: the packing half of data.py starts without it.
 """
 
 import contextlib
@@ -9,18 +8,10 @@ import json
 import math
 import os
 import shutil
-import warnings
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
-# Of Pillow's 40 formats; among the others is EPS, which it gives to Ghostscript to be run.
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
-FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels: refused
 
 try:
     import fcntl
@@ -29,31 +20,23 @@ except ImportError:  # there is none on Windows, and so no lock
 
 
 class UserError(Exception):
-    """A mistake of the user: one line with the value and the fix. The stage prints it and exits
-    with status 2.
-    """
+    """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
 
 
 def remove_leftovers(path):
-    """Temporary files of path whose process was killed while it wrote. Windows has no harmless
-    question to ask.
-    """
+    """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
     for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
         try:
-            os.kill(
-                int(old.name.split(".")[-2]), 0
-            )  # signal 0 asks only whether the process is there
+            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
         except (ProcessLookupError, ValueError):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        except OSError:  # it is somebody else's
+        except OSError:  # a process of somebody else
             continue
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic(path) as temporary: write there; it takes path's place whole, or not at all
-    (fsync, then rename).
-    """
+    """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,15 +49,10 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        free = (
-            shutil.disk_usage(
-                next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())
-            ).free
-            / 2**20
-        )
+        there = next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())
+        free = shutil.disk_usage(there).free >> 20
         raise UserError(
-            f"could not write {path} ({free:.0f} MB free): {problem}; "
-            "what stood there before is whole"
+            f"could not write {path} ({free} MB free): {problem}; what stood there before is whole"
         ) from problem
     finally:
         with contextlib.suppress(OSError):
@@ -92,10 +70,9 @@ def lock_beside(path):
 
 @contextlib.contextmanager
 def locked(path, wait=False):
-    """Hold a lock file, and remove it at the end -> its descriptor. If another process holds it,
-    that is a UserError, or this one waits.
+    """Hold a lock file -> its descriptor. Where another process holds it: a UserError, or wait.
 
-    The system ends a lock with its process: the file of a process that was killed locks nothing.
+    The system ends a lock with its process: the file of a killed process locks nothing.
     """
     if fcntl is None:
         yield None
@@ -150,18 +127,17 @@ def lock(file, path, wait):
         return
 
 
-# ---- safetensors: eight bytes, the length of the head; the head, JSON; the tensors one after the o
+# ---- safetensors: the length of the head in 8 bytes, the head as JSON, tensor after tensor ---------
 
-DTYPES = {
+DTYPES = {  # of memory maps
     "U8": np.uint8,
     "I32": np.int32,
     "I64": np.int64,
     "F16": np.float16,
     "F32": np.float32,
-}  # of rows
-BYTES = {"BOOL": 1, "I8": 1, "BF16": 2, "I16": 2, "U16": 2, "U32": 4, "F64": 8, "U64": 8} | {
-    name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()
-}  # of one number
+}
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # of one number
+BYTES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 
 
 def parse_json(text):
@@ -173,26 +149,27 @@ def parse_json(text):
 
 
 def parse_table(text):
-    """The same; what is no table of fields is a ValueError."""
+    """-> the dict in a JSON text; another value is a ValueError."""
     found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError("it holds no table of fields")
     return found
 
 
+def one_line(problem):
+    """The first 80 characters of an error's message."""
+    return " ".join(str(problem).split())[:80]
+
+
 def not_whole(path, problem, remedy):
     """The UserError for a file that is missing or broken; remedy: what to do about it."""
     if isinstance(problem, FileNotFoundError):
         return UserError(f"{path} does not exist; {remedy}")
-    return UserError(
-        f"{path} is not a whole file of tensors ({' '.join(str(problem).split())[:80]}); {remedy}"
-    )
+    return UserError(f"{path} is not a whole file of tensors ({one_line(problem)}); {remedy}")
 
 
 def read_safetensors(path, remedy="remove it and make it again"):
-    """-> ({name: CPU tensor}, what our entry "animask" of its header says: a dict, empty in other
-    people's files).
-    """
+    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -204,9 +181,7 @@ def read_safetensors(path, remedy="remove it and make it again"):
 
 
 def read_header(path, remedy="remove it and make it again"):
-    """The same without reading a tensor -> ({name: (dtype's name, shape, first byte in the file)},
-    "animask" or {}).
-    """
+    """The same without the tensors -> {name: (dtype's name, shape, first byte)}, our dict."""
     try:
         with open(regular(path), "rb") as f:
             room = int.from_bytes(f.read(8), "little")
@@ -219,9 +194,9 @@ def read_header(path, remedy="remove it and make it again"):
 
 
 def place_of(entry, start, size):
-    """A tensor in a file's head -> (dtype's name, shape, its first byte in the file).
+    """An entry of a head -> (dtype's name, shape, first byte of the tensor in the file).
 
-    The tensors begin at `start` and take `size` bytes; one that does not fit there is a ValueError.
+    The tensors begin at `start` and take `size` bytes. A ValueError where this one does not fit.
     """
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
@@ -232,51 +207,47 @@ def place_of(entry, start, size):
 
 
 def save_safetensors(tensors, path, header=None):
-    """Write {name: tensor} and, as the entry "animask", a header of plain values, atomically.
+    """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
 
-    A file for others, without a header of ours, says that it is PyTorch's: transformers asks for
-    that.
+    Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    about = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
+    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic(path) as temporary:
         try:
-            save_file(
-                {k: x.detach().cpu().contiguous() for k, x in tensors.items()}, temporary, about
-            )
+            save_file(plain, temporary, metadata)
         except SafetensorError as problem:
             raise OSError(str(problem)) from problem
 
 
 def write_rows(path, planes, n, rows, header, room=None):
-    """Stream rows of several tensors into a safetensors file, atomically: memory does not grow with
-    them.
+    """Stream rows of several tensors into a safetensors file, atomically, in constant memory.
 
     planes {name: (dtype's name, shape of one row)}, in the order of the file. rows yields {name:
-    array (b, ...)}, n rows in all: each goes straight to its place. If fewer than n come, the later
-    planes move up at the end. header: a function that is called after the last row -> dict; room:
-    bytes for the file's head, if it may still grow.
+    array (b, ...)}, n rows in all. If fewer come, the later planes move up at the end.
+    header: called after the last row -> dict. room: bytes for the head, if it may still grow.
     """
-    size = {
-        p: math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        for p, (dtype, shape) in planes.items()
-    }
+    size = {}  # bytes of one row
+    for name, (dtype, shape) in planes.items():
+        size[name] = math.prod(shape) * BYTES[dtype]
     room = room or -(-len(file_head(planes, size, n, header())) // 8) * 8
-    start = dict(
-        zip(planes, (8 + room + n * np.cumsum([0, *size.values()])).tolist(), strict=False)
-    )
+    start, end = {}, 8 + room
+    for name in planes:
+        start[name] = end
+        end += n * size[name]
     count = 0
     with atomic(path) as temporary, open(temporary, "w+b") as f:
         for chunk in rows:
-            for p, row in chunk.items():
-                f.seek(start[p] + count * size[p])
+            for name, row in chunk.items():
+                f.seek(start[name] + count * size[name])
                 f.write(np.ascontiguousarray(row).data)
             count += len(row)
         end = 8 + room
-        for p in planes:
-            end = move(f, start[p], end, count * size[p])
+        for name in planes:
+            end = move(f, start[name], end, count * size[name])
         f.truncate(end)
         f.seek(0)
         head = file_head(planes, size, count, header())
@@ -294,7 +265,7 @@ def file_head(planes, size, n, header):
 
 
 def move(f, start, to, count, step=2**24):
-    """Move `count` bytes of a file from `start` forward to `to` -> where they end now."""
+    """Move `count` bytes of a file from `start` back to `to` -> where they end now."""
     for i in range(0, count if start > to else 0, step):
         f.seek(start + i)
         chunk = f.read(min(step, count - i))
@@ -314,15 +285,6 @@ def regular(path):
     return path
 
 
-def open_picture(file):
-    """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
-
-    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
-    for a picture of more than 89 megapixels.
-    """
-    return Image.open(file, formats=FORMATS)
-
-
 def check_size(path):
     """A .pth that unpacks to more than it is, as a deflated one may, is refused before it is read."""
     if zipfile.is_zipfile(path):
@@ -338,15 +300,11 @@ def check_size(path):
 
 
 def read_json(path, keys=(), fix="remove it and run again"):
-    """-> the dict of a JSON file of ours; one that is broken, or lacks one of the keys, is a
-    UserError with the fix.
-    """
+    """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
     try:
         found = parse_json(regular(path).read_text())
     except (OSError, ValueError) as problem:
-        raise UserError(
-            f"{path} can't be read ({' '.join(str(problem).split())[:80]}); {fix}"
-        ) from None
+        raise UserError(f"{path} can't be read ({one_line(problem)}); {fix}") from None
     if not isinstance(found, dict) or not set(keys) <= found.keys():
         raise UserError(
             f"{path} is not what we write there: it lacks {', '.join(keys) or 'everything'}; {fix}"

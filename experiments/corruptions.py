@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.io import open_picture
 from data import LUMA
 from finetune_lora import GRAY, cutout
+from ingest.decode import open_picture
 
 
 def to_u8(x):

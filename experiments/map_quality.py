@@ -36,10 +36,11 @@ from common import guidance, metrics
 from common.checkpoints import load_teacher
 from common.command import Parser, claim, cli, progress, refuse_file, working
 from common.features import untrained_like
-from common.io import UserError, open_picture, regular
+from common.io import UserError, regular
 from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
 from ingest import toon
+from ingest.decode import open_picture
 
 BACKGROUNDS = ("flat", "gradient", "tone", "photo")
 FRAMINGS = ("whole", "close")

@@ -9,12 +9,16 @@ import io
 import math
 import re
 import threading
+import warnings
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.io import open_picture
-
+# Of Pillow's 40 formats. EPS is not among them: Pillow gives it to Ghostscript to be run.
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS += ["AVIF"] * (find_spec("PIL.AvifImagePlugin") is not None)  # from Pillow 11.3
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 megapixels: refused
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
@@ -43,6 +47,15 @@ PIXELS = Room(Image.MAX_IMAGE_PIXELS)
 MOST_PIXELS = {"WEBP": 50_000_000, "AVIF": 66_000_000}
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
+
+
+def open_picture(file):
+    """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
+
+    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
+    for a picture of more than 89 megapixels.
+    """
+    return Image.open(file, formats=FORMATS)
 
 
 @contextlib.contextmanager

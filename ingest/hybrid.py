@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from common.command import Parser, at_least, between, cli, progress
-from common.io import UserError, open_picture
+from common.io import UserError
 from ingest import toon
+from ingest.decode import open_picture
 
 KINDS = {
     "drawn": "a drawing",

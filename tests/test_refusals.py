@@ -29,7 +29,7 @@ TABLE = (  # the command, and a word of its message
     (f"{PRE} --device tpu", "--device tpu"),
     (f"{PRE} --flat-weight nan", "--flat-weight nan"),
     (f"{PRE} --seed -1", "--seed -1"),
-    (f"{PRE} --data=", "--data="),
+    (f"{PRE} --data=", "--data gives no"),
     (f"{PRE} --log mlflow", "mlflow is unknown"),
     (f"{PRE} --data nowhere", "nowhere"),
     ("pretrain.py --resume nowhere", "nowhere"),
