@@ -24,7 +24,7 @@ INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 2**16 if INTERPRET else 2**11  # numbers of a program; the interpreter is slow per program
 LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes needs more than 32 bits
 
-default = "auto"  # what "auto" means in this process; --impl sets it
+IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
 
 
 def choose_impl(impl, device):
@@ -33,14 +33,14 @@ def choose_impl(impl, device):
     A ValueError where the implementation does not exist or can't run on this device.
     """
     device = torch.device(device)
-    wanted = default if impl == "auto" else impl
+    wanted = IMPL if impl == "auto" else impl
     if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"--impl {wanted} is unknown; choose from auto, torch, triton")
+        raise ValueError(f"impl {wanted} is unknown; choose from auto, torch, triton")
     problem = why_not_triton(device)
     if wanted == "triton" and problem:
-        raise ValueError(f"--impl triton: {problem}; use --impl torch")
+        raise ValueError(f"impl triton: {problem}; choose torch")
     if wanted != "auto":
-        return wanted, "as --impl says"
+        return wanted, "as IMPL says"
     if device.type == "cuda" and not problem:
         return "triton", "the fused kernels serve a GPU"
     why = f": {problem}" if device.type == "cuda" else ""

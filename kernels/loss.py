@@ -41,8 +41,8 @@ TAU = 0.05  # detail at which the weight has risen by 63 %: a soft shadow edge
 def loss_reference(pred, target, weight, error_of=None):
     """L = sum(w e) / sum(w), a scalar, and e (B, M). Autograd finds the gradient.
 
-    What you write here or in `squared_error` trains on a CPU, on a Mac, and on a GPU with --impl
-    torch. `loss_kernel` is the same with a gradient of its own; a test compares the two.
+    What you write here or in `squared_error` trains on a CPU and on a Mac. On a GPU it trains where
+    IMPL in kernels/__init__.py is "torch"; otherwise `loss_kernel` does, which a test compares.
     """
     error = (error_of or squared_error)(pred, target)
     return (weight * error).sum() / sum_of(weight), error

@@ -98,7 +98,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import kernels
 import pretrain
 from common.command import cli
-kernels.default = sys.argv.pop(1)
+kernels.IMPL = sys.argv.pop(1)
 cli(pretrain.main)
 """
 

