@@ -133,9 +133,12 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
         raise UserError(
             f"{path} has {size} px, patches of {p}, {dim} numbers, {heads} heads; {remedy}"
         )
-    table = {f"{prefix}cls_token": "float 1 1 D", f"{prefix}pos_embed": "float 1 N D"}
-    table |= {f"{prefix}blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-    check_arrays(weights, table, path, remedy, D=dim, N=1 + (size // p) ** 2, F=4 * dim)
+    table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
+    table["patch_embed.proj.weight"] = "float D P"
+    table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
+    table = {prefix + name: says for name, says in table.items()}
+    sizes = {"D": dim, "F": 4 * dim, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
+    check_arrays(weights, table, path, remedy, **sizes)
 
 
 def check_equal(path, remedy, **pairs):

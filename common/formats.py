@@ -65,13 +65,6 @@ FROM_HF["decoder.decoder_encoder.layer"] = "decoder_blocks"
 QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
 WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
 HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
-VIT = {  # what makes it a ViT: width D, N places, patches of p x p
-    "cls_token": "float 1 1 D",
-    "pos_embed": "float 1 N D",
-    "patch_embed.proj.weight": "float D 3 p p",
-    "patch_embed.proj.bias": "float D",
-    "mask_token?": "float 1 1 W",
-}
 FACTS = {  # what no shape tells
     "heads?": whole(1, 1000),
     "decoder_heads?": whole(1, 1000),
@@ -86,14 +79,10 @@ REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the 
 
 def check_tensors(tensors, path):
     """Tensors that are larger than their file are refused: views of few numbers, or sparse ones."""
-    size, room = 0, 4 * Path(path).stat().st_size  # tied weights count twice
-    for name, w in tensors.items():
-        size += w.numel() * w.element_size()
-        if w.layout is not torch.strided or w.device.type != "cpu" or w.is_quantized or size > room:
-            raise UserError(
-                f"{path}: {shown(str(name))} {tuple(w.shape)} is larger than the file, or packed; "
-                "save it as plain tensors"
-            )
+    size = sum(w.numel() * w.element_size() for w in tensors)
+    plain = all(w.layout is torch.strided and w.device.type == "cpu" for w in tensors)
+    if not plain or size > 4 * path.stat().st_size:  # tied weights count twice
+        raise UserError(f"{path} has tensors that are larger than the file, or packed; {REMEDY}")
 
 
 def read_tensors(path):
@@ -175,12 +164,24 @@ def fold_layer_scale(weights):
     return weights
 
 
+def fold_pixels(weights, mean, std):
+    """The patch embedding of an encoder for (x - mean) / std -> that for (x - MEAN) / STD.
+
+    (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std.
+    """
+    name, mean, std = "patch_embed.proj", torch.tensor(mean), torch.tensor(std)
+    kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]  # (D, 3, p, p), (D)
+    scale, shift = torch.tensor(STD) / std, (torch.tensor(MEAN) - mean) / std
+    moved = bias + (kernel * shift[:, None, None]).sum((1, 2, 3))
+    return weights | {f"{name}.weight": kernel * scale[:, None, None], f"{name}.bias": moved}
+
+
 def our_names(loaded, path):
     """What a file holds -> {our name: tensor fp32}, the patch embedding still a convolution."""
     loaded = loaded if isinstance(loaded, dict) else {}
     inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), dict)), loaded)
     tensors = {k: w for k, w in inner.items() if isinstance(w, torch.Tensor)}
-    check_tensors(tensors, path)
+    check_tensors(tensors.values(), path)
     weights = {re.sub(PREFIX, "", str(k)): w.float() for k, w in tensors.items()}
     weights = {k: w for k, w in weights.items() if not re.match(DROPPED, k)}
     if {"register_tokens", "reg_token"} & weights.keys():
@@ -212,56 +213,50 @@ def facts_beside(folder):
     }
 
 
-def shape_of(weights, path):
+def shape_of(weights):
     """-> what the shapes of the weights tell: {image_size, patch_size, dim, depth, ...}."""
-    check_arrays(weights, VIT, path, REMEDY)
-    positions = weights["pos_embed"].shape[1]
-    side = math.isqrt(max(positions - 1, 0))
-    if positions < 2 or side**2 != positions - 1:
-        raise UserError(
-            f"{path} has {positions} positions: not a square grid and one for the CLS token"
-        )
     p = weights["patch_embed.proj.weight"].shape[2]
     return {
-        "image_size": side * p,
+        "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * p,
         "patch_size": p,
         "dim": weights["cls_token"].shape[2],
         "depth": count_blocks(weights, "blocks"),
-        "decoder_dim": weights["mask_token"].shape[-1] if "mask_token" in weights else 0,
+        "decoder_dim": weights["mask_token"].shape[2] if "mask_token" in weights else 0,
         "decoder_depth": count_blocks(weights, "decoder_blocks"),
     }
 
 
-def check_shape(weights, facts, path):
-    """A UserError where the facts do not go together, or do not fit the weights.
-
-    A number of heads changes no shape: a wrong one would be seen nowhere but in the features.
-    """
-    width, deep = facts["decoder_dim"], facts["decoder_depth"]
-    attention = [("num_attention_heads", facts["dim"], facts["heads"])]
-    if deep:
-        attention.append(("decoder_num_attention_heads", width, facts["decoder_heads"]))
-    for key, dim, heads in attention:
-        if not heads or dim % heads:
-            raise UserError(
-                f"{path} is {dim} wide, and {heads or 'an unknown number of'} heads can't share it; "
-                f'a config.json beside it has to say {{"{key}": N}}'
-            )
+def weights_and_facts(loaded, header, path):
+    """What read_checkpoint returns, of what a file holds. Other errors than UserError may be raised."""
+    weights = our_names(loaded, path)
+    if "cls_token" not in weights:
+        raise UserError(f"{path} has no cls_token: it is no ViT; {REMEDY}")
+    shape = shape_of(weights)
+    told = facts_beside(path.parent)
+    if header:
+        told = header["config"] | {"norm_pix": header.get("norm_pix", True)}
+    table = FACTS | {"dim?": one_of(shape["dim"])}
+    check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
+    facts = {"decoder_heads": shape["decoder_dim"] // 32, "norm_eps": EPS}
+    facts |= {k: v for k, v in told.items() if v is not None}
+    facts = {"heads": HEADS.get(shape["dim"])} | facts | shape
+    if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
+        raise UserError(
+            f"{path} is {shape['dim']} wide, and nothing tells its number of heads; a config.json "
+            'beside it has to say {"num_attention_heads": N}'
+        )
+    if "mean" in facts and "std" in facts:
+        weights = fold_pixels(weights, facts["mean"], facts["std"])
+    kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
+    matrix = (
+        kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
+    )  # (D, p*p*3), as a patch is laid out
+    weights = weights | {"patch_embed.proj.weight": matrix}
     check_encoder(weights, facts, path, REMEDY)
-    blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(deep)}
+    width, depth = shape["decoder_dim"], shape["decoder_depth"]
+    blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
     check_arrays(weights, blocks, path, REMEDY, D=width, F=4 * width)
-
-
-def fold_pixels(weights, mean, std):
-    """The patch embedding of an encoder for (x - mean) / std -> that for (x - MEAN) / STD.
-
-    (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std.
-    """
-    name, mean, std = "patch_embed.proj", torch.tensor(mean), torch.tensor(std)
-    kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]  # (D, 3, p, p), (D)
-    scale, shift = torch.tensor(STD) / std, (torch.tensor(MEAN) - mean) / std
-    moved = bias + (kernel * shift[:, None, None]).sum((1, 2, 3))
-    return weights | {f"{name}.weight": kernel * scale[:, None, None], f"{name}.bias": moved}
+    return weights, facts
 
 
 def read_checkpoint(path):
@@ -274,28 +269,7 @@ def read_checkpoint(path):
     path = encoder_file(Path(path))
     loaded, header = read_tensors(path)
     try:
-        weights = our_names(loaded, path)
-        shape = shape_of(weights, path)
-        told = facts_beside(path.parent)
-        if header:
-            told = header["config"] | {"norm_pix": header.get("norm_pix", True)}
-    except (RuntimeError, IndexError, KeyError, TypeError, AttributeError) as problem:
+        return weights_and_facts(loaded, header, path)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as problem:
         reason = f"{type(problem).__name__} {' '.join(str(problem).split())[:100]}"
-        raise UserError(f"{path} does not fit together ({reason}); {REMEDY}") from None
-    table = FACTS | {"dim?": one_of(shape["dim"])}
-    check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
-    facts = {
-        "heads": HEADS.get(shape["dim"]),
-        "decoder_heads": shape["decoder_dim"] // 32,
-        "norm_eps": EPS,
-    }
-    facts |= {k: v for k, v in told.items() if v is not None}
-    facts |= shape
-    check_shape(weights, facts, path)
-    if "mean" in facts and "std" in facts:
-        weights = fold_pixels(weights, facts["mean"], facts["std"])
-    kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
-    matrix = (
-        kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
-    )  # (D, p*p*3), as a patch is laid out
-    return weights | {"patch_embed.proj.weight": matrix}, facts
+        raise UserError(f"{path} is no ViT that fits together ({reason}); {REMEDY}") from None
