@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import tempfile
 import warnings
 from functools import partial
@@ -42,7 +43,6 @@ from common.io import (
     read_safetensors,
     save_json,
     save_safetensors,
-    save_text,
 )
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
@@ -180,7 +180,7 @@ def save_half(source, out, image_size):
         save_safetensors(half, out / file.name, header or None)
     for name in TEXTS:
         if (source / name).exists():
-            save_text((source / name).read_text(), out / name)
+            shutil.copy(source / name, out / name)
     return f"give {out} wherever a stage asks for a run"
 
 
@@ -288,11 +288,6 @@ def save_onnx(source, out, image_size=None):
 
 # ---- the card ------------------------------------------------------------------------------------
 
-TASKS = {  # of model hubs, by a flag that only one stage has
-    "arm": "image-classification",
-    "method": "image-classification",
-    "boxes": "object-detection",
-}
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
 MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
     ("probe.json", "headline"),
@@ -302,7 +297,6 @@ MEASURED = (  # numbers that a card shows of these files, a key in a key after a
 CARD = """---
 license: {licence}
 library_name: {library}
-pipeline_tag: {task}
 tags: [masked-autoencoder, vision-transformer, anime]
 ---
 
@@ -341,14 +335,13 @@ def write_card(source, to, path, use):
     card = CARD.format(
         licence="mit" if pictures in OURS else "other",
         library={"timm": "timm", "onnx": "onnx", "hf": "transformers"}.get(to, "pytorch"),
-        task=next((TASKS[flag] for flag in TASKS if flag in flags), "image-feature-extraction"),
         name=source.name,
         use=use,
         flags="\n".join(f"| {k} | `{v}` |" for k, v in flags.items() if v is not None),
         measured="\n".join(measured(source)) or "Nothing was measured.",
         pictures="drawn by the project's own program, MIT" if pictures in OURS else pictures,
     )
-    save_text(card, path)
+    path.write_text(card)
 
 
 def flags_of_run(source):

@@ -18,17 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.fields import (
-    EPSILON,
-    check_arrays,
-    check_encoder,
-    check_fields,
-    list_of,
-    number,
-    one_of,
-    shown,
-    whole,
-)
+from common import fields
 from common.io import UserError, check_size, read_json, read_safetensors, regular
 from kernels.gather import MEAN, STD
 
@@ -66,13 +56,13 @@ QKV = ("attn.q", "attn.k", "attn.v")  # three layers there, one here
 WIDTHS = (192, 256, 320, 384, 512, 640, 768, 896, 1024, 1536)  # public ViTs with heads of 64
 HEADS = {width: width // 64 for width in WIDTHS} | {1280: 16, 1408: 16, 1664: 16}
 FACTS = {  # what no shape tells
-    "heads?": whole(1, 1000),
-    "decoder_heads?": whole(1, 1000),
-    "hidden_act?": one_of("gelu"),
-    "norm_eps?": EPSILON,
-    "norm_pix?": one_of(True, False),
-    "mean?": list_of(number(), 3, 3),
-    "std?": list_of(number(1e-6), 3, 3),
+    "heads?": fields.whole(1, 1000),
+    "decoder_heads?": fields.whole(1, 1000),
+    "hidden_act?": fields.one_of("gelu"),
+    "norm_eps?": fields.EPSILON,
+    "norm_pix?": fields.one_of(True, False),
+    "mean?": fields.list_of(fields.number(), 3, 3),
+    "std?": fields.list_of(fields.number(1e-6), 3, 3),
 }
 REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the folder"
 
@@ -99,7 +89,7 @@ def read_tensors(path):
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except Exception as problem:  # half a dozen kinds for a truncated or foreign file
         code = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = shown(str(problem).strip().split("\n")[0][:100])
+        reason = fields.shown(str(problem).strip().split("\n")[0][:100])
         if code:
             reason = f"it wants to run {code[1]} and was not opened"
         raise UserError(f"{path} is not a whole model ({reason}); {REMEDY}") from None
@@ -196,8 +186,10 @@ def our_names(loaded, path):
 # ---- what shapes tell, and what they do not ------------------------------------------------------
 
 
-def facts_beside(folder):
-    """-> what config.json and the like, of transformers or timm, tell of the network: see FACTS."""
+def facts_beside(folder, header):
+    """-> what our header, else config.json of transformers or timm, tells of the network: see FACTS."""
+    if header:
+        return header["config"] | {"norm_pix": header.get("norm_pix", True)}
     files = [folder / "config.json", folder / "preprocessor_config.json"]
     config, pixels = [read_json(file) if file.exists() else {} for file in files]
     timm = (config.get("model_args") or {}) | (config.get("pretrained_cfg") or {})
@@ -232,11 +224,9 @@ def weights_and_facts(loaded, header, path):
     if "cls_token" not in weights:
         raise UserError(f"{path} has no cls_token: it is no ViT; {REMEDY}")
     shape = shape_of(weights)
-    told = facts_beside(path.parent)
-    if header:
-        told = header["config"] | {"norm_pix": header.get("norm_pix", True)}
-    table = FACTS | {"dim?": one_of(shape["dim"])}
-    check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
+    told = facts_beside(path.parent, header)
+    table = FACTS | {"dim?": fields.one_of(shape["dim"])}
+    fields.check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
     facts = {"decoder_heads": shape["decoder_dim"] // 32, "norm_eps": EPS}
     facts |= {k: v for k, v in told.items() if v is not None}
     facts = {"heads": HEADS.get(shape["dim"])} | facts | shape
@@ -252,10 +242,10 @@ def weights_and_facts(loaded, header, path):
         kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
     )  # (D, p*p*3), as a patch is laid out
     weights = weights | {"patch_embed.proj.weight": matrix}
-    check_encoder(weights, facts, path, REMEDY)
+    fields.check_encoder(weights, facts, path, REMEDY)
     width, depth = shape["decoder_dim"], shape["decoder_depth"]
     blocks = {f"decoder_blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-    check_arrays(weights, blocks, path, REMEDY, D=width, F=4 * width)
+    fields.check_arrays(weights, blocks, path, REMEDY, D=width, F=4 * width)
     return weights, facts
 
 
