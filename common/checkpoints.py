@@ -109,7 +109,7 @@ def resize_positions(pos, side):
 def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
     size, p = image_size or facts["image_size"], facts["patch_size"]
-    if size % p or not SIDE(size):
+    if not SIDE(size) or size % p:
         raise UserError(
             f"{path} has patches of {p} px: --image-size {size} is no multiple of it, or too large"
         )

@@ -112,20 +112,15 @@ def read_files(folder):
     return config, pairs, header
 
 
-def ends_in(name, key):
-    """Is the key of a pattern the last part of a layer's name?
-
-    peft matches it as a regular expression, which may take for ever.
-    """
-    plain = key.removeprefix("^").replace("\\.", ".")
-    return f".{name}".endswith(f".{plain}")
-
-
 def alphas_of(names, config, path):
-    """{layer: alpha}: that of the first pattern of adapter_config.json that fits the layer's name."""
+    """{layer: alpha}: that of the first pattern of adapter_config.json that fits the layer's name.
+
+    A pattern is the end of a name. As a regular expression, as in peft, it may take for ever.
+    """
     alphas = dict.fromkeys(names, config["lora_alpha"])
     for key, alpha in reversed((config.get("alpha_pattern") or {}).items()):
-        fitting = [name for name in names if ends_in(name, key)]
+        end = "." + key.removeprefix("^").replace("\\.", ".")
+        fitting = [name for name in names if f".{name}".endswith(end)]
         if not fitting or not ALPHA(alpha):
             raise UserError(f"{path}: {short(key)} fits no layer, or is no alpha; {REMEDY}")
         alphas |= dict.fromkeys(fitting, alpha)
