@@ -288,6 +288,8 @@ def save_onnx(source, out, image_size=None):
 
 # ---- the card ------------------------------------------------------------------------------------
 
+CLASSIFIES = "image-classification"
+TASKS = {"arm": CLASSIFIES, "method": CLASSIFIES, "boxes": "object-detection"}  # by a stage's flag
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
 MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
     ("probe.json", "headline"),
@@ -297,6 +299,7 @@ MEASURED = (  # numbers that a card shows of these files, a key in a key after a
 CARD = """---
 license: {licence}
 library_name: {library}
+pipeline_tag: {task}
 tags: [masked-autoencoder, vision-transformer, anime]
 ---
 
@@ -335,6 +338,7 @@ def write_card(source, to, path, use):
     card = CARD.format(
         licence="mit" if pictures in OURS else "other",
         library={"timm": "timm", "onnx": "onnx", "hf": "transformers"}.get(to, "pytorch"),
+        task=next((TASKS[k] for k in TASKS if k in flags), "image-feature-extraction"),
         name=source.name,
         use=use,
         flags="\n".join(f"| {k} | `{v}` |" for k, v in flags.items() if v is not None),
