@@ -289,7 +289,7 @@ def save_onnx(source, out, image_size=None):
 # ---- the card ------------------------------------------------------------------------------------
 
 CLASSIFIES = "image-classification"
-TASKS = {"arm": CLASSIFIES, "method": CLASSIFIES, "boxes": "object-detection"}  # by a stage's flag
+TASKS = {"boxes": "object-detection", "arm": CLASSIFIES, "method": CLASSIFIES}  # by a stage's flag
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
 MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
     ("probe.json", "headline"),
