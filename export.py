@@ -36,14 +36,7 @@ from common.classifier import head_of
 from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.gallery import decide, load_gallery
-from common.io import (
-    UserError,
-    read_header,
-    read_json,
-    read_safetensors,
-    save_json,
-    save_safetensors,
-)
+from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
@@ -352,7 +345,7 @@ def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     head, detector = source / "head.safetensors", source / "detector.safetensors"
     if detector.exists():
-        return read_header(detector)[1].get("run") or {}
+        return read_safetensors(detector)[1].get("run") or {}
     if not head.exists():
         return checkpoints.flags_of(source)
     header = head_of(source)

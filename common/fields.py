@@ -66,14 +66,16 @@ def list_of(rule, least=0, most=10**8):
     )
 
 
-def TEXT(value):
+def is_text(value):
     return isinstance(value, str) and len(value) <= 4096
 
 
-def NAMES(value):
+def are_names(value):
     return list_of(is_name)(value) and len(set(value)) == len(value)
 
 
+TEXT = is_text
+NAMES = are_names
 SIDE = whole(1, 4096)  # of a picture, in pixels
 EPSILON = number(1e-12, 1)  # of a norm
 CUT = {"packed_size": whole(8, 4096), "crop": one_of("centre", "figure"), "margin": number(0, 10)}
