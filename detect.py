@@ -66,7 +66,7 @@ FIELDS = {
     "page": fields.SIDE,
     "threshold": fields.number(-1, 2),
     "base?": fields.TEXT,
-    "run?": fields.table_of(fields.ANYTHING),
+    "run?": {},
 }
 
 

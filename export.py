@@ -12,122 +12,90 @@ Writes: beside ENCODER, or to --out:
         merged  merged.safetensors, an encoder of ours with its adapter in it
         onnx    model.onnx, an encoder, a recogniser with its gallery, or a tagger, without torch
         half    half/, what stages read of a run, numbers in 16 bits
-        and a card, FILE.md or README.md in the folder: data, recipe, figures, limits, licence
+        and a card, FILE.md or README.md in the folder: data, recipe, measurements, limits, licence
 """
 
-import contextlib
 import json
 import logging
 import os
 import shlex
 import shutil
+import tempfile
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import data
-import detect
 import tags
 from common import checkpoints
 from common.classifier import head_of
 from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
-from common.fields import SIDE, check_fields
-from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
+from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.gallery import decide, load_gallery
-from common.io import (
-    UserError,
-    atomic,
-    read_json,
-    read_safetensors,
-    save_json,
-    save_safetensors,
-    save_text,
-)
-from common.lora import fingerprint, load_merged, save_encoder
+from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
+from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
-from model import Decoder, ViT
+from model import MAE
 
-DEFAULTS = {"hf": "hf", "half": "half", "onnx": "model.onnx"}  # names; of others TO.safetensors
-FOLDERS = ("hf", "half")
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
-BESIDE = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
+TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
 PIP = "pip install -r requirements-onnx.txt"
-OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
-KINDS = {  # by a flag that only its stage has: what a card says, and the task of model hubs
-    "arm": ("Names the character and the tags of a drawing (`tags.py`).", "image-classification"),
-    "boxes": ("Finds the faces on a page (`detect.py`).", "object-detection"),
-    "method": (
-        'Names the character in a drawing, or says "unknown" (`finetune_lora.py`).',
-        "image-classification",
-    ),
-    "mask": (
-        "A Vision Transformer, pre-trained by masked reconstruction (`pretrain.py`).",
-        "image-feature-extraction",
-    ),
-}
-RECIPE = (  # flags that a card shows
-    "data model image_size patch_size mask ratio contrast arm method head pool boxes epochs "
-    "batch_size blr lr seed"
-)
-FIGURES = {  # file of a run: numbers of it that a card shows, a key in a key after a point
-    "probe.json": ("headline",),
-    "metrics.json": (
-        "top1",
-        "macro_f1",
-        "ap",
-        "ap50",
-        "end.without_top1",
-        "tags.map",
-        "tags_truth.map",
-    ),
-    "recognize.json": ("verification.roc_auc", "verification.eer"),
-}
-LIMITS = """It learned from pictures of one set, and was judged on pictures of that set alone. Faces
-filled the frame there; a detector saw whole pages. Names, tags and boxes are guesses."""
 
 
 # ---- encoders in public formats ------------------------------------------------------------------
 
 
-def save_public(source, to, out, image_size):
-    """Write a checkpoint's weights as mae, timm or hf -> a line of Python that loads them."""
-    weights, facts = checkpoints.at_size(*read_checkpoint(source), image_size, source)
-    if not facts["decoder_depth"]:  # SimMIM's linear head is nobody else's
-        weights = encoder_of(weights)
-    check_whole(weights, facts, source)
-    weights = checkpoints.as_convolution(encoder_of(weights) if to == "timm" else weights)
-    if to == "hf":
-        return save_hf(weights, facts, out)
+def public_weights(source, image_size):
+    """A checkpoint -> its weights under public names, decoder included, and its facts.
+
+    The weights are loaded into a network: what is missing or left over is a UserError.
+    """
+    facts = checkpoints.at_size(*read_checkpoint(source), image_size, source)[1]
+    if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
+        encoder, _ = checkpoints.load_encoder(source, image_size)
+        return checkpoints.as_convolution(encoder.state_dict()), facts
+    names = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
+    model = MAE(**{name: facts[name] for name in names})
+    checkpoints.init_from(model, source)
+    return checkpoints.public_weights(model), facts
+
+
+def save_plain(weights, facts, out):
+    """Write weights alone: how a network is built of them has no place in such a file."""
     if facts["norm_eps"] != EPS:
-        print(f"note: the epsilon of its LayerNorms is {facts['norm_eps']:g}; a {to} file lacks it")
+        print(f"note: the epsilon of its LayerNorms is {facts['norm_eps']:g}; the file lacks it")
     save_safetensors(weights, out)
-    return timm_line(facts, out) if to == "timm" else f"safetensors.torch.load_file({str(out)!r})"
 
 
-def check_whole(weights, facts, path):
-    """The weights are an encoder, or an encoder and a decoder, with nothing missing or left over."""
-    encoder, side = encoder_of(weights), facts["image_size"] // facts["patch_size"]
-    with torch.device("meta"):
-        net = ViT(**{k: facts[k] for k in checkpoints.ENCODER})
-        checkpoints.load_exactly(net, encoder, path, assign=True)
-        decoder = {k: weights[k] for k in weights.keys() - encoder}
-        if decoder:
-            names = ("patch_size", "dim", "decoder_dim", "decoder_depth")
-            net = Decoder(side, *(facts[k] for k in names))
-            del net.stats_head  # never exported
-            checkpoints.load_exactly(net, decoder, path, assign=True)
+def save_mae(source, out, image_size):
+    save_plain(*public_weights(source, image_size), out)
+    return f"safetensors.torch.load_file({str(out)!r})"
 
 
-def save_hf(weights, facts, folder):
+def save_timm(source, out, image_size):
+    weights, facts = public_weights(source, image_size)
+    save_plain(encoder_of(weights), facts, out)
+    size = facts["image_size"]
+    pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
+    return (
+        f'timm.create_model("vit_small_patch16_224", img_size={size}, '
+        f"patch_size={facts['patch_size']}, embed_dim={facts['dim']}, depth={facts['depth']}, "
+        f"num_heads={facts['heads']}, num_classes=0, pretrained_cfg_overlay={pixels}, "
+        f'checkpoint_path="{out}")'
+    )
+
+
+def save_hf(source, folder, image_size):
     """Write a folder for ViTMAEForPreTraining, or for ViTModel where there is no decoder.
 
-    weights: ours, with a convolution. Its norm_pix_loss has no floor under a patch's standard
-    deviation, ours has (kernels/loss.py): the loss differs by that.
+    Its norm_pix_loss has no floor under a patch's standard deviation, ours has (kernels/loss.py).
     """
+    weights, facts = public_weights(source, image_size)
     size, depth = facts["image_size"], facts["decoder_depth"]
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
     config = {
@@ -139,10 +107,7 @@ def save_hf(weights, facts, folder):
         "intermediate_size": 4 * facts["dim"],
         "num_hidden_layers": facts["depth"],
         "num_attention_heads": facts["heads"],
-        "num_channels": 3,
-        "hidden_act": "gelu",
         "layer_norm_eps": facts["norm_eps"],
-        "qkv_bias": True,
     }
     if depth:
         config |= {
@@ -150,71 +115,65 @@ def save_hf(weights, facts, folder):
             "decoder_intermediate_size": 4 * facts["decoder_dim"],
             "decoder_num_hidden_layers": depth,
             "decoder_num_attention_heads": facts["decoder_heads"],
-            "mask_ratio": 0.75,
             "norm_pix_loss": facts.get("norm_pix", False),
         }
     pixels = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
         "size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(MEAN),
         "image_std": list(STD),
     }
-    table, renamed = hf_names(facts["depth"], depth), {}
+    theirs = {}
     for name, w in weights.items():
-        apart = ".attn.qkv." in name  # q, k and v are three layers there
-        names = [name.replace("attn.qkv", part) for part in QKV] if apart else [name]
-        renamed |= {table[n]: x.clone() for n, x in zip(names, w.chunk(len(names)), strict=True)}
-    save_safetensors(renamed, folder / "model.safetensors")
+        names = [name.replace("attn.qkv", part) for part in QKV] if ".qkv." in name else [name]
+        for part, x in zip(names, w.chunk(len(names)), strict=True):
+            hf = renamed(part, HF)
+            theirs[hf if hf.startswith("decoder.") else f"vit.{hf}"] = x.clone()
+    save_safetensors(theirs, folder / "model.safetensors")
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
     return f"transformers.{network}.from_pretrained({str(folder)!r})"
 
 
-def timm_line(facts, path):
-    """How timm makes this network and loads it."""
-    size = facts["image_size"]
-    pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
-    return (
-        f'timm.create_model("vit_small_patch16_224", img_size={size}, '
-        f"patch_size={facts['patch_size']}, embed_dim={facts['dim']}, depth={facts['depth']}, "
-        f"num_heads={facts['heads']}, num_classes=0, pretrained_cfg_overlay={pixels}, "
-        f'checkpoint_path="{path}")'
-    )
-
-
 # ---- runs of ours --------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def save_merged(source, out, image_size):
-    """Write an encoder with its adapter in it."""
-    encoder, _ = load_merged(source, image_size)
+    """Write the encoder of an adapter with W + scale B A in place of W."""
+    config, _, header = read_files(source)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{source}/{ADAPTER[1]} names no encoder: base_model_name_or_path")
+    encoder, _ = checkpoints.load_encoder(base, image_size or header.get("image_size"))
+    for name, (A, B, scale) in read_adapter(source, encoder).items():
+        encoder.get_submodule(name).weight += scale * (B @ A)
     save_encoder(encoder, out, {"merged": str(source)})
     return f"common.checkpoints.load_encoder({str(out)!r})"
 
 
-def save_half(source, out):
+def refuse_size(image_size, source):
+    if image_size:
+        raise UserError(f"--image-size {image_size}: {source} keeps the size that it learned at")
+
+
+def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
+    refuse_size(image_size, source)
     files = [source / f"{name}.safetensors" for name in TENSORS]
     files = [file for file in files if file.exists()]
     if not {"model", "head", "detector"} & {file.stem for file in files}:
-        raise UserError(
-            f"{source} is no run, and --to half takes one; --to mae writes a file of any checkpoint"
-        )
+        raise UserError(f"{source} is no run, and --to half takes one; --to mae takes a checkpoint")
     for file in files:
         tensors, header = read_safetensors(file)
-        check_fields(header, {"image_size?": SIDE}, file, "make the run again")
         if "fingerprint" in header and (out / "model.safetensors").exists():
             encoder, _ = checkpoints.load_encoder(out, header.get("image_size"))  # rounded by now
             header["fingerprint"] = fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
-    for name in BESIDE:
+    for name in TEXTS:
         if (source / name).exists():
-            save_text((source / name).read_text(), out / name)
+            shutil.copy(source / name, out / name)
     return f"give {out} wherever a stage asks for a run"
 
 
@@ -268,8 +227,7 @@ def graph_of(source, image_size=None):
         encoder, size = checkpoints.load_encoder(source, image_size)
         graph = Graph(encoder, encode, ("tokens",), size, size)
         return graph.eval(), {"is": "encoder", "side": size}
-    if image_size:
-        raise UserError(f"--image-size {image_size}: {source} keeps the size that it learned at")
+    refuse_size(image_size, source)
     if recogniser:
         net, header = load_classifier(source)
         gallery = load_gallery(source)
@@ -289,42 +247,21 @@ def graph_of(source, image_size=None):
     return graph.eval(), about
 
 
-def save_onnx(graph, about, out):
-    """Write what graph_of gave, if onnxruntime's answers are torch's -> how it is loaded."""
-    onnxruntime = library()
+def save_onnx(source, out, image_size=None):
+    """Write a run or a checkpoint as ONNX, if onnxruntime's answers are torch's."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if not find_spec(name):
+            raise UserError(f"--to onnx needs {name}: {PIP}")
+    import onnxruntime
+
+    graph, notes = graph_of(source, image_size)
     seed = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, *graph.example.shape[1:]), dtype=torch.uint8, generator=seed)
-    with torch.no_grad():
-        expected = graph(images)  # before tracing: constants that kernels keep are made here
-    program = traced(graph)
-    program.model.metadata_props["animask"] = json.dumps(about, ensure_ascii=False)
-    with atomic(out) as temporary:
-        program.save(str(temporary), external_data=False)
-        session = onnxruntime.InferenceSession(str(temporary))
-        found = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
-        for x, y in zip(found, expected, strict=True):
-            if not torch.allclose(x, y, atol=1e-4, equal_nan=True):
-                raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
-    return f"onnxruntime.InferenceSession({str(out)!r})"
-
-
-def library():
-    """onnxruntime, where all three packages that are needed are there."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as missing:
-        raise UserError(f"--to onnx needs {missing.name}: {PIP}") from None
-    return onnxruntime
-
-
-def traced(graph):
-    """The ONNX program of a graph, for any number of pictures, without the exporter's notes."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        expected = graph(images)  # before tracing: constants that kernels keep are made here
+        program = torch.onnx.export(
             graph,
             (graph.example,),
             dynamo=True,
@@ -333,9 +270,53 @@ def traced(graph):
             output_names=list(graph.outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("B")}},
         )
+    program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
+    program.save(str(out), external_data=False)
+    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    for x, y in zip(found, expected, strict=True):
+        if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
+            raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
+    return f"onnxruntime.InferenceSession({str(out)!r})"
 
 
 # ---- the card ------------------------------------------------------------------------------------
+
+CLASSIFIES = "image-classification"
+TASKS = {"boxes": "object-detection", "arm": CLASSIFIES, "method": CLASSIFIES}  # by a stage's flag
+OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
+MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
+    ("probe.json", "headline"),
+    ("metrics.json", "top1 macro_f1 ap ap50 end.without_top1 tags.map tags_truth.map"),
+    ("recognize.json", "verification.roc_auc verification.eer"),
+)
+CARD = """---
+license: {licence}
+library_name: {library}
+pipeline_tag: {task}
+tags: [masked-autoencoder, vision-transformer, anime]
+---
+
+# {name}
+
+Written by export.py of AniMask. This loads it:
+
+    {use}
+
+## What it learned from, and how
+
+| flag | value |
+|---|---|
+{flags}
+
+## How good it is
+
+{measured}
+
+## Limits and licence
+
+It was judged on pictures like those that it learned from. Names, tags and boxes are guesses. The
+code is MIT. The licence of its pictures ({pictures}) holds for the weights.
+"""
 
 
 def card_file(out, to):
@@ -346,60 +327,45 @@ def card_file(out, to):
 def write_card(source, to, path, use):
     """Write the card of what was made from `source`; use: the line that loads it."""
     flags = flags_of_run(source)
-    elsewhere = ("A Vision Transformer from elsewhere.", "image-feature-extraction")
-    kind = next((kind for kind in KINDS if kind in flags), None)
-    text, task = KINDS.get(kind, elsewhere)
-    ours = flags.get("data") in OURS
-    licence = "MIT. The project's own program drew the pictures that it learned from."
-    if not ours:
-        where = flags.get("data", "not known here")
-        licence = f"The code is MIT. The licence of its pictures ({where}) holds for the weights."
-    library = to if to in ("timm", "onnx") else "transformers" if to == "hf" else "pytorch"
-    recipe = [f"| {k} | `{flags[k]}` |" for k in RECIPE.split() if flags.get(k) is not None]
-    parts = {
-        "How to load it": f"    {use}",
-        "What it learned from, and how": "\n".join(["| flag | value |", "|---|---|", *recipe]),
-        "How good it is": "\n".join(figures(source)) or "Nothing was measured.",
-        "Limits": LIMITS if kind else "Not known here.",
-        "Licence": licence,
-    }
-    head = [
-        f"license: {'mit' if ours else 'other'}",
-        f"library_name: {library}",
-        f"pipeline_tag: {task}",
-        "tags: [masked-autoencoder, vision-transformer, anime]",
-    ]
-    body = [f"## {title}\n\n{part}\n" for title, part in parts.items()]
-    lines = ["---", *head, "---\n", f"# {source.name}\n", f"{text} Written by export.py.\n", *body]
-    save_text("\n".join(lines), path)
+    pictures = flags.get("data", "not known here")
+    card = CARD.format(
+        licence="mit" if pictures in OURS else "other",
+        library={"timm": "timm", "onnx": "onnx", "hf": "transformers"}.get(to, "pytorch"),
+        task=next((TASKS[k] for k in TASKS if k in flags), "image-feature-extraction"),
+        name=source.name,
+        use=use,
+        flags="\n".join(f"| {k} | `{v}` |" for k, v in flags.items() if v is not None),
+        measured="\n".join(measured(source)) or "Nothing was measured.",
+        pictures="drawn by the project's own program, MIT" if pictures in OURS else pictures,
+    )
+    path.write_text(card)
 
 
 def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     head, detector = source / "head.safetensors", source / "detector.safetensors"
     if detector.exists():
-        return detect.load(source)[1].get("run") or {}
+        return read_safetensors(detector)[1].get("run") or {}
     if not head.exists():
         return checkpoints.flags_of(source)
     header = head_of(source)
     return {k: header[k] for k in ("data", "method")} | header["config"]
 
 
-def figures(source):
+def measured(source):
     """Lines with the numbers that were measured, each with its command, from the files of a run."""
     folder, lines = source if source.is_dir() else source.parent, []
-    for name, keys in FIGURES.items():
+    for name, keys in MEASURED:
         try:
             row = read_json(folder / name, ["command"])
         except UserError:  # not measured, or not by us
             continue
         found = []
-        for key in keys:
-            value = row
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if isinstance(value, float):
-                found.append(f"{key} {value:.4g}")
+        for key in keys.split():
+            table, _, last = key.rpartition(".")
+            number = (row.get(table, {}) if table else row).get(last)
+            if isinstance(number, float):
+                found.append(f"{key} {number:.4g}")
         split = row.get("evaluated_on", row.get("split", "val"))
         lines.append(f"- {', '.join(found)}, {split} of {row.get('data')}: `{row['command']}`")
     return lines
@@ -407,10 +373,20 @@ def figures(source):
 
 # ---- the command ---------------------------------------------------------------------------------
 
+FORMATS = {  # --to: what writes it, and the name of the file or folder
+    "mae": (save_mae, "mae.safetensors"),
+    "timm": (save_timm, "timm.safetensors"),
+    "hf": (save_hf, "hf"),
+    "merged": (save_merged, "merged.safetensors"),
+    "onnx": (save_onnx, "model.onnx"),
+    "half": (save_half, "half"),
+}
+FOLDERS = ("hf", "half")
+
 
 def target(source, to, out=None):
     """-> where an export goes, and what must not be there yet."""
-    name = DEFAULTS.get(to, f"{to}.safetensors")
+    name = FORMATS[to][1]
     out = Path(out or (source if source.is_dir() else source.parent) / name)
     if out.resolve() in (source.resolve(), checkpoints.model_file(source).resolve()):
         raise UserError(f"--out {out} is what is read: choose another")
@@ -420,40 +396,21 @@ def target(source, to, out=None):
     return out, [out] if to in FOLDERS else [out, card_file(out, to)]
 
 
-@contextlib.contextmanager
-def whole(out, to):
-    """with whole(out, to) as path: what is written there is `out` at the end; a folder by rename."""
-    if to not in FOLDERS:
-        yield out
-        return
-    folder = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.rename(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def export(source, to, out=None, image_size=None):
-    """Write `source` in the format `to`, and its card -> what was written, how it is loaded."""
+    """Write `source` in the format `to`, and its card -> what was written, how it is loaded.
+
+    Both are written into a temporary folder, and moved when they are whole.
+    """
     source = Path(source)
     out, files = target(source, to, out)
     refuse_overwrite(files)
-    if to == "onnx":
-        library()  # what is missing is said before anything is loaded
-    with whole(out, to) as path:
-        if to == "half":
-            use = save_half(source, path)
-        elif to == "onnx":
-            use = save_onnx(*graph_of(source, image_size), path)
-        elif to == "merged":
-            use = save_merged(source, path, image_size)
-        else:
-            use = save_public(source, to, path, image_size)
-        use = use.replace(str(path), str(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        path = Path(folder) / out.name
+        use = FORMATS[to][0](source, path, image_size).replace(str(path), str(out))
         write_card(source, to, card_file(path, to), use)
+        for made in Path(folder).iterdir():
+            os.rename(made, out.parent / made.name)
     return out, use
 
 
@@ -461,8 +418,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
-    formats = ["mae", "timm", "hf", "merged", "onnx", "half"]
-    add("--to", required=True, choices=formats, help="the format")
+    add("--to", required=True, choices=list(FORMATS), help="the format")
     add("--out", metavar="FILE", help="where to (default: beside ENCODER); hf, half: a folder")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()

@@ -106,7 +106,7 @@ def blank_patches(config, weights, path, prefix=""):
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    table = {"patches": PATCHES, "stage": fields.table_of(fields.ANYTHING)}
+    table = {"patches": PATCHES, "stage": {}}
     fields.check_fields(header, table, path, REMEDY)
     net = blank_patches(header["patches"], weights, path)
     load_exactly(net, weights, path)

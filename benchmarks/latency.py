@@ -9,27 +9,26 @@ import tempfile
 import time
 from pathlib import Path
 
+import onnxruntime
 import torch
 
 from benchmarks import OUT, about
 from common.command import Parser, at_least, claim, cli, working
 from common.tables import save_csv
-from export import graph_of, library, save_onnx
+from export import graph_of, save_onnx
 
 
 @torch.no_grad()
 def measure(run, batches, turns):
     """Yield a row for each size of a batch of noise: medians of both."""
-    onnxruntime, (graph, facts) = library(), graph_of(run)
+    graph, facts = graph_of(run)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        save_onnx(graph, facts, path)
-        onnx, megabytes = (
-            onnxruntime.InferenceSession(str(path), options),
-            path.stat().st_size / 2**20,
-        )
+        save_onnx(run, path)
+        onnx = onnxruntime.InferenceSession(str(path), options)
+        megabytes = path.stat().st_size / 2**20
     for B in batches:
         x = torch.randint(256, (B, *graph.example.shape[1:]), dtype=torch.uint8)
         ways = {

@@ -12,54 +12,81 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.fields import (
-    ENCODER,
-    SIDE,
-    TEXT,
-    Field,
-    check_fields,
-    check_finite,
-    number,
-)
+from common.fields import ENCODER, SIDE, TEXT, check_fields, check_finite
 from common.io import UserError, read_header, read_safetensors, save_safetensors
 from model import SIZES, Pooler, ViT
 
-# Older runs saved the weight of the second loss as a number, and its word in another field.
-WEIGHT_OR_WORD = Field("a word or a weight", lambda v: TEXT.fits(v) or number(0, 100).fits(v))
-ABOUT = {
-    "config?": {"network?": TEXT},
-    "run?": {"data?": TEXT, "mask?": TEXT, "contrast?": WEIGHT_OR_WORD},
-}
+# ---- a run's files -------------------------------------------------------------------------------
 
 
 def as_convolution(weights):
     """Our weights -> public ones: the patch embedding's matrix (D, p*p*3) becomes (D, 3, p, p)."""
-    kernel = weights["patch_embed.proj.weight"]
-    p = math.isqrt(kernel.shape[1] // 3)
-    return weights | {
-        "patch_embed.proj.weight": kernel.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
-    }
+    matrix = weights["patch_embed.proj.weight"]
+    p = math.isqrt(matrix.shape[1] // 3)
+    kernel = matrix.view(-1, p, p, 3).permute(0, 3, 1, 2).contiguous()
+    return weights | {"patch_embed.proj.weight": kernel}
 
 
 def public_weights(model):
-    """MAE -> {public name: tensor}: the patch embedding as a convolution (D, 3, p, p), what is only
-    ours left out.
-    """
+    """MAE -> {public name: tensor}; what no public MAE has is left out."""
     ours = ("decoder.stats_head", "encoder.pooler")
-    return as_convolution(
-        {k.split(".", 1)[1]: w for k, w in model.state_dict().items() if not k.startswith(ours)}
-    )
+    state = model.state_dict().items()
+    return as_convolution({k.split(".", 1)[1]: w for k, w in state if not k.startswith(ours)})
 
 
-def save_model(model, path, about):
-    """Write an MAE for everybody else; `about` (a plain dict: run, step, data) joins the header."""
-    save_safetensors(public_weights(model), path, {"config": model.config, **about})
+def save_model(model, path, notes):
+    """Write an MAE under its public names; notes (plain values: run, step, data) join the header."""
+    save_safetensors(public_weights(model), path, {"config": model.config, **notes})
+
+
+def model_file(run):
+    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
+
+
+def about_model(run):
+    """The header of a run's model: "config" of the network, "run" (the flags); {} of other files."""
+    path = model_file(run)
+    try:
+        header = read_header(path)[1]
+    except UserError:
+        return {}
+    check_fields(header, {"config?": {}, "run?": {"data?": TEXT}}, path, "make the run again")
+    return header
+
+
+def flags_of(run):
+    """The flags under which a run was made; {} where its file does not say."""
+    return about_model(run).get("run", {})
+
+
+def beside(path, name):
+    """The file of a part of the network (pooler, stats_head) that a run keeps apart; it may be missing."""
+    return model_file(path).with_name(f"{name}.safetensors")
+
+
+def save_beside(model, run):
+    """Write the parts that public files have no place for.
+
+    pooler.safetensors: a teacher's attention is read by it. stats_head.safetensors: it predicts
+    mean and contrast of a hidden patch, for pictures.
+    """
+    for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
+        if part is not None:
+            save_safetensors(part.state_dict(), Path(run) / f"{name}.safetensors", {})
+
+
+def load_beside(part, path, name):
+    file = beside(path, name)
+    load_exactly(part, read_safetensors(file, "remove it, or make the run again")[0], file)
+
+
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load_exactly(module, weights, path, assign=False):
     """Load weights into module: all of them and no others. Torch names what does not fit.
 
-    assign: a module on the device "meta", which has no memory, takes their tensors as its own.
+    assign: the module takes the tensors as its own, and they need no second place in memory.
     """
     check_finite(weights, path)
     try:
@@ -69,31 +96,8 @@ def load_exactly(module, weights, path, assign=False):
         raise UserError(f"{path} does not fit this model: {reasons[:300]}") from None
 
 
-def model_file(run):
-    return Path(run) / "model.safetensors" if Path(run).is_dir() else Path(run)
-
-
-def about_model(run):
-    """What the header of a run's model says: "config" of the network, "run" (the flags), "step"; {}
-    of other files.
-    """
-    try:
-        header = read_header(model_file(run))[1]
-    except UserError:
-        return {}
-    check_fields(header, ABOUT, model_file(run), "make the run again")
-    return header
-
-
-def flags_of(run):
-    """The flags under which a run was made; {} where its file does not say."""
-    return about_model(run).get("run", {})
-
-
 def resize_positions(pos, side):
-    """Positions (1, 1+n*n, D) -> (1, 1+side*side, D): bicubic over the grid, the CLS token's row as
-    it is.
-    """
+    """Positions (1, 1+n*n, D) -> (1, 1+side*side, D): bicubic over the grid; the CLS row stays."""
     n = math.isqrt(pos.shape[1] - 1)
     if n == side:
         return pos
@@ -105,20 +109,17 @@ def resize_positions(pos, side):
 def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
     size, p = image_size or facts["image_size"], facts["patch_size"]
-    if size < p or size % p or not SIDE.fits(size):
+    if not SIDE(size) or size % p:
         raise UserError(
             f"{path} has patches of {p} px: --image-size {size} is no multiple of it, or too large"
         )
-    resized = {
-        k: resize_positions(w, size // p) for k, w in weights.items() if k.endswith("pos_embed")
-    }
+    positions = [name for name in weights if name.endswith("pos_embed")]
+    resized = {name: resize_positions(weights[name], size // p) for name in positions}
     return weights | resized, facts | {"image_size": size}
 
 
 def blank_encoder(shape, norm_eps):
-    """A ViT of this shape whose weights are still to be loaded; epsilons of its norms are no
-    weights.
-    """
+    """A ViT of this shape whose weights are still to be loaded; norm_eps is no weight."""
     encoder = ViT(**{k: shape[k] for k in ENCODER})
     for norm in (m for m in encoder.modules() if isinstance(m, nn.LayerNorm)):
         norm.eps = norm_eps
@@ -126,42 +127,17 @@ def blank_encoder(shape, norm_eps):
 
 
 def load_encoder(path, image_size=None):
-    """A run folder or any checkpoint that common/formats.py knows -> the ViT in eval mode, and its
-    image size.
+    """A run folder or any public checkpoint -> the ViT in eval mode, and its image size.
 
-    image_size: resize the positions to views of so many pixels; None keeps the size that it was
-    trained at.
+    image_size: resize the positions to views of so many pixels; None keeps the trained size.
     """
     from common.formats import encoder_of, read_checkpoint
 
     weights, facts = at_size(*read_checkpoint(path), image_size, path)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # loading leaves the seed alone; "meta" would import torch's compiler
+    with torch.random.fork_rng(devices=[]):  # loading leaves the seed alone
         encoder = blank_encoder(facts, facts["norm_eps"])
     load_exactly(encoder, encoder_of(weights), path, assign=True)
     return encoder.eval(), facts["image_size"]
-
-
-def save_beside(model, run):
-    """What public files have no place for: pooler.safetensors, which a teacher's attention is read by, where
-    pre-training trained one; stats_head.safetensors, which tells mean and contrast of a hidden patch in a picture."""
-    for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
-        if part is not None:
-            save_safetensors(part.state_dict(), Path(run) / f"{name}.safetensors", {})
-
-
-def beside(path, name):
-    """Where such a file of a run, or of its weights, stands if it has one; a snapshot has none."""
-    return model_file(path).with_name(f"{name}.safetensors")
-
-
-def load_beside(part, path, name):
-    load_exactly(
-        part,
-        read_safetensors(beside(path, name), "remove it, or make the run again")[0],
-        beside(path, name),
-    )
 
 
 def load_teacher(path):
@@ -173,54 +149,48 @@ def load_teacher(path):
     return encoder, size
 
 
-def init_from(model, path):
-    """Start an MAE from a checkpoint: encoder complete; decoder complete, or absent and left as it
-    is.
+# ---- a start for pre-training --------------------------------------------------------------------
 
-    -> a line that says what was loaded. Positions are resized to the model's grid. Another width,
-    depth, number of
-    heads, patch or decoder is a UserError with both sides and the flags that would fit.
+
+def model_flags(facts):
+    """The flags of pretrain.py for an encoder like that of a checkpoint."""
+    for name, config in SIZES.items():
+        if all(config[k] == facts[k] for k in ("dim", "depth", "heads")):
+            return f"give --model {name} --patch-size {facts['patch_size']}"
+    return "no --model has that shape"
+
+
+def refuse_other_shape(keys, config, facts, path, fix):
+    """A UserError with both shapes where a model and a checkpoint differ in one of the keys."""
+    here, there = (", ".join(f"{k} {shape[k]}" for k in keys) for shape in (config, facts))
+    if here != there:
+        raise UserError(f"--init {path} has {there}, this run {here}; {fix}")
+
+
+def init_from(model, path):
+    """Start an MAE from a checkpoint -> a line that says what was loaded.
+
+    The encoder has to fit. So has the decoder, where both have one; else the model's stays as it
+    is. Positions are resized to the model's grid.
     """
     from common.formats import encoder_of, is_decoder, read_checkpoint
 
-    keys, own = ("dim", "depth", "heads", "patch_size"), model.config
     weights, facts = read_checkpoint(path)
-    here, there = (", ".join(f"{k} {c[k]}" for k in keys) for c in (own, facts))
-    if here != there:
-        size = next((s for s, c in SIZES.items() if all(c[k] == facts[k] for k in keys[:3])), None)
-        fix = (
-            f"give --model {size} --patch-size {facts['patch_size']}"
-            if size
-            else "no --model has that shape"
-        )
-        raise UserError(f"--init {path} has {there}, this run {here}; {fix}")
-    decoder = "decoder_dim" in own and facts["decoder_depth"] > 0  # SimMIM's one layer starts anew
-    width, depth = facts["decoder_dim"], facts["decoder_depth"]
-    if decoder and (width, depth) != (own["decoder_dim"], own["decoder_depth"]):
-        raise UserError(
-            f"--init {path} has a decoder {width} wide and {depth} deep, this run one of "
-            f"{own['decoder_dim']} and {own['decoder_depth']}; "
-            f"give --decoder-dim {width} --decoder-depth {depth}"
-        )
-    heads = own.get("decoder_heads", own.get("decoder_dim", 0) // 32)
-    if decoder and facts["decoder_heads"] != heads:
-        raise UserError(
-            f"--init {path} has a decoder of {facts['decoder_heads']} heads, this run one of {heads}"
-        )
-    weights, _ = at_size(
-        weights if decoder else encoder_of(weights), facts, own["image_size"], path
-    )
+    config, size = model.config, model.config["image_size"]
+    keys = ("dim", "depth", "heads", "patch_size")
+    refuse_other_shape(keys, config, facts, path, model_flags(facts))
+    decoder = "decoder_dim" in config and facts["decoder_depth"] > 0  # SimMIM's has no blocks
+    if decoder:
+        fix = "give --decoder-dim {decoder_dim} --decoder-depth {decoder_depth}".format(**facts)
+        config = {"decoder_heads": config["decoder_dim"] // 32} | config
+        keys = ("decoder_dim", "decoder_depth", "decoder_heads")
+        refuse_other_shape(keys, config, facts, path, fix)
+    weights, _ = at_size(weights if decoder else encoder_of(weights), facts, size, path)
     loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
-    kept = (
-        "encoder.pooler",
-        "decoder.stats_head" if decoder else "decoder.",
-    )  # as they are in the model
-    load_exactly(
-        model, {k: w for k, w in model.state_dict().items() if k.startswith(kept)} | loaded, path
-    )
-    grid = (
-        ""
-        if facts["image_size"] == own["image_size"]
-        else f"; positions resized from {facts['image_size']} px"
-    )
-    return f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}{grid}"
+    stays = ("encoder.pooler", "decoder.stats_head" if decoder else "decoder.")
+    kept = {k: w for k, w in model.state_dict().items() if k.startswith(stays)}
+    load_exactly(model, kept | loaded, path)
+    line = f"{path}: encoder{' and decoder' if decoder else ', the decoder starts anew'}"
+    if facts["image_size"] != size:
+        line += f"; positions resized from {facts['image_size']} px"
+    return line

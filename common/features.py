@@ -18,7 +18,7 @@ from common import metrics
 from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, model_file
 from common.command import progress
 from common.evaluate import extremes
-from common.fields import SIDE, TEXT, check_fields, check_finite, short, table_of
+from common.fields import SIDE, TEXT, check_fields, check_finite, short
 from common.io import UserError, read_safetensors, save_safetensors
 from common.train import autocast_of, pick_device, pick_dtype, seeded
 from model import MAE, ViT, shape_of
@@ -188,7 +188,7 @@ def header_of(model, size, task):
     return {"model": model, "data": digests, "image_size": size, "dtype": task.dtype}
 
 
-CACHED = {"model": TEXT, "data": table_of(TEXT), "image_size": SIDE, "dtype": TEXT}
+CACHED = {"model": TEXT, "data": {}, "image_size": SIDE, "dtype": TEXT}
 
 
 def cached(path, header, make):

@@ -1,17 +1,15 @@
-"""What may stand in a file of somebody else: tables of fields, and the functions that check by them.
+"""Checks of what a file says: its names, the fields of its header, the shapes of its arrays.
 
-A table of a header is {name: Field}, and a table inside it is a header inside the header. A table
-of arrays is {name: "dtype n D"}: the kind of number, then a letter or a number for each dimension.
-A name that ends in "?" may be missing; in a header it may also be null.
+A table of a header is {name: rule}. A rule is a function of the value that returns a bool, or the
+table of a header inside the header. A table of arrays is {name: "dtype n D"}: the kind of number,
+then a letter or a number for each dimension. A name that ends in "?" may be missing; in a header
+it may also be null.
 """
 
-import math
 import unicodedata
-from collections import namedtuple
 
 from common.io import UserError
 
-Field = namedtuple("Field", "says fits")  # in words; a function of the value -> bool
 LETTERS = 100  # of a name
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
 
@@ -29,7 +27,7 @@ def is_name(value):
 
 
 def shown(text):
-    """Text of somebody else for a terminal: what is not printable as an escape, such as \\x1b."""
+    """Text of a file for a terminal: what is not printable as an escape, such as \\x1b."""
     return "".join(
         c if is_printable(c) else c.encode("unicode_escape").decode("ascii") for c in text
     )
@@ -42,56 +40,42 @@ def short(value):
 
 
 def refuse_odd_name(name, what, fix):
-    """A name that is about to be stored has to be one."""
+    """A UserError for a name that is about to be stored and is none."""
     if not is_name(name):
-        raise UserError(f"{what} {short(name)} has to be {NAME.says}; {fix}")
+        raise UserError(f"{what} {short(name)} has to be 1 to {LETTERS} printable letters; {fix}")
 
 
-# ---- kinds of fields -----------------------------------------------------------------------------
+# ---- rules of a header's fields ------------------------------------------------------------------
 
 
 def whole(low, high=10**9):
-    return Field(
-        f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
-    )
+    return lambda value: type(value) is int and low <= value <= high
 
 
 def number(low=-LARGEST, high=LARGEST):
-    return Field(
-        f"a number from {low:g} to {high:g}",
-        lambda v: type(v) in (int, float) and low <= v <= high,
-    )
+    return lambda value: type(value) in (int, float) and low <= value <= high
 
 
 def one_of(*values):
-    return Field(
-        "one of " + ", ".join(map(str, values)), lambda v: isinstance(v, str) and v in values
+    return lambda value: value in values
+
+
+def list_of(rule, least=0, most=10**8):
+    return lambda value: (
+        isinstance(value, list) and least <= len(value) <= most and all(map(rule, value))
     )
 
 
-def list_of(field, least=0, most=10**8):
-    """most: the same as least where the length is fixed."""
-    return Field(
-        f"a list of {least} or more, each {field.says}",
-        lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(field.fits, v)),
-    )
+def is_text(value):
+    return isinstance(value, str) and len(value) <= 4096
 
 
-def table_of(field):
-    return Field(
-        f"a table, each {field.says}",
-        lambda v: isinstance(v, dict) and all(map(field.fits, v.values())),
-    )
+def are_names(value):
+    return list_of(is_name)(value) and len(set(value)) == len(value)
 
 
-ANYTHING = Field("anything", lambda v: True)
-FLAG = Field("true or false", lambda v: isinstance(v, bool))
-TEXT = Field("a text of at most 4,096 letters", lambda v: isinstance(v, str) and len(v) <= 4096)
-NAME = Field(f"one line of 1 to {LETTERS} printable characters", is_name)
-NAMES = Field(
-    f"different names, each {NAME.says}",
-    lambda v: list_of(NAME).fits(v) and len(set(v)) == len(v),
-)
+TEXT = is_text
+NAMES = are_names
 SIDE = whole(1, 4096)  # of a picture, in pixels
 EPSILON = number(1e-12, 1)  # of a norm
 CUT = {"packed_size": whole(8, 4096), "crop": one_of("centre", "figure"), "margin": number(0, 10)}
@@ -108,86 +92,74 @@ ENCODER = {  # what a ViT is built from
 
 
 def check_fields(header, table, path, remedy):
-    """A UserError that names the first field of a header that is not as its table says."""
+    """A UserError that names the first field of a header that breaks its rule."""
     if not isinstance(header, dict):
-        raise UserError(f"{path} is {short(header)} and has to be a table of fields; {remedy}")
-    for key, field in table.items():
+        raise UserError(f"{path} has to be a table of fields, not {short(header)}; {remedy}")
+    for key, rule in table.items():
         name = key.removesuffix("?")
         value = header.get(name)
         if value is None and key.endswith("?"):
             continue
-        if isinstance(field, dict):
-            check_fields(value, field, f"{path}: {name}", remedy)
-        elif name not in header:
-            raise UserError(f"{path} has no field {name!r}; {remedy}")
-        elif not field.fits(value):
-            raise UserError(
-                f"{path}: {name} is {short(value)} and has to be {field.says}; {remedy}"
-            )
+        if isinstance(rule, dict):
+            check_fields(value, rule, f"{path}: {name}", remedy)
+        elif not rule(value):
+            raise UserError(f"{path}: {name} can't be {short(value)}; {remedy}")
 
 
 def check_arrays(arrays, table, path, remedy, **sizes):
-    """The same for {name: array or tensor}. sizes: of the letters that are known; others are found."""
+    """A UserError that names the first array or tensor of another dtype or shape than in the table.
+
+    sizes {letter: length}: those that are known. Others are those of the first array that has them.
+    """
     for key, says in table.items():
-        name, (dtype, *letters) = key.removesuffix("?"), says.split()
+        name = key.removesuffix("?")
         if name not in arrays and key.endswith("?"):
             continue
         if name not in arrays:
             raise UserError(f"{path} has no array {name!r}; {remedy}")
-        array = arrays[name]
+        array, (dtype, *letters) = arrays[name], says.split()
         shape = tuple(array.shape)
         if len(shape) == len(letters):
             sizes = dict(zip(letters, shape, strict=True)) | sizes
         wanted = tuple(int(x) if x.isdigit() else sizes.get(x, x) for x in letters)
         if shape != wanted or dtype not in str(array.dtype):
-            want = ", ".join(map(str, wanted))
             raise UserError(
-                f"{path}: {name} is {array.dtype} {shape} and has to be {dtype} ({want}); {remedy}"
+                f"{path}: {name} is {array.dtype} {shape} and has to be {dtype} {wanted}; {remedy}"
             )
-
-
-def check_blocks(weights, name, depth, dim, path, remedy):
-    """The blocks of a ViT, name.0 and so on, are in the file: a network is built only as large as it."""
-    matrices = {f"{name}.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
-    check_arrays(weights, matrices, path, remedy, D=dim, F=4 * dim)
 
 
 def check_encoder(weights, shape, path, remedy, prefix=""):
-    """The ViT that a header tells of has the shape of its weights in the file."""
+    """A UserError if weights of a file do not fit a ViT of this shape, which is then not built."""
     size, p, dim, depth, heads = (shape[k] for k in ENCODER)
     if size % p or dim % 4 or dim % heads:
         raise UserError(
-            f"{path}: {size} px are no patches of {p}, or {dim} numbers no {heads} heads; {remedy}"
+            f"{path} has {size} px, patches of {p}, {dim} numbers, {heads} heads; {remedy}"
         )
-    tokens = {f"{prefix}cls_token": "float 1 1 D", f"{prefix}pos_embed": "float 1 N D"}
-    check_arrays(weights, tokens, path, remedy, D=dim, N=1 + (size // p) ** 2)
-    check_blocks(weights, f"{prefix}blocks", depth, dim, path, remedy)
+    table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
+    table["patch_embed.proj.weight"] = "float D P"
+    table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
+    table = {prefix + name: says for name, says in table.items()}
+    sizes = {"D": dim, "F": 4 * dim, "N": 1 + (size // p) ** 2, "P": 3 * p * p}
+    check_arrays(weights, table, path, remedy, **sizes)
 
 
 def check_equal(path, remedy, **pairs):
-    """Of two values that a file gives for one thing, both have to be the same."""
+    """Two values that a file gives for one thing have to be the same."""
     for name, (here, there) in pairs.items():
-        if here != there:
-            raise UserError(
-                f"{path}: {name} is {short(here)}, and {short(there)} elsewhere; {remedy}"
-            )
+        check_fields({name: here}, {name: one_of(there)}, path, remedy)
 
 
 def check_range(array, low, high, name, path, remedy):
-    """The same for the values of an array or tensor, which lie in [low, high)."""
-    if math.prod(array.shape) and not (low <= array.min() and array.max() < high):
+    """All values of an array or tensor have to lie in [low, high)."""
+    if 0 not in array.shape and not (low <= array.min() and array.max() < high):
         raise UserError(
-            f"{path}: {name} are {array.min()} to {array.max()} "
-            f"and have to lie between {low} and {high - 1}; {remedy}"
+            f"{path}: {name} are {array.min()} to {array.max()} and have to be at least {low} "
+            f"and under {high}; {remedy}"
         )
 
 
 def check_finite(weights, path):
-    """Weights that are NaN, infinite or huge answer NaN; the same for variances under 0."""
+    """Weights that are NaN, infinite or huge answer NaN; so do variances under 0."""
     for name, w in weights.items():
-        low, w = 0 if name.endswith("running_var") else -LARGEST, w.float()
-        if w.numel() and not (low <= w.min() and w.max() <= LARGEST):
-            raise UserError(
-                f"{path}: {name} has weights that are not finite, or larger than {LARGEST:g}; "
-                "take another copy of the file, or make it again"
-            )
+        low = 0 if name.endswith("running_var") else -LARGEST
+        check_range(w.float(), low, LARGEST, name, path, "take another copy, or make it again")

@@ -9,60 +9,41 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from common import formats
-from common.checkpoints import as_convolution, load_encoder
-from common.fields import (
-    FLAG,
-    SIDE,
-    TEXT,
-    Field,
-    check_fields,
-    check_finite,
-    number,
-    one_of,
-    short,
-    table_of,
-    whole,
-)
-from common.io import UserError, save_json, save_safetensors
+from common.checkpoints import as_convolution
+from common.fields import SIDE, TEXT, check_fields, check_finite, number, one_of, short
+from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
 from model import shape_of
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"
 TENSOR = "base_model.model.{}.lora_{}.weight"  # peft's name for a layer's A or B
-NO = Field("false", lambda v: v in (False, []))
-# Initial A and B of peft that leave the encoder as it is. PiSSA and OLoRA change it, too.
-KEEPS_THE_BASE = Field(
-    "true or a start that leaves the encoder as it is; "
-    "peft's save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED) converts it",
-    lambda v: v in (True, False, "gaussian", "eva", "orthogonal", "mica"),
-)
-RANK = whole(1, 10**5)
 ALPHA = number(1e-6)
 CONFIG = {  # fields of adapter_config.json: plain LoRA of an unchanged encoder
     "peft_type": one_of("LORA"),
     "base_model_name_or_path?": TEXT,
-    "r": RANK,
     "lora_alpha": ALPHA,
-    "rank_pattern?": table_of(RANK),
-    "alpha_pattern?": table_of(ALPHA),
-    "use_rslora?": FLAG,
+    "alpha_pattern?": {},
+    "use_rslora?": one_of(True, False),
     "bias?": one_of("none"),
-    "use_dora?": NO,
-    "fan_in_fan_out?": NO,
-    "modules_to_save?": NO,
-    "init_lora_weights?": KEEPS_THE_BASE,
+    "use_dora?": one_of(False),
+    "fan_in_fan_out?": one_of(False),
+    "modules_to_save?": one_of([]),
+    # Other starts, as PiSSA's, change the encoder, too.
+    "init_lora_weights?": one_of(True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-ABOUT = {"fingerprint": TEXT, "image_size": SIDE}  # our header of the tensors
+NOTES = {"fingerprint": TEXT, "image_size": SIDE}  # our header of the tensors
 REMEDY = "python finetune_lora.py ENCODER --method lora makes one"
+PLAIN = (
+    "only a plain LoRA fits here; peft's "
+    "save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED) makes one"
+)
 
 
-def save_encoder(encoder, path, about):
-    """Write an encoder without a decoder; `about` joins the header."""
+def save_encoder(encoder, path, notes):
+    """Write an encoder without a decoder; `notes` join the header."""
     config = shape_of(encoder) | {"norm_eps": encoder.norm.eps}
-    save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **about})
+    save_safetensors(as_convolution(encoder.state_dict()), path, {"config": config, **notes})
 
 
 def fingerprint(encoder):
@@ -82,13 +63,12 @@ def save_adapter(layers, encoder, folder, base):
     those of other layers are patterns. Our header adds the encoder's fingerprint and image size.
     """
     tensors = {}
-    for name, (A, B, _) in layers.items():
-        tensors |= {TENSOR.format(name, "A"): A, TENSOR.format(name, "B"): B}
     ranks, alphas = {}, {}
-    for name, (A, _, scale) in layers.items():
-        short = re.sub(r"^blocks\.\d+\.", "", name)
-        ranks[short] = len(A)
-        alphas[short] = scale * len(A)
+    for name, (A, B, scale) in layers.items():
+        tensors |= {TENSOR.format(name, "A"): A, TENSOR.format(name, "B"): B}
+        layer = re.sub(r"^blocks\.\d+\.", "", name)
+        ranks[layer] = len(A)
+        alphas[layer] = scale * len(A)
     least = min(ranks, key=ranks.get)
     config = {
         "peft_type": "LORA",
@@ -106,8 +86,8 @@ def save_adapter(layers, encoder, folder, base):
         "task_type": None,
     }
     size = encoder.side * encoder.patch_size
-    about = {"fingerprint": fingerprint(encoder), "image_size": size}
-    save_safetensors(tensors, Path(folder) / ADAPTER[0], about)
+    notes = {"fingerprint": fingerprint(encoder), "image_size": size}
+    save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
     save_json(config, Path(folder) / ADAPTER[1], 2)
 
 
@@ -116,38 +96,35 @@ def read_files(folder):
     path, about = (Path(folder) / name for name in ADAPTER)
     if not path.exists() or not about.exists():
         raise UserError(f"{folder} has no adapter: that is {' and '.join(ADAPTER)}")
-    config = formats.read_json(about, CONFIG)
-    tensors, header = formats.read_tensors(path)
-    check_fields(header, ABOUT if header else {}, path, REMEDY)
-    names = sorted({re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors})
-    wanted = {TENSOR.format(name, "A") for name in names}
-    wanted |= {TENSOR.format(name, "B") for name in names}
-    if wanted != tensors.keys() or not names:
-        missing = ", ".join(sorted(wanted - tensors.keys())[:3])
-        raise UserError(f"{path} is no LoRA of a ViT; missing: {missing}; {REMEDY}")
-    formats.check_tensors(tensors, path)
+    config = read_json(about, fix=REMEDY)
+    check_fields(config, CONFIG, about, PLAIN)
+    tensors, header = read_safetensors(path, REMEDY)
+    check_fields(header, NOTES if header else {}, path, REMEDY)
     check_finite(tensors, path)
-    for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
-        if not any(ends_in(name, key) for name in names):
-            raise UserError(
-                f"{about} has a pattern {key[:100]!r}, and no layer's name ends so; write the "
-                "names of layers in its place"
-            )
-    pairs = {k: [tensors[TENSOR.format(k, factor)].float() for factor in "AB"] for k in names}
+    layers = {re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", k) for k in tensors}
+    pairs = {}
+    for layer in sorted(layers):
+        names = [TENSOR.format(layer, factor) for factor in "AB"]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; {REMEDY}")
+        pairs[layer] = [tensors[name].float() for name in names]
     return config, pairs, header
 
 
-def ends_in(name, key):
-    """Is the key of a pattern the last part of a layer's name? A regular expression, as in peft,
-    may take for ever.
+def alphas_of(names, config, path):
+    """{layer: alpha}: that of the first pattern of adapter_config.json that fits the layer's name.
+
+    A pattern is the end of a name. As a regular expression, as in peft, it may take for ever.
     """
-    plain = key.removeprefix("^").replace("\\.", ".")
-    return f".{name}".endswith(f".{plain}")
-
-
-def pattern_value(patterns, name, otherwise):
-    """The rank or alpha of a layer: that of the first pattern that fits its name."""
-    return next((v for k, v in (patterns or {}).items() if ends_in(name, k)), otherwise)
+    alphas = dict.fromkeys(names, config["lora_alpha"])
+    for key, alpha in reversed((config.get("alpha_pattern") or {}).items()):
+        end = "." + key.removeprefix("^").replace("\\.", ".")
+        fitting = [name for name in names if f".{name}".endswith(end)]
+        if not fitting or not ALPHA(alpha):
+            raise UserError(f"{path}: {short(key)} fits no layer, or is no alpha; {REMEDY}")
+        alphas |= dict.fromkeys(fitting, alpha)
+    return alphas
 
 
 def read_adapter(folder, encoder):
@@ -156,44 +133,28 @@ def read_adapter(folder, encoder):
     One that was trained on another encoder, or does not fit this one, is a UserError.
     """
     config, pairs, header = read_files(folder)
+    alphas = alphas_of(pairs, config, folder)
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
     if odd := sorted(pairs.keys() - linear.keys()):
-        depth = len(encoder.blocks)
         raise UserError(
-            f"the adapter in {folder} has {', '.join(odd[:3])}, which this encoder of {depth} "
-            "blocks has not"
+            f"the adapter in {folder} has {', '.join(odd[:3])}, which this encoder of "
+            f"{len(encoder.blocks)} blocks has not"
         )
     layers = {}
     for name, (A, B) in pairs.items():
-        rank = pattern_value(config.get("rank_pattern"), name, config["r"])
-        alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
-        wide, high = linear[name].in_features, linear[name].out_features
+        high, wide = linear[name].weight.shape
+        rank = max(1, A.numel() // wide)
         if A.shape != (rank, wide) or B.shape != (high, rank):
             raise UserError(
                 f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B "
-                f"{tuple(B.shape)} against rank {rank} and a layer of {wide} to {high}"
+                f"{tuple(B.shape)} for a layer of {wide} to {high}"
             )
-        layers[name] = A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+        layers[name] = A, B, alphas[name] / divisor
     if header and header["fingerprint"] != fingerprint(encoder):
-        base = (
-            f"{config.get('base_model_name_or_path')}, fingerprint {short(header['fingerprint'])}"
-        )
+        base = config.get("base_model_name_or_path")
         raise UserError(
-            f"the adapter in {folder} is for {base}; this encoder's is {fingerprint(encoder)}"
+            f"the adapter in {folder} is for {base}, fingerprint {short(header['fingerprint'])}; "
+            f"this encoder's is {fingerprint(encoder)}"
         )
     return layers
-
-
-@torch.no_grad()
-def load_merged(folder, image_size=None):
-    """A folder with an adapter -> its encoder with W + scale B A in place of W, and its image size."""
-    config, _, header = read_files(folder)
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            f"{folder}/{ADAPTER[1]} does not say which encoder it is for: base_model_name_or_path"
-        )
-    encoder, size = load_encoder(base, image_size or header.get("image_size"))
-    for name, (A, B, scale) in read_adapter(folder, encoder).items():
-        encoder.get_submodule(name).weight += scale * (B @ A)
-    return encoder, size

@@ -26,7 +26,7 @@ import torch
 
 from common.checkpoints import load_exactly
 from common.command import claim, launched, progress, refuse_overwrite
-from common.fields import ANYTHING, check_fields, number, table_of, whole
+from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, check_size, parse_json, save_text
 
 try:
@@ -35,7 +35,7 @@ except ImportError:  # there is none on Windows
     resource = None
 
 STATE = {
-    "config": table_of(ANYTHING),
+    "config": {},
     "step?": whole(0),
     "seconds?": number(0, 1e9),
     "stage?": whole(0, 3),

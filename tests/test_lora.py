@@ -256,7 +256,7 @@ def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path,
     [
         (
             {"dim": 128},
-            r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) against rank 4 and a layer of 128 to 128",
+            r"blocks.0.attn.proj: A \(4, 64\) and B \(64, 4\) for a layer of 128 to 128",
         ),
         ({"depth": 1}, "blocks.1.attn.proj, blocks.1.attn.qkv, .*encoder of 1 blocks"),
         ({"seed": 7}, "is for runs/x, fingerprint"),
@@ -273,7 +273,6 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"r": 8}, "against rank 8"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias.*all"),
