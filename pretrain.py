@@ -395,7 +395,8 @@ def main():
 
             # 5. update
             grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
-            lr = train.set_lr(optimizer, train.lr_at(run.step, total, WARMUP * total, peak_lr))
+            for group in optimizer.param_groups:
+                group["lr"] = lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
             guide.update_teacher(model.encoder, run.step, total)
@@ -412,7 +413,6 @@ def main():
             run.save_if_due()
     wait_for_all(world)
     finish(run, model, guide, splits[1], norm)
-    run.close()
 
 
 if __name__ == "__main__":
