@@ -48,12 +48,13 @@ class Guide:
     predictor  a LossPredictor, or None
     """
 
-    def __init__(self, strategy, encoder, out, autocast, views=1, shuffle=False):
-        """views: of each image, neighbours in a batch; shuffle: the control, see `scores`."""
+    def __init__(self, strategy, params, encoder, out, autocast, views=1):
+        """params: of the strategy, without "shuffle" afterwards; views: of each image of a batch."""
         self.need = masking.NEEDS.get(strategy)
+        self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
+        self.beta = params.get("beta", 1.0)
         self.side, self.patch = encoder.side, encoder.patch_size
-        self.out, self.autocast = Path(out), autocast
-        self.views, self.shuffle = views, shuffle
+        self.out, self.autocast, self.views = Path(out), autocast, views
         self.maps, self.parts, self.file = None, 0, None
         self.teacher, self.predictor = None, None
         if self.need == "difficulty":
@@ -125,15 +126,15 @@ class Guide:
         if self.averages():
             self.teacher.update(encoder, step, total)
 
-    def statistics(self, patches, ids_mask, beta=1.0):
-        """What the log says of a batch's masks; beta is the strategy's."""
+    def statistics(self, patches, ids_mask):
+        """What the log says of a batch's masks."""
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
         if self.averages():
             numbers["teacher_initial"] = self.teacher.initial
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
         if self.need == "difficulty":
-            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], beta).item()
+            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], self.beta).item()
         return {name: round(x, 4) for name, x in numbers.items()}
 
     def pictures(self, patches):
