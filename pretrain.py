@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import kernels
@@ -57,7 +56,6 @@ WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one pa
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-LEAST_RANK = 2.5  # directions that projections use; fewer is a collapse
 # Length and batch are counted in views, so they are the same for every mask and data set. On a CPU
 # many small steps learn more than few large ones (results/LOG.md).
 DEFAULTS = {
@@ -302,16 +300,6 @@ def log_evaluation(run, model, guide, splits, norm):
     run.log(**row, seconds=run.seconds())
 
 
-def log_step(run, lr, masks, agreement):
-    """A row of the log, and a warning where masks or projections are the same for all images."""
-    row = masks | (agreement.statistics() if agreement else {})
-    if "mask_entropy" in row and min(row["mask_diversity"], row["mask_entropy"]) <= 0.2:
-        tqdm.write(f"step {run.step}: the learned masks have collapsed; try a smaller beta")
-    if row.get("projection_rank", LEAST_RANK) < LEAST_RANK:
-        tqdm.write(f"step {run.step}: --contrast has collapsed; try a larger --batch-size")
-    run.log_step(lr=lr, **row)
-
-
 def finish(run, model, guide, held_set, norm):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
@@ -405,7 +393,9 @@ def main():
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                log_step(run, lr, guide.statistics(patches, ids_mask), agreement)
+                numbers = guide.statistics(patches, ids_mask)
+                numbers |= agreement.statistics() if agreement else {}
+                run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
                 log_evaluation(run, model, guide, splits, norm)
                 draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)

@@ -60,15 +60,16 @@ class Guide:
         if self.need == "difficulty":
             self.predictor = LossPredictor(self.side, self.patch)
 
-    def networks(self):
-        """{name: network} of those that are part of a run's state."""
-        if self.predictor:
-            return {"predictor": self.predictor}
-        return {"teacher": self.teacher.encoder} if self.averages() else {}
-
+    @property
     def averages(self):
         """Whether the teacher is the average of the run's own encoder."""
         return self.teacher is not None and self.teacher.name == "self"
+
+    def networks(self):
+        """{name: network} of those that learn, which are part of a run's state."""
+        if self.predictor:
+            return {"predictor": self.predictor}
+        return {"teacher": self.teacher.encoder} if self.averages else {}
 
     def state_dict(self):
         """The rest of the state: the file of the teacher's maps, and what is left of its start."""
@@ -82,9 +83,8 @@ class Guide:
 
     def open_attention(self, name):
         """Take the teacher's maps from this file of the run."""
-        path = self.out / name
-        arrays = data.open_tensors(path)
-        check_arrays(arrays, {"attn": "float16 n g g"}, path, "make the run again")
+        arrays = data.open_tensors(self.out / name)
+        check_arrays(arrays, {"attn": "float16 n g g"}, self.out / name, "make the run again")
         self.file, self.maps = name, arrays["attn"]
 
     def scores(self, rows, boxes, flip, view):
@@ -123,13 +123,13 @@ class Guide:
         return ranking_loss(self.predicted.gather(1, ids_mask), error)
 
     def update_teacher(self, encoder, step, total):
-        if self.averages():
+        if self.averages:
             self.teacher.update(encoder, step, total)
 
     def statistics(self, patches, ids_mask):
         """What the log says of a batch's masks."""
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
-        if self.averages():
+        if self.averages:
             numbers["teacher_initial"] = self.teacher.initial
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
@@ -164,7 +164,7 @@ class Teacher:
     """
 
     def __init__(self, encoder, source, epochs, name):
-        check_source(source, encoder, "--attention", "this run" if name == "self" else name)
+        check_source(source, encoder, "--attention")
         self.encoder = encoder.requires_grad_(False)
         self.source, self.epochs, self.name = source, epochs, name
         self.initial = 1.0  # share of the weights that the run began with
@@ -197,20 +197,17 @@ def average_of(encoder, source, epochs, start):
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays at this step; it rises to 1 by half a cosine (AttMask).
-
-    AttMask (arXiv:2203.12719) begins at 0.996, which suits long runs; here the half-life is a share
-    of the run.
+    """The share of the teacher that stays at this step; it rises to 1 by half a cosine, as in
+    AttMask (arXiv:2203.12719). There it begins at 0.996, which suits long runs.
     """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def default_source(flags, teacher):
-    """How the attention of a teacher ("self", a run or a file) is read, by the flags of its run.
+    """How to read the attention of a teacher ("self", a run or a file): by what its run trained.
 
-    The pooler where one was trained. The CLS token where a loss trained it: through all blocks with
-    --contrast cls, in the last for a file of others, such as DINO's. Else outlier.
+    A file of others, such as DINO's, has a CLS token that a loss trained.
     """
     contrast = contrast_of(flags)
     if contrast == "cls":
@@ -220,13 +217,10 @@ def default_source(flags, teacher):
     return "cls" if not flags and Path(teacher).is_file() else "outlier"
 
 
-def check_source(source, encoder, flag, name):
+def check_source(source, encoder, flag):
     """A UserError where the pooler's attention is asked of an encoder without a pooler."""
     if source == "pooler" and encoder.pooler is None:
-        raise UserError(
-            f"{flag} pooler: {name} has no pooler, which --contrast pooler trains; "
-            f"{flag} outlier needs no trained attention"
-        )
+        raise UserError(f"{flag} pooler: no pooler was trained (--contrast pooler); choose outlier")
 
 
 # ---- attention -----------------------------------------------------------------------------------
