@@ -62,6 +62,10 @@ DEFAULTS = {
     "cpu": {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32},
     "gpu": {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512},
 }
+RECIPES = {
+    "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
+    "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
+}
 
 
 def parse_flags():
@@ -154,13 +158,11 @@ def pick_machine(flags, device):
 
 def parse_model(flags, decoder_depth):
     """--model: the arguments of the network, and whether it is SimMIM, which has its own defaults."""
-    own = {"decoder_depth": decoder_depth, "simmim": 0}
-    _, size = parse_keys(flags.model, {name: s | own for name, s in SIZES.items()}, "--model")
+    more = {"decoder_depth": decoder_depth, "simmim": 0}
+    sizes = {name: size | more for name, size in SIZES.items()}
+    _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
-    if simmim:
-        flags.fill(mask="squares", ratio="0.6", contrast="none")
-    else:
-        flags.fill(mask="random", ratio="0.75", contrast="pooler")
+    flags.fill(**RECIPES["simmim" if simmim else "mae"])
     if simmim and flags.contrast != "none":
         raise UserError(f"--contrast {flags.contrast}: SimMIM reads mask tokens and has none")
     return size, simmim
@@ -307,8 +309,8 @@ def finish(run, model, guide, held_set, norm):
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
     save_beside(model, run.out)
-    about = {"step": run.step, "run": run.config, **norm}
-    save_model(model, run.out / "model.safetensors", about)
+    header = {"step": run.step, "run": run.config, **norm}
+    save_model(model, run.out / "model.safetensors", header)
     draw_run(run.out, model, held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")

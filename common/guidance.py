@@ -174,8 +174,8 @@ class Teacher:
         """The average takes a step towards the encoder."""
         momentum = ema_momentum(step, total)
         self.initial *= momentum
-        mine, new = list(self.encoder.parameters()), list(encoder.parameters())
-        torch._foreach_lerp_(mine, new, 1 - momentum)
+        old, new = list(self.encoder.parameters()), list(encoder.parameters())
+        torch._foreach_lerp_(old, new, 1 - momentum)
 
     def write_maps(self, images, path, autocast):
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
@@ -308,12 +308,13 @@ def open_maps(need, where, folder, train):
     if has_truth and where in ("truth", "auto"):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
-    own = data.map_file(Path("maps") / Path(folder).name, name, train)
-    path = own if where == "auto" else where
+    path = where
+    if where == "auto":
+        path = data.map_file(Path("maps") / Path(folder).name, name, train)
     maps = data.open_map(path, name, train)
-    about = data.open_tensors(maps.filename)["header"]
-    how = [about[key] for key in ("quality", "source", "by") if about.get(key)]
-    return maps, about.get("parts", 0) + 1, " ".join([str(path), *map(str, how)])
+    header = data.open_tensors(maps.filename)["header"]
+    how = [str(header[key]) for key in ("quality", "source", "by") if header.get(key)]
+    return maps, header.get("parts", 0) + 1, " ".join([str(path), *how])
 
 
 def crop_map(maps, rows, boxes, flip, side):
@@ -321,14 +322,14 @@ def crop_map(maps, rows, boxes, flip, side):
 
     Attention (f16) keeps its scale; foreground (u8) becomes a share in [0, 1].
     """
-    whole = data.send(torch.from_numpy(maps[rows.numpy()]), boxes.device)  # (B, G, G)
+    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
     score = data.view_maps(whole, boxes, flip, side).flatten(1)
     return score / 255 if whole.dtype == torch.uint8 else score
 
 
 def crop_parts(maps, rows, boxes, flip, side, count):
     """(B, side*side, count): the share of each part in each patch of the same crops."""
-    whole = data.send(torch.from_numpy(maps[rows.numpy()]), boxes.device)  # (B, G, G)
+    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
     planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
     Wy, Wx = data.view_matrices(boxes, flip, whole.shape[-1], side)
     return (Wy[:, None] @ planes.float() @ Wx[:, None]).flatten(2).transpose(1, 2)
