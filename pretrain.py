@@ -58,10 +58,9 @@ JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
 # Length and batch are counted in views, so they are the same for every mask and data set. On a CPU
 # many small steps learn more than few large ones (results/LOG.md).
-DEFAULTS = {
-    "cpu": {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32},
-    "gpu": {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512},
-}
+GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
+CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
+DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
 RECIPES = {
     "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
     "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
@@ -99,6 +98,8 @@ def parse_flags():
     if flags.resume:
         flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
         flags.values["out"] = flags.resume
+    flags.fill(out=f"runs/{flags.name(Path(flags.data).name)}")
+    flags.read |= {"out", "log"}  # Run reads them
     return flags
 
 
@@ -142,44 +143,49 @@ def stop_together(run):
 # ---- before the loop -----------------------------------------------------------------------------
 
 
-def pick_machine(flags, device):
-    """The dtype of matrix products, the context in which they run in it, and the defaults."""
+def pick_machine(flags):
+    """The number of this process, the number of all, the device, and the dtype of matrix products."""
+    rank, world, device = join_processes(train.pick_device(flags.device))
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
     kind, why = kernels.choose_impl("auto", device)
     print(f"machine  {train.machine(device)}")
     print(f"         {flags.dtype}: {reason}; kernels in {kind}: {why}")
-    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"]
-    out = f"runs/{flags.name(Path(flags.data).name)}"
-    flags.fill(out=out, model=defaults["model"], blr=defaults["blr"])
-    flags.read |= {"out", "log"}  # Run reads them
-    return dtype, train.autocast_of(device, dtype), defaults
+    return rank, world, device, dtype
 
 
-def parse_model(flags, decoder_depth):
-    """--model: the arguments of the network, and whether it is SimMIM, which has its own defaults."""
-    more = {"decoder_depth": decoder_depth, "simmim": 0}
+def parse_model(flags, device):
+    """--model and --contrast: the network, its arguments, and the settings of the second loss."""
+    defaults = DEFAULTS[device.type]
+    flags.fill(model=defaults["model"], blr=defaults["blr"])
+    more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
     sizes = {name: size | more for name, size in SIZES.items()}
     _, size = parse_keys(flags.model, sizes, "--model")
     simmim = size.pop("simmim") != 0
     flags.fill(**RECIPES["simmim" if simmim else "mae"])
-    if simmim and flags.contrast != "none":
-        raise UserError(f"--contrast {flags.contrast}: SimMIM reads mask tokens and has none")
-    return size, simmim
+    contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
+    if simmim and contrast != "none":
+        raise UserError(f"--contrast {contrast}: SimMIM reads mask tokens and has none")
+    return SimMIM if simmim else MAE, size, settings
 
 
-def open_data(flags, image_size, rank):
-    """The training split and that of the evaluations. Process 0 packs images first."""
-    if rank > 0:
+def open_data(flags, image_size, device, rank):
+    """The training split, that of the evaluations, and all images of training for the loader."""
+    if rank > 0:  # process 0 packs images first
         wait_for_all()
     flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
     if rank == 0:
         wait_for_all()
-    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
+    train_set, held_set = (
+        data.open_split(flags.data, "train"),
+        data.open_split(flags.data, flags.split),
+    )
+    return train_set, held_set, data.resident(train_set, device)
 
 
-def set_length(flags, images, defaults, V, world):
+def set_length(flags, images, V, device, world):
     """Images of a step for each process, and steps of an epoch. Defaults are counted in views."""
+    defaults = DEFAULTS[device.type]
     epochs = max(1, round(defaults["views"] / (V * images)))
     flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
     flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
@@ -190,11 +196,11 @@ def set_length(flags, images, defaults, V, world):
     return b, images // (b * world)
 
 
-def build_network(size, simmim, contrast, flags):
-    """MAE or SimMIM, its weights drawn from --seed or read from --init."""
+def build_network(network, size, flags):
+    """The network, its weights drawn from --seed or read from --init."""
     torch.manual_seed(flags.seed)
-    model = (SimMIM if simmim else MAE)(**size)
-    if contrast == "pooler":
+    model = network(**size)
+    if flags.contrast.startswith("pooler"):
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
@@ -212,14 +218,13 @@ def parse_ratio(text, N):
     return ratios[0], ratios[-1]
 
 
-def make_guide(flags, encoder, train_set, autocast):
+def make_guide(flags, encoder, train_set, autocast, views):
     """--mask: the strategy with its parameters, and the guide whose scores it reads."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
         if need == "attn" and flags.values["teacher"] != "self":
             keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
     name, params = parse_keys(flags.mask, keys, "--mask")
-    views = 1 if flags.contrast == "none" else 2
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
     notes = {"detail": "the contrast of each view", "difficulty": "a head that predicts losses"}
     if guide.need == "attn" and flags.teacher != "maps":
@@ -246,9 +251,9 @@ def make_teacher(encoder, flags, start):
     return guidance.Teacher(load_teacher(name)[0], source, {0}, name)
 
 
-def describe(flags, splits, model, V, total):
+def describe(flags, train_set, held_set, model, V, total):
     """Print what is trained, on what, and how."""
-    images, held = (len(split["images"]) for split in splits)
+    images, held = len(train_set["images"]), len(held_set["images"])
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
@@ -263,8 +268,9 @@ def describe(flags, splits, model, V, total):
 # ---- in the loop ---------------------------------------------------------------------------------
 
 
-def draw(generator, n, N, min_crop, device):
+def draw(stream, n, N, min_crop, device):
     """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
+    generator = train.seeded(*stream)
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
     return (data.send(x, device) for x in (boxes, flip, noise, draws))
@@ -318,50 +324,48 @@ def finish(run, model, guide, held_set, norm):
 
 def main():
     flags = parse_flags()
-    rank, world, device = join_processes(train.pick_device(flags.device))
-    dtype, autocast, defaults = pick_machine(flags, device)
-    size, simmim = parse_model(flags, defaults["decoder_depth"])
-    contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
-    V = 1 if contrast == "none" else 2
+    rank, world, device, dtype = pick_machine(flags)
+    autocast = train.autocast_of(device, dtype)
+    network, size, settings = parse_model(flags, device)
+    V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
-    splits = open_data(flags, S, rank)
-    images = data.resident(splits[0], device)
-    b, per_epoch = set_length(flags, len(images), defaults, V, world)
+    train_set, held_set, images = open_data(flags, S, device, rank)
+    b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
 
-    model = build_network(size, simmim, contrast, flags).to(device)
+    model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
     first_ratio, last_ratio = parse_ratio(flags.ratio, N)
-    strategy, guide = make_guide(flags, model.encoder, splits[0], autocast)
-    agreement = Agreement(size["dim"], splits[0], settings) if V == 2 else None
-    parts = {"model": model, **guide.networks()} | ({"agreement": agreement} if agreement else {})
+    strategy, guide = make_guide(flags, model.encoder, train_set, autocast, V)
+    parts = {"model": model, **guide.networks()}
+    if V == 2:
+        parts["agreement"] = Agreement(size["dim"], train_set, settings)
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     net = share_gradients(torch.compile(model) if flags.compile else model)
-    contrastive_loss = share_gradients(agreement)
+    agreement = share_gradients(parts.get("agreement"))
     guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
-    how = {"error_of": absolute_error if simmim else None, "return_error": True, **norm}
+    how = {"return_error": True, "error_of": absolute_error if network is SimMIM else None, **norm}
     clipped = [w for name, w in model.named_parameters() if not name.startswith(ALONE)]
-    describe(flags, splits, model, V, total)
+    describe(flags, train_set, held_set, model, V, total)
     flags.refuse_unread()
-    run = train.Run(
-        flags, parts | {"optimizer": optimizer, "guide": guide}, total, per_epoch, device
-    )
+    parts |= {"optimizer": optimizer, "guide": guide}
+    run = train.Run(flags, parts, total, per_epoch, device)
     if run.writes and run.step == 0:
-        log_evaluation(run, model, guide, splits, norm)
+        log_evaluation(run, model, guide, (train_set, held_set), norm)
 
     for epoch in range(run.step // per_epoch, flags.epochs):
-        refresh_maps(guide, epoch, run, splits[0]["images"])
+        refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
         for rows, batch in run.timed(batches):
             # 1. a view of each picture
             t = run.step / total  # progress of the run
-            generator = train.seeded(flags.seed, epoch, run.step, rank)
-            boxes, flip, noise, draws = draw(generator, V * b, N, flags.min_crop, device)
+            stream = (flags.seed, epoch, run.step, rank)
+            boxes, flip, noise, draws = draw(stream, V * b, N, flags.min_crop, device)
             view = data.view_images(batch, boxes, flip, S)  # u8 (V*b, S, S, 3)
             if agreement:
-                view = augment(view, splits[0].get("fg"), rows, boxes, flip, draws)
+                view = augment(view, train_set.get("fg"), rows, boxes, flip, draws)
 
             # 2. which patches are hidden
             K = masking.kept(N, first_ratio + (last_ratio - first_ratio) * t)
@@ -380,7 +384,7 @@ def main():
             side_loss = stats_loss(stats, view, ids_keep, ids_mask, p) + guide.loss(ids_mask, error)
             if agreement:
                 summary = model.encoder.summary(tokens)  # (V*b, D)
-                side_loss = side_loss + settings["weight"] * contrastive_loss(summary, rows)
+                side_loss = side_loss + settings["weight"] * agreement(summary, rows)
             (loss + side_loss).backward()
 
             # 5. update
@@ -396,14 +400,14 @@ def main():
             stop_together(run)
             if run.logs_now:
                 numbers = guide.statistics(patches, ids_mask)
-                numbers |= agreement.statistics() if agreement else {}
+                numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                log_evaluation(run, model, guide, splits, norm)
+                log_evaluation(run, model, guide, (train_set, held_set), norm)
                 draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
             run.save_if_due()
     wait_for_all()
-    finish(run, model, guide, splits[1], norm)
+    finish(run, model, guide, held_set, norm)
 
 
 if __name__ == "__main__":
