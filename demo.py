@@ -12,8 +12,6 @@ in memory. Nothing that a visitor sends is used as the path of a file, and nothi
 """
 
 import base64
-import contextlib
-import ctypes
 import functools
 import io
 import ipaddress
@@ -45,7 +43,7 @@ from common.evaluate import hide, predict
 from common.features import load_mae
 from common.gallery import load_gallery
 from common.io import UserError
-from common.train import autocast_of, pick_device, pick_dtype, seeded
+from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -668,8 +666,7 @@ def serve(gr, args, run):
 
 def main():
     args = parse_args()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: one heap, not one for each thread
+    keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6  # Pillow refuses more before decoding
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])

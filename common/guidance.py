@@ -34,8 +34,8 @@ IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # exact maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images whose mean token at each place `outlier` compares with
-# Half of the teacher's weights are new after this share of a run. After a tenth of the run, where
-# the first maps are made, the initial weights are then 1 % of the teacher, whatever the length.
+# Half of the teacher's weights are new after this share of a run. At the first maps, after a tenth
+# of the run, the initial weights are then 1 % of the teacher.
 HALF_LIFE = 0.015
 
 
@@ -139,11 +139,11 @@ class Guide:
 
     def pictures(self, patches):
         """{need: (n, g, g)}: scores of the first view of each image; for parts, the largest part."""
-        found = {}
-        for need, score in patches.items():
-            score = score.argmax(2) if score.dim() == 3 else score
-            found[need] = score[:: self.views].unflatten(1, (self.side, self.side))
-        return found
+        if self.need is None:
+            return {}
+        score = patches[self.need][:: self.views]
+        score = score.argmax(2) if score.dim() == 3 else score
+        return {self.need: score.unflatten(1, (self.side, self.side))}
 
 
 def region_shares(fg, ids_mask):
@@ -191,8 +191,7 @@ def average_of(encoder, source, epochs, start):
 
     A young teacher's attention is poor, so it makes new maps at a quarter and at half of the run.
     """
-    shares = [share for share in (start, 0.25, 0.5) if share >= start]
-    before = {math.ceil(share * epochs) for share in shares}
+    before = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
     return Teacher(copy.deepcopy(encoder), source, before, "self")
 
 
@@ -218,7 +217,7 @@ def default_source(flags, teacher):
 
 
 def check_source(source, encoder, flag):
-    """A UserError where the pooler's attention is asked of an encoder without a pooler."""
+    """The pooler's attention needs a pooler."""
     if source == "pooler" and encoder.pooler is None:
         raise UserError(f"{flag} pooler: no pooler was trained (--contrast pooler); choose outlier")
 

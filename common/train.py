@@ -37,11 +37,8 @@ ANEW = "remove the folder of the run, or choose another --out"
 
 
 def pick_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device.
-
-    Every stage asks here before its first large tensor, so glibc is told here to keep freed memory.
-    """
-    keep_freed_memory()
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device."""
+    keep_freed_memory()  # here, because every stage asks for a device before its first large tensor
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
@@ -52,10 +49,12 @@ def pick_device(name):
     raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
 
 
-def keep_freed_memory():
+def keep_freed_memory(heaps=None):
     """Let glibc keep large blocks for the next step: 15 % of a step's time on a CPU (results/LOG.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc here
         libc = ctypes.CDLL(None)
+        if heaps:
+            libc.mallopt(-8, heaps)  # M_ARENA_MAX: at most so many, for all threads
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not trimmed under 2 GB
 
@@ -225,8 +224,7 @@ class Run:
     """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C.
 
     parts: {name: an object with state_dict and load_state_dict}; all of them are saved in state.pt.
-    With flags.resume they go on from there, on a CPU with the bits of a run that never stopped.
-    With torchrun only the first process writes.
+    With flags.resume they go on from there. With torchrun only the first process writes.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
@@ -339,11 +337,8 @@ class Run:
         self.log(**(row | more))
 
     def save_if_due(self):
-        """Save every two minutes, at a stop and at the end; then stop if asked to.
-
-        Only just after a row was logged, for the checkpoint keeps no losses.
-        """
-        if self.losses:
+        """Save every two minutes, at a stop and at the end; then stop if asked to."""
+        if self.losses:  # a checkpoint keeps no losses, so it follows a row of the log
             return
         ends = self.stop or self.step == self.total
         if self.writes and (ends or time.perf_counter() - self.saved > SAVE_EVERY):
