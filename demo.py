@@ -43,7 +43,7 @@ from common.evaluate import hide, predict
 from common.features import load_mae
 from common.gallery import load_gallery
 from common.io import UserError
-from common.train import autocast_of, pick_device, pick_dtype, seeded, set_malloc
+from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
 from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
@@ -666,7 +666,7 @@ def serve(gr, args, run):
 
 def main():
     args = parse_args()
-    set_malloc(arena_max=1)  # otherwise each thread of the server keeps its own heap
+    keep_freed_memory(heaps=1)  # otherwise each thread of the server keeps its own
     Image.MAX_IMAGE_PIXELS = MOST_MEGAPIXELS * 10**6  # Pillow refuses more before decoding
     run, MACHINE.device = choose_run(args.run), pick_device(args.device)
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])

@@ -446,7 +446,8 @@ def learn(task, net, optimizer, run, epochs, lr):
             loss = step_loss(task, net.train(), rows, pages, epoch >= late, generator)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-            train.set_lr(optimizer, train.lr_at(run.step, run.total, 0.1 * run.total, lr))
+            for group in optimizer.param_groups:
+                group["lr"] = train.lr_at(run.step, run.total, 0.1 * run.total, lr)
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
@@ -485,7 +486,6 @@ def fit(flags, device, autocast):
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
     about |= {"run": out.name, "data": flags.data, "seed": task.seed}
     save_json(about | row, out / f"metrics{split_suffix(flags.split)}.json")
-    run.close()
     print(
         f"{flags.split:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
         f"{row['faces']} faces on {row['pages']} pages\nwrote    {out}/ after {run.seconds():.0f} s\n"

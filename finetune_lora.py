@@ -602,7 +602,6 @@ def main():
     task = open_task(flags, device, train.autocast_of(device, dtype))
     run, best_epoch = finetune(flags, task)
     write_results(flags, task, run, best_epoch)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def rows_of_map(args, images, device):
     encoder, size = load_teacher(args.run)
     g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
-        guidance.check_source(args.source, encoder, "--source", args.run)
+        guidance.check_source(args.source, encoder, "--source")
         return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
     if args.map == "parts" and args.parts > g**2:
         raise UserError(

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 import kernels
@@ -50,17 +50,20 @@ from model import MAE, SIZES, Pooler, SimMIM
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
+ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: no gradient of theirs goes on
 WARMUP = 0.1  # share of the run in which the learning rate rises
 WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-LEAST_RANK = 2.5  # directions that projections use; fewer is a collapse
 # Length and batch are counted in views, so they are the same for every mask and data set. On a CPU
 # many small steps learn more than few large ones (results/LOG.md).
-DEFAULTS = {
-    "cpu": {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32},
-    "gpu": {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512},
+GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
+CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
+DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
+RECIPES = {
+    "mae": {"mask": "random", "ratio": "0.75", "contrast": "pooler"},
+    "simmim": {"mask": "squares", "ratio": "0.6", "contrast": "none"},
 }
 
 
@@ -95,10 +98,12 @@ def parse_flags():
     if flags.resume:
         flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
         flags.values["out"] = flags.resume
+    flags.fill(out=f"runs/{flags.name(Path(flags.data).name)}")
+    flags.read |= {"out", "log"}  # Run reads them
     return flags
 
 
-# ---- several processes ---------------------------------------------------------------------------
+# ---- several processes, each with a GPU and views of its own --------------------------------------
 
 
 def join_processes(device):
@@ -108,32 +113,29 @@ def join_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(timeout=WAIT)
-    if torch.distributed.get_rank() > 0:
+    distributed.init_process_group(timeout=WAIT)
+    if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+    return distributed.get_rank(), distributed.get_world_size(), device
 
 
-def wait_for_all(world):
-    if world > 1:
-        torch.distributed.barrier()
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
-def share_gradients(model, agreement, guide, flags, world):
-    """The network and the second loss, as the loop calls them: gradients are means of processes."""
-    net = torch.compile(model) if flags.compile else model
-    if world == 1:
-        return net, agreement
-    spread = functools.partial(DistributedDataParallel, broadcast_buffers=False)  # constants
-    guide.predictor = guide.predictor and spread(guide.predictor)
-    return spread(net), agreement and spread(agreement)
+def share_gradients(network):
+    """The network as the loop calls it: its gradients become means of all processes."""
+    if network and distributed.is_initialized():
+        return DistributedDataParallel(network, broadcast_buffers=False)  # buffers are constants
+    return network
 
 
-def stop_together(run, world):
+def stop_together(run):
     """A signal that one process got stops all of them after the same step."""
-    if world > 1:
+    if distributed.is_initialized():
         number = torch.tensor(run.stop[0] if run.stop else 0)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
         if number > 0 and not run.stop:
             run.stop.append(signal.Signals(number.item()))
 
@@ -141,45 +143,49 @@ def stop_together(run, world):
 # ---- before the loop -----------------------------------------------------------------------------
 
 
-def pick_machine(flags, device):
-    """The dtype of matrix products, the context in which they run in it, and the defaults."""
+def pick_machine(flags):
+    """The number of this process, the number of all, the device, and the dtype of matrix products."""
+    rank, world, device = join_processes(train.pick_device(flags.device))
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
     kind, why = kernels.choose_impl("auto", device)
     print(f"machine  {train.machine(device)}")
     print(f"         {flags.dtype}: {reason}; kernels in {kind}: {why}")
-    defaults = DEFAULTS["cpu" if device.type == "cpu" else "gpu"]
-    out = f"runs/{flags.name(Path(flags.data).name)}"
-    flags.fill(out=out, model=defaults["model"], blr=defaults["blr"])
-    flags.read |= {"out", "log"}  # Run reads them
-    return dtype, train.autocast_of(device, dtype), defaults
+    return rank, world, device, dtype
 
 
-def parse_model(flags, decoder_depth):
-    """--model: the arguments of the network, and whether it is SimMIM, which has its own defaults."""
-    own = {"decoder_depth": decoder_depth, "simmim": 0}
-    _, size = parse_keys(flags.model, {name: s | own for name, s in SIZES.items()}, "--model")
-    if size.pop("simmim") == 0:
-        flags.fill(mask="random", ratio="0.75", contrast="pooler")
-        return size, False
-    flags.fill(mask="squares", ratio="0.6", contrast="none")
-    if flags.contrast != "none":
-        raise UserError(f"--contrast {flags.contrast}: SimMIM reads mask tokens and has none")
-    return size, True
+def parse_model(flags, device):
+    """--model and --contrast: the network, its arguments, and the settings of the second loss."""
+    defaults = DEFAULTS[device.type]
+    flags.fill(model=defaults["model"], blr=defaults["blr"])
+    more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
+    sizes = {name: size | more for name, size in SIZES.items()}
+    _, size = parse_keys(flags.model, sizes, "--model")
+    simmim = size.pop("simmim") != 0
+    flags.fill(**RECIPES["simmim" if simmim else "mae"])
+    contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
+    if simmim and contrast != "none":
+        raise UserError(f"--contrast {contrast}: SimMIM reads mask tokens and has none")
+    return SimMIM if simmim else MAE, size, settings
 
 
-def open_data(flags, image_size, rank, world):
-    """The training split and that of the evaluations. Process 0 packs images first."""
-    if rank > 0:
-        wait_for_all(world)
+def open_data(flags, image_size, device, rank):
+    """The training split, that of the evaluations, and all images of training for the loader."""
+    if rank > 0:  # process 0 packs images first
+        wait_for_all()
     flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
     if rank == 0:
-        wait_for_all(world)
-    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
+        wait_for_all()
+    train_set, held_set = (
+        data.open_split(flags.data, "train"),
+        data.open_split(flags.data, flags.split),
+    )
+    return train_set, held_set, data.resident(train_set, device)
 
 
-def set_length(flags, images, defaults, V, world):
+def set_length(flags, images, V, device, world):
     """Images of a step for each process, and steps of an epoch. Defaults are counted in views."""
+    defaults = DEFAULTS[device.type]
     epochs = max(1, round(defaults["views"] / (V * images)))
     flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
     flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
@@ -190,47 +196,46 @@ def set_length(flags, images, defaults, V, world):
     return b, images // (b * world)
 
 
-def build_network(size, simmim, contrast, flags):
-    """MAE or SimMIM, its weights drawn from --seed or read from --init."""
+def build_network(network, size, flags):
+    """The network, its weights drawn from --seed or read from --init."""
     torch.manual_seed(flags.seed)
-    model = (SimMIM if simmim else MAE)(**size)
-    if contrast == "pooler":
+    model = network(**size)
+    if flags.contrast.startswith("pooler"):
         model.encoder.pooler = Pooler(size["dim"], size["heads"])
     if flags.init and not flags.resume:
         print(f"init     {init_from(model, flags.init)}")
     return model
 
 
-def parse_mask(flags, N):
-    """--mask and --ratio: the strategy, its parameters, and the ratios of the first and last step."""
+def parse_ratio(text, N):
+    """--ratio: the shares of hidden patches in the first and in the last step."""
+    try:
+        ratios = [float(word) for word in text.split(":")]
+        for ratio in ratios:
+            masking.kept(N, ratio)
+    except ValueError as problem:
+        raise UserError(f"--ratio {text}: {problem}") from None
+    return ratios[0], ratios[-1]
+
+
+def make_guide(flags, encoder, train_set, autocast, views):
+    """--mask: the strategy with its parameters, and the guide whose scores it reads."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
         if need == "attn" and flags.values["teacher"] != "self":
             keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
-    strategy, params = parse_keys(flags.mask, keys, "--mask")
-    try:
-        ratios = [float(word) for word in flags.ratio.split(":")]
-        for ratio in ratios:
-            masking.kept(N, ratio)
-    except ValueError as problem:
-        raise UserError(f"--ratio {flags.ratio}: {problem}") from None
-    return strategy, params, (ratios[0], ratios[-1])
-
-
-def make_guide(strategy, params, encoder, flags, train_set, autocast):
-    """The scores that the strategy reads, and where they come from."""
-    views, shuffle = 1 if flags.contrast == "none" else 2, params.pop("shuffle", 0) > 0
-    guide = guidance.Guide(strategy, encoder, flags.out, autocast, views, shuffle)
-    about = {"detail": "the contrast of each view", "difficulty": "a head that predicts losses"}
+    name, params = parse_keys(flags.mask, keys, "--mask")
+    guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
+    notes = {"detail": "the contrast of each view", "difficulty": "a head that predicts losses"}
     if guide.need == "attn" and flags.teacher != "maps":
         guide.teacher = make_teacher(encoder, flags, params["start"])
-        about["attn"] = f"attention ({guide.teacher.source}) of {flags.teacher}"
+        notes["attn"] = f"attention ({guide.teacher.source}) of {flags.teacher}"
     elif guide.need in guidance.IN_FILES:
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
-        guide.maps, guide.parts, about[guide.need] = found
+        guide.maps, guide.parts, notes[guide.need] = found
     if guide.need:
-        print(f"guide    {about[guide.need]}")
-    return guide
+        print(f"guide    {notes[guide.need]}")
+    return functools.partial(masking.STRATEGIES[name], **params), guide
 
 
 def make_teacher(encoder, flags, start):
@@ -246,9 +251,9 @@ def make_teacher(encoder, flags, start):
     return guidance.Teacher(load_teacher(name)[0], source, {0}, name)
 
 
-def describe(flags, splits, model, V, total):
+def describe(flags, train_set, held_set, model, V, total):
     """Print what is trained, on what, and how."""
-    images, held = (len(split["images"]) for split in splits)
+    images, held = len(train_set["images"]), len(held_set["images"])
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
@@ -263,23 +268,24 @@ def describe(flags, splits, model, V, total):
 # ---- in the loop ---------------------------------------------------------------------------------
 
 
-def draw(generator, n, N, min_crop, device):
+def draw(stream, n, N, min_crop, device):
     """The random numbers of n views: crops (n, 4), flips (n,), noise (n, N), and more (n, 4)."""
+    generator = train.seeded(*stream)
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
     return (data.send(x, device) for x in (boxes, flip, noise, draws))
 
 
-def swap_backgrounds(view, figure, rows, boxes, flip, draws):
-    """A share SWAP of the views gets another image's background, where the data have masks."""
-    if figure is None:
-        return view
-    S = view.shape[1]
-    fg = guidance.crop_map(figure, rows, boxes, flip, S).view(-1, S, S, 1)
-    return data.swap_backgrounds(view, fg, draws, SWAP, views=2)
+def augment(view, foreground, rows, boxes, flip, draws):
+    """Other colours and, where the data have foreground masks, the backgrounds of other images."""
+    if foreground is not None:
+        S = view.shape[1]
+        fg = guidance.crop_map(foreground, rows, boxes, flip, S).view(-1, S, S, 1)
+        view = data.swap_backgrounds(view, fg, draws[:, 3], SWAP, views=2)
+    return data.jitter_colour(view, draws[:, :3], JITTER)
 
 
-def refresh_maps(guide, epoch, run, images, world):
+def refresh_maps(guide, epoch, run, images):
     """Before some epochs the teacher makes maps of all images; process 0 writes them for all."""
     begins = run.step == epoch * run.per_epoch
     if guide.teacher is None or epoch not in guide.teacher.epochs or not begins:
@@ -287,7 +293,7 @@ def refresh_maps(guide, epoch, run, images, world):
     name = f"attn-{run.step:08d}.safetensors"
     if run.writes:
         guide.teacher.write_maps(images, run.out / name, guide.autocast)
-    wait_for_all(world)
+    wait_for_all()
     guide.open_attention(name)
 
 
@@ -302,16 +308,6 @@ def log_evaluation(run, model, guide, splits, norm):
     run.log(**row, seconds=run.seconds())
 
 
-def log_step(run, lr, masks, agreement):
-    """A row of the log, and a warning where masks or projections are the same for all images."""
-    row = masks | (agreement.statistics() if agreement else {})
-    if "mask_entropy" in row and min(row["mask_diversity"], row["mask_entropy"]) <= 0.2:
-        tqdm.write(f"step {run.step}: the learned masks have collapsed; try a smaller beta")
-    if row.get("projection_rank", LEAST_RANK) < LEAST_RANK:
-        tqdm.write(f"step {run.step}: --contrast has collapsed; try a larger --batch-size")
-    run.log_step(lr=lr, **row)
-
-
 def finish(run, model, guide, held_set, norm):
     """Write what the next stages read, and the pictures."""
     if not run.writes:
@@ -319,8 +315,8 @@ def finish(run, model, guide, held_set, norm):
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
     save_beside(model, run.out)
-    about = {"step": run.step, "run": run.config, **norm}
-    save_model(model, run.out / "model.safetensors", about)
+    header = {"step": run.step, "run": run.config, **norm}
+    save_model(model, run.out / "model.safetensors", header)
     draw_run(run.out, model, held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
@@ -328,55 +324,53 @@ def finish(run, model, guide, held_set, norm):
 
 def main():
     flags = parse_flags()
-    rank, world, device = join_processes(train.pick_device(flags.device))
-    dtype, autocast, defaults = pick_machine(flags, device)
-    size, simmim = parse_model(flags, defaults["decoder_depth"])
-    contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
-    V = 1 if contrast == "none" else 2
-    splits = open_data(flags, size["image_size"], rank, world)
-    images = data.resident(splits[0], device)
-    b, per_epoch = set_length(flags, len(images), defaults, V, world)
+    rank, world, device, dtype = pick_machine(flags)
+    autocast = train.autocast_of(device, dtype)
+    network, size, settings = parse_model(flags, device)
+    V = 2 if settings else 1
+    S, p = size["image_size"], size["patch_size"]
+    train_set, held_set, images = open_data(flags, S, device, rank)
+    b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
 
-    model = build_network(size, simmim, contrast, flags).to(device)
-    S, p, N = size["image_size"], size["patch_size"], model.encoder.side**2
-    strategy, params, ratios = parse_mask(flags, N)
-    guide = make_guide(strategy, params, model.encoder, flags, splits[0], autocast)
+    model = build_network(network, size, flags).to(device)
+    N = model.encoder.side**2
+    first_ratio, last_ratio = parse_ratio(flags.ratio, N)
+    strategy, guide = make_guide(flags, model.encoder, train_set, autocast, V)
     parts = {"model": model, **guide.networks()}
-    parts |= {"agreement": Agreement(size["dim"], splits[0], settings)} if V == 2 else {}
-    learning = torch.nn.ModuleDict(parts).to(device)  # a teacher among them has no gradient
-    optimizer = train.make_optimizer(learning, peak_lr, WEIGHT_DECAY)
-    net, agreement = share_gradients(model, parts.get("agreement"), guide, flags, world)
+    if V == 2:
+        parts["agreement"] = Agreement(size["dim"], train_set, settings)
+    optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
+    net = share_gradients(torch.compile(model) if flags.compile else model)
+    agreement = share_gradients(parts.get("agreement"))
+    guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
-    how = {"error_of": absolute_error if simmim else None, "return_error": True, **norm}
-    # the pooler and the statistics head give no gradient to the rest
-    alone = ("encoder.pooler", "decoder.stats_head")
-    clipped = [w for name, w in model.named_parameters() if not name.startswith(alone)]
-    figure = splits[0].get("fg") if V == 2 else None
-    describe(flags, splits, model, V, total)
+    how = {"return_error": True, "error_of": absolute_error if network is SimMIM else None, **norm}
+    clipped = [w for name, w in model.named_parameters() if not name.startswith(ALONE)]
+    describe(flags, train_set, held_set, model, V, total)
     flags.refuse_unread()
-    saved = parts | {"optimizer": optimizer, "guide": guide}
-    run = train.Run(flags, saved, total, per_epoch, device)
+    parts |= {"optimizer": optimizer, "guide": guide}
+    run = train.Run(flags, parts, total, per_epoch, device)
     if run.writes and run.step == 0:
-        log_evaluation(run, model, guide, splits, norm)
+        log_evaluation(run, model, guide, (train_set, held_set), norm)
 
     for epoch in range(run.step // per_epoch, flags.epochs):
-        refresh_maps(guide, epoch, run, splits[0]["images"], world)
+        refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
         for rows, batch in run.timed(batches):
             # 1. a view of each picture
             t = run.step / total  # progress of the run
-            generator = train.seeded(flags.seed, epoch, run.step, rank)
-            boxes, flip, noise, draws = draw(generator, V * b, N, flags.min_crop, device)
+            stream = (flags.seed, epoch, run.step, rank)
+            boxes, flip, noise, draws = draw(stream, V * b, N, flags.min_crop, device)
             view = data.view_images(batch, boxes, flip, S)  # u8 (V*b, S, S, 3)
-            view = swap_backgrounds(view, figure, rows, boxes, flip, draws[:, 3])
-            view = data.jitter_colour(view, draws[:, :3], JITTER if V == 2 else 0)
+            if agreement:
+                view = augment(view, train_set.get("fg"), rows, boxes, flip, draws)
 
             # 2. which patches are hidden
-            K = masking.kept(N, ratios[0] + (ratios[1] - ratios[0]) * t)
+            K = masking.kept(N, first_ratio + (last_ratio - first_ratio) * t)
             patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
-            priority = masking.STRATEGIES[strategy](patches, noise, t, N - K, **params)  # (V*b, N)
+            priority = strategy(patches, noise, t, N - K)  # (V*b, N)
             ids_keep, ids_mask = masking.sample(priority, K)  # (V*b, K), (V*b, M)
 
             # 3. forward
@@ -394,25 +388,26 @@ def main():
             (loss + side_loss).backward()
 
             # 5. update
-            grad_norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
-            lr = train.set_lr(optimizer, train.lr_at(run.step, total, WARMUP * total, peak_lr))
+            grad_norm = nn.utils.clip_grad_norm_(clipped, CLIP)
+            for group in optimizer.param_groups:
+                group["lr"] = lr = train.lr_at(run.step, total, WARMUP * total, peak_lr)
             optimizer.step()
             optimizer.zero_grad()
             guide.update_teacher(model.encoder, run.step, total)
             run.update(loss, grad_norm)
 
             # 6. log, evaluate, save
-            stop_together(run, world)
+            stop_together(run)
             if run.logs_now:
-                masks = guide.statistics(patches, ids_mask, params.get("beta", 1.0))
-                log_step(run, lr, masks, parts.get("agreement"))
+                numbers = guide.statistics(patches, ids_mask)
+                numbers |= parts["agreement"].statistics() if agreement else {}
+                run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):
-                log_evaluation(run, model, guide, splits, norm)
+                log_evaluation(run, model, guide, (train_set, held_set), norm)
                 draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
             run.save_if_due()
-    wait_for_all(world)
-    finish(run, model, guide, splits[1], norm)
-    run.close()
+    wait_for_all()
+    finish(run, model, guide, held_set, norm)
 
 
 if __name__ == "__main__":

@@ -492,7 +492,8 @@ def fit(task, run, part):
                 loss = part.loss(task, part.net.train(), index, some, generator)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
-            train.set_lr(part.optimizer, train.lr_at(done, part.steps, 0.1 * part.steps, part.lr))
+            for group in part.optimizer.param_groups:
+                group["lr"] = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
             part.optimizer.step()
             part.optimizer.zero_grad()
             run.update(loss, grad_norm)
@@ -576,7 +577,6 @@ def run_stages(flags, device, autocast):
     row |= {"config": run.config, "command": command()}
     row |= {"machine": train.machine(device), "commit": train.commit()}
     save_json(row, run.out / f"metrics{split_suffix(task.held)}.json")
-    run.close()
     for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
         for kind, scores in row[name].get(task.held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")

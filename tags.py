@@ -915,7 +915,6 @@ def main():
     task = open_task(flags, device, autocast)
     run = fit(flags, task)
     write_results(flags, task, run)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def make_guide(name, encoder, train, device, autocast):
     """The guide that pretrain.py would make for this strategy, its maps already there: a teacher's
     are not measured.
     """
-    guide = guidance.Guide(name, encoder, ".", autocast)
+    guide = guidance.Guide(name, {}, encoder, ".", autocast)
     if guide.need in guidance.IN_FILES:
         guide.maps, guide.parts = fake_maps(guide.need, len(train["images"]), encoder.side), 7
     if guide.predictor:

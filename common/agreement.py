@@ -29,10 +29,7 @@ SETTINGS = {
 
 
 def contrast_of(flags):
-    """ "pooler", "cls" or "none": the second loss of a run, by its saved flags.
-
-    Older runs saved its weight as a number, and the word under "contrast_by".
-    """
+    """ "pooler", "cls" or "none": the second loss of a run. Older runs saved a weight and a word."""
     saved = flags.get("contrast", "none")
     if isinstance(saved, str):
         return saved.partition(":")[0]
@@ -68,9 +65,9 @@ class Agreement(nn.Module):
 
 
 def agreement_loss(h, groups, temperature, dcl):
-    """DCL or NT-Xent, and the share of views that find their pair.
+    """DCL or NT-Xent, and the share of views that find their pair; h (2B, E) of length 1.
 
-    h (2B, E) of length 1, views 2i and 2i+1 of one image; groups (2B,).
+    Views 2i and 2i+1 are of one image; groups (2B,).
     """
     logits = h @ h.T / temperature
     other = (torch.arange(len(h), device=h.device) ^ 1)[:, None]

@@ -36,16 +36,23 @@ def hide_at_random(noise, device):
     return masking.sample(noise.to(device), masking.kept(noise.shape[1], EVAL_RATIO))
 
 
+def masked_views(model, split, most):
+    """Yield (view u8 (b, S, S, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
+    rows = data.evenly_spaced(len(split["images"]), most)
+    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
+    side, device = model.config["image_size"], model.encoder.cls_token.device
+    views = data.whole_views(split["images"], rows, side, device)
+    for (_, view), chunk in zip(views, noise, strict=True):
+        yield view, *hide_at_random(chunk, device)
+
+
 @torch.no_grad()
 def masked_mse(model, split, norm, autocast):
-    """Mean squared error of hidden patches, all of one weight, under one fixed random mask."""
-    rows, c, errors = data.evenly_spaced(len(split["images"]), EVAL_IMAGES), model.config, []
-    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
-    views = data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
-    for (_, view), chunk in zip(views, noise, strict=True):
-        ids_keep, ids_mask = hide_at_random(chunk, view.device)
+    """Mean squared error of hidden patches, all of one weight, under the fixed mask."""
+    errors = []
+    for view, ids_keep, ids_mask in masked_views(model, split, EVAL_IMAGES):
         pred, _ = predict(model, view, ids_keep, ids_mask, autocast)
-        errors.append(patch_error(pred, view, ids_mask, c["patch_size"], **norm).cpu())
+        errors.append(patch_error(pred, view, ids_mask, model.config["patch_size"], **norm).cpu())
     return torch.cat(errors).mean().item()
 
 
@@ -85,10 +92,9 @@ def recognition(features, train, held):
     x, q = metrics.standardise(flat, query_flat)
     W, b = metrics.ridge(x, labels, classes, penalty=1.0)
     right = metrics.knn_votes(near, labels, query, classes).argmax(1) == truth
-    linear = 100 * metrics.topk(q @ W + b, truth, 1)
     return {
         "knn": 100 * right.float().mean().item(),
-        "linear": linear,
+        "linear": 100 * metrics.topk(q @ W + b, truth, 1),
         "mean_rank": metrics.effective_rank(flat),
     }
 
@@ -152,7 +158,6 @@ def draw_masks(out, view, ids_mask, scores, patch):
 
 def draw_run(out, model, held, norm, autocast):
     """curves.png and recon.png of a run."""
-    names = ("original", "seen", "predicted", "pasted")
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
     with drawing("curves.png or recon.png"):
         from common import plots
@@ -160,7 +165,7 @@ def draw_run(out, model, held, norm, autocast):
         split = held["header"].get("split", "val")
         plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
         pictures = reconstruct(model, held, norm, autocast)
-        plots.image_grid(out / "recon.png", title, list(zip(names, pictures, strict=True)))
+        plots.image_grid(out / "recon.png", title, list(pictures.items()))
 
 
 def hide(view, ids, patch):
@@ -170,24 +175,16 @@ def hide(view, ids, patch):
 
 @torch.no_grad()
 def reconstruct(model, split, norm, autocast):
-    """Eight images under the fixed random mask -> u8 (8, S, S, 3) each: original, visible,
-    predicted, both together.
+    """{name: u8 (8, S, S, 3)} of eight images under the fixed mask.
 
     Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
     """
-    rows, c = data.evenly_spaced(len(split["images"]), 8), model.config
-    _, view = next(
-        data.whole_views(split["images"], rows, c["image_size"], model.encoder.cls_token.device)
-    )
-    ids_keep, ids_mask = hide_at_random(
-        masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)), view.device
-    )
+    view, ids_keep, ids_mask = next(masked_views(model, split, 8))
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
-    predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
-    return (
-        view,
-        hide(view, ids_mask, c["patch_size"]),
-        predicted,
-        put_patches(view, ids_mask, pixels),
-    )
+    return {
+        "original": view,
+        "seen": hide(view, ids_mask, model.config["patch_size"]),
+        "predicted": put_patches(torch.full_like(view, GRAY), ids_mask, pixels),
+        "pasted": put_patches(view, ids_mask, pixels),
+    }

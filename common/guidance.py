@@ -34,8 +34,8 @@ IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # exact maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images whose mean token at each place `outlier` compares with
-# Half of the teacher's weights are new after this share of a run. After a tenth of the run, where
-# the first maps are made, the initial weights are then 1 % of the teacher, whatever the length.
+# Half of the teacher's weights are new after this share of a run. At the first maps, after a tenth
+# of the run, the initial weights are then 1 % of the teacher.
 HALF_LIFE = 0.015
 
 
@@ -48,26 +48,28 @@ class Guide:
     predictor  a LossPredictor, or None
     """
 
-    def __init__(self, strategy, encoder, out, autocast, views=1, shuffle=False):
-        """views: of each image, neighbours in a batch; shuffle: the control, see `scores`."""
+    def __init__(self, strategy, params, encoder, out, autocast, views=1):
+        """params: of the strategy, without "shuffle" afterwards; views: of each image of a batch."""
         self.need = masking.NEEDS.get(strategy)
+        self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
+        self.beta = params.get("beta", 1.0)
         self.side, self.patch = encoder.side, encoder.patch_size
-        self.out, self.autocast = Path(out), autocast
-        self.views, self.shuffle = views, shuffle
+        self.out, self.autocast, self.views = Path(out), autocast, views
         self.maps, self.parts, self.file = None, 0, None
         self.teacher, self.predictor = None, None
         if self.need == "difficulty":
             self.predictor = LossPredictor(self.side, self.patch)
 
-    def networks(self):
-        """{name: network} of those that are part of a run's state."""
-        if self.predictor:
-            return {"predictor": self.predictor}
-        return {"teacher": self.teacher.encoder} if self.averages() else {}
-
+    @property
     def averages(self):
         """Whether the teacher is the average of the run's own encoder."""
         return self.teacher is not None and self.teacher.name == "self"
+
+    def networks(self):
+        """{name: network} of those that learn, which are part of a run's state."""
+        if self.predictor:
+            return {"predictor": self.predictor}
+        return {"teacher": self.teacher.encoder} if self.averages else {}
 
     def state_dict(self):
         """The rest of the state: the file of the teacher's maps, and what is left of its start."""
@@ -81,9 +83,8 @@ class Guide:
 
     def open_attention(self, name):
         """Take the teacher's maps from this file of the run."""
-        path = self.out / name
-        arrays = data.open_tensors(path)
-        check_arrays(arrays, {"attn": "float16 n g g"}, path, "make the run again")
+        arrays = data.open_tensors(self.out / name)
+        check_arrays(arrays, {"attn": "float16 n g g"}, self.out / name, "make the run again")
         self.file, self.maps = name, arrays["attn"]
 
     def scores(self, rows, boxes, flip, view):
@@ -122,27 +123,27 @@ class Guide:
         return ranking_loss(self.predicted.gather(1, ids_mask), error)
 
     def update_teacher(self, encoder, step, total):
-        if self.averages():
+        if self.averages:
             self.teacher.update(encoder, step, total)
 
-    def statistics(self, patches, ids_mask, beta=1.0):
-        """What the log says of a batch's masks; beta is the strategy's."""
+    def statistics(self, patches, ids_mask):
+        """What the log says of a batch's masks."""
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
-        if self.averages():
+        if self.averages:
             numbers["teacher_initial"] = self.teacher.initial
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
         if self.need == "difficulty":
-            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], beta).item()
+            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], self.beta).item()
         return {name: round(x, 4) for name, x in numbers.items()}
 
     def pictures(self, patches):
         """{need: (n, g, g)}: scores of the first view of each image; for parts, the largest part."""
-        found = {}
-        for need, score in patches.items():
-            score = score.argmax(2) if score.dim() == 3 else score
-            found[need] = score[:: self.views].unflatten(1, (self.side, self.side))
-        return found
+        if self.need is None:
+            return {}
+        score = patches[self.need][:: self.views]
+        score = score.argmax(2) if score.dim() == 3 else score
+        return {self.need: score.unflatten(1, (self.side, self.side))}
 
 
 def region_shares(fg, ids_mask):
@@ -163,7 +164,7 @@ class Teacher:
     """
 
     def __init__(self, encoder, source, epochs, name):
-        check_source(source, encoder, "--attention", "this run" if name == "self" else name)
+        check_source(source, encoder, "--attention")
         self.encoder = encoder.requires_grad_(False)
         self.source, self.epochs, self.name = source, epochs, name
         self.initial = 1.0  # share of the weights that the run began with
@@ -173,8 +174,8 @@ class Teacher:
         """The average takes a step towards the encoder."""
         momentum = ema_momentum(step, total)
         self.initial *= momentum
-        mine, new = list(self.encoder.parameters()), list(encoder.parameters())
-        torch._foreach_lerp_(mine, new, 1 - momentum)
+        old, new = list(self.encoder.parameters()), list(encoder.parameters())
+        torch._foreach_lerp_(old, new, 1 - momentum)
 
     def write_maps(self, images, path, autocast):
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
@@ -190,26 +191,22 @@ def average_of(encoder, source, epochs, start):
 
     A young teacher's attention is poor, so it makes new maps at a quarter and at half of the run.
     """
-    shares = [share for share in (start, 0.25, 0.5) if share >= start]
-    before = {math.ceil(share * epochs) for share in shares}
+    before = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
     return Teacher(copy.deepcopy(encoder), source, before, "self")
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays at this step; it rises to 1 by half a cosine (AttMask).
-
-    AttMask (arXiv:2203.12719) begins at 0.996, which suits long runs; here the half-life is a share
-    of the run.
+    """The share of the teacher that stays at this step; it rises to 1 by half a cosine, as in
+    AttMask (arXiv:2203.12719). There it begins at 0.996, which suits long runs.
     """
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def default_source(flags, teacher):
-    """How the attention of a teacher ("self", a run or a file) is read, by the flags of its run.
+    """How to read the attention of a teacher ("self", a run or a file): by what its run trained.
 
-    The pooler where one was trained. The CLS token where a loss trained it: through all blocks with
-    --contrast cls, in the last for a file of others, such as DINO's. Else outlier.
+    A file of others, such as DINO's, has a CLS token that a loss trained.
     """
     contrast = contrast_of(flags)
     if contrast == "cls":
@@ -219,13 +216,10 @@ def default_source(flags, teacher):
     return "cls" if not flags and Path(teacher).is_file() else "outlier"
 
 
-def check_source(source, encoder, flag, name):
-    """A UserError where the pooler's attention is asked of an encoder without a pooler."""
+def check_source(source, encoder, flag):
+    """The pooler's attention needs a pooler."""
     if source == "pooler" and encoder.pooler is None:
-        raise UserError(
-            f"{flag} pooler: {name} has no pooler, which --contrast pooler trains; "
-            f"{flag} outlier needs no trained attention"
-        )
+        raise UserError(f"{flag} pooler: no pooler was trained (--contrast pooler); choose outlier")
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -313,12 +307,13 @@ def open_maps(need, where, folder, train):
     if has_truth and where in ("truth", "auto"):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
-    own = data.map_file(Path("maps") / Path(folder).name, name, train)
-    path = own if where == "auto" else where
+    path = where
+    if where == "auto":
+        path = data.map_file(Path("maps") / Path(folder).name, name, train)
     maps = data.open_map(path, name, train)
-    about = data.open_tensors(maps.filename)["header"]
-    how = [about[key] for key in ("quality", "source", "by") if about.get(key)]
-    return maps, about.get("parts", 0) + 1, " ".join([str(path), *map(str, how)])
+    header = data.open_tensors(maps.filename)["header"]
+    how = [str(header[key]) for key in ("quality", "source", "by") if header.get(key)]
+    return maps, header.get("parts", 0) + 1, " ".join([str(path), *how])
 
 
 def crop_map(maps, rows, boxes, flip, side):
@@ -326,14 +321,14 @@ def crop_map(maps, rows, boxes, flip, side):
 
     Attention (f16) keeps its scale; foreground (u8) becomes a share in [0, 1].
     """
-    whole = data.send(torch.from_numpy(maps[rows.numpy()]), boxes.device)  # (B, G, G)
+    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
     score = data.view_maps(whole, boxes, flip, side).flatten(1)
     return score / 255 if whole.dtype == torch.uint8 else score
 
 
 def crop_parts(maps, rows, boxes, flip, side, count):
     """(B, side*side, count): the share of each part in each patch of the same crops."""
-    whole = data.send(torch.from_numpy(maps[rows.numpy()]), boxes.device)  # (B, G, G)
+    whole = data.take(maps, rows, boxes.device)  # (B, G, G)
     planes = torch.stack([whole == k for k in range(count)], 1)  # (B, count, G, G)
     Wy, Wx = data.view_matrices(boxes, flip, whole.shape[-1], side)
     return (Wy[:, None] @ planes.float() @ Wx[:, None]).flatten(2).transpose(1, 2)

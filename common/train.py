@@ -1,4 +1,4 @@
-"""What stands around every training loop, written once: mistakes, the machine, files, optimizer, log, checkpoint.
+"""What stands around every training loop: device and dtype, optimizer, log, checkpoint.
 
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import itertools
 import json
 import math
 import os
@@ -24,109 +23,65 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoints import load_exactly
 from common.command import claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, check_size, parse_json, save_text
 
-try:
-    import resource
-except ImportError:  # there is none on Windows
-    resource = None
-
-STATE = {
-    "config": {},
-    "step?": whole(0),
-    "seconds?": number(0, 1e9),
-    "stage?": whole(0, 3),
-}
+LOG_EVERY = 10  # steps
+SAVE_EVERY = 120  # seconds: the most that a killed run loses
+RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
+STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
+ANEW = "remove the folder of the run, or choose another --out"
 
 # ---- the machine ---------------------------------------------------------------------------------
 
 
 def pick_device(name):
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; one that is not there is a
-    UserError.
-
-    Every stage asks here before its first large tensor, so this is also where glibc is told to keep
-    freed memory.
-    """
-    keep_freed_memory()
-    kinds = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    there = [kind for kind, yes in kinds.items() if yes]
-    if name == "auto":
-        return torch.device(there[0])
-    if name.split(":")[0] not in there:
-        raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
-    with contextlib.suppress(RuntimeError):  # cuda:x
-        device = torch.device(name)
-        if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device."""
+    keep_freed_memory()  # here, because every stage asks for a device before its first large tensor
+    mps = int(torch.backends.mps.is_available())
+    counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
+    there = [kind for kind, count in counts.items() if count]
+    with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
+        device = torch.device(there[0] if name == "auto" else name)
+        if (device.index or 0) < counts.get(device.type, 0):
             return device
-    raise UserError(
-        f"--device {name} is no device of this machine; try --device {name.split(':')[0]}"
-    )
+    raise UserError(f"--device {name} is not on this machine; there is: {', '.join(there)}")
 
 
-def keep_freed_memory():
-    """Let glibc keep the blocks that it frees for the next step.
-
-    It gives blocks over 32 MB back to the kernel, which clears new pages for the same tensors in
-    every step: 15 % of the time of a ViT-S on a CPU (results/LOG.md). mallopt(3): no block by mmap,
-    the heap is not trimmed under 2 GB.
-    """
-    set_malloc(mmap_max=0, trim_threshold=2**31 - 1)
-
-
-def set_malloc(**options):
-    """mallopt(3), by the names there; where there is no glibc this does nothing."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        for name, value in options.items():
-            ctypes.CDLL(None).mallopt(
-                {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}[name], value
-            )
+def keep_freed_memory(heaps=None):
+    """Let glibc keep large blocks for the next step: 15 % of a step's time on a CPU (results/LOG.md)."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc here
+        libc = ctypes.CDLL(None)
+        if heaps:
+            libc.mallopt(-8, heaps)  # M_ARENA_MAX: at most so many, for all threads
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block by mmap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not trimmed under 2 GB
 
 
 @functools.cache
 def bf16_gain():
-    """Seconds of a matrix product in fp32 over those in bf16, on this CPU; takes 10 to 30 ms.
-
-    Instructions for bf16 (avx512_bf16) do not tell: one CPU is three times as fast with them,
-    another half as fast.
-    """
-    setup = "import torch; a = torch.ones(1024, 192, dtype=torch.{})"
-    times = [
-        min(timeit.repeat("a @ a[:192].T", setup.format(t), number=1, repeat=9))
-        for t in ("float32", "bfloat16")
-    ]
-    return times[0] / times[1]
+    """Seconds of a matrix product in fp32 over those in bf16; instructions for bf16 do not tell."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = {"a": torch.ones(1024, 192, dtype=dtype)}
+        seconds.append(min(timeit.repeat("a @ a[:192].T", globals=matrix, number=1, repeat=9)))
+    return seconds[0] / seconds[1]
 
 
 def pick_dtype(name, device):
-    """ "auto", "bf16", "fp32" -> (dtype of the matrix products, the reason). Weights and optimizer
-    stay fp32.
-    """
+    """ "auto", "bf16", "fp32" -> (dtype of matrix products, the reason). Weights stay fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (
-            (torch.bfloat16, "this GPU multiplies it fast")
-            if fast
-            else (torch.float32, "this GPU has no fast bf16")
-        )
-    if device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ):
-        dtype = torch.bfloat16 if bf16_gain() > 1.3 else torch.float32
-        return (
-            dtype,
-            f"this CPU was timed, and multiplies bf16 {bf16_gain():.1f} times as fast as fp32",
-        )
-    return torch.float32, f"bf16 is not known to be faster on this {device.type}"
+        reason = "this GPU multiplies it fast" if fast else "this GPU has no fast bf16"
+    elif device.type == "cpu":
+        fast = bf16_gain() > 1.3
+        reason = f"this CPU was timed, and multiplies bf16 {bf16_gain():.1f} times as fast as fp32"
+    else:
+        fast, reason = False, f"bf16 is not known to be faster on this {device.type}"
+    return torch.bfloat16 if fast else torch.float32, reason
 
 
 def autocast_of(device, dtype):
@@ -143,89 +98,33 @@ def machine(device):
 
 def commit():
     """The commit that this code is at, with a + if code was changed since: results name it."""
-
-    def git(*words):
-        with contextlib.suppress(OSError):  # there may be no git on this machine
-            root = Path(__file__).parent.parent
-            return subprocess.run(
-                ["git", *words], cwd=root, capture_output=True, text=True
-            ).stdout.strip()
-        return ""
-
-    return (
-        git("describe", "--always") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
-        or "no git"
-    )
+    git = ["git", "-C", os.fspath(Path(__file__).parent.parent)]
+    words = {"capture_output": True, "text": True}
+    try:
+        name = subprocess.run([*git, "describe", "--always"], **words).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **words).stdout
+    except OSError:
+        name = ""
+    return name + "+" * bool(changed) if name else "no git"
 
 
 def peak_memory_mb(device):
     """Most memory held so far in MB: of the GPU on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # on Windows
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes on Linux, bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def catch_signals():
-    """-> a list that a first Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one
-    interrupts.
-    """
-    stop_signal = []
-
-    def note(number, _):
-        if stop_signal:
-            raise KeyboardInterrupt
-        stop_signal.append(signal.Signals(number))
-
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, note)
-    return stop_signal
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def save_state(state, path):
-    """Write a checkpoint of tensors and plain values, atomically."""
-    with atomic(path) as temporary, open(temporary, "wb") as f:
-        try:
-            torch.save(state, f)
-        except RuntimeError as problem:  # what torch makes of a full disk
-            raise OSError(str(problem).splitlines()[0]) from problem
-
-
-def load_state(path):
-    """Read what `save_state` wrote. Never unpickles code: a file with anything but tensors and
-    values is refused.
-    """
-    try:
-        check_size(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as problem:  # torch.load raises half a dozen kinds for a truncated or foreign file
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0][:100]
-        raise UserError(
-            f"{path} can't be read as a checkpoint of ours ({reason}); {anew(path)}"
-        ) from None
-    check_fields(state, STATE, path, anew(path))
-    return state
-
-
-def anew(state):
-    """What may be done about a run that is in the way; state: its state.pt."""
-    return f"rm -r {shlex.quote(str(Path(state).parent))} removes it, another --out leaves it alone"
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
 
 
 def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
-    """AdamW in one fused pass; biases, LayerNorms and tokens (all that is 1-D in meaning) are not
-    decayed.
-    """
+    """AdamW in one fused pass. Biases, LayerNorms and tokens (1-D in meaning) are not decayed."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -234,50 +133,36 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
 
 
 def load_optimizer(optimizer, saved):
-    """Take up the moments of AdamW that state.pt keeps. Its rates are set before every step, and its other numbers
-    follow from the flags. Moments that do not fit their weights are a ValueError."""
+    """Load AdamW's moments, which have to fit the weights. All else follows from the flags."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for weight, moments in optimizer.state.items():
-        shapes = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-        if {name: x.shape for name, x in moments.items()} != shapes:
+        shapes = {name: x.shape for name, x in moments.items()}
+        if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
             raise ValueError("the optimizer's moments do not fit the weights")
 
 
-def set_lr(optimizer, lr):
-    """Every group of the optimizer gets this learning rate -> lr."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def lr_at(step, total, warmup, peak):
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; set anew before every
-    step.
-    """
+    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)  # warmup need be no whole number
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def seeded(*numbers):
-    """A CPU generator for (seed, epoch, step, purpose): independent streams from neighbouring
-    numbers.
-    """
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    )
+    """A CPU generator for (seed, epoch, step, purpose). Neighbouring numbers: independent draws."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
-# ---- log -----------------------------------------------------------------------------------------
+# ---- what surrounds a loop -----------------------------------------------------------------------
 
 
 def read_log(path):
-    """log.jsonl -> list of rows; a last line that was cut by a kill, or what is no row, is left
-    out.
-    """
+    """log.jsonl -> list of rows; a last line that a kill cut short is left out."""
+    text = Path(path).read_text(errors="replace") if Path(path).exists() else ""
     rows = []
-    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict)]
@@ -287,10 +172,8 @@ def trackers(text):
     """An argparse type: "tensorboard,wandb" -> the names, if their packages are there."""
     names = [name for name in text.split(",") if name]
     for name in names:
-        if name not in ("tensorboard", "wandb"):
-            raise argparse.ArgumentTypeError(f"{name} is unknown; choose from tensorboard, wandb")
-        if not find_spec(name):
-            raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {name}")
+        if name not in ("tensorboard", "wandb") or not find_spec(name):
+            raise argparse.ArgumentTypeError(f"{name} must be tensorboard or wandb, and installed")
     return names
 
 
@@ -299,8 +182,7 @@ def open_tracker(name, out, config):
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="animask", name=out.name, dir=os.fspath(out), config=config)
-        return lambda numbers, step: run.log(numbers, step=step)
+        return wandb.init(project="animask", name=out.name, dir=str(out), config=config).log
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(out)
@@ -313,49 +195,57 @@ def open_tracker(name, out, config):
     return send
 
 
-# ---- what surrounds a loop -----------------------------------------------------------------------
+def catch_signals():
+    """-> a list that Ctrl-C or SIGTERM fills; the loop reads it between steps. A second one kills."""
+    stop = []
 
-LOG_EVERY = 10  # steps
-KINDS_OF_RESULTS = ("state.pt", "log.jsonl", "*.safetensors", "*.json", "*.png")
+    def note(number, _):
+        stop.append(signal.Signals(number))
+        signal.signal(number, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    return stop
+
+
+def load_state(path):
+    """Read a state.pt of ours. No code in it is run: it holds tensors and plain values."""
+    try:
+        check_size(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds for a file that is cut short or foreign
+        reason = str(problem).partition("\n")[0][:100]
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}); {ANEW}") from None
+    check_fields(state, STATE, path, ANEW)
+    return state
 
 
 class Run:
-    """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C. The loop stays in the stage.
+    """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C.
 
     parts: {name: an object with state_dict and load_state_dict}; all of them are saved in state.pt.
-    With flags.resume they go on from there, with the same bits on a CPU as a run that never stopped.
-    With torchrun only the first process writes.
+    With flags.resume they go on from there. With torchrun only the first process writes.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
         self.out = Path(flags.out)
+        self.path = self.out / "state.pt"
         self.config = {k: v for k, v in flags.values.items() if k not in ("log", "resume")}
         self.parts, self.device = parts, device
         self.total, self.per_epoch = total, per_epoch  # steps
         self.batch_size = flags.batch_size  # images of a step
-        self.step, self.seconds_before = 0, 0.0
+        self.step, self.losses, self.norms = 0, [], []
         self.writes = not launched() or os.environ["RANK"] == "0"
-        self.path = self.out / "state.pt"
+        self.start = self.saved = time.perf_counter()
+        self.since, self.waited = self.start, 0.0  # of the next row: its start, the wait for data
+        self.stop, self.trackers = catch_signals(), []
         if self.writes:
             claim([], self.out / ".lock")
         if flags.resume:
             self.load()
-        elif self.writes:
-            refuse_overwrite(sorted(itertools.chain(*map(self.out.glob, KINDS_OF_RESULTS))))
         if self.writes:
-            self.drop_later_rows()
-        names = flags.log if self.writes else ()
-        self.trackers = [open_tracker(name, self.out, self.config) for name in names]
-        self.stop = catch_signals()
-        self.losses, self.norms = [], []
-        self.start = self.last_save = time.perf_counter()
-        self.save_cost = 0.0
-        self.restart()
-        if self.writes and not flags.resume:
-            self.save()  # so that a run can be resumed from its first moment
+            self.open_log(flags.log, flags.resume)
         self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
-
-    # -- files
 
     def load(self):
         """Put what state.pt holds in its place."""
@@ -364,66 +254,53 @@ class Run:
             for name, part in self.parts.items():
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[name])
-                elif isinstance(part, torch.nn.Module):
-                    load_exactly(part, state[name], self.path)
                 else:
                     part.load_state_dict(state[name])
-            self.step, self.seconds_before = int(state["step"]), float(state["seconds"])
+            self.step, self.start = state["step"], self.start - state["seconds"]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-            reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:200]
-            raise UserError(f"{self.path} does not fit ({reason}); {anew(self.path)}") from None
-        if self.step > self.total:
-            raise UserError(
-                f"{self.path} is at step {self.step} of {self.total}; {anew(self.path)}"
-            )
+            raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
+
+    def open_log(self, names, resume):
+        """Rows of steps that the checkpoint does not know leave the log. A new run has its folder."""
+        path, last = self.out / "log.jsonl", self.step or -1  # step 0 is evaluated again
+        if resume:
+            rows = [row for row in read_log(path) if row.get("step", math.inf) <= last]
+            if self.step > 0 and not rows:
+                raise UserError(f"{path} holds no row of this run; {ANEW}")
+            save_text("".join(json.dumps(row) + "\n" for row in rows), path)
+        else:
+            refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
+            self.save()  # so that a run can be resumed from its first moment
+        self.trackers = [open_tracker(name, self.out, self.config) for name in names]
 
     def save(self):
-        """Write state.pt."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        about = {"config": self.config, "step": self.step, "seconds": self.seconds()}
-        start = time.perf_counter()
-        save_state(state | about, self.path)
-        self.last_save = time.perf_counter()
-        self.save_cost = self.last_save - start
-        self.restart()
-
-    def drop_later_rows(self):
-        """The checkpoint decides where a resumed run stands: rows of later steps leave the log."""
-        path = self.out / "log.jsonl"
-        rows = [r for r in read_log(path) if r.get("step", math.inf) <= self.step]
-        rows = rows if self.step > 0 else []  # those before a checkpoint are written again
-        if self.step > 0 and not rows:
-            raise UserError(f"{path} holds no row of this run any more; {anew(self.path)}")
-        save_text("".join(json.dumps(row) + "\n" for row in rows), path)
+        """Write state.pt, atomically."""
+        state = {"config": self.config, "step": self.step, "seconds": self.seconds()}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        with atomic(self.path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as problem:  # what torch makes of a full disk
+                raise OSError(str(problem).splitlines()[0]) from problem
+        self.saved = time.perf_counter()
 
     def log(self, **row):
         """A line of log.jsonl; its numbers go to TensorBoard or wandb, too, where asked."""
         if not self.writes:
             return
         row = {"step": self.step, **row}
-        try:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as problem:  # a line cut short is left out when the log is read
-            raise UserError(
-                f"could not write {self.out}/log.jsonl: {problem.strerror}; make room, then go on "
-                f"with --resume {self.out}"
-            ) from None
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
         for send in self.trackers:
             send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
-    # -- in the loop
-
     def timed(self, batches):
-        """Iterate over batches, adding up the time that each takes to come."""
-        batches = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
+        """Yield the batches, and add up the time that each takes to come."""
+        start = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - start
-            if batch is None:
-                return
             yield batch
+            start = time.perf_counter()
 
     def update(self, loss, grad_norm):
         """After each optimizer step. Waits for no GPU."""
@@ -439,57 +316,41 @@ class Run:
 
     def log_step(self, **more):
         """A row with the mean loss and gradient norm since the last one, and the speed."""
-        losses, norms = (torch.stack(x).cpu() for x in (self.losses, self.norms))
-        finite = losses.isfinite() & norms.isfinite()
-        if not finite.all():
-            first = self.step - len(losses) + 1 + int((~finite).nonzero()[0])
-            raise UserError(
-                f"the loss is not finite at step {first}; {self.path} is the last good state; try "
-                "a smaller learning rate, or --dtype fp32"
-            )
+        losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
+        spoiled = (~(losses + norms).isfinite()).nonzero()
+        if len(spoiled) > 0:
+            step = self.step - len(losses) + 1 + spoiled[0].item()
+            fix = "try a smaller learning rate, or --dtype fp32"
+            raise UserError(f"the loss is not finite at step {step}; {fix}")
         seconds = time.perf_counter() - self.since
         row = {
             "epoch": round(self.step / self.per_epoch, 4),
             "loss": losses.mean().item(),
             "grad_norm": norms.mean().item(),
             "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
-            "data_wait": round(self.waited / max(1e-9, seconds), 5),
+            "data_wait": round(self.waited / seconds, 5),
             "memory_mb": round(peak_memory_mb(self.device)),
             "seconds": self.seconds(),
         }
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         self.losses, self.norms = [], []
-        self.restart()
         self.log(**(row | more))
 
     def save_if_due(self):
-        """At a stop, at the end, and so often that saving takes 1 % of the time; then stop if asked to.
-
-        Only just after a row was logged, for the checkpoint keeps no losses.
-        """
-        if self.losses:
+        """Save every two minutes, at a stop and at the end; then stop if asked to."""
+        if self.losses:  # a checkpoint keeps no losses, so it follows a row of the log
             return
-        waited = time.perf_counter() - self.last_save
-        due = waited > min(100 * self.save_cost, 600)
-        if self.writes and (self.stop or self.step == self.total or due):
+        ends = self.stop or self.step == self.total
+        if self.writes and (ends or time.perf_counter() - self.saved > SAVE_EVERY):
             self.save()
-        if self.stop:
+        if ends:
             self.bar.close()
-            print(
-                f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:\n"
-                f"  python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.out))}",
-                flush=True,
-            )
+        if self.stop:
+            print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
+            print(f"  python {shlex.join([sys.argv[0], '--resume', str(self.out)])}", flush=True)
             sys.exit(128 + self.stop[0])
-
-    def restart(self):
-        """Speed and wait are measured from now on."""
-        self.waited, self.since = 0.0, time.perf_counter()
+        self.waited, self.since = 0.0, time.perf_counter()  # evaluations do not count
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""
-        return round(self.seconds_before + time.perf_counter() - self.start, 2)
-
-    def close(self):
-        """After the loop."""
-        self.bar.close()
+        return round(time.perf_counter() - self.start, 2)

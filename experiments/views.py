@@ -190,16 +190,16 @@ def main():
             loss = METHODS[flags.method](flags, net, rows, batch, generator, run.step / total)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(net["student"].parameters(), CLIP)
-            lr = train.set_lr(optimizer, train.lr_at(run.step, total, 0.1 * total, flags.lr))
+            for group in optimizer.param_groups:
+                group["lr"] = train.lr_at(run.step, total, 0.1 * total, flags.lr)
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, norm)
             if run.logs_now:
-                run.log_step(lr=lr)
+                run.log_step(lr=group["lr"])
             run.save_if_due()
     encoder = net["teacher" if flags.method == "dino" else "student"]
     save_encoder(encoder, run.out / "model.safetensors", {"step": run.step, "run": run.config})
-    run.close()
     print(f"wrote    {run.out}/model.safetensors after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
 

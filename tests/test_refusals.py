@@ -30,7 +30,7 @@ TABLE = (  # the command, and a word of its message
     (f"{PRE} --flat-weight nan", "--flat-weight nan"),
     (f"{PRE} --seed -1", "--seed -1"),
     (f"{PRE} --data=", "--data gives no"),
-    (f"{PRE} --log mlflow", "mlflow is unknown"),
+    (f"{PRE} --log mlflow", "mlflow"),
     (f"{PRE} --data nowhere", "nowhere"),
     ("pretrain.py --resume nowhere", "nowhere"),
     ("pretrain.py --resume encoder", "state.pt"),

@@ -125,7 +125,7 @@ def save_run(base):
     state = {"model": model.state_dict(), "optimizer": a_step(model).state_dict()}
     state |= {"config": {"epochs": 1}, "step": 1, "seconds": 2.0}
     (base / "run").mkdir()
-    train.save_state(state, base / "run/state.pt")
+    torch.save(state, base / "run/state.pt")
     (base / "run/log.jsonl").write_text('{"step": 0}\n')
 
 
@@ -168,7 +168,7 @@ def use_state(base):
     optimizer = train.make_optimizer(model, 1e-3, 0.05)
     flags = SimpleNamespace(out=path.parent, resume=path.parent, values={}, log=(), batch_size=1)
     run = train.Run(flags, {"model": model, "optimizer": optimizer}, 10**9, 1, CPU)
-    step = run.step + run.seconds_before
+    step = run.step + run.seconds()
     for w in model.parameters():
         w.grad = torch.ones_like(w)
     optimizer.step()

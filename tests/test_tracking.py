@@ -87,7 +87,7 @@ def test_wandb_offline_keeps_the_same_to_be_sent_later(run):
 def test_an_unknown_place_is_refused(small, tmp_path):
     words = ["pretrain.py", "--data", small, "--out", tmp_path / "run", "--log", "mlflow", *STEP]
     line = refused(call(*words, cwd=tmp_path))
-    assert "--log mlflow is unknown; choose from tensorboard, wandb" in line
+    assert all(word in line for word in ("--log mlflow", "tensorboard", "wandb"))
 
 
 def test_a_slip_in_a_flag_leaves_a_finished_run_as_it_is(run, small):
