@@ -88,14 +88,11 @@ def open_splits(folder, held="val"):
     splits = {name: data.open_split(folder, name) for name in names}
     for name, split in splits.items():
         for key in ("classes", "tags"):
-            here = split["header"].get(key)
-            there = splits["train"]["header"].get(key)
+            here, there = split["header"].get(key), splits["train"]["header"].get(key)
             if here != there:
-                other = sorted(set(map(str, here or ())) ^ set(map(str, there or ())))
-                raise UserError(
-                    f"{folder}: {name} has other {key} than train ({', '.join(other[:4])}, ...); "
-                    "pack both in one run of data.py"
-                )
+                odd = ", ".join(sorted(map(str, set(here or ()) ^ set(there or ())))[:4])
+                fix = "pack both in one run of data.py"
+                raise UserError(f"{folder}: {name} has other {key} than train ({odd}, ...); {fix}")
     return splits
 
 
@@ -126,12 +123,13 @@ def open_rows(folder, held, hold_out):
     splits = open_splits(folder, held)
     for name, split in splits.items():
         if not data.has_labels(split):
-            raise UserError(
-                f"{folder} has pictures without a label in {name}, or only one class; python data.py "
-                "FOLDER, a folder per character, makes one with labels"
-            )
+            fix = "python data.py FOLDER, a folder per character, makes a set with labels"
+            raise UserError(f"{folder}: {name} has pictures without a label, or one class; {fix}")
     classes = splits["train"]["header"]["classes"]
-    learned = learned_classes(len(classes), hold_out)
+    if len(classes) - hold_out < 2:
+        raise UserError(f"--hold-out {hold_out} leaves fewer than two of {len(classes)} characters")
+    order = np.random.default_rng(0).permutation(len(classes))
+    learned = torch.from_numpy(np.sort(order[hold_out:]))
     new_label = torch.full((len(classes),), -1)
     new_label[learned] = torch.arange(len(learned))
     sets = {}
@@ -149,30 +147,15 @@ def open_rows(folder, held, hold_out):
     return [train, sets["dev"], sets[held]], names
 
 
-def learned_classes(count, hold_out):
-    """-> the ids of all classes but hold_out of them, drawn at random with a fixed seed."""
-    if count - hold_out < 2:
-        raise UserError(
-            f"--hold-out {hold_out} leaves fewer than two of {count} characters to learn"
-        )
-    order = np.random.default_rng(0).permutation(count)
-    return torch.from_numpy(np.sort(order[hold_out:]))
-
-
 def refuse_few(folder, train, dev, names):
-    """Every learned character needs two pictures in train, and dev one of any."""
+    """Every learned character needs two pictures in train, and dev needs one of any."""
     sizes = torch.bincount(train.labels[train.rows], minlength=len(names))
     if sizes.min() < 2:
-        raise UserError(
-            f"{folder} has {sizes.min()} training pictures of {names[sizes.argmin()]}, and a "
-            "character needs 2: data.py --min-per-class 5 leaves small ones out, recognize.py --enrol "
-            "adds them later"
-        )
+        few = f"{sizes.min()} training pictures of {names[sizes.argmin()]}, and 2 are needed"
+        fix = "data.py --min-per-class 5 leaves small classes out, recognize.py --enrol adds them"
+        raise UserError(f"{folder} has {few}; {fix}")
     if len(dev.rows) == 0:
-        raise UserError(
-            f"{folder} has too few pictures to hold some apart for choices; data.py --dev .1 makes a "
-            "split"
-        )
+        raise UserError(f"{folder} has too few pictures to choose on; data.py --dev .1 makes dev")
 
 
 def epoch_rows(rows, labels, balanced, seed, epoch):
@@ -231,11 +214,8 @@ def of_encoder(encoder, size, task):
 
 
 def of_controls(encoder, size, task):
-    """The same of a random-init encoder of this shape and of thumbnails of the packed images.
-
-    The keys are "untrained mean" and so on, and "thumb4", "thumb8", "thumb16".
-    """
+    """The same of a random-init encoder and of thumbnails: "untrained mean", ..., "thumb16"."""
     untrained = untrained_like(encoder).to(task.device)
     found = of_encoder(untrained, size, task)
-    packed = task.train["images"].shape[1]
+    packed = task.train["images"].shape[1]  # thumbnails are of the packed images
     return {f"untrained {pool}": x for pool, x in found.items()} | extract(thumbs, packed, task)

@@ -166,14 +166,13 @@ def threshold_of(curve):
 
 def first_crossing(xs, ys, threshold):
     """The x at which ys first reach threshold, on straight lines between points; None if never."""
-    reached = [i for i, y in enumerate(ys) if y >= threshold]
-    if not reached:
-        return None
-    i = reached[0]
-    if i == 0:
-        return float(xs[0])
-    share = (threshold - ys[i - 1]) / (ys[i] - ys[i - 1])
-    return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
+    for i, y in enumerate(ys):
+        if y >= threshold and i == 0:
+            return float(xs[0])
+        if y >= threshold:
+            share = (threshold - ys[i - 1]) / (y - ys[i - 1])
+            return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
+    return None
 
 
 # ---- pictures ------------------------------------------------------------------------------------
