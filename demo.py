@@ -36,11 +36,10 @@ import mask as masking
 import recognize
 import segment
 import tags
-from common import guidance, metrics, plots
+from common import guidance, metrics
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli, parse_keys
 from common.evaluate import hide, predict
-from common.features import load_mae
 from common.gallery import load_gallery
 from common.io import UserError
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -163,7 +162,7 @@ def run_for(tab, run):
 @functools.lru_cache(4)
 def network(run):
     """A run of pretrain.py -> its MAE with the pooler of its teacher, its header."""
-    net = load_mae(run)
+    net = maps.load_mae(run)
     net.encoder.pooler = load_teacher(run)[0].pooler
     return net.to(MACHINE.device), about_model(run)
 
@@ -253,7 +252,7 @@ def png_file(pixels):
 def png(pixels):
     """u8 (H, W, 3), or a map (g, g) that gets colours -> the address of an <img>."""
     pixels = torch.as_tensor(pixels.copy() if isinstance(pixels, np.ndarray) else pixels).cpu()
-    shown = pixels.numpy() if pixels.dim() == 3 else plots.coloured(pixels[None])[0]
+    shown = pixels.numpy() if pixels.dim() == 3 else maps.coloured(pixels[None])[0]
     return f"data:image/png;base64,{base64.b64encode(png_file(shown)).decode()}"
 
 

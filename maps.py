@@ -29,13 +29,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
 import mask as masking
-from common import guidance, metrics
-from common.checkpoints import flags_of, load_teacher
+from common import guidance
+from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, load_teacher
 from common.command import (
     Parser,
     between,
@@ -48,10 +49,11 @@ from common.command import (
     working,
 )
 from common.evaluate import hide_at_random, predict
-from common.features import load_mae, name_of
+from common.features import name_of
 from common.io import UserError
 from common.train import autocast_of, commit, pick_device, pick_dtype, seeded
 from kernels.loss import patch_detail, patch_error
+from model import MAE
 
 SAMPLE = 1024  # images that the mean token of each place and the codebook of parts are made from
 SHEET_RATIOS, DRAWS = (
@@ -502,14 +504,72 @@ def hidden_by(strategy, patches, g, n, ratios, t=1.0):
     return hidden
 
 
+def coloured(maps):
+    """maps (n, g, g) -> u8 (n, g, g, 3): parts by number, the rest in viridis.
+
+    Whole numbers of at most 12 kinds are parts. Floats go from 0 to their image's maximum.
+    """
+    from matplotlib import colormaps
+
+    if not maps.is_floating_point() and maps.max() <= 12:
+        kinds = np.arange(12)
+        colours = colormaps["tab20"](kinds * 2 % 20 + kinds // 10)[:, :3]
+        return np.uint8(255 * np.vstack([[[0.93] * 3], colours])[maps.numpy()])
+    top = 255
+    if maps.is_floating_point():
+        top = maps.float().amax((1, 2), keepdim=True).clamp(min=1e-9)
+    return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
+
+
+def enlarged(maps, side):
+    """maps (n, g, g, ...) -> (n, side, side, ...): a patch becomes a square of pixels."""
+    place = np.arange(side) * maps.shape[1] // side
+    return np.asarray(maps)[:, place][:, :, place]
+
+
+def mask_sheet(path, title, images, maps, columns, width=1100):
+    """A block of rows for each ratio, a row for each image, a column for each strategy.
+
+    images u8 (n, S, S, 3); maps [(name, (n, g, g))]; columns [(name, {ratio: (n, g, g) bool, True
+    where hidden})]; width of all columns in pixels.
+    """
+    from common import plots
+
+    images = np.asarray(images)
+    ratios = list(columns[0][1])
+    names = ["image", *(name for name, _ in maps), *(name for name, _ in columns)]
+    n, S = images.shape[:2]
+    side = min(max(S, 64), width // len(names) - 4) + 4  # of a picture and its gap; names need 64
+    gap = (0, round(4 * S / (side - 4)))
+    dark = np.uint8(0.16 * images.mean(3, keepdims=True) + 38)  # a hidden patch
+    unmasked = [images, *(enlarged(coloured(scores), S) for _, scores in maps)]
+
+    def stacked(pictures):
+        return np.vstack(np.pad(pictures, ((0, 0), gap, gap, (0, 0)), constant_values=255))
+
+    size = (side * len(names) / 150 + 0.5, (side * n / 150 + 0.3) * len(ratios) + 0.8)
+    with plots.panels(path, title, len(ratios), 1, size, squeeze=False) as axes:
+        for axis, ratio in zip(axes[:, 0], ratios, strict=True):
+            masked = []
+            for _, hidden in columns:
+                is_hidden = enlarged(hidden[ratio], S)[..., None]
+                masked.append(np.where(is_hidden, dark, images))
+            axis.imshow(np.hstack([stacked(pictures) for pictures in unmasked + masked]))
+            axis.set(yticks=[], xticks=[], ylabel=f"{ratio:.0%} hidden")
+            axis.spines[:].set_visible(False)
+        top = axes[0, 0]
+        top.xaxis.tick_top()
+        middles = (np.arange(len(names)) + 0.5) * top.get_xlim()[1] / len(names)
+        top.set_xticks(middles, names, fontsize=6.5)
+        top.tick_params(length=0)
+
+
 def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
     """What strategies hide of images u8 (n, S, S, 3) by the scores of their g*g patches; maps:
     [(name, (n, g, g))].
 
     The first strategy that is guided is also shown by the maps of another image, the control.
     """
-    from common import plots
-
     columns, shuffled = [], {need: score.roll(1, 0) for need, score in scores.items()}
     control = next(s for s in strategies if s in masking.NEEDS)
     for s in strategies:
@@ -517,7 +577,7 @@ def draw_sheet(path, title, images, maps, strategies, scores, g, **options):
         columns += [
             (name, hidden_by(s, some, g, len(images), SHEET_RATIOS)) for name, some in by.items()
         ]
-    plots.mask_sheet(path, title, images, maps, columns, **options)
+    mask_sheet(path, title, images, maps, columns, **options)
 
 
 def sheet_of_map(path, name, images, maps, parts):
@@ -538,6 +598,21 @@ def sheet_of_map(path, name, images, maps, parts):
         f"What each strategy hides, by {name} maps",
     )
     draw_sheet(path, title, images[rows.numpy()], shown, strategies, scores, g)
+
+
+def load_mae(path):
+    """A run or a checkpoint with a decoder -> MAE in eval mode, with its run's statistics of patches."""
+    from common.formats import read_checkpoint
+
+    _, facts = read_checkpoint(path)
+    if not facts["decoder_depth"]:
+        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
+    shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
+    model = MAE(**{key: facts[key] for key in shape})
+    init_from(model, path)
+    if beside(path, "stats_head").exists():
+        load_beside(model.decoder.stats_head, path, "stats_head")
+    return model.eval()
 
 
 @torch.no_grad()
@@ -637,6 +712,15 @@ def main():
     )
 
 
+def auc(score, truth):
+    """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where truth has one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    if truth.all() or not truth.any():
+        return float("nan")
+    return float(roc_auc_score(truth.numpy(), score.numpy()))
+
+
 def about_maps(args, folder, split, maps):
     """-> lines: what the maps are, and how near they are to the exact masks of a set that has some."""
     lines = []
@@ -650,9 +734,11 @@ def about_maps(args, folder, split, maps):
         rows = data.evenly_spaced(len(maps), 256).numpy()
         score = torch.from_numpy(maps[rows]).float()
         true = to_patches(torch.from_numpy(split["fg"][rows]), maps.shape[-1]).flatten() > 127
-        auc = metrics.auc((score if args.map == "saliency" else score > 0).float().flatten(), true)
+        if args.map == "parts":
+            score = (score > 0).float()
+        area = auc(score.flatten(), true)
         lines.append(
-            f"{folder} has exact foreground masks: this estimate has an AUC of {auc:.2f} against them"
+            f"{folder} has exact foreground masks: this estimate has an AUC of {area:.2f} against them"
         )
     if has_exact(args.map, split):
         lines.append(

@@ -1,19 +1,17 @@
 """Stage 3: what did the encoder learn? Simple classifiers on frozen features, each beside its controls.
 
     python probe.py runs/NAME                     # on the data that the run was trained on
-    # is B better than A?
-    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1 --data datasets/X
+    python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1    # is B better than A?
 
 Reads:  runs/NAME (model.safetensors, log.jsonl) or a public checkpoint; datasets/NAME (train, dev,
         val; without dev a tenth of train is held out for choices)
-Writes: runs/NAME/ probe.json (by --headline probe-headline.json), features.safetensors,
-        attention.png, patches.png, neighbours.png; of another data set or split the same in
-        runs/NAME/DATA-SPLIT/; beside the run controls-DIGEST.safetensors (random-init encoder and
-        thumbnails, for all runs); of several runs compare/compare.json and curves.png
+Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png, neighbours.png;
+        of another data set or split the same in runs/NAME/DATA-SPLIT/; of several runs
+        compare/compare.json and curves.png
 
 The headline is declared before any number is seen: Top-1 of logistic regression on the largest and
-smallest values of the patch tokens. The same command gives the same digits: features are kept in
-fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
+smallest values of the patch tokens. The same command gives the same digits: features are fp16,
+classifiers run on the CPU, and all random numbers have fixed seeds.
 """
 
 import json
@@ -23,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from common import features, metrics, stats
@@ -54,25 +53,11 @@ def parse_args():
     add("runs", nargs="+", metavar="RUN", help="run folders of pretrain.py, or public checkpoints")
     add("--data", metavar="DIR", help="packed set with labels (default: that of the first run)")
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
-    add(
-        "--pool",
-        choices=features.POOLS,
-        default=features.HEADLINE,
-        help=f"pooling of the patch tokens for the headline (default: {features.HEADLINE})",
-    )
-    add(
-        "--headline",
-        action="store_true",
-        help="only the headline and kNN: no controls, no pictures",
-    )
+    add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
+    add("--headline", action="store_true", help="headline and kNN alone: no controls, no pictures")
     add("--out", metavar="DIR", help="folder of a comparison (default: compare/ beside the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bf16", "fp32"],
-        help="of the encoder's matrix products",
-    )
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
     return Flags(parser)
 
 
@@ -132,11 +117,6 @@ def open_labels(task):
             task.episodes[f"{ways}-way {shots}-shot"] = drawn
 
 
-def rows_of(values, task):
-    """values {split: (n, ...)} -> those that are fitted, chosen on, reported."""
-    return [values[name][rows] for name, rows in task.uses]
-
-
 # ---- numbers: each function takes a set of features {split: (n, D)} ------------------------------
 
 
@@ -144,7 +124,8 @@ def rows_of(values, task):
 def measure(found, task):
     """Every number of one set of features -> (row of probe.json, {head: which images are right})."""
     bank, queries, labels = found["train"], found[task.held], task.labels[task.held]
-    (x, choose, report), (y, truth, _) = rows_of(found, task), rows_of(task.labels, task)
+    x, choose, report = [found[name][rows] for name, rows in task.uses]
+    y, truth, _ = [task.labels[name][rows] for name, rows in task.uses]
     classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
     scores = {
         "logistic": classify(report),
@@ -197,18 +178,14 @@ def chance(task):
     }
 
 
-def control_rows(run, encoder, size, task):
+def control_rows(encoder, size, task):
     """Rows of the random-init encoder and of thumbnails: measured once for all runs of one shape."""
     shape = tuple(shape_of(encoder).values())
     if shape not in task.controls:
-        untrained = features.untrained_like(encoder).to(task.device)
-        found = features.of_controls(features.home_of(run).parent, untrained, size, task)
+        found = features.of_controls(encoder, size, task)
         names = [f"untrained {task.pool}", *(f"thumb{side}" for side in features.SIDES)]
         task.controls[shape] = {name: measure(found[name], task)[0] for name in names}
     return task.controls[shape]
-
-
-# ---- the table -----------------------------------------------------------------------------------
 
 
 def percent(row, where):
@@ -287,26 +264,42 @@ def efficiency_line(found, how):
 
 
 def draw(home, encoder, size, task, found):
-    """attention.png, patches.png, neighbours.png; found: features of the mean token."""
+    """attention.png and neighbours.png; found: features of the mean token."""
+    rows = data.evenly_spaced(len(task.split["images"]), 8)
+    draw_attention(home / "attention.png", encoder, size, task, rows[:5])
+    draw_neighbours(home / "neighbours.png", found, task, rows[:6])
+
+
+@torch.no_grad()
+def draw_attention(path, encoder, size, task, rows):
+    """A line for each picture: each head of the last block, their mean, the rollout."""
     from common import plots  # matplotlib takes a second to load: only where a picture is drawn
 
-    split, train = task.split, task.train
-    rows = data.evenly_spaced(len(split["images"]), data.CHUNK)
-    _, view = next(data.whole_views(split["images"], rows, size, task.device))
-    few = data.evenly_spaced(len(rows), 8)
-    title = f"Attention of CLS in the last block: {home.name}"
-    plots.attention_sheet(home / "attention.png", encoder, view[few[:5]], title)
-    title = f"Patch tokens, principal components as colours: {home.name}"
-    plots.patch_sheet(home / "patches.png", encoder, torch.cat([view[few], view]), title)
-    rows = rows[few[:6]]
-    same = split["labels"][rows][:, None] == train["labels"] if task.labelled else None
-    plots.neighbours(
-        home / "neighbours.png",
-        (found[task.held][rows], split["images"][rows.numpy()]),
-        (found["train"], train["images"]),
-        same,
-        f"{task.held} pictures and their nearest in train by cosine of mean tokens: {home.name}",
-    )
+    _, view = next(data.whole_views(task.split["images"], rows, size, task.device))
+    heads = encoder.patch_attention(view)  # (B, heads, N)
+    rollout = encoder.patch_attention(view, "rollout")  # (B, 1, N)
+    maps = torch.cat([heads, heads.mean(1, keepdim=True), rollout], 1)  # (B, heads + 2, N)
+    grids = maps.unflatten(2, (encoder.side, -1))
+    lines = [("", [picture, *own]) for picture, own in zip(view, grids, strict=True)]
+    names = ["picture", *(f"head {i + 1}" for i in range(heads.shape[1])), "mean", "rollout"]
+    title = f"Attention of CLS in the last block: {path.parent.name}"
+    plots.image_grid(path, title, lines, names)
+
+
+def draw_neighbours(path, found, task, rows):
+    """A line for each picture: it, and its 8 nearest of train by cosine."""
+    from common import plots
+
+    images, bank = task.split["images"], task.train["images"]
+    queries = F.normalize(found[task.held][rows].float(), dim=1)
+    cosine = queries @ F.normalize(found["train"].float(), dim=1).T
+    cosine, nearest = cosine.topk(8, dim=1)
+    lines = [
+        (images[i], bank[near]) for i, near in zip(rows.tolist(), nearest.numpy(), strict=True)
+    ]
+    same = task.split["labels"][rows][:, None] == task.train["labels"][nearest]
+    title = f"{task.held} pictures and their nearest in train: {path.parent.name}"
+    plots.neighbours(path, title, lines, cosine, same if task.labelled else None)
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -316,7 +309,7 @@ def probe(run, task, threshold):
     """Extract, measure, draw and write one run -> what a comparison needs of it."""
     encoder, size = load_encoder(run)
     encoder.to(task.device).requires_grad_(False)
-    found = features.of_run(task.home[run], run, encoder, size, task)
+    found = features.of_encoder(encoder, size, task)
     report = {
         "command": command(),
         "machine": machine(task.device),
@@ -333,7 +326,7 @@ def probe(run, task, threshold):
             draw(task.home[run], encoder, size, task, found["mean"])
     right, log = {}, read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:
-        numbers, right = measure_run(run, encoder, size, found, task)
+        numbers, right = measure_run(encoder, size, found, task)
         report |= numbers | {"efficiency": efficiency(log, threshold[0])}
         print(efficiency_line(report["efficiency"], threshold[1]))
     else:
@@ -342,14 +335,14 @@ def probe(run, task, threshold):
     return report | {"right": right, "log": log, "path": str(run)}
 
 
-def measure_run(run, encoder, size, found, task):
+def measure_run(encoder, size, found, task):
     """Rows of all features and controls, printed -> (the report's part, which images are right)."""
     pools = [task.pool] if task.headline else features.POOLS
     measured = {pool: measure(found[pool], task) for pool in pools}
     rows = {pool: row for pool, (row, _) in measured.items()}
     right = measured[task.pool][1]
     if not task.headline:
-        rows |= control_rows(run, encoder, size, task)
+        rows |= control_rows(encoder, size, task)
     rows["chance"] = chance(task)
     print("\n".join(table(rows)))
     numbers = {
@@ -375,7 +368,7 @@ def write(path, report):
     text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     save_text(text + "\n", path)
-    print(f"wrote    {path}, features.safetensors")
+    print(f"wrote    {path}")
 
 
 # ---- several runs --------------------------------------------------------------------------------
@@ -389,16 +382,14 @@ def by_config(reports):
         seeds = groups.setdefault(json.dumps(config or report["run"], sort_keys=True), {})
         seed = report["config"].get("seed", 0)
         if seed in seeds:
-            raise UserError(
-                f"{report['path']} and {seeds[seed]['path']} have the same flags and the same seed; "
-                "name each run once"
-            )
+            first = seeds[seed]["path"]
+            raise UserError(f"{report['path']} and {first} have the same flags and the same seed")
         seeds[seed] = report
     named = {}
     for seeds in groups.values():
         first = next(iter(seeds.values()))
-        names = re.sub(r"-s(eed-)?\d+$", "", first["run"]), first["run"], first["path"]
-        named[next(name for name in names if name not in named)] = seeds
+        name = re.sub(r"-s(eed-)?\d+$", "", first["run"])
+        named[first["path"] if name in named else name] = seeds
     return named
 
 
@@ -434,21 +425,12 @@ def differences(configs, groups):
 
 
 def difference_line(row):
-    """ "b - a  kNN  +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
-    over = (
-        f"{row['images']['low']:+.2f} to {row['images']['high']:+.2f} over seeds and illustrations"
-    )
-    seeds = f"{len(row['seeds'])} seed(s): no t interval"
+    """ "b - a, kNN: +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
+    images, t = row["images"], f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
-        seeds = f"{row['t']['low']:+.2f} to {row['t']['high']:+.2f} by t over seeds"
-    return f"{row['pair']}, {HEADS[row['head']]}: {row['images']['mean']:+.2f} points; 95 %: {over}, {seeds}"
-
-
-def plus_minus(found):
-    """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
-    if found is None:
-        return "-"
-    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+        t = f"{stats.low_to_high(row['t'])} by t over seeds"
+    over = f"{stats.low_to_high(images)} over seeds and illustrations"
+    return f"{row['pair']}, {HEADS[row['head']]}: {images['mean']:+.2f} points; 95 %: {over}, {t}"
 
 
 def compare(reports, task, threshold):
@@ -457,27 +439,38 @@ def compare(reports, task, threshold):
     summaries = {name: summary(seeds) for name, seeds in configs.items()}
     print(f"{'configuration':28}{'runs':>5}{'linear, %':>14}{'kNN, %':>14}{'epochs':>14}")
     for name, row in summaries.items():
-        cells = [plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
+        cells = [stats.plus_minus(row[key]) for key in ("logistic", "knn", "reached_epoch")]
         print(f"{name[:27]:28}{row['runs']:>5}" + "".join(f"{cell:>14}" for cell in cells))
     rows = differences(configs, task.groups.numpy()) if len(configs) > 1 else []
     print("\n".join(map(difference_line, rows)))
     about = {"command": command(), "machine": machine(task.device), "commit": commit()}
     about |= {"split": task.held, "pool": task.pool, "threshold": threshold}
     save_json(about | {"configurations": summaries, "pairs": rows}, task.out / "compare.json")
-    curves(configs, task.out / "curves.png", threshold)
+    if threshold[0] is not None:  # there are logs
+        controls = [row["knn_thumbnail"] for row in reports[0]["log"] if "knn_thumbnail" in row]
+        curves(configs, task.out / "curves.png", threshold[0], controls[0] if controls else None)
     print(f"wrote    {task.out}/compare.json")
 
 
-def curves(configs, path, threshold):
-    """kNN by epoch in the logs of all runs; nothing where a run has none."""
+def curves(configs, path, threshold, thumbnail):
+    """kNN by epoch and by second in the logs of the runs: a line each, a colour a configuration."""
     from common import plots
 
-    logs = {}
-    for name, seeds in configs.items():
-        logs[name] = [[row for row in x["log"] if "knn" in row] for x in seeds.values()]
-    if all(all(seeds) for seeds in logs.values()):
-        thumbnail = next(iter(logs.values()))[0][0].get("knn_thumbnail")
-        plots.learning_curves(path, logs, thumbnail, threshold[0], "Learning curves")
+    limits = [(thumbnail, ":", "4x4 thumbnails"), (threshold, "--", f"threshold {threshold:.1f} %")]
+    labels = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
+    with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
+        for axis, (key, label) in zip(axes, labels.items(), strict=True):
+            for colour, (name, seeds) in zip(plots.COLOURS, configs.items(), strict=False):
+                text = f"{name}, {len(seeds)} seed(s)"
+                for report in seeds.values():
+                    rows = report["log"]
+                    plots.plot_rows(axis, rows, key, "knn", "o-", ms=4, color=colour, label=text)
+                    text = None  # one entry of the legend for all seeds
+            plots.controls(axis, limits)
+            axis.set(xlabel=label)
+        plots.percent(axes[0])  # both share it
+        axes[0].set(ylabel="kNN Top-1 during the run, %")
+        axes[0].legend(loc="lower right")
 
 
 def main():

@@ -426,7 +426,7 @@ def verification(same, other):
 
     if len(same) == 0 or len(other) == 0:
         raise UserError("verification needs two characters, and one with two illustrations")
-    shares = {f"tpr_at_fpr_{100 * r:g}": metrics.tpr_at_fpr(same, other, r) for r in FALSE_RATES}
+    shares = {f"tpr_at_fpr_{100 * r:g}": tpr_at_fpr(same, other, r) for r in FALSE_RATES}
     pairs = metrics.truth_and_scores(same, other)
     shares |= {
         "roc_auc": roc_auc_score(*pairs),
@@ -455,7 +455,7 @@ def open_set(known, right, enrolled, strangers):
         }
     if len(strangers):
         shares |= {
-            f"dir_at_far_{100 * r:g}": metrics.detection_rate(known, right, strangers, r)
+            f"dir_at_far_{100 * r:g}": detection_rate(known, right, strangers, r)
             for r in FALSE_RATES
         }
         auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
@@ -478,7 +478,7 @@ def reliability(known, right, strangers):
     right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
     weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, strangers)])
     there = ~sure.isnan()
-    error, _ = metrics.calibration_error(sure[there], right[there], weights[there])
+    error = calibration_error(sure[there], right[there], weights[there])
     return round(100 * error, 3)
 
 
@@ -544,8 +544,6 @@ def verify(args, net, header, gallery, autocast):
     Where --data shows strangers alone, the known faces are those of the data that it was trained
     on.
     """
-    from common import plots  # matplotlib takes half a second to load
-
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
@@ -590,7 +588,7 @@ def verify(args, net, header, gallery, autocast):
     save_json(row, home / "recognize.json")
     title, both = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
     with drawing("roc.png"):
-        plots.plot_verification(
+        plot_verification(
             home / "roc.png",
             pairs if "verification" in row else None,
             both if min(map(len, both)) else None,
@@ -598,6 +596,87 @@ def verify(args, net, header, gallery, autocast):
         )
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
+
+
+# ---- rates, and the picture of --verify ----------------------------------------------------------
+
+
+def tpr_at_fpr(positive, negative, most):
+    """The largest true positive rate at a false positive rate of at most `most`."""
+    from sklearn.metrics import roc_curve
+
+    pairs = metrics.truth_and_scores(positive, negative)
+    false, true, _ = roc_curve(*pairs, drop_intermediate=False)
+    return true[false <= most].max()
+
+
+def detection_rate(known, right, unknown, far):
+    """Detection and identification rate at a false alarm rate of at most far.
+
+    known (n,) scores of known faces, right (n,) whether the best name is theirs, unknown (m,)
+    scores of unknown characters (Phillips et al. 2011, chapter 21).
+    """
+    allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
+    threshold = float("-inf")
+    if allowed < len(unknown):
+        threshold = unknown.sort(descending=True).values[allowed]
+    return ((known > threshold) & right).double().mean().item()
+
+
+def calibration_error(sure, right, weights, bins=10):
+    """Expected calibration error, in [0, 1], of confidences in equal bins: (n,) each.
+
+    The mean distance of the confidence and the share of right names (Guo et al. 2017,
+    arXiv:1706.04599, equation 3).
+    """
+    place = (sure * bins).long().clamp(0, bins - 1)
+    weights = (weights / weights.sum()).double()
+    error = 0
+    for b in range(bins):
+        w = weights * (place == b)
+        total = w.sum().item()
+        if total > 0:
+            confidence, accuracy = (w * sure).sum().item() / total, (w * right).sum().item() / total
+            error += total * abs(confidence - accuracy)
+    return error
+
+
+def plot_verification(path, pairs, faces, title):
+    """ROC and precision-recall curves, and histograms of scores; a kind that is None is left out.
+
+    pairs: cosines of one character and of two; faces: margins of known and of unknown characters.
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    from common import plots  # matplotlib takes half a second to load
+
+    kinds = []
+    if pairs:
+        labels = ("same", "different")
+        kinds.append(("two faces: same character?", plots.BLUE, pairs, labels, "similarity"))
+    if faces:
+        labels = ("known", "unknown")
+        kinds.append(("one face: is it known?", plots.ORANGE, faces, labels, "margin"))
+    n = 2 + len(kinds)
+    with plots.panels(path, title, 1, n, (3.5 * n, 3.5)) as axes:
+        for axis, (name, colour, scores, labels, what) in zip(axes[2:], kinds, strict=True):
+            truth_and_scores = metrics.truth_and_scores(*scores)
+            false, true, _ = roc_curve(*truth_and_scores)
+            axes[0].plot(100 * false, 100 * true, color=colour, label=name)
+            precision, recall, _ = precision_recall_curve(*truth_and_scores)
+            axes[1].plot(100 * recall, 100 * precision, color=colour)
+            bins = np.linspace(-1, 1, 61)
+            for x, label, shade in zip(scores, labels, (plots.BLUE, plots.ORANGE), strict=True):
+                axis.hist(x.numpy(), bins, density=True, histtype="step", color=shade, label=label)
+            axis.set(title=name.split(":")[0].capitalize(), xlim=(-1, 1))
+            axis.set(xlabel=what, ylabel="density")
+            axis.legend(fontsize=8)
+        axes[0].set(title="ROC", xlim=(0.01, 100), ylim=(0, 100), xscale="log")
+        axes[0].set(xlabel="false positive rate, %", ylabel="true positive rate, %")
+        axes[0].xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
+        axes[0].legend(fontsize=8, loc="upper left")
+        axes[1].set(title="Precision and recall", xlim=(0, 100), ylim=(0, 100))
+        axes[1].set(xlabel="recall, %", ylabel="precision, %")
 
 
 def main():

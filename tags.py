@@ -21,6 +21,7 @@ Thresholds of tags are chosen on dev. The split of --split is judged at the half
     V tags    C characters     N patches   n pictures
 """
 
+import csv
 import itertools
 import json
 import math
@@ -50,8 +51,7 @@ from common.command import (
 )
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import UserError, read_safetensors, save_json, save_safetensors
-from common.tables import save_csv
+from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -758,7 +758,10 @@ def write_selected(path, task):
     rows = []
     for i, (word, count) in enumerate(zip(task.words, counts, strict=True)):
         rows.append({"tag_id": i, "name": word, "category": 0, "count": int(count)})
-    save_csv(path, rows)
+    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot_curves(path, rows, title):

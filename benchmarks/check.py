@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks import ROOT
 from common.command import Parser, cli
 from common.io import UserError
-from common.tables import read_csv
 from common.train import pick_device
+from experiments.tables import read_csv
 
 LEAST = 0.85
 

@@ -33,8 +33,8 @@ import data
 from benchmarks import OUT, ROOT, about, status_mb
 from common.command import Parser, at_least, claim, cli, refuse_idle, working
 from common.io import UserError, write_rows
-from common.tables import save_csv
 from common.train import read_log
+from experiments.tables import save_csv
 from ingest import duplicates, pack, sources, tags, toon
 
 SCALE = (10_000, 100_000, 1_000_000)

@@ -21,8 +21,8 @@ import kernels
 from benchmarks import DTYPES, OUT, TRITON, about, status_mb
 from common.command import Parser, at_least, claim, cli, refuse_idle
 from common.io import UserError
-from common.tables import save_csv
 from common.train import pick_device
+from experiments.tables import save_csv
 from kernels.gather import MEAN, STD, masked_patch_gather
 from kernels.loss import patch_detail, reconstruction_loss
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import OUT, about
 from common.command import Parser, at_least, claim, cli, working
-from common.tables import save_csv
+from experiments.tables import save_csv
 from export import graph_of, save_onnx
 
 

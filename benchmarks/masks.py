@@ -25,8 +25,8 @@ from benchmarks import OUT, about, now
 from common import guidance
 from common.agreement import SETTINGS, Agreement
 from common.command import Parser, at_least, cli, progress, refuse_file
-from common.tables import replace_rows, rows_there
 from common.train import autocast_of, make_optimizer, pick_device, pick_dtype, seeded
+from experiments.tables import replace_rows, rows_there
 from kernels.gather import masked_patch_gather
 from kernels.loss import reconstruction_loss
 from model import MAE, SIZES, Pooler, SimMIM

@@ -23,7 +23,7 @@ from PIL import Image
 from benchmarks import OUT, ROOT, about, status_mb
 from common.command import Parser, at_least, claim, cli
 from common.io import UserError
-from common.tables import save_csv
+from experiments.tables import save_csv
 
 SAYS = "([where, words]) => document.querySelector(where).innerText.includes(words)"
 SAYS_NOT = "([where, words]) => !document.querySelector(where).innerText.includes(words)"

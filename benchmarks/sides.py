@@ -15,8 +15,8 @@ from benchmarks import OUT, about, now
 from common.checkpoints import resize_positions
 from common.command import Parser, at_least, claim, cli, working
 from common.io import UserError
-from common.tables import save_csv
 from common.train import autocast_of, pick_dtype
+from experiments.tables import save_csv
 from finetune_lora import load_classifier
 
 CPU = torch.device("cpu")

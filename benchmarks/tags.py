@@ -17,7 +17,7 @@ import torch
 from benchmarks import OUT, about, free_gb, now, status_mb
 from common import plots, train
 from common.command import Parser, at_least, claim, cli, working
-from common.tables import save_csv
+from experiments.tables import save_csv
 from model import SIZES, ViT
 from tags import MFDN, hide, to_words
 

@@ -39,8 +39,8 @@ from common.command import (
     refuse_idle,
 )
 from common.io import UserError, save_text
-from common.tables import replace_rows, rows_there
 from common.train import pick_device
+from experiments.tables import replace_rows, rows_there
 from export import export
 from model import SIZES
 

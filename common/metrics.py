@@ -12,68 +12,57 @@ import torch.nn.functional as F
 def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
     """Votes of the k nearest of bank (n, D) for each class: queries (Q, D) -> (Q, classes).
 
-    Cosine similarity s, votes weighted by exp(s / temperature) (Wu et al. 2018, arXiv:1805.01978,
-    section 3.4).
+    A vote weighs exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     votes = torch.zeros(len(queries), classes, device=bank.device)
     for rows in torch.arange(len(queries)).split(4096):
         similarity, nearest = (queries[rows] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
-        votes[rows] = votes[rows].scatter_add_(
-            1, bank_labels[nearest], (similarity / temperature).exp()
-        )
+        weights = (similarity / temperature).exp()
+        votes[rows] = votes[rows].scatter_add_(1, bank_labels[nearest], weights)
     return votes
 
 
 def retrieval(features, labels, groups, most=5000):
-    """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1];
-    features (n, D), cosine.
+    """Each image queries all others for its class: {"map", "recall1", "recall5"} in [0, 1].
 
-    groups (n) i64: images of one illustration never answer each other. Queries without a right
-    answer are left out; of more than `most` images evenly spaced ones are taken. Recall@k: a right
-    one is among the first k. map: mean over queries of the average precision, the mean of the
-    precision at the rank of each right answer.
+    features (n, D) are compared by cosine; images of one of the groups (n) never answer each other.
+    Queries without a right answer are left out. Recall@k: a right answer is among the first k.
+    map: mean over queries of the mean precision at the rank of each right answer.
     """
-    rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()
+    rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
     features, labels, groups = (
         F.normalize(features[rows].float(), dim=1),
         labels[rows],
         groups[rows],
     )
-    ranks, scores = torch.arange(1, len(rows) + 1, dtype=torch.float64), []
+    ranks = torch.arange(1, len(rows) + 1, dtype=torch.float64)
+    scores = []
     for query in torch.arange(len(rows)).split(512):
-        similarity = (features[query] @ features.T).masked_fill(
-            groups[query][:, None] == groups, float("-inf")
-        )
+        own_group = groups[query][:, None] == groups
+        similarity = (features[query] @ features.T).masked_fill(own_group, float("-inf"))
         similarity, order = similarity.sort(dim=1, descending=True, stable=True)
-        right = (labels[order] == labels[query][:, None]) & (
-            similarity > float("-inf")
-        )  # (q, n), the nearest first
+        same = labels[order] == labels[query][:, None]
+        right = same & (similarity > float("-inf"))  # (q, n), the nearest first
         right = right[right.any(1)].double()
         precision = (right.cumsum(1) / ranks * right).sum(1) / right.sum(1)
         scores.append(torch.stack([precision, right[:, 0], right[:, :5].amax(1)]))
-    return dict(
-        zip(
-            ("map", "recall1", "recall5"),
-            (x.mean().item() for x in torch.cat(scores, 1)),
-            strict=True,
-        )
-    )
+    means = [score.mean().item() for score in torch.cat(scores, 1)]
+    return dict(zip(("map", "recall1", "recall5"), means, strict=True))
 
 
 def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, queries=15):
-    """-> examples (episodes, ways, shots) in the bank and questions (episodes, ways, queries) among
-    those to be named.
+    """-> rows of examples (episodes, ways, shots) and of questions (episodes, ways, queries).
 
-    Where a class has fewer than `queries` questions the rest are -1. None where too few classes
-    have enough images. Examples and questions come from different splits: no illustration is on
-    both sides.
+    Examples are rows of the bank and questions rows of another split. Where a class has fewer
+    questions the rest are -1. None where too few classes have enough images.
     """
-    pairs = [
-        ((bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]) for c in labels.unique()
-    ]
-    pairs = [(e, q) for e, q in pairs if len(e) >= shots and len(q)]
-    if len(pairs) < ways:
+    classes = []
+    for c in labels.unique():
+        of_bank, of_split = (bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
+        if len(of_bank) >= shots:
+            classes.append((of_bank, of_split))
+    if len(classes) < ways:
         return None
 
     def choose(rows, count):
@@ -82,24 +71,23 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
     examples = torch.empty(episodes, ways, shots, dtype=torch.long)
     questions = torch.full((episodes, ways, queries), -1)
     for i in range(episodes):
-        for j, c in enumerate(choose(torch.arange(len(pairs)), ways)):
-            examples[i, j] = choose(pairs[c][0], shots)
-            questions[i, j, : len(pairs[c][1])] = choose(pairs[c][1], queries)
+        for j, c in enumerate(choose(torch.arange(len(classes)), ways)):
+            of_bank, of_split = classes[c]
+            examples[i, j] = choose(of_bank, shots)
+            questions[i, j, : len(of_split)] = choose(of_split, queries)
     return examples, questions
 
 
 def few_shot(bank, queries, examples, questions):
-    """Accuracy of each episode, (episodes,), by nearest centroid in cosine; bank (n, D), queries
-    (Q, D) of two splits.
+    """Accuracy of each episode, (episodes,), by nearest centroid in cosine.
 
-    Snell et al. 2017 with the metric of Chen et al. 2019, "A Closer Look at Few-shot
-    Classification", after the bank's mean is subtracted.
+    bank (n, D) and queries (Q, D) are of two splits; the bank's mean is subtracted from both. Snell
+    et al. 2017, with the cosine of Chen et al. 2019, "A Closer Look at Few-shot Classification".
     """
-    centre, result = bank.float().mean(0), []
-    bank, queries = (
-        F.normalize(bank.float() - centre, dim=1),
-        F.normalize(queries.float() - centre, dim=1),
-    )
+    centre = bank.float().mean(0)
+    bank = F.normalize(bank.float() - centre, dim=1)
+    queries = F.normalize(queries.float() - centre, dim=1)
+    result = []
     for e, q in zip(examples.split(20), questions.split(20), strict=True):
         centroids = F.normalize(bank[e].mean(2), dim=2)  # (E, ways, D)
         predicted = (queries[q].flatten(1, 2) @ centroids.transpose(1, 2)).argmax(2).view(q.shape)
@@ -112,9 +100,7 @@ def few_shot(bank, queries, examples, questions):
 
 
 def topk(scores, labels, k):
-    """Share of rows of scores (n, C) whose label is among the k highest, in [0, 1]; of equal ones
-    the first counts.
-    """
+    """Share of rows of scores (n, C) whose label is among the k highest; of equals the first count."""
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     return (best == labels[:, None]).any(1).double().mean().item()
 
@@ -127,208 +113,119 @@ def macro_f1(predicted, labels):
 
 
 def by_frequency(confusion, counts, many=100, few=20):
-    """Accuracy over classes with > many, between, and < few training images -> {"head", "mid",
-    "tail"}, None if empty.
+    """Share of images named right of classes with > many, between, and < few training images.
 
-    The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160). Shares of images, not
-    means of classes.
+    -> {"head", "mid", "tail"}, None of no images. The bounds are those of ImageNet-LT (Liu et al.
+    2019, arXiv:1904.05160).
     """
-    result = {
-        "head": counts > many,
-        "mid": (counts >= few) & (counts <= many),
-        "tail": counts < few,
-    }
-    for name, classes in result.items():
+    head, tail = counts > many, counts < few
+    result = {}
+    for name, classes in (("head", head), ("mid", ~(head | tail)), ("tail", tail)):
         right, images = confusion.diagonal()[classes].sum().item(), confusion[classes].sum().item()
         result[name] = right / images if images else None
     return result
 
 
 def frequency_correlation(confusion, counts):
-    """Pearson's r of a class's recall and the logarithm of its training images; None where either
-    does not vary.
-    """
+    """Pearson's r of a class's recall and the logarithm of its training images, None if undefined."""
     here = (confusion.sum(1) > 0) & (counts > 0)
     recall = confusion.diagonal().double() / confusion.sum(1)
     pair = torch.stack([recall[here], counts[here].double().log()])
-    return (
-        torch.corrcoef(pair)[0, 1].item()
-        if here.sum() >= 3 and (pair.std(1) >= 1e-9).all()
-        else None
-    )
+    if here.sum() < 3 or (pair.std(1) < 1e-9).any():
+        return None
+    return torch.corrcoef(pair)[0, 1].item()
 
 
 def classification(scores, labels, counts):
-    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict,
-    shares in [0, 1].
+    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict of shares.
 
     "confusion" has the true class as row and the predicted one as column; "per_class" is the
     recall, None of no images.
     """
     C, predicted = len(counts), scores.argmax(1)
     confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
-    recall = [own[c] / sum(own) if sum(own) else None for c, own in enumerate(confusion.tolist())]
+    rows = confusion.tolist()
     return {
         "top1": topk(scores, labels, 1),
         "top5": topk(scores, labels, 5),
         "macro_f1": macro_f1(predicted, labels),
         **by_frequency(confusion, counts),
         "frequency_correlation": frequency_correlation(confusion, counts),
-        "per_class": recall,
-        "confusion": confusion.tolist(),
+        "per_class": [row[c] / sum(row) if sum(row) else None for c, row in enumerate(rows)],
+        "confusion": rows,
     }
 
 
-def calibration_error(sure, right, weights, bins=10):
-    """Is a confidence right as often as it says? sure in [0, 1], right bool, weights: (n,) each ->
-    error, points.
-
-    The expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of equal bins, in [0,
-    1]; points: (mean confidence, share right, weight) of each bin with a picture.
-    """
-    place, points = (sure * bins).long().clamp(0, bins - 1), []
-    weights = (weights / weights.sum()).double()
-    for b in range(bins):
-        w = weights * (place == b)
-        if (total := w.sum().item()) > 0:
-            points.append(
-                ((w * sure).sum().item() / total, (w * right).sum().item() / total, total)
-            )
-    return sum(total * abs(said - true) for said, true, total in points), points
+# ---- learning curves -----------------------------------------------------------------------------
 
 
 def threshold_of(curve):
-    """What is reached in a run counts from here: untrained + 90 % of what the run gained, curve[0]
-    to curve[-1].
-
-    An absolute threshold means nothing where an untrained encoder already has 70 %.
-    """
+    """What counts as reached: the accuracy of the random-init encoder and 90 % of the run's gain."""
     return curve[0] + 0.9 * (curve[-1] - curve[0])
 
 
 def first_crossing(xs, ys, threshold):
-    """The x at which ys first reach threshold, straight lines between the points; None where they
-    never do.
-    """
-    i = next((i for i, y in enumerate(ys) if y >= threshold), None)
-    if not i:
-        return None if i is None else float(xs[0])
-    share = (threshold - ys[i - 1]) / (ys[i] - ys[i - 1])
-    return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
+    """The x at which ys first reach threshold, on straight lines between points; None if never."""
+    for i, y in enumerate(ys):
+        if y >= threshold and i == 0:
+            return float(xs[0])
+        if y >= threshold:
+            share = (threshold - ys[i - 1]) / (y - ys[i - 1])
+            return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
+    return None
 
 
-# ---- pictures and maps ---------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def thumbnails(images, side):
-    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-.5, .5]: the mean colour of each cell, a
-    feature's control.
-    """
+    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-0.5, 0.5]: the mean colour of each cell."""
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
     return small.flatten(1) / 255 - 0.5
 
 
 def psnr(a, b, where):
-    """Peak signal-to-noise ratio in dB of u8 pictures a, b (n, S, S, 3) over the pixels where (n,
-    S, S) is true: (n,).
+    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
 
-    10 log10(255^2 / mean squared error); nan where no pixel is asked for.
+    10 log10(255^2 / mean squared error); nan where no pixel is true.
     """
     a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
     error = (a.double() - b.double()).square().mean(3)
     return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
 
 
-def auc(score, truth):
-    """Area under the ROC curve in [0, 1]; score (n,), truth (n,) bool. NaN where only one kind is
-    there.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    return (
-        float(roc_auc_score(truth.numpy(), score.numpy()))
-        if 0 < truth.sum() < len(truth)
-        else float("nan")
-    )
-
-
-def iou(predicted, truth):
-    """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
-    union = (predicted | truth).sum()
-    return ((predicted & truth).sum() / union).item() if union else 1.0
-
-
-# ---- verification and open set: scores of pairs that belong together (positive) and of pairs that
+# ---- verification: scores of pairs of one class (positive) and of two (negative) -------------------
 
 
 def pair_cosines(embeddings, labels, groups):
-    """Cosine of every pair of rows -> (of one class, of different classes); pairs of one group
-    (i64) are left out.
+    """Cosine of every pair of rows -> (of one class, of different classes).
 
-    Two faces of one illustration are alike for reasons that have nothing to do with who they are.
+    Pairs of one group (i64) are left out: two faces of one illustration are alike by their style.
     """
     unit = F.normalize(embeddings.float(), dim=1)
-    i, j = torch.triu_indices(len(unit), len(unit), 1)
-    apart = groups[i] != groups[j]
-    i, j = i[apart], j[apart]
-    cosine = torch.cat(
-        [(unit[a] * unit[b]).sum(1) for a, b in zip(i.split(2**18), j.split(2**18), strict=True)]
-    )
+    pairs = torch.triu_indices(len(unit), len(unit), 1)
+    i, j = pairs[:, groups[pairs[0]] != groups[pairs[1]]]
+    chunks = zip(i.split(2**18), j.split(2**18), strict=True)
+    cosine = torch.cat([(unit[a] * unit[b]).sum(1) for a, b in chunks])
     same = labels[i] == labels[j]
     return cosine[same], cosine[~same]
 
 
 def truth_and_scores(positive, negative):
-    """-> what scikit-learn's metrics take: (n,) 1 for the positive, 0 for the negative, and the
-    scores in fp64.
-    """
-    return np.repeat([1, 0], [len(positive), len(negative)]), torch.cat(
-        [positive, negative]
-    ).double().numpy()
-
-
-def roc(positive, negative):
-    """Scores -> false and true positive rates (fp64) of "accept from here on", for each distinct
-    score, from 0 to 1.
-    """
-    from sklearn.metrics import roc_curve
-
-    curve = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
-    return torch.from_numpy(curve[0]), torch.from_numpy(curve[1])
-
-
-def tpr_at_fpr(positive, negative, most):
-    """The largest true positive rate at a false positive rate of at most `most`."""
-    false, true = roc(positive, negative)
-    return true[false <= most].max().item()
+    """-> what scikit-learn's metrics take: 1 for positive and 0 for negative, and the fp64 scores."""
+    truth = np.repeat([1, 0], [len(positive), len(negative)])
+    return truth, torch.cat([positive, negative]).double().numpy()
 
 
 def equal_error_rate(positive, negative):
-    """Where the ROC curve has as many false accepts as false rejects, interpolated on a straight
-    line.
-    """
-    false, true = roc(positive, negative)
+    """Where the ROC curve has as many false accepts as false rejects, on straight lines."""
+    from sklearn.metrics import roc_curve
+
+    false, true, _ = roc_curve(*truth_and_scores(positive, negative), drop_intermediate=False)
     gap = false - (1 - true)  # rises from -1 to 1
-    k = int((gap >= 0).nonzero()[0])
+    k = int((gap >= 0).nonzero()[0][0])
     share = -gap[k - 1] / (gap[k] - gap[k - 1])
-    return (false[k - 1] + share * (false[k] - false[k - 1])).item()
-
-
-def detection_rate(known, right, strangers, far):
-    """Detection and identification rate, DIR, at a false alarm rate of at most far (Phillips et al.
-    2011, chapter 21).
-
-    known (n,) scores of known faces, right (n,) whether the best name is theirs, strangers (m,)
-    scores of unknown ones: the share of known faces that are named rightly and score above all but
-    the allowed number of strangers.
-    """
-    allowed = int(far * len(strangers) + 1e-9)
-    threshold = (
-        strangers.sort(descending=True).values[allowed]
-        if allowed < len(strangers)
-        else float("-inf")
-    )
-    return ((known > threshold) & right).double().mean().item()
+    return float(false[k - 1] + share * (false[k] - false[k - 1]))
 
 
 # ---- classifiers on frozen features ---------------------------------------------------------------
@@ -338,19 +235,15 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most 
 
 
 def standardise(train, *others):
-    """-> all in float64, shifted and scaled by the mean and std of train (n, D): a constant column
-    becomes 0.
-    """
-    mean, std = train.double().mean(0), train.double().std(0) + 1e-6
+    """-> all in float64, shifted and scaled by the mean and standard deviation of train (n, D)."""
+    mean, std = train.double().mean(0), train.double().std(0) + 1e-6  # a constant column becomes 0
     return [(x.double() - mean) / std for x in (train, *others)]
 
 
 def ridge(x, labels, classes, penalty):
-    """Least squares onto one-hot labels, closed form -> (W (D, C), b (C)); x (n, D) float64,
-    standardised.
+    """Least squares onto one-hot labels -> (W (D, C), b (C)); x (n, D) float64, standardised.
 
-    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): the linear probe that has no training
-    loop.
+    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): a linear probe in closed form.
     """
     Y = F.one_hot(labels, classes).to(x.dtype)
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
@@ -358,9 +251,9 @@ def ridge(x, labels, classes, penalty):
 
 
 def ridge_top1(features, labels, classes):
-    """Top-1 in percent of ridge regression; features ((n, D), (m, D), (k, D)) and labels of three
-    sets of rows: those that are fitted, those that the penalty is chosen on, and those that are
-    reported.
+    """Top-1 in percent of ridge regression; features (n, D) and labels (n) of three sets of rows.
+
+    The first set is fitted, the penalty is chosen on the second, the third is reported.
     """
     x, choose, report = standardise(*features)
     fits = [ridge(x, labels[0], classes, penalty) for penalty in PENALTIES]
@@ -396,10 +289,9 @@ def logistic_probe(x, labels, choose, truth, classes):
 
 
 def effective_rank(x):
-    """x (n, D) -> exp of the entropy of its singular values' shares: how many directions it uses
-    (Roy, Vetterli 2007).
+    """x (n, D) -> how many directions it uses (Roy and Vetterli 2007); 1 is a collapse.
 
-    1 is collapse: all rows differ in one direction.
+    The exponential of the entropy of the singular values' shares.
     """
     values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
     share = values / values.sum().clamp(min=1e-30)

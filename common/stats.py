@@ -14,6 +14,18 @@ def mean_std(values):
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 
 
+def plus_minus(found):
+    """{"mean", "std"} -> "84.2 ± 0.3"; "-" for None."""
+    if found is None:
+        return "-"
+    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+
+
+def low_to_high(interval):
+    """{"low", "high"} -> "+0.10 to +2.30"."""
+    return f"{interval['low']:+.2f} to {interval['high']:+.2f}"
+
+
 def t_interval(differences):
     """Paired differences, one of each seed -> {"mean", "low", "high", "p"} by Student's t.
 

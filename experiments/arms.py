@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from common.command import at_least, between
 from common.io import UserError, lock_beside, locked, read_json
-from common.stats import mean_std
-from common.tables import read_csv, replace_rows
+from common.stats import mean_std, plus_minus
 from experiments import stats
 from experiments.study_run import execute
+from experiments.tables import read_csv, replace_rows
 
 KEYS = ("arm", "seed", "flags")
 
@@ -108,10 +108,7 @@ def by_arm(rows, names):
 def cell(seeds, column):
     """{seed: row} -> "mean ± std" of a column, - where no row has it."""
     values = [float(r[column]) for r in seeds.values() if r[column] != ""]
-    found = mean_std(values) if values else None
-    if found is None:
-        return "-"
-    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+    return plus_minus(mean_std(values) if values else None)
 
 
 def answers(arms, questions):

@@ -42,13 +42,13 @@ from common import metrics, plots, stats
 from common.classifier import pooled_of, predict
 from common.command import Parser, at_least, between, cli, refuse_file, working
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
-from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
 from experiments import convnets
 from experiments.arms import add_flags as flags_of_arms
 from experiments.arms import by_arm, cell, line_of
 from experiments.corruptions import SWEEPS
 from experiments.study_run import execute
+from experiments.tables import read_csv, replace_rows
 from finetune_lora import load_classifier
 
 VIT = "--model nano --batch-size 64"  # 64 px in patches of 8

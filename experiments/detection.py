@@ -37,9 +37,9 @@ from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.features import open_splits
 from common.gallery import load_gallery
 from common.io import UserError, save_json, save_text
-from common.tables import read_csv, replace_rows
 from common.train import autocast_of, commit, machine, pick_dtype
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from experiments.tables import read_csv, replace_rows
 from finetune_lora import load_classifier
 from ingest import scenes
 

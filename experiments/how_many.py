@@ -20,8 +20,8 @@ from common import features, metrics, stats
 from common.checkpoints import load_encoder
 from common.command import Parser, at_least, claim, cli, command, progress, refuse_file
 from common.io import UserError
-from common.tables import save_csv
 from common.train import commit, machine, seeded
+from experiments.tables import save_csv
 
 EACH = (3, 5, 10, 20, 50, 100)  # pictures of each character; then all of them
 FEATURES = {"mean": "mean token", "thumb4": "4x4 thumbnail", "thumb8": "8x8 thumbnail"}
@@ -80,11 +80,8 @@ def main():
     task = features.open_task(args, args.run)
     if not task.labelled:
         raise UserError(f"{task.folder} needs labels on all pictures, and two characters or more")
-    both = encoder, features.untrained_like(encoder)
-    encoder, untrained = (net.to(task.device).requires_grad_(False) for net in both)
-    found = features.of_controls(Path(args.run).parent, untrained, size, task)
-    home = features.results_folder(args.run, task.folder, task.args.split)
-    found |= features.of_run(home, args.run, encoder, size, task)
+    encoder.to(task.device).requires_grad_(False)
+    found = features.of_controls(encoder, size, task) | features.of_encoder(encoder, size, task)
     made = {"machine": machine(task.device), "commit": commit(), "command": command()}
     rows, held, fit = [], data.groups_of(task.split), features.hold_out(task.splits)[0]
     for name, each, right in measure(found, task, fit, args.draws):

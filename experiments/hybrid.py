@@ -33,9 +33,9 @@ import segment
 from common import metrics, plots, stats
 from common.command import Parser, at_least, cli, command, refuse_file
 from common.io import UserError, save_text
-from common.tables import read_csv
 from common.train import commit
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from experiments.tables import read_csv
 from ingest import hybrid, toon
 
 ARMS = {  # flags of segment.py, and what they say

@@ -32,13 +32,13 @@ from PIL import Image
 import data
 import maps
 import mask as masking
-from common import guidance, metrics
+from common import guidance
 from common.checkpoints import load_teacher
 from common.command import Parser, claim, cli, progress, refuse_file, working
 from common.features import untrained_like
 from common.io import UserError, regular
-from common.tables import replace_rows, rows_there
 from common.train import commit, machine, seeded
+from experiments.tables import replace_rows, rows_there
 from ingest import toon
 from ingest.decode import open_picture
 
@@ -142,12 +142,18 @@ def tokens_of(encoder, size, images):
     )
 
 
+def iou(predicted, truth):
+    """Intersection over union of two bool tensors, in [0, 1]; 1 where both are empty."""
+    union = (predicted | truth).sum()
+    return ((predicted & truth).sum() / union).item() if union else 1.0
+
+
 def foreground_scores(saliency, true, side):
     """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2)
     with NaNs.
     """
     pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
-    return torch.tensor([[metrics.auc(x, t), metrics.iou(x > 0.5, t)] for x, t in pairs])
+    return torch.tensor([[maps.auc(x, t), iou(x > 0.5, t)] for x, t in pairs])
 
 
 def cut_alone(images, tokens, place):
@@ -208,7 +214,7 @@ def measure_attention(name, images, true, encoder, size, sources):
         )
         score = torch.cat([x for _, x in found])
         auc = (
-            torch.tensor([metrics.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)])
+            torch.tensor([maps.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)])
             .nanmean()
             .item()
         )
@@ -342,8 +348,8 @@ def draw(path, name, images, foreground, parts, found, encoder, size, n=10):
         ("true foreground", foreground[some]),
         ("coarse", found["coarse"][some]),
         ("refined", found["refined"][some]),
-        ("true parts", plots.coloured(parts[some])),
-        ("parts, K=6", plots.coloured(label[some])),
+        ("true parts", maps.coloured(parts[some])),
+        ("parts, K=6", maps.coloured(label[some])),
     ]
     plots.image_grid(path, f"Foreground and parts without labels, {name}", lines)
 

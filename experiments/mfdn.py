@@ -26,8 +26,8 @@ from statistics import fmean
 from common import plots, stats
 from common.command import Parser, at_least, between, cli, refuse_file
 from common.io import UserError, save_text
-from common.tables import read_csv
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
+from experiments.tables import read_csv
 from tags import ARMS
 
 PARTS = {

@@ -14,9 +14,9 @@ import numpy as np
 from common import evaluate
 from common.io import UserError, read_json, save_json, save_text
 from common.stats import mean_std
-from common.tables import save_csv
 from experiments import plans, verdicts
 from experiments.study_run import pilot_seeds, pool_of, read_rows
+from experiments.tables import save_csv
 
 UNDER_ARMS = (
     "Mean ± std over seeds. Top-1: logistic regression on the frozen {pool}. Difference: paired by seed, 95 % t "

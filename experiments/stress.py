@@ -7,8 +7,7 @@
     # only Top-1 under this, at its headline level
     python -m experiments.stress runs/NAME --only cutout
 
-Reads:  runs/NAME (model.safetensors, state.pt; features.safetensors of probe.py, or it is made),
-        datasets/NAME
+Reads:  runs/NAME (model.safetensors, state.pt), datasets/NAME
 Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known),
 reconstruction.png; with --only
         stress-cutout.json alone; of other data than the run's own, or of another split than val,
@@ -115,7 +114,7 @@ def fit_probe(task):
     """The headline of probe.py, logistic regression on clean train features: task.scores(features
     (n, D)) -> (n, C).
     """
-    found = features.of_run(task.out, task.run, task.encoder, task.size, task)[task.args.pool]
+    found = features.of_encoder(task.encoder, task.size, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
     labels = {name: split["labels"] for name, split in task.splits.items()}
     with working("fitting the probe"):

@@ -22,6 +22,7 @@ same digits on the same kind of CPU.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -40,7 +41,7 @@ if __name__ == "__main__":
 
 import data
 import mask as masking
-from common import features, metrics
+from common import metrics
 from common.command import (
     Parser,
     at_least,
@@ -53,7 +54,6 @@ from common.command import (
     working,
 )
 from common.io import UserError, locked, read_json, save_json, save_text
-from common.tables import rows_there
 from common.train import pick_device, pick_dtype
 from experiments import plans, report
 from experiments.study_run import (
@@ -67,6 +67,7 @@ from experiments.study_run import (
     read_rows,
     run_one,
 )
+from experiments.tables import rows_there
 
 RECIPE = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
@@ -311,6 +312,11 @@ def recipe_of(text):
         raise UserError(f"--recipe {text} is no list of flags: {problem}") from None
 
 
+def digest(path):
+    """12 hex digits of a file's bytes."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=6).hexdigest()
+
+
 def make_plan(name, args):
     """All that PLAN.json says, but for the thresholds; and the illustrations of the reported split."""
     split = "dev" if name == "tune" else "val"
@@ -359,7 +365,7 @@ def make_plan(name, args):
         "thresholds": None,
         "dtype": None,
         "phase": phase,
-        "dino": features.digest(args.dino) if args.dino else None,
+        "dino": digest(args.dino) if args.dino else None,
     }, data.groups_of(held).tolist()
 
 

@@ -433,7 +433,6 @@ def outcome(work, name):
             "probe.json",
             "probe-headline.json",
             "compare.json",
-            "features.safetensors",
         ):
             continue
         if name == "resume" and file.suffix == ".jsonl":

@@ -12,7 +12,7 @@ import benchmarks.data
 from benchmarks import check, kernels, masks, step, train
 from common.checkpoints import save_model
 from common.io import UserError
-from common.tables import replace_rows, rows_there, save_csv
+from experiments.tables import replace_rows, rows_there, save_csv
 from model import MAE
 
 TINY = {

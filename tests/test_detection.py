@@ -17,7 +17,7 @@ import data
 import detect
 import experiments.detection
 from common.io import read_safetensors, save_safetensors
-from common.tables import read_csv
+from experiments.tables import read_csv
 from ingest import pack, scenes
 from model import ViT
 

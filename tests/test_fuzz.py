@@ -906,8 +906,6 @@ def in_words(case, base):
 
 # ---- what every call has to keep -----------------------------------------------------------------
 
-CACHES = r"(features|controls)-?\w*\.safetensors$"  # made again at will
-
 
 def complaints(case, base, patch):
     """What is wrong with a call: lines, none if it is as it should be."""
@@ -960,12 +958,10 @@ def complaints(case, base, patch):
         found.append(f"refused for another reason: {errors[0]}")
     lost, new = changed(base, before, contents)
     free = done.returncode == 0 and "--resume" in given
-    grows = CACHES + (
-        r"|gallery\.safetensors$"
-        if done.returncode == 0 and {"--enrol", "--forget"} & given
-        else ""
+    grows = (
+        "gallery.safetensors" if done.returncode == 0 and {"--enrol", "--forget"} & given else None
     )
-    found += [f"changed {path}" for path in lost if not (free or re.search(grows, path))]
+    found += [f"changed {path}" for path in lost if not (free or Path(path).name == grows)]
     found += [
         f"left {path}"
         for path in new

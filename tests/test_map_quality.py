@@ -11,7 +11,6 @@ from conftest import ROOT
 from PIL import Image
 
 import maps
-from common import metrics
 from common.io import UserError
 from common.train import seeded
 from experiments import map_quality
@@ -21,15 +20,15 @@ judge = pytest.importorskip("sklearn.metrics")
 
 
 def test_auc_of_one_kind_is_undefined_and_of_a_constant_a_half():
-    assert np.isnan(metrics.auc(torch.rand(5), torch.ones(5, dtype=torch.bool)))
-    assert metrics.auc(torch.ones(6), torch.tensor([True, False] * 3)) == 0.5
+    assert np.isnan(maps.auc(torch.rand(5), torch.ones(5, dtype=torch.bool)))
+    assert maps.auc(torch.ones(6), torch.tensor([True, False] * 3)) == 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_iou_is_the_jaccard_score(seed):
     found, true = torch.rand(2, 200, generator=seeded(seed)) < 0.4
-    assert metrics.iou(found, true) == pytest.approx(judge.jaccard_score(true, found), abs=1e-6)
-    assert metrics.iou(found & False, true & False) == 1.0
+    assert map_quality.iou(found, true) == pytest.approx(judge.jaccard_score(true, found), abs=1e-6)
+    assert map_quality.iou(found & False, true & False) == 1.0
 
 
 # ---- composites ----------------------------------------------------------------------------------

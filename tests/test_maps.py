@@ -15,10 +15,11 @@ import data
 import maps
 import mask as masking
 import model
-from common import guidance, metrics, plots
+from common import guidance
 from common.command import LOCKS
 from common.io import UserError
 from common.train import seeded
+from experiments.map_quality import iou
 
 
 def drawn(n=12, side=64, seed=0):
@@ -60,9 +61,9 @@ def made(small, run, tmp_path_factory):
 def test_coarse_finds_drawn_figures():
     images, figure = drawn()
     found, true = (maps.to_patches(m, 12) for m in (maps.coarse(images), figure))
-    scores = [metrics.auc(f, t > 0.5) for f, t in zip(found, true, strict=True)]
+    scores = [maps.auc(f, t > 0.5) for f, t in zip(found, true, strict=True)]
     assert np.mean(scores) > 0.95 and min(scores) > 0.85  # the centre alone has .93
-    assert metrics.iou(found > 0.5, true > 0.5) > 0.7
+    assert iou(found > 0.5, true > 0.5) > 0.7
 
 
 @pytest.mark.parametrize("fill", [0, 7, 255])
@@ -107,7 +108,7 @@ def test_the_cut_separates_two_groups_that_differ_a_little():
     tokens = torch.randn(4, 30, 8, generator=g) * 0.3 + group[..., None] * torch.ones(8)
     side = maps.normalized_cut(maps.contrast(tokens, torch.zeros(30, 8)))
     for s, true in zip(side, group, strict=True):
-        assert max(metrics.auc(s, true), metrics.auc(-s, true)) > 0.99
+        assert max(maps.auc(s, true), maps.auc(-s, true)) > 0.99
 
 
 def test_refined_follows_features_where_colours_say_nothing():
@@ -126,7 +127,7 @@ def test_refined_follows_features_where_colours_say_nothing():
     both = (maps.coarse(images), maps.refined(images, tokens, torch.zeros(64, 16)))
     found = [maps.to_patches(m, 8) for m in both]
     coarse, refined = (
-        np.mean([metrics.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found
+        np.mean([maps.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found
     )
     assert refined > coarse + 0.02 and refined > 0.97
 
@@ -315,7 +316,7 @@ def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
     train = data.open_split("true", "train")
     rows = torch.from_numpy(np.array(data.open_map("maps/true", "saliency", train)))
     true = torch.from_numpy(np.array(train["fg"])) > 127
-    auc = metrics.auc(rows.flatten().float(), true.flatten())
+    auc = maps.auc(rows.flatten().float(), true.flatten())
     assert f"true has exact foreground masks: this estimate has an AUC of {auc:.2f}" in text
     assert next_command(text) == ["--data", "true", "--mask", "fg_heavy", "--maps", "maps/true"]
     assert guidance.open_maps("fg", "auto", "true", train)[2].startswith(
@@ -422,7 +423,7 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     golden.write_packed(tmp_path / "true", 32, (("train", 8), ("val", 4)))
     shown = {}
     monkeypatch.setattr(
-        plots, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns)
+        maps, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns)
     )
     words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
     here("--data", tmp_path / "true", *words)

@@ -16,6 +16,8 @@ from sklearn.metrics import (
 )
 from sklearn.neighbors import KNeighborsClassifier
 
+import probe
+import recognize
 from common import metrics, plots
 from common.stats import bootstrap, t_interval
 from experiments import stats, stress, stress_figures
@@ -321,7 +323,7 @@ def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
         for e in (0, 1)
     ]
     plots.curves("x.png", log, "val", "")
-    plots.learning_curves("x.png", {"a": [log, log]}, 9.0, 99.0, "")
+    probe.curves({"a": {0: {"log": log}, 1: {"log": log}}}, "x.png", 99.0, 9.0)
     report = {
         "clean": 100.0,
         "chance": 5.0,
@@ -331,19 +333,11 @@ def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
     }
     stress_figures.robustness("x.png", report, {"cutout": (0, 0, "area")}, "")
     stress_figures.parts("x.png", report, "")
-    plots.plot_verification("x.png", (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), None, "")
+    recognize.plot_verification(
+        "x.png", (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), None, ""
+    )
     axes = [axis for figure in seen for axis in figure.axes]
     shown = [
         a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))
     ]
     assert len(seen) == 5 and len(shown) >= 7 and all(a.get_ylim()[1] <= 100 for a in shown)
-
-
-def test_calibration_error_is_the_mean_gap_of_its_bins():
-    sure, right = torch.tensor([0.05, 0.95, 0.95, 0.95]), torch.tensor([False, True, True, False])
-    error, points = metrics.calibration_error(sure, right, torch.tensor([1.0, 1.0, 1.0, 2.0]))
-    assert error == pytest.approx(0.2 * 0.05 + 0.8 * (0.95 - 0.5)) and len(points) == 2
-    assert (
-        metrics.calibration_error(torch.ones(2), torch.ones(2, dtype=torch.bool), torch.ones(2))[0]
-        == 0
-    )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw_folder, refused, stage
+from conftest import draw_folder, stage
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -61,10 +61,8 @@ def runs(small, tmp_path_factory):
 
 def test_one_command_writes_what_its_docstring_says(runs):
     base, done = runs
-    pictures = {f"{name}.png" for name in ("attention", "patches", "neighbours")}
     files = {p.name for p in (base / "random-s0").iterdir()}
-    assert pictures | {"probe.json", "features.safetensors"} <= files
-    assert len(list(base.glob("controls-*.safetensors"))) == 1
+    assert {"probe.json", "attention.png", "neighbours.png"} <= files
     report = json.loads((base / "random-s0" / "probe.json").read_text())
     rows = report["rows"]
     controls = ["untrained extremes", "thumb4", "thumb8", "thumb16", "chance"]
@@ -80,11 +78,10 @@ def test_one_command_writes_what_its_docstring_says(runs):
 
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_digits(runs, monkeypatch):
-    """In another process, and with features that are extracted again."""
+    """In another process."""
     run = runs[0] / "random-s0"
     first = json.loads((run / "probe.json").read_text())
-    for name in ("features.safetensors", "probe.json"):
-        (run / name).unlink()
+    (run / "probe.json").unlink()
     run_probe(monkeypatch, run, *FAST)
     again = json.loads((run / "probe.json").read_text())
     assert again["rows"] == first["rows"] and again["efficiency"] == first["efficiency"]
@@ -96,7 +93,7 @@ def test_the_headline_alone_has_the_same_digits(runs, tmp_path, monkeypatch):
     run_probe(monkeypatch, tmp_path / "run", *FAST, "--headline")
     assert json.loads((tmp_path / "run" / "probe.json").read_text()) == whole
     report = json.loads((tmp_path / "run" / "probe-headline.json").read_text())
-    assert [*report["rows"]] == ["extremes", "chance"] and not list(tmp_path.glob("controls-*"))
+    assert [*report["rows"]] == ["extremes", "chance"]
     for head in probe.HEADS:
         assert report["rows"]["extremes"][head] == whole["rows"]["extremes"][head]
         right = stats.from_bits(report["right"][head], report["images"]["val"])
@@ -108,10 +105,8 @@ def test_runs_are_compared_in_pairs(runs, tmp_path, monkeypatch, capsys):
     for name in names:
         skip = shutil.ignore_patterns("probe*.json", "*.png")
         shutil.copytree(runs[0] / name, tmp_path / name, ignore=skip)
-    made = (tmp_path / "random-s0" / "features.safetensors").stat().st_mtime_ns
     words = (*(tmp_path / name for name in names), *FAST, "--headline")
     run_probe(monkeypatch, *words)
-    assert (tmp_path / "random-s0" / "features.safetensors").stat().st_mtime_ns == made
     report = json.loads((tmp_path / "compare" / "compare.json").read_text())
     configurations = report["configurations"]
     assert {name: row["runs"] for name, row in configurations.items()} == {"random": 2, "green": 1}
@@ -193,9 +188,9 @@ def test_features_are_those_of_the_encoder(small):
     view = next(data.whole_views(split["images"], torch.arange(5), 32, cpu))[1]
     with torch.no_grad():
         tokens = encoder.features(view)
-    torch.testing.assert_close(found["val.mean"][:5], tokens[:, 1:].mean(1).half())
-    torch.testing.assert_close(found["val.cls"][:5], tokens[:, 0].half())
-    assert found["val.extremes"].shape == (len(split["labels"]), 64)
+    torch.testing.assert_close(found["mean"]["val"][:5], tokens[:, 1:].mean(1).half())
+    torch.testing.assert_close(found["cls"]["val"][:5], tokens[:, 0].half())
+    assert found["extremes"]["val"].shape == (len(split["labels"]), 64)
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -213,20 +208,6 @@ def test_rollout_is_a_share_of_attention_and_of_one_block_half_of_it():
 
 
 # ---- bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_features_of_another_run_are_refused(runs, tmp_path, monkeypatch):
-    base, run = runs[0], tmp_path / "run"
-    shutil.copytree(base / "random-s1", run, ignore=shutil.ignore_patterns("features*"))
-    shutil.copy(base / "random-s0" / "features.safetensors", run)
-    before = (run / "features.safetensors").read_bytes()
-    line = refused(stage("probe.py", run, *FAST, cwd=tmp_path))
-    assert "another model" in line and "remove it" in line
-    assert (run / "features.safetensors").read_bytes() == before
-    (run / "features.safetensors").write_bytes(before[:5000])
-    with pytest.raises(UserError, match="not a whole file of tensors"):
-        run_probe(monkeypatch, run, *FAST)
 
 
 def test_a_run_without_a_model(tmp_path, monkeypatch):
@@ -262,10 +243,7 @@ def test_results_of_other_data_stand_beside_those_of_its_own(runs, tmp_path, mon
         run_probe(monkeypatch, run, *FAST, "--headline", *words)
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     for name in ("other-val", "packed-test"):
-        assert {p.name for p in (run / name).iterdir()} == {
-            "probe-headline.json",
-            "features.safetensors",
-        }
+        assert [p.name for p in (run / name).iterdir()] == ["probe-headline.json"]
     report = json.loads((run / "other-val" / "probe-headline.json").read_text())
     assert report["run"] == "run" and report["data"] == str(tmp_path / "other")
     with pytest.raises(UserError, match="probe-headline.json is there already"):
@@ -293,9 +271,7 @@ def test_classes_that_differ_between_train_and_val_are_named(runs, small, tmp_pa
 def test_without_labels_the_pictures_still_work(runs, tmp_path, monkeypatch, capsys):
     draw_folder(tmp_path / "pictures", classes=1, each=24)
     pack.pack(tmp_path / "pictures" / "class0", tmp_path / "flat", size=32)
-    shutil.copytree(
-        runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("features*", "*.png")
-    )
+    shutil.copytree(runs[0] / "random-s1", tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
     words, home = (
         (tmp_path / "run", "--data", tmp_path / "flat", *FAST),
         tmp_path / "run" / "flat-val",

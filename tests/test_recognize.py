@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import call, draw_folder, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_curve
 
 import finetune_lora
 import ingest.pictures
@@ -21,7 +22,7 @@ from common import gallery, metrics
 from common.command import LOCKS
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
-from common.tables import read_csv
+from experiments.tables import read_csv
 from ingest.decode import decode
 from model import ViT
 
@@ -108,8 +109,8 @@ def test_rates_are_read_off_the_roc_curve():
             for cut in negative
             if (negative >= cut).double().mean() <= most
         ]
-        assert metrics.tpr_at_fpr(positive, negative, most) >= max(accepted, default=0)
-    false, true = metrics.roc(positive, negative)
+        assert recognize.tpr_at_fpr(positive, negative, most) >= max(accepted, default=0)
+    false, true, _ = roc_curve(*metrics.truth_and_scores(positive, negative))
     error = metrics.equal_error_rate(positive, negative)
     assert np.interp(error, false, true) == pytest.approx(1 - error, abs=1e-9)
 
@@ -123,7 +124,9 @@ def test_detection_rate_is_what_its_words_say():
         for bar in torch.cat([known, strangers]).tolist():
             if (strangers >= bar).float().mean() <= far:
                 best = max(best, ((known >= bar) & right).float().mean().item())
-        assert metrics.detection_rate(known, right, strangers, far) == pytest.approx(best, abs=1e-6)
+        assert recognize.detection_rate(known, right, strangers, far) == pytest.approx(
+            best, abs=1e-6
+        )
 
 
 def test_pairs_are_all_pairs_but_those_of_one_illustration():
@@ -359,6 +362,14 @@ def test_a_confidence_is_judged_where_half_are_strangers():
     assert recognize.reliability(known, right, torch.full((8,), 0.9)) == pytest.approx(50)
     everybody = torch.ones(3, dtype=torch.bool)
     assert recognize.reliability(torch.ones(3), everybody, torch.zeros(5)) == 0
+
+
+def test_calibration_error_is_the_mean_gap_of_its_bins():
+    sure, right = torch.tensor([0.05, 0.95, 0.95, 0.95]), torch.tensor([False, True, True, False])
+    error = recognize.calibration_error(sure, right, torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    assert error == pytest.approx(0.2 * 0.05 + 0.8 * (0.95 - 0.5))
+    certain, everybody = torch.ones(2), torch.ones(2, dtype=torch.bool)
+    assert recognize.calibration_error(certain, everybody, torch.ones(2)) == 0
 
 
 # ---- bad runs ------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import tags
 from common import (
     classifier,
     command,
-    features,
     fields,
     gallery,
     lora,
@@ -71,10 +70,6 @@ ENTRIES = {"shape": [2**63, 2], "negative": [-1, -1], "text": ["a"], "dtype": "F
 
 
 # ---- the files -----------------------------------------------------------------------------------
-
-
-def save_features(base):
-    save_safetensors({"train.mean": torch.zeros(8, 8)}, base / "features.safetensors", CACHED)
 
 
 def save_recogniser(base):
@@ -134,7 +129,7 @@ def home(tagged, tmp_path_factory):
     """A folder with a valid file of each kind; a case spoils one, and puts it back."""
     base = tmp_path_factory.mktemp("spoiled") / "home"
     shutil.copytree(tagged, base)
-    for save in (save_features, save_recogniser, save_applications, save_run):
+    for save in (save_recogniser, save_applications, save_run):
         save(base)
     return base
 
@@ -144,17 +139,6 @@ def home(tagged, tmp_path_factory):
 
 def view():
     return torch.arange(32 * 32 * 3).view(1, 32, 32, 3).remainder(251).byte()
-
-
-CACHED = {"model": "m", "data": {"train": "d"}, "image_size": 32, "dtype": "fp32"}
-
-
-def use_features(base):
-    return (
-        features.cached(base / "features.safetensors", CACHED, dict)
-        .get("mean", {})
-        .get("train", [])
-    )
 
 
 def use_encoder(base):
@@ -207,7 +191,6 @@ def use_patches(base):
 
 
 FILES = {  # file: how many cases, and what reads it
-    "features.safetensors": (40, use_features),
     "encoder/model.safetensors": (80, use_encoder),
     "run/state.pt": (80, use_state),
     "lora/head.safetensors": (60, use_recogniser),
