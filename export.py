@@ -32,11 +32,10 @@ import data
 import detect
 import tags
 from common import checkpoints
-from common.classifier import head_of
+from common.classifier import read_head
 from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
 from common.fields import SIDE, check_fields
 from common.formats import EPS, QKV, encoder_of, hf_names, read_checkpoint
-from common.gallery import decide, load_gallery
 from common.io import (
     UserError,
     atomic,
@@ -50,6 +49,7 @@ from common.lora import fingerprint, load_merged, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
 from model import Decoder, ViT
+from recognize import decide, open_gallery
 
 DEFAULTS = {"hf": "hf", "half": "half", "onnx": "model.onnx"}  # names; of others TO.safetensors
 FOLDERS = ("hf", "half")
@@ -198,6 +198,8 @@ def save_merged(source, out, image_size):
 
 def save_half(source, out):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
+    if (source / "head.safetensors").exists():
+        open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
     files = [file for file in files if file.exists()]
     if not {"model", "head", "detector"} & {file.stem for file in files}:
@@ -272,7 +274,7 @@ def graph_of(source, image_size=None):
         raise UserError(f"--image-size {image_size}: {source} keeps the size that it learned at")
     if recogniser:
         net, header = load_classifier(source)
-        gallery = load_gallery(source)
+        gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
         outputs = ("who", "similarity", "threshold", "confidence", "embedding")
         about = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
@@ -381,7 +383,7 @@ def flags_of_run(source):
         return detect.load(source)[1].get("run") or {}
     if not head.exists():
         return checkpoints.flags_of(source)
-    header = head_of(source)
+    header = read_head(source)[1]
     return {k: header[k] for k in ("data", "method")} | header["config"]
 
 
