@@ -28,6 +28,9 @@ from common.train import autocast_of
 from ingest.decode import decode
 from model import ViT
 
+CPU = ("--device", "cpu", "--dtype", "fp32")
+QUICK = ("--batch-size", 16, *CPU)
+
 
 @pytest.fixture(scope="package")
 def run(small, tmp_path_factory):
@@ -37,25 +40,8 @@ def run(small, tmp_path_factory):
     base = tmp_path_factory.mktemp("recognise")
     torch.manual_seed(0)
     save_encoder(ViT(32, 8, 32, 2, 2), base / "encoder" / "model.safetensors", {})
-    words = [
-        "--data",
-        small,
-        "--method",
-        "lora",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--epochs",
-        12,
-        "--batch-size",
-        16,
-        "--keep",
-        1,
-        "--out",
-        base / "run",
-    ]
-    call("finetune_lora.py", base / "encoder", *words, cwd=base, check=0)
+    words = ["--data", small, "--method", "lora", "--epochs", 12, "--keep", 1, *QUICK]
+    call("finetune_lora.py", base / "encoder", *words, "--out", base / "run", cwd=base, check=0)
     recognize.open_gallery(base / "run", "cpu", "fp32")
     return base / "run", small.parent / "images"
 
@@ -68,10 +54,7 @@ def copy(run, tmp_path):
 
 def recognise(capsys, *words):
     """recognize.py in this process -> what it printed."""
-    before, sys.argv = (
-        sys.argv,
-        ["recognize.py", *map(str, words), "--device", "cpu", "--dtype", "fp32"],
-    )
+    before, sys.argv = sys.argv, ["recognize.py", *map(str, words), *CPU]
     try:
         with LOCKS:
             recognize.main()
@@ -258,7 +241,7 @@ def test_who_is_enrolled_stays_when_a_run_is_judged_again(copy, run, small, tmp_
 
 def test_characters_that_are_left_out_stand_for_unknown_ones(run, small, tmp_path):
     words = [run[0].parent / "encoder", "--data", small, "--method", "linear", "--hold-out", 1]
-    words += ["--epochs", 2, "--device", "cpu", "--out", tmp_path / "run"]
+    words += ["--epochs", 2, *CPU, "--out", tmp_path / "run"]
     call("finetune_lora.py", *words, cwd=tmp_path, check=0)
     known = recognize.open_gallery(tmp_path / "run")
     assert len(known["names"]) == 2 and known["by"].startswith("characters left out")
@@ -494,31 +477,9 @@ def test_a_run_of_half_the_size_says_the_same(run, small, tmp_path, capsys, meth
     whole, half = run[0], tmp_path / "half"
     if method == "full":
         whole = tmp_path / "full"
-        words = [
-            "--epochs",
-            2,
-            "--keep",
-            0.25,
-            "--batch-size",
-            16,
-            "--device",
-            "cpu",
-            "--dtype",
-            "fp32",
-        ]
-        call(
-            "finetune_lora.py",
-            run[0].parent / "encoder",
-            "--data",
-            small,
-            "--method",
-            "full",
-            *words,
-            "--out",
-            whole,
-            cwd=tmp_path,
-            check=0,
-        )
+        words = [run[0].parent / "encoder", "--data", small, "--method", "full", "--keep", 0.25]
+        words += ["--epochs", 2, *QUICK, "--out", whole]
+        call("finetune_lora.py", *words, cwd=tmp_path, check=0)
     recognize.open_gallery(whole, "cpu", "fp32")
     call("export.py", whole, "--to", "half", "--out", half, cwd=tmp_path, check=0)
     files = {path.stem: path for path in half.glob("*.safetensors")}
