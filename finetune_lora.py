@@ -53,8 +53,8 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
-NECK_FEW = 256  # training pictures that give the neck its statistics after an epoch
-NECK_MANY = 20  # pictures of each character that do so at the end
+NECK_MANY = 20  # training pictures of each character that give the neck its statistics at the end
+NECK_FEW = 256  # of those, that do so after an epoch
 
 
 def read_flags():
@@ -317,35 +317,40 @@ def cache_features(task):
         task.features[images.name] = pooled
 
 
-def predict(task, images, rows, bn_stats=False):
-    """-> logits (n, C) of whole images, rows of task.train, dev or report.
-
-    bn_stats: the neck gets the mean and variance of these rows first. In training it averaged over
-    pictures that were cropped and in part hidden.
-    """
-    net = task.net.eval()
+def pooled_of(task, images, rows):
+    """The neck's input for whole images, rows of task.train, dev or report."""
     if images.name in task.features:
-        pooled = task.features[images.name][rows]
-    else:
-        pooled = classifier.pooled_of(net, images.split, rows, task.autocast)
-    if bn_stats and task.head != "ifa":
-        net.neck.running_mean.copy_(pooled.mean(0))
-        net.neck.running_var.copy_(pooled.var(0))
-    return classifier.predict(net, pooled)[0]
+        return task.features[images.name][rows]
+    return classifier.pooled_of(task.net.eval(), images.split, rows, task.autocast)
 
 
-def some_of_each(task):
-    """Rows of NECK_MANY training pictures of each class, or all, class by class."""
+def fit_neck(task, most=None):
+    """Give the neck the mean and variance of whole training pictures, NECK_MANY of each class.
+
+    In training it averaged over pictures that were cropped and in part hidden.
+    """
     rows, labels = task.train.rows, task.train.labels[task.train.rows]
     own = [rows[labels == c] for c in range(len(task.classes))]
-    return torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in own])
+    rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in own])
+    if most:
+        rows = rows[data.evenly_spaced(len(rows), most)]
+    pooled = pooled_of(task, task.train, rows)
+    if task.head != "ifa":
+        task.net.neck.running_mean.copy_(pooled.mean(0))
+        task.net.neck.running_var.copy_(pooled.var(0))
+
+
+def predict(task, images):
+    """-> logits (n, C) and labels (n,) of the rows of task.dev or report."""
+    pooled = pooled_of(task, images, images.rows)
+    logits, _ = classifier.predict(task.net.eval(), pooled)
+    return logits, images.labels[images.rows]
 
 
 def evaluate(task):
-    """Top-1 and macro-F1 on dev, in percent; some training pictures give the neck its statistics."""
-    rows = some_of_each(task)
-    predict(task, task.train, rows[data.evenly_spaced(len(rows), NECK_FEW)], bn_stats=True)
-    logits, truth = predict(task, task.dev, task.dev.rows), task.dev.labels[task.dev.rows]
+    """Top-1 and macro-F1 on dev, in percent."""
+    fit_neck(task, NECK_FEW)
+    logits, truth = predict(task, task.dev)
     macro_f1 = metrics.macro_f1(logits.argmax(1), truth)
     return {"dev_top1": 100 * metrics.topk(logits, truth, 1), "dev_macro_f1": 100 * macro_f1}
 
@@ -438,14 +443,13 @@ def write_results(flags, task, run, best_epoch):
 
     A network that is there already stays as it is.
     """
-    report, out, suffix = task.report, task.out, split_suffix(flags.split)
-    predict(task, task.train, some_of_each(task), bn_stats=True)
+    out, suffix = task.out, split_suffix(flags.split)
+    fit_neck(task)
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)
-    logits = predict(task, report, report.rows)
     row = {"run": out.name, "method": task.method, "head": task.head, "seed": flags.seed}
     row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
-    row |= scores(task, logits, report.labels[report.rows]) | cost(task, run)
+    row |= scores(task) | cost(task, run)
     row |= {"config": run.config | task.keys, "command": flags.command}
     row |= {"commit": train.commit(), "machine": train.machine(task.device)}
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
@@ -464,8 +468,9 @@ def write_results(flags, task, run, best_epoch):
     )
 
 
-def scores(task, logits, truth):
-    """Of logits (n, C) against truth (n,), in percent: of all, and by size of the class."""
+def scores(task):
+    """The reported split in percent: of all pictures, and by size of the class."""
+    logits, truth = predict(task, task.report)
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     found = metrics.classification(logits, truth, sizes)
     right = logits.argmax(1) == truth

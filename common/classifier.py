@@ -30,7 +30,6 @@ HEADS = {
     "ifa": {},
 }
 MARGINS = [name for name, keys in HEADS.items() if "margin" in keys]
-SPLITS = ("val", "dev", "test")  # that a run may report
 POOLS = ("mean", "cls")  # patch tokens averaged, or the CLS token
 HIDDEN = 512  # width of the one hidden layer of mlp
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
@@ -189,8 +188,8 @@ def predict(net, pooled):
 CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
 CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
 BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
-LEARNED = {"data": TEXT, "split?": one_of(*SPLITS), "hold_out?": whole(0), "classes": NAMES}
-HEAD = {"config": CONFIG} | BASE | LEARNED | CUT
+LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": whole(0)}
+HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 
 
 def read_head(folder):
