@@ -498,8 +498,6 @@ def thumbnail_top1(task, side=8):
 def cost(task, run):
     """What the run took: parameters, time, memory."""
     steps = [row for row in train.read_log(task.out / "log.jsonl") if "loss" in row]
-    if not steps:
-        raise UserError(f"{task.out}/log.jsonl has no row of a step; {train.anew(run.path)}")
     speed = np.median([row["images_per_s"] for row in steps])
     return {
         "parameters_trained": task.count,
