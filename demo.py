@@ -40,7 +40,6 @@ from common import guidance, metrics
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli, parse_keys
 from common.evaluate import hide, predict
-from common.gallery import load_gallery
 from common.io import UserError
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
@@ -63,10 +62,10 @@ EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: 
 PRIVATE = EVENT | {"api_visibility": "private"}  # no name for programs
 MACHINE = SimpleNamespace(device=torch.device("cpu"))  # main may set another
 MACHINE.autocast = autocast_of(MACHINE.device, torch.float32)
-GALLERY = "gallery.safetensors"
+HEAD = "head.safetensors"
 MADE = {  # tab: file of the run that it needs, the command that makes such a run, its minutes
     "Mask": (None, "pretrain.py --mask attn_high --ratio 0.75 --out {}", 5),
-    "Recognise": (GALLERY, "finetune_lora.py {} --method lora", 7),
+    "Recognise": (HEAD, "finetune_lora.py {} --method lora", 7),
     "Tags": ("selected_tags.csv", "tags.py {}", 4),
     "Drawn or photographed": ("seg*/model.safetensors", "segment.py {}", 15),
     "Pages": ("detector.safetensors", "detect.py {}", 15),
@@ -141,7 +140,7 @@ def made_of(run, file):
 
 
 def recogniser_of(run):
-    return made_of(run, GALLERY)
+    return made_of(run, HEAD)
 
 
 def run_for(tab, run):
@@ -392,7 +391,7 @@ def recognise_page(run, picture):
     """The character, how sure that is, and the nearest faces of the gallery."""
     name = run_for("Recognise", run)
     net, header = loaded(load_classifier, name)
-    gallery, image = load_gallery(name), cut_as(picture, header)
+    gallery, image = recognize.open_gallery(name), cut_as(picture, header)
     logits, embeddings = recognize.embed(net, image, MACHINE.autocast)
     row = recognize.answers([picture.name], logits, embeddings, gallery, 3)[0]
     faces = [("input", png(image[0]))]
@@ -467,7 +466,7 @@ def pages_page(run, picture):
         command = f"recognize.py {who} PICTURE --detect {name}"
     if who and cut:
         found = recognize.embed(known, np.stack(cut), MACHINE.autocast)
-        rows = recognize.answers(names, *found, load_gallery(who), 0)
+        rows = recognize.answers(names, *found, recognize.open_gallery(who), 0)
         names = [row["name"] or "unknown" for row in rows]
     H, W = pixels.shape[:2]
     marked = outlined(pixels, boxes.numpy() / np.array([W, H, W, H]))

@@ -32,15 +32,15 @@ from torch import nn
 import data
 import tags
 from common import checkpoints
-from common.classifier import head_of
+from common.classifier import read_head
 from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
-from common.gallery import decide, load_gallery
 from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
 from model import MAE
+from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
@@ -160,6 +160,8 @@ def refuse_size(image_size, source):
 def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
     refuse_size(image_size, source)
+    if (source / "head.safetensors").exists():
+        open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
     files = [file for file in files if file.exists()]
     if not {"model", "head", "detector"} & {file.stem for file in files}:
@@ -230,7 +232,7 @@ def graph_of(source, image_size=None):
     refuse_size(image_size, source)
     if recogniser:
         net, header = load_classifier(source)
-        gallery = load_gallery(source)
+        gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
         outputs = ("who", "similarity", "threshold", "confidence", "embedding")
         about = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
@@ -348,7 +350,7 @@ def flags_of_run(source):
         return read_safetensors(detector)[1].get("run") or {}
     if not head.exists():
         return checkpoints.flags_of(source)
-    header = head_of(source)
+    header = read_head(source)[1]
     return {k: header[k] for k in ("data", "method")} | header["config"]
 
 

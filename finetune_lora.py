@@ -5,20 +5,17 @@
     python finetune_lora.py --resume runs/NAME-lora --split test     judges it on another split
 
 Reads:  an encoder (runs/NAME, or a checkpoint file that common/formats.py knows), datasets/NAME
-Writes: runs/NAME-METHOD/ state.pt, head.safetensors, and what belongs under it: for lora
+Writes: runs/NAME-METHOD/ state.pt, head.safetensors, and the encoder under it: for lora
         adapter_model.safetensors and adapter_config.json, for full model.safetensors;
-        gallery.safetensors (embeddings of training pictures, the threshold of "unknown"),
         log.jsonl, metrics.json, curves.png, confusion.png (of another split: metrics-SPLIT.json)
 
-Choices (best epoch, threshold) are made on dev, or on a tenth of train that is held out by group.
---split is reported.
+The best epoch is chosen on dev, or on a held-out tenth of train. --split is reported.
 
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """
 
 import math
 import shlex
-from argparse import BooleanOptionalAction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,35 +26,25 @@ from torch import nn
 
 import data
 import mask as masking
-from common import classifier, gallery, metrics, stats, train
+from common import classifier, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
-from common.command import (
-    Flags,
-    Parser,
-    at_least,
-    between,
-    claim,
-    cli,
-    command,
-    drawing,
-    parse_keys,
-)
+from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
 # The recipe. Learning rates were chosen on dev of faces20 in short runs (results/LOG.md).
+METHODS = {
+    "linear": {},
+    "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r
+    "full": {"layer_decay": 0.9},  # a block learns at this times the rate of the block above
+}
 RISING = 0.25, 0.75  # share of the patches that is shown, from the first step to the last
 RECIPE = {
     "linear": {"epochs": 50, "batch_size": 256, "lr": 0.0, "head_lr": 3e-2, "keep": (1.0, 1.0)},
     "lora": {"epochs": 30, "batch_size": 32, "lr": 3e-3, "head_lr": 1e-2, "keep": RISING},
     "full": {"epochs": 30, "batch_size": 32, "lr": 1e-3, "head_lr": 1e-2, "keep": RISING},
-}
-METHODS = {
-    "linear": {},
-    "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r
-    "full": {"layer_decay": 0.9},  # a block learns at this times the rate of the block above
 }
 WEIGHT_DECAY = {"linear": 1e-4, "lora": 1e-4, "full": 0.05}
 WARMUP = 0.1  # share of the run in which the learning rate rises
@@ -66,9 +53,8 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
-NECK_FEW = 256  # training pictures that give the neck its statistics after an epoch
-NECK_MANY = 20  # pictures of each character that do so at the end
-FACES = 500  # training pictures of a character in the gallery, at most
+NECK_MANY = 20  # training pictures of each character that give the neck its statistics at the end
+NECK_FEW = 256  # of those, that do so after an epoch
 
 
 def read_flags():
@@ -91,7 +77,6 @@ def read_flags():
     add("--head-lr", type=between(1e-9, 1), metavar="LR", help="peak learning rate of the head")
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
-    add("--augment", action=BooleanOptionalAction, help="crop, flip, colour, cutout")
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; .25:.75 rises")
     add("--split", default="val", choices=["val", "dev", "test"], help="what is reported")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
@@ -199,10 +184,7 @@ def load_classifier(folder):
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
     encoder, _ = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
-        raise UserError(
-            f"{base} is not the encoder that {folder} was trained on any more; put that one back, "
-            "or run finetune_lora.py again"
-        )
+        raise UserError(f"{base} is not the encoder that {folder} was trained on; put that back")
     if header["method"] == "lora":
         load_lora(encoder, folder)
     config = (header["config"][k] for k in ("head", "pool", "margin", "scale"))
@@ -254,39 +236,48 @@ def drop_patches(view, encoder, keep, generator):
     return masked_patch_gather(view, ids, encoder.patch_size), ids
 
 
-# ---- before the loop: data, network, optimizer ---------------------------------------------------
+def pooled_views(task, images, t, generator):
+    """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
+    if task.augment:
+        view = augmented(images, task.S, generator)
+    else:
+        view = data.view_images(images, *data.full_boxes(len(images)), task.S)
+    first, last = task.keep
+    patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
+    with task.autocast():
+        return task.net.pooled(patches, ids)
 
 
-class Weights(dict):
-    """{name: weight in the network's memory}, as a part of state.pt."""
-
-    def state_dict(self):
-        return dict(self)
-
-    def load_state_dict(self, saved):
-        for name, weight in self.items():
-            weight.copy_(saved[name])
+# ---- before the loop: data and network -----------------------------------------------------------
 
 
-class Best(dict):
-    """The best epoch so far, its macro-F1 on dev and its weights, as a part of state.pt."""
+class Part(dict):
+    """A dict as a part of state.pt. Its tensors are a network's, and keep their memory."""
 
     state_dict = dict.copy
-    load_state_dict = dict.update
+
+    def load_state_dict(self, saved):
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(saved[name])
+            else:
+                self[name] = saved[name]
 
 
 def open_task(flags, device, autocast):
-    """-> what a run works with, a namespace: data, classes, network, and what of it is trained."""
+    """-> a namespace: the data, its classes, the network, and which of its weights are trained."""
     task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
     task.method, keys = parse_keys(flags.method, METHODS, "--method")
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
+    task.augment, task.keep = flags.augment, flags.keep
+
     encoder, task.S = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
     sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
     task.train, task.dev, task.report = sets
     flags.values["batch_size"] = min(flags.batch_size, len(task.train.rows))
-    task.augment, task.keep = flags.augment, flags.keep
+
     if flags.from_scratch:
         encoder = untrained_like(encoder, flags.seed)
         keys |= {"layer_decay": 1.0} if "layer_decay" not in flags.method else {}
@@ -298,8 +289,10 @@ def open_task(flags, device, autocast):
         add_lora(encoder, keys["r"], keys["alpha"])
     pool = "mean" if task.head == "ifa" else flags.pool
     task.net = classifier.Classifier(encoder, len(task.classes), task.head, pool, **head_keys)
-    task.trained = Weights()  # with the neck's statistics
-    for name, w in task.net.to(device).state_dict(keep_vars=True).items():
+    task.net.to(device)
+
+    task.trained = Part()  # with the neck's statistics
+    for name, w in task.net.state_dict(keep_vars=True).items():
         if w.requires_grad or not name.startswith("encoder."):
             task.trained[name] = w.detach()
     task.keys = keys | head_keys
@@ -316,59 +309,53 @@ def unfreeze(net, trained, epoch, every):
             p.requires_grad_(not every or classifier.level_of(name, depth) > depth - epoch // every)
 
 
-def predict(task, images, rows, bn_stats=False):
-    """-> logits (n, C) of whole images, rows of task.train, dev or report.
-
-    bn_stats: the neck gets the mean and variance of these rows first. In training it averaged over
-    pictures that were cropped and in part hidden.
-    """
-    net = task.net.eval()
-    if images.name in task.features:
-        pooled = task.features[images.name][rows]
-    else:
-        pooled = classifier.pooled_of(net, images.split, rows, task.autocast)
-    if bn_stats and task.head != "ifa":
-        net.neck.running_mean.copy_(pooled.mean(0))
-        net.neck.running_var.copy_(pooled.var(0))
-    return classifier.predict(net, pooled)[0]
-
-
-def spread_rows(images, classes, most):
-    """Rows of at most so many pictures of each class, class by class."""
-    own = [images.rows[images.labels[images.rows] == c] for c in range(classes)]
-    return torch.cat([rows[data.evenly_spaced(len(rows), most)] for rows in own])
-
-
-def evaluate(task):
-    """Top-1 and macro-F1 on dev, in percent; some training pictures give the neck its statistics."""
-    rows = spread_rows(task.train, len(task.classes), NECK_MANY)
-    predict(task, task.train, rows[data.evenly_spaced(len(rows), NECK_FEW)], bn_stats=True)
-    logits, truth = predict(task, task.dev, task.dev.rows), task.dev.labels[task.dev.rows]
-    macro_f1 = metrics.macro_f1(logits.argmax(1), truth)
-    return {"dev_top1": 100 * metrics.topk(logits, truth, 1), "dev_macro_f1": 100 * macro_f1}
-
-
-# ---- the loop ------------------------------------------------------------------------------------
-
-
 def cache_features(task):
-    """A frozen encoder that sees the same views in every epoch looks at each picture once."""
+    """Pool each picture once, where a frozen encoder sees the same views in every epoch."""
     for images in (task.train, task.dev):
         split, rows = images.split, torch.arange(len(images.split["images"]))
         pooled = classifier.pooled_of(task.net, split, rows, task.autocast, "features")
         task.features[images.name] = pooled
 
 
-def pooled_views(task, images, t, generator):
-    """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
-    if task.augment:
-        view = augmented(images, task.S, generator)
-    else:
-        view = data.view_images(images, *data.full_boxes(len(images)), task.S)
-    first, last = task.keep
-    patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
-    with task.autocast():
-        return task.net.pooled(patches, ids)
+def pooled_of(task, images, rows):
+    """The neck's input for whole images, rows of task.train, dev or report."""
+    if images.name in task.features:
+        return task.features[images.name][rows]
+    return classifier.pooled_of(task.net.eval(), images.split, rows, task.autocast)
+
+
+def fit_neck(task, most=None):
+    """Give the neck the mean and variance of whole training pictures, NECK_MANY of each class.
+
+    In training it averaged over pictures that were cropped and in part hidden.
+    """
+    rows, labels = task.train.rows, task.train.labels[task.train.rows]
+    own = [rows[labels == c] for c in range(len(task.classes))]
+    rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in own])
+    if most:
+        rows = rows[data.evenly_spaced(len(rows), most)]
+    pooled = pooled_of(task, task.train, rows)
+    if task.head != "ifa":
+        task.net.neck.running_mean.copy_(pooled.mean(0))
+        task.net.neck.running_var.copy_(pooled.var(0))
+
+
+def predict(task, images):
+    """-> logits (n, C) and labels (n,) of the rows of task.dev or report."""
+    pooled = pooled_of(task, images, images.rows)
+    logits, _ = classifier.predict(task.net.eval(), pooled)
+    return logits, images.labels[images.rows]
+
+
+def evaluate(task):
+    """Top-1 and macro-F1 on dev, in percent."""
+    fit_neck(task, NECK_FEW)
+    logits, truth = predict(task, task.dev)
+    macro_f1 = metrics.macro_f1(logits.argmax(1), truth)
+    return {"dev_top1": 100 * metrics.topk(logits, truth, 1), "dev_macro_f1": 100 * macro_f1}
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def finetune(flags, task):
@@ -386,7 +373,7 @@ def finetune(flags, task):
     adjust = (flags.logit_adjust * share.log()).to(device)  # Menon et al. 2020, arXiv:2007.07314
     flags.read |= {"log", "resume"}  # Run reads them
     flags.refuse_unread()
-    best = Best(epoch=0, macro_f1=-1.0, weights={})
+    best = Part(epoch=0, macro_f1=-1.0, weights={})
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
     print_start(flags, task, run)
@@ -439,10 +426,9 @@ def finetune(flags, task):
 
 def print_start(flags, task, run):
     sizes = torch.bincount(task.train.labels[task.train.rows])
-    held_out = len(task.dev.rows)
     print(
         f"data     {flags.data}: {len(sizes)} characters of {sizes.min()} to {sizes.max()} pictures, "
-        f"{held_out} pictures to choose by\n"
+        f"{len(task.dev.rows)} pictures to choose by\n"
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
         f"parameters trained ({task.share:.2%}), step {run.step} of {run.total}"
     )
@@ -453,34 +439,19 @@ def print_start(flags, task, run):
 
 @torch.no_grad()
 def write_results(flags, task, run, best_epoch):
-    """Judge the network on pictures that decided nothing, write all files but state.pt.
+    """Judge the network on pictures that decided nothing; write all files but state.pt.
 
-    A network that is there already stays as it is, and so does its gallery, in which somebody may
-    be enrolled.
+    A network that is there already stays as it is.
     """
-    report, out, suffix = task.report, task.out, split_suffix(flags.split)
-    predict(task, task.train, spread_rows(task.train, len(task.classes), NECK_MANY), bn_stats=True)
+    out, suffix = task.out, split_suffix(flags.split)
+    fit_neck(task)
     if not any(out.glob("metrics*.json")):
-        write_gallery(task)
         write_network(flags, task, run)
-    logits = predict(task, report, report.rows)
-    calibration = gallery.gallery_header(out)
-    row = {
-        "run": out.name,
-        "method": task.method,
-        "head": task.head,
-        "seed": flags.seed,
-        "data": flags.data,
-        "evaluated_on": flags.split,
-        "best_epoch": best_epoch,
-        **scores(task, logits, report.labels[report.rows]),
-        **cost(task, run),
-        "calibration": {k: calibration[k] for k in gallery.CALIBRATED},
-        "config": run.config | task.keys,
-        "command": flags.command,
-        "commit": train.commit(),
-        "machine": train.machine(task.device),
-    }
+    row = {"run": out.name, "method": task.method, "head": task.head, "seed": flags.seed}
+    row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
+    row |= scores(task) | cost(task, run)
+    row |= {"config": run.config | task.keys, "command": flags.command}
+    row |= {"commit": train.commit(), "machine": train.machine(task.device)}
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
     with drawing("curves.png or confusion.png"):
         from common import plots  # matplotlib takes half a second to load
@@ -497,22 +468,20 @@ def write_results(flags, task, run, best_epoch):
     )
 
 
-def scores(task, logits, truth):
-    """Of logits (n, C) against truth (n,), in percent: of all, and by size of the class."""
+def scores(task):
+    """The reported split in percent: of all pictures, and by size of the class."""
+    logits, truth = predict(task, task.report)
     sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
     found = metrics.classification(logits, truth, sizes)
     right = logits.argmax(1) == truth
     groups = data.groups_of(task.report.split)[task.report.rows].numpy()
     interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
+    row = {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
     sized = [k for k in ("head", "mid", "tail") if found[k] is not None]
-    return {
-        **{k: 100 * found[k] for k in ("top1", "top5", "macro_f1")},
-        "by_size": {k: 100 * found[k] for k in sized},
-        "top1_interval": [round(interval["low"], 2), round(interval["high"], 2)],
-        "thumbnails_top1": thumbnail_top1(task),
-        "confusion": found["confusion"],
-        "right": stats.to_bits(right),
-    }
+    row["by_size"] = {k: 100 * found[k] for k in sized}
+    row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
+    row["thumbnails_top1"] = thumbnail_top1(task)
+    return row | {"confusion": found["confusion"], "right": stats.to_bits(right)}
 
 
 def thumbnail_top1(task, side=8):
@@ -529,39 +498,15 @@ def thumbnail_top1(task, side=8):
 def cost(task, run):
     """What the run took: parameters, time, memory."""
     steps = [row for row in train.read_log(task.out / "log.jsonl") if "loss" in row]
-    if not steps:
-        raise UserError(
-            f"{task.out}/log.jsonl has no row of a step; rm -r {task.out} removes the run"
-        )
-    speed = float(np.median([row["images_per_s"] for row in steps]))
+    speed = np.median([row["images_per_s"] for row in steps])
     return {
         "parameters_trained": task.count,
         "share_trained_percent": round(100 * task.share, 3),
         "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2),
-        "step_ms": round(1000 * run.batch_size / speed, 2),
+        "step_ms": round(float(1000 * run.batch_size / speed), 2),
         "peak_memory_mb": max(row["memory_mb"] for row in steps),
         "seconds": run.seconds(),
     }
-
-
-def write_gallery(task):
-    """gallery.safetensors: embeddings of training pictures, and what is calibrated on dev."""
-    known, dev = spread_rows(task.train, len(task.classes), FACES), task.dev
-
-    def faces(images, rows):
-        split, net = images.split, task.net
-        pooled = classifier.pooled_of(net, split, rows, task.autocast, "gallery", True)
-        return classifier.predict(net, pooled)
-
-    _, embeddings = faces(task.train, known)
-    labels = task.train.labels[known]
-    left_out = (dev.labels < 0).nonzero()[:, 0]  # by --hold-out: they stand for unknown characters
-    unknown = faces(dev, left_out)[1] if len(left_out) else None
-    held_out = *faces(dev, dev.rows), dev.labels[dev.rows]
-    about = gallery.calibrate(embeddings, labels, *held_out, unknown)
-    keys = [task.train.split["header"]["keys"][i] for i in known.tolist()]
-    about |= {"names": task.classes, "keys": keys, "learned": len(task.classes)}
-    gallery.save_gallery(task.out / "gallery.safetensors", embeddings, labels, about)
 
 
 def write_network(flags, task, run):
@@ -570,29 +515,22 @@ def write_network(flags, task, run):
     if task.method == "lora":
         save_lora(encoder, task.out, flags.encoder)
     elif task.method == "full" or flags.from_scratch:
-        about = {"step": run.step, "run": run.config}
-        save_encoder(encoder, task.out / "model.safetensors", about)
+        header = {"step": run.step, "run": run.config}
+        save_encoder(encoder, task.out / "model.safetensors", header)
     head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
-    about = {
-        "config": task.net.config,
-        "classes": task.classes,
-        "method": task.method,
-        "base": str(flags.encoder),
-        "fingerprint": fingerprint(encoder),  # of what the head stands on, without an adapter
-        "image_size": task.S,
-        "data": flags.data,
-        "packed_size": split["images"].shape[1],
-        "crop": split["header"]["crop"],
-        "margin": split["header"]["margin"],
-    }
-    save_safetensors(head, task.out / "head.safetensors", about)
+    header = {"config": task.net.config, "classes": task.classes, "method": task.method}
+    header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
+    header |= {"image_size": task.S, "packed_size": split["images"].shape[1]}
+    header |= {name: split["header"][name] for name in ("crop", "margin")}
+    # recognize.py builds its gallery of these:
+    header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
+    save_safetensors(head, task.out / "head.safetensors", header)
 
 
 def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
     if flags.resume and done.exists():
-        claim([], Path(flags.out) / ".lock")  # a killed process may have left its own
         print(f"run      {flags.out} is finished: {done}; --split test judges it on another split")
         return
     device = train.pick_device(flags.device)

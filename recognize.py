@@ -1,25 +1,21 @@
-"""Stage 5: name the character in a picture, or say that it is nobody known; enrol new ones; measure how well it does.
+"""Stage 5: who is in a picture? It names characters, calls others unknown, and enrols new ones.
 
-    python recognize.py runs/NAME IMAGE...                    files, folders, archives, or - for a \\
-        list on stdin
-    python recognize.py runs/NAME IMAGE --tags runs/TAGS      and what it shows, by a run of tags.py
-    python recognize.py runs/NAME PAGE --detect runs/DET      everybody on a page, by a run of \\
-        detect.py
-    python recognize.py runs/NAME --enrol WHO IMAGE...        three to five pictures, and nothing \\
-        is trained
-    python recognize.py runs/NAME --list                      who is known; --forget WHO takes an \\
-        enrolment back
-    python recognize.py runs/NAME --verify --data datasets/X  the same person or not, and strangers
+    python recognize.py runs/NAME IMAGE...                 files, folders, archives; - reads a list
+    python recognize.py runs/NAME IMAGE --tags runs/TAGS   with the tags that a run of tags.py finds
+    python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
+    python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
+    python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
+    python recognize.py runs/NAME --verify                 measures verification and unknown faces
 
-Reads:  runs/NAME/ head.safetensors, gallery.safetensors and what finetune_lora.py wrote beside them
-Writes: gallery.safetensors (--enrol, --forget); recognize.json, roc.png (--verify; of other data,
-or of another split
-        than val, in runs/NAME/DATA-SPLIT/); names go to standard output, a line a picture
+Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
+Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
+        recognize.json and roc.png (--verify; other data or splits: in runs/NAME/DATA-SPLIT/)
 
-The trained head names the characters that it learned. An enrolled one has no place in the head: it
-wins where the mean of its faces is nearer than that of every learned one. Below a threshold that
-finetune_lora.py calibrated a face is unknown (common/gallery.py, `decide`). A picture and its
-mirror image are looked at, and their mean is used.
+The head names the characters that it learned. The gallery holds the embeddings of known faces. A
+face that is similar to none of them is unknown. Each embedding is the mean over a picture and its
+mirror image.
+
+    n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
 if __name__ == "__main__":
@@ -27,12 +23,13 @@ if __name__ == "__main__":
 
     starting()  # torch takes two seconds to load
 
-import contextlib
 import itertools
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,124 +37,348 @@ import torch.nn.functional as F
 
 import data
 import tags
-from common import metrics
-from common.classifier import head_of, pooled_of, predict
+from common import fields, metrics
+from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_idle
-from common.features import results_folder
-from common.fields import refuse_odd_name, shown
-from common.gallery import compared, decide, load_gallery, save_gallery
-from common.io import UserError, lock_beside, locked, save_json
+from common.features import open_rows, results_folder
+from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
-from ingest import pack, sources
+from ingest import sources
 from ingest.pictures import pictures, tell_problems, whole_pictures
 
-FEW, PAIRS_OF = (
-    3,
-    4000,
-)  # pictures that an enrolment needs; images of which all pairs are compared, at most
+GALLERY = "gallery.safetensors"
+FACES = 500  # training pictures of a character in a gallery, at most
+NEAREST = 3  # faces of a character that a picture is compared with
+WHITENED = 20  # faces of a character that the whitening is fitted to
+SHRINK = 0.3  # share of the mean variance that is added to the covariance
+MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
+OTHERS = 0.05  # share of other faces that may pass for one enrolled character
+FOLDS = 5  # of the characters, where known ones stand in for unknown ones
+LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
+# New faces lie this much further from a mean of few faces than from one of many (results/LOG.md).
+HANDICAP = 0.1
 SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
-FLAGS = {  # of each task
-    "name": "threshold json nearest tags detect crop device dtype",
-    "enrol": "enrol crop device dtype",
+PAIRS_OF = 4000  # images of which --verify compares all pairs, at most
+FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
+FLAGS = {  # that each task reads
+    "name": "threshold json nearest tags detect device dtype",
+    "enrol": "enrol device dtype",
     "forget": "forget",
     "list": "list json",
     "verify": "verify data split threshold json device dtype",
 }
-FALSE_RATES = (0.001, 0.01, 0.1)  # of false positives, and of false alarms, that are reported
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE",
-        help="file, folder, zip, tar, or - for a list of files",
-    )
     add = parser.add_argument
-    add(
-        "--threshold",
-        type=between(-1, 1),
-        metavar="COSINE",
-        help="a face below it is unknown (default: calibrated)",
-    )
+    add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
+    add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
+    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
     add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
-    add(
-        "--nearest",
-        type=at_least(0),
-        default=3,
-        metavar="N",
-        help="gallery faces that are named beside each answer",
-    )
+    add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces in each answer")
     add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
-    add(
-        "--detect",
-        metavar="RUN",
-        help="runs/NAME of detect.py: name each face that it finds, from left to right",
-    )
-    add(
-        "--crop",
-        choices=pack.CROPS,
-        help="the square that is used, as in data.py (default: as it was trained)",
-    )
-    add(
-        "--enrol",
-        metavar="WHO",
-        help="add a character, or pictures of an enrolled one, to the gallery",
-    )
+    add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
+    add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
-    add("--verify", action="store_true", help="measure verification and strangers on a packed set")
+    add("--verify", action="store_true", help="measure verification and unknown faces")
     add("--data", metavar="DIR", help="of --verify (default: what it was trained on)")
-    add(
-        "--split",
-        default="val",
-        choices=["val", "dev", "test", "train"],
-        help="split of --verify",
-    )
+    add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     return parser.parse_intermixed_args()  # pictures may stand before and after flags
 
 
-def check(args):
-    """-> the task: "name", or one of its flags. What does not go together, or is not used, is
-    refused.
-    """
-    tasks = [
-        name
-        for name in ("verify", "enrol", "forget", "list")
-        if getattr(args, name) not in (None, False)
-    ]
-    if len(tasks) > 1:
-        raise UserError(f"--{tasks[0]} and --{tasks[1]} are two tasks; give one of them")
-    task = (tasks or ["name"])[0]
-    if task in ("name", "enrol") and not args.images:
+def task_of(args):
+    """-> the task: "name", or one of its flags. Flags that the task does not read are refused."""
+    task = next((name for name in FLAGS if name in args.given), "name")
+    takes_pictures = task in ("name", "enrol")
+    if takes_pictures and not args.images:
         raise UserError("give pictures: files, folders, archives; or -, a list on standard input")
-    if task not in ("name", "enrol") and args.images:
-        more = "; it measures on a packed set: --data datasets/NAME" if task == "verify" else ""
-        raise UserError(f"--{task} takes no pictures, such as {args.images[0]}{more}")
-    for who in ("enrol", "forget"):
-        if getattr(args, who) is not None and not getattr(args, who).strip():
-            raise UserError(f"--{who} needs a name")
+    if args.images and not takes_pictures:
+        raise UserError(f"--{task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[task].split()), f"when the task is to {task}")
-    if args.detect:
-        refuse_idle(args.given & {"crop"}, "with --detect, which cuts out faces")
     return task
 
 
-def predictions(args, net, header, autocast, problems, blank=None):
-    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures, in
-    batches.
+# ---- similarity ----------------------------------------------------------------------------------
 
-    blank: a list that gets the pages on which --detect finds no face.
+
+def evenly_of_each(labels, most):
+    """labels (n,) -> a list of rows for each label: at most so many, evenly spaced."""
+    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return [some[data.evenly_spaced(len(some), most)] for some in rows]
+
+
+def centroids(embeddings, labels):
+    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean directions."""
+    unit = F.normalize(embeddings.float())
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
+    return F.normalize(sums)
+
+
+def whitening(embeddings, labels):
+    """embeddings (n, D) of labels (n,) -> mean (D,), matrix (D, D).
+
+    (x - mean) @ matrix varies alike in all directions within a class. So directions in which the
+    faces of one character differ count less. Within-class covariance normalisation (Hatch et al.
+    2006): matrix matrix^T is the inverse of the covariance within classes.
     """
-    crop = args.crop or header["crop"]
-    items = pictures(args.images, header["packed_size"], crop, header["margin"], problems)
+    groups = [embeddings[rows] for rows in evenly_of_each(labels, WHITENED)]
+    means = torch.stack([group.mean(0) for group in groups]).double()
+    pairs = zip(groups, means, strict=True)
+    differences = torch.cat([group.double() - mean for group, mean in pairs])
+    W = differences.T @ differences / max(1, len(differences) - len(groups))
+    W += (SHRINK * W.diagonal().mean() + 1e-9) * torch.eye(len(W), dtype=W.dtype)
+    return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
+
+
+def make_gallery(embeddings, labels, learned):
+    """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
+
+    faces: the unit vectors of each learned character that has any. means: the mean direction of every character.
+    """
+    mean, matrix = whitening(embeddings[labels < learned], labels[labels < learned])
+    gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
+    unit = compared(embeddings, gallery)
+    faces = [unit[labels == c] for c in labels.unique() if c < learned]
+    return gallery | {"unit": unit, "faces": faces, "means": centroids(unit, labels)}
+
+
+def compared(embeddings, gallery):
+    """embeddings (n, D) -> whitened unit vectors (n, D): their products are similarities."""
+    return F.normalize((embeddings.float() - gallery["mean"]) @ gallery["matrix"])
+
+
+def best_similarity(unit, gallery):
+    """unit (n, D) -> (n,): the mean cosine with the three nearest faces of a character, the best one."""
+    scores = []
+    for faces in gallery["faces"]:
+        nearest = (unit @ faces.T).topk(min(NEAREST, len(faces)), 1).values
+        scores.append(nearest.mean(1))
+    return torch.stack(scores, 1).amax(1)
+
+
+def decide(logits, embeddings, gallery):
+    """Who is it? -> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
+
+    The head names the characters that it learned. An enrolled one has no logit: it wins where the
+    mean of its faces is nearer, HANDICAP given, than that of every learned one.
+    confidence: the probability that the name is right where half of all pictures show unknown
+    characters; nan of an enrolled one.
+    """
+    unit, learned = compared(embeddings, gallery), gallery["learned"]
+    who, similarity = logits.argmax(1), best_similarity(unit, gallery)
+    margin, (a, b) = similarity - gallery["threshold"], gallery["platt"]
+    sure = (logits / gallery["temperature"]).softmax(1).amax(1) * (a * margin + b).sigmoid()
+    to_mean = unit @ gallery["means"].T  # (n, characters)
+    if to_mean.shape[1] == learned:
+        return who, similarity, margin, sure
+    near, enrolled = to_mean[:, learned:].max(1)
+    new = near + HANDICAP > to_mean[:, :learned].amax(1)
+    return (
+        torch.where(new, enrolled + learned, who),
+        torch.where(new, near, similarity),
+        torch.where(new, near - gallery["enrolled_threshold"], margin),
+        sure.masked_fill(new, math.nan),
+    )
+
+
+# ---- calibration: when is it unknown, and how sure is an answer? ---------------------------------
+
+
+def calibrate(embeddings, labels, held_out, unknown=None):
+    """-> a dict of plain values for the gallery's header.
+
+    embeddings (n, D), labels (n,): the gallery. held_out: logits (m, C), embeddings (m, D) and
+    labels (m,) of known characters. unknown (k, D): embeddings of unknown ones. Without them each
+    known character stands in for one.
+
+    threshold           as large a share of unknown faces reaches it as of known faces fails to; but
+                        at most MOST_REJECTED of the known fail
+    enrolled_threshold  for a character of SHOTS pictures
+    temperature         of the head's logits (Guo et al. 2017, arXiv:1706.04599)
+    platt               a, b of sigmoid(a * (similarity - threshold) + b), the probability that a
+                        face is known where half of all are unknown (Platt 1999)
+    """
+    logits, known, known_labels = held_out
+    gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
+    score = best_similarity(compared(known, gallery), gallery)
+    if unknown is None:
+        other = as_unknown(embeddings, labels, known, known_labels)
+        by = "known faces held apart for choices, their characters left out of the gallery in turn"
+    else:
+        other = best_similarity(compared(unknown, gallery), gallery)
+        by = "characters left out of training, held apart for choices"
+    most = min(int(MOST_REJECTED * len(score)), len(score) - 1)
+    threshold = min(balance(score, other), score.sort().values[most].item())
+    return {
+        "threshold": threshold,
+        "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
+        "by": by,
+        "false_accept": (other >= threshold).float().mean().item(),
+        "false_reject": (score < threshold).float().mean().item(),
+        "temperature": fit_temperature(logits, known_labels),
+        "platt": fit_platt(score - threshold, other - threshold),
+    }
+
+
+def as_unknown(embeddings, labels, known, known_labels):
+    """The best similarities (m,) of known faces as unknown ones, by cross-validation.
+
+    A fifth of the characters at a time is left out of gallery and whitening.
+    """
+    C = int(labels.max()) + 1
+    folds = min(FOLDS, C)
+    found = torch.empty(len(known))
+    for fold in range(folds):
+        stay, asked = labels % folds != fold, known_labels % folds == fold
+        gallery = make_gallery(embeddings[stay], labels[stay], C)
+        found[asked] = best_similarity(compared(known[asked], gallery), gallery)
+    return found
+
+
+def enrolled_threshold(gallery, known, known_labels):
+    """The similarity to the mean of SHOTS faces of a character that OTHERS of other faces reach."""
+    unit, others = compared(known, gallery), []
+    for c in gallery["labels"].unique().tolist():
+        faces = gallery["unit"][gallery["labels"] == c]
+        mean = F.normalize(faces[data.evenly_spaced(len(faces), SHOTS)].sum(0), dim=0)
+        others.append((unit @ mean)[known_labels != c])
+    others = torch.cat(others).sort(descending=True).values
+    return others[int(OTHERS * len(others))].item()
+
+
+def balance(known, unknown):
+    """-> the threshold that rejects as large a share of known (n,) as it accepts of unknown (m,)."""
+    thresholds = torch.cat([known, unknown]).sort().values
+    rejected = torch.searchsorted(known.sort().values, thresholds) / len(known)
+    accepted = 1 - torch.searchsorted(unknown.sort().values, thresholds) / len(unknown)
+    return thresholds[(rejected - accepted).abs().argmin()].item()
+
+
+def fit_temperature(logits, labels):
+    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
+    grid = torch.logspace(-2.5, 1.5, 161)
+    losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
+    return grid[losses.argmin()].item()
+
+
+def fit_platt(known, unknown):
+    """Margins of known (n,) and unknown (m,) -> [a, b] of a logistic regression with equal classes."""
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = torch.cat([known, unknown])[:, None].numpy(), [1] * len(known) + [0] * len(unknown)
+    fit = LogisticRegression(C=1e3, class_weight="balanced").fit(x, y)
+    return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
+
+
+# ---- gallery.safetensors -------------------------------------------------------------------------
+
+HEADER = {
+    "names": fields.NAMES,  # of the classes 0, 1, ...
+    "keys": fields.list_of(fields.TEXT, 1),  # of the faces
+    "learned": fields.whole(1),  # so many classes, the first ones, are the head's
+    "threshold": fields.number(),  # this and what follows: of `calibrate`
+    "enrolled_threshold": fields.number(),
+    "false_accept": fields.number(),
+    "false_reject": fields.number(),
+    "by": fields.TEXT,
+    "temperature": fields.number(1e-6),
+    "platt": fields.list_of(fields.number(), 2, 2),
+}
+REMEDY = "remove it, and recognize.py builds it anew"
+
+
+def open_gallery(run, device="auto", dtype="auto"):
+    """What `load_gallery` returns; where the run has no gallery, it is built first."""
+    path = Path(run) / GALLERY
+    if not path.exists():
+        read_head(run)  # a UserError where there is no run
+        with gallery_lock(run):
+            if not path.exists():  # another process may have built it
+                build_gallery(run, device, dtype)
+    return load_gallery(run)
+
+
+def gallery_lock(run):
+    """with gallery_lock(run): nobody else builds or changes its gallery; others wait."""
+    return locked(lock_beside(Path(run) / GALLERY), wait=True)
+
+
+def build_gallery(run, device, dtype):
+    """Write the embeddings of training pictures, and what is calibrated on held-out ones."""
+    path = Path(run) / GALLERY
+    net, header = load_classifier(run)
+    folder = header["data"]
+    if not Path(folder).exists():
+        raise UserError(f"{path} is built of {folder}, which is not there; put that data set back")
+    held = header.get("split", "val")
+    (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
+    if classes != header["classes"]:
+        raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
+    device = pick_device(device)
+    autocast = autocast_of(device, pick_dtype(dtype, device)[0])
+    net.to(device)
+
+    def faces(images, rows):
+        pooled = pooled_of(net, images.split, rows, autocast, "gallery", mirrored=True)
+        return predict(net, pooled)  # logits, embeddings
+
+    known = [train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)]
+    known = torch.cat(known)
+    embeddings, labels = faces(train, known)[1], train.labels[known]
+    held_out = *faces(dev, dev.rows), dev.labels[dev.rows]
+    left_out = (dev.labels < 0).nonzero()[:, 0]  # by --hold-out: they stand for unknown characters
+    unknown = faces(dev, left_out)[1] if len(left_out) else None
+    about = calibrate(embeddings, labels, held_out, unknown)
+    keys = [train.split["header"]["keys"][i] for i in known.tolist()]
+    about |= {"names": classes, "keys": keys, "learned": len(classes)}
+    save_gallery(path, embeddings, labels, about)
+    print(f"wrote {path}: {len(keys)} faces of {len(classes)} characters", file=sys.stderr)
+
+
+def save_gallery(path, embeddings, labels, about):
+    """embeddings (n, D), labels (n,); about: the fields of HEADER."""
+    tensors = {"embeddings": embeddings.float(), "labels": labels}
+    save_safetensors(tensors, path, {name: about[name] for name in HEADER})
+
+
+def load_gallery(run):
+    """-> a dict: embeddings (n, D), labels (n,), the header, and what `make_gallery` returns."""
+    path = Path(run) / GALLERY
+    tensors, header = read_safetensors(path, REMEDY)
+    fields.check_fields(header, HEADER, path, REMEDY)
+    (_, head), learned = read_head(run), header["learned"]
+    sizes = {"n": len(header["keys"]), "D": head["config"]["dim"]}
+    arrays = {"embeddings": "float n D", "labels": "int64 n"}
+    fields.check_arrays(tensors, arrays, path, REMEDY, **sizes)
+    labels = tensors["labels"]
+    fields.check_range(labels, 0, len(header["names"]), "labels", path, REMEDY)
+    fields.check_finite(tensors, path)
+    same = {
+        "names": (", ".join(header["names"][:learned]), ", ".join(head["classes"])),
+        "characters_with_a_face": (len(labels.unique()), len(header["names"])),
+    }
+    fields.check_equal(path, REMEDY, **same)
+    tensors["embeddings"] = tensors["embeddings"].float()
+    return tensors | header | make_gallery(tensors["embeddings"], labels, learned)
+
+
+# ---- naming --------------------------------------------------------------------------------------
+
+
+def predictions(args, net, header, autocast, problems, blank=None):
+    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures.
+
+    problems, blank: lists that get what can't be read, and the pages on which --detect finds no face.
+    """
+    size = header["packed_size"]
+    items = pictures(args.images, size, header["crop"], header["margin"], problems)
     if args.detect:
-        items = faces(args, header["packed_size"], problems, blank)
+        items = faces(args, size, problems, blank)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         images = np.stack(images)
@@ -165,9 +386,7 @@ def predictions(args, net, header, autocast, problems, blank=None):
 
 
 def faces(args, size, problems, blank):
-    """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds; a page without
-    one is said.
-    """
+    """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     import detect
 
     net, about = detect.load(args.detect)
@@ -176,242 +395,204 @@ def faces(args, size, problems, blank):
         boxes, _ = detect.faces_of(net, picture, about["page"], about["threshold"])
         if not len(boxes):
             blank.append(key)
-            print(f"{shown(key)}: no face was found", file=sys.stderr)
+            print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
             yield f"{key}[{where}]", detect.cut_out(picture, box, detect.MARGIN, size)
 
 
 def embed(net, images, autocast):
-    """Squares u8 (B, ., ., 3) in NumPy, as the recogniser learned them -> logits (B, C), embeddings
-    (B, D).
-    """
+    """NumPy squares u8 (B, ., ., 3) -> logits (B, C), embeddings (B, D)."""
     rows = torch.arange(len(images))
     return predict(net, pooled_of(net, {"images": images}, rows, autocast, mirrored=True))
 
 
 def answers(keys, logits, embeddings, gallery, nearest):
-    """-> a dict for each picture: who it is, how sure that is, and the gallery faces nearest to it."""
-    to_face, rows = compared(embeddings, gallery) @ gallery["unit"].T, []  # (B, faces)
-    for i, (who, similarity, margin, sure) in enumerate(
-        zip(*decide(logits, embeddings, gallery), strict=True)
-    ):
+    """-> a dict for each picture: who it is, how sure that is, and the nearest gallery faces."""
+    decisions = zip(*decide(logits, embeddings, gallery), strict=True)
+    to_face = compared(embeddings, gallery) @ gallery["unit"].T  # (B, faces)
+    rows = []
+    for key, cosines, (who, similarity, margin, sure) in zip(keys, to_face, decisions, strict=True):
         name, known = gallery["names"][who], bool(margin >= 0)
-        faces = [
-            {
-                "name": gallery["names"][gallery["labels"][j]],
-                "picture": gallery["keys"][j],
-                "similarity": round(to_face[i, j].item(), 4),
-            }
-            for j in to_face[i].topk(min(nearest, to_face.shape[1]))[1]
-        ]
-        rows.append(
-            {
-                "picture": keys[i],
-                "name": name if known else None,
-                "known": known,
-                "confidence": None if sure.isnan() else round(sure.item(), 4),
-                "similarity": round(similarity.item(), 4),
-                "threshold": round((similarity - margin).item(), 4),
-                "best_guess": name,
-                "nearest": faces,
-            }
-        )
+        near = []
+        for j in cosines.topk(min(nearest, len(cosines)))[1]:
+            face = {"name": gallery["names"][gallery["labels"][j]], "picture": gallery["keys"][j]}
+            near.append(face | {"similarity": round(cosines[j].item(), 4)})
+        row = {
+            "picture": key,
+            "name": name if known else None,
+            "known": known,
+            "confidence": None if sure.isnan() else round(sure.item(), 4),
+            "similarity": round(similarity.item(), 4),
+            "threshold": round((similarity - margin).item(), 4),
+            "best_guess": name,
+            "nearest": near,
+        }
+        rows.append(row)
     return rows
 
 
 def in_words(row):
-    faces = ", ".join(f"{shown(f['picture'])} {f['similarity']:.2f}" for f in row["nearest"])
+    """One of `answers` -> the line that is printed."""
     sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
     like = f"similarity {row['similarity']:.2f}"
-    who = (
-        f"{row['name']}, {sure}, {like}"
-        if row["known"]
-        else f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})"
-    )
+    who = f"{row['name']}, {sure}, {like}"
+    if not row["known"]:
+        who = f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})"
+    near = [f"{fields.shown(face['picture'])} {face['similarity']:.2f}" for face in row["nearest"]]
     words = tags.in_words(row.get("tags", {}))
-    return (
-        f"{shown(row['picture'])}: {who}"
-        + (f"; nearest: {faces}" if faces else "")
-        + (f"; tags: {words}" if words else "")
-    )
+    parts = [f"{fields.shown(row['picture'])}: {who}"]
+    parts += [f"nearest: {', '.join(near)}"] if near else []
+    parts += [f"tags: {words}"] if words else []
+    return "; ".join(parts)
 
 
-def tagger(run, own, device, autocast):
-    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to what is added to each
-    answer, {"tags": ...}.
+def tagger(run, recogniser, device, autocast):
+    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to {"tags": ...} of each.
 
-    own: the header of the recogniser, whose pictures it gets.
+    recogniser: the header of the recogniser; both get the same pictures.
     """
     net, header = tags.load_tagger(run)
-    if other := [k for k in ("packed_size", "crop", "margin") if header[k] != own[k]]:
-        raise UserError(
-            f"--tags {run} learned from pictures of another {other[0]} ({header[other[0]]}, here "
-            f"{own[other[0]]}); train both on one data set"
-        )
+    if any(header[key] != recogniser[key] for key in ("packed_size", "crop", "margin")):
+        raise UserError(f"--tags {run} learned from pictures of another cut; train both on one set")
     if net.arm not in tags.NAMES_TAGS:
-        raise UserError(
-            f"--tags {run} is a run of --arm {net.arm}, which names no tags; give one of --arm mfdn"
-        )
+        raise UserError(f"--tags {run} is of --arm {net.arm}, which names no tags; give --arm mfdn")
     net.to(device)
 
-    def shown(images):
-        view = data.view_images(
-            images.to(device), *data.full_boxes(len(images)), header["image_size"]
-        )
+    def tags_of(images):
+        boxes = data.full_boxes(len(images))
+        view = data.view_images(images.to(device), *boxes, header["image_size"])
         with autocast():
             _, found = tags.answers(net, view)
         return [{"tags": tags.named(row.cpu(), header)} for row in found]
 
-    return shown
+    return tags_of
 
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture; those that can't be read are named on stderr."""
     problems, blank, count, unknown = [], [], 0, 0
-    shown = tagger(args.tags, header, net.encoder.cls_token.device, autocast) if args.tags else None
-    for keys, images, logits, embeddings in predictions(
-        args, net, header, autocast, problems, blank
-    ):
+    device = net.encoder.cls_token.device
+    tags_of = tagger(args.tags, header, device, autocast) if args.tags else None
+    found = predictions(args, net, header, autocast, problems, blank)
+    for keys, images, logits, embeddings in found:
         rows = answers(keys, logits, embeddings, gallery, args.nearest)
-        for row, more in zip(rows, shown(images) if shown else [{}] * len(rows), strict=True):
+        tagged = tags_of(images) if tags_of else [{}] * len(rows)
+        for row, more in zip(rows, tagged, strict=True):
             row |= more
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             unknown += not row["known"]
         count += len(keys)
     tell_problems(problems, count + len(blank), args.json)
     if unknown and not args.json:
-        print(
-            f"next: python recognize.py {shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known",
-            file=sys.stderr,
-        )
+        fix = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
+        print(f"next: python recognize.py {fix}", file=sys.stderr)
 
 
-# ---- the gallery: who is known -------------------------------------------------------------------
+# ---- enrolment -----------------------------------------------------------------------------------
 
 
-def apart(embeddings, known):
-    """Which rows of embeddings (n, D) show a picture that is neither among known (m, D) nor in an
-    earlier row: (n,).
-    """
+def is_new(embeddings, known):
+    """embeddings (n, D) -> (n,): is the picture neither among known (m, D) nor in an earlier row?"""
     unit, known = F.normalize(embeddings), F.normalize(known)
-    again = (
-        (unit @ known.T > SAME).any(1) if len(known) else torch.zeros(len(unit), dtype=torch.bool)
-    )
-    return ~(again | (torch.tril(unit @ unit.T, -1) > SAME).any(1))
+    is_known = (unit @ known.T > SAME).any(1)
+    is_repeated = (torch.tril(unit @ unit.T, -1) > SAME).any(1)
+    return ~(is_known | is_repeated)
 
 
 def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
-    who, problems = new_name(args.enrol, header), []
-    found = list(predictions(args, net, header, autocast, problems))
-    if problems:
-        raise UserError(f"{problems[0][1]}; nobody was enrolled")
-    keys, embeddings = (
-        [key for some, *_ in found for key in some],
-        torch.cat([x for *_, x in found]),
-    )
-    print(add_faces(args.run, who, keys, embeddings))
-    print(
-        f"next: python recognize.py {shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
-    )
-
-
-def new_name(text, header):
-    """A name as it is stored; UserError where training has taught it."""
-    who = sources.nfc(text.strip())
-    refuse_odd_name(who, "the name", "give another")
+    who = sources.nfc(args.enrol.strip())
+    fields.refuse_odd_name(who, "the name", "give another")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
-    return who
-
-
-@contextlib.contextmanager
-def gallery_to_change(run):
-    """with gallery_to_change(run) as gallery: as it is now; who else changes it waits until the end."""
-    with locked(lock_beside(Path(run) / "gallery.safetensors"), wait=True):
-        yield load_gallery(run)
+    problems, keys, embeddings = [], [], []
+    for some, _, _, more in predictions(args, net, header, autocast, problems):
+        keys += some
+        embeddings.append(more)
+    if problems:
+        raise UserError(f"{problems[0][1]}; nobody was enrolled")
+    print(add_faces(args.run, who, keys, torch.cat(embeddings)))
+    next_words = f"{shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
+    print(f"next: python recognize.py {next_words}")
 
 
 def add_faces(run, who, keys, embeddings):
-    """Put embeddings (n, D) of pictures `keys` into the run's gallery -> what is said of it; a
-    picture counts once.
-    """
-    with gallery_to_change(run) as gallery:
-        return with_faces(run, who, keys, embeddings, gallery)
+    """Add embeddings (n, D) of pictures `keys` to the run's gallery -> a line that says so."""
+    with gallery_lock(run):
+        gallery = load_gallery(run)
+        names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
+        label = names.index(who)
+        old = gallery["labels"] == label
+        new = is_new(embeddings, gallery["embeddings"][old])
+        added, total = int(new.sum()), int(new.sum() + old.sum())
+        if added < len(new):
+            print(f"{len(new) - added} of {len(new)} pictures are there already, and count once")
+        if total < LEAST:
+            raise UserError(f"{added} different pictures of {who} are too few; give {LEAST} to 5")
+        labels = torch.cat([gallery["labels"], torch.full((added,), label)])
+        new_keys = [key for key, is_added in zip(keys, new, strict=True) if is_added]
+        about = gallery | {"names": names, "keys": gallery["keys"] + new_keys}
+        together = torch.cat([gallery["embeddings"], embeddings[new]])
+        save_gallery(Path(run) / GALLERY, together, labels, about)
+    return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
 
 
-def with_faces(run, who, keys, embeddings, gallery):
-    """What `add_faces` does, in a gallery that nobody else changes."""
-    names = gallery["names"]
-    own = gallery["labels"] == (names.index(who) if who in names else -1)
-    new = apart(embeddings, gallery["embeddings"][own])
-    added = int(new.sum())
-    if twice := len(new) - added:
-        print(f"{twice} of {len(new)} pictures are there already, and count once")
-    if added + int(own.sum()) < FEW:
-        raise UserError(f"{added} different pictures of {who} are too few; give {FEW} to 5")
-    names = names if who in names else [*names, who]
-    labels = torch.cat([gallery["labels"], torch.full((added,), names.index(who))])
-    keys = gallery["keys"] + [key for key, is_new in zip(keys, new, strict=True) if is_new]
-    replace_gallery(
-        run, torch.cat([gallery["embeddings"], embeddings[new]]), labels, names, keys, gallery
-    )
-    count = int((labels == names.index(who)).sum())
-    return f"{who} is enrolled with {count} pictures; the gallery knows {len(names)} characters"
-
-
-def take_out(run, who, header):
-    """Take an enrolled character and its pictures out of the run's gallery -> what is said of it."""
+def take_out(run, who):
+    """Remove an enrolled character from the run's gallery -> a line that says so."""
     who = sources.nfc(who.strip())
-    if who in header["classes"]:
-        raise UserError(f"{who} was learned in training; only enrolled characters can be forgotten")
-    with gallery_to_change(run) as gallery:
-        return without_faces(run, who, gallery)
+    with gallery_lock(run):
+        gallery = load_gallery(run)
+        if who not in gallery["names"]:
+            raise UserError(f"{who} is not enrolled; --list says who is")
+        label = gallery["names"].index(who)
+        if label < gallery["learned"]:
+            raise UserError(f"{who} was learned in training; only enrolled ones can be forgotten")
+        stay = gallery["labels"] != label
+        labels = gallery["labels"][stay]
+        labels = labels - (labels > label).long()
+        keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
+        names = [name for name in gallery["names"] if name != who]
+        about = gallery | {"names": names, "keys": keys}
+        save_gallery(Path(run) / GALLERY, gallery["embeddings"][stay], labels, about)
+    lost = len(stay) - len(keys)
+    return f"{who} is forgotten, with {lost} pictures; the gallery knows {len(names)} characters"
 
 
-def without_faces(run, who, gallery):
-    """What `take_out` does, in a gallery that nobody else changes."""
-    names = gallery["names"]
-    if who not in names:
-        raise UserError(f"{who} is not enrolled; --list says who is")
-    k = names.index(who)
-    stay = gallery["labels"] != k
-    labels = gallery["labels"][stay]
-    keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
-    replace_gallery(
-        run,
-        gallery["embeddings"][stay],
-        labels - (labels > k).long(),
-        names[:k] + names[k + 1 :],
-        keys,
-        gallery,
-    )
-    return f"{who} is forgotten, with {int((~stay).sum())} pictures; the gallery knows {len(names) - 1} characters"
-
-
-def replace_gallery(run, embeddings, labels, names, keys, old):
-    """Write the gallery of a run again; what was calibrated stays."""
-    about = old | {"names": names, "keys": keys}
-    save_gallery(Path(run) / "gallery.safetensors", embeddings, labels, about)
-
-
-def list_known(args, header, gallery):
+def list_known(args, gallery):
     """Print who is known, a line each."""
-    counts = torch.bincount(gallery["labels"], minlength=len(gallery["names"])).tolist()
-    rows = [
-        {"name": name, "pictures": n, "learned": name in header["classes"]}
-        for name, n in zip(gallery["names"], counts, strict=True)
-    ]
+    counts = torch.bincount(gallery["labels"]).tolist()
+    rows = []
+    for name, n in zip(gallery["names"], counts, strict=True):
+        rows.append({"name": name, "pictures": n, "learned": len(rows) < gallery["learned"]})
     if args.json:
         return print(json.dumps(rows, ensure_ascii=False))
     for row in rows:
-        print(
-            f"{row['name']}: {'learned in training' if row['learned'] else 'enrolled'}, {row['pictures']} pictures"
-        )
+        how = "learned in training" if row["learned"] else "enrolled"
+        print(f"{row['name']}: {how}, {row['pictures']} pictures")
 
 
-# ---- measured: the same character or not, and strangers ------------------------------------------
+# ---- measured: the same character or not, and unknown characters ---------------------------------
+
+
+def faces_of(net, gallery, folder, name, autocast):
+    """Pictures of a packed split -> a namespace: what they show, and what `decide` makes of them.
+
+    true (n,): the gallery's number of each picture's character, -1 of an unknown one.
+    """
+    split = data.open_split(folder, name)
+    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
+    pooled = pooled_of(net, split, rows, autocast, f"faces of {folder}", mirrored=True)
+    logits, embeddings = predict(net, pooled)
+    ids = {who: i for i, who in enumerate(gallery["names"])}
+    known = [ids.get(who, -1) for who in split["header"]["classes"]]
+    true = torch.tensor([*known, -1])[split["labels"][rows]]  # the last: without a label
+    who, _, margin, sure = decide(logits, embeddings, gallery)
+    labels, groups = split["labels"][rows], data.groups_of(split)[rows]
+    pairs = metrics.pair_cosines(compared(embeddings, gallery), labels, groups)
+    if not data.has_labels(split):
+        pairs = torch.empty(0), torch.empty(0)
+    return SimpleNamespace(pairs=pairs, true=true, right=who == true, margin=margin, sure=sure)
 
 
 def percent(shares):
@@ -419,13 +600,9 @@ def percent(shares):
 
 
 def verification(same, other):
-    """Cosines of all pairs of pictures, of one character and of two: can they be told apart? ->
-    figures in percent.
-    """
+    """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    if len(same) == 0 or len(other) == 0:
-        raise UserError("verification needs two characters, and one with two illustrations")
     shares = {f"tpr_at_fpr_{100 * r:g}": tpr_at_fpr(same, other, r) for r in FALSE_RATES}
     pairs = metrics.truth_and_scores(same, other)
     shares |= {
@@ -436,164 +613,122 @@ def verification(same, other):
     return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
-def open_set(known, right, enrolled, strangers):
-    """Margins over the threshold of known faces (n,) and strangers (m,): who is unknown? -> figures
-    in percent.
+def open_set(known, right, enrolled, unknown):
+    """Who is unknown? In percent, of margins over the threshold.
 
-    right (n,): is the name theirs, were they not rejected? enrolled (n,): is it a character that
-    was never trained on?
+    known (n,), unknown (m,): margins of pictures of known and of unknown characters. right (n,): is
+    the name true? enrolled (n,): is it a character that was never trained on?
     """
     from sklearn.metrics import roc_auc_score
 
-    counts = {"known": len(known), "strangers": len(strangers), "enrolled": int(enrolled.sum())}
-    mean, named = lambda x: x.double().mean().item(), right & (known >= 0)
-    shares = {"known_rejected": mean(known < 0), "known_named_rightly": mean(named)}
+    counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
+    named = right & (known >= 0)
+    shares = {
+        "known_rejected": (known < 0).double().mean(),
+        "known_named_rightly": named.double().mean(),
+    }
     if enrolled.any() and not enrolled.all():
-        shares |= {
-            "enrolled_named_rightly": mean(named[enrolled]),
-            "learned_named_rightly": mean(named[~enrolled]),
-        }
-    if len(strangers):
-        shares |= {
-            f"dir_at_far_{100 * r:g}": detection_rate(known, right, strangers, r)
-            for r in FALSE_RATES
-        }
-        auroc = roc_auc_score(*metrics.truth_and_scores(known, strangers))
-        shares |= {
-            "auroc_unknown": auroc,
-            "strangers_unknown": mean(strangers < 0),
-            "strangers_unknown_at_5": mean(strangers < known.quantile(0.05)),
-        }
+        shares["enrolled_named_rightly"] = named[enrolled].double().mean()
+        shares["learned_named_rightly"] = named[~enrolled].double().mean()
+    if len(unknown):
+        for rate in FALSE_RATES:
+            found = detection_rate(known, right, unknown, rate)
+            shares[f"dir_at_far_{100 * rate:g}"] = found
+        at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
+        shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
+        shares["strangers_unknown"] = (unknown < 0).double().mean()
+        shares["strangers_unknown_at_5"] = (unknown < at_5).double().mean()
     return percent(shares) | counts
 
 
-def reliability(known, right, strangers):
-    """Confidences of known faces (n,), which are right (n,), and of strangers (m,) -> the error in
-    percent.
+def reliability(known, right, unknown):
+    """The calibration error of confidences in percent, where half of all pictures are unknown.
 
-    Either kind counts a half, as the confidence takes it; an enrolled name has none (nan), and is
-    left out.
+    known (n,), right (n,), unknown (m,). An enrolled name has no confidence (nan) and is left out.
     """
-    sure = torch.cat([known, strangers])
-    right = torch.cat([right, torch.zeros(len(strangers), dtype=torch.bool)])
-    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, strangers)])
+    sure = torch.cat([known, unknown])
+    right = torch.cat([right, torch.zeros(len(unknown), dtype=torch.bool)])
+    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, unknown)])
     there = ~sure.isnan()
     error = calibration_error(sure[there], right[there], weights[there])
     return round(100 * error, 3)
 
 
 def table(row):
-    """-> lines: what --verify found."""
-    v, o, at = row.get("verification"), row.get("open_set"), [f"{100 * r:g}" for r in FALSE_RATES]
+    """recognize.json -> the lines that are printed."""
     lines = [f"{row['data']}, {row['split']}"]
-    if v:
-        accepts = " / ".join(f"{v[f'tpr_at_fpr_{r}']:.1f}" for r in at)
+    pairs, found = row.get("verification"), row.get("open_set", {"strangers": 0})
+    rates = [f"{100 * rate:g}" for rate in FALSE_RATES]
+    at = " / ".join(rates)
+    if pairs:
+        accepted = " / ".join(f"{pairs[f'tpr_at_fpr_{rate}']:.1f}" for rate in rates)
         lines += [
             "the same character or not",
-            f"  ROC-AUC {v['roc_auc']:.1f} %, equal error rate {v['eer']:.1f} %, "
-            f"average precision {v['average_precision']:.1f} %",
-            f"  right pairs accepted {accepts} % where {' / '.join(at)} % of the wrong ones are "
-            f"({v['positive_pairs']:,} and {v['negative_pairs']:,} pairs)",
+            f"  ROC-AUC {pairs['roc_auc']:.1f} %, equal error rate {pairs['eer']:.1f} %, "
+            f"average precision {pairs['average_precision']:.1f} %",
+            f"  right pairs accepted {accepted} % where {at} % of the wrong ones are "
+            f"({pairs['positive_pairs']:,} and {pairs['negative_pairs']:,} pairs)",
         ]
-    if o:
-        shares = f"{o['known_named_rightly']:.1f} % named rightly, {o['known_rejected']:.1f} % called unknown"
-        lines += [f"{o['known']:,} pictures of known characters", f"  {shares}"]
-    if o and "enrolled_named_rightly" in o:
-        lines.append(
-            f"  named rightly: {o['enrolled_named_rightly']:.1f} % of the {o['enrolled']:,} of enrolled ones, "
-            f"{o['learned_named_rightly']:.1f} % of the others"
-        )
-    if not o or not o["strangers"]:
-        return lines + [
-            "no strangers in this set: --data OTHER with other characters measures them; finetune_lora.py "
-            "--hold-out 4 leaves four out of training"
-        ]
-    named = " / ".join(f"{o[f'dir_at_far_{r}']:.1f}" for r in at)
+    if "known" in found:
+        right, rejected = found["known_named_rightly"], found["known_rejected"]
+        lines.append(f"{found['known']:,} pictures of known characters")
+        lines.append(f"  {right:.1f} % named rightly, {rejected:.1f} % called unknown")
+    if "enrolled_named_rightly" in found:
+        enrolled, learned = found["enrolled_named_rightly"], found["learned_named_rightly"]
+        those = f"{enrolled:.1f} % of the {found['enrolled']:,} of enrolled ones"
+        lines.append(f"  named rightly: {those}, {learned:.1f} % of the others")
     if "calibration_error" in row:
-        lines.append(
-            f"confidences are {row['calibration_error']:.1f} points off in the mean, where half are strangers"
-        )
+        error = f"{row['calibration_error']:.1f} points off in the mean"
+        lines.append(f"confidences are {error}, where half are strangers")
+    if not found["strangers"]:
+        return lines + [
+            "no strangers in this set: --data OTHER with other characters measures them; "
+            "finetune_lora.py --hold-out 4 leaves four out of training"
+        ]
+    named = " / ".join(f"{found[f'dir_at_far_{rate}']:.1f}" for rate in rates)
     return lines + [
-        f"{o['strangers']:,} pictures of strangers",
-        f"  {o['strangers_unknown']:.1f} % called unknown"
-        f" ({o['strangers_unknown_at_5']:.1f} % where 5 % of the known were)",
-        f"  {named} % of the known named rightly where {' / '.join(at)} % of the strangers get a name; known against "
-        f"strangers: ROC-AUC {o['auroc_unknown']:.1f} %",
+        f"{found['strangers']:,} pictures of strangers",
+        f"  {found['strangers_unknown']:.1f} % called unknown"
+        f" ({found['strangers_unknown_at_5']:.1f} % where 5 % of the known were)",
+        f"  {named} % of the known named rightly where {at} % of the strangers get a name; known "
+        f"against strangers: ROC-AUC {found['auroc_unknown']:.1f} %",
     ]
 
 
-def faces_of(args, net, gallery, folder, name, autocast):
-    """Pictures of a packed split -> split, rows, embeddings, which known character each shows (-1: a stranger), who it
-    is taken for, the margin of that, and the confidence."""
-    split = data.open_split(folder, name)
-    rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
-    pooled = pooled_of(net, split, rows, autocast, f"faces of {folder}", mirrored=True)
-    logits, embeddings = predict(net, pooled)
-    ids = {who: i for i, who in enumerate(gallery["names"])}
-    own = torch.tensor(
-        [*(ids.get(who, -1) for who in split["header"]["classes"]), -1]
-    )  # the last: without a label
-    who, _, margin, sure = decide(logits, embeddings, gallery)
-    return split, rows, embeddings, own[split["labels"][rows]], who, margin, sure
-
-
 def verify(args, net, header, gallery, autocast):
-    """recognize.json and roc.png: do two faces show one character, and who is unknown? By the same
-    embeddings.
+    """recognize.json and roc.png: do two faces show one character, and who is unknown?
 
-    Where --data shows strangers alone, the known faces are those of the data that it was trained
-    on.
+    Where all pictures show unknown characters, the known ones are those of its own data.
     """
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
-    found = faces_of(args, net, gallery, folder, args.split, autocast)
-    split, rows, embeddings, own, who, margin, sure = found
-    row = {
-        "run": str(args.run),
-        "data": str(folder),
-        "split": args.split,
-        "threshold": gallery["threshold"],
-    }
-    unit, labels = compared(embeddings, gallery), split["labels"][rows]
-    pairs, strangers = (
-        metrics.pair_cosines(unit, labels, data.groups_of(split)[rows]),
-        margin[own < 0],
-    )
-    sure_of_strangers = sure[own < 0]
-    if min(map(len, pairs)) and data.has_labels(split):
+    row = {"run": str(args.run), "data": str(folder), "split": args.split}
+    row["threshold"] = gallery["threshold"]
+    found = faces_of(net, gallery, folder, args.split, autocast)
+    pairs = found.pairs if min(map(len, found.pairs)) else None
+    if pairs:
         row["verification"] = verification(*pairs)
-    if not (own >= 0).any() and Path(header["data"]).exists():
-        *_, own, who, margin, sure = faces_of(args, net, gallery, header["data"], "val", autocast)
+    unknown, unsure = found.margin[found.true < 0], found.sure[found.true < 0]
+    if (found.true < 0).all() and Path(header["data"]).exists():
+        found = faces_of(net, gallery, header["data"], "val", autocast)
         row["known_of"] = header["data"]
-    known = own >= 0
+    known = found.true >= 0
+    margins, enrolled = found.margin[known], found.true[known] >= gallery["learned"]
     if known.any():
-        row["open_set"] = open_set(
-            margin[known], (who == own)[known], own[known] >= gallery["learned"], strangers
-        )
-    learned = known & (own < gallery["learned"])
-    if learned.any() and len(strangers):
-        row["calibration_error"] = reliability(
-            sure[learned], (who == own)[learned], sure_of_strangers
-        )
-    if not {"verification", "open_set"} & row.keys():
-        raise UserError(
-            f"{folder} has neither two labelled characters in {args.split}, nor strangers to measure"
-        )
-    row |= {
-        "command": command(),
-        "machine": machine(net.encoder.cls_token.device),
-        "commit": commit(),
-    }
+        row["open_set"] = open_set(margins, found.right[known], enrolled, unknown)
+    learned = known & (found.true < gallery["learned"])
+    if learned.any() and len(unknown):
+        row["calibration_error"] = reliability(found.sure[learned], found.right[learned], unsure)
+    if not pairs and not known.any():
+        raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
+    row |= {"command": command(), "commit": commit()}
+    row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
-    title, both = f"{Path(args.run).name} on {folder.name}", (margin[known], strangers)
+    margins = (margins, unknown) if len(margins) and len(unknown) else None
     with drawing("roc.png"):
-        plot_verification(
-            home / "roc.png",
-            pairs if "verification" in row else None,
-            both if min(map(len, both)) else None,
-            title,
-        )
+        title = f"{Path(args.run).name} on {folder.name}"
+        plot_verification(home / "roc.png", pairs, margins, title)
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
@@ -681,24 +816,23 @@ def plot_verification(path, pairs, faces, title):
 
 def main():
     args = parse_args()
-    task = check(args)
-    gallery = load_gallery(args.run)
-    if task in ("forget", "list"):
-        header = head_of(args.run)
-        if task == "list":
-            return list_known(args, header, gallery)
-        return print(take_out(args.run, args.forget, header))
+    task = task_of(args)
+    gallery = open_gallery(args.run, args.device, args.dtype)
+    if task == "list":
+        return list_known(args, gallery)
+    if task == "forget":
+        return print(take_out(args.run, args.forget))
     net, header = load_classifier(args.run)
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    if args.threshold is not None:  # of those that were learned; that of the enrolled moves with it
+    if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
         gallery["enrolled_threshold"] += args.threshold - gallery["threshold"]
         gallery["threshold"] = args.threshold
-    autocast = autocast_of(device, dtype)
+    net, autocast = net.to(device), autocast_of(device, dtype)
     if task == "enrol":
-        return enrol(args, net.to(device), header, autocast)
+        return enrol(args, net, header, autocast)
     work = verify if task == "verify" else recognise
-    work(args, net.to(device), header, gallery, autocast)
+    work(args, net, header, gallery, autocast)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What stands on an encoder to name a character: pooling, neck and head; the file of neck and head.
+"""What stands on an encoder to name a character: pooling, neck and head; their file.
 
     B batch   N patches   D width of the encoder   L its blocks   C characters
 
@@ -18,7 +18,7 @@ from torch import nn
 import data
 from common.command import progress
 from common.fields import CUT, NAMES, SIDE, TEXT, check_fields, number, one_of, whole
-from common.io import read_header, read_safetensors
+from common.io import read_safetensors
 
 # Keys of --head. Margins are the papers': radians, the cosine, radians.
 HEADS = {
@@ -32,19 +32,17 @@ HEADS = {
 MARGINS = [name for name, keys in HEADS.items() if "margin" in keys]
 POOLS = ("mean", "cls")  # patch tokens averaged, or the CLS token
 HIDDEN = 512  # width of the one hidden layer of mlp
-CHUNK = 4096  # embeddings that the head takes at once
 REMEDY = "python finetune_lora.py ENCODER --data DIR makes it"
 
 
 class MarginHead(nn.Module):
-    """Cosine classifier with a margin on the true class while it trains: (B, D) -> (B, C), scale *
-    cosine.
+    """scale * cosine (B, C), with a margin on the true class while it trains.
 
     arcface         cos(theta + m) for the true class (Deng et al. 2019, arXiv:1801.07698, eq. 3)
     cosface         cos(theta) - m (Wang et al. 2018, arXiv:1801.09414, eq. 4)
-    curricularface  arcface, and a wrong class that beats it weighs cos * (t + cos), t a moving
-                    average of the true cosine: hard examples count more as training goes on (Huang
-                    et al. 2020, arXiv:2004.00288, eq. 6)
+    curricularface  arcface, and the cosine of a wrong class that beats it is multiplied by
+                    t + cosine. t is a moving average of the true cosine. Hard examples count more
+                    as training goes on (Huang et al. 2020, arXiv:2004.00288, eq. 6).
     """
 
     def __init__(self, dim, classes, kind, margin, scale):
@@ -60,8 +58,7 @@ class MarginHead(nn.Module):
         if labels is None:
             return self.scale * cosine
         true = cosine.gather(1, labels[:, None])  # (B, 1)
-        m = self.margin
-        target = true - m
+        target, m = true - self.margin, self.margin
         if self.kind != "cosface":
             # beyond theta = pi - m, where cos(theta + m) would rise again, a straight line
             sine = (1 - true.square()).clamp(min=1e-9).sqrt()
@@ -75,8 +72,7 @@ class MarginHead(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The neck of `ifa` (intermediate feature aggregation, Rios et al. 2022, Animesion): (B, D, L)
-    -> (B, D).
+    """Intermediate feature aggregation, the neck of `ifa` (Rios et al. 2022): (B, D, L) -> (B, D).
 
     One weight a block mixes the CLS tokens of all blocks; then ReLU and LayerNorm.
     """
@@ -100,22 +96,17 @@ class Classifier(nn.Module):
         margin = HEADS[head].get("margin") if margin is None else margin
         self.config = {"head": head, "pool": pool, "margin": margin, "scale": scale, "dim": dim}
         self.encoder = encoder
-        if head == "ifa":
-            self.neck = Fusion(dim, len(encoder.blocks))
-        else:
-            self.neck = nn.BatchNorm1d(dim, 1e-6, affine=False)
+        is_ifa, depth = head == "ifa", len(encoder.blocks)
+        self.neck = Fusion(dim, depth) if is_ifa else nn.BatchNorm1d(dim, 1e-6, affine=False)
         if head in MARGINS:
             self.head = MarginHead(dim, classes, head, margin, scale)
         elif head == "mlp":
-            hidden = nn.Linear(dim, HIDDEN)
-            self.head = nn.Sequential(hidden, nn.GELU(), nn.Linear(HIDDEN, classes))
+            self.head = nn.Sequential(nn.Linear(dim, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes))
         else:
             self.head = nn.Linear(dim, classes)
 
     def pooled(self, patches, ids):
-        """patches (B, K, P) at places ids (B, K) -> fp32 (B, D), for ifa (B, D, L): the CLS tokens
-        of all blocks.
-        """
+        """patches (B, K, P) at places ids (B, K) -> fp32 (B, D); for ifa the CLS tokens (B, D, L)."""
         if self.config["head"] != "ifa":
             tokens = self.encoder(patches, ids).float()
             return tokens[:, 1:].mean(1) if self.config["pool"] == "mean" else tokens[:, 0]
@@ -145,13 +136,12 @@ def level_of(name, depth):
 
 
 def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
-    """AdamW; "peak" of a group is its learning rate.
+    """AdamW, whose groups keep their learning rate as "peak".
 
-    That is head_lr, and in the encoder lr * layer_decay^(blocks above). Biases, norms and tokens
-    are not decayed.
+    It is head_lr, and in the encoder lr * layer_decay^(blocks above). Biases, norms and tokens are
+    not decayed.
     """
-    depth = len(net.encoder.blocks)
-    groups = {}
+    depth, groups = len(net.encoder.blocks), {}
     for name, p in net.named_parameters():
         if not p.requires_grad:
             continue
@@ -159,8 +149,8 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
         if name.startswith("encoder."):
             peak = lr * layer_decay ** (depth + 1 - level_of(name, depth))
         decay = weight_decay if p.ndim > 1 and not name.endswith("_token") else 0.0
-        new = {"params": [], "peak": peak, "weight_decay": decay}
-        groups.setdefault((peak, decay), new)["params"].append(p)
+        group = {"params": [], "peak": peak, "weight_decay": decay}
+        groups.setdefault((peak, decay), group)["params"].append(p)
     return torch.optim.AdamW(groups.values(), betas=(0.9, 0.999), fused=True)
 
 
@@ -169,13 +159,12 @@ def make_optimizer(net, lr, head_lr, weight_decay, layer_decay):
 
 @torch.no_grad()
 def pooled_of(net, split, rows, autocast, name="", mirrored=False):
-    """What stands before the neck, for whole images: fp32 (n, D) or (n, D, L) on the CPU.
+    """The neck's input for whole images: fp32 (n, D) or (n, D, L) on the CPU.
 
-    name: of a progress bar. mirrored: the mean of the picture and its mirror image. That takes
-    twice the time, and tells known from unknown characters better.
+    name: of a progress bar. mirrored: the mean of picture and mirror image, in twice the time. It
+    tells known from unknown characters better.
     """
-    pooled = []
-    encoder = net.encoder
+    pooled, encoder = [], net.encoder
     S = encoder.side * encoder.patch_size
     views = data.whole_views(split["images"], rows, S, encoder.cls_token.device)
     total = -(-len(rows) // data.CHUNK)
@@ -189,38 +178,18 @@ def pooled_of(net, split, rows, autocast, name="", mirrored=False):
 
 @torch.no_grad()
 def predict(net, pooled):
-    """What `pooled_of` found -> logits (n, C), embeddings (n, D) on the CPU."""
-    device = net.encoder.cls_token.device
-    embeddings = torch.cat([net.neck(p.to(device)) for p in pooled.split(CHUNK)])
+    """The result of `pooled_of` -> logits (n, C), embeddings (n, D) on the CPU."""
+    embeddings = net.neck(pooled.to(net.encoder.cls_token.device))
     return net.head(embeddings).cpu(), embeddings.cpu()
 
 
 # ---- head.safetensors, which finetune_lora.py writes ---------------------------------------------
 
-CONFIG = {
-    "head": one_of(*HEADS),
-    "pool": one_of(*POOLS),
-    "margin?": number(0, 10),
-    "scale": number(1e-6),
-    "dim": whole(1, 2**14),
-}
-HEAD = {
-    "base": TEXT,
-    "classes": NAMES,
-    "config": CONFIG,
-    "method": TEXT,
-    "image_size": SIDE,
-    "fingerprint": TEXT,
-    "data": TEXT,
-} | CUT
-
-
-def head_of(folder):
-    """The header of a run's head file, without its weights."""
-    path = Path(folder) / "head.safetensors"
-    header = read_header(path, REMEDY)[1]
-    check_fields(header, HEAD, path, REMEDY)
-    return header
+CONFIG = {"head": one_of(*HEADS), "pool": one_of(*POOLS), "dim": whole(1, 2**14)}
+CONFIG |= {"margin?": number(0, 10), "scale": number(1e-6)}
+BASE = {"base": TEXT, "fingerprint": TEXT, "image_size": SIDE, "method": TEXT}  # the encoder
+LEARNED = {"data": TEXT, "split?": one_of("val", "dev", "test"), "hold_out?": whole(0)}
+HEAD = {"config": CONFIG, "classes": NAMES} | BASE | LEARNED | CUT
 
 
 def read_head(folder):

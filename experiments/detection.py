@@ -35,7 +35,6 @@ import recognize
 from common import plots, stats
 from common.command import Parser, at_least, cli, command, progress, refuse_file
 from common.features import open_splits
-from common.gallery import load_gallery
 from common.io import UserError, save_json, save_text
 from common.train import autocast_of, commit, machine, pick_dtype
 from experiments.arms import add_flags, answers, by_arm, cell, plot_seeds, run_all
@@ -184,7 +183,7 @@ def names(detector, recogniser, pages, side=512):
         defaultdict(list),
     )
     gallery, found = (
-        load_gallery(recogniser),
+        recognize.open_gallery(recogniser),
         dict.fromkeys(("right", "wrong", "unknown", "background", "missed"), 0),
     )
     for page in map(lambda item: scenes.draw(item, side), progress(pages, "naming")):

@@ -21,7 +21,6 @@ import recognize
 from common import plots
 from common.command import Parser, between, cli, refuse_file
 from common.evaluate import hide
-from common.gallery import load_gallery
 from common.io import UserError
 from common.plots import plt
 from finetune_lora import load_classifier
@@ -69,7 +68,7 @@ def story(run, who, number):
     if name is None:
         raise UserError(f"no recogniser was made of {run} yet: python finetune_lora.py {run}")
     net, header = demo.loaded(load_classifier, name)
-    gallery = load_gallery(name)
+    gallery = recognize.open_gallery(name)
     logits, embeddings = recognize.embed(net, demo.cut_as(picture, header), demo.MACHINE.autocast)
     row = recognize.answers([who], logits, embeddings, gallery, 1)[0]
     print(recognize.in_words(row))

@@ -427,7 +427,8 @@ def outcome(work, name):
         "strangers": ["runs/scratch"],
     }.get(name, [f"runs/{name}", f"maps/{name}", f"datasets/{name}"])
     for file in sorted(f for home in homes for f in (work / home).glob("*")):
-        if name in ("recognize", "strangers") and file.name != "recognize.json":
+        answered = ("recognize.json", "gallery.safetensors")  # what recognize.py leaves
+        if (file.name in answered) != (name in ("recognize", "strangers")):
             continue
         if name in ("probe", "headline") and file.name not in (
             "probe.json",
@@ -494,7 +495,7 @@ TOLD = re.compile(
 UNTOLD = re.compile(r"config|chance|per_class|controls|thumb|images")
 # The neck cancels the bias of the encoder's last norm, so that bias has no gradient but rounding,
 # of which Adam makes whole steps. The neck's mean moves with it, on each kind of CPU elsewhere.
-# What comes out of the neck is the gallery.
+# What comes out of the neck is the gallery of cases recognize and strangers.
 CANCELLED = re.compile(r"^head\.safetensors/neck\.running_")
 
 

@@ -40,6 +40,7 @@ def site(small, tagged, tmp_path_factory):
     shutil.copytree(tagged / "encoder", run)
     words = ["--batch-size", 8, "--epochs", 2, *QUICK]
     call("finetune_lora.py", run, "--data", small, "--method", "linear", *words, cwd=base, check=0)
+    call("recognize.py", "runs/a-linear", "--list", cwd=base, check=0)
     call("tags.py", run, "--data", tagged / "packed", *words, cwd=base, check=0)
     return base
 

@@ -12,7 +12,7 @@ from conftest import call, draw_folder
 
 import data
 import finetune_lora
-from common import classifier, features, gallery, plots, stats, train
+from common import classifier, features, plots, stats, train
 from common.command import LOCKS
 from common.io import UserError, read_safetensors
 from common.lora import save_encoder
@@ -189,87 +189,6 @@ def test_augmentation_keeps_its_word():
     assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
 
 
-def test_the_threshold_balances_both_mistakes_and_temperature_is_found():
-    torch.manual_seed(0)
-    centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
-
-    def face(y, n):
-        return centre[y] + 0.3 * torch.randn(n, 16)
-
-    known, strangers = face(labels, 200), centre[0] + 2 * torch.randn(1000, 16)
-    scores = torch.randn(20000, 5)
-    drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
-    assert gallery.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
-    logits = F.normalize(known) @ F.normalize(centre).T
-    faces = face(labels, 200)
-    found = gallery.calibrate(faces, labels, logits, known, labels, strangers)
-    made = gallery.make_gallery(faces, labels, 5) | found
-    score = {
-        n: gallery.class_scores(gallery.compared(x, made), made).amax(1)
-        for n, x in (("known", known), ("strangers", strangers))
-    }
-    accepted, rejected = (
-        (score["strangers"] >= found["threshold"]).float().mean(),
-        score["known"] < found["threshold"],
-    )
-    assert accepted == pytest.approx(found["false_accept"], abs=1e-6)
-    assert rejected.float().mean() == pytest.approx(found["false_reject"], abs=1e-6)
-    assert (
-        found["false_accept"] == pytest.approx(found["false_reject"], abs=0.01)
-        and found["false_reject"] < 0.091
-    )
-    balanced = gallery.balance(
-        torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65])
-    )
-    assert 0.4 < balanced < 0.61  # one of four is on the wrong side, either way
-    who, _, margin, sure = gallery.decide(logits, known, made)
-    assert (
-        ((margin >= 0) == ~rejected).all()
-        and (who == labels).float().mean() > 0.99
-        and sure.mean() > 0.8
-    )
-    _, _, _, unsure = gallery.decide(
-        F.normalize(strangers) @ F.normalize(centre).T, strangers, made
-    )
-    assert unsure.mean() < 0.5
-    without = gallery.calibrate(faces, labels, logits, known, labels)
-    assert "left out of the gallery in turn" in without["by"] and without["threshold"] < 1
-
-
-def test_no_more_known_faces_are_rejected_than_promised_however_alike_strangers_are():
-    torch.manual_seed(0)
-    centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
-    known, twins = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
-    found = gallery.calibrate(known, labels, known @ centre.T, twins, labels, twins[:50])
-    assert found["false_reject"] < 0.091 and found["false_accept"] > 0.5
-
-
-def test_a_gallery_has_at_most_so_many_faces(small, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune_lora, "FACES", 3)
-    words = [encoder, "--data", small, "--method", "linear", "--epochs", 1]
-    main(*words, "--out", tmp_path / "run")
-    tensors, _ = read_safetensors(tmp_path / "run" / "gallery.safetensors")
-    assert tensors["labels"].bincount().tolist() == [3, 3, 3]
-
-
-def test_whitening_makes_what_faces_of_one_character_differ_in_count_less():
-    torch.manual_seed(0)
-    labels, centre = torch.arange(4).repeat(50), torch.randn(4, 8)
-    pose = torch.zeros(200, 8)
-    pose[:, 0] = 5 * torch.randn(200)  # says nothing of who it is
-    faces = centre[labels] + 0.1 * torch.randn(200, 8) + pose
-    mean, matrix = gallery.whitening(faces, labels)
-    inside = torch.stack([((faces - mean) @ matrix)[labels == c].var(0) for c in range(4)]).mean(0)
-    assert inside.max() / inside.min() < 200  # it was 2,500
-    plain, white = (F.normalize(x) @ F.normalize(x).T for x in (faces, (faces - mean) @ matrix))
-    alike = labels[:, None] == labels
-
-    def gap(cosine):
-        return cosine[alike].mean() - cosine[~alike].mean()
-
-    assert gap(white) > gap(plain)
-
-
 # ---- runs ----------------------------------------------------------------------------------------
 
 
@@ -279,7 +198,6 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
         "head.safetensors",
         "adapter_model.safetensors",
         "adapter_config.json",
-        "gallery.safetensors",
         "metrics.json",
         "log.jsonl",
         "curves.png",
@@ -298,10 +216,6 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
 
     pooled = classifier.pooled_of(net, held, torch.arange(len(held["images"])), autocast)
     right = (net(pooled).argmax(1) == held["labels"]).float().mean()
-    train, known = data.open_split(small, "train"), gallery.load_gallery(lora)
-    rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
-    pooled = classifier.pooled_of(net, train, rows, autocast, mirrored=True)
-    torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
     assert 100 * right.item() == pytest.approx(row["top1"], abs=1e-4)
 
 
@@ -395,13 +309,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(
         for p in (tmp_path / "whole", out)
     ]
     assert rows[0] == rows[1] and metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
-
-
-def test_characters_that_are_left_out_stand_for_unknown_ones(encoder, small, tmp_path):
-    words = [encoder, "--data", small, "--method", "linear", *QUICK, "--hold-out", 1]
-    main(*words, "--out", tmp_path / "run")
-    header = read_safetensors(tmp_path / "run" / "gallery.safetensors")[1]
-    assert len(header["names"]) == 2 and header["by"].startswith("characters left out")
 
 
 def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_path):

@@ -460,7 +460,7 @@ UNUSED = [
         "--enrol newcomer pictures/class0",
         "--data datasets/tiny|--split val|--threshold .5|--nearest 1|--json|--verify",
     ),
-    (NAME, "--verify", "--nearest 1|--crop figure|--enrol newcomer"),
+    (NAME, "--verify", "--nearest 1|--enrol newcomer"),
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "--arm image",
@@ -709,6 +709,7 @@ def scratch(tmp_path_factory):
             cwd=base,
             check=0,
         )
+        call("recognize.py", "runs/lora", "--list", cwd=base, check=0)
         call("tags.py", "runs/nano", *TAGS, "--out", "runs/tags", cwd=base, check=0)
         call(
             "maps.py",

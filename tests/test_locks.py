@@ -19,7 +19,6 @@ import data
 import pretrain
 import recognize
 from common.checkpoints import save_model
-from common.gallery import load_gallery
 from common.io import UserError, locked, read_safetensors
 from common.train import load_state, read_log
 from ingest import hybrid, pack, scenes
@@ -88,6 +87,7 @@ def home(tagged, tmp_path_factory):
         pack.pack("scenes", root / "scenes", size=64)
     words = ("--method", "linear", "--epochs", 1, "--out", "lora")
     call("finetune_lora.py", "encoder", *TUNE, *words, cwd=root, check=0)
+    call("recognize.py", "lora", "--list", cwd=root, check=0)
     return root
 
 
@@ -243,7 +243,7 @@ def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
 
     monkeypatch.setattr(recognize, "predictions", slow)
     call("recognize.py", "new/lora", "--enrol", "first", *pictures, *CPU, cwd=fresh, check=0)
-    assert load_gallery(fresh / "new/lora")["names"][-2:] == ["second", "first"]
+    assert recognize.load_gallery(fresh / "new/lora")["names"][-2:] == ["second", "first"]
 
 
 @pytest.mark.slow
@@ -251,12 +251,12 @@ def test_of_enrolments_at_the_same_time_none_is_lost(fresh):
     pictures, names = sorted((fresh / "images/class0").iterdir())[:6:2], ["a", "b", "c", "d"]
     calls = [["recognize.py", "new/lora", "--enrol", n, *pictures, *CPU] for n in names]
     assert [ended(p).returncode for p in [started(words, fresh) for words in calls]] == [0] * 4
-    assert sorted(load_gallery(fresh / "new/lora")["names"][-4:]) == names
+    assert sorted(recognize.load_gallery(fresh / "new/lora")["names"][-4:]) == names
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_kill_while_a_gallery_is_written_leaves_it_whole(fresh, moment):
-    known = load_gallery(fresh / "new/lora")
+    known = recognize.load_gallery(fresh / "new/lora")
     faces, replace = torch.randn(3, known["embeddings"].shape[1]), os.replace
 
     def kill(*paths):
@@ -269,10 +269,10 @@ def test_a_kill_while_a_gallery_is_written_leaves_it_whole(fresh, moment):
         recognize.add_faces(fresh / "new/lora", "new", ["a", "b", "c"], faces)
 
     assert in_a_fork(enrol) == signal.SIGKILL
-    names = load_gallery(fresh / "new/lora")["names"]
+    names = recognize.load_gallery(fresh / "new/lora")["names"]
     assert names == known["names"] + ["new"] * (moment == "after")
     recognize.add_faces(fresh / "new/lora", "other", ["d", "e", "f"], -faces)
-    assert load_gallery(fresh / "new/lora")["names"] == [*names, "other"]
+    assert recognize.load_gallery(fresh / "new/lora")["names"] == [*names, "other"]
     assert not list((fresh / "new/lora").glob(".*"))
 
 

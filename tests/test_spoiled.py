@@ -26,7 +26,6 @@ from common import (
     classifier,
     command,
     fields,
-    gallery,
     lora,
     train,
 )
@@ -83,10 +82,10 @@ def save_recogniser(base):
     save_safetensors(head, run / "head.safetensors", about)
     finetune_lora.add_lora(encoder, 2)
     finetune_lora.save_lora(encoder, run, base / "encoder")
-    about = dict.fromkeys(gallery.CALIBRATED, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
+    about = dict.fromkeys(recognize.HEADER, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
     about |= {"names": ["a", "b", "c", "new"], "keys": [f"{i}.png" for i in range(8)], "learned": 3}
     labels = torch.arange(8) % 4
-    gallery.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
+    recognize.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
 
 
 def save_applications(base):
@@ -160,7 +159,7 @@ def use_state(base):
 
 
 def use_recogniser(base):
-    known = gallery.load_gallery(base / "lora")
+    known = recognize.load_gallery(base / "lora")
     net, header = finetune_lora.load_classifier(base / "lora")
     found = recognize.embed(net, view().numpy(), AUTOCAST)
     rows = recognize.answers(["x"], *found, known, 2)
@@ -390,7 +389,7 @@ def test_patterns_of_an_adapter_are_compared_and_not_matched(home):
 @pytest.mark.parametrize("name", ["", "a\nb", "a\0b", "\x1b[2J", "x" * 101, "\u202eb", "\ud800"])
 def test_what_is_no_name_is_neither_packed_nor_enrolled(name, tmp_path):
     with pytest.raises(UserError, match="printable"):
-        recognize.new_name(name, {"classes": []})
+        recognize.enrol(SimpleNamespace(enrol=name), None, {"classes": []}, None)
     assert not fields.is_name(name)
     records = [sources.Record("a", "a", "b", split="train", tags=(name, "hat"))] * 3
     assert vocabulary(records)[0] == ["hat"]

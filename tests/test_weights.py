@@ -12,7 +12,6 @@ import data
 import demo
 import recognize
 import tags
-from common.gallery import load_gallery
 from common.io import read_safetensors
 from experiments.detection import names
 from finetune_lora import load_classifier
@@ -71,7 +70,9 @@ def test_its_recogniser_names_drawings_that_no_data_set_has(drawings):
     names, images = drawings
     net, header = load_classifier("weights/toon-lora")
     logits, embeddings = recognize.embed(net, images, nullcontext)
-    rows = recognize.answers(names, logits, embeddings, load_gallery("weights/toon-lora"), 1)
+    rows = recognize.answers(
+        names, logits, embeddings, recognize.load_gallery("weights/toon-lora"), 1
+    )
     assert (
         statistics.fmean(row["name"] == who for row, who in zip(rows, names, strict=True)) >= 0.95
     )
