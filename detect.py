@@ -14,11 +14,6 @@ four sides of a box, with the weights of TTFNet (Liu et al. 2020, arXiv:1909.007
 Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N cells of all maps.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import contextlib
 import io
 import json

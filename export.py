@@ -33,7 +33,7 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite, working
+from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
@@ -425,8 +425,7 @@ def main():
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()
     claim(target(args.encoder, args.to, args.out)[1])
-    with working("exporting"):
-        out, use = export(args.encoder, args.to, args.out, args.image_size)
+    out, use = export(args.encoder, args.to, args.out, args.image_size)
     print(f"wrote    {out}, {card_file(out, args.to).name}\nload it  {use}")
     if args.to == "merged":
         print(f"next: python probe.py {shlex.quote(str(out))} --data DIR")

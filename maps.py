@@ -46,7 +46,6 @@ from common.command import (
     progress,
     refuse_file,
     refuse_idle,
-    working,
 )
 from common.evaluate import hide_at_random, predict
 from common.features import name_of
@@ -452,8 +451,7 @@ def rows_of_map(args, images, device):
     def stream(rows):
         return tokens_of(images, rows, encoder, size, device, autocast)
 
-    with working("features of a sample"):
-        total = sum(tokens.double().sum(0) for _, tokens in stream(some))
+    total = sum(tokens.double().sum(0) for _, tokens in stream(some))
     place = (total / len(some)).float()  # what the tokens at each place have in common, (N, D)
     if args.map == "saliency":
         return (
@@ -468,18 +466,16 @@ def rows_of_map(args, images, device):
     def masked(rows):
         return with_foreground(stream(rows), place, args.quality)
 
-    with working("foreground of a sample"):
-        points = torch.cat(
-            [relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)]
-        )
+    points = torch.cat(
+        [relative_to_foreground(tokens, mask, place)[mask] for tokens, mask in masked(some)]
+    )
     if len(points) < args.parts:
         raise UserError(
             f"--parts {args.parts} are more than the {len(points)} patches of foreground that were found"
         )
-    with working("k-means"):
-        centres = kmeans(
-            points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0)
-        )  # one codebook, (K, D)
+    centres = kmeans(
+        points[:: math.ceil(len(points) / 20000)], args.parts, seeded(0)
+    )  # one codebook, (K, D)
     chunks = (parts_of(tokens, mask, place, centres) for tokens, mask in masked(every))
     return g, "U8", (chunk.unflatten(1, (g, g)).cpu().numpy() for chunk in chunks)
 
@@ -659,8 +655,7 @@ def sheet_of_all(path, run, split, device, dtype):
     maps = [(name, score.unflatten(1, (g, g))) for name, score in shown.items()]
     title = "What each strategy hides first, at the end of a run"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with working("drawing"):
-        draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
+    draw_sheet(path, title, view.cpu(), maps, list(masking.STRATEGIES), scores, g, width=1350)
     print(f"{path}: every strategy on the same faces")
 
 
@@ -699,8 +694,7 @@ def main():
     bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
     maps = data.open_map(path, args.map, split)
-    with working("drawing"):
-        sheet_of_map(sheet, args.map, split["images"], maps, args.parts)
+    sheet_of_map(sheet, args.map, split["images"], maps, args.parts)
     print(
         "\n".join(
             [

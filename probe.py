@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import data
 from common import features, metrics, stats
 from common.checkpoints import flags_of, load_encoder
-from common.command import Flags, Parser, claim, cli, command, drawing, working
+from common.command import Flags, Parser, claim, cli, command, drawing
 from common.io import UserError, save_json, save_text
 from common.train import commit, machine, read_log, seeded
 from model import shape_of
@@ -120,7 +120,6 @@ def open_labels(task):
 # ---- numbers: each function takes a set of features {split: (n, D)} ------------------------------
 
 
-@working("fitting classifiers")
 def measure(found, task):
     """Every number of one set of features -> (row of probe.json, {head: which images are right})."""
     bank, queries, labels = found["train"], found[task.held], task.labels[task.held]
@@ -322,7 +321,7 @@ def probe(run, task, threshold):
         "images": {name: len(x) for name, x in task.labels.items()},
     }
     if not (task.labelled and task.headline):
-        with working("drawing"), drawing("attention.png and others"):
+        with drawing("attention.png and others"):
             draw(task.home[run], encoder, size, task, found["mean"])
     right, log = {}, read_log(features.home_of(run) / "log.jsonl")
     if task.labelled:

@@ -18,11 +18,6 @@ mirror image.
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import itertools
 import json
 import math

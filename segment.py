@@ -17,11 +17,6 @@ evaluation, and for training with --learn-from truth alone. After "Hybrid compos
 Shapes: B batch, S side of a view in pixels, g patches on a side, K patches seen, H, W any sides.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import csv
 import itertools
 import math

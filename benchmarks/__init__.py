@@ -1,13 +1,7 @@
 """What the benches share: where a row was made, where rows go, clocks, and the memory that a process holds."""
 
-import sys
 import time
 from pathlib import Path
-
-from common.command import starting
-
-if sys.argv[0] == "-m":  # python -m benchmarks.X, which imports this first
-    starting()  # torch takes two seconds to load
 
 import torch
 

@@ -31,7 +31,7 @@ from PIL import Image
 
 import data
 from benchmarks import OUT, ROOT, about, status_mb
-from common.command import Parser, at_least, claim, cli, refuse_idle, working
+from common.command import Parser, at_least, claim, cli, refuse_idle
 from common.io import UserError, write_rows
 from common.train import read_log
 from experiments.tables import save_csv
@@ -341,10 +341,9 @@ def main():
         found = scale_rows(args.scale or SCALE, args.batch_size)
     else:
         found = loader_rows(args.images, args.side, args.batch_size)
-    with working("measuring"):
-        for row in found:
-            rows.append(row | where)
-            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    for row in found:
+        rows.append(row | where)
+        print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     save_csv(path, rows)
     print(f"wrote    {path}")
 

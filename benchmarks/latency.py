@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 
 from benchmarks import OUT, about
-from common.command import Parser, at_least, claim, cli, working
+from common.command import Parser, at_least, claim, cli
 from experiments.tables import save_csv
 from export import graph_of, save_onnx
 
@@ -78,11 +78,10 @@ def main():
     )
     args, rows = parser.parse_args(), []
     claim([args.out / "bench_latency.csv"])
-    with working("measuring"):
-        for run in args.runs:
-            for row in measure(run, args.batch_size, args.turns):
-                rows.append(row)
-                print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    for run in args.runs:
+        for row in measure(run, args.batch_size, args.turns):
+            rows.append(row)
+            print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     save_csv(args.out / "bench_latency.csv", rows)
     print(f"wrote    {args.out}/bench_latency.csv")
 

@@ -13,7 +13,7 @@ import torch
 import data
 from benchmarks import OUT, about, now
 from common.checkpoints import resize_positions
-from common.command import Parser, at_least, claim, cli, working
+from common.command import Parser, at_least, claim, cli
 from common.io import UserError
 from common.train import autocast_of, pick_dtype
 from experiments.tables import save_csv
@@ -93,10 +93,9 @@ def main():
     args, rows = parser.parse_args(), []
     claim([args.out / "bench_sides.csv"])
     autocast = autocast_of(CPU, pick_dtype("auto", CPU)[0])
-    with working("measuring"):
-        for side in args.sides:
-            rows.append(measure(args.run, args.data, side, args.turns, autocast))
-            print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    for side in args.sides:
+        rows.append(measure(args.run, args.data, side, args.turns, autocast))
+        print(", ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     save_csv(args.out / "bench_sides.csv", rows)
     print(f"wrote    {args.out}/bench_sides.csv")
 

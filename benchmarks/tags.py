@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import OUT, about, free_gb, now, status_mb
 from common import plots, train
-from common.command import Parser, at_least, claim, cli, working
+from common.command import Parser, at_least, claim, cli
 from experiments.tables import save_csv
 from model import SIZES, ViT
 from tags import MFDN, hide, to_words
@@ -161,10 +161,9 @@ def main():
     args, rows, start_time = parser.parse_args(), [], time.perf_counter()
     claim([args.out / "bench_tags.csv", args.out / "bench_tags.png"])
     device = train.pick_device(args.device)
-    with working("measuring"):
-        for row in measure(args, device):
-            rows.append(row | about(device))
-            print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
+    for row in measure(args, device):
+        rows.append(row | about(device))
+        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
     save_csv(args.out / "bench_tags.csv", rows)
     title = f"What a tag costs in training: {args.model}, {args.batch_size} pictures a step"
     draw(args.out / "bench_tags.png", rows, title)

@@ -254,22 +254,8 @@ def refuse_file(folder):
 # ---- while it works ------------------------------------------------------------------------------
 
 
-def starting():
-    """Say at once, on a terminal, that something happens: torch takes two seconds to load."""
-    if sys.stderr.isatty():
-        print("loading ...", end="\r", file=sys.stderr, flush=True)
-
-
 def progress(items=None, name=None, total=None, disable=False, **options):
     """tqdm's bar; where output is piped, it is drawn every ten seconds."""
     if not sys.stderr.isatty():
         options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
-
-
-@contextlib.contextmanager
-def working(what):
-    """with working("fitting the probe"): on a terminal, say what takes its time without steps."""
-    if sys.stderr.isatty():
-        print(f"{what} ...", end="\r", file=sys.stderr, flush=True)
-    yield

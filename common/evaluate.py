@@ -12,7 +12,7 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance, metrics
-from common.command import drawing, working
+from common.command import drawing
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
 from kernels.loss import FLOOR, patch_error, visible_stats
@@ -118,7 +118,6 @@ def attention_by_part(encoder, split, source, autocast):
     return {name: round((m / a).item(), 3) for name, m, a in ratios if a > 0}
 
 
-@working("evaluating")
 def evaluate(model, splits, norm, autocast, epoch):
     """What the log says of a model after `epoch` epochs; printed in one line.
 

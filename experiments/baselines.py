@@ -22,11 +22,6 @@ A linear or mlp head on frozen features takes seconds, and gets its usual 50 epo
 stay under --work; what is there is not made again, so that a plan can be stopped at any time.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import shlex
 import statistics
 import time
@@ -40,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 from common import metrics, plots, stats
 from common.classifier import pooled_of, predict
-from common.command import Parser, at_least, between, cli, refuse_file, working
+from common.command import Parser, at_least, between, cli, refuse_file
 from common.io import UserError, lock_beside, locked, read_json, save_json, save_text
 from common.train import autocast_of, commit, pick_dtype, read_log, seeded
 from experiments import convnets
@@ -382,7 +377,6 @@ def final(args, plan):
             print(f"{arm}, seed {seed}: Top-1 {row['top1']:.1f} %", flush=True)
 
 
-@working("measuring")
 def row_of(args, out, strangers=None):
     """A run, and the one with strangers -> columns of rows.csv."""
     found, verified = (

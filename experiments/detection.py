@@ -15,11 +15,6 @@ Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md,
         recogniser says of the faces that it finds, where the painter knows who they are
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import shlex
 import statistics
 import time

@@ -6,11 +6,6 @@ Reads:  a run of pretrain.py, the newest recogniser that was made of it, and its
 Writes: OUT/front-light.png and OUT/front-dark.png
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 from pathlib import Path
 
 import torch

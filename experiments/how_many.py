@@ -6,11 +6,6 @@ Top-1 on val by logistic regression on the frozen mean token, thumbnails beside 
 pictures gives all.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 from pathlib import Path
 
 import torch

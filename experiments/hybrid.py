@@ -15,11 +15,6 @@ Writes: OUT/arms.csv, a row a run with the command that makes it again; arms.md,
 Arms that differ in stage 3 alone share stage 1 of a seed.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import shlex
 from contextlib import nullcontext
 from pathlib import Path

@@ -20,11 +20,6 @@ import math
 import zipfile
 from pathlib import Path
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import numpy as np
 import torch
 from PIL import Image
@@ -34,7 +29,7 @@ import maps
 import mask as masking
 from common import guidance
 from common.checkpoints import load_teacher
-from common.command import Parser, claim, cli, progress, refuse_file, working
+from common.command import Parser, claim, cli, progress, refuse_file
 from common.features import untrained_like
 from common.io import UserError, regular
 from common.train import commit, machine, seeded
@@ -301,11 +296,10 @@ def main():
     encoder, size = load_teacher(args.run)
     sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
-    with working(f"foreground and parts of {name}"):
-        rows, found = measure_foreground(name, images, foreground, encoder, size)
-        rows += measure_attention(name, images, foreground, encoder, size, sources)
-        for K in (6, 12):
-            rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
+    rows, found = measure_foreground(name, images, foreground, encoder, size)
+    rows += measure_attention(name, images, foreground, encoder, size, sources)
+    for K in (6, 12):
+        rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits != "none" else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)

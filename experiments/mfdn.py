@@ -13,11 +13,6 @@ Every arm has the same pictures, crops, epochs and batches for a seed, so that d
 paired.
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import shlex
 from argparse import RawTextHelpFormatter
 from pathlib import Path

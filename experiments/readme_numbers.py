@@ -17,11 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import torch
 from PIL import Image
 

@@ -21,11 +21,6 @@ import shlex
 import time
 from pathlib import Path
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import numpy as np
 import torch
 
@@ -33,7 +28,7 @@ import data
 import mask as masking
 from common import features, guidance, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
-from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle, working
+from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
@@ -117,14 +112,13 @@ def fit_probe(task):
     found = features.of_encoder(task.encoder, task.size, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
     labels = {name: split["labels"] for name, split in task.splits.items()}
-    with working("fitting the probe"):
-        task.scores, _ = metrics.logistic_probe(
-            found["train"][fit],
-            labels["train"][fit],
-            found[where][choose],
-            labels[where][choose],
-            len(task.train["header"]["classes"]),
-        )
+    task.scores, _ = metrics.logistic_probe(
+        found["train"][fit],
+        labels["train"][fit],
+        found[where][choose],
+        labels[where][choose],
+        len(task.train["header"]["classes"]),
+    )
 
 
 @torch.no_grad()

@@ -34,11 +34,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import data
 import mask as masking
 from common import metrics
@@ -51,7 +46,6 @@ from common.command import (
     refuse_file,
     refuse_idle,
     refuse_overwrite,
-    working,
 )
 from common.io import UserError, locked, read_json, save_json, save_text
 from common.train import pick_device, pick_dtype
@@ -694,8 +688,7 @@ def main():
         failed = run_studies(studies, args)
         if args.dry:
             return
-        with working("judging the rows"):
-            judged, changed = report.open_all(args.out), [study["folder"] for study in studies]
+        judged, changed = report.open_all(args.out), [study["folder"] for study in studies]
         for study in judged:
             if args.report or study["folder"] in changed:
                 print(f"wrote    {report.write(study)}", flush=True)

@@ -14,11 +14,6 @@ dino    of each large crop a teacher says which of K prototypes it is like; the 
         (Caron et al. 2021, arXiv:2104.14294, algorithm 1)
 """
 
-if __name__ == "__main__":
-    from common.command import starting
-
-    starting()  # torch takes two seconds to load
-
 import copy
 import shlex
 from pathlib import Path

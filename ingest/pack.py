@@ -49,7 +49,6 @@ from common.command import (
     refuse_file,
     refuse_idle,
     refuse_overwrite,
-    working,
 )
 from common.fields import refuse_odd_name, shown
 from common.io import UserError, lock_beside, locked, read_header, write_rows
@@ -199,8 +198,7 @@ def open_images(path, size, crop, margin, boxes, layout):
     """
     records, fetch, notes = sources.find(path, boxes, layout)
     print("\n".join(notes), flush=True)
-    with working("looking for alpha channels"):
-        found, tried = count_alpha(records, fetch)
+    found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
     rest = (
         "of the others all is foreground"
@@ -254,12 +252,11 @@ def open_hybrid(size, seed):
     from ingest import hybrid
 
     processes = at_once(size, PAINT, os.cpu_count() or 1)
-    with working("reading photographs, mixing colours"):
-        draw = partial(
-            hybrid.draw,
-            photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
-            colours=hybrid.palettes(seed),
-        )
+    draw = partial(
+        hybrid.draw,
+        photos={s: hybrid.open_photos(s) for s in hybrid.COUNTS},
+        colours=hybrid.palettes(seed),
+    )
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in hybrid.plan(seed)]
     dims = {"images": (size, size, 3), "drawn": (size, size), "style": (len(toon.STRATA),)}
     notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
@@ -292,8 +289,7 @@ def open_boxes(path, size):
     """The same for pictures with boxes: all of each picture, filled up to a square."""
     from ingest import boxes
 
-    with working(f"reading the boxes of {path}"):
-        records, fetch, notes, shares = boxes.find(path)
+    records, fetch, notes, shares = boxes.find(path)
     print("\n".join(notes), flush=True)
     most, clipped = max(1, *(len(r.box) for r in records)), []
     dims = {"images": (size, size, 3), "boxes": (most, 4)}
@@ -335,8 +331,7 @@ def near_duplicates(records, fetch, dedupe, out):
         for record, row in progress(rows, "looking for copies", len(records), unit="img"):
             if not isinstance(row, Exception):  # what can't be read stays blank
                 thumbs[place[record.key]] = row
-        with working("comparing the pictures"):
-            pairs = duplicates.pairs(thumbs)
+        pairs = duplicates.pairs(thumbs)
     return pairs, duplicates.report(records, pairs)
 
 
@@ -562,8 +557,7 @@ def show(args):
             for n in ("train", "dev", "val", "test")
             if (Path(args.path) / f"{n}.safetensors").exists()
         ]
-        with working("drawing the sheet"):
-            sheet.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
+        sheet.dataset_sheet(path, args.path, {n: open_split(args.path, n) for n in names})
         return f"{path} written; next: {to_learn(args.path)}"
     records, fetch, _ = sources.find(args.path, args.boxes, "-")
 

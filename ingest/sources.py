@@ -30,7 +30,6 @@ from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
-from common.command import working
 from common.io import UserError, parse_json, regular
 from ingest import layouts
 
@@ -55,13 +54,12 @@ def find(path, boxes_file=None, layout=None):
     if str(path) != "-" and (not str(path) or not Path(path).exists()):
         fix = "give a folder, an archive or a list of images, or the word toon"
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
-    with working(f"reading the names in {path}"):
-        reader = from_list if str(path) == "-" else reader_of(Path(path))
-        more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
-        try:
-            records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
-        except layouts.Ambiguous as problem:
-            raise UserError(two_readings(path, problem)) from None
+    reader = from_list if str(path) == "-" else reader_of(Path(path))
+    more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
+    try:
+        records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
+    except layouts.Ambiguous as problem:
+        raise UserError(two_readings(path, problem)) from None
     if not records:
         raise UserError(nothing_in("standard input" if str(path) == "-" else path))
     if reader not in BY_FOLDERS:
