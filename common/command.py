@@ -118,8 +118,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are a UserError; the namespace has `given`, the set of flags given."""
 
     def __init__(self, *args, **options):
-        options.setdefault("formatter_class", argparse.RawTextHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **options)
+        ours = {"formatter_class": argparse.RawTextHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **(ours | options))
 
     def error(self, message):
         raise UserError(message.removeprefix("argument ").replace(": ", " ", 1))
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         known = {name: action.dest for name, action in self._option_string_actions.items()}
         found.given = getattr(found, "given", set()) | {known[f] for f in flags & known.keys()}
         for name in found.given:
-            if getattr(found, name, None) in ("", []):  # as of --out "$UNSET"
+            if getattr(found, name, None) == "":  # as of --out "$UNSET"
                 self.error(f"--{name.replace('_', '-')} gives no value")
         return found, rest
 
@@ -254,8 +254,20 @@ def refuse_file(folder):
 # ---- while it works ------------------------------------------------------------------------------
 
 
+class Lines:
+    """A file for tqdm where output is piped: each state of a bar is a line."""
+
+    def write(self, text):
+        line = text.strip("\r\n ")
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(items=None, name=None, total=None, disable=False, **options):
-    """tqdm's bar; where output is piped, it is drawn every ten seconds."""
+    """tqdm's bar; where output is piped, a line every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, disable=disable, **options)
