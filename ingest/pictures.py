@@ -70,3 +70,16 @@ def tell_problems(problems, count, as_json):
         print(f"skipped: {shown(problem)}", file=sys.stderr)
         if as_json:
             print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))
+
+
+DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
+
+
+def demo_note(trained_on):
+    """A sentence for networks that were trained on a demo set alone, or None.
+
+    trained_on: the folder of the data set that the file of the network names.
+    """
+    if Path(trained_on or "").name in DEMO_SETS:
+        return "trained on the demo set alone: of other pictures, answers are guesses"
+    return None
