@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from common.fields import check_arrays, check_range
-from common.io import DTYPES, UserError, not_whole, read_header, write_rows
+from common.io import DTYPES, UserError, not_whole, read_header
 
 APART = 0.1  # share of train that choices are made on, where there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
@@ -159,6 +159,8 @@ def hold_apart(groups, labels, share, seed=0):
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
     """Write chunks (b, G, G) of maps of the whole shape (n, G, G) to a file, as they come."""
+    from ingest.rows import write_rows
+
     rows = ({name: chunk} for chunk in chunks)
     write_rows(path, {name: (dtype, shape[1:])}, shape[0], rows, lambda: header or {})
 

@@ -32,10 +32,11 @@ from PIL import Image
 import data
 from benchmarks import OUT, ROOT, about, status_mb
 from common.command import Parser, at_least, claim, cli, refuse_idle
-from common.io import UserError, write_rows
+from common.io import UserError
 from common.train import read_log
 from experiments.tables import save_csv
 from ingest import duplicates, pack, sources, tags, toon
+from ingest.rows import write_rows
 
 SCALE = (10_000, 100_000, 1_000_000)
 

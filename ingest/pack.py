@@ -51,9 +51,10 @@ from common.command import (
     refuse_overwrite,
 )
 from common.fields import refuse_odd_name, shown
-from common.io import UserError, lock_beside, locked, read_header, write_rows
+from common.io import UserError, lock_beside, locked, read_header
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
+from ingest.rows import write_rows
 from ingest.splits import assign_splits, large_enough, long_tailed, without_copies
 
 SHARES, TOON_SHARES = (
