@@ -186,7 +186,7 @@ def build_network(network, size, flags):
 
 
 def make_mask(flags, encoder, train_set, autocast, views):
-    """--mask and --ratio: the strategy, the guide whose scores it reads, first and last ratio."""
+    """--mask and --ratio: the strategy, the guide whose scores it reads, and the ratios."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
         if need == "attn" and flags.values["teacher"] != "self":
@@ -206,20 +206,17 @@ def make_mask(flags, encoder, train_set, autocast, views):
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
         guide.maps, guide.parts, note = found
         print(f"guide    {note}")
-    return functools.partial(masking.STRATEGIES[name], **params), guide, (ratios[0], ratios[-1])
+    return functools.partial(masking.STRATEGIES[name], **params), guide, ratios
 
 
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    learned = flags.values if name == "self" else flags_of(name)
-    trained = guidance.default_source(learned, name)
-    source = flags.attention or trained
-    if trained == "outlier" and source != "outlier":
-        print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
+    trained = flags.values if name == "self" else flags_of(name)
+    source = flags.attention or guidance.default_source(trained, name)
     if name == "self":
         return guidance.average_of(encoder, source, flags.epochs, start)
-    return guidance.Teacher(load_teacher(name)[0], source, {0}, name)
+    return guidance.Teacher(load_teacher(name)[0], source, {0})
 
 
 # ---- in the loop ---------------------------------------------------------------------------------
@@ -273,8 +270,8 @@ def finish(run, model, guide, held_set, norm):
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
     save_beside(model, run.out)
-    header = {"step": run.step, "run": run.config, **norm}
-    save_model(model, run.out / "model.safetensors", header)
+    notes = {"step": run.step, "run": run.config, **norm}
+    save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model, held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
@@ -296,9 +293,7 @@ def main():
 
     model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
-    strategy, guide, (first_ratio, last_ratio) = make_mask(
-        flags, model.encoder, train_set, autocast, V
-    )
+    strategy, guide, ratios = make_mask(flags, model.encoder, train_set, autocast, V)
     parts = {"model": model, **guide.networks()}
     if V == 2:
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
@@ -340,7 +335,7 @@ def main():
                 view = augment(view, train_set.get("fg"), rows, boxes, flip, draws)
 
             # 2. which patches are hidden
-            K = masking.kept(N, first_ratio + (last_ratio - first_ratio) * t)
+            K = masking.kept(N, ratios[0] + (ratios[-1] - ratios[0]) * t)
             patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
             priority = strategy(patches, noise, t, N - K)  # (V*b, N)
             ids_keep, ids_mask = masking.sample(priority, K)  # (V*b, K), (V*b, M)
