@@ -442,7 +442,7 @@ def rows_of_map(args, images, device):
     g, autocast = encoder.to(device).side, autocast_of(device, pick_dtype(args.dtype, device)[0])
     if args.map == "attn":
         guidance.check_source(args.source, encoder, "--source")
-        return g, "F16", guidance.attention_rows(images, encoder, size, args.source, autocast)
+        return g, "F16", guidance.attention_rows(images, encoder, args.source, autocast)
     if args.map == "parts" and args.parts > g**2:
         raise UserError(
             f"--parts {args.parts} must lie between 1 and the {g**2} patches of {args.run}"
@@ -641,7 +641,7 @@ def sheet_of_all(path, run, split, device, dtype):
     size, g, p = model.config["image_size"], model.encoder.side, model.config["patch_size"]
     rows = data.evenly_spaced(len(split["images"]), 4)
     index, view = next(data.whole_views(split["images"], rows, size, device))
-    chunks = guidance.attention(model.encoder, size, split["images"], rows, "outlier", autocast)
+    chunks = guidance.attention(model.encoder, split["images"], rows, "outlier", autocast)
     _, every = model.encoder.all_patches(view)  # (4, N)
     scores = {
         "attn": torch.cat([score for _, score in chunks]).cpu(),

@@ -5,12 +5,10 @@
     torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75       (a GPU each)
 
 Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (maps.py makes them)
-Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors (the weights, for the
-        next stages), stats_head.safetensors, pooler.safetensors, log.jsonl, three pictures
+Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors, log.jsonl, pictures
 
 Random numbers are drawn on the CPU from (seed, epoch, step). So two masks with one seed see the
-same images in the same order with the same crops, and a resumed run ends with the same bits. With
-torchrun each process has images and random numbers of its own.
+same images in the same order with the same crops, and a resumed run ends with the same bits.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
@@ -106,7 +104,7 @@ def parse_flags():
 # ---- several processes, each with a GPU and views of its own --------------------------------------
 
 
-def join_processes(device):
+def start_processes(device):
     """The number of this process, how many torchrun started, and this one's device."""
     if not launched():
         return 0, 1, device
@@ -117,11 +115,6 @@ def join_processes(device):
     if distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return distributed.get_rank(), distributed.get_world_size(), device
-
-
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
 
 
 def share_gradients(network):
@@ -143,17 +136,6 @@ def stop_together(run):
 # ---- before the loop -----------------------------------------------------------------------------
 
 
-def pick_machine(flags):
-    """The number of this process, the number of all, the device, and the dtype of matrix products."""
-    rank, world, device = join_processes(train.pick_device(flags.device))
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
-    kind, why = kernels.choose_impl("auto", device)
-    print(f"machine  {train.machine(device)}")
-    print(f"         {flags.dtype}: {reason}; kernels in {kind}: {why}")
-    return rank, world, device, dtype
-
-
 def parse_model(flags, device):
     """--model and --contrast: the network, its arguments, and the settings of the second loss."""
     defaults = DEFAULTS[device.type]
@@ -169,18 +151,14 @@ def parse_model(flags, device):
     return SimMIM if simmim else MAE, size, settings
 
 
-def open_data(flags, image_size, device, rank):
-    """The training split, that of the evaluations, and all images of training for the loader."""
-    if rank > 0:  # process 0 packs images first
-        wait_for_all()
-    flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
+def open_data(flags, image_size, rank):
+    """The training split, and that of the evaluations. Process 0 packs images first."""
     if rank == 0:
-        wait_for_all()
-    train_set, held_set = (
-        data.open_split(flags.data, "train"),
-        data.open_split(flags.data, flags.split),
-    )
-    return train_set, held_set, data.resident(train_set, device)
+        data.open_or_pack(flags.data, image_size)
+    if distributed.is_initialized():
+        distributed.barrier()
+    flags.values["data"] = str(data.open_or_pack(flags.data, image_size))
+    return data.open_split(flags.data, "train"), data.open_split(flags.data, flags.split)
 
 
 def set_length(flags, images, V, device, world):
@@ -207,62 +185,38 @@ def build_network(network, size, flags):
     return model
 
 
-def parse_ratio(text, N):
-    """--ratio: the shares of hidden patches in the first and in the last step."""
-    try:
-        ratios = [float(word) for word in text.split(":")]
-        for ratio in ratios:
-            masking.kept(N, ratio)
-    except ValueError as problem:
-        raise UserError(f"--ratio {text}: {problem}") from None
-    return ratios[0], ratios[-1]
-
-
-def make_guide(flags, encoder, train_set, autocast, views):
-    """--mask: the strategy with its parameters, and the guide whose scores it reads."""
+def make_mask(flags, encoder, train_set, autocast, views):
+    """--mask and --ratio: the strategy, the guide whose scores it reads, and the ratios."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
         if need == "attn" and flags.values["teacher"] != "self":
             keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
     name, params = parse_keys(flags.mask, keys, "--mask")
+    try:
+        ratios = [float(word) for word in flags.ratio.split(":")]
+        for ratio in ratios:
+            masking.kept(encoder.side**2, ratio)
+    except ValueError as problem:
+        raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
-    notes = {"detail": "the contrast of each view", "difficulty": "a head that predicts losses"}
     if guide.need == "attn" and flags.teacher != "maps":
         guide.teacher = make_teacher(encoder, flags, params["start"])
-        notes["attn"] = f"attention ({guide.teacher.source}) of {flags.teacher}"
+        print(f"guide    attention ({guide.teacher.source}) of {flags.teacher}")
     elif guide.need in guidance.IN_FILES:
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
-        guide.maps, guide.parts, notes[guide.need] = found
-    if guide.need:
-        print(f"guide    {notes[guide.need]}")
-    return functools.partial(masking.STRATEGIES[name], **params), guide
+        guide.maps, guide.parts, note = found
+        print(f"guide    {note}")
+    return functools.partial(masking.STRATEGIES[name], **params), guide, ratios
 
 
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    learned = flags.values if name == "self" else flags_of(name)
-    trained = guidance.default_source(learned, name)
-    source = flags.attention or trained
-    if trained == "outlier" and source != "outlier":
-        print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
+    trained = flags.values if name == "self" else flags_of(name)
+    source = flags.attention or guidance.default_source(trained, name)
     if name == "self":
         return guidance.average_of(encoder, source, flags.epochs, start)
-    return guidance.Teacher(load_teacher(name)[0], source, {0}, name)
-
-
-def describe(flags, train_set, held_set, model, V, total):
-    """Print what is trained, on what, and how."""
-    images, held = len(train_set["images"]), len(held_set["images"])
-    count = sum(w.numel() for w in model.parameters()) / 1e6
-    print(
-        f"data     {flags.data}: {images} train, {held} {flags.split} images\n"
-        f"model    {flags.model}: {count:.1f} M parameters, {model.encoder.side**2} patches\n"
-        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
-        f"{flags.min_crop:g} of the area, contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
-        f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
-        f"epochs, an evaluation every {flags.eval_every}"
-    )
+    return guidance.Teacher(load_teacher(name)[0], source, {0})
 
 
 # ---- in the loop ---------------------------------------------------------------------------------
@@ -293,7 +247,8 @@ def refresh_maps(guide, epoch, run, images):
     name = f"attn-{run.step:08d}.safetensors"
     if run.writes:
         guide.teacher.write_maps(images, run.out / name, guide.autocast)
-    wait_for_all()
+    if distributed.is_initialized():
+        distributed.barrier()
     guide.open_attention(name)
 
 
@@ -315,8 +270,8 @@ def finish(run, model, guide, held_set, norm):
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
     save_beside(model, run.out)
-    header = {"step": run.step, "run": run.config, **norm}
-    save_model(model, run.out / "model.safetensors", header)
+    notes = {"step": run.step, "run": run.config, **norm}
+    save_model(model, run.out / "model.safetensors", notes)
     draw_run(run.out, model, held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
@@ -324,19 +279,21 @@ def finish(run, model, guide, held_set, norm):
 
 def main():
     flags = parse_flags()
-    rank, world, device, dtype = pick_machine(flags)
+    rank, world, device = start_processes(train.pick_device(flags.device))
+    dtype, reason = train.pick_dtype(flags.dtype, device)
+    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"  # a resumed run keeps it
     autocast = train.autocast_of(device, dtype)
     network, size, settings = parse_model(flags, device)
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
-    train_set, held_set, images = open_data(flags, S, device, rank)
+    train_set, held_set = open_data(flags, S, rank)
+    images = data.resident(train_set, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
 
     model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
-    first_ratio, last_ratio = parse_ratio(flags.ratio, N)
-    strategy, guide = make_guide(flags, model.encoder, train_set, autocast, V)
+    strategy, guide, ratios = make_mask(flags, model.encoder, train_set, autocast, V)
     parts = {"model": model, **guide.networks()}
     if V == 2:
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
@@ -347,7 +304,17 @@ def main():
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
     how = {"return_error": True, "error_of": absolute_error if network is SimMIM else None, **norm}
     clipped = [w for name, w in model.named_parameters() if not name.startswith(ALONE)]
-    describe(flags, train_set, held_set, model, V, total)
+    count = sum(w.numel() for w in model.parameters()) / 1e6
+    print(
+        f"machine  {train.machine(device)}\n"
+        f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)[0]}\n"
+        f"data     {flags.data}: {len(images)} train, {len(held_set['images'])} {flags.split} images\n"
+        f"model    {flags.model}: {count:.1f} M parameters, {N} patches\n"
+        f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
+        f"{flags.min_crop:g} of the area, contrast {flags.contrast}, flat weight {flags.flat_weight:g}\n"
+        f"run      {flags.out}: {flags.mask}, ratio {flags.ratio}, seed {flags.seed}, {flags.epochs} "
+        f"epochs, an evaluation every {flags.eval_every}"
+    )
     flags.refuse_unread()
     parts |= {"optimizer": optimizer, "guide": guide}
     run = train.Run(flags, parts, total, per_epoch, device)
@@ -368,7 +335,7 @@ def main():
                 view = augment(view, train_set.get("fg"), rows, boxes, flip, draws)
 
             # 2. which patches are hidden
-            K = masking.kept(N, first_ratio + (last_ratio - first_ratio) * t)
+            K = masking.kept(N, ratios[0] + (ratios[-1] - ratios[0]) * t)
             patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
             priority = strategy(patches, noise, t, N - K)  # (V*b, N)
             ids_keep, ids_mask = masking.sample(priority, K)  # (V*b, K), (V*b, M)
@@ -406,7 +373,6 @@ def main():
                 log_evaluation(run, model, guide, (train_set, held_set), norm)
                 draw_masks(run.out, view[::V], ids_mask[::V], guide.pictures(patches), p)
             run.save_if_due()
-    wait_for_all()
     finish(run, model, guide, held_set, norm)
 
 

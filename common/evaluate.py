@@ -1,7 +1,4 @@
-"""Evaluations while a model trains: masked error, Top-1, attention, reconstructions.
-
-They are the same for every run: whole images, and one fixed random mask.
-"""
+"""Evaluations while a model trains, the same for every run: whole images, one fixed mask."""
 
 import functools
 
@@ -57,18 +54,15 @@ def masked_mse(model, split, norm, autocast):
 
 
 def extremes(tokens):
-    """Patch tokens (B, N, D) -> (B, 2D): the largest and smallest value of each feature.
-
-    What identifies a character is often in one patch, such as an iris, and a mean hides it.
-    """
+    """Patch tokens (B, N, D) -> (B, 2D): the largest and smallest value of each feature."""
     return torch.cat([tokens.amax(1), tokens.amin(1)], 1)
 
 
 @torch.no_grad()
-def pooled_tokens(encoder, image_size, autocast, split, rows):
+def pooled_tokens(encoder, autocast, split, rows):
     """-> extremes (n, 2D) and mean (n, D) of the patch tokens of whole images, fp32 on the CPU."""
     pools = []
-    for _, tokens in guidance.patch_tokens(encoder, image_size, split["images"], rows, autocast):
+    for _, tokens in guidance.patch_tokens(encoder, split["images"], rows, autocast):
         pools.append((extremes(tokens).cpu(), tokens.mean(1).cpu()))
     return [torch.cat(pool) for pool in zip(*pools, strict=True)]
 
@@ -101,14 +95,11 @@ def recognition(features, train, held):
 
 @torch.no_grad()
 def attention_by_part(encoder, split, source, autocast):
-    """{part: share of the attention over share of the area} in images with true parts.
-
-    1 is no preference. Parts that no image has are left out.
-    """
-    size, rows = encoder.side * encoder.patch_size, data.evenly_spaced(len(split["images"]), 256)
-    names = split["header"]["parts"]
+    """{part: share of the attention over share of the area}, 1 without a preference."""
+    names, images = split["header"]["parts"], split["images"]
+    rows = data.evenly_spaced(len(images), 256)
     mass, area = torch.zeros(2, len(names))
-    for index, score in guidance.attention(encoder, size, split["images"], rows, source, autocast):
+    for index, score in guidance.attention(encoder, images, rows, source, autocast):
         boxes, flip = data.full_boxes(len(index))
         share = guidance.crop_parts(split["parts"], index, boxes, flip, encoder.side, len(names))
         score = (score / score.sum(1, keepdim=True)).cpu()
@@ -119,17 +110,15 @@ def attention_by_part(encoder, split, source, autocast):
 
 
 def evaluate(model, splits, norm, autocast, epoch):
-    """What the log says of a model after `epoch` epochs; printed in one line.
+    """The row of the log after `epoch` epochs: masked error and, with labels, Top-1. It is printed.
 
-    splits: the training split and the one that is judged. {"epoch", "val_mse"}, with labels also
-    "knn" and "linear" (at epoch 0 with those of thumbnails).
+    splits: the training split and the one that is judged.
     """
     train, held = splits
-    S = model.config["image_size"]
     row = {"epoch": epoch, "val_mse": masked_mse(model, held, norm, autocast)}
     text = f"epoch {epoch:<4g} masked MSE {row['val_mse']:.4f}"
     if data.has_labels(train) and data.has_labels(held):
-        features = functools.partial(pooled_tokens, model.encoder, S, autocast)
+        features = functools.partial(pooled_tokens, model.encoder, autocast)
         row |= recognition(features, train, held)
         text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         if epoch == 0:
@@ -147,8 +136,8 @@ def evaluate(model, splits, norm, autocast, epoch):
 
 def draw_masks(out, view, ids_mask, scores, patch):
     """masks.png: views u8 (n, S, S, 3), {need: scores (n, g, g)} and what the encoder sees."""
-    view, ids_mask = view[:8], ids_mask[:8]
-    lines = [("view", view), *scores.items(), ("seen", hide(view, ids_mask, patch))]
+    seen = hide(view[:8], ids_mask[:8], patch)
+    lines = [("view", view[:8]), *scores.items(), ("seen", seen)]
     with drawing("masks.png"):
         from common import plots  # matplotlib takes a second to load
 
@@ -163,8 +152,8 @@ def draw_run(out, model, held, norm, autocast):
 
         split = held["header"].get("split", "val")
         plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
-        pictures = reconstruct(model, held, norm, autocast)
-        plots.image_grid(out / "recon.png", title, list(pictures.items()))
+        lines = reconstruct(model, held, norm, autocast)
+        plots.image_grid(out / "recon.png", title, lines)
 
 
 def hide(view, ids, patch):
@@ -174,16 +163,11 @@ def hide(view, ids, patch):
 
 @torch.no_grad()
 def reconstruct(model, split, norm, autocast):
-    """{name: u8 (8, S, S, 3)} of eight images under the fixed mask.
-
-    Only predicted statistics undo norm_pix: those of the true patch would be a part of the answer.
-    """
+    """[(name, u8 (8, S, S, 3))] of eight images. Only predicted statistics undo norm_pix."""
     view, ids_keep, ids_mask = next(masked_views(model, split, 8))
     pred, stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, stats if norm["norm_pix"] else None)
-    return {
-        "original": view,
-        "seen": hide(view, ids_mask, model.config["patch_size"]),
-        "predicted": put_patches(torch.full_like(view, GRAY), ids_mask, pixels),
-        "pasted": put_patches(view, ids_mask, pixels),
-    }
+    seen = hide(view, ids_mask, model.config["patch_size"])
+    predicted = put_patches(torch.full_like(view, GRAY), ids_mask, pixels)
+    pasted = put_patches(view, ids_mask, pixels)
+    return [("original", view), ("seen", seen), ("predicted", predicted), ("pasted", pasted)]

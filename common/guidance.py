@@ -34,18 +34,13 @@ IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # exact maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
 SAMPLE = 1024  # images whose mean token at each place `outlier` compares with
-# Half of the teacher's weights are new after this share of a run. At the first maps, after a tenth
-# of the run, the initial weights are then 1 % of the teacher.
-HALF_LIFE = 0.015
+HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
 
 
 class Guide:
-    """The scores that one strategy reads.
+    """The scores that one strategy reads: from maps, a Teacher, a LossPredictor, or the views.
 
-    maps       (n, G, G) of the training images, or None before the first maps of a teacher
-    parts      the number of parts that the maps distinguish, the background included
-    teacher    a Teacher, or None
-    predictor  a LossPredictor, or None
+    maps: (n, G, G) of the training images, None before the first; parts: the number in them.
     """
 
     def __init__(self, strategy, params, encoder, out, autocast, views=1):
@@ -60,16 +55,11 @@ class Guide:
         if self.need == "difficulty":
             self.predictor = LossPredictor(self.side, self.patch)
 
-    @property
-    def averages(self):
-        """Whether the teacher is the average of the run's own encoder."""
-        return self.teacher is not None and self.teacher.name == "self"
-
     def networks(self):
         """{name: network} of those that learn, which are part of a run's state."""
-        if self.predictor:
-            return {"predictor": self.predictor}
-        return {"teacher": self.teacher.encoder} if self.averages else {}
+        if self.teacher and self.teacher.learns:
+            return {"teacher": self.teacher.encoder}
+        return {"predictor": self.predictor} if self.predictor else {}
 
     def state_dict(self):
         """The rest of the state: the file of the teacher's maps, and what is left of its start."""
@@ -99,13 +89,12 @@ class Guide:
             rows = rows.roll(self.views) if self.shuffle else rows
             return {self.need: self.map_scores(rows, boxes, flip)}
         ids = torch.arange(self.side**2, device=view.device).expand(len(view), -1).contiguous()
-        if self.need == "detail":
-            score = patch_detail(view, ids, self.patch)
-        else:
-            patches = masked_patch_gather(view, ids, self.patch)
+        if self.predictor:
             with self.autocast():
-                self.predicted = self.predictor(patches).float()
+                self.predicted = self.predictor(masked_patch_gather(view, ids, self.patch)).float()
             score = self.predicted.detach()
+        else:
+            score = patch_detail(view, ids, self.patch)
         return {self.need: score.roll(self.views, 0) if self.shuffle else score}
 
     def map_scores(self, rows, boxes, flip):
@@ -123,13 +112,13 @@ class Guide:
         return ranking_loss(self.predicted.gather(1, ids_mask), error)
 
     def update_teacher(self, encoder, step, total):
-        if self.averages:
+        if self.teacher and self.teacher.learns:
             self.teacher.update(encoder, step, total)
 
     def statistics(self, patches, ids_mask):
         """What the log says of a batch's masks."""
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
-        if self.averages:
+        if self.teacher and self.teacher.learns:
             numbers["teacher_initial"] = self.teacher.initial
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
@@ -158,15 +147,15 @@ def region_shares(fg, ids_mask):
 
 
 class Teacher:
-    """The encoder whose attention guides. By the name "self" it is the average of the run's encoder.
+    """The encoder whose attention guides; it learns if it is the average of the run's encoder.
 
     source: how its attention is read; epochs: before which it makes maps of all images.
     """
 
-    def __init__(self, encoder, source, epochs, name):
+    def __init__(self, encoder, source, epochs, learns=False):
         check_source(source, encoder, "--attention")
         self.encoder = encoder.requires_grad_(False)
-        self.source, self.epochs, self.name = source, epochs, name
+        self.source, self.epochs, self.learns = source, epochs, learns
         self.initial = 1.0  # share of the weights that the run began with
 
     @torch.no_grad()
@@ -179,41 +168,35 @@ class Teacher:
 
     def write_maps(self, images, path, autocast):
         """Write the attention to all images as f16 (n, g, g): memory does not grow with the data."""
-        g = self.encoder.side
-        size = g * self.encoder.patch_size
-        rows = attention_rows(images, self.encoder, size, self.source, autocast)
-        chunks = progress(rows, "attention", math.ceil(len(images) / data.CHUNK), leave=False)
-        data.write_maps(path, "attn", chunks, (len(images), g, g), "F16")
+        n, g = len(images), self.encoder.side
+        rows = attention_rows(images, self.encoder, self.source, autocast)
+        chunks = progress(rows, "attention", math.ceil(n / data.CHUNK), leave=False)
+        data.write_maps(path, "attn", chunks, (n, g, g), "F16")
 
 
 def average_of(encoder, source, epochs, start):
-    """The Teacher that is the run's own average; it guides after the share `start` of the epochs.
-
-    A young teacher's attention is poor, so it makes new maps at a quarter and at half of the run.
-    """
+    """The Teacher that is the run's own average; it guides after the share `start` of the epochs."""
+    # a young teacher's attention is poor, so it makes new maps at a quarter and at half of the run
     before = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
-    return Teacher(copy.deepcopy(encoder), source, before, "self")
+    return Teacher(copy.deepcopy(encoder), source, before, learns=True)
 
 
 def ema_momentum(step, total):
-    """The share of the teacher that stays at this step; it rises to 1 by half a cosine, as in
-    AttMask (arXiv:2203.12719). There it begins at 0.996, which suits long runs.
-    """
+    """The share of the teacher that stays; it rises to 1 by half a cosine (arXiv:2203.12719)."""
     new = 1 - 0.5 ** (1 / (HALF_LIFE * total))
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
 def default_source(flags, teacher):
-    """How to read the attention of a teacher ("self", a run or a file): by what its run trained.
-
-    A file of others, such as DINO's, has a CLS token that a loss trained.
-    """
+    """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
     contrast = contrast_of(flags)
     if contrast == "cls":
         return "rollout"
     if contrast == "pooler" and (teacher == "self" or beside(teacher, "pooler").exists()):
         return "pooler"
-    return "cls" if not flags and Path(teacher).is_file() else "outlier"
+    return (
+        "cls" if not flags and Path(teacher).is_file() else "outlier"
+    )  # DINO trained its CLS token
 
 
 def check_source(source, encoder, flag):
@@ -226,7 +209,7 @@ def check_source(source, encoder, flag):
 
 
 @torch.no_grad()
-def attention(encoder, image_size, images, rows, source, autocast):
+def attention(encoder, images, rows, source, autocast):
     """Yield (index, (b, N) fp32): an encoder's attention to the patches of whole images `rows`.
 
     pooler, rollout and cls are means over heads of ViT.patch_attention. outlier is the distance of
@@ -234,30 +217,32 @@ def attention(encoder, image_size, images, rows, source, autocast):
     """
     if source == "outlier":
         some = data.evenly_spaced(len(images), SAMPLE)
-        sample = patch_tokens(encoder, image_size, images, some, autocast)
+        sample = patch_tokens(encoder, images, some, autocast)
         total = sum(tokens.cpu().double().sum(0) for _, tokens in sample)  # Metal has no float64
         mean = (total / len(some)).float()  # (N, D)
-        for index, tokens in patch_tokens(encoder, image_size, images, rows, autocast):
+        for index, tokens in patch_tokens(encoder, images, rows, autocast):
             yield index, (tokens - mean.to(tokens.device)).norm(dim=2)
         return
-    for index, view in data.whole_views(images, rows, image_size, encoder.cls_token.device):
+    size, device = encoder.side * encoder.patch_size, encoder.cls_token.device
+    for index, view in data.whole_views(images, rows, size, device):
         with autocast():
             score = encoder.patch_attention(view, source)  # (b, H, N)
         yield index, score.float().mean(1)
 
 
-def patch_tokens(encoder, image_size, images, rows, autocast):
+def patch_tokens(encoder, images, rows, autocast):
     """Yield (index, patch tokens (b, N, D) fp32) of whole images `rows`, in order."""
-    for index, view in data.whole_views(images, rows, image_size, encoder.cls_token.device):
+    size, device = encoder.side * encoder.patch_size, encoder.cls_token.device
+    for index, view in data.whole_views(images, rows, size, device):
         with autocast():
             tokens = encoder.features(view)
         yield index, tokens[:, 1:].float()
 
 
-def attention_rows(images, encoder, image_size, source, autocast):
+def attention_rows(images, encoder, source, autocast):
     """Yield (b, g, g) fp16 of all images, in order: the chunks of a file of maps."""
     rows = torch.arange(len(images))
-    for _, score in attention(encoder, image_size, images, rows, source, autocast):
+    for _, score in attention(encoder, images, rows, source, autocast):
         yield score.unflatten(1, (encoder.side, -1)).half().cpu().numpy()
 
 
@@ -281,10 +266,8 @@ class LossPredictor(nn.Module):
 
 
 def ranking_loss(score, error):
-    """Log loss of ranking every two hidden patches by their errors; score, error (B, M).
-
-    Only the order counts, because errors shrink while the model learns (HPM, arXiv:2304.05919).
-    """
+    """Log loss of ranking every two hidden patches by their errors, as HPM; score, error (B, M)."""
+    # only the order counts, because errors shrink while the model learns
     harder = (error[:, :, None] > error[:, None]).to(score.dtype)  # (B, M, M)
     return F.binary_cross_entropy_with_logits(score[:, :, None] - score[:, None], harder)
 
@@ -293,34 +276,29 @@ def ranking_loss(score, error):
 
 
 def open_maps(need, where, folder, train):
-    """The maps of the training images: (rows (n, G, G), number of parts, a line about them).
+    """The maps (n, G, G) of the training images, the number of parts, and a line about them.
 
-    where: a folder or file of maps.py; "truth", the exact masks of the data set; "auto", those if
-    there are, else maps/NAME.
+    where: a folder or file of maps.py; "truth": masks in the data; "auto": those, else maps/NAME.
     """
     name, has_truth = IN_FILES[need], need in TRUTH and need in train
-    if where == "truth" and not has_truth:
+    if has_truth and where in ("truth", "auto"):
+        count = len(train["header"].get("parts") or [])
+        return train[need], count, f"the true {TRUTH[need]} of {folder}"
+    if where == "truth":
         raise UserError(
             f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
             f"python maps.py --data {folder} --map {name} makes maps without"
         )
-    if has_truth and where in ("truth", "auto"):
-        count = len(train["header"].get("parts") or [])
-        return train[need], count, f"the true {TRUTH[need]} of {folder}"
-    path = where
-    if where == "auto":
-        path = data.map_file(Path("maps") / Path(folder).name, name, train)
+    default = data.map_file(Path("maps") / Path(folder).name, name, train)
+    path = default if where == "auto" else where
     maps = data.open_map(path, name, train)
     header = data.open_tensors(maps.filename)["header"]
-    how = [str(header[key]) for key in ("quality", "source", "by") if header.get(key)]
-    return maps, header.get("parts", 0) + 1, " ".join([str(path), *how])
+    notes = [str(header[key]) for key in ("quality", "source", "by") if header.get(key)]
+    return maps, header.get("parts", 0) + 1, " ".join([str(path), *notes])
 
 
 def crop_map(maps, rows, boxes, flip, side):
-    """(B, side*side): maps of these images, cropped and flipped as the images were.
-
-    Attention (f16) keeps its scale; foreground (u8) becomes a share in [0, 1].
-    """
+    """(B, side*side): maps of these images under the same crops; u8 becomes a share in [0, 1]."""
     whole = data.take(maps, rows, boxes.device)  # (B, G, G)
     score = data.view_maps(whole, boxes, flip, side).flatten(1)
     return score / 255 if whole.dtype == torch.uint8 else score

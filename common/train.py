@@ -3,7 +3,6 @@
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -73,14 +72,13 @@ def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (dtype of matrix products, the reason). Weights stay fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        reason = "this GPU multiplies it fast" if fast else "this GPU has no fast bf16"
-    elif device.type == "cpu":
+    reason = f"bf16 is not known to be faster on this {device.type}"
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
         fast = bf16_gain() > 1.3
-        reason = f"this CPU was timed, and multiplies bf16 {bf16_gain():.1f} times as fast as fp32"
-    else:
-        fast, reason = False, f"bf16 is not known to be faster on this {device.type}"
+        reason = f"bf16 is {bf16_gain():.1f} times as fast as fp32 on this CPU"
+    elif fast:
+        reason = "bf16 is fast on this GPU"
     return torch.bfloat16 if fast else torch.float32, reason
 
 
@@ -99,13 +97,12 @@ def machine(device):
 def commit():
     """The commit that this code is at, with a + if code was changed since: results name it."""
     git = ["git", "-C", os.fspath(Path(__file__).parent.parent)]
-    words = {"capture_output": True, "text": True}
     try:
-        name = subprocess.run([*git, "describe", "--always"], **words).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], **words).stdout
-    except OSError:
-        name = ""
-    return name + "+" * bool(changed) if name else "no git"
+        name = subprocess.check_output([*git, "describe", "--always"], stderr=subprocess.DEVNULL)
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--", "*.py"])
+    except (OSError, subprocess.CalledProcessError):
+        return "no git"
+    return name.decode().strip() + "+" * bool(changed)
 
 
 def peak_memory_mb(device):
@@ -134,8 +131,7 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
 
 def load_optimizer(optimizer, saved):
     """Load AdamW's moments, which have to fit the weights. All else follows from the flags."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     for weight, moments in optimizer.state.items():
         shapes = {name: x.shape for name, x in moments.items()}
         if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
@@ -173,7 +169,7 @@ def trackers(text):
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in ("tensorboard", "wandb") or not find_spec(name):
-            raise argparse.ArgumentTypeError(f"{name} must be tensorboard or wandb, and installed")
+            raise UserError(f"--log {name} must be tensorboard or wandb, and installed")
     return names
 
 
@@ -223,28 +219,28 @@ def load_state(path):
 class Run:
     """What surrounds a training loop: log.jsonl, state.pt, the bar, Ctrl-C.
 
-    parts: {name: an object with state_dict and load_state_dict}; all of them are saved in state.pt.
+    parts: {name: an object with state_dict and load_state_dict}, all of them saved in state.pt.
     With flags.resume they go on from there. With torchrun only the first process writes.
     """
 
     def __init__(self, flags, parts, total, per_epoch, device):
-        self.out = Path(flags.out)
-        self.path = self.out / "state.pt"
+        self.out, self.device = Path(flags.out), device
+        self.path, self.log_path = self.out / "state.pt", self.out / "log.jsonl"
         self.config = {k: v for k, v in flags.values.items() if k not in ("log", "resume")}
-        self.parts, self.device = parts, device
-        self.total, self.per_epoch = total, per_epoch  # steps
-        self.batch_size = flags.batch_size  # images of a step
-        self.step, self.losses, self.norms = 0, [], []
-        self.writes = not launched() or os.environ["RANK"] == "0"
-        self.start = self.saved = time.perf_counter()
-        self.since, self.waited = self.start, 0.0  # of the next row: its start, the wait for data
+        self.parts, self.batch_size = parts, flags.batch_size  # images of a step
+        self.step, self.total, self.per_epoch = 0, total, per_epoch
+        self.losses, self.norms = [], []  # since the last row of the log
+        self.start = self.saved = self.since = time.perf_counter()
+        self.waited = 0.0  # seconds that batches took to come, since the last row
         self.stop, self.trackers = catch_signals(), []
+        self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
             claim([], self.out / ".lock")
         if flags.resume:
             self.load()
         if self.writes:
-            self.open_log(flags.log, flags.resume)
+            self.begin(flags.resume)
+            self.trackers = [open_tracker(name, self.out, self.config) for name in flags.log]
         self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
 
     def load(self):
@@ -260,18 +256,15 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
 
-    def open_log(self, names, resume):
-        """Rows of steps that the checkpoint does not know leave the log. A new run has its folder."""
-        path, last = self.out / "log.jsonl", self.step or -1  # step 0 is evaluated again
+    def begin(self, resume):
+        """A new run has its folder. For a resumed one, rows after its checkpoint leave the log."""
         if resume:
-            rows = [row for row in read_log(path) if row.get("step", math.inf) <= last]
-            if self.step > 0 and not rows:
-                raise UserError(f"{path} holds no row of this run; {ANEW}")
-            save_text("".join(json.dumps(row) + "\n" for row in rows), path)
+            last = self.step or -1  # step 0 is evaluated again
+            rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
+            save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
         else:
             refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
             self.save()  # so that a run can be resumed from its first moment
-        self.trackers = [open_tracker(name, self.out, self.config) for name in names]
 
     def save(self):
         """Write state.pt, atomically."""
@@ -289,7 +282,7 @@ class Run:
         if not self.writes:
             return
         row = {"step": self.step, **row}
-        with open(self.out / "log.jsonl", "a") as file:
+        with open(self.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
         for send in self.trackers:
             send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
@@ -317,11 +310,12 @@ class Run:
     def log_step(self, **more):
         """A row with the mean loss and gradient norm since the last one, and the speed."""
         losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
-        spoiled = (~(losses + norms).isfinite()).nonzero()
-        if len(spoiled) > 0:
-            step = self.step - len(losses) + 1 + spoiled[0].item()
+        finite = (losses + norms).isfinite()
+        if not finite.all():
+            step = self.step - len(losses) + 1 + finite.int().argmin().item()
             fix = "try a smaller learning rate, or --dtype fp32"
             raise UserError(f"the loss is not finite at step {step}; {fix}")
+        self.losses, self.norms = [], []
         seconds = time.perf_counter() - self.since
         row = {
             "epoch": round(self.step / self.per_epoch, 4),
@@ -333,7 +327,6 @@ class Run:
             "seconds": self.seconds(),
         }
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-        self.losses, self.norms = [], []
         self.log(**(row | more))
 
     def save_if_due(self):

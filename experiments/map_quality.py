@@ -199,14 +199,13 @@ def measure_foreground(name, images, true, encoder, size):
     return rows, found
 
 
-def measure_attention(name, images, true, encoder, size, sources):
+def measure_attention(name, images, true, encoder, sources):
     """Rows of AUC and of what falls on the background, a row for each source of attention."""
     rows, share = [], maps.to_patches(true, encoder.side)  # (n, N)
     exact = contextlib.nullcontext
     for source in sources:
-        found = guidance.attention(
-            encoder, size, images.numpy(), torch.arange(len(images)), source, exact
-        )
+        rows_of_all = torch.arange(len(images))
+        found = guidance.attention(encoder, images.numpy(), rows_of_all, source, exact)
         score = torch.cat([x for _, x in found])
         auc = (
             torch.tensor([maps.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)])
@@ -297,14 +296,14 @@ def main():
     sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
     rows, found = measure_foreground(name, images, foreground, encoder, size)
-    rows += measure_attention(name, images, foreground, encoder, size, sources)
+    rows += measure_attention(name, images, foreground, encoder, sources)
     for K in (6, 12):
         rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits != "none" else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
         rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
-        rows += measure_attention(f"portraits {framing}, {kind}", *laid, encoder, size, sources)
+        rows += measure_attention(f"portraits {framing}, {kind}", *laid, encoder, sources)
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
     replace_rows(args.out, [{"run": run} | row | made for row in rows], KEYS)

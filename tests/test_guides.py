@@ -207,7 +207,7 @@ def test_what_is_unusual_for_its_place_is_found():
     def exact():
         return torch.autocast("cpu", enabled=False)
 
-    ((_, score),) = guidance.attention(encoder, 32, images, torch.arange(24), "outlier", exact)
+    ((_, score),) = guidance.attention(encoder, images, torch.arange(24), "outlier", exact)
     assert torch.equal(score.argmax(1), torch.from_numpy(odd))
 
 

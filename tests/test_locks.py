@@ -218,7 +218,7 @@ def test_of_two_processes_on_one_folder_one_wins(fresh, name):
 def test_a_left_over_variable_of_torchrun_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "many")
-    assert pretrain.join_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+    assert pretrain.start_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
     assert "nowhere" in refused(call("probe.py", "nowhere", cwd=tmp_path))
 
 

@@ -119,7 +119,7 @@ def training_step(log):
     noise = masking.gumbel_noise(4, 16, draws)
     labels = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy()
     predictor, rows = guidance.LossPredictor(4, 8), torch.arange(4)
-    follow = guidance.Teacher(teacher, "pooler", set(), "self")
+    follow = guidance.Teacher(teacher, "pooler", set(), learns=True)
     with log, sdpa_kernel(SDPBackend.MATH):
         view = data.view_images(images, boxes, flip, 32)
         patches = {
@@ -270,7 +270,7 @@ def test_what_is_unusual_is_found_without_float64(monkeypatch):
         tokens = torch.empty(6, 16, 32, device="mps")
         monkeypatch.setattr(guidance, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
         encoder = SimpleNamespace(cls_token=tokens)
-        ((_, found),) = guidance.attention(encoder, 32, range(6), torch.arange(6), "outlier", None)
+        ((_, found),) = guidance.attention(encoder, range(6), torch.arange(6), "outlier", None)
         assert (
             found.device.type == "mps" and found.shape == (6, 16) and found.dtype == torch.float32
         )
