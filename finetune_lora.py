@@ -5,9 +5,9 @@
     python finetune_lora.py --resume runs/NAME-lora --split test     judges it on another split
 
 Reads:  an encoder (runs/NAME, or a checkpoint file that common/formats.py knows), datasets/NAME
-Writes: runs/NAME-METHOD/ state.pt, head.safetensors, and the encoder under it: for lora
-        adapter_model.safetensors and adapter_config.json, for full model.safetensors;
-        log.jsonl, metrics.json, curves.png, confusion.png (of another split: metrics-SPLIT.json)
+Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: metrics-SPLIT.json),
+        curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
+        adapter_config.json, for full model.safetensors
 
 The best epoch is chosen on dev, or on a held-out tenth of train. --split is reported.
 
@@ -19,7 +19,6 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,11 +52,18 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
-NECK_MANY = 20  # training pictures of each character that give the neck its statistics at the end
-NECK_FEW = 256  # of those, that do so after an epoch
+NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
+NECK_FEW = 256  # of these do so after an epoch
+
+
+def shares(text):
+    """An argparse type: ".5" -> (0.5, 0.5), ".25:.75" -> (0.25, 0.75), first and last of the run."""
+    first, _, last = text.partition(":")
+    return tuple(map(between(0.01, 1), (first, last or first)))
 
 
 def read_flags():
+    """The flags: for a new run those of its method's recipe, for a resumed one the saved ones."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
@@ -83,24 +89,19 @@ def read_flags():
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
-    return with_defaults(Flags(parser))
-
-
-def with_defaults(flags):
-    """The saved flags of a run that is resumed; for a new one the recipe of its method."""
+    flags = Flags(parser)
     if bool(flags.encoder) == bool(flags.resume):
         raise UserError("give an ENCODER, such as runs/NAME, or --resume RUN")
     if flags.resume:
         saved = train.load_state(Path(flags.resume) / "state.pt")["config"]
         flags.take_saved(saved, ("device", "log", *flags.given & {"split"}))
         flags.values["out"] = flags.resume
-    else:
-        method, _ = parse_keys(flags.method, METHODS, "--method")
-        flags.fill(augment=method != "linear", **RECIPE[method])
-        named = {"head", "from_scratch", "seed"}  # of the flags that were given
-        name = flags.name(name_of(flags.encoder), flags.method, leave_out=flags.given - named)
-        flags.fill(out=f"runs/{name}")
-        flags.values["command"] = command()
+        return flags
+    method, _ = parse_keys(flags.method, METHODS, "--method")
+    flags.fill(**RECIPE[method])
+    named = {"head", "from_scratch", "seed"}  # of the flags that were given
+    name = flags.name(name_of(flags.encoder), flags.method, leave_out=flags.given - named)
+    flags.fill(out=f"runs/{name}", command=command())
     return flags
 
 
@@ -113,8 +114,7 @@ LAYERS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
 class LoRA(nn.Module):
     """A frozen Linear plus a trained low-rank product: W x + b + alpha/r B A x (Hu et al. 2021, eq. 3).
 
-    The output may be several equal `chunks`; each has its own A and B. B starts at zero, so the
-    adapted layer starts as the plain one.
+    Each of the equal `chunks` of the output has its own A and B. B starts at zero.
     """
 
     def __init__(self, base, r, alpha, chunks=1):
@@ -136,8 +136,9 @@ class LoRA(nn.Module):
 
 
 def lora_layers(encoder):
-    """-> {name: LoRA}; names as they were before: blocks.0.attn.qkv and so on."""
-    return {name: module for name, module in encoder.named_modules() if isinstance(module, LoRA)}
+    """-> {name of the layer: (A (r, in), B (out, r), scale)}; the output gains scale * B A x."""
+    modules = {k: m for k, m in encoder.named_modules() if isinstance(m, LoRA)}
+    return {name: (*lora.factors(), lora.scale) for name, lora in modules.items()}
 
 
 def add_lora(encoder, r=8, alpha=None):
@@ -154,27 +155,20 @@ def add_lora(encoder, r=8, alpha=None):
 @torch.no_grad()
 def merge_lora(encoder):
     """Put plain layers in place of LoRA: W + alpha/r B A."""
-    for name, lora in lora_layers(encoder).items():
-        A, B = lora.factors()
-        lora.base.weight += lora.scale * (B @ A)
-        encoder.set_submodule(name, lora.base)
-
-
-def save_lora(encoder, folder, base):
-    """Write the adapter of an encoder, as peft reads it; base: the run or file of the encoder."""
-    layers = {name: (*lora.factors(), lora.scale) for name, lora in lora_layers(encoder).items()}
-    save_adapter(layers, encoder, folder, base)
+    for name, (A, B, scale) in lora_layers(encoder).items():
+        base = encoder.get_submodule(name).base
+        base.weight += scale * (B @ A)
+        encoder.set_submodule(name, base)
 
 
 @torch.no_grad()
 def load_lora(encoder, folder):
-    """Put the adapter of a folder, ours or one that peft made, on a plain encoder, and freeze it."""
-    layers = read_adapter(folder, encoder)
-    encoder.requires_grad_(False)
-    for name, (A, B, scale) in layers.items():
+    """Put the adapter of a folder, ours or one that peft made, on a plain encoder; freeze both."""
+    for name, (A, B, scale) in read_adapter(folder, encoder).items():
         lora = LoRA(encoder.get_submodule(name), len(A), scale * len(A))
         lora.A[0], lora.B[0] = A, B
         encoder.set_submodule(name, lora)
+    encoder.requires_grad_(False)
 
 
 def load_classifier(folder):
@@ -194,24 +188,16 @@ def load_classifier(folder):
     return net.eval(), header
 
 
-# ---- views: augmented, and in part hidden --------------------------------------------------------
-
-
-def shares(text):
-    """An argparse type: ".5" -> (0.5, 0.5), ".25:.75" -> (0.25, 0.75), first and last of the run."""
-    first, _, last = text.partition(":")
-    share = between(0.01, 1)
-    return share(first), share(last or first)
+# ---- training: views, network, loop --------------------------------------------------------------
 
 
 def cutout(view, share, generator):
     """A gray square of this share of the area on each view (DeVries and Taylor 2017, arXiv:1708.04552)."""
     B, S = view.shape[:2]
     side = round(S * math.sqrt(share))
-    top, left = torch.randint(S - side + 1, (2, B, 1), generator=generator)
+    start = torch.randint(S - side + 1, (2, B, 1), generator=generator)  # its top and left
     at = torch.arange(S)
-    rows = (at >= top) & (at < top + side)  # (B, S)
-    columns = (at >= left) & (at < left + side)
+    rows, columns = (at >= start) & (at < start + side)  # (B, S) each
     square = rows[:, :, None] & columns[:, None]
     return view.masked_fill(square[..., None].to(view.device), GRAY)
 
@@ -224,10 +210,7 @@ def augmented(images, S, generator):
 
 
 def drop_patches(view, encoder, keep, generator):
-    """view u8 (B, S, S, 3) -> patches (B, K, P) and places (B, K): a random share of them.
-
-    PatchDropout (Liu et al. 2022, arXiv:2208.07220). A step costs as much less.
-    """
+    """view u8 -> random patches (B, K, P), their places (B, K): PatchDropout, arXiv:2208.07220."""
     N = encoder.side**2
     K = max(1, round(keep * N))
     if K == N:
@@ -238,17 +221,11 @@ def drop_patches(view, encoder, keep, generator):
 
 def pooled_views(task, images, t, generator):
     """images u8 (B, ., ., 3) at t of the run, in [0, 1] -> (B, D) before the neck, (B, D, L) for ifa."""
-    if task.augment:
-        view = augmented(images, task.S, generator)
-    else:
-        view = data.view_images(images, *data.full_boxes(len(images)), task.S)
+    view = augmented(images, task.S, generator)
     first, last = task.keep
     patches, ids = drop_patches(view, task.net.encoder, first + (last - first) * t, generator)
     with task.autocast():
         return task.net.pooled(patches, ids)
-
-
-# ---- before the loop: data and network -----------------------------------------------------------
 
 
 class Part(dict):
@@ -257,11 +234,8 @@ class Part(dict):
     state_dict = dict.copy
 
     def load_state_dict(self, saved):
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(saved[name])
-            else:
-                self[name] = saved[name]
+        for name, w in self.items():
+            self[name] = w.copy_(saved[name]) if isinstance(w, torch.Tensor) else saved[name]
 
 
 def open_task(flags, device, autocast):
@@ -269,13 +243,14 @@ def open_task(flags, device, autocast):
     task = SimpleNamespace(device=device, autocast=autocast, out=Path(flags.out), features={})
     task.method, keys = parse_keys(flags.method, METHODS, "--method")
     task.head, head_keys = parse_keys(flags.head, classifier.HEADS, "--head")
-    task.augment, task.keep = flags.augment, flags.keep
+    task.keep = flags.keep if task.method != "linear" else None
 
     encoder, task.S = load_encoder(flags.encoder, flags.image_size)
     folder = flags.data or flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
     sets, task.classes = open_rows(flags.data, flags.split, flags.hold_out)
     task.train, task.dev, task.report = sets
+    task.sizes = torch.bincount(task.train.labels[task.train.rows])  # pictures of each class
     flags.values["batch_size"] = min(flags.batch_size, len(task.train.rows))
 
     if flags.from_scratch:
@@ -309,53 +284,33 @@ def unfreeze(net, trained, epoch, every):
             p.requires_grad_(not every or classifier.level_of(name, depth) > depth - epoch // every)
 
 
-def cache_features(task):
-    """Pool each picture once, where a frozen encoder sees the same views in every epoch."""
-    for images in (task.train, task.dev):
-        split, rows = images.split, torch.arange(len(images.split["images"]))
-        pooled = classifier.pooled_of(task.net, split, rows, task.autocast, "features")
-        task.features[images.name] = pooled
-
-
 def pooled_of(task, images, rows):
-    """The neck's input for whole images, rows of task.train, dev or report."""
-    if images.name in task.features:
-        return task.features[images.name][rows]
-    return classifier.pooled_of(task.net.eval(), images.split, rows, task.autocast)
+    """The neck's input for whole images. A frozen encoder sees every picture of a split once."""
+    split, autocast = images.split, task.autocast
+    if task.method != "linear":
+        return classifier.pooled_of(task.net.eval(), split, rows, autocast)
+    if images.name not in task.features:
+        every = torch.arange(len(split["images"]))
+        pooled = classifier.pooled_of(task.net, split, every, autocast, "features")
+        task.features[images.name] = pooled
+    return task.features[images.name][rows]
 
 
-def fit_neck(task, most=None):
-    """Give the neck the mean and variance of whole training pictures, NECK_MANY of each class.
+def predict(task, images, most=None):
+    """-> logits (n, C) and labels (n,) of whole pictures: the rows of task.dev or report.
 
-    In training it averaged over pictures that were cropped and in part hidden.
+    Before, the neck gets the mean and variance of whole training pictures, NECK_MANY of each class:
+    in training it averaged over pictures that were cropped and in part hidden.
     """
-    rows, labels = task.train.rows, task.train.labels[task.train.rows]
-    own = [rows[labels == c] for c in range(len(task.classes))]
-    rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in own])
-    if most:
-        rows = rows[data.evenly_spaced(len(rows), most)]
-    pooled = pooled_of(task, task.train, rows)
-    if task.head != "ifa":
+    if task.head != "ifa":  # its neck has no statistics
+        rows, labels = task.train.rows, task.train.labels[task.train.rows]
+        of_class = [rows[labels == c] for c in range(len(task.classes))]
+        rows = torch.cat([some[data.evenly_spaced(len(some), NECK_MANY)] for some in of_class])
+        pooled = pooled_of(task, task.train, rows[data.evenly_spaced(len(rows), most or len(rows))])
         task.net.neck.running_mean.copy_(pooled.mean(0))
         task.net.neck.running_var.copy_(pooled.var(0))
-
-
-def predict(task, images):
-    """-> logits (n, C) and labels (n,) of the rows of task.dev or report."""
-    pooled = pooled_of(task, images, images.rows)
-    logits, _ = classifier.predict(task.net.eval(), pooled)
+    logits, _ = classifier.predict(task.net.eval(), pooled_of(task, images, images.rows))
     return logits, images.labels[images.rows]
-
-
-def evaluate(task):
-    """Top-1 and macro-F1 on dev, in percent."""
-    fit_neck(task, NECK_FEW)
-    logits, truth = predict(task, task.dev)
-    macro_f1 = metrics.macro_f1(logits.argmax(1), truth)
-    return {"dev_top1": 100 * metrics.topk(logits, truth, 1), "dev_macro_f1": 100 * macro_f1}
-
-
-# ---- the loop ------------------------------------------------------------------------------------
 
 
 def finetune(flags, task):
@@ -369,18 +324,22 @@ def finetune(flags, task):
     lr = 0.0 if task.method == "linear" else flags.lr
     rates = lr, flags.head_lr, WEIGHT_DECAY[task.method], task.keys.get("layer_decay", 1.0)
     optimizer = classifier.make_optimizer(net, *rates)
-    share = torch.bincount(labels[train_rows], minlength=C) / len(train_rows)
+    share = task.sizes / len(train_rows)
     adjust = (flags.logit_adjust * share.log()).to(device)  # Menon et al. 2020, arXiv:2007.07314
     flags.read |= {"log", "resume"}  # Run reads them
     flags.refuse_unread()
     best = Part(epoch=0, macro_f1=-1.0, weights={})
     parts = {"model": task.trained, "optimizer": optimizer, "best": best}
     run = train.Run(flags, parts, total, per_epoch, device)
-    print_start(flags, task, run)
-    same_views = not task.augment and min(task.keep) == 1
-    if task.method == "linear" and same_views and run.step < total:
-        cache_features(task)
-    images = task.features.get("train", data.resident(task.train.split, device))
+    print(
+        f"data     {flags.data}: {C} characters of {task.sizes.min()} to {task.sizes.max()} pictures, "
+        f"{len(task.dev.rows)} pictures to choose by\n"
+        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
+        f"parameters trained ({task.share:.2%}), step {run.step} of {total}"
+    )
+    images = data.resident(task.train.split, device)
+    if task.method == "linear":
+        images = pooled_of(task, task.train, torch.arange(len(images)))
 
     right = []
     for epoch in range(run.step // per_epoch, flags.epochs):
@@ -389,7 +348,7 @@ def finetune(flags, task):
         for rows, batch in run.timed(data.batches(images, order, B, device, run.step % per_epoch)):
             # view: all random numbers are drawn here, on the CPU
             generator = train.seeded(seed, epoch, run.step)
-            if not task.features:
+            if task.method != "linear":
                 batch = pooled_views(task, batch, run.step / total, generator)  # (B, D)
 
             # forward, loss: cross-entropy with smoothed targets
@@ -414,44 +373,79 @@ def finetune(flags, task):
                 run.log_step(lr=group["lr"], train_top1=100 * torch.stack(right).mean().item())
                 right = []
             if run.step % per_epoch == 0:
-                row = evaluate(task)
-                run.log(epoch=epoch + 1, **row, seconds=run.seconds())
-                if row["dev_macro_f1"] > best["macro_f1"]:
+                dev, truth = predict(task, task.dev, NECK_FEW)
+                top1 = 100 * metrics.topk(dev, truth, 1)
+                f1 = 100 * metrics.macro_f1(dev.argmax(1), truth)
+                run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1, seconds=run.seconds())
+                if f1 > best["macro_f1"]:
                     weights = {name: w.cpu().clone() for name, w in task.trained.items()}
-                    best.update(epoch=epoch + 1, macro_f1=row["dev_macro_f1"], weights=weights)
+                    best.update(epoch=epoch + 1, macro_f1=f1, weights=weights)
             run.save_if_due()
     task.trained.load_state_dict(best["weights"])
     return run, best["epoch"]
 
 
-def print_start(flags, task, run):
-    sizes = torch.bincount(task.train.labels[task.train.rows])
-    print(
-        f"data     {flags.data}: {len(sizes)} characters of {sizes.min()} to {sizes.max()} pictures, "
-        f"{len(task.dev.rows)} pictures to choose by\n"
-        f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
-        f"parameters trained ({task.share:.2%}), step {run.step} of {run.total}"
-    )
+# ---- how good it is, and the files ---------------------------------------------------------------
 
 
-# ---- after the loop: the files, and how good it is -----------------------------------------------
+def results(flags, task, run, best_epoch):
+    """-> the row of metrics.json, scores in percent, of pictures that decided nothing."""
+    logits, truth = predict(task, task.report)
+    right = logits.argmax(1) == truth
+    found = metrics.classification(logits, truth, task.sizes)
+    groups = data.groups_of(task.report.split)[task.report.rows].numpy()
+    interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
+    row = {"run": task.out.name, "method": task.method, "head": task.head, "seed": flags.seed}
+    row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
+    row |= {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
+    row["by_size"] = {k: 100 * found[k] for k in ("head", "mid", "tail") if found[k] is not None}
+    row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
+    row["thumbnails_top1"] = thumbnail_top1(task)
+    row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
+    row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
+    row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)
+    steps = [step for step in train.read_log(task.out / "log.jsonl") if "loss" in step]
+    speed = torch.tensor([step["images_per_s"] for step in steps]).median().item()
+    row["step_ms"] = round(1000 * run.batch_size / speed, 2)
+    row["peak_memory_mb"] = max(step["memory_mb"] for step in steps)
+    row |= {"seconds": run.seconds(), "config": run.config | task.keys, "command": flags.command}
+    return row | {"commit": train.commit(), "machine": train.machine(task.device)}
+
+
+def thumbnail_top1(task):
+    """The control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev."""
+    features, labels = [], []
+    for images in (task.train, task.dev, task.report):
+        chunks = images.rows.split(1024)
+        some = (data.take(images.split["images"], rows, torch.device("cpu")) for rows in chunks)
+        features.append(torch.cat([metrics.thumbnails(x, 8) for x in some]))
+        labels.append(images.labels[images.rows])
+    return metrics.ridge_top1(features, labels, len(task.classes))
+
+
+def write_network(flags, task, run):
+    """head.safetensors, and under it the adapter or the whole encoder."""
+    encoder, split = task.net.encoder, task.train.split
+    if task.method == "lora":
+        save_adapter(lora_layers(encoder), encoder, task.out, flags.encoder)
+    elif task.method == "full" or flags.from_scratch:
+        save_encoder(encoder, task.out / "model.safetensors", {"step": run.step, "run": run.config})
+    head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
+    header = {"config": task.net.config, "classes": task.classes, "method": task.method}
+    header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
+    header |= {"image_size": task.S, "packed_size": split["images"].shape[1]}
+    header |= {name: split["header"][name] for name in ("crop", "margin")}
+    header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
+    save_safetensors(head, task.out / "head.safetensors", header)
 
 
 @torch.no_grad()
 def write_results(flags, task, run, best_epoch):
-    """Judge the network on pictures that decided nothing; write all files but state.pt.
-
-    A network that is there already stays as it is.
-    """
+    """All files but state.pt. A network that is there already stays as it is."""
     out, suffix = task.out, split_suffix(flags.split)
-    fit_neck(task)
+    row = results(flags, task, run, best_epoch)
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)
-    row = {"run": out.name, "method": task.method, "head": task.head, "seed": flags.seed}
-    row |= {"data": flags.data, "evaluated_on": flags.split, "best_epoch": best_epoch}
-    row |= scores(task) | cost(task, run)
-    row |= {"config": run.config | task.keys, "command": flags.command}
-    row |= {"commit": train.commit(), "machine": train.machine(task.device)}
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
     with drawing("curves.png or confusion.png"):
         from common import plots  # matplotlib takes half a second to load
@@ -468,65 +462,6 @@ def write_results(flags, task, run, best_epoch):
     )
 
 
-def scores(task):
-    """The reported split in percent: of all pictures, and by size of the class."""
-    logits, truth = predict(task, task.report)
-    sizes = torch.bincount(task.train.labels[task.train.rows])  # training pictures of each class
-    found = metrics.classification(logits, truth, sizes)
-    right = logits.argmax(1) == truth
-    groups = data.groups_of(task.report.split)[task.report.rows].numpy()
-    interval = stats.bootstrap(100.0 * right[None].double().numpy(), groups)
-    row = {k: 100 * found[k] for k in ("top1", "top5", "macro_f1")}
-    sized = [k for k in ("head", "mid", "tail") if found[k] is not None]
-    row["by_size"] = {k: 100 * found[k] for k in sized}
-    row["top1_interval"] = [round(interval[k], 2) for k in ("low", "high")]
-    row["thumbnails_top1"] = thumbnail_top1(task)
-    return row | {"confusion": found["confusion"], "right": stats.to_bits(right)}
-
-
-def thumbnail_top1(task, side=8):
-    """The control: Top-1 in percent of a ridge regression on thumbnails, its penalty chosen on dev."""
-    features, labels = [], []
-    for images in (task.train, task.dev, task.report):
-        chunks = images.rows.split(1024)
-        some = (data.take(images.split["images"], rows, torch.device("cpu")) for rows in chunks)
-        features.append(torch.cat([metrics.thumbnails(x, side) for x in some]))
-        labels.append(images.labels[images.rows])
-    return metrics.ridge_top1(features, labels, len(task.classes))
-
-
-def cost(task, run):
-    """What the run took: parameters, time, memory."""
-    steps = [row for row in train.read_log(task.out / "log.jsonl") if "loss" in row]
-    speed = np.median([row["images_per_s"] for row in steps])
-    return {
-        "parameters_trained": task.count,
-        "share_trained_percent": round(100 * task.share, 3),
-        "gradient_and_optimizer_mb": round(12 * task.count / 2**20, 2),
-        "step_ms": round(float(1000 * run.batch_size / speed), 2),
-        "peak_memory_mb": max(row["memory_mb"] for row in steps),
-        "seconds": run.seconds(),
-    }
-
-
-def write_network(flags, task, run):
-    """head.safetensors, and under it the adapter or the whole encoder."""
-    encoder, split = task.net.encoder, task.train.split
-    if task.method == "lora":
-        save_lora(encoder, task.out, flags.encoder)
-    elif task.method == "full" or flags.from_scratch:
-        header = {"step": run.step, "run": run.config}
-        save_encoder(encoder, task.out / "model.safetensors", header)
-    head = {k: w for k, w in task.trained.items() if not k.startswith("encoder.")}
-    header = {"config": task.net.config, "classes": task.classes, "method": task.method}
-    header |= {"base": str(flags.encoder), "fingerprint": fingerprint(encoder)}
-    header |= {"image_size": task.S, "packed_size": split["images"].shape[1]}
-    header |= {name: split["header"][name] for name in ("crop", "margin")}
-    # recognize.py builds its gallery of these:
-    header |= {"data": flags.data, "split": flags.split, "hold_out": flags.hold_out}
-    save_safetensors(head, task.out / "head.safetensors", header)
-
-
 def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
@@ -538,8 +473,7 @@ def main():
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     task = open_task(flags, device, train.autocast_of(device, dtype))
-    run, best_epoch = finetune(flags, task)
-    write_results(flags, task, run, best_epoch)
+    write_results(flags, task, *finetune(flags, task))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ it was trained on, which a fingerprint names. The method itself is in finetune_l
 """
 
 import hashlib
-import math
 import re
 from pathlib import Path
 
@@ -70,21 +69,13 @@ def save_adapter(layers, encoder, folder, base):
         ranks[layer] = len(A)
         alphas[layer] = scale * len(A)
     least = min(ranks, key=ranks.get)
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
-        "target_modules": sorted(ranks),
-        "r": ranks[least],
-        "rank_pattern": {k: v for k, v in ranks.items() if v != ranks[least]},
-        "lora_alpha": alphas[least],
-        "alpha_pattern": {k: v for k, v in alphas.items() if v != alphas[least]},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "inference_mode": True,
-        "task_type": None,
-    }
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    config |= {"target_modules": sorted(ranks), "r": ranks[least]}
+    config["rank_pattern"] = {k: v for k, v in ranks.items() if v != ranks[least]}
+    config["lora_alpha"] = alphas[least]
+    config["alpha_pattern"] = {k: v for k, v in alphas.items() if v != alphas[least]}
+    config |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+    config |= {"use_rslora": False, "inference_mode": True, "task_type": None}
     size = encoder.side * encoder.patch_size
     notes = {"fingerprint": fingerprint(encoder), "image_size": size}
     save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
@@ -105,8 +96,7 @@ def read_files(folder):
     pairs = {}
     for layer in sorted(layers):
         names = [TENSOR.format(layer, factor) for factor in "AB"]
-        missing = [name for name in names if name not in tensors]
-        if missing:
+        if missing := [name for name in names if name not in tensors]:
             raise UserError(f"{path} is no LoRA of a ViT; missing: {', '.join(missing)}; {REMEDY}")
         pairs[layer] = [tensors[name].float() for name in names]
     return config, pairs, header
@@ -149,8 +139,7 @@ def read_adapter(folder, encoder):
                 f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B "
                 f"{tuple(B.shape)} for a layer of {wide} to {high}"
             )
-        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-        layers[name] = A, B, alphas[name] / divisor
+        layers[name] = A, B, alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
     if header and header["fingerprint"] != fingerprint(encoder):
         base = config.get("base_model_name_or_path")
         raise UserError(

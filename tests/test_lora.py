@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 import model as M
 from common.checkpoints import load_encoder
 from common.io import UserError
-from common.lora import save_encoder
+from common.lora import save_adapter, save_encoder
 from export import export
-from finetune_lora import add_lora, load_lora, lora_layers, merge_lora, save_lora
+from finetune_lora import add_lora, load_lora, lora_layers, merge_lora
 
 
 def small_vit(seed=0, **changes):
@@ -42,6 +42,12 @@ def adapted(r=4, seed=0, alpha=None):
     for weight in trained_weights(vit):
         torch.nn.init.normal_(weight, std=0.05)
     return vit
+
+
+def save_adapted(folder):
+    """Such an adapter in files; its encoder is called runs/x."""
+    vit = adapted()
+    save_adapter(lora_layers(vit), vit, folder, "runs/x")
 
 
 def test_it_starts_as_nothing_and_trains_alone():
@@ -136,7 +142,7 @@ def made_by_peft(folder, seed=5, **options):
 
 def test_peft_loads_ours_with_the_same_output(tmp_path):
     vit, view = adapted(r=4, alpha=6), some_view()
-    save_lora(vit, tmp_path, "runs/x")
+    save_adapter(lora_layers(vit), vit, tmp_path, "runs/x")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 6)
     assert config["rank_pattern"] == {"attn.qkv": 12}
@@ -178,7 +184,7 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     add_lora(base, 4)
     for weight in trained_weights(base):
         torch.nn.init.normal_(weight, std=0.05)
-    save_lora(base, tmp_path / "run", tmp_path / "base.safetensors")
+    save_adapter(lora_layers(base), base, tmp_path / "run", tmp_path / "base.safetensors")
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
     assert size == 48 and not lora_layers(encoder)
@@ -242,7 +248,7 @@ def test_an_adapter_that_left_its_encoder_alone_loads(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["corda", "loftq", "lora_ga", "unheard_of"])
 def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path, kind):
-    save_lora(adapted(), tmp_path, "runs/x")
+    save_adapted(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
         "init_lora_weights": kind
     }
@@ -263,7 +269,7 @@ def test_beginnings_that_need_more_than_peft_are_refused_by_their_name(tmp_path,
     ],
 )
 def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
-    save_lora(adapted(), tmp_path, "runs/x")
+    save_adapted(tmp_path)
     vit = small_vit(**other)
     with pytest.raises(UserError, match=says):
         load_lora(vit, tmp_path)
@@ -280,7 +286,7 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, says):
     ],
 )
 def test_adapters_of_another_rank_or_kind_are_refused(tmp_path, change, says):
-    save_lora(adapted(), tmp_path, "runs/x")
+    save_adapted(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=says):
@@ -290,7 +296,7 @@ def test_adapters_of_another_rank_or_kind_are_refused(tmp_path, change, says):
 def test_adapter_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="has no adapter"):
         load_lora(small_vit(), tmp_path)
-    save_lora(adapted(), tmp_path, "runs/x")
+    save_adapted(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"hello")
     with pytest.raises(UserError, match="adapter_model.safetensors is not a whole"):
         load_lora(small_vit(), tmp_path)
