@@ -401,7 +401,7 @@ def open_task(flags, device, autocast):
     task.weight = keys.get("weight", TAG_WEIGHT)
     task.share = keys.get("share")  # of hidden tags; None: the curriculum
     task.min_crop = None if arm == "tags" else flags.min_crop
-    sets, task.classes = open_rows(flags.data, flags.split, hold_out=0)
+    sets, task.classes = open_rows(flags.data, flags.split, 0)
     task.train, task.dev, task.report = sets
     task.words = task.train.split["header"]["tags"]
     for images in sets:
