@@ -213,9 +213,8 @@ def weights_and_facts(loaded, header, path):
     told = facts_beside(path.parent, header)
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
     fields.check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
-    facts = {"decoder_heads": shape["decoder_dim"] // 32, "norm_eps": EPS}
-    facts |= {k: v for k, v in told.items() if v is not None}
-    facts = {"heads": HEADS.get(shape["dim"])} | facts | shape
+    facts = {"heads": HEADS.get(shape["dim"]), "decoder_heads": shape["decoder_dim"] // 32}
+    facts |= {"norm_eps": EPS} | {k: v for k, v in told.items() if v is not None} | shape
     if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
         fix = 'a config.json in its folder has to say {"num_attention_heads": N}'
         raise UserError(f"{path} is {shape['dim']} wide, and nothing tells its heads; {fix}")
