@@ -398,8 +398,7 @@ def summary(seeds):
     reports = list(seeds.values())
     row = {"runs": len(reports)}
     for head in HEADS:
-        top1 = [100 * r["rows"][r["pool"]][head]["top1"] for r in reports]
-        row[head] = stats.mean_std(top1)
+        row[head] = stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
     epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
     epochs = [x for x in epochs if x is not None]
     row["reached"] = len(epochs)

@@ -498,8 +498,8 @@ def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who = sources.nfc(args.enrol.strip())
     if not fields.is_name(who):
-        letters = f"1 to {fields.LETTERS} printable letters"
-        raise UserError(f"--enrol {fields.short(who)} has to be {letters}")
+        fix = f"give 1 to {fields.LETTERS} printable letters"
+        raise UserError(f"--enrol {fields.short(who)} is no name; {fix}")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []

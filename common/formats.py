@@ -86,12 +86,12 @@ def read_tensors(path):
 def encoder_file(given):
     """A run folder or a file -> the file with the weights; a UserError says what makes one."""
     path = given / "model.safetensors" if given.is_dir() else given
-    fix = f"python pretrain.py --out {given.parent if given.suffix else given}"
+    if path.exists():
+        return path
     if (given / "adapter_config.json").exists():
-        fix = f"of the adapter there, python export.py {given} --to merged"
-    if not path.exists():
-        raise UserError(f"no encoder at {path}: {fix} makes one")
-    return path
+        raise UserError(f"{given} holds only an adapter: python export.py {given} --to merged")
+    run = given.parent if given.suffix else given
+    raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
 
 
 # ---- names ---------------------------------------------------------------------------------------

@@ -399,9 +399,8 @@ def write_set(args):
     classes = sorted({r.label for r in records} - {None})
     for name in classes:
         if not fields.is_name(name):
-            fix = "rename its folder, or its label in the table"
-            letters = f"1 to {fields.LETTERS} printable letters"
-            raise UserError(f"the class {fields.short(name)} has to be {letters}; {fix}")
+            fix = f"give 1 to {fields.LETTERS} printable letters"
+            raise UserError(f"the class {fields.short(name)} is no name; {fix}")
     about = {
         "format": 1,
         "source": path,
