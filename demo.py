@@ -36,7 +36,7 @@ import mask as masking
 import recognize
 import segment
 import tags
-from common import guidance, metrics
+from common import guidance
 from common.checkpoints import about_model, load_teacher
 from common.command import Parser, between, cli, parse_keys
 from common.evaluate import hide, predict
@@ -348,6 +348,16 @@ def draw_mask(words, scores, N, ratio, t, seed):
     return masking.sample(priority, K)
 
 
+def psnr(a, b, where):
+    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
+
+    10 log10(255^2 / mean squared error); nan where no pixel is true.
+    """
+    a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
+    error = (a.double() - b.double()).square().mean(3)
+    return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
+
+
 def filled_in(net, header, view, ids_keep, ids_mask):
     """View with predicted patches where it was hidden, u8 (1, S, S, 3), and their PSNR in dB."""
     floor = header.get("floor", FLOOR)
@@ -356,7 +366,7 @@ def filled_in(net, header, view, ids_keep, ids_mask):
     pasted = put_patches(view, ids_mask, pixels)
     white = torch.full_like(pixels, 255)
     where = put_patches(torch.zeros_like(view), ids_mask, white)[..., 0] > 0
-    return pasted, metrics.psnr(pasted, view, where).item()
+    return pasted, psnr(pasted, view, where).item()
 
 
 @answer

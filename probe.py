@@ -33,6 +33,7 @@ from model import shape_of
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PAIRED = 2000  # images at most whose pairs are verified: their number grows with the square
+INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
 COLUMNS = {  # of the printed table: where a number is in a row of probe.json, and its heading
     "logistic.top1": "linear",
@@ -397,8 +398,7 @@ def summary(seeds):
     reports = list(seeds.values())
     row = {"runs": len(reports)}
     for head in HEADS:
-        top1 = [100 * r["rows"][r["pool"]][head]["top1"] for r in reports]
-        row[head] = stats.mean_std(top1)
+        row[head] = stats.mean_std([100 * r["rows"][r["pool"]][head]["top1"] for r in reports])
     epochs = [r["efficiency"]["reached_epoch"] for r in reports if r["efficiency"]]
     epochs = [x for x in epochs if x is not None]
     row["reached"] = len(epochs)
@@ -427,8 +427,8 @@ def difference_line(row):
     """ "b - a, kNN: +1.20 points; 95 %: +0.10 to +2.30 over illustrations, ... over 3 seeds"."""
     images, t = row["images"], f"{len(row['seeds'])} seed(s): no t interval"
     if row["t"]:
-        t = f"{stats.low_to_high(row['t'])} by t over seeds"
-    over = f"{stats.low_to_high(images)} over seeds and illustrations"
+        t = f"{INTERVAL.format(**row['t'])} by t over seeds"
+    over = f"{INTERVAL.format(**images)} over seeds and illustrations"
     return f"{row['pair']}, {HEADS[row['head']]}: {images['mean']:+.2f} points; 95 %: {over}, {t}"
 
 

@@ -353,11 +353,10 @@ def load_gallery(run):
     labels = tensors["labels"]
     fields.check_range(labels, 0, len(header["names"]), "labels", path, REMEDY)
     fields.check_finite(tensors, path)
-    same = {
-        "names": (", ".join(header["names"][:learned]), ", ".join(head["classes"])),
-        "characters_with_a_face": (len(labels.unique()), len(header["names"])),
-    }
-    fields.check_equal(path, REMEDY, **same)
+    found = {"names": header["names"][:learned], "characters_with_a_face": len(labels.unique())}
+    wanted = {"names": head["classes"], "characters_with_a_face": len(header["names"])}
+    table = {name: fields.one_of(value) for name, value in wanted.items()}
+    fields.check_fields(found, table, path, REMEDY)
     tensors["embeddings"] = tensors["embeddings"].float()
     return tensors | header | make_gallery(tensors["embeddings"], labels, learned)
 
@@ -498,7 +497,9 @@ def is_new(embeddings, known):
 def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who = sources.nfc(args.enrol.strip())
-    fields.refuse_odd_name(who, "the name", "give another")
+    if not fields.is_name(who):
+        fix = f"give 1 to {fields.LETTERS} printable letters"
+        raise UserError(f"--enrol {fields.short(who)} is no name; {fix}")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []

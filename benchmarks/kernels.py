@@ -261,7 +261,8 @@ def draw(rows, path):
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
         axes[0].set_ylabel("milliseconds, 20 % to 80 %")
-        plots.shared_legend(axes[0], "outside lower center", ncols=len(names))
+        shown = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*shown, loc="outside lower center", ncols=len(names))
 
 
 def main():

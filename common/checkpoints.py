@@ -1,8 +1,7 @@
 """Networks in files: what a run saves, and any public checkpoint as an encoder or as a start.
 
-What fits only in part is refused, and the line says what is missing and what is left over.
-common/formats.py, which knows the names of MAE, DINO, timm and Hugging Face, is imported only where
-a checkpoint is read.
+What fits only in part is refused. common/formats.py, which knows the names of MAE, DINO, timm and
+Hugging Face, is imported only where a checkpoint is read.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch import nn
 
 from common.fields import ENCODER, SIDE, TEXT, check_fields, check_finite
 from common.io import UserError, read_header, read_safetensors, save_safetensors
-from model import SIZES, Pooler, ViT
+from model import Pooler, ViT
 
 # ---- a run's files -------------------------------------------------------------------------------
 
@@ -60,15 +59,14 @@ def flags_of(run):
 
 
 def beside(path, name):
-    """The file of a part of the network (pooler, stats_head) that a run keeps apart; it may be missing."""
+    """The file of a part (pooler, stats_head) that a run keeps apart; it may be missing."""
     return model_file(path).with_name(f"{name}.safetensors")
 
 
 def save_beside(model, run):
-    """Write the parts that public files have no place for.
+    """Write the parts that public files have no place for, each to a file of its own.
 
-    pooler.safetensors: a teacher's attention is read by it. stats_head.safetensors: it predicts
-    mean and contrast of a hidden patch, for pictures.
+    pooler: a teacher's attention is read by it. stats_head: mean and contrast of hidden patches.
     """
     for name, part in (("pooler", model.encoder.pooler), ("stats_head", model.decoder.stats_head)):
         if part is not None:
@@ -110,9 +108,7 @@ def at_size(weights, facts, image_size, path):
     """Weights and facts for views of image_size pixels (None: as they are): all positions resized."""
     size, p = image_size or facts["image_size"], facts["patch_size"]
     if not SIDE(size) or size % p:
-        raise UserError(
-            f"{path} has patches of {p} px: --image-size {size} is no multiple of it, or too large"
-        )
+        raise UserError(f"--image-size {size} is no multiple of {p} px, a patch of {path}, or huge")
     positions = [name for name in weights if name.endswith("pos_embed")]
     resized = {name: resize_positions(weights[name], size // p) for name in positions}
     return weights | resized, facts | {"image_size": size}
@@ -152,21 +148,6 @@ def load_teacher(path):
 # ---- a start for pre-training --------------------------------------------------------------------
 
 
-def model_flags(facts):
-    """The flags of pretrain.py for an encoder like that of a checkpoint."""
-    for name, config in SIZES.items():
-        if all(config[k] == facts[k] for k in ("dim", "depth", "heads")):
-            return f"give --model {name} --patch-size {facts['patch_size']}"
-    return "no --model has that shape"
-
-
-def refuse_other_shape(keys, config, facts, path, fix):
-    """A UserError with both shapes where a model and a checkpoint differ in one of the keys."""
-    here, there = (", ".join(f"{k} {shape[k]}" for k in keys) for shape in (config, facts))
-    if here != there:
-        raise UserError(f"--init {path} has {there}, this run {here}; {fix}")
-
-
 def init_from(model, path):
     """Start an MAE from a checkpoint -> a line that says what was loaded.
 
@@ -177,14 +158,14 @@ def init_from(model, path):
 
     weights, facts = read_checkpoint(path)
     config, size = model.config, model.config["image_size"]
-    keys = ("dim", "depth", "heads", "patch_size")
-    refuse_other_shape(keys, config, facts, path, model_flags(facts))
+    config = {"decoder_heads": config.get("decoder_dim", 0) // 32} | config
     decoder = "decoder_dim" in config and facts["decoder_depth"] > 0  # SimMIM's has no blocks
-    if decoder:
-        fix = "give --decoder-dim {decoder_dim} --decoder-depth {decoder_depth}".format(**facts)
-        config = {"decoder_heads": config["decoder_dim"] // 32} | config
-        keys = ("decoder_dim", "decoder_depth", "decoder_heads")
-        refuse_other_shape(keys, config, facts, path, fix)
+    keys = ["dim", "depth", "heads", "patch_size"]
+    keys += ["decoder_dim", "decoder_depth", "decoder_heads"] if decoder else []
+    if odd := [key for key in keys if config[key] != facts[key]]:
+        here, there = (", ".join(f"{k} {shape[k]}" for k in odd) for shape in (config, facts))
+        fix = ",".join(f"{k}={facts[k]}" for k in keys if k != "decoder_heads")
+        raise UserError(f"--init {path} has {there}, this run {here}; give --model nano:{fix}")
     weights, _ = at_size(weights if decoder else encoder_of(weights), facts, size, path)
     loaded = {("decoder." if is_decoder(k) else "encoder.") + k: w for k, w in weights.items()}
     stays = ("encoder.pooler", "decoder.stats_head" if decoder else "decoder.")

@@ -24,9 +24,6 @@ POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
 SIDES = (4, 8, 16)  # of the thumbnails
 
 
-# ---- names of results ----------------------------------------------------------------------------
-
-
 def home_of(run):
     """Where a run's results go; those of a single file to a folder of its name beside it."""
     return Path(run) if Path(run).is_dir() else Path(run).with_suffix("")
@@ -51,14 +48,13 @@ def results_folder(run, folder, split, trained_on=None):
     return home_of(run) / f"{folder.name}-{split}"
 
 
-# ---- the data: what is fitted, what is chosen on, what is reported -------------------------------
+# ---- data to fit on, to choose on and to report --------------------------------------------------
 
 
 def open_task(args, run):
-    """What probe.py works on: the data of args.data (or of the run), the machine, the splits.
+    """The data of args.data (or of the run), and the machine: what probe.py works on.
 
-    task.splits: {"train", "dev", args.split: split}; dev is left out where the set has none, or
-    where it is reported.
+    task.splits: {"train", "dev", args.split: split}; dev only where the set has one.
     """
     folder = args.data or flags_of(run).get("data")
     if not folder:
@@ -66,22 +62,16 @@ def open_task(args, run):
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     splits = open_splits(folder, args.split)
-    train, held = splits["train"], splits[args.split]
-    return SimpleNamespace(
-        args=args,
-        folder=folder,
-        splits=splits,
-        train=train,
-        split=held,
-        device=device,
-        labelled=data.has_labels(train) and data.has_labels(held),
-        autocast=autocast_of(device, dtype),
-        dtype="fp32" if dtype == torch.float32 else "bf16",
-    )
+    task = SimpleNamespace(args=args, folder=folder, splits=splits, device=device)
+    task.train, task.split = splits["train"], splits[args.split]
+    task.labelled = data.has_labels(task.train) and data.has_labels(task.split)
+    task.autocast = autocast_of(device, dtype)
+    task.dtype = "fp32" if dtype == torch.float32 else "bf16"
+    return task
 
 
 def open_splits(folder, held="val"):
-    """-> {"train", "dev", held: split}, all with the same classes and tags."""
+    """-> {"train", "dev" where there is one, held: split}, all with the same classes and tags."""
     names = ["train", held]
     if held != "dev" and (Path(folder) / "dev.safetensors").exists():
         names.insert(1, "dev")
@@ -90,35 +80,31 @@ def open_splits(folder, held="val"):
         for key in ("classes", "tags"):
             here, there = split["header"].get(key), splits["train"]["header"].get(key)
             if here != there:
-                odd = ", ".join(sorted(map(str, set(here or ()) ^ set(there or ())))[:4])
-                fix = "pack both in one run of data.py"
-                raise UserError(f"{folder}: {name} has other {key} than train ({odd}, ...); {fix}")
+                odd = sorted(map(str, set(here or ()) ^ set(there or ())))[:4]
+                odd = f"({', '.join(odd)}, ...); pack both in one run of data.py"
+                raise UserError(f"{folder}: {name} has other {key} than train {odd}")
     return splits
 
 
-def dev_of_train(split, rows):
-    """Which of these rows of train are held out as dev, by illustration: (len(rows),) bool."""
-    groups = data.groups_of(split)[rows]
-    return torch.from_numpy(data.hold_apart(groups, split["labels"][rows], data.APART))
+def hold_out(splits, rows=None):
+    """-> rows of train to fit on (of these, or of all), rows to choose on, the split of the latter.
 
-
-def hold_out(splits):
-    """-> rows of train to fit on, rows to choose on, the name of the split those are in.
-
-    The rows to choose on are dev, or a tenth of train.
+    It is dev, or train, of which a tenth is held out, whole illustrations.
     """
-    rows = torch.arange(len(splits["train"]["labels"]))
+    train = splits["train"]
+    rows = torch.arange(len(train["labels"])) if rows is None else rows
     if "dev" in splits:
         return rows, torch.arange(len(splits["dev"]["labels"])), "dev"
-    apart = dev_of_train(splits["train"], rows)
+    apart = data.hold_apart(data.groups_of(train)[rows], train["labels"][rows], data.APART)
+    apart = torch.from_numpy(apart)
     return rows[~apart], rows[apart], "train"
 
 
-def open_rows(folder, held, hold_out):
-    """-> sets of labelled pictures to learn from, to choose by and to report, and the learned names.
+def open_rows(folder, held, left_out):
+    """-> labelled pictures to learn from, to choose by and to report; the learned classes.
 
     Each set is a namespace: name, split, rows, labels. A label is an image's class among the
-    learned, -1 of others. hold_out classes are not learned: the same ones for each data set.
+    learned, -1 of others. left_out classes are not learned: the same ones for each data set.
     """
     splits = open_splits(folder, held)
     for name, split in splits.items():
@@ -126,10 +112,9 @@ def open_rows(folder, held, hold_out):
             fix = "python data.py FOLDER, a folder per character, makes a set with labels"
             raise UserError(f"{folder}: {name} has pictures without a label, or one class; {fix}")
     classes = splits["train"]["header"]["classes"]
-    if len(classes) - hold_out < 2:
-        raise UserError(f"--hold-out {hold_out} leaves fewer than two of {len(classes)} characters")
-    order = np.random.default_rng(0).permutation(len(classes))
-    learned = torch.from_numpy(np.sort(order[hold_out:]))
+    if len(classes) - left_out < 2:
+        raise UserError(f"--hold-out {left_out} leaves fewer than two of {len(classes)} characters")
+    learned = np.sort(np.random.default_rng(0).permutation(len(classes))[left_out:])
     new_label = torch.full((len(classes),), -1)
     new_label[learned] = torch.arange(len(learned))
     sets = {}
@@ -138,24 +123,15 @@ def open_rows(folder, held, hold_out):
         rows = (labels >= 0).nonzero()[:, 0]
         sets[name] = SimpleNamespace(name=name, split=split, rows=rows, labels=labels)
     train = sets["train"]
-    if "dev" not in sets:
-        apart = dev_of_train(train.split, train.rows)
-        sets["dev"] = SimpleNamespace(**vars(train) | {"rows": train.rows[apart]})
-        train.rows = train.rows[~apart]
+    train.rows, chosen, where = hold_out(splits, train.rows)
+    dev = sets["dev"] if where == "dev" else SimpleNamespace(**vars(train) | {"rows": chosen})
     names = [classes[c] for c in learned]
-    refuse_few(folder, train, sets["dev"], names)
-    return [train, sets["dev"], sets[held]], names
-
-
-def refuse_few(folder, train, dev, names):
-    """Every learned character needs two pictures in train, and dev needs one of any."""
     sizes = torch.bincount(train.labels[train.rows], minlength=len(names))
-    if sizes.min() < 2:
-        few = f"{sizes.min()} training pictures of {names[sizes.argmin()]}, and 2 are needed"
-        fix = "data.py --min-per-class 5 leaves small classes out, recognize.py --enrol adds them"
+    if sizes.min() < 2 or not len(dev.rows):
+        few = f"{sizes.min()} pictures of {names[sizes.argmin()]} to learn, {len(dev.rows)} for dev"
+        fix = "2 and 1 are needed; data.py --min-per-class 5 leaves small classes out"
         raise UserError(f"{folder} has {few}; {fix}")
-    if len(dev.rows) == 0:
-        raise UserError(f"{folder} has too few pictures to choose on; data.py --dev .1 makes dev")
+    return [train, dev, sets[held]], names
 
 
 def epoch_rows(rows, labels, balanced, seed, epoch):
@@ -203,8 +179,9 @@ def extract(extractor, size, task):
                 pools = extractor(view)
             chunks.append({pool: x.half().cpu() for pool, x in pools.items()})
         for pool in chunks[0]:
-            found.setdefault(pool, {})[name] = torch.cat([chunk[pool] for chunk in chunks])
-        check_finite({pool: x[name] for pool, x in found.items()}, f"features of {name}")
+            x = torch.cat([chunk[pool] for chunk in chunks])
+            check_finite({pool: x}, f"features of {name}")
+            found.setdefault(pool, {})[name] = x
     return found
 
 
@@ -215,7 +192,6 @@ def of_encoder(encoder, size, task):
 
 def of_controls(encoder, size, task):
     """The same of a random-init encoder and of thumbnails: "untrained mean", ..., "thumb16"."""
-    untrained = untrained_like(encoder).to(task.device)
-    found = of_encoder(untrained, size, task)
-    packed = task.train["images"].shape[1]  # thumbnails are of the packed images
-    return {f"untrained {pool}": x for pool, x in found.items()} | extract(thumbs, packed, task)
+    untrained = of_encoder(untrained_like(encoder).to(task.device), size, task)
+    colours = extract(thumbs, task.train["images"].shape[1], task)  # of the packed images
+    return {f"untrained {pool}": x for pool, x in untrained.items()} | colours

@@ -1,4 +1,4 @@
-"""Checks of what a file says: its names, the fields of its header, the shapes of its arrays.
+"""Checks of what a file says: the fields of its header, and the shapes of its arrays.
 
 A table of a header is {name: rule}. A rule is a function of the value that returns a bool, or the
 table of a header inside the header. A table of arrays is {name: "dtype n D"}: the kind of number,
@@ -14,35 +14,16 @@ LETTERS = 100  # of a name
 LARGEST = 1e6  # absolute value of a weight: a network of larger ones overflows
 
 
-# ---- names ---------------------------------------------------------------------------------------
-
-
-def is_printable(letter):
-    """A letter, sign or space; no line break, no control character, no half of a character."""
-    return letter.isprintable() or unicodedata.category(letter) == "Zs"
-
-
-def is_name(value):
-    return isinstance(value, str) and 0 < len(value) <= LETTERS and all(map(is_printable, value))
-
-
 def shown(text):
-    """Text of a file for a terminal: what is not printable as an escape, such as \\x1b."""
-    return "".join(
-        c if is_printable(c) else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    """Text of a file for a terminal: what is neither printable nor a space is escaped."""
+    printable = [c.isprintable() or unicodedata.category(c) == "Zs" for c in text]
+    return "".join(c if ok else ascii(c)[1:-1] for c, ok in zip(text, printable, strict=True))
 
 
 def short(value):
-    """A value for a message: its first letters."""
+    """The first letters of a value, for a message."""
     text = shown(repr(value) if isinstance(value, str | int | float | None) else str(type(value)))
     return text if len(text) <= LETTERS else text[:LETTERS] + "..."
-
-
-def refuse_odd_name(name, what, fix):
-    """A UserError for a name that is about to be stored and is none."""
-    if not is_name(name):
-        raise UserError(f"{what} {short(name)} has to be 1 to {LETTERS} printable letters; {fix}")
 
 
 # ---- rules of a header's fields ------------------------------------------------------------------
@@ -61,9 +42,11 @@ def one_of(*values):
 
 
 def list_of(rule, least=0, most=10**8):
-    return lambda value: (
-        isinstance(value, list) and least <= len(value) <= most and all(map(rule, value))
-    )
+    return lambda x: isinstance(x, list) and least <= len(x) <= most and all(map(rule, x))
+
+
+def is_name(value):
+    return isinstance(value, str) and 0 < len(value) <= LETTERS and shown(value) == value
 
 
 def is_text(value):
@@ -74,19 +57,12 @@ def are_names(value):
     return list_of(is_name)(value) and len(set(value)) == len(value)
 
 
-TEXT = is_text
-NAMES = are_names
+TEXT, NAMES = is_text, are_names
 SIDE = whole(1, 4096)  # of a picture, in pixels
 EPSILON = number(1e-12, 1)  # of a norm
 CUT = {"packed_size": whole(8, 4096), "crop": one_of("centre", "figure"), "margin": number(0, 10)}
-ENCODER = {  # what a ViT is built from
-    "image_size": SIDE,
-    "patch_size": whole(1, 512),
-    "dim": whole(4, 2**14),
-    "depth": whole(1, 1000),
-    "heads": whole(1, 1000),
-}
-
+ENCODER = {"image_size": SIDE, "patch_size": whole(1, 512), "dim": whole(4, 2**14)}  # of a ViT
+ENCODER |= {"depth": whole(1, 1000), "heads": whole(1, 1000)}
 
 # ---- a file --------------------------------------------------------------------------------------
 
@@ -98,7 +74,7 @@ def check_fields(header, table, path, remedy):
     for key, rule in table.items():
         name = key.removesuffix("?")
         value = header.get(name)
-        if value is None and key.endswith("?"):
+        if value is None and key != name:
             continue
         if isinstance(rule, dict):
             check_fields(value, rule, f"{path}: {name}", remedy)
@@ -113,28 +89,26 @@ def check_arrays(arrays, table, path, remedy, **sizes):
     """
     for key, says in table.items():
         name = key.removesuffix("?")
-        if name not in arrays and key.endswith("?"):
+        if name not in arrays and key != name:
             continue
         if name not in arrays:
             raise UserError(f"{path} has no array {name!r}; {remedy}")
         array, (dtype, *letters) = arrays[name], says.split()
-        shape = tuple(array.shape)
-        if len(shape) == len(letters):
-            sizes = dict(zip(letters, shape, strict=True)) | sizes
+        found = f"{array.dtype} {tuple(array.shape)}"
+        if len(array.shape) == len(letters):
+            sizes = dict(zip(letters, array.shape, strict=True)) | sizes
         wanted = tuple(int(x) if x.isdigit() else sizes.get(x, x) for x in letters)
-        if shape != wanted or dtype not in str(array.dtype):
-            raise UserError(
-                f"{path}: {name} is {array.dtype} {shape} and has to be {dtype} {wanted}; {remedy}"
-            )
+        if tuple(array.shape) != wanted or dtype not in str(array.dtype):
+            wanted = f"{dtype} {wanted}"
+            raise UserError(f"{path}: {name} is {found} and has to be {wanted}; {remedy}")
 
 
 def check_encoder(weights, shape, path, remedy, prefix=""):
     """A UserError if weights of a file do not fit a ViT of this shape, which is then not built."""
     size, p, dim, depth, heads = (shape[k] for k in ENCODER)
     if size % p or dim % 4 or dim % heads:
-        raise UserError(
-            f"{path} has {size} px, patches of {p}, {dim} numbers, {heads} heads; {remedy}"
-        )
+        odd = f"{size} px, patches of {p}, {dim} numbers, {heads} heads"
+        raise UserError(f"{path} has {odd}; {remedy}")
     table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
     table["patch_embed.proj.weight"] = "float D P"
     table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
@@ -143,19 +117,11 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
     check_arrays(weights, table, path, remedy, **sizes)
 
 
-def check_equal(path, remedy, **pairs):
-    """Two values that a file gives for one thing have to be the same."""
-    for name, (here, there) in pairs.items():
-        check_fields({name: here}, {name: one_of(there)}, path, remedy)
-
-
 def check_range(array, low, high, name, path, remedy):
-    """All values of an array or tensor have to lie in [low, high)."""
+    """A UserError if a value of an array or tensor lies outside [low, high)."""
     if 0 not in array.shape and not (low <= array.min() and array.max() < high):
-        raise UserError(
-            f"{path}: {name} are {array.min()} to {array.max()} and have to be at least {low} "
-            f"and under {high}; {remedy}"
-        )
+        found = f"{array.min()} to {array.max()}"
+        raise UserError(f"{path}: {name} are {found}, not in [{low}, {high}); {remedy}")
 
 
 def check_finite(weights, path):

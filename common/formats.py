@@ -2,12 +2,10 @@
 
 Read:   AniMask; MAE (He et al. 2021), encoder or full; DINO (Caron et al. 2021); DINOv2 (Oquab et
         al. 2023) without registers; timm's ViT; Hugging Face's ViT and ViTMAE. As safetensors, or
-        as a .pth of tensors and plain values.
+        as a .pth of tensors and plain values: nothing that a file holds is run.
 
-Our names are MAE's, which DINO and timm share; Hugging Face's stand in the tables below. Shapes
-decide the architecture. The number of heads, the epsilon of the LayerNorms and the mean and std of
-the pixels are read from the header or from the json files beside the checkpoint. Nothing that a
-file holds is ever run.
+Our names are MAE's, which DINO and timm share; Hugging Face's stand in a table below. Shapes decide
+the architecture. What no shape tells (FACTS) is in our header or in json files in the same folder.
 """
 
 import argparse
@@ -25,10 +23,8 @@ from kernels.gather import MEAN, STD
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
 WRAPPERS = ("teacher", "model", "state_dict")  # keys of training checkpoints that hold weights
 PREFIX = r"^((module|teacher|backbone|vit)\.)+"
-DROPPED = (
-    r"(student|head|pre_logits|fc_norm|dino_head|ibot_head|classifier|pooler|"
-    r"embeddings\.mask_token)(\.|$)"
-)
+DROPPED = r"(student|head|pre_logits|fc_norm|(dino|ibot)_head|classifier|pooler"
+DROPPED += r"|embeddings\.mask_token)(\.|$)"
 HF = {  # parts of our names: of Hugging Face's
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -67,21 +63,13 @@ FACTS = {  # what no shape tells
 REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the folder"
 
 
-def check_tensors(tensors, path):
-    """Tensors that are larger than their file are refused: views of few numbers, or sparse ones."""
-    size = sum(w.numel() * w.element_size() for w in tensors)
-    plain = all(w.layout is torch.strided and w.device.type == "cpu" for w in tensors)
-    if not plain or size > 4 * path.stat().st_size:  # tied weights count twice
-        raise UserError(f"{path} has tensors that are larger than the file, or packed; {REMEDY}")
-
-
 def read_tensors(path):
     """A safetensors or torch file -> (what it holds, our header or {}). Its first bytes tell which."""
     with open(regular(path), "rb") as f:
         start = f.read(9)
     # A zip, or a bare pickle as torch wrote before 1.6
     if start[8:] == b"{" or not start.startswith((b"P", b"\x80")):
-        return read_safetensors(path, "it should be a model of AniMask or a public checkpoint")
+        return read_safetensors(path, REMEDY)
     try:
         check_size(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -101,9 +89,7 @@ def encoder_file(given):
     if path.exists():
         return path
     if (given / "adapter_config.json").exists():
-        raise UserError(
-            f"{given} holds only an adapter: python export.py {given} --to merged makes it an encoder"
-        )
+        raise UserError(f"{given} holds only an adapter: python export.py {given} --to merged")
     run = given.parent if given.suffix else given
     raise UserError(f"no encoder at {path}: python pretrain.py --out {run} makes one")
 
@@ -118,12 +104,6 @@ def is_decoder(name):
 def encoder_of(weights):
     """The weights without a decoder's."""
     return {k: w for k, w in weights.items() if not is_decoder(k)}
-
-
-def count_blocks(names, stem):
-    """How many different i there are in names that begin with `stem`.i."""
-    found = [re.match(rf"{stem}\.(\d+)\.", name) for name in names]
-    return len({match[1] for match in found if match})
 
 
 def renamed(name, table):
@@ -155,9 +135,8 @@ def fold_layer_scale(weights):
 
 
 def fold_pixels(weights, mean, std):
-    """The patch embedding of an encoder for (x - mean) / std -> that for (x - MEAN) / STD.
-
-    (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std.
+    """The patch embedding for (x - mean) / std = (x - MEAN) / STD * STD / std + (MEAN - mean) / std
+    -> that for (x - MEAN) / STD.
     """
     name, mean, std = "patch_embed.proj", torch.tensor(mean), torch.tensor(std)
     kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]  # (D, 3, p, p), (D)
@@ -171,7 +150,11 @@ def our_names(loaded, path):
     loaded = loaded if isinstance(loaded, dict) else {}
     inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), dict)), loaded)
     tensors = {k: w for k, w in inner.items() if isinstance(w, torch.Tensor)}
-    check_tensors(tensors.values(), path)
+    # Views of few numbers and sparse tensors are larger than their file; tied weights count twice.
+    size = sum(w.numel() * w.element_size() for w in tensors.values())
+    plain = all(w.layout is torch.strided and w.device.type == "cpu" for w in tensors.values())
+    if not plain or size > 4 * path.stat().st_size:
+        raise UserError(f"{path} has tensors that are larger than the file, or packed; {REMEDY}")
     weights = {re.sub(PREFIX, "", str(k)): w.float() for k, w in tensors.items()}
     weights = {k: w for k, w in weights.items() if not re.match(DROPPED, k)}
     if {"register_tokens", "reg_token"} & weights.keys():
@@ -206,15 +189,18 @@ def facts_beside(folder, header):
 
 
 def shape_of(weights):
-    """-> what the shapes of the weights tell: {image_size, patch_size, dim, depth, ...}."""
+    """-> what names and shapes of the weights tell: {image_size, patch_size, dim, depth, ...}."""
+    numbered = [k for k in weights if k.startswith(("blocks.", "decoder_blocks."))]
+    blocks = {tuple(name.split(".")[:2]) for name in numbered}
+    decoder_depth = len([block for block in blocks if block[0] == "decoder_blocks"])
     p = weights["patch_embed.proj.weight"].shape[2]
     return {
         "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * p,
         "patch_size": p,
         "dim": weights["cls_token"].shape[2],
-        "depth": count_blocks(weights, "blocks"),
+        "depth": len(blocks) - decoder_depth,
         "decoder_dim": weights["mask_token"].shape[2] if "mask_token" in weights else 0,
-        "decoder_depth": count_blocks(weights, "decoder_blocks"),
+        "decoder_depth": decoder_depth,
     }
 
 
@@ -227,20 +213,15 @@ def weights_and_facts(loaded, header, path):
     told = facts_beside(path.parent, header)
     table = FACTS | {"dim?": fields.one_of(shape["dim"])}
     fields.check_fields(told, table, f"{path} or the config.json beside it", REMEDY)
-    facts = {"decoder_heads": shape["decoder_dim"] // 32, "norm_eps": EPS}
-    facts |= {k: v for k, v in told.items() if v is not None}
-    facts = {"heads": HEADS.get(shape["dim"])} | facts | shape
+    facts = {"heads": HEADS.get(shape["dim"]), "decoder_heads": shape["decoder_dim"] // 32}
+    facts |= {"norm_eps": EPS} | {k: v for k, v in told.items() if v is not None} | shape
     if not facts["heads"]:  # they change no shape: wrong ones would be seen in the features alone
-        raise UserError(
-            f"{path} is {shape['dim']} wide, and nothing tells its number of heads; a config.json "
-            'beside it has to say {"num_attention_heads": N}'
-        )
+        fix = 'a config.json in its folder has to say {"num_attention_heads": N}'
+        raise UserError(f"{path} is {shape['dim']} wide, and nothing tells its heads; {fix}")
     if "mean" in facts and "std" in facts:
         weights = fold_pixels(weights, facts["mean"], facts["std"])
     kernel = weights["patch_embed.proj.weight"]  # (D, 3, p, p)
-    matrix = (
-        kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
-    )  # (D, p*p*3), as a patch is laid out
+    matrix = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()  # (D, p*p*3), as a patch
     weights = weights | {"patch_embed.proj.weight": matrix}
     fields.check_encoder(weights, facts, path, REMEDY)
     width, depth = shape["decoder_dim"], shape["decoder_depth"]
@@ -253,8 +234,7 @@ def read_checkpoint(path):
     """Any known format -> ({our name: tensor}, of an encoder or a whole MAE; facts).
 
     facts: image_size, patch_size, dim, depth, heads, norm_eps; decoder_dim, decoder_heads and
-    decoder_depth, which is 0 where there is no decoder; norm_pix where it is known. What can't be
-    loaded as it was trained is a UserError.
+    decoder_depth, which is 0 where there is no decoder; norm_pix where it is known.
     """
     path = encoder_file(Path(path))
     loaded, header = read_tensors(path)

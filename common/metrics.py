@@ -31,11 +31,8 @@ def retrieval(features, labels, groups, most=5000):
     map: mean over queries of the mean precision at the rank of each right answer.
     """
     rows = torch.linspace(0, len(labels) - 1, min(len(labels), most)).long()  # evenly spaced
-    features, labels, groups = (
-        F.normalize(features[rows].float(), dim=1),
-        labels[rows],
-        groups[rows],
-    )
+    features = F.normalize(features[rows].float(), dim=1)
+    labels, groups = labels[rows], groups[rows]
     ranks = torch.arange(1, len(rows) + 1, dtype=torch.float64)
     scores = []
     for query in torch.arange(len(rows)).split(512):
@@ -57,13 +54,12 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
     Examples are rows of the bank and questions rows of another split. Where a class has fewer
     questions the rest are -1. None where too few classes have enough images.
     """
-    classes = []
-    for c in labels.unique():
-        of_bank, of_split = (bank_labels == c).nonzero()[:, 0], (labels == c).nonzero()[:, 0]
-        if len(of_bank) >= shots:
-            classes.append((of_bank, of_split))
+    classes = [c for c in labels.unique() if (bank_labels == c).sum() >= shots]
     if len(classes) < ways:
         return None
+
+    of_bank = [(bank_labels == c).nonzero()[:, 0] for c in classes]
+    of_split = [(labels == c).nonzero()[:, 0] for c in classes]
 
     def choose(rows, count):
         return rows[torch.randperm(len(rows), generator=generator)[:count]]
@@ -72,17 +68,15 @@ def draw_episodes(bank_labels, labels, ways, shots, generator, episodes=600, que
     questions = torch.full((episodes, ways, queries), -1)
     for i in range(episodes):
         for j, c in enumerate(choose(torch.arange(len(classes)), ways)):
-            of_bank, of_split = classes[c]
-            examples[i, j] = choose(of_bank, shots)
-            questions[i, j, : len(of_split)] = choose(of_split, queries)
+            examples[i, j] = choose(of_bank[c], shots)
+            questions[i, j, : len(of_split[c])] = choose(of_split[c], queries)
     return examples, questions
 
 
 def few_shot(bank, queries, examples, questions):
-    """Accuracy of each episode, (episodes,), by nearest centroid in cosine.
+    """Accuracy of each episode, (episodes,), by nearest centroid in cosine (Snell et al. 2017).
 
-    bank (n, D) and queries (Q, D) are of two splits; the bank's mean is subtracted from both. Snell
-    et al. 2017, with the cosine of Chen et al. 2019, "A Closer Look at Few-shot Classification".
+    bank (n, D) and queries (Q, D) are of two splits; the bank's mean is subtracted from both.
     """
     centre = bank.float().mean(0)
     bank = F.normalize(bank.float() - centre, dim=1)
@@ -113,17 +107,16 @@ def macro_f1(predicted, labels):
 
 
 def by_frequency(confusion, counts, many=100, few=20):
-    """Share of images named right of classes with > many, between, and < few training images.
+    """Accuracy in classes with > many, between, and < few training images; None of no images.
 
-    -> {"head", "mid", "tail"}, None of no images. The bounds are those of ImageNet-LT (Liu et al.
-    2019, arXiv:1904.05160).
+    The bounds are those of ImageNet-LT (Liu et al. 2019, arXiv:1904.05160).
     """
     head, tail = counts > many, counts < few
-    result = {}
-    for name, classes in (("head", head), ("mid", ~(head | tail)), ("tail", tail)):
-        right, images = confusion.diagonal()[classes].sum().item(), confusion[classes].sum().item()
-        result[name] = right / images if images else None
-    return result
+    shares = {}
+    for name, rows in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
+        right, images = confusion.diagonal()[rows].sum().item(), confusion[rows].sum().item()
+        shares[name] = right / images if images else None
+    return shares
 
 
 def frequency_correlation(confusion, counts):
@@ -137,10 +130,9 @@ def frequency_correlation(confusion, counts):
 
 
 def classification(scores, labels, counts):
-    """Everything about scores (n, C) against labels (n); counts (C) training images -> a dict of shares.
+    """scores (n, C), labels (n), counts (C) of training images -> a dict of shares in [0, 1].
 
-    "confusion" has the true class as row and the predicted one as column; "per_class" is the
-    recall, None of no images.
+    "confusion" has the true class as row; "per_class" is the recall, None of no images.
     """
     C, predicted = len(counts), scores.argmax(1)
     confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
@@ -154,9 +146,6 @@ def classification(scores, labels, counts):
         "per_class": [row[c] / sum(row) if sum(row) else None for c, row in enumerate(rows)],
         "confusion": rows,
     }
-
-
-# ---- learning curves -----------------------------------------------------------------------------
 
 
 def threshold_of(curve):
@@ -175,33 +164,17 @@ def first_crossing(xs, ys, threshold):
     return None
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
 def thumbnails(images, side):
     """images u8 (n, S, S, 3) -> (n, side*side*3) in [-0.5, 0.5]: the mean colour of each cell."""
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
     return small.flatten(1) / 255 - 0.5
 
 
-def psnr(a, b, where):
-    """Peak signal-to-noise ratio in dB, (n,), of u8 pictures a, b (n, S, S, 3) where (n, S, S) is true.
-
-    10 log10(255^2 / mean squared error); nan where no pixel is true.
-    """
-    a, b, where = a.cpu(), b.cpu(), where.cpu()  # Metal has no float64
-    error = (a.double() - b.double()).square().mean(3)
-    return 10 * torch.log10(255**2 * where.sum((1, 2)) / (error * where).sum((1, 2)))
-
-
-# ---- verification: scores of pairs of one class (positive) and of two (negative) -------------------
+# ---- verification: scores of pairs of one class (positive) and of two (negative) -----------------
 
 
 def pair_cosines(embeddings, labels, groups):
-    """Cosine of every pair of rows -> (of one class, of different classes).
-
-    Pairs of one group (i64) are left out: two faces of one illustration are alike by their style.
-    """
+    """Cosine of every pair of rows, but of pairs of one group -> (of one class, of different ones)."""
     unit = F.normalize(embeddings.float(), dim=1)
     pairs = torch.triu_indices(len(unit), len(unit), 1)
     i, j = pairs[:, groups[pairs[0]] != groups[pairs[1]]]
@@ -228,7 +201,7 @@ def equal_error_rate(positive, negative):
     return float(false[k - 1] + share * (false[k] - false[k - 1]))
 
 
-# ---- classifiers on frozen features ---------------------------------------------------------------
+# ---- classifiers on frozen features --------------------------------------------------------------
 
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
@@ -251,10 +224,7 @@ def ridge(x, labels, classes, penalty):
 
 
 def ridge_top1(features, labels, classes):
-    """Top-1 in percent of ridge regression; features (n, D) and labels (n) of three sets of rows.
-
-    The first set is fitted, the penalty is chosen on the second, the third is reported.
-    """
+    """Top-1 in percent; features (n, D), labels (n) of rows to fit, to choose a penalty, to report."""
     x, choose, report = standardise(*features)
     fits = [ridge(x, labels[0], classes, penalty) for penalty in PENALTIES]
     W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
@@ -272,12 +242,8 @@ def logistic_probe(x, labels, choose, truth, classes):
     z, held = (rows.numpy() for rows in standardise(x, choose))
     # features are correlated: L-BFGS takes minutes where Newton's method takes seconds
     model = LogisticRegression(solver="newton-cg", tol=1e-6, max_iter=1000, warm_start=True)
-    best, best_right = None, -1
-    for C in STRENGTHS:
-        model.set_params(C=C).fit(z, labels.numpy())
-        right = int((model.predict(held) == truth.numpy()).sum())
-        if right > best_right:
-            best, best_right = copy.deepcopy(model), right
+    fits = [copy.deepcopy(model.set_params(C=C).fit(z, labels.numpy())) for C in STRENGTHS]
+    best = max(fits, key=lambda fit: fit.score(held, truth.numpy()))
 
     def scores(new):
         found = torch.full((len(new), classes), float("-inf"), dtype=torch.float64)
@@ -289,10 +255,7 @@ def logistic_probe(x, labels, choose, truth, classes):
 
 
 def effective_rank(x):
-    """x (n, D) -> how many directions it uses (Roy and Vetterli 2007); 1 is a collapse.
-
-    The exponential of the entropy of the singular values' shares.
-    """
+    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
     values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
     share = values / values.sum().clamp(min=1e-30)
     return round(torch.special.entr(share).sum().exp().item(), 2)

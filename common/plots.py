@@ -46,15 +46,9 @@ def save(figure, path):
     with atomic(path) as temporary, warnings.catch_warnings(record=True) as caught:
         figure.savefig(temporary, format=Path(path).suffix[1:])
     plt.close(figure)
-    boxes = [w for w in caught if "missing from" in str(w.message)]  # a warning for each letter
-    for other in caught:
-        if other not in boxes:
-            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
-    if boxes:
-        print(
-            f"note: no font here has all letters of {path}: some are boxes; Noto Sans CJK has them",
-            file=sys.stderr,
-        )
+    if any("missing from" in str(w.message) for w in caught):  # a warning for each letter
+        boxes = "no font here has all letters, some are boxes; Noto Sans CJK has them"
+        print(f"note: {path}: {boxes}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -84,11 +78,6 @@ def percent(axis, along="y", low=None):
     """An axis of percentages ends at 0 and 100, or begins at low. Call it when all is drawn."""
     bottom, top = getattr(axis, f"get_{along}lim")()
     getattr(axis, f"set_{along}lim")(max(bottom, 0) if low is None else low, min(top, 100))
-
-
-def shared_legend(axis, place="outside right", **options):
-    """One legend outside all panels, of what this one shows."""
-    axis.figure.legend(*axis.get_legend_handles_labels(), loc=place, **options)
 
 
 # ---- rows of pictures ----------------------------------------------------------------------------
@@ -158,13 +147,8 @@ def curves(path, rows, split, title):
 def attention_on(axis, held):
     """How much more attention each part gets than its area, by epoch, where the data has parts."""
     ratios = [{"epoch": r["epoch"]} | r.get("attention_on", {}) for r in held]
-    styles = {
-        "eyes": ("o-", BLUE),
-        "mouth": ("s-", PINK),
-        "hair": ("^-", ORANGE),
-        "face": ("v--", GREEN),
-        "background": ("x:", INK),
-    }
+    styles = {"eyes": ("o-", BLUE), "mouth": ("s-", PINK), "hair": ("^-", ORANGE)}
+    styles |= {"face": ("v--", GREEN), "background": ("x:", INK)}
     for name, (mark, colour) in styles.items():
         plot_rows(axis, ratios, "epoch", name, mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
@@ -175,10 +159,9 @@ def attention_on(axis, held):
 def recognition(axis, held):
     """Top-1 of the kNN and of the linear probe by epoch, each with what a thumbnail has."""
     for key, mark, colour, name in (("linear", "s-", GREEN, "linear"), ("knn", "o-", BLUE, "kNN")):
-        if key in held[0]:
-            plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
-            control = held[0][f"{key}_thumbnail"]
-            axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
+        plot_rows(axis, held, "epoch", key, mark, color=colour, label=name, markersize=5)
+        control = held[0][f"{key}_thumbnail"]
+        axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
     percent(axis, low=0)
     axis.legend()

@@ -21,11 +21,6 @@ def plus_minus(found):
     return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
 
 
-def low_to_high(interval):
-    """{"low", "high"} -> "+0.10 to +2.30"."""
-    return f"{interval['low']:+.2f} to {interval['high']:+.2f}"
-
-
 def t_interval(differences):
     """Paired differences, one of each seed -> {"mean", "low", "high", "p"} by Student's t.
 
@@ -42,29 +37,23 @@ def t_interval(differences):
 
 
 def to_bits(right):
-    """(n,) bool -> hexadecimal text, eight images in two digits: which images a probe got right,
-    small in a row.
-    """
+    """(n,) bool, which images a probe got right -> hexadecimal text, two digits for eight images."""
     return np.packbits(np.asarray(right, bool)).tobytes().hex()
 
 
 def from_bits(text, n):
-    """What `to_bits` wrote -> (n,) bool."""
+    """The text of `to_bits` -> (n,) bool."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)
 
 
 def bootstrap(differences, groups, draws=2000):
-    """differences (seeds, images), such as right minus right in points; groups (images) -> {mean,
-    low, high, p}.
+    """differences (seeds, images), groups (images,) -> {"mean", "low", "high", "p"}.
 
-    Resamples seeds and illustrations, both with replacement: never single images, of which an
-    illustration may hold several. Percentile interval; p is twice the smaller share of draws on the
-    far side of 0.
+    Seeds and illustrations are resampled with replacement; an illustration may hold several images.
+    Percentile interval; p is twice the smaller share of draws on the far side of 0.
     """
-    d, (_, ids) = (
-        np.asarray(differences, np.float64),
-        np.unique(np.asarray(groups), return_inverse=True),
-    )
+    d = np.asarray(differences, np.float64)
+    _, ids = np.unique(groups, return_inverse=True)
     size, rng = np.bincount(ids), np.random.default_rng(0)
     sums = np.stack([np.bincount(ids, row) for row in d])  # (seeds, groups)
     means = np.empty(draws)

@@ -32,6 +32,7 @@ from common.command import Parser, at_least, claim, cli, command, progress, refu
 from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
+from demo import psnr
 from experiments.corruptions import SWEEPS, moved, paint
 from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
@@ -367,9 +368,9 @@ def pixel_scores(view, pasted, where, foreground):
     similarity, regions = ssim_map(pasted, view), {"": where}
     if foreground is not None:
         regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
-    scores = {"psnr_flat": metrics.psnr(flat_guess(view, where), view, where)}
+    scores = {"psnr_flat": psnr(flat_guess(view, where), view, where)}
     for name, here in regions.items():
-        scores[f"psnr{name}"] = metrics.psnr(pasted, view, here)
+        scores[f"psnr{name}"] = psnr(pasted, view, here)
         scores[f"ssim{name}"] = (similarity * here).sum((1, 2)) / here.sum((1, 2))
     return scores
 

@@ -12,7 +12,6 @@ from common.plots import (
     panels,
     percent,
     plot_rows,
-    shared_legend,
 )
 
 
@@ -69,7 +68,7 @@ def parts(path, report, title):
         )
         axis.set(xlabel="part, and its share of the picture", ylabel="Top-1, %")
         percent(axis, low=0)
-        shared_legend(axis)
+        axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside right")
 
 
 def reconstruction(path, rows, title):
@@ -96,4 +95,4 @@ def reconstruction(path, rows, title):
         plot_rows(
             axes[0], of.get("random", []), "ratio", "psnr_flat", ":", color=INK, label="mean colour"
         )
-        shared_legend(axes[0])
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right")

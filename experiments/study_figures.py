@@ -17,7 +17,6 @@ from common.plots import (
     percent,
     plt,
     save,
-    shared_legend,
 )
 from common.stats import LEAST_SEEDS
 
@@ -71,7 +70,8 @@ def curves(path, done, thresholds, thumbnail, title):
             axis.set(xlabel=label)
         percent(axes[0])  # both share it
         axes[0].set(ylabel="linear Top-1 during the run, %")
-        shared_legend(axes[0], "outside lower center", fontsize=8.5, ncols=3)
+        entries = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*entries, loc="outside lower center", fontsize=8.5, ncols=3)
 
 
 def bars(path, table, values, title):

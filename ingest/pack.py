@@ -40,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import fields
 from common.command import (
     Parser,
     at_least,
@@ -50,7 +51,6 @@ from common.command import (
     refuse_idle,
     refuse_overwrite,
 )
-from common.fields import refuse_odd_name, shown
 from common.io import UserError, lock_beside, locked, read_header
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
@@ -399,7 +399,9 @@ def write_set(args):
     print("\n".join(told), end="\n" * bool(told), flush=True)
     classes = sorted({r.label for r in records} - {None})
     for name in classes:
-        refuse_odd_name(name, "the class", "rename its folder, or its label in the table")
+        if not fields.is_name(name):
+            fix = f"give 1 to {fields.LETTERS} printable letters"
+            raise UserError(f"the class {fields.short(name)} is no name; {fix}")
     about = {
         "format": 1,
         "source": path,
@@ -498,7 +500,7 @@ def write_all(out, records, dims, stream, max_broken, about):
                     f"{path}: {len(own) - len(skipped)} images of {about['size']} px, "
                     f"{len(about['classes'])} classes{why}"
                 )
-    print("\n".join(shown(line) for line in told))
+    print("\n".join(fields.shown(line) for line in told))
 
 
 # ---- command line --------------------------------------------------------------------------------
