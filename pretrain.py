@@ -54,8 +54,7 @@ WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one pa
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-# Length and batch are counted in views, so they are the same for every mask and data set. On a CPU
-# many small steps learn more than few large ones (results/LOG.md).
+# In views, for any mask and data. On a CPU many small steps learn more (results/LOG.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
@@ -119,7 +118,7 @@ def start_processes(device):
 
 def share_gradients(network):
     """The network as the loop calls it: its gradients become means of all processes."""
-    if network and distributed.is_initialized():
+    if network is not None and distributed.is_initialized():
         return DistributedDataParallel(network, broadcast_buffers=False)  # buffers are constants
     return network
 
@@ -212,8 +211,11 @@ def make_mask(flags, encoder, train_set, autocast, views):
 def make_teacher(encoder, flags, start):
     """The average of the run's own encoder, or the encoder of --teacher."""
     name = flags.teacher
-    trained = flags.values if name == "self" else flags_of(name)
-    source = flags.attention or guidance.default_source(trained, name)
+    saved = flags.values if name == "self" else flags_of(name)
+    trained = guidance.default_source(saved, name)
+    source = flags.attention or trained
+    if trained == "outlier" and source != "outlier":
+        print(f"warning  nothing trains the attention ({source}) of this teacher; --contrast does")
     if name == "self":
         return guidance.average_of(encoder, source, flags.epochs, start)
     return guidance.Teacher(load_teacher(name)[0], source, {0})
@@ -270,8 +272,7 @@ def finish(run, model, guide, held_set, norm):
     for old in set(run.out.glob("attn-*.safetensors")) - {run.out / str(guide.file)}:
         old.unlink()
     save_beside(model, run.out)
-    notes = {"step": run.step, "run": run.config, **norm}
-    save_model(model, run.out / "model.safetensors", notes)
+    save_model(model, run.out / "model.safetensors", {"step": run.step, "run": run.config, **norm})
     draw_run(run.out, model, held_set, norm, guide.autocast)
     print(f"wrote    {run.out}: model.safetensors and pictures, after {run.seconds():.0f} s")
     print(f"next: python probe.py {shlex.quote(str(run.out))}")
@@ -290,7 +291,6 @@ def main():
     images = data.resident(train_set, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
-
     model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
     strategy, guide, ratios = make_mask(flags, model.encoder, train_set, autocast, V)
