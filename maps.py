@@ -389,7 +389,7 @@ def difficulty(model, view, autocast):
 
 
 def sheet_of_all(path, run, split, device):
-    """Draw every strategy on four faces, by the run's attention and the true foreground and parts."""
+    """Draw every strategy on some faces, by the run's attention and the true foreground and parts."""
     if not split["header"].get("parts") or "fg" not in split:
         raise UserError("--map all needs true parts, which the demo set has: --data datasets/toon")
     model = load_mae(run).to(device)
