@@ -1,18 +1,15 @@
-"""Write an encoder or a run for other tools: public MAE names, timm, transformers, ONNX, and more.
+"""Write an encoder or a run for other tools: timm, transformers, ONNX and more.
 
     python export.py ENCODER --to mae|timm|hf|merged|onnx|half [--out FILE] [--image-size PX]
 
-Reads:  ENCODER: runs/NAME (model.safetensors, or an adapter), or a checkpoint that
-        common/formats.py lists; for onnx and half also a run of finetune_lora.py or tags.py, for
-        half of detect.py
-Writes: beside ENCODER, or to --out:
+Reads:  ENCODER: runs/NAME, or a checkpoint that common/formats.py lists
+Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the folder
         mae     mae.safetensors, names of the public MAE, decoder included
         timm    timm.safetensors, the encoder for timm's VisionTransformer
         hf      hf/, a folder for transformers
-        merged  merged.safetensors, an encoder of ours with its adapter in it
-        onnx    model.onnx, an encoder, a recogniser with its gallery, or a tagger, without torch
-        half    half/, what stages read of a run, numbers in 16 bits
-        and a card, FILE.md or README.md in the folder: data, recipe, measurements, limits, licence
+        merged  merged.safetensors, an encoder with its adapter in it
+        onnx    model.onnx, which runs without torch: an encoder, a recogniser or a tagger
+        half    half/, what stages read of a run of any stage, numbers in 16 bits
 """
 
 import json
@@ -65,21 +62,23 @@ def public_weights(source, image_size):
     return checkpoints.public_weights(model), facts
 
 
-def save_plain(weights, facts, out):
-    """Write weights alone: how a network is built of them has no place in such a file."""
+def save_mae(source, out, image_size):
+    weights, facts = public_weights(source, image_size)
+    note_epsilon(facts)
+    save_safetensors(weights, out)
+    return f"safetensors.torch.load_file({str(out)!r})"
+
+
+def note_epsilon(facts):
+    """Say what has no place in a file of weights alone."""
     if facts["norm_eps"] != EPS:
         print(f"note: the epsilon of its LayerNorms is {facts['norm_eps']:g}; the file lacks it")
-    save_safetensors(weights, out)
-
-
-def save_mae(source, out, image_size):
-    save_plain(*public_weights(source, image_size), out)
-    return f"safetensors.torch.load_file({str(out)!r})"
 
 
 def save_timm(source, out, image_size):
     weights, facts = public_weights(source, image_size)
-    save_plain(encoder_of(weights), facts, out)
+    note_epsilon(facts)
+    save_safetensors(encoder_of(weights), out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
     return (
@@ -283,8 +282,6 @@ def save_onnx(source, out, image_size=None):
 
 # ---- the card ------------------------------------------------------------------------------------
 
-CLASSIFIES = "image-classification"
-TASKS = {"boxes": "object-detection", "arm": CLASSIFIES, "method": CLASSIFIES}  # by a stage's flag
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
 MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
     ("probe.json", "headline"),
@@ -294,7 +291,6 @@ MEASURED = (  # numbers that a card shows of these files, a key in a key after a
 CARD = """---
 license: {licence}
 library_name: {library}
-pipeline_tag: {task}
 tags: [masked-autoencoder, vision-transformer, anime]
 ---
 
@@ -333,7 +329,6 @@ def write_card(source, to, path, use):
     card = CARD.format(
         licence="mit" if pictures in OURS else "other",
         library={"timm": "timm", "onnx": "onnx", "hf": "transformers"}.get(to, "pytorch"),
-        task=next((TASKS[k] for k in TASKS if k in flags), "image-feature-extraction"),
         name=source.name,
         use=use,
         flags="\n".join(f"| {k} | `{v}` |" for k, v in flags.items() if v is not None),

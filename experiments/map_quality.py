@@ -2,15 +2,15 @@
 
     python -m experiments.map_quality --run runs/NAME       # into runs/truth.csv
 
-Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised cut alone, mean over
-images. Portraits with true alpha (--portraits; development data that is not part of this
-repository) are laid on four kinds of background, in two framings: "whole" stands the picture, as
-wide as the canvas, on its lower edge; "close" is its centre square, which the person fills almost
-entirely. Only the half of the identities is used that no constant was chosen on. Attention: the
-same AUC, and the share of it that falls on the background over the background's share of the area
-(`background`; 1 is no preference), for each way to read the run's attention. Parts: adjusted Rand
-index over the true foreground's patches, beside k-means on what has learned nothing. Replaces this
-run's rows of the same sets in --out; --figure draws a sheet of --data.
+Saliency: per-patch AUC and IoU (at 0.5), mean over images. Portraits with true alpha (--portraits;
+development data that is not part of this repository) are laid on four kinds of background, in two
+framings: "whole" stands the picture, as wide as the canvas, on its lower edge; "close" is its
+centre square, which the person fills almost entirely. Only the half of the identities is used that
+no constant was chosen on. Attention: the same AUC, and the share of it that falls on the background
+over the background's share of the area (`background`; 1 is no preference), for each way to read the
+run's attention. Parts: adjusted Rand index over the true foreground's patches, beside k-means on
+what has learned nothing. Replaces this run's rows of the same sets in --out; --figure draws a sheet
+of --data.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from PIL import Image
 
 import data
 import maps
-import mask as masking
 from common import guidance
 from common.checkpoints import load_teacher
 from common.command import Parser, claim, cli, progress, refuse_file
@@ -131,10 +130,8 @@ def composite(rgba, kind, seed=0):
 
 def tokens_of(encoder, size, images):
     """images u8 (n, S, S, 3) -> (n, N, D), all in memory: these sets are small."""
-    rows, cpu = torch.arange(len(images)), torch.device("cpu")
-    return torch.cat(
-        [x for _, x in maps.tokens_of(images, rows, encoder, size, cpu, contextlib.nullcontext)]
-    )
+    rows = torch.arange(len(images))
+    return torch.cat([x for _, x in maps.tokens_of(images, rows, encoder, size)])
 
 
 def iou(predicted, truth):
@@ -151,52 +148,18 @@ def foreground_scores(saliency, true, side):
     return torch.tensor([[maps.auc(x, t), iou(x > 0.5, t)] for x, t in pairs])
 
 
-def cut_alone(images, tokens, place):
-    """The refined map without the coarse one, but for its sign."""
-    side, g = maps.normalized_cut(maps.contrast(tokens, place)), math.isqrt(tokens.shape[1])
-    here = masking.standard_score(maps.to_patches(maps.coarse_logit(images)[0], g))
-    return (side * (side * here).mean(1, keepdim=True).sign()).sigmoid().view(-1, g, g)
-
-
 def row_of(name, kind, images, **scores):
     """A row of the CSV; what was not measured is empty."""
     empty = dict.fromkeys(("auc", "iou", "auc_gain", "gain_half_width_95", "ari", "background"), "")
     return {"set": name, "map": kind, "images": len(images)} | empty | scores
 
 
-def measure_foreground(name, images, true, encoder, size):
-    """Rows of AUC and IoU for coarse, cut alone and refined, with what each gains over coarse,
-    image by image.
-    """
-    tokens, rows = tokens_of(encoder, size, images), []
-    place, chunks = (
-        tokens.mean(0),
-        list(zip(images.split(data.CHUNK), tokens.split(data.CHUNK), strict=True)),
-    )
-    found = {
-        "coarse": torch.cat([maps.coarse(x) for x, _ in chunks]),
-        "cut alone": torch.cat([cut_alone(x, t, place) for x, t in chunks]),
-        "refined": torch.cat([maps.refined(x, t, place) for x, t in chunks]),
-    }
-    scores = {
-        kind: foreground_scores(saliency, true, encoder.side) for kind, saliency in found.items()
-    }
-    for kind, score in scores.items():
-        gain = (score - scores["coarse"])[:, 0]
-        gain = gain[gain.isfinite()]
-        half_width = 1.96 * gain.std().item() / len(gain) ** 0.5
-        rows.append(
-            row_of(
-                name,
-                kind,
-                images,
-                auc=score[:, 0].nanmean().item(),
-                iou=score[:, 1].mean().item(),
-                auc_gain=gain.mean().item(),
-                gain_half_width_95=half_width,
-            )
-        )
-    return rows, found
+def measure_foreground(name, images, true, side):
+    """A row of AUC and IoU over side x side patches, and the saliency (n, G, G)."""
+    found = torch.cat([maps.coarse(x) for x in images.split(data.CHUNK)])
+    scores = foreground_scores(found, true, side)
+    auc, overlap = scores[:, 0].nanmean().item(), scores[:, 1].mean().item()
+    return [row_of(name, "coarse", images, auc=auc, iou=overlap)], found
 
 
 def measure_attention(name, images, true, encoder, sources):
@@ -240,7 +203,7 @@ def measure_parts(name, images, parts, foreground, encoder, size, kinds, K=6):
             tokens, maps.to_patches(foreground, g) > 0.5, tokens.mean(0)
         )
     for kind, points in inputs.items():
-        label = torch.cdist(points[on], maps.kmeans(points[on], K, seeded(0))).argmin(1)
+        label = torch.cdist(points[on], maps.kmeans(points[on], K)).argmin(1)
         ari = adjusted_rand_score(label, true[on])
         rows.append(row_of(name, f"parts, k-means of {kind}, K={K}", images, ari=ari))
     return rows
@@ -264,7 +227,7 @@ def main():
     add(
         "--run",
         required=True,
-        help="a run folder of pretrain.py: the encoder of the refined maps and the parts",
+        help="a run folder of pretrain.py: the encoder of attention and parts",
     )
     add(
         "--data",
@@ -295,14 +258,14 @@ def main():
     encoder, size = load_teacher(args.run)
     sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     name, kinds = f"{Path(args.data).name} {args.split}", len(toon.PARTS)
-    rows, found = measure_foreground(name, images, foreground, encoder, size)
+    rows, found = measure_foreground(name, images, foreground, encoder.side)
     rows += measure_attention(name, images, foreground, encoder, sources)
     for K in (6, 12):
         rows += measure_parts(name, images, parts, foreground, encoder, size, kinds, K)
     sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits != "none" else []
     for framing, kind in progress(sets, "portraits"):
         laid = composite(portraits(args.portraits, framing), kind)
-        rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder, size)[0]
+        rows += measure_foreground(f"portraits {framing}, {kind}", *laid, encoder.side)[0]
         rows += measure_attention(f"portraits {framing}, {kind}", *laid, encoder, sources)
     rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
     run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
@@ -333,14 +296,13 @@ def draw(path, name, images, foreground, parts, found, encoder, size, n=10):
     from common import plots  # matplotlib takes a second to load
 
     some, tokens = data.evenly_spaced(len(images), n), tokens_of(encoder, size, images)
-    place, on = tokens.mean(0), maps.to_patches(found["refined"], encoder.side) > 0.5
-    centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6, seeded(0))
+    place, on = tokens.mean(0), maps.to_patches(found, encoder.side) > 0.5
+    centres = maps.kmeans(maps.relative_to_foreground(tokens, on, place)[on], 6)
     label = maps.parts_of(tokens, on, place, centres).unflatten(1, (encoder.side, -1))
     lines = [
         ("image", images[some]),
         ("true foreground", foreground[some]),
-        ("coarse", found["coarse"][some]),
-        ("refined", found["refined"][some]),
+        ("coarse", found[some]),
         ("true parts", maps.coloured(parts[some])),
         ("parts, K=6", maps.coloured(label[some])),
     ]

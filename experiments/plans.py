@@ -2,7 +2,7 @@
 
 An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2
 --attention outlier". What stands in braces is made before the first run: {pilot}, a run with random
-masks and a seed that is never reported; {coarse}, {refined}, {parts}, maps by maps.py (the last two
+masks and a seed that is never reported; {coarse}, {parts}, maps by maps.py (the last
 with the pilot's encoder); {dino} is the file of --dino.
 """
 
@@ -84,16 +84,13 @@ def look(guided, fg, data, **_):
     Compared beside it: a hint, and the figure itself.
     """
     shuffled = with_parameter(guided, "shuffle=1")
-    figure = [
-        f"fg_heavy --maps {maps}" for maps in dict.fromkeys([fg, "{refined}"]) if maps != "{coarse}"
-    ]
     arms = [
         "random",
         guided,
         f"attn_hint{guided[len('attn_high') :]}",
         shuffled,
         "green",
-        *figure,
+        f"fg_heavy --maps {fg}",
     ]
     claim = "what H1 claims of attn_high, on the headline of today"
     tests = [
@@ -184,10 +181,6 @@ def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
         "teacher": {
             guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
             | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})
-        },
-        "saliency": {
-            n: {q: f"{n} --maps {{{q}}}" for q in ("coarse", "refined")}
-            for n in ("fg_heavy", "bg_heavy")
         },
         "schedule of parts": {
             "parts": {

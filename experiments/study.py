@@ -56,7 +56,6 @@ from experiments.study_run import (
     adapt_rows,
     commands,
     execute,
-    number_format,
     pilot_seeds,
     read_rows,
     run_one,
@@ -66,8 +65,7 @@ from experiments.tables import rows_there
 RECIPE = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 PLAIN = "--flat-weight 1"  # in every arm; the weight of flat patches is a factor of its own
 MAPS = {
-    "coarse": ["saliency", "--quality", "coarse"],
-    "refined": ["saliency", "--quality", "refined"],
+    "coarse": ["saliency"],
     "parts": ["parts"],
 }  # of maps.py
 PILOT_SEED = 1000
@@ -573,7 +571,7 @@ def make_ready(plan, jobs, args):
     ready = {"pilot": pilot["out"], "dino": args.dino, **{name: home / name for name in MAPS}}
     ready["commands"] = {"pilot": first}
     if (
-        needed & {"pilot", "refined", "parts"} and not (pilot["out"] / "made.json").exists()
+        needed & {"pilot", "parts"} and not (pilot["out"] / "made.json").exists()
     ):  # made on another machine
         run_one(pilot, args, {})
     for name in sorted(needed & MAPS.keys()):
@@ -587,7 +585,7 @@ def make_ready(plan, jobs, args):
             str(ready[name]),
         ]
         if name != "coarse":
-            words += ["--run", str(pilot["out"]), *number_format(plan)]
+            words += ["--run", str(pilot["out"])]
         if not list(ready[name].glob("*.safetensors")):
             home.mkdir(parents=True, exist_ok=True)
             execute(words, home / f"{name}.log", args.threads)

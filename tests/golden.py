@@ -152,22 +152,6 @@ SECOND = {  # these stand on runs/random
     ],
     "probe": [["probe.py", "runs/random", "runs/simmim", "--data", "packed", *CPU]],
     "headline": [["probe.py", "runs/block", "--data", "packed", "--headline", *CPU]],
-    "refined": [
-        [
-            "maps.py",
-            "--data",
-            "packed",
-            "--map",
-            "saliency",
-            "--quality",
-            "refined",
-            "--run",
-            "runs/random",
-            "--out",
-            "maps/refined",
-            *CPU,
-        ]
-    ],
     "part_maps": [
         [
             "maps.py",
@@ -181,7 +165,7 @@ SECOND = {  # these stand on runs/random
             3,
             "--out",
             "maps/part_maps",
-            *CPU,
+            *CPU[:2],
         ]
     ],
     "attn_maps": [
@@ -195,7 +179,7 @@ SECOND = {  # these stand on runs/random
             "runs/random",
             "--out",
             "maps/attn_maps",
-            *CPU,
+            *CPU[:2],
         ]
     ],
     "teacher": [

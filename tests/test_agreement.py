@@ -200,14 +200,14 @@ def test_the_default_teacher_has_a_pooler_and_gives_it_away(small, tmp_path):
         "attn",
         "--run",
         tmp_path / "b",
-        "--source",
+        "--attention",
         "pooler",
         "--out",
         tmp_path / "none",
         cwd=tmp_path,
         check=2,
     )
-    assert "--source pooler" in refused(wrong)
+    assert "--attention pooler" in refused(wrong)
     stress.load_mae(
         tmp_path / "a", torch.device("cpu")
     )  # the network alone: a pooler is no part of it

@@ -491,10 +491,10 @@ UNUSED = [
         "toon --out datasets/new",
         "--crop figure|--boxes boxes.txt|--margin .1|--dedupe",
     ),
-    (MAPS, "--map saliency", "--source cls|--parts 4|--run runs/nano"),
-    (MAPS, "--map attn --run runs/nano", "--quality coarse|--parts 4"),
-    (MAPS, "--map parts --run runs/nano", "--source cls"),
-    (MAPS, "--map all --run runs/nano", "--quality refined|--source cls|--parts 4"),
+    (MAPS, "--map saliency", "--attention cls|--parts 4|--run runs/nano"),
+    (MAPS, "--map attn --run runs/nano", "--parts 4"),
+    (MAPS, "--map parts --run runs/nano", "--attention cls"),
+    (MAPS, "--map all --run runs/nano", "--attention cls|--parts 4"),
     (
         STUDY,
         "--plan arms --arms block --exploratory",
@@ -555,7 +555,7 @@ LOST = [
     [["maps.py", "--data", "datasets/other", "--map", "saliency", "--out", "maps/tiny"]],
     [
         MAPS + ["--map", "attn", "--run", "runs/nano"],
-        MAPS + ["--map", "attn", "--run", "runs/nano", "--source", "cls"],
+        MAPS + ["--map", "attn", "--run", "runs/nano", "--attention", "cls"],
     ],
     [["pretrain.py", *SMALL, "--out", "runs/nano"]],
     [["pretrain.py", *SMALL, "--out", "runs/lora"]],

@@ -14,7 +14,6 @@ from safetensors import safe_open
 import data
 import maps
 import mask as masking
-import model
 from common import guidance
 from common.command import LOCKS
 from common.io import UserError
@@ -50,7 +49,7 @@ def made(small, run, tmp_path_factory):
     """All the maps of the small set -> their folder."""
     out = tmp_path_factory.mktemp("maps")
     here("--data", small, "--map", "saliency", "--out", out)
-    here("--data", small, "--map", "attn", "--source", "cls", "--run", run, "--out", out)
+    here("--data", small, "--map", "attn", "--attention", "cls", "--run", run, "--out", out)
     here("--data", small, "--map", "parts", "--parts", 3, "--run", run, "--out", out)
     return out
 
@@ -69,10 +68,9 @@ def test_coarse_finds_drawn_figures():
 @pytest.mark.parametrize("fill", [0, 7, 255])
 def test_a_picture_of_one_colour_gives_finite_maps(fill):
     images = torch.full((2, 40, 40, 3), fill, dtype=torch.uint8)
-    tokens = torch.full((2, 16, 8), 0.3)
-    for found in (maps.coarse(images), maps.refined(images, tokens, tokens.mean(0))):
-        assert found.shape == (2, maps.GRID, maps.GRID) and found.isfinite().all()
-        assert found.min() >= 0 and found.max() <= 1
+    found = maps.coarse(images)
+    assert found.shape == (2, maps.GRID, maps.GRID) and found.isfinite().all()
+    assert found.min() >= 0 and found.max() <= 1
 
 
 def test_lab_is_that_of_others():
@@ -102,52 +100,15 @@ def test_the_border_leaves_out_the_lower_edge():
     assert not edge[-1, 1:-1].any() and not edge[1:-1, 1:-1].any()
 
 
-def test_the_cut_separates_two_groups_that_differ_a_little():
-    g = seeded(3)
-    group = torch.rand(4, 30, generator=g) < 0.4
-    tokens = torch.randn(4, 30, 8, generator=g) * 0.3 + group[..., None] * torch.ones(8)
-    side = maps.normalized_cut(maps.contrast(tokens, torch.zeros(30, 8)))
-    for s, true in zip(side, group, strict=True):
-        assert max(maps.auc(s, true), maps.auc(-s, true)) > 0.99
-
-
-def test_refined_follows_features_where_colours_say_nothing():
-    """A picture of one colour: the coarse map has nothing but the centre to go by; the features
-    know better.
-    """
-    _, figure = drawn(8)
-    images, true = (
-        torch.full((8, 64, 64, 3), 90, dtype=torch.uint8),
-        maps.to_patches(figure, 8) > 0.5,
-    )
-    g = seeded(0)
-    tokens = 0.3 * torch.randn(8, 64, 16, generator=g) + true[..., None] * torch.randn(
-        16, generator=g
-    )
-    both = (maps.coarse(images), maps.refined(images, tokens, torch.zeros(64, 16)))
-    found = [maps.to_patches(m, 8) for m in both]
-    coarse, refined = (
-        np.mean([maps.auc(m, t) for m, t in zip(f, true, strict=True)]) for f in found
-    )
-    assert refined > coarse + 0.02 and refined > 0.97
-
-
-def test_kmeans_finds_clusters_and_is_no_worse_than_scikit_learns():
-    cluster = pytest.importorskip("sklearn.cluster")
+def test_clusters_are_found_again_and_numbered_by_size():
     g = seeded(5)
-    x = torch.randn(5, 1, 4, generator=g) * 6 + torch.randn(5, 60, 4, generator=g)
-    x = x.reshape(-1, 4)
-    centres = maps.kmeans(x, 5, seeded(0))
-    ours = torch.cdist(x, centres).min(1).values.square().sum().item()
-    assert ours < 1.001 * cluster.KMeans(5, n_init=4, random_state=0).fit(x.numpy()).inertia_
-    assert torch.equal(centres, maps.kmeans(x, 5, seeded(0)))
-    sizes = torch.bincount(torch.cdist(x, centres).argmin(1), minlength=5)
-    assert (sizes[:-1] >= sizes[1:]).all()
-
-
-def test_kmeans_of_fewer_kinds_of_points_than_centres():
-    centres = maps.kmeans(torch.ones(6, 3), 4, seeded(0))
-    assert centres.shape == (4, 3) and centres.isfinite().all()
+    groups = torch.randn(5, 1, 4, generator=g) * 6 + torch.randn(5, 60, 4, generator=g)
+    sizes = (60, 50, 40, 30, 20)
+    x = torch.cat([group[:n] for group, n in zip(groups, sizes, strict=True)])
+    centres = maps.kmeans(x, 5)
+    assert torch.equal(centres, maps.kmeans(x, 5))
+    label = torch.cdist(x, centres).argmin(1)
+    assert torch.bincount(label, minlength=5).tolist() == list(sizes)
 
 
 def test_parts_are_those_of_the_figure_only():
@@ -212,10 +173,10 @@ def test_rows_are_in_the_order_of_the_images(small, made):
     assert np.abs(data.open_map(made, "saliency", train)[5:7] - found.numpy()).max() <= 1
 
 
-def test_refined_and_cls_and_another_split(small, run, tmp_path):
-    out = ("--data", small, "--split", "val", "--run", run, "--out", tmp_path)
-    here("--map", "saliency", "--quality", "refined", *out)
-    here("--map", "attn", "--source", "cls", *out)
+def test_cls_and_another_split(small, run, tmp_path):
+    out = ("--data", small, "--split", "val", "--out", tmp_path)
+    here("--map", "saliency", *out)
+    here("--map", "attn", "--attention", "cls", "--run", run, *out)
     val = data.open_split(small, "val")
     assert data.open_map(tmp_path / "saliency-val.safetensors", "saliency", val).shape == (
         len(val["images"]),
@@ -225,35 +186,6 @@ def test_refined_and_cls_and_another_split(small, run, tmp_path):
     assert data.open_tensors(tmp_path / "attn-val.safetensors")["header"]["source"] == "cls"
     with pytest.raises(UserError, match="--map saliency --out"):  # val's maps are not train's
         data.open_map(tmp_path, "saliency", data.open_split(small, "train"))
-
-
-def test_views_are_cut_in_full_precision(small, run, tmp_path, monkeypatch):
-    """A machine with bf16 must see the same views: only the encoder's forward pass runs under
-    autocast.
-    """
-    views, forward = [], []
-
-    def watched(real, seen):
-        return lambda *words: seen.append(torch.is_autocast_enabled("cpu")) or real(*words)
-
-    monkeypatch.setattr(data, "view_images", watched(data.view_images, views))
-    monkeypatch.setattr(model.Block, "forward", watched(model.Block.forward, forward))
-    for words in (("attn",), ("parts", "--parts", 3), ("saliency", "--quality", "refined")):
-        here(
-            "--data",
-            small,
-            "--map",
-            *words,
-            "--run",
-            run,
-            "--out",
-            tmp_path,
-            "--dtype",
-            "bf16",
-            "--device",
-            "cpu",
-        )
-    assert views and forward and not any(views) and all(forward)
 
 
 def test_a_hot_cell_follows_crop_and_flip():
@@ -317,18 +249,13 @@ def test_an_estimate_of_exact_masks_says_so(run, tmp_path, monkeypatch, capsys):
     rows = torch.from_numpy(np.array(data.open_map("maps/true", "saliency", train)))
     true = torch.from_numpy(np.array(train["fg"])) > 127
     auc = maps.auc(rows.flatten().float(), true.flatten())
-    assert f"true has exact foreground masks: this estimate has an AUC of {auc:.2f}" in text
+    assert f"true has exact foreground masks; the AUC of these maps is {auc:.2f}" in text
     assert next_command(text) == ["--data", "true", "--mask", "fg_heavy", "--maps", "maps/true"]
     assert guidance.open_maps("fg", "auto", "true", train)[2].startswith(
         "the true"
     )  # the exact ones
-    here("--data", "true", "--map", "parts", "--parts", 3, "--run", run, "--quality", "coarse")
+    here("--data", "true", "--map", "parts", "--parts", 3, "--run", run)
     text = capsys.readouterr().out
-    assert (
-        "3 clusters of the encoder's features" in text
-        and "without names" in text
-        and "by colours alone" in text
-    )
     assert next_command(text)[-2:] == ["--maps", "maps/true"]
 
 
@@ -352,21 +279,17 @@ def test_what_maps_refuses(small, run, made, tmp_path):
             here("--data", small, "--out", tmp_path, *words)
         return str(problem.value)
 
-    assert "--run runs/NAME" in refused(
+    assert "--run RUN" in refused(
         call("maps.py", "--data", small, "--out", tmp_path, "--map", "attn", cwd=ROOT)
     )
-    assert "--run runs/NAME" in no("--map", "saliency", "--quality", "refined")
-    assert "--parts 17" in no("--map", "parts", "--run", run, "--parts", 17)
     assert "--parts 0" in no("--map", "parts", "--run", run, "--parts", 0)
-    assert "--source" in no("--map", "saliency", "--source", "cls")
+    assert "--attention" in no("--map", "saliency", "--attention", "cls")
     assert "--run" in no("--map", "saliency", "--run", run)
     for words, flag in (
-        (("--dtype", "fp32"), "dtype"),
         (("--parts", 3), "parts"),
-        (("--source", "cls"), "source"),
+        (("--attention", "cls"), "attention"),
     ):
         assert no("--map", "saliency", *words).startswith(f"--{flag} has no effect")
-    assert "--quality has no effect" in no("--map", "attn", "--run", run, "--quality", "coarse")
     (tmp_path.parent / "a file").write_text("mine")
     assert "is a file" in no("--map", "saliency", "--out", tmp_path.parent / "a file" / "maps")
     assert "nowhere" in no("--map", "attn", "--run", tmp_path / "nowhere")
@@ -421,10 +344,12 @@ def test_what_open_map_refuses(small, made, tmp_path):
 
 def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     golden.write_packed(tmp_path / "true", 32, (("train", 8), ("val", 4)))
-    shown = {}
-    monkeypatch.setattr(
-        maps, "mask_sheet", lambda path, title, images, maps, columns, width: shown.update(columns)
-    )
+    shown = []
+
+    def noted(path, title, rows, columns):
+        shown.extend(rows)
+
+    monkeypatch.setattr("common.plots.image_grid", noted)
     words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
     here("--data", tmp_path / "true", *words)
     (tmp_path / "pictures").mkdir(exist_ok=True)
@@ -432,12 +357,8 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
     (tmp_path / "pictures" / f"strategies-{run.name}-val.png").touch()
     with pytest.raises(UserError, match=f"strategies-{run.name}-val.png is there already"):
         here("--data", tmp_path / "true", *words)
-    assert list(shown) == list(masking.STRATEGIES)[:6] + [
-        "attn_high\nshuffle=1",
-        *list(masking.STRATEGIES)[6:],
-    ]
-    assert all(hidden[0.75].shape == (4, 4, 4) for hidden in shown.values())
-    assert not torch.equal(shown["attn_high"][0.5], shown["attn_high\nshuffle=1"][0.5])
+    assert [name for name, _ in shown] == ["image", "attention", "parts", *masking.STRATEGIES]
+    assert all(len(pictures) == 3 * maps.SHOWN for _, pictures in shown)
     with pytest.raises(UserError, match="needs true parts"):
         here("--data", small, *words, "--out", tmp_path / "new")
     with pytest.raises(UserError, match="needs an encoder"):
@@ -446,6 +367,6 @@ def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))
 def test_a_sheet_shows_exactly_what_is_hidden(strategy):
-    hidden = maps.hidden_by(strategy, {}, 6, 5, (0.5, 0.75, 0.9))
-    for ratio, h in hidden.items():
+    for ratio in maps.RATIOS:
+        h = maps.hidden_by(strategy, {}, 5, 6, ratio)
         assert h.shape == (5, 6, 6) and (h.flatten(1).sum(1) == 36 - masking.kept(36, ratio)).all()
