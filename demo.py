@@ -6,12 +6,12 @@ Reads:  a run of pretrain.py (default: the newest in runs/, or one in weights/),
         were made of it: runs/NAME-lora, -tags, -seg, -det
 Writes: nothing
 
-Only this machine can open the page, unless --host or --share allows others, and no other site can
-use it. A dropped picture is read in memory (ingest/decode.py). Nothing that a visitor sends is the
-path of a file or starts a command.
+Only this machine can open the page, unless --host or --share allows others; no other site can use
+it. Nothing that a visitor sends is the path of a file or starts a command.
 """
 
 import base64
+import contextlib
 import functools
 import io
 import os
@@ -22,7 +22,6 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -49,7 +48,6 @@ from ingest.scenes import outlined
 from kernels.loss import FLOOR, patch_detail
 from model import put_patches, to_pixels
 
-FIRST_RUN = "runs/toon-mask-attn_high-ratio-0.75"  # the run of README's first command on a CPU
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
 DRAWN, DRAWINGS = 256, 100  # side of a drawing that the page makes, and how many of each character
@@ -57,26 +55,23 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"at most {MOST_MB} MB and {MOST_MEGAPIXELS} megapixels"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
-SERVER = {"quiet": True, "prevent_thread_lock": True, "ssr_mode": False, "footer_links": []}
 KEPT = 64  # drawings, and answers about them, that are computed once
 QUEUE = 50  # waiting requests; one change of the picture makes five
-# The only paths that the page's script and gradio's client post to. Gradio's other paths would
-# call functions outside the queue, or start ffmpeg.
+# What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
 SHOWN = {"attn": "attention", "fg": "foreground", "parts": "parts"}  # maps in the tab Mask
-MACHINE = SimpleNamespace(device=torch.device("cpu"))  # main may set another
-MACHINE.autocast = autocast_of(MACHINE.device, torch.float32)
+MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 12px }
 .figures figure { margin: 0; flex: 0 1 160px }
 .figures img { width: 100%; image-rendering: pixelated; border-radius: 6px }
 .wide figure { flex: 1 1 480px; max-width: 640px } .wide img { image-rendering: auto }
-.bars { display: grid; gap: 4px 12px; align-items: center; accent-color: #0072B2 }
-.bars { grid-template-columns: max-content minmax(80px, 320px) max-content }
-.bars progress { width: 100% }
+progress { accent-color: #0072B2 }
 """
+SERVER = {"quiet": True, "prevent_thread_lock": True, "ssr_mode": False, "footer_links": []}
+SERVER |= {"css": CSS, "max_file_size": MOST_MB * 2**20}
 # A file in memory. number: which drawing of the character `name`; None: from a visitor.
 Picture = namedtuple("Picture", "name bytes number")
 
@@ -88,7 +83,6 @@ def parse_args():
     add("--port", type=between(1, 65535, int), help="default: the first free one from 7860 on")
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     add("--share", action="store_true", help="a public address for three days, by gradio's server")
-    add("--open", action="store_true", help="open the browser")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
     return parser.parse_args()
@@ -112,11 +106,9 @@ def encoders():
 def choose_run(name):
     """The given run of pretrain.py, or the one that the given run was made of; or the newest."""
     known = encoders()
-    if name is None:
-        return known[0] if known else FIRST_RUN
+    name = str(Path(name or next(iter(known), "runs/NAME")))
     if not Path(name).is_dir():
         raise UserError(f"{name} is no run; python pretrain.py makes one")
-    name = str(Path(name))
     bases = [run for run in known if name.startswith(f"{run}-") and name not in known]
     return max(bases, key=len, default=name)
 
@@ -142,7 +134,7 @@ def load_mae(run):
     return net, about_model(run)
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- pictures and HTML ---------------------------------------------------------------------------
 
 
 @functools.lru_cache(KEPT)
@@ -179,12 +171,8 @@ def square_of(picture, size, crop="centre", margin=0.1):
 def whole_of(picture):
     """The uncut picture, u8 (H, W, 3), its longer side at most WHOLE pixels."""
     with open_image(picture.bytes, WHOLE) as (img, _):
-        paper = on_paper(img)
-        paper.thumbnail((WHOLE, WHOLE))
-        return np.array(paper)
-
-
-# ---- HTML ----------------------------------------------------------------------------------------
+        img.thumbnail((WHOLE, WHOLE))
+        return np.array(on_paper(img))
 
 
 def png_file(pixels):
@@ -205,11 +193,8 @@ def figures(items, kind=""):
 
 def bars(shares):
     """{name: 0 to 1} -> a bar for each."""
-    cells = ""
-    for name, x in shares.items():
-        cells += f'<span>{escape(name)}</span><progress value="{x:.3f}"></progress>'
-        cells += f"<span>{x:.0%}</span>"
-    return f'<div class="bars">{cells}</div>'
+    row = '<div><progress value="{:.3f}"></progress> {:.0%} {}</div>'
+    return "".join(row.format(x, x, escape(name)) for name, x in shares.items())
 
 
 def element(name, text):
@@ -217,23 +202,17 @@ def element(name, text):
     return f"<{name}>{escape(str(text))}</{name}>"
 
 
-def note_on(picture, *headers):
-    """A sentence where a visitor's picture meets networks that learned from a demo set alone."""
-    for header in headers:
-        note = demo_note(header.get("data") or header.get("run", {}).get("data"))
-        if note and picture.number is None:
-            return element("p", f"This network was {note}.")
-    return ""
+def note_on(picture, header):
+    """A sentence where a visitor's picture meets a network that learned from a demo set alone."""
+    note = demo_note(header.get("data") or header.get("run", {}).get("data"))
+    return element("p", f"This network was {note}.") if note and picture.number is None else ""
 
 
-# ---- the tab Mask --------------------------------------------------------------------------------
+# ---- the tabs ------------------------------------------------------------------------------------
 
 
 def maps_of(net, picture, view, need):
-    """Maps {name: (1, N), of parts (1, N, P)} that are known, and the one that a mask needs.
-
-    Foreground and parts of a drawing are the true ones. Of other pictures colours tell foreground.
-    """
+    """{name: (1, N), or (1, N, P)}: maps of a picture. Those of a drawing are the true ones."""
     place = torch.zeros(1, dtype=torch.long), *data.full_boxes(1), net.encoder.side
     source = "rollout" if net.encoder.pooler is None else "pooler"
     with MACHINE.autocast():
@@ -246,8 +225,7 @@ def maps_of(net, picture, view, need):
         found["parts"] = guidance.crop_parts(parts[None], *place, len(toon.PARTS))
     found["fg"] = guidance.crop_map(fg[None], *place)
     if need == "detail":
-        _, every = net.encoder.all_patches(view)
-        found[need] = patch_detail(view, every, net.config["patch_size"])
+        found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
     if need == "difficulty":
         found[need] = maps.difficulty(net, view, MACHINE.autocast)
     if need and need not in found:
@@ -257,9 +235,9 @@ def maps_of(net, picture, view, need):
 
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
-    strategy, params = parse_keys(words, masking.PARAMS, "mask")
-    if params.pop("shuffle", 0):
-        raise UserError("shuffle takes the map of another picture; the page has only one")
+    strategy, params = parse_keys(words or "", masking.PARAMS, "mask")
+    if params.pop("shuffle", 0):  # the control takes the map of another picture
+        raise UserError("the page has one picture: leave shuffle out")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)
@@ -278,10 +256,10 @@ def filled_in(net, header, view, ids_keep, ids_mask):
 
 def mask_page(run, picture, words, ratio, t, seed):
     """Maps of the picture, what the strategy hides, and what the network predicts there."""
-    strategy, _ = parse_keys(words or "", masking.PARAMS, "mask")
     net, header = loaded(load_mae, run)
     view = torch.from_numpy(square_of(picture, net.config["image_size"])).to(MACHINE.device)
-    scores, g = maps_of(net, picture, view, masking.NEEDS.get(strategy)), net.encoder.side
+    need, g = masking.NEEDS.get((words or "").partition(":")[0]), net.encoder.side
+    scores = maps_of(net, picture, view, need)
     ids_keep, ids_mask = draw_mask(words, scores, g * g, ratio, t, seed)
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
@@ -295,45 +273,36 @@ def mask_page(run, picture, words, ratio, t, seed):
     return figures(items) + element("code", f"python pretrain.py --mask {words} --ratio {ratio:g}")
 
 
-# ---- the other tabs ------------------------------------------------------------------------------
-
-
 def recognise_page(run, picture):
     """The character, how sure that is, and the nearest faces of the gallery."""
     net, header = loaded(load_classifier, run)
     image = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    logits, embeddings = recognize.embed(net, image, MACHINE.autocast)
-    gallery = recognize.open_gallery(run)
-    row = recognize.answers([picture.name], logits, embeddings, gallery, 3)[0]
+    found = recognize.embed(net, image, MACHINE.autocast)
+    row = recognize.answers([picture.name], *found, recognize.open_gallery(run), 3)[0]
     text = element("h2", row["name"] or "unknown")
     if not row["known"]:
         like = f"similarity {row['similarity']:.2f}, under {row['threshold']:.2f}"
         text += element("p", f"Unlike all known characters ({like}). Nearest: {row['best_guess']}.")
     shares = {key: row[key] for key in ("confidence", "similarity", "threshold")}
     shares = {key: max(0.0, x) for key, x in shares.items() if x is not None}
-    faces = [("input", image[0]), *faces_of(header["data"], row["nearest"])]
+    faces = [("input", image[0])]
+    with contextlib.suppress(UserError):  # the data set may be gone
+        split = data.open_split(header["data"], "train")
+        keys = split["header"].get("keys", [])
+        for near in row["nearest"]:
+            if near["picture"] in keys:
+                face = split["images"][keys.index(near["picture"])]
+                faces.append((f"{near['name']}, {near['similarity']:.2f}", face))
     text += note_on(picture, header) + bars(shares) + figures(faces)
     return text + element("code", f"python recognize.py {run} PICTURE")
-
-
-def faces_of(folder, nearest):
-    """The nearest faces of a gallery as items of `figures`; none if their data set is gone."""
-    if not (Path(folder) / "train.safetensors").exists():
-        return []
-    split = data.open_split(folder, "train")
-    rows = {key: row for row, key in enumerate(split["header"].get("keys", []))}
-    known = [near for near in nearest if near["picture"] in rows]
-    captions = [f"{near['name']}, {near['similarity']:.2f}" for near in known]
-    return zip(captions, [split["images"][rows[near["picture"]]] for near in known], strict=True)
 
 
 def tags_page(run, picture):
     """The character and the tags, from the picture alone."""
     net, header = loaded(tags.load_tagger, run)
     square = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    images = torch.from_numpy(square).to(MACHINE.device)
+    _, view = next(data.whole_views(square, torch.arange(1), header["image_size"], MACHINE.device))
     with MACHINE.autocast():
-        view = data.view_images(images, *data.full_boxes(1), header["image_size"])
         logits, found = tags.answers(net, view)
     text = ""
     if logits is not None:
@@ -351,8 +320,8 @@ def segment_page(run, picture):
     pixels = whole_of(picture)
     drawn = segment.mask_of(net, pixels, header["image_size"], MACHINE.autocast)
     image, where = torch.from_numpy(pixels)[None], torch.from_numpy(drawn > 0.5)[None]
-    items = [("picture", pixels)]
-    items.append(("photographed pixels in orange", segment.overlay(image, where)[0]))
+    orange = segment.overlay(image, where)[0]
+    items = [("picture", pixels), ("photographed pixels in orange", orange)]
     text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "wide")
     return text + element("code", f"python segment.py {run} PICTURE --out masks")
 
@@ -377,36 +346,36 @@ def pages_page(run, picture):
         names = [row["name"] or "unknown" for row in rows]
     H, W = pixels.shape[:2]
     marked = outlined(pixels, boxes.numpy() / np.array([W, H, W, H]))
-    text = note_on(picture, about, header) + figures([(f"{len(cut)} faces", marked)], "wide")
+    text = (note_on(picture, about) or note_on(picture, header)) + figures(
+        [(f"{len(cut)} faces", marked)], "wide"
+    )
     return text + figures(zip(names, cut, strict=True)) + element("code", f"python {command}")
 
 
 # ---- who may ask ---------------------------------------------------------------------------------
 
 
-def refusal(method, path, headers, names):
-    """headers {lower-case name: value} -> (sentence, status), or None if the request is allowed."""
-    host, origin = headers.get("host", "").lower(), headers.get("origin")
+def refusal(scope, names):
+    """An ASGI request -> (sentence, status), or None if it is allowed. names: of this machine."""
+    headers = {k.decode("latin-1"): v.decode("latin-1").lower() for k, v in scope["headers"]}
+    host, origin = headers.get("host", ""), headers.get("origin")
     name = re.sub(r":\d*$", "", host)
     numeric = re.fullmatch(r"[\d.]*\d|\[[\da-f:.]+\]", name)  # DNS can't rebind such an address
     if not numeric and name not in names:
         return "The page has another address: use the one that demo.py printed, or --host", 403
-    if origin is not None and origin.lower().partition("://")[2] != host:
+    if origin is not None and origin.partition("://")[2] != host:
         return "Another site's page sent this request", 403
-    if method == "POST" and path.rstrip("/") not in POSTS:
+    if scope["method"] == "POST" and scope["path"].rstrip("/") not in POSTS:
         return "The page has no such function", 404
     return None
 
 
 def gate(app, names):
-    """ASGI middleware: it answers the requests that `refusal` refuses. names: of this machine."""
-    from starlette.requests import Request  # starlette comes with gradio
-    from starlette.responses import PlainTextResponse
+    """ASGI middleware: it answers the requests that `refusal` refuses."""
+    from starlette.responses import PlainTextResponse  # starlette comes with gradio
 
     async def guarded(scope, receive, send):
-        refused = None
-        if scope["type"] == "http":
-            refused = refusal(scope["method"], scope["path"], Request(scope).headers, names)
+        refused = refusal(scope, names) if scope["type"] == "http" else None
         handler = PlainTextResponse(*refused) if refused else app
         await handler(scope, receive, send)
 
@@ -457,32 +426,7 @@ def chosen(before, make, *asked):
     return picture, figures([(picture.name, square_of(picture, 160)[0])]), text
 
 
-def drawn(who, number, before):
-    return chosen(before, drawing, who, int(number))
-
-
-def taken(path, before):
-    return chosen(before, dropped, path)
-
-
-def picture_row(gr):
-    """Where a visitor chooses a picture -> its gr.State, and the HTML that shows it."""
-    first, shown, _ = drawn(*FIRST, None)
-    picture = gr.State(first)
-    with gr.Row():
-        seen = gr.HTML(shown, elem_id="picture")
-        who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
-        number = gr.Slider(0, DRAWINGS - 1, 0, step=1, label="which drawing", elem_id="number")
-        file = gr.File(label=f"or your own picture, {MOST}", height=140, elem_id="file")
-    shown = [picture, seen, gr.HTML(elem_id="said")]
-    asked = [who, number, picture]
-    gr.on([who.input, number.input], drawn, asked, shown, api_name="drawing", **LATEST)
-    file.upload(taken, [file, picture], shown, api_name="picture", **EVENT)
-    return picture, seen
-
-
 def mask_controls(gr):
-    """What a visitor sets in the tab Mask."""
     with gr.Row():
         own = {"allow_custom_value": True, "info": "or type its keys: attn_high:beta=2"}
         words = gr.Dropdown([*masking.PARAMS], value="attn_high", label="strategy", **own)
@@ -496,7 +440,23 @@ def build(gr, run):
     """The page, a gradio.Blocks, of one run of pretrain.py."""
     with gr.Blocks(title="AniMask", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown(f"# AniMask\nOne picture, and what networks trained on drawings say: `{run}`")
-        picture, seen = picture_row(gr)
+        first, shown, _ = chosen(None, drawing, *FIRST)
+        picture = gr.State(first)
+        with gr.Row():
+            seen = gr.HTML(shown, elem_id="picture")
+            who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
+            number = gr.Slider(0, DRAWINGS - 1, 0, step=1, label="which drawing", elem_id="number")
+            file = gr.File(label=f"or your own picture, {MOST}", height=140, elem_id="file")
+        shown, asked = [picture, seen, gr.HTML(elem_id="said")], [who, number, picture]
+
+        @gr.on([who.input, number.input], inputs=asked, outputs=shown, api_name="drawing", **LATEST)
+        def drawn(who, number, before):
+            return chosen(before, drawing, who, int(number))
+
+        @file.upload(inputs=[file, picture], outputs=shown, api_name="picture", **EVENT)
+        def taken(path, before):
+            return chosen(before, dropped, path)
+
         for tab, (work, *_) in TABS.items():
             with gr.Tab(tab):
                 gr.Markdown(work.__doc__)
@@ -527,15 +487,11 @@ def main():
         server_name=args.host,
         server_port=args.port,
         share=args.share,
-        inbrowser=args.open,
-        css=CSS,
-        max_file_size=MOST_MB * 2**20,
         app_kwargs={"middleware": [(gate, (names,), {})]},
         theme=gr.themes.Default(font="system-ui", font_mono="monospace"),  # no font is fetched
         **SERVER,
     )
-    if public:
-        names.add(urlsplit(public).netloc)
+    names.add((public or local).partition("://")[2])
     print(f"page     {public or local}; control-C ends it", flush=True)
     answer("Mask", run, drawing(*FIRST), "attn_high", 0.75, 1, 0)  # loads what is asked first
     page.block_thread()
