@@ -53,7 +53,7 @@ FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
 DRAWN, DRAWINGS = 256, 100  # side of a drawing that the page makes, and how many of each character
 WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
-MOST = f"at most {MOST_MB} MB and {MOST_MEGAPIXELS} megapixels"
+MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
 KEPT = 64  # drawings, and answers about them, that are computed once
 QUEUE = 50  # waiting requests; one change of the picture makes five
@@ -65,7 +65,7 @@ SHOWN = {"attn": "attention", "fg": "foreground", "parts": "parts"}  # maps in t
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 12px }
-.figures figure { margin: 0; flex: 0 1 160px }
+.figures figure { margin: 0; flex: 0 1 140px }
 .figures img { width: 100%; image-rendering: pixelated; border-radius: 6px }
 .wide figure { flex: 1 1 480px; max-width: 640px } .wide img { image-rendering: auto }
 progress { accent-color: #0072B2 }
@@ -446,7 +446,7 @@ def build(gr, run):
             seen = gr.HTML(shown, elem_id="picture")
             who = gr.Dropdown([*CAST], label="a drawing of", elem_id="who")
             number = gr.Slider(0, DRAWINGS - 1, 0, step=1, label="which drawing", elem_id="number")
-            file = gr.File(label=f"or your own picture, {MOST}", height=140, elem_id="file")
+            file = gr.File(label=f"your own, {MOST}", height=140, elem_id="file")
         shown, asked = [picture, seen, gr.HTML(elem_id="said")], [who, number, picture]
 
         @gr.on([who.input, number.input], inputs=asked, outputs=shown, api_name="drawing", **LATEST)
