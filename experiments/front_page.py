@@ -51,13 +51,11 @@ def story(run, who, number):
     attention = demo.maps_of(net, picture, view, "attn")["attn"]
     ids_keep, ids_mask = demo.draw_mask("random", {}, N, 0.75, 1.0, 0)
     pasted, decibel = demo.filled_in(net, header, view, ids_keep, ids_mask)
+    seen = hide(view, ids_mask, net.config["patch_size"])[0]
     pictures = [
         ("a new drawing", view[0]),
         ("its attention", heat(attention, view)),
-        (
-            f"seen: {len(ids_keep[0])} of {N} patches",
-            hide(view, ids_mask, net.config["patch_size"])[0],
-        ),
+        (f"seen: {len(ids_keep[0])} of {N} patches", seen),
         (f"predicted: the rest, {decibel:.1f} dB", pasted[0]),
     ]
     name = demo.made_of(run, demo.RECOGNISER)
