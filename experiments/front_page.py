@@ -45,26 +45,26 @@ def story(run, who, number):
     """-> [(caption, picture)] of a drawing that no run saw, and what the recogniser says of it:
     [(name, share)].
     """
-    picture, (net, header) = demo.drawing(who, number), demo.network(run)
-    view, N = demo.view_of(picture, net.config["image_size"]), net.encoder.side**2
-    attention = demo.attention_of(net.encoder, view)
+    picture, (net, header) = demo.drawing(who, number), demo.loaded(demo.load_mae, run)
+    square, N = demo.square_of(picture, net.config["image_size"]), net.encoder.side**2
+    view = torch.from_numpy(square).to(demo.MACHINE.device)
+    attention = demo.maps_of(net, picture, view, "attn")["attn"]
     ids_keep, ids_mask = demo.draw_mask("random", {}, N, 0.75, 1.0, 0)
     pasted, decibel = demo.filled_in(net, header, view, ids_keep, ids_mask)
+    seen = hide(view, ids_mask, net.config["patch_size"])[0]
     pictures = [
         ("a new drawing", view[0]),
         ("its attention", heat(attention, view)),
-        (
-            f"seen: {len(ids_keep[0])} of {N} patches",
-            hide(view, ids_mask, net.config["patch_size"])[0],
-        ),
+        (f"seen: {len(ids_keep[0])} of {N} patches", seen),
         (f"predicted: the rest, {decibel:.1f} dB", pasted[0]),
     ]
-    name = demo.recogniser_of(run)
+    name = demo.made_of(run, demo.RECOGNISER)
     if name is None:
         raise UserError(f"no recogniser was made of {run} yet: python finetune_lora.py {run}")
     net, header = demo.loaded(load_classifier, name)
     gallery = recognize.open_gallery(name)
-    logits, embeddings = recognize.embed(net, demo.cut_as(picture, header), demo.MACHINE.autocast)
+    face = demo.square_of(picture, header["packed_size"], header["crop"], header["margin"])
+    logits, embeddings = recognize.embed(net, face, demo.MACHINE.autocast)
     row = recognize.answers([who], logits, embeddings, gallery, 1)[0]
     print(recognize.in_words(row))
     shares, ids = (logits[0].float() / gallery["temperature"]).softmax(0).topk(3)

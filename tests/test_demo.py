@@ -28,6 +28,7 @@ from experiments import front_page
 
 QUICK = ["--device", "cpu", "--dtype", "fp32"]
 WHO = "akika"
+ANSWERS = [tab for tab in demo.TABS if tab != "Mask"]
 
 
 @pytest.fixture(scope="package")
@@ -52,7 +53,7 @@ def at(site, monkeypatch):
 
 
 def mask_page(run, words="random", ratio=0.75, t=1.0, seed=0, picture=None):
-    return demo.mask_page(run, picture or demo.drawing(WHO, 0), words, ratio, t, seed)
+    return demo.answer("Mask", run, picture or demo.drawing(WHO, 0), words, ratio, t, seed)
 
 
 def own(path, size=(50, 40)):
@@ -91,26 +92,57 @@ def test_a_picture_of_ones_own_has_no_known_parts(at, tmp_path):
 
 
 def test_who_it_is_with_what_tags(at):
-    said = demo.recognise_page(at, demo.drawing(WHO, 0))
-    assert (
-        re.search("<h2>(unknown, most like )?class", said)
-        and "similarity" in said
-        and "recognize.py" in said
-    )
-    assert re.search(r"<h2>class\d, \d+%</h2>", demo.tags_page(at, demo.drawing(WHO, 0)))
+    said = demo.answer("Recognise", at, demo.drawing(WHO, 0))
+    assert re.search("<h2>class|Nearest: class", said)
+    assert "similarity" in said and "recognize.py" in said
+    assert re.search(r"<h2>class\d, \d+%</h2>", demo.answer("Tags", at, demo.drawing(WHO, 0)))
+
+
+def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch):
+    answers = demo.recognize.answers
+
+    def with_threshold(threshold):
+        def changed(keys, logits, embeddings, gallery, nearest):
+            gallery = gallery | {"threshold": threshold, "enrolled_threshold": threshold}
+            return answers(keys, logits, embeddings, gallery, nearest)
+
+        return changed
+
+    for threshold, unlike in ((1.1, True), (-1.1, False)):
+        monkeypatch.setattr(demo.recognize, "answers", with_threshold(threshold))
+        said = demo.recognise_page("runs/a-linear", demo.drawing(WHO, 0))
+        assert ("Unlike all known characters (similarity" in said) == unlike
+        assert ("<h2>unknown</h2>" in said) == unlike
+
+
+def test_who_learned_from_a_demo_set_alone_says_so_of_other_pictures(tmp_path):
+    visitors, drawing = own(tmp_path / "mine.png"), demo.drawing(WHO, 0)
+    for header in ({"data": "datasets/toon"}, {"run": {"data": "datasets/scenes"}}):
+        assert "demo set alone" in demo.note_on(visitors, header)
+        assert demo.note_on(drawing, header) == ""
+    for header in ({}, {"data": "datasets/mine"}, {"run": {}}):
+        assert demo.note_on(visitors, header) == ""
+
+
+@pytest.mark.parametrize("tab", ["Recognise", "Tags", "Pages"])
+def test_the_weights_that_ship_say_that_they_guess(tab, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    visitors = own(tmp_path / "mine.png")
+    assert "demo set alone" in demo.answer(tab, "weights/toon", visitors)
+    assert "demo set alone" not in demo.answer(tab, "weights/toon", demo.drawing(WHO, 0))
 
 
 def test_markup_in_a_name_stays_text(at, tmp_path):
     picture = own(tmp_path / "<b>me.png")
-    shown = demo.chosen(lambda: picture, None)[1]
+    shown = demo.chosen(None, lambda: picture)[1]
     assert "&lt;b&gt;me.png" in shown and "<b>" not in shown
-    assert "<b>" not in demo.bars({"<b>me": 0.5}) + demo.same_as("<b>me")
+    assert "<b>" not in demo.bars({"<b>me": 0.5}) + demo.element("p", "<b>me")
 
 
 def test_the_page_writes_nothing(at):
     before = sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
-    for page in (demo.recognise_page, demo.tags_page, demo.segment_page, demo.pages_page):
-        page(at, demo.drawing(WHO, 0))
+    for tab in ANSWERS:
+        demo.answer(tab, at, demo.drawing(WHO, 0))
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
 
 
@@ -125,41 +157,43 @@ def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
         Image.new("1", (20_000, 20_000)).save(path)
     else:
         path.write_bytes({"text": b"GIF89a no", "half": good[: len(good) // 2], "empty": b""}[bad])
-    picture, _, said = demo.taken(path, before)
+    picture, _, said = demo.chosen(before, demo.dropped, path)
     assert picture is before and "<i>" not in said and "&lt;i&gt;bad.png" in said
 
 
 def test_no_file_is_a_sentence_too():
     before = demo.drawing(WHO, 1)
-    assert demo.taken(None, before)[0] is before and "drop" in demo.taken(None, before)[2]
+    picture, _, said = demo.chosen(before, demo.dropped, None)
+    assert picture is before and "drop" in said
 
 
 def test_what_is_missing_says_how_it_is_made(at):
-    for page in (demo.recognise_page, demo.tags_page, demo.segment_page, demo.pages_page):
-        text = page("runs/none", demo.drawing(WHO, 0))
+    for tab in ANSWERS:
+        text = demo.answer(tab, "runs/none", demo.drawing(WHO, 0))
         assert "python " in text and "minutes" in text
     assert "pretrain.py" in mask_page("runs/none")
 
 
-def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(at, tmp_path):
+def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(at, tmp_path, monkeypatch):
     asked = []
 
     def work(run, picture):
         asked.append(picture.name)
         return len(asked)
 
+    monkeypatch.setitem(demo.TABS, "Tags", (work, *demo.TABS["Tags"][1:]))
     drawing = demo.drawing(WHO, 0)
-    assert [demo.once(work, at, drawing) for _ in range(2)] == [1, 1]
+    assert [demo.answer("Tags", at, drawing) for _ in range(2)] == [1, 1]
     os.utime("runs/a-linear/gallery.safetensors", (1, 1))  # as if somebody were enrolled
-    assert demo.once(work, at, drawing) == 2
+    assert demo.answer("Tags", at, drawing) == 2
     mine = own(tmp_path / "mine.png")
-    assert [demo.once(work, at, mine) for _ in range(2)] == [3, 4]
+    assert [demo.answer("Tags", at, mine) for _ in range(2)] == [3, 4]
 
 
 def test_there_are_so_many_drawings_and_no_more():
     before = demo.drawing(WHO, 1)
     for number in (-1, demo.DRAWINGS, 10**12):
-        picture, _, said = demo.drawn(WHO, number, before)
+        picture, _, said = demo.chosen(before, demo.drawing, WHO, number)
         assert picture is before and "no drawing" in said
 
 
@@ -176,10 +210,11 @@ class NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("strategy", ["attn_high", "parts", "detail", "learned"])
 def test_no_float64_where_a_mac_would_compute(at, tmp_path, strategy, monkeypatch):
     monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
-    with NoFloat64():
-        assert "<img" in mask_page(at, strategy)
-        assert "<img" in mask_page(at, picture=own(tmp_path / "mine.png"))
-        assert "<h2>" in demo.tags_page(at, demo.drawing(WHO, 0))
+    with NoFloat64(), torch.inference_mode():
+        for picture in (demo.drawing(WHO, 0), own(tmp_path / "mine.png")):
+            words = strategy if picture.number == 0 else "random"
+            assert "<img" in demo.mask_page(at, picture, words, 0.75, 1.0, 0)
+        assert "<h2>" in demo.tags_page("runs/a-tags", demo.drawing(WHO, 0))
 
 
 def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path):
@@ -188,8 +223,8 @@ def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path):
     out.mkdir()
     header = {"network": network, "patches": None, "image_size": 32, "seconds": 1.0}
     save_safetensors(net.state_dict(), out / "model.safetensors", header)
-    text = demo.segment_page(at, own(tmp_path / "mine.png", (64, 64)))
-    assert text.count("<img") == 2 and "drawn</span>" in text
+    text = demo.answer("Drawn or photographed", at, own(tmp_path / "mine.png", (64, 64)))
+    assert text.count("<img") == 2 and "% drawn" in text
     shutil.rmtree(out)
 
 
@@ -236,6 +271,8 @@ def test_weights_that_ship_stand_behind_own_runs(at, tmp_path, monkeypatch):
         ({"host": "studio:7860"}, None),
         ({"host": "studio.evil.example:7860"}, 403),
         ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "evil.1.example:1"}, 403),
+        ({"host": "[evil.example]"}, 403),
         ({}, 403),
         ({"host": "localhost:7860", "origin": "http://localhost:8000"}, 403),
         ({"host": "localhost:7860", "origin": "http://evil.example"}, 403),
@@ -243,8 +280,10 @@ def test_weights_that_ship_stand_behind_own_runs(at, tmp_path, monkeypatch):
     ],
 )
 def test_only_the_page_itself_is_answered(headers, status):
-    refused = demo.refusal("POST", "/gradio_api/upload", headers, {"localhost", "studio"})
-    assert (refused and refused[0]) == status
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"method": "POST", "path": "/gradio_api/upload", "headers": sent}
+    refused = demo.refusal(scope, {"localhost", "studio"})
+    assert (refused and refused[1]) == status
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_they_are_small_in_16_bits_and_have_cards():
 
 def test_its_encoder_fills_in_three_quarters(drawings):
     names, images = drawings
-    net, header = demo.network("weights/toon")
+    net, header = demo.loaded(demo.load_mae, "weights/toon")
     N, found = net.encoder.side**2, []
     views = data.whole_views(
         images, torch.arange(len(names)), net.config["image_size"], demo.MACHINE.device
