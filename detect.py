@@ -189,11 +189,12 @@ def iou(a, b):
 
 def giou(a, b):
     """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
-    both = area(intersection(a, b))
-    union = (area(a) + area(b) - both).clamp(min=1e-6)
-    low, high = torch.minimum(a, b)[..., :2], torch.maximum(a, b)[..., 2:]
-    hull = area(torch.cat([low, high], -1)).clamp(min=1e-6)  # the smallest box around both
-    return both / union - 1 + union / hull
+    both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
+    hull = torch.cat(
+        [low, torch.maximum(a[..., 2:], b[..., 2:])], -1
+    )  # the smallest box around both
+    union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
+    return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
 
 
 def loss_of(logits, found, boxes, S, patch):
