@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,7 +62,7 @@ FIELDS = {
     "page": fields.SIDE,
     "threshold": fields.number(-1, 2),
     "base?": fields.TEXT,
-    "run?": {},
+    "run?": {"data?": fields.TEXT},
 }
 
 
@@ -98,20 +99,20 @@ class Detector(nn.Module):
         g, side = view.shape[1] // self.patch, self.encoder.side
         steps = torch.arange(g, device=view.device)
         y, x = torch.meshgrid(steps, steps, indexing="ij")
-        patches, pos = y * g + x, None
-        places = (y + corner[0]) * side + x + corner[1]
+        patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
+        places = (y + corner[0]) * side + x + corner[1]  # in the encoder's grid
+        places, pos = places.flatten().expand(len(view), -1).contiguous(), None
         if g > side:
-            pos, places = resize_positions(self.encoder.pos_embed, g), patches
-        patches, places = (i.flatten().expand(len(view), -1) for i in (patches, places))
-        pixels = masked_patch_gather(view, patches.contiguous(), self.patch)
-        tokens = self.encoder(pixels, places.contiguous(), pos)
+            places, pos = patches, resize_positions(self.encoder.pos_embed, g)
+        tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (g, g))
 
     def forward(self, view, corner=(0, 0)):
         """view u8 (B, S, S, 3) -> logits of centres (B, N), boxes x1, y1, x2, y2 (B, N, 4) in pixels."""
-        tokens, logits, boxes = self.tokens(view, corner), [], []
+        tokens = self.tokens(view, corner)
+        logits, boxes = [], []
         for scale, to_map, norm in zip(STRIDES, self.maps, self.norms, strict=True):
-            stride = int(scale * self.patch)
+            stride = int(scale * self.patch)  # pixels from a cell to the next
             out = self.out(self.tower(norm(to_map(tokens)))).float().flatten(2)  # (B, 5, n)
             reach = 3 * stride * out[:, 1:].clamp(-5, 5).exp()  # left, up, right, down
             centre = cells(out.shape[2], stride, view.device)
@@ -143,16 +144,16 @@ def load(path):
 
 
 def targets(boxes, S, patch):
-    """What each cell should say: heat (B, N), box (B, N, 4), weight of that box (B, N).
+    """The targets of each cell: heat (B, N), box (B, N, 4), weight of that box (B, N).
 
-    boxes (B, K, 4) in pixels. A box belongs to the map of its size. It is a Gaussian around its
-    centre, whose weights sum to 1.
+    boxes (B, K, 4) in pixels. A box belongs to the map of its size. Its heat is a Gaussian around
+    its centre, and 1 in the cell of the centre. The weights of a box sum to 1 (TTFNet).
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     size = sides.prod(2).sqrt()
     middle = boxes[..., :2] + sides / 2
     large_enough = sides.amin(2) >= LEAST
-    parts = []
+    maps = []
     for scale, low, high in zip(STRIDES, BOUNDS, BOUNDS[1:], strict=False):
         stride = int(scale * patch)
         centre = cells((S // stride) ** 2, stride, boxes.device)
@@ -161,10 +162,10 @@ def targets(boxes, S, patch):
         scaled = away / (NARROW * sides[:, :, None] + 1e-6)
         bell = (-0.5 * scaled.square().sum(3)).exp() * here
         holds_centre = away.abs().amax(3) <= stride / 2
-        parts.append(torch.where(holds_centre & here, 1.0, bell))
-    bell = torch.cat(parts, 2)  # (B, K, N)
-    heat, which = bell.max(1)
-    weight = heat / bell.sum(2).clamp(min=1e-6).gather(1, which)
+        maps.append(torch.where(holds_centre & here, 1.0, bell))
+    bells = torch.cat(maps, 2)  # (B, K, N)
+    heat, which = bells.max(1)  # a cell belongs to the box with the highest bell
+    weight = heat / bells.sum(2).clamp(min=1e-6).gather(1, which)
     return heat, boxes.gather(1, which[..., None].expand(-1, -1, 4)), weight * (heat > 0.05)
 
 
@@ -189,7 +190,9 @@ def iou(a, b):
 def giou(a, b):
     """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
     both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
-    hull = torch.cat([low, torch.maximum(a[..., 2:], b[..., 2:])], -1)
+    hull = torch.cat(
+        [low, torch.maximum(a[..., 2:], b[..., 2:])], -1
+    )  # the smallest box around both
     union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
     return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
 
@@ -197,15 +200,16 @@ def giou(a, b):
 def loss_of(logits, found, boxes, S, patch):
     """Focal loss of the centres, plus GIoU and relative side error of the boxes, per face.
 
-    logits (B, N), found (B, N, 4): what the network says; boxes (B, K, 4): the truth.
+    logits (B, N), found (B, N, 4): what the network answers; boxes (B, K, 4): the truth.
     """
     heat, true, weight = targets(boxes, S, patch)
-    p, peak = logits.sigmoid().clamp(1e-4, 1 - 1e-4), heat == 1
-    focal = torch.where(peak, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
-    size = (true[..., 2:] - true[..., :2]).clamp(min=1).mean(2)
-    sides_error = (found - true).abs().mean(2) / size
+    p = logits.sigmoid().clamp(1e-4, 1 - 1e-4)
+    is_centre = heat == 1
+    focal = torch.where(is_centre, (1 - p) ** 2 * p.log(), (1 - heat) ** 4 * p**2 * (1 - p).log())
+    side = (true[..., 2:] - true[..., :2]).clamp(min=1).mean(2)
+    sides_error = (found - true).abs().mean(2) / side
     box_loss = weight * (1 - giou(found, true) + SIDES_WEIGHT * sides_error)
-    return (box_loss.sum() - focal.sum()) / peak.sum().clamp(min=1)
+    return (box_loss.sum() - focal.sum()) / is_centre.sum().clamp(min=1)
 
 
 # ---- from maps to faces --------------------------------------------------------------------------
@@ -216,10 +220,10 @@ def detect(net, view):
     """view u8 (B, S, S, 3) -> for each boxes (k, 4) in shares of it and scores (k,), best first."""
     logits, boxes = net(view)
     S, scores = view.shape[1], logits.sigmoid()
-    sizes = [(S // int(scale * net.patch)) ** 2 for scale in STRIDES]
-    maps = zip(scores.split(sizes, 1), boxes.split(sizes, 1), strict=True)
-    peaks, boxes = zip(*(peaks_of(heat, found) for heat, found in maps), strict=True)
-    peaks, boxes = torch.cat(peaks, 1), torch.cat(boxes, 1).clamp(0, S) / S
+    sizes = [(S // int(scale * net.patch)) ** 2 for scale in STRIDES]  # cells of each map
+    maps = map(peaks_of, scores.split(sizes, 1), boxes.split(sizes, 1))
+    peaks, boxes = (torch.cat(parts, 1) for parts in zip(*maps, strict=True))
+    boxes = boxes.clamp(0, S) / S
     answers = []
     for score, found, peak in zip(scores, boxes, peaks, strict=True):
         best = torch.where(peak, score, 0).topk(min(MOST, int(peak.sum()))).indices
@@ -256,17 +260,18 @@ def faces_of(net, picture, side, threshold):
 
     The network sees it on a gray square of about `side` pixels, a multiple of two patches.
     """
-    S, (h, w) = max(1, round(side / (2 * net.patch))) * 2 * net.patch, picture.shape[:2]
-    size = [max(1, round(x * S / max(h, w))) for x in (w, h)]
+    H, W = picture.shape[:2]
+    S = max(1, round(side / (2 * net.patch))) * 2 * net.patch
+    size = [max(1, round(x * S / max(H, W))) for x in (W, H)]
     page = Image.new("RGB", (S, S), (128, 128, 128))
     page.paste(Image.fromarray(picture).resize(size, Image.BICUBIC, reducing_gap=2.0))
     view = torch.from_numpy(np.array(page))[None].to(net.out.weight.device)
     boxes, scores = detect(net, view)[0]
-    sure = scores >= threshold
-    share = torch.tensor([w, h] * 2) / max(h, w)
-    boxes, scores = (boxes[sure] / share).clamp(0, 1) * torch.tensor([w, h] * 2), scores[sure]
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero()[:, 0]  # and not in the gray
-    order = inside[boxes[inside, 0].argsort()]
+    corner = torch.tensor([W, H, W, H])
+    boxes = (boxes / (corner / max(H, W))).clamp(0, 1) * corner
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # and not in the gray
+    kept = (inside & (scores >= threshold)).nonzero()[:, 0]
+    order = kept[boxes[kept, 0].argsort()]
     return boxes[order], scores[order]
 
 
@@ -329,9 +334,10 @@ def coco_set(boxes, scores, side):
 
 def judge(task, net, split, rows):
     """Answers for whole pages, and their true boxes, both in the order of rows (None: all)."""
-    chosen, answers = torch.arange(len(split["images"])) if rows is None else rows, []
+    rows = torch.arange(len(split["images"])) if rows is None else rows
+    answers = []
     net.eval()
-    for some in progress(chosen.split(CHUNK), "judging"):
+    for some in progress(rows.split(CHUNK), "judging"):
         pages = data.take(split["images"], some, task.device)
         view = data.view_images(pages, *data.full_boxes(len(some)), task.page)
         with task.autocast():
@@ -349,13 +355,12 @@ def open_task(flags, device, autocast):
     task.train, task.report = splits["train"], splits[held]
     task.rows, rows, chosen = hold_out(splits)
     task.dev = splits[chosen], rows
-    parts = {"train": (task.train, task.rows), "dev": task.dev, held: (task.report, None)}
+    every = torch.arange(len(task.report["images"]))
+    parts = {"train": (task.train, task.rows), "dev": task.dev, held: (task.report, every)}
     for name, (split, rows) in parts.items():
         if task.boxes not in split or (boxes_of(split, task.boxes, rows) < 0).all():
-            raise UserError(
-                f"{flags.data} has no {task.boxes} on pages of {name}; python data.py scenes draws "
-                "pages with some, python data.py PATH --detect packs others"
-            )
+            fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
+            raise UserError(f"{flags.data} has no {task.boxes} on pages of {name}; {fix}")
     two = 2 * load_encoder(flags.encoder)[0].patch_size  # a cell of the coarsest map
     task.view = flags.view
     if task.view % two:
@@ -367,8 +372,8 @@ def open_task(flags, device, autocast):
 
 
 def boxes_of(split, name, rows):
-    """Boxes of some pages (None: all), (n, K, 4) fp32 in shares of the page; -1 fills up."""
-    return torch.from_numpy(np.array(split[name] if rows is None else split[name][rows.numpy()]))
+    """Boxes of some pages, (n, K, 4) fp32 in shares of the page; -1 fills up."""
+    return torch.from_numpy(np.array(split[name][rows.numpy()]))
 
 
 def crops(images, boxes, generator, side, least, most=1.0):
@@ -429,18 +434,20 @@ def step_loss(task, net, rows, pages, late, generator):
     return loss_of(logits, found, boxes.to(task.device), side, net.patch)
 
 
-def learn(task, net, optimizer, run, epochs, lr):
-    """Train from the run's step to its last one."""
-    images, late = data.resident(task.train, task.device), round((1 - LATE) * epochs)
+def learn(task, net, optimizer, run, lr):
+    """Train from the run's step to its last one; lr: the peak learning rate."""
+    images = data.resident(task.train, task.device)
+    epochs = run.total // run.per_epoch
+    first_late = round((1 - LATE) * epochs)
     for epoch in range(run.step // run.per_epoch, epochs):
         order = task.rows[data.epoch_order(len(task.rows), task.seed, epoch)]
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
         for rows, pages in run.timed(batches):
             generator = train.seeded(task.seed, epoch, run.step)
-            loss = step_loss(task, net.train(), rows, pages, epoch >= late, generator)
+            loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             for group in optimizer.param_groups:
                 group["lr"] = train.lr_at(run.step, run.total, 0.1 * run.total, lr)
             optimizer.step()
@@ -452,44 +459,47 @@ def learn(task, net, optimizer, run, epochs, lr):
 
 
 def fit(flags, device, autocast):
-    """Train a detector, or go on with it, and write the detector and how good it is."""
+    """Train a detector, or go on with it, then evaluate it and write its files."""
     task = open_task(flags, device, autocast)
-    method, epochs, out = flags.method, flags.epochs, Path(flags.out)
-    flags.fill(lr=RATES[method])
-    lr = flags.lr
+    flags.fill(lr=RATES[flags.method])
     flags.values["batch_size"] = min(flags.batch_size, len(task.rows))
-    flags.read |= {"resume", "log"}  # Run reads them
+    epochs, lr = flags.epochs, flags.lr
+    flags.read |= {"resume", "log", "out"}  # Run reads them
     flags.refuse_unread()
-    net = build(task, method)
+    net = build(task, flags.method)
     optimizer = train.make_optimizer(net, lr, WEIGHT_DECAY, BETAS)
     per_epoch = len(task.rows) // flags.batch_size
     parts = {"model": net, "optimizer": optimizer}
     run = train.Run(flags, parts, epochs * per_epoch, per_epoch, device)
     print(f"data     {flags.data}: {len(task.rows)} pages of {task.page} px, crops of {task.view}")
-    print(f"run      {out}: {method}, {epochs} epochs, rate {lr:g}")
-    learn(task, net, optimizer, run, epochs, lr)
-    if method == "lora":  # the file is a plain network
+    print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
+    learn(task, net, optimizer, run, lr)
+    if flags.method == "lora":  # the file is a plain network
         from finetune_lora import merge_lora
 
         merge_lora(net.encoder)
-    row = results(task, net)
+    write_results(flags, task, net, run)
+
+
+def write_results(flags, task, net, run):
+    """Evaluate the detector; write detector.safetensors and metrics.json."""
+    row, out = results(task, net), run.out
     recipe = {name: flags.values[name] for name in RECIPE}
-    about = {"command": command(), "machine": train.machine(device), "commit": train.commit()}
-    about |= {"evaluated_on": flags.split, "seconds": run.seconds(), "config": recipe}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
     save_safetensors(net.state_dict(), out / "detector.safetensors", header)
-    about |= {"run": out.name, "data": flags.data, "seed": task.seed}
-    save_json(about | row, out / f"metrics{split_suffix(flags.split)}.json")
-    print(
-        f"{flags.split:<9}AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %; "
-        f"{row['faces']} faces on {row['pages']} pages\nwrote    {out}/ after {run.seconds():.0f} s\n"
-        f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found"
-    )
+    notes = {"command": command(), "machine": train.machine(task.device), "commit": train.commit()}
+    notes |= {"evaluated_on": flags.split, "seconds": run.seconds(), "config": recipe}
+    notes |= {"run": out.name, "data": flags.data, "seed": task.seed}
+    save_json(notes | row, out / f"metrics{split_suffix(flags.split)}.json")
+    aps = f"AP {row['ap']:.1f}, AP50 {row['ap50']:.1f}, AP75 {row['ap75']:.1f} %"
+    print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
+    print(f"wrote    {out}/ after {run.seconds():.0f} s")
+    print(f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found")
 
 
 def results(task, net):
-    """The row of metrics.json: the reported split, with the threshold that is best on dev."""
+    """The numbers of metrics.json: the reported split, with the threshold that is best on dev."""
     side = task.report["images"].shape[1]
     threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
     answers, truth = judge(task, net, task.report, None)
@@ -502,7 +512,7 @@ def results(task, net):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.pictures import tell_problems, whole_pictures
+    from ingest.pictures import demo_note, tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
@@ -516,15 +526,15 @@ def use(flags, device, autocast):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
         count += 1
-        faces = [
-            {"box": [round(x) for x in box], "score": round(score, 3)}
-            for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-        ]
-        size = {"width": picture.shape[1], "height": picture.shape[0]}
-        print(json.dumps({"picture": key} | size | {"faces": faces}, ensure_ascii=False))
+        row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
+        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
+            row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
+        print(json.dumps(row, ensure_ascii=False))
         if out:
             write_pictures(Path(out), key, picture, boxes, crop)
     tell_problems(problems, count, False)
+    if note := demo_note((header.get("run") or {}).get("data")):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def write_pictures(out, key, picture, boxes, crop):
@@ -595,8 +605,7 @@ def main():
         import pycocotools  # noqa: F401 (found out now, not after the training)
     except ImportError:
         raise UserError("pycocotools is missing: pip install -r requirements-detect.txt") from None
-    seed = f"-s{flags.seed}" if flags.seed else ""
-    flags.fill(out=f"runs/{name_of(flags.encoder)}-det{seed}")
+    flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     load_encoder(flags.encoder)  # before a data set is made
     flags.values["data"] = str(data.open_or_pack(flags.data))

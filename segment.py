@@ -8,12 +8,13 @@ Writes: runs/NAME-seg/ with patches.safetensors (stage 1), model.safetensors (st
         log.jsonl, metrics.json; for pictures the share of each that is drawn, as CSV on standard
         output, and with --out masks and overlays
 
-1. Patches: an encoder learns from frames of one kind. The nearest centroid names a patch later.
-2. Proxies: patches of mixed frames become masks by a guided filter and a threshold of each frame.
-3. Pixels: a U-Net sees colours and scores of patches; it learns from proxies and plain frames.
+1. Patches: an encoder learns from frames of one kind. A patch gets the kind of the nearest centroid.
+2. Proxies: patches of mixed frames become masks by a guided filter and a threshold for each frame.
+3. Pixels: a U-Net sees colours and scores of patches. It learns from proxies and frames of one kind.
+
 In both trainings a frame shows a part of another one. True masks (plane "drawn" of the set) are for
 evaluation, and for training with --learn-from truth alone. After "Hybrid compositions"
-(arXiv:2410.04789), which has a SegFormer in the U-Net's place.
+(arXiv:2410.04789), which uses a SegFormer and not a U-Net.
 Shapes: B batch, S side of a view in pixels, g patches on a side, K patches seen, H, W any sides.
 """
 
@@ -59,6 +60,7 @@ PIXELS = {
     "patches?": PATCHES,
     "image_size": fields.SIDE,
     "seconds": fields.number(0, 1e9),
+    "run?": {"data?": fields.TEXT},
 }
 
 
@@ -66,7 +68,7 @@ PIXELS = {
 
 
 class Patches(nn.Module):
-    """An encoder, a head for training, and the two centroids that name a patch later."""
+    """An encoder, a head for training, and the mean token of each kind (centroids)."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -85,11 +87,11 @@ class Patches(nn.Module):
 
         A score is the squared distance to one centroid minus that to the other.
         """
-        tokens = self.encoder.features(view)[:, 1:].float()
-        s = 2 * tokens @ (self.centroids[1] - self.centroids[0])
-        s = s + (self.centroids[0] ** 2).sum() - (self.centroids[1] ** 2).sum()
-        s, g = s / self.scale, self.encoder.side
-        return s.mean(1), s.unflatten(1, (g, g))
+        tokens = self.encoder.features(view)[:, 1:].float()  # (B, g * g, D)
+        photographed, drawn = self.centroids
+        scores = 2 * tokens @ (drawn - photographed)
+        scores = (scores + (photographed**2).sum() - (drawn**2).sum()) / self.scale
+        return scores.mean(1), scores.unflatten(1, (self.encoder.side, self.encoder.side))
 
 
 def blank_patches(config, weights, path, prefix=""):
@@ -112,15 +114,17 @@ def cut_masks(B, S, share, generator):
     """(B, S, S) bool: a half plane, a window or blobs in `share` of the frames, else nothing."""
     u = torch.rand(8, B, 1, 1, generator=generator)
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
-    angle, (cy, cx, height, width) = 2 * math.pi * u[0], u[1:5]
-    plane = x * angle.cos() + y * angle.sin() > 1.2 * cy - 0.6
-    power = torch.where(u[5] < 0.5, 2, 20)  # of a window: an ellipse, a rectangle
+    cy, cx, height, width = u[1:5]
+    angle = 2 * math.pi * u[0]
+    half_plane = x * angle.cos() + y * angle.sin() > 1.2 * cy - 0.6
     v = (y - 1.2 * cy + 0.6).abs() / (0.25 + 0.6 * height)
     h = (x - 1.2 * cx + 0.6).abs() / (0.25 + 0.6 * width)
+    power = torch.where(u[5] < 0.5, 2, 20)  # an ellipse, nearly a rectangle
+    window = v**power + h**power < 1
     noise = torch.randn(B, 1, 4, 4, generator=generator)
     blobs = F.interpolate(noise, size=(S, S), mode="bicubic")[:, 0] > cy - 0.5
-    shapes = torch.stack([plane, v**power + h**power < 1, blobs])
-    return shapes[(3 * u[6, :, 0, 0]).long(), torch.arange(B)] & (u[7] < share)
+    which = (3 * u[6, :, 0, 0]).long()
+    return torch.stack([half_plane, window, blobs])[which, torch.arange(B)] & (u[7] < share)
 
 
 def cut_together(view, drawn, share, generator):
@@ -130,7 +134,7 @@ def cut_together(view, drawn, share, generator):
 
 
 def crops(task, images, masks, generator):
-    """Views u8 (B, S, S, 3), and masks (B, S, S) of the same places, cut together."""
+    """Frames u8 (B, ., ., 3), masks (B, ., .) -> augmented views (B, S, S, 3), masks (B, S, S)."""
     boxes, flip = data.draw_boxes(len(images), generator, MIN_CROP)
     colour = torch.rand(len(images), 3, generator=generator)
     view = data.jitter_colour(data.view_images(images, boxes, flip, task.S), colour, COLOUR)
@@ -139,9 +143,9 @@ def crops(task, images, masks, generator):
 
 
 def patch_loss(task, net, rows, images, generator):
-    """Cross-entropy of the patches seen; the label of a patch is the share of it that is drawn."""
-    labels, N, patch = task.train.kind[rows].float(), net.encoder.side**2, net.encoder.patch_size
-    view, drawn = crops(task, images, labels[:, None, None], generator)
+    """Cross-entropy of the patches seen; the target of a patch is the share of it that is drawn."""
+    kind, N, patch = task.train.kind[rows].float(), net.encoder.side**2, net.encoder.patch_size
+    view, drawn = crops(task, images, kind[:, None, None], generator)
     noise = torch.rand(len(rows), N, generator=generator).to(view.device)
     ids, _ = masking.sample(noise, max(1, round(KEEP * N)))
     logits = net(masked_patch_gather(view, ids, patch), ids)
@@ -155,7 +159,7 @@ def set_centroids(task, net):
     net.eval()
     net.scale.fill_(1.0)
     total, count = torch.zeros_like(net.centroids), torch.zeros(2, 1, device=task.device)
-    for rows, view in views(task, task.train.split, task.train.plain):
+    for rows, view in views(task, task.train, task.train.plain):
         with task.autocast():
             tokens = net.encoder.features(view)[:, 1:].float().mean(1)
         one_hot = F.one_hot(task.train.kind[rows], 2).float().to(task.device)
@@ -164,7 +168,7 @@ def set_centroids(task, net):
     net.centroids.copy_(total / count)
     some = task.train.plain[data.evenly_spaced(len(task.train.plain), 4 * data.CHUNK)]
     scores = []
-    for _, view in views(task, task.train.split, some):
+    for _, view in views(task, task.train, some):
         with task.autocast():
             scores.append(net.scores(view)[1].flatten())
     net.scale.copy_(torch.cat(scores).std())
@@ -174,7 +178,7 @@ def set_centroids(task, net):
 def judge_frames(task, net, frames):
     """Accuracy on frames of one kind, in percent; None without such frames."""
     right = []
-    for rows, view in views(task, frames.split, frames.plain):
+    for rows, view in views(task, frames, frames.plain):
         with task.autocast():
             right.append((net.scores(view)[0] > 0).cpu() == (frames.kind[rows] == 1))
     return round(100 * torch.cat(right).float().mean().item(), 2) if right else None
@@ -241,7 +245,7 @@ def proxy_masks(net, view, autocast):
 def proxies_of(task, net):
     """Masks u8 (n, S, S) of train: proxies of mixed frames, 0 elsewhere."""
     masks = np.zeros((len(task.train.kind), task.S, task.S), np.uint8)
-    batches = views(task, task.train.split, task.train.mixed)
+    batches = views(task, task.train, task.train.mixed)
     for rows, view in progress(batches, "proxies", -(-len(task.train.mixed) // data.CHUNK)):
         probability = two_means(proxy_masks(net, view, task.autocast))
         masks[rows.numpy()] = (255 * probability).round().byte().cpu().numpy()
@@ -312,17 +316,16 @@ def convs(*widths, size=3, stride=1):
 
 
 def segformer(channels):
-    """A SegFormer (Xie et al. 2021) with random weights, smaller than its B0: 0.6 million.
+    """A random SegFormer (Xie et al. 2021) of 0.6 million weights, smaller than its B0.
 
-    The encoder's convolutions are initialised as in the paper's code, by their outputs. With
-    transformers' standard deviation of 0.02 those of a single channel are nearly silent.
+    Convolutions are initialised as in the paper's code. With the standard deviation of transformers,
+    0.02, those of a single channel are nearly silent.
     """
     try:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
     except ImportError:
-        raise UserError(
-            "--network segformer needs transformers: pip install transformers; unet does not"
-        ) from None
+        fix = "pip install transformers; unet does not"
+        raise UserError(f"--network segformer needs transformers: {fix}") from None
     config = SegformerConfig(
         num_labels=1,
         num_channels=channels,
@@ -397,20 +400,26 @@ def judge(task, masks_of):
     "_known" behind a split's name: each frame has its own threshold. The set names groups of kinds
     ("mixed", "purely"), which have rows, too. {} without true masks.
     """
-    judged = {k: v for k, v in task.judged.items() if "drawn" in v.split and len(v.mixed)}
     pairs = {}
-    for name, frames in judged.items():
-        header = frames.split["header"]
-        groups = header.get("hybrid") or {"mixed": header["classes"]}
-        for rows, view in views(task, frames.split, frames.mixed):
+    for name, frames in task.judged.items():
+        if "drawn" not in frames.split:
+            continue
+        for rows, view in views(task, frames, frames.mixed):
             masks, truth = masks_of(view), true_masks(frames, rows, view)
             for version, found in ((name, masks), (f"{name}_known", two_means(masks))):
-                some = pairs.setdefault(version, {})
+                of_kind = pairs.setdefault(version, {})
                 for row, mask, true in zip(rows, found > 0.5, truth, strict=True):
-                    kind = header["classes"][frames.split["labels"][row]]
-                    for group in [kind, *(g for g, kinds in groups.items() if kind in kinds)]:
-                        some.setdefault(group, []).append((mask[None], true[None]))
-    return {v: {g: judge_masks(p) for g, p in some.items()} for v, some in pairs.items()}
+                    for kind in kinds_of(frames.split, row):
+                        of_kind.setdefault(kind, []).append((mask[None], true[None]))
+    return {v: {k: judge_masks(p) for k, p in some.items()} for v, some in pairs.items()}
+
+
+def kinds_of(split, row):
+    """The class of a frame, and the groups of classes that it is in."""
+    header = split["header"]
+    kind = header["classes"][split["labels"][row]]
+    groups = header.get("hybrid") or {"mixed": header["classes"]}
+    return [kind, *(name for name, kinds in groups.items() if kind in kinds)]
 
 
 def true_masks(frames, rows, view):
@@ -434,13 +443,11 @@ def open_task(flags, device, autocast):
     """What a run works with: frames of each split, the encoder, the side S of a view in pixels."""
     held, splits = flags.split, open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, seed=flags.seed, held=held)
-    task.learn_from = flags.learn_from
-    classes = splits["train"]["header"]["classes"]
-    if missing := [kind for kind in KINDS if kind not in classes]:
-        raise UserError(
-            f"{flags.data} has no frames labelled {missing[0]!r}; python data.py FOLDER packs the "
-            "folders drawn and photographed, and more of mixed frames"
-        )
+    task.data, task.learn_from = flags.data, flags.learn_from
+    for kind in KINDS:
+        if kind not in splits["train"]["header"]["classes"]:
+            fix = "python data.py FOLDER packs the folders drawn, photographed, and more of mixed frames"
+            raise UserError(f"{flags.data} has no frames labelled {kind!r}; {fix}")
     fitted, chosen, where = hold_out(splits)
     task.train = frames_of(splits["train"], fitted)
     report = frames_of(splits[held], torch.arange(len(splits[held]["labels"])))
@@ -466,27 +473,27 @@ def frames_of(split, rows):
     return SimpleNamespace(split=split, kind=kind, plain=plain, mixed=mixed)
 
 
-def views(task, split, rows):
+def views(task, frames, rows):
     """Yield (rows, u8 (B, S, S, 3)) of whole frames."""
-    return data.whole_views(split["images"], rows, task.S, task.device)
+    return data.whole_views(frames.split["images"], rows, task.S, task.device)
 
 
 def fit(task, run, part):
     """Train the network of a stage from the run's step to the last step of the stage."""
-    images, rows = data.resident(task.train.split, task.device), part.rows
-    done = run.step - part.first
-    B = min(run.batch_size, len(rows))
-    per_epoch = len(rows) // B
+    images = data.resident(task.train.split, task.device)
+    done = run.step - part.first  # steps of this stage
+    B = min(run.batch_size, len(part.rows))
+    per_epoch = len(part.rows) // B
     for epoch in range(done // per_epoch, -(-part.steps // per_epoch)):
-        order = rows[data.epoch_order(len(rows), task.seed, epoch)]
+        order = part.rows[data.epoch_order(len(part.rows), task.seed, epoch)]
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
-        for index, some in run.timed(batches):
+        for rows, frames in run.timed(batches):
             generator = train.seeded(task.seed, part.stage, epoch, done)
             with task.autocast():
-                loss = part.loss(task, part.net.train(), index, some, generator)
+                loss = part.loss(task, part.net.train(), rows, frames, generator)
             loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
+            grad_norm = nn.utils.clip_grad_norm_(part.net.parameters(), CLIP)
             for group in part.optimizer.param_groups:
                 group["lr"] = train.lr_at(done, part.steps, 0.1 * part.steps, part.lr)
             part.optimizer.step()
@@ -498,26 +505,33 @@ def fit(task, run, part):
                 run.save_if_due()
 
 
-def build(flags, task):
-    """What is trained in stages 1 and 3: network, rows of train, loss, first step, steps, rate."""
-    plain, everything = task.train.plain, torch.cat([task.train.plain, task.train.mixed])
-    one = SimpleNamespace(stage=1, rows=plain, loss=patch_loss, first=0, steps=0)
+def patch_stage(flags, task):
+    """Stage 1: its network, rows of train, loss, first step, number of steps and learning rate."""
+    rows = task.train.plain
+    stage = SimpleNamespace(stage=1, rows=rows, loss=patch_loss, first=0, steps=0)
     if flags.patches:
-        one.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
-    else:
-        torch.manual_seed(task.seed)
-        one.net = Patches(task.encoder).to(task.device)
-        one.steps = flags.epochs * (len(plain) // min(flags.batch_size, len(plain)))
-        one.lr = flags.lr
-        one.optimizer = train.make_optimizer(one.net, one.lr, WEIGHT_DECAY, BETAS)
-    three = SimpleNamespace(stage=3, loss=pixel_loss, first=one.steps, steps=flags.pixel_steps)
-    three.rows = plain if task.learn_from == "frames" else everything
-    three.lr = PIXEL_LR
-    three.network, keys = parse_keys(flags.network, NETWORKS, "--network")
+        stage.net = load_patches(Path(flags.patches) / "patches.safetensors").to(task.device)
+        return stage
     torch.manual_seed(task.seed)
-    three.net = Pixels(three.network, one.net if keys["hint"] else None).to(task.device)
-    three.optimizer = train.make_optimizer(three.net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
-    return one, three
+    stage.net = Patches(task.encoder).to(task.device)
+    stage.steps = flags.epochs * (len(rows) // min(flags.batch_size, len(rows)))
+    stage.lr = flags.lr
+    stage.optimizer = train.make_optimizer(stage.net, stage.lr, WEIGHT_DECAY, BETAS)
+    return stage
+
+
+def pixel_stage(flags, task, one):
+    """The same of stage 3; `one` is stage 1."""
+    rows = torch.cat([task.train.plain, task.train.mixed])
+    if task.learn_from == "frames":
+        rows = task.train.plain
+    stage = SimpleNamespace(stage=3, rows=rows, loss=pixel_loss, first=one.steps, lr=PIXEL_LR)
+    stage.steps = flags.pixel_steps
+    stage.network, keys = parse_keys(flags.network, NETWORKS, "--network")
+    torch.manual_seed(task.seed)
+    stage.net = Pixels(stage.network, one.net if keys["hint"] else None).to(task.device)
+    stage.optimizer = train.make_optimizer(stage.net.net, PIXEL_LR, WEIGHT_DECAY, BETAS)
+    return stage
 
 
 def learn_patches(task, run, one):
@@ -534,7 +548,7 @@ def learn_patches(task, run, one):
 
 
 def learn_pixels(task, run, one, three):
-    """Stage 3: train, and write model.safetensors."""
+    """Stages 2 and 3: make the masks, train, write model.safetensors -> seconds of the training."""
     if task.learn_from == "truth":
         task.masks = task.train.split["drawn"]
     elif task.learn_from == "proxies":
@@ -545,7 +559,7 @@ def learn_pixels(task, run, one, three):
     fit(task, run, three)
     run.save()
     header = {"network": three.network, "patches": three.net.patches and one.net.config}
-    header |= {"image_size": task.S, "seconds": run.seconds() - start}
+    header |= {"image_size": task.S, "seconds": run.seconds() - start, "run": {"data": task.data}}
     save_safetensors(three.net.state_dict(), run.out / "model.safetensors", header)
     return header["seconds"]
 
@@ -553,7 +567,8 @@ def learn_pixels(task, run, one, three):
 def run_stages(flags, device, autocast):
     """All stages, or what a resumed run has left of them, and metrics.json."""
     task = open_task(flags, device, autocast)
-    one, three = build(flags, task)
+    one = patch_stage(flags, task)
+    three = pixel_stage(flags, task, one)
     flags.read |= {"out", "resume", "log"}  # Run reads them
     flags.refuse_unread()
     parts = {"model": three.net, "optimizer": three.optimizer}
@@ -600,20 +615,24 @@ def mask_of(net, picture, side, autocast, mixed=False):
 
 def use(flags, device, autocast):
     """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
-    from ingest.pictures import tell_problems, whole_pictures
+    from ingest.pictures import demo_note, tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
+    net.to(device)
     out, mixed = flags.out, flags.mixed
     flags.refuse_unread()
-    problems, count, table = [], 0, csv.writer(sys.stdout)
+    problems, count = [], 0
+    table = csv.writer(sys.stdout)
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
-        found = mask_of(net.to(device), picture, header["image_size"], autocast, mixed)
+        found = mask_of(net, picture, header["image_size"], autocast, mixed)
         count += 1
         table.writerow([key, f"{found.mean():.4f}"])
         if out:
             write_masks(Path(out), key, picture, found > 0.5)
     tell_problems(problems, count, False)
+    if note := demo_note((header.get("run") or {}).get("data")):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def write_masks(out, key, picture, mask):

@@ -9,13 +9,14 @@ Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/f
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
         log.jsonl, curves.png, selected_tags.csv; answers go to standard output
 
-MFDN: the lower half of a pre-trained ViT reads the picture, a small encoder the tags, one token
-each. The upper half of the ViT reads both. The picture's CLS token then names the character. A
-decoder, whose queries are words and whose context is the picture, names the tags that were hidden.
-(Yi et al. 2023, "Anime Character Identification and Tag Prediction by Multimodality Modeling".
-Without masks and decoder it is ViLT: Kim et al. 2021, used on tags by Rios et al. 2022.)
-A picture often comes without tags. So the share of hidden tags rises to 1 at half of the run.
-Thresholds of tags are chosen on dev. The split of --split is judged at the half and at the end.
+    picture -> lower half of a pre-trained ViT --+
+                                                 +-> upper half -> CLS token -> the character
+    tags, some hidden -> a small encoder --------+           +-> decoder -> the hidden tags
+
+This is MFDN (Yi et al. 2023, "Anime Character Identification and Tag Prediction by Multimodality
+Modeling"). Without hidden tags and decoder it is ViLT (Kim et al. 2021; Rios et al. 2022 use it on
+tags). A tag is one token. The decoder's queries are the words, its context is the picture. Often a
+picture comes without tags, so the share of hidden tags rises to 1 at half of the run.
 
     B batch   K patches seen   L places for words, of which R = L - 2 for tags   D width
     V tags    C characters     N patches   n pictures
@@ -38,17 +39,7 @@ from torch import nn
 import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
-from common.command import (
-    Flags,
-    Parser,
-    at_least,
-    between,
-    claim,
-    cli,
-    command,
-    drawing,
-    parse_keys,
-)
+from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
@@ -65,7 +56,7 @@ ARMS = {  # what is read, and what is learned besides the character
     "l2l": "the picture alone; each tag by a query of its own, yes or no",
 }
 TAG_WEIGHT = 0.3  # of the tags' loss; the paper's is 1. Chosen on a demo set of another seed
-KEYS = {arm: {} for arm in ARMS} | {
+ARM_KEYS = {arm: {} for arm in ARMS} | {
     "mfdn": {"weight": TAG_WEIGHT},
     "fixed": {"weight": TAG_WEIGHT, "share": 0.5},
     "l2l": {"weight": TAG_WEIGHT},
@@ -83,27 +74,24 @@ HEAD_LR = 1e-3  # of layers that are new
 LAYER_DECAY = 0.9  # a block learns at this share of the rate of the next
 WEIGHT_DECAY = 0.05  # of matrices
 CLIP = 1.0  # norm of the gradient
-JUDGED = 8192  # pictures whose tags are judged at most: memory holds n * V scores
-TOP_TAGS = 25  # the most frequent tags, whose error is reported apart
-MOST = 1000  # tags whose average precision is computed, the most frequent: half a minute
+JUDGED = 8192  # pictures whose tags are evaluated at most: memory holds n * V scores
+TOP_TAGS = 25  # the most frequent tags, whose error is reported separately
+AP_TAGS = 1000  # the most frequent tags, whose average precision is computed: half a minute
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
-NAMED = 15  # tags that are printed of a picture at most
+BINS = 10_000  # of scores, for the threshold of rare tags
+NAMED = 15  # tags of a picture that are printed at most
 
 REMEDY = "python tags.py ENCODER --data DIR makes it"
-HEADER = {  # of model.safetensors
-    "tags": {
-        "encoder": ENCODER | {"depth": whole(2, 1000)},
-        "norm_eps": EPSILON,
-        "C": whole(1, 10**6),
-        "V": whole(1, 10**6),
-        "arm": one_of(*ARMS),
-        "length": whole(2, 10**4),
-    },
-    "words": NAMES,
-    "classes": NAMES,
-    "thresholds?": fields.list_of(fields.number(-1, 2)),
-    "image_size": SIDE,
-} | CUT
+NETWORK = {
+    "encoder": ENCODER,
+    "norm_eps": EPSILON,
+    "C": whole(1, 10**6),
+    "V": whole(1, 10**6),
+    "arm": one_of(*ARMS),
+    "length": whole(2, 10**4),
+}
+HEADER = {"tags": NETWORK, "words": NAMES, "classes": NAMES, "image_size": SIDE} | CUT
+HEADER |= {"thresholds?": fields.list_of(fields.number(-1, 2)), "data?": fields.TEXT}
 
 
 # ---- words: a picture's tags as the network reads them -------------------------------------------
@@ -112,65 +100,60 @@ HEADER = {  # of model.safetensors
 def to_words(ids, V, length, generator=None):
     """ids i64 (B, T) of tags, -1 fills up -> words (B, L): CLS, tags by rising id, SEP, PAD.
 
-    Of more than L - 2 tags a random subset is read; without a generator the first, which are the
-    most frequent.
+    Of more than L - 2 tags a random subset is read, without a generator the most frequent ones.
     """
-    room = length - 2
-    ids = F.pad(ids, (0, max(0, room - ids.shape[1])), value=-1)
+    R = length - 2
+    ids = F.pad(ids, (0, max(0, R - ids.shape[1])), value=-1)
+    rank = torch.arange(ids.shape[1]).expand_as(ids).float()
     if generator:
         rank = torch.rand(ids.shape, generator=generator)
-    else:
-        rank = torch.arange(ids.shape[1]).expand_as(ids).float()
-    pick = rank.masked_fill(ids < 0, math.inf).argsort(dim=1, stable=True)[:, :room]
-    tags = ids.gather(1, pick)
-    tags = tags.masked_fill(tags < 0, V + PAD).sort(1).values
+    chosen = rank.masked_fill(ids < 0, math.inf).argsort(dim=1, stable=True)[:, :R]
+    tags = ids.gather(1, chosen)
+    tags = tags.masked_fill(tags < 0, V + PAD).sort(1).values  # (B, R)
     words = F.pad(tags, (1, 1), value=V + PAD)
     words[:, 0] = V + CLS
-    return words.scatter(1, 1 + (tags < V).sum(1, keepdim=True), V + SEP)
+    behind_tags = 1 + (tags < V).sum(1, keepdim=True)
+    return words.scatter(1, behind_tags, V + SEP)
 
 
 def all_masked(V, length):
-    """(1, L): a mask at every place of a tag, so that the number of tags is unknown, too."""
-    words = torch.full((1, length), V + MASK)
-    words[:, 0] = V + CLS
-    words[:, -1] = V + SEP
-    return words
+    """Words (1, L) with a mask at every place of a tag: even the number of tags is unknown."""
+    return torch.tensor([[V + CLS, *[V + MASK] * (length - 2), V + SEP]])
 
 
 def hide(words, V, share, generator):
-    """words (B, L) -> with this share of the tags masked, and which ones, (B, L) bool.
+    """words (B, L) -> words with this share of the tags masked; which are hidden, (B, L) bool.
 
-    A picture of which no tag is left reads `all_masked`.
+    A picture without a visible tag gets `all_masked`.
     """
-    tags = words < V
-    hidden = tags & (torch.rand(words.shape, generator=generator) < share)
-    left = (tags & ~hidden).any(1, keepdim=True)
+    hidden = (words < V) & (torch.rand(words.shape, generator=generator) < share)
     masked = words.masked_fill(hidden, V + MASK)
-    return torch.where(left, masked, all_masked(V, words.shape[1])), hidden
+    some_visible = (masked < V).any(1, keepdim=True)
+    return torch.where(some_visible, masked, all_masked(V, words.shape[1])), hidden
 
 
-def as_read(net, ids):
-    """Known tags ids (B, T), or None -> words (B, L) or (1, L), as this network learned to read."""
-    nothing = all_masked(net.V, net.length)
-    if ids is None and net.arm in HIDES_TAGS:
-        return nothing
-    ids = torch.full((1, 1), -1) if ids is None else ids
-    words = to_words(ids, net.V, net.length)
+def known_words(net, ids):
+    """ids (B, T) of known tags, or None -> words (B, L) or (1, L).
+
+    Networks that learned with hidden tags get `all_masked` where no tag is known.
+    """
+    words = to_words(torch.full((1, 1), -1) if ids is None else ids, net.V, net.length)
     if net.arm not in HIDES_TAGS:
         return words
-    return torch.where((words < net.V).any(1, keepdim=True), words, nothing)
+    some_known = (words < net.V).any(1, keepdim=True)
+    return torch.where(some_known, words, all_masked(net.V, net.length))
 
 
 def curriculum(step, total):
-    """The share of hidden tags: 1 - (1 + cos(2 pi s/S))/2, and 1 from half of the run on.
+    """The share of hidden tags at a step: 1 - (1 + cos(2 pi step/total))/2, and 1 from the half on.
 
-    The paper's formula falls again after the half; its text holds it at 1.
+    The paper's formula falls again after the half. Its text keeps the share at 1.
     """
     return 1.0 if 2 * step >= total else 0.5 - 0.5 * math.cos(2 * math.pi * step / total)
 
 
 def reaches(count, room):
-    """Number of tags of each picture (n,) -> (R,): the share of pictures with at least 1, 2, ..."""
+    """Number of tags of each picture (n,) -> share of pictures with at least 1, 2, ..., R tags (R,)."""
     return (count[:, None] > torch.arange(room)).float().mean(0)
 
 
@@ -251,24 +234,22 @@ class TagDecoder(nn.Module):
 class MFDN(nn.Module):
     """The network of every arm; `config` is what `load_tagger` builds it from.
 
-    Sizes follow the encoder. ViT-L gives 12 blocks for the picture, 4 for the tags, 12 for both,
-    and 4 to decode.
+    ViT-L gives 12 blocks for the picture, 4 for the tags, 12 for both, and 4 to decode.
     """
 
     def __init__(self, encoder, C, V, arm="mfdn", length=LENGTH):
         super().__init__()
         shape = shape_of(encoder)
-        dim, depth, heads = (shape[k] for k in ("dim", "depth", "heads"))
+        dim, heads = shape["dim"], shape["heads"]
+        few = max(1, shape["depth"] // 6)
         self.config = {"encoder": shape, "norm_eps": encoder.norm.eps, "C": C, "V": V}
         self.config |= {"arm": arm, "length": length}
-        self.encoder = encoder
+        self.encoder, self.half = encoder, shape["depth"] // 2
         self.arm, self.V, self.length = arm, V, length
-        self.half = depth // 2
-        few = max(1, depth // 6)
         self.register_buffer("reach", torch.ones(length - 2))  # see `reaches`
         if arm in READS_TAGS:
             self.language = TagEncoder(V, length, dim, few, heads)
-            self.kind_token = nn.Parameter(torch.zeros(2, dim))  # of the picture, of words
+            self.kind_token = nn.Parameter(torch.zeros(2, dim))  # added to the picture, to words
         if arm in HIDES_TAGS or arm == "l2l":
             self.decoder = TagDecoder(dim, few, heads)
         if arm == "l2l":
@@ -286,7 +267,7 @@ class MFDN(nn.Module):
         -> logits of the characters (B, C), None of arm bce; and of tags, None where there are none:
         (B, V) tag by tag, or (., V) for the places of (B, L) that `hidden` selects, a mask or index.
         """
-        x, bias, seen = self.tokens(patches, ids, words)
+        x, bias, seen = self.lower_half(patches, ids, words)
         for block in self.encoder.blocks[self.half :]:
             x = block(x, bias=bias)
         x = self.encoder.norm(x)
@@ -296,8 +277,8 @@ class MFDN(nn.Module):
             tags = None if tags is None else self.tag_head(tags.float())
         return characters, tags[:, :, 0] if self.arm == "l2l" else tags
 
-    def tokens(self, patches, ids, words):
-        """-> what the upper half reads (B, ., D), its bias, and how many tokens are the picture's."""
+    def lower_half(self, patches, ids, words):
+        """-> tokens of picture and words (B, ., D), their bias, how many of them are the picture's."""
         x, bias, seen = None, None, 0
         if self.arm != "tags":
             x = self.encoder.embed(patches, ids)  # (B, 1+K, D)
@@ -305,27 +286,23 @@ class MFDN(nn.Module):
                 x = block(x)
             seen = x.shape[1]
         if self.arm in READS_TAGS:
-            bias = padding(words, self.V)
+            bias = torch.zeros(words.shape, device=words.device)
+            bias = bias.masked_fill(words == self.V + PAD, -math.inf)[:, None, None]  # (B, 1, 1, L)
             language = self.language(words, bias) + self.kind_token[1]  # (B, L, D)
             bias = F.pad(bias, (seen, 0))
             x = language if x is None else torch.cat([x + self.kind_token[0], language], 1)
         return x, bias, seen
 
     def decoded(self, x, bias, seen, hidden):
-        """Tokens behind the last block -> what the head for tags reads, or None."""
+        """Tokens of the last block (B, ., D) -> the input of the head for tags, or None."""
         if self.arm == "bce":
             return x[:, 1:].mean(1)  # (B, D)
         if self.arm == "l2l":
             return self.decoder(self.query_token.expand(x.shape[0], -1, -1), x)  # (B, V, D)
-        if self.arm not in HIDES_TAGS or hidden is None:
+        if hidden is None:
             return None
-        return self.decoder(x[:, seen:], x[:, :seen], bias[..., seen:])[hidden]
-
-
-def padding(words, V):
-    """words (B, L) -> bias of attention (B, 1, 1, L): minus infinity where there is no word."""
-    bias = torch.zeros(words.shape, device=words.device)
-    return bias.masked_fill(words == V + PAD, -math.inf)[:, None, None]
+        picture, language = x[:, :seen], x[:, seen:]
+        return self.decoder(language, picture, bias[..., seen:])[hidden]
 
 
 # ---- its answers, and its file -------------------------------------------------------------------
@@ -336,16 +313,16 @@ def answers(net, view, ids=None, ask_tags=True):
     """view u8 (B, S, S, 3), whole; ids (B, T) of known tags, -1 fills up, None where none are known.
 
     -> logits of characters (B, C), None of arm bce; probabilities of tags (B, V) from the picture
-    alone, None where ids are given, nobody asks, or the arm names none. Where hidden tags are named
-    place by place, the probability of a tag is a sum over places: (share of pictures that have so
-    many tags) * (probability of the tag at this place).
+    alone, None where ids are given, `ask_tags` is off, or the arm names no tags. A network that
+    names hidden tags answers for each place of a tag. The probability of a tag is then a sum over
+    places: (share of pictures with so many tags) * (probability of the tag at this place).
     """
     ask_tags = ask_tags and ids is None and net.arm in NAMES_TAGS
     words = None
     if net.arm in READS_TAGS:
-        words = as_read(net, ids).to(view.device).expand(view.shape[0], -1)
-    every = (slice(None), slice(1, -1)) if ask_tags else None  # place of a tag: between CLS and SEP
-    characters, tags = net(*net.encoder.all_patches(view), words, every)
+        words = known_words(net, ids).to(view.device).expand(view.shape[0], -1)
+    places = (slice(None), slice(1, -1)) if ask_tags else None  # of tags: between CLS and SEP
+    characters, tags = net(*net.encoder.all_patches(view), words, places)
     if not ask_tags:
         return characters, None
     if net.arm not in HIDES_TAGS:
@@ -355,10 +332,12 @@ def answers(net, view, ids=None, ask_tags=True):
 
 def named(probabilities, header, threshold=None):
     """(V,) -> {tag: probability} over its own threshold, or over this one, the highest first."""
-    least = torch.tensor(header["thresholds"])
-    least = least if threshold is None else torch.full_like(least, threshold)
-    over = (probabilities >= least).nonzero()[:, 0]
-    best = over[probabilities[over].argsort(descending=True, stable=True)].tolist()[:NAMED]
+    thresholds = torch.tensor(header["thresholds"])
+    if threshold is not None:
+        thresholds.fill_(threshold)
+    over = (probabilities >= thresholds).nonzero()[:, 0]
+    order = probabilities[over].argsort(descending=True, stable=True)
+    best = over[order].tolist()[:NAMED]
     return {header["words"][i]: round(probabilities[i].item(), 4) for i in best}
 
 
@@ -395,48 +374,32 @@ def load_tagger(folder):
 
 
 def open_task(flags, device, autocast):
-    """-> what a run works with, a namespace: the sets, the network and how they are cut."""
-    arm, keys = parse_keys(flags.arm, KEYS, "--arm")
-    task = SimpleNamespace(device=device, autocast=autocast, arm=arm)
+    """-> a namespace of what a run works with: the sets, the network, the settings of the arm."""
+    task = SimpleNamespace(device=device, autocast=autocast)
+    task.arm, keys = parse_keys(flags.arm, ARM_KEYS, "--arm")
     task.weight = keys.get("weight", TAG_WEIGHT)
     task.share = keys.get("share")  # of hidden tags; None: the curriculum
-    task.min_crop = None if arm == "tags" else flags.min_crop
+    task.min_crop = None if task.arm == "tags" else flags.min_crop
     sets, task.classes = open_rows(flags.data, flags.split, 0)
     task.train, task.dev, task.report = sets
     task.words = task.train.split["header"]["tags"]
     for images in sets:
         refuse_untagged(images, flags.data)
-    count = torch.from_numpy((task.train.split["tags"] >= 0).sum(1))[task.train.rows]
+    count = (tags_of(task.train, task.train.rows) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
-    encoder, task.side = checkpoints.load_encoder(flags.encoder)  # side of a view
-    if len(encoder.blocks) < 2:
-        raise UserError(
-            f"{flags.encoder} has one block, and half of the blocks see the picture alone; "
-            "give an encoder of 2 or more"
-        )
+    encoder, task.side = checkpoints.load_encoder(flags.encoder)  # side of a view in pixels
     torch.manual_seed(flags.seed)
-    task.net = MFDN(encoder, len(task.classes), len(task.words), arm, length).to(device)
+    task.net = MFDN(encoder, len(task.classes), len(task.words), task.arm, length).to(device)
     task.net.reach.copy_(reaches(count, length - 2))
-    encoder.requires_grad_(arm != "bce")
+    encoder.requires_grad_(task.arm != "bce")
     return task
 
 
 def refuse_untagged(images, folder):
     """A set without a single tag is a UserError."""
-    tags = images.split.get("tags")
-    if tags is None or not (tags[images.rows.numpy()] >= 0).any():
-        raise UserError(
-            f"{folder}, {images.name} has no tags; a table with a column of them, or metadata.jsonl, "
-            "brings them: python data.py IT --out DIR"
-        )
-
-
-def many_hot(ids, V):
-    """ids (n, T) of tags, -1 fills up, those from V on are left out -> (n, V) bool."""
-    ids = np.asarray(ids)
-    hot = np.zeros((len(ids), V + 1), bool)
-    hot[np.arange(len(ids))[:, None], np.where((ids < 0) | (ids >= V), V, ids)] = True
-    return hot[:, :V]
+    if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
+        fix = "python data.py LIST --out DIR packs a table with a column of them, or metadata.jsonl"
+        raise UserError(f"{folder}, {images.name} has no tags; {fix}")
 
 
 def tags_of(images, rows, plane="tags"):
@@ -444,28 +407,35 @@ def tags_of(images, rows, plane="tags"):
     return torch.from_numpy(np.array(images.split[plane][rows.numpy()])).long()
 
 
-def make_batch(task, rows, images, share, generator):
-    """What one step works on, every random number drawn from `generator`.
+def many_hot(ids, V):
+    """ids (n, T) of tags; those under 0 and from V on are left out -> (n, V) bool."""
+    ids = np.asarray(ids)
+    hot = np.zeros((len(ids), V + 1), bool)
+    np.put_along_axis(hot, np.where((ids < 0) | (ids >= V), V, ids), True, axis=1)
+    return hot[:, :V]
 
-    -> patches, ids, words, and for the tags: hidden (B, L) bool where tags are hidden, targets, and
-    count, by which their loss is divided.
+
+def make_batch(task, rows, images, share, generator):
+    """The input and targets of one step; every random number is drawn from `generator`.
+
+    -> patches, ids, words as MFDN takes them. hidden (B, L) bool and targets, the ids of hidden
+    tags (.,); or hidden None and targets (B, V), 0 or 1. share: of tags that are hidden.
     """
     V = len(task.words)
-    batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None)
+    batch = SimpleNamespace(patches=None, ids=None, words=None, hidden=None, targets=None)
     if task.arm != "tags":
         batch.patches, batch.ids = augment(task, images, generator)
+    ids = tags_of(task.train, rows)
     if task.arm in READS_TAGS:
-        words = truth = to_words(tags_of(task.train, rows), V, task.net.length, generator)  # (B, L)
-        if task.arm in HIDES_TAGS:
-            words, hidden = hide(truth, V, share, generator)
-            batch.hidden = hidden.to(task.device)
-            batch.targets = truth[hidden].to(task.device)
-            batch.count = max(1, int(hidden.sum()))
-        batch.words = words.to(task.device)
+        batch.words = truth = to_words(ids, V, task.net.length, generator)
+    if task.arm in HIDES_TAGS:
+        batch.words, batch.hidden = hide(truth, V, share, generator)
+        batch.targets = truth[batch.hidden]
     elif task.arm in NAMES_TAGS:
-        there = torch.from_numpy(many_hot(tags_of(task.train, rows), V)).float()
-        batch.targets = there.to(task.device)
-        batch.count = max(1.0, float(there.sum()))
+        batch.targets = torch.from_numpy(many_hot(ids, V)).float()
+    for name, value in vars(batch).items():
+        if value is not None:
+            setattr(batch, name, value.to(task.device))
     return batch
 
 
@@ -484,74 +454,77 @@ def augment(task, images, generator):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def losses(net, batch, y):
-    """-> the characters' loss, a cross-entropy, and the tags'; 0 where the arm has none.
+def losses(net, batch, labels):
+    """-> loss of the characters, a cross-entropy, and of the tags; 0 where the arm has none.
 
-    The tags' is a cross-entropy at each hidden place. Where no tag is hidden, it is a binary one
-    over all tags, divided by the number of tags that are there.
+    The tags' loss is the mean cross-entropy of hidden places. An arm that hides no tag has a binary
+    one, summed over all tags and divided by the number of tags that are there.
     """
-    logits, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
-    who = 0.0 * net.reach.sum() if logits is None else F.cross_entropy(logits, y)
-    if tags is None:
-        return who, torch.zeros_like(who)
-    loss = F.cross_entropy
-    if batch.hidden is None:
-        loss = F.binary_cross_entropy_with_logits
-    return who, loss(tags, batch.targets, reduction="sum") / batch.count
+    characters, tags = net(batch.patches, batch.ids, batch.words, batch.hidden)
+    character_loss = tag_loss = torch.zeros((), device=labels.device)
+    if characters is not None:
+        character_loss = F.cross_entropy(characters, labels)
+    if batch.hidden is not None:
+        total = F.cross_entropy(tags, batch.targets, reduction="sum")
+        tag_loss = total / max(1, len(batch.targets))
+    elif tags is not None:
+        total = F.binary_cross_entropy_with_logits(tags, batch.targets, reduction="sum")
+        tag_loss = total / batch.targets.sum().clamp(min=1)
+    return character_loss, tag_loss
 
 
-def fit(flags, task):
-    """Train the network -> its Run."""
-    net, labels, train_rows = task.net, task.train.labels, task.train.rows
-    seed, epochs, device = flags.seed, flags.epochs, task.device
-    B = flags.values["batch_size"] = min(flags.batch_size, len(train_rows))
-    per_epoch = len(train_rows) // B
-    total = per_epoch * epochs
+def open_run(flags, task):
+    """-> the Run of this training, and the optimizer."""
+    count = len(task.train.rows)
+    batch_size = flags.values["batch_size"] = min(flags.batch_size, count)
+    per_epoch = count // batch_size
+    total = per_epoch * flags.epochs
     head_lr = flags.lr if task.arm == "bce" else HEAD_LR
-    optimizer = classifier.make_optimizer(net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
+    optimizer = classifier.make_optimizer(task.net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
     flags.read |= {"log", "resume"}  # Run reads them
     flags.refuse_unread()
-    parts = {"model": net, "optimizer": optimizer}
-    run = train.Run(flags, parts, total, per_epoch, device)
-    print(
-        f"data     {len(train_rows):,} images, {len(task.classes)} characters, {len(task.words)} tags"
+    run = train.Run(
+        flags, {"model": task.net, "optimizer": optimizer}, total, per_epoch, task.device
     )
+    print(f"data     {count:,} images, {len(task.classes)} characters, {len(task.words)} tags")
     print(f"run      {run.out}: {total} steps, {per_epoch} an epoch, from step {run.step}")
+    return run, optimizer
+
+
+def fit(task, run, optimizer, seed):
+    """Train the network from the run's step to its last one."""
+    net, labels, device = task.net, task.train.labels, task.device
     images = data.resident(task.train.split, device)
     pairs = []  # the two losses of each step since the last row of the log
-    for epoch in range(run.step // per_epoch, epochs):
-        order = train_rows[data.epoch_order(len(train_rows), seed, epoch)]
-        start = run.step % per_epoch
-        for rows, some in run.timed(data.batches(images, order, B, device, start)):
-            # view and tags: all random numbers are drawn here, on the CPU
-            share = curriculum(run.step, total) if task.share is None else task.share
+    for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
+        order = task.train.rows[data.epoch_order(len(task.train.rows), seed, epoch)]
+        start = run.step % run.per_epoch
+        for rows, some in run.timed(data.batches(images, order, run.batch_size, device, start)):
+            # view and hidden tags: all random numbers are drawn here, on the CPU
+            share = curriculum(run.step, run.total) if task.share is None else task.share
             batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))
-
             # forward, loss, backward
             with task.autocast():
-                who, what = losses(net.train(), batch, labels[rows].to(device))
-            loss = who + task.weight * what
+                character_loss, tag_loss = losses(net.train(), batch, labels[rows].to(device))
+            loss = character_loss + task.weight * tag_loss
             loss.backward()
-
             # update
             grad_norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             for group in optimizer.param_groups:
-                group["lr"] = train.lr_at(run.step, total, WARMUP * total, group["peak"])
+                group["lr"] = train.lr_at(run.step, run.total, WARMUP * run.total, group["peak"])
             optimizer.step()
             optimizer.zero_grad()
             run.update(loss, grad_norm)
-
             # log, evaluate, save
-            pairs.append(torch.stack([who.detach(), what.detach()]))
+            pairs.append(torch.stack([character_loss.detach(), tag_loss.detach()]))
             if run.logs_now:
-                who, what = torch.stack(pairs).mean(0).tolist()
-                more = {"hidden": share} if task.arm in HIDES_TAGS else {}
-                run.log_step(lr=group["lr"], character_loss=who, tag_loss=what, **more)
+                means = torch.stack(pairs).mean(0).tolist()
+                row = {"lr": group["lr"], "character_loss": means[0], "tag_loss": means[1]}
+                run.log_step(**row | ({"hidden": share} if task.arm in HIDES_TAGS else {}))
                 pairs = []
-            if run.step % per_epoch == 0:
+            if run.step % run.per_epoch == 0:
                 evaluate(run, task, epoch + 1)
             run.save_if_due()
-    return run
 
 
 def evaluate(run, task, epoch):
@@ -568,65 +541,66 @@ def evaluate(run, task, epoch):
 
 
 @torch.no_grad()
+def whole_answers(task, images, rows, with_tags=False, ask_tags=False):
+    """`answers` of whole pictures -> logits (n, C), probabilities (n, V) or None, on the CPU."""
+    logits, tags = [], []
+    for some, view in data.whole_views(images.split["images"], rows, task.side, task.device):
+        ids = tags_of(images, some) if with_tags else None
+        with task.autocast():
+            found = answers(task.net.eval(), view, ids, ask_tags)
+        for parts, part in zip((logits, tags), found, strict=True):
+            parts += [] if part is None else [part.cpu()]
+    return [torch.cat(parts) if parts else None for parts in (logits, tags)]
+
+
 def accuracies(task, images):
     """Top-1 and Top-5 of whole pictures, percent: {"with_top1", "with_top5", "without_top1", ...}.
 
     With their tags and without, as far as the arm reads tags and names characters.
     """
-    ways = ["with"] * (task.arm in READS_TAGS) + ["without"] * (task.arm != "bce")
-    ranks = {way: [] for way in ways}
-    for rows, view in data.whole_views(images.split["images"], images.rows, task.side, task.device):
-        for way in ways:
-            with task.autocast():
-                ids = tags_of(images, rows) if way == "with" else None
-                logits, _ = answers(task.net.eval(), view, ids, ask_tags=False)
-            order = logits.cpu().argsort(dim=1, descending=True, stable=True)
-            ranks[way].append((order == images.labels[rows][:, None]).int().argmax(1))
-    found = {}
-    for way, parts in ranks.items():
+    row = {}
+    for way in ["with"] * (task.arm in READS_TAGS) + ["without"] * (task.arm != "bce"):
+        logits, _ = whole_answers(task, images, images.rows, with_tags=way == "with")
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        rank = (order == images.labels[images.rows][:, None]).int().argmax(1)  # 0 is the best
         for k in (1, 5):
-            right = torch.cat(parts) < k
-            found[f"{way}_top{k}"] = round(100 * right.double().mean().item(), 3)
-    return found
-
-
-@torch.no_grad()
-def tag_scores(task, images, rows):
-    """Probabilities (n, V) of the tags of whole pictures, from the pictures alone."""
-    scores = []
-    for _, view in data.whole_views(images.split["images"], rows, task.side, task.device):
-        with task.autocast():
-            _, probabilities = answers(task.net.eval(), view)
-        scores.append(probabilities.cpu())
-    return torch.cat(scores).numpy()
+            row[f"{way}_top{k}"] = round(100 * (rank < k).double().mean().item(), 3)
+    return row
 
 
 def judge_tags(task):
     """-> {"tags": row, "tags_truth": row where the set knows all tags} of the reported split, mAP
-    on dev, and the thresholds, which are chosen there.
+    on dev, and the thresholds (V,), which are chosen there. Tags are named from pictures alone.
     """
-    V = len(task.words)
-    dev = task.dev.rows[data.evenly_spaced(len(task.dev.rows), JUDGED)]
-    report = task.report.rows[data.evenly_spaced(len(task.report.rows), JUDGED)]
-    on_dev, filed = tag_scores(task, task.dev, dev), many_hot(tags_of(task.dev, dev), V)
-    thresholds = fit_thresholds(on_dev, filed)
-    scores, found = tag_scores(task, task.report, report), {}
+    V, found = len(task.words), {}
+    rows = task.dev.rows[data.evenly_spaced(len(task.dev.rows), JUDGED)]
+    _, scores = whole_answers(task, task.dev, rows, ask_tags=True)
+    truth = many_hot(tags_of(task.dev, rows), V)
+    thresholds = fit_thresholds(scores.numpy(), truth)
+    dev_map = judge(scores.numpy(), truth, thresholds)["map"]
+    rows = task.report.rows[data.evenly_spaced(len(task.report.rows), JUDGED)]
+    _, scores = whole_answers(task, task.report, rows, ask_tags=True)
     for key, plane in (("tags", "tags"), ("tags_truth", "all_tags")):
         if plane in task.report.split:
-            truth = many_hot(tags_of(task.report, report, plane), V)
-            found[key] = judge(scores, truth, thresholds)
-    return found, judge(on_dev, filed, thresholds)["map"], thresholds
+            truth = many_hot(tags_of(task.report, rows, plane), V)
+            found[key] = judge(scores.numpy(), truth, thresholds)
+    return found, dev_map, thresholds
 
 
 def judge(scores, truth, thresholds):
     """scores (n, V), truth (n, V) bool -> numbers in percent, and "ap": each tag's, None without one.
 
-    map and macro_f1 are means over tags that some picture has (map: of the MOST most frequent ones);
+    map and macro_f1 are means over tags of at least one picture (map: of the AP_TAGS most frequent);
     error is the share of wrong answers among all yes and no.
     """
+    from sklearn.metrics import average_precision_score
+
     found, there = scores >= thresholds, truth.any(0)
-    right, ap = found & truth, average_precisions(scores, truth)
-    wrong, top = (found != truth).mean(0), np.argsort(-truth.sum(0), kind="stable")[:TOP_TAGS]
+    right, wrong = found & truth, (found != truth).mean(0)
+    top = np.argsort(-truth.sum(0), kind="stable")[:TOP_TAGS]
+    ap = np.full(min(AP_TAGS, len(there)), np.nan)
+    for tag in there[:AP_TAGS].nonzero()[0]:
+        ap[tag] = average_precision_score(truth[:, tag], scores[:, tag])
     row = {
         "map": np.nanmean(ap),
         "micro_f1": f1(right.sum(), found.sum(), truth.sum()),
@@ -635,17 +609,7 @@ def judge(scores, truth, thresholds):
         "error_top": wrong[top].mean(),
     }
     row = {key: round(100 * float(x), 3) for key, x in row.items()}
-    return row | {"ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap[:MOST]]}
-
-
-def average_precisions(scores, truth):
-    """-> (V,) average precision of each tag; nan of one that no picture has, and behind MOST."""
-    from sklearn.metrics import average_precision_score
-
-    found = np.full(truth.shape[1], np.nan)
-    for tag in truth[:, :MOST].any(0).nonzero()[0]:
-        found[tag] = average_precision_score(truth[:, tag], scores[:, tag])
-    return found
+    return row | {"ap": [None if np.isnan(x) else round(100 * float(x), 2) for x in ap]}
 
 
 def f1(right, found, there):
@@ -654,9 +618,15 @@ def f1(right, found, there):
 
 
 def fit_thresholds(scores, truth):
-    """-> (V,): the threshold with each tag's best F1; rare tags get the best of all together."""
-    common = common_threshold(scores, truth)
-    thresholds = np.full(truth.shape[1], common)
+    """scores (n, V), truth (n, V) bool -> the threshold with each tag's best F1 (V,).
+
+    Rare tags get the best threshold of all tags together. There may be 200 million scores, so these
+    are counted in bins.
+    """
+    edges = np.linspace(0, 1, BINS + 1)
+    found, right = np.histogram(scores, edges)[0], np.histogram(scores[truth], edges)[0]
+    found, right = found[::-1].cumsum()[::-1], right[::-1].cumsum()[::-1]  # over each edge
+    thresholds = np.full(truth.shape[1], edges[f1(right, found, truth.sum()).argmax()])
     for tag in (truth.sum(0) >= FEWEST).nonzero()[0]:
         thresholds[tag] = best_threshold(scores[:, tag], truth[:, tag])
     return thresholds
@@ -664,45 +634,35 @@ def fit_thresholds(scores, truth):
 
 def best_threshold(scores, truth):
     """scores (n,), truth (n,) bool -> the score with the best F1, half way to the next one below."""
-    order = np.argsort(-scores, kind="stable")
-    right = np.cumsum(truth[order])
-    last = np.r_[np.diff(scores[order]) < 0, True]  # equal scores are taken together
-    at = int(np.argmax(np.where(last, f1(right, np.arange(1, len(order) + 1), truth.sum()), -1)))
-    below = scores[order[at + 1]] if at + 1 < len(order) else 0.0
-    return float((scores[order[at]] + below) / 2)
+    falling, level = np.unique(-scores, return_inverse=True)  # equal scores are one level
+    found, right = np.bincount(level).cumsum(), np.bincount(level, truth).cumsum()
+    levels = np.append(-falling, 0).astype(scores.dtype)
+    best = f1(right, found, truth.sum()).argmax()
+    return float((levels[best] + levels[best + 1]) / 2)
 
 
-def common_threshold(scores, truth, bins=10_000):
-    """The same for all tags together, by counts in bins: there may be 200 million scores."""
-    edges = np.linspace(0, 1, bins + 1)
-    found, right = (np.histogram(x, edges)[0][::-1].cumsum()[::-1] for x in (scores, scores[truth]))
-    return float(edges[np.argmax(f1(right, found, truth.sum()))])
+# ---- the files of a run --------------------------------------------------------------------------
 
 
 def write_results(flags, task, run):
-    """Judge the network on pictures that decided nothing, and write all files but state.pt."""
+    """Evaluate the network on pictures that decided nothing, and write all files but state.pt."""
     out, log = run.out, train.read_log(run.out / "log.jsonl")
-    row = metrics_row(flags, task, run, log)
-    header = header_of(flags, task, run)
+    row, header = metrics_row(flags, task, run, log), header_of(flags, task, run)
     print(f"{flags.split:<9}{in_words(row['end'])}")
     if task.arm in NAMES_TAGS:
         judged, row["dev"]["map"], thresholds = judge_tags(task)
         header["thresholds"] = thresholds.tolist()
         row |= judged
         best = judged.get("tags_truth", judged["tags"])
-        print(
-            f"tags     mAP {best['map']:.1f} %, F1 {best['micro_f1']:.1f} % (micro), "
-            f"{best['macro_f1']:.1f} % (macro)"
-        )
+        means = f"F1 {best['micro_f1']:.1f} % (micro), {best['macro_f1']:.1f} % (macro)"
+        print(f"tags     mAP {best['map']:.1f} %, {means}")
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
     write_selected(out / "selected_tags.csv", task)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     with drawing("curves.png"):
         plot_curves(out / "curves.png", log, f"{out.name} on {Path(flags.data).name}")
-    print(
-        f"wrote    {out}/ after {row['seconds']:.0f} s\n"
-        f"next: python tags.py {shlex.quote(str(out))} PICTURE"
-    )
+    print(f"wrote    {out}/ after {row['seconds']:.0f} s")
+    print(f"next: python tags.py {shlex.quote(str(out))} PICTURE")
 
 
 def metrics_row(flags, task, run, log):
@@ -710,55 +670,35 @@ def metrics_row(flags, task, run, log):
     steps = [row for row in log if "loss" in row]
     dev = [row for row in log if "loss" not in row][-1]
     speed = float(np.median([row["images_per_s"] for row in steps]))
-    return {
-        "run": run.out.name,
-        "arm": task.arm,
-        "seed": flags.seed,
-        "data": flags.data,
-        "evaluated_on": flags.split,
-        "half": run.config.get("half", {}).get(flags.split, {}),
-        "end": accuracies(task, task.report),
-        "dev": {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")},
-        "parameters": sum(p.numel() for p in task.net.parameters()),
-        "step_ms": round(1000 * run.batch_size / speed, 2),
-        "peak_memory_mb": max(row["memory_mb"] for row in steps),
-        "seconds": run.seconds(),
-        "config": run.config,
-        "command": flags.command,
-        "machine": train.machine(task.device),
-        "commit": train.commit(),
-    }
+    row = {"run": run.out.name, "arm": task.arm, "seed": flags.seed, "data": flags.data}
+    row |= {"evaluated_on": flags.split, "half": run.config.get("half", {}).get(flags.split, {})}
+    row["end"] = accuracies(task, task.report)
+    row["dev"] = {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")}
+    row["parameters"] = sum(p.numel() for p in task.net.parameters())
+    row["step_ms"] = round(1000 * run.batch_size / speed, 2)
+    row["peak_memory_mb"] = max(row["memory_mb"] for row in steps)
+    row |= {"seconds": run.seconds(), "config": run.config, "command": flags.command}
+    return row | {"machine": train.machine(task.device), "commit": train.commit()}
 
 
 def header_of(flags, task, run):
-    """-> what model.safetensors says of its network and of the pictures that it takes."""
+    """-> the header of model.safetensors: the network, and the pictures that it takes."""
     split = task.train.split
-    return {
-        "tags": task.net.config,
-        "run": run.config,
-        "words": task.words,
-        "classes": task.classes,
-        "image_size": task.side,
-        "data": flags.data,
-        "thresholds": None,
-        "base": flags.encoder,
-        "packed_size": split["images"].shape[1],
-        "crop": split["header"]["crop"],
-        "margin": split["header"]["margin"],
-    }
+    header = {"tags": task.net.config, "run": run.config, "words": task.words}
+    header |= {"classes": task.classes, "image_size": task.side, "data": flags.data}
+    header |= {"thresholds": None, "base": flags.encoder, "packed_size": split["images"].shape[1]}
+    return header | {key: split["header"][key] for key in ("crop", "margin")}
 
 
 def write_selected(path, task):
-    """The tags as taggers list them; ids are places in the list, counts pictures of train."""
+    """The tags in the layout of public taggers; ids are places in the list, counts are of train."""
     ids = np.asarray(task.train.split["tags"])
     counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
-    rows = []
-    for i, (word, count) in enumerate(zip(task.words, counts, strict=True)):
-        rows.append({"tag_id": i, "name": word, "category": 0, "count": int(count)})
-    with atomic(path) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["tag_id", "name", "category", "count"])
+        for i, word in enumerate(task.words):
+            table.writerow([i, word, 0, counts[i]])
 
 
 def plot_curves(path, rows, title):
@@ -783,51 +723,61 @@ def plot_curves(path, rows, title):
 
 def use(flags, device, autocast):
     """Print who each picture shows, and its tags."""
-    from ingest.pictures import pictures, tell_problems
+    from ingest.pictures import demo_note, pictures, tell_problems
 
     net, header = load_tagger(flags.encoder)
     tell = flags.tell if net.arm in READS_TAGS else None
     threshold = flags.threshold if net.arm in NAMES_TAGS else None
     as_json = flags.json
     flags.refuse_unread()
-    known = known_tags(tell or "", net, header)
+    known = known_tags(tell or "", header)
     if net.arm == "tags" and known is None:
-        raise UserError(
-            f"{flags.encoder} is a run of --arm tags, which sees no picture; "
-            "tell it tags that it knows: --tell 'WORD WORD'"
-        )
+        raise UserError(f"{flags.encoder} sees no picture; tell it tags: --tell 'WORD WORD'")
     net.to(device)
     problems, count = [], 0
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(flags.pictures, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
-        keys, images = zip(*some, strict=True)
-        images = torch.from_numpy(np.stack(images)).to(device)
-        view = data.view_images(images, *data.full_boxes(len(images)), header["image_size"])
-        with autocast():
-            logits, tags = answers(net, view)
-            if known is not None:
-                logits, _ = answers(net, view, known.expand(len(images), -1))
-        for i, key in enumerate(keys):
-            row = {"picture": key}
-            if logits is not None:
-                sure, who = logits[i].cpu().softmax(0).max(0)
-                row |= {"name": header["classes"][who], "confidence": round(sure.item(), 4)}
-            if tags is not None:
-                row["tags"] = named(tags[i].cpu(), header, threshold)
+        for row in answer_rows(net, header, some, known, threshold, autocast):
             print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
-        count += len(keys)
+        count += len(some)
     tell_problems(problems, count, as_json)
+    if note := demo_note(header.get("data")):
+        print(f"note: {note}", file=sys.stderr)
 
 
-def known_tags(text, net, header):
-    """--tell -> ids (1, T) of known tags, or None; words that this run has not learned are named."""
+def answer_rows(net, header, some, known, threshold, autocast):
+    """(key, picture u8 (s, s, 3)) of some pictures -> a row of each: its name, confidence, tags.
+
+    known: ids (1, T) of tags that hold for all of the pictures, or None.
+    """
+    keys, images = zip(*some, strict=True)
+    images = torch.from_numpy(np.stack(images)).to(net.reach.device)
+    view = data.view_images(images, *data.full_boxes(len(images)), header["image_size"])
+    with autocast():
+        logits, tags = answers(net, view)
+        if known is not None:
+            logits, _ = answers(net, view, known)
+    rows = []
+    for i, key in enumerate(keys):
+        row = {"picture": key}
+        if logits is not None:
+            sure, who = logits[i].cpu().softmax(0).max(0)
+            row |= {"name": header["classes"][who], "confidence": round(sure.item(), 4)}
+        if tags is not None:
+            row["tags"] = named(tags[i].cpu(), header, threshold)
+        rows.append(row)
+    return rows
+
+
+def known_tags(text, header):
+    """--tell -> ids (1, T) of known tags, or None. A line names words that this run did not learn."""
     words = text.split()
-    lost = [word for word in words if word not in header["words"]]
-    if lost:
-        line = f"{len(lost)} of {len(words)} tags are none of this run's, and skipped"
-        print(f"{line}: {' '.join(lost)}", file=sys.stderr)
-    found = sorted({header["words"].index(word) for word in words if word not in lost})
+    unknown = [word for word in words if word not in header["words"]]
+    if unknown:
+        line = f"{len(unknown)} of {len(words)} tags are none of this run's, and skipped"
+        print(f"{line}: {' '.join(unknown)}", file=sys.stderr)
+    found = sorted({header["words"].index(word) for word in words if word not in unknown})
     return torch.tensor([found]) if found else None
 
 
@@ -845,9 +795,7 @@ def read_flags():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.parse_args = parser.parse_intermixed_args  # flags may stand between pictures
     add = parser.add_argument
-    add(
-        "encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO, ..."
-    )
+    add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, DINO ...")
     add("pictures", nargs="*", metavar="PICTURE", help="file, folder, archive; ENCODER: NAME-tags")
     add = parser.add_argument_group("what to learn").add_argument
     add("--data", metavar="DIR", help="set with labels and tags (default: the encoder's, or toon)")
@@ -879,10 +827,9 @@ def read_flags():
     return flags
 
 
-def complete(flags):
+def fill_defaults(flags):
     """Values of flags that were not given, and depend on others. A resumed run has them."""
-    if flags.lr is None:
-        flags.values["lr"] = 3e-2 if flags.arm == "bce" else 5e-4
+    flags.fill(lr=3e-2 if flags.arm == "bce" else 5e-4)
     checkpoints.load_encoder(flags.encoder)  # its faults show before a data set is drawn
     folder = flags.data or checkpoints.flags_of(flags.encoder).get("data", "datasets/toon")
     flags.values["data"] = str(data.open_or_pack(folder))
@@ -900,20 +847,14 @@ def main():
     if flags.pictures:
         return use(flags, device, autocast)
     if is_tagger(flags.encoder):
-        raise UserError(
-            f"{flags.encoder} is a run of tags.py: give pictures to name, or an encoder to train"
-        )
+        raise UserError(f"{flags.encoder} is a run of tags.py: give pictures, or another encoder")
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
     print(f"machine  {train.machine(device)}, {flags.dtype}: {reason}")
     if not flags.resume:
-        complete(flags)
-    done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
-    if flags.resume and done.exists():
-        claim([], Path(flags.out) / ".lock")  # a killed process may have left its own
-        print(f"run      {flags.out} is finished: {done}; --split test judges it on another split")
-        return
+        fill_defaults(flags)
     task = open_task(flags, device, autocast)
-    run = fit(flags, task)
+    run, optimizer = open_run(flags, task)
+    fit(task, run, optimizer, flags.seed)
     write_results(flags, task, run)
 
 

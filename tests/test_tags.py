@@ -16,10 +16,9 @@ import benchmarks.tags
 import experiments.mfdn
 import tags
 from common import train
-from common.checkpoints import save_model
 from common.command import LOCKS
 from common.io import read_safetensors, save_safetensors
-from model import MAE, ViT
+from model import ViT
 
 V, L = 10, 8
 QUICK = ["--epochs", 2, "--batch-size", 8, "--device", "cpu", "--dtype", "fp32"]
@@ -279,8 +278,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tagged, trained, monkeyp
     )
     assert one["step"] == two["step"] and one["config"]["half"] == two["config"]["half"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
-    done = call("tags.py", "--resume", "stopped", cwd=tagged, check=0)
-    assert "is finished" in done.stdout
     call("tags.py", "--resume", "stopped", "--split", "test", cwd=tagged, check=0)
     assert "end" in json.loads((tagged / "stopped" / "metrics-test.json").read_text())
 
@@ -329,7 +326,6 @@ def test_recognize_says_tags_beside_names(tagged, trained):
 
 BAD = {
     "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
-    "too shallow": (["shallow", "--data", "packed", *QUICK], "has one block"),
     "a run of ours to train": (["whole", "--data", "packed", *QUICK], "is a run of tags.py"),
     "an encoder asked": (["encoder", "images"], "tags.py ENCODER"),
     "no picture": (["whole", "list.txt"], "is not a picture that can be read"),
@@ -365,8 +361,6 @@ def test_bad_input_is_one_line(tagged, trained, case):
         spoil_sets(tagged)
         call("data.py", "images", "--out", "plain", "--size", 32, cwd=tagged, check=0)
         (tagged / "list.txt").write_text("hello\nyou\n")
-        (tagged / "shallow").mkdir()
-        save_model(MAE(32, 8, 32, 1, 2, 32, 1), tagged / "shallow" / "model.safetensors", {})
         call(
             "tags.py",
             "encoder",
