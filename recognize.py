@@ -107,13 +107,6 @@ def evenly_of_each(labels, most):
     return [some[data.evenly_spaced(len(some), most)] for some in rows]
 
 
-def centroids(embeddings, labels):
-    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean directions."""
-    unit = F.normalize(embeddings.float())
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
-    return F.normalize(sums)
-
-
 def whitening(embeddings, labels):
     """embeddings (n, D) of labels (n,) -> mean (D,), matrix (D, D).
 
@@ -140,7 +133,9 @@ def make_gallery(embeddings, labels, learned):
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
     faces = [unit[labels == c] for c in labels.unique() if c < learned]
-    return gallery | {"unit": unit, "faces": faces, "means": centroids(unit, labels)}
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
+    means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
+    return gallery | {"unit": unit, "faces": faces, "means": means}
 
 
 def compared(embeddings, gallery):
@@ -330,9 +325,8 @@ def build_gallery(run, device, dtype):
     unknown = outputs(dev, left_out)[1] if len(left_out) else None
     keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
     header = {"names": classes, "keys": keys, "learned": len(classes)}
-    save_gallery(
-        path, embeddings, labels, header | calibrate(embeddings, labels, held_out, unknown)
-    )
+    header |= calibrate(embeddings, labels, held_out, unknown)
+    save_gallery(path, embeddings, labels, header)
     print(f"wrote {path}: {len(keys)} faces of {len(classes)} characters", file=sys.stderr)
 
 
@@ -347,20 +341,17 @@ def load_gallery(run):
     path = Path(run) / GALLERY
     tensors, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
-    (_, head), learned = read_head(run), header["learned"]
+    learned, names = header["learned"], header["names"]
+    _, head = read_head(run)
     sizes = {"n": len(header["keys"]), "D": head["config"]["dim"]}
     arrays = {"embeddings": "float n D", "labels": "int64 n"}
     fields.check_arrays(tensors, arrays, path, REMEDY, **sizes)
-    labels = tensors["labels"]
-    fields.check_range(labels, 0, len(header["names"]), "labels", path, REMEDY)
     fields.check_finite(tensors, path)
-    same = {
-        "names": (", ".join(header["names"][:learned]), ", ".join(head["classes"])),
-        "characters_with_a_face": (len(labels.unique()), len(header["names"])),
-    }
-    fields.check_equal(path, REMEDY, **same)
-    tensors["embeddings"] = tensors["embeddings"].float()
-    return tensors | header | make_gallery(tensors["embeddings"], labels, learned)
+    embeddings, labels = tensors["embeddings"].float(), tensors["labels"]
+    fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
+    fields.check_equal(path, REMEDY, characters_with_a_face=(len(labels.unique()), len(names)))
+    fields.check_equal(path, REMEDY, names=(str(names[:learned]), str(head["classes"])))
+    return header | {"embeddings": embeddings} | make_gallery(embeddings, labels, learned)
 
 
 # ---- naming --------------------------------------------------------------------------------------
@@ -385,10 +376,10 @@ def faces(args, size, problems, blank):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     import detect
 
-    net, about = detect.load(args.detect)
+    net, header = detect.load(args.detect)
     net.to(pick_device(args.device))
     for key, picture in whole_pictures(args.images, problems):
-        boxes, _ = detect.faces_of(net, picture, about["page"], about["threshold"])
+        boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
             blank.append(key)
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
@@ -436,19 +427,17 @@ def nearest_faces(cosines, gallery, most):
 def in_words(row):
     """One of `answers` -> the line that is printed."""
     similarity = f"similarity {row['similarity']:.2f}"
+    sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
+    who = f"{row['name']}, {sure}, {similarity}"
     if not row["known"]:
-        limit = f"{similarity}, threshold {row['threshold']:.2f}"
-        who = f"unknown (unlike all known characters: {limit})"
-    elif row["confidence"] is None:
-        who = f"{row['name']}, enrolled, {similarity}"
-    else:
-        who = f"{row['name']}, confidence {row['confidence']:.0%}, {similarity}"
-    parts = [f"{fields.shown(row['picture'])}: {who}"]
+        limit = f"threshold {row['threshold']:.2f}"
+        who = f"unknown (unlike all known characters: {similarity}, {limit})"
+    line = f"{fields.shown(row['picture'])}: {who}"
     for face in row["nearest"][:1]:
-        parts.append(f"nearest: {fields.shown(face['picture'])} {face['similarity']:.2f}")
-    if words := tags.in_words(row.get("tags", {})):
-        parts.append(f"tags: {words}")
-    return "; ".join(parts)
+        line += f"; nearest: {fields.shown(face['picture'])} {face['similarity']:.2f}"
+    if row.get("tags"):
+        line += f"; tags: {tags.in_words(row['tags'])}"
+    return line
 
 
 def tagger(run, recogniser, device, autocast):
@@ -628,8 +617,7 @@ def open_set(known, right, enrolled, unknown):
         shares["learned_named_rightly"] = named[~enrolled].mean()
     if len(unknown):
         for rate in FALSE_RATES:
-            found = detection_rate(known, right, unknown, rate)
-            shares[f"dir_at_far_{100 * rate:g}"] = found
+            shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
         at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
         shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
         shares["strangers_unknown"] = (unknown < 0).double().mean()
@@ -691,8 +679,8 @@ def verify(args, net, header, gallery, autocast):
         row["open_set"] = open_set(margins, faces.right[known], ~learned[known], unknown)
     learned &= known
     if learned.any() and len(unknown):
-        error = calibration_error(faces.sure[learned], faces.right[learned], unsure)
-        row["calibration_error"] = error
+        sure, right = faces.sure[learned], faces.right[learned]
+        row["calibration_error"] = calibration_error(sure, right, unsure)
     if not kinds and not known.any():
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row |= {"command": command(), "commit": commit()}
@@ -704,7 +692,7 @@ def verify(args, net, header, gallery, autocast):
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
 
-LINES = (  # that --verify prints of recognize.json, where their numbers were measured
+LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
     "{data}, {split}",
     "pairs of the same character or not: ROC-AUC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
     "{known:,} pictures of known characters: "
