@@ -18,6 +18,7 @@ mirror image.
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -34,17 +35,17 @@ import data
 import tags
 from common import fields, metrics
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, at_least, between, claim, cli, command, drawing, refuse_idle
+from common.command import Parser, between, claim, cli, command, drawing, refuse_idle
 from common.features import open_rows, results_folder
 from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import pictures, tell_problems, whole_pictures
+from ingest.pictures import demo_note, pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
-NEAREST = 3  # faces of a character that a picture is compared with
+NEAREST = 3  # faces of a character that a picture is compared with, and faces in an answer
 WHITENED = 20  # faces of a character that the whitening is fitted to
 SHRINK = 0.3  # share of the mean variance that is added to the covariance
 MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
@@ -57,10 +58,10 @@ SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another for
 PAIRS_OF = 4000  # images of which --verify compares all pairs, at most
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
-    "name": "threshold json nearest tags detect device dtype",
+    "name": "threshold json tags detect device dtype",
     "enrol": "enrol device dtype",
     "forget": "forget",
-    "list": "list json",
+    "list": "list",
     "verify": "verify data split threshold json device dtype",
 }
 
@@ -71,8 +72,7 @@ def parse_args():
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
     add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
-    add("--json", action="store_true", help="print a JSON object a picture (--verify, --list: one)")
-    add("--nearest", type=at_least(0), default=3, metavar="N", help="gallery faces in each answer")
+    add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
@@ -107,17 +107,10 @@ def evenly_of_each(labels, most):
     return [some[data.evenly_spaced(len(some), most)] for some in rows]
 
 
-def centroids(embeddings, labels):
-    """embeddings (n, D), labels (n,) of 0 .. C-1 -> unit vectors (C, D): the mean directions."""
-    unit = F.normalize(embeddings.float())
-    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1]).index_add_(0, labels, unit)
-    return F.normalize(sums)
-
-
 def whitening(embeddings, labels):
     """embeddings (n, D) of labels (n,) -> mean (D,), matrix (D, D).
 
-    (x - mean) @ matrix varies alike in all directions within a class. So directions in which the
+    (x - mean) @ matrix varies alike in all directions within a class: directions in which the
     faces of one character differ count less. Within-class covariance normalisation (Hatch et al.
     2006): matrix matrix^T is the inverse of the covariance within classes.
     """
@@ -133,13 +126,16 @@ def whitening(embeddings, labels):
 def make_gallery(embeddings, labels, learned):
     """Faces (n, D), labels (n,) of which the first `learned` are the head's -> a dict.
 
-    faces: the unit vectors of each learned character that has any. means: the mean direction of every character.
+    faces: the unit vectors of each learned character that has any. means (C, D): mean directions.
     """
-    mean, matrix = whitening(embeddings[labels < learned], labels[labels < learned])
+    is_learned = labels < learned
+    mean, matrix = whitening(embeddings[is_learned], labels[is_learned])
     gallery = {"mean": mean, "matrix": matrix, "labels": labels, "learned": learned}
     unit = compared(embeddings, gallery)
     faces = [unit[labels == c] for c in labels.unique() if c < learned]
-    return gallery | {"unit": unit, "faces": faces, "means": centroids(unit, labels)}
+    sums = unit.new_zeros(int(labels.max()) + 1, unit.shape[1])
+    means = F.normalize(sums.index_add_(0, labels, F.normalize(unit)))
+    return gallery | {"unit": unit, "faces": faces, "means": means}
 
 
 def compared(embeddings, gallery):
@@ -185,18 +181,11 @@ def decide(logits, embeddings, gallery):
 
 
 def calibrate(embeddings, labels, held_out, unknown=None):
-    """-> a dict of plain values for the gallery's header.
+    """-> a dict of numbers for the gallery's header.
 
     embeddings (n, D), labels (n,): the gallery. held_out: logits (m, C), embeddings (m, D) and
     labels (m,) of known characters. unknown (k, D): embeddings of unknown ones. Without them each
-    known character stands in for one.
-
-    threshold           as large a share of unknown faces reaches it as of known faces fails to; but
-                        at most MOST_REJECTED of the known fail
-    enrolled_threshold  for a character of SHOTS pictures
-    temperature         of the head's logits (Guo et al. 2017, arXiv:1706.04599)
-    platt               a, b of sigmoid(a * (similarity - threshold) + b), the probability that a
-                        face is known where half of all are unknown (Platt 1999)
+    known character stands in for one. At most MOST_REJECTED of the known fail the threshold.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
@@ -255,14 +244,20 @@ def balance(known, unknown):
 
 
 def fit_temperature(logits, labels):
-    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood."""
+    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood.
+
+    Guo et al. 2017, arXiv:1706.04599.
+    """
     grid = torch.logspace(-2.5, 1.5, 161)
     losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
     return grid[losses.argmin()].item()
 
 
 def fit_platt(known, unknown):
-    """Margins of known (n,) and unknown (m,) -> [a, b] of a logistic regression with equal classes."""
+    """Margins of known (n,) and unknown (m,) -> a, b of sigmoid(a * margin + b) (Platt 1999).
+
+    It is the probability that a face is known where half of all faces are unknown.
+    """
     from sklearn.linear_model import LogisticRegression
 
     x, y = torch.cat([known, unknown])[:, None].numpy(), [1] * len(known) + [0] * len(unknown)
@@ -288,7 +283,7 @@ REMEDY = "remove it, and recognize.py builds it anew"
 
 
 def open_gallery(run, device="auto", dtype="auto"):
-    """What `load_gallery` returns; where the run has no gallery, it is built first."""
+    """What `load_gallery` returns. Where the run has no gallery, it is built first."""
     path = Path(run) / GALLERY
     if not path.exists():
         read_head(run)  # a UserError where there is no run
@@ -318,27 +313,27 @@ def build_gallery(run, device, dtype):
     autocast = autocast_of(device, pick_dtype(dtype, device)[0])
     net.to(device)
 
-    def faces(images, rows):
+    def outputs(images, rows):
         pooled = pooled_of(net, images.split, rows, autocast, "gallery", mirrored=True)
         return predict(net, pooled)  # logits, embeddings
 
-    known = [train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)]
-    known = torch.cat(known)
-    embeddings, labels = faces(train, known)[1], train.labels[known]
-    held_out = *faces(dev, dev.rows), dev.labels[dev.rows]
+    rows = torch.cat([train.rows[some] for some in evenly_of_each(train.labels[train.rows], FACES)])
+    _, embeddings = outputs(train, rows)
+    labels = train.labels[rows]
+    held_out = *outputs(dev, dev.rows), dev.labels[dev.rows]
     left_out = (dev.labels < 0).nonzero()[:, 0]  # by --hold-out: they stand for unknown characters
-    unknown = faces(dev, left_out)[1] if len(left_out) else None
-    about = calibrate(embeddings, labels, held_out, unknown)
-    keys = [train.split["header"]["keys"][i] for i in known.tolist()]
-    about |= {"names": classes, "keys": keys, "learned": len(classes)}
-    save_gallery(path, embeddings, labels, about)
+    unknown = outputs(dev, left_out)[1] if len(left_out) else None
+    keys = [train.split["header"]["keys"][i] for i in rows.tolist()]
+    header = {"names": classes, "keys": keys, "learned": len(classes)}
+    header |= calibrate(embeddings, labels, held_out, unknown)
+    save_gallery(path, embeddings, labels, header)
     print(f"wrote {path}: {len(keys)} faces of {len(classes)} characters", file=sys.stderr)
 
 
-def save_gallery(path, embeddings, labels, about):
-    """embeddings (n, D), labels (n,); about: the fields of HEADER."""
+def save_gallery(path, embeddings, labels, header):
+    """embeddings (n, D), labels (n,); header: the fields of HEADER, and perhaps others."""
     tensors = {"embeddings": embeddings.float(), "labels": labels}
-    save_safetensors(tensors, path, {name: about[name] for name in HEADER})
+    save_safetensors(tensors, path, {name: header[name] for name in HEADER})
 
 
 def load_gallery(run):
@@ -346,19 +341,19 @@ def load_gallery(run):
     path = Path(run) / GALLERY
     tensors, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
-    (_, head), learned = read_head(run), header["learned"]
+    learned, names = header["learned"], header["names"]
+    _, head = read_head(run)
     sizes = {"n": len(header["keys"]), "D": head["config"]["dim"]}
     arrays = {"embeddings": "float n D", "labels": "int64 n"}
     fields.check_arrays(tensors, arrays, path, REMEDY, **sizes)
-    labels = tensors["labels"]
-    fields.check_range(labels, 0, len(header["names"]), "labels", path, REMEDY)
     fields.check_finite(tensors, path)
-    found = {"names": header["names"][:learned], "characters_with_a_face": len(labels.unique())}
-    wanted = {"names": head["classes"], "characters_with_a_face": len(header["names"])}
-    table = {name: fields.one_of(value) for name, value in wanted.items()}
-    fields.check_fields(found, table, path, REMEDY)
-    tensors["embeddings"] = tensors["embeddings"].float()
-    return tensors | header | make_gallery(tensors["embeddings"], labels, learned)
+    embeddings, labels = tensors["embeddings"].float(), tensors["labels"]
+    fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
+    found = {"names": names[:learned], "characters_with_a_face": len(labels.unique())}
+    wanted = {"names": head["classes"], "characters_with_a_face": len(names)}
+    same = {name: fields.one_of(value) for name, value in wanted.items()}
+    fields.check_fields(found, same, path, REMEDY)
+    return header | {"embeddings": embeddings} | make_gallery(embeddings, labels, learned)
 
 
 # ---- naming --------------------------------------------------------------------------------------
@@ -367,7 +362,7 @@ def load_gallery(run):
 def predictions(args, net, header, autocast, problems, blank=None):
     """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures.
 
-    problems, blank: lists that get what can't be read, and the pages on which --detect finds no face.
+    problems, blank: lists that get what can't be read, and pages on which --detect finds no face.
     """
     size = header["packed_size"]
     items = pictures(args.images, size, header["crop"], header["margin"], problems)
@@ -383,10 +378,10 @@ def faces(args, size, problems, blank):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     import detect
 
-    net, about = detect.load(args.detect)
+    net, header = detect.load(args.detect)
     net.to(pick_device(args.device))
     for key, picture in whole_pictures(args.images, problems):
-        boxes, _ = detect.faces_of(net, picture, about["page"], about["threshold"])
+        boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
             blank.append(key)
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
@@ -401,17 +396,13 @@ def embed(net, images, autocast):
     return predict(net, pooled_of(net, {"images": images}, rows, autocast, mirrored=True))
 
 
-def answers(keys, logits, embeddings, gallery, nearest):
+def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
     """-> a dict for each picture: who it is, how sure that is, and the nearest gallery faces."""
     decisions = zip(*decide(logits, embeddings, gallery), strict=True)
     to_face = compared(embeddings, gallery) @ gallery["unit"].T  # (B, faces)
     rows = []
     for key, cosines, (who, similarity, margin, sure) in zip(keys, to_face, decisions, strict=True):
         name, known = gallery["names"][who], bool(margin >= 0)
-        near = []
-        for j in cosines.topk(min(nearest, len(cosines)))[1]:
-            face = {"name": gallery["names"][gallery["labels"][j]], "picture": gallery["keys"][j]}
-            near.append(face | {"similarity": round(cosines[j].item(), 4)})
         row = {
             "picture": key,
             "name": name if known else None,
@@ -420,37 +411,49 @@ def answers(keys, logits, embeddings, gallery, nearest):
             "similarity": round(similarity.item(), 4),
             "threshold": round((similarity - margin).item(), 4),
             "best_guess": name,
-            "nearest": near,
+            "nearest": nearest_faces(cosines, gallery, nearest),
         }
         rows.append(row)
     return rows
 
 
+def nearest_faces(cosines, gallery, most):
+    """cosines (faces,) of a picture -> a dict for each of the most similar faces."""
+    found = []
+    for cosine, i in zip(*cosines.topk(min(most, len(cosines))), strict=True):
+        face = {"name": gallery["names"][gallery["labels"][i]], "picture": gallery["keys"][i]}
+        found.append(face | {"similarity": round(cosine.item(), 4)})
+    return found
+
+
 def in_words(row):
     """One of `answers` -> the line that is printed."""
+    similarity = f"similarity {row['similarity']:.2f}"
     sure = "enrolled" if row["confidence"] is None else f"confidence {row['confidence']:.0%}"
-    like = f"similarity {row['similarity']:.2f}"
-    who = f"{row['name']}, {sure}, {like}"
+    who = f"{row['name']}, {sure}, {similarity}"
     if not row["known"]:
-        who = f"unknown (most like {row['best_guess']}, {like} under {row['threshold']:.2f})"
-    near = [f"{fields.shown(face['picture'])} {face['similarity']:.2f}" for face in row["nearest"]]
-    words = tags.in_words(row.get("tags", {}))
-    parts = [f"{fields.shown(row['picture'])}: {who}"]
-    parts += [f"nearest: {', '.join(near)}"] if near else []
-    parts += [f"tags: {words}"] if words else []
-    return "; ".join(parts)
+        limit = f"threshold {row['threshold']:.2f}"
+        who = f"unknown (unlike all known characters: {similarity}, {limit})"
+    line = f"{fields.shown(row['picture'])}: {who}"
+    for face in row["nearest"][:1]:
+        line += f"; nearest: {fields.shown(face['picture'])} {face['similarity']:.2f}"
+    if row.get("tags"):
+        line += f"; tags: {tags.in_words(row['tags'])}"
+    return line
 
 
 def tagger(run, recogniser, device, autocast):
-    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to {"tags": ...} of each.
+    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to {tag: number} of each.
 
-    recogniser: the header of the recogniser; both get the same pictures.
+    recogniser: the header of the recogniser. Both networks get the same pictures.
     """
     net, header = tags.load_tagger(run)
-    if any(header[key] != recogniser[key] for key in ("packed_size", "crop", "margin")):
-        raise UserError(f"--tags {run} learned from pictures of another cut; train both on one set")
-    if net.arm not in tags.NAMES_TAGS:
-        raise UserError(f"--tags {run} is of --arm {net.arm}, which names no tags; give --arm mfdn")
+    other_cut = any(header[key] != recogniser[key] for key in ("packed_size", "crop", "margin"))
+    if other_cut or net.arm not in tags.NAMES_TAGS:
+        fix = "give a run of --arm mfdn that was trained on the recogniser's data set"
+        raise UserError(
+            f"--tags {run} names no tags, or learned from pictures of another cut; {fix}"
+        )
     net.to(device)
 
     def tags_of(images):
@@ -458,27 +461,28 @@ def tagger(run, recogniser, device, autocast):
         view = data.view_images(images.to(device), *boxes, header["image_size"])
         with autocast():
             _, found = tags.answers(net, view)
-        return [{"tags": tags.named(row.cpu(), header)} for row in found]
+        return [tags.named(row.cpu(), header) for row in found]
 
     return tags_of
 
 
 def recognise(args, net, header, gallery, autocast):
-    """Print who is in each picture; those that can't be read are named on stderr."""
-    problems, blank, count, unknown = [], [], 0, 0
+    """Print who is in each picture. What can't be read is named on stderr."""
+    problems, blank, known = [], [], []
     device = net.encoder.cls_token.device
     tags_of = tagger(args.tags, header, device, autocast) if args.tags else None
     found = predictions(args, net, header, autocast, problems, blank)
     for keys, images, logits, embeddings in found:
-        rows = answers(keys, logits, embeddings, gallery, args.nearest)
-        tagged = tags_of(images) if tags_of else [{}] * len(rows)
-        for row, more in zip(rows, tagged, strict=True):
-            row |= more
+        rows = answers(keys, logits, embeddings, gallery)
+        if tags_of:
+            rows = [row | {"tags": t} for row, t in zip(rows, tags_of(images), strict=True)]
+        for row in rows:
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
-            unknown += not row["known"]
-        count += len(keys)
-    tell_problems(problems, count + len(blank), args.json)
-    if unknown and not args.json:
+            known.append(row["known"])
+    tell_problems(problems, len(known) + len(blank), args.json)
+    if note := demo_note(header["data"]):
+        print(f"note: {note}", file=sys.stderr)
+    if not all(known) and not args.json:
         fix = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
         print(f"next: python recognize.py {fix}", file=sys.stderr)
 
@@ -526,11 +530,11 @@ def add_faces(run, who, keys, embeddings):
             print(f"{len(new) - added} of {len(new)} pictures are there already, and count once")
         if total < LEAST:
             raise UserError(f"{added} different pictures of {who} are too few; give {LEAST} to 5")
+        keys = gallery["keys"] + list(itertools.compress(keys, new))
         labels = torch.cat([gallery["labels"], torch.full((added,), label)])
-        new_keys = [key for key, is_added in zip(keys, new, strict=True) if is_added]
-        about = gallery | {"names": names, "keys": gallery["keys"] + new_keys}
         together = torch.cat([gallery["embeddings"], embeddings[new]])
-        save_gallery(Path(run) / GALLERY, together, labels, about)
+        header = gallery | {"names": names, "keys": keys}
+        save_gallery(Path(run) / GALLERY, together, labels, header)
     return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
 
 
@@ -539,42 +543,35 @@ def take_out(run, who):
     who = sources.nfc(who.strip())
     with gallery_lock(run):
         gallery = load_gallery(run)
-        if who not in gallery["names"]:
-            raise UserError(f"{who} is not enrolled; --list says who is")
+        if who not in gallery["names"][gallery["learned"] :]:
+            how = "was learned in training" if who in gallery["names"] else "is not enrolled"
+            raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
         label = gallery["names"].index(who)
-        if label < gallery["learned"]:
-            raise UserError(f"{who} was learned in training; only enrolled ones can be forgotten")
         stay = gallery["labels"] != label
-        labels = gallery["labels"][stay]
-        labels = labels - (labels > label).long()
-        keys = [key for key, stays in zip(gallery["keys"], stay, strict=True) if stays]
+        labels = gallery["labels"] - (gallery["labels"] > label).long()
         names = [name for name in gallery["names"] if name != who]
-        about = gallery | {"names": names, "keys": keys}
-        save_gallery(Path(run) / GALLERY, gallery["embeddings"][stay], labels, about)
-    lost = len(stay) - len(keys)
-    return f"{who} is forgotten, with {lost} pictures; the gallery knows {len(names)} characters"
+        keys = list(itertools.compress(gallery["keys"], stay))
+        header = gallery | {"names": names, "keys": keys}
+        save_gallery(Path(run) / GALLERY, gallery["embeddings"][stay], labels[stay], header)
+    return f"{who} is forgotten; the gallery knows {len(names)} characters"
 
 
-def list_known(args, gallery):
+def list_known(gallery):
     """Print who is known, a line each."""
     counts = torch.bincount(gallery["labels"]).tolist()
-    rows = []
-    for name, n in zip(gallery["names"], counts, strict=True):
-        rows.append({"name": name, "pictures": n, "learned": len(rows) < gallery["learned"]})
-    if args.json:
-        return print(json.dumps(rows, ensure_ascii=False))
-    for row in rows:
-        how = "learned in training" if row["learned"] else "enrolled"
-        print(f"{row['name']}: {how}, {row['pictures']} pictures")
+    for i, (name, n) in enumerate(zip(gallery["names"], counts, strict=True)):
+        how = "learned in training" if i < gallery["learned"] else "enrolled"
+        print(f"{name}: {how}, {n} pictures")
 
 
 # ---- measured: the same character or not, and unknown characters ---------------------------------
 
 
 def faces_of(net, gallery, folder, name, autocast):
-    """Pictures of a packed split -> a namespace: what they show, and what `decide` makes of them.
+    """Pictures of a packed split -> a namespace: what they show, and what `decide` returns of them.
 
-    true (n,): the gallery's number of each picture's character, -1 of an unknown one.
+    true (n,): the gallery's number of each picture's character, -1 of an unknown one. right (n,):
+    is the name true? margin, sure (n,): as `decide`. pairs: as `metrics.pair_cosines`.
     """
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
@@ -582,12 +579,12 @@ def faces_of(net, gallery, folder, name, autocast):
     logits, embeddings = predict(net, pooled)
     ids = {who: i for i, who in enumerate(gallery["names"])}
     known = [ids.get(who, -1) for who in split["header"]["classes"]]
-    true = torch.tensor([*known, -1])[split["labels"][rows]]  # the last: without a label
-    who, _, margin, sure = decide(logits, embeddings, gallery)
     labels, groups = split["labels"][rows], data.groups_of(split)[rows]
-    pairs = metrics.pair_cosines(compared(embeddings, gallery), labels, groups)
-    if not data.has_labels(split):
-        pairs = torch.empty(0), torch.empty(0)
+    true = torch.tensor([*known, -1])[labels]  # the last: without a label
+    who, _, margin, sure = decide(logits, embeddings, gallery)
+    pairs = torch.empty(0), torch.empty(0)
+    if data.has_labels(split):
+        pairs = metrics.pair_cosines(compared(embeddings, gallery), labels, groups)
     return SimpleNamespace(pairs=pairs, true=true, right=who == true, margin=margin, sure=sure)
 
 
@@ -597,20 +594,19 @@ def percent(shares):
 
 def verification(same, other):
     """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    shares = {f"tpr_at_fpr_{100 * r:g}": tpr_at_fpr(same, other, r) for r in FALSE_RATES}
     pairs = metrics.truth_and_scores(same, other)
-    shares |= {
-        "roc_auc": roc_auc_score(*pairs),
-        "eer": metrics.equal_error_rate(same, other),
-        "average_precision": average_precision_score(*pairs),
-    }
+    false, true, _ = roc_curve(*pairs, drop_intermediate=False)
+    shares = {f"tpr_at_fpr_{100 * rate:g}": true[false <= rate].max() for rate in FALSE_RATES}
+    shares["roc_auc"] = roc_auc_score(*pairs)
+    shares["eer"] = metrics.equal_error_rate(same, other)
+    shares["average_precision"] = average_precision_score(*pairs)
     return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
 
 
 def open_set(known, right, enrolled, unknown):
-    """Who is unknown? In percent, of margins over the threshold.
+    """Which pictures show unknown characters? In percent, of margins over the threshold.
 
     known (n,), unknown (m,): margins of pictures of known and of unknown characters. right (n,): is
     the name true? enrolled (n,): is it a character that was never trained on?
@@ -618,18 +614,14 @@ def open_set(known, right, enrolled, unknown):
     from sklearn.metrics import roc_auc_score
 
     counts = {"known": len(known), "strangers": len(unknown), "enrolled": int(enrolled.sum())}
-    named = right & (known >= 0)
-    shares = {
-        "known_rejected": (known < 0).double().mean(),
-        "known_named_rightly": named.double().mean(),
-    }
+    named = (right & (known >= 0)).double()
+    shares = {"known_rejected": (known < 0).double().mean(), "known_named_rightly": named.mean()}
     if enrolled.any() and not enrolled.all():
-        shares["enrolled_named_rightly"] = named[enrolled].double().mean()
-        shares["learned_named_rightly"] = named[~enrolled].double().mean()
+        shares["enrolled_named_rightly"] = named[enrolled].mean()
+        shares["learned_named_rightly"] = named[~enrolled].mean()
     if len(unknown):
         for rate in FALSE_RATES:
-            found = detection_rate(known, right, unknown, rate)
-            shares[f"dir_at_far_{100 * rate:g}"] = found
+            shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
         at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
         shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
         shares["strangers_unknown"] = (unknown < 0).double().mean()
@@ -637,58 +629,32 @@ def open_set(known, right, enrolled, unknown):
     return percent(shares) | counts
 
 
-def reliability(known, right, unknown):
-    """The calibration error of confidences in percent, where half of all pictures are unknown.
+def detection_rate(known, right, unknown, far):
+    """Detection and identification rate at a false alarm rate of at most far < 1.
 
-    known (n,), right (n,), unknown (m,). An enrolled name has no confidence (nan) and is left out.
+    known (n,) scores of known faces, right (n,) whether the best name is theirs, unknown (m,)
+    scores of unknown characters (Phillips et al. 2011, chapter 21).
+    """
+    allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
+    threshold = unknown.sort(descending=True).values[allowed]
+    return ((known > threshold) & right).double().mean().item()
+
+
+def calibration_error(known, right, unknown, bins=10):
+    """Expected calibration error of confidences in percent, where half of all pictures are unknown.
+
+    known (n,) and right (n,): is the name true? unknown (m,). An enrolled name has no confidence
+    (nan) and is left out. The error is the mean distance of confidence and share of right names in
+    equal bins (Guo et al. 2017, arXiv:1706.04599, equation 3).
     """
     sure = torch.cat([known, unknown])
     right = torch.cat([right, torch.zeros(len(unknown), dtype=torch.bool)])
-    weights = torch.cat([torch.full((len(x),), 1 / len(x)) for x in (known, unknown)])
-    there = ~sure.isnan()
-    error = calibration_error(sure[there], right[there], weights[there])
-    return round(100 * error, 3)
-
-
-def table(row):
-    """recognize.json -> the lines that are printed."""
-    lines = [f"{row['data']}, {row['split']}"]
-    pairs, found = row.get("verification"), row.get("open_set", {"strangers": 0})
-    rates = [f"{100 * rate:g}" for rate in FALSE_RATES]
-    at = " / ".join(rates)
-    if pairs:
-        accepted = " / ".join(f"{pairs[f'tpr_at_fpr_{rate}']:.1f}" for rate in rates)
-        lines += [
-            "the same character or not",
-            f"  ROC-AUC {pairs['roc_auc']:.1f} %, equal error rate {pairs['eer']:.1f} %, "
-            f"average precision {pairs['average_precision']:.1f} %",
-            f"  right pairs accepted {accepted} % where {at} % of the wrong ones are "
-            f"({pairs['positive_pairs']:,} and {pairs['negative_pairs']:,} pairs)",
-        ]
-    if "known" in found:
-        right, rejected = found["known_named_rightly"], found["known_rejected"]
-        lines.append(f"{found['known']:,} pictures of known characters")
-        lines.append(f"  {right:.1f} % named rightly, {rejected:.1f} % called unknown")
-    if "enrolled_named_rightly" in found:
-        enrolled, learned = found["enrolled_named_rightly"], found["learned_named_rightly"]
-        those = f"{enrolled:.1f} % of the {found['enrolled']:,} of enrolled ones"
-        lines.append(f"  named rightly: {those}, {learned:.1f} % of the others")
-    if "calibration_error" in row:
-        error = f"{row['calibration_error']:.1f} points off in the mean"
-        lines.append(f"confidences are {error}, where half are strangers")
-    if not found["strangers"]:
-        return lines + [
-            "no strangers in this set: --data OTHER with other characters measures them; "
-            "finetune_lora.py --hold-out 4 leaves four out of training"
-        ]
-    named = " / ".join(f"{found[f'dir_at_far_{rate}']:.1f}" for rate in rates)
-    return lines + [
-        f"{found['strangers']:,} pictures of strangers",
-        f"  {found['strangers_unknown']:.1f} % called unknown"
-        f" ({found['strangers_unknown_at_5']:.1f} % where 5 % of the known were)",
-        f"  {named} % of the known named rightly where {at} % of the strangers get a name; known "
-        f"against strangers: ROC-AUC {found['auroc_unknown']:.1f} %",
-    ]
+    weights = torch.cat([torch.ones(len(x)).double() / len(x) for x in (known, unknown)])
+    weights = weights.masked_fill(sure.isnan(), 0)
+    sure = sure.nan_to_num()
+    place = (sure * bins).long().clamp(0, bins - 1)
+    gaps = torch.bincount(place, weights * (sure.double() - right.double()))
+    return round(100 * (gaps.abs().sum() / weights.sum()).item(), 3)
 
 
 def verify(args, net, header, gallery, autocast):
@@ -701,113 +667,74 @@ def verify(args, net, header, gallery, autocast):
     claim([home / "recognize.json"], fix="choose another --data or --split")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
     row["threshold"] = gallery["threshold"]
-    found = faces_of(net, gallery, folder, args.split, autocast)
-    pairs = found.pairs if min(map(len, found.pairs)) else None
-    if pairs:
-        row["verification"] = verification(*pairs)
-    unknown, unsure = found.margin[found.true < 0], found.sure[found.true < 0]
-    if (found.true < 0).all() and Path(header["data"]).exists():
-        found = faces_of(net, gallery, header["data"], "val", autocast)
+    faces, kinds = faces_of(net, gallery, folder, args.split, autocast), {}
+    if all(map(len, faces.pairs)):
+        kinds["same_character"] = faces.pairs
+        row["verification"] = verification(*faces.pairs)
+    is_unknown = faces.true < 0
+    unknown, unsure = faces.margin[is_unknown], faces.sure[is_unknown]
+    if is_unknown.all() and Path(header["data"]).exists():
+        faces = faces_of(net, gallery, header["data"], "val", autocast)
         row["known_of"] = header["data"]
-    known = found.true >= 0
-    margins, enrolled = found.margin[known], found.true[known] >= gallery["learned"]
+    known, learned = faces.true >= 0, faces.true < gallery["learned"]
     if known.any():
-        row["open_set"] = open_set(margins, found.right[known], enrolled, unknown)
-    learned = known & (found.true < gallery["learned"])
+        margins = faces.margin[known]
+        kinds |= {"known_character": (margins, unknown)} if len(unknown) else {}
+        row["open_set"] = open_set(margins, faces.right[known], ~learned[known], unknown)
+    learned &= known
     if learned.any() and len(unknown):
-        row["calibration_error"] = reliability(found.sure[learned], found.right[learned], unsure)
-    if not pairs and not known.any():
+        sure, right = faces.sure[learned], faces.right[learned]
+        row["calibration_error"] = calibration_error(sure, right, unsure)
+    if not kinds and not known.any():
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
-    margins = (margins, unknown) if len(margins) and len(unknown) else None
     with drawing("roc.png"):
-        title = f"{Path(args.run).name} on {folder.name}"
-        plot_verification(home / "roc.png", pairs, margins, title)
+        plot_verification(home / "roc.png", f"{Path(args.run).name} on {folder.name}", **kinds)
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
 
-# ---- rates, and the picture of --verify ----------------------------------------------------------
+LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
+    "{data}, {split}",
+    "pairs of the same character or not: ROC-AUC {roc_auc:.1f} %, equal error rate {eer:.1f} %",
+    "{known:,} pictures of known characters: "
+    "{known_named_rightly:.1f} % named correctly, {known_rejected:.1f} % called unknown",
+    "{enrolled:,} of them of enrolled ones: {enrolled_named_rightly:.1f} % named correctly",
+    "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
+    "ROC-AUC against known ones {auroc_unknown:.1f} %",
+    "calibration error of the confidence: {calibration_error:.1f} points",
+)
+NO_UNKNOWN = (
+    "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some"
+)
 
 
-def tpr_at_fpr(positive, negative, most):
-    """The largest true positive rate at a false positive rate of at most `most`."""
+def table(row):
+    """recognize.json -> the lines that are printed."""
+    found = row | row.get("verification", {}) | row.get("open_set", {})
+    lines = []
+    for line in LINES:
+        with contextlib.suppress(KeyError):
+            lines.append(line.format_map(found))
+    return lines if found.get("strangers") else [*lines, NO_UNKNOWN]
+
+
+def plot_verification(path, title, **kinds):
+    """ROC curves. kinds {label: (scores (n,) that should be high, scores (m,) that should be low)}."""
     from sklearn.metrics import roc_curve
-
-    pairs = metrics.truth_and_scores(positive, negative)
-    false, true, _ = roc_curve(*pairs, drop_intermediate=False)
-    return true[false <= most].max()
-
-
-def detection_rate(known, right, unknown, far):
-    """Detection and identification rate at a false alarm rate of at most far.
-
-    known (n,) scores of known faces, right (n,) whether the best name is theirs, unknown (m,)
-    scores of unknown characters (Phillips et al. 2011, chapter 21).
-    """
-    allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
-    threshold = float("-inf")
-    if allowed < len(unknown):
-        threshold = unknown.sort(descending=True).values[allowed]
-    return ((known > threshold) & right).double().mean().item()
-
-
-def calibration_error(sure, right, weights, bins=10):
-    """Expected calibration error, in [0, 1], of confidences in equal bins: (n,) each.
-
-    The mean distance of the confidence and the share of right names (Guo et al. 2017,
-    arXiv:1706.04599, equation 3).
-    """
-    place = (sure * bins).long().clamp(0, bins - 1)
-    weights = (weights / weights.sum()).double()
-    error = 0
-    for b in range(bins):
-        w = weights * (place == b)
-        total = w.sum().item()
-        if total > 0:
-            confidence, accuracy = (w * sure).sum().item() / total, (w * right).sum().item() / total
-            error += total * abs(confidence - accuracy)
-    return error
-
-
-def plot_verification(path, pairs, faces, title):
-    """ROC and precision-recall curves, and histograms of scores; a kind that is None is left out.
-
-    pairs: cosines of one character and of two; faces: margins of known and of unknown characters.
-    """
-    from sklearn.metrics import precision_recall_curve, roc_curve
 
     from common import plots  # matplotlib takes half a second to load
 
-    kinds = []
-    if pairs:
-        labels = ("same", "different")
-        kinds.append(("two faces: same character?", plots.BLUE, pairs, labels, "similarity"))
-    if faces:
-        labels = ("known", "unknown")
-        kinds.append(("one face: is it known?", plots.ORANGE, faces, labels, "margin"))
-    n = 2 + len(kinds)
-    with plots.panels(path, title, 1, n, (3.5 * n, 3.5)) as axes:
-        for axis, (name, colour, scores, labels, what) in zip(axes[2:], kinds, strict=True):
-            truth_and_scores = metrics.truth_and_scores(*scores)
-            false, true, _ = roc_curve(*truth_and_scores)
-            axes[0].plot(100 * false, 100 * true, color=colour, label=name)
-            precision, recall, _ = precision_recall_curve(*truth_and_scores)
-            axes[1].plot(100 * recall, 100 * precision, color=colour)
-            bins = np.linspace(-1, 1, 61)
-            for x, label, shade in zip(scores, labels, (plots.BLUE, plots.ORANGE), strict=True):
-                axis.hist(x.numpy(), bins, density=True, histtype="step", color=shade, label=label)
-            axis.set(title=name.split(":")[0].capitalize(), xlim=(-1, 1))
-            axis.set(xlabel=what, ylabel="density")
-            axis.legend(fontsize=8)
-        axes[0].set(title="ROC", xlim=(0.01, 100), ylim=(0, 100), xscale="log")
-        axes[0].set(xlabel="false positive rate, %", ylabel="true positive rate, %")
-        axes[0].xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
-        axes[0].legend(fontsize=8, loc="upper left")
-        axes[1].set(title="Precision and recall", xlim=(0, 100), ylim=(0, 100))
-        axes[1].set(xlabel="recall, %", ylabel="precision, %")
+    with plots.panels(path, title, 1, 1, (4.5, 4)) as axis:
+        for label, scores in kinds.items():
+            false, true, _ = roc_curve(*metrics.truth_and_scores(*scores))
+            axis.plot(100 * false, 100 * true, label=label.replace("_", " "))
+        axis.set(xlim=(0.01, 100), ylim=(0, 100), xscale="log")
+        axis.set(xlabel="false positive rate, %", ylabel="true positive rate, %")
+        axis.xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
+        axis.legend()
 
 
 def main():
@@ -815,7 +742,7 @@ def main():
     task = task_of(args)
     gallery = open_gallery(args.run, args.device, args.dtype)
     if task == "list":
-        return list_known(args, gallery)
+        return list_known(gallery)
     if task == "forget":
         return print(take_out(args.run, args.forget))
     net, header = load_classifier(args.run)

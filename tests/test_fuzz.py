@@ -381,7 +381,6 @@ QUICK = {
     "threshold": [0.5],
     "reference": ["runs/nano", "runs/lora"],
     "claim": [1],
-    "nearest": [0, 2],
     "enrol": ["newcomer"],
     "size": [8, 32],
     "dev": [0.3],
@@ -458,9 +457,9 @@ UNUSED = [
     (
         NAME,
         "--enrol newcomer pictures/class0",
-        "--data datasets/tiny|--split val|--threshold .5|--nearest 1|--json|--verify",
+        "--data datasets/tiny|--split val|--threshold .5|--json|--verify",
     ),
-    (NAME, "--verify", "--nearest 1|--enrol newcomer"),
+    (NAME, "--verify", "--enrol newcomer"),
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "--arm image",

@@ -334,11 +334,10 @@ def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
     }
     stress_figures.robustness("x.png", report, {"cutout": (0, 0, "area")}, "")
     stress_figures.parts("x.png", report, "")
-    recognize.plot_verification(
-        "x.png", (torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])), None, ""
-    )
+    pairs = torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])
+    recognize.plot_verification("x.png", "", pairs=pairs)
     axes = [axis for figure in seen for axis in figure.axes]
     shown = [
         a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))
     ]
-    assert len(seen) == 5 and len(shown) >= 7 and all(a.get_ylim()[1] <= 100 for a in shown)
+    assert len(seen) == 5 and len(shown) >= 6 and all(a.get_ylim()[1] <= 100 for a in shown)

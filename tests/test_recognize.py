@@ -1,4 +1,4 @@
-"""recognize.py: names, strangers, enrolment, verification, hostile files; its numbers against scikit-learn."""
+"""recognize.py: names, unknown characters, enrolment, verification, hostile files; its numbers against scikit-learn."""
 
 import io
 import json
@@ -95,7 +95,8 @@ def test_rates_are_read_off_the_roc_curve():
             for cut in negative
             if (negative >= cut).double().mean() <= most
         ]
-        assert recognize.tpr_at_fpr(positive, negative, most) >= max(accepted, default=0)
+        found = recognize.verification(positive, negative)[f"tpr_at_fpr_{100 * most:g}"]
+        assert found >= 100 * max(accepted, default=0) - 1e-3
     false, true, _ = roc_curve(*metrics.truth_and_scores(positive, negative))
     error = metrics.equal_error_rate(positive, negative)
     assert np.interp(error, false, true) == pytest.approx(1 - error, abs=1e-9)
@@ -103,16 +104,14 @@ def test_rates_are_read_off_the_roc_curve():
 
 def test_detection_rate_is_what_its_words_say():
     draws = torch.Generator().manual_seed(0)
-    known, strangers = torch.randn(200, generator=draws) + 1, torch.randn(100, generator=draws)
+    known, unknown = torch.randn(200, generator=draws) + 1, torch.randn(100, generator=draws)
     right = torch.rand(200, generator=draws) < 0.8
     for far in (0.01, 0.1, 0.5):
         best = 0.0
-        for bar in torch.cat([known, strangers]).tolist():
-            if (strangers >= bar).float().mean() <= far:
+        for bar in torch.cat([known, unknown]).tolist():
+            if (unknown >= bar).float().mean() <= far:
                 best = max(best, ((known >= bar) & right).float().mean().item())
-        assert recognize.detection_rate(known, right, strangers, far) == pytest.approx(
-            best, abs=1e-6
-        )
+        assert recognize.detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
 
 
 def test_pairs_are_all_pairs_but_those_of_one_illustration():
@@ -136,20 +135,20 @@ def test_the_threshold_balances_both_mistakes_and_temperature_is_found():
     def face(y, n):
         return centre[y] + 0.3 * torch.randn(n, 16)
 
-    known, strangers = face(labels, 200), centre[0] + 2 * torch.randn(1000, 16)
+    known, unknown = face(labels, 200), centre[0] + 2 * torch.randn(1000, 16)
     scores = torch.randn(20000, 5)
     drawn = torch.multinomial(scores.softmax(1), 1)[:, 0]
     assert recognize.fit_temperature(scores * 3, drawn) == pytest.approx(3, rel=0.1)
     logits = F.normalize(known) @ F.normalize(centre).T
     faces = face(labels, 200)
-    found = recognize.calibrate(faces, labels, (logits, known, labels), strangers)
+    found = recognize.calibrate(faces, labels, (logits, known, labels), unknown)
     made = recognize.make_gallery(faces, labels, 5) | found
     score = {
         n: recognize.best_similarity(recognize.compared(x, made), made)
-        for n, x in (("known", known), ("strangers", strangers))
+        for n, x in (("known", known), ("unknown", unknown))
     }
     accepted, rejected = (
-        (score["strangers"] >= found["threshold"]).float().mean(),
+        (score["unknown"] >= found["threshold"]).float().mean(),
         score["known"] < found["threshold"],
     )
     assert accepted == pytest.approx(found["false_accept"], abs=1e-6)
@@ -168,15 +167,13 @@ def test_the_threshold_balances_both_mistakes_and_temperature_is_found():
         and (who == labels).float().mean() > 0.99
         and sure.mean() > 0.8
     )
-    _, _, _, unsure = recognize.decide(
-        F.normalize(strangers) @ F.normalize(centre).T, strangers, made
-    )
+    _, _, _, unsure = recognize.decide(F.normalize(unknown) @ F.normalize(centre).T, unknown, made)
     assert unsure.mean() < 0.5
     without = recognize.calibrate(faces, labels, (logits, known, labels))
     assert "left out of the gallery in turn" in without["by"] and without["threshold"] < 1
 
 
-def test_no_more_known_faces_are_rejected_than_promised_however_alike_strangers_are():
+def test_no_more_known_faces_are_rejected_than_promised_however_alike_unknown_ones_are():
     torch.manual_seed(0)
     centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
     known, twins = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
@@ -255,9 +252,9 @@ def test_characters_that_are_left_out_stand_for_unknown_ones(run, small, tmp_pat
 
 def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(run, capsys, tmp_path):
     out, pictures = run
-    row = rows_of(capsys, out, pictures / "class1" / "illust3_0.png", "--nearest", 2)[0]
+    row = rows_of(capsys, out, pictures / "class1" / "illust3_0.png")[0]
     assert row["name"] == "class1" and row["known"] and 0.5 < row["confidence"] <= 1
-    assert len(row["nearest"]) == 2 and row["nearest"][0]["name"] == "class1"
+    assert len(row["nearest"]) == 3 and row["nearest"][0]["name"] == "class1"
     assert row["similarity"] > row["threshold"]
     folder = rows_of(capsys, out, pictures)
     assert (
@@ -298,7 +295,17 @@ def test_standard_input_and_what_is_unknown(run, capsys, monkeypatch):
         and all(r["name"] is None for r in rows)
     )
     text = recognise(capsys, out, pictures / "class2" / "illust0_0.png", "--threshold", 1).out
-    assert "unknown (most like class2" in text
+    assert "unknown (unlike all known characters: similarity" in text and "threshold 1.00)" in text
+
+
+def test_a_recogniser_of_the_demo_set_alone_says_so(run, copy, capsys):
+    picture = run[1] / "class0" / "illust0_0.png"
+    assert "demo set" not in recognise(capsys, copy, picture).err
+    tensors, header = read_safetensors(copy / "head.safetensors")
+    save_safetensors(tensors, copy / "head.safetensors", header | {"data": "datasets/toon"})
+    found = recognise(capsys, copy, picture, picture, "--json")
+    assert found.err.count("demo set") == 1
+    assert [json.loads(line)["best_guess"] for line in found.out.splitlines()] == ["class0"] * 2
 
 
 def test_an_unreadable_picture_is_one_line_and_the_others_go_on(run, capsys, tmp_path):
@@ -323,10 +330,8 @@ def test_a_new_character_is_known_from_three_pictures_without_training(run, copy
     weights = (copy / "head.safetensors").read_bytes()
     new = draw_folder(tmp_path / "new", 1, 8, seed=5) / "class0"
     pictures = sorted(new.iterdir())
-    assert (
-        "enrolled with 4 pictures"
-        in recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
-    )
+    told = recognise(capsys, copy, "--enrol", "stranger", *pictures[:4]).out
+    assert "enrolled with 4 pictures" in told
     rows = rows_of(capsys, copy, *pictures[4:], "--threshold", -1)
     assert (
         np.mean([r["name"] == "stranger" for r in rows]) >= 0.75
@@ -335,10 +340,8 @@ def test_a_new_character_is_known_from_three_pictures_without_training(run, copy
     assert rows[0]["confidence"] is None  # a similarity is no probability
     known = rows_of(capsys, copy, run[1] / "class1", "--threshold", -1)
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
-    assert (
-        "enrolled with 5 pictures"
-        in recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
-    )
+    told = recognise(capsys, copy, "--enrol", "stranger", pictures[5]).out
+    assert "enrolled with 5 pictures" in told
     assert (copy / "head.safetensors").read_bytes() == weights
 
 
@@ -352,21 +355,15 @@ def test_the_same_picture_counts_once_and_an_enrolment_can_be_taken_back(
         recognise(capsys, copy, "--enrol", "Zoë", pictures[0], pictures[1], tmp_path / "again.png")
     told = recognise(capsys, copy, "--enrol", "Zoë", *pictures[:3], tmp_path / "again.png").out
     assert "1 of 4 pictures are there already" in told and "enrolled with 3 pictures" in told
-    assert (
-        "enrolled with 3 pictures"
-        in recognise(capsys, copy, "--enrol", "Zoe\u0308", *pictures[:2]).out
-    )
-    assert (
-        "Zoë: enrolled, 3 pictures"
-        in call("recognize.py", copy, "--list", cwd=tmp_path, check=0).stdout
-    )
+    told = recognise(capsys, copy, "--enrol", "Zoe\u0308", *pictures[:2]).out
+    assert "enrolled with 3 pictures" in told
+    told = call("recognize.py", copy, "--list", cwd=tmp_path, check=0).stdout
+    assert "Zoë: enrolled, 3 pictures" in told
     assert "not enrolled" in refused(call("recognize.py", copy, "--forget", "nobody", cwd=tmp_path))
-    assert "learned in training" in refused(
-        call("recognize.py", copy, "--forget", "class1", cwd=tmp_path)
-    )
-    assert (
-        "forgotten" in call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0).stdout
-    )
+    done = call("recognize.py", copy, "--forget", "class1", cwd=tmp_path)
+    assert "learned in training" in refused(done)
+    done = call("recognize.py", copy, "--forget", "Zoë", cwd=tmp_path, check=0)
+    assert "forgotten" in done.stdout
     after = recognize.load_gallery(copy)
     assert after["names"] == before["names"] and after["keys"] == before["keys"]
     assert torch.equal(after["unit"], before["unit"])
@@ -378,10 +375,11 @@ def test_nothing_given_is_ignored(run, copy, tmp_path):
         (picture, "--data", "x"),
         (picture, "--split", "dev"),
         ("--verify", picture),
-        ("--verify", "--nearest", 2),
+        ("--verify", "--tags", "x"),
         ("--verify", "--list"),
         ("--list", picture),
         ("--list", "--device", "cpu"),
+        ("--list", "--json"),
         ("--forget", "class1", "--json"),
         ("--forget", " "),
         ("--enrol", "x", picture, "--threshold", 0.5),
@@ -408,9 +406,9 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
 # ---- verification --------------------------------------------------------------------------------
 
 
-def test_verification_and_strangers(copy, small, capsys, tmp_path):
+def test_verification_and_unknown_characters(copy, small, capsys, tmp_path):
     told = recognise(capsys, copy, "--verify").out
-    assert "ROC-AUC" in told and "no strangers in this set" in told and "{" not in told
+    assert "ROC-AUC" in told and "no unknown characters in this set" in told and "{" not in told
     row = json.loads((copy / "recognize.json").read_text())
     assert {"machine", "commit", "command"} <= set(row) and row["open_set"]["strangers"] == 0
     assert (copy / "roc.png").exists()
@@ -444,7 +442,9 @@ def test_verification_and_strangers(copy, small, capsys, tmp_path):
     assert row["enrolled_named_rightly"] > 60
 
 
-def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, capsys, tmp_path):
+def test_unknown_characters_of_another_set_are_measured_against_the_own_pictures(
+    copy, capsys, tmp_path
+):
     pictures = draw_folder(tmp_path / "pictures", 2, 20, seed=7)
     for c in range(2):
         (pictures / f"class{c}").rename(pictures / f"other{c}")
@@ -453,31 +453,27 @@ def test_strangers_of_another_set_are_measured_against_the_own_pictures(copy, ca
         capsys, copy, "--verify", "--data", tmp_path / "others", "--split", "train"
     ).out
     row = json.loads((copy / "others-train" / "recognize.json").read_text())
-    assert (
-        row["known_of"].endswith("packed")
-        and row["open_set"]["strangers"] > 20
-        and "pictures of strangers" in told
-    )
-    assert (
-        0 <= row["calibration_error"] <= 100
-        and f"{row['calibration_error']:.1f} points off" in told
-    )
+    assert row["known_of"].endswith("packed") and row["open_set"]["strangers"] > 20
+    assert "pictures of unknown characters" in told and 0 <= row["calibration_error"] <= 100
+    assert f"confidence: {row['calibration_error']:.1f} points" in told
 
 
-def test_a_confidence_is_judged_where_half_are_strangers():
+def test_a_confidence_is_judged_where_half_are_unknown():
     known, right = torch.tensor([0.9, 0.9, torch.nan]), torch.tensor([True, True, False])
     # weights: 2/3, right, and 1, wrong
-    assert recognize.reliability(known, right, torch.full((8,), 0.9)) == pytest.approx(50)
+    unknown = torch.full((8,), 0.9)
+    assert recognize.calibration_error(known, right, unknown) == pytest.approx(50)
     everybody = torch.ones(3, dtype=torch.bool)
-    assert recognize.reliability(torch.ones(3), everybody, torch.zeros(5)) == 0
+    assert recognize.calibration_error(torch.ones(3), everybody, torch.zeros(5)) == 0
 
 
 def test_calibration_error_is_the_mean_gap_of_its_bins():
     sure, right = torch.tensor([0.05, 0.95, 0.95, 0.95]), torch.tensor([False, True, True, False])
-    error = recognize.calibration_error(sure, right, torch.tensor([1.0, 1.0, 1.0, 2.0]))
-    assert error == pytest.approx(0.2 * 0.05 + 0.8 * (0.95 - 0.5))
-    certain, everybody = torch.ones(2), torch.ones(2, dtype=torch.bool)
-    assert recognize.calibration_error(certain, everybody, torch.ones(2)) == 0
+    error = recognize.calibration_error(sure, right, torch.empty(0))
+    assert error == pytest.approx(100 * (0.25 * 0.05 + 0.75 * (0.95 - 2 / 3)), abs=1e-3)
+    error = recognize.calibration_error(sure, right, torch.tensor([0.95, 0.35]))  # weights 1/4, 1/2
+    gaps = 0.25 * 0.05, abs(0.75 * 0.95 + 0.5 * 0.95 - 0.5), 0.5 * 0.35
+    assert error == pytest.approx(100 * sum(gaps) / 2, abs=1e-3)
 
 
 # ---- bad runs ------------------------------------------------------------------------------------
