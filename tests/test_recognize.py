@@ -395,7 +395,7 @@ def test_a_bad_enrolment_changes_nothing(run, copy, capsys, tmp_path):
     for who, pictures, told in (
         ("class0", good, "known already"),
         ("new", good[:2], "too few"),
-        (" ", good, "the name"),
+        (" ", good, "no name"),
         ("new", [*good, tmp_path / "text.png"], "nobody was enrolled"),
     ):
         with pytest.raises(UserError, match=told):
