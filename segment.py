@@ -53,6 +53,7 @@ KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take les
 CUT = 1.0  # share of the frames that show a part of another one
 MIN_CROP, COLOUR = 0.5, 0.3  # smallest area of a crop; brightness, contrast, saturation: 1 +- this
 EPS = 1e-3  # of the guided filter: contrasts under 1/30 of the range are no edges
+LARGEST = 2048  # longer side of a picture whose mask is found at full size, in pixels
 REMEDY = "python segment.py ENCODER --data DIR makes it"
 PATCHES = {"encoder": fields.ENCODER, "norm_eps": fields.EPSILON}
 PIXELS = {
@@ -600,9 +601,17 @@ def run_stages(flags, device, autocast):
 def mask_of(net, picture, side, autocast, mixed=False):
     """picture u8 (H, W, 3) -> probability of drawn (H, W), found at short side `side`.
 
-    A guided filter moves its borders to the picture's edges. mixed: see two_means.
+    A guided filter moves its borders to the picture's edges; its time grows with the square of the
+    size, so the mask of a picture over LARGEST pixels is found on a smaller copy. mixed: see
+    two_means.
     """
     H, W = picture.shape[:2]
+    if max(H, W) > LARGEST:
+        ratio = LARGEST / max(H, W)
+        size = max(1, round(ratio * W)), max(1, round(ratio * H))
+        smaller = np.array(Image.fromarray(picture).resize(size, Image.BICUBIC))
+        found = torch.from_numpy(mask_of(net, smaller, side, autocast, mixed))
+        return F.interpolate(found[None, None], size=(H, W), mode="bilinear")[0, 0].numpy()
     scale, device = side / min(H, W), next(net.parameters()).device
     size = [min(8 * side, max(32, round(x * scale / 32) * 32)) for x in (W, H)]
     small = np.array(Image.fromarray(picture).resize(size, Image.BICUBIC))

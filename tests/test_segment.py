@@ -249,6 +249,20 @@ def test_two_means_finds_the_halves_of_each_frame_whatever_its_level():
     assert segment.two_means(torch.full((1, 4, 4), 0.9)).isfinite().all()
 
 
+def test_a_large_picture_is_masked_on_a_smaller_copy(monkeypatch):
+    """A network that takes bright pixels for drawn, and a picture whose right half is bright."""
+    monkeypatch.setattr(segment, "LARGEST", 64)
+    monkeypatch.setattr(
+        segment, "pixel_masks", lambda net, view, autocast: (view[..., 0] > 128).float()
+    )
+    picture = np.zeros((96, 160, 3), np.uint8)
+    picture[:, 80:] = 255
+    net = torch.nn.Linear(1, 1)
+    found = segment.mask_of(net, picture, 32, None)
+    assert found.shape == (96, 160)
+    assert (found[:, :70] < 0.2).all() and (found[:, 90:] > 0.8).all()
+
+
 def test_the_guided_filter_moves_a_blurred_border_to_the_edge():
     view = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     view[:, :, 18:] = 200
