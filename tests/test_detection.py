@@ -290,7 +290,6 @@ def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
     text = (pages / "half/README.md").read_text()
     assert (
         about == same
-        and "object-detection" in text
         and "license: mit" in text
         and "| boxes | `boxes` |" in text
     )

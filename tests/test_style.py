@@ -106,13 +106,13 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2457, 2500),
-    "applications": (4385, 3900),
+    "applications": (4396, 3900),
     "kernels": (520, 520),
     "common": (3079, 2400),
     "ingest": (4236, 2700),
     "experiments": (6398, 1900),
     "benchmarks": (2154, 900),
-    "tests": (16393, 8500),
+    "tests": (16406, 8500),
 }
 
 
