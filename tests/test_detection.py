@@ -288,11 +288,7 @@ def test_half_of_it_answers_as_the_whole_and_has_a_card(pages, det):
     with torch.no_grad():
         torch.testing.assert_close(half(view)[1], whole(view)[1], rtol=0, atol=0.5)  # pixels
     text = (pages / "half/README.md").read_text()
-    assert (
-        about == same
-        and "license: mit" in text
-        and "| boxes | `boxes` |" in text
-    )
+    assert about == same and "license: mit" in text and "| boxes | `boxes` |" in text
     assert "ap50" in text
 
 
