@@ -320,7 +320,8 @@ def swap_backgrounds(view, fg, draws, share, views):
 
     fg (B, s, s, 1) is 1 on the figure; draws (B,) in [0, 1] choose the views. Where the other view
     has its figure, its mean background colour is taken (BG_Random; Ryali et al. 2021,
-    arXiv:2103.12719). The `views` views of an image, neighbours, get those of different images.
+    arXiv:2103.12719). The `views` views of an image, neighbours, get those of different images
+    where a batch has three images or more.
     """
     if share == 0:
         return view

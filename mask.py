@@ -21,10 +21,10 @@ Arguments of a strategy:
 Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A strategy that reads a
 score also has shuffle=1, the control: each image then gets the score of another image.
 
-To add a strategy, write a function and add it to STRATEGIES:
+To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads:
 
     def mine(patches, noise, t, hidden, beta=1.0):
-        return guided(patches["attn"], beta, noise)
+        return guided(patches["detail"], beta, noise)
 """
 
 import inspect
@@ -82,10 +82,9 @@ def squares(patches, noise, t, hidden, unit=2):
     """Squares of unit x unit patches (SimMIM, Xie et al. 2021, arXiv:2111.09886)."""
     row, column = rows_and_columns(noise)
     g, unit = column.numel(), max(1, int(unit))
-    corner = (
-        row // unit * unit * g + column // unit * unit
-    )  # the noise of its corner rules a square
-    return ranks(noise)[:, corner.flatten()] + 1e-3 * noise
+    # all patches of a square share the rank of its first patch
+    corner = row // unit * unit * g + column // unit * unit
+    return ranks(noise)[:, corner.flatten()] + 1e-3 * noise  # ranks are whole: noise breaks ties
 
 
 def block(patches, noise, t, hidden, size=0.3):
@@ -164,7 +163,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
     member = F.one_hot(largest, patches["parts"].shape[2])  # (B, N, P)
     area = member.sum(1)  # (B, P), patches of each part
     P = area.shape[1]
-    turn = noise.repeat(1, P)[:, :P].argsort(1)  # the order in which whole parts are hidden
+    turn = noise.repeat(1, P)[:, :P].argsort(1)  # a random order of the parts
     in_turn = area.gather(1, turn)
     before = in_turn.cumsum(1) - in_turn
     taken = (hidden - before).clamp(min=0).minimum(in_turn)  # until M patches are hidden
@@ -174,7 +173,7 @@ def parts(patches, noise, t, hidden, power=2.0, whole=-1.0):
 
 
 def detail(patches, noise, t, hidden, beta=1.0):
-    """Hides flat colour first and fine detail later, from simple to complex."""
+    """Hides flat colour first and fine detail later; halfway, at t = 1/2, it is random."""
     return guided(patches["detail"], beta * (2 * t - 1), noise)
 
 

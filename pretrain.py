@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 8 pretrain.py --mask attn_high --ratio 0.75       (a GPU each)
 
 Reads:  datasets/NAME (drawn or packed first if it is not there), maps/NAME (maps.py makes them)
-Writes: runs/NAME/ state.pt (all that a resumed run needs), model.safetensors, log.jsonl, pictures
+Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), model.safetensors,
+        pooler.safetensors, stats_head.safetensors, log.jsonl, pictures
 
-Random numbers are drawn on the CPU from (seed, epoch, step). So two masks with one seed see the
-same images in the same order with the same crops, and a resumed run ends with the same bits.
+Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
+the same images with the same crops. A resumed run ends with the same bits, on the same machine.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width
@@ -48,7 +49,7 @@ from model import MAE, SIZES, Pooler, SimMIM
 
 WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
-ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: no gradient of theirs goes on
+ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: they give the rest no gradient
 WARMUP = 0.1  # share of the run in which the learning rate rises
 WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
@@ -199,7 +200,7 @@ def make_mask(flags, encoder, train_set, autocast, views):
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
     if guide.need == "attn" and flags.teacher != "maps":
-        guide.teacher = make_teacher(encoder, flags, params["start"])
+        guide.teacher = make_teacher(encoder, flags, params.get("start", 0))
         print(f"guide    attention ({guide.teacher.source}) of {flags.teacher}")
     elif guide.need in guidance.IN_FILES:
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)

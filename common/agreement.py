@@ -1,11 +1,11 @@
 """The contrastive loss of two views: two crops of an image, masked independently, find each other.
 
-Nothing in a masked autoencoder trains the CLS token, so its attention tells little but where a
-patch is. This second loss trains it (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT, Lehner et
+No loss of a masked autoencoder asks the CLS token to attend to anything, so its attention tells
+little but where a patch is. This second loss does (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT, Lehner et
 al. 2023, arXiv:2304.10520), or a pooler that reads the patch tokens and changes nothing in them
 (model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
 
-    h = unit(projector(CLS token or pooler))
+    h = unit(projector(s))          s (2B, D): the CLS token, or the pooler over visible patches
     L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
 
 The projector is dropped afterwards. The sum over k != i is NT-Xent (SimCLR, Chen et al. 2020,
@@ -20,7 +20,7 @@ import data
 from common import metrics
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
-# What --contrast compares, and how. The pooler changes no feature, so it has the full weight.
+# What --contrast compares, and how. The pooler's gradient ends at the tokens: weight 1 is safe.
 SETTINGS = {
     "pooler": {"weight": 1.0, "temperature": 0.15, "dcl": 1.0},
     "cls": {"weight": 0.01, "temperature": 0.07, "dcl": 0.0},

@@ -33,7 +33,7 @@ from model import Block, init_weights, sincos_positions
 IN_FILES = {"attn": "attn", "fg": "saliency", "parts": "parts"}  # need: the map of maps.py
 TRUTH = {"fg": "foreground masks", "parts": "part masks"}  # exact maps that a data set may hold
 SOURCES = ("pooler", "rollout", "cls", "outlier")  # of attention; see `attention`
-SAMPLE = 1024  # images whose mean token at each place `outlier` compares with
+SAMPLE = 1024  # images that the mean token of each place is taken from, for `outlier`
 HALF_LIFE = 0.015  # share of a run after which half of the teacher is new; 99 % after a tenth
 
 
@@ -149,7 +149,7 @@ def region_shares(fg, ids_mask):
 class Teacher:
     """The encoder whose attention guides; it learns if it is the average of the run's encoder.
 
-    source: how its attention is read; epochs: before which it makes maps of all images.
+    source: how its attention is read; epochs: at whose start it makes maps of all images.
     """
 
     def __init__(self, encoder, source, epochs, learns=False):
@@ -177,8 +177,10 @@ class Teacher:
 def average_of(encoder, source, epochs, start):
     """The Teacher that is the run's own average; it guides after the share `start` of the epochs."""
     # a young teacher's attention is poor, so it makes new maps at a quarter and at half of the run
-    before = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
-    return Teacher(copy.deepcopy(encoder), source, before, learns=True)
+    at = {math.ceil(share * epochs) for share in (start, 0.25, 0.5) if share >= start}
+    if min(at) >= epochs:
+        print(f"warning  {epochs} epochs end before the teacher makes a map: masks stay random")
+    return Teacher(copy.deepcopy(encoder), source, at, learns=True)
 
 
 def ema_momentum(step, total):

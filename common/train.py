@@ -311,10 +311,13 @@ class Run:
         """A row with the mean loss and gradient norm since the last one, and the speed."""
         losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
         finite = (losses + norms).isfinite()
+        fix = "try a smaller learning rate, or --dtype fp32"
         if not finite.all():
             step = self.step - len(losses) + 1 + finite.int().argmin().item()
-            fix = "try a smaller learning rate, or --dtype fp32"
             raise UserError(f"the loss is not finite at step {step}; {fix}")
+        broken = [k for k, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
+        if broken:  # the second loss has weights of its own
+            raise UserError(f"{broken[0]} is not finite at step {self.step}; {fix}")
         self.losses, self.norms = [], []
         seconds = time.perf_counter() - self.since
         row = {
