@@ -112,17 +112,12 @@ BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 BYTES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 
 
-def parse_json(text):
-    """-> the value; JSON that is nested too deep is a ValueError, as all other broken JSON."""
+def parse_table(text):
+    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def parse_table(text):
-    """-> the dict in a JSON text; another value is a ValueError."""
-    found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError("it holds no table of fields")
     return found
@@ -212,7 +207,7 @@ def check_size(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > os.path.getsize(path):
-            raise ValueError(f"it unpacks to {unpacked:,} bytes; torch.save compresses nothing")
+            raise ValueError(f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing")
 
 
 # ---- small files ---------------------------------------------------------------------------------

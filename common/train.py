@@ -24,7 +24,7 @@ import torch
 
 from common.command import claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
-from common.io import UserError, atomic, check_size, parse_json, save_text
+from common.io import UserError, atomic, check_size, parse_table, save_text
 
 LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
@@ -72,14 +72,11 @@ def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (dtype of matrix products, the reason). Weights stay fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
-    reason = f"bf16 is not known to be faster on this {device.type}"
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         fast = bf16_gain() > 1.3
-        reason = f"bf16 is {bf16_gain():.1f} times as fast as fp32 on this CPU"
-    elif fast:
-        reason = "bf16 is fast on this GPU"
-    return torch.bfloat16 if fast else torch.float32, reason
+    dtype = torch.bfloat16 if fast else torch.float32
+    return dtype, f"bf16 is {'faster' if fast else 'not faster'} on this {device.type}"
 
 
 def autocast_of(device, dtype):
@@ -89,9 +86,9 @@ def autocast_of(device, dtype):
 
 def machine(device):
     """A line about the machine for logs and results."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    software = f"torch {torch.__version__}, python {platform.python_version()}"
-    return f"{device.type} {where}, {torch.get_num_threads()} threads, {software}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    return f"{device.type} {name}, {torch.get_num_threads()} threads, {versions}"
 
 
 def commit():
@@ -160,8 +157,8 @@ def read_log(path):
     rows = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            rows.append(parse_json(line))
-    return [row for row in rows if isinstance(row, dict)]
+            rows.append(parse_table(line))
+    return rows
 
 
 def trackers(text):
