@@ -3,10 +3,13 @@
 Imports torch only inside functions: the packing half of data.py starts without it.
 """
 
+import argparse
 import contextlib
 import json
 import math
 import os
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -94,8 +97,9 @@ def open_locked(path, wait):
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(file)
-            fix = f"wait ({path.name} ends with it), or choose another --out"
-            raise UserError(f"{path.parent} is being written by another process; {fix}") from None
+            who = f"another process ({path.name})"
+            fix = "wait, or choose another --out"
+            raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
         except OSError:  # a file system without locks locks nothing
             return file
         with contextlib.suppress(FileNotFoundError):  # who held it has just removed it
@@ -201,13 +205,25 @@ def regular(path):
     return path
 
 
-def check_size(path):
-    """A ValueError for a compressed .pth, which may need any amount of memory."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > os.path.getsize(path):
-            raise ValueError(f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing")
+def read_torch(path, remedy):
+    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
+    import torch
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > os.path.getsize(path):
+                raise ValueError(
+                    f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing"
+                )
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"it wants to run {code[1]}" if code else one_line(problem)
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); {remedy}") from None
 
 
 # ---- small files ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch
 
 from common.command import claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
-from common.io import UserError, atomic, check_size, parse_table, save_text
+from common.io import UserError, atomic, parse_table, read_torch, save_text
 
 LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
@@ -202,13 +202,8 @@ def catch_signals():
 
 
 def load_state(path):
-    """Read a state.pt of ours. No code in it is run: it holds tensors and plain values."""
-    try:
-        check_size(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises many kinds for a file that is cut short or foreign
-        reason = str(problem).partition("\n")[0][:100]
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}); {ANEW}") from None
+    """Read a state.pt of ours and check its fields."""
+    state = read_torch(path, ANEW)
     check_fields(state, STATE, path, ANEW)
     return state
 
