@@ -52,6 +52,7 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
 NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
 NECK_FEW = 256  # of these do so after an epoch
 
@@ -432,7 +433,7 @@ def thumbnail_top1(task):
         labels.append(images.labels[images.rows])
     x, choose, report = metrics.standardise(*features)
     C = len(task.classes)
-    fits = [metrics.ridge(x, labels[0], C, penalty) for penalty in metrics.PENALTIES]
+    fits = [metrics.ridge(x, labels[0], C, penalty) for penalty in PENALTIES]
     W, b = max(fits, key=lambda fit: metrics.topk(choose @ fit[0] + fit[1], labels[1], 1))
     return 100 * metrics.topk(report @ W + b, labels[2], 1)
 

@@ -178,17 +178,16 @@ def facts_beside(folder, header):
 
 def shape_of(weights):
     """-> what names and shapes of the weights tell: {image_size, patch_size, dim, depth, ...}."""
-    numbered = [k for k in weights if k.startswith(("blocks.", "decoder_blocks."))]
-    blocks = {tuple(name.split(".")[:2]) for name in numbered}
-    decoder_depth = len([block for block in blocks if block[0] == "decoder_blocks"])
+    blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
+    decoder_blocks = {k.split(".")[1] for k in weights if k.startswith("decoder_blocks.")}
     p = weights["patch_embed.proj.weight"].shape[2]
     return {
         "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * p,
         "patch_size": p,
         "dim": weights["cls_token"].shape[2],
-        "depth": len(blocks) - decoder_depth,
+        "depth": len(blocks),
         "decoder_dim": weights["mask_token"].shape[2] if "mask_token" in weights else 0,
-        "decoder_depth": decoder_depth,
+        "decoder_depth": len(decoder_blocks),
     }
 
 

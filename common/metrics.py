@@ -203,7 +203,6 @@ def equal_error_rate(positive, negative):
 
 # ---- classifiers on frozen features --------------------------------------------------------------
 
-PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
 
 

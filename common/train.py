@@ -231,7 +231,7 @@ class Run:
         if flags.resume:
             self.load()
         if self.writes:
-            self.begin(flags.resume)
+            self.cut_log() if flags.resume else self.begin()
             self.trackers = [open_tracker(name, self.out, self.config) for name in flags.log]
         self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
 
@@ -248,15 +248,16 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
 
-    def begin(self, resume):
-        """A new run has its folder. For a resumed one, rows after its checkpoint leave the log."""
-        if resume:
-            last = self.step or -1  # step 0 is evaluated again
-            rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
-            save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
-        else:
-            refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
-            self.save()  # so that a run can be resumed from its first moment
+    def begin(self):
+        """A new run refuses files of another, and can be resumed from its first moment."""
+        refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
+        self.save()
+
+    def cut_log(self):
+        """Rows that were logged after the checkpoint leave the log."""
+        last = self.step or -1  # step 0 is evaluated again
+        rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
+        save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
 
     def save(self):
         """Write state.pt, atomically."""
