@@ -28,7 +28,7 @@ import mask as masking
 from common import classifier, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
-from common.features import epoch_rows, name_of, open_rows, split_suffix, untrained_like
+from common.features import name_of, open_rows, split_suffix, untrained_like
 from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
@@ -52,6 +52,7 @@ MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
 SMOOTHING = 0.1  # share of the target that all classes have alike
+PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
 NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
 NECK_FEW = 256  # of these do so after an epoch
 
@@ -276,6 +277,16 @@ def open_task(flags, device, autocast):
     return task
 
 
+def epoch_rows(rows, labels, balanced, seed, epoch):
+    """The order of an epoch; balanced: drawn with replacement, every class equally likely."""
+    if not balanced:
+        return rows[data.epoch_order(len(rows), seed, epoch)]
+    odds = 1 / torch.bincount(labels[rows]).double()[labels[rows]]
+    return rows[
+        torch.multinomial(odds, len(rows), replacement=True, generator=train.seeded(seed, epoch))
+    ]
+
+
 def unfreeze(net, trained, epoch, every):
     """Progressive unfreezing (Howard and Ruder 2018): the head first, then a block more each `every`."""
     depth = len(net.encoder.blocks)
@@ -420,7 +431,11 @@ def thumbnail_top1(task):
         some = (data.take(images.split["images"], rows, torch.device("cpu")) for rows in chunks)
         features.append(torch.cat([metrics.thumbnails(x, 8) for x in some]))
         labels.append(images.labels[images.rows])
-    return metrics.ridge_top1(features, labels, len(task.classes))
+    x, choose, report = metrics.standardise(*features)
+    C = len(task.classes)
+    fits = [metrics.ridge(x, labels[0], C, penalty) for penalty in PENALTIES]
+    W, b = max(fits, key=lambda fit: metrics.topk(choose @ fit[0] + fit[1], labels[1], 1))
+    return 100 * metrics.topk(report @ W + b, labels[2], 1)
 
 
 def write_network(flags, task, run):

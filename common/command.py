@@ -5,6 +5,7 @@ Imports no torch: `data.py` packs without it.
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import re
@@ -37,13 +38,12 @@ def cli(main):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        if (line := in_one_line(problem)) is None:
+        line = in_one_line(problem)
+        if line is None:
             raise
-        line = shown(" ".join(line.splitlines()))
         rank = os.environ["RANK"] if launched() else "0"
-        print(
-            f"error: {line}" if rank == "0" else f"error in process {rank}: {line}", file=sys.stderr
-        )
+        start = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{start}: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
         sys.exit(2)
     finally:
         LOCKS.close()
@@ -55,17 +55,16 @@ def launched():
 
 
 def in_one_line(problem):
-    """What a user is told of a mistake, of a file that can't be read or written, of full memory;
-    None: a fault.
-    """
+    """What a user is told of a mistake, a file or full memory; None for a fault of the code."""
     if isinstance(problem, UserError):
         return str(problem)
     if isinstance(problem, OSError):
-        return f"{problem.filename or 'a file'} can't be read or written: {problem.strerror or problem}"
+        reason = problem.strerror or problem
+        return f"{problem.filename or 'a file'} can't be read or written: {reason}"
     if "Symlink loop" in str(problem):  # pathlib's, up to Python 3.12
-        return f"{str(problem).partition(' from ')[2]} is a link that leads back to itself"
+        return f"{problem}: a link leads back to itself"
     if re.search(NO_MEMORY, f"{type(problem).__name__} {problem}"):
-        return "memory is full; give smaller --image-size, --batch-size or --model, or close other programs"
+        return "memory is full; give smaller --image-size, --batch-size or --model"
 
 
 @contextlib.contextmanager
@@ -88,15 +87,22 @@ def command():
 
 # ---- flags ---------------------------------------------------------------------------------------
 
+MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
+
+
+def number_of(kind, text):
+    """text as an int, a float or a str; nan where it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return math.nan
+
 
 def between(low, high, kind=float):
     """-> an argparse type: a finite number of this kind in [low, high]."""
 
     def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = number_of(kind, text)
         if not low <= value <= high:  # never true of nan
             whole = "whole " if kind is int else ""
             bounds = f"between {low:g} and {high:g}" if high < MOST else f"at least {low:g}"
@@ -109,9 +115,6 @@ def between(low, high, kind=float):
 def at_least(low, kind=int):
     """-> an argparse type: a finite number of this kind, `low` or more."""
     return between(low, MOST, kind)
-
-
-MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,20 +205,12 @@ def parse_keys(text, choices, flag):
         if key not in values:
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
-        values[key] = number_like(values[key], value, f"{flag} {name}:{pair}")
+        kind = type(values[key])
+        values[key] = number_of(kind, value)
+        if kind is not str and not math.isfinite(values[key]):
+            whole = "whole " if kind is int else ""
+            raise UserError(f"{flag} {name}:{pair}: {value!r} must be a {whole}number")
     return name, values
-
-
-def number_like(default, text, flag):
-    """text as a finite number of the default's type (int, float), or as it is (str)."""
-    kind = type(default)
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if kind is not str and not math.isfinite(value):
-        raise UserError(f"{flag}: {text!r} must be a {'whole ' * (kind is int)}number")
-    return value
 
 
 # ---- files that are there already ----------------------------------------------------------------
@@ -226,7 +221,7 @@ def claim(paths, lock=None, fix="choose another --out"):
 
     lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
     """
-    lock = Path(lock).absolute() if lock else lock_beside(paths[0])
+    lock = Path(lock or lock_beside(paths[0])).absolute()
     refuse_file(lock.parent)
     if lock not in HELD:
         LOCKS.enter_context(locked(lock))
@@ -239,9 +234,7 @@ def refuse_overwrite(paths, fix="choose another --out"):
     """Nothing that exists is overwritten: the line says what removes it."""
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there:
-        folders = any(os.path.isdir(path) for path in there)
-        remove = shlex.join(["rm", *["-r"] * folders, *there])
-        raise UserError(f"{there[0]} is there already; remove it ({remove}), or {fix}")
+        raise UserError(f"{there[0]} is there already; rm -r {shlex.join(there)}, or {fix}")
 
 
 def refuse_file(folder):
@@ -254,16 +247,13 @@ def refuse_file(folder):
 # ---- while it works ------------------------------------------------------------------------------
 
 
-class Lines:
+class Lines(io.StringIO):
     """A file for tqdm where output is piped: each state of a bar is a line."""
 
     def write(self, text):
         line = text.strip("\r\n ")
         if line:
             print(line, file=sys.stderr, flush=True)
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 def progress(items=None, name=None, total=None, disable=False, **options):

@@ -17,7 +17,7 @@ from common.command import progress
 from common.evaluate import extremes
 from common.fields import check_finite
 from common.io import UserError
-from common.train import autocast_of, pick_device, pick_dtype, seeded
+from common.train import autocast_of, pick_device, pick_dtype
 from model import ViT, shape_of
 
 POOLS, HEADLINE = ("mean", "cls", "extremes"), "extremes"
@@ -132,14 +132,6 @@ def open_rows(folder, held, left_out):
         fix = "2 and 1 are needed; data.py --min-per-class 5 leaves small classes out"
         raise UserError(f"{folder} has {few}; {fix}")
     return [train, dev, sets[held]], names
-
-
-def epoch_rows(rows, labels, balanced, seed, epoch):
-    """The order of an epoch; balanced: drawn with replacement, every class equally likely."""
-    if not balanced:
-        return rows[data.epoch_order(len(rows), seed, epoch)]
-    odds = 1 / torch.bincount(labels[rows]).double()[labels[rows]]
-    return rows[torch.multinomial(odds, len(rows), replacement=True, generator=seeded(seed, epoch))]
 
 
 # ---- features ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ then a letter or a number for each dimension. A name that ends in "?" may be mis
 it may also be null.
 """
 
+import reprlib
 import unicodedata
 
 from common.io import UserError
@@ -21,9 +22,8 @@ def shown(text):
 
 
 def short(value):
-    """The first letters of a value, for a message."""
-    text = shown(repr(value) if isinstance(value, str | int | float | None) else str(type(value)))
-    return text if len(text) <= LETTERS else text[:LETTERS] + "..."
+    """A value for a message, its middle left out where it is long."""
+    return shown(reprlib.repr(value))
 
 
 # ---- rules of a header's fields ------------------------------------------------------------------
@@ -99,16 +99,14 @@ def check_arrays(arrays, table, path, remedy, **sizes):
             sizes = dict(zip(letters, array.shape, strict=True)) | sizes
         wanted = tuple(int(x) if x.isdigit() else sizes.get(x, x) for x in letters)
         if tuple(array.shape) != wanted or dtype not in str(array.dtype):
-            wanted = f"{dtype} {wanted}"
-            raise UserError(f"{path}: {name} is {found} and has to be {wanted}; {remedy}")
+            raise UserError(f"{path}: {name} is {found}, not {dtype} {wanted}; {remedy}")
 
 
 def check_encoder(weights, shape, path, remedy, prefix=""):
     """A UserError if weights of a file do not fit a ViT of this shape, which is then not built."""
     size, p, dim, depth, heads = (shape[k] for k in ENCODER)
     if size % p or dim % 4 or dim % heads:
-        odd = f"{size} px, patches of {p}, {dim} numbers, {heads} heads"
-        raise UserError(f"{path} has {odd}; {remedy}")
+        raise UserError(f"{path} has {size} px, patches of {p}, D {dim}, {heads} heads; {remedy}")
     table = {"cls_token": "float 1 1 D", "pos_embed": "float 1 N D"}
     table["patch_embed.proj.weight"] = "float D P"
     table |= {f"blocks.{i}.mlp.fc1.weight": "float F D" for i in range(depth)}
@@ -120,8 +118,7 @@ def check_encoder(weights, shape, path, remedy, prefix=""):
 def check_range(array, low, high, name, path, remedy):
     """A UserError if a value of an array or tensor lies outside [low, high)."""
     if 0 not in array.shape and not (low <= array.min() and array.max() < high):
-        found = f"{array.min()} to {array.max()}"
-        raise UserError(f"{path}: {name} are {found}, not in [{low}, {high}); {remedy}")
+        raise UserError(f"{path}: {name} are not in [{low}, {high}); {remedy}")
 
 
 def check_finite(weights, path):

@@ -8,16 +8,14 @@ Our names are MAE's, which DINO and timm share; Hugging Face's stand in a table 
 the architecture. What no shape tells (FACTS) is in our header or in json files in the same folder.
 """
 
-import argparse
 import math
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
 from common import fields
-from common.io import UserError, check_size, read_json, read_safetensors, regular
+from common.io import UserError, read_json, read_safetensors, read_torch, regular
 from kernels.gather import MEAN, STD
 
 EPS = 1e-6  # of the LayerNorms, here and in every public ViT but Hugging Face's
@@ -70,17 +68,7 @@ def read_tensors(path):
     # A zip, or a bare pickle as torch wrote before 1.6
     if start[8:] == b"{" or not start.startswith((b"P", b"\x80")):
         return read_safetensors(path, REMEDY)
-    try:
-        check_size(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles
-            return torch.load(path, map_location="cpu", weights_only=True), {}
-    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = fields.shown(str(problem).strip().split("\n")[0][:100])
-        if code:
-            reason = f"it wants to run {code[1]} and was not opened"
-        raise UserError(f"{path} is not a whole model ({reason}); {REMEDY}") from None
+    return read_torch(path, REMEDY), {}
 
 
 def encoder_file(given):
@@ -190,17 +178,16 @@ def facts_beside(folder, header):
 
 def shape_of(weights):
     """-> what names and shapes of the weights tell: {image_size, patch_size, dim, depth, ...}."""
-    numbered = [k for k in weights if k.startswith(("blocks.", "decoder_blocks."))]
-    blocks = {tuple(name.split(".")[:2]) for name in numbered}
-    decoder_depth = len([block for block in blocks if block[0] == "decoder_blocks"])
+    blocks = {k.split(".")[1] for k in weights if k.startswith("blocks.")}
+    decoder_blocks = {k.split(".")[1] for k in weights if k.startswith("decoder_blocks.")}
     p = weights["patch_embed.proj.weight"].shape[2]
     return {
         "image_size": math.isqrt(weights["pos_embed"].shape[1] - 1) * p,
         "patch_size": p,
         "dim": weights["cls_token"].shape[2],
-        "depth": len(blocks) - decoder_depth,
+        "depth": len(blocks),
         "decoder_dim": weights["mask_token"].shape[2] if "mask_token" in weights else 0,
-        "decoder_depth": decoder_depth,
+        "decoder_depth": len(decoder_blocks),
     }
 
 

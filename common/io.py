@@ -3,11 +3,13 @@
 Imports torch only inside functions: the packing half of data.py starts without it.
 """
 
+import argparse
 import contextlib
 import json
 import math
 import os
-import shutil
+import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -29,8 +31,8 @@ def remove_leftovers(path):
         try:
             os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
         except (ProcessLookupError, ValueError):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        except OSError:  # a process of somebody else
+            old.unlink(missing_ok=True)
+        except PermissionError:  # a process of another user
             continue
 
 
@@ -49,11 +51,7 @@ def atomic(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        there = next(p for p in Path(os.path.abspath(path)).parents if p.is_dir())
-        free = shutil.disk_usage(there).free >> 20
-        raise UserError(
-            f"could not write {path} ({free} MB free): {problem}; what stood there before is whole"
-        ) from problem
+        raise UserError(f"could not write {path}: {problem}; an earlier one is whole") from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -82,8 +80,6 @@ def locked(path, wait=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_locked(path, wait)
     try:
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
         yield file
     finally:
         path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
@@ -98,59 +94,34 @@ def open_locked(path, wait):
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            lock(file, path, wait)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            who = f"another process ({path.name})"
+            fix = "wait, or choose another --out"
+            raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
+        except OSError:  # a file system without locks locks nothing
+            return file
+        with contextlib.suppress(FileNotFoundError):  # who held it has just removed it
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
-        except FileNotFoundError:  # who held it has just removed it
-            pass
-        except UserError:
-            os.close(file)
-            raise
         os.close(file)
-
-
-def lock(file, path, wait):
-    """Lock an open file. A file system without locks locks nothing."""
-    name = path.name.removesuffix(".lock").removeprefix(".")
-    what = path.with_name(name) if name else path.parent
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise UserError(
-                f"{what} is being written by another process (pid {os.read(file, 20).decode()}); "
-                "wait, or choose another --out"
-            ) from None
-        print(f"waiting for a process that still writes to {what}", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        return
 
 
 # ---- safetensors: the length of the head in 8 bytes, the head as JSON, tensor after tensor ---------
 
-DTYPES = {  # of memory maps
-    "U8": np.uint8,
-    "I32": np.int32,
-    "I64": np.int64,
-    "F16": np.float16,
-    "F32": np.float32,
-}
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # of one number
+# dtypes of memory maps, and the bytes of one number
+DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 BYTES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 
 
-def parse_json(text):
-    """-> the value; JSON that is nested too deep is a ValueError, as all other broken JSON."""
+def parse_table(text):
+    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def parse_table(text):
-    """-> the dict in a JSON text; another value is a ValueError."""
-    found = parse_json(text)
     if not isinstance(found, dict):
         raise ValueError("it holds no table of fields")
     return found
@@ -234,15 +205,25 @@ def regular(path):
     return path
 
 
-def check_size(path):
-    """A .pth that unpacks to more than it is, as a deflated one may, is refused before it is read."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > Path(path).stat().st_size:
-            raise ValueError(
-                f"it is packed, and takes {unpacked:,} bytes; torch.save packs nothing"
-            )
+def read_torch(path, remedy):
+    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
+    import torch
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > os.path.getsize(path):
+                raise ValueError(
+                    f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing"
+                )
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(problem))
+        reason = f"it wants to run {code[1]}" if code else one_line(problem)
+        raise UserError(f"{path} is not a whole checkpoint ({reason}); {remedy}") from None
 
 
 # ---- small files ---------------------------------------------------------------------------------
@@ -251,13 +232,12 @@ def check_size(path):
 def read_json(path, keys=(), fix="remove it and run again"):
     """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
     try:
-        found = parse_json(regular(path).read_text())
+        found = parse_table(regular(path).read_text())
     except (OSError, ValueError) as problem:
         raise UserError(f"{path} can't be read ({one_line(problem)}); {fix}") from None
-    if not isinstance(found, dict) or not set(keys) <= found.keys():
-        raise UserError(
-            f"{path} is not what we write there: it lacks {', '.join(keys) or 'everything'}; {fix}"
-        )
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
     return found
 
 

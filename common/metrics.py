@@ -114,8 +114,8 @@ def by_frequency(confusion, counts, many=100, few=20):
     head, tail = counts > many, counts < few
     shares = {}
     for name, rows in {"head": head, "mid": ~(head | tail), "tail": tail}.items():
-        right, images = confusion.diagonal()[rows].sum().item(), confusion[rows].sum().item()
-        shares[name] = right / images if images else None
+        images = confusion[rows].sum().item()
+        shares[name] = confusion.diagonal()[rows].sum().item() / images if images else None
     return shares
 
 
@@ -155,13 +155,13 @@ def threshold_of(curve):
 
 def first_crossing(xs, ys, threshold):
     """The x at which ys first reach threshold, on straight lines between points; None if never."""
-    for i, y in enumerate(ys):
-        if y >= threshold and i == 0:
-            return float(xs[0])
-        if y >= threshold:
-            share = (threshold - ys[i - 1]) / (y - ys[i - 1])
-            return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
-    return None
+    i = next((i for i, y in enumerate(ys) if y >= threshold), None)
+    if i is None:
+        return None
+    if i == 0:
+        return float(xs[0])
+    share = (threshold - ys[i - 1]) / (ys[i] - ys[i - 1])
+    return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
 
 
 def thumbnails(images, side):
@@ -203,7 +203,6 @@ def equal_error_rate(positive, negative):
 
 # ---- classifiers on frozen features --------------------------------------------------------------
 
-PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of ridge
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
 
 
@@ -221,14 +220,6 @@ def ridge(x, labels, classes, penalty):
     Y = F.one_hot(labels, classes).to(x.dtype)
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
     return torch.linalg.solve(gram, x.T @ (Y - Y.mean(0))), Y.mean(0)
-
-
-def ridge_top1(features, labels, classes):
-    """Top-1 in percent; features (n, D), labels (n) of rows to fit, to choose a penalty, to report."""
-    x, choose, report = standardise(*features)
-    fits = [ridge(x, labels[0], classes, penalty) for penalty in PENALTIES]
-    W, b = max(fits, key=lambda fit: topk(choose @ fit[0] + fit[1], labels[1], 1))
-    return 100 * topk(report @ W + b, labels[2], 1)
 
 
 def logistic_probe(x, labels, choose, truth, classes):

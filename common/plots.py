@@ -175,21 +175,19 @@ def training(path, rows, best, title):
         plot_rows(right, rows, "epoch", "dev_top1", color=BLUE, label="Top-1")
         plot_rows(right, rows, "epoch", "dev_macro_f1", color=ORANGE, label="macro-F1")
         right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
-        right.set(title="Held apart for choices", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
         right.legend(loc="lower left")
 
 
 def confusion(path, table, names, title):
-    """table (C, C): rows the true class, columns the one found, shares of the row in percent."""
+    """Counts (C, C), rows the true class, columns the predicted one: in percent of each row."""
     table = np.asarray(table, float)
-    share = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
-    scale = PowerNorm(0.5, 0, 100)  # mistakes are a few percent each
+    percents = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
     with panels(path, title, 1, 1, (7.2, 6.4)) as axis:
-        image = axis.imshow(share, cmap="viridis", norm=scale)
-        ticks = [0, 2, 10, 25, 50, 100]
-        axis.figure.colorbar(image, label="% of the true class", shrink=0.85, ticks=ticks)
-        labels = [str(n)[:12] for n in names] if len(names) <= 50 else []
-        size = max(5, min(10, 260 / len(names)))
-        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=size)
-        axis.set_yticks(range(len(labels)), labels, fontsize=size)
-        axis.set(xlabel="class found", ylabel="true class")
+        # the square root of the share: mistakes are a few percent each
+        image = axis.imshow(percents, norm=PowerNorm(0.5, 0, 100))
+        axis.figure.colorbar(image, label="% of the true class")
+        axis.set(xlabel="predicted class", ylabel="true class")
+        if len(names) <= 50:
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            axis.set_yticks(range(len(names)), names, fontsize=6)

@@ -24,7 +24,7 @@ import torch
 
 from common.command import claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
-from common.io import UserError, atomic, check_size, parse_json, save_text
+from common.io import UserError, atomic, parse_table, read_torch, save_text
 
 LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
@@ -72,14 +72,11 @@ def pick_dtype(name, device):
     """ "auto", "bf16", "fp32" -> (dtype of matrix products, the reason). Weights stay fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name], "as --dtype says"
-    reason = f"bf16 is not known to be faster on this {device.type}"
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         fast = bf16_gain() > 1.3
-        reason = f"bf16 is {bf16_gain():.1f} times as fast as fp32 on this CPU"
-    elif fast:
-        reason = "bf16 is fast on this GPU"
-    return torch.bfloat16 if fast else torch.float32, reason
+    dtype = torch.bfloat16 if fast else torch.float32
+    return dtype, f"bf16 is {'faster' if fast else 'not faster'} on this {device.type}"
 
 
 def autocast_of(device, dtype):
@@ -89,9 +86,9 @@ def autocast_of(device, dtype):
 
 def machine(device):
     """A line about the machine for logs and results."""
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    software = f"torch {torch.__version__}, python {platform.python_version()}"
-    return f"{device.type} {where}, {torch.get_num_threads()} threads, {software}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    return f"{device.type} {name}, {torch.get_num_threads()} threads, {versions}"
 
 
 def commit():
@@ -160,8 +157,8 @@ def read_log(path):
     rows = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            rows.append(parse_json(line))
-    return [row for row in rows if isinstance(row, dict)]
+            rows.append(parse_table(line))
+    return rows
 
 
 def trackers(text):
@@ -205,13 +202,8 @@ def catch_signals():
 
 
 def load_state(path):
-    """Read a state.pt of ours. No code in it is run: it holds tensors and plain values."""
-    try:
-        check_size(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch raises many kinds for a file that is cut short or foreign
-        reason = str(problem).partition("\n")[0][:100]
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}); {ANEW}") from None
+    """Read a state.pt of ours and check its fields."""
+    state = read_torch(path, ANEW)
     check_fields(state, STATE, path, ANEW)
     return state
 
@@ -239,7 +231,7 @@ class Run:
         if flags.resume:
             self.load()
         if self.writes:
-            self.begin(flags.resume)
+            self.cut_log() if flags.resume else self.begin()
             self.trackers = [open_tracker(name, self.out, self.config) for name in flags.log]
         self.bar = progress(total=total, initial=self.step, unit="step", disable=not self.writes)
 
@@ -256,15 +248,16 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
 
-    def begin(self, resume):
-        """A new run has its folder. For a resumed one, rows after its checkpoint leave the log."""
-        if resume:
-            last = self.step or -1  # step 0 is evaluated again
-            rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
-            save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
-        else:
-            refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
-            self.save()  # so that a run can be resumed from its first moment
+    def begin(self):
+        """A new run refuses files of another, and can be resumed from its first moment."""
+        refuse_overwrite(sorted(p for p in self.out.glob("*.*") if p.suffix in RESULTS))
+        self.save()
+
+    def cut_log(self):
+        """Rows that were logged after the checkpoint leave the log."""
+        last = self.step or -1  # step 0 is evaluated again
+        rows = [r for r in read_log(self.log_path) if r.get("step", math.inf) <= last]
+        save_text("".join(json.dumps(row) + "\n" for row in rows), self.log_path)
 
     def save(self):
         """Write state.pt, atomically."""

@@ -30,7 +30,7 @@ from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 
-from common.io import UserError, parse_json, regular
+from common.io import UserError, parse_table, regular
 from ingest import layouts
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -557,7 +557,7 @@ def read_posts(path, have):
         for line in filter(bytes.strip, file):
             lines += 1
             try:
-                post = parse_json(line)
+                post = parse_table(line)
                 names = [
                     str(post[k])
                     for k in ("file_name", "path", "id", "md5")

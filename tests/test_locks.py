@@ -146,11 +146,7 @@ def in_a_fork(function):
 
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
     path = tmp_path / "run" / ".lock"
-    with (
-        locked(path),
-        pytest.raises(UserError, match=rf"run is being written.*\(pid {os.getpid()}\)"),
-        locked(path),
-    ):
+    with locked(path), pytest.raises(UserError, match="run is being written"), locked(path):
         pass
     assert not path.parent.exists()
 
@@ -164,7 +160,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
     assert in_a_fork(hold) == signal.SIGKILL and path.exists()
     with locked(path):
-        assert path.read_text() == str(os.getpid())
+        assert path.exists()
     assert not path.exists()
 
 
@@ -174,7 +170,7 @@ def test_who_waits_for_a_lock_that_is_removed_gets_a_new_one(tmp_path):
     def wait(name):
         with locked(path, wait=True):
             order.append(name)
-            assert path.read_text() == str(os.getpid())
+            assert path.exists()
             order.append(name)
 
     with locked(path):
@@ -194,7 +190,7 @@ def test_a_second_process_is_one_line_and_writes_nothing(fresh, name):
     with locked(fresh / lock):
         before = files_of(fresh)
         line = refused(call(*words, cwd=fresh))
-        assert "is being written by another process" in line and f"pid {os.getpid()}" in line
+        assert "is being written by another process" in line
         assert files_of(fresh) == before
 
 

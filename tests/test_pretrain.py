@@ -384,5 +384,5 @@ def test_log_rows_are_json(finished):
 def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
     monkeypatch.setattr(train_module, "bf16_gain", lambda: gain)
     chosen, reason = train_module.pick_dtype("auto", torch.device("cpu"))
-    assert chosen == dtype and f"{gain:.1f} times" in reason
+    assert chosen == dtype and ("not faster" in reason) == (dtype == torch.float32)
     assert train_module.pick_dtype("bf16", torch.device("cpu"))[0] == torch.bfloat16

@@ -396,7 +396,8 @@ def test_a_killed_study_goes_on(home, small):
     with open(rows, "a") as file:
         file.write('{"key": "cut of')
     second = start()
-    assert any(b"waiting for a process that still writes to" in line for line in second.stdout)
+    with pytest.raises(subprocess.TimeoutExpired):  # it waits for the run that the first left
+        second.wait(5)
     (home / "go").touch()
     assert b"2/2 random, seed 2001" in second.communicate(timeout=100)[0] and second.returncode == 0
     assert sorted({(r["arm"], r["seed"]) for r in study.read_rows(rows.parent)}) == [
