@@ -398,7 +398,9 @@ def judge(task, masks_of):
         if "drawn" not in frames.split:
             continue
         for rows, view in views(task, frames, frames.mixed):
-            masks, truth = masks_of(view), true_masks(frames, rows, view)
+            masks = masks_of(view)
+            true = data.take(frames.split["drawn"], rows, view.device)[:, None].float()
+            truth = F.interpolate(true, size=view.shape[1:3], mode="area")[:, 0] > 127.5
             for version, found in ((name, masks), (f"{name}_known", two_means(masks))):
                 of_kind = pairs.setdefault(version, {})
                 for row, mask, true in zip(rows, found > 0.5, truth, strict=True):
@@ -413,12 +415,6 @@ def kinds_of(split, row):
     kind = header["classes"][split["labels"][row]]
     groups = header.get("hybrid") or {"mixed": header["classes"]}
     return [kind, *(name for name, kinds in groups.items() if kind in kinds)]
-
-
-def true_masks(frames, rows, view):
-    """(B, S, S) bool, at the side of `view`."""
-    true = data.take(frames.split["drawn"], rows, view.device)[:, None].float()
-    return F.interpolate(true, size=view.shape[1:3], mode="area")[:, 0] > 127.5
 
 
 def overlay(view, mask):
@@ -582,9 +578,8 @@ def run_stages(flags, device, autocast):
     for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
         for kind, scores in row[name].get(task.held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
-    print(
-        f"wrote    {run.out}/\nnext: python segment.py {shlex.quote(str(run.out))} PICTURE --out masks"
-    )
+    print(f"wrote    {run.out}/")
+    print(f"next: python segment.py {shlex.quote(str(run.out))} PICTURE --out masks")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
