@@ -35,9 +35,10 @@ import recognize
 import segment
 import tags
 from common import guidance
-from common.checkpoints import about_model, load_teacher
+from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
 from common.command import Parser, between, cli, parse_keys
-from common.evaluate import hide, predict
+from common.evaluate import hide, hide_at_random, predict
+from common.formats import read_checkpoint
 from common.io import UserError
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
 from finetune_lora import load_classifier
@@ -45,8 +46,8 @@ from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from kernels.loss import FLOOR, patch_detail
-from model import put_patches, to_pixels
+from kernels.loss import FLOOR, patch_detail, patch_error
+from model import MAE, put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
 FIRST = next(iter(CAST)), 0  # the drawing that the page begins with
@@ -55,6 +56,7 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
+MASKS = 12  # random ones; a patch's difficulty is its mean error under them
 KEPT = 64  # drawings, and answers about them, that are computed once
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
@@ -129,9 +131,16 @@ def loaded(load, run):
 
 def load_mae(run):
     """A run of pretrain.py -> its MAE with the pooler of its teacher, its header."""
-    net = maps.load_mae(run)
+    _, facts = read_checkpoint(run)
+    if not facts["decoder_depth"]:
+        raise UserError(f"{run} has no decoder, as SimMIM has none; give a run with another mask")
+    shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
+    net = MAE(**{key: facts[key] for key in shape})
+    init_from(net, run)
+    if beside(run, "stats_head").exists():
+        load_beside(net.decoder.stats_head, run, "stats_head")
     net.encoder.pooler = load_teacher(run)[0].pooler
-    return net, about_model(run)
+    return net.eval(), about_model(run)
 
 
 # ---- pictures and HTML ---------------------------------------------------------------------------
@@ -227,10 +236,26 @@ def maps_of(net, picture, view, need):
     if need == "detail":
         found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
     if need == "difficulty":
-        found[need] = maps.difficulty(net, view, MACHINE.autocast)
+        found[need] = difficulty(net, view)
     if need and need not in found:
         raise UserError(f"{need} of this picture are not known: choose a drawing")
     return {name: score.to(view.device) for name, score in found.items()}
+
+
+@torch.no_grad()
+def difficulty(net, view):
+    """View u8 (B, S, S, 3) -> (B, N): each patch's mean error, which the mask `learned` predicts."""
+    B, N = len(view), net.encoder.side**2
+    total = torch.zeros(B, N, device=view.device)
+    count = torch.full((B, N), 1e-9, device=view.device)
+    for seed in range(MASKS):
+        noise = masking.gumbel_noise(B, N, seeded(seed))
+        ids_keep, ids = hide_at_random(noise, view.device)
+        pred, _ = predict(net, view, ids_keep, ids, MACHINE.autocast)
+        error = patch_error(pred, view, ids, net.config["patch_size"])
+        total.scatter_add_(1, ids, error)
+        count.scatter_add_(1, ids, torch.ones_like(error))
+    return total / count
 
 
 def draw_mask(words, scores, N, ratio, t, seed):

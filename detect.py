@@ -87,7 +87,7 @@ class Detector(nn.Module):
         self.tower = nn.Sequential(*layers)
         self.out = nn.Conv2d(WIDTH, 5, 3, padding=1)
         nn.init.normal_(self.out.weight, std=0.01)
-        nn.init.constant_(self.out.bias, 0.0)
+        nn.init.zeros_(self.out.bias)
         nn.init.constant_(self.out.bias[:1], -4.6)  # a score of 0.01: few cells are a centre
 
     def tokens(self, view, corner=(0, 0)):
@@ -190,9 +190,7 @@ def iou(a, b):
 def giou(a, b):
     """Boxes (..., 4) -> generalised IoU (...) (Rezatofighi et al. 2019, arXiv:1902.09630)."""
     both, low = intersection(a, b), torch.minimum(a[..., :2], b[..., :2])
-    hull = torch.cat(
-        [low, torch.maximum(a[..., 2:], b[..., 2:])], -1
-    )  # the smallest box around both
+    hull = torch.cat([low, torch.maximum(a[..., 2:], b[..., 2:])], -1)  # around both
     union = (area(a) + area(b) - area(both)).clamp(min=1e-6)
     return area(both) / union - 1 + union / area(hull).clamp(min=1e-6)
 
@@ -333,8 +331,7 @@ def coco_set(boxes, scores, side):
 
 
 def judge(task, net, split, rows):
-    """Answers for whole pages, and their true boxes, both in the order of rows (None: all)."""
-    rows = torch.arange(len(split["images"])) if rows is None else rows
+    """Answers for whole pages, and their true boxes, both in the order of rows."""
     answers = []
     net.eval()
     for some in progress(rows.split(CHUNK), "judging"):
@@ -352,11 +349,11 @@ def open_task(flags, device, autocast):
     """What a run works with: splits, rows, sides of the views in pixels, the encoder."""
     held, splits = flags.split, open_splits(flags.data, flags.split)
     task = SimpleNamespace(device=device, autocast=autocast, boxes=flags.boxes, seed=flags.seed)
-    task.train, task.report = splits["train"], splits[held]
+    task.train = splits["train"]
     task.rows, rows, chosen = hold_out(splits)
     task.dev = splits[chosen], rows
-    every = torch.arange(len(task.report["images"]))
-    parts = {"train": (task.train, task.rows), "dev": task.dev, held: (task.report, every)}
+    task.report = splits[held], torch.arange(len(splits[held]["images"]))
+    parts = {"train": (task.train, task.rows), "dev": task.dev, held: task.report}
     for name, (split, rows) in parts.items():
         if task.boxes not in split or (boxes_of(split, task.boxes, rows) < 0).all():
             fix = "python data.py scenes draws pages with some, python data.py PATH --detect packs others"
@@ -482,8 +479,12 @@ def fit(flags, device, autocast):
 
 
 def write_results(flags, task, net, run):
-    """Evaluate the detector; write detector.safetensors and metrics.json."""
-    row, out = results(task, net), run.out
+    """Evaluate the detector with the threshold that is best on dev, and write its two files."""
+    out, side = run.out, task.report[0]["images"].shape[1]
+    threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
+    answers, truth = judge(task, net, *task.report)
+    row = coco(answers, truth, side) | {"threshold": threshold}
+    row |= {"pages": len(truth), "faces": sum(map(len, truth))}
     recipe = {name: flags.values[name] for name in RECIPE}
     header = {"detector": net.config, "base": flags.encoder, "run": recipe}
     header |= {"page": task.page, "threshold": row["threshold"]}
@@ -496,15 +497,6 @@ def write_results(flags, task, net, run):
     print(f"{flags.split:<9}{aps}; {row['faces']} faces on {row['pages']} pages")
     print(f"wrote    {out}/ after {run.seconds():.0f} s")
     print(f"next: python detect.py {shlex.quote(str(out))} PICTURE --out found")
-
-
-def results(task, net):
-    """The numbers of metrics.json: the reported split, with the threshold that is best on dev."""
-    side = task.report["images"].shape[1]
-    threshold = coco(*judge(task, net, *task.dev), side)["threshold"]
-    answers, truth = judge(task, net, task.report, None)
-    row = coco(answers, truth, side) | {"threshold": threshold}
-    return row | {"pages": len(truth), "faces": sum(map(len, truth))}
 
 
 # ---- pictures ------------------------------------------------------------------------------------

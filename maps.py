@@ -1,15 +1,13 @@
 """Maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
 
     python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map all --run runs/NAME    only draws every strategy
-
-Exact masks in the data, such as alpha, are better than saliency, which is an estimate.
+    python maps.py --data datasets/toon --map all --run runs/NAME    only draws all strategies but `learned`
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME for an encoder
 Writes: maps/NAME/MAP.safetensors, sheet-MAP.png: what strategies hide by it; strategies-RUN.png
 
     attn      f16 (n, g, g)    attention of an encoder, mean over heads, g patches a side
-    saliency  u8 (n, 32, 32)   probability of foreground by colours alone, 255 is 1
+    saliency  u8 (n, 32, 32)   estimated probability of foreground, by colours alone; 255 is 1
     parts     u8 (n, g, g)     0 background, 1..K clusters of foreground tokens, the largest first
 
     B images   S their side   G cells a side   N = g * g patches   D channels   K clusters
@@ -17,7 +15,6 @@ Writes: maps/NAME/MAP.safetensors, sheet-MAP.png: what strategies hide by it; st
 
 import contextlib
 import math
-import re
 import shlex
 from pathlib import Path
 
@@ -28,17 +25,14 @@ import torch.nn.functional as F
 import data
 import mask as masking
 from common import guidance
-from common.checkpoints import ENCODER, beside, flags_of, init_from, load_beside, load_teacher
-from common.command import Parser, between, claim, cli, command, progress, refuse_idle
-from common.evaluate import hide_at_random, predict
+from common.checkpoints import flags_of, load_teacher
+from common.command import Parser, between, claim, cli, progress, refuse_idle
 from common.features import name_of
 from common.io import UserError
 from common.train import commit, pick_device, seeded
-from kernels.loss import patch_detail, patch_error
-from model import MAE
+from kernels.loss import patch_detail
 
 SAMPLE = 1024  # images that give the mean token of each place and the clusters of parts
-DRAWS = 12  # random masks; a patch's difficulty is its mean error under them
 RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are the same on every machine
 SHOWN = 3  # images of a sheet
@@ -50,7 +44,7 @@ def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
-    add("--map", required=True, choices=TAKES, help="all: a sheet of every strategy, and no maps")
+    add("--map", required=True, choices=TAKES, help="all: a sheet of strategies, and no maps")
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
@@ -58,19 +52,14 @@ def parse_args():
     add("--split", default="train", choices=splits, help="whose images (default: train)")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    return parser.parse_args()
-
-
-def check(args):
-    """Refuse flags without effect and what is missing, before the work begins."""
+    args = parser.parse_args()
     takes = TAKES[args.map] | {"data", "map", "split", "out", "device"}
     refuse_idle(args.given - takes, f"with --map {args.map}")
     if "run" in takes and not args.run:
-        raise UserError(
-            f"--map {args.map} needs an encoder, which pretrain.py makes; add --run RUN"
-        )
+        raise UserError(f"--map {args.map} needs an encoder of pretrain.py; add --run RUN")
     if args.map == "attn" and args.attention is None:
         args.attention = guidance.default_source(flags_of(args.run), args.run)
+    return args
 
 
 # ---- saliency: from colours alone ----------------------------------------------------------------
@@ -158,9 +147,7 @@ def boundary_connectivity(colours, scale=10.0):
     2014, "Saliency Optimization from Robust Background Detection", eq. 5-7, with soft regions).
     """
     G = colours.shape[1]
-    region = likeness(
-        geodesic(colours).square(), scale
-    )  # (B, N, N): how far j belongs to i's region
+    region = likeness(geodesic(colours).square(), scale)  # (B, N, N): that j is in i's region
     length = region[:, :, border(G)].sum(2)
     return (length / region.sum(2).sqrt()).unflatten(1, (G, G))
 
@@ -264,8 +251,7 @@ def part_rows(images, encoder, size, K):
     sample = list(chunks(data.evenly_spaced(len(images), SAMPLE)))
     total = sum(tokens.double().sum(0) for tokens, _ in sample)
     place = (total / min(len(images), SAMPLE)).float()  # the mean token of each place, (N, D)
-    points = [relative_to_foreground(*chunk, place)[chunk[1]] for chunk in sample]
-    points = torch.cat(points)
+    points = torch.cat([relative_to_foreground(*chunk, place)[chunk[1]] for chunk in sample])
     if len(points) < K:
         raise UserError(f"--parts {K} are more than the {len(points)} patches of foreground found")
     centres = kmeans(points, K)
@@ -283,8 +269,7 @@ def rows_of_map(args, images, device):
     if args.map == "parts":
         return encoder.side, "U8", part_rows(images, encoder, size, args.parts)
     guidance.check_source(args.attention, encoder, "--attention")
-    rows = guidance.attention_rows(images, encoder, args.attention, EXACT)
-    return encoder.side, "F16", rows
+    return encoder.side, "F16", guidance.attention_rows(images, encoder, args.attention, EXACT)
 
 
 # ---- sheets: what strategies hide ----------------------------------------------------------------
@@ -308,9 +293,8 @@ def coloured(maps):
     from matplotlib import colormaps
 
     if not maps.is_floating_point() and maps.max() <= 12:
-        kinds = np.arange(12)
-        colours = colormaps["tab20"](kinds * 2 % 20 + kinds // 10)[:, :3]
-        palette = np.vstack([[[0.93] * 3], colours])  # the background is light grey
+        colours = colormaps["tab20"].colors
+        palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
         return np.uint8(255 * palette[maps.numpy()])
     top = 255
     if maps.is_floating_point():
@@ -358,92 +342,36 @@ def sheet_of_map(path, args, images, maps):
     draw_sheet(path, title, some, shown, {NEEDED_AS[args.map]: score})
 
 
-def load_mae(path):
-    """A run or a checkpoint with a decoder -> MAE in eval mode, with its run's patch statistics."""
-    from common.formats import read_checkpoint
-
-    _, facts = read_checkpoint(path)
-    if not facts["decoder_depth"]:
-        raise UserError(f"{path} has no decoder, as SimMIM has none; give a run with another mask")
-    shape = (*ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    model = MAE(**{key: facts[key] for key in shape})
-    init_from(model, path)
-    if beside(path, "stats_head").exists():
-        load_beside(model.decoder.stats_head, path, "stats_head")
-    return model.eval()
-
-
-@torch.no_grad()
-def difficulty(model, view, autocast):
-    """View u8 (B, S, S, 3) -> (B, N): each patch's mean error, which the mask `learned` predicts."""
-    B, N = len(view), model.encoder.side**2
-    total = torch.zeros(B, N, device=view.device)
-    count = torch.full((B, N), 1e-9, device=view.device)
-    for i in range(DRAWS):
-        ids_keep, ids = hide_at_random(masking.gumbel_noise(B, N, seeded(i)), view.device)
-        pred, _ = predict(model, view, ids_keep, ids, autocast)
-        error = patch_error(pred, view, ids, model.config["patch_size"])
-        total.scatter_add_(1, ids, error)
-        count.scatter_add_(1, ids, torch.ones(ids.shape, device=view.device))
-    return total / count
-
-
 def sheet_of_all(path, run, split, device):
-    """Draw every strategy on some faces, by the run's attention and the true foreground and parts."""
+    """Draw all strategies but `learned` on some faces: a run's attention, true foreground and parts."""
     if not split["header"].get("parts") or "fg" not in split:
         raise UserError("--map all needs true parts, which the demo set has: --data datasets/toon")
-    model = load_mae(run).to(device)
-    encoder, images, config = model.encoder, split["images"], model.config
+    encoder, size = load_teacher(run)
+    encoder.to(device)
+    g, images, count = encoder.side, split["images"], len(split["header"]["parts"])
     rows = data.evenly_spaced(len(images), SHOWN)
     whole = data.full_boxes(len(rows))
-    g, size, count = encoder.side, config["image_size"], len(split["header"]["parts"])
     _, view = next(data.whole_views(images, rows, size, device))
     chunks = guidance.attention(encoder, images, rows, "outlier", EXACT)
     _, every = encoder.all_patches(view)
     scores = {
         "attn": torch.cat([score for _, score in chunks]).cpu(),
-        "detail": patch_detail(view, every, config["patch_size"]).cpu(),
-        "difficulty": difficulty(model, view, EXACT).cpu(),
+        "detail": patch_detail(view, every, encoder.patch_size).cpu(),
         "fg": guidance.crop_map(split["fg"], rows, *whole, g),
         "parts": guidance.crop_parts(split["parts"], rows, *whole, g, count),
     }
     maps = {"attention": scores["attn"], "parts": scores["parts"].argmax(2)}
     maps = {name: score.unflatten(1, (g, g)) for name, score in maps.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(path, "Hidden patches at the end of a run", view.cpu(), maps, scores)
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def auc(score, truth):
-    """Area under the ROC curve of score (n,), truth (n,) bool. NaN where truth has one kind."""
-    from sklearn.metrics import roc_auc_score
-
-    if truth.all() or not truth.any():
-        return float("nan")
-    return float(roc_auc_score(truth.numpy(), score.numpy()))
-
-
-def notes_on(args, folder, split, maps):
-    """-> lines about maps where the data set has exact masks."""
-    lines, need = [], NEEDED_AS[args.map]
-    if args.map != "attn" and "fg" in split:
-        rows = data.evenly_spaced(len(maps), 256).numpy()
-        true = to_patches(torch.from_numpy(split["fg"][rows]), maps.shape[-1]).flatten() > 127
-        score = torch.from_numpy(maps[rows]).flatten()
-        area = auc(score > 0 if args.map == "parts" else score, true)
-        lines.append(f"{folder} has exact foreground masks; the AUC of these maps is {area:.2f}")
-    if need in split:
-        lines.append(f"without --maps, pretrain.py takes the exact {guidance.TRUTH[need]}")
-    return lines
-
-
-def next_line(args, folder, out, split):
-    """-> the command that trains with these maps. Maps of other splits than train guide nothing."""
+def advice(args, folder, out, split):
+    """-> lines that say what to do with the maps."""
     if args.split != "train":
-        train = re.sub(r" --split[ =]\S+", "", command())
-        return f"maps of {args.split} are to look at and to measure; training is guided by those of train: {train}"
+        return f"maps of {args.split} guide no training"
     need = NEEDED_AS[args.map]
     strategy = next(name for name in masking.STRATEGIES if masking.NEEDS.get(name) == need)
     words = ["python", "pretrain.py", "--data", str(folder), "--mask", strategy]
@@ -451,7 +379,8 @@ def next_line(args, folder, out, split):
         words += ["--teacher", "maps"]
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
         words += ["--maps", str(out)]
-    return f"next: {shlex.join(words)}"
+    exact = f"{folder} has exact {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
+    return f"{exact if need in split else ''}next: {shlex.join(words)}"
 
 
 def write_map(args, folder, split, out, device):
@@ -462,38 +391,28 @@ def write_map(args, folder, split, out, device):
     images, n = split["images"], len(split["images"])
     grid, dtype, rows = rows_of_map(args, images, device)
     bar = progress(rows, f"{folder.name}/{path.stem}", math.ceil(n / data.CHUNK))
-    header = {
-        "map": args.map,
-        "grid": grid,
-        "by": args.run or "",
-        "data": folder.name,
-        "split": args.split,
-        "images": n,
-        "data_digest": data.fingerprint(split),
-        "commit": commit(),
-    }
+    header = {"map": args.map, "grid": grid, "by": args.run or "", "data": folder.name}
+    header |= {"split": args.split, "images": n, "data_digest": data.fingerprint(split)}
+    header |= {"commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    maps = data.open_map(path, args.map, split)
-    sheet_of_map(sheet, args, images, maps)
+    sheet_of_map(sheet, args, images, data.open_map(path, args.map, split))
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")
-    print("\n".join([*notes_on(args, folder, split, maps), next_line(args, folder, out, split)]))
+    print(advice(args, folder, out, split))
 
 
 def main():
     args = parse_args()
-    check(args)
     device = pick_device(args.device)
     folder = data.open_or_pack(args.data)
     split = data.open_split(folder, args.split)
     out = Path(args.out or Path("maps") / folder.name)
     if args.map != "all":
         return write_map(args, folder, split, out, device)
-    suffix = "" if args.split == "train" else f"-{args.split}"
-    path = out / f"strategies-{name_of(args.run)}{suffix}.png"
+    path = data.map_file(out, f"strategies-{name_of(args.run)}", split).with_suffix(".png")
     claim([path])
     sheet_of_all(path, args.run, split, device)
-    print(f"{path}: every strategy on the same faces")
+    print(f"{path}: the strategies on the same faces")
     print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
 
 

@@ -46,7 +46,6 @@ from model import shape_of
 
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
-SOURCES = ("proxies", "frames", "truth")  # frames: of one kind alone; truth: true masks, a control
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
 PIXEL_LR = 2e-3  # peak learning rate of stage 3
 KEEP = 0.5  # share of the patches that stage 1 sees in training: fewer take less time
@@ -104,8 +103,7 @@ def blank_patches(config, weights, path, prefix=""):
 def load_patches(path):
     """patches.safetensors -> Patches in eval mode."""
     weights, header = read_safetensors(path, REMEDY)
-    table = {"patches": PATCHES, "stage": {}}
-    fields.check_fields(header, table, path, REMEDY)
+    fields.check_fields(header, {"patches": PATCHES, "stage": {}}, path, REMEDY)
     net = blank_patches(header["patches"], weights, path)
     load_exactly(net, weights, path)
     return net.eval()
@@ -327,17 +325,11 @@ def segformer(channels):
     except ImportError:
         fix = "pip install transformers; unet does not"
         raise UserError(f"--network segformer needs transformers: {fix}") from None
-    config = SegformerConfig(
-        num_labels=1,
-        num_channels=channels,
-        depths=[2, 2, 2, 1],
-        hidden_sizes=[24, 48, 64, 96],
-        num_attention_heads=[1, 2, 4, 8],
-        decoder_hidden_size=64,
-        drop_path_rate=0,
-        classifier_dropout_prob=0,
-        attn_implementation="eager",  # faster than the fused one on a CPU
-    )
+    sizes = dict(depths=[2, 2, 2, 1], hidden_sizes=[24, 48, 64, 96], decoder_hidden_size=64)
+    sizes |= dict(num_attention_heads=[1, 2, 4, 8], num_channels=channels, num_labels=1)
+    without = dict(drop_path_rate=0, classifier_dropout_prob=0)
+    eager = dict(attn_implementation="eager")  # faster than the fused one on a CPU
+    config = SegformerConfig(**sizes, **without, **eager)
     net = SegformerForSemanticSegmentation(config)
     for conv in (m for m in net.segformer.modules() if isinstance(m, nn.Conv2d)):
         outputs = math.prod(conv.kernel_size) * conv.out_channels // conv.groups
@@ -406,7 +398,9 @@ def judge(task, masks_of):
         if "drawn" not in frames.split:
             continue
         for rows, view in views(task, frames, frames.mixed):
-            masks, truth = masks_of(view), true_masks(frames, rows, view)
+            masks = masks_of(view)
+            true = data.take(frames.split["drawn"], rows, view.device)[:, None].float()
+            truth = F.interpolate(true, size=view.shape[1:3], mode="area")[:, 0] > 127.5
             for version, found in ((name, masks), (f"{name}_known", two_means(masks))):
                 of_kind = pairs.setdefault(version, {})
                 for row, mask, true in zip(rows, found > 0.5, truth, strict=True):
@@ -421,13 +415,6 @@ def kinds_of(split, row):
     kind = header["classes"][split["labels"][row]]
     groups = header.get("hybrid") or {"mixed": header["classes"]}
     return [kind, *(name for name, kinds in groups.items() if kind in kinds)]
-
-
-def true_masks(frames, rows, view):
-    """(B, S, S) bool, at the side of `view`."""
-    true = torch.from_numpy(np.array(frames.split["drawn"][rows.numpy()])).float()
-    small = F.interpolate(true[:, None], size=view.shape[1:3], mode="area")[:, 0]
-    return small.to(view.device) > 127.5
 
 
 def overlay(view, mask):
@@ -591,8 +578,8 @@ def run_stages(flags, device, autocast):
     for stage, name in (("stage 2", "proxies"), ("stage 3", "pixels")):
         for kind, scores in row[name].get(task.held, {}).items():
             print(f"{stage}  {name}, {kind} frames: mean IoU {scores['miou']:.1f} %")
-    where = shlex.quote(str(run.out))
-    print(f"wrote    {run.out}/\nnext: python segment.py {where} PICTURE --out masks")
+    print(f"wrote    {run.out}/")
+    print(f"next: python segment.py {shlex.quote(str(run.out))} PICTURE --out masks")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -602,24 +589,21 @@ def mask_of(net, picture, side, autocast, mixed=False):
     """picture u8 (H, W, 3) -> probability of drawn (H, W), found at short side `side`.
 
     A guided filter moves its borders to the picture's edges; its time grows with the square of the
-    size, so the mask of a picture over LARGEST pixels is found on a smaller copy. mixed: see
-    two_means.
+    size, so it works on a copy of at most LARGEST pixels a side. mixed: see two_means.
     """
     H, W = picture.shape[:2]
-    if max(H, W) > LARGEST:
-        ratio = LARGEST / max(H, W)
-        size = max(1, round(ratio * W)), max(1, round(ratio * H))
-        smaller = np.array(Image.fromarray(picture).resize(size, Image.BICUBIC))
-        found = torch.from_numpy(mask_of(net, smaller, side, autocast, mixed))
-        return F.interpolate(found[None, None], size=(H, W), mode="bilinear")[0, 0].numpy()
-    scale, device = side / min(H, W), next(net.parameters()).device
-    size = [min(8 * side, max(32, round(x * scale / 32) * 32)) for x in (W, H)]
-    small = np.array(Image.fromarray(picture).resize(size, Image.BICUBIC))
-    found = pixel_masks(net, torch.from_numpy(small)[None].to(device), autocast)
-    found = F.interpolate(found[:, None].float(), size=(H, W), mode="bilinear")[:, 0]
-    full = torch.from_numpy(picture)[None].to(device)
-    found = guided_filter(found, full, max(1, round(1 / scale))).clamp(0, 1)
-    return (two_means(found) if mixed else found)[0].cpu().numpy()
+    ratio, device = min(1, LARGEST / max(H, W)), next(net.parameters()).device
+    size = [max(1, round(ratio * x)) for x in (W, H)]
+    copy = Image.fromarray(picture).resize(size, Image.BICUBIC)
+    guide = torch.from_numpy(np.array(copy))[None].to(device)
+    scale = side / min(size)
+    seen = [min(8 * side, max(32, round(x * scale / 32) * 32)) for x in size]
+    small = torch.from_numpy(np.array(copy.resize(seen, Image.BICUBIC)))[None].to(device)
+    found = pixel_masks(net, small, autocast)[:, None].float()
+    found = F.interpolate(found, size=guide.shape[1:3], mode="bilinear")[:, 0]
+    found = guided_filter(found, guide, max(1, round(1 / scale))).clamp(0, 1)
+    found = two_means(found) if mixed else found
+    return F.interpolate(found[:, None], size=(H, W), mode="bilinear")[0, 0].cpu().numpy()
 
 
 def use(flags, device, autocast):
@@ -668,7 +652,8 @@ def parse_flags():
     add("--patches", metavar="RUN", help="take stage 1 from another run of segment.py")
     add("--epochs", type=at_least(1), default=70, help="of stage 1: passes over frames of one kind")
     add("--lr", type=at_least(0, float), default=5e-4, help="peak learning rate of stage 1")
-    add("--learn-from", default="proxies", choices=SOURCES, help="masks of stage 3")
+    sources = ["proxies", "frames", "truth"]
+    add("--learn-from", default="proxies", choices=sources, help="of stage 3; frames: of one kind")
     add("--network", default="unet", help="of stage 3: unet, segformer; unet:hint=0: colours alone")
     add("--pixel-steps", type=at_least(1), default=800, metavar="N", help="of stage 3")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")

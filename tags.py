@@ -7,7 +7,7 @@
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
-        log.jsonl, curves.png, selected_tags.csv; answers go to standard output
+        log.jsonl, selected_tags.csv; answers go to standard output
 
     picture -> lower half of a pre-trained ViT --+
                                                  +-> upper half -> CLS token -> the character
@@ -39,7 +39,7 @@ from torch import nn
 import data
 import mask as masking
 from common import checkpoints, classifier, fields, train
-from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
+from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
 from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
@@ -485,9 +485,8 @@ def open_run(flags, task):
     optimizer = classifier.make_optimizer(task.net, flags.lr, head_lr, WEIGHT_DECAY, LAYER_DECAY)
     flags.read |= {"log", "resume"}  # Run reads them
     flags.refuse_unread()
-    run = train.Run(
-        flags, {"model": task.net, "optimizer": optimizer}, total, per_epoch, task.device
-    )
+    parts = {"model": task.net, "optimizer": optimizer}
+    run = train.Run(flags, parts, total, per_epoch, task.device)
     print(f"data     {count:,} images, {len(task.classes)} characters, {len(task.words)} tags")
     print(f"run      {run.out}: {total} steps, {per_epoch} an epoch, from step {run.step}")
     return run, optimizer
@@ -586,7 +585,7 @@ def judge_tags(task):
         if plane in task.report.split:
             truth = many_hot(tags_of(task.report, rows, plane), V)
             found[key] = judge(scores.numpy(), truth, thresholds)
-    return found, dev_map, thresholds
+    return found, dev_map, thresholds.tolist()
 
 
 def judge(scores, truth, thresholds):
@@ -648,27 +647,31 @@ def best_threshold(scores, truth):
 
 def write_results(flags, task, run):
     """Evaluate the network on pictures that decided nothing, and write all files but state.pt."""
-    out, log = run.out, train.read_log(run.out / "log.jsonl")
-    row, header = metrics_row(flags, task, run, log), header_of(flags, task, run)
+    out, row = run.out, metrics_row(flags, task, run)
     print(f"{flags.split:<9}{in_words(row['end'])}")
+    thresholds = None
     if task.arm in NAMES_TAGS:
         judged, row["dev"]["map"], thresholds = judge_tags(task)
-        header["thresholds"] = thresholds.tolist()
         row |= judged
         best = judged.get("tags_truth", judged["tags"])
         means = f"F1 {best['micro_f1']:.1f} % (micro), {best['macro_f1']:.1f} % (macro)"
         print(f"tags     mAP {best['map']:.1f} %, {means}")
+    split = task.train.split
+    header = {"tags": task.net.config, "run": run.config, "words": task.words}
+    header |= {"classes": task.classes, "image_size": task.side, "data": flags.data}
+    header |= {"thresholds": thresholds}
+    header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
+    header |= {key: split["header"][key] for key in ("crop", "margin")}
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
     write_selected(out / "selected_tags.csv", task)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
-    with drawing("curves.png"):
-        plot_curves(out / "curves.png", log, f"{out.name} on {Path(flags.data).name}")
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
     print(f"next: python tags.py {shlex.quote(str(out))} PICTURE")
 
 
-def metrics_row(flags, task, run, log):
+def metrics_row(flags, task, run):
     """-> metrics.json without the tags' numbers."""
+    log = train.read_log(run.out / "log.jsonl")
     steps = [row for row in log if "loss" in row]
     dev = [row for row in log if "loss" not in row][-1]
     speed = float(np.median([row["images_per_s"] for row in steps]))
@@ -683,15 +686,6 @@ def metrics_row(flags, task, run, log):
     return row | {"machine": train.machine(task.device), "commit": train.commit()}
 
 
-def header_of(flags, task, run):
-    """-> the header of model.safetensors: the network, and the pictures that it takes."""
-    split = task.train.split
-    header = {"tags": task.net.config, "run": run.config, "words": task.words}
-    header |= {"classes": task.classes, "image_size": task.side, "data": flags.data}
-    header |= {"thresholds": None, "base": flags.encoder, "packed_size": split["images"].shape[1]}
-    return header | {key: split["header"][key] for key in ("crop", "margin")}
-
-
 def write_selected(path, task):
     """The tags in the layout of public taggers; ids are places in the list, counts are of train."""
     ids = np.asarray(task.train.split["tags"])
@@ -703,23 +697,6 @@ def write_selected(path, task):
             table.writerow([i, word, 0, counts[i]])
 
 
-def plot_curves(path, rows, title):
-    """Rows of log.jsonl -> losses and the share of hidden tags, and Top-1 on dev, by epoch."""
-    from common import plots
-
-    with plots.panels(path, title, 1, 2, (8.4, 3.4)) as (left, right):
-        plots.plot_rows(left, rows, "epoch", "character_loss", label="character")
-        plots.plot_rows(left, rows, "epoch", "tag_loss", "--", label="tags")
-        plots.plot_rows(left, rows, "epoch", "hidden", ":", label="share of hidden tags")
-        plots.plot_rows(right, rows, "epoch", "dev_with_top1", "s-", label="picture and tags")
-        plots.plot_rows(right, rows, "epoch", "dev_without_top1", "o-", label="picture alone")
-        left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy, nats")
-        right.set(title="Characters on dev", xlabel="epoch", ylabel="Top-1, %", ylim=(0, 100))
-        left.legend()
-        if right.lines:  # arm bce names no characters
-            right.legend()
-
-
 # ---- use -----------------------------------------------------------------------------------------
 
 
@@ -728,19 +705,17 @@ def use(flags, device, autocast):
     from ingest.pictures import demo_note, pictures, tell_problems
 
     net, header = load_tagger(flags.encoder)
-    tell = flags.tell if net.arm in READS_TAGS else None
     threshold = flags.threshold if net.arm in NAMES_TAGS else None
     as_json = flags.json
     flags.refuse_unread()
-    known = known_tags(tell or "", header)
-    if net.arm == "tags" and known is None:
-        raise UserError(f"{flags.encoder} sees no picture; tell it tags: --tell 'WORD WORD'")
+    if net.arm == "tags":
+        raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
     net.to(device)
     problems, count = [], 0
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(flags.pictures, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
-        for row in answer_rows(net, header, some, known, threshold, autocast):
+        for row in answer_rows(net, header, some, threshold, autocast):
             print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
         count += len(some)
     tell_problems(problems, count, as_json)
@@ -748,18 +723,13 @@ def use(flags, device, autocast):
         print(f"note: {note}", file=sys.stderr)
 
 
-def answer_rows(net, header, some, known, threshold, autocast):
-    """(key, picture u8 (s, s, 3)) of some pictures -> a row of each: its name, confidence, tags.
-
-    known: ids (1, T) of tags that hold for all of the pictures, or None.
-    """
+def answer_rows(net, header, some, threshold, autocast):
+    """(key, picture u8 (s, s, 3)) of some pictures -> a row of each: its name, confidence, tags."""
     keys, images = zip(*some, strict=True)
     images = torch.from_numpy(np.stack(images)).to(net.reach.device)
     view = data.view_images(images, *data.full_boxes(len(images)), header["image_size"])
     with autocast():
         logits, tags = answers(net, view)
-        if known is not None:
-            logits, _ = answers(net, view, known)
     rows = []
     for i, key in enumerate(keys):
         row = {"picture": key}
@@ -770,17 +740,6 @@ def answer_rows(net, header, some, known, threshold, autocast):
             row["tags"] = named(tags[i].cpu(), header, threshold)
         rows.append(row)
     return rows
-
-
-def known_tags(text, header):
-    """--tell -> ids (1, T) of known tags, or None. A line names words that this run did not learn."""
-    words = text.split()
-    unknown = [word for word in words if word not in header["words"]]
-    if unknown:
-        line = f"{len(unknown)} of {len(words)} tags are none of this run's, and skipped"
-        print(f"{line}: {' '.join(unknown)}", file=sys.stderr)
-    found = sorted({header["words"].index(word) for word in words if word not in unknown})
-    return torch.tensor([found]) if found else None
 
 
 def line_of(row):
@@ -812,7 +771,6 @@ def read_flags():
     add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest crop")
     add("--seed", type=at_least(0), default=0, help="of weights, order, views and hidden tags")
     add = parser.add_argument_group("what is printed of pictures").add_argument
-    add("--tell", metavar="WORDS", help="known tags of the pictures, with spaces between them")
     add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own)")
     add("--json", action="store_true", help="print a JSON object a picture")
     add = parser.add_argument_group("machine").add_argument

@@ -145,7 +145,7 @@ def sides(args, device=torch.device("cpu")):  # noqa: B008
         task = SimpleNamespace(
             boxes=header["run"]["boxes"], device=device, autocast=autocast, page=side
         )
-        said, truth = detect.judge(task, net, split, None)
+        said, truth = detect.judge(task, net, split, torch.arange(len(split["images"])))
         found = detect.coco(said, truth, packed)
         took = []
         for page in split["images"][:16]:

@@ -140,12 +140,21 @@ def iou(predicted, truth):
     return ((predicted & truth).sum() / union).item() if union else 1.0
 
 
+def auc_of(score, truth):
+    """Area under the ROC curve of score (n,), truth (n,) bool. NaN where truth has one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    if truth.all() or not truth.any():
+        return float("nan")
+    return float(roc_auc_score(truth.numpy(), score.numpy()))
+
+
 def foreground_scores(saliency, true, side):
     """saliency, true (n, G, G) in [0, 1] -> AUC and IoU of each image's side x side patches, (n, 2)
     with NaNs.
     """
     pairs = zip(maps.to_patches(saliency, side), maps.to_patches(true, side) > 0.5, strict=True)
-    return torch.tensor([[maps.auc(x, t), iou(x > 0.5, t)] for x, t in pairs])
+    return torch.tensor([[auc_of(x, t), iou(x > 0.5, t)] for x, t in pairs])
 
 
 def row_of(name, kind, images, **scores):
@@ -171,7 +180,7 @@ def measure_attention(name, images, true, encoder, sources):
         found = guidance.attention(encoder, images.numpy(), rows_of_all, source, exact)
         score = torch.cat([x for _, x in found])
         auc = (
-            torch.tensor([maps.auc(x, t) for x, t in zip(score, share > 0.5, strict=True)])
+            torch.tensor([auc_of(x, t) for x, t in zip(score, share > 0.5, strict=True)])
             .nanmean()
             .item()
         )

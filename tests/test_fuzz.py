@@ -463,7 +463,7 @@ UNUSED = [
     (
         ["tags.py", "runs/nano", *TAGS, "--out", "runs/new"],
         "--arm image",
-        "--json|--tell hat|--threshold .5",
+        "--json|--threshold .5",
     ),
     (["tags.py", "runs/nano", *TAGS, "--out", "runs/new"], "--arm tags", "--min-crop .5"),
     (

@@ -20,8 +20,8 @@ judge = pytest.importorskip("sklearn.metrics")
 
 
 def test_auc_of_one_kind_is_undefined_and_of_a_constant_a_half():
-    assert np.isnan(maps.auc(torch.rand(5), torch.ones(5, dtype=torch.bool)))
-    assert maps.auc(torch.ones(6), torch.tensor([True, False] * 3)) == 0.5
+    assert np.isnan(map_quality.auc_of(torch.rand(5), torch.ones(5, dtype=torch.bool)))
+    assert map_quality.auc_of(torch.ones(6), torch.tensor([True, False] * 3)) == 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
