@@ -179,8 +179,8 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     else:
         other = best_similarity(compared(unknown, gallery), gallery)
         by = "characters left out of training, held apart for choices"
-    most = min(int(MOST_REJECTED * len(score)), len(score) - 1)
-    threshold = min(balance(score, other), score.sort().values[most].item())
+    highest = score.sort().values[int(MOST_REJECTED * len(score))].item()
+    threshold = min(balance(score, other), highest)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
@@ -237,10 +237,9 @@ def fit_platt(known, unknown):
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
-# ---- gallery.safetensors -------------------------------------------------------------------------
+# ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
-HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1)}  # of classes and of faces
-HEADER |= {"learned": fields.whole(1)}  # so many classes, the first ones, are the head's
+HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
 HEADER |= dict.fromkeys(("threshold", "enrolled_threshold"), fields.number())  # of `calibrate`
 HEADER |= dict.fromkeys(("false_accept", "false_reject"), fields.number())
 HEADER |= {"by": fields.TEXT, "temperature": fields.number(1e-6)}
@@ -402,8 +401,7 @@ def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who = sources.nfc(args.enrol.strip())
     if not fields.is_name(who):
-        letters = f"1 to {fields.LETTERS} printable letters"
-        raise UserError(f"--enrol {fields.short(who)} is no name; give {letters}")
+        raise UserError(f"--enrol {fields.short(who)} is no name; give a few printable letters")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []
@@ -499,8 +497,7 @@ def verification(same, other):
 def open_set(known, right, enrolled, unknown):
     """Which pictures show unknown characters? In percent, of margins over the threshold.
 
-    known (n,), unknown (m,): of pictures of known and unknown characters. right (n,): is the name true?
-    enrolled (n,): was the character never trained on?
+    Margins of known (n,) and unknown (m,) ones; right, enrolled (n,): is the name true, never trained on?
     """
     from sklearn.metrics import roc_auc_score
 
