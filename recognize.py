@@ -1,7 +1,6 @@
 """Stage 5: who is in a picture? It names characters, calls others unknown, and enrols new ones.
 
     python recognize.py runs/NAME IMAGE...                 files, folders, archives; - reads a list
-    python recognize.py runs/NAME IMAGE --tags runs/TAGS   with the tags that a run of tags.py finds
     python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
@@ -11,9 +10,8 @@ Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
         recognize.json and roc.png (--verify; other data or splits: in runs/NAME/DATA-SPLIT/)
 
-The head names the characters that it learned. The gallery holds the embeddings of known faces. A
-face that is similar to none of them is unknown. Each embedding is the mean over a picture and its
-mirror image.
+The head names the characters that it learned. The gallery holds the embeddings of known faces, each
+a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
 
     n faces   m held-out pictures   B batch   D width of an embedding   C characters
 """
@@ -21,7 +19,6 @@ mirror image.
 import contextlib
 import itertools
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +29,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import tags
 from common import fields, metrics
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, claim, cli, command, drawing, refuse_idle
@@ -52,13 +48,11 @@ MOST_REJECTED = 0.09  # of known faces on dev: on new ones about a tenth
 OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
-# New faces lie this much further from a mean of few faces than from one of many (results/LOG.md).
-HANDICAP = 0.1
-SAME = 0.9999  # cosine of two embeddings of one picture, perhaps in another format
+HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/LOG.md)
 PAIRS_OF = 4000  # images of which --verify compares all pairs, at most
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
-    "name": "threshold json tags detect device dtype",
+    "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
     "forget": "forget",
     "list": "list",
@@ -67,13 +61,13 @@ FLAGS = {  # that each task reads
 
 
 def parse_args():
+    """-> the flags, and `task`: "name", or the flag that says another task."""
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
     add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
-    add("--tags", metavar="RUN", help="runs/NAME of tags.py: say what else each picture shows")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
@@ -83,19 +77,12 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test", "train"], help="of --verify")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    return parser.parse_intermixed_args()  # pictures may stand before and after flags
-
-
-def task_of(args):
-    """-> the task: "name", or one of its flags. Flags that the task does not read are refused."""
-    task = next((name for name in FLAGS if name in args.given), "name")
-    takes_pictures = task in ("name", "enrol")
-    if takes_pictures and not args.images:
-        raise UserError("give pictures: files, folders, archives; or -, a list on standard input")
-    if args.images and not takes_pictures:
-        raise UserError(f"--{task} takes no pictures, such as {args.images[0]}")
-    refuse_idle(args.given - set(FLAGS[task].split()), f"when the task is to {task}")
-    return task
+    args = parser.parse_intermixed_args()  # pictures may stand before and after flags
+    args.task = next((name for name in FLAGS if name in args.given), "name")
+    if (args.task in ("name", "enrol")) != bool(args.images):
+        raise UserError("give pictures, folders, archives or - to name or to enrol, and only then")
+    refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
+    return args
 
 
 # ---- similarity ----------------------------------------------------------------------------------
@@ -108,16 +95,14 @@ def evenly_of_each(labels, most):
 
 
 def whitening(embeddings, labels):
-    """embeddings (n, D) of labels (n,) -> mean (D,), matrix (D, D).
+    """embeddings (n, D), labels (n,) -> mean (D,), matrix (D, D).
 
-    (x - mean) @ matrix varies alike in all directions within a class: directions in which the
-    faces of one character differ count less. Within-class covariance normalisation (Hatch et al.
-    2006): matrix matrix^T is the inverse of the covariance within classes.
+    (x - mean) @ matrix varies alike in all directions in a class (Hatch et al. 2006, WCCN):
+    matrix matrix^T is the inverse of the covariance within classes.
     """
     groups = [embeddings[rows] for rows in evenly_of_each(labels, WHITENED)]
     means = torch.stack([group.mean(0) for group in groups]).double()
-    pairs = zip(groups, means, strict=True)
-    differences = torch.cat([group.double() - mean for group, mean in pairs])
+    differences = torch.cat([group.double() - group.mean(0) for group in groups])
     W = differences.T @ differences / max(1, len(differences) - len(groups))
     W += (SHRINK * W.diagonal().mean() + 1e-9) * torch.eye(len(W), dtype=W.dtype)
     return means.mean(0).float(), torch.linalg.cholesky(torch.linalg.inv(W)).float()
@@ -153,12 +138,11 @@ def best_similarity(unit, gallery):
 
 
 def decide(logits, embeddings, gallery):
-    """Who is it? -> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
+    """-> (n,) who, similarity, margin over its threshold (below 0: unknown), confidence.
 
-    The head names the characters that it learned. An enrolled one has no logit: it wins where the
-    mean of its faces is nearer, HANDICAP given, than that of every learned one.
-    confidence: the probability that the name is right where half of all pictures show unknown
-    characters; nan of an enrolled one.
+    The head names the characters that it learned. An enrolled one wins where the mean of its faces is
+    nearer, HANDICAP given, than that of every learned one. confidence: P(the name is right) where
+    half of all pictures show unknown characters; nan of an enrolled one.
     """
     unit, learned = compared(embeddings, gallery), gallery["learned"]
     who, similarity = logits.argmax(1), best_similarity(unit, gallery)
@@ -173,7 +157,7 @@ def decide(logits, embeddings, gallery):
         torch.where(new, enrolled + learned, who),
         torch.where(new, near, similarity),
         torch.where(new, near - gallery["enrolled_threshold"], margin),
-        sure.masked_fill(new, math.nan),
+        sure.masked_fill(new, torch.nan),
     )
 
 
@@ -183,9 +167,8 @@ def decide(logits, embeddings, gallery):
 def calibrate(embeddings, labels, held_out, unknown=None):
     """-> a dict of numbers for the gallery's header.
 
-    embeddings (n, D), labels (n,): the gallery. held_out: logits (m, C), embeddings (m, D) and
-    labels (m,) of known characters. unknown (k, D): embeddings of unknown ones. Without them each
-    known character stands in for one. At most MOST_REJECTED of the known fail the threshold.
+    held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown (k, D): of
+    unknown ones; without them each known one stands in. At most MOST_REJECTED of the known fail.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)
@@ -196,8 +179,8 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     else:
         other = best_similarity(compared(unknown, gallery), gallery)
         by = "characters left out of training, held apart for choices"
-    most = min(int(MOST_REJECTED * len(score)), len(score) - 1)
-    threshold = min(balance(score, other), score.sort().values[most].item())
+    highest = score.sort().values[int(MOST_REJECTED * len(score))].item()
+    threshold = min(balance(score, other), highest)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
@@ -210,16 +193,11 @@ def calibrate(embeddings, labels, held_out, unknown=None):
 
 
 def as_unknown(embeddings, labels, known, known_labels):
-    """The best similarities (m,) of known faces as unknown ones, by cross-validation.
-
-    A fifth of the characters at a time is left out of gallery and whitening.
-    """
-    C = int(labels.max()) + 1
-    folds = min(FOLDS, C)
+    """The best similarities (m,) of known faces while a fifth of the characters at a time is left out."""
     found = torch.empty(len(known))
-    for fold in range(folds):
-        stay, asked = labels % folds != fold, known_labels % folds == fold
-        gallery = make_gallery(embeddings[stay], labels[stay], C)
+    for fold in range(FOLDS):
+        stay, asked = labels % FOLDS != fold, known_labels % FOLDS == fold
+        gallery = make_gallery(embeddings[stay], labels[stay], int(labels.max()) + 1)
         found[asked] = best_similarity(compared(known[asked], gallery), gallery)
     return found
 
@@ -244,20 +222,14 @@ def balance(known, unknown):
 
 
 def fit_temperature(logits, labels):
-    """The T of a fine grid whose softmax(logits / T) gives the labels the highest likelihood.
-
-    Guo et al. 2017, arXiv:1706.04599.
-    """
+    """The T for which softmax(logits / T) fits the labels best (Guo et al. 2017, arXiv:1706.04599)."""
     grid = torch.logspace(-2.5, 1.5, 161)
     losses = torch.stack([F.cross_entropy(logits / T, labels) for T in grid])
     return grid[losses.argmin()].item()
 
 
 def fit_platt(known, unknown):
-    """Margins of known (n,) and unknown (m,) -> a, b of sigmoid(a * margin + b) (Platt 1999).
-
-    It is the probability that a face is known where half of all faces are unknown.
-    """
+    """Margins of known (n,) and unknown (m,) -> a, b of P(known) = sigmoid(a * margin + b) (Platt 1999)."""
     from sklearn.linear_model import LogisticRegression
 
     x, y = torch.cat([known, unknown])[:, None].numpy(), [1] * len(known) + [0] * len(unknown)
@@ -265,20 +237,13 @@ def fit_platt(known, unknown):
     return [float(fit.coef_[0, 0]), float(fit.intercept_[0])]
 
 
-# ---- gallery.safetensors -------------------------------------------------------------------------
+# ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
-HEADER = {
-    "names": fields.NAMES,  # of the classes 0, 1, ...
-    "keys": fields.list_of(fields.TEXT, 1),  # of the faces
-    "learned": fields.whole(1),  # so many classes, the first ones, are the head's
-    "threshold": fields.number(),  # this and what follows: of `calibrate`
-    "enrolled_threshold": fields.number(),
-    "false_accept": fields.number(),
-    "false_reject": fields.number(),
-    "by": fields.TEXT,
-    "temperature": fields.number(1e-6),
-    "platt": fields.list_of(fields.number(), 2, 2),
-}
+HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
+HEADER |= dict.fromkeys(("threshold", "enrolled_threshold"), fields.number())  # of `calibrate`
+HEADER |= dict.fromkeys(("false_accept", "false_reject"), fields.number())
+HEADER |= {"by": fields.TEXT, "temperature": fields.number(1e-6)}
+HEADER |= {"platt": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
 
 
@@ -287,25 +252,17 @@ def open_gallery(run, device="auto", dtype="auto"):
     path = Path(run) / GALLERY
     if not path.exists():
         read_head(run)  # a UserError where there is no run
-        with gallery_lock(run):
+        with locked(lock_beside(path), wait=True):
             if not path.exists():  # another process may have built it
                 build_gallery(run, device, dtype)
     return load_gallery(run)
-
-
-def gallery_lock(run):
-    """with gallery_lock(run): nobody else builds or changes its gallery; others wait."""
-    return locked(lock_beside(Path(run) / GALLERY), wait=True)
 
 
 def build_gallery(run, device, dtype):
     """Write the embeddings of training pictures, and what is calibrated on held-out ones."""
     path = Path(run) / GALLERY
     net, header = load_classifier(run)
-    folder = header["data"]
-    if not Path(folder).exists():
-        raise UserError(f"{path} is built of {folder}, which is not there; put that data set back")
-    held = header.get("split", "val")
+    folder, held = header["data"], header.get("split", "val")
     (train, dev, _), classes = open_rows(folder, held, header.get("hold_out", 0))
     if classes != header["classes"]:
         raise UserError(f"{folder} has other characters than {run} learned; put the old set back")
@@ -343,24 +300,21 @@ def load_gallery(run):
     fields.check_fields(header, HEADER, path, REMEDY)
     learned, names = header["learned"], header["names"]
     _, head = read_head(run)
-    sizes = {"n": len(header["keys"]), "D": head["config"]["dim"]}
-    arrays = {"embeddings": "float n D", "labels": "int64 n"}
-    fields.check_arrays(tensors, arrays, path, REMEDY, **sizes)
+    arrays = {"embeddings": f"float n {head['config']['dim']}", "labels": "int64 n"}
+    fields.check_arrays(tensors, arrays, path, REMEDY, n=len(header["keys"]))
     fields.check_finite(tensors, path)
     embeddings, labels = tensors["embeddings"].float(), tensors["labels"]
     fields.check_range(labels, 0, len(names), "labels", path, REMEDY)
-    found = {"names": names[:learned], "characters_with_a_face": len(labels.unique())}
-    wanted = {"names": head["classes"], "characters_with_a_face": len(names)}
-    same = {name: fields.one_of(value) for name, value in wanted.items()}
-    fields.check_fields(found, same, path, REMEDY)
+    if names[:learned] != head["classes"] or len(labels.unique()) != len(names):
+        raise UserError(f"{path} is not of this run's characters; {REMEDY}")
     return header | {"embeddings": embeddings} | make_gallery(embeddings, labels, learned)
 
 
-# ---- naming --------------------------------------------------------------------------------------
+# ---- naming and enrolment ------------------------------------------------------------------------
 
 
 def predictions(args, net, header, autocast, problems, blank=None):
-    """Yield (keys, u8 images (B, ., ., 3), logits (B, C), embeddings (B, D)) of the pictures.
+    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures.
 
     problems, blank: lists that get what can't be read, and pages on which --detect finds no face.
     """
@@ -370,8 +324,7 @@ def predictions(args, net, header, autocast, problems, blank=None):
         items = faces(args, size, problems, blank)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
-        images = np.stack(images)
-        yield list(keys), torch.from_numpy(images), *embed(net, images, autocast)
+        yield list(keys), *embed(net, np.stack(images), autocast)
 
 
 def faces(args, size, problems, blank):
@@ -403,27 +356,16 @@ def answers(keys, logits, embeddings, gallery, nearest=NEAREST):
     rows = []
     for key, cosines, (who, similarity, margin, sure) in zip(keys, to_face, decisions, strict=True):
         name, known = gallery["names"][who], bool(margin >= 0)
-        row = {
-            "picture": key,
-            "name": name if known else None,
-            "known": known,
-            "confidence": None if sure.isnan() else round(sure.item(), 4),
-            "similarity": round(similarity.item(), 4),
-            "threshold": round((similarity - margin).item(), 4),
-            "best_guess": name,
-            "nearest": nearest_faces(cosines, gallery, nearest),
-        }
+        row = {"picture": key, "name": name if known else None, "known": known}
+        row["confidence"] = None if sure.isnan() else round(sure.item(), 4)
+        row["similarity"] = round(similarity.item(), 4)
+        row["threshold"] = round((similarity - margin).item(), 4)
+        row |= {"best_guess": name, "nearest": []}
+        for cosine, i in zip(*cosines.topk(min(nearest, len(cosines))), strict=True):
+            face = {"name": gallery["names"][gallery["labels"][i]], "picture": gallery["keys"][i]}
+            row["nearest"].append(face | {"similarity": round(cosine.item(), 4)})
         rows.append(row)
     return rows
-
-
-def nearest_faces(cosines, gallery, most):
-    """cosines (faces,) of a picture -> a dict for each of the most similar faces."""
-    found = []
-    for cosine, i in zip(*cosines.topk(min(most, len(cosines))), strict=True):
-        face = {"name": gallery["names"][gallery["labels"][i]], "picture": gallery["keys"][i]}
-        found.append(face | {"similarity": round(cosine.item(), 4)})
-    return found
 
 
 def in_words(row):
@@ -437,123 +379,73 @@ def in_words(row):
     line = f"{fields.shown(row['picture'])}: {who}"
     for face in row["nearest"][:1]:
         line += f"; nearest: {fields.shown(face['picture'])} {face['similarity']:.2f}"
-    if row.get("tags"):
-        line += f"; tags: {tags.in_words(row['tags'])}"
     return line
-
-
-def tagger(run, recogniser, device, autocast):
-    """runs/NAME of tags.py -> a function from images u8 (B, ., ., 3) to {tag: number} of each.
-
-    recogniser: the header of the recogniser. Both networks get the same pictures.
-    """
-    net, header = tags.load_tagger(run)
-    other_cut = any(header[key] != recogniser[key] for key in ("packed_size", "crop", "margin"))
-    if other_cut or net.arm not in tags.NAMES_TAGS:
-        fix = "give a run of --arm mfdn that was trained on the recogniser's data set"
-        raise UserError(
-            f"--tags {run} names no tags, or learned from pictures of another cut; {fix}"
-        )
-    net.to(device)
-
-    def tags_of(images):
-        boxes = data.full_boxes(len(images))
-        view = data.view_images(images.to(device), *boxes, header["image_size"])
-        with autocast():
-            _, found = tags.answers(net, view)
-        return [tags.named(row.cpu(), header) for row in found]
-
-    return tags_of
 
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture. What can't be read is named on stderr."""
     problems, blank, known = [], [], []
-    device = net.encoder.cls_token.device
-    tags_of = tagger(args.tags, header, device, autocast) if args.tags else None
-    found = predictions(args, net, header, autocast, problems, blank)
-    for keys, images, logits, embeddings in found:
-        rows = answers(keys, logits, embeddings, gallery)
-        if tags_of:
-            rows = [row | {"tags": t} for row, t in zip(rows, tags_of(images), strict=True)]
-        for row in rows:
+    for keys, logits, embeddings in predictions(args, net, header, autocast, problems, blank):
+        for row in answers(keys, logits, embeddings, gallery):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             known.append(row["known"])
     tell_problems(problems, len(known) + len(blank), args.json)
     if note := demo_note(header["data"]):
         print(f"note: {note}", file=sys.stderr)
     if not all(known) and not args.json:
-        fix = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
-        print(f"next: python recognize.py {fix}", file=sys.stderr)
-
-
-# ---- enrolment -----------------------------------------------------------------------------------
-
-
-def is_new(embeddings, known):
-    """embeddings (n, D) -> (n,): is the picture neither among known (m, D) nor in an earlier row?"""
-    unit, known = F.normalize(embeddings), F.normalize(known)
-    is_known = (unit @ known.T > SAME).any(1)
-    is_repeated = (torch.tril(unit @ unit.T, -1) > SAME).any(1)
-    return ~(is_known | is_repeated)
+        words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
+        print(f"next: python recognize.py {words}", file=sys.stderr)
 
 
 def enrol(args, net, header, autocast):
     """Add these pictures to the gallery, under one name."""
     who = sources.nfc(args.enrol.strip())
     if not fields.is_name(who):
-        fix = f"give 1 to {fields.LETTERS} printable letters"
-        raise UserError(f"--enrol {fields.short(who)} is no name; {fix}")
+        raise UserError(f"--enrol {fields.short(who)} is no name; give a few printable letters")
     if who in header["classes"]:
         raise UserError(f"{who} was learned in training and is known already; enrol another name")
     problems, keys, embeddings = [], [], []
-    for some, _, _, more in predictions(args, net, header, autocast, problems):
+    for some, _, more in predictions(args, net, header, autocast, problems):
         keys += some
         embeddings.append(more)
     if problems:
         raise UserError(f"{problems[0][1]}; nobody was enrolled")
     print(add_faces(args.run, who, keys, torch.cat(embeddings)))
-    next_words = f"{shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
-    print(f"next: python recognize.py {next_words}")
+    words = f"{shlex.quote(args.run)} PICTURE, or --forget {shlex.quote(who)}"
+    print(f"next: python recognize.py {words}")
 
 
 def add_faces(run, who, keys, embeddings):
     """Add embeddings (n, D) of pictures `keys` to the run's gallery -> a line that says so."""
-    with gallery_lock(run):
+    path = Path(run) / GALLERY
+    with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
         names = gallery["names"] if who in gallery["names"] else [*gallery["names"], who]
-        label = names.index(who)
-        old = gallery["labels"] == label
-        new = is_new(embeddings, gallery["embeddings"][old])
-        added, total = int(new.sum()), int(new.sum() + old.sum())
-        if added < len(new):
-            print(f"{len(new) - added} of {len(new)} pictures are there already, and count once")
+        labels = F.pad(gallery["labels"], (0, len(keys)), value=names.index(who))
+        total = int((labels == names.index(who)).sum())
         if total < LEAST:
-            raise UserError(f"{added} different pictures of {who} are too few; give {LEAST} to 5")
-        keys = gallery["keys"] + list(itertools.compress(keys, new))
-        labels = torch.cat([gallery["labels"], torch.full((added,), label)])
-        together = torch.cat([gallery["embeddings"], embeddings[new]])
-        header = gallery | {"names": names, "keys": keys}
-        save_gallery(Path(run) / GALLERY, together, labels, header)
+            raise UserError(f"{total} pictures of {who} are too few; give {LEAST} to {SHOTS}")
+        header = gallery | {"names": names, "keys": gallery["keys"] + keys}
+        save_gallery(path, torch.cat([gallery["embeddings"], embeddings]), labels, header)
     return f"{who} is enrolled with {total} pictures; the gallery knows {len(names)} characters"
 
 
 def take_out(run, who):
     """Remove an enrolled character from the run's gallery -> a line that says so."""
-    who = sources.nfc(who.strip())
-    with gallery_lock(run):
+    who, path = sources.nfc(who.strip()), Path(run) / GALLERY
+    with locked(lock_beside(path), wait=True):
         gallery = load_gallery(run)
-        if who not in gallery["names"][gallery["learned"] :]:
-            how = "was learned in training" if who in gallery["names"] else "is not enrolled"
+        names = gallery["names"]
+        if who not in names[gallery["learned"] :]:
+            how = "was learned in training" if who in names else "is not enrolled"
             raise UserError(f"{who} {how}; only enrolled ones can be forgotten, see --list")
-        label = gallery["names"].index(who)
+        label = names.index(who)
         stay = gallery["labels"] != label
         labels = gallery["labels"] - (gallery["labels"] > label).long()
-        names = [name for name in gallery["names"] if name != who]
         keys = list(itertools.compress(gallery["keys"], stay))
-        header = gallery | {"names": names, "keys": keys}
-        save_gallery(Path(run) / GALLERY, gallery["embeddings"][stay], labels[stay], header)
-    return f"{who} is forgotten; the gallery knows {len(names)} characters"
+        header = gallery | {"names": names[:label] + names[label + 1 :], "keys": keys}
+        save_gallery(path, gallery["embeddings"][stay], labels[stay], header)
+    return f"{who} is forgotten; the gallery knows {len(names) - 1} characters"
 
 
 def list_known(gallery):
@@ -568,10 +460,10 @@ def list_known(gallery):
 
 
 def faces_of(net, gallery, folder, name, autocast):
-    """Pictures of a packed split -> a namespace: what they show, and what `decide` returns of them.
+    """Pictures of a packed split -> a namespace: the truth, and what `decide` returns.
 
-    true (n,): the gallery's number of each picture's character, -1 of an unknown one. right (n,):
-    is the name true? margin, sure (n,): as `decide`. pairs: as `metrics.pair_cosines`.
+    true (n,): the number of the character in the gallery, -1 of an unknown one. right (n,): is the
+    name true? margin, sure (n,): as `decide`. pairs: as `metrics.pair_cosines`.
     """
     split = data.open_split(folder, name)
     rows = data.evenly_spaced(len(split["images"]), PAIRS_OF)
@@ -588,10 +480,6 @@ def faces_of(net, gallery, folder, name, autocast):
     return SimpleNamespace(pairs=pairs, true=true, right=who == true, margin=margin, sure=sure)
 
 
-def percent(shares):
-    return {k: round(100 * float(share), 3) for k, share in shares.items()}
-
-
 def verification(same, other):
     """Cosines of pairs of one character (n,) and of two (m,): can they be told apart? In percent."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -602,14 +490,14 @@ def verification(same, other):
     shares["roc_auc"] = roc_auc_score(*pairs)
     shares["eer"] = metrics.equal_error_rate(same, other)
     shares["average_precision"] = average_precision_score(*pairs)
-    return percent(shares) | {"positive_pairs": len(same), "negative_pairs": len(other)}
+    counts = {"positive_pairs": len(same), "negative_pairs": len(other)}
+    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
 
 
 def open_set(known, right, enrolled, unknown):
     """Which pictures show unknown characters? In percent, of margins over the threshold.
 
-    known (n,), unknown (m,): margins of pictures of known and of unknown characters. right (n,): is
-    the name true? enrolled (n,): is it a character that was never trained on?
+    Margins of known (n,) and unknown (m,) ones; right, enrolled (n,): is the name true, never trained on?
     """
     from sklearn.metrics import roc_auc_score
 
@@ -618,22 +506,20 @@ def open_set(known, right, enrolled, unknown):
     shares = {"known_rejected": (known < 0).double().mean(), "known_named_rightly": named.mean()}
     if enrolled.any() and not enrolled.all():
         shares["enrolled_named_rightly"] = named[enrolled].mean()
-        shares["learned_named_rightly"] = named[~enrolled].mean()
     if len(unknown):
         for rate in FALSE_RATES:
             shares[f"dir_at_far_{100 * rate:g}"] = detection_rate(known, right, unknown, rate)
-        at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
         shares["auroc_unknown"] = roc_auc_score(*metrics.truth_and_scores(known, unknown))
         shares["strangers_unknown"] = (unknown < 0).double().mean()
+        at_5 = known.quantile(0.05)  # the threshold that 5 % of the known fail
         shares["strangers_unknown_at_5"] = (unknown < at_5).double().mean()
-    return percent(shares) | counts
+    return {name: round(100 * float(share), 3) for name, share in shares.items()} | counts
 
 
 def detection_rate(known, right, unknown, far):
-    """Detection and identification rate at a false alarm rate of at most far < 1.
+    """Detection and identification rate at a false alarm rate of at most far < 1 (Phillips et al. 2011).
 
-    known (n,) scores of known faces, right (n,) whether the best name is theirs, unknown (m,)
-    scores of unknown characters (Phillips et al. 2011, chapter 21).
+    Scores of known (n,) and unknown (m,) faces; right (n,): is the best name of a known one true?
     """
     allowed = int(far * len(unknown) + 1e-9)  # unknown faces that may get a name
     threshold = unknown.sort(descending=True).values[allowed]
@@ -643,9 +529,8 @@ def detection_rate(known, right, unknown, far):
 def calibration_error(known, right, unknown, bins=10):
     """Expected calibration error of confidences in percent, where half of all pictures are unknown.
 
-    known (n,) and right (n,): is the name true? unknown (m,). An enrolled name has no confidence
-    (nan) and is left out. The error is the mean distance of confidence and share of right names in
-    equal bins (Guo et al. 2017, arXiv:1706.04599, equation 3).
+    known (n,), unknown (m,); right (n,): is the name true? Enrolled names have none (nan). The error is
+    the mean gap of confidence and accuracy in equal bins (Guo et al. 2017, arXiv:1706.04599).
     """
     sure = torch.cat([known, unknown])
     right = torch.cat([right, torch.zeros(len(unknown), dtype=torch.bool)])
@@ -658,40 +543,36 @@ def calibration_error(known, right, unknown, bins=10):
 
 
 def verify(args, net, header, gallery, autocast):
-    """recognize.json and roc.png: do two faces show one character, and who is unknown?
-
-    Where all pictures show unknown characters, the known ones are those of its own data.
-    """
+    """Write recognize.json and roc.png. Where nobody is known, the known ones are the run's own val."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
     row = {"run": str(args.run), "data": str(folder), "split": args.split}
     row["threshold"] = gallery["threshold"]
-    faces, kinds = faces_of(net, gallery, folder, args.split, autocast), {}
+    faces, curves = faces_of(net, gallery, folder, args.split, autocast), {}
     if all(map(len, faces.pairs)):
-        kinds["same_character"] = faces.pairs
+        curves["same_character"] = faces.pairs
         row["verification"] = verification(*faces.pairs)
     is_unknown = faces.true < 0
     unknown, unsure = faces.margin[is_unknown], faces.sure[is_unknown]
     if is_unknown.all() and Path(header["data"]).exists():
         faces = faces_of(net, gallery, header["data"], "val", autocast)
-        row["known_of"] = header["data"]
-    known, learned = faces.true >= 0, faces.true < gallery["learned"]
+    known, enrolled = faces.true >= 0, faces.true >= gallery["learned"]
+    learned = known & ~enrolled
+    if not curves and not known.any():
+        raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     if known.any():
         margins = faces.margin[known]
-        kinds |= {"known_character": (margins, unknown)} if len(unknown) else {}
-        row["open_set"] = open_set(margins, faces.right[known], ~learned[known], unknown)
-    learned &= known
+        row["open_set"] = open_set(margins, faces.right[known], enrolled[known], unknown)
+        curves |= {"known_character": (margins, unknown)} if len(unknown) else {}
     if learned.any() and len(unknown):
         sure, right = faces.sure[learned], faces.right[learned]
         row["calibration_error"] = calibration_error(sure, right, unsure)
-    if not kinds and not known.any():
-        raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
     with drawing("roc.png"):
-        plot_verification(home / "roc.png", f"{Path(args.run).name} on {folder.name}", **kinds)
+        plot_verification(home / "roc.png", f"{Path(args.run).name} on {folder.name}", **curves)
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
     print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
 
@@ -705,9 +586,7 @@ LINES = (  # of --verify, from the numbers of recognize.json; a line whose numbe
     "{strangers:,} pictures of unknown characters: {strangers_unknown:.1f} % called unknown, "
     "ROC-AUC against known ones {auroc_unknown:.1f} %",
     "calibration error of the confidence: {calibration_error:.1f} points",
-)
-NO_UNKNOWN = (
-    "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some"
+    "no unknown characters in this set; --data OTHER, or finetune_lora.py --hold-out 4, has some",
 )
 
 
@@ -715,10 +594,10 @@ def table(row):
     """recognize.json -> the lines that are printed."""
     found = row | row.get("verification", {}) | row.get("open_set", {})
     lines = []
-    for line in LINES:
+    for line in LINES[:-1] if found.get("strangers") else LINES:
         with contextlib.suppress(KeyError):
             lines.append(line.format_map(found))
-    return lines if found.get("strangers") else [*lines, NO_UNKNOWN]
+    return lines
 
 
 def plot_verification(path, title, **kinds):
@@ -739,22 +618,21 @@ def plot_verification(path, title, **kinds):
 
 def main():
     args = parse_args()
-    task = task_of(args)
     gallery = open_gallery(args.run, args.device, args.dtype)
-    if task == "list":
+    if args.task == "list":
         return list_known(gallery)
-    if task == "forget":
+    if args.task == "forget":
         return print(take_out(args.run, args.forget))
     net, header = load_classifier(args.run)
     device = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
+    autocast = autocast_of(device, pick_dtype(args.dtype, device)[0])
+    net.to(device)
     if args.threshold is not None:  # of learned characters; that of enrolled ones moves with it
         gallery["enrolled_threshold"] += args.threshold - gallery["threshold"]
         gallery["threshold"] = args.threshold
-    net, autocast = net.to(device), autocast_of(device, dtype)
-    if task == "enrol":
+    if args.task == "enrol":
         return enrol(args, net, header, autocast)
-    work = verify if task == "verify" else recognise
+    work = verify if args.task == "verify" else recognise
     work(args, net, header, gallery, autocast)
 
 

@@ -309,7 +309,6 @@ LOADS = {  # a stage that uses what another makes: its networks, its adapters
     ("export", "finetune_lora"),
     ("detect", "finetune_lora"),
     ("recognize", "detect"),
-    ("recognize", "tags"),
     ("probe", "tags"),
     ("export", "detect"),
     ("export", "tags"),

@@ -296,34 +296,6 @@ def test_pictures_get_a_name_and_tags(tagged, trained):
     assert line.startswith(f"{picture}: class")
 
 
-def test_recognize_says_tags_beside_names(tagged, trained):
-    call(
-        "finetune_lora.py",
-        "encoder",
-        "--data",
-        "packed",
-        "--out",
-        "linear",
-        "--method",
-        "linear",
-        "--epochs",
-        1,
-        *QUICK[4:],
-        cwd=tagged,
-        check=0,
-    )
-    picture = sorted((tagged / "images").rglob("*.png"))[0]
-    done = call("recognize.py", "linear", picture, "--json", "--tags", "whole", cwd=tagged, check=0)
-    alone = call("tags.py", "whole", picture, "--json", cwd=tagged, check=0)
-    assert json.loads(done.stdout)["tags"] == json.loads(alone.stdout)["tags"]
-    assert "python tags.py ENCODER" in refused(
-        call("recognize.py", "linear", picture, "--tags", "encoder", cwd=tagged)
-    )
-    assert "--tags has no effect" in refused(
-        call("recognize.py", "linear", "--list", "--tags", "whole", cwd=tagged)
-    )
-
-
 BAD = {
     "no tags": (["encoder", "--data", "plain", *QUICK], "has no tags"),
     "a run of ours to train": (["whole", "--data", "packed", *QUICK], "is a run of tags.py"),
