@@ -12,17 +12,17 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
         half    half/, what stages read of a run of any stage, numbers in 16 bits
 """
 
+import contextlib
 import json
 import logging
-import os
 import shlex
-import shutil
 import tempfile
 import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,9 +30,9 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, claim, cli, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
-from common.io import UserError, read_json, read_safetensors, save_json, save_safetensors
+from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
@@ -41,18 +41,18 @@ from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
+FOLDERS = ("hf", "half")  # formats that are a folder
 PIP = "pip install -r requirements-onnx.txt"
 
 
-# ---- encoders in public formats ------------------------------------------------------------------
+# ---- weights: encoders in public formats, adapters, runs -----------------------------------------
 
 
 def public_weights(source, image_size):
-    """A checkpoint -> its weights under public names, decoder included, and its facts.
-
-    The weights are loaded into a network: what is missing or left over is a UserError.
-    """
+    """A checkpoint -> its weights under public names, decoder included, and its facts."""
     facts = checkpoints.at_size(*read_checkpoint(source), image_size, source)[1]
+    if facts["norm_eps"] != EPS:
+        print(f"note: LayerNorms have the epsilon {facts['norm_eps']:g}, which --to hf alone keeps")
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
         encoder, _ = checkpoints.load_encoder(source, image_size)
         return checkpoints.as_convolution(encoder.state_dict()), facts
@@ -63,65 +63,39 @@ def public_weights(source, image_size):
 
 
 def save_mae(source, out, image_size):
-    weights, facts = public_weights(source, image_size)
-    note_epsilon(facts)
-    save_safetensors(weights, out)
+    save_safetensors(public_weights(source, image_size)[0], out)
     return f"safetensors.torch.load_file({str(out)!r})"
-
-
-def note_epsilon(facts):
-    """Say what has no place in a file of weights alone."""
-    if facts["norm_eps"] != EPS:
-        print(f"note: the epsilon of its LayerNorms is {facts['norm_eps']:g}; the file lacks it")
 
 
 def save_timm(source, out, image_size):
     weights, facts = public_weights(source, image_size)
-    note_epsilon(facts)
     save_safetensors(encoder_of(weights), out)
     size = facts["image_size"]
     pixels = {"mean": MEAN, "std": STD, "input_size": (3, size, size)}
-    return (
-        f'timm.create_model("vit_small_patch16_224", img_size={size}, '
-        f"patch_size={facts['patch_size']}, embed_dim={facts['dim']}, depth={facts['depth']}, "
-        f"num_heads={facts['heads']}, num_classes=0, pretrained_cfg_overlay={pixels}, "
-        f'checkpoint_path="{out}")'
-    )
+    shape = f"img_size={size}, patch_size={facts['patch_size']}, embed_dim={facts['dim']}, "
+    shape += f"depth={facts['depth']}, num_heads={facts['heads']}, num_classes=0"
+    shape += f", pretrained_cfg_overlay={pixels}"
+    return f'timm.create_model("vit_small_patch16_224", {shape}, checkpoint_path="{out}")'
 
 
 def save_hf(source, folder, image_size):
-    """Write a folder for ViTMAEForPreTraining, or for ViTModel where there is no decoder.
-
-    Its norm_pix_loss has no floor under a patch's standard deviation, ours has (kernels/loss.py).
-    """
+    """Write a folder for ViTMAEForPreTraining (its norm_pix_loss has no floor), else for ViTModel."""
     weights, facts = public_weights(source, image_size)
-    size, depth = facts["image_size"], facts["decoder_depth"]
+    size, width, depth = facts["image_size"], facts["dim"], facts["decoder_depth"]
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
-    config = {
-        "model_type": "vit_mae" if depth else "vit",
-        "architectures": [network],
-        "image_size": size,
-        "patch_size": facts["patch_size"],
-        "hidden_size": facts["dim"],
-        "intermediate_size": 4 * facts["dim"],
-        "num_hidden_layers": facts["depth"],
-        "num_attention_heads": facts["heads"],
-        "layer_norm_eps": facts["norm_eps"],
-    }
+    config = {"model_type": "vit_mae" if depth else "vit", "architectures": [network]}
+    config |= {"image_size": size, "patch_size": facts["patch_size"]}
+    config |= {"hidden_size": width, "intermediate_size": 4 * width}
+    config |= {"num_hidden_layers": facts["depth"], "num_attention_heads": facts["heads"]}
+    config["layer_norm_eps"] = facts["norm_eps"]
     if depth:
-        config |= {
-            "decoder_hidden_size": facts["decoder_dim"],
-            "decoder_intermediate_size": 4 * facts["decoder_dim"],
-            "decoder_num_hidden_layers": depth,
-            "decoder_num_attention_heads": facts["decoder_heads"],
-            "norm_pix_loss": facts.get("norm_pix", False),
-        }
-    pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": size, "width": size},
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-    }
+        width = facts["decoder_dim"]
+        config |= {"decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
+        config["decoder_num_hidden_layers"] = depth
+        config["decoder_num_attention_heads"] = facts["decoder_heads"]
+        config["norm_pix_loss"] = facts.get("norm_pix", False)
+    pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
+    pixels |= {"image_mean": list(MEAN), "image_std": list(STD)}
     theirs = {}
     for name, w in weights.items():
         names = [name.replace("attn.qkv", part) for part in QKV] if ".qkv." in name else [name]
@@ -132,9 +106,6 @@ def save_hf(source, folder, image_size):
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
     return f"transformers.{network}.from_pretrained({str(folder)!r})"
-
-
-# ---- runs of ours --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -162,10 +133,10 @@ def save_half(source, out, image_size):
     if (source / "head.safetensors").exists():
         open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
-    files = [file for file in files if file.exists()]
-    if not {"model", "head", "detector"} & {file.stem for file in files}:
+    there = {file.stem: file for file in files if file.exists()}
+    if not there.keys() & {"model", "head", "detector"}:
         raise UserError(f"{source} is no run, and --to half takes one; --to mae takes a checkpoint")
-    for file in files:
+    for file in there.values():
         tensors, header = read_safetensors(file)
         if "fingerprint" in header and (out / "model.safetensors").exists():
             encoder, _ = checkpoints.load_encoder(out, header.get("image_size"))  # rounded by now
@@ -174,7 +145,7 @@ def save_half(source, out, image_size):
         save_safetensors(half, out / file.name, header or None)
     for name in TEXTS:
         if (source / name).exists():
-            shutil.copy(source / name, out / name)
+            (out / name).write_bytes((source / name).read_bytes())
     return f"give {out} wherever a stage asks for a run"
 
 
@@ -182,10 +153,7 @@ def save_half(source, out, image_size):
 
 
 class Graph(nn.Module):
-    """images u8 (B, packed, packed, 3), squares as data.py packs them -> the tensors of `answer`.
-
-    answer(net, view): a function of whole views u8 (B, S, S, 3); outputs: names of its tensors.
-    """
+    """images u8 (B, packed, packed, 3) -> answer(net, views u8 (B, side, side, 3)): tensors `outputs`."""
 
     def __init__(self, net, answer, outputs, side, packed):
         super().__init__()
@@ -197,17 +165,8 @@ class Graph(nn.Module):
         return self.answer(self.net, view)
 
 
-def encode(encoder, view):
-    """-> tokens (B, 1+N, D), the CLS token first."""
-    return (encoder.features(view),)
-
-
 def recognise(net, view, gallery):
-    """-> who (B,), similarity, threshold, confidence (B,) and embedding (B, D), as recognize.py.
-
-    who counts the names in the file. The character is unknown where its similarity is under its
-    threshold. confidence is nan of an enrolled character.
-    """
+    """-> who (B,), a place in `names`; similarity, threshold, confidence (B,); embedding (B, D)."""
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
     embedding = net.neck(torch.stack(both).mean(0))
     who, similarity, margin, sure = decide(net.head(embedding), embedding, gallery)
@@ -226,26 +185,24 @@ def graph_of(source, image_size=None):
     recogniser = (Path(source) / "head.safetensors").exists()
     if not recogniser and not tags.is_tagger(source):
         encoder, size = checkpoints.load_encoder(source, image_size)
-        graph = Graph(encoder, encode, ("tokens",), size, size)
+        graph = Graph(encoder, lambda net, view: (net.features(view),), ("tokens",), size, size)
         return graph.eval(), {"is": "encoder", "side": size}
     refuse_size(image_size, source)
     if recogniser:
-        net, header = load_classifier(source)
-        gallery = open_gallery(source)
+        (net, header), gallery = load_classifier(source), open_gallery(source)
         answer = partial(recognise, gallery=gallery)
         outputs = ("who", "similarity", "threshold", "confidence", "embedding")
-        about = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
+        notes = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
     else:
-        net, header = tags.load_tagger(source)
+        (net, header), answer = tags.load_tagger(source), tag
         if net.arm not in tags.NAMES_TAGS:
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
-        answer = tag
         outputs = ("tags",) if net.arm == "bce" else ("characters", "tags")
-        about = {"is": "tagger", "names": header["classes"]}
-        about |= {"tags": header["words"], "thresholds": header["thresholds"]}
-    about |= {"side": header["packed_size"], "crop": header["crop"]}
+        notes = {"is": "tagger", "names": header["classes"]}
+        notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
+    notes |= {"side": header["packed_size"], "crop": header["crop"]}
     graph = Graph(net, answer, outputs, header["image_size"], header["packed_size"])
-    return graph.eval(), about
+    return graph.eval(), notes
 
 
 def save_onnx(source, out, image_size=None):
@@ -256,65 +213,33 @@ def save_onnx(source, out, image_size=None):
     import onnxruntime
 
     graph, notes = graph_of(source, image_size)
-    seed = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, *graph.example.shape[1:]), dtype=torch.uint8, generator=seed)
+    noise = np.random.default_rng(0)
+    images = noise.integers(0, 256, (3, *graph.example.shape[1:]), dtype=np.uint8)
+    options = {"input_names": ["images"], "output_names": list(graph.outputs)}
+    options["dynamic_shapes"] = {"images": {0: torch.export.Dim("B")}}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        expected = graph(images)  # before tracing: constants that kernels keep are made here
-        program = torch.onnx.export(
-            graph,
-            (graph.example,),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=list(graph.outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim("B")}},
-        )
+        expected = graph(
+            torch.from_numpy(images)
+        )  # makes constants that kernels keep, before tracing
+        example = (graph.example,)
+        program = torch.onnx.export(graph, example, dynamo=True, verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
     program.save(str(out), external_data=False)
-    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images})
     for x, y in zip(found, expected, strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
     return f"onnxruntime.InferenceSession({str(out)!r})"
 
 
-# ---- the card ------------------------------------------------------------------------------------
+# ---- the card and the command --------------------------------------------------------------------
 
 OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
-MEASURED = (  # numbers that a card shows of these files, a key in a key after a point
-    ("probe.json", "headline"),
-    ("metrics.json", "top1 macro_f1 ap ap50 end.without_top1 tags.map tags_truth.map"),
-    ("recognize.json", "verification.roc_auc verification.eer"),
-)
-CARD = """---
-license: {licence}
-library_name: {library}
-tags: [masked-autoencoder, vision-transformer, anime]
----
-
-# {name}
-
-Written by export.py of AniMask. This loads it:
-
-    {use}
-
-## What it learned from, and how
-
-| flag | value |
-|---|---|
-{flags}
-
-## How good it is
-
-{measured}
-
-## Limits and licence
-
-It was judged on pictures like those that it learned from. Names, tags and boxes are guesses. The
-code is MIT. The licence of its pictures ({pictures}) holds for the weights.
-"""
+LIBRARIES = {"timm": "timm", "onnx": "onnx", "hf": "transformers"}
+RESULTS = ("probe.json", "metrics.json", "recognize.json")
+NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
 
 
 def card_file(out, to):
@@ -322,53 +247,59 @@ def card_file(out, to):
     return out / "README.md" if to in FOLDERS else out.with_suffix(".md")
 
 
-def write_card(source, to, path, use):
-    """Write the card of what was made from `source`; use: the line that loads it."""
+def card_of(source, to, use):
+    """The card of what was made from `source`; use: the line that loads it."""
     flags = flags_of_run(source)
     pictures = flags.get("data", "not known here")
-    card = CARD.format(
-        licence="mit" if pictures in OURS else "other",
-        library={"timm": "timm", "onnx": "onnx", "hf": "transformers"}.get(to, "pytorch"),
-        name=source.name,
-        use=use,
-        flags="\n".join(f"| {k} | `{v}` |" for k, v in flags.items() if v is not None),
-        measured="\n".join(measured(source)) or "Nothing was measured.",
-        pictures="drawn by the project's own program, MIT" if pictures in OURS else pictures,
-    )
-    path.write_text(card)
+    if ours := pictures in OURS:
+        pictures = "drawn by the project's own program, MIT"
+    table = "\n".join(f"| {k} | `{value}` |" for k, value in flags.items() if value is not None)
+    lines = "\n".join(measured(checkpoints.model_file(source).parent)) or "Nothing was measured."
+    return f"""---
+license: {"mit" if ours else "other"}
+library_name: {LIBRARIES.get(to, "pytorch")}
+tags: [masked-autoencoder, vision-transformer, anime]
+---
+
+# {source.name}
+
+Written by export.py of AniMask. This loads it:
+
+    {use}
+
+| flag of its training | value |
+|---|---|
+{table}
+
+{lines}
+
+Limits: it was judged on pictures like those that it learned from. Names, tags and boxes are guesses.
+The code is MIT. The licence of its pictures ({pictures}) holds for the weights.
+"""
 
 
 def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
-    head, detector = source / "head.safetensors", source / "detector.safetensors"
-    if detector.exists():
-        return read_safetensors(detector)[1].get("run") or {}
-    if not head.exists():
-        return checkpoints.flags_of(source)
-    header = read_head(source)[1]
-    return {k: header[k] for k in ("data", "method")} | header["config"]
+    if (source / "detector.safetensors").exists():
+        return read_safetensors(source / "detector.safetensors")[1].get("run") or {}
+    if (source / "head.safetensors").exists():
+        header = read_head(source)[1]
+        return {"data": header["data"], "method": header["method"]} | header["config"]
+    return checkpoints.flags_of(source)
 
 
-def measured(source):
-    """Lines with the numbers that were measured, each with its command, from the files of a run."""
-    folder, lines = source if source.is_dir() else source.parent, []
-    for name, keys in MEASURED:
-        try:
-            row = read_json(folder / name, ["command"])
-        except UserError:  # not measured, or not by us
-            continue
-        found = []
-        for key in keys.split():
-            table, _, last = key.rpartition(".")
-            number = (row.get(table, {}) if table else row).get(last)
-            if isinstance(number, float):
-                found.append(f"{key} {number:.4g}")
-        split = row.get("evaluated_on", row.get("split", "val"))
-        lines.append(f"- {', '.join(found)}, {split} of {row.get('data')}: `{row['command']}`")
+def measured(folder):
+    """A line for each file of results of a run: its numbers, and the command that makes them."""
+    lines = []
+    for name in RESULTS:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or not ours
+            row = json.loads((folder / name).read_text())
+            where = f"{row.get('evaluated_on', row.get('split', 'val'))} of {row.get('data')}"
+            found = row | row.get("verification", {}) | row.get("tags", {})
+            numbers = [f"{k} {found[k]:.4g}" for k in NUMBERS if isinstance(found.get(k), float)]
+            lines.append(f"- {', '.join(numbers)}, {where}: `{row['command']}`")
     return lines
 
-
-# ---- the command ---------------------------------------------------------------------------------
 
 FORMATS = {  # --to: what writes it, and the name of the file or folder
     "mae": (save_mae, "mae.safetensors"),
@@ -378,36 +309,27 @@ FORMATS = {  # --to: what writes it, and the name of the file or folder
     "onnx": (save_onnx, "model.onnx"),
     "half": (save_half, "half"),
 }
-FOLDERS = ("hf", "half")
 
 
-def target(source, to, out=None):
-    """-> where an export goes, and what must not be there yet."""
-    name = FORMATS[to][1]
-    out = Path(out or (source if source.is_dir() else source.parent) / name)
+def export(source, to, out=None, image_size=None):
+    """Write `source` as `to`, and its card, whole or not at all -> what was written, how it is loaded."""
+    source = Path(source)
+    write, name = FORMATS[to]
+    out = Path(out or checkpoints.model_file(source).parent / name)
     if out.resolve() in (source.resolve(), checkpoints.model_file(source).resolve()):
         raise UserError(f"--out {out} is what is read: choose another")
     if out.is_dir() and to not in FOLDERS:
         raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give {out}/{name}")
     refuse_file(out.parent)
-    return out, [out] if to in FOLDERS else [out, card_file(out, to)]
-
-
-def export(source, to, out=None, image_size=None):
-    """Write `source` in the format `to`, and its card -> what was written, how it is loaded.
-
-    Both are written into a temporary folder, and moved when they are whole.
-    """
-    source = Path(source)
-    out, files = target(source, to, out)
-    refuse_overwrite(files)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        path = Path(folder) / out.name
-        use = FORMATS[to][0](source, path, image_size).replace(str(path), str(out))
-        write_card(source, to, card_file(path, to), use)
-        for made in Path(folder).iterdir():
-            os.rename(made, out.parent / made.name)
+    with locked(lock_beside(out)):
+        refuse_overwrite([out] if to in FOLDERS else [out, card_file(out, to)])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            path = Path(folder) / out.name
+            use = write(source, path, image_size).replace(str(path), str(out))
+            card_file(path, to).write_text(card_of(source, to, use))
+            for made in Path(folder).iterdir():
+                made.rename(out.parent / made.name)
     return out, use
 
 
@@ -419,7 +341,6 @@ def main():
     add("--out", metavar="FILE", help="where to (default: beside ENCODER); hf, half: a folder")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()
-    claim(target(args.encoder, args.to, args.out)[1])
     out, use = export(args.encoder, args.to, args.out, args.image_size)
     print(f"wrote    {out}, {card_file(out, args.to).name}\nload it  {use}")
     if args.to == "merged":
