@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 3), (is_nested, 78), (assigns_many, 115)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 63), (assigns_many, 101)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -137,7 +137,6 @@ PAGE, ALL_PAGES = 1300, 8000
 LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
     "README.md": 1766,
-    "results/STUDY.md": 13459,
     "docs/glossary.md": 1645,
     "docs/own_data.md": 1574,
     "docs/recognition.md": 1905,
