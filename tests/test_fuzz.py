@@ -527,7 +527,6 @@ LOST = [
     [["data.py", "--show", "datasets/tiny"]] * 2,
     [["experiments.map_quality", *GOOD["experiments.map_quality"][:-1], "table.csv"]],
     [["experiments.map_quality", *GOOD["experiments.map_quality"][:-1], "notes.txt"]],
-    [["experiments.map_quality", *GOOD["experiments.map_quality"], "--figure", "picture.png"]],
 ]
 
 

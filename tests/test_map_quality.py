@@ -91,7 +91,7 @@ def test_measures_of_a_perfect_map_and_of_its_opposite():
 def test_the_main_part_is_the_one_that_covers_most():
     parts = torch.zeros(1, 4, 4, dtype=torch.uint8)
     parts[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
-    assert map_quality.main_part(parts, 2, 3).tolist() == [[1, 0, 0, 0]]
+    assert map_quality.main_part(parts, 2).tolist() == [[1, 0, 0, 0]]
 
 
 def test_rows_of_figure_and_parts(portraits, run):
@@ -101,15 +101,13 @@ def test_rows_of_figure_and_parts(portraits, run):
     }
     encoder, size = map_quality.load_teacher(run)
     figure = stacked["fg"] / 255
-    rows, found = map_quality.measure_foreground("toon", stacked["image"], figure, encoder, size)
+    rows = map_quality.measure_foreground("toon", stacked["image"], figure, encoder, size)
     assert [row["map"] for row in rows] == ["coarse", "cut alone", "refined"] and rows[0][
         "auc_gain"
     ] == 0
     assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
-    assert found["refined"].shape == (4, maps.GRID, maps.GRID)
-    rows += map_quality.measure_parts(
-        "toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3
-    )
+    truth = stacked["image"], figure, stacked["parts"]
+    rows += map_quality.measure_parts("toon", truth, encoder, size, 3)
     assert all(-0.5 <= row["ari"] <= 1 for row in rows[3:]) and len(rows) == 7
     assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
 
@@ -149,13 +147,11 @@ def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
         "portraits whole, flat",
         "portraits close, flat",
     }
-    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", "--figure", "sheet.png")
+    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none")
     again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
     assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
     (tmp_path / "README.md").write_text("# mine\n\nwords\n")
     for words, says in (
-        (["--figure", "sheet.png"], "sheet.png is there already"),
-        (["--figure", "sheet.txt"], "sheet.txt is drawn as"),
         (["--out", "README.md"], "README.md is there already, and no such table"),
         (["--out", "README.md/t.csv"], "README.md is a file"),
     ):
