@@ -1,4 +1,4 @@
-"""How true are the maps? Foreground, attention and parts against the true masks of portraits and the demo set.
+"""How true are the maps? Foreground, attention and parts against the true masks of the demo set.
 
     python -m experiments.map_quality --run runs/NAME       # into runs/truth.csv
 
@@ -6,106 +6,28 @@ Saliency: per-patch AUC and IoU (at .5) of coarse, refined, and the normalised c
 images. Attention: AUC, and its share on the background over the background's area (`background`; 1
 is no preference). Parts: adjusted Rand index over patches of the true foreground, beside k-means on
 what has learned nothing.
-Portraits with true alpha (--portraits; development data that is not part of this repository) are
-laid on four kinds of background. "whole" is as wide as the canvas, "close" its centre square. Only
-the half of the identities is used that no constant was chosen on.
 """
 
 import contextlib
-import io
-import itertools
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import data
 import maps
 import mask as masking
 from common import guidance
 from common.checkpoints import load_teacher
-from common.command import Parser, cli, progress, refuse_file
+from common.command import Parser, cli, refuse_file
 from common.features import untrained_like
-from common.io import UserError, regular
+from common.io import UserError
 from common.train import commit, machine, seeded
 from experiments.tables import replace_rows, rows_there
-from ingest.decode import open_picture
 
-BACKGROUNDS = ("flat", "gradient", "tone", "photo")
-FRAMINGS = ("whole", "close")
 KEYS = ("run", "set", "map")  # of a row: the same again replaces it
 SCORES = ("auc", "iou", "auc_gain", "gain_half_width_95", "ari", "background")
-
-
-# ---- portraits on backgrounds that are drawn here ------------------------------------------------
-
-
-def portraits(path, framing, half=1, side=128):
-    """RGBA u8 (n, side, side, 4) of every second identity: half 0 is for choices, 1 is reported."""
-    check_zip(path)
-    with zipfile.ZipFile(path) as archive:
-        names = sorted(n for n in archive.namelist() if n.endswith(".webp"))
-        people = sorted({n.split("/")[-2] for n in names})[half::2]
-        chosen = [n for n in names if n.split("/")[-2] in people]
-        pictures = [open_picture(io.BytesIO(archive.read(n))).convert("RGBA") for n in chosen]
-    return torch.from_numpy(np.stack([framed(p, framing, side) for p in pictures]))
-
-
-def check_zip(path):
-    if not zipfile.is_zipfile(regular(path)):
-        raise UserError(
-            f"{path} is no zip of portraits; --portraits none measures the demo set alone"
-        )
-
-
-def framed(picture, framing, side):
-    """RGBA picture -> u8 (side, side, 4)."""
-    w, h = picture.size
-    if framing == "close":
-        box = ((w - h) / 2, 0, (w + h) / 2, h)
-        return np.array(picture.resize((side, side), Image.BICUBIC, box))
-    height, canvas = min(side, round(side * h / w)), np.zeros((side, side, 4), np.uint8)
-    canvas[side - height :] = np.array(picture.resize((side, height), Image.BICUBIC))
-    return canvas
-
-
-def natural_noise(n, side, generator):
-    """(n, side, side, 4) with an amplitude of 1/frequency, as natural images have (Field 1987)."""
-    frequency = torch.fft.fftfreq(side)[:, None].hypot(torch.fft.fftfreq(side)).clamp(min=1 / side)
-    spectrum = torch.fft.fft2(torch.randn(n, 4, side, side, generator=generator)) / frequency
-    noise = torch.fft.ifft2(spectrum).real
-    return (noise / noise.std((2, 3), keepdim=True)).permute(0, 2, 3, 1)
-
-
-def draw_background(kind, n, side, generator):
-    """fp32 (n, side, side, 3) in [0, 1]: a colour, a gradient of two, a screen tone, or noise."""
-    colour = 0.15 + 0.8 * torch.rand(2, n, 1, 1, 3, generator=generator)
-    turn = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
-    line = torch.linspace(-0.5, 0.5, side)
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
-    if kind == "flat":
-        return colour[0].expand(n, side, side, 3)
-    if kind == "photo":  # mostly in luminance
-        noise = natural_noise(n, side, generator)
-        return (colour[0] + 0.12 * noise[..., :1] + 0.05 * noise[..., 1:]).clamp(0, 1)
-    share = (u + 0.5).clamp(0, 1)
-    if kind == "tone":
-        period = (4 + 6 * torch.rand(n, 1, 1, generator=generator)) / side
-        waves = (2 * math.pi * u / period).cos() + (2 * math.pi * v / period).cos()
-        share = (2 * waves + 0.5).sigmoid()
-    return colour[0] * (1 - share[..., None]) + colour[1] * share[..., None]
-
-
-def composite(rgba, kind, seed=0):
-    """RGBA u8 (n, S, S, 4) on a background -> images u8 (n, S, S, 3), true foreground (n, S, S)."""
-    behind = draw_background(kind, len(rgba), rgba.shape[1], seeded(seed, BACKGROUNDS.index(kind)))
-    alpha = rgba[..., 3:] / 255
-    images = rgba[..., :3] * alpha + 255 * behind * (1 - alpha)
-    return images.round().to(torch.uint8), alpha[..., 0]
 
 
 # ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] -----------------------
@@ -236,14 +158,10 @@ def main():
     add("--run", required=True, help="run of pretrain.py: encoder of refined maps and parts")
     add("--data", default="datasets/toon", help="packed set with true masks (default: demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
-    zipped = "../shared/data/portraits70_alpha.zip"
-    add("--portraits", default=zipped, help="zip of RGBA pictures, or none")
     add("--out", default="runs/truth.csv", metavar="CSV", help="gets these rows; others are kept")
     args = parser.parse_args()
     refuse_file(Path(args.out).parent)
     rows_there(args.out, KEYS)
-    if args.portraits != "none":
-        check_zip(args.portraits)
     truth = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_teacher(args.run)
     name = f"{Path(args.data).name} {args.split}"
@@ -251,11 +169,6 @@ def main():
     rows += measure_attention(name, *truth[:2], encoder, size)
     for K in (6, 12):
         rows += measure_parts(name, truth, encoder, size, K)
-    sets = list(itertools.product(FRAMINGS, BACKGROUNDS)) if args.portraits != "none" else []
-    for framing, kind in progress(sets, "portraits"):
-        laid = composite(portraits(args.portraits, framing), kind)
-        for measure in (measure_foreground, measure_attention):
-            rows += measure(f"portraits {framing}, {kind}", *laid, encoder, size)
     run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
     replace_rows(args.out, [{"run": run} | row | made for row in rows], KEYS)
     for row in rows:

@@ -87,8 +87,6 @@ GOOD = {
         "runs/nano",
         "--data",
         "datasets/tiny",
-        "--portraits",
-        "none",
         "--out",
         "new.csv",
     ],
