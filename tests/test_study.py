@@ -339,3 +339,20 @@ def test_every_plan_is_whole(name):
         assert columns <= {*plan["columns"], "variance", "log_epochs"}
     for arm in plan.get("trials", {}):
         assert arm in plan["arms"] or arm in plan.get("made", {})
+
+
+def test_every_flag_of_a_plan_is_its_stages(tmp_path):
+    known = {}
+    for plan in plans.PLANS.values():
+        recipe = plan["set"].get("recipe", "")
+        made = [*plan["arms"].values(), *plan.get("made", {}).values(), [plan.get("judge", "")]]
+        for text in filter(None, sum(map(list, made), [])):
+            words = text.replace("{recipe}", recipe).split()
+            stage = words[1] if words[0] == "-m" else words[0]
+            if "--verify" in words:
+                stage = "recognize.py"
+            if stage not in known:
+                page = call(stage, "--help", cwd=tmp_path, check=0).stdout
+                known[stage] = set(run.re.findall(r"--[a-z][\w-]*", page))
+            used = {word for word in words if word.startswith("--")}
+            assert used <= known[stage], (text, used - known[stage])
