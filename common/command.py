@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         known = {name: action.dest for name, action in self._option_string_actions.items()}
         found.given = getattr(found, "given", set()) | {known[f] for f in flags & known.keys()}
         for name in found.given:
-            if getattr(found, name, None) == "":  # as of --out "$UNSET"
+            if getattr(found, name, None) in ("", []):  # as of --out "$UNSET", --seed=--
                 self.error(f"--{name.replace('_', '-')} gives no value")
         return found, rest
 
