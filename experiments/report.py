@@ -23,7 +23,7 @@ from experiments.plans import COLUMNS
 from experiments.tables import read_csv, save_csv
 
 DEFAULTS = {"columns": COLUMNS, "margin": 1.0, "differences": [], "hypotheses": []}
-DEFAULTS |= {"phase": "reported", "split": "val"}
+DEFAULTS |= {"compare": ("top1", "cutout", "finetuned"), "phase": "reported", "notes": {}}
 FIX = "restore it, or make the rows with experiments.run"
 CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run, its start and its end
 MADE = ("machine", "commit")
@@ -121,9 +121,9 @@ def derived(row, study):
     return found | {f"attention_on_{part}": share for part, share in looks.items()}
 
 
-def values_of(runs, column):
-    """The numbers of a column, of the runs that have one."""
-    found = [row["metrics"].get(column) for row in runs]
+def values_of(seeds, column):
+    """{seed: row} -> the numbers of a column, of the runs that have one."""
+    found = [row["metrics"].get(column) for row in seeds.values()]
     return [float(x) for x in found if x is not None and x != ""]
 
 
@@ -157,8 +157,8 @@ def measure(test, study):
         each = [100.0 * from_bits(a, n) - 100.0 * from_bits(b, n) for a, b in bits]
         row["over"] = "seeds and illustrations"
         return row | stats.paired(np.array(each), study.groups, claim, margin)
-    known = [[values_of([r], c) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
-    each = [a[0] - b[0] for a, b in known if a and b]
+    known = [(a["metrics"].get(columns[0]), b["metrics"].get(columns[1])) for a, b in pairs]
+    each = [a - b for a, b in known if a is not None and b is not None]
     return row | stats.paired(each, None, claim, margin)
 
 
@@ -228,85 +228,66 @@ def p_value(p):
     return "-" if p is None else f"{p:.3f}"
 
 
-def arms_of(study):
-    """-> [one dict for each arm that has rows]: its runs, and a test for each compared column.
+def differences(study):
+    """Every difference of a plan -> its tests with holm_p and verdict.
 
-    Tests have holm_p and a word, after Holm over the table.
+    Holm's families: each compared column over its arms, and the plan's further differences.
     """
-    compare, lines = study.plan.get("compare", ("top1", "cutout", "finetuned")), []
-    best = None
-    if compare and study.rows:
-        best = max(study.rows, key=lambda a: np.mean(values_of(study.rows[a].values(), compare[0])))
-    for arm, seeds in study.rows.items():
-        against = study.plan["arms"][arm]
-        against = best if against == "best" else against
-        line = {"arm": arm, "against": against, "runs": list(seeds.values()), "tests": {}}
-        for column in compare if against in study.rows and arm != against else ():
-            if len(values_of(line["runs"], column)) == len(seeds):
-                test = {"what": column, "arm": arm, "against": against}
-                line["tests"][column] = measure(test, study)
-        lines.append(line)
-    for column in compare:
-        tests = [line["tests"][column] for line in lines if column in line["tests"]]
-        equal = stats.holm([test["p_equal"] for test in tests])
-        for test, p, q in zip(tests, stats.holm([t["p"] for t in tests]), equal, strict=True):
-            test |= {"holm_p": p, "verdict": stats.word(test["effect"], p, q)}
-    return lines
+    groups = []
+    for column in study.plan["compare"]:
+        means = {}
+        for arm, seeds in study.rows.items():
+            if values_of(seeds, column):
+                means[arm] = np.mean(values_of(seeds, column))
+        group = []
+        for arm, against in study.plan["arms"].items():
+            against = max(means, key=means.get, default=arm) if against == "best" else against
+            group.append({"what": column, "arm": arm, "against": against})
+        groups.append([test for test in group if test["arm"] != test["against"]])
+    tests = []
+    for group in [*groups, study.plan["differences"]]:
+        found = [test for test in (measure(test, study) for test in group) if test["n"]]
+        p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
+        for test, holm_p, q in zip(found, p, equal, strict=True):
+            verdict = stats.word(test["effect"], holm_p, q)
+            tests.append(test | {"holm_p": holm_p, "verdict": verdict})
+    return tests
 
 
 def controls(study):
-    """A line about what an encoder has to beat, where a pilot had the whole probe."""
-    for row in study.all:
-        found = row.get("controls")
-        if found:
-            thumbnail = max(
-                (x for name, x in found.items() if name.startswith("thumb")), default=0.0
-            )
-            untrained = found.get("untrained " + study.plan.get("pool", "mean"), 0.0)
-            return [
-                f"Controls: best thumbnail {thumbnail:.1f} %, untrained encoder {untrained:.1f} %."
-            ]
-    return []
+    """What an encoder has to beat, where a pilot had the whole probe -> [line] or []."""
+    found = next((row["controls"] for row in study.all if row.get("controls")), {})
+    names = ["untrained " + study.plan.get("pool", "mean"), "thumb4", "thumb8", "thumb16"]
+    known = [f"{name} {found[name]:.1f} %" for name in names if name in found]
+    return [f"Controls, Top-1: {', '.join(known)}."] if known else []
 
 
-def arm_table(study, lines):
+def arm_table(study):
     """-> lines of Markdown: a row for each arm."""
-    columns = [c for c in study.plan["columns"] if any(values_of(x["runs"], c) for x in lines)]
-    compared = [c for c in columns if any(c in line["tests"] for line in lines)]
-    head = ["arm", "runs"]
-    for c in columns:
-        head.append(study.plan["columns"][c].format(minutes=study.then / 60))
-        head += ["against", "difference", "p, Holm", "verdict"] if c in compared else []
+    columns = [
+        c for c in study.plan["columns"] if any(values_of(x, c) for x in study.rows.values())
+    ]
+    headings = [study.plan["columns"][c].format(minutes=study.then / 60) for c in columns]
     rows = []
-    for line in lines:
-        note = study.plan.get("notes", {}).get(line["arm"])
-        row = [f"`{line['arm']}`" + (f": {note}" if note else ""), len(line["runs"])]
+    for arm, seeds in study.rows.items():
+        note = study.plan["notes"].get(arm)
+        row = [f"`{arm}`" + (f": {note}" if note else ""), len(seeds)]
         for c in columns:
-            values = values_of(line["runs"], c)
-            some = 0 < len(values) < len(line["runs"])
-            row.append(cell(values) + (f" ({len(values)} of {len(line['runs'])})" if some else ""))
-            test = line["tests"].get(c)
-            if test:
-                row += [f"`{line['against']}`", interval(test), p_value(test["holm_p"])]
-                row.append(test["verdict"])
-            elif c in compared:
-                row += ["", "", "", ""]
+            values = values_of(seeds, c)
+            some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
+            row.append(cell(values) + some)
         rows.append(row)
-    notes = [NOTES.format(margin=study.plan["margin"]), *controls(study)]
-    return [*markdown(head, rows), "", *notes]
+    return markdown(["arm", "runs", *headings], rows)
 
 
-def difference_table(study):
-    """-> lines of Markdown: a row for each difference that the plan asks about."""
-    found = [measure(test, study) for test in study.plan["differences"]]
-    found = [test for test in found if test["n"]]
-    p, q = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
+def difference_table(study, tests):
+    """-> lines of Markdown: a row for each difference."""
     rows = []
-    for test, holm_p, equal in zip(found, p, q, strict=True):
-        verdict = stats.word(test["effect"], holm_p, equal)
-        rows.append([test["text"], interval(test), p_value(holm_p), verdict])
-    head = ["difference", "points", "p, Holm", "verdict"]
-    return ["", *markdown(head, rows)] if rows else []
+    for test in tests:
+        heading = study.plan["columns"].get(test["what"], test["what"])
+        text = test.get("text", f"{heading}: `{test['arm']}` against `{test['against']}`")
+        rows.append([text, interval(test), p_value(test["holm_p"]), test["verdict"]])
+    return markdown(["difference", "points", "p, Holm", "verdict"], rows)
 
 
 def hypothesis_table(hypothesis, study):
@@ -348,56 +329,62 @@ def other_counts(test, study):
     ]
 
 
-def csv_row(line, study):
-    """A row of table.csv: every column with its deviation, every difference, machines and commits."""
-    row = {"arm": line["arm"], "against": line["against"], "seeds": len(line["runs"])}
-    more = [name for name in line["runs"][0]["metrics"] if name.startswith("attention_on_")]
-    for name in [*study.plan["columns"], *CURVE, *more]:
-        values = values_of(line["runs"], name)
+def csv_row(arm, tests, study):
+    """A row of table.csv: every column with its deviation, every difference to the baseline."""
+    seeds = study.rows[arm]
+    row = {"arm": arm, "against": study.plan["arms"][arm], "seeds": len(seeds)}
+    looks = [name for name in next(iter(seeds.values()))["metrics"] if "attention_on_" in name]
+    for name in [*study.plan["columns"], *CURVE, *looks]:
+        values = values_of(seeds, name)
         row[name] = float(np.mean(values)) if values else None
         if name in study.plan["columns"]:
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             row[f"{name}_deviation"] = spread
-    for column, test in line["tests"].items():
-        row |= {f"{column}_{k}": test[k] for k in ("effect", "low", "high", "holm_p", "verdict")}
+    for test in tests:
+        if test["arm"] == arm and "text" not in test:
+            row["against"] = test["against"]
+            fields = ("effect", "low", "high", "holm_p", "verdict")
+            row |= {f"{test['what']}_{k}": test[k] for k in fields}
     row = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
-    for name in ("machine", "commit"):
-        row[name] = "; ".join(sorted({run.get(name, "") for run in line["runs"]}))
+    for name in MADE:
+        row[name] = "; ".join(sorted({run.get(name, "") for run in seeds.values()}))
     return row
 
 
-def draw(path, lines, study):
+def draw(path, study):
     """A dot for each seed, one panel for each of the first two columns."""
     from common import plots  # matplotlib takes a second to load
 
     columns = list(study.plan["columns"])[:2]
-    size = (4.8 * len(columns), 1.4 + 0.28 * len(lines))
+    size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
     title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
     with plots.panels(path, title, 1, len(columns), size, sharey=True, squeeze=False) as axes:
         for axis, column in zip(axes[0], columns, strict=True):
-            for i, line in enumerate(lines):
-                values = values_of(line["runs"], column)
+            for i, seeds in enumerate(study.rows.values()):
+                values = values_of(seeds, column)
                 axis.plot(values, [i] * len(values), "o", ms=5, alpha=0.7, color=plots.BLUE)
             axis.set(xlabel=study.plan["columns"][column].format(minutes=study.then / 60))
             axis.grid(axis="x", alpha=0.3)
-        axes[0, 0].set_yticks(range(len(lines)), [line["arm"] for line in lines])
+        axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
         axes[0, 0].invert_yaxis()
 
 
 def write(study, figure=False):
     """The files of one of `judged`."""
-    plan, folder, lines = study.plan, study.folder, arms_of(study)
-    if not lines:
+    plan, folder = study.plan, study.folder
+    if not study.rows:
         raise UserError(f"{folder} has no row yet; experiments.run makes them")
+    tests = differences(study)
     text = [f"# {plan['plan']} on {plan['data']}, {plan['split']}: {plan['question']}", ""]
-    text += [*arm_table(study, lines), *difference_table(study)]
+    text += [*arm_table(study), "", *controls(study), "", *difference_table(study, tests), ""]
+    text.append(NOTES.format(margin=plan["margin"]))
     for hypothesis in study.hypotheses:
         text += hypothesis_table(hypothesis, study)
     if figure:
-        draw(folder / "figure.png", lines, study)
+        draw(folder / "figure.png", study)
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
-    rows = [csv_row(line, study) for line in lines]
+    rows = [csv_row(arm, tests, study) for arm in study.rows]
     columns = dict.fromkeys(name for row in rows for name in row if name not in MADE)
     columns |= dict.fromkeys(MADE)
     save_csv(folder / "table.csv", [{c: row.get(c) for c in columns} for row in rows])
@@ -410,24 +397,24 @@ MARKS = "<!-- experiments.report writes from here -->", "<!-- to here -->"
 
 def section(study, top):
     """A study in STUDY.md -> lines: what was asked and made, and each arm with its difference."""
-    plan, lines = study.plan, arms_of(study)
-    seeds = f"{min(plan['seeds'])} to {max(plan['seeds'])}"
+    plan, seeds = study.plan, study.plan["seeds"]
     kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
-    folder = study.folder.relative_to(top)
-    made = f"{sum(len(line['runs']) for line in lines)} runs, seeds {seeds}"
+    made = f"{sum(map(len, study.rows.values()))} runs, seeds {min(seeds)} to {max(seeds)}"
     text = [f"## {study.folder.name}{kind}", ""]
-    text += [f"{plan['question']} {made} ([table]({folder}/table.md)).", ""]
-    if len(lines) > 10:
-        best = max(lines, key=lambda line: np.mean(values_of(line["runs"], "top1")))
-        return [*text, f"The best of {len(lines)} arms is `{best['arm']}`.", ""]
+    link = f"[table]({study.folder.relative_to(top)}/table.md)"
+    text += [f"{plan['question']} {made} ({link}).", ""]
+    if len(study.rows) > 10:
+        best = max(study.rows, key=lambda arm: np.mean(values_of(study.rows[arm], "top1")))
+        return [*text, f"The best of {len(study.rows)} arms is `{best}`.", ""]
+    tests = {test["arm"]: test for test in differences(study) if test["what"] == "top1"}
     rows = []
-    for line in lines:
-        test = line["tests"].get("top1")
-        found = f"{test['effect']:+.1f}" if test else ""
-        if test and test["low"] is not None:
-            found += f" ({test['low']:+.1f} to {test['high']:+.1f})"
-        top1 = cell(values_of(line["runs"], "top1"), 1)
-        rows.append([f"`{line['arm']}`", top1, found, test["verdict"] if test else ""])
+    for arm, runs in study.rows.items():
+        row = [f"`{arm}`", cell(values_of(runs, "top1"), 1), "", ""]
+        if arm in tests:
+            test = tests[arm]
+            row[2] = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
+            row[3] = test["verdict"]
+        rows.append(row)
     return [*text, *markdown(["mask", "Top-1, %", "difference", "verdict"], rows), ""]
 
 
