@@ -282,15 +282,24 @@ def against(plan, arm):
 def save_plan(args, arms, seeds, folder):
     """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay."""
     with locked(lock_beside(folder / "PLAN.json"), wait=True):
-        old = {"arms": {}, "seeds": []}
+        old = {"arms": {}, "seeds": [], "commands": {}}
         if (folder / "PLAN.json").exists():
-            old = read_json(folder / "PLAN.json", ["arms", "seeds"])
+            old = read_json(folder / "PLAN.json", old)
+        commands = {arm: args.plan["arms"][arm] for arm in arms}
+        now = {"set": args.set, "digest": args.digest}
+        then = {k: old.get(k, x) for k, x in now.items()}
+        if then != now or commands | old["commands"] != old["commands"] | commands:
+            raise UserError(
+                f"{folder} has rows by other settings, data or commands ({then['set']}); "
+                "give those again, or another --out"
+            )
         plan = {k: args.plan[k] for k in KEPT if k in args.plan}
         plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
         plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
         plan["seeds"] = sorted({*old["seeds"], *seeds})
-        save_json(plan | {"set": args.set}, folder / "PLAN.json", None)
+        plan["commands"] = old["commands"] | commands
+        save_json(plan | now, folder / "PLAN.json", None)
         if args.plan.get("right"):
             found = {"split": args.set["split"], "groups": args.groups}
             save_json(found, folder / "images.json", None)

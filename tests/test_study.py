@@ -131,6 +131,8 @@ def test_a_mask_of_ones_own_against_random_is_one_command_and_one_table(home, sm
     assert "6 runs, 6 done" in study(small, "mine", "--arms", "block", "--seeds", 3)
     study(small, "mine", "--arms", "green", "--seeds", 4)
     assert len(calls(home)) == before + 5  # a seed of random, four of green
+    other = ["--set", "recipe=--epochs 2", "--arms", "block", "--data", small]
+    assert "by other settings" in refused(call("experiments.run", "mine", *other, cwd=home))
     plan = json.loads((home / "runs/experiments/mine-packed/PLAN.json").read_text())
     assert list(plan["arms"]) == ["random", "block", "green"] and plan["seeds"][-1] == 2003
 
