@@ -3,10 +3,9 @@
     python -m experiments.convnets resnet50 --method full --from-scratch --data datasets/mine
     python -m experiments.convnets runs/resnet50-full --verify      as recognize.py does
 
-The stages know ViTs only. Here they get networks of transformers by other functions of the same
-names: `in_stages`. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map,
-and their mean is in the place of the CLS token. NAME@2 is a network whose first layers halve the
-sides once and not twice, for small pictures, NAME@1 not at all.
+The stages know ViTs only. `in_stages` gives them networks of transformers by functions of the same
+names. "Patches" are the whole view. Tokens (B, 1+N, D) are the places of the last map, and their
+mean is in the place of the CLS token.
 """
 
 import sys
@@ -28,10 +27,12 @@ NETWORKS = {  # width of the last map
     "resnet10": 320,  # a block a stage, as many parameters as nano
     "efficientnet_b0": 1280,  # Tan and Le 2019, arXiv:1905.11946
 }
+SMALL = {"hidden_sizes": [40, 80, 160, 320], "depths": [1] * 4, "embedding_size": 40}
+SMALL["layer_type"] = "basic"
 
 
 class ConvNet(nn.Module):
-    """config: network (a name of NETWORKS, @ and the stride of its first layers), image_size."""
+    """config: network, a name of NETWORKS, and image_size."""
 
     blocks = ()  # no block learns at a rate of its own
     side = 1  # no patch can be left out
@@ -40,9 +41,8 @@ class ConvNet(nn.Module):
         super().__init__()
         self.config = {"network": network, "image_size": image_size}
         self.patch_size = image_size
-        name, _, stride = network.partition("@")
-        self.body = build(name, image_size, int(stride or 4))
-        self.register_buffer("cls_token", torch.zeros(1, 1, NETWORKS[name]), persistent=False)
+        self.body = build(network, image_size)
+        self.register_buffer("cls_token", torch.zeros(1, 1, NETWORKS[network]), persistent=False)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
@@ -53,84 +53,46 @@ class ConvNet(nn.Module):
     def forward(self, view, _):
         """view u8 (B, S, S, 3) -> tokens (B, 1+N, D), the first the mean of the others."""
         x = (view.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        places = (
-            self.body(x.contiguous(memory_format=torch.channels_last))
-            .last_hidden_state.flatten(2)
-            .mT
-        )
+        places = self.body(x.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        places = places.flatten(2).mT
         return torch.cat([places.mean(1, keepdim=True), places], 1)
 
     def features(self, view):
         return self(view, None)
 
 
-def build(name, image_size, stride):
-    """The network of transformers, without a classifier, weights random; stride 4 is as published,
-    b0's 2.
-    """
+def build(name, image_size):
+    """The network of transformers, without a classifier, weights random."""
     try:
         from transformers import EfficientNetConfig, EfficientNetModel, ResNetConfig, ResNetModel
     except ImportError:
         raise UserError(
             f"{name} needs transformers: pip install -r requirements-segment.txt"
         ) from None
-    if name == "efficientnet_b0":
-        # transformers' momentum is TensorFlow's, and with its weights of std .02, of norms too, no
-        # signal gets through
-        net = EfficientNetModel(
-            EfficientNetConfig(
-                image_size=image_size,
-                width_coefficient=1.0,
-                depth_coefficient=1.0,
-                hidden_dim=NETWORKS[name],
-                dropout_rate=0.2,
-                batch_norm_momentum=0.1,
-            )
-        )
-        for layer in net.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-            elif isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()
-        if (
-            stride == 1
-        ):  # as published its border is right and below alone, which suits a stride of 2
-            net.embeddings.convolution.stride, net.embeddings.padding = (1, 1), nn.ZeroPad2d(1)
-        return net
-    sizes = {
-        "hidden_sizes": [40, 80, 160, 320],
-        "depths": [1] * 4,
-        "embedding_size": 40,
-        "layer_type": "basic",
-    }
-    net = ResNetModel(ResNetConfig(**sizes if name == "resnet10" else {}))
-    net.embedder.embedder.convolution.stride = (max(1, stride // 2),) * 2
-    if stride == 1:
-        net.embedder.pooler = nn.Identity()
+    if name != "efficientnet_b0":
+        return ResNetModel(ResNetConfig(**SMALL if name == "resnet10" else {}))
+    # transformers' momentum is TensorFlow's, and its weights of std .02 let no signal through
+    scales = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "dropout_rate": 0.2}
+    scales |= {"hidden_dim": NETWORKS[name], "batch_norm_momentum": 0.1}
+    net = EfficientNetModel(EfficientNetConfig(image_size=image_size, **scales))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()
     return net
-
-
-def is_convnet(path):
-    """Is it the name of one of them, or a run of one?"""
-    name = about_model(path).get("config", {}).get("network") or str(path)
-    return name.partition("@")[0] in NETWORKS and name.partition("@")[2] in ("", "1", "2", "4")
-
-
-def load(path, image_size=None):
-    """A name, with random weights, or a run -> the network in eval mode, and the side of its views."""
-    config = about_model(path).get("config") or {
-        "network": str(path),
-        "image_size": image_size or 64,
-    }
-    net = ConvNet(**config | {"image_size": image_size or config["image_size"]})
-    if model_file(path).exists():
-        load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))
-    return net.eval(), net.config["image_size"]
 
 
 def load_any(path, image_size=None):
     """As checkpoints.load_encoder; a name of NETWORKS, or a run of one, is that network."""
-    return (load if is_convnet(path) else checkpoints.load_encoder)(path, image_size)
+    config = about_model(path).get("config", {})
+    if "network" not in config and str(path) not in NETWORKS:
+        return checkpoints.load_encoder(path, image_size)
+    network, side = config.get("network", str(path)), image_size or config.get("image_size", 64)
+    net = ConvNet(network, side)
+    if model_file(path).exists():
+        load_exactly(net, read_safetensors(model_file(path))[0], model_file(path))
+    return net.eval(), side
 
 
 def save_any(encoder, path, about):

@@ -1,350 +1,463 @@
-"""The questions of the study, as plain data: arms, hypotheses, claims. study.py runs it, verdicts.py judges it.
+"""What is compared with what, as data: run.py makes the runs of a plan, report.py judges them.
 
-An arm is a mask, and after it any other flags of pretrain.py: "random", "attn_high:beta=2
---attention outlier". What stands in braces is made before the first run: {pilot}, a run with random
-masks and a seed that is never reported; {coarse}, {parts}, maps by maps.py (the last
-with the pilot's encoder); {dino} is the file of --dino.
+A plan is a dict:
+
+question      what it asks
+seeds         of every arm, paired
+arms          {arm: its commands}, made one after the other
+columns       {name: (heading, command, file in its folder, path in the file, factor)}
+against       the arm that the others are compared with, {arm: its own one}, or "best"
+compare       columns that get a difference to it, an interval, a p and a verdict
+differences   further differences that the table answers
+hypotheses    claims with a verdict; pilots: runs whose seeds are never reported, for the threshold
+made          {name: commands}: what {name} in an arm stands for, made once; its last folder
+trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
+set           values of words in braces; --set of run.py replaces them
+needs         {word of a command: the library that it needs}
+
+In commands, {0} is the folder of the arm's first command, {seed} and {data} are what they say, and
+{epochs} is how many epochs fill the plan's minutes.
 """
 
-import hashlib
-import json
-
-from common.io import UserError
-
-QUESTIONS = {
-    "h1": "Does hiding what a teacher looks at teach more, and sooner, than hiding at random?",
-    "look": "The same, by a teacher that was taught to look: does it teach more now?",
-    "h2": "Does hiding the background first make training steadier and faster, hiding the foreground first better?",
-    "h3": "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
-    "ablations": "Which factor of the recipe matters, and how much?",
-    "finetune": "Does it still help when the whole encoder is trained afterwards?",
-    "tune": "Which recipe is best on dev, with as many trials for random masks as for guided ones?",
-    "first": "The README's first command against the same with random masks: as many steps of as many views.",
-    "arms": "How do these masks compare?",
+METRICS = "metrics.json"
+COLUMNS = {  # of published plans that name none
+    "top1": "Top-1, %",
+    "cutout": "under Cutout 0.3, %",
+    "finetuned": "fine-tuned, %",
+    "linear": "in the run, %",
+    "epochs": "epochs to threshold",
+    "minutes": "minutes",
+    "linear_then": "after {minutes:.1f} min, %",
 }
-FAMILY = {
-    "H1": 4,
-    "H2a at .75": 2,
-    "H2b at .75": 2,
-    "H2a at .5": 2,
-    "H2b at .5": 2,
-    "H3": 3,
-}  # and their tests
-LOOK = {"H1 again on faces20": 4, "H1 again on toon": 4}  # one family for both sets
-TEST = (
-    "Differences between paired seeds with a 95 % t interval; of shares of images also a bootstrap over seeds and "
-    "illustrations. Supported: each part of the hypothesis has its intervals above 0 and its estimate at least at the "
-    "claim, and Holm over the family leaves p < .05, p being the largest of its parts (intersection-union test). "
-    "Refuted: for one part a true effect as large as the claim has p < .05, one-sided, after Holm over all parts of "
-    "the family. Variances: F test, from ten seeds on. All else is undecided, and so is what lacks a planned run."
+PLANS = {}
+
+# ---- masks: an arm is a mask, and flags of pretrain.py behind it ---------------------------------
+
+PRE = "pretrain.py --data {data} --seed {seed} --split {split} --eval-every 1 {recipe} --mask {arm}"
+PROBE = "probe.py {0} --data {data} --split {split} --pool {pool} --headline"
+STRESS = (
+    "-m experiments.stress {0} --data {data} --split {split} --pool {pool} --only cutout "
+    "--images 1000000"
+)
+FINETUNE = "finetune_lora.py {0} --method full --data {data} --split {split} --seed {seed}"
+MASKS = [PRE, PROBE]
+PILOT = PRE.replace("{arm}", "random").replace("{seed}", "1000")
+TEACHER = "--contrast pooler --flat-weight 0.1"  # the teacher's attention has a reason to look
+PLAIN = "--contrast none --flat-weight 1"  # H1 to H3: no second loss, and plain weights
+SMALL = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
+OF_MASKS = {
+    "seeds": range(5),
+    "against": "random",
+    "template": MASKS,
+    "curve": 0,
+    "compare": ("top1", "cutout", "finetuned"),
+    "set": {"recipe": f"{SMALL} {PLAIN}", "pool": "mean", "split": "val"},
+    "columns": {
+        "top1": ("Top-1, %", 1, "probe-headline.json", "headline", 100),
+        "linear": ("in the run, %",),
+        "epochs": ("epochs to threshold",),
+        "minutes": ("minutes",),
+        "linear_then": ("after {minutes:.1f} min, %",),
+    },
+    "right": {"top1": (1, "probe-headline.json", "right/logistic")},
+    "made": {
+        "pilot": [PILOT],
+        "coarse": ["maps.py --data {data} --map saliency"],
+        "parts": [PILOT, "maps.py --data {data} --map parts --run {0}"],
+    },
+}
+
+
+def masks(*arms, more=(), **changes):
+    """A plan whose arms are masks; more: commands behind pre-training and probe."""
+    commands = [*MASKS, *more]
+    plan = OF_MASKS | {"arms": dict.fromkeys(arms, commands), "template": commands} | changes
+    plan["set"] = OF_MASKS["set"] | changes.get("set", {})
+    plan["columns"] = OF_MASKS["columns"] | changes.get("columns", {})
+    plan["right"] = OF_MASKS["right"] | changes.get("right", {})
+    return plan
+
+
+def test(what, arm, against, claim=0.0, **more):
+    """what: a column (points), epochs (percent fewer), log_epochs (geometric mean), variance."""
+    return {"what": what, "arm": arm, "against": against, "claim": claim, **more}
+
+
+def difference(arm, what, against, against_what, text):
+    """One line of the table of differences."""
+    return test(what, arm, against, against_what=against_what, text=text)
+
+
+def hypothesis(name, claim, *parts):
+    return {"id": name, "claim": claim, "parts": list(parts)}
+
+
+PLANS["mine"] = masks(
+    "random",
+    question="Is this mask better than random masks?",
+    seeds=range(2000, 2003),
+    set={"recipe": f"--model nano {TEACHER}", "pool": "extremes"},
+)
+PLANS["arms"] = PLANS["mine"] | {"question": "How do these masks compare?", "seeds": range(5)}
+
+GUIDED, SHUFFLED = "attn_high", "attn_high:shuffle=1"
+PLANS["h1"] = masks(
+    "random",
+    GUIDED,
+    SHUFFLED,
+    "green",
+    question="Does hiding what a teacher attends to teach more, and sooner, than random masks?",
+    pilots=1,
+    hypotheses=[
+        hypothesis(
+            "H1",
+            "1 point of Top-1 more than random, 10 % fewer epochs, better than both controls",
+            test("top1", GUIDED, "random", 1.0),
+            test("epochs", GUIDED, "random", 10.0),
+            test("top1", GUIDED, SHUFFLED),
+            test("top1", GUIDED, "green"),
+        )
+    ],
+)
+PLANS["look"] = masks(
+    "random",
+    GUIDED,
+    "attn_hint",
+    SHUFFLED,
+    "green",
+    "fg_heavy --maps {coarse}",
+    question="The same, by a teacher that a contrastive loss trains: does it teach more now?",
+    seeds=range(100, 108),
+    pilots=3,
+    set={"recipe": "--model nano:decoder_depth=1 --epochs 8 --contrast pooler --flat-weight 1"}
+    | {"pool": "extremes"},
+    hypotheses=[
+        hypothesis(
+            "H1 again",
+            "what H1 claims",
+            test("top1", GUIDED, "random", 1.0),
+            test("log_epochs", GUIDED, "random", 10.0),
+            test("top1", GUIDED, SHUFFLED),
+            test("top1", GUIDED, "green"),
+        )
+    ],
 )
 
-
-def with_parameter(arm, pair):
-    """ "attn_high --teacher x", "shuffle=1" -> "attn_high:shuffle=1 --teacher x"."""
-    mask, *rest = arm.split(" ", 1)
-    return " ".join([f"{mask}{',' if ':' in mask else ':'}{pair}", *rest])
-
-
-def test(what, arm, against, claim):
-    """what: top1, cutout, finetuned (points), epochs (percent fewer to the threshold; log_epochs: their geometric
-    mean), variance (percent less)."""
-    return {"what": what, "arm": arm, "against": against, "claim": claim}
+BG, FG, FG_SHUFFLED = (
+    f"{m} --maps {{coarse}}" for m in ("bg_heavy", "fg_heavy", "fg_heavy:shuffle=1")
+)
+HALF = "{} --ratio 0.5".format
+H2 = ["random", BG, FG, FG_SHUFFLED]
 
 
-def hypothesis(name, claim, *tests):
-    return {"id": name, "claim": claim, "parts": [test(*words) for words in tests]}
+def h2(name, random, background, foreground, shuffled):
+    """The two halves of H2 at one ratio."""
+    return [
+        hypothesis(
+            f"H2a at {name}",
+            "background first: Top-1 varies less over seeds than random, in fewer epochs",
+            test("variance", background, random),
+            test("epochs", background, random),
+        ),
+        hypothesis(
+            f"H2b at {name}",
+            "foreground first: half a point of Top-1 more than random, more than shuffled",
+            test("top1", foreground, random, 0.5),
+            test("top1", foreground, shuffled),
+        ),
+    ]
 
 
-def h1(guided, **_):
-    shuffled = with_parameter(guided, "shuffle=1")
-    claim = (
-        "at least 1 point of Top-1 more than random and 10 % fewer epochs; "
-        "better than its shuffled control and green"
+PLANS["h2"] = masks(
+    *H2,
+    *map(HALF, H2),
+    question="Is it steadier to hide the background first, and better to hide the foreground first?",
+    seeds=range(10),
+    pilots=1,
+    against=dict.fromkeys(H2, "random") | dict.fromkeys(map(HALF, H2), HALF("random")),
+    hypotheses=h2("0.75", *H2) + h2("0.5", *map(HALF, H2)),
+)
+
+PARTS, PARTS_SHUFFLED = "parts --maps {parts}", "parts:shuffle=1 --maps {parts}"
+PLANS["h3"] = masks(
+    "random",
+    PARTS,
+    PARTS_SHUFFLED,
+    question="Does going from a portion of each part to whole parts teach sooner, and more robustly?",
+    pilots=1,
+    more=[STRESS],
+    columns={"cutout": ("under Cutout 0.3, %", 2, "stress-cutout.json", "top1/cutout 0.3", 1)},
+    right={"cutout": (2, "stress-cutout.json", "right/cutout 0.3")},
+    hypotheses=[
+        hypothesis(
+            "H3",
+            "15 % fewer epochs than random, 1 point more under Cutout, more than shuffled there",
+            test("epochs", PARTS, "random", 15.0),
+            test("cutout", PARTS, "random", 1.0),
+            test("cutout", PARTS, PARTS_SHUFFLED),
+        )
+    ],
+)
+PLANS["first"] = masks(
+    "random",
+    GUIDED,
+    SHUFFLED,
+    "fg_heavy",
+    "green",
+    question="The README's first command under five masks: how do they compare?",
+    seeds=range(100, 105),
+    set={"recipe": TEACHER, "pool": "extremes"},
+)
+PLANS["finetune"] = masks(
+    "random",
+    GUIDED,
+    SHUFFLED,
+    question="Does it still help when all weights are fine-tuned afterwards?",
+    more=[FINETUNE],
+    columns={"finetuned": ("fine-tuned, %", 2, METRICS, "top1", 1)},
+    right={"finetuned": (2, METRICS, "right")},
+)
+PLANS["ablations"] = masks(
+    *("random", "random --ratio 0.5", "random --ratio 0.9"),
+    *(GUIDED, f"{GUIDED} --ratio 0.5", f"{GUIDED} --ratio 0.9"),
+    *("random --model nano:decoder_depth=2", "random --model nano:decoder_depth=4"),
+    f"{GUIDED} --teacher {{pilot}}",
+    *(f"{m} --maps {{coarse}}" for m in ("fg_heavy", "bg_heavy")),
+    *(f"parts:{key} --maps {{parts}}" for key in ("power=1", "power=2", "power=4", "whole=0")),
+    *("random --flat-weight 0.1", "random --flat-weight 0.3", "random --no-norm-pix"),
+    *("block", "grid", "green", "attn_low", "attn_hint", "detail", "learned"),
+    "random --model nano:simmim=1,decoder_depth=1",
+    question="Which factor of the recipe matters, and how much?",
+    seeds=range(3),
+)
+
+# ---- recognition: equal minutes, equal trials on dev ---------------------------------------------
+
+VIT = "--data {data} --seed {seed} --model nano --batch-size 64 --epochs {epochs}"
+ENCODERS = {  # {epochs} fill {encoder_minutes} of one core
+    "mae": [f"pretrain.py {VIT} --eval-every 1000 --mask random --contrast none"],
+    "agree": [f"pretrain.py {VIT} --eval-every 1000 --mask random --contrast cls"],
+    "simmim": [f"pretrain.py {VIT} --eval-every 1000 --model nano:simmim=1"],
+    "simclr": [f"-m experiments.views simclr {VIT}"],
+    "dino": [f"-m experiments.views dino {VIT}"],
+}
+ON = "--data {data} --seed {seed}"
+QUICK = f"finetune_lora.py {{encoder}} {ON} --method linear"  # 50 epochs on cached features
+TUNE = f"finetune_lora.py {{encoder}} {ON} --epochs {{epochs}} --method"
+SCRATCH = f"{ON} --epochs {{epochs}} --method full --from-scratch --image-size 64"
+LORA, FULL = f"{TUNE} lora --keep 0.25", f"{TUNE} full --keep 0.25"
+VERIFY = "recognize.py {0} --verify"
+
+
+def rates(flag, *values):
+    return [f"{flag} {value}" for value in values]
+
+
+BLR, LR = rates("--blr", "4e-3", "8e-3", "16e-3"), rates("--lr", "5e-4", "1e-3", "2e-3")
+LINEAR_LR, LORA_LR = rates("--head-lr", 1e-2, 3e-2, 1e-1), rates("--lr", 1e-3, 3e-3, 1e-2)
+FULL_LR = rates("--lr", 3e-4, 1e-3, 3e-3)
+
+
+def recognition(**arms):
+    """{arm: (command with {encoder}, encoder, trials)} -> the fields of a plan."""
+    commands = {}
+    for arm, (command, encoder, _) in arms.items():
+        first = command.replace("{encoder}", f"{{{encoder}}}" if encoder in MADE else encoder)
+        tested = VERIFY.replace("recognize.py", "-m experiments.convnets")
+        commands[arm] = [first, tested if "experiments.convnets" in first else VERIFY]
+    encoders = {"simclr": LR, "dino": LR, "simmim": rates("--blr", "2e-3", "4e-3", "8e-3")}
+    trials = {name: encoders.get(name, BLR) for name in MADE}
+    return {"arms": commands, "trials": trials | {arm: job[2] for arm, job in arms.items()}}
+
+
+SIZES = {
+    "64p4": "nano:patch_size=4",
+    "64p16": "nano:patch_size=16",
+    "96p8": "nano:image_size=96",
+    "96p12": "nano:image_size=96,patch_size=12",
+    "128p16": "nano:image_size=128,patch_size=16",
+    "tiny": "tiny",
+}
+MADE = ENCODERS | {f"mae{k}": [f"{ENCODERS['mae'][0]} --model {m}"] for k, m in SIZES.items()}
+MADE |= {f"maeb{n}": [f"{ENCODERS['mae'][0]} --batch-size {n}"] for n in (32, 128)}
+BASELINES = {
+    f"{encoder}-{method}": (command, encoder, trials)
+    for method, command, trials in (
+        ("linear", QUICK, LINEAR_LR),
+        ("lora", LORA, LORA_LR),
+        ("full", FULL, FULL_LR),
     )
-    return {
-        "arms": dict.fromkeys(["random", guided, shuffled, "green"], "random"),
-        "hypotheses": [
-            hypothesis(
-                "H1",
-                f"{guided}: {claim}",
-                ("top1", guided, "random", 1.0),
-                ("epochs", guided, "random", 10.0),
-                ("top1", guided, shuffled, 0.0),
-                ("top1", guided, "green", 0.0),
-            )
-        ],
-    }
-
-
-def look(guided, fg, data, **_):
-    """The second verdict on H1: a second loss in every arm, by --recipe; three pilots, epochs by
-    logarithms.
-
-    Compared beside it: a hint, and the figure itself.
-    """
-    shuffled = with_parameter(guided, "shuffle=1")
-    arms = [
-        "random",
-        guided,
-        f"attn_hint{guided[len('attn_high') :]}",
-        shuffled,
-        "green",
-        f"fg_heavy --maps {fg}",
-    ]
-    claim = "what H1 claims of attn_high, on the headline of today"
-    tests = [
-        ("top1", guided, "random", 1.0),
-        ("log_epochs", guided, "random", 10.0),
-        ("top1", guided, shuffled, 0.0),
-        ("top1", guided, "green", 0.0),
-    ]
-    return {
-        "arms": dict.fromkeys(arms, "random"),
-        "pool": "extremes",
-        "pilots": 3,
-        "hypotheses": [hypothesis(f"H1 again on {data}", f"{guided}: {claim}", *tests)],
-    }
-
-
-def h2(fg, **_):
-    arms, hypotheses = {}, []
-    for ratio, flag in ((".75", ""), (".5", " --ratio .5")):
-        base, bg_first, fg_first = (
-            f"random{flag}",
-            f"bg_heavy --maps {fg}{flag}",
-            f"fg_heavy --maps {fg}{flag}",
-        )
-        control = with_parameter(fg_first, "shuffle=1")
-        arms |= dict.fromkeys([base, bg_first, fg_first, control], base)
-        hypotheses += [
-            hypothesis(
-                f"H2a at {ratio}",
-                "bg_heavy: Top-1 varies less over seeds than random, in fewer epochs",
-                ("variance", bg_first, base, 0.0),
-                ("epochs", bg_first, base, 0.0),
-            ),
-            hypothesis(
-                f"H2b at {ratio}",
-                "fg_heavy: half a point of Top-1 more than random; more than shuffled",
-                ("top1", fg_first, base, 0.5),
-                ("top1", fg_first, control, 0.0),
-            ),
-        ]
-    return {"arms": arms, "hypotheses": hypotheses}
-
-
-def h3(parts, **_):
-    arm = f"parts --maps {parts}"
-    shuffled = with_parameter(arm, "shuffle=1")
-    claim = "parts: 15 % fewer epochs than random, 1 point more under Cutout of .3, there also more than shuffled"
-    return {
-        "arms": dict.fromkeys(["random", arm, shuffled], "random"),
-        "stages": ["stress"],
-        "hypotheses": [
-            hypothesis(
-                "H3",
-                claim,
-                ("epochs", arm, "random", 15.0),
-                ("cutout", arm, "random", 1.0),
-                ("cutout", arm, shuffled, 0.0),
-            )
-        ],
-    }
-
-
-def levels(arm, flag, values, recipe):
-    """{value: the arm with this flag}; what the recipe has anyway needs no flag, so that its run is
-    shared.
-    """
-    default = (
-        f"{float(recipe):g}" if str(recipe).replace(".", "", 1).isdigit() else recipe
-    )  # ratio: also a schedule
-    return {v: arm if f"{float(v):g}" == default else f"{arm} {flag} {v}" for v in values}
-
-
-def ablations(guided, fg, parts, dino, strategies, ratio, depth, **_):
-    """panels {factor: {line: {level: arm}}}: one factor at a time around random and guided masks.
-
-    ratio, depth (of the decoder): those of the recipe.
-    """
-    both = {"random": "random", guided: guided}
-    panels = {
-        "ratio": {n: levels(a, "--ratio", (".5", ".75", ".9"), ratio) for n, a in both.items()},
-        "decoder depth": {
-            n: {
-                d: a if d == depth else f"{a} --model nano:decoder_depth={d}"
-                for d in ("1", "2", "4")
-            }
-            for n, a in both.items()
-        },
-        "teacher": {
-            guided: {"self": guided, "MAE": f"{guided} --teacher {{pilot}}"}
-            | ({"DINO": f"{guided} --teacher {{dino}}"} if dino else {})
-        },
-        "schedule of parts": {
-            "parts": {
-                name: f"parts{params} --maps {parts}"
-                for name, params in (
-                    ("power 1", ":power=1"),
-                    ("power 2", ""),
-                    ("power 4", ":power=4"),
-                    ("easy", ":whole=0"),
-                    ("hard", ":whole=1"),
-                )
-            }
-        },
-        "weight of flat patches": {
-            n: levels(a, "--flat-weight", (".1", ".3", "1"), 1)
-            for n, a in (("normalised", "random"), ("raw pixels", "random --no-norm-pix"))
-        },
-    }
-    maps = {"fg_heavy": f" --maps {fg}", "bg_heavy": f" --maps {fg}", "parts": f" --maps {parts}"}
-    named = {s: s + maps.get(s, "") for s in strategies} | {guided.split(" ")[0]: guided}
-    panels["mask"] = {"every strategy": named}
-    arms = {
-        arm: "random"
-        for lines in panels.values()
-        for levels in lines.values()
-        for arm in levels.values()
-    }
-    return {"arms": {"random": "random"} | arms, "panels": panels}
-
-
-def finetune(guided, **_):
-    shuffled = with_parameter(guided, "shuffle=1")
-    return {"arms": dict.fromkeys(["random", guided, shuffled], "random"), "stages": ["finetune"]}
-
-
-def tune(guided, blr, epochs, **_):
-    """As many trials for random as for guided masks: five that both can have, and five of its own
-    for each.
-    """
-    shared = ["", f"--blr {blr * 2:g}", "--no-norm-pix", "--min-crop 0.7", f"--epochs {epochs * 2}"]
-    own = [
-        f"--blr {blr / 2:g}",
-        "--min-crop 0.2",
-        "--ratio 0.6",
-        "--flat-weight 0.1",
-        "--model nano:decoder_depth=2",
-    ]
-    plain = [f"random {flags}".strip() for flags in shared + own]
-    tuned = [f"{guided} {flags}".strip() for flags in shared]
-    tuned += [
-        with_parameter(guided, pair) for pair in ("beta=0.5", "beta=2", "start=0.3,ramp_for=0.3")
-    ]
-    tuned += ["attn_hint" + guided[len("attn_high") :], f"{guided} --attention cls"]
-    return {"arms": dict.fromkeys(plain, "random") | dict.fromkeys(tuned, guided)}
-
-
-def first(guided, **_):
-    """The README's first command under five masks: pretrain.py's own recipe, which is one for all."""
-    arms = ["random", guided, with_parameter(guided, "shuffle=1"), "fg_heavy", "green"]
-    return {
-        "arms": dict.fromkeys(arms, "random"),
-        "pool": "extremes",
-        "flags": "--flat-weight 0.1 --contrast pooler",
-    }
-
-
-def named(**_):
-    return {"arms": {"random": "random"}}  # --arms adds the rest
-
-
-MAKE = {
-    "h1": h1,
-    "look": look,
-    "h2": h2,
-    "h3": h3,
-    "ablations": ablations,
-    "finetune": finetune,
-    "tune": tune,
-    "first": first,
-    "arms": named,
+    for encoder in ENCODERS
 }
-ALL = ("h1", "h2", "h3", "ablations")
-
-
-def key(plan, arm, seed):
-    """What tells a run from every other, whatever machine or folder it is made in: 10 hex digits."""
-    identity = [plan["data_digest"], plan["split"], plan["recipe"], arm, seed]
-    identity += [plan["dino"]] if "{dino}" in arm else []
-    return hashlib.blake2b(json.dumps(identity).encode(), digest_size=5).hexdigest()
-
-
-def make(name, more=(), **settings):
-    """A plan, with the further arms of the command line: question, arms {arm: against}, hypotheses,
-    panels, stages.
-    """
-    plan = {"plan": name, "question": QUESTIONS[name], "hypotheses": [], "panels": {}, "stages": []}
-    plan |= MAKE[name](**settings)
-    return plan | {"arms": plan["arms"] | {a: "random" for a in more if a not in plan["arms"]}}
-
-
-# ---- adaptation: linear, LoRA, full and from scratch side by side --------------------------------
-
-LEARNING_RATES = {  # the trials of each method: what is swept, and its values
-    "linear": ("--head-lr", (1e-2, 3e-2, 1e-1, 3e-1)),
-    "lora": ("--lr", (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "full": ("--lr", (5e-4, 1e-3, 2e-3, 4e-3)),
-    "scratch": ("--lr", (2.5e-4, 5e-4, 1e-3, 2e-3)),
+BASELINES |= {
+    "mae-mlp": (f"{QUICK} --head mlp", "mae", rates("--head-lr", 3e-3, 1e-2, 3e-2)),
+    "mae-ifa": (f"{QUICK} --head ifa", "mae", LINEAR_LR),
+    "agree-lora-rise": (f"{TUNE} lora --keep 0.25:0.75", "agree", LORA_LR),
+    "agree-full-rise": (f"{TUNE} full --keep 0.25:0.75", "agree", FULL_LR),
+    "vit": (f"finetune_lora.py {{encoder}} {SCRATCH} --keep 0.25", "mae", FULL_LR),
 }
-# every method gets the same number of trials, judged on dev; then each method's best, reported on
-# val
-PHASES = {
-    "rates": "learning rates, on dev",
-    "first": "seed 0",
-    "rank": "ranks of LoRA beside its 8",
-    "margin": "heads and margins of LoRA",
-    "seeds": "seeds 1 and 2",
+for network in ("resnet10", "resnet50", "efficientnet_b0"):
+    command = f"-m experiments.convnets {network} {SCRATCH}"
+    BASELINES[network] = (command, network, FULL_LR)
+    BASELINES[f"{network}-arcface"] = (f"{command} --head arcface", network, FULL_LR)
+OF_RECOGNITION = {
+    "question": "Which network and which way to learn recognise characters best, in equal minutes?",
+    "seeds": range(3),
+    "against": "best",
+    "compare": ("top1",),
+    "made": MADE,
+    "judge": f"finetune_lora.py {{0}} {ON} --method linear",
+    "dev": ("log.jsonl", "dev_top1"),
+    "trial_share": 1 / 3,
+    "set": {"minutes": "1.5", "encoder_minutes": "4", "split": "val"},
+    "needs": {"experiments.convnets": "transformers"},
+    "right": {"top1": (0, METRICS, "right")},
+    "columns": {
+        "top1": ("Top-1, %", 0, METRICS, "top1", 1),
+        "top5": ("Top-5", 0, METRICS, "top5", 1),
+        "macro_f1": ("macro-F1", 0, METRICS, "macro_f1", 1),
+        "head": ("head", 0, METRICS, "by_size/head", 1),
+        "mid": ("mid", 0, METRICS, "by_size/mid", 1),
+        "tail": ("tail", 0, METRICS, "by_size/tail", 1),
+        "tpr_at_fpr_1": ("TPR at FPR 1 %", 0, "recognize.json", "verification/tpr_at_fpr_1", 1),
+        "eer": ("EER", 0, "recognize.json", "verification/eer", 1),
+        "roc_auc": ("ROC-AUC", 0, "recognize.json", "verification/roc_auc", 1),
+        "auroc_unknown": ("unknown, AUROC", 0, "recognize.json", "open_set/auroc_unknown", 1),
+        "epochs": ("epochs", 0, METRICS, "config/epochs", 1),
+        "step_ms": ("step, ms", 0, METRICS, "step_ms", 1),
+        "minutes": ("minutes",),
+    },
 }
-HEADS = (
-    ("arcface", 0.1),
-    ("arcface", 0.3),
-    ("arcface", 0.5),
-    ("cosface", 0.35),
-    ("curricularface", 0.5),
-    ("ifa", None),
+PLANS["baselines"] = OF_RECOGNITION | recognition(**BASELINES)
+
+
+def of_full(**flags):
+    """mae-full, and the same with other flags."""
+    arms = {f"mae-full-{name}": (f"{FULL} {more}", "mae", FULL_LR) for name, more in flags.items()}
+    return recognition(**{"mae-full": BASELINES["mae-full"]}, **arms)
+
+
+PLANS["tail"] = OF_RECOGNITION | of_full(
+    balanced="--balanced",
+    adjusted="--logit-adjust 1",
+    arcface="--head arcface:margin=.3",
+    cosface="--head cosface:margin=.2",
 )
+PLANS["tail"] |= {"question": "What helps where few characters have most of the pictures?"}
+MARGINS = [("arcface", m) for m in (0.1, 0.3, 0.5)] + [("cosface", m) for m in (0.1, 0.2, 0.35)]
+HEADS = {f"{head}-{m:g}": f"--head {head}:margin={m:g} --hold-out 5" for head, m in MARGINS}
+PLANS["margin"] = OF_RECOGNITION | of_full(linear="--hold-out 5", **HEADS)
+PLANS["margin"] |= {"question": "How does the threshold of unknown characters move with a margin?"}
+PLANS["shape"] = OF_RECOGNITION | recognition(
+    **{"mae-full": BASELINES["mae-full"]},
+    **{f"{name}-full": (FULL, name, FULL_LR) for name in MADE if name not in ENCODERS},
+)
+PLANS["shape"] |= {"question": "Which pictures, patches, batches and depths transfer best?"}
 
+ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
+PLANS["adapt"] = OF_RECOGNITION | {
+    "question": "How do linear, LoRA, full fine-tuning and training from scratch compare?",
+    "made": {},
+    "dev": ("metrics-dev.json", "macro_f1"),
+    "trial_flags": "--split dev",
+    "trial_share": 1,
+    "set": {"encoder": "weights/toon", "split": "val"},
+    "arms": {
+        "linear": [f"{ADAPT} linear", VERIFY],
+        "lora": [f"{ADAPT} lora --keep 0.25 --epochs 8", VERIFY],
+        "full": [f"{ADAPT} full --keep 0.25 --epochs 8", VERIFY],
+        "scratch": [f"{ADAPT} full --from-scratch --keep 0.25 --epochs 24", VERIFY],
+    },
+    "trials": {
+        "linear": rates("--head-lr", 1e-2, 3e-2, 1e-1, 3e-1),
+        "lora": rates("--lr", 1.5e-3, 3e-3, 6e-3, 1.2e-2),
+        "full": rates("--lr", 5e-4, 1e-3, 2e-3, 4e-3),
+        "scratch": rates("--lr", 2.5e-4, 5e-4, 1e-3, 2e-3),
+    },
+}
 
-def trials(phase, methods, best):
-    """-> [(name, method, flags of finetune_lora.py)] of a phase; best {method: [flag, value]},
-    found by phase rates.
-    """
-    if phase == "rates":
-        return [
-            (f"{m}{v:g}", m, [LEARNING_RATES[m][0], v, "--split", "dev"])
-            for m in methods
-            for v in LEARNING_RATES[m][1]
-        ]
-    if missing := set(methods if phase in ("first", "seeds") else ["lora"]) - best.keys():
-        raise UserError(
-            f"phase {phase} takes the best learning rate of {', '.join(sorted(missing))}, and there is no "
-            "row of it: --phases rates comes first"
-        )
-    if phase == "rank":
-        return [
-            (f"lora-r{r}", "lora", [*best["lora"], "--method", f"lora:r={r}"]) for r in (4, 16, 32)
-        ]
-    if phase == "margin":
-        words = {(head, m): f"{head}:margin={m}" if m else head for head, m in HEADS}
-        return [
-            (f"{head}{m or ''}", "lora", [*best["lora"], "--head", words[head, m]])
-            for head, m in HEADS
-        ]
-    seeds = (0,) if phase == "first" else (1, 2)
-    return [(f"{m}-s{s}", m, [*best[m], "--seed", s]) for s in seeds for m in methods]
+# ---- the applications ----------------------------------------------------------------------------
 
+OF_STAGE = {"against": {}, "compare": (), "set": {"encoder": "weights/toon", "split": "val"}}
+TAGS = f"tags.py {{encoder}} {ON} --arm "
+PLANS["tags"] = OF_STAGE | {
+    "question": "Do tags help to recognise characters, and can they be done without?",
+    "seeds": range(100, 105),
+    "arms": {arm: [TAGS + arm] for arm in ("mfdn", "fixed", "vilt", "image", "tags", "bce", "l2l")},
+    "trials": dict.fromkeys(("mfdn", "fixed", "vilt", "image", "l2l"), LR),
+    "dev": (METRICS, "dev/without_top1"),
+    "columns": {
+        "half_with": ("with tags, at the half", 0, METRICS, "half/with_top1", 1),
+        "with": ("with tags", 0, METRICS, "end/with_top1", 1),
+        "half_without": ("picture alone, at the half", 0, METRICS, "half/without_top1", 1),
+        "without": ("picture alone", 0, METRICS, "end/without_top1", 1),
+        "true_map": ("mAP of tags", 0, METRICS, "tags_truth/map", 1),
+        "true_micro_f1": ("F1, micro", 0, METRICS, "tags_truth/micro_f1", 1),
+        "true_macro_f1": ("F1, macro", 0, METRICS, "tags_truth/macro_f1", 1),
+        "true_error_top": ("error, top 25", 0, METRICS, "tags_truth/error_top", 1),
+        "true_error": ("error", 0, METRICS, "tags_truth/error", 1),
+        "minutes": ("minutes",),
+    },
+    "differences": [
+        difference("mfdn", "without", "image", "without", "MFDN against the image-only ViT"),
+        difference("vilt", "without", "vilt", "with", "no hidden tags: lost without tags"),
+        difference("mfdn", "without", "mfdn", "with", "the curriculum: lost without tags"),
+        difference("mfdn", "without", "vilt", "without", "the curriculum against no hidden tags"),
+        difference("mfdn", "without", "fixed", "without", "the curriculum against a fixed share"),
+        difference("mfdn", "with", "tags", "with", "picture and tags against the tags alone"),
+        difference("mfdn", "true_map", "bce", "true_map", "mAP: MFDN against a linear head"),
+        difference("mfdn", "true_map", "l2l", "true_map", "mAP: MFDN against a query for each tag"),
+        difference("mfdn", "true_micro_f1", "bce", "true_micro_f1", "micro F1: against the head"),
+        difference("mfdn", "true_macro_f1", "bce", "true_macro_f1", "macro F1: against the head"),
+        difference("mfdn", "true_error_top", "l2l", "true_error_top", "error, top 25: against l2l"),
+        difference("mfdn", "true_error", "l2l", "true_error", "error, all tags: against l2l"),
+    ],
+}
 
-def best_learning_rates(rows):
-    """Rows of phase rates -> {method: [flag, value]} with the highest macro-F1 on dev."""
-    best = {}
-    for row in rows:
-        if (
-            row["phase"] == "rates"
-            and float(row["macro_f1"]) > best.get(row["result"], (0, None))[0]
-        ):
-            flag = LEARNING_RATES[row["result"]][0]
-            best[row["result"]] = (float(row["macro_f1"]), [flag, row[flag[2:].replace("-", "_")]])
-    return {method: words for method, (_, words) in best.items()}
+DETECT = f"detect.py {{encoder}} {ON} --epochs 5 --method "
+AP = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium"}
+AP |= {"ap_large": "large", "ar": "AR"}
+PLANS["detection"] = OF_STAGE | {
+    "question": "Does pre-training help to find faces?",
+    "seeds": range(3),
+    "arms": {arm: [DETECT + arm] for arm in ("full", "lora", "linear", "scratch")},
+    "against": "scratch",
+    "compare": ("ap", "ap50"),
+    "columns": {c: (heading, 0, METRICS, c, 1) for c, heading in AP.items()}
+    | {"minutes": ("minutes",)},
+    "needs": {"detect.py": "pycocotools"},
+}
+
+STAGE_1 = f"segment.py {{encoder}} {ON}"
+SEGMENT = f"segment.py {{encoder}} {ON} --patches {{0}} "
+PLANS["hybrid"] = OF_STAGE | {
+    "question": "Drawn or photographed: what do proxy masks bring?",
+    "seeds": range(100, 105),
+    "arms": {
+        "proxies": [STAGE_1],
+        "frames": [STAGE_1, SEGMENT + "--learn-from frames"],
+        "truth": [STAGE_1, SEGMENT + "--learn-from truth"],
+        "no_hint": [STAGE_1, SEGMENT + "--network unet:hint=0"],
+        "segformer": [STAGE_1, SEGMENT + "--network segformer"],
+    },
+    "needs": {"segformer": "transformers"},
+    "columns": {
+        "frames": ("frames", -1, METRICS, "frames/val", 1),
+        "proxy_half": ("proxies, threshold 0.5", -1, METRICS, "proxies/val/mixed/miou", 1),
+        "proxy": ("proxies, mean IoU", -1, METRICS, "proxies/val_known/mixed/miou", 1),
+        "miou": ("mean IoU, mixed", -1, METRICS, "pixels/val/mixed/miou", 1),
+        "known": ("with own thresholds", -1, METRICS, "pixels/val_known/mixed/miou", 1),
+        "purely": ("mean IoU, purely hybrid", -1, METRICS, "pixels/val/purely/miou", 1),
+        "pixel_seconds": ("stage 3, s", -1, METRICS, "pixel_seconds", 1),
+    },
+    "differences": [
+        difference("proxies", "miou", "frames", "miou", "proxies against frames of one kind"),
+        difference("proxies", "purely", "frames", "purely", "the same on purely hybrid frames"),
+        difference("proxies", "miou", "truth", "miou", "proxies against true masks"),
+        difference("proxies", "miou", "proxies", "proxy_half", "pixels against patches"),
+        difference("proxies", "known", "proxies", "proxy", "the same with own thresholds"),
+        difference("proxies", "proxy", "proxies", "proxy_half", "own thresholds against 0.5"),
+        difference("proxies", "miou", "no_hint", "miou", "a hint of the patches against none"),
+        difference("proxies", "miou", "segformer", "miou", "U-Net against SegFormer"),
+    ],
+}

@@ -1,62 +1,200 @@
-"""Tables, figures and STUDY.md from the rows of the study: every sentence is computed from them, none is written here.
+"""Rows of a plan -> table.md, table.csv, figure.png: every arm, every difference, every verdict.
 
-Reads:  OUT/PLAN-NAME/ PLAN.json, images.json, rows.jsonl
-Writes: there table.md, table.csv, verdicts.json, curves.png, bars.png, grid.png; and STUDY.md
-beside OUT, whose text
-        outside the two marks is left as it is
+    python -m experiments.report runs/experiments/mine-toon
+    python -m experiments.report results/study/* --study results/STUDY.md   # what is published
+
+Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl or rows.csv, images.json (the illustration
+        of each test image, where rows hold which images are right)
+Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
-import re
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from common import evaluate
-from common.io import UserError, read_json, save_json, save_text
-from common.stats import mean_std
-from experiments import plans, verdicts
-from experiments.study_run import pilot_seeds, pool_of, read_rows
-from experiments.tables import save_csv
+from common import metrics
+from common.command import Parser, cli
+from common.io import UserError, read_json, save_text
+from common.stats import from_bits
+from experiments import stats
+from experiments.plans import COLUMNS
+from experiments.tables import read_csv, save_csv
 
-UNDER_ARMS = (
-    "Mean ± std over seeds. Top-1: logistic regression on the frozen {pool}. Difference: paired by seed, 95 % t "
-    "interval over seeds and illustrations (over seeds alone where that is said); p after Holm over this table. In the "
-    "run: a ridge on the mean token, fitted to "
-    f"{evaluate.BANK_IMAGES:,} and evaluated on {evaluate.EVAL_IMAGES:,} images at most; the threshold is of this. "
-    "Epochs: of those runs that reached it. Minutes: of training and its teacher, without evaluations, and without "
-    "maps and encoders made before. After so many minutes: when the fastest mask was through, so that its schedule "
-    "has ended and others' have not."
+DEFAULTS = {"columns": COLUMNS, "margin": 1.0, "differences": [], "hypotheses": []}
+DEFAULTS |= {"compare": ("top1", "cutout", "finetuned"), "phase": "reported", "notes": {}}
+FIX = "restore it, or make the rows with experiments.run"
+CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run, its start and its end
+MADE = ("machine", "commit")
+UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
+UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
+NOTES = (
+    "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
+    "illustrations (over seeds alone where no image's answer is kept), and p after Holm over the "
+    "table. Equivalent: the difference is within {margin:g} points either way (two one-sided tests, "
+    "after Holm). Under three seeds there is no interval."
 )
-UNDER_TESTS = (
-    "Power: the chance that these seeds tell an effect as large as the claim (variance: half of it) from none, with "
-    "the std found and these images; support also asks that the estimate reaches the claim. Seeds for 80 %: of the "
-    "claim, or where that is 0 of the effect found."
-)
-STRICTER = (
-    "Each data set is a family of its own, and plan look one on all of its sets. Stricter than the plans, since six "
-    "rows were there: pairs that are one run up to the threshold decide nothing, and Holm counts a hypothesis only if "
-    "it points the right way and is whole. And since all were there: every t interval of a share of images, and its p, "
-    "has the test images in it beside the seeds (squared errors add, which counts their interaction twice; "
-    "Satterthwaite's degrees of freedom; never narrower than over seeds alone); epochs and variances have seeds alone; "
-    "under three seeds, or where seeds do not vary, there is no interval and no p."
-)
-PHASES = {  # in the title of a section, and among its threats
-    "reported": [""],
-    "dev": [", on dev", "Numbers of dev: they choose, and prove nothing."],
-    "exploratory": [
-        ", exploratory",
-        "Exploratory: no plan was committed; a finding needs fresh seeds.",
-    ],
-}
-SLOW = 1.3  # times the median
-BEGIN, END = "<!-- experiments.study writes from here -->", "<!-- to here -->"
 
 
-def plus_minus(x, digits=1, missing="not reached"):
-    """{"mean", "std"} -> "84.20 ± 0.31"; `missing` for None."""
-    if x is None:
-        return missing
-    return f"{x['mean']:.{digits}f}" + (f" ± {x['std']:.{digits}f}" if x["std"] is not None else "")
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def read_rows(folder):
+    """Rows of a plan, each run once, as it was written last. Half a line is a killed write."""
+    rows = {}
+    for name in ("rows.csv", "arms.csv"):  # published tables of runs
+        for row in read_csv(folder / name):
+            rows[row["arm"], int(row["seed"])] = from_csv(row)
+    path = folder / "rows.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            rows[row["arm"], row["seed"]] = row
+        except (ValueError, KeyError):
+            continue
+    return [row for row in rows.values() if "error" not in row]
+
+
+def from_csv(row):
+    """A line of a published table of runs -> a row as experiments.run writes it."""
+    found = {"arm": row["arm"], "seed": int(row["seed"]), "metrics": {}, "right": {}}
+    for name, text in row.items():
+        if text == "":
+            continue
+        try:
+            found["metrics"][name] = float(text)
+        except ValueError:
+            found[name] = text
+    if "right" in row and "right" not in found["metrics"]:  # a detector counts its right answers
+        found["right"] = {"top1": row["right"]}
+    return found | {"seconds": found["metrics"].get("seconds")}
+
+
+def open_folder(folder):
+    """-> a study: plan, rows {arm: {seed: row}}, all rows, groups of the test images or None."""
+    folder = Path(folder)
+    plan = read_json(folder / "PLAN.json", ["plan", "arms", "seeds"], FIX)
+    plan = DEFAULTS | plan
+    study = SimpleNamespace(folder=folder, plan=plan, all=read_rows(folder), groups=None)
+    if (folder / "images.json").exists():
+        study.groups = np.array(read_json(folder / "images.json", ["groups"], FIX)["groups"])
+    if not plan.get("thresholds"):
+        plan["thresholds"] = thresholds(study.all)
+    study.rows = {arm: {} for arm in plan["arms"]}
+    for row in study.all:
+        if row["arm"] in study.rows and row["seed"] in plan["seeds"]:
+            study.rows[row["arm"]][row["seed"]] = row
+    study.rows = {arm: seeds for arm, seeds in study.rows.items() if seeds}
+    ends = [
+        [r["curve"]["seconds"][-1] for r in s.values() if "curve" in r] for s in study.rows.values()
+    ]
+    study.then = min((np.mean(seconds) for seconds in ends if seconds), default=0.0)
+    for row in study.all:
+        row["metrics"] |= derived(row, study)
+    return study
+
+
+def thresholds(rows):
+    """{arm: accuracy in the run that counts as reached}, the mean over its pilot runs."""
+    found = {}
+    for row in rows:
+        if row.get("phase") == "pilot":
+            found.setdefault(row["arm"], []).append(metrics.threshold_of(row["curve"]["linear"]))
+    return {arm: round(float(np.mean(values)), 2) for arm, values in found.items()}
+
+
+def derived(row, study):
+    """Metrics that follow from a row's curve and times."""
+    found = {}
+    if row.get("curve") is None:
+        return {"minutes": row["seconds"] / 60} if row.get("seconds") else {}
+    curve, limits = row["curve"], study.plan["thresholds"]
+    for name in ("knn", "mse"):
+        if name in curve:
+            found |= {f"{name}_before": curve[name][0], f"{name}_after": curve[name][-1]}
+    found |= {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
+    found["linear_then"] = np.interp(study.then, curve["seconds"], curve["linear"])
+    limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
+    found["epochs"] = limit and stats.epochs_to(curve, limit)
+    looks = row["metrics"].get("attention_on") or {}
+    return found | {f"attention_on_{part}": share for part, share in looks.items()}
+
+
+def values_of(seeds, column):
+    """{seed: row} -> the numbers of a column, of the runs that have one."""
+    found = [row["metrics"].get(column) for row in seeds.values()]
+    return [float(x) for x in found if x is not None and x != ""]
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+def measure(test, study):
+    """{"what", "arm", "against", "claim"} -> the same with the fields of its test in stats.py.
+
+    what: a column, "epochs", "log_epochs" or "variance". against_what: the baseline's column, where
+    it is another one.
+    """
+    what, claim = test["what"], test.get("claim", 0.0)
+    arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
+    pairs = [(arm[seed], base[seed]) for seed in sorted(arm.keys() & base.keys())]
+    row = test | {"claim": claim, "planned": len(study.plan["seeds"]), "over": "seeds alone"}
+    if what == "variance":
+        sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
+        return row | stats.variance(*(sides or [[], []]))
+    if "epochs" in what:
+        limit = test.get("limit", study.plan["thresholds"].get(test["against"]))
+        if limit is None:
+            return row | stats.empty([]) | {"notes": ["no pilot, so no threshold"]}
+        curves = [(ours["curve"], theirs["curve"]) for ours, theirs in pairs]
+        return row | stats.epochs_saved(curves, limit, claim, what == "log_epochs")
+    columns = what, test.get("against_what", what)
+    margin = test.get("margin", study.plan["margin"])
+    bits = [[right_of(r, c) for r, c in zip(pair, columns, strict=True)] for pair in pairs]
+    if study.groups is not None and pairs and all(None not in pair for pair in bits):
+        n = len(study.groups)
+        each = [100.0 * from_bits(a, n) - 100.0 * from_bits(b, n) for a, b in bits]
+        row["over"] = "seeds and illustrations"
+        return row | stats.paired(np.array(each), study.groups, claim, margin)
+    known = [(a["metrics"].get(columns[0]), b["metrics"].get(columns[1])) for a, b in pairs]
+    each = [a - b for a, b in known if a is not None and b is not None]
+    return row | stats.paired(each, None, claim, margin)
+
+
+def right_of(row, column):
+    """Which test images a run got right, as text; "logistic" is the name of top1 in older rows."""
+    right = row.get("right") or {}
+    return right.get(column) or (right.get("logistic") if column == "top1" else None)
+
+
+def judged(studies):
+    """Studies -> their hypotheses with verdicts, in a list for each study.
+
+    Holm's family: the reported studies of a data set, plan look on all its sets, else a study.
+    """
+    families = {}
+    for study in studies:
+        plan = study.plan
+        study.hypotheses = [
+            h | {"parts": [measure(test, study) for test in h["parts"]]} for h in plan["hypotheses"]
+        ]
+        key = "look" if plan["plan"] == "look" else plan["data"]
+        if plan["phase"] != "reported":
+            key = study.folder
+        families.setdefault(key, []).append(study)
+    for family in families.values():
+        hypotheses = [h for study in family for h in study.hypotheses]
+        planned = {h["id"]: len(h["parts"]) for h in hypotheses}
+        for study in family:
+            planned = study.plan.get("family", {}) | planned
+        found = iter(stats.judge(hypotheses, planned))
+        for study in family:
+            study.hypotheses = [next(found) for _ in study.hypotheses]
+    return studies
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def markdown(head, rows):
@@ -65,435 +203,250 @@ def markdown(head, rows):
     return [first, "|---" * len(head) + "|", *lines]
 
 
-def open_folder(folder):
-    """-> {"plan", "rows" by arm and seed, "all" rows, "groups"}."""
-    fix = f"restore it from git, or move {folder} away"
-    plan = read_json(
-        folder / "PLAN.json",
-        ["plan", "data", "arms", "seeds", "phase", "hypotheses", "thresholds"],
-        fix,
-    )
-    rows, groups = (
-        read_rows(folder),
-        np.array(read_json(folder / "images.json", ["groups"], fix)["groups"]),
-    )
-    return {
-        "folder": folder,
-        "plan": plan,
-        "all": rows,
-        "rows": verdicts.by_arm(plan, rows),
-        "groups": groups,
-    }
-
-
-def open_all(root):
-    """-> all studies under root, each with its "table" (a line for each arm) and its judged
-    "hypotheses".
-
-    The reported studies of a data set are one family, and stand together; so is plan look on all
-    sets; others each its own.
-    """
-    order, families = list(plans.QUESTIONS), {}
-    found = [path.parent for path in Path(root).glob("*/PLAN.json")]
-    found.sort(
-        key=lambda f: (f.name.endswith("-exploratory"), order.index(f.name.split("-")[0]), f.name)
-    )
-    for study in map(open_folder, found):
-        plan, rows, groups = (study[k] for k in ("plan", "rows", "groups"))
-        study["table"] = verdicts.summary(plan, rows, groups)
-        study["hypotheses"] = [
-            h | {"parts": [verdicts.measure(t, plan, rows, groups) for t in h["parts"]]}
-            for h in plan["hypotheses"]
-        ]
-        own = study["folder"].name if plan["phase"] != "reported" else ""
-        families.setdefault(("look" if plan["plan"] == "look" else plan["data"], own), []).append(
-            study
-        )
-    for family in families.values():
-        planned = {name: n for study in family for name, n in study["plan"]["family"].items()}
-        judged = iter(verdicts.judge([h for s in family for h in s["hypotheses"]], planned))
-        for study in family:
-            study["hypotheses"] = [next(judged) for _ in study["hypotheses"]]
-    return sum(families.values(), [])
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def number(x, digits=1):
-    """{"mean", "std"} -> "84.20 ± 0.31"; a dash where nothing was measured."""
-    return plus_minus(x, digits, "-")
+def cell(values, digits=2):
+    """Numbers of several seeds -> "84.20 ± 0.31"; "-" where there is none."""
+    if not values:
+        return "-"
+    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{std}"
 
 
 def interval(test):
-    """ "+0.23 (-0.90 to +1.35; n = 5)"; with "over seeds alone" behind it where no image's right or
-    wrong is kept.
-    """
+    """ "+0.23 (-0.90 to +1.35; n = 5)", with what else is to be said of it."""
+    if test["effect"] is None:
+        return "; ".join(["-", *test["notes"]])
     if test["low"] is None:
-        return "-" if test["effect"] is None else f"{test['effect']:+.2f}"
-    alone = f", over {verdicts.SEEDS_ALONE}" if test["over"] == verdicts.SEEDS_ALONE else ""
-    return "{effect:+.2f} ({low:+.2f} to {high:+.2f}; n = {n}{alone})".format(**test, alone=alone)
-
-
-def p_value(test, key):
-    return "-" if test[key] is None else f"{test[key]:.3f}"
-
-
-def compared(test):
-    """-> the cells of a difference to the baseline, empty in the baseline's own line."""
-    return (
-        ["; ".join([interval(test), *test["notes"]]), p_value(test, "holm_p")] if test else ["", ""]
+        return "; ".join([f"{test['effect']:+.2f}", *test["notes"]])
+    alone = ", over seeds alone" if test["over"] == "seeds alone" else ""
+    text = (
+        f"{test['effect']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f}; n = {test['n']}{alone})"
     )
+    return "; ".join([text, *test["notes"]])
 
 
-def arm_table(table, pool):
-    """-> lines of Markdown: a row for each arm."""
-    names = {"cutout": "under Cutout .3", "finetuned": "fine-tuned"}
-    extra = [key for key in names if any(key in line for line in table)]
-    head = [
-        "mask",
-        "runs",
-        "Top-1, %",
-        "against",
-        "difference, points",
-        "p, Holm",
-        "in the run, %",
-        "epochs to threshold",
-        "minutes",
-        f"after {table[0]['then']:.1f} min, %",
-    ]
-    for key in extra:
-        head += [f"{names[key]}, %", "difference there, points", "p, Holm"]
-    rows = []
-    for line in table:
-        test, n = line.get("difference"), line["n"]
-        of_all = "" if line["reached"] == n else f" ({line['reached']} of {n})"
-        row = [
-            f"`{line['arm']}`",
-            n,
-            number(line["top1"], 2),
-            f"`{line['against']}`" if test else "",
-            *compared(test),
-        ]
-        row += [number(line["linear"]), number(line["epochs"]) + of_all]
-        row += [number(line["minutes"]), number(line["linear_then"])]
-        for key in extra:
-            row += [number(line.get(key), 2), *compared(line.get(verdicts.DIFFERENCES[key]))]
-        rows.append(row)
-    return [
-        *markdown(head, rows),
-        "",
-        UNDER_ARMS.format(pool={"mean": "mean token"}.get(pool, f"tokens' {pool}")),
-    ]
+def p_value(p):
+    return "-" if p is None else f"{p:.3f}"
 
 
-def table_of_tests(hypothesis):
-    """-> lines of Markdown: a row for each test of a hypothesis."""
-    head = (
-        "what",
-        "mask",
-        "against",
-        "claim",
-        "found (95 % t interval over seeds and illustrations)",
-        "95 % bootstrap, seeds x illustrations",
-        "p, were there no effect",
-        "p, were it the claim or more, Holm",
-        "power",
-        "seeds for 80 %",
-    )
-    rows = []
-    for t in hypothesis["parts"]:
-        found, boot = "; ".join([interval(t), *t["notes"]]), t["bootstrap"]
-        rows.append(
-            [
-                t["unit"],
-                f"`{t['arm']}`",
-                f"`{t['against']}`",
-                f"{t['claim']:g}",
-                found,
-                f"{boot['low']:+.2f} to {boot['high']:+.2f}" if boot else "-",
-                *(p_value(t, key) for key in ("p", "holm_against", "power")),
-                t.get("needed") or "-",
-            ]
-        )
-    return [
-        *markdown(head, rows),
-        "",
-        f"p = {hypothesis['holm_p']:.3f} after Holm over all hypotheses. {UNDER_TESTS}",
-    ]
+def differences(study):
+    """Every difference of a plan -> its tests with holm_p and verdict.
 
-
-def adapt_tables(rows):
-    """Rows of plan adapt -> lines of Markdown: methods over their seeds, ranks and margins beside
-    LoRA's default.
+    Holm's families: each compared column over its arms, and the plan's further differences.
     """
-    groups, cells = {}, []
-    for r in rows:
-        if r["phase"] not in ("rates", "rank", "margin"):
-            groups.setdefault(f"{r['result']}, {r['epochs']} epochs", []).append(r)
-
-    def score(runs, key):
-        return number(mean_std([float(r[key]) for r in runs]), 2)
-
-    for name, runs in groups.items():
-        share, memory = runs[0]["share_trained_percent"], runs[0]["gradient_and_optimizer_mb"]
-        scores = (score(runs, key) for key in ("top1", "top5", "macro_f1"))
-        cells.append([name, len(runs), *scores, f"{float(share):.2f} %", f"{memory} MB"])
-    columns = ("method", "seeds", "Top-1", "Top-5", "macro-F1", "trained", "gradient, optimizer")
-    lines, default = (
-        markdown(columns, cells),
-        [r for r in rows if r["phase"] == "first" and r["result"] == "lora"],
-    )
-    for phase in ("rank", "margin"):
-        if more := [r for r in rows if r["phase"] == phase]:
-            named = ((r, f"r {r['r']}, {r['head']} head", r["margin"]) for r in default + more)
-            cells = [
-                [
-                    name + (f", margin {margin}" if margin else ""),
-                    score([r], "top1"),
-                    score([r], "macro_f1"),
-                    r["parameters_trained"],
-                ]
-                for r, name, margin in named
-            ]
-            columns = (f"{phase} of LoRA, seed 0", "Top-1", "macro-F1", "parameters trained")
-            lines += ["", *markdown(columns, cells)]
-    return lines
+    groups = []
+    for column in study.plan["compare"]:
+        means = {}
+        for arm, seeds in study.rows.items():
+            if values_of(seeds, column):
+                means[arm] = np.mean(values_of(seeds, column))
+        group = []
+        for arm, against in study.plan["arms"].items():
+            against = max(means, key=means.get, default=arm) if against == "best" else against
+            group.append({"what": column, "arm": arm, "against": against})
+        groups.append([test for test in group if test["arm"] != test["against"]])
+    tests = []
+    for group in [*groups, study.plan["differences"]]:
+        found = [test for test in (measure(test, study) for test in group) if test["n"]]
+        p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
+        for test, holm_p, q in zip(found, p, equal, strict=True):
+            verdict = stats.word(test["effect"], holm_p, q)
+            tests.append(test | {"holm_p": holm_p, "verdict": verdict})
+    return tests
 
 
-def mean_or_none(values):
-    return None if None in values else float(np.mean(values))
+def controls(study):
+    """What an encoder has to beat, where a pilot had the whole probe -> [line] or []."""
+    found = next((row["controls"] for row in study.all if row.get("controls")), {})
+    names = ["untrained " + study.plan.get("pool", "mean"), "thumb4", "thumb8", "thumb16"]
+    known = [f"{name} {found[name]:.1f} %" for name in names if name in found]
+    return [f"Controls, Top-1: {', '.join(known)}."] if known else []
 
 
-def flat(line, runs):
-    """A row of the CSV: numbers with their machine and commit."""
-    cells = {"arm": line["arm"], "against": line["against"], "seeds": line["n"]}
-    for key in ("top1", "linear", "cutout", "finetuned", "epochs", "minutes", "linear_then"):
-        x = line.get(key) or {"mean": None, "std": None}
-        cells |= {key: x["mean"], f"{key}_deviation": x["std"]}
-    cells |= {k: line.get("difference", {}).get(k) for k in ("effect", "low", "high", "holm_p")}
-    for name in ("cutout_difference", "finetuned_difference"):
-        cells |= {f"{name}_{k}": line.get(name, {}).get(k) for k in ("effect", "low", "high")}
-    for key in ("knn", "mse"):  # in the run, at its start and its end
-        curves = [r["curve"][key] for r in runs if key in r["curve"]] or [[None]]
-        cells |= {
-            f"{key}_{word}": mean_or_none([c[at] for c in curves])
-            for word, at in (("before", 0), ("after", -1))
-        }
-    looks = [r["metrics"].get("attention_on") or {} for r in runs]
-    cells |= {
-        f"attention_on_{part}": mean_or_none([x.get(part) for x in looks]) for part in looks[0]
-    }
-    cells = {k: round(float(x), 4) if isinstance(x, float) else x for k, x in cells.items()}
-    return cells | {
-        name: "; ".join(sorted({r[name] for r in runs})) for name in ("machine", "commit")
-    }
+def arm_table(study):
+    """-> lines of Markdown: a row for each arm."""
+    columns = [
+        c for c in study.plan["columns"] if any(values_of(x, c) for x in study.rows.values())
+    ]
+    headings = [study.plan["columns"][c].format(minutes=study.then / 60) for c in columns]
+    rows = []
+    for arm, seeds in study.rows.items():
+        note = study.plan["notes"].get(arm)
+        row = [f"`{arm}`" + (f": {note}" if note else ""), len(seeds)]
+        for c in columns:
+            values = values_of(seeds, c)
+            some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
+            row.append(cell(values) + some)
+        rows.append(row)
+    return markdown(["arm", "runs", *headings], rows)
 
 
-# ---- a study's folder ----------------------------------------------------------------------------
+def difference_table(study, tests):
+    """-> lines of Markdown: a row for each difference."""
+    rows = []
+    for test in tests:
+        heading = study.plan["columns"].get(test["what"], test["what"])
+        text = test.get("text", f"{heading}: `{test['arm']}` against `{test['against']}`")
+        rows.append([text, interval(test), p_value(test["holm_p"]), test["verdict"]])
+    return markdown(["difference", "points", "p, Holm", "verdict"], rows)
 
 
-def write(study):
-    """Tables, verdicts and figures of one of `open_all` -> a line about what was written."""
-    from experiments import study_figures  # matplotlib takes a second to load
+def hypothesis_table(hypothesis, study):
+    """-> lines of Markdown: the verdict, and a row for each part of the hypothesis."""
+    rows = []
+    for test in hypothesis["parts"]:
+        what = UNITS.get(test["what"], f"points of {test['what']}")
+        boot = test["bootstrap"]
+        boot = f"{boot['low']:+.2f} to {boot['high']:+.2f}" if boot else "-"
+        row = [what, f"`{test['arm']}`", f"`{test['against']}`", f"{test['claim']:g}"]
+        row += [interval(test), boot, p_value(test["p"]), p_value(test["holm_against"])]
+        rows.append(row)
+        rows += [
+            [f"not planned: {name}", *row[1:4], text, "-", "-", "-"]
+            for name, text in other_counts(test, study)
+        ]
+    name, verdict, p = (hypothesis[k] for k in ("id", "verdict", "holm_p"))
+    head = ["what", "arm", "against", "claim", "found", "bootstrap, seeds x illustrations"]
+    head += ["p of no effect", "p of the claim, Holm"]
+    claim = f"**{name}: {verdict}** (p = {p:.3f} after Holm). Claim: {hypothesis['claim']}."
+    return ["", claim, "", *markdown(head, rows)]
 
-    plan, folder, table = (study[k] for k in ("plan", "folder", "table"))
-    if not table:
-        return f"{folder}: no reported run is there yet"
-    done = {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs}
-    save_text("\n".join(arm_table(table, pool_of(plan))) + "\n", folder / "table.md")
-    save_csv(folder / "table.csv", [flat(line, done[line["arm"]]) for line in table])
-    save_json(study["hypotheses"], folder / "verdicts.json")
-    few, most = min(map(len, done.values())), max(map(len, done.values()))
-    seeds = f"{few} to {most} seeds" if few < most else f"{most} seed{'s' * (most > 1)}"
-    title = f"{plan['plan']} on {plan['data']}, {plan['split']}, {seeds}"
-    logs = {arm: [r["curve"] for r in runs] for arm, runs in done.items()}
-    thumbnail = next(iter(done.values()))[0]["metrics"].get("linear_thumbnail")
-    study_figures.curves(
-        folder / "curves.png", logs, plan["thresholds"], thumbnail, f"Learning curves: {title}"
-    )
-    values = {arm: [r["metrics"]["top1"] for r in runs] for arm, runs in done.items()}
-    study_figures.bars(folder / "bars.png", table, values, f"Frozen encoder: {title}")
-    if plan["panels"]:
-        study_figures.grid(
-            folder / "grid.png", plan["panels"], table, f"One factor at a time: {title}"
-        )
-    return f"{folder}/table.md, table.csv, verdicts.json, figures"
+
+def other_counts(test, study):
+    """Epochs saved, counted in two other ways -> [(name, interval)]; none where that has no effect.
+
+    A mean of ratios leans against the arm where the baseline's epochs vary, and one pilot may be a
+    lucky seed.
+    """
+    if test["what"] != "epochs" or test["low"] is None:
+        return []
+    base = study.rows[test["against"]].values()
+    own = float(np.mean([metrics.threshold_of(row["curve"]["linear"]) for row in base]))
+    logs = measure(test | {"what": "log_epochs"}, study)
+    other = measure(test | {"limit": own}, study)
+    return [
+        ("by logarithms", interval(logs)),
+        (f"a threshold of {own:.1f} %, from all baselines", interval(other)),
+    ]
+
+
+def csv_row(arm, tests, study):
+    """A row of table.csv: every column with its deviation, every difference to the baseline."""
+    seeds = study.rows[arm]
+    row = {"arm": arm, "against": study.plan["arms"][arm], "seeds": len(seeds)}
+    looks = [name for name in next(iter(seeds.values()))["metrics"] if "attention_on_" in name]
+    for name in [*study.plan["columns"], *CURVE, *looks]:
+        values = values_of(seeds, name)
+        row[name] = float(np.mean(values)) if values else None
+        if name in study.plan["columns"]:
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[f"{name}_deviation"] = spread
+    for test in tests:
+        if test["arm"] == arm and "text" not in test:
+            row["against"] = test["against"]
+            fields = ("effect", "low", "high", "holm_p", "verdict")
+            row |= {f"{test['what']}_{k}": test[k] for k in fields}
+    row = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
+    for name in MADE:
+        row[name] = "; ".join(sorted({run.get(name, "") for run in seeds.values()}))
+    return row
+
+
+def draw(path, study):
+    """A dot for each seed, one panel for each of the first two columns."""
+    from common import plots  # matplotlib takes a second to load
+
+    columns = list(study.plan["columns"])[:2]
+    size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
+    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
+    with plots.panels(path, title, 1, len(columns), size, sharey=True, squeeze=False) as axes:
+        for axis, column in zip(axes[0], columns, strict=True):
+            for i, seeds in enumerate(study.rows.values()):
+                values = values_of(seeds, column)
+                axis.plot(values, [i] * len(values), "o", ms=5, alpha=0.7, color=plots.BLUE)
+            axis.set(xlabel=study.plan["columns"][column].format(minutes=study.then / 60))
+            axis.grid(axis="x", alpha=0.3)
+        axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
+        axes[0, 0].invert_yaxis()
+
+
+def write(study, figure=False):
+    """The files of one of `judged`."""
+    plan, folder = study.plan, study.folder
+    if not study.rows:
+        raise UserError(f"{folder} has no row yet; experiments.run makes them")
+    tests = differences(study)
+    text = [f"# {plan['plan']} on {plan['data']}, {plan['split']}: {plan['question']}", ""]
+    text += [*arm_table(study), "", *controls(study), "", *difference_table(study, tests), ""]
+    text.append(NOTES.format(margin=plan["margin"]))
+    for hypothesis in study.hypotheses:
+        text += hypothesis_table(hypothesis, study)
+    if figure:
+        draw(folder / "figure.png", study)
+        text += ["", "![One dot is one seed](figure.png)"]
+    save_text("\n".join(text) + "\n", folder / "table.md")
+    rows = [csv_row(arm, tests, study) for arm in study.rows]
+    columns = dict.fromkeys(name for row in rows for name in row if name not in MADE)
+    columns |= dict.fromkeys(MADE)
+    save_csv(folder / "table.csv", [{c: row.get(c) for c in columns} for row in rows])
 
 
 # ---- STUDY.md ------------------------------------------------------------------------------------
 
-
-def setup(study):
-    """How it was measured, in sentences."""
-    plan, groups = study["plan"], study["groups"]
-    there, planned = sum(map(len, study["rows"].values())), len(plan["arms"]) * len(plan["seeds"])
-    thresholds = ", ".join(f"{t:.1f} % (by `{a}`)" for a, t in plan["thresholds"].items())
-    first, *more = plan["seeds"]
-    seeds = f"seeds {first} to {more[-1]}" if more else f"seed {first}"
-    pilot, *more = pilot_seeds(plan)
-    pilots = (
-        f"the pilots, seeds {pilot} to {more[-1]}, each" if more else f"the pilot, seed {pilot},"
-    )
-    lines = [
-        f"{there} of {planned} planned runs are there: {len(plan['arms'])} masks, {seeds}, each `pretrain.py "
-        f"{plan['recipe']}`. Numbers are on `{plan['split']}` of {plan['data']}: {len(groups):,} images of "
-        f"{len(np.unique(groups)):,} illustrations. The threshold, of the ridge in the run, is {thresholds}: "
-        f"untrained + 90 % of what {pilots} gained."
-    ]
-    for row in study["all"]:
-        if (
-            row["seed"] == plan["pilot_seed"]
-            and row.get("controls")
-            and row["arm"] == next(iter(plan["arms"]))
-        ):
-            thumb = max((v for k, v in row["controls"].items() if k.startswith("thumb")), default=0)
-            untrained = row["controls"][f"untrained {pool_of(plan)}"]
-            lines.append(
-                f"By logistic regression the pilot has {row['metrics']['top1']:.1f} %, its untrained encoder "
-                f"{untrained:.1f} %, the best thumbnail {thumb:.1f} %."
-            )
-    return lines
-
-
-def findings(table):
-    """The best arm per epoch, and per minute."""
-    best, quick = (
-        max(table, key=lambda x: x["top1"]["mean"]),
-        max(table, key=lambda x: x["linear_then"]["mean"]),
-    )
-    return (
-        f"Highest Top-1 at the end: `{best['arm']}`, {number(best['top1'], 2)} %. Highest in the run after "
-        f"{quick['then']:.1f} minutes, when the fastest arm was through: `{quick['arm']}`, "
-        f"{number(quick['linear_then'])} %."
-    )
-
-
-def when_reached(arm, runs, limit):
-    """How many runs of a baseline reach the threshold of its pilot, and when."""
-    reached = [e for row in runs if (e := verdicts.epochs_to(row, limit)) is not None]
-    line = f"{len(reached)} of {len(runs)} runs of `{arm}` reach its threshold"
-    if not reached:
-        return f"{line}."
-    mean, last = np.mean(reached), runs[0]["curve"]["epoch"][-1]
-    late = ": a mask that begins to be guided later can hardly save any" if mean < last / 4 else ""
-    return f"{line}, after {mean:.1f} of {last:g} epochs{late}."
-
-
-def threats(study):
-    """What the rows themselves say against the result."""
-    plan, arms = (
-        study["plan"],
-        {arm: list(runs.values()) for arm, runs in study["rows"].items() if runs},
-    )
-    rows, n_seeds, n = sum(arms.values(), []), len(plan["seeds"]), len(pilot_seeds(plan))
-    pilots = f"{n} pilot seeds" if n > 1 else "one pilot seed"
-    lines = [f"One data set ({plan['data']}), one recipe; the threshold comes from {pilots}."]
-    lines += [
-        when_reached(arm, arms[arm], limit)
-        for arm, limit in plan["thresholds"].items()
-        if arm in arms
-    ]
-    slow = 0
-    for runs in arms.values():
-        seconds = np.array([r["curve"]["seconds"][-1] for r in runs])
-        slow += (seconds / np.median(seconds) > SLOW).sum()
-    if slow:
-        lines.append(
-            f"{slow} of {len(rows)} runs took over {SLOW:g} times the median of their mask, perhaps beside "
-            "other work: minutes are not to be compared."
-        )
-    machines, commits = sorted({r["machine"] for r in rows}), sorted({r["commit"] for r in rows})
-    formats = " and ".join(sorted({r["config"].get("dtype", "an unknown format") for r in rows}))
-    lines.append(
-        f"{len(rows)} runs on {len(machines)} kind(s) of machine ({'; '.join(machines)}), in {formats}, at "
-        f"{len(commits)} commit(s) ({', '.join(commits)})."
-    )
-    if dirty := sum(r["commit"].endswith("+") for r in rows):
-        lines.append(f"{dirty} of them were made with code that no commit holds.")
-    if lost := [
-        f"{r['arm']}, seed {r['seed']}"
-        for r in study["all"]
-        if "error" in r and r["seed"] in plan["seeds"]
-    ]:
-        lines.append(f"Diverged, and left out: {'; '.join(lost)}.")
-    if missing := sum(max(0, n_seeds - len(runs)) for runs in study["rows"].values()) - len(lost):
-        lines.append(f"{missing} planned runs are missing: what is said here is preliminary.")
-    return [f"- {line}" for line in lines + PHASES[plan["phase"]][1:]]
+MARKS = "<!-- experiments.report writes from here -->", "<!-- to here -->"
 
 
 def section(study, top):
-    """A study as a section of STUDY.md -> lines; top: the folder that STUDY.md is in."""
-    plan, table, folder = study["plan"], study["table"], study["folder"].relative_to(top)
-    name = plan["plan"].upper() if plan["hypotheses"] else plan["plan"]
-    title = f"## {name} on {plan['data']}{PHASES[plan['phase']][0]}: {plan['question']}"
-    lines = [title, "", *setup(study), ""]
-    if not table:
-        return [*lines, "No run is there yet.", ""]
-    lines += [*arm_table(table, pool_of(plan)), "", findings(table), ""]
-    lines += [
-        f"![{name}]({folder}/{name}.png)"
-        for name in ("curves", "bars", "grid")
-        if (study["folder"] / f"{name}.png").exists()
-    ]
-    for h in study["hypotheses"]:
-        lines += [
-            "",
-            f"**{h['id']}: {h['verdict']}.** Claim: {h['claim']}. Decided by: {h['because']}.",
-            "",
-        ]
-        lines += table_of_tests(h)
-        for t in h["parts"]:
-            if t["what"] == "epochs" and (other := verdicts.checks(t, plan, study["rows"])):
-                lines += [
-                    "",
-                    f"Not planned, to check the epochs that `{t['arm']}` saves, %: {'; '.join(other)}.",
-                ]
-    return [*lines, "", "Threats:", "", *threats(study), ""]
+    """A study in STUDY.md -> lines: what was asked and made, and each arm with its difference."""
+    plan, seeds = study.plan, study.plan["seeds"]
+    kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
+    made = f"{sum(map(len, study.rows.values()))} runs, seeds {min(seeds)} to {max(seeds)}"
+    text = [f"## {study.folder.name}{kind}", ""]
+    link = f"[table]({study.folder.relative_to(top)}/table.md)"
+    text += [f"{plan['question']} {made} ({link}).", ""]
+    if len(study.rows) > 10:
+        best = max(study.rows, key=lambda arm: np.mean(values_of(study.rows[arm], "top1")))
+        return [*text, f"The best of {len(study.rows)} arms is `{best}`.", ""]
+    tests = {test["arm"]: test for test in differences(study) if test["what"] == "top1"}
+    rows = []
+    for arm, runs in study.rows.items():
+        row = [f"`{arm}`", cell(values_of(runs, "top1"), 1), "", ""]
+        if arm in tests:
+            test = tests[arm]
+            row[2] = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
+            row[3] = test["verdict"]
+        rows.append(row)
+    return [*text, *markdown(["mask", "Top-1, %", "difference", "verdict"], rows), ""]
 
 
-def open_text(root):
-    """-> path of STUDY.md beside root, what stands before and behind its marks; refuses that of
-    another folder.
-    """
-    path = Path(root).parent / "STUDY.md"
-    old = path.read_text() if path.exists() else f"# The study\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in old or END not in old:
-        raise UserError(
-            f"{path} lost its marks {BEGIN} and {END}; put them back, or remove the file"
-        )
-    before, (inside, after) = old.split(BEGIN)[0], old.split(BEGIN, 1)[1].split(END, 1)
-    if others := set(re.findall(r"^!\[\w+\]\(([^/()]+)/", inside, re.M)) - {Path(root).name}:
-        raise UserError(
-            f"{path} tells of the studies in {path.parent / min(others)}, and would lose them; "
-            "give an --out in another folder"
-        )
-    return path, before, after
-
-
-def write_study(studies, root):
-    """STUDY.md: all studies under root -> its path. What stands outside the marks is kept."""
-    path, before, after = open_text(root)
+def write_study(studies, path):
+    """STUDY.md: the verdicts, and a section for each study. What stands outside the marks is kept."""
+    before, rest = path.read_text().split(MARKS[0])
     rows = [
-        [
-            h["id"] if " on " in h["id"] else f"{h['id']} on {s['folder'].name.split('-', 1)[1]}",
-            h["verdict"],
-            h["because"],
-        ]
-        for s in studies
-        for h in s["hypotheses"]
+        [h["id"].split(" on ")[0], study.plan["data"], h["verdict"], f"{h['holm_p']:.3f}"]
+        for study in studies
+        for h in study.hypotheses
     ]
-    lines = [*markdown(("hypothesis", "verdict", "decided by"), rows), ""] if rows else []
-    for rules in dict.fromkeys(s["plan"]["test"] for s in studies):
-        lines += [
-            f"A verdict follows these rules, which stand in the plans. {rules} {STRICTER}",
-            "",
-        ]
-    lines += [
-        "Supported so means an effect whose estimate reaches the claim, not that the whole interval does.",
-        "",
-    ]
+    lines = [*markdown(["hypothesis", "data", "verdict", "p, Holm"], rows), ""]
     for study in studies:
         lines += section(study, path.parent)
-    save_text("\n".join([before + BEGIN, *lines, END]) + after, path)
-    return path
+    save_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1])[1], path)
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
+    parser.add_argument("--figure", action="store_true", help="draw figure.png, too")
+    parser.add_argument(
+        "--study", type=Path, metavar="FILE", help="write their sections anew in it"
+    )
+    args = parser.parse_args()
+    studies = judged([open_folder(folder) for folder in args.folders])
+    for study in studies:
+        write(study, args.figure)
+        print(f"wrote    {study.folder}/table.md, table.csv{', figure.png' * args.figure}")
+    if args.study:
+        write_study(studies, args.study)
+
+
+if __name__ == "__main__":
+    cli(main)

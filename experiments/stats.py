@@ -1,194 +1,221 @@
-"""Statistics of the study: t and F tests, their power, and Holm's correction.
+"""Is a difference more than chance? Paired t tests, the F test, Holm's correction, and verdicts.
 
-Intervals are of 95 %. The distributions are scipy's.
+Intervals are of 95 %. Every test returns the same fields, and None where the data allow no number:
+
+effect, low, high   the mean and its interval
+p                   of no effect, two-sided
+p_against           of an effect as large as the claim, one-sided: small refutes the claim
+p_equal             of an effect as large as the margin, either way: small shows equivalence (TOST)
 """
 
-import math
-
 import numpy as np
+from scipy.stats import f, t
 
-from common.stats import LEAST_SEEDS
+from common import metrics
+from common.stats import LEAST_SEEDS, bootstrap
+
+TEN = 10  # seeds that a comparison of variances needs: at three, F(2, 2) asks for a ratio of 19
+LEVEL = 0.05
+FIELDS = ("effect", "low", "high", "p", "p_against", "p_equal", "bootstrap")
 
 
-def t_quantile(df):
-    """The t that |T| stays under with probability .95: 12.71 for df 1, 4.30 for 2, 2.78 for 4."""
-    from scipy.stats import t
+def varies(values):
+    """Can an interval be said? Not from under three seeds, nor from seeds that all tie."""
+    spread = 1e-9 * max(1.0, np.abs(values).max(initial=0))
+    return len(values) >= LEAST_SEEDS and np.std(values, ddof=1) > spread
 
-    return float(t.ppf((1 + 0.95) / 2, df))
+
+def empty(values):
+    """The fields of a test that has no interval."""
+    n = len(values)
+    why = "nothing varies" if n >= LEAST_SEEDS else "under three"
+    row = dict.fromkeys(FIELDS) | {"n": n, "per_seed": [float(x) for x in values]}
+    row["effect"] = float(np.mean(values)) if n else None
+    return row | {"notes": [f"{n} seed{'s' * (n != 1)}: no interval, {why}"]}
 
 
-def enough(differences):
-    """Can an interval be said at all? Not from under three seeds, nor from seeds that all tie: that
-    is no evidence.
+# ---- paired differences --------------------------------------------------------------------------
+
+
+def image_variance(values, groups):
+    """Squared error of the mean that the test images bring, and the number of illustrations.
+
+    values (seeds, images), groups (images): the illustration of each. Images of one illustration
+    are no independent draws, so whole illustrations vary (cluster-robust). With d_i the mean of
+    image i over seeds, N images and G illustrations:
+
+        G / (G-1)  sum_g (sum_{i in g} d_i - d)^2  /  N^2
     """
-    d = np.asarray(differences, np.float64)
-    return len(d) >= LEAST_SEEDS and d.std(ddof=1) > 1e-9 * max(1.0, np.abs(d).max())
+    mean = np.mean(values, 0)
+    ids = np.unique(groups, return_inverse=True)[1]
+    sums = np.bincount(ids, mean - mean.mean())
+    count = int(ids.max() + 1)
+    scale = count / max(count - 1, 1)
+    return scale * float((sums**2).sum()) / len(mean) ** 2, count
 
 
-def why_none(differences):
-    """What stands in the place of an interval: "2 seeds: no interval"."""
-    n = len(differences)
-    if n < LEAST_SEEDS:
-        return f"{n} seed{'s' * (n != 1)}: no interval"
-    return f"{n} seeds: no interval, nothing varies"
+def errors_of(values, groups):
+    """[(standard error of the mean, degrees of freedom)]: of seeds alone, and of both with images.
 
-
-def image_variance(each, groups):
-    """each (seeds, images), groups (images) -> the squared error of the mean that the test images
-    bring; illustrations.
-
-    The images of an illustration are no independent draws, so whole illustrations vary
-    (cluster-robust, of any size): with d_i the mean of image i over seeds, N images and G
-    illustrations,
-
-        s_images^2 / G = G / (G-1)  sum_g (sum_{i in g} d_i - d)^2  /  N^2
-
-    which for illustrations of one size is the variance of their means, over G.
+    The squared errors of n seeds, A, and of G illustrations, B, add. Degrees of freedom:
+    (A + B)^2 / (A^2 / (n-1) + B^2 / (G-1)) (Satterthwaite 1946). Users take the less certain of
+    the two, so that test images never make an interval narrower.
     """
-    d, (_, ids) = (
-        np.mean(each, 0, dtype=np.float64),
-        np.unique(np.asarray(groups), return_inverse=True),
-    )
-    sums, count = np.bincount(ids, d - d.mean()), ids.max() + 1
-    return count / max(count - 1, 1) * float((sums**2).sum()) / len(d) ** 2, int(count)
+    each = values if groups is None else values.mean(1)
+    n = len(each)
+    A = each.var(ddof=1) / n
+    errors = [(A**0.5, n - 1)]
+    if groups is not None:
+        B, count = image_variance(values, groups)
+        df = (A + B) ** 2 / (A**2 / (n - 1) + B**2 / (count - 1))
+        errors.append(((A + B) ** 0.5, df))
+    return errors
 
 
-def errors_of(seeds, n, images=0.0, count=1):
-    """Squared errors of a mean, by n seeds and by `count` illustrations -> [(standard error,
-    degrees of freedom)].
+def paired(values, groups=None, claim=0.0, margin=None):
+    """Paired differences -> the fields of a t test.
 
-    First of the seeds alone; then, where there are images, of both, A + B:
-
-        error^2 = A + B,   df = (A + B)^2 / (A^2 / (n-1) + B^2 / (G-1))     (Satterthwaite 1946)
-
-    Conservative: seeds are measured on the same few images, and images by the same few seeds, so
-    that the noise of a single seed on a single image, the interaction, is in A and in B and is
-    counted twice. Whoever uses them takes the one that claims less: with more degrees of freedom
-    the second may be narrower than the first, and images that are added to a plan must never make
-    it less strict.
+    values (seeds), or with groups (images), the illustration of each, (seeds, images).
     """
-    both = [(math.sqrt(seeds), n - 1)]
-    if images:
-        df = (seeds + images) ** 2 / (seeds**2 / (n - 1) + images**2 / (count - 1))
-        both.append((math.sqrt(seeds + images), df))
-    return both
+    values = np.asarray(values, np.float64)
+    each = values if groups is None else values.mean(1)
+    row = empty(each)
+    if not varies(each) or groups is not None and len(np.unique(groups)) < 2:
+        return row
+    errors, mean = errors_of(values, groups), row["effect"]
+    half = max(float(t.ppf(0.975, df)) * error for error, df in errors)
+    row |= {"low": mean - half, "high": mean + half, "notes": []}
+    row["p"] = max(float(2 * t.sf(abs(mean) / error, df)) for error, df in errors)
+    row["p_against"] = max(float(t.cdf((mean - claim) / error, df)) for error, df in errors)
+    if margin is not None:
+        row["p_equal"] = max(float(t.sf((margin - abs(mean)) / e, df)) for e, df in errors)
+    if groups is not None:
+        row["bootstrap"] = bootstrap(values, groups)
+    return row
 
 
-def mean_errors(differences, groups=None):
-    """-> the mean of paired differences and its `errors_of`; None where they are not `enough` for
-    an interval.
-
-    differences: (seeds), or with groups (images), the illustration of each, (seeds, images).
-    """
-    d = np.asarray(differences, np.float64)
-    images, each = ((0.0, 1), d) if groups is None else (image_variance(d, groups), d.mean(1))
-    if not enough(each) or groups is not None and images[1] < 2:
-        return None
-    return each.mean(), errors_of(each.var(ddof=1) / len(each), len(each), *images)
-
-
-def paired_t(differences, groups=None):
-    """As `mean_errors` -> {mean, low, high, p}: a t interval (of seeds alone: half-width 2.48 s at
-    three); or None.
-    """
-    from scipy.stats import t
-
-    if (found := mean_errors(differences, groups)) is None:
-        return None
-    mean, errors = found
-    half = max(t_quantile(df) * error for error, df in errors)
-    p = max(float(2 * t.sf(abs(mean / error), df)) for error, df in errors)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "p": p}
-
-
-def p_below(differences, claim, groups=None):
-    """P of a mean as low as this one, or lower, if the true one were `claim` or more: small refutes
-    it; or None.
-    """
-    from scipy.stats import t
-
-    if (found := mean_errors(differences, groups)) is None:
-        return None
-    mean, errors = found
-    return max(float(t.cdf((mean - claim) / error, df)) for error, df in errors)
-
-
-def t_power(effect, std, n, images=(0.0, 1)):
-    """Chance that a paired t test of n seeds sees a true effect; std: of the differences between
-    seeds.
-
-    images: what `image_variance` says of the test images, which more seeds do not change.
-    """
-    from scipy.stats import nct
-
-    def power(error, df):
-        limit, delta = t_quantile(df), effect / error
-        far = np.nan_to_num(
-            nct.cdf(-limit, df, delta)
-        )  # scipy has no number for some tails of under 1e-20
-        return float(nct.sf(limit, df, delta) + far)
-
-    return (
-        min(power(*pair) for pair in errors_of(std**2 / n, n, *images))
-        if std
-        else float(effect != 0)
-    )
-
-
-def seeds_needed(effect, std, power=0.8, most=100, images=(0.0, 1)):
-    """The fewest paired seeds that see this effect with this chance; None if more than `most`."""
-    return next(
-        (n for n in range(LEAST_SEEDS, most + 1) if t_power(effect, std, n, images) >= power), None
-    )
-
-
-def variance_ratio(values, baseline):
-    """F test: do these seeds vary less than the baseline's? -> {ratio, low, high, p (of lower),
-    p_higher}.
-
-    ratio = variance / variance of the baseline, with its interval. Needs ten seeds: F(2, 2) at
-    three asks for 19.
-    """
-    from scipy.stats import f
-
-    ratio = np.var(values, ddof=1) / max(np.var(baseline, ddof=1), 1e-30)
+def variance(values, baseline):
+    """F test -> percent less variance over seeds than the baseline's. Under ten seeds: no p."""
+    for side in (values, baseline):
+        if not varies(side):
+            return empty(side) | {"effect": None}
+    ratio = np.var(values, ddof=1) / np.var(baseline, ddof=1)
     df = len(values) - 1, len(baseline) - 1
-    p, tail = float(f.cdf(ratio, *df)), (1 - 0.95) / 2
-    low, high = (ratio / float(f.ppf(q, *df)) for q in (1 - tail, tail))
-    return {
-        "ratio": ratio,
-        "low": low,
-        "high": high,
-        "p": min(1.0, 2 * p),
-        "p_higher": min(1.0, 2 * (1 - p)),
-    }
+    low, high = (ratio / float(f.ppf(q, *df)) for q in (0.975, 0.025))
+    row = empty(values) | {"effect": 100 * (1 - ratio), "notes": []}
+    row |= {"low": 100 * (1 - high), "high": 100 * (1 - low), "per_seed": []}
+    if len(values) < TEN:
+        notes = [f"variances need {TEN} seeds, there are {len(values)}"]
+        return row | {"p": 1.0, "p_against": 1.0, "notes": notes}
+    row["p"] = min(1.0, 2 * float(f.cdf(ratio, *df)))
+    row["p_against"] = min(0.5, float(f.sf(ratio, *df)))
+    return row
 
 
-def f_power(ratio, n):
-    """Chance that this F test, of n seeds on either side, sees a variance that is truly `ratio` of
-    the baseline's.
+# ---- epochs to a threshold -----------------------------------------------------------------------
+
+
+def epochs_to(curve, threshold):
+    """Epochs until a curve {"epoch", "linear"} first reaches the threshold; None: never."""
+    return metrics.first_crossing(curve["epoch"], curve["linear"], threshold)
+
+
+def epochs_saved(pairs, threshold, claim=0.0, logs=False):
+    """[(curve, baseline's curve)] -> the fields of a test of the percent of epochs saved.
+
+    A run that never reaches the threshold counts with its last epoch. That is a bound, so it may
+    decide only what a bound can. logs: a geometric mean, since a mean of ratios leans against the
+    arm where the baseline's epochs vary.
     """
-    from scipy.stats import f
+    reached = [[epochs_to(curve, threshold) for curve in pair] for pair in pairs]
+    late = sum(ours is None for ours, _ in reached)
+    base_late = sum(theirs is None for _, theirs in reached)
+    same = sum(ours is not None and ours == theirs for ours, theirs in reached)
+    last = [[curve["epoch"][-1] for curve in pair] for pair in pairs]
+    epochs = np.where(np.equal(reached, None), last, reached).astype(float).reshape(-1, 2)
+    if (epochs == 0).any():
+        note = f"the untrained encoder has the threshold of {threshold:.1f} % already"
+        return empty([]) | {"n": len(pairs), "notes": [note]}
+    ratio = epochs[:, 0] / epochs[:, 1]
+    row = paired(100 * (1 - ratio), claim=claim)
+    if logs:
+        row = paired(-100 * np.log(ratio), claim=-100 * np.log1p(-claim / 100))
+        known = [k for k in ("effect", "low", "high") if row[k] is not None]
+        row |= {k: float(-100 * np.expm1(-row[k] / 100)) for k in known}
+        row["per_seed"] = (100 * (1 - ratio)).tolist()
+    if row["p"] is not None and (same or late):
+        row["p"] = 1.0
+    if row["p"] is not None and (same or base_late):
+        row["p_against"] = 1.0
+    if same:
+        row["notes"].append(f"{same} pairs are one run up to the threshold")
+    if late or base_late:
+        found = f"{late} runs and {base_late} baselines of {len(pairs)}"
+        row["notes"].append(f"{found} never reach {threshold:.1f} %")
+    return row
 
-    return float(f.cdf(f.ppf((1 - 0.95) / 2, n - 1, n - 1) / ratio, n - 1, n - 1))
+
+# ---- verdicts ------------------------------------------------------------------------------------
 
 
 def holm(p_values):
-    """p values of a family of hypotheses -> adjusted ones (Holm 1979): to be compared with .05 as
-    they are.
-    """
-    p, adjusted, highest = list(p_values), [0.0] * len(p_values), 0.0
+    """p values of a family -> adjusted ones, to be compared with .05 (Holm 1979). None counts as 1."""
+    p = [1.0 if x is None else x for x in p_values]
+    adjusted, highest = list(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = highest
+        adjusted[i] = None if p_values[i] is None else highest
     return adjusted
 
 
-def add_holm(rows):
-    """Give each row (a dict with "p") its "holm_p"; a p of None counts as 1 in the family, and
-    stays None.
+def word(effect, p, p_equal):
+    """p values after Holm -> "better", "worse", "equivalent" or "undecided"."""
+    if p is not None and p < LEVEL:
+        return "better" if effect > 0 else "worse"
+    return "equivalent" if p_equal is not None and p_equal < LEVEL else "undecided"
+
+
+def whole(test):
+    """Are all planned seeds there, and do they allow a p? Else a test decides nothing."""
+    return test["p"] is not None and test["n"] == test["planned"]
+
+
+def holds(test):
+    """Is this as claimed? Holm's correction comes afterwards, for the hypothesis."""
+    above = whole(test) and test["low"] > 0 and test["effect"] >= test["claim"]
+    return above and (test["bootstrap"] is None or test["bootstrap"]["low"] > 0)
+
+
+def judge(hypotheses, family):
+    """Hypotheses {"id", "parts": tests} -> the same with p, holm_p and verdict.
+
+    family {id: number of parts}: all that were planned; one without rows counts with p = 1.
+    Supported: every part holds, and the largest p of its parts is under .05 after Holm. Refuted:
+    one part excludes its claim, after Holm over all parts. Equivalent: every part lies within its
+    margin. All else is undecided, and so is what lacks a planned run.
     """
-    for row, p in zip(
-        rows, holm([1.0 if row["p"] is None else row["p"] for row in rows]), strict=True
-    ):
-        row["holm_p"] = None if row["p"] is None else p
+    p = {}
+    for h in hypotheses:
+        right_way = [x["p"] if whole(x) and x["effect"] > 0 else 1.0 for x in h["parts"]]
+        p[h["id"]] = max(right_way)
+    holm_p = dict(zip(family, holm([p.get(name, 1.0) for name in family]), strict=True))
+    tests = [test for h in hypotheses for test in h["parts"]]
+    against = [test["p_against"] if whole(test) else 1.0 for test in tests]
+    against += [1.0] * (sum(family.values()) - len(tests))
+    for test, adjusted in zip(tests, holm(against), strict=False):
+        test["holm_against"] = None if test["p"] is None else adjusted
+    return [h | verdict(h["parts"], p[h["id"]], holm_p[h["id"]]) for h in hypotheses]
+
+
+def verdict(tests, p, holm_p):
+    """-> {"p", "holm_p", "verdict"} of one hypothesis."""
+    equal = [test.get("p_equal") for test in tests]
+    name = "undecided"
+    if all(test["n"] == test["planned"] for test in tests):
+        if any(whole(test) and test["holm_against"] < LEVEL for test in tests):
+            name = "refuted"
+        elif all(map(holds, tests)) and holm_p < LEVEL:
+            name = "supported"
+        elif None not in equal and max(holm(equal)) < LEVEL:
+            name = "equivalent"
+    return {"p": p, "holm_p": holm_p, "verdict": name}

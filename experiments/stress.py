@@ -1,28 +1,25 @@
-"""What breaks it? A probe trained on clean features looks at spoiled pictures; the decoder is asked for hidden pixels.
+"""What breaks it? A probe trained on clean features sees corrupted pictures; hidden pixels are predicted.
 
-    # on the data that the run was trained on
     python -m experiments.stress runs/NAME
-    # only PSNR by ratio, as the mid-term report's table
-    python -m experiments.stress runs/NAME --midterm
-    # only Top-1 under this, at its headline level
-    python -m experiments.stress runs/NAME --only cutout
+    python -m experiments.stress runs/NAME --midterm        # PSNR by ratio, the mid-term report's table
+    python -m experiments.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
 Reads:  runs/NAME (model.safetensors, state.pt), datasets/NAME
-Writes: runs/NAME/ stress.json, robustness.png, parts.png (where the parts are known),
-reconstruction.png; with --only
-        stress-cutout.json alone; of other data than the run's own, or of another split than val,
-        into
-        runs/NAME/DATANAME-SPLIT/
+Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run's, or of another
+        split than val, in runs/NAME/DATANAME-SPLIT/
 """
 
+import io
 import itertools
 import math
-import shlex
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import data
 import mask as masking
@@ -33,105 +30,138 @@ from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
 from demo import psnr
-from experiments.corruptions import SWEEPS, moved, paint
+from finetune_lora import GRAY, cutout
+from ingest.decode import open_picture
 from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
-NO_RAMP = dict.fromkeys(
-    ("attn_high", "attn_low", "attn_hint"), {"start": 0, "ramp_for": 0}
-)  # the run is over
+GUIDED = ("attn_high", "attn_low", "attn_hint")
+NO_RAMP = dict.fromkeys(GUIDED, {"start": 0, "ramp_for": 0})  # the run is over
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
-
-def parse_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("run", help="run folder of pretrain.py")
-    add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
-    add("--split", default="val", choices=["val", "dev", "test"], help="split that is looked at")
-    add(
-        "--images",
-        type=at_least(8),
-        default=512,
-        metavar="N",
-        help="at most so many of it, evenly spread",
-    )
-    add(
-        "--pool",
-        default="mean",
-        choices=features.POOLS,
-        help="pooling of the tokens that the probe sees",
-    )
-    add(
-        "--only",
-        metavar="NAMES",
-        help=f"only Top-1 under these of {', '.join(SWEEPS)}, comma between",
-    )
-    add(
-        "--midterm",
-        action="store_true",
-        help="only PSNR and SSIM by ratio under random masks, graded; writes nothing",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    args = parser.parse_args()
-    if args.midterm:
-        idle = args.given & {"only", "pool"}
-        refuse_idle(idle, "with --midterm, which looks at predicted pixels alone")
-    if Path(args.run).is_file():
-        raise UserError(
-            f"{args.run} is a file; experiments.stress wants the folder of a run, runs/NAME"
-        )
-    if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
-        raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
-    return args
+# ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
+# Lengths are in pixels of a 128 px picture, and grow with the picture.
 
 
-def open_task(args):
-    """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
-    encoder, size = load_encoder(args.run)
-    task = features.open_task(args, args.run)
-    task.run, task.size, task.encoder = (
-        Path(args.run),
-        size,
-        encoder.to(task.device).requires_grad_(False),
-    )
-    task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
-    task.out = features.results_folder(args.run, task.folder, args.split)
-    return task
+def channels_last(x):
+    """fp32 (B, 1 or 3, S, S) -> u8 (B, S, S, 3)."""
+    x = x.round().clamp(0, 255).to(torch.uint8)
+    return x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 
-# ---- robustness of the probe: spoil(images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of
+def luminance(images):
+    """-> fp32 (B, 1, S, S)."""
+    return (images.float() @ torch.tensor(data.LUMA, device=images.device))[:, None]
+
+
+def paint(images, where):
+    """where (B, S, S) bool becomes gray."""
+    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
+
+
+def moved(where, generator):
+    """The control of a hidden part: the same shapes (B, S, S) at random places, wrapped around."""
+    shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
+    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
+
+
+def turned(images, degrees, factor):
+    """Turned around the centre and enlarged; the border is repeated where nothing is known."""
+    a = math.radians(degrees)
+    matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
+    x = images.permute(0, 3, 1, 2).float()
+    at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
+    return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
+
+
+def rotation(images, level, generator):
+    return turned(images, level, 1.0)
+
+
+def scale(images, level, generator):
+    return turned(images, 0.0, level)
+
+
+def blur(images, level, generator):
+    """Gaussian of this standard deviation."""
+    sigma = level * images.shape[1] / 128
+    reach = min(math.ceil(3 * sigma), images.shape[1] - 1)
+    steps = torch.arange(-reach, reach + 1, device=images.device).float()
+    line = torch.exp(-(steps**2) / (2 * sigma**2))
+    line = line / line.sum()
+    x = images.permute(0, 3, 1, 2).float()
+    y = F.pad(x, (reach,) * 4, "reflect").flatten(0, 1)[:, None]
+    y = F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))
+    return channels_last(y.view_as(x))
+
+
+def jpeg(images, level, generator):
+    result = []
+    for picture in images.cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=int(level))
+        result.append(np.array(open_picture(file)))
+    return torch.from_numpy(np.stack(result)).to(images.device)
+
+
+def hue(images, level, generator):
+    """Colours turned around the gray axis by this angle; the mean of red, green, blue stays."""
+    a = math.radians(level)
+    turn = torch.full((3, 3), (1 - math.cos(a)) / 3) + math.cos(a) * torch.eye(3)
+    turn += math.sin(a) / math.sqrt(3) * torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return channels_last((images.float() @ turn.T.to(images.device)).permute(0, 3, 1, 2))
+
+
+def grayscale(images, level, generator):
+    return channels_last(luminance(images))
+
+
+def line_art(images, level, generator):
+    """What is darker than its brightest neighbour, dark on white: lines stay, colour goes."""
+    gray = luminance(images)
+    return channels_last(255 - 3 * (F.max_pool2d(gray, 3, 1, 1) - gray))
+
+
+SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
+    "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
+    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
+    "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
+    "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
+    "grayscale": (grayscale, (1,), "", 1),
+    "line art": (line_art, (1,), "", 1),
+}
+
+
+# ---- the probe -----------------------------------------------------------------------------------
 
 
 def fit_probe(task):
-    """The headline of probe.py, logistic regression on clean train features: task.scores(features
-    (n, D)) -> (n, C).
-    """
+    """The headline of probe.py on clean features: task.scores(features (n, D)) -> (n, C)."""
     found = features.of_encoder(task.encoder, task.size, task)[task.args.pool]
     fit, choose, where = features.hold_out(task.splits)
-    labels = {name: split["labels"] for name, split in task.splits.items()}
-    task.scores, _ = metrics.logistic_probe(
-        found["train"][fit],
-        labels["train"][fit],
-        found[where][choose],
-        labels[where][choose],
-        len(task.train["header"]["classes"]),
-    )
+    y, truth = task.train["labels"][fit], task.splits[where]["labels"][choose]
+    classes = len(task.train["header"]["classes"])
+    x, held = found["train"][fit], found[where][choose]
+    task.scores, _ = metrics.logistic_probe(x, y, held, truth, classes)
 
 
 @torch.no_grad()
-def right_of(task, spoil=None, rows=None, encoder=None, size=None, chunk=data.CHUNK):
-    """(n,) bool: which of the images, spoiled or as they are, the clean probe names rightly."""
+def right_of(task, spoil=None, rows=None, encoder=None, size=None):
+    """(n,) bool: which images, corrupted or as they are, the clean probe classifies correctly.
+
+    spoil: (images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them.
+    """
     encoder, size, found = encoder or task.encoder, size or task.size, []
     rows = task.rows if rows is None else rows
-    for some in rows.split(chunk):
+    memory = min(1, (task.size / size) ** 4)  # attention's grows with the fourth power of the side
+    for some in rows.split(max(1, math.floor(data.CHUNK * memory))):
         images = data.take(task.split["images"], some, task.device)
-        view = data.view_images(
-            spoil(images, some) if spoil else images, *data.full_boxes(len(some)), size
-        )
+        images = spoil(images, some) if spoil else images
+        view = data.view_images(images, *data.full_boxes(len(some)), size)
         with task.autocast():
             found.append(features.pooled(encoder, view)[task.args.pool].half().cpu())
     return task.scores(torch.cat(found)).argmax(1) == task.split["labels"][rows]
@@ -143,121 +173,75 @@ def percent(right):
 
 def corrupted(name, level):
     """-> spoil, at this level of a sweep; each level draws its own random numbers."""
-    function, levels, _, _ = SWEEPS[name]
+    function, levels, *_ = SWEEPS[name]
     generator = seeded(0, levels.index(level))
     return lambda images, rows: function(images, level, generator)
 
 
-def hidden_part(task, k, generator=None):
-    """-> spoil: part k is painted gray; with a generator the same shape elsewhere is, as control."""
-
-    def spoil(images, rows):
-        where = torch.from_numpy(task.split["parts"][rows.numpy()] == k)
-        return paint(images, moved(where, generator) if generator else where)
-
-    return spoil
+def hide_part(images, rows, task, part, generator=None):
+    """A part is painted gray; with a generator its shape elsewhere is, as control."""
+    where = torch.from_numpy(task.split["parts"][rows.numpy()] == part)
+    return paint(images, moved(where, generator) if generator else where)
 
 
 def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
-    return {
-        name: {str(level): percent(right_of(task, corrupted(name, level))) for level in levels}
-        for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False)
-    }
-
-
-def without_parts(task):
-    """By which part does it recognise? Each but the background painted gray, and as control the
-    same shape elsewhere.
-
-    -> {part: {"area", "hidden", "control"}}: share of the picture, Top-1 without the part, Top-1
-    without the control.
-    """
-    result, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
-    for k, name in progress(
-        list(enumerate(task.split["header"]["parts"]))[1:], "parts", leave=False
-    ):
-        hidden, control = (right_of(task, hidden_part(task, k, g)) for g in (None, seeded(0, k)))
-        area = (parts == k).float().mean((1, 2)).mean().item()
-        result[name] = {"area": area, "hidden": percent(hidden), "control": percent(control)}
-    return result
-
-
-def in_styles(split, rows):
-    """Rows (n,) of a split -> {"palette: vivid": (n,) bool}: which are drawn so; {} without styles."""
     found = {}
-    for column, (stratum, values) in enumerate((split["header"].get("style") or {}).items()):
-        drawn = torch.from_numpy(np.asarray(split["style"])[rows, column])
-        found |= {f"{stratum}: {value}": drawn == i for i, value in enumerate(values)}
+    for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False):
+        found[name] = {str(x): percent(right_of(task, corrupted(name, x))) for x in levels}
     return found
 
 
-def by_style(task, right):
-    """Top-1 and number of images of each value of each of the demo set's strata, on clean pictures."""
-    found = {name: right[here] for name, here in in_styles(task.split, task.rows).items()}
-    return {
-        name: {"top1": percent(x) if len(x) else None, "images": len(x)}
-        for name, x in found.items()
-    }
+def without_parts(task):
+    """{part: {"area": share of the picture, "hidden", "control": Top-1 without it}}."""
+    found, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
+    for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:  # 0 is the background
+        hidden = right_of(task, partial(hide_part, task=task, part=k))
+        control = partial(hide_part, task=task, part=k, generator=seeded(0, k))
+        found[name] = {
+            "area": (parts == k).float().mean().item(),
+            "hidden": percent(hidden),
+            "control": percent(right_of(task, control)),
+        }
+    return found
 
 
 def by_resolution(task, clean):
-    """Views of 64 to 448 px, positions resized: Top-1, that at the trained size on the same images,
-    images a second.
+    """Views of 64 to 448 px, positions resized: Top-1, and at the trained size on the same images.
 
-    Attention's memory and time grow with the fourth power of the side: fewer images (at least 48)
-    in smaller chunks.
+    Attention's time grows with the fourth power of the side: fewer images, at least 48.
     """
-    result = []
-    sides = [s for s in RESOLUTIONS if s % task.encoder.patch_size == 0]
-    for side in progress(sides, "resolutions", leave=False):
+    found = []
+    for side in (s for s in RESOLUTIONS if s % task.encoder.patch_size == 0):
         encoder = load_encoder(task.run, side)[0].to(task.device).requires_grad_(False)
         some = data.evenly_spaced(len(clean), max(48, int(len(clean) * (task.size / side) ** 2)))
-        chunk = max(1, math.floor(data.CHUNK * min(1, (task.size / side) ** 4)))
-        start_time = time.perf_counter()
-        right = right_of(task, None, task.rows[some], encoder, side, chunk)
-        speed = len(some) / (time.perf_counter() - start_time)
-        result.append(
-            {
-                "side": side,
-                "top1": percent(right),
-                "top1_trained_size": percent(clean[some]),
-                "images": len(some),
-                "images_per_s": round(speed, 1),
-            }
-        )
-    return result
+        start = time.perf_counter()
+        right = right_of(task, None, task.rows[some], encoder, side)
+        speed = len(some) / (time.perf_counter() - start)
+        row = {"side": side, "top1": percent(right), "top1_trained_size": percent(clean[some])}
+        found.append(row | {"images": len(some), "images_per_s": round(speed, 1)})
+    return found
 
 
 def stress_probe(task):
-    """Everything about the probe: a part of the report."""
+    """Everything about the probe."""
     clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
-    chance = percent(task.split["labels"][task.rows] == most_frequent)
-    report = {
-        "clean": percent(clean),
-        "chance": chance,
-        "pool": task.args.pool,
-        "robustness": robustness(task),
-        "resolution": by_resolution(task, clean),
-    }
-    if "parts" in task.split:
-        report["parts"] = without_parts(task)
-    if "style" in task.split:
-        report["style"] = by_style(task, clean)
-    return report
+    row = {"clean": percent(clean), "pool": task.args.pool}
+    row["chance"] = percent(task.split["labels"][task.rows] == most_frequent)
+    row |= {"robustness": robustness(task), "resolution": by_resolution(task, clean)}
+    return row | ({"parts": without_parts(task)} if "parts" in task.split else {})
 
 
 def stress_some(task):
-    """--only: the few numbers that a study needs of every run, with each image's right or wrong."""
-    levels = {name: SWEEPS[name][3] for name in task.args.only.split(",")}
-    right = {
-        f"{name} {level}": right_of(task, corrupted(name, level))
-        for name, level in progress(levels.items(), "robustness", leave=False)
-    }
-    print("\n".join(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()))
+    """--only: a few numbers, with each image's right or wrong."""
+    right = {}
+    for name in task.args.only.split(","):
+        level = SWEEPS[name][3]
+        right[f"{name} {level}"] = right_of(task, corrupted(name, level))
+    print(*(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()), sep="\n")
     return {
-        "top1": {k: percent(x) for k, x in right.items()},
-        "right": {k: stats.to_bits(x) for k, x in right.items()},
+        "top1": {name: percent(x) for name, x in right.items()},
+        "right": {name: stats.to_bits(x) for name, x in right.items()},
     }
 
 
@@ -265,7 +249,7 @@ def stress_some(task):
 
 
 def load_mae(run, device):
-    """The whole network with its picture head, from state.pt, and how its targets are normalised."""
+    """The whole network with its statistics head, and how its targets are normalised."""
     path = Path(run) / "state.pt"
     if not path.exists():
         raise UserError(
@@ -275,41 +259,31 @@ def load_mae(run, device):
     state = load_state(path)
     if "decoder.decoder_pos_embed" not in state["model"]:
         raise UserError(f"{run} is no MAE (SimMIM has no decoder): nothing to reconstruct by ratio")
+    weights = {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}
     model, flags = MAE(**about_model(run)["config"]), state["config"]
-    load_exactly(
-        model, {k: w for k, w in state["model"].items() if not k.startswith("encoder.pooler")}, path
-    )
-    norm = {
-        "norm_pix": not flags.get("no_norm_pix", False),
-        "floor": flags.get("norm_floor", FLOOR),
-    }
-    return model.to(device).eval(), norm
+    load_exactly(model, weights, path)
+    norm = {"norm_pix": not flags.get("no_norm_pix", False)}
+    return model.to(device).eval(), norm | {"floor": flags.get("norm_floor", FLOOR)}
 
 
 def patches_of(model, split, rows, view):
-    """What strategies need of these views, as far as it is known: the dict `patches` of mask.py."""
+    """What strategies need of these views, as far as it is known: `patches` of mask.py."""
     _, ids = model.encoder.all_patches(view)
     maps, where = {}, (rows, *data.full_boxes(len(rows)), model.encoder.side)
     if "fg" in split:
-        maps["fg"] = guidance.crop_map(split["fg"], *where)
+        maps["fg"] = guidance.crop_map(split["fg"], *where).to(view.device)
     if "parts" in split:
         count = len(split["header"].get("parts", ()))
-        maps["parts"] = guidance.crop_parts(split["parts"], *where, count)
-    maps = {need: score.to(view.device) for need, score in maps.items()}
+        maps["parts"] = guidance.crop_parts(split["parts"], *where, count).to(view.device)
     attention = model.encoder.patch_attention(view).float().mean(1)
     return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 
 
 def hidden_pixels(ids_mask, side, S):
     """ids_mask (B, M) -> (B, S, S) bool."""
-    grid = torch.zeros(
-        len(ids_mask), side * side, dtype=torch.bool, device=ids_mask.device
-    ).scatter_(1, ids_mask, True)
-    return (
-        grid.unflatten(1, (side, side))
-        .repeat_interleave(S // side, 1)
-        .repeat_interleave(S // side, 2)
-    )
+    grid = torch.zeros(len(ids_mask), side**2, dtype=torch.bool, device=ids_mask.device)
+    grid = grid.scatter_(1, ids_mask, True).unflatten(1, (side, side))
+    return grid.repeat_interleave(S // side, 1).repeat_interleave(S // side, 2)
 
 
 def flat_guess(view, where):
@@ -320,51 +294,44 @@ def flat_guess(view, where):
 
 
 def ssim_map(a, b):
-    """Structural similarity of u8 pictures a, b (n, S, S, 3) at every pixel, mean over colours: (n,
-    S, S).
+    """Structural similarity of u8 pictures (n, S, S, 3) at every pixel, mean over colours.
 
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, population covariance;
-    mirrored borders.
+    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, mirrored borders.
     """
     from scipy.ndimage import gaussian_filter
 
-    a, b = a.double().cpu(), b.double().cpu()
-
-    def blur(p):
+    def blurred(p):
         return torch.from_numpy(gaussian_filter(p.numpy(), (0, 1.5, 1.5, 0), truncate=3.5))
 
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = (
-        blur(a * a) - mean_a**2,
-        blur(b * b) - mean_b**2,
-        blur(a * b) - mean_a * mean_b,
-    )
+    a, b = a.double().cpu(), b.double().cpu()
+    mean_a, mean_b = blurred(a), blurred(b)
+    var = blurred(a * a) - mean_a**2 + blurred(b * b) - mean_b**2
+    cov = blurred(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
-    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(3)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var + c2))).mean(3)
 
 
 @torch.no_grad()
-def reconstruct(model, view, patches, strategy, ratio, noise, norm, autocast):
+def reconstruct(mae, view, patches, mask, noise, autocast):
     """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
 
-    norm_pix is undone with predicted statistics only: the true ones would leak the answer.
+    mae: of `load_mae`; mask: (strategy, ratio). norm_pix is undone with predicted statistics only:
+    the true ones would leak the answer.
     """
+    (model, norm), (strategy, ratio) = mae, mask
     N = model.encoder.side**2
     K = masking.kept(N, ratio)
     priority = masking.STRATEGIES[strategy](patches, noise, 1.0, N - K, **NO_RAMP.get(strategy, {}))
     ids_keep, ids_mask = masking.sample(priority, K)
     pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
-    return put_patches(view, ids_mask, pixels), hidden_pixels(
-        ids_mask, model.encoder.side, view.shape[1]
-    )
+    where = hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
+    return put_patches(view, ids_mask, pixels), where
 
 
 def pixel_scores(view, pasted, where, foreground):
-    """(B,) each: PSNR and SSIM on hidden pixels: all, foreground, background where known, and of
-    the flat guess.
-    """
+    """(B,) each: PSNR and SSIM on hidden pixels, all, figure, ground; PSNR of the flat guess."""
     similarity, regions = ssim_map(pasted, view), {"": where}
     if foreground is not None:
         regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
@@ -375,36 +342,30 @@ def pixel_scores(view, pasted, where, foreground):
     return scores
 
 
-@torch.no_grad()
-def reconstruction(model, norm, task, strategies=None):
-    """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB and [0,
-    1].
-    """
-    split, S, N, total = task.split, model.config["image_size"], model.encoder.side**2, {}
+def reconstruction(mae, task, strategies=None):
+    """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]."""
+    split, model, total = task.split, mae[0], {}
+    S, N = model.config["image_size"], model.encoder.side**2
     views = data.whole_views(split["images"], task.rows, S, task.device)
     for rows, view in progress(views, "pixels", leave=False):
-        patches, foreground = patches_of(model, split, rows, view), None
-        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()]).to(
-            task.device
-        )
+        with torch.no_grad():
+            patches, foreground = patches_of(model, split, rows, view), None
+        noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
         if "fg" in split:
             fg = torch.from_numpy(split["fg"][rows.numpy()])
             foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
-        known = [
-            s
-            for s in masking.STRATEGIES
-            if s != "squares" and masking.NEEDS.get(s) in (None, *patches)
-        ]
-        for strategy, ratio in itertools.product(strategies or known, RATIOS):
-            pasted, where = reconstruct(
-                model, view, patches, strategy, ratio, noise, norm, task.autocast
-            )
-            for name, x in pixel_scores(view.cpu(), pasted.cpu(), where.cpu(), foreground).items():
-                total.setdefault((strategy, ratio), {}).setdefault(name, []).append(x)
-    return [
-        {"strategy": s, "ratio": r} | {name: mean(torch.cat(x)) for name, x in scores.items()}
-        for (s, r), scores in total.items()
-    ]
+        known = (None, *patches)
+        fit = [s for s in masking.STRATEGIES if s != "squares" and masking.NEEDS.get(s) in known]
+        for mask in itertools.product(strategies or fit, RATIOS):
+            made = reconstruct(mae, view, patches, mask, noise.to(task.device), task.autocast)
+            pasted, where = (x.cpu() for x in made)
+            for name, x in pixel_scores(view.cpu(), pasted, where, foreground).items():
+                total.setdefault(mask, {}).setdefault(name, []).append(x)
+    rows = []
+    for (strategy, ratio), scores in total.items():
+        means = {name: mean(torch.cat(x)) for name, x in scores.items()}
+        rows.append({"strategy": strategy, "ratio": ratio} | means)
+    return rows
 
 
 def mean(x):
@@ -413,7 +374,7 @@ def mean(x):
     return x.mean().item() if len(x) else None
 
 
-# ---- tables --------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def grade(psnr):
@@ -421,140 +382,92 @@ def grade(psnr):
 
 
 def midterm(rows):
-    """The table of the mid-term report: over 18 dB good, 10 to 17 moderate (to 18 here: no gap)."""
-    lines = [
-        f"{r['ratio']:>5.0%}   {r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
-        for r in rows
-        if r["strategy"] == "random"
-    ]
-    return ["hidden   PSNR, dB   SSIM   grade      mean colour, dB", *lines]
-
-
-def number(x, digits=1):
-    return "-" if x is None else f"{x:.{digits}f}"
-
-
-def robust_lines(report):
-    lines = [
-        f"{'spoiled by':22} Top-1, %   (clean {report['clean']:.1f}, chance {report['chance']:.1f})"
-    ]
-    for name, levels in report["robustness"].items():
-        cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
-        lines.append(f"{name + ', ' + SWEEPS[name][2] if len(levels) > 1 else name:30} {cells}")
-    lines += [
-        f"without {name:14} {x['hidden']:5.1f}   the same shape elsewhere {x['control']:5.1f}   "
-        f"({100 * x['area']:.1f} % of the picture)"
-        for name, x in report.get("parts", {}).items()
-    ]
-    lines += [
-        f"{x['side']:4} px {x['top1']:5.1f}   trained size {x['top1_trained_size']:5.1f} on the same "
-        f"{x['images']} images   {x['images_per_s']:.0f} images/s"
-        for x in report["resolution"]
-    ]
-    return lines + [
-        f"{name:22} {number(x['top1']):>5}   {x['images']} images"
-        for name, x in report.get("style", {}).items()
-    ]
-
-
-def pixel_lines(rows):
-    columns = {
-        "psnr": 9,
-        "psnr_figure": 6,
-        "psnr_ground": 6,
-        "psnr_flat": 12,
-        "ssim": 11,
-        "ssim_figure": 6,
-        "ssim_ground": 6,
-    }  # width of each
-    lines = [
-        f"{'mask':10} {'ratio':>5}   PSNR: all     fg     bg  mean colour   SSIM: all     fg     bg"
-    ]
+    """The table of the mid-term report: over 18 dB good, from 10 on moderate."""
+    lines = ["hidden   PSNR, dB   SSIM   grade      mean colour, dB"]
     for r in rows:
-        cells = (
-            f"{number(r.get(k), 3 if 'ssim' in k else 1):>{width}}" for k, width in columns.items()
-        )
-        lines.append(f"{r['strategy']:10} {r['ratio']:5.2f}   {' '.join(cells)}")
+        scores = f"{r['psnr']:8.2f}   {r['ssim']:.3f}   {grade(r['psnr']):9} {r['psnr_flat']:11.2f}"
+        lines.append(f"{r['ratio']:>5.0%}   {scores}")
     return lines
 
 
-# ---- the command ---------------------------------------------------------------------------------
+def lines_of(report):
+    """A report as lines: the probe, and pixels by mask and ratio."""
+    lines = []
+    if "clean" in report:
+        lines.append(f"Top-1, %: clean {report['clean']:.1f}, chance {report['chance']:.1f}")
+    for name, levels in report.get("robustness", {}).items():
+        cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
+        lines.append(f"{name:10} {SWEEPS[name][2]:18} {cells}")
+    for name, x in report.get("parts", {}).items():
+        shares = f"{x['hidden']:5.1f}, the same shape elsewhere {x['control']:5.1f}"
+        lines.append(f"without {name:12} {shares} ({100 * x['area']:.1f} % of the picture)")
+    for x in report.get("resolution", []):
+        same = f"trained size {x['top1_trained_size']:5.1f} on the same {x['images']} images"
+        lines.append(f"{x['side']:4} px {x['top1']:5.1f}, {same}, {x['images_per_s']:.0f} images/s")
+    for r in report["reconstruction"]:
+        cells = [f"{k} {x:.3g}" for k, x in r.items() if isinstance(x, float) and k != "ratio"]
+        lines.append(f"{r['strategy']:10} {r['ratio']:.2f}  {'  '.join(cells)}")
+    return lines
 
 
-def names_of(task):
-    """The files that this command writes."""
-    if task.args.only:
-        return [f"stress-{task.args.only.replace(',', '-')}.json"]
-    probe = ["robustness.png", *["parts.png"] * ("parts" in task.split)] if task.labelled else []
-    return ["stress.json", *probe, "reconstruction.png"]
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("run", help="run folder of pretrain.py")
+    add("--data", metavar="DIR", help="packed set (default: what the run was trained on)")
+    add("--split", default="val", choices=["val", "dev", "test"], help="split that is measured")
+    add("--images", type=at_least(8), default=512, metavar="N", help="at most, evenly spread")
+    add("--pool", default="mean", choices=features.POOLS, help="of the tokens for the probe")
+    add("--only", metavar="NAMES", help=f"Top-1 under these alone: {', '.join(SWEEPS)}")
+    add("--midterm", action="store_true", help="print PSNR and SSIM by ratio, random masks")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    args = parser.parse_args()
+    if args.midterm:
+        refuse_idle(args.given & {"only", "pool"}, "with --midterm, which measures pixels alone")
+    if Path(args.run).is_file():
+        raise UserError(f"{args.run} is a file; give the folder of a run, runs/NAME")
+    if unknown := set((args.only or "cutout").split(",")) - set(SWEEPS):
+        raise UserError(f"--only {', '.join(unknown)} is unknown; there are: {', '.join(SWEEPS)}")
+    return args
 
 
-def check(task):
-    """Every mistake before minutes of work."""
-    claim([task.out / name for name in names_of(task)])
-    if task.args.only and not task.labelled:
-        raise UserError(
-            f"--only {task.args.only} needs two classes or more, and labels on all images of {task.folder}"
-        )
-
-
-def draw(task, report, names):
-    """The pictures of a report."""
-    from experiments import stress_figures  # matplotlib takes a second to load
-
-    out, run = task.out, task.run.name
-    if "robustness.png" in names:
-        stress_figures.robustness(
-            out / "robustness.png", report, SWEEPS, f"Robustness of the probe: {run}"
-        )
-    if "parts.png" in names:
-        stress_figures.parts(out / "parts.png", report, f"Recognised by which part? {run}")
-    stress_figures.reconstruction(
-        out / "reconstruction.png", report["reconstruction"], f"Hidden pixels: {run}"
-    )
+def open_task(args):
+    """features.open_task, with the encoder, and in task.rows the images that are shown to it."""
+    encoder, task_size = load_encoder(args.run)
+    task = features.open_task(args, args.run)
+    task.run, task.size = Path(args.run), task_size
+    task.encoder = encoder.to(task.device).requires_grad_(False)
+    task.rows = data.evenly_spaced(len(task.split["images"]), args.images)
+    task.out = features.results_folder(args.run, task.folder, args.split)
+    return task
 
 
 def main():
     task = open_task(parse_args())
-    args, out, names = task.args, task.out, names_of(task)
-    if not args.midterm:
-        check(task)
-    if not args.only:
-        model, norm = load_mae(task.run, task.device)
+    args = task.args
     if args.midterm:
-        print("\n".join(midterm(reconstruction(model, norm, task, ["random"]))))
+        rows = reconstruction(load_mae(task.run, task.device), task, ["random"])
+        print("\n".join(midterm(rows)))
         return
-    report = {
-        "command": command(),
-        "machine": machine(task.device),
-        "commit": commit(),
-        "run": task.run.name,
-        "data": str(task.folder),
-        "split": args.split,
-        "images": len(task.rows),
-    }
+    name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
+    claim([task.out / name])
+    if args.only and not task.labelled:
+        raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
+    mae = None if args.only else load_mae(task.run, task.device)
+    report = {"command": command(), "machine": machine(task.device), "commit": commit()}
+    report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
+    report["images"] = len(task.rows)
     if task.labelled:
         fit_probe(task)
-    if args.only:
-        save_json(report | stress_some(task), out / names[0])
-        print(f"wrote    {out}/{names[0]}")
-        return
-    if task.labelled:
-        report |= stress_probe(task)
-        print("\n".join(robust_lines(report)), flush=True)
-    else:
-        print("no robustness: that needs two classes or more, and labels on all images")
-    report["masked_mse"] = masked_mse(model, task.split, norm, task.autocast)
-    report["reconstruction"] = reconstruction(model, norm, task)
-    print("\n".join(pixel_lines(report["reconstruction"])))
-    of = "normalised pixels; pictures by predicted statistics" if norm["norm_pix"] else "raw pixels"
-    print(f"masked error under the fixed random mask {report['masked_mse']:.4f} of {of}")
-    save_json(report, out / names[0])
-    draw(task, report, names)
-    print(
-        f"wrote    {out}/{', '.join(names)}; python probe.py {shlex.quote(args.run)} has the clean numbers and their "
-        "controls"
-    )
+        report |= stress_some(task) if args.only else stress_probe(task)
+    if mae:
+        report["masked_mse"] = masked_mse(mae[0], task.split, mae[1], task.autocast)
+        report["reconstruction"] = reconstruction(mae, task)
+        print("\n".join(lines_of(report)))
+        print(f"masked error under the fixed random mask {report['masked_mse']:.4f}")
+    save_json(report, task.out / name)
+    print(f"wrote    {task.out}/{name}")
 
 
 if __name__ == "__main__":

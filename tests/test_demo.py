@@ -24,7 +24,6 @@ import demo
 import mask as masking
 import segment
 from common.io import save_safetensors
-from experiments import front_page
 
 QUICK = ["--device", "cpu", "--dtype", "fp32"]
 WHO = "akika"
@@ -226,20 +225,6 @@ def test_drawn_pixels_are_found_by_a_run_of_segment(at, tmp_path):
     text = demo.answer("Drawn or photographed", at, own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "% drawn" in text
     shutil.rmtree(out)
-
-
-def test_the_front_page_shows_what_the_page_does(at, tmp_path):
-    call("experiments.front_page", at, "--who", WHO, "--out", tmp_path, cwd=Path.cwd(), check=0)
-    both = [
-        Image.open(tmp_path / f"front-{theme}.png").convert("RGB") for theme in ("light", "dark")
-    ]
-    assert [paper.getpixel((0, 0)) for paper in both] == [(255, 255, 255), (13, 17, 23)]
-    pictures, names = front_page.story(at, WHO, 0)
-    assert (
-        "seen: 4 of 16" in pictures[2][0]
-        and len(names) == 3
-        and names[0][1] >= names[1][1] >= names[2][1]
-    )
 
 
 def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at):

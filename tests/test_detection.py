@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from test_fuzz import render_here
 
 import data
 import detect
-import experiments.detection
 from common.io import read_safetensors, save_safetensors
-from experiments.tables import read_csv
 from ingest import pack, scenes
 from model import ViT
 
@@ -297,11 +294,6 @@ def test_what_is_asked_wrongly_is_refused(pages, encoder, det, small):
         return refused(call("detect.py", *words, cwd=pages))
 
     assert "has no boxes" in said(encoder, "--data", small)
-    done = call("experiments.detection", det, "--sides", "--data", small, cwd=pages)
-    assert f"{small} has no boxes" in refused(done)
-    assert "No closing quotation" in refused(
-        call("experiments.detection", encoder, "--flags", '"', cwd=pages)
-    )
     assert "detector.safetensors does not exist" in said(encoder, "wide.png")
     assert "does not exist" in said("runs/none", "wide.png")
     assert "multiple of 16" in said(encoder, *WORDS, "--out", "x", "--view", 40)
@@ -394,64 +386,3 @@ def test_the_page_shows_faces_and_names_them(pages, det, small, tagged, monkeypa
     assert text.count("<img") == 3 and "score" not in text and "--detect runs/a-det" in text
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces[:0], torch.zeros(0))])
     assert "0 faces" in demo.pages_page("runs/a-det", picture)
-
-
-# ---- arms ----------------------------------------------------------------------------------------
-
-
-def test_arms_share_a_table_and_a_detector_is_asked_at_other_sides(
-    pages, encoder, det, monkeypatch
-):
-    flags = f"{' '.join(map(str, WORDS[2:-2]))} --epochs 1"
-    args = SimpleNamespace(encoder=encoder, data="datasets/scenes", flags=flags, work="runs")
-    for arm in ("linear", "scratch"):  # here, and not in processes of their own
-        call(*experiments.detection.words_of(args, arm, 0)[1], cwd=pages, check=0)
-    words = (
-        "experiments.detection",
-        encoder,
-        "--arms",
-        "linear",
-        "scratch",
-        "--seeds",
-        1,
-        "--flags",
-        flags,
-    )
-    assert (
-        call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout.count("AP50")
-        == 2
-    )
-    rows = read_csv(pages / "arms/arms.csv")
-    assert [row["arm"] for row in rows] == ["linear", "scratch"] and "--method scratch" in rows[1][
-        "command"
-    ]
-    table = (pages / "arms/arms.md").read_text()
-    assert (
-        f"| 1 | {float(rows[0]['ap']):.1f} | {float(rows[0]['ap50']):.1f} |" in table
-        and "`linear` against" in table
-    )
-    assert Image.open(pages / "arms/arms.png").width > 600
-    assert "2 done" in call(*words, "--out", "arms", "--work", "runs", cwd=pages, check=0).stdout
-    assert "made by other flags" in refused(
-        call(*words[:-1], "--epochs 1", "--out", "a", "--work", "runs", cwd=pages)
-    )
-
-    monkeypatch.setattr(experiments.detection, "SIDES", (64, 80))
-    call(
-        "experiments.detection",
-        det,
-        "--sides",
-        "--data",
-        "datasets/scenes",
-        "--out",
-        "arms",
-        cwd=pages,
-        check=0,
-    )
-    rows, found = read_csv(pages / "arms/sides.csv"), json.loads((det / "metrics.json").read_text())
-    assert [row["side"] for row in rows] == ["64", "80"] and all(
-        float(row["ms"]) > 0 for row in rows
-    )
-    assert float(rows[1]["ap50"]) == pytest.approx(
-        found["ap50"], abs=0.1
-    )  # 80 px is what it was trained for

@@ -11,6 +11,8 @@ this is printed as a command line.
 import argparse
 import hashlib
 import io
+import itertools
+import json
 import os
 import pickle
 import random
@@ -68,16 +70,8 @@ GOOD = {
     "tags.py": ["runs/nano", *TAGS, "--out", "runs/new"],
     "export.py": ["runs/nano", "--to", "timm", "--out", "exports/timm.safetensors"],
     "ingest.toon": ["--rows", 1, "--columns", 1, "--size", 32, "--out", "new.png"],
-    "experiments.study": [
-        "--plan",
-        "arms",
-        "--arms",
-        "block",
-        "--exploratory",
-        "--data",
-        "datasets/tiny",
-        "--dry",
-    ],
+    "experiments.run": ["mine", "--arms", "block", "--data", "datasets/tiny", "--dry"],
+    "experiments.report": ["results/study/mine-tiny"],
     "experiments.stress": [
         "runs/nano",
         "--data",
@@ -93,17 +87,6 @@ GOOD = {
         "runs/nano",
         "--data",
         "datasets/tiny",
-        "--portraits",
-        "none",
-        "--out",
-        "new.csv",
-    ],
-    "experiments.how_many": [
-        "runs/nano",
-        "--data",
-        "datasets/tiny",
-        "--draws",
-        1,
         "--out",
         "new.csv",
     ],
@@ -151,7 +134,6 @@ MORE = [
             *CPU,
         ],
     ),
-    ("experiments.study", ["--report", "--out", "results/study"]),
 ]
 # What each of them reads
 INPUTS = {
@@ -201,11 +183,9 @@ INPUTS = {
         "runs/lora/adapter_config.json",
     ],
     "ingest.toon": [],
-    "experiments.study": [
-        "datasets/tiny/train.safetensors",
-        "results/study/arms-x/PLAN.json",
-        "results/study/arms-x/rows.jsonl",
-        "results/study/arms-x/images.json",
+    "experiments.run": ["datasets/tiny/train.safetensors"],
+    "experiments.report": [
+        f"results/study/mine-tiny/{name}" for name in ("PLAN.json", "rows.jsonl", "images.json")
     ],
     "experiments.stress": [
         "runs/nano/model.safetensors",
@@ -213,7 +193,6 @@ INPUTS = {
         "datasets/tiny/val.safetensors",
     ],
     "experiments.map_quality": ["runs/nano/model.safetensors", "datasets/tiny/val.safetensors"],
-    "experiments.how_many": ["runs/nano/model.safetensors", "datasets/tiny/train.safetensors"],
 }
 HOW = (
     "gone",
@@ -424,14 +403,8 @@ PACK, MAPS = (
     ["data.py", "pictures", *GOOD["data.py"][1:]],
     ["maps.py", "--data", "datasets/tiny", "--device", "cpu"],
 )
-STUDY, PICTURE = (
-    ["experiments.study", "--data", "datasets/tiny", "--dry"],
-    "pictures/class0/illust0_0.png",
-)
-STRESS, REPORT = (
-    ["experiments.stress", "runs/nano", "--images", 8, *CPU],
-    ["experiments.study", "--report"],
-)
+PICTURE = "pictures/class0/illust0_0.png"
+STRESS = ["experiments.stress", "runs/nano", "--images", 8, *CPU]
 UNUSED = [
     (
         PRE,
@@ -494,22 +467,6 @@ UNUSED = [
     (MAPS, "--map attn --run runs/nano", "--parts 4"),
     (MAPS, "--map parts --run runs/nano", "--attention cls"),
     (MAPS, "--map all --run runs/nano", "--attention cls|--parts 4"),
-    (
-        STUDY,
-        "--plan arms --arms block --exploratory",
-        "--encoder runs/nano|--phases first|--methods lora|--keep .5|"
-        "--trial-epochs 1|--scratch-times 2|--dino runs/nano",
-    ),
-    (
-        STUDY,
-        "--plan adapt --encoder runs/nano",
-        "--arms block|--guided attn_low|--recipe x|--exploratory|--dino x",
-    ),
-    (
-        REPORT,
-        "--out results/study",
-        "--plan arms|--data datasets/tiny|--seeds 2|--arms block|--exploratory|--dry",
-    ),
     (STRESS, "--midterm", "--only cutout|--pool cls"),
 ]
 TOO_LARGE = [
@@ -567,13 +524,6 @@ LOST = [
     [["data.py", "--show", "datasets/tiny"]] * 2,
     [["experiments.map_quality", *GOOD["experiments.map_quality"][:-1], "table.csv"]],
     [["experiments.map_quality", *GOOD["experiments.map_quality"][:-1], "notes.txt"]],
-    [["experiments.map_quality", *GOOD["experiments.map_quality"], "--figure", "picture.png"]],
-    [["experiments.how_many", *GOOD["experiments.how_many"][:-1], "table.csv"]],
-    [["experiments.study", "--report", "--out", "results/study"]],
-    [
-        STUDY[:-1]
-        + ["--plan", "adapt", "--encoder", "runs/nano", "--out", "table.csv", "--budget", "1e-9"]
-    ],
 ]
 
 
@@ -610,6 +560,21 @@ def make_sets(base, patch):
     patch.setattr(pack, "render", render_here)
     for seed, name in enumerate(("tiny", "other")):
         pack.pack("toon", base / "datasets" / name, size=32, dev=0.2, seed=seed)
+
+
+def make_study(folder):
+    """Rows of two masks with three seeds."""
+    folder.mkdir(parents=True)
+    curve = {"epoch": [0, 1], "knn": [20, 30], "linear": [20, 40], "seconds": [0, 9]}
+    rows = []
+    for i, (mask, seed) in enumerate(itertools.product(("random", "block"), range(3))):
+        row = {"arm": mask, "seed": seed, "metrics": {"top1": 50.0 + i}, "curve": curve}
+        rows.append(json.dumps(row | {"right": {"top1": f"{i}f"}}))
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    plan = {"plan": "mine", "question": "?", "data": "tiny", "split": "val", "seeds": [0, 1, 2]}
+    plan["arms"] = {"random": "random", "block": "random"}
+    (folder / "PLAN.json").write_text(json.dumps(plan))
+    (folder / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
 
 
 def make_files(base):
@@ -693,8 +658,6 @@ def scratch(tmp_path_factory):
         )
         patch.setattr(tempfile, "tempdir", str(base / "tmp"))
         patch.setattr("probe.FEW_SHOT", ((2, 1),))
-        patch.setattr("experiments.how_many.EACH", ())
-        patch.setattr("experiments.how_many.FEATURES", {"mean": "mean token"})
         make_sets(base, patch)
         call("pretrain.py", *SMALL, "--out", "runs/nano", cwd=base, check=0)
         call(
@@ -722,6 +685,7 @@ def scratch(tmp_path_factory):
             check=0,
         )
         make_files(base)
+        make_study(base / "results/study/mine-tiny")
         shutil.copytree(base, base.parent / "pristine", symlinks=True)
         yield base
 
@@ -860,9 +824,7 @@ def pair_cases(stage, actions, rng, count):
                 values = QUICK["model"]
             if action.nargs == 0 or values:
                 words = with_flag(words, action, *([rng.choice(values)] if values else []))
-        if "all" not in map(str, words) and (
-            stage != "experiments.study" or {"--dry", "--report"} & set(words)
-        ):
+        if "all" not in map(str, words) and (stage != "experiments.run" or "--dry" in words):
             yield Case("pair", stage, [], [[stage, *words]])
 
 

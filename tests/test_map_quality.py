@@ -2,15 +2,12 @@
 
 import csv
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
-import maps
 from common.io import UserError
 from common.train import seeded
 from experiments import map_quality
@@ -31,53 +28,6 @@ def test_iou_is_the_jaccard_score(seed):
     assert map_quality.iou(found & False, true & False) == 1.0
 
 
-# ---- composites ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def portraits(tmp_path_factory):
-    """A zip like that of the portraits: two identities, disks on transparent ground, wider than
-    high.
-    """
-    path = tmp_path_factory.mktemp("zip") / "portraits.zip"
-    y, x = np.mgrid[-1:1:40j, -1.5:1.5:60j]
-    with zipfile.ZipFile(path, "w") as archive:
-        for person in ("anna", "berta"):
-            for k in range(4):
-                inside = (x - 0.1 * k) ** 2 + y**2 < 0.7
-                rgba = np.dstack(
-                    [np.full(x.shape, c) for c in (200, 60 * k, 40)] + [255 * inside]
-                ).astype(np.uint8)
-                with archive.open(f"{person}/{k}.webp", "w") as f:
-                    Image.fromarray(rgba).save(f, "WEBP", lossless=True)
-    return path
-
-
-def test_portraits_are_halved_by_identity_and_framed(portraits):
-    whole, close = (
-        map_quality.portraits(portraits, framing, half=1, side=32)
-        for framing in map_quality.FRAMINGS
-    )
-    assert whole.shape == close.shape == (4, 32, 32, 4)
-    assert (whole[:, :10, :, 3] == 0).all()  # 60 x 40 stands on the lower edge, 21 rows high
-    assert (
-        whole[:, -8:, :, 3].max() == 255
-        and (close[..., 3] > 0).float().mean() > (whole[..., 3] > 0).float().mean()
-    )
-
-
-@pytest.mark.parametrize("ground", map_quality.BACKGROUNDS)
-def test_composites_keep_the_figure_and_differ_in_the_ground(portraits, ground):
-    rgba = map_quality.portraits(portraits, "whole", side=32)
-    images, figure = map_quality.composite(rgba, ground)
-    inside, outside = figure == 1, figure == 0
-    assert images.dtype == torch.uint8 and torch.equal(images[inside], rgba[..., :3][inside])
-    flat = [images[i][outside[i]].float().std(0).max() for i in range(len(images))]
-    assert max(flat) < 1 if ground == "flat" else min(flat) > 1
-    assert not torch.equal(images[0], map_quality.composite(rgba, ground, seed=1)[0][0])
-    assert torch.equal(images, map_quality.composite(rgba, ground)[0])
-
-
 # ---- the script ----------------------------------------------------------------------------------
 
 
@@ -91,23 +41,21 @@ def test_measures_of_a_perfect_map_and_of_its_opposite():
 def test_the_main_part_is_the_one_that_covers_most():
     parts = torch.zeros(1, 4, 4, dtype=torch.uint8)
     parts[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])
-    assert map_quality.main_part(parts, 2, 3).tolist() == [[1, 0, 0, 0]]
+    assert map_quality.main_part(parts, 2).tolist() == [[1, 0, 0, 0]]
 
 
-def test_rows_of_figure_and_parts(portraits, run):
+def test_rows_of_figure_and_parts(run):
     drawn = [toon.draw(item, 64) for item in toon.plan(n=4, characters=2)]
     stacked = {
         k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")
     }
     encoder, size = map_quality.load_teacher(run)
     figure = stacked["fg"] / 255
-    rows, found = map_quality.measure_foreground("toon", stacked["image"], figure, encoder.side)
+    rows = map_quality.measure_foreground("toon", stacked["image"], figure, encoder.side)
     assert [row["map"] for row in rows] == ["coarse"]
     assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
-    assert found.shape == (4, maps.GRID, maps.GRID)
-    rows += map_quality.measure_parts(
-        "toon", stacked["image"], stacked["parts"], figure, encoder, size, 7, 3
-    )
+    truth = stacked["image"], figure, stacked["parts"]
+    rows += map_quality.measure_parts("toon", truth, encoder, size, 3)
     assert all(-0.5 <= row["ari"] <= 1 for row in rows[1:]) and len(rows) == 5
     assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
 
@@ -115,13 +63,11 @@ def test_rows_of_figure_and_parts(portraits, run):
 def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
     out = tmp_path / "t.csv"
     with pytest.raises(UserError) as told:
-        ask(monkeypatch, "--run", run, "--data", small, "--portraits", "none", "--out", out)
+        ask(monkeypatch, "--run", run, "--data", small, "--out", out)
     line = str(told.value)
     assert (
         "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
     )
-    with pytest.raises(UserError, match="--portraits none"):
-        map_quality.portraits(tmp_path / "none.zip", "whole")
 
 
 def ask(monkeypatch, *words):
@@ -130,7 +76,7 @@ def ask(monkeypatch, *words):
 
 
 def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
-    run, portraits, tmp_path, monkeypatch
+    run, tmp_path, monkeypatch
 ):
     drawn = [toon.draw(item, 32) for item in toon.plan(n=4, characters=2)]
     images, fg, parts = (
@@ -138,27 +84,20 @@ def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
     )
     monkeypatch.setattr(map_quality.data, "open_or_pack", lambda path: path)
     monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
-    monkeypatch.setattr(map_quality, "BACKGROUNDS", ("flat",))
     monkeypatch.chdir(tmp_path)
-    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", portraits)
+    ask(monkeypatch, "--run", run, "--data", "toon")
     rows = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
-    assert {r["set"] for r in rows} == {
-        "toon val",
-        "portraits whole, flat",
-        "portraits close, flat",
-    }
-    ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", "--figure", "sheet.png")
+    assert {r["set"] for r in rows} == {"toon val"}
+    ask(monkeypatch, "--run", run, "--data", "toon")
     again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
     assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
     (tmp_path / "README.md").write_text("# mine\n\nwords\n")
     for words, says in (
-        (["--figure", "sheet.png"], "sheet.png is there already"),
-        (["--figure", "sheet.txt"], "sheet.txt is drawn as"),
         (["--out", "README.md"], "README.md is there already, and no such table"),
         (["--out", "README.md/t.csv"], "README.md is a file"),
     ):
         with pytest.raises(UserError, match=says):
-            ask(monkeypatch, "--run", run, "--data", "toon", "--portraits", "none", *words)
+            ask(monkeypatch, "--run", run, "--data", "toon", *words)
     assert (tmp_path / "README.md").read_text() == "# mine\n\nwords\n"
 
 
@@ -170,7 +109,7 @@ def test_the_committed_figures_say_what_is_claimed():
         rows = {(row["run"], row["set"], row["map"]): row for row in csv.DictReader(f)}
     figures = [key for key in rows if key[2] == "coarse" and "close" not in key[1]]
     assert {key[1] for key in figures} >= {
-        f"portraits whole, {g}" for g in map_quality.BACKGROUNDS
+        f"portraits whole, {g}" for g in ("flat", "gradient", "tone", "photo")
     } | {"toon val"}
     for run, name, _ in figures:
         coarse, refined = (rows[run, name, kind] for kind in ("coarse", "refined"))

@@ -13,7 +13,6 @@ from conftest import ROOT, call, draw_folder, refused
 from PIL import Image
 
 import data
-import experiments.hybrid
 import segment
 from common.train import seeded
 from ingest import hybrid
@@ -504,39 +503,3 @@ def test_without_transformers_a_segformer_is_refused(frames, tmp_path, monkeypat
         "segformer",
     ]
     assert "pip install transformers; unet does not" in refused(call(*words, cwd=frames))
-
-
-# ---- the table of arms, and what gives a frame away ----------------------------------------------
-
-
-def test_cues_that_give_all_away_are_found(tmp_path):
-    """Gray frames against red ones, quiet ones against noisy ones: each cue finds its own
-    difference alone.
-    """
-    rng = np.random.default_rng(0)
-    noisy = [rng.normal(128, s, (20, 64, 64, 3)).clip(0, 255).astype(np.uint8) for s in (2, 9)]
-    a, b = (experiments.hybrid.noise(x) for x in noisy)
-    assert (a[:, 0].max() < b[:, 0].min()) and a.shape == (20, 8) and np.isfinite(a).all()
-    red = noisy[0].copy()
-    red[..., 0] += 20
-    a, b = (experiments.hybrid.colours(x) for x in (noisy[0], red))
-    assert a[:, 0].max() < b[:, 0].min() and a.shape == (20, 9)
-    assert experiments.hybrid.histograms(red).shape == (20, 64)
-
-
-def test_arms_share_stages_1_and_2_but_those_that_change_them():
-    args = SimpleNamespace(work="w", data="datasets/hybrid", encoder="runs/x", flags="")
-    for arm in experiments.hybrid.ARMS:
-        out, words = experiments.hybrid.words_of(args, arm, 100)
-        shared = "--patches w/hybrid/proxies-s100" in " ".join(words)
-        assert shared == (arm not in experiments.hybrid.OWN) and str(out) == f"w/hybrid/{arm}-s100"
-
-
-def test_composites_by_hand_are_judged(learned, tmp_path, capsys):
-    args = SimpleNamespace(encoder=learned, out=tmp_path)
-    experiments.hybrid.composites(args, side=48)
-    scores = capsys.readouterr().out.split(";")[0].split()[2:]
-    assert len(scores) == 10 and all(
-        0 <= int(score) < 90 for score in scores
-    )  # nothing was learned
-    assert Image.open(tmp_path / "composites.png").width > 1000

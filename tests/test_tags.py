@@ -13,7 +13,6 @@ from conftest import WORDS, call, refused
 from safetensors import safe_open
 
 import benchmarks.tags
-import experiments.mfdn
 import tags
 from common import train
 from common.command import LOCKS
@@ -366,84 +365,7 @@ def spoil_sets(base):
             save_safetensors(tensors, base / name / path.name, header)
 
 
-# ---- the table of arms, and what a tag costs -----------------------------------------------------
-
-
-def test_the_table_of_arms_pairs_seeds():
-    made = {"mfdn": [60, 62, 64], "image": [50, 55, 51], "vilt": [30, 20, 10]}
-    none = {"true_map": "", "map": "", "micro_f1": "", "macro_f1": ""}
-    rows = [
-        {"arm": arm, "seed": str(100 + i), "without": str(x), "with": str(x + 40)} | none
-        for arm, xs in made.items()
-        for i, x in enumerate(xs)
-    ]
-    arms = experiments.mfdn.by_arm(rows, tags.ARMS)
-    lines = list(experiments.mfdn.answers(arms, experiments.mfdn.questions(rows)))
-    assert "| full MFDN on the picture alone against the image-only ViT | +10.0 (" in lines[0]
-    low, high = (float(x) for x in lines[0].split("(")[1].split(";")[0].split(" to "))
-    half = 4.303 * np.std([10, 7, 13], ddof=1) / 3**0.5
-    assert (low, high) == pytest.approx((10 - half, 10 + half), abs=0.06)
-    assert "-40.0 (3 seeds: no interval, nothing varies; n = 3)" in lines[1]
-    assert not any("tags alone" in line or "linear head" in line for line in lines)  # no such runs
-
-
-def test_each_arm_takes_the_rate_that_was_best_on_dev(tmp_path):
-    lines = ["arm,seed,flags,with,without,map,command"]
-    lines += [
-        "mfdn,500,--lr 0.001,90,50,20,c",
-        "mfdn,501,--lr 0.001,90,40,20,c",
-        "mfdn,500,--lr 0.002,80,47,10,c",
-        "tags,500,--lr 0.001,60,2,,c",
-        "tags,500,--lr 0.002,61,1,,c",
-        "bce,500,--lr 0.01,,,3,c",
-    ]
-    (tmp_path / "rates.csv").write_text("\n".join(lines))
-    found = {
-        a: experiments.mfdn.best_rate(tmp_path / "rates.csv", a)
-        for a in ("mfdn", "tags", "bce", "image")
-    }
-    assert found == {
-        "mfdn": ("--lr", "0.002"),
-        "tags": ("--lr", "0.002"),
-        "bce": ("--lr", "0.01"),
-        "image": (),
-    }
-
-
-@pytest.mark.slow
-def test_arms_are_run_once_and_written_as_a_table(tagged, monkeypatch):
-    words = [
-        "encoder",
-        "--data",
-        "packed",
-        "--arms",
-        "mfdn",
-        "image",
-        "--out",
-        "table",
-        "--work",
-        "work",
-        "--threads",
-        1,
-        "--flags",
-        "--epochs 2 --batch-size 8 --device cpu",
-    ]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    call("experiments.mfdn", *words, "--seeds", 1, cwd=tagged, check=0)
-    done = call("experiments.mfdn", *words, "--seeds", 2, cwd=tagged, check=0)
-    assert "4 runs, 2 done" in done.stdout
-    rows = list(csv.DictReader((tagged / "table/arms.csv").open()))
-    assert [r["arm"] + r["seed"] for r in rows] == ["mfdn100", "image100", "mfdn101", "image101"]
-    text = (tagged / "table/arms.md").read_text()
-    assert "| `mfdn`: picture and tags" in text and (tagged / "table/arms.png").exists()
-    assert "2 seeds: no interval" in text
-    tried = call("experiments.mfdn", *words, "--rates", 1e-3, 2e-3, cwd=tagged, check=0)
-    rows = list(csv.DictReader((tagged / "table/rates.csv").open()))
-    assert (
-        "4 runs, 0 done" in tried.stdout
-        and [r["flags"] for r in rows] == ["--lr 0.001"] * 2 + ["--lr 0.002"] * 2
-    )
-    assert rows[0].keys() & {"half_with", "error"} == set()  # of val it has nothing
+# ---- what a tag costs -----------------------------------------------------
 
 
 def test_the_cost_of_tags_is_measured_and_what_does_not_fit_says_so(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ from conftest import ROOT
 
 import data
 import demo
+import detect
 import recognize
 import tags
 from common.io import read_safetensors
-from experiments.detection import names
 from finetune_lora import load_classifier
 from ingest import scenes, toon
 
@@ -94,12 +94,28 @@ def test_its_tagger_names_them_too_from_the_picture_alone(drawings):
 
 
 def test_its_detector_finds_whom_its_recogniser_names():
-    pages = [item for item in scenes.plan() if item["split"] == "val"][:16]
-    found = names("weights/toon-det", "weights/toon-lora", pages)
-    faces = found["right"] + found["wrong"] + found["unknown"]
-    assert (
-        faces > 30
-        and faces >= 0.8 * (faces + found["missed"])
-        and found["background"] < 0.2 * faces
-    )
-    assert found["right"] >= 0.5 * faces and found["wrong"] <= 0.1 * faces, found
+    net, about = detect.load("weights/toon-det")
+    known, header = load_classifier("weights/toon-lora")
+    gallery = recognize.open_gallery("weights/toon-lora")
+    count = dict.fromkeys(("faces", "found", "background", "right", "wrong"), 0)
+    for item in [item for item in scenes.plan() if item["split"] == "val"][:16]:
+        page = scenes.draw(item, 512)
+        true = 512 * torch.from_numpy(page["boxes"][: len(page["names"])])
+        count["faces"] += len(true)
+        seen = set()
+        boxes, _ = detect.faces_of(net, page["image"], about["page"], about["threshold"])
+        for box in boxes:
+            here = [i for i, x in enumerate(detect.iou(box, true).tolist()) if x >= 0.5]
+            seen |= set(here)
+            count["background"] += not here
+            cut = detect.cut_out(page["image"], box.tolist(), detect.MARGIN, header["packed_size"])
+            embedded = recognize.embed(known, cut[None], nullcontext)
+            row = recognize.answers([""], *embedded, gallery, 0)[0]
+            right = row["name"] in [page["names"][i] for i in here]
+            if here and row["known"]:
+                count["right" if right else "wrong"] += 1
+        count["found"] += len(seen)
+    assert count["found"] > 30 and count["found"] >= 0.8 * count["faces"], count
+    assert count["background"] < 0.2 * count["found"], count
+    assert count["right"] >= 0.5 * count["found"], count
+    assert count["wrong"] <= 0.1 * count["found"], count

@@ -1,0 +1,382 @@
+"""Run a plan: every arm with every seed -> a row each, then table.md, table.csv and figure.png.
+
+    python -m experiments.run mine --arms "middle:beta=3" --seeds 3    # your mask against random
+    python -m experiments.run h1 --data datasets/faces20 --dry         # what would run
+    python -m experiments.run tags --data datasets/toon --set encoder=runs/first
+
+Reads:  plans.py, datasets/NAME
+Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, images.json, table.md, table.csv, figure.png; the
+        runs' folders under --work
+
+A command runs once. Its folder is named by a hash of its words and of the data, so that arms share
+what they have in common. The same command of yours goes on after any kill: what has a row is not
+made again, a run that was stopped is resumed.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import data
+import mask as masking
+from common.command import Parser, at_least, cli, parse_keys, refuse_file
+from common.io import UserError, lock_beside, locked, read_json, save_json
+from common.train import commit, machine, pick_device, read_log
+from experiments import report
+from experiments.plans import PLANS
+
+ROOT = Path(__file__).resolve().parent.parent
+PILOT_SEED = 1000  # and the next ones: never reported
+TRIAL_SEED = 500
+IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "stress-*.json"}
+IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
+RUNNING = set()  # processes of ours
+
+
+# ---- one command ---------------------------------------------------------------------------------
+
+
+def folder_of(words, args):
+    """Where the results of a command are -> its folder, and its name of ten digits."""
+    script = words[1] if words[0] == "-m" else words[0]
+    stem = script.removesuffix(".py").rpartition(".")[2]
+    text = shlex.join([*words, args.digest])
+    name = f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    target = Path(words[2] if words[0] == "-m" and len(words) > 2 else words[1])
+    in_place = stem in IN_PLACE and args.work in target.parents
+    return (target if in_place else args.work / name), name, IN_PLACE.get(stem)
+
+
+def make(text, args):
+    """Run a command, or go on with it, unless it is done -> its folder."""
+    words = shlex.split(text)
+    out, name, files = folder_of(words, args)
+    done = out / f"{name}.done.json"
+    with locked(lock_beside(args.work / name), wait=True) as lock:
+        if done.exists():
+            return out
+        if out.name != name:  # it writes into the folder of another command
+            for left in out.glob(f"**/{files}"):
+                left.unlink()
+        elif (out / "state.pt").exists():
+            words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            words += ["--out", str(out)]
+        start = time.perf_counter()
+        execute(words, args, args.work / f"{name}.log", lock)
+        seconds = round(time.perf_counter() - start, 1)
+        save_json({"command": f"python {text}", "commit": commit(), "seconds": seconds}, done)
+    return out
+
+
+def execute(words, args, log, lock):
+    """Run a stage; what it prints goes to a file. It holds our lock, too, should we be killed."""
+    print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(words)}", flush=True)
+    script = words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
+    held = () if lock is None else (lock,)
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, *script], stdout=file, stderr=file, env=env, pass_fds=held
+        )
+        RUNNING.add(process)
+        status = process.wait()
+        RUNNING.discard(process)
+    if status:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
+
+
+# ---- a chain of commands -------------------------------------------------------------------------
+
+
+def chain(templates, args, seed, flags="", share=1.0):
+    """Make commands one after the other, flags behind the first -> their folders."""
+    folders = []
+    for i, template in enumerate(templates):
+        text = template if i else f"{template} {flags}".strip()
+        minutes = (
+            "encoder_minutes" if templates in args.plan.get("made", {}).values() else "minutes"
+        )
+        folders.append(make(filled(text, args, folders, seed, (minutes, share)), args))
+    return folders
+
+
+def filled(text, args, folders, seed, budget):
+    """A template -> the command: what it names in braces is made first."""
+    words = args.set | {"data": args.data, "seed": seed}
+    for name in re.findall(r"\{([a-z]\w*)\}", text):
+        if name in args.plan.get("made", {}):
+            flags = best_flags(name, args)
+            words[name] = chain(args.plan["made"][name], args, seed, flags)[-1]
+    if "{epochs}" in text:
+        words["epochs"] = epochs_in(text.format(*folders, **words | {"epochs": 1}), args, *budget)
+    return text.format(*folders, **words)
+
+
+def epochs_in(command, args, minutes, share):
+    """How many epochs of a command fill the plan's minutes of one core: one epoch is timed."""
+    log = read_log(make(command, args) / "log.jsonl")
+    speed = median(row["images_per_s"] for row in log if "images_per_s" in row)
+    seconds = 60 * share * float(args.set[minutes]) / args.threads
+    return max(1, round(seconds * speed / args.images))
+
+
+def best_flags(name, args):
+    """The flags with which an arm, or what arms are made of, is best on dev."""
+    trials = args.plan.get("trials", {}).get(name, [""])
+    if len(trials) == 1:
+        return trials[0]
+    scores = {flags: score_on_dev(name, flags, args) for flags in trials}
+    return max(scores, key=scores.get)
+
+
+def score_on_dev(name, flags, args):
+    plan, share = args.plan, args.plan.get("trial_share", 1.0)
+    if name in plan.get("made", {}):
+        folders = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
+        judge = plan["judge"].replace("{0}", str(folders[-1]))
+        out = chain([judge], args, TRIAL_SEED)[0]
+    else:
+        flags = f"{flags} {plan.get('trial_flags', '')}".strip()
+        out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0]
+    file, key = plan["dev"]
+    if file.endswith(".jsonl"):
+        return max(row[key] for row in read_log(out / file) if key in row)
+    return value_at(out / file, key)
+
+
+# ---- one run: an arm with a seed -----------------------------------------------------------------
+
+
+def value_at(path, keys):
+    """The value at "a/b/c" in a JSON file; None where it has none."""
+    value = read_json(path)
+    for key in keys.split("/"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def curve_of(log):
+    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without the evaluations."""
+    curve = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}
+    evaluating, before = 0.0, 0.0
+    for row in log:
+        if "knn" in row:
+            evaluating += row["seconds"] - before
+            point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
+            for name, values in curve.items():
+                values.append(round(point[name], 4))
+        before = row["seconds"]
+    return curve
+
+
+def row_of(arm, seed, args):
+    """Make the runs of an arm with a seed -> its row."""
+    plan, flags = args.plan, best_flags(arm, args)
+    folders = chain(plan["arms"][arm], args, seed, flags)
+    row = {"arm": arm, "seed": seed, "phase": "run", "flags": flags}
+    if seed in range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0)):
+        row["phase"] = "pilot"
+    row |= {"data": args.data.name, "commit": commit(), "machine": machine(args.device)}
+    row["metrics"], row["right"] = {}, {}
+    for name, (_, *source) in plan["columns"].items():
+        if source:
+            step, file, keys, factor = source
+            value = value_at(folders[step] / file, keys)
+            row["metrics"][name] = None if value is None else factor * value
+    for name, (step, file, keys) in plan.get("right", {}).items():
+        row["right"][name] = value_at(folders[step] / file, keys)
+    if "curve" in plan:
+        row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
+    made = [read_json(path) for f in dict.fromkeys(folders) for path in f.glob("*.done.json")]
+    row["commands"] = [done["command"] for done in made]
+    return row | {"seconds": round(sum(done["seconds"] for done in made), 1)}
+
+
+def add_row(folder, row):
+    """Append a row, whole, behind whatever a killed process left."""
+    path = folder / "rows.jsonl"
+    with locked(lock_beside(path), wait=True), open(path, "ab+") as file:
+        end = file.tell()
+        file.seek(max(0, end - 1))
+        torn = end > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
+# ---- all runs ------------------------------------------------------------------------------------
+
+
+def check(args, jobs):
+    """What a plan needs, before its first run: splits, labels, masks, libraries, a GPU."""
+    plan = args.plan
+    train, held = (data.open_split(args.data, name) for name in ("train", args.set["split"]))
+    if plan.get("right") and not (data.has_labels(train) and data.has_labels(held)):
+        raise UserError(
+            f"{args.data}: this plan needs two classes or more, and labels on all images"
+        )
+    if plan.get("trials"):
+        data.open_split(args.data, "dev")
+    args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
+    args.images, args.groups = len(train["images"]), data.groups_of(held).tolist()
+    arms = {arm for arm, _ in jobs}
+    text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
+    for word, library in plan.get("needs", {}).items():
+        if word in text and importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"{word} needs {library}, which is not installed: pip install {library}"
+            )
+    torch.set_num_threads(args.threads)  # a row names the machine so
+    args.device = pick_device("cuda" if "--device cuda" in text else "auto")
+    for arm in arms if "template" in plan else ():
+        parse_keys(arm.split(" ")[0], masking.PARAMS, "--arms")
+        if "--maps truth" in arm and "fg" not in train:
+            raise UserError(f"{args.data} has no true maps: {arm} can't run there")
+
+
+def chosen(args):
+    """The plan with the arms that are asked for, and [(arm, seed)], seed by seed: whole pairs."""
+    plan = dict(args.plan)
+    arms = list(args.arms or plan["arms"])
+    if "template" in plan:
+        baseline = next(iter(plan["arms"]))
+        arms = list(dict.fromkeys([baseline, *arms]))
+        own = [arm for arm in arms if arm not in plan["arms"]]
+        plan["arms"] = plan["arms"] | dict.fromkeys(own, plan["template"])
+        plan["arms"] = {
+            arm: [template.replace("{arm}", arm) for template in templates]
+            for arm, templates in plan["arms"].items()
+        }
+    unknown = [arm for arm in arms if arm not in plan["arms"]]
+    if unknown:
+        raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
+    first = plan["seeds"][0] if args.first_seed is None else args.first_seed
+    seeds = range(first, first + (args.seeds or len(plan["seeds"])))
+    pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))
+    bases = {against(plan, arm) for arm in arms} if pilots else ()
+    jobs = [(arm, seed) for seed in pilots for arm in arms if arm in bases]
+    return plan, arms, seeds, jobs + [(arm, seed) for seed in seeds for arm in arms]
+
+
+def against(plan, arm):
+    """The arm that an arm is compared with."""
+    where = plan["against"]
+    return where.get(arm, arm) if isinstance(where, dict) else where
+
+
+def save_plan(args, arms, seeds, folder):
+    """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay."""
+    with locked(lock_beside(folder / "PLAN.json"), wait=True):
+        old = {"arms": {}, "seeds": [], "commands": {}}
+        if (folder / "PLAN.json").exists():
+            old = read_json(folder / "PLAN.json", old)
+        commands = {arm: args.plan["arms"][arm] for arm in arms}
+        now = {"set": args.set, "digest": args.digest}
+        then = {k: old.get(k, x) for k, x in now.items()}
+        if then != now or commands | old["commands"] != old["commands"] | commands:
+            raise UserError(
+                f"{folder} has rows by other settings, data or commands ({then['set']}); "
+                "give those again, or another --out"
+            )
+        plan = {k: args.plan[k] for k in KEPT if k in args.plan}
+        plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
+        plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
+        plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
+        plan["seeds"] = sorted({*old["seeds"], *seeds})
+        plan["commands"] = old["commands"] | commands
+        save_json(plan | now, folder / "PLAN.json", None)
+        if args.plan.get("right"):
+            found = {"split": args.set["split"], "groups": args.groups}
+            save_json(found, folder / "images.json", None)
+
+
+KEPT = ("question", "compare", "differences", "hypotheses", "margin")
+
+
+def run_all(jobs, args, folder):
+    """Make these runs, some side by side; each row is written when it is there -> failures."""
+    failed = []
+
+    def one(job):
+        try:
+            row = row_of(*job, args)
+            add_row(folder, row)
+            print(f"{job[0]}, seed {job[1]}: {row['metrics']}", flush=True)
+        except UserError as problem:
+            failed.append(f"{job[0]}, seed {job[1]}: {problem}")
+            print(f"failed: {failed[-1]}", flush=True)
+
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for future in [pool.submit(one, job) for job in jobs]:
+            future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            process.terminate()  # a stage saves, and goes on next time
+    return failed
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("name", choices=PLANS, metavar="PLAN", help=", ".join(PLANS))
+    add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")
+    add("--arms", nargs="+", metavar="ARM", help="only these; or masks of your own, with flags")
+    add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
+    add("--first-seed", type=at_least(0), metavar="SEED", help="fresh seeds: from here on")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
+    add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run")
+    add("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="of the tables")
+    add("--work", type=Path, default=Path("runs/work"), metavar="DIR", help="of the runs' folders")
+    add("--dry", action="store_true", help="say what would run, and stop")
+    args = parser.parse_args()
+    if unknown := [pair for pair in args.set if "=" not in pair]:
+        raise UserError(f"--set {unknown[0]} is no NAME=VALUE")
+    args.set = PLANS[args.name]["set"] | dict(pair.split("=", 1) for pair in args.set)
+    args.plan = PLANS[args.name]
+    return args
+
+
+def main():
+    args = parse_args()
+    for folder in (args.out, args.work):
+        refuse_file(folder)
+    args.plan, arms, seeds, jobs = chosen(args)
+    args.data = Path(data.open_or_pack(args.data))
+    check(args, jobs)
+    folder = args.out / f"{args.name}-{args.data.name}"
+    done = {(row["arm"], row["seed"]) for row in report.read_rows(folder)}
+    left = [job for job in jobs if job not in done]
+    print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
+    if args.dry:
+        print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    save_plan(args, arms, seeds, folder)
+    failed = run_all(left, args, folder)
+    with contextlib.suppress(UserError):  # no row is there yet
+        report.write(report.judged([report.open_folder(folder)])[0], figure=True)
+        print(f"wrote    {folder}/table.md, table.csv, figure.png")
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")
+
+
+if __name__ == "__main__":
+    cli(main)
