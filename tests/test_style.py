@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 62), (assigns_many, 97)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 90)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -106,13 +106,13 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2473, 2500),
-    "applications": (4153, 3900),
+    "applications": (4074, 3900),
     "kernels": (520, 520),
     "common": (3012, 2400),
     "ingest": (4236, 2700),
-    "experiments": (6407, 1900),
+    "experiments": (2532, 1900),
     "benchmarks": (2154, 900),
-    "tests": (16359, 8500),
+    "tests": (15398, 8500),
 }
 
 
@@ -136,12 +136,12 @@ def test_a_room_only_becomes_smaller(room):
 PAGE, ALL_PAGES = 1300, 8000
 LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
-    "README.md": 1766,
-    "docs/glossary.md": 1645,
-    "docs/own_data.md": 1574,
-    "docs/recognition.md": 1905,
-    "docs/results.md": 1984,
-    "docs": 13562,
+    "README.md": 1756,
+    "docs/glossary.md": 1625,
+    "docs/own_data.md": 1495,
+    "docs/recognition.md": 1868,
+    "docs/results.md": 1876,
+    "docs": 13189,
 }
 
 
