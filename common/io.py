@@ -128,8 +128,8 @@ def parse_table(text):
 
 
 def one_line(problem):
-    """The first 80 characters of an error's message."""
-    return " ".join(str(problem).split())[:80]
+    """The first 80 characters of an error's message; its kind where it says nothing."""
+    return " ".join(str(problem).split())[:80] or type(problem).__name__
 
 
 def not_whole(path, problem, remedy):

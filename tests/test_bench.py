@@ -161,7 +161,7 @@ def test_a_bench_replaces_nothing_and_leaves_results_alone(
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
-    with pytest.raises(UserError, match=f"{name} is there already; remove it"):
+    with pytest.raises(UserError, match=f"{name} is there already; rm "):
         bench.main()
     assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["runs"]
 

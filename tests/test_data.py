@@ -276,7 +276,7 @@ def test_a_split_that_does_not_fit_together_is_refused(tmp_path):
         "no array 'labels'": ({"images": tensors["images"]}, about),
         "images is uint8": (tensors, about | {"size": 9}),
         "labels is int64": (tensors | {"labels": torch.arange(2)}, about),
-        "labels are 1 to 3": (tensors | {"labels": torch.arange(1, 4)}, about),
+        "labels are not in": (tensors | {"labels": torch.arange(1, 4)}, about),
         "fg is uint8": (tensors | {"fg": torch.zeros(3, 4, 4, dtype=torch.uint8)}, about),
     }
     for words, (arrays, header) in wrong.items():

@@ -321,7 +321,7 @@ def test_what_open_map_refuses(small, made, tmp_path):
             write("few.safetensors", (n - 1, 32, 32), about),
             train,
             "saliency",
-            ("has to be", str((n, 32, 32))),
+            ("not", str((n, 32, 32))),
         ),
     ):
         with pytest.raises(UserError) as problem:

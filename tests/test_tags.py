@@ -305,7 +305,7 @@ BAD = {
         ["encoder", "--data", "mixed", *QUICK],
         "val has other tags than train",
     ),
-    "an older packing": (["encoder", "--data", "older", *QUICK], "has to be int32"),
+    "an older packing": (["encoder", "--data", "older", *QUICK], "not int32"),
     "a split without a tag": (["encoder", "--data", "empty", *QUICK], "val has no tags"),
     "a flag of training": (["whole", "images", "--arm", "vilt"], "--arm has no effect"),
     "a flag of use": (
