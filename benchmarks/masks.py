@@ -2,7 +2,7 @@
 
 Guidance (maps cut as the images are, priorities, the sampler; for `learned` its head, forward and
 backward) and the step itself are timed in one process, interleaved, with cached maps: the forward
-passes of a self-teacher are extra, see experiments/readme_numbers.py. What the agreement of two
+passes of a self-teacher are extra. What the agreement of two
 views adds to a step of as many views stands beside them: the loss by a pooler or by the CLS token,
 other backgrounds, colour jitter; and what a teacher would that looks at every view instead of
 keeping maps. `true parts` are the demo set's own, finer than those of maps.py. squares has a step of

@@ -101,6 +101,15 @@ PLANS["mine"] = masks(
 PLANS["arms"] = PLANS["mine"] | {"question": "How do these masks compare?", "seeds": range(5)}
 
 GUIDED, SHUFFLED = "attn_high", "attn_high:shuffle=1"
+
+
+def h1_parts(epochs):
+    """More than random, sooner than random, more than both controls."""
+    sooner = test(epochs, GUIDED, "random", 10.0)
+    more = [test("top1", GUIDED, control) for control in (SHUFFLED, "green")]
+    return [test("top1", GUIDED, "random", 1.0), sooner, *more]
+
+
 PLANS["h1"] = masks(
     "random",
     GUIDED,
@@ -112,10 +121,7 @@ PLANS["h1"] = masks(
         hypothesis(
             "H1",
             "1 point of Top-1 more than random, 10 % fewer epochs, better than both controls",
-            test("top1", GUIDED, "random", 1.0),
-            test("epochs", GUIDED, "random", 10.0),
-            test("top1", GUIDED, SHUFFLED),
-            test("top1", GUIDED, "green"),
+            *h1_parts("epochs"),
         )
     ],
 )
@@ -135,10 +141,7 @@ PLANS["look"] = masks(
         hypothesis(
             "H1 again",
             "what H1 claims",
-            test("top1", GUIDED, "random", 1.0),
-            test("log_epochs", GUIDED, "random", 10.0),
-            test("top1", GUIDED, SHUFFLED),
-            test("top1", GUIDED, "green"),
+            *h1_parts("log_epochs"),
         )
     ],
 )

@@ -305,7 +305,7 @@ def ssim_map(a, b):
 
     a, b = a.double().cpu(), b.double().cpu()
     mean_a, mean_b = blurred(a), blurred(b)
-    var = blurred(a * a) - mean_a**2 + blurred(b * b) - mean_b**2
+    var = (blurred(a * a) - mean_a**2) + (blurred(b * b) - mean_b**2)
     cov = blurred(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     top = (2 * mean_a * mean_b + c1) * (2 * cov + c2)

@@ -37,7 +37,7 @@ def call(script, *words, cwd, check=None):
     """The same in this process, without the seconds that a start takes -> returncode, stdout,
     stderr.
 
-    script: a stage, or a module as after `python -m`, such as experiments.study.
+    script: a stage, or a module as after `python -m`, such as experiments.run.
     """
     from common.command import cli
 
