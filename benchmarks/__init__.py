@@ -32,11 +32,3 @@ def status_mb(key, process="self"):
     """
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-
-def free_gb(device):
-    """GB of memory that a GPU, or Linux, has for a process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**20

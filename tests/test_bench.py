@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import benchmarks.data
-from benchmarks import check, kernels, masks, step, train
+from benchmarks import kernels, step, train
 from common.checkpoints import save_model
 from common.io import UserError
 from experiments.tables import replace_rows, rows_there, save_csv
@@ -166,34 +166,6 @@ def test_a_bench_replaces_nothing_and_leaves_results_alone(
     assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
-def test_the_bench_of_masks_adds_to_a_table_and_to_nothing_else(monkeypatch, tmp_path):
-    monkeypatch.setattr(masks.data, "open_split", lambda *_: None)
-    monkeypatch.setattr(
-        masks,
-        "measure",
-        lambda size, *_: {"random": 1.0, "block": 2.0, "squares": 9.0, "step": 8.0},
-    )
-    for model in ("nano", "tiny", "nano"):
-        words = [
-            "bench",
-            "--data",
-            "x",
-            "--model",
-            model,
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path),
-        ]
-        monkeypatch.setattr(sys, "argv", words)
-        masks.main()
-    rows = rows_there(tmp_path / "bench_masks.csv", ["mask"])
-    assert [r["model"] for r in rows] == ["tiny"] * 3 + ["nano"] * 3
-    (tmp_path / "bench_masks.csv").write_text("my,list\n1,2\n")
-    with pytest.raises(UserError, match="no such table"):
-        masks.main()
-
-
 def test_rows_take_the_place_of_those_with_their_keys(tmp_path):
     path = tmp_path / "t.csv"
     save_csv(path, [{"run": "a", "x": 1}, {"run": "b", "x": 2}])
@@ -205,38 +177,6 @@ def test_rows_take_the_place_of_those_with_their_keys(tmp_path):
     path.write_bytes(b"\xff\x00\n" * 3)
     with pytest.raises(UserError, match="no such table"):
         rows_there(path, ["run"])
-
-
-def row(candidate, over):
-    same = {
-        "model": "small",
-        "image_size": "224",
-        "batch": "16",
-        "dtype": "fp32",
-        "decoder": "512x8",
-    }
-    return {"candidate": candidate, "over_transformers": over} | same
-
-
-def test_the_guard_compares_ratios_and_fails_under_85_percent(monkeypatch, capsys, tmp_path):
-    recorded = [row("AniMask", "1.2"), row("transformers", "1.0"), row("AniMask, compiled", "2.0")]
-    then = check.train_ratios(recorded)
-    assert [len(k.split()) for k in then] == [6, 7] and list(then.values()) == [1.2, 2.0]
-    save_csv(tmp_path / "bench_train_cpu.csv", recorded)
-    monkeypatch.setattr(sys, "argv", ["", "train", "--device", "cpu", "--results", str(tmp_path)])
-    monkeypatch.setattr(check, "measure", lambda *_: [row("AniMask", "1.03")])
-    check.main()
-    assert "as fast" in capsys.readouterr().out
-    monkeypatch.setattr(check, "measure", lambda *_: [row("AniMask", "1.01")])
-    with pytest.raises(SystemExit) as done:
-        check.main()
-    assert done.value.code == 1 and "SLOWER   84.2%" in capsys.readouterr().out
-
-
-def test_kernel_ratios_are_over_the_obvious_way():
-    same = {"operation": "loss", "batch": "4", "size": "32", "patch": "8", "ratio": "0.75"}
-    rows = [same | {"impl": "obvious", "ms": "6"}, same | {"impl": "reference", "ms": "2"}]
-    assert check.kernel_ratios(rows) == {"reference loss 4 32 8 0.75": 3.0}
 
 
 @pytest.mark.slow

@@ -25,7 +25,6 @@ from common.command import LOCKS
 from common.io import UserError, read_safetensors, save_safetensors
 from common.lora import save_encoder
 from common.train import autocast_of
-from experiments.tables import read_csv
 from ingest.decode import decode
 from model import ViT
 
@@ -66,20 +65,6 @@ def recognise(capsys, *words):
 
 def rows_of(capsys, *words):
     return [json.loads(line) for line in recognise(capsys, *words, "--json").out.splitlines()]
-
-
-def test_a_recogniser_is_asked_at_other_sizes(run, small, tmp_path):
-    """At its own size it reaches what its run says; at others positions and pictures are resized."""
-    words = ("benchmarks.sides", run[0], "--data", small, "--turns", 1, "--out", tmp_path)
-    call(*words, "--sides", 16, 32, 64, cwd=tmp_path, check=0)
-    rows = {int(row["side"]): row for row in read_csv(tmp_path / "bench_sides.csv")}
-    found = json.loads((run[0] / "metrics.json").read_text())["top1"]
-    assert float(rows[32]["top1"]) == pytest.approx(found, abs=0.01) and found > 90
-    assert [int(row["patches"]) for row in rows.values()] == [4, 16, 64] and float(
-        rows[64]["ms_1"]
-    ) > 0
-    assert "no multiple" in refused(call(*words[:-1], "new", "--sides", 20, cwd=tmp_path))
-    assert "is there already" in refused(call(*words, "--sides", 32, cwd=tmp_path))
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import torch
 from conftest import WORDS, call, refused
 from safetensors import safe_open
 
-import benchmarks.tags
 import tags
 from common import train
 from common.command import LOCKS
@@ -366,39 +365,6 @@ def spoil_sets(base):
 
 
 # ---- what a tag costs -----------------------------------------------------
-
-
-def test_the_cost_of_tags_is_measured_and_what_does_not_fit_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        benchmarks.tags.SIZES, "nano", benchmarks.tags.SIZES["nano"] | {"dim": 32, "heads": 2}
-    )
-    row = benchmarks.tags.one("l2l", 25, 2, "nano", "cpu", 1, 1)
-    assert row["step_ms"] > 0 and row["peak_mb"] > 50
-    monkeypatch.setattr(benchmarks.tags, "one", lambda *_: row)
-    monkeypatch.setattr(benchmarks.tags, "ProcessPoolExecutor", lambda *_: Here())
-    words = ["--words", 25, 300_000, "--out", tmp_path, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.tags", *map(str, words)])
-    benchmarks.tags.main()
-    rows = list(csv.DictReader((tmp_path / "bench_tags.csv").open()))
-    assert len(rows) == 6 and [r["arm"] for r in rows if not r["step_ms"]] == ["l2l"]
-    assert (
-        "GB for attention among its queries" in rows[3]["note"]
-        and (tmp_path / "bench_tags.png").exists()
-    )
-
-
-class Here:
-    """A pool of processes that is none."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def submit(self, function, *words):
-        self.result = lambda: function(*words)
-        return self
 
 
 # ---- how tags are judged -------------------------------------------------------------------------
