@@ -19,6 +19,8 @@ In commands, {0} is the folder of the arm's first command, {seed} and {data} are
 {epochs} is how many epochs fill the plan's minutes.
 """
 
+from itertools import product
+
 METRICS = "metrics.json"
 COLUMNS = {  # of published plans that name none
     "top1": "Top-1, %",
@@ -40,7 +42,6 @@ STRESS = (
     "--images 1000000"
 )
 FINETUNE = "finetune_lora.py {0} --method full --data {data} --split {split} --seed {seed}"
-MASKS = [PRE, PROBE]
 PILOT = PRE.replace("{arm}", "random").replace("{seed}", "1000")
 TEACHER = "--contrast pooler --flat-weight 0.1"  # the teacher's attention has a reason to look
 PLAIN = "--contrast none --flat-weight 1"  # H1 to H3: no second loss, and plain weights
@@ -48,7 +49,6 @@ SMALL = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 OF_MASKS = {
     "seeds": range(5),
     "against": "random",
-    "template": MASKS,
     "curve": 0,
     "compare": ("top1", "cutout", "finetuned"),
     "set": {"recipe": f"{SMALL} {PLAIN}", "pool": "mean", "split": "val"},
@@ -68,171 +68,132 @@ OF_MASKS = {
 }
 
 
-def masks(*arms, more=(), **changes):
+def masks(arms, question, more=(), **changes):
     """A plan whose arms are masks; more: commands behind pre-training and probe."""
-    commands = [*MASKS, *more]
+    commands = [PRE, PROBE, *more]
     plan = OF_MASKS | {"arms": dict.fromkeys(arms, commands), "template": commands} | changes
-    plan["set"] = OF_MASKS["set"] | changes.get("set", {})
-    plan["columns"] = OF_MASKS["columns"] | changes.get("columns", {})
-    plan["right"] = OF_MASKS["right"] | changes.get("right", {})
-    return plan
+    for name in ("set", "columns", "right"):
+        plan[name] = OF_MASKS[name] | changes.get(name, {})
+    return plan | {"question": question}
 
 
-def test(what, arm, against, claim=0.0, **more):
-    """what: a column (points), epochs (percent fewer), log_epochs (geometric mean), variance."""
-    return {"what": what, "arm": arm, "against": against, "claim": claim, **more}
+def claims(*rows):
+    """Rows (hypothesis, what, arm, against, claim) -> hypotheses. All parts of one have to hold.
+
+    what: a column (points), epochs (percent fewer), log_epochs (geometric mean), variance.
+    """
+    parts = {}
+    for name, what, arm, against, claim in rows:
+        part = {"what": what, "arm": arm, "against": against, "claim": claim}
+        parts.setdefault(name, []).append(part)
+    return [{"id": name, "parts": found} for name, found in parts.items()]
 
 
-def difference(arm, what, against, against_what, text):
-    """One line of the table of differences."""
-    return test(what, arm, against, against_what=against_what, text=text)
+def differences(*rows):
+    """Rows ("arm.column", "other.column", text) -> tests without a claim."""
+    found = []
+    for ours, theirs, text in rows:
+        (arm, what), (against, other) = ours.split("."), theirs.split(".")
+        test = {"what": what, "arm": arm, "against": against, "against_what": other}
+        found.append(test | {"text": text})
+    return found
 
-
-def hypothesis(name, claim, *parts):
-    return {"id": name, "claim": claim, "parts": list(parts)}
-
-
-PLANS["mine"] = masks(
-    "random",
-    question="Is this mask better than random masks?",
-    seeds=range(2000, 2003),
-    set={"recipe": f"--model nano {TEACHER}", "pool": "extremes"},
-)
-PLANS["arms"] = PLANS["mine"] | {"question": "How do these masks compare?", "seeds": range(5)}
 
 GUIDED, SHUFFLED = "attn_high", "attn_high:shuffle=1"
+FOUR = ["random", GUIDED, SHUFFLED, "green"]
+RICH = {"recipe": f"--model nano {TEACHER}", "pool": "extremes"}
+LOOK = {"recipe": "--model nano:decoder_depth=1 --epochs 8 --contrast pooler --flat-weight 1"}
+BG, FG, FG_SHUFFLED = (
+    f"{mask} --maps {{coarse}}" for mask in ("bg_heavy", "fg_heavy", "fg_heavy:shuffle=1")
+)
+PARTS, PARTS_SHUFFLED = "parts --maps {parts}", "parts:shuffle=1 --maps {parts}"
+H2 = ["random", BG, FG, FG_SHUFFLED]
+H2_HALF = [f"{arm} --ratio 0.5" for arm in H2]
 
-
-def h1_parts(epochs):
-    """More than random, sooner than random, more than both controls."""
-    sooner = test(epochs, GUIDED, "random", 10.0)
-    more = [test("top1", GUIDED, control) for control in (SHUFFLED, "green")]
-    return [test("top1", GUIDED, "random", 1.0), sooner, *more]
-
-
+PLANS["mine"] = masks(["random"], "Is this mask better than random masks?", set=RICH)
+PLANS["mine"] |= {"seeds": range(2000, 2003)}
+PLANS["arms"] = masks(["random"], "How do these masks compare?", set=RICH)
 PLANS["h1"] = masks(
-    "random",
-    GUIDED,
-    SHUFFLED,
-    "green",
-    question="Does hiding what a teacher attends to teach more, and sooner, than random masks?",
+    FOUR,
+    "Does hiding what a teacher attends to teach more, and sooner, than random masks?",
     pilots=1,
-    hypotheses=[
-        hypothesis(
-            "H1",
-            "1 point of Top-1 more than random, 10 % fewer epochs, better than both controls",
-            *h1_parts("epochs"),
-        )
-    ],
+    hypotheses=claims(
+        ("H1", "top1", GUIDED, "random", 1.0),
+        ("H1", "epochs", GUIDED, "random", 10.0),
+        ("H1", "top1", GUIDED, SHUFFLED, 0.0),
+        ("H1", "top1", GUIDED, "green", 0.0),
+    ),
 )
 PLANS["look"] = masks(
-    "random",
-    GUIDED,
-    "attn_hint",
-    SHUFFLED,
-    "green",
-    "fg_heavy --maps {coarse}",
-    question="The same, by a teacher that a contrastive loss trains: does it teach more now?",
+    [*FOUR, "attn_hint", "fg_heavy --maps {coarse}"],
+    "The same, by a teacher that a contrastive loss trains: does it teach more now?",
     seeds=range(100, 108),
     pilots=3,
-    set={"recipe": "--model nano:decoder_depth=1 --epochs 8 --contrast pooler --flat-weight 1"}
-    | {"pool": "extremes"},
-    hypotheses=[
-        hypothesis(
-            "H1 again",
-            "what H1 claims",
-            *h1_parts("log_epochs"),
-        )
-    ],
+    set=LOOK | {"pool": "extremes"},
+    hypotheses=claims(
+        ("H1 again", "top1", GUIDED, "random", 1.0),
+        ("H1 again", "log_epochs", GUIDED, "random", 10.0),
+        ("H1 again", "top1", GUIDED, SHUFFLED, 0.0),
+        ("H1 again", "top1", GUIDED, "green", 0.0),
+    ),
 )
-
-BG, FG, FG_SHUFFLED = (
-    f"{m} --maps {{coarse}}" for m in ("bg_heavy", "fg_heavy", "fg_heavy:shuffle=1")
-)
-HALF = "{} --ratio 0.5".format
-H2 = ["random", BG, FG, FG_SHUFFLED]
-
-
-def h2(name, random, background, foreground, shuffled):
-    """The two halves of H2 at one ratio."""
-    return [
-        hypothesis(
-            f"H2a at {name}",
-            "background first: Top-1 varies less over seeds than random, in fewer epochs",
-            test("variance", background, random),
-            test("epochs", background, random),
-        ),
-        hypothesis(
-            f"H2b at {name}",
-            "foreground first: half a point of Top-1 more than random, more than shuffled",
-            test("top1", foreground, random, 0.5),
-            test("top1", foreground, shuffled),
-        ),
-    ]
-
-
 PLANS["h2"] = masks(
-    *H2,
-    *map(HALF, H2),
-    question="Is it steadier to hide the background first, and better to hide the foreground first?",
+    [*H2, *H2_HALF],
+    "Is it steadier to hide the background first, and better to hide the foreground first?",
     seeds=range(10),
     pilots=1,
-    against=dict.fromkeys(H2, "random") | dict.fromkeys(map(HALF, H2), HALF("random")),
-    hypotheses=h2("0.75", *H2) + h2("0.5", *map(HALF, H2)),
+    against=dict.fromkeys(H2, "random") | dict.fromkeys(H2_HALF, H2_HALF[0]),
+    hypotheses=claims(
+        ("H2a at 0.75", "variance", BG, "random", 0.0),
+        ("H2a at 0.75", "epochs", BG, "random", 0.0),
+        ("H2b at 0.75", "top1", FG, "random", 0.5),
+        ("H2b at 0.75", "top1", FG, FG_SHUFFLED, 0.0),
+        ("H2a at 0.5", "variance", H2_HALF[1], H2_HALF[0], 0.0),
+        ("H2a at 0.5", "epochs", H2_HALF[1], H2_HALF[0], 0.0),
+        ("H2b at 0.5", "top1", H2_HALF[2], H2_HALF[0], 0.5),
+        ("H2b at 0.5", "top1", H2_HALF[2], H2_HALF[3], 0.0),
+    ),
 )
-
-PARTS, PARTS_SHUFFLED = "parts --maps {parts}", "parts:shuffle=1 --maps {parts}"
 PLANS["h3"] = masks(
-    "random",
-    PARTS,
-    PARTS_SHUFFLED,
-    question="Does going from a portion of each part to whole parts teach sooner, and more robustly?",
+    ["random", PARTS, PARTS_SHUFFLED],
+    "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
     pilots=1,
     more=[STRESS],
     columns={"cutout": ("under Cutout 0.3, %", 2, "stress-cutout.json", "top1/cutout 0.3", 1)},
     right={"cutout": (2, "stress-cutout.json", "right/cutout 0.3")},
-    hypotheses=[
-        hypothesis(
-            "H3",
-            "15 % fewer epochs than random, 1 point more under Cutout, more than shuffled there",
-            test("epochs", PARTS, "random", 15.0),
-            test("cutout", PARTS, "random", 1.0),
-            test("cutout", PARTS, PARTS_SHUFFLED),
-        )
-    ],
+    hypotheses=claims(
+        ("H3", "epochs", PARTS, "random", 15.0),
+        ("H3", "cutout", PARTS, "random", 1.0),
+        ("H3", "cutout", PARTS, PARTS_SHUFFLED, 0.0),
+    ),
 )
 PLANS["first"] = masks(
-    "random",
-    GUIDED,
-    SHUFFLED,
-    "fg_heavy",
-    "green",
-    question="The README's first command under five masks: how do they compare?",
+    [*FOUR, "fg_heavy"],
+    "The README's first command under five masks: how do they compare?",
     seeds=range(100, 105),
     set={"recipe": TEACHER, "pool": "extremes"},
 )
 PLANS["finetune"] = masks(
-    "random",
-    GUIDED,
-    SHUFFLED,
-    question="Does it still help when all weights are fine-tuned afterwards?",
+    ["random", GUIDED, SHUFFLED],
+    "Does it still help when all weights are fine-tuned afterwards?",
     more=[FINETUNE],
     columns={"finetuned": ("fine-tuned, %", 2, METRICS, "top1", 1)},
     right={"finetuned": (2, METRICS, "right")},
 )
-PLANS["ablations"] = masks(
-    *("random", "random --ratio 0.5", "random --ratio 0.9"),
-    *(GUIDED, f"{GUIDED} --ratio 0.5", f"{GUIDED} --ratio 0.9"),
-    *("random --model nano:decoder_depth=2", "random --model nano:decoder_depth=4"),
-    f"{GUIDED} --teacher {{pilot}}",
-    *(f"{m} --maps {{coarse}}" for m in ("fg_heavy", "bg_heavy")),
-    *(f"parts:{key} --maps {{parts}}" for key in ("power=1", "power=2", "power=4", "whole=0")),
-    *("random --flat-weight 0.1", "random --flat-weight 0.3", "random --no-norm-pix"),
-    *("block", "grid", "green", "attn_low", "attn_hint", "detail", "learned"),
-    "random --model nano:simmim=1,decoder_depth=1",
-    question="Which factor of the recipe matters, and how much?",
-    seeds=range(3),
-)
+ABLATIONS = ["random", GUIDED]
+ABLATIONS += [f"{arm} --ratio {ratio}" for arm, ratio in product(FOUR[:2], (0.5, 0.9))]
+ABLATIONS += [f"random --model nano:decoder_depth={depth}" for depth in (2, 4)]
+ABLATIONS += ["random --model nano:simmim=1,decoder_depth=1", f"{GUIDED} --teacher {{pilot}}"]
+ABLATIONS += ["fg_heavy --maps {coarse}", "bg_heavy --maps {coarse}"]
+ABLATIONS += [
+    f"parts:{key} --maps {{parts}}" for key in ("power=1", "power=2", "power=4", "whole=0")
+]
+ABLATIONS += [
+    f"random {flag}" for flag in ("--flat-weight 0.1", "--flat-weight 0.3", "--no-norm-pix")
+]
+ABLATIONS += ["block", "grid", "green", "attn_low", "attn_hint", "detail", "learned"]
+PLANS["ablations"] = masks(ABLATIONS, "Which factor of the recipe matters, and how much?")
+PLANS["ablations"] |= {"seeds": range(3)}
 
 # ---- recognition: equal minutes, equal trials on dev ---------------------------------------------
 
@@ -401,20 +362,20 @@ PLANS["tags"] = OF_STAGE | {
         "true_error": ("error", 0, METRICS, "tags_truth/error", 1),
         "minutes": ("minutes",),
     },
-    "differences": [
-        difference("mfdn", "without", "image", "without", "MFDN against the image-only ViT"),
-        difference("vilt", "without", "vilt", "with", "no hidden tags: lost without tags"),
-        difference("mfdn", "without", "mfdn", "with", "the curriculum: lost without tags"),
-        difference("mfdn", "without", "vilt", "without", "the curriculum against no hidden tags"),
-        difference("mfdn", "without", "fixed", "without", "the curriculum against a fixed share"),
-        difference("mfdn", "with", "tags", "with", "picture and tags against the tags alone"),
-        difference("mfdn", "true_map", "bce", "true_map", "mAP: MFDN against a linear head"),
-        difference("mfdn", "true_map", "l2l", "true_map", "mAP: MFDN against a query for each tag"),
-        difference("mfdn", "true_micro_f1", "bce", "true_micro_f1", "micro F1: against the head"),
-        difference("mfdn", "true_macro_f1", "bce", "true_macro_f1", "macro F1: against the head"),
-        difference("mfdn", "true_error_top", "l2l", "true_error_top", "error, top 25: against l2l"),
-        difference("mfdn", "true_error", "l2l", "true_error", "error, all tags: against l2l"),
-    ],
+    "differences": differences(
+        ("mfdn.without", "image.without", "MFDN against the image-only ViT"),
+        ("vilt.without", "vilt.with", "no hidden tags: lost without tags"),
+        ("mfdn.without", "mfdn.with", "the curriculum: lost without tags"),
+        ("mfdn.without", "vilt.without", "the curriculum against no hidden tags"),
+        ("mfdn.without", "fixed.without", "the curriculum against a fixed share"),
+        ("mfdn.with", "tags.with", "picture and tags against the tags alone"),
+        ("mfdn.true_map", "bce.true_map", "mAP: MFDN against a linear head"),
+        ("mfdn.true_map", "l2l.true_map", "mAP: MFDN against a query for each tag"),
+        ("mfdn.true_micro_f1", "bce.true_micro_f1", "micro F1: against the head"),
+        ("mfdn.true_macro_f1", "bce.true_macro_f1", "macro F1: against the head"),
+        ("mfdn.true_error_top", "l2l.true_error_top", "error, top 25: against l2l"),
+        ("mfdn.true_error", "l2l.true_error", "error, all tags: against l2l"),
+    ),
 }
 
 DETECT = f"detect.py {{encoder}} {ON} --epochs 5 --method "
@@ -453,14 +414,14 @@ PLANS["hybrid"] = OF_STAGE | {
         "purely": ("mean IoU, purely hybrid", -1, METRICS, "pixels/val/purely/miou", 1),
         "pixel_seconds": ("stage 3, s", -1, METRICS, "pixel_seconds", 1),
     },
-    "differences": [
-        difference("proxies", "miou", "frames", "miou", "proxies against frames of one kind"),
-        difference("proxies", "purely", "frames", "purely", "the same on purely hybrid frames"),
-        difference("proxies", "miou", "truth", "miou", "proxies against true masks"),
-        difference("proxies", "miou", "proxies", "proxy_half", "pixels against patches"),
-        difference("proxies", "known", "proxies", "proxy", "the same with own thresholds"),
-        difference("proxies", "proxy", "proxies", "proxy_half", "own thresholds against 0.5"),
-        difference("proxies", "miou", "no_hint", "miou", "a hint of the patches against none"),
-        difference("proxies", "miou", "segformer", "miou", "U-Net against SegFormer"),
-    ],
+    "differences": differences(
+        ("proxies.miou", "frames.miou", "proxies against frames of one kind"),
+        ("proxies.purely", "frames.purely", "the same on purely hybrid frames"),
+        ("proxies.miou", "truth.miou", "proxies against true masks"),
+        ("proxies.miou", "proxies.proxy_half", "pixels against patches"),
+        ("proxies.known", "proxies.proxy", "the same with own thresholds"),
+        ("proxies.proxy", "proxies.proxy_half", "own thresholds against 0.5"),
+        ("proxies.miou", "no_hint.miou", "a hint of the patches against none"),
+        ("proxies.miou", "segformer.miou", "U-Net against SegFormer"),
+    ),
 }

@@ -307,8 +307,10 @@ def hypothesis_table(hypothesis, study):
     name, verdict, p = (hypothesis[k] for k in ("id", "verdict", "holm_p"))
     head = ["what", "arm", "against", "claim", "found", "bootstrap, seeds x illustrations"]
     head += ["p of no effect", "p of the claim, Holm"]
-    claim = f"**{name}: {verdict}** (p = {p:.3f} after Holm). Claim: {hypothesis['claim']}."
-    return ["", claim, "", *markdown(head, rows)]
+    text = f"**{name}: {verdict}** (p = {p:.3f} after Holm)."
+    if "claim" in hypothesis:
+        text += f" Claim: {hypothesis['claim']}."
+    return ["", text, "", *markdown(head, rows)]
 
 
 def other_counts(test, study):

@@ -172,6 +172,12 @@ def value_at(path, keys):
     return value
 
 
+def found_in(folder, file, args):
+    """A file of a run; probe.py and others put results of another split in a folder of its name."""
+    other = folder / f"{args.data.name}-{args.set['split']}" / file
+    return other if other.exists() else folder / file
+
+
 def curve_of(log):
     """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without the evaluations."""
     curve = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}
@@ -198,10 +204,10 @@ def row_of(arm, seed, args):
     for name, (_, *source) in plan["columns"].items():
         if source:
             step, file, keys, factor = source
-            value = value_at(folders[step] / file, keys)
+            value = value_at(found_in(folders[step], file, args), keys)
             row["metrics"][name] = None if value is None else factor * value
     for name, (step, file, keys) in plan.get("right", {}).items():
-        row["right"][name] = value_at(folders[step] / file, keys)
+        row["right"][name] = value_at(found_in(folders[step], file, args), keys)
     if "curve" in plan:
         row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
     made = [read_json(path) for f in dict.fromkeys(folders) for path in f.glob("*.done.json")]
