@@ -39,7 +39,7 @@ from common.io import DTYPES, UserError, not_whole, read_header
 
 APART = 0.1  # share of train that choices are made on, where there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
-CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/LOG.md)
+CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
 
 FIELDS = ("classes", "size", "keys", "split", "source")  # of the header of a split
 PLANES = {  # arrays of a split; a name that ends in ? may be missing

@@ -33,7 +33,7 @@ from common.io import UserError, save_json, save_safetensors
 from common.lora import fingerprint, read_adapter, save_adapter, save_encoder
 from kernels.gather import masked_patch_gather
 
-# The recipe. Learning rates were chosen on dev of faces20 in short runs (results/LOG.md).
+# The recipe. Learning rates were chosen on dev of faces20 in short runs (results/TRIED.md).
 METHODS = {
     "linear": {},
     "lora": {"r": 8, "alpha": 0.0},  # alpha 0 is 2r

@@ -36,7 +36,7 @@ def attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v (B, H, N, d); bias -inf hides a key.
 
     The fused kernel of a GPU never writes the (N, N) probabilities. On a CPU, two matrix products
-    are faster at the short lengths of an MAE (results/LOG.md, "attention on a CPU").
+    are faster at the short lengths of an MAE (results/TRIED.md, "attention on a CPU").
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, bias)
@@ -130,7 +130,7 @@ def init_weights(module):
 def shrink_branches(blocks):
     """Scale what a branch adds to the residual stream by 1/sqrt(2 depth) (GPT-2; Radford 2019).
 
-    MAE warms up for 40 epochs instead. Runs of minutes learn faster with it (results/LOG.md, "the
+    MAE warms up for 40 epochs instead. Runs of minutes learn faster with it (results/TRIED.md, "the
     demo recipe").
     """
     with torch.no_grad():

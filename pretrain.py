@@ -55,7 +55,7 @@ WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one pa
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-# In views, for any mask and data. On a CPU many small steps learn more (results/LOG.md).
+# In views, for any mask and data. On a CPU many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}

@@ -49,7 +49,7 @@ def pick_device(name):
 
 
 def keep_freed_memory(heaps=None):
-    """Let glibc keep large blocks for the next step: 15 % of a step's time on a CPU (results/LOG.md)."""
+    """Let glibc keep large blocks for the next step: 15 % of a step's time on a CPU (results/TRIED.md)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # there is no glibc here
         libc = ctypes.CDLL(None)
         if heaps:

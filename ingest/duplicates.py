@@ -8,7 +8,7 @@ correlation of edge strength, best window searched. Colours change in a recolour
 lines are, does not. What two pictures of one character share is not enough for step 3.
 
 Pictures come as gray thumbnails u8 (n, 32, 32), 1 KB each, which may stay in a file. Memory holds
-the hashes and their tables, some 250 bytes a picture (results/LOG.md), and the work grows about as
+the hashes and their tables, some 250 bytes a picture (results/TRIED.md), and the work grows about as
 n log n.
 """
 

@@ -134,7 +134,7 @@ def test_a_room_only_becomes_smaller(room):
 # ---- pages ---------------------------------------------------------------------------------------
 
 PAGE, ALL_PAGES = 1300, 8000
-LIMITS = {"README.md": 900, "results/STUDY.md": 2000}
+LIMITS = {"README.md": 900, "results/STUDY.md": 2000, "results/TRIED.md": 2000}
 EXCEPTIONS = {  # today's words of the pages that are too long
     "README.md": 1756,
     "docs/glossary.md": 1625,
