@@ -4,7 +4,7 @@
 
 Reads:  a run of pretrain.py (default: the newest in runs/, or one in weights/), and the runs that
         were made of it: runs/NAME-lora, -tags, -seg, -det
-Writes: nothing
+Writes: nothing but the gallery of a recogniser that has none yet
 
 Only this machine can open the page, unless --host or --share allows others; no other site can use
 it. Nothing that a visitor sends is the path of a file or starts a command.

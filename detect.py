@@ -52,7 +52,7 @@ LATE = 0.25  # share of the epochs, the last ones, whose crops have 6/7 of the p
 MOSAIC = 0.3  # share of the steps whose crops show four pages
 COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
-LOWEST = 0.1  # threshold of a detector that finds nothing
+LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
 CHUNK = 16  # pages at a time
 RECIPE = ("data", "boxes", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
@@ -147,7 +147,8 @@ def targets(boxes, S, patch):
     """The targets of each cell: heat (B, N), box (B, N, 4), weight of that box (B, N).
 
     boxes (B, K, 4) in pixels. A box belongs to the map of its size. Its heat is a Gaussian around
-    its centre, and 1 in the cell of the centre. The weights of a box sum to 1 (TTFNet).
+    its centre, and 1 in the cell of the centre (in two or four, if it lies on their
+    border). The weights of a box sum to at most 1 (TTFNet).
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     size = sides.prod(2).sqrt()
@@ -419,7 +420,7 @@ def build(task, method):
 
 
 def step_loss(task, net, rows, pages, late, generator):
-    """The loss of a batch of crops, each at a random place of a whole page's grid of patches."""
+    """The loss of a batch of crops, at a random place of a whole page's grid of patches."""
     boxes = boxes_of(task.train, task.boxes, rows)
     cut = mosaic if torch.rand(1, generator=generator) < MOSAIC else crops
     side, least = (task.late, 0.7) if late else (task.view, 0.5)

@@ -297,7 +297,8 @@ def measured(folder):
             where = f"{row.get('evaluated_on', row.get('split', 'val'))} of {row.get('data')}"
             found = row | row.get("verification", {}) | row.get("tags", {})
             numbers = [f"{k} {found[k]:.4g}" for k in NUMBERS if isinstance(found.get(k), float)]
-            lines.append(f"- {', '.join(numbers)}, {where}: `{row['command']}`")
+            if numbers:
+                lines.append(f"- {', '.join(numbers)}, {where}: `{row['command']}`")
     return lines
 
 

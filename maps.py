@@ -1,13 +1,13 @@
 """Maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
 
     python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map all --run runs/NAME    only draws all strategies but `learned`
+    python maps.py --data datasets/toon --map all --run runs/NAME    a sheet of all strategies but `learned`
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME for an encoder
 Writes: maps/NAME/MAP.safetensors, sheet-MAP.png: what strategies hide by it; strategies-RUN.png
 
     attn      f16 (n, g, g)    attention of an encoder, mean over heads, g patches a side
-    saliency  u8 (n, 32, 32)   estimated probability of foreground, by colours alone; 255 is 1
+    saliency  u8 (n, 32, 32)   estimated probability of foreground, by colour and place; 255 is 1
     parts     u8 (n, g, g)     0 background, 1..K clusters of foreground tokens, the largest first
 
     B images   S their side   G cells a side   N = g * g patches   D channels   K clusters
@@ -34,7 +34,7 @@ from kernels.loss import patch_detail
 
 SAMPLE = 1024  # images that give the mean token of each place and the clusters of parts
 RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
-EXACT = contextlib.nullcontext  # fp32: maps are made once, and are the same on every machine
+EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
 SHOWN = 3  # images of a sheet
 NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: its need in mask.py
 TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}, "all": {"run"}}
@@ -281,12 +281,12 @@ def hidden_by(strategy, scores, n, g, ratio):
     noise = masking.gumbel_noise(n, g * g, seeded(0))
     priority = masking.STRATEGIES[strategy](scores, noise, 1.0, g * g - K)
     _, ids_mask = masking.sample(priority, K)
-    visible = torch.zeros(n, g * g, dtype=torch.bool)
-    return visible.scatter(1, ids_mask, True).view(n, g, g)
+    hidden = torch.zeros(n, g * g, dtype=torch.bool)
+    return hidden.scatter(1, ids_mask, True).view(n, g, g)
 
 
 def coloured(maps):
-    """(n, g, g) -> u8 (n, g, g, 3). Whole numbers of at most 12 kinds are parts, a colour for each.
+    """(n, g, g) -> u8 (n, g, g, 3). Whole numbers up to 12 are parts, a colour for each.
 
     Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
     """

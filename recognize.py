@@ -49,7 +49,7 @@ OTHERS = 0.05  # share of other faces that may pass for one enrolled character
 FOLDS = 5  # of the characters, where known ones stand in for unknown ones
 LEAST, SHOTS = 3, 5  # pictures that an enrolment needs, and that its threshold is fitted to
 HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (results/TRIED.md)
-PAIRS_OF = 4000  # images of which --verify compares all pairs, at most
+PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
     "name": "threshold json detect device dtype",
@@ -66,7 +66,12 @@ def parse_args():
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
-    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
+    add(
+        "--threshold",
+        type=between(-1, 1),
+        metavar="COSINE",
+        help="a face below it is unknown; that of enrolled ones moves along",
+    )
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
@@ -169,6 +174,7 @@ def calibrate(embeddings, labels, held_out, unknown=None):
 
     held_out: logits (m, C), embeddings (m, D), labels (m,) of known characters. unknown (k, D): of
     unknown ones; without them each known one stands in. At most MOST_REJECTED of the known fail.
+    The file keeps the threshold: after a change of this rule, remove gallery.safetensors.
     """
     logits, known, known_labels = held_out
     gallery = make_gallery(embeddings, labels, int(labels.max()) + 1)

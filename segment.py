@@ -85,7 +85,8 @@ class Patches(nn.Module):
     def scores(self, view):
         """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches; over 0 is drawn.
 
-        A score is the squared distance to one centroid minus that to the other.
+        A score is the squared distance to the photographed centroid minus that to the drawn one,
+        scaled.
         """
         tokens = self.encoder.features(view)[:, 1:].float()  # (B, g * g, D)
         photographed, drawn = self.centroids
@@ -281,7 +282,7 @@ class Pixels(nn.Module):
 
 
 class UNet(nn.Module):
-    """3x3 convolutions, down to 1/16 of the side and up to 1/2 (Ronneberger, Fischer & Brox 2015).
+    """Convolutions, down to 1/16 of the side and up to 1/2 (Ronneberger, Fischer & Brox 2015).
 
     x (B, channels, H, W) -> logits of "drawn" (B, 1, H/2, W/2). 0.4 million parameters.
     """
