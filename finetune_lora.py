@@ -415,10 +415,7 @@ def results(flags, task, run, best_epoch):
     row |= {"confusion": found["confusion"], "right": stats.to_bits(right)}
     row |= {"parameters_trained": task.count, "share_trained_percent": round(100 * task.share, 3)}
     row["gradient_and_optimizer_mb"] = round(12 * task.count / 2**20, 2)
-    steps = [step for step in train.read_log(task.out / "log.jsonl") if "loss" in step]
-    speed = torch.tensor([step["images_per_s"] for step in steps]).median().item()
-    row["step_ms"] = round(1000 * run.batch_size / speed, 2)
-    row["peak_memory_mb"] = max(step["memory_mb"] for step in steps)
+    row |= train.cost_of_steps(task.out / "log.jsonl", run.batch_size)
     row |= {"seconds": run.seconds(), "config": run.config | task.keys, "command": flags.command}
     return row | {"commit": train.commit(), "machine": train.machine(task.device)}
 

@@ -84,8 +84,11 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     args.task = next((name for name in FLAGS if name in args.given), "name")
-    if (args.task in ("name", "enrol")) != bool(args.images):
-        raise UserError("give pictures, folders, archives or - to name or to enrol, and only then")
+    if args.task in ("name", "enrol"):
+        if not args.images:
+            raise UserError("give pictures, folders, archives or -, to name or to --enrol")
+    elif args.images:
+        raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
     return args
 

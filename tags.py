@@ -672,16 +672,13 @@ def write_results(flags, task, run):
 def metrics_row(flags, task, run):
     """-> metrics.json without the tags' numbers."""
     log = train.read_log(run.out / "log.jsonl")
-    steps = [row for row in log if "loss" in row]
-    dev = [row for row in log if "loss" not in row][-1]
-    speed = float(np.median([row["images_per_s"] for row in steps]))
+    dev = next((row for row in reversed(log) if "loss" not in row), {})
     row = {"run": run.out.name, "arm": task.arm, "seed": flags.seed, "data": flags.data}
     row |= {"evaluated_on": flags.split, "half": run.config.get("half", {}).get(flags.split, {})}
     row["end"] = accuracies(task, task.report)
     row["dev"] = {k.removeprefix("dev_"): x for k, x in dev.items() if k.startswith("dev_")}
     row["parameters"] = sum(p.numel() for p in task.net.parameters())
-    row["step_ms"] = round(1000 * run.batch_size / speed, 2)
-    row["peak_memory_mb"] = max(row["memory_mb"] for row in steps)
+    row |= train.cost_of_steps(run.out / "log.jsonl", run.batch_size)
     row |= {"seconds": run.seconds(), "config": run.config, "command": flags.command}
     return row | {"machine": train.machine(task.device), "commit": train.commit()}
 

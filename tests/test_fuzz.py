@@ -131,7 +131,8 @@ MORE = [
             "runs/nano",
             "--out",
             "maps/new",
-            *CPU,
+            "--device",
+            "cpu",
         ],
     ),
 ]
