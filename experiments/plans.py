@@ -14,6 +14,7 @@ made          {name: commands}: what {name} in an arm stands for, made once; its
 trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
 set           values of words in braces; --set of run.py replaces them
 needs         {word of a command: the library that it needs}
+planes        {array that the data set has to have: the command that makes such a set}
 
 In commands, {0} is the folder of the arm's first command, {seed} and {data} are what they say, and
 {epochs} is how many epochs fill the plan's minutes.
@@ -22,15 +23,6 @@ In commands, {0} is the folder of the arm's first command, {seed} and {data} are
 from itertools import product
 
 METRICS = "metrics.json"
-COLUMNS = {  # of published plans that name none
-    "top1": "Top-1, %",
-    "cutout": "under Cutout 0.3, %",
-    "finetuned": "fine-tuned, %",
-    "linear": "in the run, %",
-    "epochs": "epochs to threshold",
-    "minutes": "minutes",
-    "linear_then": "after {minutes:.1f} min, %",
-}
 PLANS = {}
 
 # ---- masks: an arm is a mask, and flags of pretrain.py behind it ---------------------------------
@@ -50,14 +42,13 @@ OF_MASKS = {
     "seeds": range(5),
     "against": "random",
     "curve": 0,
-    "compare": ("top1", "cutout", "finetuned"),
+    "compare": ("top1",),
     "set": {"recipe": f"{SMALL} {PLAIN}", "pool": "mean", "split": "val"},
     "columns": {
         "top1": ("Top-1, %", 1, "probe-headline.json", "headline", 100),
         "linear": ("in the run, %",),
         "epochs": ("epochs to threshold",),
         "minutes": ("minutes",),
-        "linear_then": ("after {minutes:.1f} min, %",),
     },
     "right": {"top1": (1, "probe-headline.json", "right/logistic")},
     "made": {
@@ -159,6 +150,7 @@ PLANS["h3"] = masks(
     "Does going from a portion of each part to whole parts teach sooner, and more robustly?",
     pilots=1,
     more=[STRESS],
+    compare=("top1", "cutout"),
     columns={"cutout": ("under Cutout 0.3, %", 2, "stress-cutout.json", "top1/cutout 0.3", 1)},
     right={"cutout": (2, "stress-cutout.json", "right/cutout 0.3")},
     hypotheses=claims(
@@ -177,6 +169,7 @@ PLANS["finetune"] = masks(
     ["random", GUIDED, SHUFFLED],
     "Does it still help when all weights are fine-tuned afterwards?",
     more=[FINETUNE],
+    compare=("top1", "finetuned"),
     columns={"finetuned": ("fine-tuned, %", 2, METRICS, "top1", 1)},
     right={"finetuned": (2, METRICS, "right")},
 )
@@ -322,9 +315,7 @@ ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
 PLANS["adapt"] = OF_RECOGNITION | {
     "question": "How do linear, LoRA, full fine-tuning and training from scratch compare?",
     "made": {},
-    "dev": ("metrics-dev.json", "macro_f1"),
-    "trial_flags": "--split dev",
-    "trial_share": 1,
+    "dev": ("log.jsonl", "dev_macro_f1"),
     "set": {"encoder": "weights/toon", "split": "val"},
     "arms": {
         "linear": [f"{ADAPT} linear", VERIFY],
@@ -350,6 +341,7 @@ PLANS["tags"] = OF_STAGE | {
     "arms": {arm: [TAGS + arm] for arm in ("mfdn", "fixed", "vilt", "image", "tags", "bce", "l2l")},
     "trials": dict.fromkeys(("mfdn", "fixed", "vilt", "image", "l2l"), LR),
     "dev": (METRICS, "dev/without_top1"),
+    "planes": {"tags": "python data.py toon --out datasets/toon"},
     "columns": {
         "half_with": ("with tags, at the half", 0, METRICS, "half/with_top1", 1),
         "with": ("with tags", 0, METRICS, "end/with_top1", 1),
@@ -390,6 +382,7 @@ PLANS["detection"] = OF_STAGE | {
     "columns": {c: (heading, 0, METRICS, c, 1) for c, heading in AP.items()}
     | {"minutes": ("minutes",)},
     "needs": {"detect.py": "pycocotools"},
+    "planes": {"boxes": "python data.py scenes --out datasets/scenes"},
 }
 
 STAGE_1 = f"segment.py {{encoder}} {ON}"
@@ -405,6 +398,7 @@ PLANS["hybrid"] = OF_STAGE | {
         "segformer": [STAGE_1, SEGMENT + "--network segformer"],
     },
     "needs": {"segformer": "transformers"},
+    "planes": {"drawn": "python data.py hybrid --out datasets/hybrid"},
     "columns": {
         "frames": ("frames", -1, METRICS, "frames/val", 1),
         "proxy_half": ("proxies, threshold 0.5", -1, METRICS, "proxies/val/mixed/miou", 1),

@@ -3,12 +3,12 @@
     python -m experiments.report runs/experiments/mine-toon
     python -m experiments.report results/study/* --study results/STUDY.md   # what is published
 
-Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl or rows.csv, images.json (the illustration
-        of each test image, where rows hold which images are right)
+Reads:  FOLDER/PLAN.json (what is compared), rows.jsonl, images.json (the illustration of each test
+        image, where rows hold which images are right)
 Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
-import json
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,17 +16,14 @@ import numpy as np
 
 from common import metrics
 from common.command import Parser, cli
-from common.io import UserError, read_json, save_text
+from common.io import UserError, atomic, read_json, save_text
 from common.stats import from_bits
+from common.train import read_log
 from experiments import stats
-from experiments.plans import COLUMNS
-from experiments.tables import read_csv, save_csv
 
-DEFAULTS = {"columns": COLUMNS, "margin": 1.0, "differences": [], "hypotheses": []}
-DEFAULTS |= {"compare": ("top1", "cutout", "finetuned"), "phase": "reported", "notes": {}}
+DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "phase": "reported"}
+NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with experiments.run"
-CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run, its start and its end
-MADE = ("machine", "commit")
 UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
 UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
@@ -36,62 +33,33 @@ NOTES = (
     "after Holm). Under three seeds there is no interval."
 )
 
-
 # ---- rows ----------------------------------------------------------------------------------------
 
 
 def read_rows(folder):
-    """Rows of a plan, each run once, as it was written last. Half a line is a killed write."""
-    rows = {}
-    for name in ("rows.csv", "arms.csv"):  # published tables of runs
-        for row in read_csv(folder / name):
-            rows[row["arm"], int(row["seed"])] = from_csv(row)
-    path = folder / "rows.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            rows[row["arm"], row["seed"]] = row
-        except (ValueError, KeyError):
-            continue
-    return [row for row in rows.values() if "error" not in row]
-
-
-def from_csv(row):
-    """A line of a published table of runs -> a row as experiments.run writes it."""
-    found = {"arm": row["arm"], "seed": int(row["seed"]), "metrics": {}, "right": {}}
-    for name, text in row.items():
-        if text == "":
-            continue
-        try:
-            found["metrics"][name] = float(text)
-        except ValueError:
-            found[name] = text
-    if "right" in row and "right" not in found["metrics"]:  # a detector counts its right answers
-        found["right"] = {"top1": row["right"]}
-    return found | {"seconds": found["metrics"].get("seconds")}
+    """Rows of a plan, each run once, as it was written last."""
+    rows = [row for row in read_log(folder / "rows.jsonl") if {"arm", "seed"} <= row.keys()]
+    return list({(row["arm"], row["seed"]): row for row in rows}.values())
 
 
 def open_folder(folder):
-    """-> a study: plan, rows {arm: {seed: row}}, all rows, groups of the test images or None."""
+    """-> a study: plan, rows {arm: {seed: row}}, all rows with the pilots, those that failed, and
+    groups of the test images or None.
+    """
     folder = Path(folder)
-    plan = read_json(folder / "PLAN.json", ["plan", "arms", "seeds"], FIX)
-    plan = DEFAULTS | plan
-    study = SimpleNamespace(folder=folder, plan=plan, all=read_rows(folder), groups=None)
+    plan = DEFAULTS | read_json(folder / "PLAN.json", NEEDED, FIX)
+    study = SimpleNamespace(folder=folder, plan=plan, groups=None, all=[], failed=[])
+    for row in read_rows(folder):
+        (study.failed if "failed" in row else study.all).append(row)
     if (folder / "images.json").exists():
         study.groups = np.array(read_json(folder / "images.json", ["groups"], FIX)["groups"])
-    if not plan.get("thresholds"):
-        plan["thresholds"] = thresholds(study.all)
-    study.rows = {arm: {} for arm in plan["arms"]}
-    for row in study.all:
-        if row["arm"] in study.rows and row["seed"] in plan["seeds"]:
-            study.rows[row["arm"]][row["seed"]] = row
-    study.rows = {arm: seeds for arm, seeds in study.rows.items() if seeds}
-    ends = [
-        [r["curve"]["seconds"][-1] for r in s.values() if "curve" in r] for s in study.rows.values()
-    ]
-    study.then = min((np.mean(seconds) for seconds in ends if seconds), default=0.0)
+    study.thresholds = thresholds(study.all)
+    found = {arm: {} for arm in plan["arms"]}
     for row in study.all:
         row["metrics"] |= derived(row, study)
+        if row["arm"] in found and row["seed"] in plan["seeds"]:
+            found[row["arm"]][row["seed"]] = row
+    study.rows = {arm: seeds for arm, seeds in found.items() if seeds}
     return study
 
 
@@ -106,25 +74,21 @@ def thresholds(rows):
 
 def derived(row, study):
     """Metrics that follow from a row's curve and times."""
-    found = {}
-    if row.get("curve") is None:
+    curve, limits = row.get("curve"), study.thresholds
+    if curve is None:
         return {"minutes": row["seconds"] / 60} if row.get("seconds") else {}
-    curve, limits = row["curve"], study.plan["thresholds"]
-    for name in ("knn", "mse"):
-        if name in curve:
-            found |= {f"{name}_before": curve[name][0], f"{name}_after": curve[name][-1]}
-    found |= {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
-    found["linear_then"] = np.interp(study.then, curve["seconds"], curve["linear"])
     limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
-    found["epochs"] = limit and stats.epochs_to(curve, limit)
-    looks = row["metrics"].get("attention_on") or {}
-    return found | {f"attention_on_{part}": share for part, share in looks.items()}
+    return {
+        "linear": curve["linear"][-1],
+        "minutes": curve["seconds"][-1] / 60,
+        "epochs": limit and stats.epochs_to(curve, limit),
+    }
 
 
 def values_of(seeds, column):
     """{seed: row} -> the numbers of a column, of the runs that have one."""
     found = [row["metrics"].get(column) for row in seeds.values()]
-    return [float(x) for x in found if x is not None and x != ""]
+    return [float(x) for x in found if x is not None]
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -134,7 +98,7 @@ def measure(test, study):
     """{"what", "arm", "against", "claim"} -> the same with the fields of its test in stats.py.
 
     what: a column, "epochs", "log_epochs" or "variance". against_what: the baseline's column, where
-    it is another one.
+    it is another one. limit: a threshold in the place of the pilots'.
     """
     what, claim = test["what"], test.get("claim", 0.0)
     arm, base = study.rows.get(test["arm"], {}), study.rows.get(test["against"], {})
@@ -144,7 +108,7 @@ def measure(test, study):
         sides = [[r["metrics"]["top1"] for r in side] for side in zip(*pairs, strict=True)]
         return row | stats.variance(*(sides or [[], []]))
     if "epochs" in what:
-        limit = test.get("limit", study.plan["thresholds"].get(test["against"]))
+        limit = test.get("limit", study.thresholds.get(test["against"]))
         if limit is None:
             return row | stats.empty([]) | {"notes": ["no pilot, so no threshold"]}
         curves = [(ours["curve"], theirs["curve"]) for ours, theirs in pairs]
@@ -169,20 +133,19 @@ def right_of(row, column):
 
 
 def judged(studies):
-    """Studies -> their hypotheses with verdicts, in a list for each study.
+    """Studies -> the same with their hypotheses, measured, each with its verdict.
 
     Holm's family: the reported studies of a data set, plan look on all its sets, else a study.
     """
     families = {}
     for study in studies:
-        plan = study.plan
+        plan, key = study.plan, study.folder
+        if plan["phase"] == "reported":
+            key = "look" if plan["plan"] == "look" else plan["data"]
+        families.setdefault(key, []).append(study)
         study.hypotheses = [
             h | {"parts": [measure(test, study) for test in h["parts"]]} for h in plan["hypotheses"]
         ]
-        key = "look" if plan["plan"] == "look" else plan["data"]
-        if plan["phase"] != "reported":
-            key = study.folder
-        families.setdefault(key, []).append(study)
     for family in families.values():
         hypotheses = [h for study in family for h in study.hypotheses]
         planned = {h["id"]: len(h["parts"]) for h in hypotheses}
@@ -192,6 +155,30 @@ def judged(studies):
         for study in family:
             study.hypotheses = [next(found) for _ in study.hypotheses]
     return studies
+
+
+def differences(study):
+    """Every difference of a plan -> its tests with holm_p and verdict.
+
+    Holm's families: each compared column over its arms, and the plan's further differences.
+    """
+    families = [study.plan["differences"]]
+    for column in study.plan["compare"]:
+        means = {arm: np.mean(values_of(seeds, column) or -1) for arm, seeds in study.rows.items()}
+        family = []
+        for arm, against in study.plan["arms"].items():
+            against = max(means, key=means.get) if against == "best" else against
+            if arm != against:
+                family.append({"what": column, "arm": arm, "against": against})
+        families.insert(-1, family)
+    tests = []
+    for family in families:
+        found = [test for test in (measure(test, study) for test in family) if test["n"]]
+        p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
+        for test, holm_p, q in zip(found, p, equal, strict=True):
+            verdict = stats.word(test["effect"], holm_p, q)
+            tests.append(test | {"holm_p": holm_p, "verdict": verdict})
+    return tests
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -213,14 +200,10 @@ def cell(values, digits=2):
 
 def interval(test):
     """ "+0.23 (-0.90 to +1.35; n = 5)", with what else is to be said of it."""
-    if test["effect"] is None:
-        return "; ".join(["-", *test["notes"]])
-    if test["low"] is None:
-        return "; ".join([f"{test['effect']:+.2f}", *test["notes"]])
-    alone = ", over seeds alone" if test["over"] == "seeds alone" else ""
-    text = (
-        f"{test['effect']:+.2f} ({test['low']:+.2f} to {test['high']:+.2f}; n = {test['n']}{alone})"
-    )
+    text = "-" if test["effect"] is None else f"{test['effect']:+.2f}"
+    if test["low"] is not None:
+        alone = ", over seeds alone" if test["over"] == "seeds alone" else ""
+        text += f" ({test['low']:+.2f} to {test['high']:+.2f}; n = {test['n']}{alone})"
     return "; ".join([text, *test["notes"]])
 
 
@@ -228,56 +211,27 @@ def p_value(p):
     return "-" if p is None else f"{p:.3f}"
 
 
-def differences(study):
-    """Every difference of a plan -> its tests with holm_p and verdict.
-
-    Holm's families: each compared column over its arms, and the plan's further differences.
-    """
-    groups = []
-    for column in study.plan["compare"]:
-        means = {}
-        for arm, seeds in study.rows.items():
-            if values_of(seeds, column):
-                means[arm] = np.mean(values_of(seeds, column))
-        group = []
-        for arm, against in study.plan["arms"].items():
-            against = max(means, key=means.get, default=arm) if against == "best" else against
-            group.append({"what": column, "arm": arm, "against": against})
-        groups.append([test for test in group if test["arm"] != test["against"]])
-    tests = []
-    for group in [*groups, study.plan["differences"]]:
-        found = [test for test in (measure(test, study) for test in group) if test["n"]]
-        p, equal = (stats.holm([test[k] for test in found]) for k in ("p", "p_equal"))
-        for test, holm_p, q in zip(found, p, equal, strict=True):
-            verdict = stats.word(test["effect"], holm_p, q)
-            tests.append(test | {"holm_p": holm_p, "verdict": verdict})
-    return tests
-
-
-def controls(study):
-    """What an encoder has to beat, where a pilot had the whole probe -> [line] or []."""
-    found = next((row["controls"] for row in study.all if row.get("controls")), {})
-    names = ["untrained " + study.plan.get("pool", "mean"), "thumb4", "thumb8", "thumb16"]
-    known = [f"{name} {found[name]:.1f} %" for name in names if name in found]
-    return [f"Controls, Top-1: {', '.join(known)}."] if known else []
-
-
 def arm_table(study):
-    """-> lines of Markdown: a row for each arm."""
-    columns = [
-        c for c in study.plan["columns"] if any(values_of(x, c) for x in study.rows.values())
-    ]
-    headings = [study.plan["columns"][c].format(minutes=study.then / 60) for c in columns]
+    """-> lines of Markdown: a row for each arm, and what an encoder has to beat."""
+    columns = {
+        name: heading
+        for name, heading in study.plan["columns"].items()
+        if any(values_of(seeds, name) for seeds in study.rows.values())
+    }
     rows = []
     for arm, seeds in study.rows.items():
         note = study.plan["notes"].get(arm)
         row = [f"`{arm}`" + (f": {note}" if note else ""), len(seeds)]
-        for c in columns:
-            values = values_of(seeds, c)
+        for name in columns:
+            values = values_of(seeds, name)
             some = f" ({len(values)} of {len(seeds)})" if 0 < len(values) < len(seeds) else ""
             row.append(cell(values) + some)
         rows.append(row)
-    return markdown(["arm", "runs", *headings], rows)
+    found = next((row["controls"] for row in study.all if row.get("controls")), {})
+    names = ["untrained " + study.plan.get("pool", "mean"), "thumb4", "thumb8", "thumb16"]
+    known = [f"{name} {found[name]:.1f} %" for name in names if name in found]
+    controls = [f"Controls, Top-1: {', '.join(known)}.", ""] if known else []
+    return [*markdown(["arm", "runs", *columns.values()], rows), "", *controls]
 
 
 def difference_table(study, tests):
@@ -290,7 +244,7 @@ def difference_table(study, tests):
     return markdown(["difference", "points", "p, Holm", "verdict"], rows)
 
 
-def hypothesis_table(hypothesis, study):
+def hypothesis_table(hypothesis):
     """-> lines of Markdown: the verdict, and a row for each part of the hypothesis."""
     rows = []
     for test in hypothesis["parts"]:
@@ -300,10 +254,6 @@ def hypothesis_table(hypothesis, study):
         row = [what, f"`{test['arm']}`", f"`{test['against']}`", f"{test['claim']:g}"]
         row += [interval(test), boot, p_value(test["p"]), p_value(test["holm_against"])]
         rows.append(row)
-        rows += [
-            [f"not planned: {name}", *row[1:4], text, "-", "-", "-"]
-            for name, text in other_counts(test, study)
-        ]
     name, verdict, p = (hypothesis[k] for k in ("id", "verdict", "holm_p"))
     head = ["what", "arm", "against", "claim", "found", "bootstrap, seeds x illustrations"]
     head += ["p of no effect", "p of the claim, Holm"]
@@ -313,59 +263,36 @@ def hypothesis_table(hypothesis, study):
     return ["", text, "", *markdown(head, rows)]
 
 
-def other_counts(test, study):
-    """Epochs saved, counted in two other ways -> [(name, interval)]; none where that has no effect.
-
-    A mean of ratios leans against the arm where the baseline's epochs vary, and one pilot may be a
-    lucky seed.
-    """
-    if test["what"] != "epochs" or test["low"] is None:
-        return []
-    base = study.rows[test["against"]].values()
-    own = float(np.mean([metrics.threshold_of(row["curve"]["linear"]) for row in base]))
-    logs = measure(test | {"what": "log_epochs"}, study)
-    other = measure(test | {"limit": own}, study)
-    return [
-        ("by logarithms", interval(logs)),
-        (f"a threshold of {own:.1f} %, from all baselines", interval(other)),
-    ]
-
-
 def csv_row(arm, tests, study):
     """A row of table.csv: every column with its deviation, every difference to the baseline."""
     seeds = study.rows[arm]
     row = {"arm": arm, "against": study.plan["arms"][arm], "seeds": len(seeds)}
-    looks = [name for name in next(iter(seeds.values()))["metrics"] if "attention_on_" in name]
-    for name in [*study.plan["columns"], *CURVE, *looks]:
+    for name in study.plan["columns"]:
         values = values_of(seeds, name)
-        row[name] = float(np.mean(values)) if values else None
-        if name in study.plan["columns"]:
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[f"{name}_deviation"] = spread
-    for test in tests:
-        if test["arm"] == arm and "text" not in test:
-            row["against"] = test["against"]
-            fields = ("effect", "low", "high", "holm_p", "verdict")
-            row |= {f"{test['what']}_{k}": test[k] for k in fields}
-    row = {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
-    for name in MADE:
+        row[name] = np.mean(values) if values else None
+        row[f"{name}_deviation"] = np.std(values, ddof=1) if len(values) > 1 else None
+    for name in study.plan["compare"]:
+        found = [test for test in tests if test["arm"] == arm and test["what"] == name]
+        for field in ("effect", "low", "high", "holm_p", "verdict"):
+            row[f"{name}_{field}"] = found[0][field] if found else None
+    for name in ("machine", "commit"):
         row[name] = "; ".join(sorted({run.get(name, "") for run in seeds.values()}))
-    return row
+    return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
 
 
 def draw(path, study):
     """A dot for each seed, one panel for each of the first two columns."""
     from common import plots  # matplotlib takes a second to load
 
-    columns = list(study.plan["columns"])[:2]
+    columns = list(study.plan["columns"].items())[:2]
     size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
     title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
     with plots.panels(path, title, 1, len(columns), size, sharey=True, squeeze=False) as axes:
-        for axis, column in zip(axes[0], columns, strict=True):
+        for axis, (column, heading) in zip(axes[0], columns, strict=True):
             for i, seeds in enumerate(study.rows.values()):
                 values = values_of(seeds, column)
                 axis.plot(values, [i] * len(values), "o", ms=5, alpha=0.7, color=plots.BLUE)
-            axis.set(xlabel=study.plan["columns"][column].format(minutes=study.then / 60))
+            axis.set(xlabel=heading)
             axis.grid(axis="x", alpha=0.3)
         axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
         axes[0, 0].invert_yaxis()
@@ -378,18 +305,20 @@ def write(study, figure=False):
         raise UserError(f"{folder} has no row yet; experiments.run makes them")
     tests = differences(study)
     text = [f"# {plan['plan']} on {plan['data']}, {plan['split']}: {plan['question']}", ""]
-    text += [*arm_table(study), "", *controls(study), "", *difference_table(study, tests), ""]
+    text += [*arm_table(study), *difference_table(study, tests), ""]
+    text += [f"Failed: `{r['arm']}`, seed {r['seed']}: {r['failed']}\n" for r in study.failed]
     text.append(NOTES.format(margin=plan["margin"]))
     for hypothesis in study.hypotheses:
-        text += hypothesis_table(hypothesis, study)
+        text += hypothesis_table(hypothesis)
     if figure:
         draw(folder / "figure.png", study)
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]
-    columns = dict.fromkeys(name for row in rows for name in row if name not in MADE)
-    columns |= dict.fromkeys(MADE)
-    save_csv(folder / "table.csv", [{c: row.get(c) for c in columns} for row in rows])
+    with atomic(folder / "table.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ---- STUDY.md ------------------------------------------------------------------------------------
@@ -402,21 +331,19 @@ def section(study, top):
     plan, seeds = study.plan, study.plan["seeds"]
     kind = "" if plan["phase"] == "reported" else f", {plan['phase']}"
     made = f"{sum(map(len, study.rows.values()))} runs, seeds {min(seeds)} to {max(seeds)}"
-    text = [f"## {study.folder.name}{kind}", ""]
     link = f"[table]({study.folder.relative_to(top)}/table.md)"
-    text += [f"{plan['question']} {made} ({link}).", ""]
+    text = [f"## {study.folder.name}{kind}", "", f"{plan['question']} {made} ({link}).", ""]
     if len(study.rows) > 10:
         best = max(study.rows, key=lambda arm: np.mean(values_of(study.rows[arm], "top1")))
         return [*text, f"The best of {len(study.rows)} arms is `{best}`.", ""]
     tests = {test["arm"]: test for test in differences(study) if test["what"] == "top1"}
     rows = []
     for arm, runs in study.rows.items():
-        row = [f"`{arm}`", cell(values_of(runs, "top1"), 1), "", ""]
+        found, verdict = "", ""
         if arm in tests:
-            test = tests[arm]
-            row[2] = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
-            row[3] = test["verdict"]
-        rows.append(row)
+            test, verdict = tests[arm], tests[arm]["verdict"]
+            found = f"{test['effect']:+.1f} ({test['low']:+.1f} to {test['high']:+.1f})"
+        rows.append([f"`{arm}`", cell(values_of(runs, "top1"), 1), found, verdict])
     return [*text, *markdown(["mask", "Top-1, %", "difference", "verdict"], rows), ""]
 
 
@@ -436,11 +363,10 @@ def write_study(studies, path):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
-    parser.add_argument("--figure", action="store_true", help="draw figure.png, too")
-    parser.add_argument(
-        "--study", type=Path, metavar="FILE", help="write their sections anew in it"
-    )
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="of a plan's rows")
+    add("--figure", action="store_true", help="draw figure.png, too")
+    add("--study", type=Path, metavar="FILE", help="write their sections anew in it")
     args = parser.parse_args()
     studies = judged([open_folder(folder) for folder in args.folders])
     for study in studies:

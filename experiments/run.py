@@ -10,7 +10,7 @@ Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, images.json, table.md, table.csv, 
 
 A command runs once. Its folder is named by a hash of its words and of the data, so that arms share
 what they have in common. The same command of yours goes on after any kill: what has a row is not
-made again, a run that was stopped is resumed.
+made again, a run that was stopped is resumed. A run that diverges is a row that says so.
 """
 
 import contextlib
@@ -44,14 +44,19 @@ PILOT_SEED = 1000  # and the next ones: never reported
 TRIAL_SEED = 500
 IN_PLACE = {"probe": "probe*.json", "recognize": "recognize.json", "stress": "stress-*.json"}
 IN_PLACE["convnets"] = "recognize.json"  # it judges, where it is given a run
+KEPT = ("question", "compare", "differences", "hypotheses", "margin")  # of a plan, in PLAN.json
 RUNNING = set()  # processes of ours
+
+
+class Diverged(UserError):
+    """A run whose loss is not finite: it would be so again."""
 
 
 # ---- one command ---------------------------------------------------------------------------------
 
 
 def folder_of(words, args):
-    """Where the results of a command are -> its folder, and its name of ten digits."""
+    """Where the results of a command are -> its folder, its name, what it writes in another's."""
     script = words[1] if words[0] == "-m" else words[0]
     stem = script.removesuffix(".py").rpartition(".")[2]
     text = shlex.join([*words, args.digest])
@@ -67,20 +72,25 @@ def make(text, args):
     out, name, files = folder_of(words, args)
     done = out / f"{name}.done.json"
     with locked(lock_beside(args.work / name), wait=True) as lock:
-        if done.exists():
+        if done.exists() and not (args.retry and "failed" in read_json(done)):
+            if "failed" in read_json(done):
+                raise Diverged(read_json(done)["failed"])
             return out
         if out.name != name:  # it writes into the folder of another command
             for left in out.glob(f"**/{files}"):
                 left.unlink()
-        elif (out / "state.pt").exists():
+        elif (out / "state.pt").exists() and not done.exists():
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
             shutil.rmtree(out, ignore_errors=True)
             words += ["--out", str(out)]
-        start = time.perf_counter()
-        execute(words, args, args.work / f"{name}.log", lock)
-        seconds = round(time.perf_counter() - start, 1)
-        save_json({"command": f"python {text}", "commit": commit(), "seconds": seconds}, done)
+        row, start = {"command": f"python {text}", "commit": commit()}, time.perf_counter()
+        try:
+            execute(words, args, args.work / f"{name}.log", lock)
+        except Diverged as problem:
+            save_json(row | {"failed": str(problem)}, done)
+            raise
+        save_json(row | {"seconds": round(time.perf_counter() - start, 1)}, done)
     return out
 
 
@@ -99,7 +109,8 @@ def execute(words, args, log, lock):
         RUNNING.discard(process)
     if status:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
-        raise UserError(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
+        kind = Diverged if "is not finite at step" in last else UserError
+        raise kind(f"python {shlex.join(words)} ended with {status}: {last} (see {log})")
 
 
 # ---- a chain of commands -------------------------------------------------------------------------
@@ -108,12 +119,11 @@ def execute(words, args, log, lock):
 def chain(templates, args, seed, flags="", share=1.0):
     """Make commands one after the other, flags behind the first -> their folders."""
     folders = []
+    encoder = templates in args.plan.get("made", {}).values()
+    budget = "encoder_minutes" if encoder else "minutes", share
     for i, template in enumerate(templates):
         text = template if i else f"{template} {flags}".strip()
-        minutes = (
-            "encoder_minutes" if templates in args.plan.get("made", {}).values() else "minutes"
-        )
-        folders.append(make(filled(text, args, folders, seed, (minutes, share)), args))
+        folders.append(make(filled(text, args, folders, seed, budget), args))
     return folders
 
 
@@ -147,18 +157,20 @@ def best_flags(name, args):
 
 
 def score_on_dev(name, flags, args):
+    """The score of a trial; none is worse than one that diverges."""
     plan, share = args.plan, args.plan.get("trial_share", 1.0)
-    if name in plan.get("made", {}):
-        folders = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
-        judge = plan["judge"].replace("{0}", str(folders[-1]))
-        out = chain([judge], args, TRIAL_SEED)[0]
-    else:
-        flags = f"{flags} {plan.get('trial_flags', '')}".strip()
-        out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0]
     file, key = plan["dev"]
-    if file.endswith(".jsonl"):
-        return max(row[key] for row in read_log(out / file) if key in row)
-    return value_at(out / file, key)
+    with contextlib.suppress(Diverged):
+        if name in plan.get("made", {}):
+            folders = chain(plan["made"][name], args, TRIAL_SEED, flags, share)
+            judge = plan["judge"].replace("{0}", str(folders[-1]))
+            out = chain([judge], args, TRIAL_SEED)[0]
+        else:
+            out = chain(plan["arms"][name][:1], args, TRIAL_SEED, flags, share)[0]
+        if file.endswith(".jsonl"):
+            return max(row[key] for row in read_log(out / file) if key in row)
+        return value_at(out / file, key)
+    return float("-inf")
 
 
 # ---- one run: an arm with a seed -----------------------------------------------------------------
@@ -179,13 +191,13 @@ def found_in(folder, file, args):
 
 
 def curve_of(log):
-    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without the evaluations."""
-    curve = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}
+    """Rows of log.jsonl -> epoch, accuracy in the run, and seconds without the evaluations."""
+    curve = {"epoch": [], "linear": [], "seconds": []}
     evaluating, before = 0.0, 0.0
     for row in log:
-        if "knn" in row:
+        if "linear" in row:
             evaluating += row["seconds"] - before
-            point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
+            point = row | {"seconds": row["seconds"] - evaluating}
             for name, values in curve.items():
                 values.append(round(point[name], 4))
         before = row["seconds"]
@@ -194,13 +206,16 @@ def curve_of(log):
 
 def row_of(arm, seed, args):
     """Make the runs of an arm with a seed -> its row."""
-    plan, flags = args.plan, best_flags(arm, args)
-    folders = chain(plan["arms"][arm], args, seed, flags)
-    row = {"arm": arm, "seed": seed, "phase": "run", "flags": flags}
+    plan = args.plan
+    row = {"arm": arm, "seed": seed, "phase": "run", "data": args.data.name, "commit": commit()}
+    row |= {"machine": machine(args.device), "metrics": {}, "right": {}}
     if seed in range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0)):
         row["phase"] = "pilot"
-    row |= {"data": args.data.name, "commit": commit(), "machine": machine(args.device)}
-    row["metrics"], row["right"] = {}, {}
+    try:
+        row["flags"] = best_flags(arm, args)
+        folders = chain(plan["arms"][arm], args, seed, row["flags"])
+    except Diverged as problem:
+        return row | {"failed": str(problem)}
     for name, (_, *source) in plan["columns"].items():
         if source:
             step, file, keys, factor = source
@@ -228,7 +243,7 @@ def add_row(folder, row):
 # ---- all runs ------------------------------------------------------------------------------------
 
 
-def check(args, jobs):
+def check(args, arms):
     """What a plan needs, before its first run: splits, labels, masks, libraries, a GPU."""
     plan = args.plan
     train, held = (data.open_split(args.data, name) for name in ("train", args.set["split"]))
@@ -236,11 +251,14 @@ def check(args, jobs):
         raise UserError(
             f"{args.data}: this plan needs two classes or more, and labels on all images"
         )
-    if plan.get("trials"):
-        data.open_split(args.data, "dev")
+    for name, fix in plan.get("planes", {}).items():
+        if name not in train:
+            raise UserError(f"{args.data} has no {name}: give --data of another set; {fix}")
     args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
     args.images, args.groups = len(train["images"]), data.groups_of(held).tolist()
-    arms = {arm for arm, _ in jobs}
+    encoder = args.set.get("encoder")
+    if encoder and not Path(encoder).exists():
+        raise UserError(f"{encoder} does not exist; give --set encoder=RUN, of pretrain.py")
     text = shlex.join([*arms, *args.set.values(), *(c for arm in arms for c in plan["arms"][arm])])
     for word, library in plan.get("needs", {}).items():
         if word in text and importlib.util.find_spec(library) is None:
@@ -255,63 +273,61 @@ def check(args, jobs):
             raise UserError(f"{args.data} has no true maps: {arm} can't run there")
 
 
-def chosen(args):
-    """The plan with the arms that are asked for, and [(arm, seed)], seed by seed: whole pairs."""
-    plan = dict(args.plan)
-    arms = list(args.arms or plan["arms"])
-    if "template" in plan:
-        baseline = next(iter(plan["arms"]))
-        arms = list(dict.fromkeys([baseline, *arms]))
-        own = [arm for arm in arms if arm not in plan["arms"]]
-        plan["arms"] = plan["arms"] | dict.fromkeys(own, plan["template"])
-        plan["arms"] = {
-            arm: [template.replace("{arm}", arm) for template in templates]
-            for arm, templates in plan["arms"].items()
-        }
-    unknown = [arm for arm in arms if arm not in plan["arms"]]
-    if unknown:
-        raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
-    first = plan["seeds"][0] if args.first_seed is None else args.first_seed
-    seeds = range(first, first + (args.seeds or len(plan["seeds"])))
-    pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))
-    bases = {against(plan, arm) for arm in arms} if pilots else ()
-    jobs = [(arm, seed) for seed in pilots for arm in arms if arm in bases]
-    return plan, arms, seeds, jobs + [(arm, seed) for seed in seeds for arm in arms]
-
-
 def against(plan, arm):
     """The arm that an arm is compared with."""
     where = plan["against"]
     return where.get(arm, arm) if isinstance(where, dict) else where
 
 
+def with_masks(plan, arms):
+    """A plan of masks, with arms of the user's own; the baseline is always among the arms."""
+    arms = list(dict.fromkeys([next(iter(plan["arms"])), *arms]))
+    own = [arm for arm in arms if arm not in plan["arms"]]
+    commands = plan["arms"] | dict.fromkeys(own, plan["template"])
+    for arm, templates in commands.items():
+        commands[arm] = [template.replace("{arm}", arm) for template in templates]
+    return plan | {"arms": commands}, arms
+
+
+def chosen(args):
+    """-> the plan, the arms that are asked for, and [(arm, seed)], seed by seed: whole pairs."""
+    plan, arms = args.plan, list(args.arms or args.plan["arms"])
+    if "template" in plan:
+        plan, arms = with_masks(plan, arms)
+    unknown = [arm for arm in arms if arm not in plan["arms"]]
+    if unknown:
+        raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
+    first = plan["seeds"][0]
+    seeds = range(first, first + (args.seeds or len(plan["seeds"])))
+    bases = {against(plan, arm) for arm in arms}
+    pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))
+    jobs = [(arm, seed) for seed in pilots for arm in arms if arm in bases]
+    return plan, arms, seeds, jobs + [(arm, seed) for seed in seeds for arm in arms]
+
+
 def save_plan(args, arms, seeds, folder):
     """PLAN.json: what the rows are compared by. Arms and seeds of earlier calls stay."""
-    with locked(lock_beside(folder / "PLAN.json"), wait=True):
-        old = {"arms": {}, "seeds": [], "commands": {}}
-        if (folder / "PLAN.json").exists():
-            old = read_json(folder / "PLAN.json", old)
-        commands = {arm: args.plan["arms"][arm] for arm in arms}
+    path = folder / "PLAN.json"
+    with locked(lock_beside(path), wait=True):
         now = {"set": args.set, "digest": args.digest}
-        then = {k: old.get(k, x) for k, x in now.items()}
-        if then != now or commands | old["commands"] != old["commands"] | commands:
+        commands = {arm: args.plan["arms"][arm] for arm in arms}
+        old = read_json(path) if path.exists() else {"arms": {}, "seeds": [], "commands": {}} | now
+        same = all(old["commands"].get(arm, words) == words for arm, words in commands.items())
+        if not same or {name: old[name] for name in now} != now:
             raise UserError(
-                f"{folder} has rows by other settings, data or commands ({then['set']}); "
+                f"{folder} has rows by other settings, data or commands ({old['set']}); "
                 "give those again, or another --out"
             )
-        plan = {k: args.plan[k] for k in KEPT if k in args.plan}
+        plan = {name: args.plan[name] for name in KEPT if name in args.plan} | now
         plan |= {"plan": args.name, "data": args.data.name, "split": args.set["split"]}
         plan["columns"] = {name: column[0] for name, column in args.plan["columns"].items()}
         plan["arms"] = old["arms"] | {arm: against(args.plan, arm) for arm in arms}
         plan["seeds"] = sorted({*old["seeds"], *seeds})
         plan["commands"] = old["commands"] | commands
-        save_json(plan | now, folder / "PLAN.json", None)
+        save_json(plan, path, None)
         if args.plan.get("right"):
             found = {"split": args.set["split"], "groups": args.groups}
             save_json(found, folder / "images.json", None)
-
-
-KEPT = ("question", "compare", "differences", "hypotheses", "margin")
 
 
 def run_all(jobs, args, folder):
@@ -322,9 +338,10 @@ def run_all(jobs, args, folder):
         try:
             row = row_of(*job, args)
             add_row(folder, row)
-            print(f"{job[0]}, seed {job[1]}: {row['metrics']}", flush=True)
-        except UserError as problem:
-            failed.append(f"{job[0]}, seed {job[1]}: {problem}")
+            print(f"{job[0]}, seed {job[1]}: {row.get('failed', row['metrics'])}", flush=True)
+        except Exception as problem:  # whatever it is, the other runs go on
+            reason = problem if isinstance(problem, UserError) else repr(problem)
+            failed.append(f"{job[0]}, seed {job[1]}: {reason}")
             print(f"failed: {failed[-1]}", flush=True)
 
     pool = ThreadPoolExecutor(args.jobs)
@@ -345,18 +362,18 @@ def parse_args():
     add("--data", default="datasets/toon", metavar="DIR", help="packed set (default: %(default)s)")
     add("--arms", nargs="+", metavar="ARM", help="only these; or masks of your own, with flags")
     add("--seeds", type=at_least(1), metavar="N", help="of every arm (default: the plan's)")
-    add("--first-seed", type=at_least(0), metavar="SEED", help="fresh seeds: from here on")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="words in braces of the plan")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side")
     add("--threads", type=at_least(1), default=os.cpu_count(), metavar="N", help="of each run")
     add("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="of the tables")
     add("--work", type=Path, default=Path("runs/work"), metavar="DIR", help="of the runs' folders")
+    add("--retry", action="store_true", help="try again what diverged")
     add("--dry", action="store_true", help="say what would run, and stop")
     args = parser.parse_args()
     if unknown := [pair for pair in args.set if "=" not in pair]:
         raise UserError(f"--set {unknown[0]} is no NAME=VALUE")
-    args.set = PLANS[args.name]["set"] | dict(pair.split("=", 1) for pair in args.set)
     args.plan = PLANS[args.name]
+    args.set = args.plan["set"] | dict(pair.split("=", 1) for pair in args.set)
     return args
 
 
@@ -366,9 +383,10 @@ def main():
         refuse_file(folder)
     args.plan, arms, seeds, jobs = chosen(args)
     args.data = Path(data.open_or_pack(args.data))
-    check(args, jobs)
+    check(args, arms)
     folder = args.out / f"{args.name}-{args.data.name}"
-    done = {(row["arm"], row["seed"]) for row in report.read_rows(folder)}
+    rows = [row for row in report.read_rows(folder) if not (args.retry and "failed" in row)]
+    done = {(row["arm"], row["seed"]) for row in rows}
     left = [job for job in jobs if job not in done]
     print(f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} done", flush=True)
     if args.dry:

@@ -49,9 +49,8 @@ def image_variance(values, groups):
     mean = np.mean(values, 0)
     ids = np.unique(groups, return_inverse=True)[1]
     sums = np.bincount(ids, mean - mean.mean())
-    count = int(ids.max() + 1)
-    scale = count / max(count - 1, 1)
-    return scale * float((sums**2).sum()) / len(mean) ** 2, count
+    count = len(sums)
+    return count / (count - 1) * float((sums**2).sum()) / len(mean) ** 2, count
 
 
 def errors_of(values, groups):
@@ -99,17 +98,16 @@ def variance(values, baseline):
     for side in (values, baseline):
         if not varies(side):
             return empty(side) | {"effect": None}
+    n, df = len(values), (len(values) - 1, len(baseline) - 1)
     ratio = np.var(values, ddof=1) / np.var(baseline, ddof=1)
-    df = len(values) - 1, len(baseline) - 1
     low, high = (ratio / float(f.ppf(q, *df)) for q in (0.975, 0.025))
-    row = empty(values) | {"effect": 100 * (1 - ratio), "notes": []}
-    row |= {"low": 100 * (1 - high), "high": 100 * (1 - low), "per_seed": []}
-    if len(values) < TEN:
-        notes = [f"variances need {TEN} seeds, there are {len(values)}"]
-        return row | {"p": 1.0, "p_against": 1.0, "notes": notes}
-    row["p"] = min(1.0, 2 * float(f.cdf(ratio, *df)))
-    row["p_against"] = min(0.5, float(f.sf(ratio, *df)))
-    return row
+    row = dict.fromkeys(FIELDS) | {"n": n, "per_seed": [], "effect": 100 * (1 - ratio)}
+    row |= {"low": 100 * (1 - high), "high": 100 * (1 - low)}
+    if n < TEN:
+        note = f"variances need {TEN} seeds, there are {n}"
+        return row | {"p": 1.0, "p_against": 1.0, "notes": [note]}
+    p = min(1.0, 2 * float(f.cdf(ratio, *df)))
+    return row | {"p": p, "p_against": min(0.5, float(f.sf(ratio, *df))), "notes": []}
 
 
 # ---- epochs to a threshold -----------------------------------------------------------------------

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats as scipy_stats
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import (
@@ -20,8 +19,7 @@ import demo
 import probe
 import recognize
 from common import metrics, plots
-from common.stats import bootstrap, t_interval
-from experiments import stats, stress
+from experiments import stress
 
 
 @pytest.fixture(scope="module")
@@ -171,113 +169,7 @@ def test_psnr_looks_only_where_it_is_asked():
     assert demo.psnr(a, b, torch.zeros_like(where)).isnan().all()
 
 
-# ---- statistics ----------------------------------------------------------------------------------
-
-
-def test_the_t_interval_is_scipys_and_2_48_deviations_wide_at_three_seeds():
-    d = [1.0, 2.5, 1.8]
-    found, theirs = stats.paired(d), scipy_stats.ttest_1samp(d, 0)
-    low, high = theirs.confidence_interval()
-    assert (found["low"], found["high"], found["p"]) == pytest.approx((low, high, theirs.pvalue))
-    ours = t_interval(d)
-    assert [ours[k] for k in ("low", "high", "p")] == pytest.approx(
-        [found[k] for k in ("low", "high", "p")]
-    )
-    half = (found["high"] - found["effect"]) / np.std(d, ddof=1)
-    assert half == pytest.approx(2.484, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "d", [[], [-6.33], [-6.33, -6.33], [1.0, 2.0], [-6.33] * 3, [100 * 0.6833 - 75.0] * 5]
-)
-def test_two_seeds_and_seeds_that_tie_say_no_interval_and_no_p(d):
-    each = np.repeat(np.array(d)[:, None], 8, 1) + np.arange(8)  # though the images vary
-    for found in [stats.paired(d)] + [stats.paired(each, np.arange(8))] * bool(d):
-        assert found["low"] is found["high"] is found["p"] is found["p_against"] is None
-        name = f"{len(d)} seed{'' if len(d) == 1 else 's'}: no interval"
-        assert found["notes"][0].startswith(name)
-
-
-def test_the_error_of_the_test_images_is_that_of_means_of_illustrations():
-    """Of groups of one size: the variance of their means over G. Of others: by hand."""
-    each = np.random.default_rng(0).normal(size=(4, 60))
-    variance, count = stats.image_variance(each, np.arange(60) // 3)
-    means = each.mean(0).reshape(20, 3).mean(1)
-    assert count == 20 and variance == pytest.approx(means.var(ddof=1) / 20)
-    d, groups = np.array([[1.0, 2.0, 6.0]]), ["a", "a", "b"]  # mean 3: sums of -3 and +3
-    assert stats.image_variance(d, groups) == (pytest.approx(2 / 1 * (9 + 9) / 9), 2)
-
-
-def test_both_errors_make_the_interval_and_the_degrees_of_freedom_are_satterthwaites():
-    seeds, images = np.random.default_rng(3), np.random.default_rng(4)
-    each = seeds.normal(0, 1, (5, 30)) + images.normal(0, 3, 30)
-    A, (B, G) = each.mean(1).var(ddof=1) / 5, stats.image_variance(each, np.arange(30))
-    df, error = (A + B) ** 2 / (A**2 / 4 + B**2 / (G - 1)), math.sqrt(A + B)
-    t = scipy_stats.t
-    found = stats.paired(each, np.arange(30), claim=1.0, margin=2.0)
-    assert found["high"] - found["effect"] == pytest.approx(t.ppf(0.975, df) * error)
-    assert found["p"] == pytest.approx(2 * t.sf(abs(each.mean()) / error, df))
-    assert found["p_against"] == pytest.approx(t.cdf((each.mean() - 1) / error, df))
-    outside = max(t.cdf((each.mean() - 2) / error, df), t.sf((each.mean() + 2) / error, df))
-    assert found["p_equal"] == pytest.approx(outside)
-
-
-def test_images_never_make_an_interval_narrower_or_a_p_smaller():
-    """With their degrees of freedom alone they would: seeds differ much here, 500 images hardly."""
-    each = np.array([0.0, 1.0, 3.0])[:, None] + np.random.default_rng(0).normal(0, 2, 500)
-    alone = stats.paired(each.mean(1), claim=5.0, margin=9.0)
-    both = stats.paired(each, np.arange(500), claim=5.0, margin=9.0)
-    (_, df), (error, more) = stats.errors_of(each, np.arange(500))
-    half = scipy_stats.t.ppf(0.975, more) * error
-    assert more > df and half < alone["high"] - alone["effect"]
-    assert both | {"bootstrap": None} == alone
-
-
-def test_an_interval_covers_what_other_images_would_have_said():
-    """200 experiments of 5 seeds on 40 images that truly tie: seeds alone are misled by images."""
-    rng, missed, alone = np.random.default_rng(2), 0, 0
-    for _ in range(200):
-        d = rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 1, 40) + rng.normal(0, 0.2, (5, 40))
-        errors = stats.errors_of(d, np.arange(40))
-        p = [2 * scipy_stats.t.sf(abs(d.mean()) / error, df) for error, df in errors]
-        missed += max(p) < 0.05
-        alone += stats.paired(d.mean(1))["p"] < 0.05
-    assert missed <= 20 and alone > 60
-
-
-def test_the_bootstrap_resamples_illustrations_not_images():
-    """Ten copies of each image in one illustration: the interval must be as wide as that of one of
-    each.
-    """
-    rng = np.random.default_rng(0)
-    one = rng.normal(0.5, 1, (3, 60))
-    alone = bootstrap(one, np.arange(60))
-    copied = bootstrap(one.repeat(10, 1), np.arange(60).repeat(10))
-    wrong = bootstrap(one.repeat(10, 1), np.arange(600))
-    assert copied["low"] == pytest.approx(alone["low"]) and copied["high"] == pytest.approx(
-        alone["high"]
-    )
-    assert wrong["high"] - wrong["low"] < 0.7 * (alone["high"] - alone["low"])
-    assert alone["mean"] == pytest.approx(one.mean()) and bootstrap(one, np.arange(60)) == alone
-
-
-def test_the_bootstrap_covers_the_truth():
-    """200 experiments of 5 seeds and 80 images with no true difference: about 5 % of the intervals
-    miss 0.
-    """
-    rng, missed = np.random.default_rng(1), 0
-    for _ in range(200):
-        d = rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 1, (5, 80))
-        found = bootstrap(d, np.arange(80), draws=300)
-        missed += not found["low"] <= 0 <= found["high"]
-    assert 2 <= missed <= 40  # a percentile bootstrap over few seeds is known to be somewhat narrow
-
-
-def test_holm():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert stats.holm([0.6, 0.7]) == [1.0, 1.0] and stats.holm([]) == []
-    # what has no p is in the family all the same
-    assert stats.holm([0.02, None]) == [0.04, None]
+# ---- pictures of numbers -------------------------------------------------------------------------
 
 
 def test_an_axis_of_percentages_ends_at_100():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 from conftest import ROOT
 
+from common import metrics
 from common.stats import from_bits
-from experiments import report, stats
+from experiments import report
 
 RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/PLAN.json"))
@@ -87,125 +87,6 @@ def test_no_table_says_an_interval_of_under_three_seeds():
             assert not re.search(r"; n = [12][,)]", line), (path, line)
 
 
-# ---- what the statistics must not get wrong: each case fails if one thing is changed -------------
-
-D = np.array([0.4, 1.9, 1.1, 2.2, 0.7])
-
-
-def test_a_paired_test_is_scipys_whatever_its_sign():
-    for values in (D, -D):
-        theirs = scipy.stats.ttest_1samp(values, 0)
-        low, high = theirs.confidence_interval()
-        ours = stats.paired(values, claim=1.0)
-        assert [ours[k] for k in ("low", "high", "p")] == pytest.approx([low, high, theirs.pvalue])
-        one_sided = scipy.stats.ttest_1samp(values, 1.0, alternative="less").pvalue
-        assert ours["p_against"] == pytest.approx(one_sided)
-
-
-def test_equivalence_is_two_one_sided_tests():
-    for values in (D - 1.2, D, -D):
-        below = scipy.stats.ttest_1samp(values, 2.0, alternative="less").pvalue
-        above = scipy.stats.ttest_1samp(values, -2.0, alternative="greater").pvalue
-        assert stats.paired(values, margin=2.0)["p_equal"] == pytest.approx(max(below, above))
-    assert stats.paired(D)["p_equal"] is None
-
-
-def test_words_of_a_difference():
-    assert stats.word(1.0, 0.04, 0.5) == "better" and stats.word(-1.0, 0.04, 0.5) == "worse"
-    assert stats.word(0.1, 0.5, 0.04) == "equivalent" and stats.word(0.1, 0.5, 0.5) == "undecided"
-    assert stats.word(0.1, 0.04, 0.04) == "better"  # a small difference, and sure
-    assert stats.word(1.0, 0.05, 0.05) == "undecided" and stats.word(1.0, None, None) == "undecided"
-
-
-def test_holm_goes_from_the_smallest_p_up_and_never_back_down():
-    assert stats.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert stats.holm([0.02, 0.021, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
-    assert stats.holm([0.03, None]) == [0.06, None]
-
-
-def test_variances_need_ten_seeds_and_go_one_way():
-    rng = np.random.default_rng(0)
-    calm, wild = rng.normal(0, 1, 10), rng.normal(0, 9, 10)
-    row = stats.variance(calm, wild)
-    ratio = calm.var(ddof=1) / wild.var(ddof=1)
-    assert row["effect"] == pytest.approx(100 * (1 - ratio)) and row["low"] > 0
-    assert row["p"] == pytest.approx(2 * scipy.stats.f.cdf(ratio, 9, 9)) and row["p_against"] == 0.5
-    back = stats.variance(wild, calm)
-    assert back["p"] == 1.0 and back["p_against"] < 1e-5 and back["high"] < 0
-    assert stats.variance(calm[:9], wild[:9])["p"] == 1.0
-    assert stats.variance(calm[:2], wild)["effect"] is None
-
-
-def curve(*linear):
-    return {"epoch": list(range(len(linear))), "linear": list(linear)}
-
-
-def test_epochs_saved_are_percent_of_the_baselines_and_a_bound_decides_nothing():
-    base = [curve(0, 10, 20, 30, 40), curve(0, 10, 20, 30, 40), curve(0, 11, 20, 30, 40)]
-    arm = [curve(0, 20, 40, 40, 40), curve(0, 22, 40, 40, 40), curve(0, 20, 40, 40, 40)]
-    pairs = list(zip(arm, base, strict=True))
-    row = stats.epochs_saved(pairs, 20.0)
-    assert row["per_seed"] == pytest.approx([50, 100 * (1 - 20 / 22 / 2), 50]) and row["p"] < 0.01
-    logs = stats.epochs_saved(pairs, 20.0, logs=True)
-    geometric = np.exp(np.mean(np.log(1 - np.array(row["per_seed"]) / 100)))
-    assert logs["effect"] == pytest.approx(100 * (1 - geometric))
-    never = [(curve(0, 5, 5, 5, 5), base[0]), *pairs[1:]]
-    row = stats.epochs_saved(never, 20.0, claim=10.0)
-    assert row["per_seed"][0] == -100 and row["p"] == 1.0 and row["p_against"] < 1.0
-    never = [(arm[0], curve(0, 5, 5, 5, 5)), *pairs[1:]]
-    row = stats.epochs_saved(never, 20.0, claim=99.0)
-    assert row["per_seed"][0] == 75 and row["p"] < 1.0 and row["p_against"] == 1.0
-    same = stats.epochs_saved([(base[0], base[0]), *pairs[1:]], 20.0)
-    assert same["p"] == same["p_against"] == 1.0
-    assert stats.epochs_saved(pairs, 0.0)["p"] is None  # the untrained encoder has it
-
-
-def part(**changes):
-    """A test that supports its claim; changes break it."""
-    row = {"n": 5, "planned": 5, "effect": 2.0, "low": 1.0, "high": 3.0, "claim": 1.0, "p": 0.01}
-    row |= {"p_against": 0.9, "p_equal": 0.9, "bootstrap": {"low": 0.5}}
-    return row | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "verdict"),
-    [
-        ({}, "supported"),
-        ({"low": 0.0}, "undecided"),
-        ({"effect": 0.99}, "undecided"),
-        ({"effect": 1.0}, "supported"),  # the estimate reaches the claim
-        ({"n": 4}, "undecided"),
-        ({"p": None}, "undecided"),
-        ({"p": 0.025}, "undecided"),  # times two
-        ({"p": 0.0249}, "supported"),
-        ({"bootstrap": {"low": 0.0}}, "undecided"),
-        ({"bootstrap": None}, "supported"),
-        ({"p_against": 0.012}, "refuted"),  # times four
-        ({"p_against": 0.0126}, "supported"),
-        ({"p_against": 0.001, "n": 4}, "undecided"),
-        ({"effect": 0.1, "p_equal": 0.04}, "equivalent"),
-        ({"effect": 0.1, "p_equal": 0.05}, "undecided"),
-        ({"effect": 0.1, "p_equal": None}, "undecided"),
-    ],
-)
-def test_the_verdict_of_one_part(changes, verdict):
-    family = {"A": 1, "B": 3}  # B was planned, and has no rows
-    (found,) = stats.judge([{"id": "A", "parts": [part(**changes)]}], family)
-    assert found["verdict"] == verdict
-
-
-def test_a_hypothesis_is_as_strong_as_its_weakest_part():
-    parts = [part(p=0.001), part(p=0.03)]
-    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
-    assert found["p"] == found["holm_p"] == 0.03 and found["verdict"] == "supported"
-    parts = [part(p=0.001), part(p=0.001, effect=-2.0, low=-3.0)]
-    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
-    assert found["p"] == 1.0 and found["verdict"] == "undecided"
-    parts = [part(p_against=0.0249), part(p_against=0.2)]
-    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
-    assert found["verdict"] == "refuted"
-
-
 def test_pairs_are_paired_by_seed_and_illustration(tmp_path):
     """Seeds in another order, a seed that one arm lacks, and images of one illustration."""
     bits = {("a", 0): "f0", ("a", 1): "ff", ("a", 2): "f8", ("b", 2): "0f", ("b", 0): "f8"}
@@ -213,7 +94,7 @@ def test_pairs_are_paired_by_seed_and_illustration(tmp_path):
         {"arm": a, "seed": s, "metrics": {}, "right": {"top1": x}} for (a, s), x in bits.items()
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = {"plan": "x", "arms": {"a": "b", "b": "b"}, "seeds": [0, 1, 2]}
+    plan = dict.fromkeys(report.NEEDED, "x") | {"arms": {"a": "b", "b": "b"}, "seeds": [0, 1, 2]}
     (tmp_path / "PLAN.json").write_text(json.dumps(plan))
     (tmp_path / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
     found = report.measure(
@@ -230,6 +111,18 @@ def test_what_the_pages_tell_of_baselines_follows_from_the_rows(judged):
     right = np.array([from_bits(row["right"]["top1"], 1690) for row in rows])
     assert (~right.any(0)).sum() == 18
     assert "Eighteen of the 1,690" in (ROOT / "docs/results.md").read_text()
+
+
+def test_h3_on_the_demo_set_depends_on_its_threshold(judged):
+    """results/STUDY.md says what another threshold would have found."""
+    study = judged[RESULTS / "study/h3-toon"]
+    base = study.rows["random"].values()
+    limit = np.mean([metrics.threshold_of(row["curve"]["linear"]) for row in base])
+    test = study.hypotheses[0]["parts"][0]
+    other = report.measure(test | {"limit": float(limit)}, study)
+    text = (RESULTS / "STUDY.md").read_text()
+    assert f"saves {test['effect']:.0f} % of the epochs" in text
+    assert f"{other['effect']:.1f} % ({other['low']:.0f} to {other['high']:+.0f})" in text
 
 
 def test_the_table_of_adaptation_follows_from_its_rows():
@@ -264,22 +157,19 @@ def test_json_stands_on_one_line():
     assert not long
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tags", "detection", "hybrid", *(f"baselines/{p.name}" for p in RESULTS.glob("baselines/*"))],
-)
-def test_no_row_of_a_table_is_lost(name, judged):
-    path = next(p for p in (RESULTS / name).glob("*.csv") if p.stem in ("rows", "arms"))
-    with open(path, newline="") as file:
-        count = len(list(csv.DictReader(file)))
-    assert count == sum(len(seeds) for seeds in judged[RESULTS / name].rows.values()) > 0
+def test_no_row_of_an_arm_is_lost(judged):
+    """The rows of stages and of baselines are all in their tables."""
+    for study in judged.values():
+        if study.folder.parent.name != "study":
+            count = len((study.folder / "rows.jsonl").read_text().splitlines())
+            assert count == sum(len(seeds) for seeds in study.rows.values()) > 0
 
 
 def test_rows_stay():
     """As many rows of runs as were ever published."""
     lines = {
         Path(p).parent.name: len((ROOT / p).read_text().splitlines())
-        for p in tracked(["results/study/*/rows.jsonl"])
+        for p in tracked(["results/**/rows.jsonl"])
     }
     assert lines == {
         "ablations-toon": 39,
@@ -293,6 +183,13 @@ def test_rows_stay():
         "h2-faces20": 42,
         "h3-faces20": 16,
         "h3-toon": 16,
+        "tags": 35,
+        "hybrid": 39,
+        "detection": 10,
+        "faces20": 64,
+        "faces20-margin": 7,
+        "faces20-shape": 7,
+        "faces20-tail": 5,
         "look-faces20": 59,
         "look-toon": 67,
         "tune-faces20": 21,
