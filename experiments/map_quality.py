@@ -1,6 +1,10 @@
 """How true are the maps? Foreground, attention and parts against the true masks of the demo set.
 
-    python -m experiments.map_quality --run runs/NAME       # into runs/truth.csv
+    python -m experiments.map_quality runs/NAME
+
+Reads:  runs/NAME/model.safetensors, datasets/NAME with true masks
+Writes: runs/NAME/map_quality.json; of other data than the run's, or of another split than val, in
+        runs/NAME/DATANAME-SPLIT/
 
 Saliency: AUC and IoU (at 0.5) of patches, mean over images. Attention: AUC, and its share on the
 background over the background's area (`background`; 1 is no preference). Parts: adjusted Rand index
@@ -17,14 +21,12 @@ import data
 import maps
 from common import guidance
 from common.checkpoints import load_teacher
-from common.command import Parser, cli, refuse_file
-from common.features import untrained_like
-from common.io import UserError
+from common.command import Parser, claim, cli, command
+from common.features import results_folder, untrained_like
+from common.io import UserError, save_json
 from common.train import commit, machine
-from experiments.tables import replace_rows, rows_there
 
-KEYS = ("run", "set", "map")  # of a row: the same again replaces it
-SCORES = ("auc", "iou", "auc_gain", "gain_half_width_95", "ari", "background")
+CPU = torch.device("cpu")
 
 
 # ---- measuring: images u8 (n, S, S, 3), true foreground (n, S, S) in [0, 1] -----------------------
@@ -57,32 +59,24 @@ def foreground_scores(saliency, true, side):
     return torch.tensor([[auc_of(x, t), iou(x > 0.5, t)] for x, t in pairs])
 
 
-def row_of(name, kind, images, **scores):
-    """A row of the CSV; what was not measured is empty."""
-    row = {"set": name, "map": kind, "images": len(images)} | dict.fromkeys(SCORES, "")
-    return row | {k: round(x, 4) for k, x in scores.items()}
-
-
-def measure_foreground(name, images, true, side):
+def measure_foreground(images, true, side):
     """A row of AUC and IoU of the saliency over side x side patches."""
     found = torch.cat([maps.coarse(x) for x in images.split(data.CHUNK)])
     scores = foreground_scores(found, true, side)
-    auc, overlap = scores[:, 0].nanmean().item(), scores[:, 1].mean().item()
-    return [row_of(name, "coarse", images, auc=auc, iou=overlap)]
+    return [{"map": "coarse", "auc": scores[:, 0].nanmean(), "iou": scores[:, 1].mean()}]
 
 
-def measure_attention(name, images, true, encoder):
+def measure_attention(images, true, encoder):
     """A row of AUC and of what falls on the background for each source of attention."""
     rows, share, every = [], maps.to_patches(true, encoder.side), torch.arange(len(images))
-    exact = contextlib.nullcontext
     sources = [x for x in guidance.SOURCES if x != "pooler" or encoder.pooler is not None]
     for source in sources:
-        found = guidance.attention(encoder, images.numpy(), every, source, exact)
+        found = guidance.attention(encoder, images.numpy(), every, source, contextlib.nullcontext)
         score = torch.cat([x for _, x in found])
         auc = [auc_of(x, t) for x, t in zip(score, share > 0.5, strict=True)]
         mass = ((1 - share) * score / score.sum(1, keepdim=True)).sum() / (1 - share).mean(1).sum()
-        scores = {"auc": torch.tensor(auc).nanmean().item(), "background": mass.item()}
-        rows.append(row_of(name, f"attention, {source}", images, **scores))
+        row = {"map": f"attention, {source}", "auc": torch.tensor(auc).nanmean()}
+        rows.append(row | {"background": mass})
     return rows
 
 
@@ -108,7 +102,7 @@ def inputs_of_parts(truth, encoder, size):
     return inputs
 
 
-def measure_parts(name, truth, encoder, size, K=6):
+def measure_parts(truth, encoder, size, K=6):
     """Rows of the adjusted Rand index. truth: images, foreground, parts u8 (n, S, S)."""
     from sklearn.metrics import adjusted_rand_score
 
@@ -117,7 +111,7 @@ def measure_parts(name, truth, encoder, size, K=6):
     for kind, points in inputs_of_parts(truth, encoder, size).items():
         label = torch.cdist(points[on], maps.kmeans(points[on], K)).argmin(1)
         ari = adjusted_rand_score(label, true[on])
-        rows.append(row_of(name, f"parts, k-means of {kind}, K={K}", truth[0], ari=ari))
+        rows.append({"map": f"parts, k-means of {kind}, K={K}", "ari": ari})
     return rows
 
 
@@ -136,25 +130,26 @@ def true_set(folder, split):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--run", required=True, help="run of pretrain.py: encoder of attention and parts")
+    add("run", help="run of pretrain.py: encoder of attention and parts")
     add("--data", default="datasets/toon", help="packed set with true masks (default: demo set)")
     add("--split", default="val", choices=["train", "dev", "val", "test"], help="of --data")
-    add("--out", default="runs/truth.csv", metavar="CSV", help="gets these rows; others are kept")
     args = parser.parse_args()
-    refuse_file(Path(args.out).parent)
-    rows_there(args.out, KEYS)
-    truth = true_set(data.open_or_pack(args.data), args.split)
     encoder, size = load_teacher(args.run)
-    name = f"{Path(args.data).name} {args.split}"
-    rows = measure_foreground(name, *truth[:2], encoder.side)
-    rows += measure_attention(name, *truth[:2], encoder)
+    folder = Path(data.open_or_pack(args.data))
+    out = results_folder(args.run, folder, args.split) / "map_quality.json"
+    claim([out])
+    truth = true_set(folder, args.split)
+    rows = measure_foreground(*truth[:2], encoder.side)
+    rows += measure_attention(*truth[:2], encoder)
     for K in (6, 12):
-        rows += measure_parts(name, truth, encoder, size, K)
-    run, made = Path(args.run).name, {"machine": machine(torch.device("cpu")), "commit": commit()}
-    replace_rows(args.out, [{"run": run} | row | made for row in rows], KEYS)
+        rows += measure_parts(truth, encoder, size, K)
+    rows = [{k: x if k == "map" else round(float(x), 4) for k, x in row.items()} for row in rows]
     for row in rows:
-        print(", ".join(f"{k} {v}" for k, v in row.items() if v != ""))
-    print(f"wrote    {args.out}")
+        print(", ".join(f"{k} {x}" for k, x in row.items()))
+    report = {"command": command(), "machine": machine(CPU), "commit": commit()}
+    report |= {"run": Path(args.run).name, "data": str(folder), "split": args.split}
+    save_json(report | {"images": len(truth[0]), "rows": rows}, out)
+    print(f"wrote    {out}")
 
 
 if __name__ == "__main__":

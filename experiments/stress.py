@@ -1,7 +1,7 @@
 """What breaks it? A probe trained on clean features sees corrupted pictures; hidden pixels are predicted.
 
     python -m experiments.stress runs/NAME
-    python -m experiments.stress runs/NAME --midterm        # PSNR by ratio, the mid-term report's table
+    python -m experiments.stress runs/NAME --midterm        # hidden pixels alone, by ratio
     python -m experiments.stress runs/NAME --only cutout    # Top-1 under this, at its headline level
 
 Reads:  runs/NAME (model.safetensors, state.pt), datasets/NAME
@@ -10,7 +10,6 @@ Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run
 """
 
 import io
-import itertools
 import math
 import time
 from functools import partial
@@ -23,7 +22,7 @@ from PIL import Image
 
 import data
 import mask as masking
-from common import features, guidance, metrics, stats
+from common import features, metrics, stats
 from common.checkpoints import about_model, load_encoder, load_exactly
 from common.command import Parser, at_least, claim, cli, command, progress, refuse_idle
 from common.evaluate import masked_mse, predict
@@ -32,13 +31,11 @@ from common.train import commit, load_state, machine, seeded
 from demo import psnr
 from finetune_lora import GRAY, cutout
 from ingest.decode import open_picture
-from kernels.loss import FLOOR, patch_detail
+from kernels.loss import FLOOR
 from model import MAE, put_patches, to_pixels
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)
 RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
-GUIDED = ("attn_high", "attn_low", "attn_hint")
-NO_RAMP = dict.fromkeys(GUIDED, {"start": 0, "ramp_for": 0})  # the run is over
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
 # ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
@@ -76,11 +73,11 @@ def turned(images, degrees, factor):
     return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
 
 
-def rotation(images, level, generator):
+def rotated(images, level, generator):
     return turned(images, level, 1.0)
 
 
-def scale(images, level, generator):
+def scaled(images, level, generator):
     return turned(images, 0.0, level)
 
 
@@ -126,8 +123,8 @@ def line_art(images, level, generator):
 
 SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
-    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
-    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "rotation": (rotated, (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (scaled, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
     "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
     "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
@@ -238,7 +235,6 @@ def stress_some(task):
     for name in task.args.only.split(","):
         level = SWEEPS[name][3]
         right[f"{name} {level}"] = right_of(task, corrupted(name, level))
-    print(*(f"Top-1 under {name}: {percent(x):.1f} %" for name, x in right.items()), sep="\n")
     return {
         "top1": {name: percent(x) for name, x in right.items()},
         "right": {name: stats.to_bits(x) for name, x in right.items()},
@@ -264,19 +260,6 @@ def load_mae(run, device):
     load_exactly(model, weights, path)
     norm = {"norm_pix": not flags.get("no_norm_pix", False)}
     return model.to(device).eval(), norm | {"floor": flags.get("norm_floor", FLOOR)}
-
-
-def patches_of(model, split, rows, view):
-    """What strategies need of these views, as far as it is known: `patches` of mask.py."""
-    _, ids = model.encoder.all_patches(view)
-    maps, where = {}, (rows, *data.full_boxes(len(rows)), model.encoder.side)
-    if "fg" in split:
-        maps["fg"] = guidance.crop_map(split["fg"], *where).to(view.device)
-    if "parts" in split:
-        count = len(split["header"].get("parts", ()))
-        maps["parts"] = guidance.crop_parts(split["parts"], *where, count).to(view.device)
-    attention = model.encoder.patch_attention(view).float().mean(1)
-    return maps | {"attn": attention, "detail": patch_detail(view, ids, model.config["patch_size"])}
 
 
 def hidden_pixels(ids_mask, side, S):
@@ -313,17 +296,14 @@ def ssim_map(a, b):
 
 
 @torch.no_grad()
-def reconstruct(mae, view, patches, mask, noise, autocast):
+def reconstruct(mae, view, ratio, noise, autocast):
     """-> (view with its hidden patches predicted, u8 (B, S, S, 3); where they are (B, S, S)).
 
-    mae: of `load_mae`; mask: (strategy, ratio). norm_pix is undone with predicted statistics only:
-    the true ones would leak the answer.
+    mae: of `load_mae`. norm_pix is undone with predicted statistics only: the true ones would leak
+    the answer.
     """
-    (model, norm), (strategy, ratio) = mae, mask
-    N = model.encoder.side**2
-    K = masking.kept(N, ratio)
-    priority = masking.STRATEGIES[strategy](patches, noise, 1.0, N - K, **NO_RAMP.get(strategy, {}))
-    ids_keep, ids_mask = masking.sample(priority, K)
+    model, norm = mae
+    ids_keep, ids_mask = masking.sample(noise, masking.kept(model.encoder.side**2, ratio))
     pred, patch_stats = predict(model, view, ids_keep, ids_mask, autocast, norm["floor"])
     pixels = to_pixels(pred, patch_stats if norm["norm_pix"] else None)
     where = hidden_pixels(ids_mask, model.encoder.side, view.shape[1])
@@ -342,29 +322,26 @@ def pixel_scores(view, pasted, where, foreground):
     return scores
 
 
-def reconstruction(mae, task, strategies=None):
-    """[{"strategy", "ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]."""
-    split, model, total = task.split, mae[0], {}
+def reconstruction(mae, task):
+    """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
+    split, model, total = task.split, mae[0], {ratio: {} for ratio in RATIOS}
     S, N = model.config["image_size"], model.encoder.side**2
     views = data.whole_views(split["images"], task.rows, S, task.device)
     for rows, view in progress(views, "pixels", leave=False):
-        with torch.no_grad():
-            patches, foreground = patches_of(model, split, rows, view), None
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
+        foreground = None
         if "fg" in split:
             fg = torch.from_numpy(split["fg"][rows.numpy()])
             foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
-        known = (None, *patches)
-        fit = [s for s in masking.STRATEGIES if s != "squares" and masking.NEEDS.get(s) in known]
-        for mask in itertools.product(strategies or fit, RATIOS):
-            made = reconstruct(mae, view, patches, mask, noise.to(task.device), task.autocast)
+        for ratio, scores in total.items():
+            made = reconstruct(mae, view, ratio, noise.to(task.device), task.autocast)
             pasted, where = (x.cpu() for x in made)
             for name, x in pixel_scores(view.cpu(), pasted, where, foreground).items():
-                total.setdefault(mask, {}).setdefault(name, []).append(x)
+                scores.setdefault(name, []).append(x)
     rows = []
-    for (strategy, ratio), scores in total.items():
+    for ratio, scores in total.items():
         means = {name: mean(torch.cat(x)) for name, x in scores.items()}
-        rows.append({"strategy": strategy, "ratio": ratio} | means)
+        rows.append({"strategy": "random", "ratio": ratio} | means)
     return rows
 
 
@@ -381,7 +358,7 @@ def grade(psnr):
     return "good" if psnr > GOOD else "moderate" if psnr >= MODERATE else "poor"
 
 
-def midterm(rows):
+def lines_of_pixels(rows):
     """The table of the mid-term report: over 18 dB good, from 10 on moderate."""
     lines = ["hidden   PSNR, dB   SSIM   grade      mean colour, dB"]
     for r in rows:
@@ -390,23 +367,18 @@ def midterm(rows):
     return lines
 
 
-def lines_of(report):
-    """A report as lines: the probe, and pixels by mask and ratio."""
-    lines = []
-    if "clean" in report:
-        lines.append(f"Top-1, %: clean {report['clean']:.1f}, chance {report['chance']:.1f}")
-    for name, levels in report.get("robustness", {}).items():
+def lines_of_probe(report):
+    """Top-1 under everything, as lines."""
+    lines = [f"Top-1, %: clean {report['clean']:.1f}, chance {report['chance']:.1f}"]
+    for name, levels in report["robustness"].items():
         cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
         lines.append(f"{name:10} {SWEEPS[name][2]:18} {cells}")
     for name, x in report.get("parts", {}).items():
         shares = f"{x['hidden']:5.1f}, the same shape elsewhere {x['control']:5.1f}"
         lines.append(f"without {name:12} {shares} ({100 * x['area']:.1f} % of the picture)")
-    for x in report.get("resolution", []):
+    for x in report["resolution"]:
         same = f"trained size {x['top1_trained_size']:5.1f} on the same {x['images']} images"
         lines.append(f"{x['side']:4} px {x['top1']:5.1f}, {same}, {x['images_per_s']:.0f} images/s")
-    for r in report["reconstruction"]:
-        cells = [f"{k} {x:.3g}" for k, x in r.items() if isinstance(x, float) and k != "ratio"]
-        lines.append(f"{r['strategy']:10} {r['ratio']:.2f}  {'  '.join(cells)}")
     return lines
 
 
@@ -446,28 +418,28 @@ def open_task(args):
 def main():
     task = open_task(parse_args())
     args = task.args
-    if args.midterm:
-        rows = reconstruction(load_mae(task.run, task.device), task, ["random"])
-        print("\n".join(midterm(rows)))
-        return
     name = f"stress-{args.only.replace(',', '-')}.json" if args.only else "stress.json"
-    claim([task.out / name])
+    if not args.midterm:
+        claim([task.out / name])
     if args.only and not task.labelled:
         raise UserError(f"--only {args.only} needs two classes, and labels on all of {task.folder}")
     mae = None if args.only else load_mae(task.run, task.device)
     report = {"command": command(), "machine": machine(task.device), "commit": commit()}
     report |= {"run": task.run.name, "data": str(task.folder), "split": args.split}
     report["images"] = len(task.rows)
-    if task.labelled:
+    if task.labelled and not args.midterm:
         fit_probe(task)
         report |= stress_some(task) if args.only else stress_probe(task)
+        lines = [f"Top-1 under {k}: {x:.1f} %" for k, x in report.get("top1", {}).items()]
+        print(*(lines or lines_of_probe(report)), sep="\n")
     if mae:
         report["masked_mse"] = masked_mse(mae[0], task.split, mae[1], task.autocast)
         report["reconstruction"] = reconstruction(mae, task)
-        print("\n".join(lines_of(report)))
+        print(*lines_of_pixels(report["reconstruction"]), sep="\n")
         print(f"masked error under the fixed random mask {report['masked_mse']:.4f}")
-    save_json(report, task.out / name)
-    print(f"wrote    {task.out}/{name}")
+    if not args.midterm:
+        save_json(report, task.out / name)
+        print(f"wrote    {task.out}/{name}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What says how true the maps are, against scikit-learn and by its properties."""
 
 import csv
-import sys
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call, refused
 
-from common.io import UserError
 from common.train import seeded
 from experiments import map_quality
 from ingest import toon
@@ -44,61 +44,37 @@ def test_the_main_part_is_the_one_that_covers_most():
     assert map_quality.main_part(parts, 2).tolist() == [[1, 0, 0, 0]]
 
 
-def test_rows_of_figure_and_parts(run):
-    drawn = [toon.draw(item, 64) for item in toon.plan(n=4, characters=2)]
-    stacked = {
-        k: torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")
-    }
-    encoder, size = map_quality.load_teacher(run)
-    figure = stacked["fg"] / 255
-    rows = map_quality.measure_foreground("toon", stacked["image"], figure, encoder.side)
-    assert [row["map"] for row in rows] == ["coarse"]
-    assert all(0 <= row["auc"] <= 1 and 0 <= row["iou"] <= 1 for row in rows)
-    truth = stacked["image"], figure, stacked["parts"]
-    rows += map_quality.measure_parts("toon", truth, encoder, size, 3)
-    assert all(-0.5 <= row["ari"] <= 1 for row in rows[1:]) and len(rows) == 5
-    assert len({tuple(row) for row in rows}) == 1  # one header for the whole CSV
-
-
-def test_refuses_what_has_no_truth(small, run, tmp_path, monkeypatch):
-    out = tmp_path / "t.csv"
-    with pytest.raises(UserError) as told:
-        ask(monkeypatch, "--run", run, "--data", small, "--out", out)
-    line = str(told.value)
-    assert (
-        "no true fg and parts" in line and "data.py toon" in line and not list(tmp_path.iterdir())
-    )
-
-
-def ask(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["experiments.map_quality", *map(str, words)])
-    map_quality.main()
-
-
-def test_rows_of_other_sets_and_runs_are_kept_and_nothing_else_is_replaced(
-    run, tmp_path, monkeypatch
-):
+@pytest.fixture
+def truth():
     drawn = [toon.draw(item, 32) for item in toon.plan(n=4, characters=2)]
-    images, fg, parts = (
-        torch.from_numpy(np.stack([d[k] for d in drawn])) for k in ("image", "fg", "parts")
-    )
-    monkeypatch.setattr(map_quality.data, "open_or_pack", lambda path: path)
-    monkeypatch.setattr(map_quality, "true_set", lambda folder, split: (images, fg / 255, parts))
-    monkeypatch.chdir(tmp_path)
-    ask(monkeypatch, "--run", run, "--data", "toon")
-    rows = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
-    assert {r["set"] for r in rows} == {"toon val"}
-    ask(monkeypatch, "--run", run, "--data", "toon")
-    again = map_quality.rows_there("runs/truth.csv", map_quality.KEYS)
-    assert len(again) == len(rows) and {r["set"] for r in again} == {r["set"] for r in rows}
-    (tmp_path / "README.md").write_text("# mine\n\nwords\n")
-    for words, says in (
-        (["--out", "README.md"], "README.md is there already, and no such table"),
-        (["--out", "README.md/t.csv"], "README.md is a file"),
-    ):
-        with pytest.raises(UserError, match=says):
-            ask(monkeypatch, "--run", run, "--data", "toon", *words)
-    assert (tmp_path / "README.md").read_text() == "# mine\n\nwords\n"
+    names = ("image", "fg", "parts")
+    images, fg, parts = (torch.from_numpy(np.stack([d[k] for d in drawn])) for k in names)
+    return images, fg / 255, parts
+
+
+def test_every_score_is_in_its_range(truth, run):
+    encoder, size = map_quality.load_teacher(run)
+    (coarse,) = map_quality.measure_foreground(*truth[:2], encoder.side)
+    assert 0 <= coarse["auc"] <= 1 and 0 <= coarse["iou"] <= 1
+    for row in map_quality.measure_attention(*truth[:2], encoder):
+        assert 0 <= row["auc"] <= 1 and row["background"] > 0
+    parts = map_quality.measure_parts(truth, encoder, size, 3)
+    assert len(parts) == 4 and all(-0.5 <= row["ari"] <= 1 for row in parts)
+
+
+def test_the_command_writes_one_file_and_replaces_none(truth, run, small, monkeypatch):
+    monkeypatch.setattr(map_quality, "true_set", lambda folder, split: truth)
+    call("experiments.map_quality", run, "--data", small, cwd=small.parent, check=0)
+    found = json.loads((run / "packed-val/map_quality.json").read_text())
+    assert found["images"] == 4 and found["rows"][0]["map"] == "coarse"
+    done = call("experiments.map_quality", run, "--data", small, cwd=small.parent)
+    assert "is there already" in refused(done)
+    shutil.rmtree(run / "packed-val")
+
+
+def test_refuses_what_has_no_truth(small, run):
+    line = refused(call("experiments.map_quality", run, "--data", small, cwd=small.parent))
+    assert "no true fg and parts" in line and "data.py toon" in line
 
 
 def test_the_committed_figures_say_what_is_claimed():

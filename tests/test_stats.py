@@ -41,6 +41,7 @@ def test_equivalence_is_two_one_sided_tests():
 
 def test_words_of_a_difference():
     assert stats.word(1.0, 0.04, 0.5) == "better" and stats.word(-1.0, 0.04, 0.5) == "worse"
+    assert stats.word(-0.1, 0.04, 0.5) == "worse" and stats.word(0.1, 0.04, 0.5) == "better"
     assert stats.word(0.1, 0.5, 0.04) == "equivalent" and stats.word(0.1, 0.5, 0.5) == "undecided"
     assert stats.word(0.1, 0.04, 0.04) == "better"  # a small difference, and sure
     assert stats.word(1.0, 0.05, 0.05) == "undecided" and stats.word(1.0, None, None) == "undecided"
@@ -80,9 +81,11 @@ def test_epochs_saved_are_percent_of_the_baselines_and_a_bound_decides_nothing()
     assert logs["effect"] == pytest.approx(100 * (1 - geometric))
     never = [(curve(0, 5, 5, 5, 5), base[0]), *pairs[1:]]
     row = stats.epochs_saved(never, 20.0, claim=10.0)
+    assert row["notes"] == ["1 runs and 0 baselines of 3 never reach 20.0 %"]
     assert row["per_seed"][0] == -100 and row["p"] == 1.0 and row["p_against"] < 1.0
     never = [(arm[0], curve(0, 5, 5, 5, 5)), *pairs[1:]]
     row = stats.epochs_saved(never, 20.0, claim=99.0)
+    assert row["notes"] == ["0 runs and 1 baselines of 3 never reach 20.0 %"]
     assert row["per_seed"][0] == 75 and row["p"] < 1.0 and row["p_against"] == 1.0
     same = stats.epochs_saved([(base[0], base[0]), *pairs[1:]], 20.0)
     assert same["p"] == same["p_against"] == 1.0
@@ -120,7 +123,33 @@ def part(**changes):
 def test_the_verdict_of_one_part(changes, verdict):
     family = {"A": 1, "B": 3}  # B was planned, and has no rows
     (found,) = stats.judge([{"id": "A", "parts": [part(**changes)]}], family)
-    assert found["verdict"] == verdict
+    assert found["verdict"] == verdict and found["id"] == "A" and len(found["parts"]) == 1
+
+
+def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
+    """Its small p must not take its rank in Holm's method: 0.03 is the smallest of two."""
+    whole, lacking = part(p_against=0.03), part(p_against=0.001, n=4)
+    found = stats.judge(
+        [{"id": "A", "parts": [whole]}, {"id": "B", "parts": [lacking]}], {"A": 1, "B": 1}
+    )
+    assert [h["parts"][0]["holm_against"] for h in found] == [0.06, 1.0]
+    assert [h["verdict"] for h in found] == ["supported", "undecided"]
+    assert [h["holm_p"] for h in found] == [0.02, 1.0]
+    no_p = part(p=None, p_against=None, low=None, high=None)
+    (found,) = stats.judge([{"id": "A", "parts": [no_p]}], {"A": 1})
+    assert found["parts"][0]["holm_against"] is None and found["p"] == 1.0
+    sure = part(n=4, p_against=0.001), part(p_against=0.001)
+    (found,) = stats.judge([{"id": "A", "parts": list(sure)}], {"A": 2})
+    assert found["verdict"] == "undecided"  # one part lacks a run
+
+
+def test_all_parts_of_a_hypothesis_have_to_be_equivalent():
+    parts = [part(effect=0.1, p_equal=0.02), part(effect=0.1, p_equal=0.04)]
+    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
+    assert found["verdict"] == "equivalent"
+    parts = [part(effect=0.1, p_equal=0.03), part(effect=0.1, p_equal=0.04)]  # times two
+    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
+    assert found["verdict"] == "undecided"
 
 
 def test_a_hypothesis_is_as_strong_as_its_weakest_part():

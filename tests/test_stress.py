@@ -116,11 +116,7 @@ def test_one_command_writes_what_its_docstring_says(drawn, monkeypatch, capsys):
     assert report["images"] == 16
     same = report["resolution"][0]  # the size that it was trained at
     assert same["side"] == 32 and same["top1"] == same["top1_trained_size"] == report["clean"]
-    masks = {r["strategy"] for r in report["reconstruction"]}
-    assert {"random", "fg_heavy", "parts", "attn_high", "detail"} <= masks and not {
-        "squares",
-        "learned",
-    } & masks
+    assert [r["ratio"] for r in report["reconstruction"]] == [0.5, 0.75]
     assert all(r["psnr"] > 0 and -1 <= r["ssim"] <= 1 for r in report["reconstruction"])
     assert "masked error under the fixed random mask" in text and "without eyes" in text
 
@@ -174,8 +170,8 @@ def test_only_one_corruption_is_what_the_whole_sweep_says(drawn, monkeypatch, ca
 def test_the_mid_terms_table_is_one_flag(drawn, monkeypatch, capsys):
     run_stress(monkeypatch, drawn / "run", "--midterm", "--images", 8, "--device", "cpu")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["25%", "50%", "75%", "90%"]
-    assert all(set(line.split()) & {"good", "moderate", "poor"} for line in lines[1:])
+    assert [line.split()[0] for line in lines[1:5]] == ["25%", "50%", "75%", "90%"]
+    assert all(set(line.split()) & {"good", "moderate", "poor"} for line in lines[1:5])
 
 
 def test_pixels_are_made_without_the_answer(drawn):
@@ -187,9 +183,9 @@ def test_pixels_are_made_without_the_answer(drawn):
     draws = torch.Generator().manual_seed(0)
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=draws)
     noise, exact = masking.gumbel_noise(2, 16, draws), contextlib.nullcontext
-    made, where = stress.reconstruct(mae, view, {}, ("random", 0.75), noise, exact)
+    made, where = stress.reconstruct(mae, view, 0.75, noise, exact)
     other = torch.where(where[..., None], 255 - view, view)
-    again, _ = stress.reconstruct(mae, other, {}, ("random", 0.75), noise, exact)
+    again, _ = stress.reconstruct(mae, other, 0.75, noise, exact)
     assert (
         torch.equal(made, again)
         and torch.equal(made[~where], view[~where])
