@@ -24,6 +24,7 @@ from experiments import stats
 DEFAULTS = {"margin": 1.0, "differences": [], "hypotheses": [], "notes": {}, "phase": "reported"}
 NEEDED = ("plan", "data", "split", "question", "arms", "seeds", "columns", "compare")
 FIX = "restore it, or make the rows with experiments.run"
+CURVE = ("knn_before", "knn_after", "mse_before", "mse_after")  # of the run: its start and its end
 UNITS = {"epochs": "% of the epochs saved", "variance": "% less variance"}
 UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
@@ -78,11 +79,11 @@ def derived(row, study):
     if curve is None:
         return {"minutes": row["seconds"] / 60} if row.get("seconds") else {}
     limit = limits.get(study.plan["arms"].get(row["arm"])) or next(iter(limits.values()), None)
-    return {
-        "linear": curve["linear"][-1],
-        "minutes": curve["seconds"][-1] / 60,
-        "epochs": limit and stats.epochs_to(curve, limit),
-    }
+    found = {"linear": curve["linear"][-1], "minutes": curve["seconds"][-1] / 60}
+    found["epochs"] = limit and stats.epochs_to(curve, limit)
+    for name in curve.keys() & {"knn", "mse"}:
+        found |= {f"{name}_before": curve[name][0], f"{name}_after": curve[name][-1]}
+    return found
 
 
 def values_of(seeds, column):
@@ -267,7 +268,7 @@ def csv_row(arm, tests, study):
     """A row of table.csv: every column with its deviation, every difference to the baseline."""
     seeds = study.rows[arm]
     row = {"arm": arm, "against": study.plan["arms"][arm], "seeds": len(seeds)}
-    for name in study.plan["columns"]:
+    for name in [*study.plan["columns"], *(CURVE if "linear" in study.plan["columns"] else ())]:
         values = values_of(seeds, name)
         row[name] = np.mean(values) if values else None
         row[f"{name}_deviation"] = np.std(values, ddof=1) if len(values) > 1 else None

@@ -184,20 +184,20 @@ def value_at(path, keys):
     return value
 
 
-def found_in(folder, file, args):
-    """A file of a run; probe.py and others put results of another split in a folder of its name."""
+def found_in(folder, file, keys, args):
+    """The value in a file of a run; results of another split are in a folder of its name."""
     other = folder / f"{args.data.name}-{args.set['split']}" / file
-    return other if other.exists() else folder / file
+    return value_at(other if other.exists() else folder / file, keys)
 
 
 def curve_of(log):
-    """Rows of log.jsonl -> epoch, accuracy in the run, and seconds without the evaluations."""
-    curve = {"epoch": [], "linear": [], "seconds": []}
+    """Rows of log.jsonl -> epoch, knn, linear, mse, and seconds without the evaluations."""
+    curve = {name: [] for name in ("epoch", "knn", "linear", "mse", "seconds")}
     evaluating, before = 0.0, 0.0
     for row in log:
-        if "linear" in row:
+        if "knn" in row:
             evaluating += row["seconds"] - before
-            point = row | {"seconds": row["seconds"] - evaluating}
+            point = row | {"mse": row["val_mse"], "seconds": row["seconds"] - evaluating}
             for name, values in curve.items():
                 values.append(round(point[name], 4))
         before = row["seconds"]
@@ -219,10 +219,10 @@ def row_of(arm, seed, args):
     for name, (_, *source) in plan["columns"].items():
         if source:
             step, file, keys, factor = source
-            value = value_at(found_in(folders[step], file, args), keys)
+            value = found_in(folders[step], file, keys, args)
             row["metrics"][name] = None if value is None else factor * value
     for name, (step, file, keys) in plan.get("right", {}).items():
-        row["right"][name] = value_at(found_in(folders[step], file, args), keys)
+        row["right"][name] = found_in(folders[step], file, keys, args)
     if "curve" in plan:
         row["curve"] = curve_of(read_log(folders[plan["curve"]] / "log.jsonl"))
     made = [read_json(path) for f in dict.fromkeys(folders) for path in f.glob("*.done.json")]
@@ -297,8 +297,8 @@ def chosen(args):
     unknown = [arm for arm in arms if arm not in plan["arms"]]
     if unknown:
         raise UserError(f"--arms {unknown[0]} is unknown; choose from {', '.join(plan['arms'])}")
-    first = plan["seeds"][0]
-    seeds = range(first, first + (args.seeds or len(plan["seeds"])))
+    first, count = plan["seeds"][0], args.seeds or len(plan["seeds"])
+    seeds = range(first, first + count)
     bases = {against(plan, arm) for arm in arms}
     pilots = range(PILOT_SEED, PILOT_SEED + plan.get("pilots", 0))
     jobs = [(arm, seed) for seed in pilots for arm in arms if arm in bases]

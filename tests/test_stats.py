@@ -113,7 +113,7 @@ def part(**changes):
         ({"bootstrap": {"low": 0.0}}, "undecided"),
         ({"bootstrap": None}, "supported"),
         ({"p_against": 0.012}, "refuted"),  # times four
-        ({"p_against": 0.0126}, "supported"),
+        ({"p_against": 0.0125}, "supported"),
         ({"p_against": 0.001, "n": 4}, "undecided"),
         ({"effect": 0.1, "p_equal": 0.04}, "equivalent"),
         ({"effect": 0.1, "p_equal": 0.05}, "undecided"),
