@@ -253,7 +253,7 @@ def check(args, arms):
         )
     for name, fix in plan.get("planes", {}).items():
         if name not in train:
-            raise UserError(f"{args.data} has no {name}: give --data of another set; {fix}")
+            raise UserError(f"{args.data} has no {name}, which {args.name} needs; {fix} makes some")
     args.digest = f"{data.fingerprint(train)}-{data.fingerprint(held)}"
     args.images, args.groups = len(train["images"]), data.groups_of(held).tolist()
     encoder = args.set.get("encoder")

@@ -64,21 +64,17 @@ def moved(where, generator):
     return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
 
 
-def turned(images, degrees, factor):
+def rotation(images, level, generator, factor=1.0):
     """Turned around the centre and enlarged; the border is repeated where nothing is known."""
-    a = math.radians(degrees)
+    a = math.radians(level)
     matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
     x = images.permute(0, 3, 1, 2).float()
     at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
     return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
 
 
-def rotated(images, level, generator):
-    return turned(images, level, 1.0)
-
-
-def scaled(images, level, generator):
-    return turned(images, 0.0, level)
+def scale(images, level, generator):
+    return rotation(images, 0.0, generator, level)
 
 
 def blur(images, level, generator):
@@ -111,10 +107,6 @@ def hue(images, level, generator):
     return channels_last((images.float() @ turn.T.to(images.device)).permute(0, 3, 1, 2))
 
 
-def grayscale(images, level, generator):
-    return channels_last(luminance(images))
-
-
 def line_art(images, level, generator):
     """What is darker than its brightest neighbour, dark on white: lines stay, colour goes."""
     gray = luminance(images)
@@ -123,12 +115,12 @@ def line_art(images, level, generator):
 
 SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
-    "rotation": (rotated, (10, 20, 45, 90, 180), "degrees", 20),
-    "scale": (scaled, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
     "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
     "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
-    "grayscale": (grayscale, (1,), "", 1),
+    "grayscale": (lambda x, *_: channels_last(luminance(x)), (1,), "", 1),
     "line art": (line_art, (1,), "", 1),
 }
 

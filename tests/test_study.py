@@ -171,17 +171,8 @@ def test_pilots_give_the_threshold_and_are_never_reported(home, small):
 def start(home, small, *words, **env):
     (home / "pretended.py").write_text(PRETENDED)
     root = str(Path(run.__file__).resolve().parent.parent)
-    words = [
-        sys.executable,
-        "pretended.py",
-        "stages",
-        "mine",
-        "--data",
-        small,
-        "--arms",
-        "block",
-        *words,
-    ]
+    command = [sys.executable, "pretended.py", "stages", "mine", "--data", small]
+    words = [*command, "--arms", "block", *words]
     env = os.environ | {"PYTHONPATH": root} | env
     return subprocess.Popen(
         list(map(str, words)), cwd=home, env=env, stdout=subprocess.PIPE, text=True

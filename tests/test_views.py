@@ -53,18 +53,8 @@ def test_small_crops_lie_in_the_picture_and_are_small():
 
 @pytest.mark.parametrize("method", views.METHODS)
 def test_what_they_write_is_an_encoder(small, tmp_path, method):
-    words = [
-        "--image-size",
-        32,
-        "--batch-size",
-        16,
-        "--epochs",
-        2,
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-    ]
+    words = ["--image-size", 32, "--batch-size", 16, "--epochs", 2]
+    words += ["--device", "cpu", "--dtype", "fp32"]
     command = ("experiments.views", method, "--data", small, "--out", tmp_path / "run", *words)
     call(*command, cwd=ROOT, check=0)
     encoder, size = load_encoder(tmp_path / "run")
