@@ -395,11 +395,14 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     save_plan(args, arms, seeds, folder)
     failed = run_all(left, args, folder)
-    with contextlib.suppress(UserError):  # no row is there yet
-        report.write(report.judged([report.open_folder(folder)])[0], figure=True)
+    study = report.judged([report.open_folder(folder)])[0]
+    if study.rows:
+        report.write(study, figure=True)
         print(f"wrote    {folder}/table.md, table.csv, figure.png")
     if failed:
         raise UserError(f"{len(failed)} runs failed, repeat the command; the first: {failed[0]}")
+    if not study.rows:
+        raise UserError(f"every run diverged, see {folder}/rows.jsonl; --retry makes them again")
 
 
 if __name__ == "__main__":

@@ -564,7 +564,8 @@ def make_study(folder):
         rows.append(json.dumps(row | {"right": {"top1": f"{i}f"}}))
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
     plan = {"plan": "mine", "question": "?", "data": "tiny", "split": "val", "seeds": [0, 1, 2]}
-    plan["arms"] = {"random": "random", "block": "random"}
+    plan |= {"arms": {"random": "random", "block": "random"}, "columns": {"top1": "Top-1, %"}}
+    plan["compare"] = ["top1"]
     (folder / "PLAN.json").write_text(json.dumps(plan))
     (folder / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
 
