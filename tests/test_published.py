@@ -11,7 +11,6 @@ import pytest
 import scipy.stats
 from conftest import ROOT
 
-from common.stats import from_bits
 from experiments import report, stats
 
 RESULTS = ROOT / "results"
