@@ -261,8 +261,9 @@ def difficulty(net, view):
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
     strategy, params = parse_keys(words or "", masking.PARAMS, "mask")
-    if params.pop("shuffle", 0):  # the control takes the map of another picture
-        raise UserError("the page has one picture: leave shuffle out")
+    for key in ("shuffle", "throw"):  # they need a batch, and a loss
+        if params.pop(key, 0):
+            raise UserError(f"the page does not show {key}: leave it out")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)

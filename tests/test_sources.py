@@ -313,7 +313,7 @@ def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
 
 def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
     code = re.search(
-        r"```python\n(from datasets import.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S
+        r"```python\n(from datasets import.*?)```", (ROOT / "docs/data.md").read_text(), re.S
     ).group(1)
     rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
     fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)

@@ -129,39 +129,3 @@ def test_a_room_only_becomes_smaller(room):
     lines = sum(len(p.read_text().splitlines()) for p in FILES if room_of(p) == room)
     today, wanted = ROOMS[room]
     assert lines <= max(today, wanted), f"{room} has {lines} lines; {wanted} are wanted"
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-PAGE, ALL_PAGES = 1300, 8000
-LIMITS = {"README.md": 900, "results/STUDY.md": 2000, "results/TRIED.md": 2000}
-EXCEPTIONS = {  # today's words of the pages that are too long
-    "README.md": 1754,
-    "docs/glossary.md": 1625,
-    "docs/own_data.md": 1495,
-    "docs/recognition.md": 1863,
-    "docs/results.md": 1871,
-    "docs": 13167,
-}
-
-
-def words_of(name):
-    return len((ROOT / name).read_text().split())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [*LIMITS, *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))],
-)
-def test_a_page_has_few_words(name):
-    words, limit = words_of(name), LIMITS.get(name, PAGE)
-    if name in EXCEPTIONS:
-        assert limit < words <= EXCEPTIONS[name], f"{name} has {words} words: set its exception"
-    else:
-        assert words <= limit
-
-
-def test_all_pages_together_have_few_words():
-    words = sum(words_of(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))
-    limit = EXCEPTIONS.get("docs", ALL_PAGES)
-    assert words <= limit, f"docs has {words} words"
