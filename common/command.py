@@ -5,7 +5,6 @@ Imports no torch: `data.py` packs without it.
 
 import argparse
 import contextlib
-import io
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from common.fields import shown
 from common.io import UserError, lock_beside, locked
 
 NO_MEMORY = "OutOfMemory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
-QUIET = 10  # seconds between two lines where output is piped
+QUIET = 10  # seconds between two states of a bar where output is piped
 LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 
 
@@ -247,17 +246,8 @@ def refuse_file(folder):
 # ---- while it works ------------------------------------------------------------------------------
 
 
-class Lines(io.StringIO):
-    """A file for tqdm where output is piped: each state of a bar is a line."""
-
-    def write(self, text):
-        line = text.strip("\r\n ")
-        if line:
-            print(line, file=sys.stderr, flush=True)
-
-
-def progress(items=None, name=None, total=None, disable=False, **options):
-    """tqdm's bar; where output is piped, a line every ten seconds."""
+def progress(items=None, name=None, total=None, **options):
+    """tqdm's bar; where output is piped, it is drawn anew every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
-    return tqdm(items, name, total, disable=disable, **options)
+        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
+    return tqdm(items, name, total, **options)

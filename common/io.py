@@ -6,7 +6,6 @@ Imports torch only inside functions: the packing half of data.py starts without 
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import warnings
@@ -25,28 +24,14 @@ class UserError(Exception):
     """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
 
 
-def remove_leftovers(path):
-    """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
-    for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
-        try:
-            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
-        except (ProcessLookupError, ValueError):
-            old.unlink(missing_ok=True)
-        except PermissionError:  # a process of another user
-            continue
-
-
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # that of a killed process is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
         yield temporary
-        os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)  # some writers keep a new file to themselves
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -76,25 +61,21 @@ def locked(path, wait=False):
         yield None
         return
     path = Path(path)
-    created = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open_locked(path, wait)
+    file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield file
     finally:
         path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
         os.close(file)
-        if created:
-            with contextlib.suppress(OSError):  # it holds something by now
-                path.parent.rmdir()
 
 
-def open_locked(path, wait):
-    """-> the descriptor of a lock file that is locked, and still the one of this name."""
+def open_locked(path, how):
+    """-> the descriptor of a lock file that is locked, and still has a name."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, how)
         except BlockingIOError:
             os.close(file)
             who = f"another process ({path.name})"
@@ -102,18 +83,14 @@ def open_locked(path, wait):
             raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
         except OSError:  # a file system without locks locks nothing
             return file
-        with contextlib.suppress(FileNotFoundError):  # who held it has just removed it
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
+        if os.fstat(file).st_nlink:  # else the one that held it has just removed it
+            return file
         os.close(file)
 
 
 # ---- safetensors: the length of the head in 8 bytes, the head as JSON, tensor after tensor ---------
 
-# dtypes of memory maps, and the bytes of one number
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-BYTES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 
 
 def parse_table(text):
@@ -151,30 +128,21 @@ def read_safetensors(path, remedy="remove it and make it again"):
         raise not_whole(path, problem, remedy) from None
 
 
-def read_header(path, remedy="remove it and make it again"):
-    """The same without the tensors -> {name: (dtype's name, shape, first byte)}, our dict."""
+def open_tensors(path, remedy="remove it and make it again"):
+    """A file as {name: memory map}, and the dict that we keep as "animask" as "header"."""
+    tensors = {}
     try:
         with open(regular(path), "rb") as f:
-            room = int.from_bytes(f.read(8), "little")
-            size = os.fstat(f.fileno()).st_size - 8 - room  # of the tensors
-            entries = parse_table(f.read(room) if size >= 0 else "")
+            room = int.from_bytes(f.read(8), "little")  # bytes of the head
+            entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
         header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
-        return {name: place_of(e, 8 + room, size) for name, e in entries.items()}, header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        for name, entry in entries.items():
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first = 8 + room + entry["data_offsets"][0]
+            tensors[name] = np.memmap(path, dtype, "r", first, shape)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as problem:
         raise not_whole(path, problem, remedy) from None
-
-
-def place_of(entry, start, size):
-    """An entry of a head -> (dtype's name, shape, first byte of the tensor in the file).
-
-    The tensors begin at `start` and take `size` bytes. A ValueError where this one does not fit.
-    """
-    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ValueError(f"a tensor of shape {shape}")
-    if last > size or last - first != math.prod(shape) * BYTES[entry["dtype"]]:
-        raise ValueError(f"a tensor of shape {shape} takes {last - first} bytes of {size}")
-    return entry["dtype"], shape, start + first
+    return tensors | {"header": header}
 
 
 def save_safetensors(tensors, path, header=None):
@@ -182,16 +150,12 @@ def save_safetensors(tensors, path, header=None):
 
     Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
     plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with atomic(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata)
-        except SafetensorError as problem:
-            raise OSError(str(problem)) from problem
+        temporary.write_bytes(save(plain, metadata))
 
 
 # ---- files of other people ------------------------------------------------------------------------
