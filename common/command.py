@@ -5,7 +5,6 @@ Imports no torch: `data.py` packs without it.
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, lock_beside, locked
+from common.io import UserError, lock_beside, locked, one_line
 
 NO_MEMORY = "OutOfMemory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 QUIET = 10  # seconds between two states of a bar where output is piped
@@ -72,8 +71,7 @@ def drawing(what):
     try:
         yield
     except Exception as problem:  # matplotlib raises whatever it meets
-        line = shown(" ".join(f"{type(problem).__name__}: {problem}".split()))[:200]
-        print(f"note: {what} could not be drawn ({line})", file=sys.stderr)
+        print(f"note: {what} could not be drawn ({shown(one_line(problem))})", file=sys.stderr)
 
 
 def command():
@@ -89,25 +87,17 @@ def command():
 MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
 
 
-def number_of(kind, text):
-    """text as an int, a float or a str; nan where it is none."""
-    try:
-        return kind(text)
-    except ValueError:
-        return math.nan
-
-
 def between(low, high, kind=float):
     """-> an argparse type: a finite number of this kind in [low, high]."""
 
     def number(text):
-        value = number_of(kind, text)
+        value = kind(text)  # argparse says so where that is none
         if not low <= value <= high:  # never true of nan
-            whole = "whole " if kind is int else ""
             bounds = f"between {low:g} and {high:g}" if high < MOST else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be a {whole}number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} must be a number {bounds}")
         return value
 
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 
@@ -205,10 +195,12 @@ def parse_keys(text, choices, flag):
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
         kind = type(values[key])
-        values[key] = number_of(kind, value)
-        if kind is not str and not math.isfinite(values[key]):
+        try:
+            values[key] = value if kind is str else between(-MOST, MOST, kind)(value)
+        except (ValueError, argparse.ArgumentTypeError):
             whole = "whole " if kind is int else ""
-            raise UserError(f"{flag} {name}:{pair}: {value!r} must be a {whole}number")
+            problem = f"{flag} {name}:{pair}: {value!r} must be a {whole}number"
+            raise UserError(problem) from None
     return name, values
 
 

@@ -126,15 +126,6 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def load_optimizer(optimizer, saved):
-    """Load AdamW's moments, which have to fit the weights. All else follows from the flags."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-    for weight, moments in optimizer.state.items():
-        shapes = {name: x.shape for name, x in moments.items()}
-        if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
-            raise ValueError("the optimizer's moments do not fit the weights")
-
-
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
@@ -250,10 +241,7 @@ class Run:
         state = load_state(self.path)
         try:
             for name, part in self.parts.items():
-                if isinstance(part, torch.optim.Optimizer):
-                    load_optimizer(part, state[name])
-                else:
-                    part.load_state_dict(state[name])
+                part.load_state_dict(state[name])
             self.step, self.start = state["step"], self.start - state["seconds"]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
