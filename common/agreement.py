@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import metrics
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
 # What --contrast compares, and how. The pooler's gradient ends at the tokens: weight 1 is safe.
@@ -60,7 +59,7 @@ class Agreement(nn.Module):
     def statistics(self):
         """Of the last step: the loss, the share of views that find their pair, directions in use."""
         loss, found, h = self.last
-        rank = metrics.effective_rank(h.nan_to_num())  # Run reports a loss that is not finite
+        rank = effective_rank(h.nan_to_num())  # Run reports a loss that is not finite
         return {"agreement": loss.item(), "found": found.item(), "projection_rank": rank}
 
 
@@ -77,3 +76,10 @@ def agreement_loss(h, groups, temperature, dcl):
     found = (positive > negatives.amax(1, keepdim=True)).float().mean()
     among = negatives if dcl else torch.cat([positive, negatives], 1)
     return (among.logsumexp(1) - positive[:, 0]).mean(), found
+
+
+def effective_rank(x):
+    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
+    share = values / values.sum().clamp(min=1e-30)
+    return round(torch.special.entr(share).sum().exp().item(), 2)

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 import data
-from common import metrics
 from common.checkpoints import flags_of
 from common.command import progress
-from common.evaluate import extremes
+from common.evaluate import extremes, thumbnails
 from common.fields import check_finite
 from common.io import UserError
 from common.train import autocast_of, pick_device, pick_dtype
@@ -151,7 +150,7 @@ def pooled(encoder, view):
 
 def thumbs(view):
     """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
-    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+    return {f"thumb{side}": thumbnails(view, side) for side in SIDES}
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from conftest import call, refused
 
 import data
 import pretrain as stage
-from common import guidance, metrics
-from common.agreement import Agreement, agreement_loss
+from common import guidance
+from common.agreement import Agreement, agreement_loss, effective_rank
 from common.checkpoints import load_teacher
 from common.train import read_log
 from experiments import stress
@@ -70,8 +70,8 @@ def test_what_is_found_is_counted():
 def test_effective_rank_counts_directions():
     turn = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
     flat = torch.randn(500, 3, dtype=torch.float64) @ turn[:3]
-    assert 2.9 < metrics.effective_rank(flat + 5) <= 3
-    assert metrics.effective_rank(torch.arange(20.0)[:, None] * torch.ones(8)) == 1
+    assert 2.9 < effective_rank(flat + 5) <= 3
+    assert effective_rank(torch.arange(20.0)[:, None] * torch.ones(8)) == 1
 
 
 def test_the_projector_learns_to_find_the_other_view():
