@@ -161,10 +161,9 @@ def extract(extractor, size, task):
     """
     found = {}
     for name, split in task.splits.items():
-        rows = torch.arange(len(split["images"]))
-        views = data.whole_views(split["images"], rows, size, task.device)
-        count = -(-len(rows) // data.CHUNK)
-        chunks = []
+        images, chunks = split["images"], []
+        views = data.whole_views(images, torch.arange(len(images)), size, task.device)
+        count = -(-len(images) // data.CHUNK)
         for _, view in progress(views, f"features {name}", count, leave=False):
             with task.autocast():
                 pools = extractor(view)
