@@ -459,9 +459,7 @@ def write_results(flags, task, run, best_epoch):
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
-    with drawing("curves.png or confusion.png"):
-        from common import plots  # matplotlib takes half a second to load
-
+    with drawing("curves.png or confusion.png") as plots:
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
         plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
         plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)

@@ -178,9 +178,7 @@ def read_torch(path, remedy):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(member.file_size for member in archive.infolist())
             if unpacked > os.path.getsize(path):
-                raise ValueError(
-                    f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing"
-                )
+                raise ValueError(f"it is packed: {unpacked:,} bytes; torch.save packs nothing")
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickles
             return torch.load(path, map_location="cpu", weights_only=True)
