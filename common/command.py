@@ -216,6 +216,7 @@ def claim(paths, lock=None, fix="choose another --out"):
     lock: the lock file, `.lock` in a folder that is the command's own; default: beside the first path.
     """
     lock = Path(lock or lock_beside(paths[0])).absolute()
+    refuse_file(lock.parent)
     if lock not in HELD:
         LOCKS.enter_context(locked(lock))
         LOCKS.callback(HELD.discard, lock)

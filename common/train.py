@@ -167,7 +167,7 @@ def trackers(text):
     names = text.split(",")
     for name in names:
         if name not in ("tensorboard", "wandb") or not find_spec(name):
-            raise UserError(f"--log {text!r} must be tensorboard or wandb, and installed")
+            raise UserError(f"--log {text} must be tensorboard or wandb, and installed")
     return names
 
 
