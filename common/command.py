@@ -149,7 +149,6 @@ class Flags:
         self.given = found.pop("given")  # names of the flags on the command line
         self.values = found
         self.read = set()
-        self.saved = set()  # names of flags that a resumed run had
 
     def __getattr__(self, name):  # only asked for names that the object itself lacks
         values = self.__dict__.get("values", {})
@@ -161,7 +160,7 @@ class Flags:
     def fill(self, **defaults):
         """Defaults that depend on the machine, the model or the method: flags not given take them."""
         for name, value in defaults.items():
-            if name not in self.given | self.saved:
+            if name not in self.given:
                 self.values[name] = value
 
     def take_saved(self, saved, free=("device", "log")):
@@ -170,7 +169,8 @@ class Flags:
         refuse_idle(given, "beside --resume, which takes the flags of the run")
         kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
         self.values = {**self.values, **saved, **kept}
-        self.saved = saved.keys() - kept.keys()
+        self.given |= saved.keys() - kept.keys()  # as if they stood on the command line again
+        self.read |= saved.keys()
 
     def refuse_unread(self):
         """Call it when everything is set up: a flag that changes nothing here is a mistake."""
