@@ -356,7 +356,7 @@ def finetune(flags, task):
     for epoch in range(run.step // per_epoch, flags.epochs):
         unfreeze(net.train(), task.trained, epoch, unfreeze_every)
         order = epoch_rows(train_rows, labels, balanced, seed, epoch)
-        for rows, batch in run.timed(data.batches(images, order, B, device, run.step % per_epoch)):
+        for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
             generator = train.seeded(seed, epoch, run.step)
             if task.method != "linear":
@@ -459,7 +459,9 @@ def write_results(flags, task, run, best_epoch):
     if not any(out.glob("metrics*.json")):
         write_network(flags, task, run)
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
-    with drawing("curves.png or confusion.png") as plots:
+    with drawing("curves.png or confusion.png"):
+        from common import plots  # matplotlib takes half a second to load
+
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
         plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
         plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)

@@ -326,7 +326,7 @@ def main():
         refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
-        for rows, batch in run.timed(batches):
+        for rows, batch in batches:
             # 1. a view of each picture
             t = run.step / total  # progress of the run
             stream = (flags.seed, epoch, run.step, rank)

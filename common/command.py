@@ -68,11 +68,9 @@ def in_one_line(problem):
 
 @contextlib.contextmanager
 def drawing(what):
-    """with drawing("curves.png") as plots: a figure that fails is a line, the results stand already."""
+    """with drawing("curves.png"): a figure that fails is a line, for the results stand already."""
     try:
-        from common import plots  # matplotlib takes a second to load
-
-        yield plots
+        yield
     except Exception as problem:  # matplotlib raises whatever it meets
         print(f"note: {what} could not be drawn ({shown(one_line(problem))})", file=sys.stderr)
 

@@ -191,14 +191,18 @@ def draw_masks(out, view, ids_mask, scores, patch):
     """masks.png: views u8 (n, S, S, 3), {need: scores (n, g, g)} and what the encoder sees."""
     seen = hide(view[:8], ids_mask[:8], patch)
     lines = [("view", view[:8]), *scores.items(), ("seen", seen)]
-    with drawing("masks.png") as plots:
+    with drawing("masks.png"):
+        from common import plots  # matplotlib takes a second to load
+
         plots.image_grid(out / "masks.png", f"What the last batch hid: {out.name}", lines)
 
 
 def draw_run(out, model, held, norm, autocast):
     """curves.png and recon.png of a run."""
     title = f"Reconstruction of images it never trained on, {EVAL_RATIO:.0%} hidden at random"
-    with drawing("curves.png or recon.png") as plots:
+    with drawing("curves.png or recon.png"):
+        from common import plots
+
         split = held["header"].get("split", "val")
         plots.curves(out / "curves.png", read_log(out / "log.jsonl"), split, out.name)
         lines = reconstruct(model, held, norm, autocast)

@@ -277,10 +277,8 @@ def open_maps(need, where, folder, train):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
     if where == "truth":
-        raise UserError(
-            f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
-            f"python maps.py --data {folder} --map {name} makes maps without"
-        )
+        fix = f"python maps.py --data {folder} --map {name} makes maps without"
+        raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
     default = data.map_file(Path("maps") / Path(folder).name, name, train)
     path = default if where == "auto" else where
     maps = data.open_map(path, name, train)

@@ -61,6 +61,7 @@ def locked(path, wait=False):
         yield None
         return
     path = Path(path)
+    created = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
@@ -68,6 +69,9 @@ def locked(path, wait=False):
     finally:
         path.unlink(missing_ok=True)  # before it is let go: who waits for this file looks again
         os.close(file)
+        if created:
+            with contextlib.suppress(OSError):  # it holds something by now
+                path.parent.rmdir()
 
 
 def open_locked(path, how):

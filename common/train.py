@@ -224,7 +224,6 @@ class Run:
         self.step, self.total, self.per_epoch = 0, total, per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
-        self.waited = 0.0  # seconds that batches took to come, since the last row
         self.stop, self.trackers = catch_signals(), []
         self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
@@ -278,14 +277,6 @@ class Run:
         for send in self.trackers:
             send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
-    def timed(self, batches):
-        """Yield the batches, and add up the time that each takes to come."""
-        start = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
-
     def update(self, loss, grad_norm):
         """After each optimizer step. Waits for no GPU."""
         self.step += 1
@@ -316,7 +307,6 @@ class Run:
             "loss": losses.mean().item(),
             "grad_norm": norms.mean().item(),
             "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
-            "data_wait": round(self.waited / seconds, 5),
             "memory_mb": round(peak_memory_mb(self.device)),
             "seconds": self.seconds(),
         }
@@ -336,7 +326,7 @@ class Run:
             print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
             print(f"  python {shlex.join([sys.argv[0], '--resume', str(self.out)])}", flush=True)
             sys.exit(128 + self.stop[0])
-        self.waited, self.since = 0.0, time.perf_counter()  # evaluations do not count
+        self.since = time.perf_counter()  # evaluations do not count
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""
