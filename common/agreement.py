@@ -53,14 +53,12 @@ class Agreement(nn.Module):
         h = F.normalize(self.projector(summary.float()), dim=1)  # (2B, OUT)
         groups = self.groups[rows].to(h.device)
         loss, found = agreement_loss(h, groups, self.settings["temperature"], self.settings["dcl"])
-        self.last = loss.detach(), found, h.detach()
+        self.last = {"agreement": loss.detach(), "found": found}
         return loss
 
     def statistics(self):
-        """Of the last step: the loss, the share of views that find their pair, directions in use."""
-        loss, found, h = self.last
-        rank = effective_rank(h.nan_to_num())  # Run reports a loss that is not finite
-        return {"agreement": loss.item(), "found": found.item(), "projection_rank": rank}
+        """Of the last step: the loss, and the share of views that find their pair."""
+        return {name: x.item() for name, x in self.last.items()}
 
 
 def agreement_loss(h, groups, temperature, dcl):
@@ -76,10 +74,3 @@ def agreement_loss(h, groups, temperature, dcl):
     found = (positive > negatives.amax(1, keepdim=True)).float().mean()
     among = negatives if dcl else torch.cat([positive, negatives], 1)
     return (among.logsumexp(1) - positive[:, 0]).mean(), found
-
-
-def effective_rank(x):
-    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
-    share = values / values.sum().clamp(min=1e-30)
-    return round(torch.special.entr(share).sum().exp().item(), 2)

@@ -13,7 +13,6 @@ from tqdm import tqdm
 import data
 import mask as masking
 from common import guidance
-from common.agreement import effective_rank
 from common.command import drawing
 from common.train import read_log, seeded
 from kernels.gather import masked_patch_gather
@@ -68,6 +67,13 @@ def thumbnails(images, side):
     """images u8 (n, S, S, 3) -> (n, side*side*3) in [-0.5, 0.5]: the mean colour of each cell."""
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
     return small.flatten(1) / 255 - 0.5
+
+
+def effective_rank(x):
+    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
+    share = values / values.sum().clamp(min=1e-30)
+    return round(torch.special.entr(share).sum().exp().item(), 2)
 
 
 # ---- while a model trains ------------------------------------------------------------------------
