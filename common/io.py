@@ -20,8 +20,107 @@ except ImportError:  # there is none on Windows, and so no lock
     fcntl = None
 
 
+# of the tensors that are memory maps
+DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
 class UserError(Exception):
     """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
+
+
+# ---- files that are read, whoever made them -----------------------------------------------------
+
+
+def regular(path):
+    """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
+    return path
+
+
+def one_line(problem):
+    """The first 80 characters of an error's message; its kind where it says nothing."""
+    return " ".join(str(problem).split())[:80] or type(problem).__name__
+
+
+@contextlib.contextmanager
+def reading(path, what, remedy):
+    """with reading(path, "checkpoint", remedy): whatever is wrong with the file is a UserError."""
+    regular(path)
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {remedy}") from None
+    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(problem))  # torch's, of what it did not run
+        reason = f"it wants to run {code[1]}" if code else one_line(problem)
+        raise UserError(f"{path} is not a whole {what} ({reason}); {remedy}") from None
+
+
+def parse_table(text):
+    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of fields")
+    return found
+
+
+def read_json(path, keys=(), fix="remove it and run again"):
+    """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
+    with reading(path, "JSON file", fix):
+        found = parse_table(Path(path).read_text())
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
+    return found
+
+
+def read_torch(path, remedy):
+    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
+    import torch
+
+    with reading(path, "checkpoint", remedy):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > os.path.getsize(path):
+                raise ValueError(f"it is packed: {unpacked:,} bytes; torch.save packs nothing")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path, remedy="remove it and make it again"):
+    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
+    from safetensors import safe_open
+
+    with reading(path, "file of tensors", remedy), safe_open(path, "pt") as f:
+        header = parse_table((f.metadata() or {}).get("animask", "{}"))
+        return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
+
+
+def open_tensors(path, remedy="remove it and make it again"):
+    """The same file as {name: memory map}, and our dict as "header".
+
+    Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
+    """
+    tensors = {}
+    with reading(path, "file of tensors", remedy), open(path, "rb") as f:
+        room = int.from_bytes(f.read(8), "little")
+        entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
+        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
+        for name, entry in entries.items():
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first = 8 + room + entry["data_offsets"][0]
+            tensors[name] = np.memmap(f, dtype, "r", first, shape)
+    return tensors | {"header": header}
+
+
+# ---- files that are written ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -40,6 +139,30 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(tensors, path, header=None):
+    """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
+
+    Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
+    """
+    from safetensors.torch import save
+
+    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(plain, metadata))
+
+
+def save_text(text, path):
+    """Write text, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_json(row, path, indent=1):
+    """Write a dict as JSON, atomically; indent None: all of it on one line."""
+    save_text(json.dumps(row, indent=indent) + "\n", path)
 
 
 # ---- locks: one process writes --------------------------------------------------------------------
@@ -90,129 +213,3 @@ def open_locked(path, how):
         if os.fstat(file).st_nlink:  # else the one that held it has just removed it
             return file
         os.close(file)
-
-
-# ---- safetensors: the length of the head in 8 bytes, the head as JSON, tensor after tensor ---------
-
-DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-
-
-def parse_table(text):
-    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError("it holds no table of fields")
-    return found
-
-
-def one_line(problem):
-    """The first 80 characters of an error's message; its kind where it says nothing."""
-    return " ".join(str(problem).split())[:80] or type(problem).__name__
-
-
-def not_whole(path, problem, remedy):
-    """The UserError for a file that is missing or broken; remedy: what to do about it."""
-    if isinstance(problem, FileNotFoundError):
-        return UserError(f"{path} does not exist; {remedy}")
-    return UserError(f"{path} is not a whole file of tensors ({one_line(problem)}); {remedy}")
-
-
-def read_safetensors(path, remedy="remove it and make it again"):
-    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(regular(path), "pt") as f:
-            header = parse_table((f.metadata() or {}).get("animask", "{}"))
-            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
-    except (SafetensorError, OSError, ValueError) as problem:
-        raise not_whole(path, problem, remedy) from None
-
-
-def open_tensors(path, remedy="remove it and make it again"):
-    """A file as {name: memory map}, and the dict that we keep as "animask" as "header"."""
-    tensors = {}
-    try:
-        with open(regular(path), "rb") as f:
-            room = int.from_bytes(f.read(8), "little")  # bytes of the head
-            entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
-        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
-        for name, entry in entries.items():
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            first = 8 + room + entry["data_offsets"][0]
-            tensors[name] = np.memmap(path, dtype, "r", first, shape)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as problem:
-        raise not_whole(path, problem, remedy) from None
-    return tensors | {"header": header}
-
-
-def save_safetensors(tensors, path, header=None):
-    """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
-
-    Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
-    """
-    from safetensors.torch import save
-
-    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    with atomic(path) as temporary:
-        temporary.write_bytes(save(plain, metadata))
-
-
-# ---- files of other people ------------------------------------------------------------------------
-
-
-def regular(path):
-    """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
-    return path
-
-
-def read_torch(path, remedy):
-    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
-    import torch
-
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > os.path.getsize(path):
-                raise ValueError(f"it is packed: {unpacked:,} bytes; torch.save packs nothing")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = f"it wants to run {code[1]}" if code else one_line(problem)
-        raise UserError(f"{path} is not a whole checkpoint ({reason}); {remedy}") from None
-
-
-# ---- small files ---------------------------------------------------------------------------------
-
-
-def read_json(path, keys=(), fix="remove it and run again"):
-    """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
-    try:
-        found = parse_table(regular(path).read_text())
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} can't be read ({one_line(problem)}); {fix}") from None
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
-    return found
-
-
-def save_text(text, path):
-    """Write text, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text)
-
-
-def save_json(row, path, indent=1):
-    """Write a dict as JSON, atomically; indent None: all of it on one line."""
-    save_text(json.dumps(row, indent=indent) + "\n", path)
