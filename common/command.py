@@ -40,8 +40,7 @@ def cli(main):
         line = in_one_line(problem)
         if line is None:
             raise
-        rank = os.environ["RANK"] if launched() else "0"
-        start = "error" if rank == "0" else f"error in process {rank}"
+        start = f"error in process {os.environ['RANK']}" if launched() else "error"
         print(f"{start}: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
         sys.exit(2)
     finally:
