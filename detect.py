@@ -441,7 +441,7 @@ def learn(task, net, optimizer, run, lr):
         order = task.rows[data.epoch_order(len(task.rows), task.seed, epoch)]
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
-        for rows, pages in run.timed(batches):
+        for rows, pages in batches:
             generator = train.seeded(task.seed, epoch, run.step)
             loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
             loss.backward()

@@ -340,7 +340,7 @@ def main():
         refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
-        for rows, batch in run.timed(batches):
+        for rows, batch in batches:
             # 1. a view of each picture
             t = run.step / total  # progress of the run
             stream = (flags.seed, epoch, run.step, rank)
@@ -382,7 +382,7 @@ def main():
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                numbers = guide.statistics(patches, ids_mask)
+                numbers = guide.statistics(patches, ids_mask, run.step, total)
                 numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):

@@ -477,7 +477,7 @@ def fit(task, run, part):
         order = part.rows[data.epoch_order(len(part.rows), task.seed, epoch)]
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
-        for rows, frames in run.timed(batches):
+        for rows, frames in batches:
             generator = train.seeded(task.seed, part.stage, epoch, done)
             with task.autocast():
                 loss = part.loss(task, part.net.train(), rows, frames, generator)

@@ -500,7 +500,7 @@ def fit(task, run, optimizer, seed):
     for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
         order = task.train.rows[data.epoch_order(len(task.train.rows), seed, epoch)]
         start = run.step % run.per_epoch
-        for rows, some in run.timed(data.batches(images, order, run.batch_size, device, start)):
+        for rows, some in data.batches(images, order, run.batch_size, device, start):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
             batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))

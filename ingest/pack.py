@@ -51,7 +51,7 @@ from common.command import (
     refuse_idle,
     refuse_overwrite,
 )
-from common.io import UserError, lock_beside, locked, read_header
+from common.io import UserError, lock_beside, locked, open_tensors
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
 from ingest.rows import write_rows
@@ -591,7 +591,7 @@ def to_learn(out):
     """The command that learns from a packed set: by its own foreground masks, and on a split that
     it has.
     """
-    tensors, header = read_header(Path(out) / "train.safetensors")
+    tensors = open_tensors(Path(out) / "train.safetensors")
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     if "boxes" in tensors:
         return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
@@ -602,7 +602,7 @@ def to_learn(out):
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
     few = (
         "; probe.py and finetune_lora.py need labels of two classes or more"
-        if len(header["classes"]) < 2
+        if len(tensors["header"]["classes"]) < 2
         else ""
     )
     return shlex.join(words) + few

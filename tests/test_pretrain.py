@@ -89,8 +89,7 @@ def test_the_state_holds_all_parts(finished):
     state = torch.load(finished[0] / "state.pt", weights_only=True)
     parts = {"model", "teacher", "agreement", "optimizer", "guide"}
     assert state.keys() == parts | {"config", "step", "seconds"}
-    assert state["guide"]["maps"] == "attn-00000010.safetensors"
-    assert 0 < state["guide"]["initial"] < 1
+    assert state["guide"] == {"maps": "attn-00000010.safetensors"}
 
 
 def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
@@ -251,14 +250,9 @@ def test_the_learning_rate_never_passes_its_peak():
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    left = tmp_path / f".state.pt.{gone.pid}.tmp"
-    running = tmp_path / f".state.pt.{os.getppid()}.tmp"
-    for file in (left, running):
-        file.write_text("half")
+    (tmp_path / ".state.pt.tmp").write_text("half")
     save_text("whole", tmp_path / "state.pt")
-    assert not left.exists() and running.exists() and (tmp_path / "state.pt").read_text() == "whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):

@@ -19,7 +19,7 @@ from conftest import ROOT, call, draw_folder, refused, stage
 from PIL import EpsImagePlugin, Image
 
 import data
-from common.io import UserError, read_header, read_json, read_safetensors
+from common.io import UserError, open_tensors, read_json, read_safetensors
 from ingest import boxes, decode, layouts, pack, pictures, sources, tags
 
 
@@ -707,7 +707,7 @@ def test_devices_and_pipes_are_never_opened(tmp_path, kind):
     assert len(found) == 1 and len(problems) == 2
     assert all("device or a pipe" in why for _, why in problems)
     readers = (sources.find, partial(sources.find, good), boxes.find)
-    for read in (*readers, read_header, read_safetensors, read_json):
+    for read in (*readers, open_tensors, read_safetensors, read_json):
         with pytest.raises(UserError, match="device or a pipe"):
             read(path)
 

@@ -105,14 +105,14 @@ def test_the_formatter_lays_out_all_code():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2473, 2500),
+    "lesson": (2458, 2500),
     "applications": (4083, 3900),
     "kernels": (520, 520),
-    "common": (3012, 2400),
+    "common": (2925, 2400),
     "ingest": (4236, 2700),
     "experiments": (2504, 1900),
-    "benchmarks": (1405, 900),
-    "tests": (15289, 8500),
+    "benchmarks": (1400, 900),
+    "tests": (15282, 8500),
 }
 
 
