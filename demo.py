@@ -21,7 +21,6 @@ from collections import namedtuple
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -57,7 +56,7 @@ MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
 MASKS = 12  # random ones; a patch's difficulty is its mean error under them
-KEPT = 64  # drawings, and answers about them, that are computed once
+KEPT = 64  # drawings that are painted once
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
@@ -242,20 +241,17 @@ def maps_of(net, picture, view, need):
     return {name: score.to(view.device) for name, score in found.items()}
 
 
-@torch.no_grad()
 def difficulty(net, view):
-    """View u8 (B, S, S, 3) -> (B, N): each patch's mean error, which the mask `learned` predicts."""
-    B, N = len(view), net.encoder.side**2
-    total = torch.zeros(B, N, device=view.device)
-    count = torch.full((B, N), 1e-9, device=view.device)
-    for seed in range(MASKS):
-        noise = masking.gumbel_noise(B, N, seeded(seed))
-        ids_keep, ids = hide_at_random(noise, view.device)
-        pred, _ = predict(net, view, ids_keep, ids, MACHINE.autocast)
-        error = patch_error(pred, view, ids, net.config["patch_size"])
-        total.scatter_add_(1, ids, error)
-        count.scatter_add_(1, ids, torch.ones_like(error))
-    return total / count
+    """View u8 (1, S, S, 3) -> (1, N): each patch's mean error, which the mask `learned` predicts."""
+    N, patch = net.encoder.side**2, net.config["patch_size"]
+    noise = torch.cat([masking.gumbel_noise(1, N, seeded(seed)) for seed in range(MASKS)])
+    views = view.expand(MASKS, -1, -1, -1)
+    ids_keep, ids = hide_at_random(noise, view.device)
+    pred, _ = predict(net, views, ids_keep, ids, MACHINE.autocast)
+    total = torch.zeros(MASKS, N, device=view.device)
+    total.scatter_(1, ids, patch_error(pred, views, ids, patch))
+    hidden = torch.zeros_like(total).scatter_(1, ids, 1.0)
+    return total.sum(0, keepdim=True) / hidden.sum(0, keepdim=True).clamp(min=1)
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
@@ -430,26 +426,16 @@ TABS = {  # its function, that file, the command that makes such a run, its minu
 
 
 def answer(tab, run, picture, *controls):
-    """What a tab says, as HTML. Answers about the page's own drawings are computed once."""
-    work, file, command, minutes = TABS[tab]
+    """What a tab says of a picture, as HTML: its answer and a command, or one sentence."""
+    work, file, make, minutes = TABS[tab]
     try:
         made = made_of(run, file)
         if made is None:
-            raise UserError(MISSING.format(minutes, command.format(run)))
+            raise UserError(MISSING.format(minutes, make.format(run)))
         with torch.inference_mode():
-            if picture.number is None:
-                return work(made, picture, *controls)
-            files = Path(run).parent.glob(f"{Path(run).name}*/*.safetensors")
-            times = [(str(path), path.stat().st_mtime_ns) for path in files]
-            return remembered(tuple(sorted(times)), work, made, picture, *controls)
+            return work(made, picture, *controls)
     except (UserError, ValueError) as problem:  # ValueError: a number that is too large
         return element("p", problem)
-
-
-@functools.lru_cache(KEPT)
-def remembered(times, work, *asked):
-    """work(*asked), computed again when a file of the runs changes."""
-    return work(*asked)
 
 
 def chosen(before, make, *asked):
@@ -511,8 +497,7 @@ def main():
     MACHINE.autocast = autocast_of(MACHINE.device, pick_dtype(args.dtype, MACHINE.device)[0])
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     try:
-        with mock.patch("inspect.getfile", side_effect=OSError):  # no type stubs: 1 s less
-            import gradio as gr
+        import gradio as gr
     except ImportError:
         raise UserError("demo.py needs gradio: pip install -r requirements-demo.txt") from None
     names = {"localhost", socket.gethostname().lower(), args.host.lower()}

@@ -18,7 +18,6 @@ import contextlib
 import io
 import json
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -505,7 +504,7 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.pictures import demo_note, tell_problems, whole_pictures
+    from ingest.pictures import tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
@@ -514,20 +513,17 @@ def use(flags, device, autocast):
     if crop and not out:
         raise UserError("--crop writes pictures; --out DIR says where")
     flags.refuse_unread()
-    problems, count = [], 0
+    problems = []
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
-        count += 1
         row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
             write_pictures(Path(out), key, picture, boxes, crop)
-    tell_problems(problems, count, False)
-    if note := demo_note((header.get("run") or {}).get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
 def write_pictures(out, key, picture, boxes, crop):

@@ -37,7 +37,7 @@ from common.io import UserError, lock_beside, locked, read_safetensors, save_jso
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import demo_note, pictures, tell_problems, whole_pictures
+from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
@@ -66,12 +66,7 @@ def parse_args():
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
-    add(
-        "--threshold",
-        type=between(-1, 1),
-        metavar="COSINE",
-        help="a face below it is unknown; that of enrolled ones moves along",
-    )
+    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
@@ -322,21 +317,21 @@ def load_gallery(run):
 # ---- naming and enrolment ------------------------------------------------------------------------
 
 
-def predictions(args, net, header, autocast, problems, blank=None):
-    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures.
+def predictions(args, net, header, autocast, problems):
+    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces.
 
-    problems, blank: lists that get what can't be read, and pages on which --detect finds no face.
+    problems: a list that gets what can't be read.
     """
     size = header["packed_size"]
     items = pictures(args.images, size, header["crop"], header["margin"], problems)
     if args.detect:
-        items = faces(args, size, problems, blank)
+        items = faces(args, size, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         yield list(keys), *embed(net, np.stack(images), autocast)
 
 
-def faces(args, size, problems, blank):
+def faces(args, size, problems):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     import detect
 
@@ -345,7 +340,6 @@ def faces(args, size, problems, blank):
     for key, picture in whole_pictures(args.images, problems):
         boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
-            blank.append(key)
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
@@ -393,14 +387,12 @@ def in_words(row):
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture. What can't be read is named on stderr."""
-    problems, blank, known = [], [], []
-    for keys, logits, embeddings in predictions(args, net, header, autocast, problems, blank):
+    problems, known = [], []
+    for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
         for row in answers(keys, logits, embeddings, gallery):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             known.append(row["known"])
-    tell_problems(problems, len(known) + len(blank), args.json)
-    if note := demo_note(header["data"]):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
         words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
         print(f"next: python recognize.py {words}", file=sys.stderr)

@@ -609,24 +609,21 @@ def mask_of(net, picture, side, autocast, mixed=False):
 
 def use(flags, device, autocast):
     """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
-    from ingest.pictures import demo_note, tell_problems, whole_pictures
+    from ingest.pictures import tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
     out, mixed = flags.out, flags.mixed
     flags.refuse_unread()
-    problems, count = [], 0
+    problems = []
     table = csv.writer(sys.stdout)
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)
-        count += 1
         table.writerow([key, f"{found.mean():.4f}"])
         if out:
             write_masks(Path(out), key, picture, found > 0.5)
-    tell_problems(problems, count, False)
-    if note := demo_note((header.get("run") or {}).get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
 def write_masks(out, key, picture, mask):

@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -699,7 +698,7 @@ def write_selected(path, task):
 
 def use(flags, device, autocast):
     """Print who each picture shows, and its tags."""
-    from ingest.pictures import demo_note, pictures, tell_problems
+    from ingest.pictures import pictures, tell_problems
 
     net, header = load_tagger(flags.encoder)
     threshold = flags.threshold if net.arm in NAMES_TAGS else None
@@ -708,16 +707,13 @@ def use(flags, device, autocast):
     if net.arm == "tags":
         raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
     net.to(device)
-    problems, count = [], 0
+    problems = []
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(flags.pictures, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         for row in answer_rows(net, header, some, threshold, autocast):
             print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
-        count += len(some)
-    tell_problems(problems, count, as_json)
-    if note := demo_note(header.get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, header.get("data"), as_json)
 
 
 def answer_rows(net, header, some, threshold, autocast):

@@ -173,22 +173,6 @@ def test_what_is_missing_says_how_it_is_made(at):
     assert "pretrain.py" in mask_page("runs/none")
 
 
-def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(at, tmp_path, monkeypatch):
-    asked = []
-
-    def work(run, picture):
-        asked.append(picture.name)
-        return len(asked)
-
-    monkeypatch.setitem(demo.TABS, "Tags", (work, *demo.TABS["Tags"][1:]))
-    drawing = demo.drawing(WHO, 0)
-    assert [demo.answer("Tags", at, drawing) for _ in range(2)] == [1, 1]
-    os.utime("runs/a-linear/gallery.safetensors", (1, 1))  # as if somebody were enrolled
-    assert demo.answer("Tags", at, drawing) == 2
-    mine = own(tmp_path / "mine.png")
-    assert [demo.answer("Tags", at, mine) for _ in range(2)] == [3, 4]
-
-
 def test_there_are_so_many_drawings_and_no_more():
     before = demo.drawing(WHO, 1)
     for number in (-1, demo.DRAWINGS, 10**12):
