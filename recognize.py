@@ -8,7 +8,7 @@
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
-        recognize.json and roc.png (--verify; other data or splits: in runs/NAME/DATA-SPLIT/)
+        recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
 
 The head names the characters that it learned. The gallery holds the embeddings of known faces, each
 a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import data
 from common import fields, metrics
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, claim, cli, command, drawing, refuse_idle
+from common.command import Parser, between, claim, cli, command, refuse_idle
 from common.features import open_rows, results_folder
 from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
@@ -244,8 +244,8 @@ def fit_platt(known, unknown):
 # ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
-HEADER |= dict.fromkeys(("threshold", "enrolled_threshold"), fields.number())  # of `calibrate`
-HEADER |= dict.fromkeys(("false_accept", "false_reject"), fields.number())
+RATES = ("threshold", "enrolled_threshold", "false_accept", "false_reject")  # of `calibrate`
+HEADER |= dict.fromkeys(RATES, fields.number())
 HEADER |= {"by": fields.TEXT, "temperature": fields.number(1e-6)}
 HEADER |= {"platt": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
@@ -543,39 +543,43 @@ def calibration_error(known, right, unknown, bins=10):
     return round(100 * (gaps.abs().sum() / weights.sum()).item(), 3)
 
 
+def measure(asked, own, learned):
+    """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
+
+    asked: of the set that is measured. own: where known characters are. learned: by the head.
+    """
+    row = {}
+    if all(map(len, asked.pairs)):
+        row["verification"] = verification(*asked.pairs)
+    is_unknown = asked.true < 0
+    unknown, unsure = asked.margin[is_unknown], asked.sure[is_unknown]
+    known, enrolled = own.true >= 0, own.true >= learned
+    if known.any():
+        row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
+    of_head = known & ~enrolled
+    if of_head.any() and len(unknown):
+        row["calibration_error"] = calibration_error(own.sure[of_head], own.right[of_head], unsure)
+    return row
+
+
 def verify(args, net, header, gallery, autocast):
-    """Write recognize.json and roc.png. Where nobody is known, the known ones are the run's own val."""
+    """Write recognize.json. Where nobody is known, the known ones are the run's own val."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
-    row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row["threshold"] = gallery["threshold"]
-    faces, curves = faces_of(net, gallery, folder, args.split, autocast), {}
-    if all(map(len, faces.pairs)):
-        curves["same_character"] = faces.pairs
-        row["verification"] = verification(*faces.pairs)
-    is_unknown = faces.true < 0
-    unknown, unsure = faces.margin[is_unknown], faces.sure[is_unknown]
-    if is_unknown.all() and Path(header["data"]).exists():
-        faces = faces_of(net, gallery, header["data"], "val", autocast)
-    known, enrolled = faces.true >= 0, faces.true >= gallery["learned"]
-    learned = known & ~enrolled
-    if not curves and not known.any():
+    asked = own = faces_of(net, gallery, folder, args.split, autocast)
+    if (asked.true < 0).all() and Path(header["data"]).exists():
+        own = faces_of(net, gallery, header["data"], "val", autocast)
+    found = measure(asked, own, gallery["learned"])
+    if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
-    if known.any():
-        margins = faces.margin[known]
-        row["open_set"] = open_set(margins, faces.right[known], enrolled[known], unknown)
-        curves |= {"known_character": (margins, unknown)} if len(unknown) else {}
-    if learned.any() and len(unknown):
-        sure, right = faces.sure[learned], faces.right[learned]
-        row["calibration_error"] = calibration_error(sure, right, unsure)
+    row = {"run": str(args.run), "data": str(folder), "split": args.split}
+    row |= {"threshold": gallery["threshold"]} | found
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
-    with drawing("roc.png"):
-        plot_verification(home / "roc.png", f"{Path(args.run).name} on {folder.name}", **curves)
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
-    print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
+    print(f"wrote {home}/recognize.json", file=sys.stderr)
 
 
 LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
@@ -599,22 +603,6 @@ def table(row):
         with contextlib.suppress(KeyError):
             lines.append(line.format_map(found))
     return lines
-
-
-def plot_verification(path, title, **kinds):
-    """ROC curves. kinds {label: (scores (n,) that should be high, scores (m,) that should be low)}."""
-    from sklearn.metrics import roc_curve
-
-    from common import plots  # matplotlib takes half a second to load
-
-    with plots.panels(path, title, 1, 1, (4.5, 4)) as axis:
-        for label, scores in kinds.items():
-            false, true, _ = roc_curve(*metrics.truth_and_scores(*scores))
-            axis.plot(100 * false, 100 * true, label=label.replace("_", " "))
-        axis.set(xlim=(0.01, 100), ylim=(0, 100), xscale="log")
-        axis.set(xlabel="false positive rate, %", ylabel="true positive rate, %")
-        axis.xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
-        axis.legend()
 
 
 def main():
