@@ -53,7 +53,6 @@ COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
-CHUNK = 16  # pages at a time
 RECIPE = ("data", "boxes", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python detect.py ENCODER makes it"
 FIELDS = {
@@ -334,9 +333,8 @@ def judge(task, net, split, rows):
     """Answers for whole pages, and their true boxes, both in the order of rows."""
     answers = []
     net.eval()
-    for some in progress(rows.split(CHUNK), "judging"):
-        pages = data.take(split["images"], some, task.device)
-        view = data.view_images(pages, *data.full_boxes(len(some)), task.page)
+    views = data.whole_views(split["images"], rows, task.page, task.device)
+    for _, view in progress(views, "judging", -(-len(rows) // data.CHUNK)):
         with task.autocast():
             answers += detect(net, view)
     return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, task.boxes, rows)]
@@ -576,14 +574,12 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
+    if bool(flags.encoder) == bool(flags.resume):
+        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
-        if flags.encoder:
-            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
-    if not flags.encoder:
-        raise UserError("ENCODER is missing; python detect.py weights/toon trains on ours")
     device = train.pick_device(flags.device)
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"

@@ -39,6 +39,7 @@ from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
+HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 PIP = "pip install -r requirements-onnx.txt"
 
 
@@ -78,19 +79,14 @@ def save_timm(source, out, image_size):
 def save_hf(source, folder, image_size):
     """Write a folder for ViTMAEForPreTraining (its norm_pix_loss has no floor), else for ViTModel."""
     weights, facts = public_weights(source, image_size)
-    size, width, depth = facts["image_size"], facts["dim"], facts["decoder_depth"]
+    size, depth = facts["image_size"], facts["decoder_depth"]
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
     config = {"model_type": "vit_mae" if depth else "vit", "architectures": [network]}
     config |= {"image_size": size, "patch_size": facts["patch_size"]}
-    config |= {"hidden_size": width, "intermediate_size": 4 * width}
-    config |= {"num_hidden_layers": facts["depth"], "num_attention_heads": facts["heads"]}
-    config["layer_norm_eps"] = facts["norm_eps"]
-    if depth:
-        width = facts["decoder_dim"]
-        config |= {"decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
-        config["decoder_num_hidden_layers"] = depth
-        config["decoder_num_attention_heads"] = facts["decoder_heads"]
-        config["norm_pix_loss"] = facts.get("norm_pix", False)
+    config |= {"layer_norm_eps": facts["norm_eps"], "norm_pix_loss": facts.get("norm_pix", False)}
+    for stack in ("", "decoder_") if depth else ("",):
+        config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
+        config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]
     pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
     pixels |= {"image_mean": list(MEAN), "image_std": list(STD)}
     theirs = {}
@@ -162,11 +158,6 @@ class Graph(nn.Module):
         return self.answer(self.net, view)
 
 
-def encode(net, view):
-    """-> tokens (B, 1+N, D), the CLS token first."""
-    return {"tokens": net.features(view)}
-
-
 def recognise(net, view, gallery):
     """-> who (B,), a place in `names`; similarity, threshold, confidence (B,); embedding (B, D)."""
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
@@ -197,7 +188,8 @@ def graph_of(source, image_size=None):
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
     else:
         encoder, side = checkpoints.load_encoder(source, image_size)
-        return Graph(encoder, encode, side, side).eval(), {"is": "encoder", "side": side}
+        graph = Graph(encoder, lambda net, view: {"tokens": net.features(view)}, side, side)
+        return graph.eval(), {"is": "encoder", "side": side}
     refuse_size(image_size, source)
     notes |= {"side": header["packed_size"], "crop": header["crop"]}
     return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes

@@ -671,14 +671,12 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
+    if bool(flags.encoder) == bool(flags.resume):
+        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
-        if flags.encoder:
-            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
-    if not flags.encoder:
-        raise UserError("ENCODER is missing; python segment.py weights/toon trains on ours")
     device = train.pick_device(flags.device)
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"

@@ -358,12 +358,11 @@ def load_tagger(folder):
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
     config, words = header["tags"], len(header["words"])
-    sizes = {"C": len(header["classes"]), "V": words, "image_size": header["image_size"]}
-    sizes["thresholds"] = len(header.get("thresholds") or [])
-    wanted = {"C": fields.one_of(config["C"]), "V": fields.one_of(config["V"])}
-    wanted["thresholds"] = fields.one_of(words * (config["arm"] in NAMES_TAGS))
-    wanted["image_size"] = fields.one_of(config["encoder"]["image_size"])
-    fields.check_fields(sizes, wanted, path, REMEDY)
+    thresholds = words if config["arm"] in NAMES_TAGS else 0
+    wanted = [config["C"], config["V"], thresholds, config["encoder"]["image_size"]]
+    found = [len(header["classes"]), words, len(header.get("thresholds") or [])]
+    if [*found, header["image_size"]] != wanted:
+        raise UserError(f"{path} has lists that do not fit its network; {REMEDY}")
     fields.check_encoder(weights, config["encoder"], path, REMEDY, "encoder.")
     encoder = checkpoints.blank_encoder(config["encoder"], config["norm_eps"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
