@@ -36,7 +36,7 @@ import tags
 from common import guidance
 from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
 from common.command import Parser, between, cli, parse_keys
-from common.evaluate import hide, hide_at_random, predict
+from common.evaluate import hide, predict
 from common.formats import read_checkpoint
 from common.io import UserError
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -45,7 +45,7 @@ from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from kernels.loss import FLOOR, patch_detail, patch_error
+from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
@@ -55,7 +55,6 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
-MASKS = 12  # random ones; a patch's difficulty is its mean error under them
 KEPT = 64  # drawings that are painted once
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
@@ -234,24 +233,9 @@ def maps_of(net, picture, view, need):
     found["fg"] = guidance.crop_map(fg[None], *place)
     if need == "detail":
         found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
-    if need == "difficulty":
-        found[need] = difficulty(net, view)
     if need and need not in found:
-        raise UserError(f"{need} of this picture are not known: choose a drawing")
+        raise UserError(f"{need} of this picture are not known: choose a drawing or another mask")
     return {name: score.to(view.device) for name, score in found.items()}
-
-
-def difficulty(net, view):
-    """View u8 (1, S, S, 3) -> (1, N): each patch's mean error, which the mask `learned` predicts."""
-    N, patch = net.encoder.side**2, net.config["patch_size"]
-    noise = torch.cat([masking.gumbel_noise(1, N, seeded(seed)) for seed in range(MASKS)])
-    views = view.expand(MASKS, -1, -1, -1)
-    ids_keep, ids = hide_at_random(noise, view.device)
-    pred, _ = predict(net, views, ids_keep, ids, MACHINE.autocast)
-    total = torch.zeros(MASKS, N, device=view.device)
-    total.scatter_(1, ids, patch_error(pred, views, ids, patch))
-    hidden = torch.zeros_like(total).scatter_(1, ids, 1.0)
-    return total.sum(0, keepdim=True) / hidden.sum(0, keepdim=True).clamp(min=1)
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
@@ -332,16 +316,11 @@ def tags_page(run, picture):
     """The character and the tags, from the picture alone."""
     net, header = loaded(tags.load_tagger, run)
     square = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    _, view = next(data.whole_views(square, torch.arange(1), header["image_size"], MACHINE.device))
-    with MACHINE.autocast():
-        logits, found = tags.answers(net, view)
-    text = ""
-    if logits is not None:
-        sure, who = logits[0].float().softmax(0).max(0)
-        text = element("h2", f"{header['classes'][who]}, {sure:.0%}")
-    text += note_on(picture, header)
-    if found is not None:
-        text += bars(tags.named(found[0].float().cpu(), header))
+    asked = [(picture.name, square[0])]
+    row = tags.answer_rows(net, header, asked, None, MACHINE.autocast)[0]
+    text = note_on(picture, header) + bars(row.get("tags", {}))
+    if "name" in row:
+        text = element("h2", f"{row['name']}, {row['confidence']:.0%}") + text
     return text + element("code", f"python tags.py {run} PICTURE")
 
 
@@ -377,10 +356,10 @@ def pages_page(run, picture):
         names = [row["name"] or "unknown" for row in rows]
     H, W = pixels.shape[:2]
     marked = outlined(pixels, boxes.numpy() / np.array([W, H, W, H]))
-    text = (note_on(picture, about) or note_on(picture, header)) + figures(
-        [(f"{len(cut)} faces", marked)], "wide"
-    )
-    return text + figures(zip(names, cut, strict=True)) + element("code", f"python {command}")
+    text = note_on(picture, about) or note_on(picture, header)
+    text += figures([(f"{len(cut)} faces", marked)], "wide")
+    text += figures(zip(names, cut, strict=True))
+    return text + element("code", f"python {command}")
 
 
 # ---- who may ask ---------------------------------------------------------------------------------
@@ -450,7 +429,8 @@ def chosen(before, make, *asked):
 def mask_controls(gr):
     with gr.Row():
         own = {"allow_custom_value": True, "info": "or type its keys: attn_high:beta=2"}
-        words = gr.Dropdown([*masking.PARAMS], value="attn_high", label="strategy", **own)
+        known = [name for name in masking.PARAMS if masking.NEEDS.get(name) != "difficulty"]
+        words = gr.Dropdown(known, value="attn_high", label="strategy", **own)
         ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="hidden share", elem_id="ratio")
         t = gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run")
         seed = gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")

@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -586,10 +587,8 @@ def main():
     autocast = train.autocast_of(device, dtype)
     if flags.pictures:
         return use(flags, device, autocast)
-    try:
-        import pycocotools  # noqa: F401 (found out now, not after the training)
-    except ImportError:
-        raise UserError("pycocotools is missing: pip install -r requirements-detect.txt") from None
+    if not find_spec("pycocotools"):  # found out now, not after the training
+        raise UserError("pycocotools is missing: pip install -r requirements-detect.txt")
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     load_encoder(flags.encoder)  # before a data set is made

@@ -275,17 +275,15 @@ def flags_of_run(source):
 
 
 def measured(folder):
-    """A line for each file of results of a run: its numbers, and the command that makes them."""
-    lines = []
+    """Yield a line for each file of results of a run: its numbers, and the command behind them."""
     for name in RESULTS:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or not ours
             row = json.loads((folder / name).read_text())
-            where = f"{row.get('evaluated_on', row.get('split', 'val'))} of {row.get('data')}"
-            found = row | row.get("verification", {}) | row.get("tags", {})
-            numbers = [f"{k} {found[k]:.4g}" for k in NUMBERS if isinstance(found.get(k), float)]
+            row |= row.get("verification", {}) | row.get("tags", {})
+            numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
+            where = f"{row.get('evaluated_on', row.get('split'))} of {row['data']}"
             if numbers:
-                lines.append(f"- {', '.join(numbers)}, {where}: `{row['command']}`")
-    return lines
+                yield f"- {', '.join(numbers)}, {where}: `{row['command']}`"
 
 
 def export(source, to, out=None, image_size=None):

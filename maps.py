@@ -36,6 +36,7 @@ RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
 SHOWN = 3  # images of a sheet
 NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: its need in mask.py
+GUIDES = {"attn": ["attn_high", "--teacher", "maps"], "saliency": ["fg_heavy"], "parts": ["parts"]}
 TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}}  # flags
 
 
@@ -356,10 +357,7 @@ def advice(args, folder, out, split):
     if args.split != "train":
         return f"maps of {args.split} guide no training"
     need = NEEDED_AS[args.map]
-    strategy = next(name for name in masking.STRATEGIES if masking.NEEDS.get(name) == need)
-    words = ["python", "pretrain.py", "--data", str(folder), "--mask", strategy]
-    if args.map == "attn":
-        words += ["--teacher", "maps"]
+    words = ["python", "pretrain.py", "--data", str(folder), "--mask", *GUIDES[args.map]]
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
         words += ["--maps", str(out)]
     exact = f"{folder} has exact {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
