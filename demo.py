@@ -398,7 +398,7 @@ RECOGNISER = "-*/head.safetensors"  # a file of the run that a tab needs, behind
 TABS = {  # its function, that file, the command that makes such a run, its minutes
     "Mask": (mask_page, "/model.safetensors", "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, RECOGNISER, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, "-*/selected_tags.csv", "tags.py {}", 4),
+    "Tags": (tags_page, "-tags*/model.safetensors", "tags.py {}", 4),
     "Drawn or photographed": (segment_page, "-seg*/model.safetensors", "segment.py {}", 15),
     "Pages": (pages_page, "-*/detector.safetensors", "detect.py {}", 15),
 }

@@ -38,7 +38,6 @@ from model import MAE
 from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
-TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
 PIP = "pip install -r requirements-onnx.txt"
 
@@ -136,9 +135,9 @@ def save_half(source, out, image_size):
             header["fingerprint"] = fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
-    for name in TEXTS:
-        if (source / name).exists():
-            (out / name).write_bytes((source / name).read_bytes())
+    config = source / ADAPTER[1]
+    if config.exists():
+        (out / config.name).write_bytes(config.read_bytes())
     return f"give {out} wherever a stage asks for a run"
 
 

@@ -7,7 +7,7 @@
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
-        log.jsonl, selected_tags.csv; answers go to standard output
+        log.jsonl; answers go to standard output
 
     picture -> lower half of a pre-trained ViT --+
                                                  +-> upper half -> CLS token -> the character
@@ -22,7 +22,6 @@ picture comes without tags, so the share of hidden tags rises to 1 at half of th
     V tags    C characters     N patches   n pictures
 """
 
-import csv
 import itertools
 import json
 import math
@@ -41,7 +40,7 @@ from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -661,7 +660,6 @@ def write_results(flags, task, run):
     header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
     header |= {key: split["header"][key] for key in ("crop", "margin")}
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
-    write_selected(out / "selected_tags.csv", task)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
     print(f"next: python tags.py {shlex.quote(str(out))} PICTURE")
@@ -679,17 +677,6 @@ def metrics_row(flags, task, run):
     row |= train.cost_of_steps(run.out / "log.jsonl", run.batch_size)
     row |= {"seconds": run.seconds(), "config": run.config, "command": flags.command}
     return row | {"machine": train.machine(task.device), "commit": train.commit()}
-
-
-def write_selected(path, task):
-    """The tags in the layout of public taggers; ids are places in the list, counts are of train."""
-    ids = np.asarray(task.train.split["tags"])
-    counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["tag_id", "name", "category", "count"])
-        for i, word in enumerate(task.words):
-            table.writerow([i, word, 0, counts[i]])
 
 
 # ---- use -----------------------------------------------------------------------------------------
