@@ -55,13 +55,11 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
-KEPT = 64  # drawings that are painted once
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
-SHOWN = {"attn": "attention", "fg": "foreground", "parts": "parts"}  # maps in the tab Mask
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 12px }
@@ -144,7 +142,7 @@ def load_mae(run):
 # ---- pictures and HTML ---------------------------------------------------------------------------
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(64)
 def figure_of(who, number):
     """A drawing of a character that is in no data set, with its true foreground and parts."""
     if who not in CAST or not 0 <= number < DRAWINGS:
@@ -279,7 +277,7 @@ def mask_page(run, picture, words, ratio, t, seed):
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
     items = [("picture", view[0].cpu())]
-    for need, name in SHOWN.items():
+    for need, name in (("attn", "attention"), ("fg", "foreground"), ("parts", "parts")):
         if need in scores:
             levels = scores[need].argmax(2) if need == "parts" else scores[need]
             items.append((name, maps.coloured(levels.view(1, g, g).cpu())[0]))
@@ -329,8 +327,7 @@ def segment_page(run, picture):
     net, header = loaded(segment.load, run)
     pixels = whole_of(picture)
     drawn = segment.mask_of(net, pixels, header["image_size"], MACHINE.autocast)
-    image, where = torch.from_numpy(pixels)[None], torch.from_numpy(drawn > 0.5)[None]
-    orange = segment.overlay(image, where)[0]
+    orange = segment.overlay(pixels, drawn > 0.5)
     items = [("picture", pixels), ("photographed pixels in orange", orange)]
     text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "wide")
     return text + element("code", f"python segment.py {run} PICTURE --out masks")

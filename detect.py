@@ -34,6 +34,7 @@ from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize
 from common.command import Flags, Parser, at_least, between, claim, cli, command, progress
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
@@ -146,8 +147,7 @@ def targets(boxes, S, patch):
     """The targets of each cell: heat (B, N), box (B, N, 4), weight of that box (B, N).
 
     boxes (B, K, 4) in pixels. A box belongs to the map of its size. Its heat is a Gaussian around
-    its centre, and 1 in the cell of the centre (in two or four, if it lies on their
-    border). The weights of a box sum to at most 1 (TTFNet).
+    its centre, and 1 in the cell of the centre. Its weights sum to at most 1 (TTFNet).
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     size = sides.prod(2).sqrt()
@@ -373,11 +373,10 @@ def boxes_of(split, name, rows):
 
 
 def crops(images, boxes, generator, side, least, most=1.0):
-    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in
-    their pixels.
+    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops (B, side, side, 3), boxes in pixels.
 
-    A crop has a share from least to most of the page's side. A box with under 0.3 of its area in
-    the crop leaves.
+    A crop takes a share from least to most of a page's side. Boxes with under 0.3 of their area in
+    it leave.
     """
     share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
@@ -411,8 +410,6 @@ def build(task, method):
     encoder = untrained_like(task.encoder, task.seed) if method == "scratch" else task.encoder
     encoder.requires_grad_(method in ("full", "scratch"))
     if method == "lora":
-        from finetune_lora import add_lora
-
         add_lora(encoder)
     return Detector(encoder).to(task.device)
 
@@ -471,8 +468,6 @@ def fit(flags, device, autocast):
     print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
     learn(task, net, optimizer, run, lr)
     if flags.method == "lora":  # the file is a plain network
-        from finetune_lora import merge_lora
-
         merge_lora(net.encoder)
     write_results(flags, task, net, run)
 

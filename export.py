@@ -39,6 +39,7 @@ from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = "pip install -r requirements-onnx.txt"
 
 
@@ -114,14 +115,10 @@ def save_merged(source, out, image_size):
     return f"common.checkpoints.load_encoder({str(out)!r})"
 
 
-def refuse_size(image_size, source):
-    if image_size:
-        raise UserError(f"--image-size {image_size}: {source} keeps the size that it learned at")
-
-
 def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
-    refuse_size(image_size, source)
+    if image_size:
+        raise UserError(KEEPS_SIZE.format(image_size, source))
     if (source / "head.safetensors").exists():
         open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
@@ -189,7 +186,8 @@ def graph_of(source, image_size=None):
         encoder, side = checkpoints.load_encoder(source, image_size)
         graph = Graph(encoder, lambda net, view: {"tokens": net.features(view)}, side, side)
         return graph.eval(), {"is": "encoder", "side": side}
-    refuse_size(image_size, source)
+    if image_size:
+        raise UserError(KEEPS_SIZE.format(image_size, source))
     notes |= {"side": header["packed_size"], "crop": header["crop"]}
     return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes
 

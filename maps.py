@@ -48,8 +48,7 @@ def parse_args():
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
-    splits = ["train", "dev", "val", "test"]
-    add("--split", default="train", choices=splits, help="whose images (default: train)")
+    add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()

@@ -255,7 +255,6 @@ def open_gallery(run, device="auto", dtype="auto"):
     """What `load_gallery` returns. Where the run has no gallery, it is built first."""
     path = Path(run) / GALLERY
     if not path.exists():
-        read_head(run)  # a UserError where there is no run
         with locked(lock_beside(path), wait=True):
             if not path.exists():  # another process may have built it
                 build_gallery(run, device, dtype)
@@ -318,10 +317,7 @@ def load_gallery(run):
 
 
 def predictions(args, net, header, autocast, problems):
-    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces.
-
-    problems: a list that gets what can't be read.
-    """
+    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces."""
     size = header["packed_size"]
     items = pictures(args.images, size, header["crop"], header["margin"], problems)
     if args.detect:

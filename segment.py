@@ -85,8 +85,7 @@ class Patches(nn.Module):
     def scores(self, view):
         """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches; over 0 is drawn.
 
-        A score is the squared distance to the photographed centroid minus that to the drawn one,
-        scaled.
+        The squared distance to the photographed centroid minus that to the drawn one, scaled.
         """
         tokens = self.encoder.features(view)[:, 1:].float()  # (B, g * g, D)
         photographed, drawn = self.centroids
@@ -203,8 +202,7 @@ def fine_scores(net, view):
 def guided_filter(values, view, radius):
     """values (B, H, W) with their borders moved to the edges of view u8 (B, H, W, 3).
 
-    In each window the result is a linear function of brightness (He, Sun & Tang 2013, equations 5,
-    6 and 8).
+    In each window the result is linear in the brightness (He, Sun & Tang 2013, eq. 5, 6 and 8).
     """
 
     def mean(x):
@@ -418,11 +416,10 @@ def kinds_of(split, row):
     return [kind, *(name for name, kinds in groups.items() if kind in kinds)]
 
 
-def overlay(view, mask):
-    """view u8 (B, H, W, 3), mask (B, H, W) bool -> u8, with orange over what is not drawn."""
-    orange = view.new_tensor([230, 159, 0]).float()
-    tinted = 0.35 * view.float() + 0.65 * orange
-    return torch.where(mask[..., None].to(view.device), view.float(), tinted).round().byte()
+def overlay(picture, mask):
+    """picture u8 (H, W, 3), mask (H, W) bool -> u8, with orange over what is not drawn."""
+    tinted = 0.35 * np.float32(picture) + 0.65 * np.float32([230, 159, 0])
+    return np.where(mask[..., None], picture, tinted).round().astype(np.uint8)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -629,8 +626,7 @@ def use(flags, device, autocast):
 def write_masks(out, key, picture, mask):
     """NAME-mask.png, where white is drawn, and NAME-overlay.png."""
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    shown = overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
-    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
+    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay(picture, mask))):
         path = out / f"{name}-{what}.png"
         claim([path], out / ".lock")
         with atomic(path) as temporary:

@@ -383,7 +383,9 @@ def open_task(flags, device, autocast):
     task.train, task.dev, task.report = sets
     task.words = task.train.split["header"]["tags"]
     for images in sets:
-        refuse_untagged(images, flags.data)
+        if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
+            fix = "python data.py LIST --out DIR packs a table with a column of tags"
+            raise UserError(f"{flags.data}, {images.name} has no tags; {fix}")
     count = (tags_of(task.train, task.train.rows) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
     encoder, task.side = checkpoints.load_encoder(flags.encoder)  # side of a view in pixels
@@ -392,13 +394,6 @@ def open_task(flags, device, autocast):
     task.net.reach.copy_(reaches(count, length - 2))
     encoder.requires_grad_(task.arm != "bce")
     return task
-
-
-def refuse_untagged(images, folder):
-    """A set without a single tag is a UserError."""
-    if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
-        fix = "python data.py LIST --out DIR packs a table with a column of them, or metadata.jsonl"
-        raise UserError(f"{folder}, {images.name} has no tags; {fix}")
 
 
 def tags_of(images, rows, plane="tags"):
@@ -618,8 +613,7 @@ def f1(right, found, there):
 def fit_thresholds(scores, truth):
     """scores (n, V), truth (n, V) bool -> the threshold with each tag's best F1 (V,).
 
-    Rare tags get the best threshold of all tags together. There may be 200 million scores, so these
-    are counted in bins.
+    Rare tags get the best threshold of all tags together: up to 200 million scores, so in bins.
     """
     edges = np.linspace(0, 1, BINS + 1)
     found, right = np.histogram(scores, edges)[0], np.histogram(scores[truth], edges)[0]
