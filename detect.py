@@ -375,8 +375,7 @@ def boxes_of(split, name, rows):
 def crops(images, boxes, generator, side, least, most=1.0):
     """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops (B, side, side, 3), boxes in pixels.
 
-    A crop takes a share from least to most of a page's side. Boxes with under 0.3 of their area in
-    it leave.
+    A crop takes a share from least to most of a page's side. Boxes with under 0.3 inside leave.
     """
     share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left

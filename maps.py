@@ -21,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 
 import data
 import mask as masking
-from common import guidance
+from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, between, claim, cli, progress, refuse_idle
 from common.io import UserError
@@ -289,8 +290,6 @@ def coloured(maps):
 
     Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
     """
-    from matplotlib import colormaps
-
     if not maps.is_floating_point() and maps.max() <= 12:
         colours = colormaps["tab20"].colors
         palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
@@ -325,8 +324,6 @@ def scores_of_sheet(args, split, maps, rows):
 
 def draw_sheet(path, args, split, maps):
     """Draw what each strategy hides whose scores are known: a row for each, at RATIOS."""
-    from common import plots
-
     chosen = data.evenly_spaced(len(maps), SHOWN)
     images = torch.from_numpy(split["images"][chosen.numpy()])
     n, S = images.shape[:2]

@@ -179,18 +179,13 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     score = best_similarity(compared(known, gallery), gallery)
     if unknown is None:
         other = as_unknown(embeddings, labels, known, known_labels)
-        by = "known faces held apart for choices, their characters left out of the gallery in turn"
     else:
         other = best_similarity(compared(unknown, gallery), gallery)
-        by = "characters left out of training, held apart for choices"
     highest = score.sort().values[int(MOST_REJECTED * len(score))].item()
     threshold = min(balance(score, other), highest)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        "by": by,
-        "false_accept": (other >= threshold).float().mean().item(),
-        "false_reject": (score < threshold).float().mean().item(),
         "temperature": fit_temperature(logits, known_labels),
         "platt": fit_platt(score - threshold, other - threshold),
     }
@@ -244,10 +239,8 @@ def fit_platt(known, unknown):
 # ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
-RATES = ("threshold", "enrolled_threshold", "false_accept", "false_reject")  # of `calibrate`
-HEADER |= dict.fromkeys(RATES, fields.number())
-HEADER |= {"by": fields.TEXT, "temperature": fields.number(1e-6)}
-HEADER |= {"platt": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
+HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
 
 

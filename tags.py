@@ -359,8 +359,8 @@ def load_tagger(folder):
     config, words = header["tags"], len(header["words"])
     thresholds = words if config["arm"] in NAMES_TAGS else 0
     wanted = [config["C"], config["V"], thresholds, config["encoder"]["image_size"]]
-    found = [len(header["classes"]), words, len(header.get("thresholds") or [])]
-    if [*found, header["image_size"]] != wanted:
+    listed = len(header.get("thresholds") or [])
+    if [len(header["classes"]), words, listed, header["image_size"]] != wanted:
         raise UserError(f"{path} has lists that do not fit its network; {REMEDY}")
     fields.check_encoder(weights, config["encoder"], path, REMEDY, "encoder.")
     encoder = checkpoints.blank_encoder(config["encoder"], config["norm_eps"])
