@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 86)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 83)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -106,13 +106,13 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2473, 2500),
-    "applications": (4083, 3900),
+    "applications": (3900, 3900),
     "kernels": (520, 520),
     "common": (3012, 2400),
-    "ingest": (4236, 2700),
+    "ingest": (4235, 2700),
     "experiments": (2504, 1900),
     "benchmarks": (1405, 900),
-    "tests": (15289, 8500),
+    "tests": (15248, 8500),
 }
 
 
