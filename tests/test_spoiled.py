@@ -82,7 +82,7 @@ def save_recogniser(base):
     save_safetensors(head, run / "head.safetensors", about)
     finetune_lora.add_lora(encoder, 2)
     lora.save_adapter(finetune_lora.lora_layers(encoder), encoder, run, base / "encoder")
-    about = dict.fromkeys(recognize.HEADER, 0.5) | {"by": "chance", "platt": [1.0, 0.0]}
+    about = dict.fromkeys(recognize.HEADER, 0.5) | {"platt": [1.0, 0.0]}
     about |= {"names": ["a", "b", "c", "new"], "keys": [f"{i}.png" for i in range(8)], "learned": 3}
     labels = torch.arange(8) % 4
     recognize.save_gallery(run / "gallery.safetensors", torch.randn(8, 32), labels, about)
