@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from common.fields import check_arrays, check_range
-from common.io import DTYPES, UserError, not_whole, read_header
+from common.io import UserError, open_tensors
 
 APART = 0.1  # share of train that choices are made on, where there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
@@ -58,18 +58,6 @@ MAP_DTYPE = {"attn": "float16", "saliency": "uint8", "parts": "uint8", "drawn": 
 
 
 # ---- a split -------------------------------------------------------------------------------------
-
-
-def open_tensors(path):
-    """A safetensors file as {name: memory map}, and its header's entry "animask" as "header"."""
-    entries, header = read_header(path)
-    tensors = {"header": header}
-    try:
-        for name, (dtype, shape, start) in entries.items():
-            tensors[name] = np.memmap(path, DTYPES[dtype], "r", start, shape)
-    except (OSError, ValueError, KeyError, TypeError) as problem:  # the file was cut
-        raise not_whole(path, problem, "remove it and make it again") from None
-    return tensors
 
 
 def open_split(folder, name):

@@ -37,7 +37,7 @@ import tags
 from common import guidance
 from common.checkpoints import ENCODER, about_model, beside, init_from, load_beside, load_teacher
 from common.command import Parser, between, cli, parse_keys
-from common.evaluate import hide, hide_at_random, predict
+from common.evaluate import hide, predict
 from common.formats import read_checkpoint
 from common.io import UserError
 from common.train import autocast_of, keep_freed_memory, pick_device, pick_dtype, seeded
@@ -46,7 +46,7 @@ from ingest import toon
 from ingest.decode import decode, on_paper, open_image, reason
 from ingest.pictures import demo_note
 from ingest.scenes import outlined
-from kernels.loss import FLOOR, patch_detail, patch_error
+from kernels.loss import FLOOR, patch_detail
 from model import MAE, put_patches, to_pixels
 
 CAST = {person["name"]: person for person in toon.cast()}
@@ -56,14 +56,11 @@ WHOLE = 1024  # longer side in pixels of a picture that is not cut to a square
 MOST_MB, MOST_MEGAPIXELS = 32, 25  # of a file that a visitor drops
 MOST = f"up to {MOST_MB} MB, {MOST_MEGAPIXELS} MP"
 MISSING = "There is no run for this tab yet. This command makes one in about {} minutes: python {}"
-MASKS = 12  # random ones; a patch's difficulty is its mean error under them
-KEPT = 64  # drawings, and answers about them, that are computed once
 QUEUE = 50  # waiting requests; one change of the picture makes five
 # What the page posts to. Other paths of gradio call functions outside the queue, or start ffmpeg.
 POSTS = [f"/gradio_api/{name}" for name in ("queue/join", "upload", "cancel", "reset")]
 EVENT = {"concurrency_id": "page", "show_progress": "hidden"}  # one at a time: one decoded picture
 LATEST = EVENT | {"trigger_mode": "always_last"}  # of many moves of a slider the last one counts
-SHOWN = {"attn": "attention", "fg": "foreground", "parts": "parts"}  # maps in the tab Mask
 MACHINE = SimpleNamespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)  # see main
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 12px }
@@ -146,7 +143,7 @@ def load_mae(run):
 # ---- pictures and HTML ---------------------------------------------------------------------------
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(64)
 def figure_of(who, number):
     """A drawing of a character that is in no data set, with its true foreground and parts."""
     if who not in CAST or not 0 <= number < DRAWINGS:
@@ -235,34 +232,17 @@ def maps_of(net, picture, view, need):
     found["fg"] = guidance.crop_map(fg[None], *place)
     if need == "detail":
         found[need] = patch_detail(view, net.encoder.all_patches(view)[1], net.config["patch_size"])
-    if need == "difficulty":
-        found[need] = difficulty(net, view)
     if need and need not in found:
-        raise UserError(f"{need} of this picture are not known: choose a drawing")
+        raise UserError(f"{need} of this picture are not known: choose a drawing or another mask")
     return {name: score.to(view.device) for name, score in found.items()}
-
-
-@torch.no_grad()
-def difficulty(net, view):
-    """View u8 (B, S, S, 3) -> (B, N): each patch's mean error, which the mask `learned` predicts."""
-    B, N = len(view), net.encoder.side**2
-    total = torch.zeros(B, N, device=view.device)
-    count = torch.full((B, N), 1e-9, device=view.device)
-    for seed in range(MASKS):
-        noise = masking.gumbel_noise(B, N, seeded(seed))
-        ids_keep, ids = hide_at_random(noise, view.device)
-        pred, _ = predict(net, view, ids_keep, ids, MACHINE.autocast)
-        error = patch_error(pred, view, ids, net.config["patch_size"])
-        total.scatter_add_(1, ids, error)
-        count.scatter_add_(1, ids, torch.ones_like(error))
-    return total / count
 
 
 def draw_mask(words, scores, N, ratio, t, seed):
     """words: a strategy with its keys; scores {need: (1, N) or (1, N, P)} -> ids_keep, ids_mask."""
     strategy, params = parse_keys(words or "", masking.PARAMS, "mask")
-    if params.pop("shuffle", 0):  # the control takes the map of another picture
-        raise UserError("the page has one picture: leave shuffle out")
+    for key in ("shuffle", "throw"):  # they need a batch, and a loss
+        if params.pop(key, 0):
+            raise UserError(f"the page does not show {key}: leave it out")
     K = masking.kept(N, ratio)
     noise = masking.gumbel_noise(1, N, seeded(int(seed))).to(MACHINE.device)
     priority = masking.STRATEGIES[strategy](scores, noise, t, N - K, **params)
@@ -299,7 +279,7 @@ def mask_page(run, picture, words, ratio, t, seed):
     pasted, decibel = filled_in(net, header, view, ids_keep, ids_mask)
     seen = hide(view, ids_mask, net.config["patch_size"])[0]
     items = [("picture", view[0].cpu())]
-    for need, name in SHOWN.items():
+    for need, name in (("attn", "attention"), ("fg", "foreground"), ("parts", "parts")):
         if need in scores:
             levels = scores[need].argmax(2) if need == "parts" else scores[need]
             items.append((name, maps.coloured(levels.view(1, g, g).cpu())[0]))
@@ -336,16 +316,11 @@ def tags_page(run, picture):
     """The character and the tags, from the picture alone."""
     net, header = loaded(tags.load_tagger, run)
     square = square_of(picture, header["packed_size"], header["crop"], header["margin"])
-    _, view = next(data.whole_views(square, torch.arange(1), header["image_size"], MACHINE.device))
-    with MACHINE.autocast():
-        logits, found = tags.answers(net, view)
-    text = ""
-    if logits is not None:
-        sure, who = logits[0].float().softmax(0).max(0)
-        text = element("h2", f"{header['classes'][who]}, {sure:.0%}")
-    text += note_on(picture, header)
-    if found is not None:
-        text += bars(tags.named(found[0].float().cpu(), header))
+    asked = [(picture.name, square[0])]
+    row = tags.answer_rows(net, header, asked, None, MACHINE.autocast)[0]
+    text = note_on(picture, header) + bars(row.get("tags", {}))
+    if "name" in row:
+        text = element("h2", f"{row['name']}, {row['confidence']:.0%}") + text
     return text + element("code", f"python tags.py {run} PICTURE")
 
 
@@ -354,8 +329,7 @@ def segment_page(run, picture):
     net, header = loaded(segment.load, run)
     pixels = whole_of(picture)
     drawn = segment.mask_of(net, pixels, header["image_size"], MACHINE.autocast)
-    image, where = torch.from_numpy(pixels)[None], torch.from_numpy(drawn > 0.5)[None]
-    orange = segment.overlay(image, where)[0]
+    orange = segment.overlay(pixels, drawn > 0.5)
     items = [("picture", pixels), ("photographed pixels in orange", orange)]
     text = note_on(picture, header) + bars({"drawn": float(drawn.mean())}) + figures(items, "wide")
     return text + element("code", f"python segment.py {run} PICTURE --out masks")
@@ -381,10 +355,10 @@ def pages_page(run, picture):
         names = [row["name"] or "unknown" for row in rows]
     H, W = pixels.shape[:2]
     marked = outlined(pixels, boxes.numpy() / np.array([W, H, W, H]))
-    text = (note_on(picture, about) or note_on(picture, header)) + figures(
-        [(f"{len(cut)} faces", marked)], "wide"
-    )
-    return text + figures(zip(names, cut, strict=True)) + element("code", f"python {command}")
+    text = note_on(picture, about) or note_on(picture, header)
+    text += figures([(f"{len(cut)} faces", marked)], "wide")
+    text += figures(zip(names, cut, strict=True))
+    return text + element("code", f"python {command}")
 
 
 # ---- who may ask ---------------------------------------------------------------------------------
@@ -423,32 +397,32 @@ RECOGNISER = "-*/head.safetensors"  # a file of the run that a tab needs, behind
 TABS = {  # its function, that file, the command that makes such a run, its minutes
     "Mask": (mask_page, "/model.safetensors", "pretrain.py --mask attn_high --out {}", 5),
     "Recognise": (recognise_page, RECOGNISER, "finetune_lora.py {} --method lora", 7),
-    "Tags": (tags_page, "-*/selected_tags.csv", "tags.py {}", 4),
+    "Tags": (tags_page, "-tags*/model.safetensors", "tags.py {}", 4),
     "Drawn or photographed": (segment_page, "-seg*/model.safetensors", "segment.py {}", 15),
     "Pages": (pages_page, "-*/detector.safetensors", "detect.py {}", 15),
 }
 
 
 def answer(tab, run, picture, *controls):
-    """What a tab says, as HTML. Answers about the page's own drawings are computed once."""
-    work, file, command, minutes = TABS[tab]
+    """What a tab says of a picture, as HTML: its answer and a command, or one sentence."""
+    work, file, make, minutes = TABS[tab]
     try:
         made = made_of(run, file)
         if made is None:
-            raise UserError(MISSING.format(minutes, command.format(run)))
+            raise UserError(MISSING.format(minutes, make.format(run)))
         with torch.inference_mode():
             if picture.number is None:
                 return work(made, picture, *controls)
             files = Path(run).parent.glob(f"{Path(run).name}*/*.safetensors")
-            times = [(str(path), path.stat().st_mtime_ns) for path in files]
-            return remembered(tuple(sorted(times)), work, made, picture, *controls)
+            times = tuple(sorted((str(path), path.stat().st_mtime_ns) for path in files))
+            return remembered(times, work, made, picture, *controls)
     except (UserError, ValueError) as problem:  # ValueError: a number that is too large
         return element("p", problem)
 
 
-@functools.lru_cache(KEPT)
+@functools.lru_cache(64)
 def remembered(times, work, *asked):
-    """work(*asked), computed again when a file of the runs changes."""
+    """work(*asked) about a drawing of the page, computed again when a file of the runs changes."""
     return work(*asked)
 
 
@@ -464,7 +438,8 @@ def chosen(before, make, *asked):
 def mask_controls(gr):
     with gr.Row():
         own = {"allow_custom_value": True, "info": "or type its keys: attn_high:beta=2"}
-        words = gr.Dropdown([*masking.PARAMS], value="attn_high", label="strategy", **own)
+        known = [name for name in masking.PARAMS if masking.NEEDS.get(name) != "difficulty"]
+        words = gr.Dropdown(known, value="attn_high", label="strategy", **own)
         ratio = gr.Slider(0.1, 0.95, 0.75, step=0.05, label="hidden share", elem_id="ratio")
         t = gr.Slider(0, 1, 1, step=0.05, label="time", info="0 start, 1 end of a run")
         seed = gr.Slider(0, 99, 0, step=1, label="seed", info="of the noise")

@@ -18,7 +18,7 @@ import contextlib
 import io
 import json
 import shlex
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +34,7 @@ from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize
 from common.command import Flags, Parser, at_least, between, claim, cli, command, progress
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
 from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
@@ -54,7 +55,6 @@ COLOUR = 0.3  # brightness, contrast and saturation are multiplied by 1 +- this
 MOST, OVERLAP = 100, 0.5  # answers for a picture; IoU of two answers for one face
 LOWEST = 0.1  # the lowest threshold of a detector
 MARGIN = 0.2  # room around a face that is cut out, by its longer side: recognition on dev chose it
-CHUNK = 16  # pages at a time
 RECIPE = ("data", "boxes", "method", "view", "epochs", "batch_size", "lr", "seed", "dtype")
 REMEDY = "python detect.py ENCODER makes it"
 FIELDS = {
@@ -147,8 +147,7 @@ def targets(boxes, S, patch):
     """The targets of each cell: heat (B, N), box (B, N, 4), weight of that box (B, N).
 
     boxes (B, K, 4) in pixels. A box belongs to the map of its size. Its heat is a Gaussian around
-    its centre, and 1 in the cell of the centre (in two or four, if it lies on their
-    border). The weights of a box sum to at most 1 (TTFNet).
+    its centre, and 1 in the cell of the centre. Its weights sum to at most 1 (TTFNet).
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     size = sides.prod(2).sqrt()
@@ -335,9 +334,8 @@ def judge(task, net, split, rows):
     """Answers for whole pages, and their true boxes, both in the order of rows."""
     answers = []
     net.eval()
-    for some in progress(rows.split(CHUNK), "judging"):
-        pages = data.take(split["images"], some, task.device)
-        view = data.view_images(pages, *data.full_boxes(len(some)), task.page)
+    views = data.whole_views(split["images"], rows, task.page, task.device)
+    for _, view in progress(views, "judging", -(-len(rows) // data.CHUNK)):
         with task.autocast():
             answers += detect(net, view)
     return answers, [true[true[:, 0] >= 0] for true in boxes_of(split, task.boxes, rows)]
@@ -375,11 +373,9 @@ def boxes_of(split, name, rows):
 
 
 def crops(images, boxes, generator, side, least, most=1.0):
-    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops u8 (B, side, side, 3), boxes in
-    their pixels.
+    """Pages u8 (B, ., ., 3), boxes (B, K, 4) in shares -> crops (B, side, side, 3), boxes in pixels.
 
-    A crop has a share from least to most of the page's side. A box with under 0.3 of its area in
-    the crop leaves.
+    A crop takes a share from least to most of a page's side. Boxes with under 0.3 inside leave.
     """
     share = least + (most - least) * torch.rand(len(images), 1, generator=generator)
     corner = torch.rand(len(images), 2, generator=generator) * (1 - share)  # top, left
@@ -413,8 +409,6 @@ def build(task, method):
     encoder = untrained_like(task.encoder, task.seed) if method == "scratch" else task.encoder
     encoder.requires_grad_(method in ("full", "scratch"))
     if method == "lora":
-        from finetune_lora import add_lora
-
         add_lora(encoder)
     return Detector(encoder).to(task.device)
 
@@ -441,7 +435,7 @@ def learn(task, net, optimizer, run, lr):
         order = task.rows[data.epoch_order(len(task.rows), task.seed, epoch)]
         start = run.step % run.per_epoch
         batches = data.batches(images, order, run.batch_size, task.device, start)
-        for rows, pages in run.timed(batches):
+        for rows, pages in batches:
             generator = train.seeded(task.seed, epoch, run.step)
             loss = step_loss(task, net.train(), rows, pages, epoch >= first_late, generator)
             loss.backward()
@@ -473,8 +467,6 @@ def fit(flags, device, autocast):
     print(f"run      {run.out}: {flags.method}, {epochs} epochs, rate {lr:g}")
     learn(task, net, optimizer, run, lr)
     if flags.method == "lora":  # the file is a plain network
-        from finetune_lora import merge_lora
-
         merge_lora(net.encoder)
     write_results(flags, task, net, run)
 
@@ -505,7 +497,7 @@ def write_results(flags, task, net, run):
 
 def use(flags, device, autocast):
     """A JSON line for each picture; with --out the pictures with outlines, or with --crop faces."""
-    from ingest.pictures import demo_note, tell_problems, whole_pictures
+    from ingest.pictures import tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
@@ -514,20 +506,17 @@ def use(flags, device, autocast):
     if crop and not out:
         raise UserError("--crop writes pictures; --out DIR says where")
     flags.refuse_unread()
-    problems, count = [], 0
+    problems = []
     for key, picture in whole_pictures(flags.pictures, problems):
         with autocast():
             boxes, scores = faces_of(net, picture, header["page"], threshold)
-        count += 1
         row = {"picture": key, "width": picture.shape[1], "height": picture.shape[0], "faces": []}
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
             write_pictures(Path(out), key, picture, boxes, crop)
-    tell_problems(problems, count, False)
-    if note := demo_note((header.get("run") or {}).get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
 def write_pictures(out, key, picture, boxes, crop):
@@ -580,24 +569,20 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
+    if bool(flags.encoder) == bool(flags.resume):
+        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
-        if flags.encoder:
-            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
-    if not flags.encoder:
-        raise UserError("ENCODER is missing; python detect.py weights/toon trains on ours")
     device = train.pick_device(flags.device)
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
     autocast = train.autocast_of(device, dtype)
     if flags.pictures:
         return use(flags, device, autocast)
-    try:
-        import pycocotools  # noqa: F401 (found out now, not after the training)
-    except ImportError:
-        raise UserError("pycocotools is missing: pip install -r requirements-detect.txt") from None
+    if not find_spec("pycocotools"):  # found out now, not after the training
+        raise UserError("pycocotools is missing: pip install -r requirements-detect.txt")
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
     print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
     load_encoder(flags.encoder)  # before a data set is made

@@ -15,14 +15,12 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
 import contextlib
 import json
 import logging
-import shlex
 import tempfile
 import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -30,7 +28,7 @@ import data
 import tags
 from common import checkpoints
 from common.classifier import read_head
-from common.command import Parser, at_least, cli, refuse_file, refuse_overwrite
+from common.command import Parser, at_least, cli
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
 from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
@@ -40,8 +38,8 @@ from model import MAE
 from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
-TEXTS = ("adapter_config.json", "selected_tags.csv")  # of a run, copied as they are
-FOLDERS = ("hf", "half")  # formats that are a folder
+HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = "pip install -r requirements-onnx.txt"
 
 
@@ -81,19 +79,14 @@ def save_timm(source, out, image_size):
 def save_hf(source, folder, image_size):
     """Write a folder for ViTMAEForPreTraining (its norm_pix_loss has no floor), else for ViTModel."""
     weights, facts = public_weights(source, image_size)
-    size, width, depth = facts["image_size"], facts["dim"], facts["decoder_depth"]
+    size, depth = facts["image_size"], facts["decoder_depth"]
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
     config = {"model_type": "vit_mae" if depth else "vit", "architectures": [network]}
     config |= {"image_size": size, "patch_size": facts["patch_size"]}
-    config |= {"hidden_size": width, "intermediate_size": 4 * width}
-    config |= {"num_hidden_layers": facts["depth"], "num_attention_heads": facts["heads"]}
-    config["layer_norm_eps"] = facts["norm_eps"]
-    if depth:
-        width = facts["decoder_dim"]
-        config |= {"decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
-        config["decoder_num_hidden_layers"] = depth
-        config["decoder_num_attention_heads"] = facts["decoder_heads"]
-        config["norm_pix_loss"] = facts.get("norm_pix", False)
+    config |= {"layer_norm_eps": facts["norm_eps"], "norm_pix_loss": facts.get("norm_pix", False)}
+    for stack in ("", "decoder_") if depth else ("",):
+        config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
+        config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]
     pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
     pixels |= {"image_mean": list(MEAN), "image_std": list(STD)}
     theirs = {}
@@ -122,14 +115,10 @@ def save_merged(source, out, image_size):
     return f"common.checkpoints.load_encoder({str(out)!r})"
 
 
-def refuse_size(image_size, source):
-    if image_size:
-        raise UserError(f"--image-size {image_size}: {source} keeps the size that it learned at")
-
-
 def save_half(source, out, image_size):
     """Write what stages read of a run into the folder `out`, its numbers in 16 bits."""
-    refuse_size(image_size, source)
+    if image_size:
+        raise UserError(KEEPS_SIZE.format(image_size, source))
     if (source / "head.safetensors").exists():
         open_gallery(source)  # the copy does without the data set
     files = [source / f"{name}.safetensors" for name in TENSORS]
@@ -143,9 +132,9 @@ def save_half(source, out, image_size):
             header["fingerprint"] = fingerprint(encoder)
         half = {k: x.half() if x.is_floating_point() else x for k, x in tensors.items()}
         save_safetensors(half, out / file.name, header or None)
-    for name in TEXTS:
-        if (source / name).exists():
-            (out / name).write_bytes((source / name).read_bytes())
+    config = source / ADAPTER[1]
+    if config.exists():
+        (out / config.name).write_bytes(config.read_bytes())
     return f"give {out} wherever a stage asks for a run"
 
 
@@ -153,11 +142,11 @@ def save_half(source, out, image_size):
 
 
 class Graph(nn.Module):
-    """images u8 (B, packed, packed, 3) -> answer(net, views u8 (B, side, side, 3)): tensors `outputs`."""
+    """images u8 (B, packed, packed, 3) -> {name: tensor}, the answer(net, views u8 (B, side, side, 3))."""
 
-    def __init__(self, net, answer, outputs, side, packed):
+    def __init__(self, net, answer, side, packed):
         super().__init__()
-        self.net, self.answer, self.outputs, self.side = net, answer, outputs, side
+        self.net, self.answer, self.side = net, answer, side
         self.example = torch.zeros(2, packed, packed, 3, dtype=torch.uint8)
 
     def forward(self, images):
@@ -170,41 +159,40 @@ def recognise(net, view, gallery):
     both = [net.pooled(*net.encoder.all_patches(x)) for x in (view, view.flip(2))]
     embedding = net.neck(torch.stack(both).mean(0))
     who, similarity, margin, sure = decide(net.head(embedding), embedding, gallery)
-    return who, similarity, similarity - margin, sure, embedding
+    found = {"who": who, "similarity": similarity, "threshold": similarity - margin}
+    return found | {"confidence": sure, "embedding": embedding}
 
 
 def tag(net, view):
     """-> probabilities of characters (B, C), where the arm names them, and of tags (B, V)."""
     characters, probabilities = tags.answers(net, view)
-    found = () if characters is None else (characters.softmax(1),)
-    return (*found, probabilities)
+    found = {} if characters is None else {"characters": characters.softmax(1)}
+    return found | {"tags": probabilities}
 
 
 def graph_of(source, image_size=None):
     """A run or a checkpoint -> (Graph, what a reader of its file has to know)."""
-    recogniser = (Path(source) / "head.safetensors").exists()
-    if not recogniser and not tags.is_tagger(source):
-        encoder, size = checkpoints.load_encoder(source, image_size)
-        graph = Graph(encoder, lambda net, view: (net.features(view),), ("tokens",), size, size)
-        return graph.eval(), {"is": "encoder", "side": size}
-    refuse_size(image_size, source)
-    if recogniser:
+    if (Path(source) / "head.safetensors").exists():
         (net, header), gallery = load_classifier(source), open_gallery(source)
         answer = partial(recognise, gallery=gallery)
-        outputs = ("who", "similarity", "threshold", "confidence", "embedding")
         notes = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
-    else:
+    elif tags.is_tagger(source):
         (net, header), answer = tags.load_tagger(source), tag
         if net.arm not in tags.NAMES_TAGS:
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
-        outputs = ("tags",) if net.arm == "bce" else ("characters", "tags")
         notes = {"is": "tagger", "names": header["classes"]}
         notes |= {"tags": header["words"], "thresholds": header["thresholds"]}
+    else:
+        encoder, side = checkpoints.load_encoder(source, image_size)
+        graph = Graph(encoder, lambda net, view: {"tokens": net.features(view)}, side, side)
+        return graph.eval(), {"is": "encoder", "side": side}
+    if image_size:
+        raise UserError(KEEPS_SIZE.format(image_size, source))
     notes |= {"side": header["packed_size"], "crop": header["crop"]}
-    graph = Graph(net, answer, outputs, header["image_size"], header["packed_size"])
-    return graph.eval(), notes
+    return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes
 
 
+@torch.no_grad()
 def save_onnx(source, out, image_size=None):
     """Write a run or a checkpoint as ONNX, if onnxruntime's answers are torch's."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -213,22 +201,18 @@ def save_onnx(source, out, image_size=None):
     import onnxruntime
 
     graph, notes = graph_of(source, image_size)
-    noise = np.random.default_rng(0)
-    images = noise.integers(0, 256, (3, *graph.example.shape[1:]), dtype=np.uint8)
-    options = {"input_names": ["images"], "output_names": list(graph.outputs)}
+    images = torch.randint(256, (3, *graph.example.shape[1:]), dtype=torch.uint8)
+    expected = graph(images)  # before the export: kernels keep constants of their first call
+    options = {"input_names": ["images"], "output_names": list(expected)}
     options["dynamic_shapes"] = {"images": {0: torch.export.Dim("B")}}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = graph(
-            torch.from_numpy(images)
-        )  # makes constants that kernels keep, before tracing
-        example = (graph.example,)
-        program = torch.onnx.export(graph, example, dynamo=True, verbose=False, **options)
+        program = torch.onnx.export(graph, (graph.example,), verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
     program.save(str(out), external_data=False)
-    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images})
-    for x, y in zip(found, expected, strict=True):
+    found = onnxruntime.InferenceSession(str(out)).run(None, {"images": images.numpy()})
+    for x, y in zip(found, expected.values(), strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
     return f"onnxruntime.InferenceSession({str(out)!r})"
@@ -236,28 +220,29 @@ def save_onnx(source, out, image_size=None):
 
 # ---- the card and the command --------------------------------------------------------------------
 
-OURS = ("datasets/toon", "datasets/scenes")  # drawn by the project's own program
-LIBRARIES = {"timm": "timm", "onnx": "onnx", "hf": "transformers"}
+FORMATS = {  # --to: what writes it, the name of the file or folder, the library that reads it
+    "mae": (save_mae, "mae.safetensors", "pytorch"),
+    "timm": (save_timm, "timm.safetensors", "timm"),
+    "hf": (save_hf, "hf", "transformers"),
+    "merged": (save_merged, "merged.safetensors", "pytorch"),
+    "onnx": (save_onnx, "model.onnx", "onnx"),
+    "half": (save_half, "half", "pytorch"),
+}
+FOLDERS = ("hf", "half")  # formats that are a folder
+OURS = ("datasets/toon", "datasets/scenes")  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
 NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
 
 
-def card_file(out, to):
-    """README.md in a folder, as model hubs read it, else the file's own name with .md."""
-    return out / "README.md" if to in FOLDERS else out.with_suffix(".md")
-
-
-def card_of(source, to, use):
+def card_of(source, library, use):
     """The card of what was made from `source`; use: the line that loads it."""
     flags = flags_of_run(source)
     pictures = flags.get("data", "not known here")
-    if ours := pictures in OURS:
-        pictures = "drawn by the project's own program, MIT"
     table = "\n".join(f"| {k} | `{value}` |" for k, value in flags.items() if value is not None)
     lines = "\n".join(measured(checkpoints.model_file(source).parent)) or "Nothing was measured."
     return f"""---
-license: {"mit" if ours else "other"}
-library_name: {LIBRARIES.get(to, "pytorch")}
+license: {"mit" if pictures in OURS else "other"}
+library_name: {library}
 tags: [masked-autoencoder, vision-transformer, anime]
 ---
 
@@ -280,55 +265,40 @@ The code is MIT. The licence of its pictures ({pictures}) holds for the weights.
 
 def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
-    if (source / "detector.safetensors").exists():
-        return read_safetensors(source / "detector.safetensors")[1].get("run") or {}
     if (source / "head.safetensors").exists():
         header = read_head(source)[1]
         return {"data": header["data"], "method": header["method"]} | header["config"]
-    return checkpoints.flags_of(source)
+    return checkpoints.flags_of(source / "detector.safetensors") or checkpoints.flags_of(source)
 
 
 def measured(folder):
-    """A line for each file of results of a run: its numbers, and the command that makes them."""
-    lines = []
+    """Yield a line for each file of results of a run: its numbers, and the command behind them."""
     for name in RESULTS:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or not ours
             row = json.loads((folder / name).read_text())
-            where = f"{row.get('evaluated_on', row.get('split', 'val'))} of {row.get('data')}"
-            found = row | row.get("verification", {}) | row.get("tags", {})
-            numbers = [f"{k} {found[k]:.4g}" for k in NUMBERS if isinstance(found.get(k), float)]
+            row |= row.get("verification", {}) | row.get("tags", {})
+            numbers = [f"{k} {row[k]:.4g}" for k in NUMBERS if isinstance(row.get(k), float)]
+            where = f"{row.get('evaluated_on', row.get('split'))} of {row['data']}"
             if numbers:
-                lines.append(f"- {', '.join(numbers)}, {where}: `{row['command']}`")
-    return lines
-
-
-FORMATS = {  # --to: what writes it, and the name of the file or folder
-    "mae": (save_mae, "mae.safetensors"),
-    "timm": (save_timm, "timm.safetensors"),
-    "hf": (save_hf, "hf"),
-    "merged": (save_merged, "merged.safetensors"),
-    "onnx": (save_onnx, "model.onnx"),
-    "half": (save_half, "half"),
-}
+                yield f"- {', '.join(numbers)}, {where}: `{row['command']}`"
 
 
 def export(source, to, out=None, image_size=None):
     """Write `source` as `to`, and its card, whole or not at all -> what was written, how it is loaded."""
     source = Path(source)
-    write, name = FORMATS[to]
+    write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    if out.resolve() in (source.resolve(), checkpoints.model_file(source).resolve()):
-        raise UserError(f"--out {out} is what is read: choose another")
-    if out.is_dir() and to not in FOLDERS:
-        raise UserError(f"--out {out} is a folder, and --to {to} writes a file; give {out}/{name}")
-    refuse_file(out.parent)
+    card = out / "README.md" if to in FOLDERS else out.with_suffix(".md")
     with locked(lock_beside(out)):
-        refuse_overwrite([out] if to in FOLDERS else [out, card_file(out, to)])
+        for path in (out, card):
+            if path.exists():
+                raise UserError(f"{path} is there already; choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             path = Path(folder) / out.name
             use = write(source, path, image_size).replace(str(path), str(out))
-            card_file(path, to).write_text(card_of(source, to, use))
+            text = card_of(source, library, use)
+            (Path(folder) / card.relative_to(out.parent)).write_text(text)
             for made in Path(folder).iterdir():
                 made.rename(out.parent / made.name)
     return out, use
@@ -343,9 +313,7 @@ def main():
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)
-    print(f"wrote    {out}, {card_file(out, args.to).name}\nload it  {use}")
-    if args.to == "merged":
-        print(f"next: python probe.py {shlex.quote(str(out))} --data DIR")
+    print(f"wrote    {out}, and its card\nload it  {use}")
 
 
 if __name__ == "__main__":

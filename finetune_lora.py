@@ -25,7 +25,7 @@ from torch import nn
 
 import data
 import mask as masking
-from common import classifier, metrics, stats, train
+from common import classifier, evaluate, metrics, stats, train
 from common.checkpoints import flags_of, load_encoder, load_exactly
 from common.command import Flags, Parser, at_least, between, cli, command, drawing, parse_keys
 from common.features import name_of, open_rows, split_suffix, untrained_like
@@ -356,7 +356,7 @@ def finetune(flags, task):
     for epoch in range(run.step // per_epoch, flags.epochs):
         unfreeze(net.train(), task.trained, epoch, unfreeze_every)
         order = epoch_rows(train_rows, labels, balanced, seed, epoch)
-        for rows, batch in run.timed(data.batches(images, order, B, device, run.step % per_epoch)):
+        for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             # view: all random numbers are drawn here, on the CPU
             generator = train.seeded(seed, epoch, run.step)
             if task.method != "linear":
@@ -385,7 +385,7 @@ def finetune(flags, task):
                 right = []
             if run.step % per_epoch == 0:
                 dev, truth = predict(task, task.dev, NECK_FEW)
-                top1 = 100 * metrics.topk(dev, truth, 1)
+                top1 = 100 * evaluate.topk(dev, truth, 1)
                 f1 = 100 * metrics.macro_f1(dev.argmax(1), truth)
                 run.log(epoch=epoch + 1, dev_top1=top1, dev_macro_f1=f1, seconds=run.seconds())
                 if f1 > best["macro_f1"]:
@@ -426,13 +426,13 @@ def thumbnail_top1(task):
     for images in (task.train, task.dev, task.report):
         chunks = images.rows.split(1024)
         some = (data.take(images.split["images"], rows, torch.device("cpu")) for rows in chunks)
-        features.append(torch.cat([metrics.thumbnails(x, 8) for x in some]))
+        features.append(torch.cat([evaluate.thumbnails(x, 8) for x in some]))
         labels.append(images.labels[images.rows])
-    x, choose, report = metrics.standardise(*features)
+    x, choose, report = evaluate.standardise(*features)
     C = len(task.classes)
-    fits = [metrics.ridge(x, labels[0], C, penalty) for penalty in PENALTIES]
-    W, b = max(fits, key=lambda fit: metrics.topk(choose @ fit[0] + fit[1], labels[1], 1))
-    return 100 * metrics.topk(report @ W + b, labels[2], 1)
+    fits = [evaluate.ridge(x, labels[0], C, penalty) for penalty in PENALTIES]
+    W, b = max(fits, key=lambda fit: evaluate.topk(choose @ fit[0] + fit[1], labels[1], 1))
+    return 100 * evaluate.topk(report @ W + b, labels[2], 1)
 
 
 def write_network(flags, task, run):

@@ -1,10 +1,10 @@
 """Maps of a data set that guide masks: attention, foreground (saliency) and parts, stored in files.
 
     python maps.py --data datasets/toon --map saliency
-    python maps.py --data datasets/toon --map all --run runs/NAME    a sheet of all strategies but `learned`
+    python maps.py --data datasets/toon --map attn --run runs/NAME
 
 Reads:  datasets/NAME (the demo set is drawn if it is not there), runs/NAME for an encoder
-Writes: maps/NAME/MAP.safetensors, sheet-MAP.png: what strategies hide by it; strategies-RUN.png
+Writes: maps/NAME/MAP.safetensors, and sheet-MAP.png: what strategies hide by it
 
     attn      f16 (n, g, g)    attention of an encoder, mean over heads, g patches a side
     saliency  u8 (n, 32, 32)   estimated probability of foreground, by colour and place; 255 is 1
@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 
 import data
 import mask as masking
-from common import guidance
+from common import guidance, plots
 from common.checkpoints import flags_of, load_teacher
 from common.command import Parser, between, claim, cli, progress, refuse_idle
-from common.features import name_of
 from common.io import UserError
 from common.train import commit, pick_device, seeded
 from kernels.loss import patch_detail
@@ -37,19 +37,19 @@ RATIOS = (0.5, 0.75, 0.9)  # hidden shares of a sheet
 EXACT = contextlib.nullcontext  # fp32: maps are made once, and are nearly the same on every machine
 SHOWN = 3  # images of a sheet
 NEEDED_AS = {name: need for need, name in guidance.IN_FILES.items()}  # map: its need in mask.py
-TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}, "all": {"run"}}
+GUIDES = {"attn": ["attn_high", "--teacher", "maps"], "saliency": ["fg_heavy"], "parts": ["parts"]}
+TAKES = {"attn": {"run", "attention"}, "saliency": set(), "parts": {"run", "parts"}}  # flags
 
 
 def parse_args():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
-    add("--map", required=True, choices=TAKES, help="all: a sheet of strategies, and no maps")
+    add("--map", required=True, choices=TAKES, help="what the maps show")
     add("--run", metavar="RUN", help="encoder: a run of pretrain.py; for all but saliency")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--parts", type=between(1, 255, int), default=6, metavar="K", help="clusters (default: 6)")
-    splits = ["train", "dev", "val", "test"]
-    add("--split", default="train", choices=splits, help="whose images (default: train)")
+    add("--split", default="train", choices=["train", "dev", "val", "test"], help="whose images")
     add("--out", metavar="DIR", help="folder to write to (default: maps/ and the name of the data)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
@@ -290,8 +290,6 @@ def coloured(maps):
 
     Others are drawn in viridis: u8 from 0 to 255, floats from 0 to their image's maximum.
     """
-    from matplotlib import colormaps
-
     if not maps.is_floating_point() and maps.max() <= 12:
         colours = colormaps["tab20"].colors
         palette = np.array([(0.93, 0.93, 0.93), *colours[::2], *colours[1::2]])  # 0 is light grey
@@ -302,17 +300,37 @@ def coloured(maps):
     return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
 
 
-def draw_sheet(path, title, images, maps, scores):
-    """Draw what each strategy hides that needs these scores or none: a row for each, at RATIOS.
+def scores_of_sheet(args, split, maps, rows):
+    """What is known of some images -> {need of a strategy: scores (n, N), of parts (n, N, P)}.
 
-    images u8 (n, S, S, 3); maps {name: (n, g, g)}; scores {need: (n, N) or (n, N, P)} as in mask.py.
+    The maps (n, G, G) give one of them. A set with true foreground or parts gives these, too.
     """
-    from common import plots
+    whole = data.full_boxes(len(rows))
+    g = 12 if args.map == "saliency" else maps.shape[-1]  # 12 as in the demo's network
+    cut = (rows, *whole, g)
+    images = torch.from_numpy(split["images"][rows.numpy()])
+    view = data.view_images(images, *whole, 8 * g)
+    every = torch.arange(g * g).expand(len(rows), -1).contiguous()
+    scores = {"detail": patch_detail(view, every, 8)}
+    if "fg" in split:
+        scores["fg"] = guidance.crop_map(split["fg"], *cut)
+    if split["header"].get("parts"):
+        count = len(split["header"]["parts"])
+        scores["parts"] = guidance.crop_parts(split["parts"], *cut, count)
+    if args.map == "parts":
+        return scores | {"parts": guidance.crop_parts(maps, *cut, 1 + args.parts)}
+    return scores | {NEEDED_AS[args.map]: guidance.crop_map(maps, *cut)}
 
+
+def draw_sheet(path, args, split, maps):
+    """Draw what each strategy hides whose scores are known: a row for each, at RATIOS."""
+    chosen = data.evenly_spaced(len(maps), SHOWN)
+    images = torch.from_numpy(split["images"][chosen.numpy()])
     n, S = images.shape[:2]
-    g = math.isqrt(next(iter(scores.values())).shape[1])
-    rows = [("image", [*images] * len(RATIOS))]
-    rows += [(name, [*coloured(values)] * len(RATIOS)) for name, values in maps.items()]
+    scores = scores_of_sheet(args, split, maps, chosen)
+    g = math.isqrt(scores["detail"].shape[1])
+    shown = coloured(torch.from_numpy(maps[chosen.numpy()]))
+    rows = [("image", [*images] * len(RATIOS)), (args.map, [*shown] * len(RATIOS))]
     dark = (0.16 * images.float().mean(3, keepdim=True) + 38).byte()  # a hidden patch
     for name in masking.STRATEGIES:
         if masking.NEEDS.get(name) not in (None, *scores):
@@ -324,45 +342,7 @@ def draw_sheet(path, title, images, maps, scores):
             pictures += torch.where(hidden, dark, images).unbind()
         rows.append((name, pictures))
     columns = [f"{ratio:.0%} hidden" for ratio in np.repeat(RATIOS, n)]
-    plots.image_grid(path, title, rows, columns)
-
-
-def sheet_of_map(path, args, images, maps):
-    """Draw what the strategies hide that need these maps (n, G, G), and those that need none."""
-    rows = data.evenly_spaced(len(maps), SHOWN)
-    whole = data.full_boxes(len(rows))
-    if args.map == "parts":
-        score = guidance.crop_parts(maps, rows, *whole, maps.shape[-1], 1 + args.parts)
-    else:
-        g = 12 if args.map == "saliency" else maps.shape[-1]  # 12 as in the demo's network
-        score = guidance.crop_map(maps, rows, *whole, g)
-    shown = {args.map: torch.from_numpy(maps[rows.numpy()])}
-    some = torch.from_numpy(images[rows.numpy()])
-    title = f"Hidden patches, by {args.map} maps"
-    draw_sheet(path, title, some, shown, {NEEDED_AS[args.map]: score})
-
-
-def sheet_of_all(path, run, split, device):
-    """Draw all strategies but `learned` on some faces: a run's attention, true foreground and parts."""
-    if not split["header"].get("parts") or "fg" not in split:
-        raise UserError("--map all needs true parts, which the demo set has: --data datasets/toon")
-    encoder, size = load_teacher(run)
-    encoder.to(device)
-    g, images, count = encoder.side, split["images"], len(split["header"]["parts"])
-    rows = data.evenly_spaced(len(images), SHOWN)
-    whole = data.full_boxes(len(rows))
-    _, view = next(data.whole_views(images, rows, size, device))
-    chunks = guidance.attention(encoder, images, rows, "outlier", EXACT)
-    _, every = encoder.all_patches(view)
-    scores = {
-        "attn": torch.cat([score for _, score in chunks]).cpu(),
-        "detail": patch_detail(view, every, encoder.patch_size).cpu(),
-        "fg": guidance.crop_map(split["fg"], rows, *whole, g),
-        "parts": guidance.crop_parts(split["parts"], rows, *whole, g, count),
-    }
-    maps = {"attention": scores["attn"], "parts": scores["parts"].argmax(2)}
-    maps = {name: score.unflatten(1, (g, g)) for name, score in maps.items()}
-    draw_sheet(path, "Hidden patches at the end of a run", view.cpu(), maps, scores)
+    plots.image_grid(path, f"Hidden patches, by {args.map} maps", rows, columns)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -373,18 +353,19 @@ def advice(args, folder, out, split):
     if args.split != "train":
         return f"maps of {args.split} guide no training"
     need = NEEDED_AS[args.map]
-    strategy = next(name for name in masking.STRATEGIES if masking.NEEDS.get(name) == need)
-    words = ["python", "pretrain.py", "--data", str(folder), "--mask", strategy]
-    if args.map == "attn":
-        words += ["--teacher", "maps"]
+    words = ["python", "pretrain.py", "--data", str(folder), "--mask", *GUIDES[args.map]]
     if need in split or out.resolve() != (Path("maps") / folder.name).resolve():
         words += ["--maps", str(out)]
     exact = f"{folder} has exact {guidance.TRUTH.get(need)}: pretrain.py prefers them\n"
     return f"{exact if need in split else ''}next: {shlex.join(words)}"
 
 
-def write_map(args, folder, split, out, device):
-    """Write the maps and their sheet, and print what they are."""
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    folder = data.open_or_pack(args.data)
+    split = data.open_split(folder, args.split)
+    out = Path(args.out or Path("maps") / folder.name)
     path = data.map_file(out, args.map, split)
     sheet = path.with_name(f"sheet-{path.stem}.png")
     claim([path, sheet])
@@ -396,24 +377,9 @@ def write_map(args, folder, split, out, device):
     header |= {"commit": commit()}
     header |= {"attn": {"source": args.attention}, "parts": {"parts": args.parts}}.get(args.map, {})
     data.write_maps(path, args.map, bar, (n, grid, grid), dtype, header)
-    sheet_of_map(sheet, args, images, data.open_map(path, args.map, split))
+    draw_sheet(sheet, args, split, data.open_map(path, args.map, split))
     print(f"{path}: {n} maps of {grid} x {grid}; look at {sheet}")
     print(advice(args, folder, out, split))
-
-
-def main():
-    args = parse_args()
-    device = pick_device(args.device)
-    folder = data.open_or_pack(args.data)
-    split = data.open_split(folder, args.split)
-    out = Path(args.out or Path("maps") / folder.name)
-    if args.map != "all":
-        return write_map(args, folder, split, out, device)
-    path = data.map_file(out, f"strategies-{name_of(args.run)}", split).with_suffix(".png")
-    claim([path])
-    sheet_of_all(path, args.run, split, device)
-    print(f"{path}: the strategies on the same faces")
-    print(f"next: python pretrain.py --data {shlex.quote(str(folder))} --mask STRATEGY")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ Arguments of a strategy:
     hidden    M, the number of patches to hide
 
 Keyword parameters are keys of the flag: `--mask attn_high:beta=2,start=0.2`. A strategy that reads a
-score also has shuffle=1, the control: each image then gets the score of another image.
+score also has shuffle=1, the control: each image then gets the score of another image. Any strategy
+has throw=0.4: that share of the patches, of the lowest priority, is neither seen nor predicted.
 
 To add a strategy, write a function, add it to STRATEGIES, and say in NEEDS which score it reads:
 
@@ -219,7 +220,7 @@ def keywords(strategy):
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-PARAMS = {name: keywords(strategy) for name, strategy in STRATEGIES.items()}
+PARAMS = {name: keywords(strategy) | {"throw": 0.0} for name, strategy in STRATEGIES.items()}
 for guided_strategy in NEEDS:
     PARAMS[guided_strategy]["shuffle"] = 0
 
@@ -290,21 +291,25 @@ def side_quota(side, M, noise, share, spare):
 # ---- from priorities to patches ------------------------------------------------------------------
 
 
-def kept(N, ratio):
+def kept(N, ratio, throw=0.0):
     """K = int(N * (1 - ratio)), the patches that stay visible, as in MAE."""
     K = int(N * (1 - ratio) + 1e-9)
-    if not 0 < K < N:
+    M = N - K - round(throw * N)
+    if K < 1 or M < 1 or throw < 0:
         raise ValueError(
-            f"ratio {ratio:g} of {N} patches leaves {K} visible and {N - K} hidden; "
-            "both must be at least 1, so choose a ratio such as 0.75"
+            f"ratio {ratio:g} of {N} patches, {throw:g} of them thrown, leaves {K} visible and {M} "
+            "hidden; both must be at least 1, so choose a ratio such as 0.75"
         )
     return K
 
 
-def sample(priority, K):
-    """priority (B, N) -> ids_keep (B, K), ids_mask (B, N - K), both contiguous; K is exact."""
+def sample(priority, K, T=0):
+    """priority (B, N) -> ids_keep (B, K), ids_mask (B, N - K - T), both contiguous; exact numbers.
+
+    The T patches of the lowest priority are thrown: they are in neither (AMT, arXiv:2211.15362).
+    """
     order = priority.argsort(dim=1, stable=True)
-    return order[:, :K].contiguous(), order[:, K:].contiguous()
+    return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
 
 
 # ---- what a mask is like -------------------------------------------------------------------------

@@ -18,6 +18,7 @@ the same images with the same crops. A resumed run ends with the same bits, on t
 import datetime
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -51,6 +52,7 @@ WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
 ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: they give the rest no gradient
 WARMUP = 0.1  # share of the run in which the learning rate rises
+RATIO_STREAM = 1 << 20  # of the draws of a ratio; the processes have the numbers below
 WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
@@ -74,7 +76,7 @@ def parse_flags():
     add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
     add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
-    add("--ratio", metavar="R", help="share of hidden patches; .5:.9 is a schedule (default: .75)")
+    add("--ratio", metavar="R", help="share of hidden patches; 0.5:0.9 rises, 0.5-0.9 is drawn")
     add("--teacher", default="self", metavar="self|maps|PATH", help="whose attention guides")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="foreground and parts that guide")
@@ -186,16 +188,16 @@ def build_network(network, size, flags):
 
 
 def make_mask(flags, encoder, train_set, autocast, views):
-    """--mask and --ratio: the strategy, the guide whose scores it reads, and the ratios."""
+    """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
     for name, need in masking.NEEDS.items():
         if need == "attn" and flags.values["teacher"] != "self":
             keys[name] |= {"start": 0.0, "ramp_for": 0.0}  # a trained teacher guides from the start
     name, params = parse_keys(flags.mask, keys, "--mask")
+    throw = params.pop("throw")
     try:
-        ratios = [float(word) for word in flags.ratio.split(":")]
-        for ratio in ratios:
-            masking.kept(encoder.side**2, ratio)
+        for word in re.split("[:-]", flags.ratio):
+            masking.kept(encoder.side**2, float(word), throw)
     except ValueError as problem:
         raise UserError(f"--ratio {flags.ratio}: {problem}") from None
     guide = guidance.Guide(name, params, encoder, flags.out, autocast, views)
@@ -206,7 +208,7 @@ def make_mask(flags, encoder, train_set, autocast, views):
         found = guidance.open_maps(guide.need, flags.maps, flags.data, train_set)
         guide.maps, guide.parts, note = found
         print(f"guide    {note}")
-    return functools.partial(masking.STRATEGIES[name], **params), guide, ratios
+    return functools.partial(masking.STRATEGIES[name], **params), guide, throw
 
 
 def make_teacher(encoder, flags, start):
@@ -231,6 +233,18 @@ def draw(stream, n, N, min_crop, device):
     boxes, flip = data.draw_boxes(n, generator, min_crop)
     noise, draws = masking.gumbel_noise(n, N, generator), torch.rand(n, 4, generator=generator)
     return (data.send(x, device) for x in (boxes, flip, noise, draws))
+
+
+def ratio_at(text, t, stream):
+    """The ratio of a step: "0.75", "0.5:0.9" (it rises with t) or "0.5-0.9" (arXiv:2509.21650).
+
+    The last is drawn for each step, uniformly, and all processes draw the same number.
+    """
+    if "-" in text:
+        t = torch.rand((), generator=train.seeded(*stream[:3], RATIO_STREAM)).item()
+    words = re.split("[:-]", text)
+    first, last = float(words[0]), float(words[-1])
+    return first + (last - first) * t
 
 
 def augment(view, foreground, rows, boxes, flip, draws):
@@ -294,7 +308,7 @@ def main():
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
     model = build_network(network, size, flags).to(device)
     N = model.encoder.side**2
-    strategy, guide, ratios = make_mask(flags, model.encoder, train_set, autocast, V)
+    strategy, guide, throw = make_mask(flags, model.encoder, train_set, autocast, V)
     parts = {"model": model, **guide.networks()}
     if V == 2:
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
@@ -326,7 +340,7 @@ def main():
         refresh_maps(guide, epoch, run, train_set["images"])
         order = data.epoch_order(len(images), flags.seed, epoch)[: per_epoch * b * world]
         batches = data.batches(images, order[rank::world], b, device, run.step % per_epoch, times=V)
-        for rows, batch in run.timed(batches):
+        for rows, batch in batches:
             # 1. a view of each picture
             t = run.step / total  # progress of the run
             stream = (flags.seed, epoch, run.step, rank)
@@ -336,10 +350,11 @@ def main():
                 view = augment(view, train_set.get("fg"), rows, boxes, flip, draws)
 
             # 2. which patches are hidden
-            K = masking.kept(N, ratios[0] + (ratios[-1] - ratios[0]) * t)
+            K = masking.kept(N, ratio_at(flags.ratio, t, stream))
             patches = guide.scores(rows, boxes, flip, view)  # {need: (V*b, N)}
             priority = strategy(patches, noise, t, N - K)  # (V*b, N)
-            ids_keep, ids_mask = masking.sample(priority, K)  # (V*b, K), (V*b, M)
+            thrown = round(throw * N)  # patches that are neither seen nor predicted
+            ids_keep, ids_mask = masking.sample(priority, K, thrown)  # (V*b, K), (V*b, M)
 
             # 3. forward
             visible = masked_patch_gather(view, ids_keep, p, dtype)  # (V*b, K, p*p*3)
@@ -367,7 +382,7 @@ def main():
             # 6. log, evaluate, save
             stop_together(run)
             if run.logs_now:
-                numbers = guide.statistics(patches, ids_mask)
+                numbers = guide.statistics(patches, ids_mask, run.step, total)
                 numbers |= parts["agreement"].statistics() if agreement else {}
                 run.log_step(lr=lr, **numbers)
             if run.writes and (run.step % (per_epoch * flags.eval_every) == 0 or run.step == total):

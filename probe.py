@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from common import features, metrics, stats
+from common import evaluate, features, metrics, stats
 from common.checkpoints import flags_of, load_encoder
 from common.command import Flags, Parser, claim, cli, command, drawing
 from common.io import UserError, save_json, save_text
@@ -129,7 +129,7 @@ def measure(found, task):
     classify, C = metrics.logistic_probe(x, y, choose, truth, len(task.names))
     scores = {
         "logistic": classify(report),
-        "knn": metrics.knn_votes(bank, task.labels["train"], queries, len(task.names)),
+        "knn": evaluate.knn_votes(bank, task.labels["train"], queries, len(task.names)),
     }
     row = {head: metrics.classification(s, labels, task.counts) for head, s in scores.items()}
     row["logistic"]["C"] = C

@@ -8,7 +8,7 @@
 
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
-        recognize.json and roc.png (--verify; other data or splits: in runs/NAME/DATA-SPLIT/)
+        recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
 
 The head names the characters that it learned. The gallery holds the embeddings of known faces, each
 a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
@@ -31,13 +31,13 @@ import torch.nn.functional as F
 import data
 from common import fields, metrics
 from common.classifier import pooled_of, predict, read_head
-from common.command import Parser, between, claim, cli, command, drawing, refuse_idle
+from common.command import Parser, between, claim, cli, command, refuse_idle
 from common.features import open_rows, results_folder
 from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import demo_note, pictures, tell_problems, whole_pictures
+from ingest.pictures import pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
@@ -66,12 +66,7 @@ def parse_args():
     add = parser.add_argument
     add("run", metavar="runs/NAME", help="what finetune_lora.py wrote")
     add("images", nargs="*", metavar="IMAGE", help="file, folder, zip, tar; - for a list of files")
-    add(
-        "--threshold",
-        type=between(-1, 1),
-        metavar="COSINE",
-        help="a face below it is unknown; that of enrolled ones moves along",
-    )
+    add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
@@ -184,18 +179,13 @@ def calibrate(embeddings, labels, held_out, unknown=None):
     score = best_similarity(compared(known, gallery), gallery)
     if unknown is None:
         other = as_unknown(embeddings, labels, known, known_labels)
-        by = "known faces held apart for choices, their characters left out of the gallery in turn"
     else:
         other = best_similarity(compared(unknown, gallery), gallery)
-        by = "characters left out of training, held apart for choices"
     highest = score.sort().values[int(MOST_REJECTED * len(score))].item()
     threshold = min(balance(score, other), highest)
     return {
         "threshold": threshold,
         "enrolled_threshold": enrolled_threshold(gallery, known, known_labels),
-        "by": by,
-        "false_accept": (other >= threshold).float().mean().item(),
-        "false_reject": (score < threshold).float().mean().item(),
         "temperature": fit_temperature(logits, known_labels),
         "platt": fit_platt(score - threshold, other - threshold),
     }
@@ -249,10 +239,8 @@ def fit_platt(known, unknown):
 # ---- gallery.safetensors: the first `learned` of the names are the head's, keys are of the faces --
 
 HEADER = {"names": fields.NAMES, "keys": fields.list_of(fields.TEXT, 1), "learned": fields.whole(1)}
-HEADER |= dict.fromkeys(("threshold", "enrolled_threshold"), fields.number())  # of `calibrate`
-HEADER |= dict.fromkeys(("false_accept", "false_reject"), fields.number())
-HEADER |= {"by": fields.TEXT, "temperature": fields.number(1e-6)}
-HEADER |= {"platt": fields.list_of(fields.number(), 2, 2)}
+HEADER |= {"threshold": fields.number(), "enrolled_threshold": fields.number()}  # of `calibrate`
+HEADER |= {"temperature": fields.number(1e-6), "platt": fields.list_of(fields.number(), 2, 2)}
 REMEDY = "remove it, and recognize.py builds it anew"
 
 
@@ -260,7 +248,6 @@ def open_gallery(run, device="auto", dtype="auto"):
     """What `load_gallery` returns. Where the run has no gallery, it is built first."""
     path = Path(run) / GALLERY
     if not path.exists():
-        read_head(run)  # a UserError where there is no run
         with locked(lock_beside(path), wait=True):
             if not path.exists():  # another process may have built it
                 build_gallery(run, device, dtype)
@@ -322,21 +309,18 @@ def load_gallery(run):
 # ---- naming and enrolment ------------------------------------------------------------------------
 
 
-def predictions(args, net, header, autocast, problems, blank=None):
-    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures.
-
-    problems, blank: lists that get what can't be read, and pages on which --detect finds no face.
-    """
+def predictions(args, net, header, autocast, problems):
+    """Yield (keys, logits (B, C), embeddings (B, D)) of the pictures, or with --detect of faces."""
     size = header["packed_size"]
     items = pictures(args.images, size, header["crop"], header["margin"], problems)
     if args.detect:
-        items = faces(args, size, problems, blank)
+        items = faces(args, size, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         keys, images = zip(*some, strict=True)
         yield list(keys), *embed(net, np.stack(images), autocast)
 
 
-def faces(args, size, problems, blank):
+def faces(args, size, problems):
     """Yield (picture and box, u8 (size, size, 3)) of every face that --detect finds."""
     import detect
 
@@ -345,7 +329,6 @@ def faces(args, size, problems, blank):
     for key, picture in whole_pictures(args.images, problems):
         boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
-            blank.append(key)
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
@@ -393,14 +376,12 @@ def in_words(row):
 
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture. What can't be read is named on stderr."""
-    problems, blank, known = [], [], []
-    for keys, logits, embeddings in predictions(args, net, header, autocast, problems, blank):
+    problems, known = [], []
+    for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
         for row in answers(keys, logits, embeddings, gallery):
             print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
             known.append(row["known"])
-    tell_problems(problems, len(known) + len(blank), args.json)
-    if note := demo_note(header["data"]):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
         words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
         print(f"next: python recognize.py {words}", file=sys.stderr)
@@ -551,39 +532,43 @@ def calibration_error(known, right, unknown, bins=10):
     return round(100 * (gaps.abs().sum() / weights.sum()).item(), 3)
 
 
+def measure(asked, own, learned):
+    """Two of `faces_of` -> what recognize.json says of them, as far as there is any.
+
+    asked: of the set that is measured. own: where known characters are. learned: by the head.
+    """
+    row = {}
+    if all(map(len, asked.pairs)):
+        row["verification"] = verification(*asked.pairs)
+    is_unknown = asked.true < 0
+    unknown, unsure = asked.margin[is_unknown], asked.sure[is_unknown]
+    known, enrolled = own.true >= 0, own.true >= learned
+    if known.any():
+        row["open_set"] = open_set(own.margin[known], own.right[known], enrolled[known], unknown)
+    of_head = known & ~enrolled
+    if of_head.any() and len(unknown):
+        row["calibration_error"] = calibration_error(own.sure[of_head], own.right[of_head], unsure)
+    return row
+
+
 def verify(args, net, header, gallery, autocast):
-    """Write recognize.json and roc.png. Where nobody is known, the known ones are the run's own val."""
+    """Write recognize.json. Where nobody is known, the known ones are the run's own val."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
-    row = {"run": str(args.run), "data": str(folder), "split": args.split}
-    row["threshold"] = gallery["threshold"]
-    faces, curves = faces_of(net, gallery, folder, args.split, autocast), {}
-    if all(map(len, faces.pairs)):
-        curves["same_character"] = faces.pairs
-        row["verification"] = verification(*faces.pairs)
-    is_unknown = faces.true < 0
-    unknown, unsure = faces.margin[is_unknown], faces.sure[is_unknown]
-    if is_unknown.all() and Path(header["data"]).exists():
-        faces = faces_of(net, gallery, header["data"], "val", autocast)
-    known, enrolled = faces.true >= 0, faces.true >= gallery["learned"]
-    learned = known & ~enrolled
-    if not curves and not known.any():
+    asked = own = faces_of(net, gallery, folder, args.split, autocast)
+    if (asked.true < 0).all() and Path(header["data"]).exists():
+        own = faces_of(net, gallery, header["data"], "val", autocast)
+    found = measure(asked, own, gallery["learned"])
+    if not found:
         raise UserError(f"{folder} has no two labelled characters in {args.split} to measure")
-    if known.any():
-        margins = faces.margin[known]
-        row["open_set"] = open_set(margins, faces.right[known], enrolled[known], unknown)
-        curves |= {"known_character": (margins, unknown)} if len(unknown) else {}
-    if learned.any() and len(unknown):
-        sure, right = faces.sure[learned], faces.right[learned]
-        row["calibration_error"] = calibration_error(sure, right, unsure)
+    row = {"run": str(args.run), "data": str(folder), "split": args.split}
+    row |= {"threshold": gallery["threshold"]} | found
     row |= {"command": command(), "commit": commit()}
     row["machine"] = machine(net.encoder.cls_token.device)
     save_json(row, home / "recognize.json")
-    with drawing("roc.png"):
-        plot_verification(home / "roc.png", f"{Path(args.run).name} on {folder.name}", **curves)
     print(json.dumps(row, ensure_ascii=False) if args.json else "\n".join(table(row)))
-    print(f"wrote {home}/recognize.json, roc.png", file=sys.stderr)
+    print(f"wrote {home}/recognize.json", file=sys.stderr)
 
 
 LINES = (  # of --verify, from the numbers of recognize.json; a line whose number is missing is left out
@@ -607,22 +592,6 @@ def table(row):
         with contextlib.suppress(KeyError):
             lines.append(line.format_map(found))
     return lines
-
-
-def plot_verification(path, title, **kinds):
-    """ROC curves. kinds {label: (scores (n,) that should be high, scores (m,) that should be low)}."""
-    from sklearn.metrics import roc_curve
-
-    from common import plots  # matplotlib takes half a second to load
-
-    with plots.panels(path, title, 1, 1, (4.5, 4)) as axis:
-        for label, scores in kinds.items():
-            false, true, _ = roc_curve(*metrics.truth_and_scores(*scores))
-            axis.plot(100 * false, 100 * true, label=label.replace("_", " "))
-        axis.set(xlim=(0.01, 100), ylim=(0, 100), xscale="log")
-        axis.set(xlabel="false positive rate, %", ylabel="true positive rate, %")
-        axis.xaxis.set_major_formatter("{x:g}")  # the one of a log axis writes formulas
-        axis.legend()
 
 
 def main():

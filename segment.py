@@ -85,8 +85,7 @@ class Patches(nn.Module):
     def scores(self, view):
         """view u8 (B, S, S, 3) -> (B,) of the frame and (B, g, g) of its patches; over 0 is drawn.
 
-        A score is the squared distance to the photographed centroid minus that to the drawn one,
-        scaled.
+        The squared distance to the photographed centroid minus that to the drawn one, scaled.
         """
         tokens = self.encoder.features(view)[:, 1:].float()  # (B, g * g, D)
         photographed, drawn = self.centroids
@@ -203,8 +202,7 @@ def fine_scores(net, view):
 def guided_filter(values, view, radius):
     """values (B, H, W) with their borders moved to the edges of view u8 (B, H, W, 3).
 
-    In each window the result is a linear function of brightness (He, Sun & Tang 2013, equations 5,
-    6 and 8).
+    In each window the result is linear in the brightness (He, Sun & Tang 2013, eq. 5, 6 and 8).
     """
 
     def mean(x):
@@ -418,11 +416,10 @@ def kinds_of(split, row):
     return [kind, *(name for name, kinds in groups.items() if kind in kinds)]
 
 
-def overlay(view, mask):
-    """view u8 (B, H, W, 3), mask (B, H, W) bool -> u8, with orange over what is not drawn."""
-    orange = view.new_tensor([230, 159, 0]).float()
-    tinted = 0.35 * view.float() + 0.65 * orange
-    return torch.where(mask[..., None].to(view.device), view.float(), tinted).round().byte()
+def overlay(picture, mask):
+    """picture u8 (H, W, 3), mask (H, W) bool -> u8, with orange over what is not drawn."""
+    tinted = 0.35 * np.float32(picture) + 0.65 * np.float32([230, 159, 0])
+    return np.where(mask[..., None], picture, tinted).round().astype(np.uint8)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -477,7 +474,7 @@ def fit(task, run, part):
         order = part.rows[data.epoch_order(len(part.rows), task.seed, epoch)]
         order = order[: B * (part.steps - epoch * per_epoch)]
         batches = data.batches(images, order, B, task.device, done % per_epoch)
-        for rows, frames in run.timed(batches):
+        for rows, frames in batches:
             generator = train.seeded(task.seed, part.stage, epoch, done)
             with task.autocast():
                 loss = part.loss(task, part.net.train(), rows, frames, generator)
@@ -609,31 +606,27 @@ def mask_of(net, picture, side, autocast, mixed=False):
 
 def use(flags, device, autocast):
     """Print the share of each picture that is drawn; --out: write its mask and an overlay."""
-    from ingest.pictures import demo_note, tell_problems, whole_pictures
+    from ingest.pictures import tell_problems, whole_pictures
 
     net, header = load(flags.encoder)
     net.to(device)
     out, mixed = flags.out, flags.mixed
     flags.refuse_unread()
-    problems, count = [], 0
+    problems = []
     table = csv.writer(sys.stdout)
     table.writerow(["picture", "drawn"])
     for key, picture in whole_pictures(flags.pictures, problems):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)
-        count += 1
         table.writerow([key, f"{found.mean():.4f}"])
         if out:
             write_masks(Path(out), key, picture, found > 0.5)
-    tell_problems(problems, count, False)
-    if note := demo_note((header.get("run") or {}).get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
 def write_masks(out, key, picture, mask):
     """NAME-mask.png, where white is drawn, and NAME-overlay.png."""
     name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    shown = overlay(torch.from_numpy(picture)[None], torch.from_numpy(mask)[None])[0].numpy()
-    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", shown)):
+    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay(picture, mask))):
         path = out / f"{name}-{what}.png"
         claim([path], out / ".lock")
         with atomic(path) as temporary:
@@ -674,14 +667,12 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
+    if bool(flags.encoder) == bool(flags.resume):
+        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
     if flags.resume:
-        if flags.encoder:
-            raise UserError(f"--resume takes the encoder of the run; leave {flags.encoder} out")
         state = train.load_state(Path(flags.resume) / "state.pt")
         flags.take_saved(state["config"], free=("device", "log", "split"))
         flags.values["out"] = flags.resume
-    if not flags.encoder:
-        raise UserError("ENCODER is missing; python segment.py weights/toon trains on ours")
     device = train.pick_device(flags.device)
     dtype, reason = train.pick_dtype(flags.dtype, device)
     flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"

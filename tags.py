@@ -7,7 +7,7 @@
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
-        log.jsonl, selected_tags.csv; answers go to standard output
+        log.jsonl; answers go to standard output
 
     picture -> lower half of a pre-trained ViT --+
                                                  +-> upper half -> CLS token -> the character
@@ -22,12 +22,10 @@ picture comes without tags, so the share of hidden tags rises to 1 at half of th
     V tags    C characters     N patches   n pictures
 """
 
-import csv
 import itertools
 import json
 import math
 import shlex
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +40,7 @@ from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -359,12 +357,11 @@ def load_tagger(folder):
     weights, header = read_safetensors(path, REMEDY)
     fields.check_fields(header, HEADER, path, REMEDY)
     config, words = header["tags"], len(header["words"])
-    sizes = {"C": len(header["classes"]), "V": words, "image_size": header["image_size"]}
-    sizes["thresholds"] = len(header.get("thresholds") or [])
-    wanted = {"C": fields.one_of(config["C"]), "V": fields.one_of(config["V"])}
-    wanted["thresholds"] = fields.one_of(words * (config["arm"] in NAMES_TAGS))
-    wanted["image_size"] = fields.one_of(config["encoder"]["image_size"])
-    fields.check_fields(sizes, wanted, path, REMEDY)
+    thresholds = words if config["arm"] in NAMES_TAGS else 0
+    wanted = [config["C"], config["V"], thresholds, config["encoder"]["image_size"]]
+    listed = len(header.get("thresholds") or [])
+    if [len(header["classes"]), words, listed, header["image_size"]] != wanted:
+        raise UserError(f"{path} has lists that do not fit its network; {REMEDY}")
     fields.check_encoder(weights, config["encoder"], path, REMEDY, "encoder.")
     encoder = checkpoints.blank_encoder(config["encoder"], config["norm_eps"])
     net = MFDN(encoder, config["C"], config["V"], config["arm"], config["length"])
@@ -386,7 +383,9 @@ def open_task(flags, device, autocast):
     task.train, task.dev, task.report = sets
     task.words = task.train.split["header"]["tags"]
     for images in sets:
-        refuse_untagged(images, flags.data)
+        if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
+            fix = "python data.py LIST --out DIR packs a table with a column of tags"
+            raise UserError(f"{flags.data}, {images.name} has no tags; {fix}")
     count = (tags_of(task.train, task.train.rows) >= 0).sum(1)
     length = min(LENGTH, max(2, int(count.max())) + 2)
     encoder, task.side = checkpoints.load_encoder(flags.encoder)  # side of a view in pixels
@@ -395,13 +394,6 @@ def open_task(flags, device, autocast):
     task.net.reach.copy_(reaches(count, length - 2))
     encoder.requires_grad_(task.arm != "bce")
     return task
-
-
-def refuse_untagged(images, folder):
-    """A set without a single tag is a UserError."""
-    if "tags" not in images.split or not (tags_of(images, images.rows) >= 0).any():
-        fix = "python data.py LIST --out DIR packs a table with a column of them, or metadata.jsonl"
-        raise UserError(f"{folder}, {images.name} has no tags; {fix}")
 
 
 def tags_of(images, rows, plane="tags"):
@@ -500,7 +492,7 @@ def fit(task, run, optimizer, seed):
     for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
         order = task.train.rows[data.epoch_order(len(task.train.rows), seed, epoch)]
         start = run.step % run.per_epoch
-        for rows, some in run.timed(data.batches(images, order, run.batch_size, device, start)):
+        for rows, some in data.batches(images, order, run.batch_size, device, start):
             # view and hidden tags: all random numbers are drawn here, on the CPU
             share = curriculum(run.step, run.total) if task.share is None else task.share
             batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))
@@ -621,8 +613,7 @@ def f1(right, found, there):
 def fit_thresholds(scores, truth):
     """scores (n, V), truth (n, V) bool -> the threshold with each tag's best F1 (V,).
 
-    Rare tags get the best threshold of all tags together. There may be 200 million scores, so these
-    are counted in bins.
+    Rare tags get the best threshold of all tags together: up to 200 million scores, so in bins.
     """
     edges = np.linspace(0, 1, BINS + 1)
     found, right = np.histogram(scores, edges)[0], np.histogram(scores[truth], edges)[0]
@@ -663,7 +654,6 @@ def write_results(flags, task, run):
     header |= {"base": flags.encoder, "packed_size": split["images"].shape[1]}
     header |= {key: split["header"][key] for key in ("crop", "margin")}
     save_safetensors(task.net.state_dict(), out / "model.safetensors", header)
-    write_selected(out / "selected_tags.csv", task)
     save_json(row, out / f"metrics{split_suffix(flags.split)}.json")  # the last: all is done
     print(f"wrote    {out}/ after {row['seconds']:.0f} s")
     print(f"next: python tags.py {shlex.quote(str(out))} PICTURE")
@@ -683,23 +673,12 @@ def metrics_row(flags, task, run):
     return row | {"machine": train.machine(task.device), "commit": train.commit()}
 
 
-def write_selected(path, task):
-    """The tags in the layout of public taggers; ids are places in the list, counts are of train."""
-    ids = np.asarray(task.train.split["tags"])
-    counts = np.bincount(ids[ids >= 0], minlength=len(task.words))
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["tag_id", "name", "category", "count"])
-        for i, word in enumerate(task.words):
-            table.writerow([i, word, 0, counts[i]])
-
-
 # ---- use -----------------------------------------------------------------------------------------
 
 
 def use(flags, device, autocast):
     """Print who each picture shows, and its tags."""
-    from ingest.pictures import demo_note, pictures, tell_problems
+    from ingest.pictures import pictures, tell_problems
 
     net, header = load_tagger(flags.encoder)
     threshold = flags.threshold if net.arm in NAMES_TAGS else None
@@ -708,16 +687,13 @@ def use(flags, device, autocast):
     if net.arm == "tags":
         raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
     net.to(device)
-    problems, count = [], 0
+    problems = []
     cut = (header["packed_size"], header["crop"], header["margin"])
     items = pictures(flags.pictures, *cut, problems)
     while some := list(itertools.islice(items, data.CHUNK)):
         for row in answer_rows(net, header, some, threshold, autocast):
             print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
-        count += len(some)
-    tell_problems(problems, count, as_json)
-    if note := demo_note(header.get("data")):
-        print(f"note: {note}", file=sys.stderr)
+    tell_problems(problems, header.get("data"), as_json)
 
 
 def answer_rows(net, header, some, threshold, autocast):

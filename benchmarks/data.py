@@ -106,9 +106,7 @@ def loader_rows(n, side, batch_size):
 
 
 def trained(folder, rows_to_log):
-    """pretrain.py on a packed folder until it has logged so many rows -> (median images a second,
-    waiting, MB).
-    """
+    """pretrain.py on a packed folder until it has logged so many rows -> median images a second, MB."""
     flags = [
         "--model",
         "nano:image_size=32",
@@ -137,10 +135,8 @@ def trained(folder, rows_to_log):
     memory = status_mb("RssAnon", process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    speed, wait = (
-        statistics.median(r[key] for r in rows[2:]) for key in ("images_per_s", "data_wait")
-    )
-    return speed, wait, memory  # without the first rows: there memory is touched for the first time
+    speed = statistics.median(r["images_per_s"] for r in rows[2:])
+    return speed, memory  # without the first rows: there memory is touched for the first time
 
 
 def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
@@ -152,14 +148,13 @@ def scale_rows(sizes, batch_size, side=32, rows_to_log=20):
             folder = Path(place) / "noise"
             noisy_split(folder, 64, side, "val")
             speed, added = warm_epochs(noisy_split(folder, n, side)["images"], batch_size)
-            training, waited, mb = trained(folder, rows_to_log)
+            training, mb = trained(folder, rows_to_log)
         yield {
             "images": n,
             "side": side,
             "loader_images_per_s": speed,
             "loader_mb_added": added,
             "training_images_per_s": round(training, 1),
-            "data_wait_percent": round(100 * waited, 3),
             "training_anonymous_mb": round(mb),
         }
 

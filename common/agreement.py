@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import metrics
 
 HIDDEN, OUT = 1024, 128  # widths of the projector
 # What --contrast compares, and how. The pooler's gradient ends at the tokens: weight 1 is safe.
@@ -54,14 +53,12 @@ class Agreement(nn.Module):
         h = F.normalize(self.projector(summary.float()), dim=1)  # (2B, OUT)
         groups = self.groups[rows].to(h.device)
         loss, found = agreement_loss(h, groups, self.settings["temperature"], self.settings["dcl"])
-        self.last = loss.detach(), found, h.detach()
+        self.last = {"agreement": loss.detach(), "found": found}
         return loss
 
     def statistics(self):
-        """Of the last step: the loss, the share of views that find their pair, directions in use."""
-        loss, found, h = self.last
-        rank = metrics.effective_rank(h.nan_to_num())  # Run reports a loss that is not finite
-        return {"agreement": loss.item(), "found": found.item(), "projection_rank": rank}
+        """Of the last step: the loss, and the share of views that find their pair."""
+        return {name: x.item() for name, x in self.last.items()}
 
 
 def agreement_loss(h, groups, temperature, dcl):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.fields import ENCODER, SIDE, TEXT, check_fields, check_finite
-from common.io import UserError, read_header, read_safetensors, save_safetensors
+from common.io import UserError, open_tensors, read_safetensors, save_safetensors
 from model import Pooler, ViT
 
 # ---- a run's files -------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def about_model(run):
     """The header of a run's model: "config" of the network, "run" (the flags); {} of other files."""
     path = model_file(run)
     try:
-        header = read_header(path)[1]
+        header = open_tensors(path)["header"]
     except UserError:
         return {}
     check_fields(header, {"config?": {}, "run?": {"data?": TEXT}}, path, "make the run again")

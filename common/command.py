@@ -6,7 +6,6 @@ Imports no torch: `data.py` packs without it.
 import argparse
 import contextlib
 import io
-import math
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, lock_beside, locked
+from common.io import UserError, lock_beside, locked, one_line
 
 NO_MEMORY = "OutOfMemory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 QUIET = 10  # seconds between two lines where output is piped
@@ -41,8 +40,7 @@ def cli(main):
         line = in_one_line(problem)
         if line is None:
             raise
-        rank = os.environ["RANK"] if launched() else "0"
-        start = "error" if rank == "0" else f"error in process {rank}"
+        start = f"error in process {os.environ['RANK']}" if launched() else "error"
         print(f"{start}: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -73,8 +71,7 @@ def drawing(what):
     try:
         yield
     except Exception as problem:  # matplotlib raises whatever it meets
-        line = shown(" ".join(f"{type(problem).__name__}: {problem}".split()))[:200]
-        print(f"note: {what} could not be drawn ({line})", file=sys.stderr)
+        print(f"note: {what} could not be drawn ({shown(one_line(problem))})", file=sys.stderr)
 
 
 def command():
@@ -90,25 +87,17 @@ def command():
 MOST = 10**9  # of anything that is counted: what is larger is a slip of the hand
 
 
-def number_of(kind, text):
-    """text as an int, a float or a str; nan where it is none."""
-    try:
-        return kind(text)
-    except ValueError:
-        return math.nan
-
-
 def between(low, high, kind=float):
     """-> an argparse type: a finite number of this kind in [low, high]."""
 
     def number(text):
-        value = number_of(kind, text)
+        value = kind(text)  # argparse says so where that is none
         if not low <= value <= high:  # never true of nan
-            whole = "whole " if kind is int else ""
             bounds = f"between {low:g} and {high:g}" if high < MOST else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be a {whole}number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} must be a number {bounds}")
         return value
 
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 
@@ -157,7 +146,6 @@ class Flags:
         self.given = found.pop("given")  # names of the flags on the command line
         self.values = found
         self.read = set()
-        self.saved = set()  # names of flags that a resumed run had
 
     def __getattr__(self, name):  # only asked for names that the object itself lacks
         values = self.__dict__.get("values", {})
@@ -169,7 +157,7 @@ class Flags:
     def fill(self, **defaults):
         """Defaults that depend on the machine, the model or the method: flags not given take them."""
         for name, value in defaults.items():
-            if name not in self.given | self.saved:
+            if name not in self.given:
                 self.values[name] = value
 
     def take_saved(self, saved, free=("device", "log")):
@@ -178,7 +166,8 @@ class Flags:
         refuse_idle(given, "beside --resume, which takes the flags of the run")
         kept = {name: self.values[name] for name in ("resume", *free) if name in self.values}
         self.values = {**self.values, **saved, **kept}
-        self.saved = saved.keys() - kept.keys()
+        self.given |= saved.keys() - kept.keys()  # as if they stood on the command line again
+        self.read |= saved.keys()
 
     def refuse_unread(self):
         """Call it when everything is set up: a flag that changes nothing here is a mistake."""
@@ -206,10 +195,12 @@ def parse_keys(text, choices, flag):
             known = ", ".join(values) or "no keys"
             raise UserError(f"{flag} {name} has no key {key!r}; it has {known}")
         kind = type(values[key])
-        values[key] = number_of(kind, value)
-        if kind is not str and not math.isfinite(values[key]):
+        try:
+            values[key] = value if kind is str else between(-MOST, MOST, kind)(value)
+        except (ValueError, argparse.ArgumentTypeError):
             whole = "whole " if kind is int else ""
-            raise UserError(f"{flag} {name}:{pair}: {value!r} must be a {whole}number")
+            problem = f"{flag} {name}:{pair}: {value!r} must be a {whole}number"
+            raise UserError(problem) from None
     return name, values
 
 
@@ -251,13 +242,12 @@ class Lines(io.StringIO):
     """A file for tqdm where output is piped: each state of a bar is a line."""
 
     def write(self, text):
-        line = text.strip("\r\n ")
-        if line:
-            print(line, file=sys.stderr, flush=True)
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
 
 
-def progress(items=None, name=None, total=None, disable=False, **options):
+def progress(items=None, name=None, total=None, **options):
     """tqdm's bar; where output is piped, a line every ten seconds."""
     if not sys.stderr.isatty():
         options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
-    return tqdm(items, name, total, disable=disable, **options)
+    return tqdm(items, name, total, **options)

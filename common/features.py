@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 import data
-from common import metrics
 from common.checkpoints import flags_of
 from common.command import progress
-from common.evaluate import extremes
+from common.evaluate import extremes, thumbnails
 from common.fields import check_finite
 from common.io import UserError
 from common.train import autocast_of, pick_device, pick_dtype
@@ -151,7 +150,7 @@ def pooled(encoder, view):
 
 def thumbs(view):
     """view u8 (B, S, S, 3) -> {"thumb4", "thumb8", "thumb16"}: colours alone, no network."""
-    return {f"thumb{side}": metrics.thumbnails(view, side) for side in SIDES}
+    return {f"thumb{side}": thumbnails(view, side) for side in SIDES}
 
 
 @torch.no_grad()
@@ -162,10 +161,9 @@ def extract(extractor, size, task):
     """
     found = {}
     for name, split in task.splits.items():
-        rows = torch.arange(len(split["images"]))
-        views = data.whole_views(split["images"], rows, size, task.device)
-        count = -(-len(rows) // data.CHUNK)
-        chunks = []
+        images, chunks = split["images"], []
+        views = data.whole_views(images, torch.arange(len(images)), size, task.device)
+        count = -(-len(images) // data.CHUNK)
         for _, view in progress(views, f"features {name}", count, leave=False):
             with task.autocast():
                 pools = extractor(view)

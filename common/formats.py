@@ -62,13 +62,10 @@ REMEDY = "give a model of AniMask or a public checkpoint; of a run of ours, the 
 
 
 def read_tensors(path):
-    """A safetensors or torch file -> (what it holds, our header or {}). Its first bytes tell which."""
+    """A safetensors or torch file -> (what it holds, our header or {})."""
     with open(regular(path), "rb") as f:
-        start = f.read(9)
-    # A zip, or a bare pickle as torch wrote before 1.6
-    if start[8:] == b"{" or not start.startswith((b"P", b"\x80")):
-        return read_safetensors(path, REMEDY)
-    return read_torch(path, REMEDY), {}
+        is_safetensors = f.read(9)[8:] == b"{"  # behind the length of the head
+    return read_safetensors(path, REMEDY) if is_safetensors else (read_torch(path, REMEDY), {})
 
 
 def encoder_file(given):

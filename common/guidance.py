@@ -24,7 +24,6 @@ import mask as masking
 from common.agreement import contrast_of
 from common.checkpoints import beside
 from common.command import progress
-from common.fields import check_arrays
 from common.io import UserError
 from kernels.gather import masked_patch_gather
 from kernels.loss import patch_detail
@@ -62,20 +61,16 @@ class Guide:
         return {"predictor": self.predictor} if self.predictor else {}
 
     def state_dict(self):
-        """The rest of the state: the file of the teacher's maps, and what is left of its start."""
-        return {"maps": self.file, "initial": self.teacher.initial if self.teacher else 0.0}
+        """The rest of the state: the file of the teacher's maps."""
+        return {"maps": self.file}
 
     def load_state_dict(self, state):
-        if self.teacher:
-            self.teacher.initial = float(state["initial"])
         if state["maps"]:
             self.open_attention(Path(state["maps"]).name)
 
     def open_attention(self, name):
         """Take the teacher's maps from this file of the run."""
-        arrays = data.open_tensors(self.out / name)
-        check_arrays(arrays, {"attn": "float16 n g g"}, self.out / name, "make the run again")
-        self.file, self.maps = name, arrays["attn"]
+        self.file, self.maps = name, data.open_tensors(self.out / name)["attn"]
 
     def scores(self, rows, boxes, flip, view):
         """{need: (B, N), or (B, N, P) for parts} of views u8 (B, S, S, 3), cut from images `rows`.
@@ -115,11 +110,11 @@ class Guide:
         if self.teacher and self.teacher.learns:
             self.teacher.update(encoder, step, total)
 
-    def statistics(self, patches, ids_mask):
-        """What the log says of a batch's masks."""
+    def statistics(self, patches, ids_mask, step, total):
+        """What the log says of a batch's masks, and of the teacher."""
         numbers = {"mask_diversity": masking.diversity(ids_mask, self.side**2).item()}
         if self.teacher and self.teacher.learns:
-            numbers["teacher_initial"] = self.teacher.initial
+            numbers["teacher_initial"] = initial_share(step, total)
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
         if self.need == "difficulty":
@@ -156,13 +151,11 @@ class Teacher:
         check_source(source, encoder, "--attention")
         self.encoder = encoder.requires_grad_(False)
         self.source, self.epochs, self.learns = source, epochs, learns
-        self.initial = 1.0  # share of the weights that the run began with
 
     @torch.no_grad()
     def update(self, encoder, step, total):
         """The average takes a step towards the encoder."""
         momentum = ema_momentum(step, total)
-        self.initial *= momentum
         old, new = list(self.encoder.parameters()), list(encoder.parameters())
         torch._foreach_lerp_(old, new, 1 - momentum)
 
@@ -189,6 +182,11 @@ def ema_momentum(step, total):
     return 1 - new * (math.cos(math.pi * step / total) + 1) / 2
 
 
+def initial_share(step, total):
+    """The share of the teacher that is still the weights with which the run began."""
+    return math.prod(ema_momentum(before, total) for before in range(step))
+
+
 def default_source(flags, teacher):
     """How to read the attention of a teacher ("self", a run or a file): by what its run trained."""
     contrast = contrast_of(flags)
@@ -196,9 +194,8 @@ def default_source(flags, teacher):
         return "rollout"
     if contrast == "pooler" and (teacher == "self" or beside(teacher, "pooler").exists()):
         return "pooler"
-    return (
-        "cls" if not flags and Path(teacher).is_file() else "outlier"
-    )  # DINO trained its CLS token
+    is_public = not flags and Path(teacher).is_file()  # DINO trained its CLS token
+    return "cls" if is_public else "outlier"
 
 
 def check_source(source, encoder, flag):
@@ -287,10 +284,8 @@ def open_maps(need, where, folder, train):
         count = len(train["header"].get("parts") or [])
         return train[need], count, f"the true {TRUTH[need]} of {folder}"
     if where == "truth":
-        raise UserError(
-            f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; "
-            f"python maps.py --data {folder} --map {name} makes maps without"
-        )
+        fix = f"python maps.py --data {folder} --map {name} makes maps without"
+        raise UserError(f"--maps truth: {folder} has no {TRUTH.get(need, 'true ' + name)}; {fix}")
     default = data.map_file(Path("maps") / Path(folder).name, name, train)
     path = default if where == "auto" else where
     maps = data.open_map(path, name, train)

@@ -6,7 +6,6 @@ Imports torch only inside functions: the packing half of data.py starts without 
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import warnings
@@ -21,32 +20,117 @@ except ImportError:  # there is none on Windows, and so no lock
     fcntl = None
 
 
+# what safetensors calls the dtypes of memory maps
+DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
+
+
 class UserError(Exception):
     """A mistake of the user, in one line with the value and the fix. `cli` exits with status 2."""
 
 
-def remove_leftovers(path):
-    """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
-    for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
-        try:
-            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
-        except (ProcessLookupError, ValueError):
-            old.unlink(missing_ok=True)
-        except PermissionError:  # a process of another user
-            continue
+# ---- files that are read, whoever made them -----------------------------------------------------
+
+
+def regular(path):
+    """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
+    return path
+
+
+def one_line(problem):
+    """The first 80 characters of an error's message; its kind where it says nothing."""
+    return " ".join(str(problem).split())[:80] or type(problem).__name__
+
+
+@contextlib.contextmanager
+def reading(path, what, remedy):
+    """with reading(path, "checkpoint", remedy): whatever is wrong with the file is a UserError."""
+    regular(path)
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {remedy}") from None
+    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(problem))  # torch's, of what it did not run
+        reason = f"it wants to run {code[1]}" if code else one_line(problem)
+        raise UserError(f"{path} is not a whole {what} ({reason}); {remedy}") from None
+
+
+def parse_table(text):
+    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no table of fields")
+    return found
+
+
+def read_json(path, keys=(), fix="remove it and run again"):
+    """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
+    with reading(path, "JSON file", fix):
+        found = parse_table(Path(path).read_text())
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
+    return found
+
+
+def read_torch(path, remedy):
+    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
+    import torch
+
+    with reading(path, "checkpoint", remedy):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > os.path.getsize(path):
+                raise ValueError(f"it is packed: {unpacked:,} bytes; torch.save packs nothing")
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_safetensors(path, remedy="remove it and make it again"):
+    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
+    from safetensors import safe_open
+
+    with reading(path, "file of tensors", remedy), safe_open(path, "pt") as f:
+        header = parse_table((f.metadata() or {}).get("animask", "{}"))
+        return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
+
+
+def open_tensors(path, remedy="remove it and make it again"):
+    """The same file as {name: memory map}, and our dict as "header".
+
+    Its first 8 bytes are the length of the head. The head is JSON. Then come the tensors.
+    """
+    tensors = {}
+    with reading(path, "file of tensors", remedy), open(path, "rb") as f:
+        room = int.from_bytes(f.read(8), "little")
+        entries = parse_table(f.read(room) if room < os.path.getsize(path) else "")
+        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
+        for name, entry in entries.items():
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first = 8 + room + entry["data_offsets"][0]
+            tensors[name] = np.memmap(f, dtype, "r", first, shape)
+    return tensors | {"header": header}
+
+
+# ---- files that are written ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # that of a killed process is written over
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
         yield temporary
-        os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)  # some writers keep a new file to themselves
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -55,6 +139,30 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_safetensors(tensors, path, header=None):
+    """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
+
+    Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
+    """
+    from safetensors.torch import save
+
+    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(plain, metadata))
+
+
+def save_text(text, path):
+    """Write text, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_json(row, path, indent=1):
+    """Write a dict as JSON, atomically; indent None: all of it on one line."""
+    save_text(json.dumps(row, indent=indent) + "\n", path)
 
 
 # ---- locks: one process writes --------------------------------------------------------------------
@@ -78,7 +186,7 @@ def locked(path, wait=False):
     path = Path(path)
     created = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open_locked(path, wait)
+    file = open_locked(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield file
     finally:
@@ -89,12 +197,12 @@ def locked(path, wait=False):
                 path.parent.rmdir()
 
 
-def open_locked(path, wait):
-    """-> the descriptor of a lock file that is locked, and still the one of this name."""
+def open_locked(path, how):
+    """-> the descriptor of a lock file that is locked, and still has a name."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, how)
         except BlockingIOError:
             os.close(file)
             who = f"another process ({path.name})"
@@ -102,151 +210,6 @@ def open_locked(path, wait):
             raise UserError(f"{path.parent} is being written by {who}; {fix}") from None
         except OSError:  # a file system without locks locks nothing
             return file
-        with contextlib.suppress(FileNotFoundError):  # who held it has just removed it
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
+        if os.fstat(file).st_nlink:  # else the one that held it has just removed it
+            return file
         os.close(file)
-
-
-# ---- safetensors: the length of the head in 8 bytes, the head as JSON, tensor after tensor ---------
-
-# dtypes of memory maps, and the bytes of one number
-DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32}
-BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-BYTES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
-
-
-def parse_table(text):
-    """-> the dict in a JSON text; a ValueError for broken JSON and for another value."""
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError("it holds no table of fields")
-    return found
-
-
-def one_line(problem):
-    """The first 80 characters of an error's message; its kind where it says nothing."""
-    return " ".join(str(problem).split())[:80] or type(problem).__name__
-
-
-def not_whole(path, problem, remedy):
-    """The UserError for a file that is missing or broken; remedy: what to do about it."""
-    if isinstance(problem, FileNotFoundError):
-        return UserError(f"{path} does not exist; {remedy}")
-    return UserError(f"{path} is not a whole file of tensors ({one_line(problem)}); {remedy}")
-
-
-def read_safetensors(path, remedy="remove it and make it again"):
-    """-> {name: CPU tensor}, and the dict that we keep as "animask" in the header (or {})."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(regular(path), "pt") as f:
-            header = parse_table((f.metadata() or {}).get("animask", "{}"))
-            return {name: f.get_tensor(name) for name in f.keys()}, header  # noqa: SIM118 (a file, not a dict)
-    except (SafetensorError, OSError, ValueError) as problem:
-        raise not_whole(path, problem, remedy) from None
-
-
-def read_header(path, remedy="remove it and make it again"):
-    """The same without the tensors -> {name: (dtype's name, shape, first byte)}, our dict."""
-    try:
-        with open(regular(path), "rb") as f:
-            room = int.from_bytes(f.read(8), "little")
-            size = os.fstat(f.fileno()).st_size - 8 - room  # of the tensors
-            entries = parse_table(f.read(room) if size >= 0 else "")
-        header = parse_table(entries.pop("__metadata__", {}).get("animask", "{}"))
-        return {name: place_of(e, 8 + room, size) for name, e in entries.items()}, header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise not_whole(path, problem, remedy) from None
-
-
-def place_of(entry, start, size):
-    """An entry of a head -> (dtype's name, shape, first byte of the tensor in the file).
-
-    The tensors begin at `start` and take `size` bytes. A ValueError where this one does not fit.
-    """
-    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ValueError(f"a tensor of shape {shape}")
-    if last > size or last - first != math.prod(shape) * BYTES[entry["dtype"]]:
-        raise ValueError(f"a tensor of shape {shape} takes {last - first} bytes of {size}")
-    return entry["dtype"], shape, start + first
-
-
-def save_safetensors(tensors, path, header=None):
-    """Write {name: tensor}, atomically, with a header of plain values as the entry "animask".
-
-    Files for others have no header of ours. They say that they are PyTorch's, as transformers asks.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    metadata = {"format": "pt"} if header is None else {"animask": json.dumps(header)}
-    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    with atomic(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata)
-        except SafetensorError as problem:
-            raise OSError(str(problem)) from problem
-
-
-# ---- files of other people ------------------------------------------------------------------------
-
-
-def regular(path):
-    """-> the path, where no device and no pipe is. Those may never end, so they are not opened."""
-    path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"a device or a pipe is not read: {path}; give a file or a folder")
-    return path
-
-
-def read_torch(path, remedy):
-    """-> what a file of torch.save holds, on the CPU: tensors and plain values. It runs no code."""
-    import torch
-
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(member.file_size for member in archive.infolist())
-            if unpacked > os.path.getsize(path):
-                raise ValueError(
-                    f"it is packed, {unpacked:,} bytes in all; torch.save packs nothing"
-                )
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old pickles
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # half a dozen kinds for a truncated or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(problem))
-        reason = f"it wants to run {code[1]}" if code else one_line(problem)
-        raise UserError(f"{path} is not a whole checkpoint ({reason}); {remedy}") from None
-
-
-# ---- small files ---------------------------------------------------------------------------------
-
-
-def read_json(path, keys=(), fix="remove it and run again"):
-    """-> the dict of a JSON file; a UserError with the fix where it is broken or lacks a key."""
-    try:
-        found = parse_table(regular(path).read_text())
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path} can't be read ({one_line(problem)}); {fix}") from None
-    missing = [key for key in keys if key not in found]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; {fix}")
-    return found
-
-
-def save_text(text, path):
-    """Write text, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text)
-
-
-def save_json(row, path, indent=1):
-    """Write a dict as JSON, atomically; indent None: all of it on one line."""
-    save_text(json.dumps(row, indent=indent) + "\n", path)

@@ -74,8 +74,6 @@ def save_adapter(layers, encoder, folder, base):
     config["rank_pattern"] = {k: v for k, v in ranks.items() if v != ranks[least]}
     config["lora_alpha"] = alphas[least]
     config["alpha_pattern"] = {k: v for k, v in alphas.items() if v != alphas[least]}
-    config |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
-    config |= {"use_rslora": False, "inference_mode": True, "task_type": None}
     size = encoder.side * encoder.patch_size
     notes = {"fingerprint": fingerprint(encoder), "image_size": size}
     save_safetensors(tensors, Path(folder) / ADAPTER[0], notes)
@@ -126,24 +124,18 @@ def read_adapter(folder, encoder):
     alphas = alphas_of(pairs, config, folder)
     linear = {k: m for k, m in encoder.named_modules() if isinstance(m, nn.Linear)}
     if odd := sorted(pairs.keys() - linear.keys()):
-        raise UserError(
-            f"the adapter in {folder} has {', '.join(odd[:3])}, which this encoder of "
-            f"{len(encoder.blocks)} blocks has not"
-        )
+        blocks = f"this encoder of {len(encoder.blocks)} blocks"
+        raise UserError(f"the adapter in {folder} has {', '.join(odd[:3])}, which {blocks} has not")
     layers = {}
     for name, (A, B) in pairs.items():
         high, wide = linear[name].weight.shape
         rank = max(1, A.numel() // wide)
         if A.shape != (rank, wide) or B.shape != (high, rank):
-            raise UserError(
-                f"the adapter in {folder} does not fit {name}: A {tuple(A.shape)} and B "
-                f"{tuple(B.shape)} for a layer of {wide} to {high}"
-            )
+            shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)} for a layer of {wide} to {high}"
+            raise UserError(f"the adapter in {folder} does not fit {name}: {shapes}")
         layers[name] = A, B, alphas[name] / (rank**0.5 if config.get("use_rslora") else rank)
     if header and header["fingerprint"] != fingerprint(encoder):
-        base = config.get("base_model_name_or_path")
-        raise UserError(
-            f"the adapter in {folder} is for {base}, fingerprint {short(header['fingerprint'])}; "
-            f"this encoder's is {fingerprint(encoder)}"
-        )
+        base, its = config.get("base_model_name_or_path"), short(header["fingerprint"])
+        ours = f"this encoder's is {fingerprint(encoder)}"
+        raise UserError(f"the adapter in {folder} is for {base}, fingerprint {its}; {ours}")
     return layers

@@ -1,4 +1,4 @@
-"""What is measured, as pure functions of tensors: no files, no models. Imports nothing of ours."""
+"""What is measured of a trained network, as pure functions of tensors: no files, no models."""
 
 import copy
 
@@ -6,21 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.evaluate import standardise, topk
+
 # ---- nearest neighbours --------------------------------------------------------------------------
-
-
-def knn_votes(bank, bank_labels, queries, classes, k=20, temperature=0.07):
-    """Votes of the k nearest of bank (n, D) for each class: queries (Q, D) -> (Q, classes).
-
-    A vote weighs exp(cosine / temperature) (Wu et al. 2018, arXiv:1805.01978, section 3.4).
-    """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    votes = torch.zeros(len(queries), classes, device=bank.device)
-    for rows in torch.arange(len(queries)).split(4096):
-        similarity, nearest = (queries[rows] @ bank.T).topk(min(k, len(bank)), dim=1)  # (q, k)
-        weights = (similarity / temperature).exp()
-        votes[rows] = votes[rows].scatter_add_(1, bank_labels[nearest], weights)
-    return votes
 
 
 def retrieval(features, labels, groups, most=5000):
@@ -93,12 +81,6 @@ def few_shot(bank, queries, examples, questions):
 # ---- classification ------------------------------------------------------------------------------
 
 
-def topk(scores, labels, k):
-    """Share of rows of scores (n, C) whose label is among the k highest; of equals the first count."""
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return (best == labels[:, None]).any(1).double().mean().item()
-
-
 def macro_f1(predicted, labels):
     """predicted, labels (n) i64 -> mean F1 over the classes that occur in either, in [0, 1]."""
     from sklearn.metrics import f1_score
@@ -119,16 +101,6 @@ def by_frequency(confusion, counts, many=100, few=20):
     return shares
 
 
-def frequency_correlation(confusion, counts):
-    """Pearson's r of a class's recall and the logarithm of its training images, None if undefined."""
-    here = (confusion.sum(1) > 0) & (counts > 0)
-    recall = confusion.diagonal().double() / confusion.sum(1)
-    pair = torch.stack([recall[here], counts[here].double().log()])
-    if here.sum() < 3 or (pair.std(1) < 1e-9).any():
-        return None
-    return torch.corrcoef(pair)[0, 1].item()
-
-
 def classification(scores, labels, counts):
     """scores (n, C), labels (n), counts (C) of training images -> a dict of shares in [0, 1].
 
@@ -142,7 +114,6 @@ def classification(scores, labels, counts):
         "top5": topk(scores, labels, 5),
         "macro_f1": macro_f1(predicted, labels),
         **by_frequency(confusion, counts),
-        "frequency_correlation": frequency_correlation(confusion, counts),
         "per_class": [row[c] / sum(row) if sum(row) else None for c, row in enumerate(rows)],
         "confusion": rows,
     }
@@ -162,12 +133,6 @@ def first_crossing(xs, ys, threshold):
         return float(xs[0])
     share = (threshold - ys[i - 1]) / (ys[i] - ys[i - 1])
     return float(xs[i - 1] + share * (xs[i] - xs[i - 1]))
-
-
-def thumbnails(images, side):
-    """images u8 (n, S, S, 3) -> (n, side*side*3) in [-0.5, 0.5]: the mean colour of each cell."""
-    small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), side)
-    return small.flatten(1) / 255 - 0.5
 
 
 # ---- verification: scores of pairs of one class (positive) and of two (negative) -----------------
@@ -206,22 +171,6 @@ def equal_error_rate(positive, negative):
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of logistic regression, the most regularised first
 
 
-def standardise(train, *others):
-    """-> all in float64, shifted and scaled by the mean and standard deviation of train (n, D)."""
-    mean, std = train.double().mean(0), train.double().std(0) + 1e-6  # a constant column becomes 0
-    return [(x.double() - mean) / std for x in (train, *others)]
-
-
-def ridge(x, labels, classes, penalty):
-    """Least squares onto one-hot labels -> (W (D, C), b (C)); x (n, D) float64, standardised.
-
-    W = (X^T X + penalty I)^-1 X^T Y (Hoerl and Kennard 1970): a linear probe in closed form.
-    """
-    Y = F.one_hot(labels, classes).to(x.dtype)
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
-    return torch.linalg.solve(gram, x.T @ (Y - Y.mean(0))), Y.mean(0)
-
-
 def logistic_probe(x, labels, choose, truth, classes):
     """Logistic regression on standardised features -> (a function from (k, D) to scores, C).
 
@@ -243,10 +192,3 @@ def logistic_probe(x, labels, choose, truth, classes):
         return found
 
     return scores, best.C
-
-
-def effective_rank(x):
-    """x (n, D) -> exp of the entropy of its singular values' shares (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals((x - x.mean(0)).float().cpu())
-    share = values / values.sum().clamp(min=1e-30)
-    return round(torch.special.entr(share).sum().exp().item(), 2)

@@ -21,7 +21,6 @@ from common.io import atomic
 
 BLUE, ORANGE, GREEN, PINK, INK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#D55E00", "#56B4E9", "#000000", "#B59F00")
-MARKERS = "os^DvPX*"
 # fonts with Japanese, Chinese and Korean letters, as systems install them: for names of characters
 CJK = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "MS Gothic", "IPAexGothic")
 INSTALLED = font_manager.get_font_names()

@@ -126,15 +126,6 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def load_optimizer(optimizer, saved):
-    """Load AdamW's moments, which have to fit the weights. All else follows from the flags."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-    for weight, moments in optimizer.state.items():
-        shapes = {name: x.shape for name, x in moments.items()}
-        if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
-            raise ValueError("the optimizer's moments do not fit the weights")
-
-
 def lr_at(step, total, warmup, peak):
     """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
@@ -176,7 +167,7 @@ def trackers(text):
     names = text.split(",")
     for name in names:
         if name not in ("tensorboard", "wandb") or not find_spec(name):
-            raise UserError(f"--log {text!r} must be tensorboard or wandb, and installed")
+            raise UserError(f"--log {text} must be tensorboard or wandb, and installed")
     return names
 
 
@@ -233,7 +224,6 @@ class Run:
         self.step, self.total, self.per_epoch = 0, total, per_epoch
         self.losses, self.norms = [], []  # since the last row of the log
         self.start = self.saved = self.since = time.perf_counter()
-        self.waited = 0.0  # seconds that batches took to come, since the last row
         self.stop, self.trackers = catch_signals(), []
         self.writes = not launched() or os.environ["RANK"] == "0"
         if self.writes:
@@ -250,10 +240,7 @@ class Run:
         state = load_state(self.path)
         try:
             for name, part in self.parts.items():
-                if isinstance(part, torch.optim.Optimizer):
-                    load_optimizer(part, state[name])
-                else:
-                    part.load_state_dict(state[name])
+                part.load_state_dict(state[name])
             self.step, self.start = state["step"], self.start - state["seconds"]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
             raise UserError(f"{self.path} does not fit ({problem!r:.200}); {ANEW}") from None
@@ -290,14 +277,6 @@ class Run:
         for send in self.trackers:
             send({k: v for k, v in row.items() if isinstance(v, int | float)}, self.step)
 
-    def timed(self, batches):
-        """Yield the batches, and add up the time that each takes to come."""
-        start = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
-
     def update(self, loss, grad_norm):
         """After each optimizer step. Waits for no GPU."""
         self.step += 1
@@ -328,7 +307,6 @@ class Run:
             "loss": losses.mean().item(),
             "grad_norm": norms.mean().item(),
             "images_per_s": round(len(losses) * self.batch_size / seconds, 1),
-            "data_wait": round(self.waited / seconds, 5),
             "memory_mb": round(peak_memory_mb(self.device)),
             "seconds": self.seconds(),
         }
@@ -348,7 +326,7 @@ class Run:
             print(f"stopped by {self.stop[0].name} at step {self.step}, saved; go on with:")
             print(f"  python {shlex.join([sys.argv[0], '--resume', str(self.out)])}", flush=True)
             sys.exit(128 + self.stop[0])
-        self.waited, self.since = 0.0, time.perf_counter()  # evaluations do not count
+        self.since = time.perf_counter()  # evaluations do not count
 
     def seconds(self):
         """Of the whole run, the time before it was resumed included."""

@@ -180,7 +180,7 @@ def main():
     run = train.Run(flags, {"net": net, "optimizer": optimizer}, total, per_epoch, device)
     for epoch in range(run.step // per_epoch, flags.epochs):
         order = data.epoch_order(n, flags.seed, epoch)
-        for rows, batch in run.timed(data.batches(images, order, B, device, run.step % per_epoch)):
+        for rows, batch in data.batches(images, order, B, device, run.step % per_epoch):
             generator = train.seeded(flags.seed, epoch, run.step)
             loss = METHODS[flags.method](flags, net, rows, batch, generator, run.step / total)
             loss.backward()

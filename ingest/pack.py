@@ -51,11 +51,11 @@ from common.command import (
     refuse_idle,
     refuse_overwrite,
 )
-from common.io import UserError, lock_beside, locked, read_header
+from common.io import UserError, lock_beside, locked, open_tensors
 from ingest import duplicates, layouts, sources, tags, toon
 from ingest.decode import count_alpha, decode, reason
 from ingest.rows import write_rows
-from ingest.splits import assign_splits, large_enough, long_tailed, without_copies
+from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
 
 SHARES, TOON_SHARES = (
     (0.7, 0.1, 0.2),
@@ -347,6 +347,8 @@ def check_source(path, records, args):
         idle |= {"split"} if path in DRAWN or "dev" in args.given else {"split", "seed"}
     if "dev" in brings:
         idle.add("dev")
+    if "val" not in brings or "test" in brings:
+        idle.add("test")
     refuse_idle(args.given & idle, f"beside the splits that {path} brings, which are kept")
     if None in brings:
         refuse_idle(args.given & {"keep_copies"}, "without splits that the source brings")
@@ -386,6 +388,7 @@ def write_set(args):
     rows = [(r.label, r.group) for r in records]
     named = dict(zip(("train", "val", "test"), shares, strict=True))
     splits = assign_splits([r.split for r in records], rows, named, args.dev, args.seed)
+    splits = hold_out_test(splits, [r.group for r in records], args.test)
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
     thinned = []
     if args.tail and path != "toon":
@@ -410,6 +413,7 @@ def write_set(args):
         "split_seed": args.seed,
         "split_shares": shares,
         "dev": args.dev,
+        "test": args.test,
         "tail": args.tail,
         "group_by": args.group_by,
         "crop": args.crop,
@@ -587,7 +591,7 @@ def to_learn(out):
     """The command that learns from a packed set: by its own foreground masks, and on a split that
     it has.
     """
-    tensors, header = read_header(Path(out) / "train.safetensors")
+    tensors = open_tensors(Path(out) / "train.safetensors")
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     if "boxes" in tensors:
         return shlex.join(["python", "detect.py", "weights/toon", "--data", str(out)])
@@ -598,7 +602,7 @@ def to_learn(out):
         return "pack it again with a val: pretrain.py needs one, to evaluate on"
     few = (
         "; probe.py and finetune_lora.py need labels of two classes or more"
-        if len(header["classes"]) < 2
+        if len(tensors["header"]["classes"]) < 2
         else ""
     )
     return shlex.join(words) + few
@@ -660,6 +664,12 @@ def parse_args(words=None):
         type=between(0, 0.99),
         default=0.0,
         help="share of train held apart for choices, such as .1",
+    )
+    add(
+        "--test",
+        type=between(0, 0.99),
+        default=0.0,
+        help="share of val held apart as test, by illustration, where the source gives val alone",
     )
     add(
         "--group-by",
@@ -749,7 +759,7 @@ def check(args):
 
 def uses_of(args):
     """-> in words, and names of flags: what is done with the path, and what that has a use for."""
-    dealing = "out size split dev seed"
+    dealing = "out size split dev test seed"
     words = "min_per_class min_per_tag tag_importance emoticons"
     copies = "group_by dedupe keep_copies max_broken"
     if args.show and is_packed(args.path):

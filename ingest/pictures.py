@@ -35,41 +35,40 @@ def whole_pictures(paths, problems):
 
 
 def each_picture(paths, work, problems, at_once=16):
-    """Yield (key, work(record, bytes)) of all that can be read, `at_once` of them ahead."""
+    """Yield (key, work(record, bytes)) of all that can be read, `at_once` of them ahead.
+
+    Where nothing can be read, it is an error.
+    """
+    count = 0
     for path in paths:
         try:
             if path != "-" and is_picture(Path(path)):
-                records, fetch = (
-                    [sources.Record(path, str(Path(path).resolve()))],
-                    sources.fetch_files,
-                )
+                records = [sources.Record(path, str(Path(path).resolve()))]
+                fetch = sources.fetch_files
             else:
                 records, fetch, _ = sources.find(path, layout="-")
             for record, row in pack.decode_records(records, fetch, work, at_once):
                 if isinstance(row, Exception):
-                    problems.append(
-                        (
-                            record.key,
-                            f"{record.key} is not a picture that can be read: {reason(row)}",
-                        )
-                    )
+                    why = f"{record.key} is not a picture that can be read: {reason(row)}"
+                    problems.append((record.key, why))
                 else:
+                    count += 1
                     yield record.key, row
         except UserError as problem:  # a hostile or broken archive, a path that is not there
             problems.append((path, str(problem)))
-
-
-def tell_problems(problems, count, as_json):
-    """Name on stderr what could not be read; where nothing could, of `count` pictures, it is an
-    error.
-    """
     if not count:
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise UserError(problems[0][1] + more if problems else "no picture was given")
+
+
+def tell_problems(problems, trained_on, as_json=False):
+    """Say on stderr what could not be read, and whether the network has seen a demo set alone."""
     for key, problem in problems:
         print(f"skipped: {shown(problem)}", file=sys.stderr)
         if as_json:
             print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))
+    if note := demo_note(trained_on):
+        print(f"note: {note}", file=sys.stderr)
 
 
 DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from common.io import BYTES, atomic
+from common.io import DTYPES, atomic
 
 
 def write_rows(path, planes, n, rows, header, room=None):
@@ -17,7 +17,7 @@ def write_rows(path, planes, n, rows, header, room=None):
     """
     size = {}  # bytes of one row
     for name, (dtype, shape) in planes.items():
-        size[name] = math.prod(shape) * BYTES[dtype]
+        size[name] = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     room = room or -(-len(file_head(planes, size, n, header())) // 8) * 8
     start, end = {}, 8 + room
     for name in planes:

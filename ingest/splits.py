@@ -83,6 +83,15 @@ def assign_splits(given, rows, shares, dev, seed):
     return splits
 
 
+def hold_out_test(splits, groups, share):
+    """A source that gives no test: this share of its val becomes one, whole groups by their hash."""
+    if "test" in splits:
+        return splits
+    digests = [hashlib.sha256(str(group).encode()).digest() for group in groups]
+    low = [int.from_bytes(digest[:4], "big") < share * 2**32 for digest in digests]
+    return ["test" if s == "val" and x else s for s, x in zip(splits, low, strict=True)]
+
+
 def copies_to_drop(records, pairs, within):
     """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
 

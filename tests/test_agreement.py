@@ -11,9 +11,10 @@ from conftest import call, refused
 
 import data
 import pretrain as stage
-from common import guidance, metrics
+from common import guidance
 from common.agreement import Agreement, agreement_loss
 from common.checkpoints import load_teacher
+from common.evaluate import effective_rank
 from common.train import read_log
 from experiments import stress
 from model import MAE, SIZES, ViT
@@ -70,8 +71,8 @@ def test_what_is_found_is_counted():
 def test_effective_rank_counts_directions():
     turn = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0]
     flat = torch.randn(500, 3, dtype=torch.float64) @ turn[:3]
-    assert 2.9 < metrics.effective_rank(flat + 5) <= 3
-    assert metrics.effective_rank(torch.arange(20.0)[:, None] * torch.ones(8)) == 1
+    assert 2.9 < effective_rank(flat + 5) <= 3
+    assert effective_rank(torch.arange(20.0)[:, None] * torch.ones(8)) == 1
 
 
 def test_the_projector_learns_to_find_the_other_view():
@@ -87,7 +88,7 @@ def test_the_projector_learns_to_find_the_other_view():
         seen.append(agreement.statistics())
     first, last = (sum(s["found"] for s in part) / 10 for part in (seen[:10], seen[-10:]))
     assert last > first + 0.1
-    assert seen[-1]["agreement"] < seen[0]["agreement"] and seen[-1]["projection_rank"] > 5
+    assert seen[-1]["agreement"] < seen[0]["agreement"]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,7 @@ def finished(small, tmp_path_factory):
 def test_a_run_learns_its_cls_token_and_follows_it(finished):
     out, done = finished
     rows = [r for r in read_log(out / "log.jsonl") if "agreement" in r]
-    assert (
-        all(0 <= r["found"] <= 1 and r["projection_rank"] > 1 and r["agreement"] > 0 for r in rows)
-        and rows
-    )
+    assert rows and all(0 <= r["found"] <= 1 and r["agreement"] > 0 for r in rows)
     assert "attention (rollout) of self" in done.stdout and "warning" not in done.stdout
     assert any(r.get("mean_rank", 0) > 1 for r in read_log(out / "log.jsonl"))
     state = torch.load(out / "state.pt", weights_only=True)

@@ -353,7 +353,7 @@ def test_export_as_mae_holds_everything_and_nothing_else(tmp_path):
     line = refused(call("export.py", tmp_path, "--to", "merged", cwd=ROOT))
     assert "has no adapter" in line
     for out in (tmp_path / "model.safetensors", tmp_path):
-        with pytest.raises(UserError, match="what is read"):
+        with pytest.raises(UserError, match="is there already"):
             export(tmp_path, "mae", out)
 
 
@@ -366,11 +366,9 @@ def test_export_replaces_nothing(tmp_path):
         return call("export.py", tmp_path / "run", *words, cwd=tmp_path)
 
     assert "README.md is there already" in refused(run("--to", "timm", "--out", mine))
-    assert "is a file, and" in refused(run("--to", "hf", "--out", mine / "hf"))
-    assert "is a file, and" in refused(
-        run("--to", "timm", "--out", mine / "x" / "timm.safetensors")
-    )
-    assert f"--out {tmp_path} is a folder" in refused(run("--to", "timm", "--out", tmp_path))
+    for below in (mine / "hf", mine / "x" / "timm.safetensors"):
+        assert "README.md" in refused(run("--to", "hf", "--out", below))
+    assert f"{tmp_path} is there already" in refused(run("--to", "timm", "--out", tmp_path))
     assert mine.read_text() == "mine"
     for to, name in (("timm", "timm.safetensors"), ("hf", "hf/model.safetensors")):
         assert run("--to", to).returncode == 0

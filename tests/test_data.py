@@ -895,6 +895,16 @@ def test_dev_gets_illustrations_with_several_faces_too():
     assert not train & set(dev)
 
 
+def test_half_of_a_given_val_becomes_test_in_whole_groups():
+    given = ["train"] * 50 + ["val"] * 400
+    groups = [f"illustration{i // 2}" for i in range(450)]
+    dealt = splits.hold_out_test(given, groups, 0.5)
+    assert dealt[:50] == given[:50] and 160 < dealt.count("test") < 240
+    assert dealt[50::2] == dealt[51::2]
+    assert splits.hold_out_test(given[50:], groups[50:], 0.5) == dealt[50:]  # its own rows decide
+    assert splits.hold_out_test([*given, "test"], [*groups, "other"], 0.5) == [*given, "test"]
+
+
 def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
     """The same from another folder is the same set; one picture changed, and maps of the one do not
     fit the other.

@@ -316,7 +316,7 @@ def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_
         ("--head arcface:r=3", "no key 'r'"),
         ("--method lora:r=0", "r=0"),
         ("--method pca", "pca is unknown"),
-        ("--keep .2:.5:1", "between 0.01 and 1"),
+        ("--keep .2:.5:1", "invalid shares value"),
         ("--keep .5:2", "between 0.01 and 1"),
         ("--hold-out 2", "--hold-out 2"),
         ("--batch-size 1", "--batch-size 1"),

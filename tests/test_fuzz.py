@@ -460,7 +460,6 @@ UNUSED = [
     (MAPS, "--map saliency", "--attention cls|--parts 4|--run runs/nano"),
     (MAPS, "--map attn --run runs/nano", "--parts 4"),
     (MAPS, "--map parts --run runs/nano", "--attention cls"),
-    (MAPS, "--map all --run runs/nano", "--attention cls|--parts 4"),
     (STRESS, "--midterm", "--only cutout|--pool cls"),
 ]
 TOO_LARGE = [

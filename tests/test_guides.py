@@ -63,9 +63,12 @@ def test_the_teacher_follows_the_encoder():
             w += 1
     for step in range(12):
         teacher.update(encoder, step, 100)
-    assert 0 < teacher.initial < 0.01
+    left = guidance.initial_share(12, 100)
+    assert 0 < left < 0.01
+    for total in (168, 2000, 8000):  # a run of any length: before the first map that guides
+        assert guidance.initial_share(round(masking.START * total), total) < 0.02
     for old, new in zip(first, teacher.encoder.parameters(), strict=True):
-        torch.testing.assert_close(new, old + (1 - teacher.initial))
+        torch.testing.assert_close(new, old + (1 - left))
 
 
 @pytest.fixture(scope="module")

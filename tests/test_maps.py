@@ -336,28 +336,18 @@ def test_what_open_map_refuses(small, made, tmp_path):
 # ---- sheets --------------------------------------------------------------------------------------
 
 
-def test_the_sheet_of_every_strategy(small, run, tmp_path, monkeypatch):
+def test_a_sheet_shows_every_strategy_whose_scores_are_known(small, run, tmp_path, monkeypatch):
     golden.write_packed(tmp_path / "true", 32, (("train", 8), ("val", 4)))
-    shown = []
-
-    def noted(path, title, rows, columns):
-        shown.extend(rows)
-
-    monkeypatch.setattr("common.plots.image_grid", noted)
-    words = ("--map", "all", "--run", run, "--split", "val", "--out", tmp_path / "pictures")
-    here("--data", tmp_path / "true", *words)
-    (tmp_path / "pictures").mkdir(exist_ok=True)
-    # drawn by the run's name; another's is left
-    (tmp_path / "pictures" / f"strategies-{run.name}-val.png").touch()
-    with pytest.raises(UserError, match=f"strategies-{run.name}-val.png is there already"):
-        here("--data", tmp_path / "true", *words)
+    shown = {}
+    monkeypatch.setattr("common.plots.image_grid", lambda path, title, rows, _: shown.update(rows))
+    words = ("--map", "attn", "--run", run, "--split", "val")
+    here("--data", tmp_path / "true", *words, "--out", tmp_path / "a")
     drawn = [name for name in masking.STRATEGIES if name != "learned"]
-    assert [name for name, _ in shown] == ["image", "attention", "parts", *drawn]
-    assert all(len(pictures) == 3 * maps.SHOWN for _, pictures in shown)
-    with pytest.raises(UserError, match="needs true parts"):
-        here("--data", small, *words, "--out", tmp_path / "new")
-    with pytest.raises(UserError, match="needs an encoder"):
-        here("--data", small, "--map", "all")
+    assert [*shown] == ["image", "attn", *drawn]
+    assert all(len(pictures) == 3 * maps.SHOWN for pictures in shown.values())
+    shown.clear()
+    here("--data", small, *words, "--out", tmp_path / "b")  # it has no true masks
+    assert not shown.keys() & {"fg_heavy", "parts"} and "attn_low" in shown
 
 
 @pytest.mark.parametrize("strategy", sorted(set(masking.STRATEGIES) - set(masking.NEEDS)))

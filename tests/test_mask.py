@@ -118,9 +118,22 @@ def test_hint_shows_a_tenth_of_what_would_be_hidden_first():
         assert len(set(a) - set(b)) == 15  # a fifth of 75
 
 
+def test_what_the_teacher_attends_to_least_is_thrown():
+    patches, noise = patches_of(8, 100), noise_of(8, 100)
+    keep, hide = masking.sample(masking.attn_high(patches, noise, 1.0, 85, beta=INF), 15, 40)
+    order = patches["attn"].argsort(1)
+    for i in range(8):
+        assert set(keep[i].tolist()) == set(order[i, 40:55].tolist())
+        assert set(hide[i].tolist()) == set(order[i, 55:].tolist())
+    assert masking.kept(100, 0.85, throw=0.4) == 15
+    with pytest.raises(ValueError, match="thrown"):
+        masking.kept(100, 0.4, throw=0.4)
+
+
 def test_the_keys_of_a_mask_are_its_keyword_parameters():
-    assert masking.PARAMS["random"] == {}
-    assert masking.PARAMS["attn_high"] == {"beta": 0.5, "start": 0.1, "ramp_for": 0.1, "shuffle": 0}
+    assert masking.PARAMS["random"] == {"throw": 0.0}
+    keys = {"beta": 0.5, "start": 0.1, "ramp_for": 0.1, "throw": 0.0, "shuffle": 0}
+    assert masking.PARAMS["attn_high"] == keys
     assert masking.PARAMS.keys() == masking.STRATEGIES.keys()
 
 

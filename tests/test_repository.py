@@ -139,7 +139,7 @@ def test_every_link_leads_somewhere(name):
 
 
 def test_every_file_that_the_readme_names_is_there():
-    map_of_files = README[README.index("## The map") : README.index("## Masks")]
+    map_of_files = README[README.index("## The map") : README.index("## Exercise")]
     for name in re.findall(r"`([\w/]+(?:\.py|/))`", map_of_files):
         assert (ROOT / name).exists() or name in ("toon.py", "datasets/", "maps/", "runs/"), name
     shown = set(re.findall(r"`(\w+\.py)`", map_of_files))
@@ -147,8 +147,8 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_what_is_to_be_changed_stands_where_the_readme_says():
-    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)` \| (.*) \|$", README, re.M)
-    assert len(rows) >= 5
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py)` \| (`.*) \|$", TEXT, re.M)
+    assert len(rows) >= 15
     for file, names in rows:
         code = (ROOT / file).read_text()
         for name in re.findall(r"`(\w+)`", names):
@@ -161,7 +161,7 @@ def test_what_the_glossary_explains_is_where_it_says():
     rows = re.findall(
         r"^\| ([^|`]+) \| [^|]+ \| `([\w/.]+\.py)[^`]*`(.*) \|$", PAGES["docs/glossary.md"], re.M
     )
-    assert len(rows) > 50 and len({word for word, *_ in rows}) == len(rows)
+    assert len(rows) > 20 and len({word for word, *_ in rows}) == len(rows)
     for word, file, names in rows:
         code = (ROOT / file).read_text()
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
@@ -178,9 +178,14 @@ def test_the_licence_is_there_and_the_readme_names_it():
 
 
 def read_results(links):
-    """-> the numbers in the files under results/ that these links name."""
-    text = " ".join((ROOT / name).read_text() for name in links)
-    return [abs(float(x)) for x in re.findall(r"(?:\d*\.)?\d+(?:e-?\d+)?", text)]
+    """-> the numbers in the files under results/ that these links name. JSON has shares: percents, too."""
+    found = []
+    for name in links:
+        numbers = re.findall(r"(?:\d*\.)?\d+(?:e-?\d+)?", (ROOT / name).read_text())
+        found += [abs(float(x)) for x in numbers]
+        if str(name).endswith(".json"):
+            found += [100 * float(x) for x in numbers if "." in x]
+    return found
 
 
 def missing(numbers, known):
@@ -209,7 +214,7 @@ def test_the_numbers_in_tables_stand_in_results():
     """A table names a file under results/, in its source line or in a row: its numbers are in there."""
     checked = 0
     for rows, source in tables():
-        for line in rows:
+        for line in rows[2:]:
             links = re.findall(RESULT, line) or re.findall(RESULT, source)
             if not links:
                 continue
@@ -223,17 +228,15 @@ def test_the_numbers_in_tables_stand_in_results():
 
 
 @pytest.mark.parametrize("title", ["What to expect", "What came out"])
-def test_the_numbers_of_a_paragraph_of_the_readme_stand_in_results(title):
-    paragraph = re.search(rf"\*\*{title}\.\*\*.*?\n\n", README, re.S).group()
+def test_the_numbers_of_a_section_of_the_readme_stand_in_results(title):
+    paragraph = re.search(rf"^## {title}\n.*?(?=^## )", README, re.S | re.M).group()
     numbers = re.findall(r"\d+\.\d+|[\d,]+(?= characters| seconds| MB)", paragraph)
     assert len(numbers) >= 4 and not missing(numbers, read_results(re.findall(RESULT, paragraph)))
 
 
 def test_the_numbers_that_the_docs_tell_of_the_study_stand_in_it():
     section = TEXT[
-        TEXT.index("Differences in points of linear Top-1") : TEXT.index(
-            "## Fine-tuning and recognition"
-        )
+        TEXT.index("Differences in points of linear Top-1") : TEXT.index("## What did the encoder")
     ]
     numbers = re.findall(r"(?<![\w.])\d*\.\d+", section)
     tables = [p.relative_to(ROOT) for p in ROOT.glob("results/study/*/table.md")]
@@ -241,16 +244,14 @@ def test_the_numbers_that_the_docs_tell_of_the_study_stand_in_it():
     assert len(numbers) > 20 and not missing(numbers, read_results(tables))
 
 
-def test_the_readmes_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
+def test_the_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
     with open(ROOT / "results" / "bench_masks.csv") as file:
         cost = {
             r["mask"]: float(r["over_random_percent"])
             for r in csv.DictReader(file)
             if r["model"] == "nano"
         }
-    table = dict(
-        re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", README[README.index("## Masks") :], re.M)
-    )
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", PAGES["docs/masks.md"], re.M))
     assert set(table) == set(masking.STRATEGIES)
     cost["squares"] = cost["simmim"]  # measured under the name of the network that it trains
     assert {name: abs(float(x)) for name, x in table.items()} == {

@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 60), (assigns_many, 86)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 60), (assigns_many, 83)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -105,14 +105,14 @@ def test_the_formatter_lays_out_all_code():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2473, 2500),
+    "lesson": (2458, 2500),
     "applications": (4083, 3900),
     "kernels": (520, 520),
-    "common": (3012, 2400),
+    "common": (2925, 2400),
     "ingest": (4236, 2700),
     "experiments": (2504, 1900),
-    "benchmarks": (1405, 900),
-    "tests": (15289, 8500),
+    "benchmarks": (1400, 900),
+    "tests": (15282, 8500),
 }
 
 
@@ -129,39 +129,3 @@ def test_a_room_only_becomes_smaller(room):
     lines = sum(len(p.read_text().splitlines()) for p in FILES if room_of(p) == room)
     today, wanted = ROOMS[room]
     assert lines <= max(today, wanted), f"{room} has {lines} lines; {wanted} are wanted"
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-PAGE, ALL_PAGES = 1300, 8000
-LIMITS = {"README.md": 900, "results/STUDY.md": 2000, "results/TRIED.md": 2000}
-EXCEPTIONS = {  # today's words of the pages that are too long
-    "README.md": 1754,
-    "docs/glossary.md": 1625,
-    "docs/own_data.md": 1495,
-    "docs/recognition.md": 1863,
-    "docs/results.md": 1871,
-    "docs": 13167,
-}
-
-
-def words_of(name):
-    return len((ROOT / name).read_text().split())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [*LIMITS, *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/*.md"))],
-)
-def test_a_page_has_few_words(name):
-    words, limit = words_of(name), LIMITS.get(name, PAGE)
-    if name in EXCEPTIONS:
-        assert limit < words <= EXCEPTIONS[name], f"{name} has {words} words: set its exception"
-    else:
-        assert words <= limit
-
-
-def test_all_pages_together_have_few_words():
-    words = sum(words_of(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))
-    limit = EXCEPTIONS.get("docs", ALL_PAGES)
-    assert words <= limit, f"docs has {words} words"
