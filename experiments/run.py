@@ -72,14 +72,15 @@ def make(text, args):
     out, name, files = folder_of(words, args)
     done = out / f"{name}.done.json"
     with locked(lock_beside(args.work / name), wait=True) as lock:
-        if done.exists() and not (args.retry and "failed" in read_json(done)):
-            if "failed" in read_json(done):
-                raise Diverged(read_json(done)["failed"])
+        reason = read_json(done).get("failed") if done.exists() else None
+        if done.exists() and reason is None:
             return out
+        if reason and not args.retry:
+            raise Diverged(reason)
         if out.name != name:  # it writes into the folder of another command
             for left in out.glob(f"**/{files}"):
                 left.unlink()
-        elif (out / "state.pt").exists() and not done.exists():
+        elif (out / "state.pt").exists() and reason is None:
             words = [*words[: 2 if words[0] == "-m" else 1], "--resume", str(out)]
         else:
             shutil.rmtree(out, ignore_errors=True)

@@ -218,22 +218,6 @@ def test_an_interval_covers_what_other_images_would_have_said():
     assert missed <= 20 and alone > 60
 
 
-def test_the_bootstrap_resamples_illustrations_not_images():
-    """Ten copies of each image in one illustration: the interval must be as wide as that of one of
-    each.
-    """
-    rng = np.random.default_rng(0)
-    one = rng.normal(0.5, 1, (3, 60))
-    alone = bootstrap(one, np.arange(60))
-    copied = bootstrap(one.repeat(10, 1), np.arange(60).repeat(10))
-    wrong = bootstrap(one.repeat(10, 1), np.arange(600))
-    assert copied["low"] == pytest.approx(alone["low"]) and copied["high"] == pytest.approx(
-        alone["high"]
-    )
-    assert wrong["high"] - wrong["low"] < 0.7 * (alone["high"] - alone["low"])
-    assert alone["mean"] == pytest.approx(one.mean()) and bootstrap(one, np.arange(60)) == alone
-
-
 def test_the_bootstrap_covers_the_truth():
     """200 experiments of 5 seeds and 80 images with no true difference: about 5 % of the intervals
     miss 0.
