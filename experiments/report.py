@@ -255,10 +255,11 @@ def hypothesis_table(hypothesis):
         row = [what, f"`{test['arm']}`", f"`{test['against']}`", f"{test['claim']:g}"]
         row += [interval(test), boot, p_value(test["p"]), p_value(test["holm_against"])]
         rows.append(row)
-    name, verdict, p = (hypothesis[k] for k in ("id", "verdict", "holm_p"))
+    p, claim = hypothesis["holm_p"], hypothesis["holm_claim"]
     head = ["what", "arm", "against", "claim", "found", "bootstrap, seeds x illustrations"]
     head += ["p of no effect", "p of the claim, Holm"]
-    text = f"**{name}: {verdict}** (p = {p:.3f} after Holm)."
+    text = f"**{hypothesis['id']}: {hypothesis['verdict']}** (after Holm: p of no effect {p:.3f}, "
+    text += f"smallest p of a claim {claim:.3f})."
     if "claim" in hypothesis:
         text += f" Claim: {hypothesis['claim']}."
     return ["", text, "", *markdown(head, rows)]
@@ -351,14 +352,14 @@ def section(study, top):
 def write_study(studies, path):
     """STUDY.md: the verdicts, and a section for each study. What stands outside the marks is kept."""
     before, rest = path.read_text().split(MARKS[0])
-    rows = [
-        [h["id"].split(" on ")[0], study.plan["data"], h["verdict"], f"{h['holm_p']:.3f}"]
-        for study in studies
-        for h in study.hypotheses
-    ]
-    lines = [*markdown(["hypothesis", "data", "verdict", "p, Holm"], rows), ""]
+    rows, sections = [], []
     for study in studies:
-        lines += section(study, path.parent)
+        for h in study.hypotheses:
+            row = [h["id"].split(" on ")[0], study.plan["data"], h["verdict"]]
+            rows.append([*row, p_value(h["holm_p"]), p_value(h["holm_claim"])])
+        sections += section(study, path.parent)
+    head = ["hypothesis", "data", "verdict", "p of no effect", "p of the claim"]
+    lines = [*markdown(head, rows), "", *sections]
     save_text("\n".join([before + MARKS[0], *lines, MARKS[1]]) + rest.split(MARKS[1])[1], path)
 
 

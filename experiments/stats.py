@@ -185,7 +185,7 @@ def holds(test):
 
 
 def judge(hypotheses, family):
-    """Hypotheses {"id", "parts": tests} -> the same with p, holm_p and verdict.
+    """Hypotheses {"id", "parts": tests} -> the same with p, holm_p, holm_claim and verdict.
 
     family {id: number of parts}: all that were planned; one without rows counts with p = 1.
     Supported: every part holds, and the largest p of its parts is under .05 after Holm. Refuted:
@@ -206,7 +206,8 @@ def judge(hypotheses, family):
 
 
 def verdict(tests, p, holm_p):
-    """-> {"p", "holm_p", "verdict"} of one hypothesis."""
+    """-> {"p", "holm_p", "holm_claim": the smallest p of a claim, "verdict"} of one hypothesis."""
+    claims = [test["holm_against"] for test in tests if test["holm_against"] is not None]
     equal = [test.get("p_equal") for test in tests]
     name = "undecided"
     if all(test["n"] == test["planned"] for test in tests):
@@ -216,4 +217,4 @@ def verdict(tests, p, holm_p):
             name = "supported"
         elif None not in equal and max(holm(equal)) < LEVEL:
             name = "equivalent"
-    return {"p": p, "holm_p": holm_p, "verdict": name}
+    return {"p": p, "holm_p": holm_p, "holm_claim": min(claims, default=1.0), "verdict": name}

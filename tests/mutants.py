@@ -32,13 +32,13 @@ def changed(node, **fields):
 
 
 def of_number(node):
-    """Off by one; half of a fraction; the other truth value."""
+    """Off by one; half of a fraction, and one for zero; the other truth value."""
     value = node.value
     if isinstance(value, bool):
         return [repr(not value)]
     if isinstance(value, int):
         return [str(value + 1), str(value - 1)]
-    return [repr(value / 2)] if isinstance(value, float) else []
+    return [repr(value / 2 or 1.0)] if isinstance(value, float) else []
 
 
 def of_operation(node):

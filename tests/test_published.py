@@ -76,6 +76,13 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
             assert same, (a["arm"], name, text, b[name])
 
 
+def test_the_tables_of_the_study_follow_from_the_rows(judged, monkeypatch):
+    written = []
+    monkeypatch.setattr(report, "save_text", lambda text, path: written.append(text))
+    report.write_study([judged[folder] for folder in STUDIES], RESULTS / "STUDY.md")
+    assert written == [(RESULTS / "STUDY.md").read_text()]
+
+
 def test_no_table_says_an_interval_of_under_three_seeds():
     for path in RESULTS.rglob("table.md"):
         for line in path.read_text().splitlines():

@@ -122,9 +122,11 @@ def test_a_test_that_lacks_a_run_counts_as_one_without_rows():
     assert [h["parts"][0]["holm_against"] for h in found] == [0.06, 1.0]
     assert [h["verdict"] for h in found] == ["supported", "undecided"]
     assert [h["holm_p"] for h in found] == [0.02, 1.0]
+    assert [h["holm_claim"] for h in found] == [0.06, 1.0]
     no_p = part(p=None, p_against=None, low=None, high=None)
     (found,) = stats.judge([{"id": "A", "parts": [no_p]}], {"A": 1})
-    assert found["parts"][0]["holm_against"] is None and found["p"] == 1.0
+    assert found["parts"][0]["holm_against"] is None
+    assert found["p"] == found["holm_claim"] == 1.0
     sure = part(n=4, p_against=0.001), part(p_against=0.001)
     (found,) = stats.judge([{"id": "A", "parts": list(sure)}], {"A": 2})
     assert found["verdict"] == "undecided"  # one part lacks a run
