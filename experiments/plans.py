@@ -46,7 +46,7 @@ OF_MASKS = {
     "set": {"recipe": f"{SMALL} {PLAIN}", "pool": "mean", "split": "val"},
     "columns": {
         "top1": ("Top-1, %", 1, "probe-headline.json", "headline", 100),
-        "linear": ("in the run, %",),
+        "linear": ("linear probe during training, %",),
         "epochs": ("epochs to threshold",),
         "minutes": ("minutes",),
     },

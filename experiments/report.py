@@ -30,7 +30,7 @@ UNITS["log_epochs"] = "% of the epochs saved, by logarithms"
 NOTES = (
     "Mean ± std over seeds. Differences are paired by seed, with a 95 % t interval over seeds and "
     "illustrations (over seeds alone where no image's answer is kept), and p after Holm over the "
-    "table. Equivalent: the difference is within {margin:g} points either way (two one-sided tests, "
+    "table. Equivalent: the difference is within ±{margin:g} points (two one-sided tests, "
     "after Holm). Under three seeds there is no interval."
 )
 
@@ -297,7 +297,7 @@ def draw(path, study):
             axis.set(xlabel=heading)
             axis.grid(axis="x", alpha=0.3)
         axes[0, 0].set_yticks(range(len(study.rows)), list(study.rows))
-        axes[0, 0].invert_yaxis()
+        axes[0, 0].set_ylim(len(study.rows) - 0.5, -0.5)
 
 
 def write(study, figure=False):

@@ -329,6 +329,8 @@ def test_epochs_that_are_bounds_are_noted():
     row = stats.epochs_saved(both, 20.0)  # two runs that never arrive are not one run
     assert row["notes"] == ["1 runs and 1 baselines of 3 never reach 20.0 %"]
     assert stats.epochs_saved([], 20.0)["effect"] is None
+    few = stats.epochs_saved([(never, base[0]), (arm[1], never)], 20.0)
+    assert few["p"] is few["p_against"] is None  # two seeds say nothing
 
 
 def test_the_logarithms_of_ratios_have_a_t_test():
