@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 86)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 81)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -111,7 +111,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "common": (3012, 2400),
     "ingest": (4236, 2700),
     "experiments": (2504, 1900),
-    "benchmarks": (1405, 900),
+    "benchmarks": (963, 900),
     "tests": (15289, 8500),
 }
 
