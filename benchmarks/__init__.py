@@ -4,10 +4,10 @@ Machines are noisy. So what is compared takes turns in one run, and a comparison
 the ratios within the turns.
 """
 
+import itertools
 import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +85,23 @@ def compared(times, base):
 
 
 def alone(function, *args, **options):
-    """The result of a call in a process of its own, which ends with it and frees all memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args, **options).result()
+    """The result of a call in a process of its own, which then ends and frees all memory."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send_result, args=(theirs, function, args, options))
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"a process ended with status {process.exitcode}, see above") from None
+    finally:
+        process.join()  # its memory is free before the next one begins
+
+
+def send_result(pipe, function, args, options):
+    pipe.send(function(*args, **options))
 
 
 # ---- the roofline --------------------------------------------------------------------------------
@@ -136,10 +150,7 @@ class Table:
     def find(self, **keys):
         """The row that has these values under the keys, or None."""
         wanted = {k: str(value) for k, value in (keys | self.where).items() if k in self.keys}
-        for row in self.rows:
-            if all(row.get(k) == value for k, value in wanted.items()):
-                return row
-        return None
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
     def add(self, row):
         """Print a row and save it, in place of one with its keys. Cells that it lacks are empty."""
@@ -147,7 +158,5 @@ class Table:
         print(", ".join(f"{k} {value}" for k, value in row.items()), flush=True)
         self.rows = [r for r in self.rows if r is not old]
         self.rows.append({k: str(value) for k, value in (row | self.where).items()})
-        columns = {}
-        for known in self.rows:
-            columns |= dict.fromkeys(known)
+        columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
         save_csv(self.path, [{k: r.get(k, "") for k in columns} for r in self.rows])

@@ -48,7 +48,8 @@ facts() {
     return 0
 }
 
-# The run goes on where it was stopped. A tiny run: a CPU's network, one epoch, no guidance.
+# The run goes on where it was stopped. On the demo set a GPU's epoch takes seconds, so evaluations
+# are rare. A tiny run: a CPU's network with one block, one epoch, no guidance.
 pretrain() {
     local run="$folder/run" tiny=(--model nano:depth=1 --epochs 1 --mask random)
     if [ -e "$run/state.pt" ]; then
@@ -56,7 +57,7 @@ pretrain() {
     elif [ ${#small[@]} -gt 0 ]; then
         python pretrain.py "${tiny[@]}" --out "$run"
     else
-        python pretrain.py --mask attn_high --ratio 0.75 --out "$run"
+        python pretrain.py --mask attn_high --ratio 0.75 --eval-every 100 --out "$run"
     fi
 }
 

@@ -7,7 +7,8 @@ bench_kernels_cpu.csv. The gate comes first: every contender against float64 on 
 against the reference on the inputs that are timed. A wrong number ends the run before any speed.
 
 Bytes are the least that any implementation moves. Their share is of a plain copy in the same run.
-Forward is that of training. Times of small inputs on a GPU contain the launch by Python.
+Forward is that of training: there our kernel writes the gradient already, which backward scales.
+Times of small inputs on a GPU contain the launch by Python.
 """
 
 import functools
@@ -56,7 +57,7 @@ def pick_patches(x, ids, patch):
 
 def obvious_gather(view, ids, patch, dtype=torch.float32):
     exact = torch.promote_types(dtype, torch.float32)
-    mean, std = (torch.tensor(v, device=view.device, dtype=exact) for v in (MEAN, STD))
+    mean, std = torch.tensor([MEAN, STD], device=view.device, dtype=exact)  # as torchvision does
     return pick_patches((view.to(exact) / 255 - mean) / std, ids, patch).to(dtype)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import benchmarks as bench
 import detect
-from common.command import at_least, cli
+from common.command import cli
 from common.train import pick_device
 from export import PIP, graph_of, save_onnx
 from ingest import toon
@@ -24,6 +24,7 @@ SHIPPED = ["weights/toon", "weights/toon-lora", "weights/toon-tags", "weights/to
 ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]  # missing
 ONNX_VERSION = "none" if ONNX else version("onnxruntime")
 KEYS = ("run", "pictures", "by")
+BATCHES = (1, 16)  # pictures at once
 
 
 def torch_answer(run, device):
@@ -76,16 +77,14 @@ def measure(table, run, batches, turns, device):
 
 def main():
     parser = bench.parser_of(__doc__)
-    add = parser.add_argument
-    add("runs", nargs="*", default=SHIPPED, metavar="RUN", help="of any stage (default: weights/)")
-    add("--batch-size", type=at_least(1), nargs="+", default=[1, 16], metavar="B", help="(1 16)")
+    parser.add_argument("runs", nargs="*", default=SHIPPED, metavar="RUN", help="of any stage")
     args = parser.parse_args()
     device = pick_device(args.device)
     if ONNX:
         print(f"note: onnxruntime is left out, because {ONNX[0]} is missing: {PIP}")
     table = bench.Table(args.out / "bench_latency.csv", KEYS, device, onnxruntime=ONNX_VERSION)
     for run in args.runs:
-        measure(table, run, [1] if args.small else args.batch_size, args.turns, device)
+        measure(table, run, (1,) if args.small else BATCHES, args.turns, device)
     print(f"wrote    {table.path}")
 
 

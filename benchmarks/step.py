@@ -16,7 +16,6 @@ plain copy for the bytes, whichever is longer; both are timed right after the st
 import functools
 import statistics
 import tempfile
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -266,8 +265,8 @@ def add_row(table, case, turn, *, folder, reference, counts):
     if not table.find(**keys):
         try:
             found = bench.alone(measured, case, folder, *counts)
-        except BrokenProcessPool:
-            found = {"note": "the process was killed, as it is where memory is full"}
+        except UserError as problem:  # killed, as it is where memory is full
+            found = {"note": str(problem)}
         problem = found.get("note") or agree(found["losses"], reference, case.dtype)
         if problem and case.candidate == "AniMask":
             raise UserError(f"{name_of(case)}: {problem}; no speed is reported")
