@@ -8,6 +8,7 @@
 # goes on. At the end it lists the files to send. --small tries all of it on tiny inputs, on any
 # machine; where there is no GPU, the interpreter of Triton runs the kernels of the gate.
 set -uo pipefail
+trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
 
 small=()
