@@ -38,8 +38,6 @@ from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
-# ---- numbers that no flag sets -------------------------------------------------------------------
-
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
 WIDTH = 96  # channels of the maps
