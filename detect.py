@@ -99,7 +99,8 @@ class Detector(nn.Module):
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
         places = (y + corner[0]) * side + x + corner[1]  # in the encoder's grid
-        places, pos = places.flatten().expand(len(view), -1).contiguous(), None
+        places = places.flatten().expand(len(view), -1).contiguous()
+        pos = None  # the encoder's own positions
         if g > side:
             places, pos = patches, resize_positions(self.encoder.pos_embed, g)
         tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)

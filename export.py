@@ -175,11 +175,13 @@ def tag(net, view):
 def graph_of(source, image_size=None):
     """A run or a checkpoint -> (Graph, what a reader of its file has to know)."""
     if (Path(source) / "head.safetensors").exists():
-        (net, header), gallery = load_classifier(source), open_gallery(source)
+        net, header = load_classifier(source)
+        gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
         notes = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
     elif tags.is_tagger(source):
-        (net, header), answer = tags.load_tagger(source), tag
+        net, header = tags.load_tagger(source)
+        answer = tag
         if net.arm not in tags.NAMES_TAGS:
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
         notes = {"is": "tagger", "names": header["classes"]}
