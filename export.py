@@ -294,7 +294,7 @@ def export(source, to, out=None, image_size=None):
     card = out / "README.md" if to in ("hf", "half") else out.with_suffix(".md")
     with locked(lock_beside(out)):
         for path in (out, card):
-            if path.exists():
+            if path.exists() or path.is_symlink():
                 raise UserError(f"{path} is there already; choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
