@@ -106,7 +106,7 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2473, 2500),
-    "applications": (3900, 3900),
+    "applications": (3899, 3900),
     "kernels": (520, 520),
     "common": (3012, 2400),
     "ingest": (4235, 2700),
