@@ -38,8 +38,6 @@ from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
-# ---- numbers that no flag sets -------------------------------------------------------------------
-
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
 WIDTH = 96  # channels of the maps
@@ -101,7 +99,8 @@ class Detector(nn.Module):
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
         places = (y + corner[0]) * side + x + corner[1]  # in the encoder's grid
-        places, pos = places.flatten().expand(len(view), -1).contiguous(), None
+        places = places.flatten().expand(len(view), -1).contiguous()
+        pos = None  # the encoder's own positions
         if g > side:
             places, pos = patches, resize_positions(self.encoder.pos_embed, g)
         tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)
