@@ -9,8 +9,8 @@ Writes: runs/NAME-det/ with detector.safetensors, state.pt, log.jsonl, metrics.j
 
 A plain ViT is enough for detection (ViTDet, Li et al. 2022, arXiv:2203.16527). Its last tokens
 become maps with cells of half, once and twice the patch's side. Each cell has the score of a
-centre, with CenterNet's focal loss (Zhou et al. 2019, arXiv:1904.07850), and the distances to the
-four sides of a box, with the weights of TTFNet (Liu et al. 2020, arXiv:1909.00700).
+centre, with CenterNet's focal loss (Zhou et al. 2019, arXiv:1904.07850). It also has the distances
+to the four sides of a box, with the weights of TTFNet (Liu et al. 2020, arXiv:1909.00700).
 Shapes: B batch, S side of a view in pixels, K boxes of a view (-1 fills up), N cells of all maps.
 """
 
@@ -37,8 +37,6 @@ from common.io import UserError, atomic, read_safetensors, save_json, save_safet
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
-
-# ---- numbers that no flag sets -------------------------------------------------------------------
 
 RATES = {"full": 1e-3, "lora": 2e-3, "linear": 2e-3, "scratch": 1e-3}  # linear has LoRA's
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient
@@ -101,7 +99,8 @@ class Detector(nn.Module):
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         patches = (y * g + x).flatten().expand(len(view), -1).contiguous()  # of the view
         places = (y + corner[0]) * side + x + corner[1]  # in the encoder's grid
-        places, pos = places.flatten().expand(len(view), -1).contiguous(), None
+        places = places.flatten().expand(len(view), -1).contiguous()
+        pos = None  # the encoder's own positions
         if g > side:
             places, pos = patches, resize_positions(self.encoder.pos_embed, g)
         tokens = self.encoder(masked_patch_gather(view, patches, self.patch), places, pos)

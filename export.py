@@ -54,8 +54,8 @@ def public_weights(source, image_size):
     if not facts["decoder_depth"]:  # SimMIM's linear decoder is nobody else's
         encoder, _ = checkpoints.load_encoder(source, image_size)
         return checkpoints.as_convolution(encoder.state_dict()), facts
-    names = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
-    model = MAE(**{name: facts[name] for name in names})
+    shape = (*checkpoints.ENCODER, "decoder_dim", "decoder_depth", "decoder_heads")
+    model = MAE(**{name: facts[name] for name in shape})
     checkpoints.init_from(model, source)
     return checkpoints.public_weights(model), facts
 
@@ -83,7 +83,9 @@ def save_hf(source, folder, image_size):
     network = "ViTMAEForPreTraining" if depth else "ViTModel"
     config = {"model_type": "vit_mae" if depth else "vit", "architectures": [network]}
     config |= {"image_size": size, "patch_size": facts["patch_size"]}
-    config |= {"layer_norm_eps": facts["norm_eps"], "norm_pix_loss": facts.get("norm_pix", False)}
+    config["layer_norm_eps"] = facts["norm_eps"]
+    if depth:
+        config["norm_pix_loss"] = facts.get("norm_pix", False)
     for stack in ("", "decoder_") if depth else ("",):
         config |= {stack + theirs: facts[stack + ours] for theirs, ours in HF_SHAPE.items()}
         config[f"{stack}intermediate_size"] = 4 * facts[f"{stack}dim"]
@@ -173,11 +175,13 @@ def tag(net, view):
 def graph_of(source, image_size=None):
     """A run or a checkpoint -> (Graph, what a reader of its file has to know)."""
     if (Path(source) / "head.safetensors").exists():
-        (net, header), gallery = load_classifier(source), open_gallery(source)
+        net, header = load_classifier(source)
+        gallery = open_gallery(source)
         answer = partial(recognise, gallery=gallery)
         notes = {"is": "recogniser", "names": gallery["names"], "learned": gallery["learned"]}
     elif tags.is_tagger(source):
-        (net, header), answer = tags.load_tagger(source), tag
+        net, header = tags.load_tagger(source)
+        answer = tag
         if net.arm not in tags.NAMES_TAGS:
             raise UserError(f"{source} is a run of --arm {net.arm}, which names no tags")
         notes = {"is": "tagger", "names": header["classes"]}
@@ -228,7 +232,6 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
     "onnx": (save_onnx, "model.onnx", "onnx"),
     "half": (save_half, "half", "pytorch"),
 }
-FOLDERS = ("hf", "half")  # formats that are a folder
 OURS = ("datasets/toon", "datasets/scenes")  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
 NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
@@ -288,10 +291,10 @@ def export(source, to, out=None, image_size=None):
     source = Path(source)
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    card = out / "README.md" if to in FOLDERS else out.with_suffix(".md")
+    card = out / "README.md" if to in ("hf", "half") else out.with_suffix(".md")
     with locked(lock_beside(out)):
         for path in (out, card):
-            if path.exists():
+            if path.exists() or path.is_symlink():
                 raise UserError(f"{path} is there already; choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:

@@ -58,7 +58,7 @@ NECK_FEW = 256  # of these do so after an epoch
 
 
 def shares(text):
-    """An argparse type: ".5" -> (0.5, 0.5), ".25:.75" -> (0.25, 0.75), first and last of the run."""
+    """An argparse type: "0.5" -> (0.5, 0.5), "0.25:0.75" -> (0.25, 0.75), first and last of the run."""
     first, _, last = text.partition(":")
     return tuple(map(between(0.01, 1), (first, last or first)))
 
@@ -71,8 +71,8 @@ def read_flags():
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
     add("--resume", metavar="RUN", help="go on with this run, by its flags")
-    add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=.9")
-    add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=.5,scale=32")
+    add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=0.9")
+    add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=0.5,scale=32")
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
     add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="a block more")
@@ -84,7 +84,7 @@ def read_flags():
     add("--head-lr", type=between(1e-9, 1), metavar="LR", help="peak learning rate of the head")
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
-    add("--keep", type=shares, metavar="SHARE", help="of the patches shown; .25:.75 rises")
+    add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
     add("--split", default="val", choices=["val", "dev", "test"], help="what is reported")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

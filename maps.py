@@ -300,15 +300,14 @@ def coloured(maps):
     return np.uint8(255 * colormaps["viridis"]((maps / top).float().numpy())[..., :3])
 
 
-def scores_of_sheet(args, split, maps, rows):
-    """What is known of some images -> {need of a strategy: scores (n, N), of parts (n, N, P)}.
+def scores_of_sheet(args, split, maps, rows, images):
+    """Images, `rows` of the set -> {need of a strategy: scores (n, N), of parts (n, N, P)}.
 
     The maps (n, G, G) give one of them. A set with true foreground or parts gives these, too.
     """
     whole = data.full_boxes(len(rows))
     g = 12 if args.map == "saliency" else maps.shape[-1]  # 12 as in the demo's network
     cut = (rows, *whole, g)
-    images = torch.from_numpy(split["images"][rows.numpy()])
     view = data.view_images(images, *whole, 8 * g)
     every = torch.arange(g * g).expand(len(rows), -1).contiguous()
     scores = {"detail": patch_detail(view, every, 8)}
@@ -327,7 +326,7 @@ def draw_sheet(path, args, split, maps):
     chosen = data.evenly_spaced(len(maps), SHOWN)
     images = torch.from_numpy(split["images"][chosen.numpy()])
     n, S = images.shape[:2]
-    scores = scores_of_sheet(args, split, maps, chosen)
+    scores = scores_of_sheet(args, split, maps, chosen, images)
     g = math.isqrt(scores["detail"].shape[1])
     shown = coloured(torch.from_numpy(maps[chosen.numpy()]))
     rows = [("image", [*images] * len(RATIOS)), (args.map, [*shown] * len(RATIOS))]

@@ -277,8 +277,8 @@ def by_quota(quota, member, noise):
 def side_quota(side, M, noise, share, spare):
     """Priority that hides `share` of one side, (B, N) bool, and takes the rest from the other side.
 
-    With a patches on this side and b on the other, n = round(share * a) are hidden here and M - n
-    there. n is clipped so that `spare` patches stay visible on each side that is not empty.
+    Of a patches on this side, n = round(share * a) are hidden, and M - n of the b on the other side.
+    The number n is clipped so that `spare` patches of each side stay visible, if it has any.
     """
     a = side.sum(1)  # (B,)
     b = side.shape[1] - a

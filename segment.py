@@ -42,8 +42,6 @@ from common.io import UserError, atomic, read_safetensors, save_json, save_safet
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
-# ---- numbers that no flag sets -------------------------------------------------------------------
-
 KINDS = ("photographed", "drawn")  # of a frame, a patch, a pixel: 0 or 1
 NETWORKS = {"unet": {"hint": 1}, "segformer": {"hint": 1}}  # hint=0: colours alone
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.999), 1.0  # of AdamW; largest norm of the gradient

@@ -264,8 +264,8 @@ class MFDN(nn.Module):
     def forward(self, patches, ids, words=None, hidden=None):
         """patches (B, K, P) at places ids (B, K), words (B, L) where the arm reads them.
 
-        -> logits of the characters (B, C), None of arm bce; and of tags, None where there are none:
-        (B, V) tag by tag, or (., V) for the places of (B, L) that `hidden` selects, a mask or index.
+        -> logits of the characters (B, C), None of arm bce; and of tags, None where there are none.
+        Those of tags are (B, V), or (., V) for the places of (B, L) that `hidden` selects.
         """
         x, bias, seen = self.lower_half(patches, ids, words)
         for block in self.encoder.blocks[self.half :]:
@@ -736,7 +736,7 @@ def read_flags():
     add("--out", metavar="DIR", help="run folder (default: named by the encoder and the flags)")
     add("--resume", metavar="RUN", help="go on with this run, with its flags")
     arms = "\n".join(f"{arm}: {text}" for arm, text in ARMS.items())
-    add("--arm", default="mfdn", help=f"{arms}\nkeys: mfdn, fixed, l2l:weight=.3; fixed:share=.5")
+    add("--arm", default="mfdn", help=f"{arms}\nkeys: mfdn, fixed, l2l:weight=0.3; fixed:share=0.5")
     add("--split", default="val", choices=["val", "test"], help="the split that is reported")
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")

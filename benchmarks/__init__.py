@@ -1,34 +1,162 @@
-"""What the benches share: where a row was made, where rows go, clocks, and the memory that a process holds."""
+"""What the benchmarks share: clocks, turns, percentiles, the roofline, and the table of rows.
 
+Machines are noisy. So what is compared takes turns in one run, and a comparison is the median of
+the ratios within the turns.
+"""
+
+import itertools
+import multiprocessing
+import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from common.command import Parser, at_least, claim
+from common.io import UserError, lock_beside
 from common.train import commit, machine
+from experiments.tables import rows_there, save_csv
 from kernels import triton
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OUT = Path("runs/bench")  # results/ is written where it is named
+OUT = Path("runs/bench")  # results/ is written where --out names it
 TRITON = triton.__version__ if triton else "none"
 
 
-def about(device, **more):
-    """The columns of a row that say where it was made; more: what else decides a speed there."""
-    return {"machine": machine(device), **more, "commit": commit()}
+def parser_of(doc):
+    """A parser with the flags that every benchmark has."""
+    parser = Parser(description=doc.split("\n")[0])
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--turns", type=at_least(1), default=5, help="that are compared (default: 5)")
+    add(
+        "--small", action="store_true", help="tries the path on tiny inputs: the speed is no result"
+    )
+    add("--out", type=Path, default=OUT, metavar="DIR", help=f"folder of the CSV ({OUT})")
+    return parser
+
+
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def now(device):
     """Seconds of the wall's clock, after all work of a GPU has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-def status_mb(key, process="self"):
-    """What Linux says of a process's memory, in MB: RssAnon (backed by no file), VmRSS, VmHWM (the
-    most so far).
+def milliseconds(call, device, seconds=0.3):
+    """Times of single calls, in ms. On a GPU each call begins with a cold L2 cache."""
+    if device.type == "cuda" and triton:
+        return triton.testing.do_bench(call, rep=1000 * seconds, return_mode="all")
+    call()  # warms up
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() < begin + seconds:
+        start = now(device)
+        call()
+        times.append(1000 * (now(device) - start))
+    return times
+
+
+def in_turns(calls, turns, measure):
+    """{name: call} -> {name: [measure(call) of each turn]}. Every second turn goes backwards."""
+    found = {name: [] for name in calls}
+    for turn in range(turns):
+        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
+        for name in order:
+            found[name].append(measure(calls[name]))
+    return found
+
+
+def compared(times, base):
+    """{name: ms of each turn} -> {name: columns}: percentiles of all turns together, and how many
+    times as long as the base it takes, the median of the ratios of the turns.
     """
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+    found = {}
+    for name, turns in times.items():
+        values = np.percentile(np.concatenate(turns), (20, 50, 80)).round(4).tolist()
+        pairs = zip(turns, times[base], strict=True)
+        ratios = [np.median(own) / np.median(other) for own, other in pairs]
+        found[name] = dict(zip(("p20_ms", "p50_ms", "p80_ms"), values, strict=True))
+        found[name][f"times_as_long_as_{base}"] = round(statistics.median(ratios), 3)
+    return found
+
+
+def alone(function, *args, **options):
+    """The result of a call in a process of its own, which then ends and frees all memory."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send_result, args=(theirs, function, args, options))
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"a process ended with status {process.exitcode}, see above") from None
+    finally:
+        process.join()  # its memory is free before the next one begins
+
+
+def send_result(pipe, function, args, options):
+    pipe.send(function(*args, **options))
+
+
+# ---- the roofline --------------------------------------------------------------------------------
+
+
+def copy_speed(device):
+    """Bytes a second, read and written, of a plain copy that is larger than the caches."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    ms = milliseconds(lambda: target.copy_(source), device)
+    return 2 * size / statistics.median(ms) * 1000
+
+
+def product_speed(device, dtype):
+    """Operations a second of a plain product of two square matrices, which counts as the peak."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+    ms = milliseconds(lambda: torch.mm(a, a, out=out), device)
+    return 2 * side**3 / statistics.median(ms) * 1000
+
+
+def least_seconds(operations, moved, operations_per_s, bytes_per_s):
+    """The roofline: nothing is faster than its operations, or than its bytes (Williams 2009)."""
+    return max(operations / operations_per_s, moved / bytes_per_s)
+
+
+# ---- the table of rows ---------------------------------------------------------------------------
+
+
+class Table:
+    """A CSV that gets each row as soon as it is measured. A row that is there is not measured again.
+
+    keys: the columns that say what was measured. Rows of another machine or commit are others.
+    """
+
+    def __init__(self, path, keys, device, **versions):
+        claim([], lock_beside(path))
+        self.path, self.keys = path, (*keys, "machine", "commit")
+        self.rows = rows_there(path, ("machine", "commit"))
+        if path.exists() and not self.rows:
+            raise UserError(f"{path} is there already, and no such table; give another --out")
+        self.where = {"machine": machine(device), **versions, "commit": commit()}
+
+    def find(self, **keys):
+        """The row that has these values under the keys, or None."""
+        wanted = {k: str(value) for k, value in (keys | self.where).items() if k in self.keys}
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
+
+    def add(self, row):
+        """Print a row and save it, in place of one with its keys. Cells that it lacks are empty."""
+        old = self.find(**row)
+        print(", ".join(f"{k} {value}" for k, value in row.items()), flush=True)
+        self.rows = [r for r in self.rows if r is not old]
+        self.rows.append({k: str(value) for k, value in (row | self.where).items()})
+        columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
+        save_csv(self.path, [{k: r.get(k, "") for k in columns} for r in self.rows])

@@ -1,89 +1,91 @@
-"""How long an answer takes, by torch and by onnxruntime: python -m benchmarks.latency runs/NAME [runs/NAME-lora ...]
+"""How long one answer of each model that ships takes: python -m benchmarks.latency [RUN ...]
 
-What export.py --to onnx writes of each run, on the CPU, in fp32, side by side and in turns;
-medians. Into runs/bench/bench_latency.csv (--out results: into git).
+Writes runs/bench/bench_latency.csv. torch on --device, and on a CPU also onnxruntime with what
+export.py --to onnx writes, in turns. A detector has no ONNX file. All in fp32, on drawn faces.
 """
 
-import statistics
+import functools
 import tempfile
-import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import onnxruntime
+import numpy as np
 import torch
 
-from benchmarks import OUT, about
-from common.command import Parser, at_least, claim, cli
-from experiments.tables import save_csv
-from export import graph_of, save_onnx
+import benchmarks as bench
+import detect
+from common.command import cli
+from common.train import pick_device
+from export import PIP, graph_of, save_onnx
+from ingest import toon
+
+SHIPPED = ["weights/toon", "weights/toon-lora", "weights/toon-tags", "weights/toon-det"]
+ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if not find_spec(name)]  # missing
+ONNX_VERSION = "none" if ONNX else version("onnxruntime")
+KEYS = ("run", "pictures", "by")
+BATCHES = (1, 16)  # pictures at once
 
 
-@torch.no_grad()
-def measure(run, batches, turns):
-    """Yield a row for each size of a batch of noise: medians of both."""
+def torch_answer(run, device):
+    """A run -> answer(images u8 (B, S, S, 3) of the CPU), S, and what the run is."""
+    if (Path(run) / "detector.safetensors").exists():
+        net, header = detect.load(run)
+        net.to(device)
+        return lambda images: detect.detect(net, images.to(device)), header["page"], "detector"
     graph, facts = graph_of(run)
+    graph.to(device)
+    if isinstance(graph.answer, functools.partial):  # of a recogniser, with its gallery
+        gallery = graph.answer.keywords["gallery"]
+        for name, value in gallery.items():
+            if isinstance(value, torch.Tensor):
+                gallery[name] = value.to(device)
+    return lambda images: graph(images.to(device)), graph.example.shape[1], facts["is"]
+
+
+def onnx_answer(run):
+    """The same of onnxruntime, with as many threads as torch has."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(run, path)
-        onnx = onnxruntime.InferenceSession(str(path), options)
-        megabytes = path.stat().st_size / 2**20
+        session = onnxruntime.InferenceSession(str(path), options)
+    return lambda images: session.run(None, {"images": images.numpy()})
+
+
+@torch.no_grad()
+def measure(table, run, batches, turns, device):
+    """Add a row for each size of a batch and each library."""
+    answer, side, kind = torch_answer(run, device)
+    answers = {"torch": answer}
+    if device.type == "cpu" and kind != "detector" and not ONNX:
+        answers["onnxruntime"] = onnx_answer(run)
     for B in batches:
-        x = torch.randint(256, (B, *graph.example.shape[1:]), dtype=torch.uint8)
-        ways = {
-            "torch_ms": lambda x=x: graph(x),
-            "onnx_ms": lambda x=x: onnx.run(None, {"images": x.numpy()}),
-        }
-        found = {name: [] for name in ways}
-        for _ in range(turns + 1):
-            for name, call in ways.items():
-                start_time = time.perf_counter()
-                call()
-                found[name].append(1000 * (time.perf_counter() - start_time))
-        row = {
-            name: round(statistics.median(times[1:]), 2) for name, times in found.items()
-        }  # the first warms up
-        yield {
-            "run": str(run),
-            "is": facts["is"],
-            "side": facts["side"],
-            "pictures": B,
-            **row,
-            "onnx_over_torch": round(row["onnx_ms"] / row["torch_ms"], 2),
-            "file_mb": round(megabytes, 1),
-            **about(torch.device("cpu"), onnxruntime=onnxruntime.__version__),
-        }
+        if all(table.find(run=run, pictures=B, by=by) for by in answers):
+            continue
+        faces = [toon.draw(item, side)["image"] for item in toon.plan(B)]
+        images = torch.from_numpy(np.stack(faces))
+        calls = {by: functools.partial(call, images) for by, call in answers.items()}
+        times = bench.in_turns(calls, turns, lambda call: bench.milliseconds(call, device))
+        for by, columns in bench.compared(times, "torch").items():
+            row = {"run": run, "pictures": B, "by": by, "is": kind, "side": side}
+            table.add(row | columns)
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="encoders, recognisers, taggers")
-    add(
-        "--batch-size",
-        type=at_least(1),
-        nargs="+",
-        default=[1, 16],
-        metavar="B",
-        help="pictures at once (1 16)",
-    )
-    add("--turns", type=at_least(1), default=20, help="that are timed (default: 20)")
-    add(
-        "--out",
-        type=Path,
-        default=OUT,
-        metavar="DIR",
-        help="folder of the table (default: runs/bench)",
-    )
-    args, rows = parser.parse_args(), []
-    claim([args.out / "bench_latency.csv"])
+    parser = bench.parser_of(__doc__)
+    parser.add_argument("runs", nargs="*", default=SHIPPED, metavar="RUN", help="of any stage")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if ONNX:
+        print(f"note: onnxruntime is left out, because {ONNX[0]} is missing: {PIP}")
+    table = bench.Table(args.out / "bench_latency.csv", KEYS, device, onnxruntime=ONNX_VERSION)
     for run in args.runs:
-        for row in measure(run, args.batch_size, args.turns):
-            rows.append(row)
-            print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    save_csv(args.out / "bench_latency.csv", rows)
-    print(f"wrote    {args.out}/bench_latency.csv")
+        measure(table, run, (1,) if args.small else BATCHES, args.turns, device)
+    print(f"wrote    {table.path}")
 
 
 if __name__ == "__main__":

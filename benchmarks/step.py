@@ -1,234 +1,349 @@
-"""One candidate of benchmarks/train.py in a process of its own: a network, its training step, and answers on demand.
+"""How fast a training step is, beside transformers' ViTMAE and timm: python -m benchmarks.step
 
-It warms up, sends its losses, and then answers each ("steps" or "phases", count) that comes through
-its pipe.
+Writes runs/bench/bench_step_cpu.csv (or _cuda), a row for each candidate, its settings and a turn.
+Turn 0 tries all settings of a candidate. In the turns that follow, the best settings of each
+candidate are timed one after another. A candidate is a process that ends before the next begins.
+
+A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. timm has no MAE, so its
+candidate is our step with timm's blocks. All start with the same weights, and get the same images
+and noise. The gate: the losses of the first steps are those of our eager fp32 step with the PyTorch
+references. Where they differ, there is no speed.
+
+The roofline is the time that a plain matrix product would take for the operations of our MAE, or a
+plain copy for the bytes, whichever is longer; both are timed right after the step.
 """
 
-import contextlib
 import functools
 import statistics
-import time
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from torch import nn
 
-import data
+import benchmarks as bench
+import kernels
 import mask as masking
-from benchmarks import DTYPES, now
-from common.checkpoints import init_from
-from common.train import autocast_of, keep_freed_memory, make_optimizer, peak_memory_mb, seeded
-from kernels.gather import SCALE, SHIFT, masked_patch_gather
-from kernels.loss import detail_weight, patch_detail, reconstruction_loss, stats_loss
+from common import train
+from common.checkpoints import init_from, save_model
+from common.command import at_least, cli, refuse_idle
+from common.io import UserError
+from export import export
+from kernels.gather import masked_patch_gather, scale_of_patch
+from kernels.loss import reconstruction_loss
 from model import MAE, SIZES
 
-PHASES = ("data", "gather", "encoder", "decoder", "loss", "optimizer")
-FLOOR = 1e-3  # under a patch's std: that of transformers, sqrt(1e-6), so that both do the same
+FULL = dict(image_size=224, patch_size=16, ratio=0.75)
+TINY = dict(model="nano", image_size=32, patch_size=8, ratio=0.75, batch=4)  # --small
+DECODERS = ("512x8", "256x2")  # width x depth: the paper's, and ours
+# Steps whose losses are the gate, and steps of a turn.
+COUNTS = {"small": (2, 2), "cpu": (3, 3), "cuda": (10, 30)}
+FLOOR = 1e-3  # under a patch's std: that of MAE, sqrt(1e-6), so that all do the same
+# Relative difference of losses. fp32: each of the ~100 roundings from pixel to loss is 2^-24, in
+# sum well under 1e-5; later steps inherit it through AdamW. bf16: 2^-9 each, about sqrt(100) * 2^-9
+# = 2 % of a prediction.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a candidate, its settings, and the step that all candidates compute."""
+
+    model: str
+    image_size: int
+    patch_size: int
+    ratio: float
+    batch: int
+    dtype: str
+    decoder: str
+    device: str
+    candidate: str = "AniMask"
+    compile: bool = False
+    attention: str = "fused"  # or "eager"
+
+    def network(self):
+        """Our MAE of this size."""
+        width, depth = map(int, self.decoder.split("x"))
+        size = {k: SIZES[self.model][k] for k in ("dim", "depth", "heads")}
+        return MAE(self.image_size, self.patch_size, **size, decoder_dim=width, decoder_depth=depth)
+
+    def settings(self, candidate, small):
+        """All settings of a candidate that are tried. Our own attention has no other form."""
+        case = replace(self, candidate=candidate)
+        found = [case] if small else [case, replace(case, compile=True)]
+        if candidate != "AniMask":
+            found += [replace(one, attention="eager") for one in found]
+        return found
+
+
+KEYS = ("turn", *Case.__dataclass_fields__)
+
+
+# ---- counted, not measured -----------------------------------------------------------------------
+
+
+def step_flops(model, K):
+    """Matrix operations of forward and backward of our MAE for one image, K patches visible, as
+    torch counts them.
+
+    A multiplication and an addition are 2 operations. The model is on the device "meta": only
+    shapes are computed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        ids = torch.arange(model.encoder.side**2)[None]
+        patches = torch.empty(1, K, 3 * model.encoder.patch_size**2)
+    with FlopCounterMode(display=False) as counter:
+        pred, stats, _ = model(patches, ids[:, :K], ids[:, K:])
+        (pred.sum() + stats.sum()).backward()
+    return counter.get_total_flops()
+
+
+def step_bytes(weights, pixels):
+    """The least bytes of a step: each fp32 weight is read forward and backward, its gradient is
+    written, and AdamW reads weight, gradient and two moments and writes three; each pixel is read.
+    """
+    return 4 * (2 + 1 + 4 + 3) * weights + pixels
+
+
+def agree(losses, reference, dtype):
+    """-> "" if the losses are those of the reference, else a line that says where they part."""
+    if len(losses) != len(reference) or not losses:
+        return f"{len(losses)} losses against {len(reference)}"
+    for i, (x, y) in enumerate(zip(losses, reference, strict=True)):
+        if not abs(x - y) <= TOLERANCE[dtype] * abs(y):
+            return f"step {i + 1}: a loss of {x:.6f} against {y:.6f}"
+    return ""
+
+
+# ---- three networks ------------------------------------------------------------------------------
+
+
+class TimmBlock(nn.Module):
+    """A block of timm with the weights of ours, in its place."""
+
+    def __init__(self, ours):
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=ours.norm1.eps)
+        width = ours.norm1.normalized_shape[0]
+        self.block = Block(width, ours.attn.heads, qkv_bias=True, norm_layer=norm)
+        self.block.load_state_dict(ours.state_dict())
+
+    def forward(self, x, start=0):
+        return self.block(x)[:, start:]
+
+
+def with_blocks_of_timm(net, attention):
+    from timm.layers import set_fused_attn
+
+    set_fused_attn(attention == "fused")
+    for part, name in ((net.encoder, "blocks"), (net.decoder, "decoder_blocks")):
+        setattr(part, name, nn.ModuleList(TimmBlock(block) for block in getattr(part, name)))
+    return net
+
+
+def make_network(case, folder):
+    """The candidate's network with the weights that all start with, and what computes its loss."""
+    if case.candidate == "transformers":
+        from transformers import ViTMAEForPreTraining
+
+        how = {"attn_implementation": "sdpa" if case.attention == "fused" else "eager"}
+        net = ViTMAEForPreTraining.from_pretrained(folder / "hf", **how)
+        net.config.norm_pix_loss, net.config.mask_ratio = True, case.ratio
+        for name, weight in net.named_parameters():  # positions are fixed in MAE, and learn there
+            weight.requires_grad_("position" not in name and "pos_embed" not in name)
+        return net, their_loss
+    net = case.network()
+    init_from(net, folder / "model.safetensors")
+    return with_blocks_of_timm(net, case.attention) if case.candidate == "timm" else net, our_loss
+
+
+def our_loss(case, net, view, noise, autocast):
+    """-> the loss of what pretrain.py does with a view, under the loss of the paper."""
+    K = masking.kept(noise.shape[1], case.ratio)
+    ids_keep, ids_mask = masking.sample(noise, K)
+    dtype = bench.DTYPES[case.dtype]
+    tokens = masked_patch_gather(view, ids_keep, case.patch_size, dtype)
+    with autocast():
+        pred, _, _ = net(tokens, ids_keep, ids_mask)
+    return reconstruction_loss(pred, view, ids_mask, case.patch_size, floor=FLOOR)
+
+
+def their_loss(case, net, view, noise, autocast):
+    """-> the loss of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
+    scale, shift = (v.view(3, 1, 1) for v in scale_of_patch(1, view.device))
+    pixels = view.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = pixels.mul_(scale).add_(shift)
+    with autocast():
+        return net(pixel_values=pixels, noise=noise).loss
+
+
+# ---- one candidate, in a process of its own ------------------------------------------------------
 
 
 def fixed_views(case, device):
-    """views u8 (B, S, S, 3), smooth and noisy places both, and noise (8, B, N): the same in every
-    process.
-    """
-    draws, B, S = seeded(0), case["batch"], case["image_size"]
-    coarse = torch.rand(B, 3, 7, 7, generator=draws)
-    smooth = torch.nn.functional.interpolate(coarse, (S, S), mode="bilinear")
-    grain = torch.rand(B, 3, S, S, generator=draws)
-    view = (255 * (0.8 * smooth + 0.2 * grain)).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    noise = torch.rand(8, B, (S // case["patch_size"]) ** 2, generator=draws)
+    """views u8 (B, S, S, 3), half of each nearly flat, and noise (8, B, N): always the same."""
+    draws, B, S = train.seeded(0), case.batch, case.image_size
+    view = torch.randint(256, (B, S, S, 3), generator=draws, dtype=torch.uint8)
+    view[:, : S // 2] //= 64
+    noise = torch.rand(8, B, (S // case.patch_size) ** 2, generator=draws)
     return view.to(device), noise.to(device)
 
 
-def our_loss(case, net, view, noise, dtype, autocast, mark):
-    """-> loss(i), on the device, of what pretrain.py does with a view, under the loss of the paper."""
-    p, K = case["patch_size"], masking.kept(noise.shape[2], case["ratio"])
-
-    def loss(i):
-        ids_keep, ids_mask = masking.sample(noise[i % len(noise)], K)
-        tokens = masked_patch_gather(view, ids_keep, p, dtype)
-        with autocast():
-            pred, _, _ = net(tokens, ids_keep, ids_mask)
-        return reconstruction_loss(pred, view, ids_mask, p, floor=FLOOR)
-
-    return loss
-
-
-def their_loss(case, net, view, noise, dtype, autocast, mark):
-    """-> loss(i) of ViTMAEForPreTraining, which takes normalised pixels (B, 3, S, S)."""
-    scale, shift = (torch.tensor(v, device=view.device).view(3, 1, 1) for v in (SCALE, SHIFT))
-
-    def loss(i):
-        pixels = (
-            view.permute(0, 3, 1, 2)
-            .to(torch.float32, memory_format=torch.contiguous_format)
-            .mul_(scale)
-        )
-        with autocast():
-            return net(pixel_values=pixels.add_(shift), noise=noise[i % len(noise)]).loss
-
-    return loss
-
-
-def whole_loss(case, net, view, noise, dtype, autocast, mark):
-    """-> loss(i) with all that pretrain.py does for it; mark(phase) is called as each phase of the
-    step ends.
-
-    The backward pass is split by hooks: the gradient of the prediction ends the loss, that of the
-    latent the decoder.
-    """
-    device, B, p = view.device, case["batch"], case["patch_size"]
-    images, K = (
-        view.cpu().numpy() if device.type == "cpu" else view,
-        masking.kept(noise.shape[2], case["ratio"]),
-    )
-
-    def loss(i):
-        draws = seeded(0, i)
-        random = (*data.draw_boxes(B, draws, 0.4), masking.gumbel_noise(B, noise.shape[2], draws))
-        boxes, flip, own = (data.send(x, device) for x in random)
-        batch = data.take(images, torch.randperm(B, generator=draws), device)
-        seen = data.view_images(batch, boxes, flip, case["image_size"])
-        mark("data")
-        ids_keep, ids_mask = masking.sample(own, K)
-        tokens = masked_patch_gather(seen, ids_keep, p, dtype)
-        mark("gather")
-        with autocast():
-            latent = net.encoder(tokens, ids_keep)
-            mark("encoder")
-            pred, stats = net.decoder(latent, ids_keep, ids_mask)
-        mark("decoder")
-        pred.register_hook(lambda _: mark("loss"))
-        latent.register_hook(lambda _: mark("decoder"))
-        weight = detail_weight(patch_detail(seen, ids_mask, p), 0.1)
-        error = reconstruction_loss(pred, seen, ids_mask, p, weight)
-        return error + stats_loss(stats, seen, ids_keep, ids_mask, p)
-
-    return loss
-
-
-def training_step(make_loss, net, optimizer, clip, mark=lambda phase: None):
+def make_step(case, folder, device):
     """-> step(i): an update -> its loss, on the device."""
-    loss_of = make_loss(mark)
+    net, loss_of = make_network(case, folder)
+    net.train().to(device)
+    optimizer = train.make_optimizer(net, 1e-4, 0.05)
+    net = torch.compile(net) if case.compile else net
+    view, noise = fixed_views(case, device)
+    autocast = train.autocast_of(device, bench.DTYPES[case.dtype])
 
     def step(i):
-        loss = loss_of(i)
+        loss = loss_of(case, net, view, noise[i % len(noise)], autocast)
         loss.backward()
-        mark("encoder")
-        if clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mark("optimizer")
         return loss.detach()
 
     return step
 
 
-def make_step(case, device):
-    """-> a function that makes the candidate's step(i), from the weights that all start with."""
-    whole, dtype = case.get("whole", False), DTYPES[case["dtype"]]
-    if case["net"] == "hf":
-        from transformers import ViTMAEForPreTraining
-
-        how = {"attn_implementation": case["attention"]} if "attention" in case else {}
-        net = ViTMAEForPreTraining.from_pretrained(case["weights"] + "-hf", **how)
-        net.config.norm_pix_loss, net.config.mask_ratio, make_loss = True, case["ratio"], their_loss
-        for (
-            name,
-            weight,
-        ) in net.named_parameters():  # fixed in MAE; from_pretrained (5.23) makes them learn
-            weight.requires_grad_("position" not in name and "pos_embed" not in name)
-    else:
-        net, make_loss = build(case), whole_loss if whole else our_loss
-        init_from(net, case["weights"] + ".safetensors")
-    net.train().to(device)
-    if case.get("fused", True):
-        optimizer = make_optimizer(net, 1e-4, 0.05)
-    else:
-        optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.05)
-    net = torch.compile(net) if case.get("compile") else net
-    views, autocast = fixed_views(case, device), autocast_of(device, dtype)
-    make_loss = functools.partial(make_loss, case, net, *views, dtype, autocast)
-    return functools.partial(training_step, make_loss, net, optimizer, whole)
-
-
-def build(case):
-    size = {k: SIZES[case["model"]][k] for k in ("dim", "depth", "heads")}
-    width, depth = case["decoder"]
-    return MAE(
-        case["image_size"], case["patch_size"], **size, decoder_dim=width, decoder_depth=depth
-    )
-
-
-def multiply_step(case, device):
-    """-> step(i): a plain product of two square matrices, to which MFU compares."""
-    a = torch.randn(case["side"], case["side"], device=device).to(DTYPES[case["dtype"]])
-    out = torch.empty_like(a)
-    return lambda i: torch.mm(a, a, out=out)[0, 0]
-
-
-def waits(step, device):
-    """-> what in a step makes the host wait for the GPU, "" if nothing does; "" on a CPU."""
-    if device.type != "cuda":
-        return ""
-    torch.cuda.set_sync_debug_mode("error")
+def measured(case, folder, warmup, steps, impl="auto"):
+    """-> losses of the warm-up, then seconds of a step, memory, and both peaks of the roofline."""
+    train.keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
+    kernels.IMPL = impl
+    device = torch.device(case.device)
     try:
-        step(0)
-    except RuntimeError as problem:
-        return str(problem).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
+        step = make_step(case, folder, device)
+        losses = [step(i).item() for i in range(warmup)]
+        start = bench.now(device)
+        for i in range(steps):
+            step(i)
+        seconds = (bench.now(device) - start) / max(1, steps)
+    except RuntimeError as problem:  # a full memory, or what a compiler can't do
+        return {"note": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
+    found = {"losses": losses, "seconds": seconds, "peak_mb": train.peak_memory_mb(device)}
+    if steps:
+        found["operations_per_s"] = bench.product_speed(device, bench.DTYPES[case.dtype])
+        found["bytes_per_s"] = bench.copy_speed(device)
+    return found
 
 
-def timed_phases(make, device, steps):
-    """-> {phase: milliseconds of a step}; steps are run one by one, so the host's own time counts."""
-    marks, gpu = [], device.type == "cuda"
-
-    def mark(phase):
-        moment = torch.cuda.Event(enable_timing=True) if gpu else time.perf_counter()
-        if gpu:
-            moment.record()
-        marks.append((phase, moment))
-
-    step, times = make(mark=mark), {phase: [] for phase in PHASES}
-    for i in range(steps + 1):
-        marks.clear()
-        mark("begin")
-        step(i)
-        now(device)  # a GPU's events are there
-        spent = dict.fromkeys(PHASES, 0.0)
-        for (_, a), (phase, b) in zip(marks, marks[1:], strict=False):
-            spent[phase] += a.elapsed_time(b) if gpu else 1000 * (b - a)
-        for phase, ms in spent.items() if i else ():  # the first step warms up
-            times[phase].append(ms)
-    return {phase: round(statistics.median(ms), 3) for phase, ms in times.items()}
+# ---- rows ----------------------------------------------------------------------------------------
 
 
-def timed_steps(step, device, steps):
-    """-> how long so many steps take, and the most memory that was held so far."""
-    start_time = now(device)
-    for i in range(steps):
-        step(i)
-    return {"seconds": now(device) - start_time, "peak_mb": peak_memory_mb(device)}
+def row_of(case, found):
+    """The columns of a row that were measured, and the share of the roofline."""
+    with torch.device("meta"):
+        model = case.network()
+    operations = step_flops(model, masking.kept(model.encoder.side**2, case.ratio))
+    weights = sum(w.numel() for w in model.parameters())
+    moved = step_bytes(weights, 3 * case.batch * case.image_size**2)
+    peaks = found["operations_per_s"], found["bytes_per_s"]
+    least = bench.least_seconds(case.batch * operations, moved, *peaks)
+    return {
+        "images_per_s": round(case.batch / found["seconds"], 2),
+        "peak_mb": round(found["peak_mb"]),
+        "gflop_per_image": round(operations / 1e9, 2),
+        "roofline_percent": round(100 * least / found["seconds"], 1),
+        "product_tflop_per_s": round(peaks[0] / 1e12, 3),
+        "copy_gb_per_s": round(peaks[1] / 1e9, 1),
+    }
 
 
-def serve(case, pipe):
-    """The life of the process: warm up, send the losses, answer until nobody asks any more."""
-    if case.get("keep", True):
-        keep_freed_memory()
-    device = torch.device(case["device"])
-    make = (
-        functools.partial(multiply_step, case, device)
-        if case["net"] == "matmul"
-        else make_step(case, device)
-    )
-    step = make()
-    losses = [float(step(i)) for i in range(case["warmup"])]
-    pipe.send({"losses": losses, "waits": waits(step, device) if case["net"] == "ours" else ""})
-    with contextlib.suppress(EOFError):
-        while True:
-            what, count = pipe.recv()
-            pipe.send(
-                timed_phases(make, device, count)
-                if what == "phases"
-                else timed_steps(step, device, count)
-            )
+def add_row(table, case, turn, *, folder, reference, counts):
+    """Measure a candidate in one turn, if the table lacks it -> its images a second, 0 if it failed."""
+    keys = {"turn": turn} | asdict(case)
+    if not table.find(**keys):
+        try:
+            found = bench.alone(measured, case, folder, *counts)
+        except UserError as problem:  # killed, as it is where memory is full
+            found = {"note": str(problem)}
+        problem = found.get("note") or agree(found["losses"], reference, case.dtype)
+        if problem and case.candidate == "AniMask":
+            raise UserError(f"{name_of(case)}: {problem}; no speed is reported")
+        table.add(keys | ({"note": problem} if problem else row_of(case, found)))
+    return float(table.find(**keys).get("images_per_s") or 0)
+
+
+def compare(table, settings, turns, counts):
+    """The gate, the search among the cases of each candidate, the turns -> lines of a summary."""
+    case = settings[0][0]  # ours
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        torch.manual_seed(0)
+        notes = {"step": 0, "run": {}, "norm_pix": True}
+        save_model(case.network(), folder / "model.safetensors", notes)
+        export(folder / "model.safetensors", "hf", folder / "hf")
+        eager = replace(case, dtype="fp32")
+        reference = bench.alone(measured, eager, folder, counts[0], 0, "torch")
+        if "note" in reference:
+            raise UserError(f"the reference of the gate: {reference['note']}")
+        gate = {"folder": folder, "reference": reference["losses"], "counts": counts}
+        best = {}
+        for cases in settings:
+            found = {one: add_row(table, one, 0, **gate) for one in cases}
+            fastest = max(found, key=found.get)
+            if found[fastest]:
+                best[fastest] = []
+        for turn in range(1, turns + 1):
+            for one in list(best) if turn % 2 else list(best)[::-1]:
+                best[one].append(add_row(table, one, turn, **gate))
+    return summary(best)
+
+
+def name_of(case):
+    settings = f"{'compiled' if case.compile else 'not compiled'}, {case.attention} attention"
+    return f"{case.candidate} ({settings}), {case.dtype}, decoder {case.decoder}"
+
+
+def summary(speeds):
+    """{case: images a second of each turn}, ours first -> a line for each candidate."""
+    ours = next(iter(speeds.values()))
+    lines = []
+    for case, own in speeds.items():
+        ratio = statistics.median(x / y for x, y in zip(own, ours, strict=True))
+        speed = f"{statistics.median(own):g} images/s ({min(own):g} to {max(own):g})"
+        lines.append(f"{name_of(case)}: {speed}, {ratio:.2f} times AniMask")
+    return lines
+
+
+def main():
+    parser = bench.parser_of(__doc__)
+    add = parser.add_argument
+    add("--model", default="small", choices=SIZES)
+    add("--batch", type=at_least(1), metavar="B", help="images a step (16, on a GPU 256)")
+    add("--dtype", nargs="+", choices=bench.DTYPES, help="(fp32 bf16, on a GPU bf16)")
+    args = parser.parse_args()
+    device = train.pick_device(args.device)
+    gpu = device.type == "cuda"
+    batch = args.batch or (256 if gpu else 16)
+    dtypes, decoders = args.dtype or (["bf16"] if gpu else ["fp32", "bf16"]), DECODERS
+    sizes, counts = FULL | {"model": args.model, "batch": batch}, COUNTS["cuda" if gpu else "cpu"]
+    if args.small:
+        refuse_idle(args.given & {"model", "batch", "dtype"}, "with --small")
+        dtypes, decoders, sizes, counts = ["fp32"], ["32x1"], TINY, COUNTS["small"]
+    there = [name for name in ("transformers", "timm") if find_spec(name)]
+    versions = {name: version(name) for name in there} | {"triton": bench.TRITON}
+    table = bench.Table(args.out / f"bench_step_{device.type}.csv", KEYS, device, **versions)
+    for name in {"transformers", "timm"} - set(there):
+        print(f"note: {name} is left out, because it is missing (pip install {name})")
+    lines = []
+    for dtype in dtypes:
+        for decoder in decoders:
+            case = Case(**sizes, dtype=dtype, decoder=decoder, device=device.type)
+            settings = [case.settings(name, args.small) for name in ("AniMask", *there)]
+            lines += compare(table, settings, args.turns, counts)
+    print(*lines, f"wrote    {table.path}", sep="\n")
+
+
+if __name__ == "__main__":
+    cli(main)

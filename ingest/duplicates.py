@@ -1,11 +1,13 @@
 """Near-duplicates: the same picture again, re-encoded, resized, recoloured or with a little cut off.
 
-Three steps, each cheaper on more pictures than the next one: 1. perceptual hashes (signs of the
-lowest frequencies, as pHash does, of the picture and of windows of it, so that a crop of the one
-meets a window of the other), looked up in tables of short keys; 2. candidates whose hashes differ
-in few bits and whose frequencies agree; 3. the drawn lines themselves must lie on each other:
-correlation of edge strength, best window searched. Colours change in a recoloured copy; where its
-lines are, does not. What two pictures of one character share is not enough for step 3.
+There are three steps, and each leaves fewer pairs to the next, which costs more for a pair.
+
+1. Perceptual hashes are the signs of the lowest frequencies, as pHash has them. They are taken of
+   the picture and of windows of it, so that a crop of one meets a window of the other. Tables of
+   short keys find pairs.
+2. The hashes of a pair differ in few bits, and their frequencies agree.
+3. The drawn lines lie on each other, by the correlation of edge strength in the best window. A
+   recoloured copy has other colours and the same lines. Two pictures of one character do not.
 
 Pictures come as gray thumbnails u8 (n, 32, 32), 1 KB each, which may stay in a file. Memory holds
 the hashes and their tables, some 250 bytes a picture (results/TRIED.md), and the work grows about as

@@ -523,7 +523,7 @@ def parse_shares(text):
         shares = []
     are_shares = len(shares) == 3 and all(0 <= x <= 1 for x in shares)
     if not (are_shares and shares[0] > 0 and abs(sum(shares) - 1) <= 1e-6):
-        wanted = "three shares for train,val,test that sum to 1, such as .7,.1,.2"
+        wanted = "three shares for train,val,test that sum to 1, such as 0.7,0.1,0.2"
         raise UserError(f"--split {text} must be {wanted}")
     return shares
 
@@ -653,7 +653,7 @@ def parse_args(words=None):
         help="room around the figure, as a share of it on each side",
     )
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
-    default = f"(default: {SHARES}; toon: {TOON_SHARES})".replace("0.", ".")
+    default = f"(default: {SHARES}; toon: {TOON_SHARES})"
     add(
         "--split",
         type=parse_shares,
@@ -663,7 +663,7 @@ def parse_args(words=None):
         "--dev",
         type=between(0, 0.99),
         default=0.0,
-        help="share of train held apart for choices, such as .1",
+        help="share of train held apart for choices, such as 0.1",
     )
     add(
         "--test",
@@ -717,7 +717,7 @@ def parse_args(words=None):
         type=between(0, 1e9),
         default=0.0,
         metavar="X",
-        help="and those with no more of it; .2 is MFDN's (default: 0, not asked)",
+        help="and those with no more of it; 0.2 is MFDN's (default: 0, not asked)",
     )
     add("--emoticons", action="store_true", help="keep tags such as :d and ^_^")
     add(

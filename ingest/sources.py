@@ -570,7 +570,7 @@ def read_posts(path, have):
                 broken.append(f"{Path(file.filename()).name}, line {file.filelineno()}")
     lost = f"{len(broken)} of {lines} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * lines:
-        raise UserError(f"{path} is no metadata of pictures: {lost}; mend or remove them")
+        raise UserError(f"{path} is no metadata of pictures: {lost}; correct or remove them")
     return records, [f"{absent} lines of the metadata have no picture here"] * bool(absent) + [
         lost
     ] * bool(broken)

@@ -35,7 +35,7 @@ def importance(lists):
     """Lists of tags -> {tag: (sum of 1/k over its pictures, k their number of tags) * log(pictures
     / its pictures)}.
 
-    As MFDN filters its tags (kept: above .2); what is on every picture has none.
+    As MFDN filters its tags (kept: above 0.2); what is on every picture has none.
     """
     count, share = Counter(), Counter()
     for tags in map(set, lists):

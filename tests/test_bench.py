@@ -1,30 +1,26 @@
-"""What the benches count and refuse; what they measure is no matter of tests."""
+"""What the benchmarks count, judge and write; how fast something is is no matter of tests."""
 
-import json
+import os
 import subprocess
 import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
 
+import benchmarks as bench
 import benchmarks.data
-from benchmarks import kernels, step, train
+from benchmarks import kernels, latency, step
 from common.checkpoints import save_model
 from common.io import UserError
-from experiments.tables import replace_rows, rows_there, save_csv
-from model import MAE
+from experiments.tables import read_csv, save_csv
+from export import export
+from model import MAE, Block
 
-TINY = {
-    "device": "cpu",
-    "model": "nano",
-    "image_size": 16,
-    "patch_size": 8,
-    "ratio": 0.5,
-    "batch": 2,
-    "warmup": 2,
-    "dtype": "fp32",
-}
+CPU = torch.device("cpu")
+TINY = step.Case(**step.TINY, dtype="fp32", decoder="32x1", device="cpu")
 
 
 def test_flops_are_those_of_the_formula():
@@ -48,148 +44,151 @@ def test_flops_are_those_of_the_formula():
     expected = 3 * (depth * block(K + 1, D, K + 1) + decoder) + 2 * once
     with torch.device("meta"):
         model = MAE(S, p, D, depth, 2, W, blocks)
-    assert train.step_flops(model, K) == expected
+    assert step.step_flops(model, K) == expected
+    assert step.step_bytes(1000, 7) == 40_007  # ten fp32 numbers a weight, and pixels
+    assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes
 
 
-def test_eight_gpus_on_paper():
-    """ViT-B's .45 GB at 1000 images/s and 100 a GPU: 100 ms of work, 1.75 * 1.5 + .6 = 3.225 ms of
-    talk.
-    """
-    assert train.on_paper(1000, 100, 0.45e9) == pytest.approx(800 / 0.103225)
-    assert train.on_paper(1000, 100, 0) == pytest.approx(8000)
+def test_bytes_of_the_kernels_are_those_of_their_docstrings():
+    n, P = 10, 768  # bf16: two bytes a number; 8 bytes for a patch's place, 4 for its weight
+    count = lambda *one: kernels.bytes_to_move(one, n, P, 2)  # noqa: E731
+    assert count("gather", "forward") == n * (P + 8 + 2 * P)
+    assert count("detail", "forward") == n * (P + 8 + 4)
+    assert count("loss", "both") == n * (P + 8 + 4 * P + 4)
+
+
+def test_percentiles_are_of_all_turns_and_ratios_within_each():
+    times = {"ours": [[1.0, 1.0, 1.0], [10.0, 10.0, 10.0]], "base": [[2.0] * 3, [20.0] * 3]}
+    found = bench.compared(times, "base")
+    assert found["ours"]["times_as_long_as_base"] == 0.5 and found["base"]["p50_ms"] == 11.0
+    assert (found["ours"]["p20_ms"], found["ours"]["p80_ms"]) == (1.0, 10.0)
+
+
+def test_a_summary_compares_within_turns():
+    slow = replace(TINY, candidate="timm", compile=True)
+    lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
+    assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
-    assert train.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
-    assert "step 2" in train.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
-    assert train.agree([1.0], [1.01], "bf16") == "" and train.agree([1.0], [1.03], "bf16")
-    assert train.agree([float("nan")], [1.0], "bf16") and train.agree([], [], "fp32")
+    assert step.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
+    assert "step 2" in step.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
+    assert step.agree([1.0], [1.01], "bf16") == "" and step.agree([1.0], [1.03], "bf16")
+    assert step.agree([float("nan")], [1.0], "bf16") and step.agree([], [], "fp32")
+
+
+def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
+    wrong = lambda *args, **_: 1.001 * kernels.obvious_loss(*args)  # noqa: E731
+    monkeypatch.setattr(kernels, "reconstruction_loss", wrong)
+    done = call("benchmarks.kernels", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and "reference loss forward" in done.stderr
+    assert "no speed is reported" in done.stderr and not list(tmp_path.glob("*.csv"))
 
 
 @pytest.fixture
-def in_process(monkeypatch):
-    """Candidates as objects of this process: a torch and a transformers that are imported once."""
+def weights(tmp_path):
+    """The folder with the weights that all candidates start with."""
+    torch.manual_seed(0)
+    notes = {"step": 0, "run": {}, "norm_pix": True}
+    save_model(TINY.network(), tmp_path / "model.safetensors", notes)
+    export(tmp_path / "model.safetensors", "hf", tmp_path / "hf")
+    return tmp_path
 
-    class Here:
-        def __init__(self, case):
-            self.step = step.make_step(case, torch.device("cpu"))()
-            losses = [float(self.step(i)) for i in range(case["warmup"])]
-            self.first = {"losses": losses, "waits": ""}
 
-    monkeypatch.setattr(
-        train, "started", lambda stack, case, name: ((here := Here(case)), here.first)
-    )
+def losses(case, folder):
+    one_step = step.make_step(case, folder, CPU)
+    return [one_step(i).item() for i in range(3)]
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A timm whose block is ours, with timm's arguments and names."""
+
+    class Their(Block):
+        def __init__(self, dim, num_heads, qkv_bias, norm_layer):
+            super().__init__(dim, num_heads)
+            assert qkv_bias and norm_layer(dim).eps == 1e-6
+
+    fake = types.SimpleNamespace(Block=Their, set_fused_attn=bool)
+    for name in ("timm", "timm.layers", "timm.models", "timm.models.vision_transformer"):
+        monkeypatch.setitem(sys.modules, name, fake)
+
+
+def test_blocks_of_timm_give_our_losses(weights, timm):
+    found = losses(replace(TINY, candidate="timm"), weights)
+    assert step.agree(found, losses(TINY, weights), "fp32") == ""
 
 
 @pytest.mark.slow
-def test_same_weights_and_noise_give_the_losses_of_transformers_and_others_no_speed(
-    in_process, monkeypatch, tmp_path
-):
+def test_transformers_gives_our_losses_and_another_loss_is_red(weights, monkeypatch):
     pytest.importorskip("transformers")
-    small = {
-        name: c | {"decoder": [32, 1]}
-        for name, c in train.CANDIDATES.items()
-        if not c.get("compile")
-    }
-    monkeypatch.setattr(train, "CANDIDATES", small)
-    names = [
-        "AniMask",
-        "transformers",
-        "transformers, memory kept, eager attention",
-        "AniMask, light, whole step",
-    ]
-    assert list(train.gated(None, TINY, names, tmp_path)) == names
-    monkeypatch.setattr(step, "FLOOR", 0.5)  # another loss
-    with pytest.raises(train.UserError, match="AniMask, fp32: step 1.*no speed is reported"):
-        train.gated(None, TINY, ["AniMask"], tmp_path / "again")
+    ours = losses(TINY, weights)
+    for case in TINY.settings("transformers", small=True):
+        assert step.agree(losses(case, weights), ours, "fp32") == ""
+    monkeypatch.setattr(step, "FLOOR", 0.5)
+    assert "step 1" in step.agree(losses(TINY, weights), ours, "fp32")
 
 
-def test_phases_of_a_step_are_all_there(monkeypatch, tmp_path):
-    case = TINY | {"net": "ours", "decoder": [32, 1], "whole": True, "weights": str(tmp_path / "w")}
-    model = step.build(case)
-    save_model(model, tmp_path / "w.safetensors", {"step": 0, "run": {}, "norm_pix": True})
-    took = step.timed_phases(step.make_step(case, torch.device("cpu")), torch.device("cpu"), 2)
-    assert list(took) == list(train.PHASES) and all(ms > 0 for ms in took.values())
-
-
-def test_a_candidate_that_dies_and_one_that_is_unknown_are_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train",
-        "--only",
-        "nobody",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--only nobody is no candidate" in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "bench, words, says",
-    [
-        (benchmarks.data, ["--pack", 4, "--images", 9], "--images has no effect"),
-        (benchmarks.data, ["--pack", 4, "--batch-size", 9], "--batch-size has no effect"),
-        (benchmarks.data, ["--scale", "--side", 9], "--side has no effect"),
-        (benchmarks.data, ["--scale", "--pack", 4], "--scale has no effect"),
-        (kernels, ["--device", "cpu", "--batch", 4], "--batch has no effect with a CPU"),
-        (train, ["--quick", "--repeats", 9], "--repeats has no effect with --quick"),
-    ],
-)
-def test_a_bench_refuses_what_it_would_not_use(bench, words, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
-    with pytest.raises(UserError, match=says):
-        bench.main()
-
-
-@pytest.mark.parametrize(
-    "bench, words, name",
-    [
-        (benchmarks.data, ["--pack", 4], "bench_pack.csv"),
-        (benchmarks.data, [], "bench_data.csv"),
-        (kernels, ["--device", "cpu"], "bench_kernels_cpu.png"),
-        (train, ["--device", "cpu"], "bench_train_cpu.md"),
-    ],
-)
-def test_a_bench_replaces_nothing_and_leaves_results_alone(
-    bench, words, name, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "runs/bench" / name  # where it writes without --out
-    path.parent.mkdir(parents=True)
-    path.write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
-    with pytest.raises(UserError, match=f"{name} is there already; rm "):
-        bench.main()
-    assert path.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["runs"]
-
-
-def test_rows_take_the_place_of_those_with_their_keys(tmp_path):
+def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     path = tmp_path / "t.csv"
-    save_csv(path, [{"run": "a", "x": 1}, {"run": "b", "x": 2}])
-    replace_rows(path, [{"run": "b", "x": 3, "new": 4}], ["run"])
-    assert rows_there(path, ["run"]) == [
-        {"run": "a", "x": "1", "new": ""},
-        {"run": "b", "x": "3", "new": "4"},
-    ]
-    path.write_bytes(b"\xff\x00\n" * 3)
+    save_csv(path, [{"case": "old", "machine": "another", "commit": "c"}])
+    table = bench.Table(path, ("case",), CPU)
+    assert table.find(case="old") is None  # of another machine
+    table.add({"case": "a", "ms": 1.5})
+    assert [r["case"] for r in read_csv(path)] == ["old", "a"] and read_csv(path)[0]["ms"] == ""
+    assert bench.Table(path, ("case",), CPU).find(case="a")["ms"] == "1.5"
+    path.write_text("mine")
     with pytest.raises(UserError, match="no such table"):
-        rows_there(path, ["run"])
+        bench.Table(path, ("case",), CPU)
+    assert path.read_text() == "mine"
 
 
-@pytest.mark.slow
-def test_rows_can_be_tabled_and_drawn(tmp_path):
-    case = TINY | {"image_size": 32}
-    rows = [train.row_of(case, name, [2.0, 1.0, 3.0], 100.4, 0.1, {}) for name in train.CANDIDATES]
-    rows = [r | train.against_the_peer(r, rows) for r in rows]
-    assert (
-        rows[0]["images_per_s"] == 2.0
-        and rows[0]["over_transformers"] == 1.0
-        and rows[0]["decoder"] == "512x8"
-    )
-    rows[-3] |= {f"{phase}_ms": 1.0 for phase in train.PHASES}
-    train.draw(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    assert len(train.table(rows).splitlines()) == len(rows) + 2 and json.dumps(rows)
+def test_a_process_that_dies_is_one_line():
+    assert bench.alone(abs, -3) == 3
+    with pytest.raises(UserError, match="status 7"):
+        bench.alone(os._exit, 7)
+
+
+def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
+    """Peers that fail get a row without a speed; our own failure ends the run."""
+    calls = []
+
+    def answer(function, case, *_):
+        calls.append(case.candidate)
+        if case.candidate == "transformers":
+            return {"note": "OutOfMemoryError: full"}
+        found = {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0}
+        return found | {"operations_per_s": 1e9, "bytes_per_s": 1e9}
+
+    monkeypatch.setattr(bench, "alone", answer)
+    table = bench.Table(tmp_path / "t.csv", step.KEYS, CPU)
+    cases = [TINY.settings(name, small=True)[:1] for name in ("AniMask", "transformers")]
+    for expected in (["AniMask"] * 2 + ["transformers"] + ["AniMask"] * 2, ["AniMask"]):
+        lines = step.compare(table, cases, 2, (1, 1))
+        assert calls == expected and len(lines) == 1 and "8 images/s" in lines[0]
+        calls.clear()
+    monkeypatch.setattr(step, "agree", lambda *_: "step 1: another loss")
+    with pytest.raises(UserError, match="step 1: another loss; no speed is reported"):
+        step.compare(table, [[replace(TINY, batch=8)]], 2, (1, 1))
+
+
+def test_a_benchmark_refuses_what_it_would_not_use(tmp_path):
+    for name, other, flag in (("data", "--pack=4", "--images"), ("step", "--small", "--batch")):
+        done = call(f"benchmarks.{name}", other, flag, 999, cwd=tmp_path)
+        assert done.returncode == 2 and f"{flag} has no effect with --" in done.stderr
+
+
+def test_the_loader_and_a_model_are_measured(tmp_path):
+    done = call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT)
+    assert not done.returncode and read_csv(tmp_path / "bench_data.csv")[0]["images"] == "2048"
+    assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
+
+
+def test_the_command_for_a_gpu_skips_what_is_done_and_lists_what_to_send(tmp_path):
+    command = ["bash", "benchmarks/gpu.sh", "--small", tmp_path]
+    steps = ["machine", "gate-fp32", "gate-bf16", "kernels", "step", "data", "pack"]
+    for name in [*steps, "latency", "pretrain"]:
+        (tmp_path / f"{name}.log").write_text("done")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("skipped") == 9
+    assert f"{tmp_path}/kernels.log" in done.stdout.split("Send these files:")[1]

@@ -99,7 +99,7 @@ def count(size, rank):
 def test_shares_that_the_docs_give():
     text = (ROOT / "docs" / "checkpoints.md").read_text()
     given = dict((size, float(x)) for x, size in re.findall(r"([\d.]+) % of (\w+)'s", text))
-    shares = {size: count(size, 8) for size in M.SIZES}
+    shares = {size: count(size, 8) for size in ("nano", "base")}
     assert given == {
         size: round(100 * trained / whole, 2) for size, (trained, whole) in shares.items()
     }

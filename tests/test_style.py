@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 60), (assigns_many, 83)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 59), (assigns_many, 78)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -105,14 +105,14 @@ def test_the_formatter_lays_out_all_code():
 
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
-    "lesson": (2458, 2500),
-    "applications": (4083, 3900),
+    "lesson": (2478, 2500),
+    "applications": (3912, 3900),
     "kernels": (520, 520),
-    "common": (2925, 2400),
-    "ingest": (4236, 2700),
-    "experiments": (2504, 1900),
-    "benchmarks": (1400, 900),
-    "tests": (15282, 8500),
+    "common": (2932, 2400),
+    "ingest": (4256, 2700),
+    "experiments": (2406, 1900),
+    "benchmarks": (971, 900),
+    "tests": (15619, 8500),
 }
 
 
