@@ -148,6 +148,9 @@ def test_a_hypothesis_is_as_strong_as_its_weakest_part():
     parts = [part(p=0.001), part(p=0.001, effect=-0.5, low=-1.0)]
     (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
     assert found["p"] == 1.0 and found["verdict"] == "undecided"
+    parts = [part(), part(effect=0.9)]  # under its claim
+    (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
+    assert found["p"] == 0.01 and found["verdict"] == "undecided"
     parts = [part(p_against=0.0249), part(p_against=0.2)]
     (found,) = stats.judge([{"id": "A", "parts": parts}], {"A": 2})
     assert found["verdict"] == "refuted"
