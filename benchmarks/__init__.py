@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.tables import rows_there, save_csv
 from common.command import Parser, at_least, claim
 from common.io import UserError, lock_beside
 from common.train import commit, machine
-from experiments.tables import rows_there, save_csv
 from kernels import triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

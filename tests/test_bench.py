@@ -13,9 +13,9 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
+from benchmarks.tables import read_csv, save_csv
 from common.checkpoints import save_model
 from common.io import UserError
-from experiments.tables import read_csv, save_csv
 from export import export
 from model import MAE, Block
 

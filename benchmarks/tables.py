@@ -1,4 +1,4 @@
-"""Tables of results as CSV files, to which experiments and benchmarks add rows."""
+"""Tables of measurements as CSV files, to which benchmarks add rows."""
 
 import csv
 from pathlib import Path
@@ -23,9 +23,7 @@ def save_csv(path, rows):
 
 
 def rows_there(path, columns):
-    """-> rows of a CSV to which others will be added, none where there is no file; refuses what is
-    no such table.
-    """
+    """-> the rows of a CSV to which others will be added; what is no such table is refused."""
     if Path(path).is_symlink() and not Path(path).exists():
         raise UserError(f"{path} is a link to nowhere; give another --out")
     try:
@@ -33,15 +31,6 @@ def rows_there(path, columns):
     except (ValueError, csv.Error):
         rows = [{}]
     if lost := [c for c in columns if any(row.get(c) is None for row in rows)]:
-        raise UserError(
-            f"{path} is there already, and no such table (it has no column {lost[0]}); give another --out"
-        )
+        problem = f"no such table (it has no column {lost[0]})"
+        raise UserError(f"{path} is there already, and {problem}; give another --out")
     return rows
-
-
-def replace_rows(path, rows, keys):
-    """Write rows to a CSV in the place of those that have the same values under these keys."""
-    made = {tuple(str(r[k]) for k in keys) for r in rows}
-    rows = [r for r in rows_there(path, keys) if tuple(r[k] for k in keys) not in made] + rows
-    columns = dict.fromkeys(c for r in rows for c in r)  # an older table may have others
-    save_csv(path, [{c: r.get(c, "") for c in columns} for r in rows])
