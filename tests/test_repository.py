@@ -177,25 +177,43 @@ def test_the_licence_is_there_and_the_readme_names_it():
     assert "cff-version: 1.2.0" in cite and title in " ".join(README.split())
 
 
-def read_results(links):
-    """-> the numbers in the files under results/ that these links name. JSON has shares: percents, too."""
+NUMBER = r"(?<![\w.])[-+]?(?:\d+[\d,]*(?:\.\d+)?|\.\d+)(?:e-?\d+)?"
+
+
+def lines_about(key, links):
+    """-> {link: text} of files under results/: the lines that are about `key`, else all of them."""
+    texts = {name: (ROOT / name).read_text() for name in links}
+    if key:
+        about = re.compile(rf"`{re.escape(key)}`|^{re.escape(key)},|\| {re.escape(key)} \|")
+        found = {n: [x for x in text.splitlines() if about.search(x)] for n, text in texts.items()}
+        if any(found.values()):
+            return {name: "\n".join(lines) for name, lines in found.items()}
+    return texts
+
+
+def read_results(links, key=None):
+    """-> the numbers in these files, with their signs. JSON has shares: percents, too."""
     found = []
-    for name in links:
-        numbers = re.findall(r"(?:\d*\.)?\d+(?:e-?\d+)?", (ROOT / name).read_text())
-        found += [abs(float(x)) for x in numbers]
+    for name, text in lines_about(key, links).items():
+        numbers = [float(x.replace(",", "")) for x in re.findall(NUMBER, text.replace(",", ", "))]
+        found += numbers
         if str(name).endswith(".json"):
-            found += [100 * float(x) for x in numbers if "." in x]
+            found += [100 * x for x in numbers if x % 1]
     return found
 
 
 def missing(numbers, known):
-    """Those of the numbers, as they are written, that no number of the files rounds to."""
-    unit = {n: 10 ** -len(n.partition(".")[2]) for n in numbers}
-    return [
-        n
-        for n in numbers
-        if not any(abs(float(n.replace(",", "")) - k) <= 0.5000001 * unit[n] for k in known)
-    ]
+    """Those of the numbers, as they are written, that no number of the files rounds to. A number
+    with a sign needs one of the same sign.
+    """
+    lost = []
+    for written in numbers:
+        value, unit = float(written.replace(",", "")), 10 ** -len(written.partition(".")[2])
+        signed = written[0] in "+-"
+        others = known if signed else map(abs, known)
+        if not any(abs(value - other) <= 0.5000001 * unit for other in others):
+            lost.append(written)
+    return lost
 
 
 RESULT = r"\((?:\.\./)?(results/[\w./-]+\.(?:csv|json|md))\)"
@@ -220,8 +238,10 @@ def test_the_numbers_in_tables_stand_in_results():
                 continue
             cells = [c.strip() for c in line.strip("|").split("|")]
             figures = " ; ".join(cell for cell in cells[1:] if "`" not in cell and "](" not in cell)
-            numbers = re.findall(r"(?<![\w.x])\d[\d,]*(?:\.\d+)?(?![\w.]*px|x\d|\d)", figures)
-            lost = missing([n.rstrip(",") for n in numbers], read_results(links))
+            numbers = re.findall(r"(?<![\w.x])[-+]?\d[\d,]*(?:\.\d+)?(?![\w.]*px|x\d|\d)", figures)
+            key = re.search(r"`([^`]+)`", cells[0])
+            known = read_results(links, key and key.group(1))
+            lost = missing([n.rstrip(",") for n in numbers], known)
             assert not lost, f"{lost} of {cells[0]!r} are not in its file"
             checked += 1
     assert checked > 30
