@@ -71,7 +71,7 @@ def build(name, image_size):
         ) from None
     if name != "efficientnet_b0":
         return ResNetModel(ResNetConfig(**SMALL if name == "resnet10" else {}))
-    # transformers' momentum is TensorFlow's, and its weights of std .02 let no signal through
+    # transformers' momentum is TensorFlow's, and its weights of std 0.02 let no signal through
     scales = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "dropout_rate": 0.2}
     scales |= {"hidden_dim": NETWORKS[name], "batch_norm_momentum": 0.1}
     net = EfficientNetModel(EfficientNetConfig(image_size=image_size, **scales))

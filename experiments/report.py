@@ -213,7 +213,7 @@ def p_value(p):
 
 
 def arm_table(study):
-    """-> lines of Markdown: a row for each arm, and what an encoder has to beat."""
+    """-> lines of Markdown: a row for each arm, and the controls."""
     columns = {
         name: heading
         for name, heading in study.plan["columns"].items()

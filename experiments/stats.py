@@ -132,7 +132,7 @@ def epochs_saved(pairs, threshold, claim=0.0, logs=False):
     last = [[curve["epoch"][-1] for curve in pair] for pair in pairs]
     epochs = np.where(np.equal(reached, None), last, reached).astype(float).reshape(-1, 2)
     if (epochs == 0).any():
-        note = f"the untrained encoder has the threshold of {threshold:.1f} % already"
+        note = f"the random-init encoder has the threshold of {threshold:.1f} % already"
         return empty([]) | {"n": len(pairs), "notes": [note]}
     ratio = epochs[:, 0] / epochs[:, 1]
     row = paired(100 * (1 - ratio), claim=claim)
@@ -157,7 +157,7 @@ def epochs_saved(pairs, threshold, claim=0.0, logs=False):
 
 
 def holm(p_values):
-    """p values of a family -> adjusted ones, to be compared with .05 (Holm 1979). None counts as 1."""
+    """p values of a family -> adjusted ones, to be compared with 0.05 (Holm 1979). None counts as 1."""
     p = [1.0 if x is None else x for x in p_values]
     adjusted, highest = list(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
@@ -188,7 +188,7 @@ def judge(hypotheses, family):
     """Hypotheses {"id", "parts": tests} -> the same with p, holm_p, holm_claim and verdict.
 
     family {id: number of parts}: all that were planned; one without rows counts with p = 1.
-    Supported: every part holds, and the largest p of its parts is under .05 after Holm. Refuted:
+    Supported: every part holds, and the largest p of its parts is under 0.05 after Holm. Refuted:
     one part excludes its claim, after Holm over all parts. Equivalent: every part lies within its
     margin. All else is undecided, and so is what lacks a planned run.
     """

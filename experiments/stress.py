@@ -271,7 +271,7 @@ def flat_guess(view, where):
 def ssim_map(a, b):
     """Structural similarity of u8 pictures (n, S, S, 3) at every pixel, mean over colours.
 
-    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 .01, K2 .03, mirrored borders.
+    Wang et al. 2004: an 11 x 11 Gaussian window of std 1.5, K1 0.01, K2 0.03, mirrored borders.
     """
     from scipy.ndimage import gaussian_filter
 

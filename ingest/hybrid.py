@@ -4,7 +4,7 @@
     python -m ingest.hybrid --out sheet.png        # a sheet of every kind, and its masks
 
 Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib, scikit-image and
-PyWavelets; each is in one split alone, and half of what counts as photographed is a texture like a
+PyWavelets. Each is in one split alone. Half of the photographed layers are a texture like a
 photograph: dead leaves (Lee, Mumford & Huang 2001), lit, out of focus in places. Nothing but what
 is shown may tell the two apart. So each layer takes mean and covariance of its colours from a layer
 that may be of either kind (Reinhard et al. 2001), and each finished frame the same grain and the

@@ -7,8 +7,8 @@ Read in this order: `cast` and `plan` (who is in the data set), `Canvas` (how a 
 the end (what is drawn, back to front), and then any drawing that you are curious about.
 
 Everything is drawn in head units: the face is 1 wide, the origin is its centre, x points right and y down.
-Drawings are text, in hundredths: "20,-76! 34,-105" is a curve from (.20, -.76), where it has a sharp corner,
-to (.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. They are
+Drawings are text, in hundredths: "20,-76! 34,-105" is a curve from (0.20, -0.76), where it has a sharp corner,
+to (0.34, -1.05). Colours are (hue in degrees, saturation, value): light and shadow are easy to say so. They are
 shared by characters, and differ from picture to picture; a character is a combination of shapes.
 """
 import colorsys
@@ -117,7 +117,7 @@ def jitter(colour, rng, hue=7, sat=.18, val=.09):
 # ---- curves: from lists of (x, y) or (x, y, is it a sharp corner) to arrays (n, 2) -------------------------
 
 def path(text):
-    """"20,-76! 34,-105" -> [(.20, -.76, True), (.34, -1.05, False)]; for o20,10,5 see the wardrobe."""
+    """"20,-76! 34,-105" -> [(0.20, -0.76, True), (0.34, -1.05, False)]; for o20,10,5 see the wardrobe."""
     points = []
     for word in text.split():
         x, y, *radii = (float(number) / 100 for number in word.strip("o!").split(","))
@@ -260,7 +260,7 @@ def gradient(top, bottom, palette, size):
 # A drawing is its names and its pieces, back to front, between slashes. A piece is a tone (see `tones`), how
 # to draw it, and its paths, between bars. How: one, pair (left and right) or both (a half, to be mirrored);
 # then any of line or thick (tapered strokes), rim (an outline only), flat (no shading, no lines), clip (flat,
-# inside what was drawn before). In a path, o20,10,5 is an oval around (.20, .10) of radius .05; its other
+# inside what was drawn before). In a path, o20,10,5 is an oval around (0.20, 0.10) of radius 0.05; its other
 # radius and its lean may follow. =x are the pieces of x.
 WARDROBE = """
 nape, braid, side_ponytail, low_twintails: back both 0,-84 42,-73 62,-36 63,8 55,36! 46,54! 38,42! 23,58! 0,46

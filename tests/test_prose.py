@@ -1,6 +1,8 @@
 """Plain English: few words, short sentences, the field's terms, and zeros before decimal points."""
 
+import ast
 import re
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -81,3 +83,42 @@ def test_decimals_have_a_zero(name):
 def test_the_words_are_the_fields(name):
     text = " ".join(prose_of((ROOT / name).read_text()).lower().split())
     assert not {word: better for word, better in BANNED.items() if re.search(rf"\b{word}\b", text)}
+
+
+# ---- docstrings, comments, help ------------------------------------------------------------------
+
+CODE = [p for p in sorted(ROOT.rglob("*.py")) if not {"tests", ".venv-ci"} & set(p.parts)]
+NOT_HERE = re.compile(r"noqa|^ *#!")
+
+
+def docstrings_of(path):
+    """The paragraphs of a file's docstrings, without what is indented or a list of two columns."""
+    tree = ast.parse(path.read_text())
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    text = "\n\n".join(found)
+    return re.sub(r"^( {4}|\S+\??  ).*$|^ {2,}.*$", "", text, flags=re.M)
+
+
+def comments_of(path):
+    """The comments of a file, and the help of its flags."""
+    with open(path, "rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    found = [
+        x.string for x in tokens if x.type == tokenize.COMMENT and not NOT_HERE.search(x.string)
+    ]
+    calls = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.keyword)]
+    helps = [x.value.value for x in calls if x.arg == "help" and isinstance(x.value, ast.Constant)]
+    return "\n\n".join([*found, *helps])
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_docstrings_and_comments_are_plain(path):
+    docs, comments = docstrings_of(path), comments_of(path)
+    sentences = sentences_of(docs)
+    assert not [s for s in sentences if len(words_of(s)) > LONGEST]
+    for text in (docs, comments):
+        plain = re.sub(r"`[^`]*`|--\S+", "", text)
+        assert not re.findall(r"(?<![\w.)/:\]\"'])[-+]?\.\d+", plain)
+        words = " ".join(plain.lower().split())
+        assert not {w: better for w, better in BANNED.items() if re.search(rf"\b{w}\b", words)}

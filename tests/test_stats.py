@@ -327,7 +327,7 @@ def test_epochs_that_are_bounds_are_noted():
     assert row["notes"] == [] and row["p"] < 1 and row["p_against"] < 1
     row = stats.epochs_saved(list(zip(arm, base, strict=True)), 0.0)
     assert row["n"] == 3 and row["effect"] is None
-    assert row["notes"] == ["the untrained encoder has the threshold of 0.0 % already"]
+    assert row["notes"] == ["the random-init encoder has the threshold of 0.0 % already"]
     both = [(never, never), (arm[1], base[1]), (arm[2], base[2])]
     row = stats.epochs_saved(both, 20.0)  # two runs that never arrive are not one run
     assert row["notes"] == ["1 runs and 1 baselines of 3 never reach 20.0 %"]
