@@ -141,6 +141,13 @@ def reader_of(path):
     )
 
 
+def has_layout(path):
+    """Do only folders tell what a picture of this source is?"""
+    if str(path) == "-" or not Path(path).exists():
+        return True
+    return reader_of(Path(path)) in BY_FOLDERS
+
+
 def nfc(text):
     """One spelling per name: macOS writes the same letters decomposed."""
     return unicodedata.normalize("NFC", text)

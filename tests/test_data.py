@@ -368,7 +368,6 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
         ("images", "--show --layout class"),
         ("images", "--show --crop figure"),
         ("images", "--seed 99999999999999999999"),
-        ("images", "--max-broken 2"),
         ("images", "--group-by zz"),
         ("toon", "--crop centre"),
         ("toon", "--margin .1"),
@@ -377,7 +376,6 @@ def test_show_draws_a_sheet_of_a_packed_set_and_of_the_crops(tmp_path):
         ("toon", "--dedupe"),
         ("toon", "--keep-copies"),
         ("toon", "--layout class"),
-        ("toon", "--max-broken .1"),
         ("toon", "--show"),
         ("-", "--show"),
     ],
@@ -435,7 +433,8 @@ def test_a_packed_set_and_its_sheet_are_replaced_by_nothing(tmp_path):
     assert "is there already" in line and f"rm -r {tmp_path / 'out'}" in line
     assert (tmp_path / "out" / "train.safetensors").read_bytes() == before
     (root / "class0" / "illust0_0.png").write_bytes(b"no image")
-    assert "more than 1 %" in refused(pack_images(root, tmp_path / "new", "--max-broken", ".01"))
+    (root / "class0" / "illust0_1.png").write_bytes(b"no image")
+    assert "more than 5 %" in refused(pack_images(root, tmp_path / "new"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out"]  # nothing of what failed
     for path, picture in (
         (tmp_path / "out", tmp_path / "out" / "sheet.png"),
@@ -498,30 +497,26 @@ def test_a_size_that_memory_or_disk_can_not_hold_is_said_before_the_work(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_more_broken_files_are_skipped_where_allowed_and_reasons_are_words(tmp_path):
+def test_reasons_of_broken_files_are_words_and_the_same_each_time(tmp_path, monkeypatch):
     root, prints = draw_folder(tmp_path / "images", classes=2, each=10), set()
     for i in range(3):
         (root / "class0" / f"illust{i}_0.png").write_bytes(b"no image")
     line = refused(pack_images(root, tmp_path / "a", "--size", 16))
-    assert (
-        "3 of 20 images" in line
-        and "more than 5 % (--max-broken SHARE allows more)" in line
-        and "0x" not in line
-    )
+    assert "3 of 20 images" in line and "more than 5 %" in line and "0x" not in line
+    monkeypatch.setattr(pack, "MAX_BROKEN", 0.15)
     for name in "ab":
-        done = pack_images(root, tmp_path / name, "--size", 16, "--max-broken", ".15", check=0)
+        done = pack_images(root, tmp_path / name, "--size", 16, check=0)
         assert "0x" not in done.stdout and "(cannot identify image file)" in done.stdout
         header = data.open_split(tmp_path / name, "train")["header"]
         assert "BytesIO" not in json.dumps(header)
         prints.add(json.dumps(header["skipped_first"]))
     assert len(prints) == 1  # an address would make each packing another data set
-    assert decode.reason(OSError("cannot identify image file <_io.BytesIO object at 0x7f00>")) == (
-        "cannot identify image file"
-    )
-    assert (
-        decode.reason(ValueError()) == "ValueError"
-        and decode.reason(ValueError("1 < 2 > 0")) == "1 < 2 > 0"
-    )
+    for problem, words in (
+        (OSError("cannot identify <_io.BytesIO object at 0x7f00>"), "cannot identify"),
+        (ValueError(), "ValueError"),
+        (ValueError("1 < 2 > 0"), "1 < 2 > 0"),
+    ):
+        assert decode.reason(problem) == words
 
 
 def test_a_split_that_gets_no_picture_is_told(tmp_path):

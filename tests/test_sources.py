@@ -971,44 +971,8 @@ def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     assert (split["tags"][:, 0] == 0).all() and (
         split["tags"][:, 1] == split["labels"].numpy() * 2 - 1
     ).all()
-    call(
-        "data.py",
-        "list.csv",
-        "--out",
-        "all",
-        "--size",
-        16,
-        "--emoticons",
-        "--min-per-tag",
-        1,
-        cwd=tmp_path,
-        check=0,
-    )
-    words = data.open_split(tmp_path / "all", "train")["header"]["tags"]
-    assert words[:3] == ["smile", ":d", "hat"] and len(words) == 3 + split["labels"].sum()
-    done = call(
-        "data.py",
-        "list.csv",
-        "--out",
-        "few",
-        "--size",
-        16,
-        "--tag-importance",
-        0.2,
-        cwd=tmp_path,
-        check=0,
-    )
-    assert data.open_split(tmp_path / "few", "train")["header"]["tags"] == [
-        "hat"
-    ]  # every picture has smile
-    left_out = "1 emoticons, 7 on fewer than 2 pictures, 1 of an importance up to 0.2"
-    assert f"tags: 1 of 10 are learned; {left_out}" in done.stdout
-    (tmp_path / "list.csv").write_text(
-        "path,label\n" + "\n".join(row.partition(",,")[0] for row in rows)
-    )
-    assert "--emoticons has no effect" in refused(
-        call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path)
-    )
+    done = call("data.py", "list.csv", "--out", "told", "--size", 16, cwd=tmp_path, check=0)
+    assert "tags: 2 of 10 are learned; 1 emoticons, 7 on fewer than 2 pictures" in done.stdout
 
 
 @pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xD", "x3", "0_0", ";)", "\\o/"])
@@ -1023,21 +987,16 @@ def test_words_are_no_emoticons(tag):
     assert not tags.is_emoticon(tag)
 
 
-def test_the_importance_of_a_tag_is_the_papers():
-    lists = [("a", "b"), ("a",), ("a", "b", "c", "d"), ("e",)]
-    assert tags.importance(lists)["a"] == pytest.approx((1 / 2 + 1 + 1 / 4) * np.log(4 / 3))
-    assert tags.importance(lists)["c"] == pytest.approx(1 / 4 * np.log(4))
+def test_a_tag_that_is_said_twice_of_one_picture_is_on_one():
     lists = [("a", "a"), ("b",), ("b",)]
     twice = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
-    assert tags.vocabulary(twice)[0] == [
-        "b"
-    ]  # a tag that is said twice of one picture is still on one
+    assert tags.vocabulary(twice)[0] == ["b"]
 
 
 def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     lists = [tuple(f"tag{j}" for j in range(i + 1)) for i in range(400)]
     records = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
-    words, _ = tags.vocabulary(records, least=1)
+    words, _ = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
     assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
     rows = [row["tags"] for _, row in stream(records[::399])]

@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 78)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 77)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
