@@ -56,17 +56,11 @@ def find(path, boxes_file=None, layout=None):
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
     reader = from_list if str(path) == "-" else reader_of(Path(path))
     more = {"layout": layouts.parse_layout(layout)} if layout and reader in BY_FOLDERS else {}
-    try:
-        records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
-    except layouts.Ambiguous as problem:
-        raise UserError(two_readings(path, problem)) from None
+    records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
     if not records:
         raise UserError(nothing_in("standard input" if str(path) == "-" else path))
     if reader not in BY_FOLDERS:
-        notes.insert(
-            0,
-            layouts.taken_for(f"read as {READ_AS[reader]}", [(r.split, r.label) for r in records]),
-        )
+        notes.insert(0, layouts.told(READ_AS[reader], [(r.split, r.label) for r in records]))
     refuse_odd(path, [r.key for r in records])
     first, alike = {}, defaultdict(list)
     for r in records:
@@ -96,16 +90,6 @@ def refuse_odd(path, names):
         if ODD.search(name) or len(name) > MOST_NAME:
             odd = f"has control characters or more than {MOST_NAME} characters; rename it"
             raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
-
-
-def two_readings(path, problem):
-    """The error for folders that can be read in two ways: both, and the command that chooses."""
-    flag = "/".join(problem.patterns[-1]) or "-"
-    name = "NAME" if str(path) == "-" else shlex.quote(Path(path).resolve().name.split(".")[0])
-    return (
-        f"the folders of {path} can be read in two ways: {layouts.two_ways(problem.dirs, problem.patterns)}; "
-        f"choose: python data.py {shlex.quote(str(path))} --layout {flag} --out datasets/{name}"
-    )
 
 
 def nothing_in(path):
@@ -165,49 +149,37 @@ def is_image(name):
 
 
 def by_path(found, layout=None):
-    """[(place, name)] -> records whose folders say split and class, and notes: read as what, what
-    is left out.
+    """[(place, name)] -> records whose folders say split and class, and a note: read as what.
 
     AnimeFace Character (moeimouto) is thumb/000_hatsune_miku/face_1_2_3.png: its running numbers
     are no names.
     """
     keys = [nfc(name.removeprefix("./")) for _, name in found]
     dirs = [key.split("/")[:-1] for key in keys]
-    numbered = [
-        len(d) > 1 and d[-2] == "thumb" and re.match(r"\d+_.", d[-1]) is not None for d in dirs
-    ]
-    if layout is None and layouts.few(numbered.count(False), len(dirs)):
-        what, rows = (
-            "AnimeFace Character",
-            [
-                (None, d[-1].split("_", 1)[1]) if is_class else None
-                for d, is_class in zip(dirs, numbered, strict=True)
-            ],
-        )
+    names = [after_number(d[-1]) if len(d) > 1 and d[-2] == "thumb" else None for d in dirs]
+    other = None
+    if layout is None and layouts.few(names.count(None), len(dirs)):
+        what, rows = "AnimeFace Character", [name and (None, name) for name in names]
     else:
-        try:
-            pattern = layouts.detect(dirs) if layout is None else layout
-        except layouts.Ambiguous as problem:
-            problem.dirs = dirs
-            raise
-        what, rows = "/".join(pattern) or "pictures only", layouts.read(dirs, pattern)
+        if layout is None:
+            layout, other = layouts.detect(dirs)
+        what, rows = "/".join(layout) or "pictures only", layouts.read(dirs, layout)
     records = [
         Record(key, place, row[1], row[0])
         for key, (place, _), row in zip(keys, found, rows, strict=True)
         if row
     ]
     if found and not records:
-        raise UserError(
-            f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}; "
-            "a split is named train, val, dev or test, or much like it"
-        )
-    notes = [layouts.taken_for(f"read as {what}", [row for row in rows if row])]
-    if aside := [key for key, row in zip(keys, rows, strict=True) if row is None]:
-        notes.append(
-            f"{len(aside)} pictures set aside, as their folders are not {what}: {', '.join(aside[:2])}"
-            + ", ..." * (len(aside) > 2)
-        )
-    return records, notes
+        problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
+        fix = "a split is named train, val, dev or test, or much like it"
+        raise UserError(f"{problem}; {fix}")
+    return records, [layouts.told(what, rows, keys, other)]
+
+
+def after_number(folder):
+    """000_hatsune_miku -> hatsune_miku; None where it does not begin with a number."""
+    found = re.fullmatch(r"\d+_(.+)", folder)
+    return found and found[1]
 
 
 # ---- files: folder, list, table ------------------------------------------------------------------

@@ -326,98 +326,71 @@ def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monk
 
 # ---- layouts of folders --------------------------------------------------------------------------
 
-C = {"train/a", "train/b", "test/a", "test/b"}  # split/class of the records
-
 
 def many(*folders, each=4):
     """Names of `each` pictures in each folder."""
     return [f"{folder}/{i}.png" for folder in folders for i in range(each)]
 
 
-LAYOUTS = {  # pictures -> read as, {split/class of the records}, pictures set aside
-    "wrapped twice": (many("x/y/a", "x/y/b"), "-/-/class", {"None/a", "None/b"}, 0),
-    "split, wrapped once": (
-        many("set/train/a", "set/train/b", "set/test/a", "set/test/b"),
-        "-/split/class",
-        C,
-        0,
-    ),
-    "split names": (
-        many("Training/a", "Training/b", "test-set/a", "test-set/b"),
-        "split/class",
-        C,
-        0,
-    ),
-    "wrapper below the split": (
-        many("train/genshin/a", "train/genshin/b"),
-        "split/-/class",
-        {"train/a", "train/b"},
-        0,
-    ),
-    "a wrapper of each split": (
-        many(
-            "train/train_images/a",
-            "train/train_images/b",
-            "test/test_images/a",
-            "test/test_images/b",
-        ),
-        "split/-/class",
-        C,
-        0,
-    ),
-    "class above split": (many("a/train", "b/train", "a/test", "b/test"), "class/split", C, 0),
-    "a stray beside the splits": (
-        ["x.png", *many("train/a", "train/b", "test/a", "test/b")],
-        "split/class",
-        C,
-        1,
-    ),
-    "a stray beside the wrapper": (
-        ["x.png", *many("s/a", "s/b")],
-        "-/class",
-        {"None/a", "None/b"},
-        1,
-    ),
-    "a stray beside the classes": (
-        ["train/x.png", *many("train/a", "train/b", "test/a", "test/b")],
-        "split/class",
-        C,
-        1,
-    ),
-    "Val and Dev are characters": (
-        many("Val", "Dev", "Rin"),
-        "class",
-        {"None/Val", "None/Dev", "None/Rin"},
-        0,
-    ),
-    "years below the classes": (
-        many("a/2019", "a/2020", "b/2019"),
-        "class",
-        {"None/a", "None/b"},
-        0,
-    ),
-    "one folder in each class": (many("a/a_faces", "b/b_faces"), "class", {"None/a", "None/b"}, 0),
-    "few lie deeper": (
-        [*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"],
-        "class",
-        {"None/a", "None/b"},
-        0,
-    ),
-    "no folders": (["1.png", "2.png"], "pictures only", {"None/None"}, 0),
-    "splits without classes": (many("train", "val"), "split", {"train/None", "val/None"}, 0),
-    "a test without labels": (
-        [*many("train/a", "train/b"), *many("test")],
-        "split/class",
-        {"train/a", "train/b", "test/None"},
-        0,
-    ),
-    "numbered, with a stray": (
+SPLITS = many("train/a", "train/b", "test/a", "test/b")
+SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
+WRAPPED = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
+BOTH = "train/a train/b test/a test/b"
+PEOPLE = "-/hutao -/venti -/kiana -/mei"
+LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside, other reading
+    (many("a", "b"), "class", "-/a -/b", 0, None),
+    (many("x/y/a", "x/y/b"), "-/-/class", "-/a -/b", 0, None),
+    (SPLITS, "split/class", BOTH, 0, None),
+    ([f"set/{n}" for n in SPLITS], "-/split/class", BOTH, 0, None),
+    (many("Training/a", "Training/b", "test-set/a", "test-set/b"), "split/class", BOTH, 0, None),
+    (many("train/genshin/a", "train/genshin/b"), "split/-/class", "train/a train/b", 0, None),
+    (WRAPPED, "split/-/class", BOTH, 0, None),
+    (many("a/train", "b/train", "a/test", "b/test"), "class/split", BOTH, 0, None),
+    (["x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1, None),
+    (["train/x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0, None),
+    (many("a/2019", "a/2020", "b/2019"), "class", "-/a -/b", 0, None),
+    (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0, None),
+    ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", "-/a -/b", 0, None),
+    (["1.png", "2.png"], "pictures only", "-/-", 0, None),
+    (many("train", "val"), "split", "train/- val/-", 0, None),
+    ([*many("train/a", "train/b", "test")], "split/class", "train/a train/b test/-", 0, None),
+    (
         ["thumb/x.png", *many("thumb/000_a", "thumb/001_b")],
         "AnimeFace Character",
-        {"None/a", "None/b"},
+        "-/a -/b",
         1,
+        None,
     ),
-}
+    # what can be read in two ways: the line names the other one
+    (SERIES, "-/class", PEOPLE, 0, "class"),
+    ([f"set/{n}" for n in SERIES], "-/-/class", PEOPLE, 0, "-/class"),
+    (
+        many("train/s/a", "train/s/b", "train/t/c", "train/t/d"),
+        "split/-/class",
+        "train/a train/b train/c train/d",
+        0,
+        "split/class",
+    ),
+    (
+        many(*(f"{s}/{c}" for s in "xy" for c in "abcdef"), each=1),
+        "-/class",
+        "-/a -/b -/c -/d -/e -/f",
+        0,
+        "class",
+    ),
+    (many("train/a", "train/b", "c", "d"), "split/class", "train/a train/b", 8, "class"),
+    (
+        many("a/train", "a/test", "b/train", "b/raw"),
+        "class/split",
+        "train/a test/a train/b",
+        4,
+        "class",
+    ),
+    ([*many("a", "b"), *(f"{i}.png" for i in range(8))], "class", "-/a -/b", 8, "-"),
+    ([*many("a", "b"), *(f"{i}.png" for i in range(9))], "pictures only", "-/-", 0, "class"),
+)
 
 
 def as_kind(root, kind):
@@ -426,71 +399,22 @@ def as_kind(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_are_found_and_told(tmp_path, name, kind):
-    names, what, said, aside = LAYOUTS[name]
-    records, _, notes = sources.find(as_kind(lay(tmp_path / "set", names), kind))
-    assert {f"{r.split}/{r.label}" for r in records} == said and len(records) == len(names) - aside
+@pytest.mark.parametrize("row", range(len(LAYOUTS)))
+def test_layouts_are_decided_and_told(tmp_path, row, kind):
+    names, what, said, aside, other = LAYOUTS[row]
+    path = as_kind(lay(tmp_path / "set", names), kind)
+    records, _, notes = sources.find(path)
+    assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
+    assert len(records) == len(names) - aside and len(notes) == 1
+    labels = sorted({r.label for r in records} - {None})
     assert notes[0].startswith(f"read as {what}: ")
-    labels = {r.label for r in records} - {None}
-    assert (
-        f"{len(labels)} classes ({', '.join(sorted(labels))})" if labels else "no labels"
-    ) in notes[0]
-    if aside:
-        assert f"{aside} pictures set aside" in notes[1] and "x.png" in notes[1]
-    else:
-        assert len(notes) == 1
-
-
-SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
-AMBIGUOUS = {  # pictures -> the two readings, classes of each
-    "series above characters": (SERIES, {"class": 2, "-/class": 4}),
-    "the same below a split": (
-        [f"train/{n}" for n in SERIES],
-        {"split/class": 2, "split/-/class": 4},
-    ),
-    "train beside class folders": (
-        many("train/a", "train/b", "c", "d"),
-        {"class": 3, "split/class": 2},
-    ),
-    "many pictures beside folders": (
-        [*many("a", "b"), *(f"{i}.png" for i in range(8))],
-        {"-": 0, "class": 2},
-    ),
-    "series once wrapped": ([f"set/{n}" for n in SERIES], {"-/class": 2, "-/-/class": 4}),
-    "one site above the same many": (
-        many(*(f"{s}/{c}" for s in ("pixiv", "boards") for c in "abcdef"), each=1),
-        {"class": 2, "-/class": 6},
-    ),
-    "split below class, and more": (
-        many("a/train", "a/test", "b/train", "b/raw"),
-        {"class": 2, "class/split": 2},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("name", AMBIGUOUS)
-def test_ambiguous_layouts_are_refused_with_both_readings(tmp_path, name, kind):
-    names, readings = AMBIGUOUS[name]
-    path = as_kind(lay(tmp_path / "a set", names), kind)
-    line = refused(call("data.py", path, "--out", "out", cwd=tmp_path))
-    assert not (tmp_path / "out").exists()
-    assert re.search(r"choose: python data.py '.*' --layout \S+ --out datasets/'a set'", line)
-    for layout, classes in readings.items():
-        told = re.search(rf"--layout {re.escape(layout)}: ([^|]*)", line)[1]
-        assert (f"{classes} classes" if classes else "no labels") in told
-        records, _, notes = sources.find(path, layout=layout)
-        assert len({r.label for r in records} - {None}) == classes
-        aside = len(names) - len(records)
-        assert (
-            (f"{aside} pictures set aside" in told)
-            == (aside > 0)
-            == any("set aside" in n for n in notes)
-        )
-    assert len(sources.find(path, layout="-")[0]) == len(
-        names
-    )  # pictures to be named are never refused
+    assert (f"{len(labels)} class" if labels else "no labels") in notes[0]
+    assert (f"; {aside} pictures set aside (" in notes[0]) == (aside > 0)
+    assert notes[0].endswith("another way") == (other is not None)
+    if other:
+        assert f"; --layout {other} reads" in notes[0]
+        assert sources.find(path, layout=other)[2][0].startswith("read as ")
+    assert len(sources.find(path, layout="-")[0]) == len(names)
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
