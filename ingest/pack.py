@@ -150,7 +150,8 @@ def decoded(fetch, work, size):
 
 
 def open_images(flags, size):
-    layout = flags.layout if sources.has_layout(flags.path) else None
+    by_folders = sources.reader_of(flags.path)[1] is None
+    layout = flags.layout if by_folders else None
     crop = flags.crop
     boxes, margin = (flags.boxes, flags.margin) if crop == "figure" else (None, 0)
     records, fetch, notes = sources.find(flags.path, boxes, layout)

@@ -5,18 +5,42 @@ than 25.
 """
 
 import re
+import sys
+import unicodedata
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
 from common.fields import is_name
 
+MOST_LETTERS = 2**16  # of a caption
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
 LEAST = 2  # pictures of train that have a tag: nothing is learned from one
 KEPT = 0.5  # of the demo set: share of a picture's tags that it gets
 WITHOUT = 0.1  # of the demo set: share of pictures that get none
+
+
+def words_of(text):
+    """ "solo, brown hair" -> ("solo", "brown hair"): at commas where there are commas, else at
+    spaces.
+    """
+    parts = text.split(",") if "," in text else text.split()
+    return tuple(word for word in map(str.strip, parts) if word)
+
+
+def read_captions(root, names):
+    """{picture: tags} of those with a caption of comma-separated tags beside them, x.txt of x.png."""
+    captions = {}
+    for name in names:
+        path = (Path(root) / name).with_suffix(".txt")
+        if path.is_file():
+            with open(path, encoding="utf-8-sig", errors="replace") as f:
+                words = words_of(f.read(MOST_LETTERS))
+            captions[name] = tuple(sys.intern(unicodedata.normalize("NFC", w)) for w in words)
+    return captions
 
 
 def is_emoticon(tag):

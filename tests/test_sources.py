@@ -12,6 +12,7 @@ import types
 import unicodedata
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,12 +125,12 @@ def test_old_zip_names_are_read_as_utf8_or_japanese():
 def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
     lay(tmp_path, ["a/1.png", "a/2.png", "b 3.png"])
     rows = [
-        ("a/1.png", "ミク", "train", "smile 1girl"),
+        ("a/1.png", "ミク", "train", "smile 1girl" if suffix == "csv" else "smile, brown hair"),
         ("a/2.png", "", "valid", ""),
         ("b 3.png", "x", "test", "hat"),
     ]
     if header:
-        rows = [("label", "path", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
+        rows = [("Label", "filename", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
     table = tmp_path / f"list.{suffix}"
     table.write_text("".join(("," if suffix == "csv" else "\t").join(r) + "\n" for r in rows))
     assert told(table) == {
@@ -137,7 +138,8 @@ def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
         "a/2.png": (None, "val"),
         "b 3.png": ("x", "test"),
     }
-    assert [r.tags for r in sources.find(table)[0]] == [("smile", "1girl"), (), ("hat",)]
+    first = ("smile", "1girl") if suffix == "csv" else ("smile", "brown hair")
+    assert [r.tags for r in sources.find(table)[0]] == [first, (), ("hat",)]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_dafre_keeps_its_published_splits(tmp_path, turned):
         "0001/1001.jpg": ("hatsune_miku", "test"),
     }
     (labels / "val.csv").write_text("1,2,3\n4,5,6\n")
-    with pytest.raises(UserError, match="line 2 is not class_id,path"):
+    with pytest.raises(UserError, match="line 1 is not label,path"):
         sources.find(tmp_path)
     (tmp_path / "faces").rename(tmp_path / "other")
     with pytest.raises(UserError, match="unpack faces/ or fullMin256/"):
@@ -311,17 +313,114 @@ def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
     assert [r.tags for r in sources.find(tmp_path)[0]] == [("blue",), ("hat",)]
 
 
-def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
-    code = re.search(
-        r"```python\n(from datasets import.*?)```", (ROOT / "docs/data.md").read_text(), re.S
-    ).group(1)
-    rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    (folder,) = tmp_path.iterdir()
-    assert set(told(folder).values()) == {(None, None)} and len(told(folder)) == 3
+def test_metadata_may_be_an_array_of_posts(tmp_path):
+    lay(tmp_path, ["7.png", "263159.png"])
+    (tmp_path / "metadata.json").write_text(json.dumps([POSTS[0], {"id": 7}, {"id": 5}]))
+    records, _, notes = sources.find(tmp_path)
+    assert {r.key: r.label for r in records} == {"263159.png": "miku", "7.png": None}
+    assert notes[1:] == ["1 lines of the metadata have no picture here"]
+
+
+FACES = (  # as published: the folder is the last digits of Danbooru's id, then the head's box
+    "0159\\263159.jpg\t0\t1,2,20,21,0.99\n"
+    "0933\\194933.jpg\t1\t1,2,20,21,0.91\n"
+    "0001\\1001.jpg\t1\t1,2,20,21,0.31\n"
+    "0002\\1002.jpg\t1\t1,2,20,21,0.99\n"
+)
+
+
+def test_acrd_takes_names_and_splits_from_its_lists(tmp_path):
+    """Its archive of faces has folders without leading zeros, another way than faces.tsv."""
+    lay(tmp_path / "faceimgs", ["159/263159.jpg", "933/194933.jpg", "1/1001.jpg"])
+    (tmp_path / "tagIds.tsv").write_text('hatsune_miku\t0\n"quoted\t1')
+    with pytest.raises(UserError, match=r"put faces\.tsv"):
+        sources.find(tmp_path)
+    (tmp_path / "faces.tsv").write_text(FACES)
+    labels = {r.key: (r.label, r.split) for r in sources.find(tmp_path)[0]}
+    assert labels["faceimgs/1/1001.jpg"] == ('"quoted', None) and len(labels) == 3
+    (tmp_path / "trainSplit.tsv").write_text("263159\n1002\n")
+    (tmp_path / "testSplit.tsv").write_text("194933\n")
+    assert told(tmp_path) == {
+        "faceimgs/159/263159.jpg": ("hatsune_miku", "train"),
+        "faceimgs/933/194933.jpg": ('"quoted', "test"),
+    }
+    assert sources.find(tmp_path)[2] == [
+        'read as ACRD: train, test; 2 classes ("quoted, hatsune_miku)',
+        "1 lines of faces.tsv have no picture here",
+        "1 faces are in none of the lists, and left out",
+    ]
+
+
+def test_folders_of_kohya_lose_their_repeats_and_captions_become_tags(tmp_path):
+    names = ["img/10_miku/1.png", "img/10_miku/2.png", "img/3_rin hat/1.png", "reg/1_x/1.png"]
+    lay(tmp_path, names[:3])
+    assert {v[0] for v in told(tmp_path).values()} == {"10_miku", "3_rin hat"}  # no captions
+    texts = ["solo, brown hair,\nsmile", "1girl", "solo"]
+    for name, text in zip(names, texts, strict=False):
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    records, _, notes = sources.find(tmp_path)
+    assert notes == ["read as kohya's folders: 2 classes (miku, rin hat)"]
+    assert [(r.label, r.tags) for r in records] == [
+        ("miku", ("solo", "brown hair", "smile")),
+        ("miku", ("1girl",)),
+        ("rin hat", ("solo",)),
+    ]
+    assert {r.label for r in sources.find(tmp_path, layout="-")[0]} == {None}
+    one = sources.find(tmp_path / "img/10_miku")[0]
+    assert {r.label for r in one} == {None}
+
+
+class Table:
+    """What pyarrow's ParquetFile has, of two rows in each row group."""
+
+    def __init__(self, path):
+        if not Path(path).read_bytes():
+            raise ValueError("Parquet file size is 0 bytes")
+        about = {"info": {"features": {"label": {"names": ["miku", "rin"]}}}}
+        metadata = {b"huggingface": json.dumps(about).encode()}
+        names = ["image", "label", "tags"]
+        self.schema_arrow = types.SimpleNamespace(names=names, metadata=metadata)
+        self.num_row_groups = 2
+        self.metadata = types.SimpleNamespace(
+            row_group=lambda part: types.SimpleNamespace(num_rows=2)
+        )
+
+    def read_row_group(self, part, columns):
+        rows = []
+        for i in (2 * part, 2 * part + 1):
+            image = {"bytes": png(seed=i), "path": None}
+            row = {"image": image, "label": i % 2, "tags": "solo, brown hair"}
+            rows.append({name: row[name] for name in columns})
+        return types.SimpleNamespace(to_pylist=lambda: rows)
+
+
+def test_parquet_needs_pyarrow_and_is_read_by_row_groups(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        lay(tmp_path, [(f"data/{split}-00000-of-00001.parquet", b"x")])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        sources.find(tmp_path)
+    parquet = types.SimpleNamespace(ParquetFile=Table)
+    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
+    found = told(tmp_path)
+    assert len(found) == 8 and found["train-00000-of-00001/0000001"] == ("rin", "train")
+    assert sources.find(tmp_path)[0][0].tags == ("solo", "brown hair")
+    lay(tmp_path, [("data/val-00000-of-00001.parquet", b"")])
+    with pytest.raises(UserError, match="no whole parquet file of pictures"):
+        sources.find(tmp_path)
+
+
+def test_parquet_of_the_real_library(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {
+        "image": [{"bytes": png(seed=i), "path": None} for i in range(5)],
+        "label": list("ababa"),
+    }
+    path = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.table(rows), path, row_group_size=2)
+    assert sorted(told(path).values()) == [("a", "train")] * 3 + [("b", "train")] * 2
 
 
 # ---- layouts of folders --------------------------------------------------------------------------
