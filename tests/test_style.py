@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 1), (is_nested, 61), (assigns_many, 77)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 56), (assigns_many, 72)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -109,7 +109,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "applications": (3913, 3900),
     "kernels": (520, 520),
     "common": (2932, 2400),
-    "ingest": (4183, 2700),
+    "ingest": (4026, 2700),
     "experiments": (2504, 1900),
     "benchmarks": (971, 900),
     "tests": (15305, 8500),
