@@ -95,9 +95,7 @@ def from_voc(root):
 
 
 def place(path):
-    """Where a picture lies, and the file with its boxes: a/images/b.png and a/labels/b.txt are both
-    a/b.
-    """
+    """a/images/b.png -> a/b, and so is a/labels/b.txt, the file with its boxes."""
     parts = Path(path).with_suffix("").parts
     return nfc("/".join(x for x in parts if x not in ("images", "labels")))
 

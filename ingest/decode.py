@@ -104,9 +104,7 @@ def has_alpha(img):
 
 
 def opaque(img):
-    """Is there nothing that an RGB or RGBA image hides? Many a PNG has an alpha channel that nobody
-    ever painted.
-    """
+    """Does the image hide nothing? Many a PNG has an alpha channel that nobody painted."""
     return img.mode == "RGB" or img.getextrema()[3][0] == 255
 
 
@@ -189,17 +187,13 @@ def whole(data):
 
 
 def reason(problem):
-    """Why a picture can't be read, in words: an address in memory is no reason, and is another one
-    each time.
-    """
+    """Why a picture can't be read, in words. An address in memory is no reason."""
     words = " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())
     return words[:100] or type(problem).__name__
 
 
 def count_alpha(records, fetch):
-    """-> how many of up to 64 images, evenly spread, hide something by their alpha, and how many
-    were looked at.
-    """
+    """-> how many of 64 images have transparent pixels, and how many were looked at."""
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
         with contextlib.suppress(Exception):  # a broken one is named later

@@ -75,9 +75,8 @@ def open_photos(split):
         import pywt
         import skimage
     except ImportError:
-        raise UserError(
-            "its photographs ship with libraries: pip install -r requirements-segment.txt"
-        ) from None
+        fix = "pip install -r requirements-segment.txt"
+        raise UserError(f"its photographs ship with libraries: {fix}") from None
     folders = {
         "sklearn": Path(sklearn.__path__[0]) / "datasets/images",
         "skimage": Path(skimage.__path__[0]) / "data",
@@ -95,9 +94,7 @@ def open_photo(path):
 
 
 def crop(photos, rng, size):
-    """A square of one of them, turned, stretched, mirrored -> f32 (size, size, 3). Small ones are
-    hardly enlarged.
-    """
+    """A square of one photo, turned, stretched, mirrored -> f32 (size, size, 3)."""
     photo = photos[rng.integers(len(photos))]
     angle = rng.normal(0, 20)
     stretch = np.exp(rng.normal(0, 0.15))
@@ -113,9 +110,7 @@ def crop(photos, rng, size):
 
 
 def clouds(rng, size, slope):
-    """Noise whose amplitude falls with frequency to the power -slope, as in photographs -> (size,
-    size), std 1.
-    """
+    """Noise whose amplitude falls as frequency^-slope -> (size, size), standard deviation 1."""
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
     amplitude[0, 0] = 0
@@ -125,9 +120,7 @@ def clouds(rng, size, slope):
 
 
 def surfaces(photos, rng, size):
-    """Clouds, from rough to smooth, and as many cuts of photographs -> list of f32 (size, size, 3),
-    mean 0, std 1.
-    """
+    """Clouds and as many cuts of photographs -> list of f32 (size, size, 3), mean 0, std 1."""
     made = [np.repeat(clouds(rng, size, slope)[..., None], 3, 2) for slope in (0.6, 1.0, 1.6, 2.2)]
     cuts = (crop(photos, rng, size) for _ in made)
     return made + [(x - x.mean((0, 1))) / (x.std() + 1) for x in cuts]
@@ -194,9 +187,7 @@ def recolour(layer, palette):
 
 
 def develop(frame, rng):
-    """The camera of all frames: grain of some strength and size, film that is uneven, a JPEG of
-    some quality -> u8.
-    """
+    """The camera of all frames: grain, uneven film, a JPEG of some quality -> u8."""
     size = len(frame)
     grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1)
     grain = grain + rng.normal(0, 1, (size, size, 1))
@@ -238,18 +229,14 @@ def palettes(seed=0):
 
 
 def ramp(rng, size, width):
-    """A straight border at any angle through the middle third, `width` pixels wide -> (size, size),
-    0 to 1.
-    """
+    """A straight border through the middle third, `width` pixels wide -> (size, size), 0 to 1."""
     angle, y, x = rng.uniform(0, 2 * np.pi), *np.mgrid[:size, :size]
     along = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
     return np.clip(0.5 + (along - rng.uniform(-1, 1) * size / 6) / width, 0, 1)
 
 
 def window(rng, size):
-    """Where a rectangle or an ellipse is, and a rim as wide as a line -> two (size, size) in 0 to
-    1.
-    """
+    """Where a rectangle or an ellipse is, and its rim -> two (size, size) in 0 to 1."""
     y, x = (2 * np.mgrid[:size, :size] + 1) / size - 1
     (cy, cx), (h, w) = rng.uniform(-0.4, 0.4, 2), rng.uniform(0.35, 0.7, 2)
     u, v, n = np.abs(y - cy) / h, np.abs(x - cx) / w, rng.choice([2, 20])  # 20: a rectangle
@@ -259,9 +246,7 @@ def window(rng, size):
 
 
 def mix(kind, figure, drawing, photo, rng):
-    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S). figure:
-    what toon drew.
-    """
+    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S)."""
     size, white = len(drawing), np.ones(drawing.shape[:2])
     if kind in ("drawn", "photographed"):
         share = white * (kind == "drawn")
@@ -284,9 +269,7 @@ def mix(kind, figure, drawing, photo, rng):
 
 
 def draw(item, size, photos, colours):
-    """An item of a plan -> {image u8 (size, size, 3), drawn u8 (size, size), 255 where it is drawn,
-    style}.
-    """
+    """An item of a plan -> {image u8 (S, S, 3), drawn u8 (S, S), 255 where drawn, style}."""
     rng = np.random.default_rng(item["seed"])
     for _ in range(20):
         item_seed = (*item["seed"], int(rng.integers(2**31)))

@@ -28,9 +28,7 @@ FEW = 3  # pictures, or 5 % of them, may lie astray
 
 
 def split_of(name):
-    """A folder's name -> the split that it usually stands for, or None: train_set and Training are
-    train.
-    """
+    """A folder's name -> the split that it stands for, or None: Training is train."""
     found = SPLIT.fullmatch(name.lower())
     return found and WORDS[found[1]]
 
@@ -81,9 +79,7 @@ def detect(dirs):
 
 
 def roles_of(left, may_split, n):
-    """What the first folders of all pictures say -> their role, or those of two levels; and other
-    roles where these are in doubt, else None.
-    """
+    """What the first folders of all pictures say -> their roles, and others if in doubt."""
     below = [(s, d) for s, d in left if len(d) > 1]
     first = {split_of(d[0]) for _, d in left} if may_split else {None}
     second = {split_of(d[1]) for _, d in below} if may_split else {None}

@@ -73,9 +73,7 @@ Source = namedtuple("Source", "records notes dims fetch stream more", defaults=(
 
 
 def decode_records(records, fetch, work, at_once=16):
-    """Yield (record, work(record, bytes) or the exception), in order, on threads: Pillow decodes
-    without the GIL.
-    """
+    """Yield (record, work(record, bytes) or exception), in order, on threads without the GIL."""
 
     def one(item):
         record, load = item
@@ -98,9 +96,7 @@ def decode_records(records, fetch, work, at_once=16):
 
 
 def render(records, draw, size, dims, processes):
-    """Yield (record, planes) of what draw(item, size) makes, by a process per core (drawing holds
-    the GIL).
-    """
+    """Yield (record, planes) of what draw(item, size) makes, by a process per core."""
     items = [r.place for r in records]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
@@ -128,9 +124,7 @@ def memory_bytes():
 
 
 def at_once(size, each, most):
-    """How many pictures of this size, `each` bytes a pixel, memory holds at the same time, up to
-    `most`.
-    """
+    """How many pictures of this size, `each` bytes a pixel, memory holds, up to `most`."""
     memory = memory_bytes()
     fit = memory // (each * size**2)
     if fit < 1:
@@ -322,9 +316,7 @@ def deal(source, how, shares):
 
 
 def too_few_to_deal(splits, shares, records):
-    """A line for a split that was asked for and got no picture; of splits that the source brings
-    only val is dealt.
-    """
+    """A line for a split that was asked for and got no picture."""
     dealt = ("val", "dev") if records[0].split else shares
     lost = [s for s in shares if shares[s] and s in dealt and s not in splits]
     told = f"no picture is left for {' and '.join(lost)}: {len(splits)} are too few"
@@ -522,9 +514,7 @@ def is_packed(folder):
 
 
 def show(flags):
-    """--show: of a packed folder a sheet of what is in it, of other images the figure's crop beside
-    the centre's.
-    """
+    """--show: a sheet of a packed folder, or both crops of other pictures side by side."""
     path = flags.path
     if path in (*DRAWN, "-"):
         raise UserError(f"--show needs a folder or an archive, not {path}; pack it first")
@@ -568,9 +558,7 @@ def show_packed(folder, flags):
 
 
 def to_learn(out):
-    """The command that learns from a packed set: by its own foreground masks, and on a split that
-    it has.
-    """
+    """The command that learns from a packed set, with the masks and the split that it has."""
     tensors = open_tensors(Path(out) / "train.safetensors")
     have = [s for s in ("val", "test", "dev") if (Path(out) / f"{s}.safetensors").exists()]
     if "boxes" in tensors:
@@ -586,26 +574,16 @@ def to_learn(out):
 
 def parse_flags(words=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
-    add, share = parser.add_argument, between(0, 0.99)
+    add, share, side = parser.add_argument, between(0, 0.99), between(8, 4096, int)
     kinds = f"folder, zip, tar, csv, tsv, jsonl, - for a list of files, or {', '.join(DRAWN)}"
     add("path", help=kinds)
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder or of both crops")
-    add(
-        "--layout",
-        type=pattern,
-        help="of folders, from the outside: split/-/class (default: found)",
-    )
-    add(
-        "--size",
-        type=between(8, 4096, int),
-        help=f"side in pixels (default: {SIDE}; pages {LARGE})",
-    )
+    add("--layout", type=pattern, help="of the folders: split/-/class (default: found)")
+    add("--size", type=side, help=f"side in pixels (default: {SIDE}; pages {LARGE})")
     add("--crop", choices=CROPS, default="centre", help="by figure: its box, alpha or colours")
-    add(
-        "--margin", type=between(0, 2), default=0.1, help="of --crop figure, as a share of its side"
-    )
+    add("--margin", type=between(0, 2), default=0.1, help="around the figure, share of its side")
     add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
     add("--split", type=parse_shares, help=f"shares of train,val,test (default: {SHARES})")
     add("--dev", type=share, default=0.0, help="share of train held apart for choices, such as 0.1")

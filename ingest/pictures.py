@@ -24,9 +24,11 @@ def pictures(paths, size, crop, margin, problems):
 
     What can't be read is noted in problems, as (key, why).
     """
-    return each_picture(
-        paths, lambda r, b: decode(b, size, False, r.box, crop, margin)["images"], problems
-    )
+
+    def work(record, data):
+        return decode(data, size, False, record.box, crop, margin)["images"]
+
+    return each_picture(paths, work, problems)
 
 
 def whole_pictures(paths, problems):

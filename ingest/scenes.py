@@ -42,9 +42,7 @@ def plan(seed=0):
 
 
 def panels(rng, size):
-    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it with a
-    gutter between.
-    """
+    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it."""
     kind, gutter, cut = rng.integers(4), max(1, size // 40), rng.uniform(0.35, 0.65, 2) * size
     x, y = (int(c) for c in cut)
     if kind == 0 or rng.random() < 0.4:
@@ -74,9 +72,7 @@ def corners(where):
 
 
 def head_of(parts, face):
-    """Part ids (s, s), box of the face -> box around it and what of hair and accessories is near,
-    above the chin.
-    """
+    """Part ids (s, s), box of the face -> box around it and its hair, above the chin."""
     left, _, right, chin = face
     y, x = np.mgrid[: len(parts), : len(parts)]
     near = (y < chin) & (x > left - (right - left) / 2) & (x < right + (right - left) / 2)
@@ -126,9 +122,8 @@ def bubble(page, owner, rng):
     layer, hole = Image.fromarray(np.uint8(page)), Image.new("L", (size, size))
     for pen, fill in ((ImageDraw.Draw(layer), (255, 255, 255)), (ImageDraw.Draw(hole), 255)):
         pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + tip * w, y + 1.5 * h)], fill=fill)
-        pen.ellipse(
-            (x - w, y - h, x + w, y + h), fill=fill, outline=(30, 25, 35) if fill != 255 else 255
-        )
+        line = (30, 25, 35) if fill != 255 else 255
+        pen.ellipse((x - w, y - h, x + w, y + h), fill=fill, outline=line)
     pen = ImageDraw.Draw(layer)
     for line in np.arange(y - h / 2, y + h / 2, max(3, size / 50)):
         ends = x + rng.uniform(0.3, 0.65, 2) * w * (-1, 1)

@@ -16,9 +16,7 @@ PART_COLOURS = ("#FFFFFF", "#0072B2", "#E69F00", "#000000", "#D55E00", "#009E73"
 
 
 def dataset_sheet(path, name, splits, classes=6, each=10):
-    """splits: {name: open split}. Pictures by class; foreground, parts laid over some; class sizes;
-    what is missing.
-    """
+    """splits {name: open split} -> a picture file of classes, planes, sizes and notes."""
     train = splits["train"]
     header, images = train["header"], train["images"]
     if header["classes"]:
@@ -90,10 +88,8 @@ def about_lines(splits):
     """What was left out or joined while packing, and what else the files hold."""
     headers = [split["header"] for split in splits.values()]
     skipped = [s for h in headers for s in h.get("skipped_first", [])]
-    lines = [
-        f"source: {headers[0]['source']}",
-        f"skipped: {sum(h.get('skipped', 0) for h in headers)}",
-    ]
+    lines = [f"source: {headers[0]['source']}"]
+    lines += [f"skipped: {sum(h.get('skipped', 0) for h in headers)}"]
     lines += [f"  {k}: {why}" for k, why in skipped[:4]] + headers[0].get("notes", [])
     lines += tag_lines(splits) if splits["train"]["header"].get("tags") else []
     lines += [f"{k}: {', '.join(v)}" for k, v in (headers[0].get("style") or {}).items()]
@@ -104,9 +100,7 @@ def about_lines(splits):
 
 
 def tag_lines(splits):
-    """How many tags there are and a picture has, and the most frequent ones with the pictures that
-    they are on.
-    """
+    """How many tags there are, and the most frequent ones with their number of pictures."""
     words = splits["train"]["header"]["tags"]
     planes = [np.asarray(s["tags"]) for s in splits.values()]
     if planes[0].dtype != np.int32:
@@ -116,6 +110,5 @@ def tag_lines(splits):
     each = np.concatenate([(p >= 0).sum(1) for p in planes])
     most = ", ".join(f"{words[i]} {count[i]}" for i in np.argsort(-count, kind="stable")[:8])
     image = f"{each.mean():.1f} an image ({each.max()} at most, none on {(each == 0).mean():.0%})"
-    return [
-        f"{len(words)} tags, {image}, {(count < 10).sum()} on fewer than 10 images: {most}, ..."
-    ]
+    rare = f"{(count < 10).sum()} on fewer than 10 images"
+    return [f"{len(words)} tags, {image}, {rare}: {most}, ..."]

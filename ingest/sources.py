@@ -37,9 +37,8 @@ MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, i
 MOST_NAME = 1000  # characters of a picture's name
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
-Record = namedtuple(
-    "Record", "key place label split group tags box", defaults=(None, None, None, (), None)
-)
+UNKNOWN = (None, None, None, (), None)
+Record = namedtuple("Record", "key place label split group tags box", defaults=UNKNOWN)
 
 
 def find(path, boxes_file=None, layout=None):
@@ -129,9 +128,7 @@ def nfc(text):
 
 
 def is_image(name):
-    """By its suffix; what macOS and editors leave behind (__MACOSX/._x.png, .thumbnails/) is not
-    one.
-    """
+    """By its suffix; __MACOSX/._x.png and .thumbnails/x.png are not one."""
     parts = name.split("/")
     hidden = any(part.startswith((".", "__")) and part not in (".", "..") for part in parts)
     return os.path.splitext(name)[1].lower() in SUFFIXES and not hidden
@@ -191,9 +188,7 @@ def fetch_files(records, root=""):
 
 
 def walk(folder, prefix="", above=()):
-    """Names of the images below a folder, sorted. Links are followed, except back into a folder
-    that we stand in.
-    """
+    """Names of the images below a folder, sorted. Links that lead back are not followed."""
     here = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
@@ -279,9 +274,7 @@ def record_of(cells, root, names, split):
 
 
 def from_table(path):
-    """csv or tsv of path,label[,split][,tags][,group], or with a header of its own; paths relative
-    to its folder.
-    """
+    """csv or tsv of path,label[,split][,tags][,group]; paths relative to its folder."""
     records = read_table(path)
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
@@ -371,9 +364,7 @@ def from_icartoonface(root):
 
 
 def read_boxes(path):
-    """Lines of "path x1 y1 x2 y2" in pixels, between them tabs, spaces or commas -> {path: (x1, y1,
-    x2, y2)}.
-    """
+    """Lines of path x1 y1 x2 y2 in pixels -> {path: (x1, y1, x2, y2)}."""
     try:
         lines = regular(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as problem:
@@ -470,9 +461,7 @@ def image_bytes(cell):
 
 
 def refuse_escape(archive, name):
-    """../x, /x and C:\\x lead out of an archive. Nothing is extracted here, but who packs that is
-    not to be trusted.
-    """
+    """../x, /x and C:\\x lead out of an archive, and who packs that is not to be trusted."""
     if ".." in re.split(r"[/\\]", name) or re.match(r"/|\\|[A-Za-z]:", name):
         raise UserError(f"{archive} holds the name {name!r}, which leads out of it; pack it anew")
 
@@ -485,9 +474,8 @@ def from_zip(path, layout=None):
         raise UserError(f"{path} is not a whole zip archive: {problem}") from None
     for name in archive.namelist():
         refuse_escape(path, name)
-    images = sorted(
-        (i for i in archive.infolist() if is_image(i.filename)), key=lambda i: i.filename
-    )
+    images = [info for info in archive.infolist() if is_image(info.filename)]
+    images.sort(key=lambda info: info.filename)
 
     def fetch(records):
         return ((r, partial(read_member, archive, r.place)) for r in records)
@@ -497,9 +485,7 @@ def from_zip(path, layout=None):
 
 
 def zip_name(info):
-    """Without the UTF-8 flag zipfile assumes an old code page; such names are mostly UTF-8 (macOS)
-    or Japanese.
-    """
+    """Names without the UTF-8 flag are mostly UTF-8 (macOS) or Japanese, not cp437."""
     name = info.filename
     if not info.flag_bits & 0x800 and not name.isascii():
         for code in ("utf-8", "cp932"):
@@ -518,9 +504,7 @@ def read_member(archive, info):
 
 
 def from_tar(path, layout=None):
-    """A tar, compressed or not: read through from its beginning for every split, never searched,
-    never extracted.
-    """
+    """A tar is read through from its beginning for every split, and never extracted."""
 
     def fetch(records):
         wanted = {r.place: r for r in records}
@@ -535,13 +519,8 @@ def from_tar(path, layout=None):
 # ---- tar: its headers say how much follows, and nothing is read before that is checked
 
 MOST_HEADER = 2**20  # bytes of a long name, or of a set of PAX fields
-ANNOUNCED = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+ANNOUNCED = (*LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 # What tarfile raises for a broken header, besides its own errors.
 BROKEN_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
 
@@ -584,13 +563,10 @@ def tar_images(path, wanted=()):
                 if member.offset_data + member.size > most:
                     raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
                 if member.isfile() and is_image(member.name):
-                    size = (
-                        member.size if member.size <= MOST_BYTES else 0
-                    )  # one too large can't be read, and is named
-                    yield (
-                        member.name,
-                        tar.extractfile(member).read(size) if member.name in wanted else None,
-                    )
+                    # one too large can't be read, and is named
+                    size = member.size if member.size <= MOST_BYTES else 0
+                    asked = member.name in wanted
+                    yield member.name, tar.extractfile(member).read(size) if asked else None
     except BROKEN_TAR as problem:
         raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
@@ -599,9 +575,7 @@ def tar_images(path, wanted=()):
 
 
 def metadata_files(path):
-    """The JSON files of a Danbooru-style dump: the file itself, or metadata.json[l] or metadata/
-    in a folder.
-    """
+    """The file itself, or metadata.json[l] or metadata/ in a folder."""
     if path.is_file():
         return [path] if path.suffix.lower() in (".json", ".jsonl") else []
     inside = [path / "metadata.jsonl", path / "metadata.json"]
@@ -640,9 +614,7 @@ def texts_of(file):
 
 
 def read_posts(path, have):
-    """The metadata at path -> (records of the posts whose id or name is in have {name: picture},
-    notes).
-    """
+    """The metadata at path -> (records of posts whose picture is in have, notes)."""
     count, absent = 0, 0
     broken, records = [], []
     for file in metadata_files(path):
@@ -668,9 +640,7 @@ def picture_of(post, have):
 
 
 def post_record(post, place):
-    """Tags are one string (the site's API), a list of words or {name, category} (4: a character),
-    or {kind: list}.
-    """
+    """Tags are a string, a list of words or {name, category} (4: character), or {kind: list}."""
     words = post.get("tags")
     if isinstance(words, dict):
         characters = words.get("character") or ()

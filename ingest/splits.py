@@ -111,9 +111,7 @@ def copies_to_drop(records, pairs, within):
 
 
 def without_copies(records, pattern, pairs, dedupe, keep_copies):
-    """-> the records with their groups, copies dropped as --dedupe and --keep-copies say, and lines
-    that tell of it.
-    """
+    """-> the records with their groups, copies dropped as the flags say, and notes."""
     within = dedupe == "drop"
     gone = set() if keep_copies else set(copies_to_drop(records, pairs, within))
     count = Counter(records[i].split for i in gone)
@@ -176,9 +174,7 @@ def long_tailed(records, tail, least=5):
 
 
 def crossing(records, keep_copies):
-    """A line where the source's own splits tear a group apart, by name or because copies are kept:
-    it stays torn.
-    """
+    """A line where the source's own splits tear a group apart: it stays torn."""
     splits = defaultdict(set)
     for r in records:
         splits[r.group].add(r.split)

@@ -24,9 +24,7 @@ WITHOUT = 0.1  # of the demo set: share of pictures that get none
 
 
 def words_of(text):
-    """ "solo, brown hair" -> ("solo", "brown hair"): at commas where there are commas, else at
-    spaces.
-    """
+    """ "solo, brown hair" -> both: at commas where there are commas, else at spaces."""
     parts = text.split(",") if "," in text else text.split()
     return tuple(word for word in map(str.strip, parts) if word)
 
@@ -44,9 +42,7 @@ def read_captions(root, names):
 
 
 def is_emoticon(tag):
-    """:d, ^_^, o_o: no two letters or digits in a row, nothing but ASCII, and a sign that draws a
-    face; xd, x3.
-    """
+    """:d, ^_^, o_o, xd: ASCII with a sign that draws a face, and no two letters in a row."""
     if tag.lower() in ("xd", "x3"):
         return True
     drawn = len(tag) > 1 and tag.isascii() and re.search(r"[:;=^<>_@|/\\()]", tag)
@@ -54,9 +50,7 @@ def is_emoticon(tag):
 
 
 def vocabulary(records):
-    """Records -> (words, the most frequent first, lines that tell what was left out), by the
-    pictures of train.
-    """
+    """Records -> (words of train, the most frequent first, lines of what was left out)."""
     lists = [r.tags for r in records if r.split == "train" and r.tags]
     count = Counter(tag for tags in lists for tag in set(tags))
     gone = {
@@ -71,17 +65,13 @@ def vocabulary(records):
 
 
 def as_ids(tags, column, room):
-    """Tags, {word: id} -> i32 (room,): ids from small to large, the order that models see them in,
-    then NONE.
-    """
+    """Tags, {word: id} -> i32 (room,): ids from small to large, then NONE."""
     ids = sorted(column[t] for t in set(tags) if t in column)[:room]
     return np.array(ids + [NONE] * (room - len(ids)), np.int32)
 
 
 def thinned(record):
-    """Some of a picture's tags, the same whenever it is asked for: what a person may have filed it
-    under.
-    """
+    """Some of a picture's tags, the same each time: what a person may have filed it under."""
     rng = np.random.default_rng(zlib.crc32(record.key.encode()))
     kept = rng.random(len(record.tags)) < KEPT
     if rng.random() < WITHOUT:
