@@ -574,7 +574,8 @@ def to_learn(out):
 
 def parse_flags(words=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
-    add, share, side = parser.add_argument, between(0, 0.99), between(8, 4096, int)
+    add = parser.add_argument
+    share, side = between(0, 0.99), between(8, 4096, int)
     kinds = f"folder, zip, tar, csv, tsv, jsonl, - for a list of files, or {', '.join(DRAWN)}"
     add("path", help=kinds)
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
