@@ -305,7 +305,8 @@ def from_dafre(root):
 
 def read_names(path, key, name):
     """{cell `key`: cell `name`} of a table's rows; nothing where there is no such file."""
-    rows = table_rows(path, csv.QUOTE_NONE) if path.exists() else ()
+    quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+    rows = table_rows(path, quoting) if path.exists() else ()
     return {row[key]: sys.intern(nfc(row[name])) for _, row in rows if len(row) > max(key, name)}
 
 
@@ -385,10 +386,25 @@ def read_boxes(path):
 
 
 def parquet_files(path):
-    """The file itself, or those in a folder, or in data/ there."""
+    """The file itself, or those with names of splits in a folder, or in data/ there."""
     if path.is_file():
         return [path] if path.suffix.lower() == ".parquet" else []
-    return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    inside = [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
+    return sorted(p for p in inside if split_of_file(p))
+
+
+def split_of_file(path):
+    """train-00000-of-00002.parquet -> train."""
+    return layouts.split_of(re.split(r"[-.]", path.name)[0])
+
+
+COLUMNS = {  # of a parquet file: the first of these that it has
+    "image": ("image", "img", "picture", "jpg", "png", "webp"),
+    "label": ("label", "character", "class", "name"),
+    "tags": ("tags",),
+}
+# what pyarrow raises for a broken file, and our code for one of another kind
+BROKEN_PARQUET = (ValueError, OSError, LookupError, AttributeError, TypeError)
 
 
 def from_parquet(path):
@@ -402,51 +418,55 @@ def from_parquet(path):
     tables, records = {}, []
     for file in parquet_files(path):
         try:
-            table = tables[str(file)] = parquet.ParquetFile(file)
-            records += parquet_records(file, table)
-        except (ValueError, OSError) as problem:  # pyarrow's are ValueErrors
+            tables[file] = parquet.ParquetFile(file)
+            records += parquet_records(file, tables[file])
+        except BROKEN_PARQUET as problem:
             told = str(problem)[:100]
             raise UserError(f"{file} is no whole parquet file of pictures: {told}") from None
-
-    def fetch(records):
-        held, images = None, []
-        for r in records:
-            file, part, row = r.place
-            if held != (file, part):
-                column = column_of(tables[file], "path")
-                found = tables[file].read_row_group(part, columns=[column]).to_pylist()
-                held, images = (file, part), [cells[column] for cells in found]
-            yield r, partial(image_bytes, images[row])
-
-    return records, fetch
+    return records, partial(fetch_rows, tables=tables)
 
 
-def column_of(table, meaning):
-    """The name of the first column that is called so, in a word that people use for it, or None."""
-    named = (n for n in table.schema_arrow.names if CALLED.get(n.lower(), n.lower()) == meaning)
-    return next(named, None)
+def fetch_rows(records, tables):
+    """For records whose place is (file, row group, row). One row group at a time is held."""
+    held, images = None, []
+    for r in records:
+        file, part, row = r.place
+        if held != (file, part):
+            column = columns_of(tables[file])["image"]
+            rows = tables[file].read_row_group(part, columns=[column]).to_pylist()
+            held, images = (file, part), [cells[column] for cells in rows]
+        yield r, partial(image_bytes, images[row])
+
+
+def columns_of(table):
+    """{meaning: name of the column}, of those that a parquet file has."""
+    have, found = table.schema_arrow.names, {}
+    for meaning, names in COLUMNS.items():
+        named = [name for name in names if name in have]
+        found |= {meaning: named[0]} if named else {}
+    if "image" not in found:
+        raise ValueError(f"no column image, but {', '.join(have)}")
+    return found
 
 
 def parquet_records(file, table):
     """A record for each row of a file; nothing of its pictures is read."""
-    if column_of(table, "path") is None:
-        raise ValueError(f"no column image, but {', '.join(table.schema_arrow.names)}")
-    label, words = column_of(table, "label"), column_of(table, "tags")
-    columns = [name for name in (label, words) if name]
+    columns, records = columns_of(table), []
+    label, words = columns.get("label"), columns.get("tags")
+    asked = [name for name in (label, words) if name]
     about = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     names = about.get("info", {}).get("features", {}).get(label, {}).get("names")
-    split = layouts.split_of(re.split(r"[-.]", file.name)[0])
-    records = []
     for part in range(table.num_row_groups):
-        count = table.metadata.row_group(part).num_rows
-        found = table.read_row_group(part, columns=columns).to_pylist() if columns else [{}] * count
-        for row, cells in enumerate(found):
+        rows = [{}] * table.metadata.row_group(part).num_rows
+        rows = table.read_row_group(part, columns=asked).to_pylist() if asked else rows
+        for row, cells in enumerate(rows):
             name, tagged = cells.get(label), cells.get(words) or ()
             name = names[name] if names and isinstance(name, int) and name >= 0 else name
+            name = None if name in (None, "", -1) else nfc(str(name))
             tagged = tags.words_of(tagged) if isinstance(tagged, str) else tuple(map(str, tagged))
-            named = None if name in (None, "", -1) else nfc(str(name))
             key = f"{file.stem}/{len(records):07d}"
-            records.append(Record(key, (str(file), part, row), named, split, tags=tagged))
+            record = Record(key, (file, part, row), name, split_of_file(file), tags=tagged)
+            records.append(record)
     return records
 
 

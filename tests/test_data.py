@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, refused, shared_file
+from conftest import ROOT, call, draw_folder, refused, run_line, shared_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -405,15 +405,8 @@ def test_the_next_line_is_right(tmp_path):
         "python data.py --show 'a set'" in done.stdout
         and "need labels of two classes" in done.stdout
     )
-    done = call(
-        "data.py",
-        draw_folder(tmp_path / "c"),
-        "--size",
-        16,
-        "--split",
-        ".8,0,.2",
-        cwd=tmp_path,
-        check=0,
+    done = run_line(
+        f"data.py {draw_folder(tmp_path / 'c')} --size 16 --split .8,0,.2", tmp_path, check=0
     )
     assert next_command(done) == [
         "python",
@@ -772,17 +765,6 @@ def test_the_fingerprint_of_a_set_is_that_of_its_pixels_too(tmp_path):
                 tmp_path / "b" / "images" / "class0" / "illust0_0.png"
             )
         out = tmp_path / name / "out"
-        call(
-            "data.py",
-            source,
-            "--out",
-            out,
-            "--size",
-            16,
-            "--dedupe",
-            "off",
-            cwd=tmp_path / name,
-            check=0,
-        )
+        run_line(f"data.py {source} --out {out} --size 16 --dedupe off", tmp_path / name, check=0)
         digests.append(data.fingerprint(data.open_split(out, "train")))
     assert digests[0] == digests[1] != digests[2]

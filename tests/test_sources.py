@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, draw_folder, refused, stage
+from conftest import ROOT, call, draw_folder, refused, run_line, stage
 from PIL import EpsImagePlugin, Image
 
 import data
@@ -85,18 +85,7 @@ def test_a_tar_packs_like_its_folder_and_leaves_nothing_behind(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=20)
     make_tar(tmp_path / "images.tar.gz", root, "w:gz", "images")
     for source, out in ((root, "a"), (tmp_path / "images.tar.gz", "b")):
-        call(
-            "data.py",
-            source,
-            "--out",
-            tmp_path / out,
-            "--size",
-            16,
-            "--seed",
-            3,
-            cwd=tmp_path,
-            check=0,
-        )
+        run_line(f"data.py {source} --out {tmp_path / out} --size 16 --seed 3", tmp_path, check=0)
     splits = [[data.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
     pixels = [
         sorted(
@@ -169,10 +158,10 @@ def test_dafre_keeps_its_published_splits(tmp_path, turned):
         (labels / f"{split}.csv").write_text(
             f"{name},{i}\n" if turned else f"class_id,dir\n{i},{name}\n"
         )
-    (labels / "classid_classname.csv").write_text("0,hatsune_miku\n1,初音\n")
+    (labels / "classid_classname.csv").write_text('0,hatsune_miku\n1,"初音, ミク"\n')
     assert told(tmp_path) == {
         "0159/263159.jpg": ("hatsune_miku", "train"),
-        "0933/194933.jpg": ("初音", "val"),
+        "0933/194933.jpg": ("初音, ミク", "val"),
         "0001/1001.jpg": ("hatsune_miku", "test"),
     }
     (labels / "val.csv").write_text("1,2,3\n4,5,6\n")
@@ -355,7 +344,7 @@ class Table:
             raise ValueError("Parquet file size is 0 bytes")
         about = {"info": {"features": {"label": {"names": ["miku", "rin"]}}}}
         metadata = {b"huggingface": json.dumps(about).encode()}
-        names = ["image", "label", "tags"]
+        names = ["file_name", "name", "image", "label", "tags"]
         self.schema_arrow = types.SimpleNamespace(names=names, metadata=metadata)
         self.num_row_groups = 2
         self.metadata = types.SimpleNamespace(
@@ -771,18 +760,7 @@ def test_names_that_differ_in_case_are_told_and_doubles_counted(tmp_path):
 def test_min_per_class_leaves_small_classes_out(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=12)
     lay(tmp_path / "images", [f"rare/{i}.png" for i in range(5)])
-    done = call(
-        "data.py",
-        "images",
-        "--out",
-        "out",
-        "--size",
-        16,
-        "--min-per-class",
-        6,
-        cwd=tmp_path,
-        check=0,
-    )
+    done = run_line("data.py images --out out --size 16 --min-per-class 6", tmp_path, check=0)
     assert "5 images left out: 1 classes have fewer than 6" in done.stdout
     assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == [
         "class0",
