@@ -187,8 +187,7 @@ def find(path):
 def find_places(told, found):
     """What a file calls its pictures, and pictures that are there -> {told: found or None}.
 
-    In another folder than the one that is told lies a picture whose name is that of one picture
-    alone, in both lists.
+    A picture may lie in another folder, if its name is that of one picture alone, in both lists.
     """
     bare, named = (Counter(Path(nfc(n)).name for n in names) for names in (found, told))
     exact = {nfc(name): name for name in found}
@@ -214,8 +213,7 @@ def split_of(place):
 
 
 def decode(data, size, boxes, most, shares, clipped):
-    """Bytes of a picture -> {"images": u8 (size, size, 3), "boxes": f32 (most, 4)}: all of it,
-    filled up to a square.
+    """A picture, filled up to a square -> {"images": u8 (S, S, 3), "boxes": f32 (most, 4)}.
 
     Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut
     off, and counted in the list `clipped`.

@@ -52,16 +52,14 @@ Image.core.set_block_size(2**26)
 def open_picture(file):
     """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
 
-    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
-    for a picture of more than 89 megapixels.
+    Raises UnidentifiedImageError for another format, DecompressionBombWarning over 89 megapixels.
     """
     return Image.open(file, formats=FORMATS)
 
 
 @contextlib.contextmanager
 def open_image(data, least):
-    """Bytes -> an upright RGB or RGBA image of 8 bits (the first frame), and its scale: JPEGs may
-    come out reduced.
+    """Bytes -> an upright RGB or RGBA image of 8 bits, the first frame, and its scale.
 
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more. What is made of the image within the `with` shares the memory for decoding.
@@ -109,8 +107,7 @@ def opaque(img):
 
 
 def foreground_box(img, border=3, side=32):
-    """Where the foreground is, coarsely: (x1, y1, x2, y2) in pixels. By alpha where there is one,
-    else unlike the rim.
+    """Where the foreground is, coarsely: (x1, y1, x2, y2) in pixels, by alpha or unlike the rim.
 
     A pixel is background as far as many pixels of the picture's border have its colour; a
     foreground that leaves the picture has a few there, too, so the share counts and not the
@@ -137,11 +134,9 @@ def foreground_box(img, border=3, side=32):
 
 
 def square(img, box=None, margin=0.0):
-    """The square to cut -> (left, top, right, bottom): the centre, or around a box with a margin,
-    inside the picture.
+    """The square to cut -> (left, top, right, bottom): the centre, or around a box.
 
-    A box taller than the picture is wide does not fit: the square then keeps its top, where the
-    head is.
+    Of a box taller than the picture is wide it keeps the top, where the head is.
     """
     w, h = img.size
     x1, y1, x2, y2 = box or (0, 0, w, h)
@@ -155,11 +150,9 @@ def square(img, box=None, margin=0.0):
 
 
 def decode(data, size, fg, box=None, crop="centre", margin=0.1):
-    """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}: the centre square, or
-    the figure's.
+    """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}, cut by `crop`.
 
-    A transparent image is resized with its colours weighted by its alpha (Pillow does that), then
-    laid on PAPER.
+    Pillow weights colours by their alpha when it resizes; the result is laid on PAPER.
     """
     least = 2 * size if crop == "centre" else 4 * size if box is None else 2**15  # a small box
     with open_image(data, least) as (img, scale):

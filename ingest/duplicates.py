@@ -42,11 +42,9 @@ def thumbnail(data):
 
 
 def join(n, pairs):
-    """Pairs (i, j) of 0..n-1 that belong together -> list of n roots, the smallest member of each
-    group.
+    """Pairs (i, j) of 0..n-1 that belong together -> n roots, the smallest of each group.
 
-    Union-find by hand: to import scipy's connected_components takes longer than all of this for
-    2,000 pictures.
+    Union-find by hand: to import scipy takes longer than all of this for 2,000 pictures.
     """
     root = list(range(n))
 
@@ -101,8 +99,7 @@ def keys_of(c, bits):
 
 
 def tables(hashes):
-    """Yield (bits of the hash that a table uses, its keys (n), sorted, which picture each belongs
-    to (n)), u32 both.
+    """Yield (bits of the hash that a table uses, its sorted keys (n), their pictures (n)).
 
     The more pictures, the longer the key, so that few share one.
     """
@@ -138,8 +135,7 @@ def lookup(c, built, hashes, most):
 
 
 def candidates(thumbs, most=16, size=4096):
-    """Yield rows (i, j, w, cosine): picture i as a whole looks like window w of picture j, as far
-    as step 2 can tell.
+    """Yield rows (i, j, w, cosine): picture i looks like window w of picture j, after step 2.
 
     For each `size` pictures j only their best windows stay. At most `most` pictures of one key are
     looked at: pictures almost blank share it by the thousand.

@@ -127,8 +127,7 @@ def surfaces(photos, rng, size):
 
 
 def dead_leaves(photos, rng, size):
-    """Ellipses and boxes of all sizes on each other, with surfaces, light and shadows -> f32 (size,
-    size, 3).
+    """Ellipses and boxes of all sizes, with surfaces, light and shadows -> f32 (size, size, 3).
 
     Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as
     a wall or a sky, many small ones as rough as gravel.

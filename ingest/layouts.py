@@ -52,10 +52,10 @@ def few(k, n):
 
 
 def detect(dirs):
-    """The folders above each picture, [["train", "miku"], ...] -> the pattern, such as ("split",
-    "class"), and another that somebody may have meant, or None.
+    """Folders of each picture, [["train", "miku"], ...] -> the pattern; and another, or None.
 
-    `left` holds, of the pictures not astray, their split and the folders still to be read.
+    The other is one that somebody may have meant. `left` holds, of the pictures not astray, their
+    split and the folders still to be read.
     """
     pattern, other = (), None
     left = [("", d) for d in dirs]
@@ -108,11 +108,9 @@ def is_split(found):
 
 
 def alike_inside(below):
-    """Do the folders of the first level share the names of their sub-folders, or have one each?
-    Then they are classes.
+    """Are the first folders classes: do they share the names of what is inside, or have one each?
 
-    miku/2019, rin/2019, not genshin/hutao, genshin/venti, honkai/kiana. Many names in few folders
-    are no years.
+    miku/2019, rin/2019, not genshin/hutao, honkai/kiana. Many names in few folders are no years.
     """
     inside = defaultdict(set)
     for _, d in below:
@@ -127,8 +125,7 @@ def alike_inside(below):
 
 
 def read(dirs, pattern):
-    """-> (split, label) of each picture, or None: its folders do not reach as deep as the pattern,
-    or name no split.
+    """-> (split, label) of each picture, or None, if its folders do not fit the pattern.
 
     A picture in a split that holds no folder at all has no label.
     """
@@ -148,10 +145,9 @@ def read(dirs, pattern):
 
 
 def told(what, rows, names=(), other=None):
-    """rows of (split, label) or None -> "read as split/class: train, test; 38 classes (A, B, C,
-    ...); 2 pictures set aside (x.png, y.png)".
+    """ "read as split/class: train, test; 38 classes (A, B, C, ...); 2 pictures set aside (x.png)".
 
-    names: of the pictures; other: a pattern that somebody may have meant.
+    rows of (split, label) or None; names: of the pictures; other: see `detect`.
     """
     kept = [row for row in rows if row]
     splits, labels = ({row[i] for row in kept} - {None} for i in (0, 1))

@@ -254,11 +254,9 @@ def open_source(flags, size):
 
 
 def near_duplicates(records, fetch, dedupe, out):
-    """Pairs (i, j) of near-duplicate records, and lines that tell of them; nothing where --dedupe
-    is off.
+    """Pairs (i, j) of near-duplicate records, and notes; nothing where --dedupe is off.
 
-    The thumbnails lie in a file without a name, on the disk of `out`: a million of them are a
-    gigabyte.
+    The thumbnails lie in a file without a name, on the disk of `out`: a million are a gigabyte.
     """
     if dedupe == "off" or fetch is None:
         return [], []
@@ -408,8 +406,7 @@ def written_aside(out):
 
 
 def write_split(path, rows, dims, records, labels, about):
-    """Stream rows (record, {plane: array} or exception) into a safetensors file -> [(key, why)] of
-    the skipped ones.
+    """Stream rows (record, {plane: array} or exception) into a file -> [(key, why)] of skipped ones.
 
     The file is a header, then images, fg, parts, ..., labels. dims is {plane: shape of one row}.
     """

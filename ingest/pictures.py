@@ -19,8 +19,7 @@ def is_picture(path):
 
 
 def pictures(paths, size, crop, margin, problems):
-    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)) of all that can be
-    read, cut by `crop`.
+    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)), cut by `crop`.
 
     What can't be read is noted in problems, as (key, why).
     """

@@ -81,8 +81,7 @@ def head_of(parts, face):
 
 
 def place(page, owner, number, item, panel, rng):
-    """Draw a figure into a panel of the page -> boxes of face and head, mask of the face; None: too
-    little is seen.
+    """Draw a figure into a panel -> boxes of face and head, mask of the face; None: too little is seen.
 
     owner i16 (S, S): which figure each pixel shows; it becomes `number` where this one is.
     """
@@ -133,8 +132,7 @@ def bubble(page, owner, rng):
 
 
 def draw(item, size=256):
-    """An item of a plan -> {image u8 (size, size, 3), boxes and heads f32 (MOST, 4), names: who is
-    in a box}.
+    """An item of a plan -> {image u8 (S, S, 3), boxes and heads f32 (MOST, 4), names of who is in them}.
 
     Boxes are x1, y1, x2, y2 in shares of the page; -1 fills up.
     """

@@ -42,11 +42,9 @@ Record = namedtuple("Record", "key place label split group tags box", defaults=U
 
 
 def find(path, boxes_file=None, layout=None):
-    """The word - or a path -> (records, fetch, notes), every key once, with the boxes of a file if
-    one is given.
+    """A path or the word - -> (records, fetch, notes), every key once, with the boxes of a file.
 
-    layout: a pattern as layouts.py has them, for sources that only folders tell of; "-": all
-    pictures, no labels.
+    layout: a pattern for sources that only folders tell of; "-": all pictures, no labels.
     """
     reader, name = reader_of(path)
     more = {"layout": layouts.parse_layout(layout)} if layout and not name else {}
@@ -69,9 +67,7 @@ def find(path, boxes_file=None, layout=None):
 
 
 def reader_of(path):
-    """-> the function that reads this path, and what it is taken for; None where only folders tell
-    what a picture is.
-    """
+    """-> the function that reads this path, and its name, None where only folders tell of pictures."""
     if str(path) == "-":
         return from_list, None
     if not str(path) or not Path(path).exists():
@@ -209,9 +205,7 @@ def from_folder(root, layout=None):
 
 
 def from_list(lines, layout=None):
-    """One path a line, relative to where you stand; split and class are said by the path, as in a
-    folder. What is above all of them says nothing.
-    """
+    """One path a line; split and class are said by the folders below those that all have in common."""
     paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
@@ -240,7 +234,7 @@ def table_rows(path, quoting=csv.QUOTE_MINIMAL):
 
 
 def read_table(path, columns=LIST, root="", names=None, split=None):
-    """Records of a csv or tsv, whose first line may name its columns. Their paths lie below `root`.
+    """Records of a csv or tsv, whose first line may name its columns. Paths lie below `root`.
 
     names {label in the file: class}; split: of all rows, if there is no such column.
     """
@@ -284,11 +278,9 @@ def from_table(path):
 
 
 def from_dafre(root):
-    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; pictures in faces/
-    or fullMin256/.
+    """DAF:re (Rios et al. 2021): labels/{train,val,test}.csv of class_id,path; faces/ or fullMin256/.
 
-    Its pictures are Danbooru's, named by their id: where metadata lie beside the labels, they give
-    the tags.
+    Pictures are named by their id of Danbooru, whose metadata, if they lie there, give the tags.
     """
     folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if folder is None:
@@ -352,9 +344,7 @@ def from_acrd(root):
 
 
 def from_icartoonface(root):
-    """iCartoonFace recognition (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, one face
-    box per picture.
-    """
+    """iCartoonFace (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, and boxes of faces."""
     boxes = read_boxes(root / "icartoonface_rectrain_det.txt")
     folder = root / "icartoonface_rectrain"
     if not folder.is_dir():
@@ -408,9 +398,7 @@ BROKEN_PARQUET = (ValueError, OSError, LookupError, AttributeError, TypeError)
 
 
 def from_parquet(path):
-    """Parquet as Hugging Face writes it: a column image of {bytes, path}, label, tags; a file such
-    as train-00000-of-00002.parquet names its split.
-    """
+    """Parquet as Hugging Face writes it: image of {bytes, path}, label, tags; files name their split."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -604,8 +592,7 @@ def metadata_files(path):
 
 
 def from_danbooru(path):
-    """Danbooru-style metadata, one JSON object a line or an array of them; the pictures lie
-    anywhere beside it, named by id or md5.
+    """Danbooru-style metadata; the pictures lie anywhere beside it, named by id or md5.
 
     The class is the character tag where there is exactly one; a picture and its parent are one
     group; all other tags are tags. A dump's metadata covers more than anybody has downloaded: lines

@@ -16,8 +16,7 @@ from ingest.layouts import ORDER
 
 
 def join_groups(records, pattern, pairs):
-    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its
-    whole group.
+    """Groups by name, pairs (i, j) of near-duplicates -> records, each with its whole group's name.
 
     The name: the first group of the REGEX `pattern` in the file's stem, else what the source says,
     else the key.
@@ -36,8 +35,7 @@ def join_groups(records, pattern, pairs):
 
 
 def deal(rows, shares, seed):
-    """Deal rows of (class, group) into shares {split: fraction}: stratified by class, groups whole
-    -> [split].
+    """Deal rows of (class, group) into shares {split: fraction} -> [split], groups whole.
 
     Groups come in a seeded random order, large ones first; each goes where its classes lack most.
     """
@@ -97,8 +95,7 @@ def hold_out_test(splits, groups, share):
 def copies_to_drop(records, pairs, within):
     """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
 
-    Those of other splits than the first, which the source gives: what train holds is no test.
-    Within: all but one.
+    Those of other splits than the first: what train holds is no test. within: all but one.
     """
     order, groups, drop = (*ORDER, None), defaultdict(list), []
     roots = duplicates.join(len(records), pairs)
@@ -152,12 +149,10 @@ def large_enough(records, least):
 
 
 def long_tailed(records, tail, least=5):
-    """Training pictures left out until class sizes follow rank^-tail, at least `least`, and a note
-    on them.
+    """Records of train left out until class sizes follow rank^-tail, at least `least`; and a note.
 
-    The largest class stays whole; of the others those stay whose names come first in the order of
-    their digests, which is the same on every machine. Other splits stay whole: they ask for each
-    character as often as before.
+    The largest class stays whole. Of the others the first in the order of their digests stay, the
+    same on every machine. Other splits stay whole: they ask for each character as often as before.
     """
     train = [r for r in records if r.split == "train" and r.label is not None]
     count = Counter(r.label for r in train)

@@ -80,8 +80,7 @@ def thinned(record):
 
 
 def add_planes(words, records, dims, stream, thin=False):
-    """dims {plane: shape of a row} and stream(records), with a plane "tags", i32 (T,); thin: and
-    "all_tags", the truth.
+    """dims and stream(records) with a plane "tags", i32 (T,); thin: and "all_tags", the truth.
 
     T is the longest list of ids that a picture of the set has.
     """
