@@ -73,7 +73,7 @@ Source = namedtuple("Source", "records notes dims fetch stream more", defaults=(
 
 
 def decode_records(records, fetch, work, at_once=16):
-    """Yield (record, work(record, bytes) or exception), in order, on threads without the GIL."""
+    """Yield (record, work(record, bytes) or exception), in order: Pillow decodes without the GIL."""
 
     def one(item):
         record, load = item
@@ -96,7 +96,7 @@ def decode_records(records, fetch, work, at_once=16):
 
 
 def render(records, draw, size, dims, processes):
-    """Yield (record, planes) of what draw(item, size) makes, by a process per core."""
+    """Yield (record, planes) of what draw(item, size) makes, by processes: drawing holds the GIL."""
     items = [r.place for r in records]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
@@ -578,7 +578,7 @@ def parse_flags(words=None):
     add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
     add("--show", action="store_true", help="draw a sheet of a packed folder or of both crops")
-    add("--layout", type=pattern, help="of the folders: split/-/class (default: found)")
+    add("--layout", type=pattern, help="split/-/class; -: no labels (default: found)")
     add("--size", type=side, help=f"side in pixels (default: {SIDE}; pages {LARGE})")
     add("--crop", choices=CROPS, default="centre", help="by figure: its box, alpha or colours")
     add("--margin", type=between(0, 2), default=0.1, help="around the figure, share of its side")
