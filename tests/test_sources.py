@@ -496,6 +496,37 @@ def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("k, n", [(3, 8), (4, 80), (5, 100)])
+def test_a_few_are_three_pictures_or_a_twentieth_and_under_half(k, n):
+    assert layouts.few(k, n) and not layouts.few(k + 1, n)
+    assert not layouts.few(3, 6)
+
+
+def inside(**folders):
+    """Pictures in sub-folders: inside(a="xy") is a/x and a/y."""
+    pairs = []
+    for folder, names in folders.items():
+        pairs += [("", [folder, name]) for name in names]
+    return pairs
+
+
+def test_folders_are_classes_where_what_is_inside_is_alike():
+    assert layouts.alike_inside(inside(a="xyzw", b="xyzw"))
+    assert not layouts.alike_inside(inside(a="xyzwv", b="xyzwv"))  # many names in few folders
+    assert not layouts.alike_inside(inside(a="xu", b="xv"))  # half of them shared
+    assert layouts.alike_inside(inside(a="xyu", b="xyv"))
+    assert layouts.alike_inside(inside(a="x", b="y"))
+
+
+def test_the_line_names_splits_classes_and_what_is_set_aside():
+    rows = [("test", "b"), ("train", "c"), ("train", "a"), ("train", "d"), ("train", None)]
+    line = layouts.told("split/class", [*rows, None, None, None], [*"12345", "z", "x", "y"])
+    classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label"
+    assert line == f"read as split/class: {classes}; 3 pictures set aside (x, y, ...)"
+    assert layouts.told("-", [(None, None)]) == "read as -: no labels"
+    assert layouts.told("class", [(None, "a")]) == "read as class: 1 class (a)"
+
+
 SPLIT_NAMES = {
     "train": "train TRAIN_SET train-images training trainset train2017 images_train",
     "val": "valid Validation val_data",
