@@ -32,7 +32,11 @@ HEADERS = ("x1,y1,x2,y2", "xmin,ymin,xmax,ymax", "left,top,right,bottom")  # of 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 
 
-# ---- readers: path -> {picture: [(x1, y1, x2, y2)]}, names of the classes, are boxes shares of the
+# ---- readers: path -> {picture: [(x1, y1, x2, y2)]}, names of the classes ------------------------
+
+# what a file of another kind, or a broken one, raises where its boxes are read
+WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+WRONG += (RecursionError, ElementTree.ParseError)
 
 
 def from_coco(path):
@@ -47,36 +51,27 @@ def from_coco(path):
             x, y, w, h = map(float, one["bbox"])
             boxes[names[one["image_id"]]].append((x, y, x + w, y + h))
             classes.append(kinds.get(one.get("category_id"), "face"))
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as problem:
-        raise UserError(
-            f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]}); it needs images with "
-            "id and file_name, and annotations with image_id and bbox"
-        ) from None
-    return boxes, classes, False
+    except WRONG as problem:
+        told = f"{path} is no COCO file ({type(problem).__name__}: {str(problem)[:60]})"
+        needs = "images with id and file_name, and annotations with image_id and bbox"
+        raise UserError(f"{told}; it needs {needs}") from None
+    return boxes, classes
 
 
 def from_csv(path):
     boxes, classes = {}, []
     for number, row in table_rows(path):
+        if number == 1 and ",".join(row[1:5]).lower() in HEADERS:
+            continue
         try:
             x1, y1, x2, y2 = map(float, row[1:5])
         except ValueError:
-            if number == 1 and ",".join(row[1:5]).lower() in HEADERS:
-                continue
-            raise UserError(
-                f"{path}, line {number} is not picture,x1,y1,x2,y2 but {','.join(row)[:80]!r}"
-            ) from None
+            found = ",".join(row)[:80]
+            problem = f"{path}, line {number} is not picture,x1,y1,x2,y2 but {found!r}"
+            raise UserError(problem) from None
         boxes.setdefault(row[0], []).append((x1, y1, x2, y2))
         classes.append(row[5] if len(row) > 5 else "face")
-    return boxes, classes, False
+    return boxes, classes
 
 
 def from_voc(root):
@@ -84,78 +79,72 @@ def from_voc(root):
     for path in sorted((root / "Annotations").rglob("*.xml")):
         try:
             tree = ElementTree.parse(regular(path)).getroot()
-            if (name := tree.findtext("filename") or path.stem + ".jpg") in boxes:
+            name = tree.findtext("filename") or path.stem + ".jpg"
+            if name in boxes:
                 raise ValueError(f"{name} is another file's picture")
-            own = boxes[name] = []
+            boxes[name] = []
             for one in tree.iter("object"):
-                x1, y1, x2, y2 = (
-                    float(one.find("bndbox").findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax")
-                )
-                own.append((x1 - 1, y1 - 1, x2, y2))
+                corners = (one.find("bndbox").findtext(k) for k in ("xmin", "ymin", "xmax", "ymax"))
+                x1, y1, x2, y2 = map(float, corners)
+                boxes[name].append((x1 - 1, y1 - 1, x2, y2))
                 classes.append(one.findtext("name") or "face")
-        except (
-            ElementTree.ParseError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            LookupError,
-        ) as problem:
-            raise UserError(
-                f"{path} is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it"
-            ) from None
-    return boxes, classes, False
+        except WRONG as problem:
+            told = f"is not an annotation of Pascal VOC ({str(problem)[:80]}); remove it"
+            raise UserError(f"{path} {told}") from None
+    return boxes, classes
 
 
 def place(path):
-    """Where a picture lies, and the file with its boxes: a/images/b.png and a/labels/b.txt are both
-    a/b.
-    """
-    return nfc(
-        "/".join(x for x in Path(path).with_suffix("").parts if x not in ("images", "labels"))
-    )
+    """a/images/b.png -> a/b, and so is a/labels/b.txt, the file with its boxes."""
+    parts = Path(path).with_suffix("").parts
+    return nfc("/".join(x for x in parts if x not in ("images", "labels")))
 
 
 def from_yolo(root):
     boxes, classes = {}, []
     labels = {place(p.relative_to(root)): p for p in sorted((root / "labels").rglob("*.txt"))}
     for name in walk(root):
-        own, path = boxes.setdefault(name, []), labels.get(place(name))
-        for number, line in enumerate(
-            regular(path).read_text("utf-8-sig", "replace").splitlines() if path else (), 1
-        ):
-            try:
-                kind, x, y, w, h, *sure = map(float, line.split())
-                if len(sure) > 1 or max(x, y, w, h) > 2:  # an outline, or pixels
-                    raise ValueError
-            except ValueError:
-                raise UserError(
-                    f"{path}, line {number} is not class x y width height, in shares of the "
-                    f"picture, but {line[:60]!r}"
-                ) from None
-            own.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
-            classes.append(f"{kind:g}")
+        boxes.setdefault(name, [])
+        for kind, box in yolo_boxes(labels.get(place(name))):
+            boxes[name].append(box)
+            classes.append(kind)
     lost = sorted(labels.keys() - set(map(place, boxes)))
     if lost and len(lost) == len(labels):
-        raise UserError(
-            f"{root}: no picture in images/ has folder and name of a file in labels/; the first: {lost[0]}"
-        )
-    return boxes | {str(labels[k].relative_to(root)): [] for k in lost}, classes, True
+        problem = "no picture in images/ has folder and name of a file in labels/"
+        raise UserError(f"{root}: {problem}; the first: {lost[0]}")
+    return boxes | {str(labels[k].relative_to(root)): [] for k in lost}, classes
+
+
+def yolo_boxes(path):
+    """Yield (class, box in shares) of the lines of a file, if there is one."""
+    lines = regular(path).read_text("utf-8-sig", "replace").splitlines() if path else ()
+    for number, line in enumerate(lines, 1):
+        try:
+            kind, x, y, w, h, *sure = map(float, line.split())
+            if len(sure) > 1 or max(x, y, w, h) > 2:  # an outline, or pixels
+                raise ValueError
+        except ValueError:
+            wanted = "class x y width height, in shares of the picture"
+            problem = f"{path}, line {number} is not {wanted}, but {line[:60]!r}"
+            raise UserError(problem) from None
+        yield f"{kind:g}", (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+
+
+READERS = (
+    (lambda p: p.suffix.lower() == ".json", from_coco, "COCO"),
+    (lambda p: p.suffix.lower() == ".csv", from_csv, "a table of boxes"),
+    (lambda p: (p / "Annotations").is_dir(), from_voc, "Pascal VOC"),
+    (lambda p: (p / "labels").is_dir(), from_yolo, "YOLO"),
+)
 
 
 def reader_of(path):
-    layouts = (
-        (lambda p: p.suffix.lower() == ".json", from_coco, "COCO"),
-        (lambda p: p.suffix.lower() == ".csv", from_csv, "a table of boxes"),
-        (lambda p: (p / "Annotations").is_dir(), from_voc, "Pascal VOC"),
-        (lambda p: (p / "labels").is_dir(), from_yolo, "YOLO"),
-    )
-    for fits, reader, name in layouts:
+    for fits, reader, name in READERS:
         if fits(path):
             return reader, name
-    raise UserError(
-        f"{path} has no boxes that we know: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a "
-        "folder with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
-    )
+    files = "give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder with"
+    folders = "Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
+    raise UserError(f"{path} has no boxes that we know: {files} {folders}")
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -167,55 +156,51 @@ def find(path):
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file or a folder of boxes")
     reader, name = reader_of(path)
-    boxes, classes, shares = reader(path)
+    boxes, classes = reader(path)
     refuse_odd(path, boxes)
     root = path if path.is_dir() else path.parent
     places = find_places(list(boxes), list(walk(root)))
     notes = [f"read as {name}: {len(boxes)} pictures, {len(classes)} boxes"]
     lost = [told for told, place in places.items() if not place]
     if len(lost) == len(boxes):
-        raise UserError(
-            f"none of the {len(boxes)} pictures that {path} names lies in {root}; the first: "
-            f"{next(iter(boxes), None)!r}"
-        )
-    if lost:
-        notes.append(f"{len(lost)} pictures are not there, the first: {lost[0]}")
+        named = f"none of the {len(boxes)} pictures that {path} names lies in {root}"
+        raise UserError(f"{named}; the first: {next(iter(boxes), None)!r}")
+    notes += [f"{len(lost)} pictures are not there, the first: {lost[0]}"] if lost else []
     if len(kinds := Counter(classes)) > 1:
-        notes.append(
-            f"{len(kinds)} classes are taken as one: {', '.join(k for k, _ in kinds.most_common(5))}"
-        )
-    wrong = [(name, box) for name, own in boxes.items() for box in own if not usable(box)]
+        most = ", ".join(kind for kind, _ in kinds.most_common(5))
+        notes.append(f"{len(kinds)} classes are taken as one: {most}")
+    records, wrong = [], []
+    for told, place in places.items():
+        good = [box for box in boxes[told] if usable(box)]
+        wrong += [(told, box) for box in boxes[told] if not usable(box)]
+        if place:
+            records.append(Record(nfc(place), place, split=split_of(place), box=good))
     if wrong:
-        notes.append(
-            f"{len(wrong)} boxes are empty or inverted, and left out, the first: {wrong[0][0]} "
-            f"{','.join(f'{x:g}' for x in wrong[0][1])}"
-        )
-    records = [
-        Record(nfc(place), place, split=split_of(place), box=[b for b in boxes[told] if usable(b)])
-        for told, place in places.items()
-        if place
-    ]
-    if twice := [place for place, n in Counter(r.key for r in records).items() if n > 1]:
+        first = f"{wrong[0][0]} {','.join(f'{x:g}' for x in wrong[0][1])}"
+        told = "boxes are empty or inverted, and left out, the first:"
+        notes.append(f"{len(wrong)} {told} {first}")
+    if twice := [key for key, n in Counter(r.key for r in records).items() if n > 1]:
         raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
-    return records, partial(fetch_files, root=root), notes, shares
+    return records, partial(fetch_files, root=root), notes, reader is from_yolo
 
 
 def find_places(told, found):
     """What a file calls its pictures, and pictures that are there -> {told: found or None}.
 
-    In another folder than the one that is told lies a picture whose name is that of one picture
-    alone, in both lists.
+    A picture may lie in another folder, if its name is that of one picture alone, in both lists.
     """
     bare, named = (Counter(Path(nfc(n)).name for n in names) for names in (found, told))
-    exact = {nfc(n): n for n in found}
-    alone = {
-        Path(k).name: n for k, n in exact.items() if bare[Path(k).name] == named[Path(k).name] == 1
-    }
-    return {
-        name: exact.get(k) or alone.get(Path(k).name)
-        for name in told
-        for k in [nfc(name).removeprefix("./")]
-    }
+    exact = {nfc(name): name for name in found}
+    alone = {}
+    for key, name in exact.items():
+        last = Path(key).name
+        if bare[last] == named[last] == 1:
+            alone[last] = name
+    places = {}
+    for name in told:
+        key = nfc(name).removeprefix("./")
+        places[name] = exact.get(key) or alone.get(Path(key).name)
+    return places
 
 
 def usable(box):
@@ -223,14 +208,12 @@ def usable(box):
 
 
 def split_of(place):
-    return next(
-        (split for part in Path(place).parts[:-1] if (split := layouts.split_of(part))), None
-    )
+    named = map(layouts.split_of, Path(place).parts[:-1])
+    return next(filter(None, named), None)
 
 
 def decode(data, size, boxes, most, shares, clipped):
-    """Bytes of a picture -> {"images": u8 (size, size, 3), "boxes": f32 (most, 4)}: all of it,
-    filled up to a square.
+    """A picture, filled up to a square -> {"images": u8 (S, S, 3), "boxes": f32 (most, 4)}.
 
     Boxes are (x1, y1, x2, y2) in shares of that square; -1 fills up. What leaves the picture is cut
     off, and counted in the list `clipped`.

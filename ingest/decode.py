@@ -52,16 +52,14 @@ Image.core.set_block_size(2**26)
 def open_picture(file):
     """A path or an open file -> Pillow's image, whose pixels are not decoded yet.
 
-    Raises what Pillow raises: UnidentifiedImageError for another format, DecompressionBombWarning
-    for a picture of more than 89 megapixels.
+    Raises UnidentifiedImageError for another format, DecompressionBombWarning over 89 megapixels.
     """
     return Image.open(file, formats=FORMATS)
 
 
 @contextlib.contextmanager
 def open_image(data, least):
-    """Bytes -> an upright RGB or RGBA image of 8 bits (the first frame), and its scale: JPEGs may
-    come out reduced.
+    """Bytes -> an upright RGB or RGBA image of 8 bits, the first frame, and its scale.
 
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more. What is made of the image within the `with` shares the memory for decoding.
@@ -104,15 +102,12 @@ def has_alpha(img):
 
 
 def opaque(img):
-    """Is there nothing that an RGB or RGBA image hides? Many a PNG has an alpha channel that nobody
-    ever painted.
-    """
+    """Does the image hide nothing? Many a PNG has an alpha channel that nobody painted."""
     return img.mode == "RGB" or img.getextrema()[3][0] == 255
 
 
 def foreground_box(img, border=3, side=32):
-    """Where the foreground is, coarsely: (x1, y1, x2, y2) in pixels. By alpha where there is one,
-    else unlike the rim.
+    """Where the foreground is, coarsely: (x1, y1, x2, y2) in pixels, by alpha or unlike the rim.
 
     A pixel is background as far as many pixels of the picture's border have its colour; a
     foreground that leaves the picture has a few there, too, so the share counts and not the
@@ -120,43 +115,33 @@ def foreground_box(img, border=3, side=32):
     """
     if img.mode == "RGBA":
         return img.getchannel("A").point(lambda a: 255 * (a > 127)).getbbox() or (0, 0, *img.size)
-    small = (
-        np.asarray(img.resize((side, side), Image.Resampling.BOX, reducing_gap=2.0), np.float32)
-        / 255
-    )
+    small = img.resize((side, side), Image.Resampling.BOX, reducing_gap=2.0)
+    small = np.asarray(small, np.float32) / 255
     rim = np.ones((side, side), bool)
-    rim[border:, border:-border] = (
-        False  # the lower border belongs to the figure more often than not
-    )
-    apart = ((small.reshape(-1, 1, 3) - small[rim][::2]) ** 2).sum(
-        2
-    )  # (side^2, colours of the border)
+    rim[border:, border:-border] = False  # the lower border belongs to the figure mostly
+    # (side^2, colours of the border)
+    apart = ((small.reshape(-1, 1, 3) - small[rim][::2]) ** 2).sum(2)
     background = np.exp(-apart / 0.02).mean(1).reshape(side, side)
     salience = np.maximum(0, background[rim].mean() * 0.5 - background)
     if salience.sum() == 0:
         return (0, 0, *img.size)
-    grid, mass = (
-        np.linspace(0, 1, side + 1),
-        (salience.sum(0), salience.sum(1)),
-    )  # of columns, of rows
-    (x1, x2), (y1, y2) = [
-        np.interp((0.03, 0.97), np.r_[0, np.cumsum(m)] / m.sum(), grid) for m in mass
-    ]
+    grid = np.linspace(0, 1, side + 1)
+    ends = []
+    for mass in (salience.sum(0), salience.sum(1)):  # of columns, of rows
+        ends.append(np.interp((0.03, 0.97), np.r_[0, np.cumsum(mass)] / mass.sum(), grid))
+    (x1, x2), (y1, y2) = ends
     return x1 * img.width, y1 * img.height, x2 * img.width, y2 * img.height
 
 
 def square(img, box=None, margin=0.0):
-    """The square to cut -> (left, top, right, bottom): the centre, or around a box with a margin,
-    inside the picture.
+    """The square to cut -> (left, top, right, bottom): the centre, or around a box.
 
-    A box taller than the picture is wide does not fit: the square then keeps its top, where the
-    head is.
+    Of a box taller than the picture is wide it keeps the top, where the head is.
     """
     w, h = img.size
     x1, y1, x2, y2 = box or (0, 0, w, h)
-    side = min(
-        w, h, max(x2 - x1, y2 - y1, 0.2 * min(w, h)) * (1 + 2 * margin)
-    )  # never a speck blown up
+    least = 0.2 * min(w, h)  # never a speck blown up
+    side = min(w, h, max(x2 - x1, y2 - y1, least) * (1 + 2 * margin))
     left, top = (x1 + x2 - side) / 2, (y1 + y2 - side) / 2
     if box and y2 - y1 > side:
         top = min(top, y1 - margin * (y2 - y1))
@@ -165,15 +150,11 @@ def square(img, box=None, margin=0.0):
 
 
 def decode(data, size, fg, box=None, crop="centre", margin=0.1):
-    """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}: the centre square, or
-    the figure's.
+    """Bytes of an image file -> {"images": u8 (S, S, 3)[, "fg": u8 (S, S)]}, cut by `crop`.
 
-    A transparent image is resized with its colours weighted by its alpha (Pillow does that), then
-    laid on PAPER.
+    Pillow weights colours by their alpha when it resizes; the result is laid on PAPER.
     """
-    least = (
-        2 * size if crop == "centre" else 4 * size if box is None else 2**15
-    )  # a box may be small
+    least = 2 * size if crop == "centre" else 4 * size if box is None else 2**15  # a small box
     with open_image(data, least) as (img, scale):
         if crop == "figure":
             box = [scale * x for x in box] if box else foreground_box(img)
@@ -199,24 +180,16 @@ def whole(data):
 
 
 def reason(problem):
-    """Why a picture can't be read, in words: an address in memory is no reason, and is another one
-    each time.
-    """
-    return (
-        " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())[:100]
-        or type(problem).__name__
-    )
+    """Why a picture can't be read, in words. An address in memory is no reason."""
+    words = " ".join(re.sub(r"<[^<>]* at 0x\w+>", "", str(problem)).split())
+    return words[:100] or type(problem).__name__
 
 
 def count_alpha(records, fetch):
-    """-> how many of up to 64 images, evenly spread, hide something by their alpha, and how many
-    were looked at.
-    """
+    """-> how many of 64 images have transparent pixels, and how many were looked at."""
     some, found = records[:: math.ceil(len(records) / 64)], 0
     for _, load in fetch(some):
-        with (
-            contextlib.suppress(Exception),
-            open_picture(io.BytesIO(load())) as img,
-        ):  # a broken one is named later
+        with contextlib.suppress(Exception):  # a broken one is named later
+            img = open_picture(io.BytesIO(load()))
             found += has_alpha(img) and not opaque(img.convert("RGBA"))
     return found, len(some)

@@ -25,14 +25,10 @@ from ingest.decode import on_paper, open_image
 SIDE, FREQUENCIES, FLIPS, TABLES = 32, 8, 3, 8
 MOST = 2**26  # pictures
 BITS = FREQUENCIES**2 - 1  # without the mean
-MOST_BITS = (
-    14  # of 63 that may differ; copies differ in up to 12, unrelated pictures in 31 on average
-)
+MOST_BITS = 14  # of 63 that may differ; copies differ in up to 12, others in 31 on average
 WAVES_ALIKE = 0.7  # cosine of the 63 whitened frequencies
-LINES_ALIKE, MIN_REFINE_CORR = (
-    0.75,
-    0.4,
-)  # correlation of edges that makes a copy, and that makes a window worth moving
+LINES_ALIKE = 0.75  # correlation of edges that makes a copy
+MIN_REFINE_CORR = 0.4  # correlation of edges that makes a window worth moving
 FULL = np.array([0.0, 0.0, 1.0, 1.0])  # a window: top, left, height, width as shares of the picture
 CROPS = [(s, y, x) for s in (0.95, 0.9) for y in (0, 0.5, 1) for x in (0, 0.5, 1)]
 WINDOWS = np.array([FULL] + [[(1 - s) * y, (1 - s) * x, s, s] for s, y, x in CROPS])
@@ -46,11 +42,9 @@ def thumbnail(data):
 
 
 def join(n, pairs):
-    """Pairs (i, j) of 0..n-1 that belong together -> list of n roots, the smallest member of each
-    group.
+    """Pairs (i, j) of 0..n-1 that belong together -> n roots, the smallest of each group.
 
-    Union-find by hand: to import scipy's connected_components takes longer than all of this for
-    2,000 pictures.
+    Union-find by hand: to import scipy takes longer than all of this for 2,000 pictures.
     """
     root = list(range(n))
 
@@ -66,9 +60,7 @@ def join(n, pairs):
 
 
 def resampling(start, length):
-    """(m,) start and length in shares -> (m, 32, 32): row i holds the linear weights of output
-    pixel i.
-    """
+    """(m,) start and length in shares -> weights (m, 32, 32), a row for each output pixel."""
     centre = start[:, None] * SIDE + (np.arange(SIDE) + 0.5) * length[:, None] - 0.5
     weight = np.maximum(0, 1 - np.abs(np.arange(SIDE) - centre[:, :, None]))
     return np.float32(weight / weight.sum(2, keepdims=True))
@@ -83,15 +75,12 @@ def edges(pictures):
 
 
 def frequencies(thumbs, window):
-    """(m, 32, 32) -> (m, 63): the lowest cosine coefficients of a window around their median; their
-    signs: the hash.
-    """
+    """(m, 32, 32) -> the lowest cosine coefficients of a window, (m, 63), median 0."""
     i = np.arange(SIDE) + 0.5
     basis = np.float32(np.cos(np.pi / SIDE * i * np.arange(FREQUENCIES)[:, None]))  # DCT-II
     rows, columns = (basis @ resampling(window[None, a], window[None, a + 2])[0] for a in (0, 1))
-    c = (rows @ thumbs.astype(np.float32) @ columns.T) * np.hypot(
-        *np.indices((FREQUENCIES, FREQUENCIES))
-    )  # whitened
+    whitening = np.hypot(*np.indices((FREQUENCIES, FREQUENCIES)))
+    c = (rows @ thumbs.astype(np.float32) @ columns.T) * whitening
     c = c.reshape(len(thumbs), FREQUENCIES**2)[:, 1:]
     c -= np.median(c, 1, keepdims=True)
     return np.float32(c / np.maximum(np.linalg.norm(c, axis=1, keepdims=True), 1e-6))
@@ -103,26 +92,21 @@ def packed(signs):
 
 
 def keys_of(c, bits):
-    """(m, 63) -> (m, 8) keys of a table: its bits, and with the FLIPS least certain of them flipped
-    every way.
-    """
+    """(m, 63) -> keys (m, 8): a table's bits, with the FLIPS least certain flipped every way."""
     unsure = np.argsort(np.abs(c[:, bits]), axis=1, kind="stable")[:, :FLIPS]
     ways = np.array([[w >> k & 1 for k in range(FLIPS)] for w in range(2**FLIPS)])
     return packed(c[:, bits] > 0)[:, None] ^ ((1 << unsure.astype(np.int64)) @ ways.T)
 
 
 def tables(hashes):
-    """Yield (bits of the hash that a table uses, its keys (n), sorted, which picture each belongs
-    to (n)), u32 both.
+    """Yield (bits of the hash that a table uses, its sorted keys (n), their pictures (n)).
 
     The more pictures, the longer the key, so that few share one.
     """
     length = int(np.clip(np.ceil(np.log2(max(len(hashes), 2))) + 3, 12, 24))
     for t in range(TABLES):
-        bits, key = (
-            np.sort(np.random.default_rng(t).permutation(BITS)[:length]),
-            np.zeros(len(hashes), np.uint32),
-        )
+        bits = np.sort(np.random.default_rng(t).permutation(BITS)[:length])
+        key = np.zeros(len(hashes), np.uint32)
         for place, bit in enumerate(bits):
             key |= (hashes >> bit & 1).astype(np.uint32) << np.uint32(place)
         order = np.argsort(key, kind="stable").astype(np.uint32)
@@ -130,22 +114,17 @@ def tables(hashes):
 
 
 def matches(key, ask, most):
-    """Where sorted keys (n) equal those of `ask` (m, ways), up to `most` each -> positions in key,
-    rows of ask.
-    """
+    """Where sorted keys (n) equal those of `ask` (m, ways) -> positions, rows of ask."""
     first, last = np.searchsorted(key, ask), np.searchsorted(key, ask, "right")
     row, way = np.nonzero(last > first)
     first, count = first[row, way], np.minimum(last - first, most)[row, way]
-    step = np.arange(count.sum()) - np.repeat(
-        np.cumsum(count) - count, count
-    )  # 0, 1, .. of each key
+    before = np.repeat(np.cumsum(count) - count, count)
+    step = np.arange(count.sum()) - before  # 0, 1, .. of each key
     return np.repeat(first, count) + step, np.repeat(row, count)
 
 
 def lookup(c, built, hashes, most):
-    """Frequencies (m, 63) -> i, j: the hash of picture i, found in a table, differs from that of
-    row j in few bits.
-    """
+    """Frequencies (m, 63) -> i, j: picture i and row j have hashes of few differing bits."""
     ask, found = packed(c > 0), []
     for bits, key, order in built:
         at, j = matches(key, keys_of(c, bits).astype(np.uint32), most)
@@ -156,16 +135,14 @@ def lookup(c, built, hashes, most):
 
 
 def candidates(thumbs, most=16, size=4096):
-    """Yield rows (i, j, w, cosine): picture i as a whole looks like window w of picture j, as far
-    as step 2 can tell.
+    """Yield rows (i, j, w, cosine): picture i looks like window w of picture j, after step 2.
 
     For each `size` pictures j only their best windows stay. At most `most` pictures of one key are
     looked at: pictures almost blank share it by the thousand.
     """
     starts = range(0, len(thumbs), size)
-    hashes = np.concatenate(
-        [packed(frequencies(thumbs[at : at + size], FULL) > 0) for at in starts]
-    )
+    parts = (frequencies(thumbs[at : at + size], FULL) > 0 for at in starts)
+    hashes = np.concatenate([packed(part) for part in parts])
     built = list(tables(hashes))
     for start in starts:
         rows, some = [], np.array(thumbs[start : start + size])
@@ -187,18 +164,14 @@ def best_window(rows):
 
 
 def alike(thumbs, i, j, windows):
-    """Correlation of the edges of pictures i with those of windows (m, 4) of pictures j, enlarged
-    -> (m).
-    """
+    """Correlation (m) of the edges of pictures i with those of windows of pictures j."""
     rows, columns = (resampling(windows[:, a], windows[:, a + 2]) for a in (0, 1))
     crops = rows @ thumbs[j].astype(np.float32) @ columns.transpose(0, 2, 1)
     return (edges(thumbs[i]) * edges(crops)).sum(1)
 
 
 def fitted(thumbs, i, j, windows):
-    """Move the four edges of each window by ever smaller steps while the lines fit better -> the
-    best correlation.
-    """
+    """Move the edges of windows while the lines fit better -> the best correlation."""
     corners = np.c_[windows[:, :2], windows[:, :2] + windows[:, 2:]]
     best = alike(thumbs, i, j, windows)
     for step, edge, way in product((0.04, 0.02, 0.02, 0.01, 0.01), range(4), (-1, 1)):
@@ -211,9 +184,7 @@ def fitted(thumbs, i, j, windows):
 
 
 def pairs(thumbs):
-    """Thumbnails u8 (n, 32, 32) -> sorted list of near-duplicate pairs (i, j), i < j. Blank
-    pictures are left out.
-    """
+    """Thumbnails u8 (n, 32, 32) -> sorted pairs (i, j), i < j. Blank pictures are left out."""
     if not len(thumbs):
         return []
     joined = set()
@@ -221,30 +192,24 @@ def pairs(thumbs):
     for start in range(0, len(rows), 2048):
         i, j, w = rows[start : start + 2048].T
         score = alike(thumbs, i, j, WINDOWS[w])
-        near = np.nonzero((score > MIN_REFINE_CORR) & (score <= LINES_ALIKE))[
-            0
-        ]  # a better window may still lift these
+        # a better window may still lift these
+        near = np.nonzero((score > MIN_REFINE_CORR) & (score <= LINES_ALIKE))[0]
         score[near] = fitted(thumbs, i[near], j[near], WINDOWS[w[near]])
         same = score > LINES_ALIKE
-        joined |= {
-            (min(a, b), max(a, b)) for a, b in zip(i[same].tolist(), j[same].tolist(), strict=True)
-        }
+        joined |= set(map(tuple, np.sort(np.stack([i[same], j[same]], 1), 1).tolist()))
     return sorted(joined)
 
 
 def report(records, pairs, most=3):
     """Lines for the user: how many groups, and the largest of them by name."""
     roots = join(len(records), pairs)
-    groups = [
-        (g, n) for g, n in sorted(Counter(roots).items(), key=lambda x: (-x[1], x[0])) if n > 1
-    ]
+    largest = sorted(Counter(roots).items(), key=lambda x: (-x[1], x[0]))
+    groups = [(root, n) for root, n in largest if n > 1]
     if not groups:
         return []
-    mixed = len(
-        {root for root, r in zip(roots, records, strict=True) if r.label != records[root].label}
-    )
-    largest = ", ".join(f"{n} x {records[g].key}" for g, n in groups[:most])
+    labels = zip(roots, records, strict=True)
+    mixed = len({root for root, r in labels if r.label != records[root].label})
     several = f"; {mixed} hold several classes" if mixed else ""
-    return [
-        f"near-duplicates: {len(groups)} groups of {sum(n for _, n in groups)} images{several}; {largest}"
-    ]
+    count = f"{len(groups)} groups of {sum(n for _, n in groups)} images{several}"
+    first = ", ".join(f"{n} x {records[root].key}" for root, n in groups[:most])
+    return [f"near-duplicates: {count}; {first}"]

@@ -1,7 +1,6 @@
 """Frames that are drawn, photographed, or both: what segment.py learns to tell apart, for anybody to make.
 
     python data.py hybrid --out datasets/hybrid
-    python -m ingest.hybrid --out sheet.png        # a sheet of every kind, and its masks
 
 Drawings come from ingest/toon.py. Photographs ship with scikit-learn, matplotlib, scikit-image and
 PyWavelets. Each is in one split alone. Half of the photographed layers are a texture like a
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.command import Parser, at_least, between, cli, progress
 from common.io import UserError
 from ingest import toon
 from ingest.decode import open_picture
@@ -32,10 +30,9 @@ KINDS = {
     "soft_blend": "a drawing that becomes a photograph little by little; the mask is how much of it is drawn",
     "photo_clothes": "a drawing whose clothes are cut from a photograph, and keep the drawn folds",
 }
-MIXED, PURELY = (
-    tuple(KINDS)[2:5],
-    tuple(KINDS)[5:],
-)  # heterogeneous; purely hybrid: no layer is in front of another
+PURE = ("drawn", "photographed")  # homogeneous
+MIXED = ("figure_on_photo", "photo_in_drawing", "panels")  # heterogeneous
+PURELY = ("soft_blend", "photo_clothes")  # purely hybrid: no layer is in front of another
 PHOTOS = {  # file: (library, split, licence and author)
     "china.jpg": ("sklearn", "train", "CC BY 2.0, danielbuechele"),
     "astronaut.png": ("skimage", "train", "public domain, NASA"),
@@ -78,9 +75,8 @@ def open_photos(split):
         import pywt
         import skimage
     except ImportError:
-        raise UserError(
-            "its photographs ship with libraries: pip install -r requirements-segment.txt"
-        ) from None
+        fix = "pip install -r requirements-segment.txt"
+        raise UserError(f"its photographs ship with libraries: {fix}") from None
     folders = {
         "sklearn": Path(sklearn.__path__[0]) / "datasets/images",
         "skimage": Path(skimage.__path__[0]) / "data",
@@ -88,60 +84,50 @@ def open_photos(split):
         "pywt": Path(pywt.__path__[0]) / "data",
     }
     paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
-    photos = [
-        np.uint8(np.load(p)["data"]) if p.suffix == ".npz" else open_picture(p) for p in paths
-    ]
-    return [(Image.fromarray(p) if isinstance(p, np.ndarray) else p).convert("RGB") for p in photos]
+    return [open_photo(path).convert("RGB") for path in paths]
+
+
+def open_photo(path):
+    if path.suffix == ".npz":
+        return Image.fromarray(np.uint8(np.load(path)["data"]))
+    return open_picture(path)
 
 
 def crop(photos, rng, size):
-    """A square of one of them, turned, stretched, mirrored -> f32 (size, size, 3). Small ones are
-    hardly enlarged.
-    """
-    photo, angle, stretch = (
-        photos[rng.integers(len(photos))],
-        rng.normal(0, 20),
-        np.exp(rng.normal(0, 0.15)),
-    )
+    """A square of one photo, turned, stretched, mirrored -> f32 (size, size, 3)."""
+    photo = photos[rng.integers(len(photos))]
+    angle = rng.normal(0, 20)
+    stretch = np.exp(rng.normal(0, 0.15))
     reach = sum(abs(f(np.radians(angle))) for f in (np.cos, np.sin))  # of a turned square
     most = min(photo.width * stretch, photo.height / stretch) / reach
     scale = size / rng.uniform(min(size, most), most)
     shape = np.ceil([photo.width * stretch * scale, photo.height / stretch * scale]).astype(int)
-    centre = [
-        rng.uniform(reach * size / 2, max(reach * size / 2, side - reach * size / 2))
-        for side in shape
-    ]
+    half = reach * size / 2
+    centre = [rng.uniform(half, max(half, side - half)) for side in shape]
     turned = photo.resize(shape, Image.LANCZOS).rotate(angle, Image.BICUBIC, center=centre)
     left, top = (int(x) - size // 2 for x in centre)
     return np.float32(turned.crop((left, top, left + size, top + size)))[:, :: rng.choice([-1, 1])]
 
 
 def clouds(rng, size, slope):
-    """Noise whose amplitude falls with frequency to the power -slope, as in photographs -> (size,
-    size), std 1.
-    """
+    """Noise whose amplitude falls as frequency^-slope -> (size, size), standard deviation 1."""
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]
     amplitude = np.maximum(np.hypot(fy, fx), 1 / size) ** -slope
     amplitude[0, 0] = 0
-    waves = np.fft.irfft2(
-        amplitude * np.exp(2j * np.pi * rng.random(amplitude.shape)), (size, size)
-    )
+    phases = np.exp(2j * np.pi * rng.random(amplitude.shape))
+    waves = np.fft.irfft2(amplitude * phases, (size, size))
     return waves / waves.std()
 
 
 def surfaces(photos, rng, size):
-    """Clouds, from rough to smooth, and as many cuts of photographs -> list of f32 (size, size, 3),
-    mean 0, std 1.
-    """
+    """Clouds and as many cuts of photographs -> list of f32 (size, size, 3), mean 0, std 1."""
     made = [np.repeat(clouds(rng, size, slope)[..., None], 3, 2) for slope in (0.6, 1.0, 1.6, 2.2)]
-    return made + [
-        (x - x.mean((0, 1))) / (x.std() + 1) for x in (crop(photos, rng, size) for _ in made)
-    ]
+    cuts = (crop(photos, rng, size) for _ in made)
+    return made + [(x - x.mean((0, 1))) / (x.std() + 1) for x in cuts]
 
 
 def dead_leaves(photos, rng, size):
-    """Ellipses and boxes of all sizes on each other, with surfaces, light and shadows -> f32 (size,
-    size, 3).
+    """Ellipses and boxes of all sizes, with surfaces, light and shadows -> f32 (size, size, 3).
 
     Radii follow r^-3, so that it looks the same at all distances. Few large leaves are as smooth as
     a wall or a sky, many small ones as rough as gravel.
@@ -155,26 +141,18 @@ def dead_leaves(photos, rng, size):
         top, left = (int(max(0, c - 1.5 * radius)) for c in (cy, cx))
         here = np.s_[top : int(cy + 1.5 * radius) + 2, left : int(cx + 1.5 * radius) + 2]
         dy, dx = (y[here] - cy) / radius, (x[here] - cx) / radius
-        u, v = (
-            dx * np.cos(angle) + dy * np.sin(angle),
-            (dy * np.cos(angle) - dx * np.sin(angle)) / ratio,
-        )
+        u = dx * np.cos(angle) + dy * np.sin(angle)
+        v = (dy * np.cos(angle) - dx * np.sin(angle)) / ratio
         n = rng.choice([2, 4, 20])  # 2: an ellipse, 20: a box
         far = ((np.abs(u) ** n + np.abs(v) ** n) ** (1 / n))[..., None]
         inside = np.clip((1 - far) * radius * ratio, 0, 1)  # a soft rim of a pixel
-        light = (
-            1
-            + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
-            - rng.uniform(0, 0.4) * (u**2 + v**2)
-        )
-        skin = (
-            rng.uniform(0, 50)
-            * np.roll(skins[rng.integers(len(skins))], rng.integers(size, size=2), (0, 1))[here]
-        )
+        light = 1 + rng.uniform(0, 0.7) * (u * rng.normal() + v * rng.normal())
+        light = light - rng.uniform(0, 0.4) * (u**2 + v**2)
+        strength, skin = rng.uniform(0, 50), skins[rng.integers(len(skins))]
+        skin = strength * np.roll(skin, rng.integers(size, size=2), (0, 1))[here]
         frame[here] *= 1 - rng.uniform(0, 0.8) * np.clip(3 * (1.3 - far), 0, 1)  # its shadow
-        frame[here] += inside * (
-            paints[rng.integers(len(paints))] * light[..., None] + skin - frame[here]
-        )
+        paint = paints[rng.integers(len(paints))]
+        frame[here] += inside * (paint * light[..., None] + skin - frame[here])
     return np.float32(frame.clip(0, 255))
 
 
@@ -203,32 +181,25 @@ def statistics(layer):
 def recolour(layer, palette):
     """The same layer with another's mean and covariance of colours, out of (0, 255) cut off -> f32."""
     (mean, root), (their_mean, their_root) = statistics(layer), palette
-    return np.float32(
-        ((layer - mean) @ np.linalg.inv(root).T @ their_root.T + their_mean).clip(0, 255)
-    )
+    plain = (layer - mean) @ np.linalg.inv(root).T
+    return np.float32((plain @ their_root.T + their_mean).clip(0, 255))
 
 
 def develop(frame, rng):
-    """The camera of all frames: grain of some strength and size, film that is uneven, a JPEG of
-    some quality -> u8.
-    """
+    """The camera of all frames: grain, uneven film, a JPEG of some quality -> u8."""
     size = len(frame)
-    grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1) + rng.normal(
-        0, 1, (size, size, 1)
-    )
+    grain = rng.normal(0, 1, (size, size, 3)) * rng.uniform(0.3, 1)
+    grain = grain + rng.normal(0, 1, (size, size, 1))
     if rng.random() < 0.5:  # coarse grain
-        grain = (
-            grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1) + np.roll(grain, (1, 1), (0, 1))
-        ) / 2
+        below, right, both = (np.roll(grain, *by) for by in ((1, 0), (1, 1), ((1, 1), (0, 1))))
+        grain = (grain + below + right + both) / 2
     slope, gray, colour = rng.uniform(0.4, 1.2), *rng.uniform(0, 8, 2)
-    film = gray * clouds(rng, size, slope)[..., None] + colour * np.stack(
-        [clouds(rng, size, slope) for _ in "rgb"], 2
-    )
-    noisy = np.uint8((frame + film + rng.uniform(3, 10) * grain / grain.std()).round().clip(0, 255))
-    file = io.BytesIO()
-    Image.fromarray(noisy).save(
-        file, "JPEG", quality=int(rng.integers(50, 91)), subsampling=int(rng.choice([0, 2]))
-    )
+    film = gray * clouds(rng, size, slope)[..., None]
+    film = film + colour * np.stack([clouds(rng, size, slope) for _ in "rgb"], 2)
+    noisy = frame + film + rng.uniform(3, 10) * grain / grain.std()
+    noisy = Image.fromarray(np.uint8(noisy.round().clip(0, 255)))
+    file, quality = io.BytesIO(), int(rng.integers(50, 91))
+    noisy.save(file, "JPEG", quality=quality, subsampling=int(rng.choice([0, 2])))
     return np.asarray(open_picture(file))
 
 
@@ -239,45 +210,32 @@ def plan(seed=0):
     """-> items {key, kind, split, seed, who} for draw()."""
     people, items = toon.cast(seed=seed), []
     for split, counts in COUNTS.items():
-        for kind, place in (
-            (k, 0 if k in ("drawn", "photographed") else 1 + (k in PURELY)) for k in KINDS
-        ):
-            items += [
-                {"kind": kind, "split": split, "seed": (seed, len(items) + i)}
-                for i in range(counts[place])
-            ]
-    return [
-        i | {"key": f"{i['kind']}/{n:05d}", "who": people[n % len(people)]}
-        for n, i in enumerate(items)
-    ]
+        for kind in KINDS:
+            count = counts[0 if kind in PURE else 2 if kind in PURELY else 1]
+            for _ in range(count):
+                n = len(items)
+                item = {"key": f"{kind}/{n:05d}", "kind": kind, "split": split}
+                items.append(item | {"seed": (seed, n), "who": people[n % len(people)]})
+    return items
 
 
 def palettes(seed=0):
     """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
     rng, photos = np.random.default_rng((seed, 7)), open_photos("train")
     drawn = [toon.draw(item, 32)["image"] for item in toon.plan(PALETTES, min(48, PALETTES), seed)]
-    return [statistics(x) for x in drawn] + [
-        statistics(photographed(photos, rng, 64)) for _ in range(PALETTES)
-    ]
+    taken = [photographed(photos, rng, 64) for _ in range(PALETTES)]
+    return [statistics(layer) for layer in drawn + taken]
 
 
 def ramp(rng, size, width):
-    """A straight border at any angle through the middle third, `width` pixels wide -> (size, size),
-    0 to 1.
-    """
+    """A straight border through the middle third, `width` pixels wide -> (size, size), 0 to 1."""
     angle, y, x = rng.uniform(0, 2 * np.pi), *np.mgrid[:size, :size]
-    along = (
-        (x - size / 2) * np.cos(angle)
-        + (y - size / 2) * np.sin(angle)
-        - rng.uniform(-1, 1) * size / 6
-    )
-    return np.clip(0.5 + along / width, 0, 1)
+    along = (x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle)
+    return np.clip(0.5 + (along - rng.uniform(-1, 1) * size / 6) / width, 0, 1)
 
 
 def window(rng, size):
-    """Where a rectangle or an ellipse is, and a rim as wide as a line -> two (size, size) in 0 to
-    1.
-    """
+    """Where a rectangle or an ellipse is, and its rim -> two (size, size) in 0 to 1."""
     y, x = (2 * np.mgrid[:size, :size] + 1) / size - 1
     (cy, cx), (h, w) = rng.uniform(-0.4, 0.4, 2), rng.uniform(0.35, 0.7, 2)
     u, v, n = np.abs(y - cy) / h, np.abs(x - cx) / w, rng.choice([2, 20])  # 20: a rectangle
@@ -287,9 +245,7 @@ def window(rng, size):
 
 
 def mix(kind, figure, drawing, photo, rng):
-    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S). figure:
-    what toon drew.
-    """
+    """Two layers (S, S, 3) -> frame f32 (S, S, 3), how much of each pixel is drawn (S, S)."""
     size, white = len(drawing), np.ones(drawing.shape[:2])
     if kind in ("drawn", "photographed"):
         share = white * (kind == "drawn")
@@ -305,67 +261,23 @@ def mix(kind, figure, drawing, photo, rng):
         share = ramp(rng, size, size * rng.uniform(0.25, 0.6))
     else:
         share = 1 - (figure["parts"] == toon.PARTS.index("clothes"))
-        folds = drawing.mean(2, keepdims=True) / max(
-            1, drawing[share == 0].mean() if (share == 0).any() else 1
-        )
+        light = drawing[share == 0].mean() if (share == 0).any() else 1
+        folds = drawing.mean(2, keepdims=True) / max(1, light)
         photo = photo * (0.4 + 0.6 * folds.clip(0, 1.5))
     return photo + share[..., None] * (drawing - photo), share
 
 
 def draw(item, size, photos, colours):
-    """An item of a plan -> {image u8 (size, size, 3), drawn u8 (size, size), 255 where it is drawn,
-    style}.
-    """
+    """An item of a plan -> {image u8 (S, S, 3), drawn u8 (S, S), 255 where drawn, style}."""
     rng = np.random.default_rng(item["seed"])
-    for _ in range(20):  # of clothes enough is in sight
-        figure = toon.draw(
-            {"who": item["who"], "seed": (*item["seed"], int(rng.integers(2**31)))}, size
-        )
-        if (
-            item["kind"] != "photo_clothes"
-            or (figure["parts"] == toon.PARTS.index("clothes")).mean() > 0.08
-        ):
+    for _ in range(20):
+        item_seed = (*item["seed"], int(rng.integers(2**31)))
+        figure = toon.draw({"who": item["who"], "seed": item_seed}, size)
+        clothes = figure["parts"] == toon.PARTS.index("clothes")
+        if item["kind"] != "photo_clothes" or clothes.mean() > 0.08:  # enough is in sight
             break
     layers = figure["image"].astype(np.float32), photographed(photos[item["split"]], rng, size)
     drawing, photo = (recolour(layer, colours[rng.integers(len(colours))]) for layer in layers)
     frame, share = mix(item["kind"], figure, drawing, photo, rng)
-    return {
-        "image": develop(frame, rng),
-        "drawn": np.uint8(255 * share + 0.5),
-        "style": figure["style"],
-    }
-
-
-def main():
-    parser = Parser(prog="ingest.hybrid", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add(
-        "--size",
-        type=between(8, 1024, int),
-        default=128,
-        help="side of a frame in pixels (default: 128)",
-    )
-    add(
-        "--columns",
-        type=between(1, 100, int),
-        default=6,
-        help="frames of a kind, each beside its mask (default: 6)",
-    )
-    add("--seed", type=at_least(0), default=0, help="default: 0")
-    args = parser.parse_args()
-    toon.refuse_sheet(args.out)
-    photos, colours, items = {"val": open_photos("val")}, palettes(args.seed), plan(args.seed)
-    some = [
-        i
-        for kind in KINDS
-        for i in [i for i in items if (i["kind"], i["split"]) == (kind, "val")][: args.columns]
-    ]
-    frames = (draw(item, args.size, photos, colours) for item in progress(some, "drawing"))
-    pictures = (frame[plane] for frame in frames for plane in ("image", "drawn"))
-    toon.write_sheet(args.out, pictures, len(KINDS), 2 * args.columns, args.size)
-    print(f"{args.out} written; next: python data.py hybrid packs the whole set")
-
-
-if __name__ == "__main__":
-    cli(main)
+    mask = np.uint8(255 * share + 0.5)
+    return {"image": develop(frame, rng), "drawn": mask, "style": figure["style"]}

@@ -7,9 +7,9 @@ nothing):
     split/class      train/miku/1.png, test/miku/2.png   -/class          faces/miku/1.png
     class/split      miku/train/1.png, miku/test/2.png   -                no labels
 
-`detect` finds the pattern. It looks through wrappers, which are folders that stand alone at their
-level, and leaves a few stray pictures aside. What can be read in two ways is refused: labels that
-are lost in silence are found too late.
+`detect` decides, level by level: a level that is split names is a split; folders that stand alone
+at their level are wrappers; of two levels of names the inner one is the class. Pictures that do not
+fit are set aside. `told` says so in one line, and names the other reading where there is one.
 """
 
 import re
@@ -18,20 +18,9 @@ from collections import Counter, defaultdict
 from common.io import UserError
 
 ORDER = ("train", "dev", "val", "test")  # of the splits, wherever they are listed
-WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "validate": "val",
-    "eval": "val",
-    "evaluation": "val",
-    "dev": "dev",
-    "development": "dev",
-    "test": "test",
-    "testing": "test",
-}
+VAL = ("val", "valid", "validation", "validate", "eval", "evaluation")
+WORDS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(VAL, "val")
+WORDS |= dict.fromkeys(("dev", "development"), "dev") | dict.fromkeys(("test", "testing"), "test")
 # train_images, test-set, val2017
 THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
 SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
@@ -39,9 +28,7 @@ FEW = 3  # pictures, or 5 % of them, may lie astray
 
 
 def split_of(name):
-    """A folder's name -> the split that it usually stands for, or None: train_set and Training are
-    train.
-    """
+    """A folder's name -> the split that it stands for, or None: Training is train."""
     found = SPLIT.fullmatch(name.lower())
     return found and WORDS[found[1]]
 
@@ -49,30 +36,12 @@ def split_of(name):
 def parse_layout(text):
     """split/-/class -> ("split", "-", "class"); levels at the end that say nothing are left out."""
     levels = text.lower().strip("/").split("/")
-    if (
-        set(levels) - {"split", "class", "-"}
-        or levels.count("split") > 1
-        or levels.count("class") > 1
-    ):
-        raise UserError(
-            f"--layout {text} must be folder levels from the outside: one split, one class, and - for "
-            "those that say nothing, such as split/-/class"
-        )
-    return stripped(levels)
-
-
-def stripped(levels):
-    """Without the levels at the end that say nothing."""
+    twice = levels.count("split") > 1 or levels.count("class") > 1
+    if twice or set(levels) - {"split", "class", "-"}:
+        wanted = "folder levels from the outside: one split, one class, and - for those that say"
+        raise UserError(f"--layout {text} must be {wanted} nothing, such as split/-/class")
     last = max((i for i, role in enumerate(levels, 1) if role != "-"), default=0)
     return tuple(levels[:last])
-
-
-class Ambiguous(UserError):
-    """Folders that can be read in two ways; patterns: the two, the likelier one last."""
-
-    def __init__(self, *patterns):
-        super().__init__("ambiguous")
-        self.patterns = [stripped(p) for p in patterns]
 
 
 def few(k, n):
@@ -83,60 +52,65 @@ def few(k, n):
 
 
 def detect(dirs):
-    """The folders above each picture, [["train", "miku"], ...] -> the pattern, such as ("split",
-    "class").
+    """Folders of each picture, [["train", "miku"], ...] -> the pattern; and another, or None.
 
-    Level by level. `left` holds, of the pictures not astray, their split and the folders that are
-    still to be read.
+    The other is one that somebody may have meant. `left` holds, of the pictures not astray, their
+    split and the folders still to be read.
     """
-    pattern, left = (), [("", d) for d in dirs]
-    while any(d for _, d in left):
-        if not few(sum(not d for _, d in left), len(dirs)):  # many pictures beside folders
-            raise Ambiguous(pattern, (*pattern, "class"))
+    pattern, other = (), None
+    left = [("", d) for d in dirs]
+    while any(d for _, d in left) and "class" not in pattern:
+        flat = sum(not d for _, d in left)
+        if 2 * flat > len(left):  # most pictures lie at this level
+            return pattern, (*pattern, "class")
+        if not few(flat, len(dirs)):
+            other = pattern
         left = [(s, d) for s, d in left if d]
-        roles = roles_of(left, "split" not in pattern, len(dirs), pattern)
+        roles, doubt = roles_of(left, "split" not in pattern, len(dirs))
+        other = (*pattern, *doubt) if doubt else other
         pattern += roles
-        if "class" in roles:
-            break
-        left = [(split_of(d[0]) if roles == ("split",) else s, d[1:]) for s, d in left]
-        if roles == ("split",):  # a split of pictures only has no labels, whatever the others have
-            deep = {s for s, d in left if d}
+        if roles == ("split",):
+            left = [(split_of(d[0]), d) for _, d in left if split_of(d[0])]
+            # a split of pictures only has no labels, whatever the others have
+            deep = {s for s, d in left if len(d) > 1}
             left = [(s, d) for s, d in left if s in deep]
-    return pattern
+        left = [(s, d[1:]) for s, d in left]
+    return pattern, other
 
 
-def roles_of(left, may_split, n, pattern):
-    """What the first folder of each picture says -> its role; and of class/split the two."""
+def roles_of(left, may_split, n):
+    """What the first folders of all pictures say -> their roles, and others if in doubt."""
     below = [(s, d) for s, d in left if len(d) > 1]
-    found = {split_of(d[0]) for _, d in left} if may_split else {None}
-    if None not in found:
-        return ("split",)
-    if "train" in found or {"val", "test"} <= found:  # folders of another kind lie beside train/
-        deep = any(split_of(d[0]) for _, d in below)
-        raise Ambiguous((*pattern, "class"), (*pattern, "split", "class")[: None if deep else -1])
+    first = {split_of(d[0]) for _, d in left} if may_split else {None}
+    second = {split_of(d[1]) for _, d in below} if may_split else {None}
+    if None not in first:
+        return ("split",), None
+    if is_split(first):  # folders of another kind lie beside train/, and are set aside
+        return ("split",), ("class",)
     if few(len(below), n):
-        return ("class",)
+        return ("class",), None
     alone = defaultdict(set)
     for s, d in left:
         alone[s].add(d[0])
     if all(len(names) == 1 for names in alone.values()):  # a wrapper; each split may have its own
-        return ("-",)
-    found = {split_of(d[1]) for _, d in below} if may_split else {None}
-    if None not in found and few(len(left) - len(below), n):
-        return ("class", "split")
-    if "train" in found:
-        raise Ambiguous((*pattern, "class"), (*pattern, "class", "split"))
-    if not alike_inside(below):
-        raise Ambiguous((*pattern, "class"), (*pattern, "-", "class"))
-    return ("class",)
+        return ("-",), None
+    if None not in second and few(len(left) - len(below), n):
+        return ("class", "split"), None
+    if "train" in second:
+        return ("class", "split"), ("class",)
+    if not alike_inside(below):  # a series above its characters
+        return ("-",), ("class",)
+    return ("class",), None
+
+
+def is_split(found):
+    return "train" in found or {"val", "test"} <= found
 
 
 def alike_inside(below):
-    """Do the folders of the first level share the names of their sub-folders, or have one each?
-    Then they are classes.
+    """Are the first folders classes: do they share the names of what is inside, or have one each?
 
-    miku/2019, rin/2019, not genshin/hutao, genshin/venti, honkai/kiana. Many names in few folders
-    are no years.
+    miku/2019, rin/2019, not genshin/hutao, honkai/kiana. Many names in few folders are no years.
     """
     inside = defaultdict(set)
     for _, d in below:
@@ -151,16 +125,13 @@ def alike_inside(below):
 
 
 def read(dirs, pattern):
-    """-> (split, label) of each picture, or None: its folders do not reach as deep as the pattern,
-    or name no split.
+    """-> (split, label) of each picture, or None, if its folders do not fit the pattern.
 
     A picture in a split that holds no folder at all has no label.
     """
     at = pattern.index("split") if "split" in pattern else None
     tops = [split_of(d[at]) if at is not None and len(d) > at else None for d in dirs]
-    with_folders = {
-        top for top, d in zip(tops, dirs, strict=True) if at is not None and len(d) > at + 1
-    }
+    deep = {top for top, d in zip(tops, dirs, strict=True) if at is not None and len(d) > at + 1}
     rows = []
     for top, d in zip(tops, dirs, strict=True):
         said = dict(zip(pattern, d, strict=False))
@@ -169,32 +140,33 @@ def read(dirs, pattern):
         elif len(d) >= len(pattern):
             rows.append((top, said.get("class")))
         else:
-            rows.append((top, None) if top and top not in with_folders else None)
+            rows.append((top, None) if top and top not in deep else None)
     return rows
 
 
-def taken_for(what, rows):
-    """rows of (split, label) -> read as split/class: train, test; 38 classes (A, B, C, ...)."""
-    splits, labels = ({row[i] for row in rows} - {None} for i in (0, 1))
-    names, without = sorted(labels), sum(label is None for _, label in rows)
-    classes = f"{len(names)} class{'es' * (len(names) != 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-    parts = [
-        ", ".join(s for s in ORDER if s in splits),
-        classes if names else "no labels",
-        f"{without} pictures without a label" if names and without else "",
-    ]
-    return f"{what}: {'; '.join(filter(None, parts))}"
+def told(what, rows, names=(), other=None):
+    """ "read as split/class: train, test; 38 classes (A, B, C, ...); 2 pictures set aside (x.png)".
+
+    rows of (split, label) or None; names: of the pictures; other: see `detect`.
+    """
+    kept = [row for row in rows if row]
+    splits, labels = ({row[i] for row in kept} - {None} for i in (0, 1))
+    without = sum(label is None for _, label in kept)
+    parts = [", ".join(s for s in ORDER if s in splits)] if splits else []
+    parts += [f"{counted(len(labels), 'class', 'es')} ({first(labels)})" if labels else "no labels"]
+    if labels and without:
+        parts += [f"{without} pictures without a label"]
+    if aside := [name for name, row in zip(names, rows, strict=False) if row is None]:
+        parts += [f"{len(aside)} pictures set aside ({first(aside, 2)})"]
+    if other is not None:
+        parts += [f"--layout {'/'.join(other) or '-'} reads these folders another way"]
+    return f"read as {what}: {'; '.join(parts)}"
 
 
-def two_ways(dirs, patterns):
-    """The readings of an ambiguous layout, in words."""
-    told = []
-    for pattern in patterns:
-        rows = read(dirs, pattern)
-        aside = sum(row is None for row in rows)
-        flag = "/".join(pattern) or "-"
-        told.append(
-            taken_for(f"--layout {flag}", [row for row in rows if row])
-            + f"; {aside} pictures set aside" * bool(aside)
-        )
-    return " | ".join(told)
+def counted(n, word, plural="s"):
+    return f"{n} {word}{plural * (n != 1)}"
+
+
+def first(names, most=3):
+    """The first of them in order, as words."""
+    return ", ".join(sorted(names)[:most]) + ", ..." * (len(names) > most)

@@ -19,14 +19,15 @@ def is_picture(path):
 
 
 def pictures(paths, size, crop, margin, problems):
-    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)) of all that can be
-    read, cut by `crop`.
+    """Files, folders, archives, - for a list -> yield (key, u8 (size, size, 3)), cut by `crop`.
 
     What can't be read is noted in problems, as (key, why).
     """
-    return each_picture(
-        paths, lambda r, b: decode(b, size, False, r.box, crop, margin)["images"], problems
-    )
+
+    def work(record, data):
+        return decode(data, size, False, record.box, crop, margin)["images"]
+
+    return each_picture(paths, work, problems)
 
 
 def whole_pictures(paths, problems):

@@ -10,12 +10,13 @@ chin, `heads` with hair and what is worn on it down to the chin. Characters are 
 who is on a page of val was never seen in train.
 """
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.command import Parser, at_least, between, cli, progress
+from common.command import Parser, between, cli, progress
 from ingest import toon
 from ingest.boxes import padded
 
@@ -31,19 +32,17 @@ ON_HEAD = [toon.PARTS.index(part) for part in ("hair", "accessory")]
 
 def plan(seed=0):
     """-> items {key, split, seed, people} for draw()."""
-    people, items, at = toon.cast(seed=seed), [], 0
+    people, items = iter(toon.cast(seed=seed)), []
     for split, count in COUNTS.items():
-        own, at = people[at : at + PEOPLE[split]], at + PEOPLE[split]
-        items += [
-            {"split": split, "people": own, "seed": (seed, 5, len(items) + i)} for i in range(count)
-        ]
-    return [i | {"key": f"{i['split']}/{n:05d}"} for n, i in enumerate(items)]
+        own = list(islice(people, PEOPLE[split]))
+        for n in range(len(items), len(items) + count):
+            item = {"split": split, "people": own, "seed": (seed, 5, n)}
+            items.append(item | {"key": f"{split}/{n:05d}"})
+    return items
 
 
 def panels(rng, size):
-    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it with a
-    gutter between.
-    """
+    """-> boxes (left, top, right, bottom) in pixels: the page, or two to four parts of it."""
     kind, gutter, cut = rng.integers(4), max(1, size // 40), rng.uniform(0.35, 0.65, 2) * size
     x, y = (int(c) for c in cut)
     if kind == 0 or rng.random() < 0.4:
@@ -73,9 +72,7 @@ def corners(where):
 
 
 def head_of(parts, face):
-    """Part ids (s, s), box of the face -> box around it and what of hair and accessories is near,
-    above the chin.
-    """
+    """Part ids (s, s), box of the face -> box around it and its hair, above the chin."""
     left, _, right, chin = face
     y, x = np.mgrid[: len(parts), : len(parts)]
     near = (y < chin) & (x > left - (right - left) / 2) & (x < right + (right - left) / 2)
@@ -84,29 +81,23 @@ def head_of(parts, face):
 
 
 def place(page, owner, number, item, panel, rng):
-    """Draw a figure into a panel of the page -> boxes of face and head, mask of the face; None: too
-    little is seen.
+    """Draw a figure into a panel -> boxes of face and head, mask of the face; None: too little is seen.
 
     owner i16 (S, S): which figure each pixel shows; it becomes `number` where this one is.
     """
     (left, top, right, bottom), size = panel, len(page)
     low, high = (x * size / 256 for x in FACE)
-    width = np.exp(
-        rng.uniform(
-            np.log(low), np.log(max(low + 1, min(high, 0.8 * min(right - left, bottom - top))))
-        )
-    )
-    figure = toon.draw(
-        item, max(24, round(width / 0.5))
-    )  # a face takes about half the width of a drawing
+    most = max(low + 1, min(high, 0.8 * min(right - left, bottom - top)))
+    width = np.exp(rng.uniform(np.log(low), np.log(most)))
+    side = max(24, round(width / 0.5))  # a face takes about half the width of a drawing
+    figure = toon.draw(item, side)
     face = np.isin(figure["parts"], IN_FACE)
     x1, y1, x2, y2 = figure["face"]
     face[int(y2) + 1 :] = False  # the neck
     if not face.any():
         return None
     x = int(rng.uniform(left, right) - (x1 + x2) / 2)
-    y = int(rng.uniform(top, bottom) - (y1 + y2) / 2) if rng.random() < 0.6 else bottom - len(face)
-    side = len(face)
+    y = int(rng.uniform(top, bottom) - (y1 + y2) / 2) if rng.random() < 0.6 else bottom - side
     a, b, c, d = max(left, x), max(top, y), min(right, x + side), min(bottom, y + side)
     if a >= c or b >= d:
         return None
@@ -130,9 +121,8 @@ def bubble(page, owner, rng):
     layer, hole = Image.fromarray(np.uint8(page)), Image.new("L", (size, size))
     for pen, fill in ((ImageDraw.Draw(layer), (255, 255, 255)), (ImageDraw.Draw(hole), 255)):
         pen.polygon([(x - w / 4, y), (x + w / 4, y), (x + tip * w, y + 1.5 * h)], fill=fill)
-        pen.ellipse(
-            (x - w, y - h, x + w, y + h), fill=fill, outline=(30, 25, 35) if fill != 255 else 255
-        )
+        line = (30, 25, 35) if fill != 255 else 255
+        pen.ellipse((x - w, y - h, x + w, y + h), fill=fill, outline=line)
     pen = ImageDraw.Draw(layer)
     for line in np.arange(y - h / 2, y + h / 2, max(3, size / 50)):
         ends = x + rng.uniform(0.3, 0.65, 2) * w * (-1, 1)
@@ -142,79 +132,64 @@ def bubble(page, owner, rng):
 
 
 def draw(item, size=256):
-    """An item of a plan -> {image u8 (size, size, 3), boxes and heads f32 (MOST, 4), names: who is
-    in a box}.
+    """An item of a plan -> {image u8 (S, S, 3), boxes and heads f32 (MOST, 4), names of who is in them}.
 
     Boxes are x1, y1, x2, y2 in shares of the page; -1 fills up.
     """
     rng = np.random.default_rng(item["seed"])
-    page, owner, found = (
-        np.full((size, size, 3), 255, np.float32),
-        np.full((size, size), -1, np.int16),
-        [],
-    )
+    page = np.full((size, size, 3), 255, np.float32)
+    owner = np.full((size, size), -1, np.int16)
     areas = panels(rng, size)
     for left, top, right, bottom in areas:
         page[top:bottom, left:right] = backdrop(rng, right - left, bottom - top)
-    count = 0 if rng.random() < EMPTY else rng.integers(1, MOST + 1)
+    count, found = 0 if rng.random() < EMPTY else rng.integers(1, MOST + 1), []
     for number in range(count):
         who = item["people"][rng.integers(len(item["people"]))]
         drawing = {"who": who, "seed": (*item["seed"], number)}
-        found.append(
-            (place(page, owner, number, drawing, areas[rng.integers(len(areas))], rng), who["name"])
-        )
+        panel = areas[rng.integers(len(areas))]
+        found.append((place(page, owner, number, drawing, panel, rng), who["name"]))
     for _ in range(rng.integers(3)):
         bubble(page, owner, rng)
     boxes, heads, names = [], [], []
     for number, (figure, name) in enumerate(found):
         if figure and (figure[2] & (owner == number)).sum() > VISIBLE * figure[2].sum():
-            boxes, heads, names = (
-                [*boxes, figure[0] / size],
-                [*heads, figure[1] / size],
-                [*names, name],
-            )
-    return {
-        "image": np.uint8(page.round().clip(0, 255)),
-        "boxes": padded(np.reshape(boxes, (-1, 4)), MOST),
-        "heads": padded(np.reshape(heads, (-1, 4)), MOST),
-        "names": names,
-    }
+            boxes.append(figure[0] / size)
+            heads.append(figure[1] / size)
+            names.append(name)
+    image = np.uint8(page.round().clip(0, 255))
+    boxes, heads = (padded(np.reshape(some, (-1, 4)), MOST) for some in (boxes, heads))
+    return {"image": image, "boxes": boxes, "heads": heads, "names": names}
 
 
 def outlined(page, boxes, colour=(230, 60, 20)):
     """page u8 (H, W, 3), boxes (k, 4) in shares of it -> the page with their outlines."""
     picture, (h, w) = Image.fromarray(page), page.shape[:2]
-    for x1, y1, x2, y2 in np.asarray(boxes)[:, :4] * (w, h, w, h):
-        ImageDraw.Draw(picture).rectangle(
-            (x1, y1, x2, y2), outline=colour, width=max(1, round(h / 150))
-        )
+    pen, width = ImageDraw.Draw(picture), max(1, round(h / 150))
+    for box in np.asarray(boxes)[:, :4] * (w, h, w, h):
+        pen.rectangle(tuple(box), outline=colour, width=width)
     return np.asarray(picture)
 
 
 def main():
     parser = Parser(prog="ingest.scenes", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add, few = parser.add_argument, between(1, 20, int)
     add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add(
-        "--size",
-        type=between(64, 1024, int),
-        default=256,
-        help="side of a page in pixels (default: 256)",
-    )
-    add("--columns", type=between(1, 20, int), default=4, help="default: 4")
-    add("--rows", type=between(1, 20, int), default=3, help="default: 3")
-    add("--seed", type=at_least(0), default=0, help="default: 0")
+    add("--size", type=between(64, 1024, int), default=256, help="side of a page (default: 256)")
+    add("--columns", type=few, default=4, help="default: 4")
+    add("--rows", type=few, default=3, help="default: 3")
     add("--plain", action="store_true", help="without the boxes")
     args = parser.parse_args()
     toon.refuse_sheet(args.out)
-    items = [i for i in plan(args.seed) if i["split"] == "val"][: args.rows * args.columns]
+    items = [i for i in plan() if i["split"] == "val"][: args.rows * args.columns]
     pages = (draw(item, args.size) for item in progress(items, "drawing"))
-    shown = (
-        p["image"] if args.plain else outlined(p["image"], p["boxes"][p["boxes"][:, 0] >= 0])
-        for p in pages
-    )
-    toon.write_sheet(Path(args.out), shown, args.rows, args.columns, args.size)
+    pictures = (p["image"] if args.plain else outlined(p["image"], seen(p["boxes"])) for p in pages)
+    toon.write_sheet(Path(args.out), pictures, args.rows, args.columns, args.size)
     print(f"{args.out} written; next: python data.py scenes packs the whole set")
+
+
+def seen(boxes):
+    """Those that do not fill up."""
+    return boxes[boxes[:, 0] >= 0]
 
 
 if __name__ == "__main__":

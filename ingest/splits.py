@@ -16,8 +16,7 @@ from ingest.layouts import ORDER
 
 
 def join_groups(records, pattern, pairs):
-    """Groups by name and pairs (i, j) of near-duplicates -> the records, each with the name of its
-    whole group.
+    """Groups by name, pairs (i, j) of near-duplicates -> records, each with its whole group's name.
 
     The name: the first group of the REGEX `pattern` in the file's stem, else what the source says,
     else the key.
@@ -28,17 +27,15 @@ def join_groups(records, pattern, pairs):
         names.append(match[min(1, match.re.groups)] if match else r.group or r.key)
         matched += bool(match)
     if pattern and not matched:
-        raise UserError(
-            f"--group-by {pattern} matches none of the names, such as {Path(records[0].key).stem}"
-        )
+        name = Path(records[0].key).stem
+        raise UserError(f"--group-by {pattern} matches none of the names, such as {name}")
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
 
 
 def deal(rows, shares, seed):
-    """Deal rows of (class, group) into shares {split: fraction}: stratified by class, groups whole
-    -> [split].
+    """Deal rows of (class, group) into shares {split: fraction} -> [split], groups whole.
 
     Groups come in a seeded random order, large ones first; each goes where its classes lack most.
     """
@@ -66,21 +63,24 @@ def assign_splits(given, rows, shares, dev, seed):
     A missing val, and dev, are taken out of train.
     """
     splits = [s or "train" for s in given] if any(given) else deal(rows, shares, seed)
-    train = [i for i, s in enumerate(splits) if s == "train"]
     if shares["val"] and "val" not in splits:
-        dealt = deal(
-            [rows[i] for i in train], {"train": 1 - shares["val"], "val": shares["val"]}, seed
-        )
-        for i, s in zip(train, dealt, strict=True):
-            splits[i] = s
-        train = [i for i in train if splits[i] == "train"]
+        train = rows_of(splits, "train")
+        two = {"train": 1 - shares["val"], "val": shares["val"]}
+        dealt = deal([rows[i] for i in train], two, seed)
+        for i, split in zip(train, dealt, strict=True):
+            splits[i] = split
     if dev and "dev" not in splits:
         from data import hold_apart  # and torch with it: few packings ask for a dev
 
+        train = rows_of(splits, "train")
         labels, groups = zip(*[map(str, rows[i]) for i in train], strict=True)
         for i, apart in zip(train, hold_apart(groups, labels, dev, seed), strict=True):
             splits[i] = "dev" if apart else "train"
     return splits
+
+
+def rows_of(splits, split):
+    return [i for i, s in enumerate(splits) if s == split]
 
 
 def hold_out_test(splits, groups, share):
@@ -95,8 +95,7 @@ def hold_out_test(splits, groups, share):
 def copies_to_drop(records, pairs, within):
     """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
 
-    Those of other splits than the first, which the source gives: what train holds is no test.
-    Within: all but one.
+    Those of other splits than the first: what train holds is no test. within: all but one.
     """
     order, groups, drop = (*ORDER, None), defaultdict(list), []
     roots = duplicates.join(len(records), pairs)
@@ -109,24 +108,20 @@ def copies_to_drop(records, pairs, within):
 
 
 def without_copies(records, pattern, pairs, dedupe, keep_copies):
-    """-> the records with their groups, copies dropped as --dedupe and --keep-copies say, and lines
-    that tell of it.
-    """
-    drop = [] if keep_copies else copies_to_drop(records, pairs, within=dedupe == "drop")
-    count = Counter(records[i].split for i in drop)
+    """-> the records with their groups, copies dropped as the flags say, and notes."""
+    within = dedupe == "drop"
+    gone = set() if keep_copies else set(copies_to_drop(records, pairs, within))
+    count = Counter(records[i].split for i in gone)
     places = ", ".join(f"{count[s]} from {s}" for s in ORDER if count[s])
-    notes = [f"{len(drop)} copies dropped{': ' * bool(places)}{places}"] if dedupe == "drop" else []
-    if drop and dedupe == "group":
-        notes = [
-            f"copies across the given splits dropped: {places}; --keep-copies keeps them, as published"
-        ]
-    grouped, gone = join_groups(records, pattern, [] if dedupe == "drop" else pairs), set(drop)
+    fix = "--keep-copies keeps them, as published"
+    notes = []
+    if within:
+        notes = [f"{len(gone)} copies dropped{': ' * bool(places)}{places}"]
+        fix = "--keep-copies, without --dedupe, keeps them as published"
+    elif gone:
+        notes = [f"copies across the given splits dropped: {places}; {fix}"]
+    grouped = join_groups(records, pattern, [] if within else pairs)
     left = [r for i, r in enumerate(grouped) if i not in gone]
-    fix = (
-        "--keep-copies, without --dedupe, keeps them as published"
-        if dedupe == "drop"
-        else "--keep-copies keeps them, as published"
-    )
     refuse_gone(records, left, "images of {} are copies of others", fix)
     return left, notes + crossing(left, keep_copies)
 
@@ -143,58 +138,42 @@ def large_enough(records, least):
     count = Counter(r.label for r in records)
     kept = [r for r in records if not least or (r.label is not None and count[r.label] >= least)]
     if not kept:
-        raise UserError(
-            f"--min-per-class {least} leaves nothing: the largest class has {max(count.values())} images"
-        )
-    refuse_gone(
-        records,
-        kept,
-        f"images of {{}} have no class of {least} or more",
-        "give a smaller --min-per-class",
-    )
-    lost, gone = (
-        sum(n < least for label, n in count.items() if label is not None),
-        len(records) - len(kept),
-    )
-    return kept, [f"{gone} images left out: {lost} classes have fewer than {least}"] if gone else []
+        largest = f"the largest class has {max(count.values())} images"
+        raise UserError(f"--min-per-class {least} leaves nothing: {largest}")
+    why = f"images of {{}} have no class of {least} or more"
+    refuse_gone(records, kept, why, "give a smaller --min-per-class")
+    lost = sum(n < least for label, n in count.items() if label is not None)
+    gone = len(records) - len(kept)
+    note = f"{gone} images left out: {lost} classes have fewer than {least}"
+    return kept, [note] if gone else []
 
 
 def long_tailed(records, tail, least=5):
-    """Training pictures left out until class sizes follow rank^-tail, at least `least`, and a note
-    on them.
+    """Records of train left out until class sizes follow rank^-tail, at least `least`; and a note.
 
-    The largest class stays whole; of the others those stay whose names come first in the order of
-    their digests, which is the same on every machine. Other splits stay whole: they ask for each
-    character as often as before.
+    The largest class stays whole. Of the others the first in the order of their digests stay, the
+    same on every machine. Other splits stay whole: they ask for each character as often as before.
     """
     train = [r for r in records if r.split == "train" and r.label is not None]
     count = Counter(r.label for r in train)
     ranked = sorted(count, key=lambda label: (-count[label], label))
-    room = {
-        label: max(least, round(count[ranked[0]] * rank**-tail))
-        for rank, label in enumerate(ranked, 1)
-    }
+    most, room = count[ranked[0]] if ranked else 0, {}
+    for rank, label in enumerate(ranked, 1):
+        room[label] = max(least, round(most * rank**-tail))
     gone = set()
     for r in sorted(train, key=lambda r: hashlib.blake2b(r.key.encode()).digest()):
         room[r.label] -= 1
         gone |= {r.key} if room[r.label] < 0 else set()
-    note = (
-        [f"{len(gone)} training images left out: class sizes follow rank^-{tail:g}"] if gone else []
-    )
-    return [r for r in records if r.key not in gone], note
+    note = f"{len(gone)} training images left out: class sizes follow rank^-{tail:g}"
+    return [r for r in records if r.key not in gone], [note] if gone else []
 
 
 def crossing(records, keep_copies):
-    """A line where the source's own splits tear a group apart, by name or because copies are kept:
-    it stays torn.
-    """
+    """A line where the source's own splits tear a group apart: it stays torn."""
     splits = defaultdict(set)
     for r in records:
         splits[r.group].add(r.split)
     torn = sum(len(s) > 1 for s in splits.values())
     why = "; a score then counts pictures that were learned from" if keep_copies else ""
-    return (
-        [f"{torn} groups cross the splits that the source gives, and stay as published{why}"]
-        if torn
-        else []
-    )
+    told = f"{torn} groups cross the splits that the source gives, and stay as published{why}"
+    return [told] if torn else []

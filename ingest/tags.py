@@ -4,65 +4,60 @@ A list takes as much room as the longest one, whatever the vocabulary: 25,000 wo
 than 25.
 """
 
-import math
 import re
+import sys
+import unicodedata
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
 from common.fields import is_name
 
+MOST_LETTERS = 2**16  # of a caption
 MOST = 256  # tags of a picture; of more the rarest are left out
 NONE = -1  # fills a list up
-KEPT, WITHOUT = (
-    0.5,
-    0.1,
-)  # of the demo set: the share of a picture's tags that it gets, and of pictures with none
+LEAST = 2  # pictures of train that have a tag: nothing is learned from one
+KEPT = 0.5  # of the demo set: share of a picture's tags that it gets
+WITHOUT = 0.1  # of the demo set: share of pictures that get none
+
+
+def words_of(text):
+    """ "solo, brown hair" -> both: at commas where there are commas, else at spaces."""
+    parts = text.split(",") if "," in text else text.split()
+    return tuple(word for word in map(str.strip, parts) if word)
+
+
+def read_captions(root, names):
+    """{picture: tags} of those with a caption of comma-separated tags beside them, x.txt of x.png."""
+    captions = {}
+    for name in names:
+        path = (Path(root) / name).with_suffix(".txt")
+        if path.is_file():
+            with open(path, encoding="utf-8-sig", errors="replace") as f:
+                words = words_of(f.read(MOST_LETTERS))
+            captions[name] = tuple(sys.intern(unicodedata.normalize("NFC", w)) for w in words)
+    return captions
 
 
 def is_emoticon(tag):
-    """:d, ^_^, o_o: no two letters or digits in a row, nothing but ASCII, and a sign that draws a
-    face; xd, x3.
-    """
-    face = re.search(r"[:;=^<>_@|/\\()]", tag) and len(tag) > 1
-    return bool(
-        face and tag.isascii() and not re.search("[a-z0-9]{2}", tag.lower())
-    ) or tag.lower() in ("xd", "x3")
+    """:d, ^_^, o_o, xd: ASCII with a sign that draws a face, and no two letters in a row."""
+    if tag.lower() in ("xd", "x3"):
+        return True
+    drawn = len(tag) > 1 and tag.isascii() and re.search(r"[:;=^<>_@|/\\()]", tag)
+    return bool(drawn) and not re.search("[a-z0-9]{2}", tag.lower())
 
 
-def importance(lists):
-    """Lists of tags -> {tag: (sum of 1/k over its pictures, k their number of tags) * log(pictures
-    / its pictures)}.
-
-    As MFDN filters its tags (kept: above 0.2); what is on every picture has none.
-    """
-    count, share = Counter(), Counter()
-    for tags in map(set, lists):
-        for tag in tags:
-            count[tag] += 1
-            share[tag] += 1 / len(tags)
-    return {tag: share[tag] * math.log(len(lists) / n) for tag, n in count.items()}
-
-
-def vocabulary(records, least=2, above=0.0, emoticons=False):
-    """Records -> (words, the most frequent first, lines that tell what was left out), by the
-    pictures of train.
-
-    least: pictures that have the tag; above: its importance (0: it is not asked for); emoticons
-    stay if they may.
-    """
+def vocabulary(records):
+    """Records -> (words of train, the most frequent first, lines of what was left out)."""
     lists = [r.tags for r in records if r.split == "train" and r.tags]
     count = Counter(tag for tags in lists for tag in set(tags))
     gone = {
         "no names": [t for t in count if not is_name(t)],
-        "emoticons": [] if emoticons else [t for t in count if is_emoticon(t)],
-        f"on fewer than {least} pictures": [t for t, n in count.items() if n < least],
+        "emoticons": [t for t in count if is_emoticon(t)],
+        f"on fewer than {LEAST} pictures": [t for t, n in count.items() if n < LEAST],
     }
-    if above:
-        gone[f"of an importance up to {above:g}"] = [
-            t for t, x in importance(lists).items() if x <= above
-        ]
     words = set(count).difference(*gone.values())
     told = [f"{len(tags)} {why}" for why, tags in gone.items() if tags]
     notes = [f"tags: {len(words)} of {len(count)} are learned; {', '.join(told)}"] if told else []
@@ -70,29 +65,22 @@ def vocabulary(records, least=2, above=0.0, emoticons=False):
 
 
 def as_ids(tags, column, room):
-    """Tags, {word: id} -> i32 (room,): ids from small to large, the order that models see them in,
-    then NONE.
-    """
+    """Tags, {word: id} -> i32 (room,): ids from small to large, then NONE."""
     ids = sorted(column[t] for t in set(tags) if t in column)[:room]
     return np.array(ids + [NONE] * (room - len(ids)), np.int32)
 
 
 def thinned(record):
-    """Some of a picture's tags, the same whenever it is asked for: what a person may have filed it
-    under.
-    """
+    """Some of a picture's tags, the same each time: what a person may have filed it under."""
     rng = np.random.default_rng(zlib.crc32(record.key.encode()))
     kept = rng.random(len(record.tags)) < KEPT
-    return (
-        ()
-        if rng.random() < WITHOUT
-        else tuple(t for t, k in zip(record.tags, kept, strict=True) if k)
-    )
+    if rng.random() < WITHOUT:
+        return ()
+    return tuple(t for t, k in zip(record.tags, kept, strict=True) if k)
 
 
 def add_planes(words, records, dims, stream, thin=False):
-    """dims {plane: shape of a row} and stream(records), with a plane "tags", i32 (T,); thin: and
-    "all_tags", the truth.
+    """dims and stream(records) with a plane "tags", i32 (T,); thin: and "all_tags", the truth.
 
     T is the longest list of ids that a picture of the set has.
     """

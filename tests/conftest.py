@@ -65,6 +65,11 @@ def call(script, *words, cwd, check=None):
     return subprocess.CompletedProcess([script, *words], code, out.getvalue(), errors.getvalue())
 
 
+def run_line(line, cwd, check=None):
+    """The same by a line of words without spaces in them, such as "data.py images --out packed"."""
+    return call(*line.split(), cwd=cwd, check=check)
+
+
 def refused(done):
     """The one line with which a stage refuses bad input."""
     assert done.returncode == 2, done.stdout + done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused
+from conftest import call, refused, run_line
 from PIL import Image
 from test_fuzz import render_here
 
@@ -249,17 +249,7 @@ def test_it_is_used_on_pictures_of_any_size(pages, det, monkeypatch):
     monkeypatch.setattr(detect, "detect", lambda net, view: [(face, torch.tensor([0.9, 0.01]))])
     Image.new("RGB", (200, 100), (90, 90, 90)).save(pages / "wide.png")
     Image.new("RGB", (1, 1)).save(pages / "dot.png")
-    done = call(
-        "detect.py",
-        det,
-        "wide.png",
-        "dot.png",
-        "--out",
-        "found",
-        "--crop",
-        cwd=pages,
-        check=0,
-    )
+    done = run_line(f"detect.py {det} wide.png dot.png --out found --crop", pages, check=0)
     wide, dot = map(json.loads, done.stdout.splitlines())
     assert wide["faces"] == [{"box": [50, 50, 100, 100], "score": 0.9}] and dot["width"] == 1
     assert Image.open(pages / "found/wide_0.png").size == (70, 70)

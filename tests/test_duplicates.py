@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import call, refused, shared_file
+from conftest import call, refused, run_line, shared_file
 from PIL import Image
 
 import data
@@ -121,17 +121,8 @@ def test_groups_stay_together_and_dedupe_drops_the_copies(tmp_path):
     root = plant(tmp_path / "images")
     said = {}
     for mode in ("group", "drop", "off"):
-        said[mode] = call(
-            "data.py",
-            root,
-            "--out",
-            tmp_path / mode,
-            "--size",
-            16,
-            "--dedupe",
-            mode,
-            cwd=tmp_path,
-            check=0,
+        said[mode] = run_line(
+            f"data.py {root} --out {tmp_path / mode} --size 16 --dedupe {mode}", tmp_path, check=0
         ).stdout
     where = {key: s for s in ("train", "val", "test") for key in keys(tmp_path / "group", s)}
     assert len(where) == 60 and len(set(where.values())) == 3
@@ -199,17 +190,7 @@ def test_a_split_that_would_be_gone_stops_the_packing(tmp_path, faces, more):
     )
     assert "all 4 images of test are copies of others" in line and "--keep-copies" in line
     assert not (tmp_path / "out").exists()
-    call(
-        "data.py",
-        root,
-        "--out",
-        tmp_path / "out",
-        "--size",
-        16,
-        "--keep-copies",
-        cwd=tmp_path,
-        check=0,
-    )
+    run_line(f"data.py {root} --out {tmp_path / 'out'} --size 16 --keep-copies", tmp_path, check=0)
     assert len(keys(tmp_path / "out", "test")) == 4
 
 

@@ -438,7 +438,6 @@ UNUSED = [
         PICTURE,
         "--arm vilt|--epochs 3|--data datasets/tiny|--out new|--seed 1",
     ),
-    (PACK, "", "--min-per-tag 3|--tag-importance .2|--emoticons"),
     (PACK, "", "--margin .2|--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
     (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
     (

@@ -1,9 +1,10 @@
 """Bad input of the lesson's stages: one line with the value, exit status 2, and nothing is written."""
 
 import shutil
+import zipfile
 
 import pytest
-from conftest import call, refused
+from conftest import call, draw_folder, refused
 
 CPU = "--device cpu --dtype fp32"
 PRE = f"pretrain.py --data packed --out new {CPU} --epochs 1 --batch-size 8"
@@ -66,3 +67,121 @@ def test_bad_input_is_one_line(base, command, word):
     line = refused(call(*command.split(), cwd=base))
     assert word in line, line
     assert not any(p.name != ".lock" for p in (base / "new").rglob("*")), "something was written"
+
+
+# ---- packing -------------------------------------------------------------------------------------
+
+IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
+SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
+PACKING = (
+    ("data.py nowhere --out new", "nowhere does not exist"),
+    ("data.py --show nowhere", "nowhere does not exist"),
+    ("data.py empty --out new", "no image found"),
+    ("data.py text.txt --out new", "is no folder"),
+    ("data.py nothing.zip --out new", "no image found"),
+    ("data.py archives --out new", "but my_faces.zip lies there"),
+    ("data.py archives --out new", "give the archive: python data.py archives/my_faces.zip"),
+    ("data.py broken --out new", "more than 5 %"),
+    ("data.py unreadable --out new", "none of 2 images for"),
+    ("data.py images --out packed", "rm -r packed"),
+    ("data.py images --out text.txt", "text.txt is a file"),
+    ("data.py images --out text.txt/set", "text.txt is a file"),
+    ("data.py -", "give --out"),
+    ("data.py notrain --out new", "brings test and val, but no train"),
+    (f"{IMAGES} --size 0", "--size 0"),
+    (f"{IMAGES} --split .5,.1", "--split .5,.1"),
+    (f"{IMAGES} --split nan,0,0", "--split nan,0,0"),
+    (f"{IMAGES} --split 1,nan,0", "--split 1,nan,0"),
+    (f"{IMAGES} --split inf,0,0", "--split inf,0,0"),
+    (f"{IMAGES} --split 2,-1,0", "--split 2,-1,0"),
+    (f"{IMAGES} --group-by (", "--group-by ("),
+    (f"{IMAGES} --group-by zz", "--group-by zz matches none"),
+    (f"{IMAGES} --margin -1", "--margin -1"),
+    (f"{IMAGES} --margin .2", "--margin has no effect"),
+    (f"{IMAGES} --boxes boxes.txt", "--boxes has no effect"),
+    (f"{IMAGES} --boxes boxes.txt --crop figure", "--boxes boxes.txt names none"),
+    (f"{IMAGES} --crop nose", "--crop"),
+    (f"{IMAGES} --dedupe maybe", "--dedupe"),
+    (f"{IMAGES} --keep-copies", "--keep-copies has no effect"),
+    (f"{IMAGES} --tail 6", "--tail 6"),
+    (f"{IMAGES} --drawings 9", "--drawings has no effect"),
+    (f"{IMAGES} --seed 99999999999999999999", "--seed 99999999999999999999"),
+    (f"{IMAGES} --min-per-class 13", "--min-per-class 13 leaves nothing"),
+    (f"{IMAGES} --layout split", "--layout split fits none of the 12 pictures"),
+    (f"{IMAGES} --layout class/-/-/split", "fits none"),
+    (f"{IMAGES} --layout a/b", "--layout a/b must be folder levels"),
+    (f"{IMAGES} --layout class/class", "--layout class/class must be"),
+    (f"{SPLITS} --split .8,.1,.1", "--split has no effect"),
+    (f"{SPLITS} --dev .1", "--dev has no effect"),
+    (f"{SPLITS} --seed 1", "--seed has no effect"),
+    (f"{SPLITS} --test .5", "--test has no effect"),
+    (f"{SHOW} --out x", "--out has no effect"),
+    (f"{SHOW} --dev .1", "--dev has no effect"),
+    (f"{SHOW} --seed 1", "--seed has no effect"),
+    (f"{SHOW} --layout class", "--layout has no effect"),
+    (f"{SHOW} --crop figure", "--crop has no effect"),
+    ("data.py --show packed --detect", "--detect has no effect"),
+    ("data.py --show toon", "--show"),
+    ("data.py --show -", "--show"),
+    (f"{TOON} --crop centre", "--crop has no effect"),
+    (f"{TOON} --margin .1", "--margin has no effect"),
+    (f"{TOON} --boxes boxes.txt", "--boxes has no effect"),
+    (f"{TOON} --group-by ^a", "--group-by has no effect"),
+    (f"{TOON} --dedupe", "--dedupe has no effect"),
+    (f"{TOON} --keep-copies", "--keep-copies has no effect"),
+    (f"{TOON} --layout class", "--layout has no effect"),
+    (f"{TOON} --detect", "--detect has no effect"),
+    ("data.py hybrid --out new --tail 1", "--tail has no effect"),
+    ("data.py list.csv --out new --layout class", "--layout has no effect"),
+    ("data.py bytes.csv --out new", "not a table in UTF-8"),
+)
+TABLES = (  # text of a list, and a word of the message
+    ("a.png,x,nowhere", "line 1: split 'nowhere' is none of"),
+    ("a.png,x,train\nb.png,y", "1 of 2 rows have no split"),
+    ("a.png,x\na.png,x,train,t,more", "line 2 is not path,label,split,tags"),
+    (",x", "line 1 is not path"),
+    ("label,path\nx", "line 2 is not label,path"),
+    ("", "no image found"),
+)
+
+
+@pytest.fixture(scope="module")
+def sources(small, tmp_path_factory):
+    """A folder with something of every kind that data.py refuses."""
+    base = tmp_path_factory.mktemp("sources")
+    shutil.copytree(small, base / "packed")
+    draw_folder(base / "images", classes=2, each=6)
+    for i, split in enumerate(("train", "val", "test", "dev")):
+        draw_folder(base / "splits" / split, classes=2, each=4, seed=i)
+    for split in ("test", "val"):
+        draw_folder(base / "notrain" / split, classes=2, each=4)
+    for name, where, each in (("broken", "", 4), ("unreadable", "test", 2)):
+        draw_folder(base / name / where, classes=1, each=each)
+        for path in (base / name).rglob("*.png"):
+            path.write_bytes(b"no image")
+    draw_folder(base / "unreadable" / "train", classes=1, each=60)
+    for folder in ("empty", "archives"):
+        (base / folder).mkdir()
+    (base / "archives" / "my_faces.zip").write_bytes(b"PK")
+    with zipfile.ZipFile(base / "nothing.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    (base / "text.txt").write_text("hello")
+    (base / "boxes.txt").write_text("other.png 1 2 3 4\n")
+    (base / "list.csv").write_text("images/class0/illust0_0.png,x\n")
+    (base / "bytes.csv").write_bytes(b"a.png,\xff\xfe\n")
+    return base
+
+
+@pytest.mark.parametrize("command, word", PACKING)
+def test_bad_input_of_packing_is_one_line(sources, command, word):
+    before = {path for path in sources.rglob("*") if path.suffix != ".lock"}
+    line = refused(call(*command.split(), cwd=sources))
+    assert word in line, line
+    assert {path for path in sources.rglob("*") if path.suffix != ".lock"} == before
+
+
+@pytest.mark.parametrize("text, word", TABLES)
+def test_a_wrong_list_is_one_line(tmp_path, text, word):
+    (tmp_path / "list.csv").write_text(text)
+    assert word in refused(call("data.py", "list.csv", "--out", "out", cwd=tmp_path))
+    assert not (tmp_path / "out").exists()

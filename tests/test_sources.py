@@ -12,10 +12,11 @@ import types
 import unicodedata
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, draw_folder, refused, stage
+from conftest import ROOT, call, draw_folder, refused, run_line, stage
 from PIL import EpsImagePlugin, Image
 
 import data
@@ -84,18 +85,7 @@ def test_a_tar_packs_like_its_folder_and_leaves_nothing_behind(tmp_path):
     root = draw_folder(tmp_path / "images", classes=2, each=20)
     make_tar(tmp_path / "images.tar.gz", root, "w:gz", "images")
     for source, out in ((root, "a"), (tmp_path / "images.tar.gz", "b")):
-        call(
-            "data.py",
-            source,
-            "--out",
-            tmp_path / out,
-            "--size",
-            16,
-            "--seed",
-            3,
-            cwd=tmp_path,
-            check=0,
-        )
+        run_line(f"data.py {source} --out {tmp_path / out} --size 16 --seed 3", tmp_path, check=0)
     splits = [[data.open_split(tmp_path / n, s) for s in ("train", "val", "test")] for n in "ab"]
     pixels = [
         sorted(
@@ -124,12 +114,12 @@ def test_old_zip_names_are_read_as_utf8_or_japanese():
 def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
     lay(tmp_path, ["a/1.png", "a/2.png", "b 3.png"])
     rows = [
-        ("a/1.png", "ミク", "train", "smile 1girl"),
+        ("a/1.png", "ミク", "train", "smile 1girl" if suffix == "csv" else "smile, brown hair"),
         ("a/2.png", "", "valid", ""),
         ("b 3.png", "x", "test", "hat"),
     ]
     if header:
-        rows = [("label", "path", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
+        rows = [("Label", "filename", "split", "tags"), *((y, p, s, t) for p, y, s, t in rows)]
     table = tmp_path / f"list.{suffix}"
     table.write_text("".join(("," if suffix == "csv" else "\t").join(r) + "\n" for r in rows))
     assert told(table) == {
@@ -137,30 +127,8 @@ def test_a_table_gives_labels_splits_and_tags(tmp_path, suffix, header):
         "a/2.png": (None, "val"),
         "b 3.png": ("x", "test"),
     }
-    assert [r.tags for r in sources.find(table)[0]] == [("smile", "1girl"), (), ("hat",)]
-
-
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("a.png,x,nowhere\n", "line 1: split 'nowhere' is none of"),
-        ("a.png,x,train\nb.png,y\n", "1 of 2 rows have no split"),
-        ("a.png,x\na.png,x,train,t,more\n", "line 2 is not path,label,split,tags"),
-        (",x\n", "line 1 is not path"),
-        ("label,path\nx\n", "line 2 is not label,path"),
-        ("", "no image found"),
-    ],
-)
-def test_a_wrong_table_is_one_line(tmp_path, text, says):
-    (tmp_path / "list.csv").write_text(text)
-    assert says in refused(call("data.py", "list.csv", "--out", "out", cwd=tmp_path))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_table_that_is_not_text_is_one_line(tmp_path):
-    (tmp_path / "list.csv").write_bytes(b"a.png,\xff\xfe\n")
-    with pytest.raises(UserError, match="not a table in UTF-8"):
-        sources.find(tmp_path / "list.csv")
+    first = ("smile", "1girl") if suffix == "csv" else ("smile", "brown hair")
+    assert [r.tags for r in sources.find(table)[0]] == [first, (), ("hat",)]
 
 
 def test_a_list_on_standard_input(tmp_path):
@@ -190,14 +158,14 @@ def test_dafre_keeps_its_published_splits(tmp_path, turned):
         (labels / f"{split}.csv").write_text(
             f"{name},{i}\n" if turned else f"class_id,dir\n{i},{name}\n"
         )
-    (labels / "classid_classname.csv").write_text("0,hatsune_miku\n1,初音\n")
+    (labels / "classid_classname.csv").write_text('0,hatsune_miku\n1,"初音, ミク"\n')
     assert told(tmp_path) == {
         "0159/263159.jpg": ("hatsune_miku", "train"),
-        "0933/194933.jpg": ("初音", "val"),
+        "0933/194933.jpg": ("初音, ミク", "val"),
         "0001/1001.jpg": ("hatsune_miku", "test"),
     }
     (labels / "val.csv").write_text("1,2,3\n4,5,6\n")
-    with pytest.raises(UserError, match="line 2 is not class_id,path"):
+    with pytest.raises(UserError, match="line 1 is not label,path"):
         sources.find(tmp_path)
     (tmp_path / "faces").rename(tmp_path / "other")
     with pytest.raises(UserError, match="unpack faces/ or fullMin256/"):
@@ -311,22 +279,117 @@ def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
     assert [r.tags for r in sources.find(tmp_path)[0]] == [("blue",), ("hat",)]
 
 
-def test_the_documented_snippet_exports_a_parquet_set_to_a_folder(tmp_path, monkeypatch):
-    code = re.search(
-        r"```python\n(from datasets import.*?)```", (ROOT / "docs/data.md").read_text(), re.S
-    ).group(1)
-    rows = [{"image": Image.open(io.BytesIO(png(seed=i)))} for i in range(3)]
-    fake = types.SimpleNamespace(load_dataset=lambda name, split: rows)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    (folder,) = tmp_path.iterdir()
-    assert set(told(folder).values()) == {(None, None)} and len(told(folder)) == 3
+def test_metadata_may_be_an_array_of_posts(tmp_path):
+    lay(tmp_path, ["7.png", "263159.png"])
+    (tmp_path / "metadata.json").write_text(json.dumps([POSTS[0], {"id": 7}, {"id": 5}]))
+    records, _, notes = sources.find(tmp_path)
+    assert {r.key: r.label for r in records} == {"263159.png": "miku", "7.png": None}
+    assert notes[1:] == ["1 lines of the metadata have no picture here"]
+
+
+FACES = (  # as published: the folder is the last digits of Danbooru's id, then the head's box
+    "0159\\263159.jpg\t0\t1,2,20,21,0.99\n"
+    "0933\\194933.jpg\t1\t1,2,20,21,0.91\n"
+    "0001\\1001.jpg\t1\t1,2,20,21,0.31\n"
+    "0002\\1002.jpg\t1\t1,2,20,21,0.99\n"
+)
+
+
+def test_acrd_takes_names_and_splits_from_its_lists(tmp_path):
+    """Its archive of faces has folders without leading zeros, another way than faces.tsv."""
+    lay(tmp_path / "faceimgs", ["159/263159.jpg", "933/194933.jpg", "1/1001.jpg"])
+    (tmp_path / "tagIds.tsv").write_text('hatsune_miku\t0\n"quoted\t1')
+    with pytest.raises(UserError, match=r"put faces\.tsv"):
+        sources.find(tmp_path)
+    (tmp_path / "faces.tsv").write_text(FACES)
+    labels = {r.key: (r.label, r.split) for r in sources.find(tmp_path)[0]}
+    assert labels["faceimgs/1/1001.jpg"] == ('"quoted', None) and len(labels) == 3
+    (tmp_path / "trainSplit.tsv").write_text("263159\n1002\n")
+    (tmp_path / "testSplit.tsv").write_text("194933\n")
+    assert told(tmp_path) == {
+        "faceimgs/159/263159.jpg": ("hatsune_miku", "train"),
+        "faceimgs/933/194933.jpg": ('"quoted', "test"),
+    }
+    assert sources.find(tmp_path)[2] == [
+        'read as ACRD: train, test; 2 classes ("quoted, hatsune_miku)',
+        "1 lines of faces.tsv have no picture here",
+        "1 faces are in none of the lists, and left out",
+    ]
+
+
+def test_folders_of_kohya_lose_their_repeats_and_captions_become_tags(tmp_path):
+    names = ["img/10_miku/1.png", "img/10_miku/2.png", "img/3_rin hat/1.png", "reg/1_x/1.png"]
+    lay(tmp_path, names[:3])
+    assert {v[0] for v in told(tmp_path).values()} == {"10_miku", "3_rin hat"}  # no captions
+    texts = ["solo, brown hair,\nsmile", "1girl", "solo"]
+    for name, text in zip(names, texts, strict=False):
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    records, _, notes = sources.find(tmp_path)
+    assert notes == ["read as kohya's folders: 2 classes (miku, rin hat)"]
+    assert [(r.label, r.tags) for r in records] == [
+        ("miku", ("solo", "brown hair", "smile")),
+        ("miku", ("1girl",)),
+        ("rin hat", ("solo",)),
+    ]
+    assert {r.label for r in sources.find(tmp_path, layout="-")[0]} == {None}
+    one = sources.find(tmp_path / "img/10_miku")[0]
+    assert {r.label for r in one} == {None}
+
+
+class Table:
+    """What pyarrow's ParquetFile has, of two rows in each row group."""
+
+    def __init__(self, path):
+        if not Path(path).read_bytes():
+            raise ValueError("Parquet file size is 0 bytes")
+        about = {"info": {"features": {"label": {"names": ["miku", "rin"]}}}}
+        metadata = {b"huggingface": json.dumps(about).encode()}
+        names = ["file_name", "name", "image", "label", "tags"]
+        self.schema_arrow = types.SimpleNamespace(names=names, metadata=metadata)
+        self.num_row_groups = 2
+        self.metadata = types.SimpleNamespace(
+            row_group=lambda part: types.SimpleNamespace(num_rows=2)
+        )
+
+    def read_row_group(self, part, columns):
+        rows = []
+        for i in (2 * part, 2 * part + 1):
+            image = {"bytes": png(seed=i), "path": None}
+            row = {"image": image, "label": i % 2, "tags": "solo, brown hair"}
+            rows.append({name: row[name] for name in columns})
+        return types.SimpleNamespace(to_pylist=lambda: rows)
+
+
+def test_parquet_needs_pyarrow_and_is_read_by_row_groups(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        lay(tmp_path, [(f"data/{split}-00000-of-00001.parquet", b"x")])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        sources.find(tmp_path)
+    parquet = types.SimpleNamespace(ParquetFile=Table)
+    monkeypatch.setitem(sys.modules, "pyarrow", types.SimpleNamespace(parquet=parquet))
+    found = told(tmp_path)
+    assert len(found) == 8 and found["train-00000-of-00001/0000001"] == ("rin", "train")
+    assert sources.find(tmp_path)[0][0].tags == ("solo", "brown hair")
+    lay(tmp_path, [("data/val-00000-of-00001.parquet", b"")])
+    with pytest.raises(UserError, match="no whole parquet file of pictures"):
+        sources.find(tmp_path)
+
+
+def test_parquet_of_the_real_library(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {
+        "image": [{"bytes": png(seed=i), "path": None} for i in range(5)],
+        "label": list("ababa"),
+    }
+    path = tmp_path / "train.parquet"
+    parquet.write_table(pyarrow.table(rows), path, row_group_size=2)
+    assert sorted(told(path).values()) == [("a", "train")] * 3 + [("b", "train")] * 2
 
 
 # ---- layouts of folders --------------------------------------------------------------------------
-
-C = {"train/a", "train/b", "test/a", "test/b"}  # split/class of the records
 
 
 def many(*folders, each=4):
@@ -334,90 +397,65 @@ def many(*folders, each=4):
     return [f"{folder}/{i}.png" for folder in folders for i in range(each)]
 
 
-LAYOUTS = {  # pictures -> read as, {split/class of the records}, pictures set aside
-    "wrapped twice": (many("x/y/a", "x/y/b"), "-/-/class", {"None/a", "None/b"}, 0),
-    "split, wrapped once": (
-        many("set/train/a", "set/train/b", "set/test/a", "set/test/b"),
-        "-/split/class",
-        C,
-        0,
-    ),
-    "split names": (
-        many("Training/a", "Training/b", "test-set/a", "test-set/b"),
-        "split/class",
-        C,
-        0,
-    ),
-    "wrapper below the split": (
-        many("train/genshin/a", "train/genshin/b"),
-        "split/-/class",
-        {"train/a", "train/b"},
-        0,
-    ),
-    "a wrapper of each split": (
-        many(
-            "train/train_images/a",
-            "train/train_images/b",
-            "test/test_images/a",
-            "test/test_images/b",
-        ),
-        "split/-/class",
-        C,
-        0,
-    ),
-    "class above split": (many("a/train", "b/train", "a/test", "b/test"), "class/split", C, 0),
-    "a stray beside the splits": (
-        ["x.png", *many("train/a", "train/b", "test/a", "test/b")],
-        "split/class",
-        C,
-        1,
-    ),
-    "a stray beside the wrapper": (
-        ["x.png", *many("s/a", "s/b")],
-        "-/class",
-        {"None/a", "None/b"},
-        1,
-    ),
-    "a stray beside the classes": (
-        ["train/x.png", *many("train/a", "train/b", "test/a", "test/b")],
-        "split/class",
-        C,
-        1,
-    ),
-    "Val and Dev are characters": (
-        many("Val", "Dev", "Rin"),
-        "class",
-        {"None/Val", "None/Dev", "None/Rin"},
-        0,
-    ),
-    "years below the classes": (
-        many("a/2019", "a/2020", "b/2019"),
-        "class",
-        {"None/a", "None/b"},
-        0,
-    ),
-    "one folder in each class": (many("a/a_faces", "b/b_faces"), "class", {"None/a", "None/b"}, 0),
-    "few lie deeper": (
-        [*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"],
-        "class",
-        {"None/a", "None/b"},
-        0,
-    ),
-    "no folders": (["1.png", "2.png"], "pictures only", {"None/None"}, 0),
-    "splits without classes": (many("train", "val"), "split", {"train/None", "val/None"}, 0),
-    "a test without labels": (
-        [*many("train/a", "train/b"), *many("test")],
-        "split/class",
-        {"train/a", "train/b", "test/None"},
-        0,
-    ),
-    "numbered, with a stray": (
+SPLITS = many("train/a", "train/b", "test/a", "test/b")
+SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
+WRAPPED = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
+BOTH = "train/a train/b test/a test/b"
+PEOPLE = "-/hutao -/venti -/kiana -/mei"
+LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside, other reading
+    (many("a", "b"), "class", "-/a -/b", 0, None),
+    (many("x/y/a", "x/y/b"), "-/-/class", "-/a -/b", 0, None),
+    (SPLITS, "split/class", BOTH, 0, None),
+    ([f"set/{n}" for n in SPLITS], "-/split/class", BOTH, 0, None),
+    (many("Training/a", "Training/b", "test-set/a", "test-set/b"), "split/class", BOTH, 0, None),
+    (many("train/genshin/a", "train/genshin/b"), "split/-/class", "train/a train/b", 0, None),
+    (WRAPPED, "split/-/class", BOTH, 0, None),
+    (many("a/train", "b/train", "a/test", "b/test"), "class/split", BOTH, 0, None),
+    (["x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1, None),
+    (["train/x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0, None),
+    (many("a/2019", "a/2020", "b/2019"), "class", "-/a -/b", 0, None),
+    (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0, None),
+    ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", "-/a -/b", 0, None),
+    (["1.png", "2.png"], "pictures only", "-/-", 0, None),
+    (many("train", "val"), "split", "train/- val/-", 0, None),
+    ([*many("train/a", "train/b", "test")], "split/class", "train/a train/b test/-", 0, None),
+    (
         ["thumb/x.png", *many("thumb/000_a", "thumb/001_b")],
         "AnimeFace Character",
-        {"None/a", "None/b"},
+        "-/a -/b",
         1,
+        None,
     ),
-}
+    # what can be read in two ways: the line names the other one
+    (SERIES, "-/class", PEOPLE, 0, "class"),
+    ([f"set/{n}" for n in SERIES], "-/-/class", PEOPLE, 0, "-/class"),
+    (
+        many("train/s/a", "train/s/b", "train/t/c", "train/t/d"),
+        "split/-/class",
+        "train/a train/b train/c train/d",
+        0,
+        "split/class",
+    ),
+    (
+        many(*(f"{s}/{c}" for s in "xy" for c in "abcdef"), each=1),
+        "-/class",
+        "-/a -/b -/c -/d -/e -/f",
+        0,
+        "class",
+    ),
+    (many("train/a", "train/b", "c", "d"), "split/class", "train/a train/b", 8, "class"),
+    (
+        many("a/train", "a/test", "b/train", "b/raw"),
+        "class/split",
+        "train/a test/a train/b",
+        4,
+        "class",
+    ),
+    ([*many("a", "b"), *(f"{i}.png" for i in range(8))], "class", "-/a -/b", 8, "-"),
+    ([*many("a", "b"), *(f"{i}.png" for i in range(9))], "pictures only", "-/-", 0, "class"),
+)
 
 
 def as_kind(root, kind):
@@ -426,71 +464,22 @@ def as_kind(root, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_are_found_and_told(tmp_path, name, kind):
-    names, what, said, aside = LAYOUTS[name]
-    records, _, notes = sources.find(as_kind(lay(tmp_path / "set", names), kind))
-    assert {f"{r.split}/{r.label}" for r in records} == said and len(records) == len(names) - aside
+@pytest.mark.parametrize("row", range(len(LAYOUTS)))
+def test_layouts_are_decided_and_told(tmp_path, row, kind):
+    names, what, said, aside, other = LAYOUTS[row]
+    path = as_kind(lay(tmp_path / "set", names), kind)
+    records, _, notes = sources.find(path)
+    assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
+    assert len(records) == len(names) - aside and len(notes) == 1
+    labels = sorted({r.label for r in records} - {None})
     assert notes[0].startswith(f"read as {what}: ")
-    labels = {r.label for r in records} - {None}
-    assert (
-        f"{len(labels)} classes ({', '.join(sorted(labels))})" if labels else "no labels"
-    ) in notes[0]
-    if aside:
-        assert f"{aside} pictures set aside" in notes[1] and "x.png" in notes[1]
-    else:
-        assert len(notes) == 1
-
-
-SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
-AMBIGUOUS = {  # pictures -> the two readings, classes of each
-    "series above characters": (SERIES, {"class": 2, "-/class": 4}),
-    "the same below a split": (
-        [f"train/{n}" for n in SERIES],
-        {"split/class": 2, "split/-/class": 4},
-    ),
-    "train beside class folders": (
-        many("train/a", "train/b", "c", "d"),
-        {"class": 3, "split/class": 2},
-    ),
-    "many pictures beside folders": (
-        [*many("a", "b"), *(f"{i}.png" for i in range(8))],
-        {"-": 0, "class": 2},
-    ),
-    "series once wrapped": ([f"set/{n}" for n in SERIES], {"-/class": 2, "-/-/class": 4}),
-    "one site above the same many": (
-        many(*(f"{s}/{c}" for s in ("pixiv", "boards") for c in "abcdef"), each=1),
-        {"class": 2, "-/class": 6},
-    ),
-    "split below class, and more": (
-        many("a/train", "a/test", "b/train", "b/raw"),
-        {"class": 2, "class/split": 2},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", ["folder", "zip"])
-@pytest.mark.parametrize("name", AMBIGUOUS)
-def test_ambiguous_layouts_are_refused_with_both_readings(tmp_path, name, kind):
-    names, readings = AMBIGUOUS[name]
-    path = as_kind(lay(tmp_path / "a set", names), kind)
-    line = refused(call("data.py", path, "--out", "out", cwd=tmp_path))
-    assert not (tmp_path / "out").exists()
-    assert re.search(r"choose: python data.py '.*' --layout \S+ --out datasets/'a set'", line)
-    for layout, classes in readings.items():
-        told = re.search(rf"--layout {re.escape(layout)}: ([^|]*)", line)[1]
-        assert (f"{classes} classes" if classes else "no labels") in told
-        records, _, notes = sources.find(path, layout=layout)
-        assert len({r.label for r in records} - {None}) == classes
-        aside = len(names) - len(records)
-        assert (
-            (f"{aside} pictures set aside" in told)
-            == (aside > 0)
-            == any("set aside" in n for n in notes)
-        )
-    assert len(sources.find(path, layout="-")[0]) == len(
-        names
-    )  # pictures to be named are never refused
+    assert (f"{len(labels)} class" if labels else "no labels") in notes[0]
+    assert (f"; {aside} pictures set aside (" in notes[0]) == (aside > 0)
+    assert notes[0].endswith("another way") == (other is not None)
+    if other:
+        assert f"; --layout {other} reads" in notes[0]
+        assert sources.find(path, layout=other)[2][0].startswith("read as ")
+    assert len(sources.find(path, layout="-")[0]) == len(names)
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
@@ -505,64 +494,52 @@ def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
         "mei",
         "venti",
     ]
-    for layout, says in (
-        ("split", "fits none of the 16 pictures"),
-        ("a/b", "--layout a/b must be folder levels"),
-        ("class/class", "must be"),
-        ("class/-/-/split", "fits none"),
-    ):
-        assert says in refused(
-            call("data.py", "set", "--layout", layout, "--out", "no", cwd=tmp_path)
-        )
-    (tmp_path / "list.csv").write_text("set/genshin/hutao/0.png,x\n")
-    for source in ("list.csv", "toon"):
-        line = refused(call("data.py", source, "--layout", "class", "--out", "no", cwd=tmp_path))
-        assert line.startswith("error: --layout has no effect") and line.endswith("leave it out")
 
 
-def test_a_source_with_a_test_and_no_train_is_refused(tmp_path):
-    lay(tmp_path / "set", many("test/a", "test/b", "val/a", "val/b"))
-    line = refused(call("data.py", "set", "--out", "out", cwd=tmp_path))
-    assert "brings test and val, but no train" in line
-    call(
-        "data.py", "set", "--layout", "-/class", "--out", "out", "--size", 16, cwd=tmp_path, check=0
-    )
+@pytest.mark.parametrize("k, n", [(3, 8), (4, 80), (5, 100)])
+def test_a_few_are_three_pictures_or_a_twentieth_and_under_half(k, n):
+    assert layouts.few(k, n) and not layouts.few(k + 1, n)
+    assert not layouts.few(3, 6)
 
 
-def test_a_folder_with_an_archive_and_no_pictures_names_the_archive(tmp_path):
-    lay(tmp_path / "set", [("my faces.zip", b"PK"), ("readme.txt", b"x")])
-    line = refused(call("data.py", "set", cwd=tmp_path))
-    assert "no image found in set, but my faces.zip lies there" in line
-    assert "give the archive: python data.py 'set/my faces.zip'" in line
+def inside(**folders):
+    """Pictures in sub-folders: inside(a="xy") is a/x and a/y."""
+    pairs = []
+    for folder, names in folders.items():
+        pairs += [("", [folder, name]) for name in names]
+    return pairs
 
 
-@pytest.mark.parametrize(
-    "name, split",
-    [
-        ("train", "train"),
-        ("TRAIN_SET", "train"),
-        ("train-images", "train"),
-        ("training", "train"),
-        ("trainset", "train"),
-        ("train2017", "train"),
-        ("images_train", "train"),
-        ("valid", "val"),
-        ("Validation", "val"),
-        ("val_data", "val"),
-        ("dev", "dev"),
-        ("testing", "test"),
-        ("testset", "test"),
-        ("test 2", "test"),
-        ("Devi", None),
-        ("valkyrie", None),
-        ("test_subject", None),
-        ("miku", None),
-        ("trainer", None),
-        ("", None),
-    ],
-)
-def test_names_of_splits(name, split):
-    assert layouts.split_of(name) == split
+def test_folders_are_classes_where_what_is_inside_is_alike():
+    assert layouts.alike_inside(inside(a="xyzw", b="xyzw"))
+    assert not layouts.alike_inside(inside(a="xyzwv", b="xyzwv"))  # many names in few folders
+    assert not layouts.alike_inside(inside(a="xu", b="xv"))  # half of them shared
+    assert layouts.alike_inside(inside(a="xyu", b="xyv"))
+    assert layouts.alike_inside(inside(a="x", b="y"))
+
+
+def test_the_line_names_splits_classes_and_what_is_set_aside():
+    rows = [("test", "b"), ("train", "c"), ("train", "a"), ("train", "d"), ("train", None)]
+    line = layouts.told("split/class", [*rows, None, None, None], [*"12345", "z", "x", "y"])
+    classes = "train, test; 4 classes (a, b, c, ...); 1 pictures without a label"
+    assert line == f"read as split/class: {classes}; 3 pictures set aside (x, y, ...)"
+    assert layouts.told("-", [(None, None)]) == "read as -: no labels"
+    assert layouts.told("class", [(None, "a")]) == "read as class: 1 class (a)"
+
+
+SPLIT_NAMES = {
+    "train": "train TRAIN_SET train-images training trainset train2017 images_train",
+    "val": "valid Validation val_data",
+    "dev": "dev",
+    "test": "testing testset test_2",
+    None: "Devi valkyrie test_subject miku trainer",
+}
+
+
+@pytest.mark.parametrize("split", SPLIT_NAMES)
+def test_names_of_splits(split):
+    assert {layouts.split_of(name) for name in SPLIT_NAMES[split].split()} == {split}
+    assert layouts.split_of("") is None and layouts.split_of("test 2") == "test"
 
 
 # ---- what is refused, and what is skipped --------------------------------------------------------
@@ -800,26 +777,13 @@ def test_names_that_differ_in_case_are_told_and_doubles_counted(tmp_path):
 def test_min_per_class_leaves_small_classes_out(tmp_path):
     draw_folder(tmp_path / "images", classes=3, each=12)
     lay(tmp_path / "images", [f"rare/{i}.png" for i in range(5)])
-    done = call(
-        "data.py",
-        "images",
-        "--out",
-        "out",
-        "--size",
-        16,
-        "--min-per-class",
-        6,
-        cwd=tmp_path,
-        check=0,
-    )
+    done = run_line("data.py images --out out --size 16 --min-per-class 6", tmp_path, check=0)
     assert "5 images left out: 1 classes have fewer than 6" in done.stdout
     assert data.open_split(tmp_path / "out", "train")["header"]["classes"] == [
         "class0",
         "class1",
         "class2",
     ]
-    line = refused(call("data.py", "images", "--out", "no", "--min-per-class", 13, cwd=tmp_path))
-    assert "--min-per-class 13" in line and not (tmp_path / "no").exists()
 
 
 def saved(image, kind, **more):
@@ -971,73 +935,27 @@ def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     assert (split["tags"][:, 0] == 0).all() and (
         split["tags"][:, 1] == split["labels"].numpy() * 2 - 1
     ).all()
-    call(
-        "data.py",
-        "list.csv",
-        "--out",
-        "all",
-        "--size",
-        16,
-        "--emoticons",
-        "--min-per-tag",
-        1,
-        cwd=tmp_path,
-        check=0,
-    )
-    words = data.open_split(tmp_path / "all", "train")["header"]["tags"]
-    assert words[:3] == ["smile", ":d", "hat"] and len(words) == 3 + split["labels"].sum()
-    done = call(
-        "data.py",
-        "list.csv",
-        "--out",
-        "few",
-        "--size",
-        16,
-        "--tag-importance",
-        0.2,
-        cwd=tmp_path,
-        check=0,
-    )
-    assert data.open_split(tmp_path / "few", "train")["header"]["tags"] == [
-        "hat"
-    ]  # every picture has smile
-    left_out = "1 emoticons, 7 on fewer than 2 pictures, 1 of an importance up to 0.2"
-    assert f"tags: 1 of 10 are learned; {left_out}" in done.stdout
-    (tmp_path / "list.csv").write_text(
-        "path,label\n" + "\n".join(row.partition(",,")[0] for row in rows)
-    )
-    assert "--emoticons has no effect" in refused(
-        call("data.py", "list.csv", "--out", "no", "--emoticons", cwd=tmp_path)
-    )
+    done = call("data.py", "list.csv", "--out", "told", "--size", 16, cwd=tmp_path, check=0)
+    assert "tags: 2 of 10 are learned; 1 emoticons, 7 on fewer than 2 pictures" in done.stdout
 
 
-@pytest.mark.parametrize("tag", [":d", "^_^", "o_o", ">_<", "xD", "x3", "0_0", ";)", "\\o/"])
-def test_emoticons_are_told_from_words(tag):
-    assert tags.is_emoticon(tag)
+def test_emoticons_are_told_from_words():
+    faces = ":d ^_^ o_o >_< xD x3 0_0 ;) \\o/"
+    assert all(map(tags.is_emoticon, faces.split()))
+    words = "1girl hat 猫 c_cup t-shirt 3d fate/zero v ..."
+    assert not any(map(tags.is_emoticon, words.split()))
 
 
-@pytest.mark.parametrize(
-    "tag", ["1girl", "hat", "猫", "c_cup", "t-shirt", "3d", "fate/zero", "v", "..."]
-)
-def test_words_are_no_emoticons(tag):
-    assert not tags.is_emoticon(tag)
-
-
-def test_the_importance_of_a_tag_is_the_papers():
-    lists = [("a", "b"), ("a",), ("a", "b", "c", "d"), ("e",)]
-    assert tags.importance(lists)["a"] == pytest.approx((1 / 2 + 1 + 1 / 4) * np.log(4 / 3))
-    assert tags.importance(lists)["c"] == pytest.approx(1 / 4 * np.log(4))
+def test_a_tag_that_is_said_twice_of_one_picture_is_on_one():
     lists = [("a", "a"), ("b",), ("b",)]
     twice = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
-    assert tags.vocabulary(twice)[0] == [
-        "b"
-    ]  # a tag that is said twice of one picture is still on one
+    assert tags.vocabulary(twice)[0] == ["b"]
 
 
 def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     lists = [tuple(f"tag{j}" for j in range(i + 1)) for i in range(400)]
     records = [sources.Record(str(i), "", split="train", tags=some) for i, some in enumerate(lists)]
-    words, _ = tags.vocabulary(records, least=1)
+    words, _ = tags.vocabulary(records)
     dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
     assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
     rows = [row["tags"] for _, row in stream(records[::399])]
@@ -1068,22 +986,3 @@ def test_the_figure_crop_follows_box_alpha_or_colours(by, centre):
     y, x = np.nonzero(got["images"][..., 0] > 200) if by != "alpha" else np.nonzero(got["fg"] > 128)
     assert abs(y.mean() - 19.5) < 3 and abs(x.mean() - 19.5) < 3
     assert 0.3 < len(y) / 1600 < 0.8  # pi/4/1.2^2 = .55 with the margin asked for
-
-
-def test_a_boxes_file_of_another_set_is_one_line(tmp_path):
-    draw_folder(tmp_path / "images")
-    (tmp_path / "boxes.txt").write_text("other.png 1 2 3 4\n")
-    line = refused(
-        call(
-            "data.py",
-            "images",
-            "--out",
-            "out",
-            "--boxes",
-            "boxes.txt",
-            "--crop",
-            "figure",
-            cwd=tmp_path,
-        )
-    )
-    assert "--boxes boxes.txt names none" in line
