@@ -393,7 +393,7 @@ def main():
     if args.dry:
         print(*(f"  {arm}, seed {seed}" for arm, seed in left), sep="\n")
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which nohup ignores
     save_plan(args, arms, seeds, folder)
     failed = run_all(left, args, folder)
     study = report.judged([report.open_folder(folder)])[0]
