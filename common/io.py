@@ -123,13 +123,25 @@ def open_tensors(path, remedy="remove it and make it again"):
 # ---- files that are written ----------------------------------------------------------------------
 
 
+def remove_leftovers(path):
+    """Remove temporary files of path whose process was killed while it wrote (on POSIX)."""
+    for old in path.parent.glob(f".{path.name}.*.tmp") if os.name == "posix" else ():
+        try:
+            os.kill(int(old.name.split(".")[-2]), 0)  # signal 0 only asks whether it is alive
+        except (ProcessLookupError, ValueError):
+            old.unlink(missing_ok=True)
+        except PermissionError:  # a process of another user
+            continue
+
+
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as temporary: write there, and it replaces path whole, or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # that of a killed process is written over
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         yield temporary
         with open(temporary, "r+b") as f:  # Windows syncs only what is open for writing
             os.fsync(f.fileno())
