@@ -1,9 +1,9 @@
 """The contrastive loss of two views: two crops of an image, masked independently, find each other.
 
-No loss of a masked autoencoder asks the CLS token to attend to anything, so its attention tells
-little but where a patch is. This second loss does (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT, Lehner et
-al. 2023, arXiv:2304.10520), or a pooler that reads the patch tokens and changes nothing in them
-(model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
+No loss of a masked autoencoder trains its CLS token, so the attention of that token tells little
+but where a patch is. This second loss trains it (CAN, Mishra et al. 2022, arXiv:2210.16870; MAE-CT,
+Lehner et al. 2023, arXiv:2304.10520). Or it trains a pooler that reads the patch tokens and changes
+nothing in them (model.Pooler). Of the 2B views of a batch, let i and j be the views of one image:
 
     h = unit(projector(s))          s (2B, D): the CLS token, or the pooler over visible patches
     L_i = -log exp(h_i h_j / T) / sum_k exp(h_i h_k / T)
