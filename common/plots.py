@@ -151,7 +151,7 @@ def attention_on(axis, held):
     for name, (mark, colour) in styles.items():
         plot_rows(axis, ratios, "epoch", name, mark, color=colour, label=name, markersize=4)
     axis.axhline(1, color=INK, lw=0.8)
-    axis.set(title="Where the teacher looks", xlabel="epoch", ylabel="attention / area, shares")
+    axis.set(title="What the teacher attends to", xlabel="epoch", ylabel="attention / area, shares")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
