@@ -12,6 +12,7 @@ differences   further differences that the table answers
 hypotheses    claims with a verdict; pilots: runs whose seeds are never reported, for the threshold
 made          {name: commands}: what {name} in an arm stands for, made once; its last folder
 trials        {name: flags}: one is chosen on dev (`dev`: file and path of the score)
+tuned_as      {name: another one whose choice it takes}
 set           values of words in braces; --set of run.py replaces them
 needs         {word of a command: the library that it needs}
 planes        {array that the data set has to have: the command that makes such a set}
@@ -337,6 +338,128 @@ PLANS["shape"] = OF_RECOGNITION | recognition(
     **{f"{name}-full": (FULL, name, FULL_LR) for name in MADE if name not in ENCODERS},
 )
 PLANS["shape"] |= {"question": "Which pictures, patches, batches and depths transfer best?"}
+
+# ---- what does pre-training buy? Total minutes of one core, pre-training counted ------------------
+
+# Seconds of CPU time that an epoch of faces20 takes on one core (AMD EPYC, bf16, torch 2.13), so
+# that every machine makes the same runs. Of a recogniser with its evaluation on dev.
+SECONDS = {"mae": 25, "agree": 50, "lora": 15, "full": 15, "vit": 15, "resnet10": 20}
+MINUTES = (3, 6, 12, 24)
+IMAGES = 7269
+SHARED_BY = 10  # so many recognisers share an encoder, in the part with few labels
+MOST_EPOCHS = 200
+LABELS = {"5 labels": 5 * 20, "20 labels": 20 * 20, "363 labels": IMAGES}  # of each character
+ON_TEST = f"{ON} --split {{split}} --epochs"
+PLAIN_MAE = "pretrain.py --data {data} --seed {seed} --model nano --mask random --eval-every 1000"
+PRE_TRAINED = {"mae": f"{PLAIN_MAE} --contrast none", "agree": PLAIN_MAE}
+FINE_TUNED = {"lora": "--method lora --keep 0.25", "full": "--method full --keep 0.25"}
+FROM_SCRATCH = {
+    "vit": f"finetune_lora.py weights/toon {FINE_TUNED['full']} --from-scratch --image-size 64",
+    "resnet10": "-m experiments.convnets resnet10 --method full --from-scratch --image-size 64",
+}
+WIDE_LR, WIDE_LORA = rates("--lr", 3e-4, 1e-3, 3e-3, 1e-2), rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def epochs_in(name, minutes, images=IMAGES):
+    return max(1, round(60 * minutes / SECONDS[name] * IMAGES / images))
+
+
+def recognisers(minutes, encoder_minutes, label, data="{data}", images=IMAGES):
+    """{"NAME, LABEL": commands}: what can be made in so many minutes, pre-trained and from scratch.
+
+    encoder_minutes: how much of them is pre-training's. The encoder is {mae24} or alike.
+    """
+    arms = {}
+    for (encoder, share), (method, flags) in product(encoder_minutes.items(), FINE_TUNED.items()):
+        epochs = min(MOST_EPOCHS, epochs_in(method, minutes - share, images))
+        command = f"finetune_lora.py {{{encoder}}} {ON_TEST} {epochs} {flags}"
+        arms[f"{encoder.rstrip('0123456789')}-{method}, {label}"] = command
+    for name, command in FROM_SCRATCH.items():
+        epochs = min(MOST_EPOCHS, epochs_in(name, minutes, images))
+        arms[f"{name}, {label}"] = f"{command} {ON_TEST} {epochs}"
+    return {arm: [command.replace("{data}", data)] for arm, command in arms.items()}
+
+
+BOUGHT = {"few5": ["-m experiments.subset {data} --pictures 5 --draw {seed}"]}
+BOUGHT["few20"] = [BOUGHT["few5"][0].replace("5", "20")]
+BOUGHT_ARMS = {}
+for total in MINUTES:  # half of them are pre-training's
+    for name, command in PRE_TRAINED.items():
+        BOUGHT[f"{name}{total}"] = [f"{command} --epochs {epochs_in(name, total / 2)}"]
+    halves = {f"{name}{total}": total / 2 for name in PRE_TRAINED}
+    BOUGHT_ARMS |= recognisers(total, halves, f"{total} min")
+AMORTISED = {f"{name}24": 12 / SHARED_BY for name in PRE_TRAINED}
+for label, images in LABELS.items():
+    source = "{data}" if images == IMAGES else f"{{few{images // 20}}}"
+    BOUGHT_ARMS |= recognisers(6, AMORTISED, label, source, images)
+
+
+def tuned_as(name):
+    """The rates of 6 minutes hold for all minutes, those of 20 labels for few labels."""
+    arm, _, label = name.partition(", ")
+    if not label:
+        return arm.rstrip("0123456789") + "6"
+    return f"{arm}, 20 labels" if label in ("5 labels", "20 labels") else f"{arm}, 6 min"
+
+
+PLANS["minutes"] = OF_RECOGNITION | {
+    "question": "What does pre-training buy, if its minutes count, and if ten recognisers share it?",
+    "seeds": range(4000, 4003),
+    "made": BOUGHT,
+    "arms": BOUGHT_ARMS,
+    "against": {arm: f"resnet10, {arm.partition(', ')[2]}" for arm in BOUGHT_ARMS},
+    "tuned_as": {name: tuned_as(name) for name in (*BOUGHT, *BOUGHT_ARMS) if "few" not in name},
+    "trials": dict.fromkeys(["mae6", "agree6"], BLR),
+    "trial_share": 1.0,
+    "set": {"split": "test"},
+    "right": {"top1": (0, "metrics-test.json", "right")},
+    "columns": {
+        "top1": ("Top-1, %", 0, "metrics-test.json", "top1", 1),
+        "macro_f1": ("macro-F1", 0, "metrics-test.json", "macro_f1", 1),
+        "epochs": ("epochs", 0, "metrics-test.json", "config/epochs", 1),
+        "minutes": ("minutes",),
+    },
+}
+for name in ("6 min", "20 labels"):
+    PLANS["minutes"]["trials"] |= {
+        arm: WIDE_LORA if "-lora" in arm else WIDE_LR for arm in BOUGHT_ARMS if name in arm
+    }
+
+# ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
+
+KNOWN = "--data {known} --seed {seed} --split test --keep 0.25 --epochs 8"
+KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
+STRANGERS = "recognize.py {0} --verify --data {data} --split {split}"
+OF_STRANGERS = {
+    "auroc_unknown": "unknown, AUROC",
+    "strangers_unknown_at_5": "strangers called unknown where 5 % of known ones are, %",
+    "strangers_unknown": "strangers called unknown, %",
+    "known_rejected": "known ones called unknown, %",
+}
+PLANS["strangers"] = OF_RECOGNITION | {
+    "question": "How many faces of strangers are called unknown, if nothing has ever seen them?",
+    "seeds": range(5),  # each draws other known characters
+    "made": {
+        "known": ["-m experiments.subset {data} --characters 16 --draw {seed}"],
+        "own": [PLAIN_MAE.replace("{data}", "{known}") + " --epochs 4"],
+    },
+    "arms": {
+        f"{name}-{method}": [f"finetune_lora.py {encoder} {KNOWN} --method {method}", STRANGERS]
+        for (name, encoder), method in product(KNOWN_BY.items(), ("lora", "full"))
+    },
+    "trials": {},
+    "set": {"split": "test"},
+    "right": {},
+    "compare": ("auroc_unknown", "strangers_unknown_at_5"),
+    "columns": {
+        name: (heading, 1, "recognize.json", f"open_set/{name}", 1)
+        for name, heading in OF_STRANGERS.items()
+    }
+    | {
+        "calibration_error": ("calibration error", 1, "recognize.json", "calibration_error", 1),
+        "top1": ("Top-1 of known ones, %", 0, "metrics-test.json", "top1", 1),
+    },
+}
 
 ADAPT = f"finetune_lora.py {{encoder}} {ON} --method"
 PLANS["adapt"] = OF_RECOGNITION | {

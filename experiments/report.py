@@ -300,6 +300,41 @@ def draw(path, study):
         axes[0, 0].set_ylim(len(study.rows) - 0.5, -0.5)
 
 
+def lines_of(study):
+    """Arms "NAME, 12 min" -> {"min": {"NAME": {12.0: values of the first column}}}; {} of others."""
+    column, found = next(iter(study.plan["columns"])), {}
+    for arm, seeds in study.rows.items():
+        name, _, place = arm.partition(", ")
+        x, _, unit = place.partition(" ")
+        if not x.isdigit():
+            return {}
+        found.setdefault(unit, {}).setdefault(name, {})[float(x)] = values_of(seeds, column)
+    return found
+
+
+def draw_lines(path, study, found):
+    """A panel for each unit: a line through the means of each name, and a dot for each seed."""
+    from common import plots
+
+    heading = next(iter(study.plan["columns"].values()))
+    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
+    size = (5.2 * len(found), 4.2)
+    with plots.panels(path, title, 1, len(found), size, sharey=True, squeeze=False) as axes:
+        for axis, (unit, lines) in zip(axes[0], found.items(), strict=True):
+            for colour, (name, points) in zip(plots.COLOURS, lines.items(), strict=False):
+                xs = sorted(points)
+                axis.plot(xs, [np.mean(points[x]) for x in xs], color=colour, label=name)
+                for x in xs:
+                    axis.plot([x] * len(points[x]), points[x], "o", ms=4, alpha=0.6, color=colour)
+            axis.set_xscale("log")
+            ticks = sorted(set().union(*lines.values()))
+            axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axis.minorticks_off()
+            axis.set(xlabel=unit)
+        axes[0, 0].set(ylabel=heading)
+        axes[0, 0].legend(loc="lower right")
+
+
 def write(study, figure=False):
     """The files of one of `judged`."""
     plan, folder = study.plan, study.folder
@@ -313,7 +348,11 @@ def write(study, figure=False):
     for hypothesis in study.hypotheses:
         text += hypothesis_table(hypothesis)
     if figure:
-        draw(folder / "figure.png", study)
+        lines = lines_of(study)
+        if lines:
+            draw_lines(folder / "figure.png", study, lines)
+        else:
+            draw(folder / "figure.png", study)
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]

@@ -150,6 +150,7 @@ def epochs_in(command, args, minutes, share):
 
 def best_flags(name, args):
     """The flags with which an arm, or what arms are made of, is best on dev."""
+    name = args.plan.get("tuned_as", {}).get(name, name)
     trials = args.plan.get("trials", {}).get(name, [""])
     if len(trials) == 1:
         return trials[0]

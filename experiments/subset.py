@@ -1,0 +1,98 @@
+"""A packed set with fewer characters or fewer pictures, for studies of small collections.
+
+    python -m experiments.subset datasets/mine --pictures 5 --out datasets/mine-5
+    python -m experiments.subset datasets/mine --characters 16 --draw 3 --out datasets/mine-16
+
+Reads:  datasets/NAME
+Writes: OUT/{train,dev,val,test}.safetensors
+
+--characters: the others leave every split. --pictures: of train and dev so many of each character
+stay; val and test stay whole. The smaller of two subsets of one --draw is a part of the larger.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+import data
+from common.command import Parser, at_least, claim, cli
+from common.io import UserError, read_safetensors, save_safetensors
+from ingest.pack import written_aside
+
+THINNED = ("train", "dev")
+SPLITS = (*THINNED, "val", "test")
+PER_IMAGE = ("keys", "groups")  # lists of the header
+
+
+def order_of(name, draw):
+    """A number that orders names at random, the same way in every call with one draw."""
+    return hashlib.blake2b(f"{draw}/{name}".encode()).digest()
+
+
+def characters_of(names, count, draw):
+    """-> so many of the names, in their old order."""
+    chosen = sorted(names, key=lambda name: order_of(name, draw))[:count]
+    return [name for name in names if name in chosen]
+
+
+def pictures_of(labels, keys, count, draw):
+    """labels (n,), names of the pictures -> rows, ascending: at most `count` of each label."""
+    chosen = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen += sorted(rows, key=lambda row: order_of(keys[row], draw))[:count]
+    return np.sort(chosen)
+
+
+def thinned(tensors, header, classes, pictures, draw):
+    """A split -> the same with these classes, and of each at most so many pictures (None: all)."""
+    old = header["classes"]
+    new_label = np.array([classes.index(name) if name in classes else -1 for name in old])
+    labels = new_label[tensors["labels"]]
+    rows = np.flatnonzero(labels >= 0)
+    if pictures is not None:
+        keys = [header["keys"][row] for row in rows]
+        rows = rows[pictures_of(labels[rows], keys, pictures, draw)]
+    tensors = {name: array[rows] for name, array in tensors.items()}
+    tensors["labels"] = tensors["labels"].new_tensor(labels[rows])
+    lists = {name: [header[name][row] for row in rows] for name in PER_IMAGE if header.get(name)}
+    pixels = hashlib.blake2b(tensors["images"].numpy().data, digest_size=6).hexdigest()
+    return tensors, header | lists | {"classes": classes, "pixels": pixels}
+
+
+def parse_args():
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("data", type=Path, metavar="DIR", help="a packed set with labels")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--characters", type=at_least(2), metavar="N", help="how many stay (default: all)")
+    add("--pictures", type=at_least(2), metavar="N", help="of each in train and in dev, at most")
+    add("--draw", type=at_least(0), default=0, metavar="N", help="which ones stay")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    claim([args.out])
+    train = data.open_split(args.data, "train")
+    if not data.has_labels(train):
+        raise UserError(f"{args.data} has no labels, or one character; choose another set")
+    names = train["header"]["classes"]
+    if args.characters and args.characters > len(names):
+        raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
+    classes = characters_of(names, args.characters or len(names), args.draw)
+    with written_aside(args.out) as folder:
+        for name in SPLITS:
+            path = args.data / f"{name}.safetensors"
+            if not path.exists():
+                continue
+            pictures = args.pictures if name in THINNED else None
+            split = thinned(*read_safetensors(path), classes, pictures, args.draw)
+            save_safetensors(split[0], folder / path.name, split[1])
+            print(f"{args.out}/{path.name}: {len(split[0]['labels']):,} images")
+    print(f"{len(classes)} of {len(names)} characters: {', '.join(classes)}")
+
+
+if __name__ == "__main__":
+    cli(main)
