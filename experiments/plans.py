@@ -432,12 +432,12 @@ KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
 STRANGERS = "recognize.py {0} --verify --data {data} --split {split}"
 OF_STRANGERS = {
     "auroc_unknown": "unknown, AUROC",
-    "strangers_unknown_at_5": "strangers called unknown where 5 % of known ones are, %",
-    "strangers_unknown": "strangers called unknown, %",
+    "strangers_unknown_at_5": "unknown ones called unknown where 5 % of known ones are, %",
+    "strangers_unknown": "unknown ones called unknown, %",
     "known_rejected": "known ones called unknown, %",
 }
 PLANS["strangers"] = OF_RECOGNITION | {
-    "question": "How many faces of strangers are called unknown, if nothing has ever seen them?",
+    "question": "How many unknown characters are called unknown, if no part of it has seen them?",
     "seeds": range(5),  # each draws other known characters
     "made": {
         "known": ["-m experiments.subset {data} --characters 16 --draw {seed}"],
