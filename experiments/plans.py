@@ -341,9 +341,10 @@ PLANS["shape"] |= {"question": "Which pictures, patches, batches and depths tran
 
 # ---- what does pre-training buy? Total minutes of one core, pre-training counted ------------------
 
-# Seconds of CPU time that an epoch of faces20 takes on one core (AMD EPYC, bf16, torch 2.13), so
-# that every machine makes the same runs. Of a recogniser with its evaluation on dev.
-SECONDS = {"mae": 25, "agree": 50, "lora": 15, "full": 15, "vit": 15, "resnet10": 20}
+# Seconds of CPU time that an epoch of faces20 takes (AMD EPYC, OMP_NUM_THREADS=1, the commands of
+# this plan with 1 and with 2 epochs), so that every machine makes the same runs. A recogniser's
+# include its evaluation on dev.
+SECONDS = {"mae": 16, "agree": 44, "lora": 24, "full": 21, "vit": 21, "resnet10": 20}
 MINUTES = (3, 6, 12, 24)
 IMAGES = 7269
 SHARED_BY = 10  # so many recognisers share an encoder, in the part with few labels
