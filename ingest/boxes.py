@@ -31,7 +31,7 @@ from ingest.sources import BOX, Record, box_of, nfc, refuse_odd, table_rows
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 
 
-# ---- readers: yield (picture, class, box); class and box are None for a picture without boxes ----
+# ---- readers: yield (picture, class, box); the box is None of a picture without boxes -------------
 
 
 def from_coco(path):
@@ -51,8 +51,7 @@ def from_coco(path):
 
 def from_csv(path):
     for where, cells in table_rows(path, ("path", *BOX, "label")):
-        box = box_of(cells, where)
-        yield cells["path"], cells.get("label", "face") if box else None, box
+        yield cells["path"], cells.get("label", "face"), box_of(cells, where)
 
 
 def from_voc(root):

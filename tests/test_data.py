@@ -456,6 +456,7 @@ def test_no_copy_of_a_later_split_is_left(dedupe):
         records, pairs = records_of(seed, order)
         left, _ = splits.without_copies(records, None, pairs, dedupe, False)
         kept = {r.key for r in left}
+        assert dedupe == "group" or all(r.group == r.key for r in left)
         roots = splits.duplicates.join(len(records), pairs)
         for root in set(roots):
             own = [r for r, other in zip(records, roots, strict=True) if other == root]
@@ -468,8 +469,13 @@ def test_pictures_without_a_split_beside_given_ones_are_train():
     rows, shares = [(None, str(i)) for i in range(40)], {"train": 0.5, "val": 0.25, "test": 0.25}
     dealt = splits.assign_splits(["val"] * 10 + [None] * 30, rows, shares, 0, 0)
     assert dealt == ["val"] * 10 + ["train"] * 30
+    given = ["dev", "val", *["train"] * 38]
+    assert splits.assign_splits(given, rows, shares, 0.5, 0) == given
     dealt = splits.assign_splits([None] * 40, rows, shares, 0, 0)
     assert Counter(dealt) == {"train": 20, "val": 10, "test": 10}
+    given = ["train", "test"] * 20  # a val is taken out of train
+    dealt = splits.assign_splits(given, rows, shares, 0, 0)
+    assert Counter(dealt) == {"train": 15, "val": 5, "test": 20} and dealt[1::2] == ["test"] * 20
 
 
 def test_the_name_of_a_group_is_the_pattern_else_the_source_else_the_key():
@@ -479,7 +485,7 @@ def test_the_name_of_a_group_is_the_pattern_else_the_source_else_the_key():
     assert [r.group for r in splits.join_groups(records, None, [])] == ["7", "7", "x/c.png"]
     assert [r.group for r in splits.join_groups(records, "^(.)_", [])] == ["a", "7", "x/c.png"]
     assert [r.group for r in splits.join_groups(records, "^._", [(0, 2)])] == ["a_", "7", "a_"]
-    with pytest.raises(UserError, match="--group-by z matches none"):
+    with pytest.raises(UserError, match="z matches none of the names, such as a_1"):
         splits.join_groups(records, "z", [])
 
 
@@ -492,6 +498,17 @@ def test_half_of_a_given_val_becomes_test_in_whole_groups():
     assert splits.hold_out_test(given[50:], groups[50:], 0.5) == dealt[50:]  # its own rows decide
     assert 60 < splits.hold_out_test(given, groups, 0.2).count("test") < 100
     assert splits.hold_out_test([*given, "test"], [*groups, "other"], 0.5) == [*given, "test"]
+
+
+def test_classes_of_the_least_size_stay_and_pictures_without_a_class_go():
+    records = [sources.Record(str(i), "", label) for i, label in enumerate("aaabb")]
+    records.append(sources.Record("x", ""))
+    kept, (note,) = splits.large_enough(records, 3)
+    assert kept == records[:3] and note.startswith("3 images left out: 1 classes")
+    assert splits.large_enough(records, 0) == (records, [])
+    assert splits.large_enough(records[:3], 3) == (records[:3], [])
+    with pytest.raises(UserError, match="the largest class has 3 images"):
+        splits.large_enough(records, 4)
 
 
 def test_small_classes_are_left_out_and_train_becomes_long_tailed(tmp_path):

@@ -201,6 +201,8 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     content = next(fetch(records))[1]()
     row = boxes.decode(content, 40, records[0].box, 3, False)["boxes"]
     assert np.allclose(row[2], (70 / 80, 30 / 80, 1, 40 / 80))
+    row = boxes.decode(content, 40, [(-9, -9, 20, 40)], 1, False)["boxes"]
+    assert np.allclose(row, (0, 0, 20 / 80, 40 / 80))
     with pytest.raises(ValueError, match="outside of the picture"):
         boxes.decode(content, 40, [(81, 1, 99, 9)], 1, False)
     words = (path, "--detect", "--out", "packed", "--split", ".4,.3,.3")
@@ -251,7 +253,7 @@ WRONG = (  # a file, its text, a word of the refusal
     ("x.json", IMAGES % ('"a\\nb.png"', 1, ""), "rename it"),
     ("x.csv", "a.png,1,2,3,nose", "line 1: 1,2,3,nose is no box"),
     ("x.csv", "a.png,1,2,3,4\na.png,1,2,,4", "line 2: 1,2,,4 is no box"),
-    ("Annotations/a.xml", OBJECT % "<object/>", "annotation of Pascal VOC"),
+    ("Annotations/a.xml", OBJECT % "<object/>", "a.xml is not a whole annotation"),
     ("Annotations/a.xml", "<annotation>", "annotation of Pascal VOC"),
     ("labels/a.txt", "0 .5 .5 here .1", "boxes, line 1"),
     ("labels/a.txt", "0 .5 .5 .1 .1 .9\n0 .1 .1 .9 .1 .5 .9", "boxes, line 2"),

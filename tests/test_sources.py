@@ -63,24 +63,28 @@ def many(*folders, each=4):
 
 SPLITS = many("train/a", "train/b", "test/a", "test/b")
 SERIES = many("genshin/hutao", "genshin/venti", "honkai/kiana", "honkai/mei")
-WRAPPED = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
+OWN = many("train/train_images/a", "train/train_images/b", "test/test_set/a", "test/test_set/b")
+SPELLED = many("Training/a", "Training/b", "test-set/a", "test-set/b")
 FLAT = [f"{i}.png" for i in range(8)]
-BOTH = "train/a train/b test/a test/b"
+LINE = many("train/s/a", "train/s/b", "train/t/c")
+INSIDE = many("a/train", "a/test", "b/train", "b/raw")
+ALL = "train/a train/b test/a test/b"
 PEOPLE = "-/hutao -/venti -/kiana -/mei"
+NUMBERED = "-/class, the numbers before names left out"
 LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside, other reading
     (many("a", "b"), "class", "-/a -/b", 0, None),
     (many("a/x"), "-/class", "-/x", 0, None),
     (many("x/y/a", "x/y/b"), "-/-/class", "-/a -/b", 0, None),
-    (SPLITS, "split/class", BOTH, 0, None),
+    (SPLITS, "split/class", ALL, 0, None),
     (many("train/a", "test/a"), "split/class", "train/a test/a", 0, None),
-    ([f"set/{n}" for n in SPLITS], "-/split/class", BOTH, 0, None),
-    (many("Training/a", "Training/b", "test-set/a", "test-set/b"), "split/class", BOTH, 0, None),
+    ([f"set/{n}" for n in SPLITS], "-/split/class", ALL, 0, None),
+    (SPELLED, "split/class", ALL, 0, None),
     (many("train/genshin/a", "train/genshin/b"), "split/-/class", "train/a train/b", 0, None),
-    (WRAPPED, "split/-/class", BOTH, 0, None),
-    (many("a/train", "b/train", "a/test", "b/test"), "class/split", BOTH, 0, None),
-    (["x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (OWN, "split/-/class", ALL, 0, None),
+    (many("a/train", "b/train", "a/test", "b/test"), "class/split", ALL, 0, None),
+    (["x.png", *SPLITS], "split/class", ALL, 1, None),
     (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1, None),
-    (["train/x.png", *SPLITS], "split/class", BOTH, 1, None),
+    (["train/x.png", *SPLITS], "split/class", ALL, 1, None),
     (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0, None),
     (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0, None),
     ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", "-/a -/b", 0, None),
@@ -88,9 +92,17 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("train", "val"), "split", "train/- val/-", 0, None),
     (many("val", "test", "x"), "split", "val/- test/-", 4, "class"),
     (many("train/a", "train/b", "test"), "split/class", "train/a train/b test/-", 0, None),
-    # numbers before names: AnimeFace Character, kohya's scripts, with pictures of classes beside
-    (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], "-/class, the num", "-/a -/b", 1, None),
-    (many("img/10_a", "img/5_a", "reg/1_b"), "-/class, the num", "-/a -/b", 0, "class"),
+    (
+        many("train/a", "train/b") + many("val", each=9),
+        "split/class",
+        "train/a train/b val/-",
+        0,
+        None,
+    ),
+    (many("s/train/a", "s/train/b", "s/test"), "-/split/class", "train/a train/b test/-", 0, None),
+    # numbers before names: AnimeFace Character, kohya's scripts, and what only looks like them
+    (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], NUMBERED, "-/a -/b", 1, None),
+    (many("img/10_a", "img/5_a", "reg/1_b"), NUMBERED, "-/a -/b", 0, "class"),
     (many("img/10_a", "reg/1_b"), "class", "-/img -/reg", 0, None),
     (many("10_a", "b"), "class", "-/10_a -/b", 0, None),
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0, None),
@@ -98,31 +110,15 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (many("a/2019", "a/2020", "b/2019"), "class", "-/a -/b", 0, "-/class"),
     (SERIES, "-/class", PEOPLE, 0, "class"),
     ([f"set/{n}" for n in SERIES], "-/-/class", PEOPLE, 0, "-/class"),
-    (
-        many("train/s/a", "train/s/b", "train/t/c"),
-        "split/-/class",
-        "train/a train/b train/c",
-        0,
-        "split/class",
-    ),
+    (LINE, "split/-/class", "train/a train/b train/c", 0, "split/class"),
     (many("train/a", "train/b", "c", "d"), "split/class", "train/a train/b", 8, "class"),
-    (
-        many("a/train", "a/test", "b/train", "b/raw"),
-        "class/split",
-        "train/a test/a train/b",
-        4,
-        "class",
-    ),
+    (INSIDE, "class/split", "train/a test/a train/b", 4, "class"),
     ([*many("a", "b"), *FLAT], "class", "-/a -/b", 8, "-"),
     ([*many("a", "b"), *FLAT, "x.png"], "pictures only", "-/-", 0, "class"),
-    (
-        [*many("train/a", "train/b"), *many("train", each=8)],
-        "split/class",
-        "train/a train/b",
-        8,
-        "split",
-    ),
+    ([*SPLITS[:6], *many("train", "test", each=3)], "split/class", ALL, 6, "split"),
     ([*many("train/a"), *many("train", each=5)], "split", "train/-", 0, "split/class"),
+    ([*many("a", "b", each=8), *FLAT[:3]], "class", "-/a -/b", 3, None),
+    ([*many("a", "b", each=8), *FLAT[:4]], "class", "-/a -/b", 4, "-"),
     ([*many("a", "b", each=40), *FLAT[:4]], "class", "-/a -/b", 4, None),
     ([*many("a", "b", each=40), *FLAT[:5]], "class", "-/a -/b", 5, "-"),
 )
@@ -136,16 +132,15 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     assert {f"{r.split or '-'}/{r.label or '-'}" for r in records} == set(said.split())
     assert len(records) == len(names) - aside
     labels = {r.label for r in records} - {None}
-    assert line.startswith(f"read as {what}" + ": " * (what[-1] != "m"))
+    assert line.startswith(f"read as {what}: ")
     assert (f"{len(labels)} class" if labels else "no labels") in line
     assert (f"; {aside} pictures set aside (" in line) == (aside > 0)
+    assert ("without a label" in line) == (bool(labels) and None in {r.label for r in records})
     assert re.findall(r"--layout (\S+) reads", line) == ([other] if other else [])
+    assert len(sources.find(tmp_path, layout=())[0]) == len(names)
     if other:
         _, _, (line,) = sources.find(tmp_path, layout=layouts.parse_layout(other))
-        assert line.startswith(
-            f"read as {other.replace('-', 'pictures only') if other == '-' else other}: "
-        )
-    assert len(sources.find(tmp_path, layout=())[0]) == len(names)
+        assert line.startswith(f"read as {'pictures only' if other == '-' else other}: ")
 
 
 def test_the_line_names_splits_classes_and_what_is_set_aside():
@@ -169,6 +164,20 @@ SPLIT_NAMES = {
 def test_names_of_splits(split):
     assert {layouts.split_of(name) for name in SPLIT_NAMES[split].split()} == {split}
     assert layouts.split_of("") is None and layouts.split_of("test 2") == "test"
+
+
+def test_a_layout_is_one_split_one_class_and_levels_that_say_nothing():
+    said = {
+        "-/Class/": ("-", "class"),
+        "split/-": ("split",),
+        "-": (),
+        "class/split": ("class", "split"),
+    }
+    assert {text: layouts.parse_layout(text) for text in said} == said
+    for text in ("split/split", "class/-/class", "split/name", ""):
+        with pytest.raises(UserError, match="--layout"):
+            layouts.parse_layout(text)
+    assert layouts.detect([]) == ((), None)
 
 
 def test_layout_is_a_flag_that_begins_with_a_dash_too(tmp_path):
@@ -200,11 +209,8 @@ def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
 
 
 def test_old_zip_names_are_read_as_utf8_or_japanese():
-    for code, name in (
-        ("utf-8", "初音ミク/1.png"),
-        ("cp932", "初音ミク/1.png"),
-        ("cp437", "é/1.png"),
-    ):
+    names = {"utf-8": "初音ミク/1.png", "cp932": "初音ミク/1.png", "cp437": "é/1.png"}
+    for code, name in names.items():
         info = zipfile.ZipInfo(name.encode(code).decode("cp437"))
         assert files.zip_name(info) == name
 
@@ -214,10 +220,7 @@ def test_where_a_list_of_whole_paths_lies_says_nothing_of_splits_and_classes(tmp
     lines = [f"{root}/miku/1.png\n", f"{root}/rin/3.png\n", f"{root}/miku/2.png\n", "\n"]
     records, fetch, note = sources.from_list(lines)
     assert note == "read as class: 2 classes (miku, rin)"
-    assert [(r.key, r.label) for r in records][::2] == [
-        ("miku/1.png", "miku"),
-        ("rin/3.png", "rin"),
-    ]
+    assert [r.key for r in records] == ["miku/1.png", "miku/2.png", "rin/3.png"]
     assert all(load() == (root / r.key).read_bytes() for r, load in fetch(records))
 
 
@@ -244,24 +247,14 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path):
 # ---- tables and published data sets --------------------------------------------------------------
 
 FACE = "personai_icartoonface_rectrain_0000"
-POSTS = [
-    {
-        "id": "263159",
-        "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile", "category": "0"}],
-    },
-    {
-        "id": 7,
-        "md5": "ab12",
-        "tag_string": "rin smile hat",
-        "tag_string_character": "rin",
-        "parent_id": 263159,
-    },
-    {"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"},
-    {"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}},
-    {"id": 11, "tags": [{"category": 4}]},
-    {"id": 999, "tag_string": "not_downloaded"},
-]
-LINES = "".join(json.dumps(post) + "\n" for post in POSTS)
+POSTS = """\
+{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile"}]}
+{"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159}
+{"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"}
+{"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}}
+{"id": 11, "tags": [{"category": 4}]}
+{"id": 999, "tag_string": "not_downloaded"}
+"""
 # as published: the folder is the last digits of Danbooru's id, then comes the head's box
 FACES = (
     "0159\\263159.jpg\t0\t1,2,20,21,0.99\n0933\\194933.jpg\t1\t1,2,20,21,0.91\n"
@@ -273,101 +266,56 @@ DAFRE |= {"labels/classid_classname.csv": '0,hatsune_miku\n1,"初音, ミク"\n'
 DAFRE_SAYS = ("train/hatsune_miku", "val/初音, ミク", "test/hatsune_miku")
 DAFRE_SAYS = dict(zip(PHOTOS, DAFRE_SAYS, strict=True))
 LABELS = {"train": "0,0159/263159.jpg", "val": "1,0933/194933.jpg", "test": "0,0001/1001.jpg"}
-TURNED = {split: ",".join(line.split(",")[::-1]) for split, line in LABELS.items()}
 # its archive of faces has folders without leading zeros, another way than faces.tsv
-ACRD = {f"faceimgs/{n}.jpg": None for n in ("159/263159", "933/194933", "1/1001")}
+ACRD = dict.fromkeys(f"faceimgs/{n}.jpg" for n in ("159/263159", "933/194933", "1/1001"))
+ACRD_SAYS = dict(zip(ACRD, ("-/miku", '-/"quoted', '-/"quoted'), strict=True))
+ACRD_LISTED = {"faceimgs/159/263159.jpg": "train/miku", "faceimgs/933/194933.jpg": 'test/"quoted'}
 ACRD |= {"tagIds.tsv": 'miku\t0\n"quoted\t1', "faces.tsv": FACES}
 LISTS = {"trainSplit.tsv": "263159\n1002\n", "testSplit.tsv": "194933\n"}
+CARTOONS = {f"icartoonface_rectrain/{FACE}{k}/x.jpg": None for k in (0, 1)}
+BOXES = f"{FACE}0/x.jpg\t2\t3\t20\t21\n{FACE}1/x.jpg\t1\t1\t2\t2"
 DANBOORU = ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg"]
 DANBOORU = dict.fromkeys([*DANBOORU, "8.png", "10.png", "11.png"])
+PEOPLE = {"512px/0159/263159.jpg": "-/miku", "images/ab/ab12.jpg": "-/rin", "10.png": "-/luka"}
+PEOPLE |= {"8.png": "-/-", "11.png": "-/-"}
+ARRAY = '[{"id": 263159, "tag_string_character": "miku"}, {"id": 7}, {"id": 5}]'
 IMAGES = dict.fromkeys(["a/1.png", "a/2.png", "b 3.png"])
 LISTED = {"a/1.png": "train/ミク", "a/2.png": "val/-", "b 3.png": "test/x"}
-SOURCES = {  # files, the path within, {key: split/label}, the notes after the first one
-    "DAF:re": (
-        DAFRE | {f"labels/{s}.csv": f"class_id,dir\n{line}" for s, line in LABELS.items()},
-        "",
-        DAFRE_SAYS,
-        [],
-    ),
-    "DAF:re, older": (
-        DAFRE | {f"labels/{s}.csv": line for s, line in TURNED.items()},
-        "",
-        DAFRE_SAYS,
-        [],
-    ),
-    "iCartoonFace": (
-        {f"icartoonface_rectrain/{FACE}{k}/x.jpg": None for k in (0, 1)}
-        | {
-            "icartoonface_rectrain_det.txt": f"{FACE}0/x.jpg\t2\t3\t20\t21\n{FACE}1/x.jpg\t1\t1\t2\t2"
-        },
-        "",
-        {f"{FACE}{k}/x.jpg": f"-/{FACE}{k}" for k in (0, 1)},
-        [],
-    ),
-    "ACRD": (
-        ACRD,
-        "",
-        {n: "-/miku" if "159" in n else '-/"quoted' for n in ACRD if n.endswith("jpg")},
-        ["1 lines of faces.tsv have no picture here"],
-    ),
-    "ACRD with lists": (
-        ACRD | LISTS,
-        "",
-        {"faceimgs/159/263159.jpg": "train/miku", "faceimgs/933/194933.jpg": 'test/"quoted'},
-        [
-            "1 lines of faces.tsv have no picture here",
-            "1 faces are in none of the lists, and left out",
-        ],
-    ),
-    "Danbooru": (
-        DANBOORU | {"metadata.jsonl": LINES + 14 * '{"id": 1}\n' + "{broken\n"},
-        "",
-        {
-            "512px/0159/263159.jpg": "-/miku",
-            "images/ab/ab12.jpg": "-/rin",
-            "8.png": "-/-",
-            "10.png": "-/luka",
-            "11.png": "-/-",
-        },
-        [
-            "15 lines of the metadata have no picture here",
-            "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21",
-        ],
-    ),
-    "an array of posts": (
-        {"7.png": None, "263159.png": None, "m.json": json.dumps([POSTS[0], {"id": 7}, {"id": 5}])},
-        "m.json",
-        {"263159.png": "-/miku", "7.png": "-/-"},
-        ["1 lines of the metadata have no picture here"],
-    ),
-    "csv": (
-        IMAGES | {"list.csv": "a/1.png,ミク,train\na/2.png,,valid\n\nb 3.png,x,test,hat\n"},
-        "list.csv",
-        LISTED,
-        [],
-    ),
-    "tsv": (
-        IMAGES
-        | {
-            "list.tsv": "Label\tfilename\tsplit\nミク\ta/1.png\ttrain\n\ta/2.png\tval\nx\tb 3.png\ttest"
-        },
-        "list.tsv",
-        LISTED,
-        [],
-    ),
-    "a name twice": (
-        IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
-        "list.csv",
-        {"a/1.png": "-/x", "b 3.png": "-/y"},
-        ["1 names came twice; the first of each is kept"],
-    ),
+CSV = "a/1.png,ミク,train\na/2.png,,valid\n\nb 3.png,x,test,hat\n"
+TSV = "Label\tfilename\tsplit\nミク\ta/1.png\ttrain\n\ta/2.png\tval\nx\tb 3.png\ttest"
+ABSENT = "lines of faces.tsv have no picture here"
+UNSURE = "1 faces are in none of the lists, and left out"
+UNKNOWN = "lines of the metadata have no picture here"
+BROKEN = "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"
+DAFRE_NOW = DAFRE | {f"labels/{s}.csv": f"class_id,dir\n{row}" for s, row in LABELS.items()}
+TURNED = {split: ",".join(row.split(",")[::-1]) for split, row in LABELS.items()}
+DAFRE_OLD = DAFRE | {f"labels/{s}.csv": row for s, row in TURNED.items()}
+CARTOONS |= {"icartoonface_rectrain_det.txt": BOXES}
+CARTOONS_SAY = {f"{FACE}{k}/x.jpg": f"-/{FACE}{k}" for k in (0, 1)}
+DUMP = DANBOORU | {"metadata.jsonl": POSTS + 14 * '{"id": 1}\n' + "{broken\n"}
+ARRAYED = {"7.png": None, "263159.png": None, "list.json": ARRAY}
+ARRAY_SAYS = {"263159.png": "-/miku", "7.png": "-/-"}
+TWICE = IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"}
+TWICE_SAYS = {"a/1.png": "-/x", "b 3.png": "-/y"}
+SOURCES = {  # name: files, {key: split/label}, what the notes after the first one say
+    "DAF:re": (DAFRE_NOW, DAFRE_SAYS, []),
+    "an older DAF:re": (DAFRE_OLD, DAFRE_SAYS, []),
+    "iCartoonFace": (CARTOONS, CARTOONS_SAY, []),
+    "ACRD": (ACRD, ACRD_SAYS, [f"1 {ABSENT}"]),
+    "ACRD with lists": (ACRD | LISTS, ACRD_LISTED, [f"1 {ABSENT}", UNSURE]),
+    "Danbooru": (DUMP, PEOPLE, [f"15 {UNKNOWN}", BROKEN]),
+    "an array of posts": (ARRAYED, ARRAY_SAYS, [f"1 {UNKNOWN}"]),
+    "csv": (IMAGES | {"list.csv": CSV}, LISTED, []),
+    "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
+    "a name twice": (TWICE, TWICE_SAYS, ["1 names came twice; the first of each is kept"]),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_published_data_sets_and_tables_keep_their_names_and_splits(tmp_path, name):
-    contents, within, says, notes = SOURCES[name]
-    path = lay(tmp_path, contents) / within
+    contents, says, notes = SOURCES[name]
+    lay(tmp_path, contents)
+    path = next(tmp_path.glob("list.*"), tmp_path)
     assert told(path) == says
     first, *more = sources.find(path)[2]
     assert first.startswith(f"read as {sources.reader_of(path)[1]}: ") and more == notes
@@ -380,31 +328,20 @@ def tags_of(path):
 def test_tags_come_from_tables_posts_and_captions_without_the_characters(tmp_path):
     rows = "path,tags\na/1.png,smile 1girl\na/2.png,\nb 3.png,\"brown hair, 'hat'\"\n"
     lay(tmp_path / "list", IMAGES | {"list.csv": rows})
-    assert list(tags_of(tmp_path / "list/list.csv").values()) == [
-        ("smile", "1girl"),
-        (),
-        ("brown hair", "'hat'"),
-    ]
-    lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": LINES})
-    found = sources.find(tmp_path / "posts")[0]
-    assert {r.key: (r.group, r.tags) for r in found} == {
-        "512px/0159/263159.jpg": ("263159", ("smile",)),
-        "images/ab/ab12.jpg": ("263159", ("smile", "hat")),
-        "8.png": ("8", ("smile",)),
-        "10.png": ("10", ("hat",)),
-        "11.png": ("11", ()),
-    }
-    kohya = {"10_miku/1": "solo, brown hair,\nsmile", "10_miku/2": "1girl", "3_rin hat/3": None}
-    for name, text in kohya.items():
-        lay(
-            tmp_path / "kohya",
-            {f"img/{name}.png": None} | ({f"img/{name}.txt": text} if text else {}),
-        )
-    assert tags_of(tmp_path / "kohya") == {
-        "1.png": ("solo", "brown hair", "smile"),
-        "2.png": ("1girl",),
-        "3.png": (),
-    }
+    words = {"1.png": ("smile", "1girl"), "2.png": (), "b 3.png": ("brown hair", "'hat'")}
+    assert tags_of(tmp_path / "list/list.csv") == words
+    lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS})
+    words = {"263159.jpg": ("smile",), "ab12.jpg": ("smile", "hat")}
+    words |= {"8.png": ("smile",), "10.png": ("hat",), "11.png": ()}
+    assert tags_of(tmp_path / "posts") == words
+    groups = {r.key: r.group for r in sources.find(tmp_path / "posts")[0]}
+    assert groups["images/ab/ab12.jpg"] == groups["512px/0159/263159.jpg"] == "263159"
+    names = ["img/10_miku/1", "img/10_miku/2", "img/3_rin hat/3"]
+    lay(tmp_path / "kohya", [f"{name}.png" for name in names])
+    texts = {f"{names[0]}.txt": "solo, brown hair,\nsmile", f"{names[1]}.txt": "1girl"}
+    lay(tmp_path / "kohya", texts)
+    words = {"1.png": ("solo", "brown hair", "smile"), "2.png": ("1girl",), "3.png": ()}
+    assert tags_of(tmp_path / "kohya") == words
     assert not any(r.tags for r in sources.find(tmp_path / "kohya", layout=())[0])
 
 
@@ -469,12 +406,8 @@ def test_parquet_needs_pyarrow_and_is_read_a_little_at_a_time(tmp_path, monkeypa
         sources.find(tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=Table))
     found = told(tmp_path)
-    assert list(found.values()) == ["test/miku", "test/rin", "test/miku", "test/-"] + [
-        "train/miku",
-        "train/rin",
-        "train/miku",
-        "train/-",
-    ]
+    people = ("miku", "rin", "miku", "-")
+    assert list(found.values()) == [f"{s}/{who}" for s in ("test", "train") for who in people]
     records, fetch, _ = sources.find(tmp_path)
     assert {r.tags for r in records} == {("solo", "brown hair")}
     assert [load() for _, load in fetch(records[1:3])] == [png(1), png(2)]
@@ -496,39 +429,30 @@ def test_parquet_of_the_real_library(tmp_path):
 # ---- what is refused, and what is skipped --------------------------------------------------------
 
 LABELS_ONLY = {"labels/train.csv": "0,a.jpg"}
-REFUSED = (  # files, the path within, a word of the refusal
-    (LABELS_ONLY, "", "unpack faces/"),
-    (
-        LABELS_ONLY | {"faces/a.jpg": "", "labels/val.csv": "1,2,3\n"},
-        "",
-        "line 1 is not label,path",
-    ),
-    ({"tagIds.tsv": "miku\t0"}, "", "put faces.tsv"),
-    ({"icartoonface_rectrain_det.txt": "a/b.jpg\t1\t1\t2\t2"}, "", "unpack icartoonface_rectrain"),
-    (
-        {
-            "icartoonface_rectrain/a.jpg": "",
-            "icartoonface_rectrain_det.txt": "a/b.jpg\t20\t1\t2\t2",
-        },
-        "",
-        "x1 < x2",
-    ),
-    ({"list.csv": "path,x1,y1,x2,y2\na.png,1,2,3,nose"}, "list.csv", "1,2,3,nose is no box"),
-    ({"metadata.jsonl": "[1, 2]\nhello\n"}, "", "2 of 2 lines are no JSON objects"),
-    ({"metadata.jsonl": "{}\n" * 18 + "hello\n"}, "", "metadata.jsonl, line 19"),
-    ({"metadata.json": "[1, 2]"}, "", "2 of 2 lines are no JSON objects"),
-    ({"metadata.jsonl": "[" * 99999}, "", "1 of 1 lines are no JSON objects"),
-    ({"list.csv": f'"{"x" * 200_000}.png"'}, "list.csv", "not a table"),
-    ({"notes.txt": "hello"}, "notes.txt", "is no folder"),
-    ({"a.zip": "hello"}, "a.zip", "is no folder"),
+CARTOON = {"icartoonface_rectrain_det.txt": "a/b.jpg\t20\t1\t2\t2"}
+REFUSED = (  # files, a word of the refusal
+    (LABELS_ONLY, "unpack faces/"),
+    (LABELS_ONLY | {"faces/a.jpg": "", "labels/val.csv": "1,2,3\n"}, "line 1 is not label,path"),
+    ({"tagIds.tsv": "miku\t0"}, "put faces.tsv"),
+    (CARTOON, "unpack icartoonface_rectrain"),
+    (CARTOON | {"icartoonface_rectrain/a.jpg": ""}, "x1 < x2"),
+    ({"list.csv": "path,x1,y1,x2,y2\na.png,1,2,3,nose"}, "1,2,3,nose is no box"),
+    ({"metadata.jsonl": "[1, 2]\nhello\n"}, "2 of 2 lines are no JSON objects"),
+    ({"metadata.jsonl": "{}\n" * 18 + "hello\n"}, "metadata.jsonl, line 19"),
+    ({"metadata.json": "[1, 2]"}, "2 of 2 lines are no JSON objects"),
+    ({"metadata.jsonl": "[" * 99999}, "1 of 1 lines are no JSON objects"),
+    ({"list.csv": f'"{"x" * 200_000}.png"'}, "not a table"),
+    ({"list.txt": "hello"}, "is no folder"),
+    ({"list.zip": "hello"}, "is no folder"),
 )
 
 
 @pytest.mark.parametrize("row", range(len(REFUSED)))
 def test_a_broken_source_is_named_with_its_line(tmp_path, row):
-    contents, within, word = REFUSED[row]
+    contents, word = REFUSED[row]
+    lay(tmp_path, contents)
     with pytest.raises(UserError, match=re.escape(word)) as problem:
-        sources.find(lay(tmp_path, contents) / within)
+        sources.find(next(tmp_path.glob("list.*"), tmp_path))
     assert len(str(problem.value)) < 400 and "\n" not in str(problem.value)
 
 
