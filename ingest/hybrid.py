@@ -219,14 +219,6 @@ def plan(seed=0):
     return items
 
 
-def about():
-    """Lines for the header: what each kind is, and whom each photograph is from."""
-    lines = [f"{kind}: {text}" for kind, text in KINDS.items()]
-    for name, (library, split, by) in PHOTOS.items():
-        lines.append(f"photograph {name}, from {library}, for {split}: {by}")
-    return lines
-
-
 def palettes(seed=0):
     """Colours of layers of both kinds, of the train photographs -> list for recolour()."""
     rng, photos = np.random.default_rng((seed, 7)), open_photos("train")

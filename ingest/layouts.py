@@ -13,6 +13,7 @@ the other levels, the one with the most names is the class. Pictures that do not
 """
 
 import re
+from functools import cache
 
 from common.io import UserError
 
@@ -27,6 +28,7 @@ NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_
 FEW = 3  # pictures, or 5 % of them, may lie astray before another reading is named
 
 
+@cache
 def split_of(name):
     """A folder's name -> the split that it stands for, or None: Training is train."""
     found = SPLIT.fullmatch(name.lower())

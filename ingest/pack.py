@@ -102,11 +102,11 @@ def open_images(flags, size):
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
     if found:
-        note = f"alpha: {found} of {tried} images that were looked at have transparent pixels"
-        rest = "; they are laid on white: too few for foreground masks"
-        if fg:
-            rest = "; of the others all is foreground" * (found < tried)
-        notes.append(note + rest)
+        rest = "" if fg else "; they are laid on white: too few for foreground masks"
+        if fg and found < tried:
+            rest = "; of the others all is foreground"
+        alpha = f"alpha: {found} of {tried} images that were looked at have transparent pixels"
+        notes.append(alpha + rest)
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
 
     def work(record, data):
@@ -129,14 +129,14 @@ def open_boxes(flags, size):
     return Source(records, notes, dims, fetch, decoded(fetch, work, size))
 
 
-def drawn(records, draw, size, planes, notes=(), **more):
+def drawn(records, draw, size, planes, **more):
     """A source that is drawn instead of decoded; it has no copies to look for."""
     dims = {"images": (size, size, 3)} | planes
 
     def stream(some):
         return render(some, draw, size, dims)
 
-    return Source(records, list(notes), dims, None, stream, more)
+    return Source(records, [], dims, None, stream, more)
 
 
 def open_toon(flags, size):
@@ -159,8 +159,7 @@ def open_hybrid(flags, size):
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in items]
     planes = {"drawn": (size, size), "style": (len(toon.STRATA),)}
     kinds = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
-    notes = hybrid.about()
-    return drawn(records, draw, size, planes, notes, style=toon.STRATA, hybrid=kinds)
+    return drawn(records, draw, size, planes, style=toon.STRATA, hybrid=kinds)
 
 
 def open_scenes(flags, size):

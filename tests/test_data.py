@@ -201,15 +201,6 @@ def test_more_than_a_twentieth_broken_stops_and_leaves_nothing(tmp_path, monkeyp
     )
 
 
-def test_a_failure_in_a_later_split_leaves_no_half_set(tmp_path):
-    for split, each in (("train", 20), ("test", 10)):
-        draw_folder(tmp_path / "images" / split, classes=2, each=each)
-    for i in range(4):
-        (tmp_path / f"images/train/class0/illust{i}_0.png").write_bytes(b"no picture")
-    assert "more than 5 %" in refused(run_line("data.py images --out out --size 16", tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["images"]
-
-
 def test_names_of_any_length_and_script_fit_into_the_header(tmp_path):
     names = [f"ラブライブ高坂穂乃果ちゃん/{i:05}.jpg" for i in range(30_000)]
     records, dims = [sources.Record(name, name, "a") for name in names], {"images": (1, 1, 3)}
@@ -386,7 +377,7 @@ def test_the_next_line_is_right(tmp_path, images):
 def test_a_folder_as_people_have_it(tmp_path):
     """Wrapped twice, a stray picture, names in Japanese, copies in and across classes, a broken file."""
     names = ("初音ミク", "鏡音リン", "巡音ルカ")
-    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[::40]]
+    faces = [Image.fromarray(toon.draw(item, 64)["image"]) for item in toon.plan(2400)[::80]]
     root = tmp_path / "ダウンロード" / "faces (1)" / "faces"
     for i, face in enumerate(faces):
         path = root / unicodedata.normalize("NFD", names[i % 3]) / f"{i}.png"
@@ -408,7 +399,7 @@ def test_a_folder_as_people_have_it(tmp_path):
         assert split["header"]["classes"] == sorted(names) and split["header"]["notes"] == lines[:2]
         for key in split["header"]["keys"]:
             where[key.split("/")[-2][:1] + key.split("/")[-1]] = name
-    assert len(where) == 63 and sum("broken.png" in line for line in lines) == 1
+    assert len(where) == 33 and sum("broken.png" in line for line in lines) == 1
     assert where["鏡1.png"] == where["鏡copy.png"] and where["巡2.png"] == where["初copy.png"]
 
 

@@ -13,8 +13,8 @@ from ingest import toon
 
 @pytest.fixture(scope="module")
 def sample():
-    """Drawings of two items of each of 48 characters, at a quarter of the usual size."""
-    return [toon.draw(item, 32) for item in toon.plan(96)]
+    """A drawing of each of 48 characters, at a quarter of the usual size."""
+    return [toon.draw(item, 32) for item in toon.plan(96)[::2]]
 
 
 def test_draw_is_deterministic_and_well_formed():
