@@ -21,7 +21,6 @@ data.py reads them.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shlex
@@ -47,6 +46,7 @@ from common.command import (
     parse_keys,
     progress,
     refuse_file,
+    refuse_idle,
     refuse_overwrite,
 )
 from common.io import UserError, lock_beside, locked, open_tensors
@@ -173,6 +173,19 @@ def open_scenes(flags, size):
 
 
 DRAWN = {"toon": open_toon, "hybrid": open_hybrid, "scenes": open_scenes}
+OF_DRAWN = {"path", "out", "size", "split", "dev", "test", "seed", "min_per_class"}
+
+
+def open_source(flags, size):
+    """What is drawn, or the pictures at the path, with or without boxes."""
+    path = flags.path
+    if path in DRAWN:
+        usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
+        refuse_idle(flags.given - usable, f"on {path}, which is drawn")
+        return DRAWN[path](flags, size)
+    source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
+    print("\n".join(source.notes), flush=True)
+    return source
 
 
 # ---- who goes where ------------------------------------------------------------------------------
@@ -267,14 +280,9 @@ def write_set(flags):
     path = flags.path
     large = path == "scenes" or flags.values["detect"]
     size = flags.size or (LARGE if large else SIDE)
-    if path in DRAWN:
-        source = DRAWN[path](flags, size)
-    else:
-        source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
-        print("\n".join(source.notes), flush=True)
+    source = open_source(flags, size)
     how = flags_of_deal(flags, source)
     flags.refuse_unread()
-    refuse_full_disk(how["out"], source.dims, len(source.records))
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
     records, told, lost = deal(source, how, shares)
     words, left_out = tags.vocabulary(records)
@@ -308,15 +316,6 @@ def class_names(records):
 def existing_folder(out):
     """The innermost folder above `out` that exists."""
     return next(p for p in Path(out).resolve().parents if p.is_dir())
-
-
-def refuse_full_disk(out, dims, n):
-    """Say before the work that the files will not fit."""
-    free = shutil.disk_usage(existing_folder(out)).free
-    need = n * sum(map(math.prod, dims.values()))
-    if need > free:
-        there = f"{free / 2**30:.1f} GB are free there; give a smaller --size"
-        raise UserError(f"{out} takes {need / 2**30:.1f} GB, and {there}")
 
 
 @contextlib.contextmanager

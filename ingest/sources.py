@@ -27,13 +27,13 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common.fields import shown
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
 from ingest.files import fetch_files, is_image, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
+ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
 UNKNOWN = (None, None, None, (), None)
 Record = namedtuple("Record", "key place label split group tags box", defaults=UNKNOWN)
 
@@ -76,7 +76,7 @@ def reader_of(path):
 def refuse_odd(path, names):
     """Names are printed, and are a line each."""
     for name in names:
-        if shown(name) != name or len(name) > MOST_NAME:
+        if ODD.search(name) or len(name) > MOST_NAME:
             odd = f"has control characters or more than {MOST_NAME} characters; rename it"
             raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
 

@@ -8,6 +8,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 from common.io import UserError
@@ -48,7 +49,7 @@ def copies_to_drop(records, pairs, within):
     """
     order, groups, drop = (*ORDER, None), defaultdict(list), set()
     roots = duplicates.join(len(records), pairs)
-    for i in {i for pair in pairs for i in pair}:
+    for i in set(chain.from_iterable(pairs)):
         groups[roots[i]].append((order.index(records[i].split), i))
     for group in groups.values():
         first = min(group)

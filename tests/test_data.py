@@ -1,5 +1,6 @@
 """Packing keeps every picture beside its label, in one split, whole or not at all; views and the loader."""
 
+import errno
 import io
 import json
 import os
@@ -8,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 import unicodedata
 from collections import Counter
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import data
 from common.io import UserError
-from ingest import decode, pack, sources, splits, tags, toon
+from ingest import decode, pack, rows, sources, splits, tags, toon
 
 
 def packed(cwd, line, out="out"):
@@ -109,8 +109,11 @@ def test_archives_pack_like_their_folder_and_leave_nothing_behind(tmp_path, imag
     contents = []
     for source in ("images", "images.zip", "images.tar.gz"):
         _, sets = packed(tmp_path, f"{source} --dev .1", f"{source}.out")
-        rows = [zip(s["labels"].tolist(), s["images"], strict=True) for s in sets.values()]
-        contents.append(sorted((label, image.tobytes()) for some in rows for label, image in some))
+        found = []
+        for split in sets.values():
+            pixels = [image.tobytes() for image in split["images"]]
+            found += zip(split["labels"].tolist(), pixels, strict=True)
+        contents.append(sorted(found))
     assert contents[0] == contents[1] == contents[2] and len(contents[0]) == 60
     assert {p.name for p in tmp_path.iterdir() if not p.name.endswith(".out")} == before
 
@@ -120,16 +123,10 @@ def test_given_splits_are_kept_and_a_missing_val_and_dev_leave_train(tmp_path):
         draw_folder(tmp_path / "images" / split, classes=2, each=each, seed=each)
     _, sets = packed(tmp_path, "images --dev .2")
     keys = keys_of(sets)
-    assert {name: len(own) for name, own in keys.items()} == {
-        "train": 29,
-        "dev": 7,
-        "val": 4,
-        "test": 8,
-    }
-    assert {key.split("/")[0] for name in ("train", "dev", "val") for key in keys[name]} == {
-        "train"
-    }
-    assert {key.split("/")[0] for key in keys["test"]} == {"test"}
+    sizes = {name: len(own) for name, own in keys.items()}
+    assert sizes == {"train": 29, "dev": 7, "val": 4, "test": 8}
+    tops = {name: {key.split("/")[0] for key in own} for name, own in keys.items()}
+    assert tops == {"train": {"train"}, "dev": {"train"}, "val": {"train"}, "test": {"test"}}
     assert sets["train"]["header"]["classes"] == ["class0", "class1"]
 
 
@@ -340,11 +337,14 @@ def test_nothing_that_is_there_is_replaced(tmp_path, images):
     assert set(packed(tmp_path, "images --split .8,0,.2", "notes")[1]) == {"train", "test"}
 
 
-def test_a_size_that_the_disk_can_not_hold_is_said_before_the_work(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(pack, "near_duplicates", lambda *_: pytest.fail("it went on"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**6))
-    line = refused(run_line("data.py images --out out --size 4096", tmp_path))
-    assert "2.8 GB" in line and "are free there" in line and not (tmp_path / "out").exists()
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, images, monkeypatch):
+    def full(f, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rows, "move", full)
+    line = refused(run_line("data.py images --out out --size 16", tmp_path))
+    assert "No space left on device" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]
 
 
 def next_command(said):

@@ -162,13 +162,6 @@ def test_a_split_that_would_be_gone_stops_the_packing(tmp_path, faces):
     assert "all 2 images of test have no class of 5 or more" in line
 
 
-def test_keep_copies_that_would_do_nothing_is_refused(tmp_path, faces):
-    write_splits(tmp_path / "images", train=faces[:8], test=faces[8:12])
-    for words in ("images --dedupe", "images --dedupe off", "images/train"):
-        line = refused(run_line(f"data.py {words} --out no --keep-copies", tmp_path))
-        assert "--keep-copies has no effect" in line
-
-
 @pytest.mark.slow
 def test_on_real_fan_art_joins_are_copies():
     """Others would be of two classes in 19 pairs of 20. All 28 pairs were looked at: each is one picture twice; five

@@ -101,6 +101,8 @@ PACKING = (
     (f"{IMAGES} --crop nose", "--crop"),
     (f"{IMAGES} --dedupe maybe", "--dedupe"),
     (f"{IMAGES} --keep-copies", "--keep-copies has no effect"),
+    (f"{SPLITS} --dedupe --keep-copies", "--keep-copies has no effect"),
+    (f"{SPLITS} --dedupe off --keep-copies", "--keep-copies has no effect"),
     (f"{IMAGES} --tail 6", "--tail 6"),
     (f"{IMAGES} --drawings 9", "--drawings has no effect"),
     (f"{IMAGES} --seed 99999999999999999999", "--seed 99999999999999999999"),

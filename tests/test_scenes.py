@@ -203,6 +203,7 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     assert np.allclose(row[2], (70 / 80, 30 / 80, 1, 40 / 80))
     row = boxes.decode(content, 40, [(-9, -9, 20, 40)], 1, False)["boxes"]
     assert np.allclose(row, (0, 0, 20 / 80, 40 / 80))
+    assert boxes.usable((0, 0, 999_999, 9)) and not boxes.usable((0, 0, 1e6, 9))
     with pytest.raises(ValueError, match="outside of the picture"):
         boxes.decode(content, 40, [(81, 1, 99, 9)], 1, False)
     words = (path, "--detect", "--out", "packed", "--split", ".4,.3,.3")
@@ -210,6 +211,13 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     found = [data.open_split(tmp_path / "packed", p.stem) for p in (tmp_path / "packed").iterdir()]
     own = np.concatenate([split["boxes"].reshape(-1, 4) for split in found])
     assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1 and found[0]["header"]["size"] == 256
+
+
+def test_a_picture_of_one_line_is_a_line(tmp_path):
+    Image.new("RGB", (400, 1), "red").save(tmp_path / "line.png")
+    row = boxes.decode((tmp_path / "line.png").read_bytes(), 40, [(0, 0, 200, 1)], 1, False)
+    assert (row["images"][0] == (255, 0, 0)).all() and (row["images"][1:] == boxes.GRAY).all()
+    assert np.allclose(row["boxes"], (0, 0, 0.5, 1 / 400))
 
 
 def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
@@ -255,7 +263,7 @@ WRONG = (  # a file, its text, a word of the refusal
     ("x.csv", "a.png,1,2,3,4\na.png,1,2,,4", "line 2: 1,2,,4 is no box"),
     ("Annotations/a.xml", OBJECT % "<object/>", "a.xml is not a whole annotation"),
     ("Annotations/a.xml", "<annotation>", "annotation of Pascal VOC"),
-    ("labels/a.txt", "0 .5 .5 here .1", "boxes, line 1"),
+    ("labels/a.txt", "0 .5 .5 here .1", "a.txt is not a whole file of boxes, line 1"),
     ("labels/a.txt", "0 .5 .5 .1 .1 .9\n0 .1 .1 .9 .1 .5 .9", "boxes, line 2"),
     ("labels/a.txt", "0 9 9 4 4", "boxes, line 1"),
     ("labels/a.txt", "\xff\xfe0", "boxes, line 1"),

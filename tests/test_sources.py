@@ -11,6 +11,7 @@ import tarfile
 import types
 import unicodedata
 import zipfile
+from itertools import product
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def told(path, **more):
 
 def many(*folders, each=4):
     """Names of `each` pictures in each folder."""
-    return [f"{folder}/{i}.png" for i in range(each) for folder in folders]
+    return [f"{folder}/{i}.png" for i, folder in product(range(each), folders)]
 
 
 SPLITS = many("train/a", "train/b", "test/a", "test/b")
@@ -205,6 +206,11 @@ def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
         "train/Éclair/2.png": "train/Éclair",
         "test/初音ミク/3.png": "test/初音ミク",
     }
+
+
+def test_joined_emoji_are_part_of_a_name(tmp_path):
+    name = "\N{WOMAN}\u200d\N{GIRL} 1.png"
+    assert list(told(lay(tmp_path, [f"a/{name}", "b/2.png"]))) == ["a/" + name, "b/2.png"]
 
 
 def test_old_zip_names_are_read_as_utf8_or_japanese():
@@ -405,8 +411,8 @@ def test_parquet_needs_pyarrow_and_is_read_a_little_at_a_time(tmp_path, monkeypa
         sources.find(tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=Table))
     found = told(tmp_path)
-    people = ("miku", "rin", "miku", "-")
-    assert list(found.values()) == [f"{s}/{who}" for s in ("test", "train") for who in people]
+    pairs = product(("test", "train"), ("miku", "rin", "miku", "-"))
+    assert list(found.values()) == ["/".join(pair) for pair in pairs]
     records, fetch, _ = sources.find(tmp_path)
     assert {r.tags for r in records} == {("solo", "brown hair")}
     assert [load() for _, load in fetch(records[1:3])] == [png(1), png(2)]
