@@ -104,14 +104,14 @@ def labelled(dirs, at):
 def class_levels(dirs, at):
     """-> the levels that may be the class, the likeliest first: numbered ones, then many names.
 
-    A level whose folders stand alone in the folder above is a wrapper.
+    A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
     """
     levels = [k for k in shared_levels(dirs) if k != at]
     order = {}
     for k in levels:
         deep = [tuple(d[: k + 1]) for d in dirs if len(d) > k]
         names = {d[-1] for d in deep}
-        if len(set(deep)) > len({d[:-1] for d in deep}):
+        if are_numbered(names) or len(set(deep)) > len({d[:-1] for d in deep}):
             order[k] = (not are_numbered(names), -len(names))
     return sorted(order, key=order.get) or levels[-1:]
 

@@ -161,8 +161,17 @@ COLUMNS = ("path", "label", "split", "tags")  # of a table whose first line does
 BOX = ("x1", "y1", "x2", "y2")
 CALLED = dict.fromkeys(("dir", "file", "filename", "file_name", "image", "picture"), "path")
 CALLED |= dict.fromkeys(("class", "class_id", "character"), "label")
-for names in (("xmin", "ymin", "xmax", "ymax"), ("left", "top", "right", "bottom")):
-    CALLED |= dict(zip(names, BOX, strict=True))
+CALLED |= dict(zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True))
+CALLED |= dict(zip(("left", "top", "right", "bottom"), BOX, strict=True))
+
+
+def header_of(row):
+    """The columns that a first line names, or None. The first column of a table of boxes is a path."""
+    words = [cell.strip().lower() for cell in row]
+    words = [CALLED.get(word, word) for word in words]
+    if "path" in words:
+        return words
+    return ["path", *words[1:]] if "x1" in words else None
 
 
 def table_rows(path, columns=COLUMNS):
@@ -176,9 +185,8 @@ def table_rows(path, columns=COLUMNS):
         rows = csv.reader(f, **style)
         try:
             for row in filter(None, rows):
-                words = [CALLED.get(word, word) for word in (c.strip().lower() for c in row)]
-                if rows.line_num == 1 and "path" in words:
-                    columns = words
+                if rows.line_num == 1 and header_of(row):
+                    columns = header_of(row)
                     continue
                 where = f"{path}, line {rows.line_num}"
                 cells = dict(zip(columns, map(str.strip, row), strict=False))

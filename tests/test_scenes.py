@@ -127,7 +127,7 @@ def as_plain_csv(root):
 
 
 def as_xmin_csv(root):
-    return as_csv(root, "Image,XMin,YMin,XMax,YMax,Class")
+    return as_csv(root, "ID,XMin,YMin,XMax,YMax,Class")
 
 
 def as_voc(root):

@@ -103,7 +103,8 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     # numbers before names: AnimeFace Character, kohya's scripts, and what only looks like them
     (["thumb/x.png", *many("thumb/000_a", "thumb/001_b")], NUMBERED, "-/a -/b", 1, None),
     (many("img/10_a", "img/5_a", "reg/1_b"), NUMBERED, "-/a -/b", 0, "class"),
-    (many("img/10_a", "reg/1_b"), "class", "-/img -/reg", 0, None),
+    (many("img/10_a", "reg/1_b"), NUMBERED, "-/a -/b", 0, "class"),
+    (many("img/10_a"), NUMBERED, "-/a", 0, None),
     (many("10_a", "b"), "class", "-/10_a -/b", 0, None),
     (many("2019_06", "2020_07"), "class", "-/2019_06 -/2020_07", 0, None),
     # what can be read in two ways: the line names the other one
