@@ -502,6 +502,24 @@ def test_classes_of_the_least_size_stay_and_pictures_without_a_class_go():
         splits.large_enough(records, 4)
 
 
+def test_a_long_tail_keeps_the_largest_class_and_the_other_splits_whole():
+    records = []
+    for label, n in {"a": 9, "b": 40, "c": 30, None: 8}.items():
+        records += [sources.Record(f"{label}{i}", "", label, "train") for i in range(n)]
+    records += [sources.Record(f"test{i}", "", "a", "test") for i in range(9)]
+    kept, (note,) = splits.long_tailed(records, 1.0)
+    sizes = Counter((r.split, r.label) for r in kept)
+    of_train = {("train", "b"): 40, ("train", "c"): 20, ("train", "a"): 9, ("train", None): 8}
+    assert sizes == of_train | {("test", "a"): 9} and note.startswith("10 training images")
+    assert {r.key for r in splits.long_tailed(records[::-1], 1.0)[0]} == {r.key for r in kept}
+    assert Counter(r.label for r in splits.long_tailed(records[:79], 5)[0]) == {
+        "b": 40,
+        "c": 5,
+        "a": 5,
+    }
+    assert splits.long_tailed(records[:9], 5) == (records[:9], [])
+
+
 def test_small_classes_are_left_out_and_train_becomes_long_tailed(tmp_path):
     draw_folder(tmp_path / "images", classes=4, each=40)
     draw_folder(tmp_path / "few", classes=1, each=5)
