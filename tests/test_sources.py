@@ -700,15 +700,6 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
     assert decode.FREE._value == decode.SHARES  # all of it is free again
 
 
-def test_formats_that_take_much_memory_may_have_fewer_pixels(tmp_path, monkeypatch):
-    monkeypatch.setitem(decode.MOST_PIXELS, "WEBP", 99)
-    problems = []
-    for name in ("a.webp", "a.png"):
-        Image.new("RGB", (10, 10)).save(tmp_path / name)
-    assert len(list(pictures.whole_pictures([tmp_path], problems))) == 1
-    assert problems[0][0] == "a.webp" and "too many" in problems[0][1]
-
-
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 OTHER_FORMATS = {
     "a program": EPS + b"(made) (w) file closefile showpage\n",
