@@ -26,7 +26,7 @@ from common.io import UserError, parse_table, reading, regular
 from ingest import layouts
 from ingest.decode import on_paper, open_image
 from ingest.files import fetch_files, walk
-from ingest.sources import BOX, Record, box_of, nfc, refuse_odd, table_rows
+from ingest.sources import BOX, Record, box_of, choose, nfc, refuse_odd, table_rows
 
 GRAY = (128, 128, 128)  # what fills a picture up to a square
 
@@ -106,16 +106,8 @@ READERS = (
 )
 
 
-def read(path):
-    """-> rows of the reader that fits, and the name of the layout."""
-    if not regular(path).exists():
-        raise UserError(f"{path} does not exist; give a file or a folder of boxes")
-    for fits, reader, name in READERS:
-        if fits(path):
-            return list(reader(path)), name
-    files = "give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder with"
-    folders = "Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
-    raise UserError(f"{path} has no boxes that we know: {files} {folders}")
+KNOWN = "set of boxes: give a COCO file (.json), a csv of picture,x1,y1,x2,y2, or a folder "
+KNOWN += "with Annotations/*.xml (Pascal VOC) or labels/*.txt (YOLO)"
 
 
 # ---- records -------------------------------------------------------------------------------------
@@ -124,7 +116,8 @@ def read(path):
 def find(path):
     """-> (records, fetch, notes, are boxes shares): as sources.find, but `box` is a list of boxes."""
     path = Path(path)
-    rows, layout = read(path)
+    reader, layout = choose(path, READERS, KNOWN)
+    rows = list(reader(path))
     boxes = {name: [] for name, _, _ in rows}
     refuse_odd(path, boxes)
     root = path if path.is_dir() else path.parent

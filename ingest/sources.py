@@ -63,13 +63,18 @@ def reader_of(path):
     """-> the function that reads this path, and its name, None where only folders tell of pictures."""
     if str(path) == "-":
         return from_list, None
+    known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
+    return choose(path, READERS, known)
+
+
+def choose(path, readers, known):
+    """-> the first of the readers (does it fit, reader, name) that fits, and its name."""
     if not str(path) or not Path(path).exists():
         fix = "give a folder, an archive or a list of images, or the word toon"
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
-    for fits, reader, name in READERS:
+    for fits, reader, name in readers:
         if fits(regular(Path(path))):
             return reader, name
-    known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
     raise UserError(f"{path} is no {known}")
 
 

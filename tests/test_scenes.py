@@ -268,7 +268,7 @@ WRONG = (  # a file, its text, a word of the refusal
     ("labels/a.txt", "0 9 9 4 4", "boxes, line 1"),
     ("labels/a.txt", "\xff\xfe0", "boxes, line 1"),
     ("labels/b.txt", "0 .5 .5 .1 .1", "has no box"),
-    ("x.txt", "", "no boxes that we know"),
+    ("x.txt", "", "is no set of boxes"),
 )
 
 
