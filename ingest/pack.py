@@ -129,14 +129,14 @@ def open_boxes(flags, size):
     return Source(records, notes, dims, fetch, decoded(fetch, work, size))
 
 
-def drawn(records, draw, size, planes, **more):
+def drawn(records, draw, size, planes, notes=(), **more):
     """A source that is drawn instead of decoded; it has no copies to look for."""
     dims = {"images": (size, size, 3)} | planes
 
     def stream(some):
         return render(some, draw, size, dims)
 
-    return Source(records, [], dims, None, stream, more)
+    return Source(records, list(notes), dims, None, stream, more)
 
 
 def open_toon(flags, size):
@@ -159,7 +159,7 @@ def open_hybrid(flags, size):
     records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in items]
     planes = {"drawn": (size, size), "style": (len(toon.STRATA),)}
     kinds = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
-    return drawn(records, draw, size, planes, style=toon.STRATA, hybrid=kinds)
+    return drawn(records, draw, size, planes, hybrid.about(), style=toon.STRATA, hybrid=kinds)
 
 
 def open_scenes(flags, size):
