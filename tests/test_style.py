@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 40), (assigns_many, 72)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 39), (assigns_many, 72)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
