@@ -155,6 +155,22 @@ def test_alpha_becomes_the_figure_and_paper_shows_through(tmp_path):
     assert "alpha: 4 of 10" in said and "too few" in said and "fg" not in sets["train"]
 
 
+def test_the_boxes_of_a_list_are_what_the_figure_crop_keeps(tmp_path):
+    lines = ["path,label,x1,y1,x2,y2"]
+    for i in range(10):
+        image = Image.effect_noise((48, 40), 50).convert("RGB")
+        image.paste((200, 10, 10), (i, 8, i + 16, 24))
+        image.save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,a,{i},8,{i + 16},24")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    _, sets = packed(tmp_path, "list.csv --crop figure:margin=0 --dedupe off --split 1,0,0")
+    assert (sets["train"]["images"] == (200, 10, 10)).all()
+    assert (sets["train"]["header"]["crop"], sets["train"]["header"]["margin"]) == ("figure", 0)
+    _, sets = packed(tmp_path, "list.csv --crop figure:margin=.5 --dedupe off", "wider")
+    far = np.abs(sets["train"]["images"].astype(int) - (200, 10, 10)).max(3)
+    assert 0.18 < (far < 40).mean() < 0.3  # a quarter, and a blurred rim
+
+
 def test_broken_files_and_bombs_are_skipped_counted_and_named(tmp_path):
     """What comes after a gap stands beside its own label."""
     root = draw_folder(tmp_path / "images", classes=3, each=40)
