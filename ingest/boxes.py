@@ -120,33 +120,43 @@ def find(path):
     rows = list(reader(path))
     boxes = {name: [] for name, _, _ in rows}
     refuse_odd(path, boxes)
+    for name, _, box in rows:
+        boxes[name] += [box] if box and usable(box) else []
     root = path if path.is_dir() else path.parent
     places = find_places(boxes, list(walk(root)))
-    if not places:
-        named = f"none of the {len(boxes)} pictures that {path} names lies in {root}"
-        raise UserError(f"{named}; the first: {next(iter(boxes), None)!r}")
-    if twice := [place for place, n in Counter(places.values()).items() if n > 1]:
-        raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
-    found = [row for row in rows if row[2]]
-    if not any(name in places for name, _, _ in found):
-        raise UserError(f"{path} has no box of a picture that is there, read as {layout}")
-    wrong = [f"{name} {box}" for name, _, box in found if not usable(box)]
-    for name, _, box in found:
-        boxes[name] += [box] if usable(box) else []
+    check_places(path, boxes, places)
     records = []
     for name, place in places.items():
         split = next(filter(None, map(layouts.split_of, Path(place).parts[:-1])), None)
         records.append(Record(nfc(place), place, split=split, box=boxes[name]))
-    notes = [f"read as {layout}: {len(boxes)} pictures, {len(found)} boxes"]
-    lost = [name for name in boxes if name not in places]
-    notes += [f"{len(lost)} pictures are not there, the first: {lost[0]}"] if lost else []
+    notes = about_boxes(layout, rows, [name for name in boxes if name not in places])
+    return records, partial(fetch_files, root=root), notes, layout == "YOLO"
+
+
+def check_places(path, boxes, places):
+    """A UserError where no picture is there, two names are of one, or no picture has a box."""
+    if not places:
+        named = f"none of the {len(boxes)} pictures that {path} names lies beside it"
+        raise UserError(f"{named}; the first: {next(iter(boxes), None)!r}")
+    if twice := [place for place, n in Counter(places.values()).items() if n > 1]:
+        raise UserError(f"{path} names {twice[0]} twice, in two ways; name each picture once")
+    if not any(boxes[name] for name in places):
+        raise UserError(f"{path} has no box of a picture that is there")
+
+
+def about_boxes(layout, rows, lost):
+    """Lines on what was read, pictures that are not there, several classes, and wrong boxes."""
+    found = [row for row in rows if row[2]]
+    notes = [f"read as {layout}: {len({row[0] for row in rows})} pictures, {len(found)} boxes"]
+    if lost:
+        notes.append(f"{len(lost)} pictures are not there, the first: {lost[0]}")
     kinds = [kind for kind, _ in Counter(kind for _, kind, _ in found).most_common()]
     if len(kinds) > 1:
         notes.append(f"{len(kinds)} classes are taken as one: {', '.join(kinds[:5])}")
-    if wrong:
+    if wrong := [f"{name} {box}" for name, _, box in found if not usable(box)]:
         told = "boxes are empty or inverted, and left out, the first:"
         notes.append(f"{len(wrong)} {told} {wrong[0]}")
-    return records, partial(fetch_files, root=root), notes, layout == "YOLO"
+    return notes
 
 
 def find_places(told, found):

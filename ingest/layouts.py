@@ -47,7 +47,7 @@ def parse_layout(text):
 
 
 def are_numbered(names):
-    return all(name and NUMBERED.fullmatch(name) for name in names)
+    return all(map(NUMBERED.fullmatch, names))
 
 
 def few(k, n):
@@ -144,6 +144,15 @@ def read(dirs, pattern):
         else:
             rows.append((top, None) if top and top not in deep else None)
     return rows
+
+
+def without_numbers(rows):
+    """Rows as of `read`, the numbers before labels left out where every label has one."""
+    labels = {row[1] for row in rows if row} - {None}
+    if not are_numbered(labels):
+        return rows
+    plain = {label: NUMBERED.fullmatch(label)[1] for label in labels}
+    return [row and (row[0], plain.get(row[1])) for row in rows]
 
 
 def told(what, rows, names=(), other=None):

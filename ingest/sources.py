@@ -116,10 +116,9 @@ def by_path(found, layout=None, captions=None):
     pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
     rows = layouts.read(dirs, pattern)
     what = "/".join(pattern) or "pictures only"
-    labels = {row[1] for row in rows if row} - {None}
-    if layout is None and labels and layouts.are_numbered(labels):
-        plain = {name: layouts.NUMBERED.fullmatch(name)[1] for name in labels}
-        rows = [row and (row[0], plain.get(row[1])) for row in rows]
+    plain = layouts.without_numbers(rows)
+    if layout is None and plain != rows:
+        rows = plain
         what += ", the numbers before names left out"
     records = []
     for key, (place, name), row in zip(keys, found, rows, strict=True):

@@ -217,7 +217,7 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
 def test_a_picture_of_one_line_is_a_line(tmp_path):
     Image.new("RGB", (400, 1), "red").save(tmp_path / "line.png")
     row = boxes.decode((tmp_path / "line.png").read_bytes(), 40, [(0, 0, 200, 1)], 1, False)
-    assert (row["images"][0] == (255, 0, 0)).all() and (row["images"][1:] == boxes.GRAY).all()
+    assert (row["images"][0] == (255, 0, 0)).all() and (row["images"][1:] == 128).all()
     assert np.allclose(row["boxes"], (0, 0, 0.5, 1 / 400))
 
 
@@ -270,6 +270,7 @@ WRONG = (  # a file, its text, a word of the refusal
     ("labels/a.txt", "\xff\xfe0", "boxes, line 1"),
     ("labels/b.txt", "0 .5 .5 .1 .1", "has no box"),
     ("x.txt", "", "is no set of boxes"),
+    ("other/x.txt", "", "is no set of boxes"),
 )
 
 
