@@ -214,6 +214,17 @@ def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
     assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1 and found[0]["header"]["size"] == 256
 
 
+def test_boxes_fit_a_large_jpeg_that_is_decoded_smaller(tmp_path):
+    image = Image.new("RGB", (640, 320), "blue")
+    image.paste("red", (320, 80, 480, 240))
+    image.save(tmp_path / "a.jpg", quality=95)
+    row = boxes.decode((tmp_path / "a.jpg").read_bytes(), 40, [(320, 80, 480, 240)], 1, False)
+    x1, y1, x2, y2 = (40 * row["boxes"][0]).round().astype(int)
+    assert (x1, y1, x2, y2) == (20, 5, 30, 15)
+    red = row["images"][..., 0] > 128
+    assert red[y1:y2, x1:x2].mean() > 0.95 and red[:20].sum() - red[y1:y2, x1:x2].sum() < 10
+
+
 def test_a_picture_of_one_line_is_a_line(tmp_path):
     Image.new("RGB", (400, 1), "red").save(tmp_path / "line.png")
     row = boxes.decode((tmp_path / "line.png").read_bytes(), 40, [(0, 0, 200, 1)], 1, False)
