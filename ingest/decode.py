@@ -10,10 +10,15 @@ import math
 import re
 import threading
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from common.io import UserError
 
 # Of Pillow's 40 formats. EPS is not among them: Pillow gives it to Ghostscript to be run.
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]
@@ -22,31 +27,25 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # more than 89 m
 PAPER = (255, 255, 255)  # the flat colour under a transparent picture
 
 
-class Room:
-    """What threads share: `with room.of(12)` waits until 12 of it are free."""
-
-    def __init__(self, size):
-        self.free, self.changed = size, threading.Condition()
-
-    @contextlib.contextmanager
-    def of(self, share):
-        with self.changed:
-            self.changed.wait_for(lambda: share <= self.free)
-            self.free -= share
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.free += share
-                self.changed.notify_all()
-
-
-# Pixels that are decoded at the same time: as many as one picture may have. At 12 bytes each they
-# are a gigabyte. WebP takes 20 bytes for a pixel and AVIF 15, so they may have fewer.
-PIXELS = Room(Image.MAX_IMAGE_PIXELS)
-MOST_PIXELS = {"WEBP": 50_000_000, "AVIF": 66_000_000}
+# Pixels that are decoded at the same time: as many as one picture may have, in 16 shares. At 12
+# bytes a pixel they are a gigabyte. WebP takes 20 bytes, and AVIF 15.
+SHARES = 16
+FREE, TURN = threading.Semaphore(SHARES), threading.Lock()
 # The C library gives pieces of more than 32 MB back to the system at once. It keeps smaller ones.
 Image.core.set_block_size(2**26)
+
+
+@contextlib.contextmanager
+def room_for(pixels):
+    """Wait until a picture of so many pixels may be decoded beside those of other threads."""
+    shares = max(1, math.ceil(SHARES * pixels / Image.MAX_IMAGE_PIXELS))
+    with TURN:  # one after the other: two half-served pictures would wait for each other
+        for _ in range(shares):
+            FREE.acquire()
+    try:
+        yield
+    finally:
+        FREE.release(shares)
 
 
 def open_picture(file):
@@ -64,10 +63,8 @@ def open_image(data, least):
     A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; its short side stays at
     `least` or more. What is made of the image within the `with` shares the memory for decoding.
     """
-    with open_picture(io.BytesIO(data)) as file, PIXELS.of(file.width * file.height):
+    with open_picture(io.BytesIO(data)) as file, room_for(file.width * file.height):
         full = file.width
-        if file.width * file.height > MOST_PIXELS.get(file.format, math.inf):
-            raise ValueError(f"{file.width}x{file.height} pixels of {file.format} are too many")
         file.draft("RGB", (least, least))  # only JPEGs know what that is
         scale = file.width / full
         img = upright(file)
@@ -177,6 +174,32 @@ def whole(data):
     """Bytes of an image file -> u8 (H, W, 3), uncut."""
     with open_image(data, 2**15) as (img, _):
         return np.array(on_paper(img))
+
+
+# ---- many pictures
+
+
+def decode_records(records, fetch, work, at_once=16):
+    """Yield (record, work(record, bytes) or exception), in order: Pillow decodes without the GIL."""
+
+    def one(item):
+        record, load = item
+        try:
+            return record, work(record, load())
+        except MemoryError:
+            fix = "close other programs, or give a smaller --size"
+            raise UserError(f"memory is full while {record.key} is read; {fix}") from None
+        # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
+        except Exception as problem:
+            return record, problem
+
+    items = iter(fetch(records))
+    with ThreadPoolExecutor() as pool:
+        waiting = deque(pool.submit(one, item) for item in islice(items, at_once))
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(one, item) for item in islice(items, 1))
+            yield done
 
 
 def reason(problem):

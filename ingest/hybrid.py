@@ -54,6 +54,12 @@ PHOTOS = {  # file: (library, split, licence and author)
     "coffee.png": ("skimage", "test", "CC0, Rachel Michetti"),
     "rocket.jpg": ("skimage", "test", "public domain, SpaceX"),
 }
+FOLDERS = {  # of a library: where its photographs are
+    "sklearn": "datasets/images",
+    "skimage": "data",
+    "matplotlib": "mpl-data/sample_data",
+    "pywt": "data",
+}
 COUNTS = {  # frames of each homogeneous, each heterogeneous and each purely hybrid kind
     "train": (720, 240, 0),
     "dev": (60, 20, 20),
@@ -69,22 +75,16 @@ PALETTES = 64  # layers of each kind whose colours are dealt out
 
 def open_photos(split):
     """The photographs of a split -> list of pictures."""
-    import sklearn
-
-    try:
-        import pywt
-        import skimage
-    except ImportError:
+    libraries = {name: find_spec(name) for name in FOLDERS}
+    if None in libraries.values():
         fix = "pip install -r requirements-segment.txt"
-        raise UserError(f"its photographs ship with libraries: {fix}") from None
-    folders = {
-        "sklearn": Path(sklearn.__path__[0]) / "datasets/images",
-        "skimage": Path(skimage.__path__[0]) / "data",
-        "matplotlib": Path(find_spec("matplotlib").origin).parent / "mpl-data/sample_data",
-        "pywt": Path(pywt.__path__[0]) / "data",
-    }
-    paths = [folders[library] / name for name, (library, of, _) in PHOTOS.items() if of == split]
-    return [open_photo(path).convert("RGB") for path in paths]
+        raise UserError(f"its photographs ship with libraries: {fix}")
+    photos = []
+    for name, (library, of, _) in PHOTOS.items():
+        if of == split:
+            folder = Path(libraries[library].origin).parent / FOLDERS[library]
+            photos.append(open_photo(folder / name).convert("RGB"))
+    return photos
 
 
 def open_photo(path):
@@ -217,6 +217,14 @@ def plan(seed=0):
                 item = {"key": f"{kind}/{n:05d}", "kind": kind, "split": split}
                 items.append(item | {"seed": (seed, n), "who": people[n % len(people)]})
     return items
+
+
+def about():
+    """Lines for the header: what each kind is, and whom each photograph is from."""
+    lines = [f"{kind}: {text}" for kind, text in KINDS.items()]
+    for name, (library, split, by) in PHOTOS.items():
+        lines.append(f"photograph {name}, from {library}, for {split}: {by}")
+    return lines
 
 
 def palettes(seed=0):

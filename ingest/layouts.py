@@ -7,13 +7,13 @@ nothing):
     split/class      train/miku/1.png, test/miku/2.png   -/class          faces/miku/1.png
     class/split      miku/train/1.png, miku/test/2.png   -                no labels
 
-`detect` decides, level by level: a level that is split names is a split; folders that stand alone
-at their level are wrappers; of two levels of names the inner one is the class. Pictures that do not
-fit are set aside. `told` says so in one line, and names the other reading where there is one.
+One rule decides what a level means. The first level of folders named like splits is the split. Of
+the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
+`told` says so in one line, and names the other reading where there is one.
 """
 
 import re
-from collections import Counter, defaultdict
+from functools import cache
 
 from common.io import UserError
 
@@ -24,9 +24,11 @@ WORDS |= dict.fromkeys(("dev", "development"), "dev") | dict.fromkeys(("test", "
 # train_images, test-set, val2017
 THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
 SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
-FEW = 3  # pictures, or 5 % of them, may lie astray
+NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_miku of moeimouto
+FEW = 3  # pictures, or 5 % of them, may lie astray before another reading is named
 
 
+@cache
 def split_of(name):
     """A folder's name -> the split that it stands for, or None: Training is train."""
     found = SPLIT.fullmatch(name.lower())
@@ -44,8 +46,12 @@ def parse_layout(text):
     return tuple(levels[:last])
 
 
+def are_numbered(names):
+    return all(map(NUMBERED.fullmatch, names))
+
+
 def few(k, n):
-    return k <= max(FEW, 0.05 * n) and 2 * k < n
+    return k <= max(FEW, 0.05 * n)
 
 
 # ---- finding the pattern -------------------------------------------------------------------------
@@ -54,71 +60,67 @@ def few(k, n):
 def detect(dirs):
     """Folders of each picture, [["train", "miku"], ...] -> the pattern; and another, or None.
 
-    The other is one that somebody may have meant. `left` holds, of the pictures not astray, their
-    split and the folders still to be read.
+    The other is one that somebody may have meant.
     """
-    pattern, other = (), None
-    left = [("", d) for d in dirs]
-    while any(d for _, d in left) and "class" not in pattern:
-        flat = sum(not d for _, d in left)
-        if 2 * flat > len(left):  # most pictures lie at this level
-            return pattern, (*pattern, "class")
-        if not few(flat, len(dirs)):
-            other = pattern
-        left = [(s, d) for s, d in left if d]
-        roles, doubt = roles_of(left, "split" not in pattern, len(dirs))
-        other = (*pattern, *doubt) if doubt else other
-        pattern += roles
-        if roles == ("split",):
-            left = [(split_of(d[0]), d) for _, d in left if split_of(d[0])]
-            # a split of pictures only has no labels, whatever the others have
-            deep = {s for s, d in left if len(d) > 1}
-            left = [(s, d) for s, d in left if s in deep]
-        left = [(s, d[1:]) for s, d in left]
-    return pattern, other
+    split, all_are_splits = split_level(dirs)
+    label, second = [*class_levels(labelled(dirs, split), split), None, None][:2]
+    chosen = pattern_of(split, label)
+    others = []
+    if not all_are_splits:
+        others.append(pattern_of(None, split if label is None else min(split, label)))
+    if second is not None:
+        others.append(pattern_of(split, second))
+    if not few(sum(row is None for row in read(dirs, chosen)), len(dirs)):
+        others.append(pattern_of(split))
+    if label is None and any(len(d) > len(chosen) for d in dirs):
+        others.append(pattern_of(split, len(chosen)))
+    return chosen, others[0] if others else None
 
 
-def roles_of(left, may_split, n):
-    """What the first folders of all pictures say -> their roles, and others if in doubt."""
-    below = [(s, d) for s, d in left if len(d) > 1]
-    first = {split_of(d[0]) for _, d in left} if may_split else {None}
-    second = {split_of(d[1]) for _, d in below} if may_split else {None}
-    if None not in first:
-        return ("split",), None
-    if is_split(first):  # folders of another kind lie beside train/, and are set aside
-        return ("split",), ("class",)
-    if few(len(below), n):
-        return ("class",), None
-    alone = defaultdict(set)
-    for s, d in left:
-        alone[s].add(d[0])
-    if all(len(names) == 1 for names in alone.values()):  # a wrapper; each split may have its own
-        return ("-",), None
-    if None not in second and few(len(left) - len(below), n):
-        return ("class", "split"), None
-    if "train" in second:
-        return ("class", "split"), ("class",)
-    if not alike_inside(below):  # a series above its characters
-        return ("-",), ("class",)
-    return ("class",), None
+def split_level(dirs):
+    """-> the first level with splits, or None; and whether all of its folders are splits."""
+    for k in shared_levels(dirs):
+        found = {split_of(d[k]) for d in dirs if len(d) > k}
+        if None not in found or "train" in found or {"val", "test"} <= found:
+            return k, None not in found
+    return None, True
 
 
-def is_split(found):
-    return "train" in found or {"val", "test"} <= found
+def shared_levels(dirs):
+    """-> the numbers of the levels that at least half of the pictures have."""
+    deepest = max(map(len, dirs), default=0)
+    return [k for k in range(deepest) if 2 * sum(len(d) > k for d in dirs) >= len(dirs)]
 
 
-def alike_inside(below):
-    """Are the first folders classes: do they share the names of what is inside, or have one each?
+def labelled(dirs, at):
+    """Those in a split that holds folders: a split of pictures only has no labels."""
+    if at is None:
+        return dirs
+    inside = [d for d in dirs if len(d) > at and split_of(d[at])]
+    deep = {split_of(d[at]) for d in inside if len(d) > at + 1}
+    return [d for d in inside if split_of(d[at]) in deep] or inside
 
-    miku/2019, rin/2019, not genshin/hutao, honkai/kiana. Many names in few folders are no years.
+
+def class_levels(dirs, at):
+    """-> the levels that may be the class, the likeliest first: numbered ones, then many names.
+
+    A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
     """
-    inside = defaultdict(set)
-    for _, d in below:
-        inside[d[0]].add(d[1])
-    count = Counter(name for names in inside.values() for name in names)
-    shared = sum(k for k in count.values() if k > 1)
-    one_each = max(map(len, inside.values())) == 1
-    return one_each or (2 * shared > sum(count.values()) and len(count) <= 2 * len(inside))
+    levels = [k for k in shared_levels(dirs) if k != at]
+    order = {}
+    for k in levels:
+        deep = [tuple(d[: k + 1]) for d in dirs if len(d) > k]
+        names = {d[-1] for d in deep}
+        if are_numbered(names) or len(set(deep)) > len({d[:-1] for d in deep}):
+            order[k] = (not are_numbered(names), -len(names))
+    return sorted(order, key=order.get) or levels[-1:]
+
+
+def pattern_of(split=None, label=None):
+    """The numbers of two levels -> ("split", "-", "class")."""
+    roles = {split: "split", label: "class"}
+    levels = max((k for k in roles if k is not None), default=-1) + 1
+    return tuple(roles.get(k, "-") for k in range(levels))
 
 
 # ---- reading by it -------------------------------------------------------------------------------
@@ -142,6 +144,15 @@ def read(dirs, pattern):
         else:
             rows.append((top, None) if top and top not in deep else None)
     return rows
+
+
+def without_numbers(rows):
+    """Rows as of `read`, the numbers before labels left out where every label has one."""
+    labels = {row[1] for row in rows if row} - {None}
+    if not are_numbered(labels):
+        return rows
+    plain = {label: NUMBERED.fullmatch(label)[1] for label in labels}
+    return [row and (row[0], plain.get(row[1])) for row in rows]
 
 
 def told(what, rows, names=(), other=None):

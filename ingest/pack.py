@@ -21,18 +21,16 @@ data.py reads them.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import tempfile
-from collections import deque, namedtuple
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -45,6 +43,7 @@ from common.command import (
     at_least,
     between,
     claim,
+    parse_keys,
     progress,
     refuse_file,
     refuse_idle,
@@ -52,53 +51,29 @@ from common.command import (
 )
 from common.io import UserError, lock_beside, locked, open_tensors
 from ingest import duplicates, layouts, sources, tags, toon
-from ingest.decode import count_alpha, decode, reason
+from ingest.decode import count_alpha, decode, decode_records, reason
 from ingest.rows import write_rows
 from ingest.splits import assign_splits, hold_out_test, large_enough, long_tailed, without_copies
 
 SHARES = (0.7, 0.1, 0.2)  # of train, val, test
 TOON_SHARES = (0.7, 0.15, 0.15)  # the demo set has small classes
-CROPS = ("centre", "figure")
+CROPS = {"centre": {}, "figure": {"margin": 0.1}}
 SIDE = 128  # of packed pictures
 LARGE = 256  # of packed pages
 DTYPE = {"tags": "I32", "all_tags": "I32", "boxes": "F32", "heads": "F32"}  # others are U8
 WRITTEN = ("test", "val", "dev", "train")
 MAX_BROKEN = 0.05  # of the pictures: where more can't be read, the set is not what it seems
 ROOM = 2**28  # bytes of decoded pictures at a time
-DECODE, PAINT = 32, 256  # bytes that a decoder and the painter take for a pixel
 
 # What a source gives. dims: {plane: shape of one row}; fetch: for thumbnails, None where all is
 # drawn; stream(records) yields (record, {plane: row} or exception); more: of the header.
 Source = namedtuple("Source", "records notes dims fetch stream more", defaults=({},))
 
 
-def decode_records(records, fetch, work, at_once=16):
-    """Yield (record, work(record, bytes) or exception), in order: Pillow decodes without the GIL."""
-
-    def one(item):
-        record, load = item
-        try:
-            return record, work(record, load())
-        except MemoryError:
-            fix = "close other programs, or give a smaller --size"
-            raise UserError(f"memory is full while {record.key} is read; {fix}") from None
-        # decoders raise a dozen kinds for a broken file; it is skipped, counted and named
-        except Exception as problem:
-            return record, problem
-
-    items = iter(fetch(records))
-    with ThreadPoolExecutor() as pool:
-        waiting = deque(pool.submit(one, item) for item in islice(items, at_once))
-        while waiting:
-            done = waiting.popleft().result()
-            waiting.extend(pool.submit(one, item) for item in islice(items, 1))
-            yield done
-
-
-def render(records, draw, size, dims, processes):
+def render(records, draw, size, dims):
     """Yield (record, planes) of what draw(item, size) makes, by processes: drawing holds the GIL."""
     items = [r.place for r in records]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         try:
             rows = pool.map(draw, items, [size] * len(items), chunksize=16)
             for record, row in zip(records, rows, strict=True):
@@ -110,54 +85,28 @@ def render(records, draw, size, dims, processes):
             raise UserError(problem) from None
 
 
-def memory_bytes():
-    """Of this machine, or as many as this process may have."""
-    memory = 2**33
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(ImportError):  # Windows has no limits to ask for
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        memory = limit if 0 < limit < memory else memory
-    return memory
-
-
-def at_once(size, each, most):
-    """How many pictures of this size, `each` bytes a pixel, memory holds, up to `most`."""
-    memory = memory_bytes()
-    fit = memory // (each * size**2)
-    if fit < 1:
-        needed = f"{each * size**2 / 2**30:.1f} GB of memory for one picture"
-        fix = f"there are {memory / 2**30:.1f}; --size {math.isqrt(memory // each)} fits"
-        raise UserError(f"--size {size} takes {needed}, and {fix}")
-    return int(min(fit, most))
-
-
 # ---- sources -------------------------------------------------------------------------------------
 
 
 def decoded(fetch, work, size):
-    """-> stream(records) of decoded rows, as many at a time as memory holds."""
-    ahead = at_once(size, DECODE, min(16, max(1, ROOM // (4 * size**2))))
+    """-> stream(records) of decoded rows, few large ones at a time."""
+    ahead = min(16, max(1, ROOM // (4 * size**2)))
     return lambda records: decode_records(records, fetch, work, ahead)
 
 
 def open_images(flags, size):
+    """Pictures, cut as --crop says; their alpha is the foreground where most have some."""
     by_folders = sources.reader_of(flags.path)[1] is None
-    layout = flags.layout if by_folders else None
-    crop = flags.crop
-    boxes, margin = (flags.boxes, flags.margin) if crop == "figure" else (None, 0)
-    records, fetch, notes = sources.find(flags.path, boxes, layout)
-    print("\n".join(notes), flush=True)
+    records, fetch, notes = sources.find(flags.path, flags.layout if by_folders else None)
+    crop, margin = flags.crop
     found, tried = count_alpha(records, fetch)
     fg = found * 2 > tried
     if found:
-        rest = "laid on white: too few for foreground masks"
-        rest = "; of the others all is foreground" if fg else f"; they are {rest}"
-        note = f"alpha: {found} of {tried} images that were looked at have transparent pixels"
-        notes.append(note + rest * (not fg or found < tried))
-        print(notes[-1])
+        rest = "" if fg else "; they are laid on white: too few for foreground masks"
+        if fg and found < tried:
+            rest = "; of the others all is foreground"
+        alpha = f"alpha: {found} of {tried} images that were looked at have transparent pixels"
+        notes.append(alpha + rest)
     dims = {"images": (size, size, 3)} | ({"fg": (size, size)} if fg else {})
 
     def work(record, data):
@@ -171,37 +120,27 @@ def open_boxes(flags, size):
     from ingest import boxes
 
     records, fetch, notes, shares = boxes.find(flags.path)
-    print("\n".join(notes), flush=True)
-    most, clipped = max(1, *(len(r.box) for r in records)), []
+    most = max(1, *(len(r.box) for r in records))
 
     def work(record, data):
-        return boxes.decode(data, size, record.box, most, shares, clipped)
+        return boxes.decode(data, size, record.box, most, shares)
 
-    rows = decoded(fetch, work, size)
-
-    def stream(some):
-        clipped.clear()
-        yield from rows(some)
-        if any(clipped):
-            told = "boxes reached out of their pictures, and were cut off or left out"
-            print(f"{sum(clipped)} {told}", flush=True)
-
-    return Source(records, notes, {"images": (size, size, 3), "boxes": (most, 4)}, fetch, stream)
+    dims = {"images": (size, size, 3), "boxes": (most, 4)}
+    return Source(records, notes, dims, fetch, decoded(fetch, work, size))
 
 
 def drawn(records, draw, size, planes, notes=(), **more):
     """A source that is drawn instead of decoded; it has no copies to look for."""
     dims = {"images": (size, size, 3)} | planes
-    processes = at_once(size, PAINT, os.cpu_count() or 1)
 
     def stream(some):
-        return render(some, draw, size, dims, processes)
+        return render(some, draw, size, dims)
 
     return Source(records, list(notes), dims, None, stream, more)
 
 
-def open_toon(size, seed, tail=0.0, drawings=None):
-    items = toon.plan(n=drawings or toon.COUNT, seed=seed, tail=tail)
+def open_toon(flags, size):
+    items = toon.plan(n=flags.drawings or toon.COUNT, seed=flags.seed, tail=flags.tail)
     records = []
     for item in items:
         label, words = item["key"].split("/")[0], toon.describe(item)["tags"]
@@ -210,44 +149,43 @@ def open_toon(size, seed, tail=0.0, drawings=None):
     return drawn(records, toon.draw, size, planes, style=toon.STRATA, parts=toon.PARTS)
 
 
-def open_hybrid(size, seed):
+def open_hybrid(flags, size):
     """Frames that are drawn, photographed or both; each photograph is in one split alone."""
     from ingest import hybrid
 
     photos = {split: hybrid.open_photos(split) for split in hybrid.COUNTS}
-    draw = partial(hybrid.draw, photos=photos, colours=hybrid.palettes(seed))
-    records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in hybrid.plan(seed)]
+    draw = partial(hybrid.draw, photos=photos, colours=hybrid.palettes(flags.seed))
+    items = hybrid.plan(flags.seed)
+    records = [sources.Record(i["key"], i, i["kind"], split=i["split"]) for i in items]
     planes = {"drawn": (size, size), "style": (len(toon.STRATA),)}
-    notes = [f"{kind}: {text}" for kind, text in hybrid.KINDS.items()]
-    for name, (library, split, by) in hybrid.PHOTOS.items():
-        notes.append(f"photograph {name}, from {library}, for {split}: {by}")
     kinds = {"mixed": hybrid.MIXED, "purely": hybrid.PURELY}
-    return drawn(records, draw, size, planes, notes, style=toon.STRATA, hybrid=kinds)
+    return drawn(records, draw, size, planes, hybrid.about(), style=toon.STRATA, hybrid=kinds)
 
 
-def open_scenes(size, seed):
+def open_scenes(flags, size):
     """Pages with drawn figures, and boxes of their faces."""
     from ingest import scenes
 
-    records = [sources.Record(i["key"], i, split=i["split"]) for i in scenes.plan(seed)]
+    items = scenes.plan(flags.seed)
+    records = [sources.Record(i["key"], i, split=i["split"]) for i in items]
     planes = {"boxes": (scenes.MOST, 4), "heads": (scenes.MOST, 4)}
     return drawn(records, scenes.draw, size, planes)
 
 
 DRAWN = {"toon": open_toon, "hybrid": open_hybrid, "scenes": open_scenes}
-OF_DRAWN = {"out", "size", "split", "dev", "test", "seed", "min_per_class"}
+OF_DRAWN = {"path", "out", "size", "split", "dev", "test", "seed", "min_per_class"}
 
 
 def open_source(flags, size):
     """What is drawn, or the pictures at the path, with or without boxes."""
     path = flags.path
-    if path not in DRAWN:
-        return open_boxes(flags, size) if flags.detect else open_images(flags, size)
-    usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
-    refuse_idle(flags.given - {"path"} - usable, f"on {path}, which is drawn")
-    at_once(size, PAINT, 1)  # is one too large?
-    more = (flags.tail, flags.drawings) if path == "toon" else ()
-    return DRAWN[path](size, flags.seed, *more)
+    if path in DRAWN:
+        usable = OF_DRAWN | ({"tail", "drawings"} if path == "toon" else set())
+        refuse_idle(flags.given - usable, f"on {path}, which is drawn")
+        return DRAWN[path](flags, size)
+    source = open_boxes(flags, size) if flags.detect else open_images(flags, size)
+    print("\n".join(source.notes), flush=True)
+    return source
 
 
 # ---- who goes where ------------------------------------------------------------------------------
@@ -273,30 +211,32 @@ def near_duplicates(records, fetch, dedupe, out):
 
 
 def flags_of_deal(flags, source):
-    """The flags that decide who goes where; those without an effect on this source stay unread."""
+    """{flag: value}, for who goes where. Those without an effect on this source stay unread."""
     brings = {r.split for r in source.records}
     if None not in brings and "train" not in brings:
         fix = "name one train, or give a --layout with - for split to have them dealt"
         problem = f"{flags.path} brings {' and '.join(sorted(brings))}, but no train; {fix}"
         raise UserError(problem)
-    how = dict(flags.values)
-    used = ["dev"] if "dev" not in brings else []
-    used += ["test"] if "val" in brings and "test" not in brings else []
-    used += ["min_per_class"] if not flags.detect else []
-    used += ["tail"] if not flags.detect and flags.path not in DRAWN else []
-    if None in brings or "val" not in brings:
-        used += ["split", "seed"]
-    elif "dev" in flags.given:
-        used += ["seed"]
-    if source.fetch:
-        used += ["group_by", "dedupe"]
-        used += ["keep_copies"] if None not in brings and how["dedupe"] == "group" else []
-    return how | {name: getattr(flags, name) for name in used}
+    deals = None in brings or "val" not in brings
+    has_effect = {
+        "split": deals,
+        "seed": deals or "dev" in flags.given,
+        "dev": "dev" not in brings,
+        "test": "val" in brings and "test" not in brings,
+        "group_by": source.fetch,
+        "dedupe": source.fetch,
+        "keep_copies": None not in brings and flags.values["dedupe"] == "group" and source.fetch,
+        "min_per_class": not flags.values["detect"],
+        "tail": not flags.values["detect"] and flags.path not in DRAWN,
+    }
+    for name in filter(has_effect.get, has_effect):
+        getattr(flags, name)
+    return dict(flags.values)
 
 
 def deal(source, how, shares):
     """-> the records that stay, each with its split, and lines that tell what was left out."""
-    pairs, notes = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
+    pairs, copies = near_duplicates(source.records, source.fetch, how["dedupe"], how["out"])
     kept = (how["group_by"], pairs, how["dedupe"], how["keep_copies"])
     records, dropped = without_copies(source.records, *kept)
     records, few = large_enough(records, how["min_per_class"])
@@ -305,20 +245,14 @@ def deal(source, how, shares):
     splits = assign_splits([r.split for r in records], rows, named, how["dev"], how["seed"])
     splits = hold_out_test(splits, [r.group for r in records], how["test"])
     records = [r._replace(split=s) for r, s in zip(records, splits, strict=True)]
-    thinned = []
+    notes = copies + dropped + few
     if how["tail"] and how["path"] != "toon":
         records, thinned = long_tailed(records, how["tail"])
+        notes += thinned
     asked = named | {"dev": how["dev"]}
-    lost = too_few_to_deal(splits, asked, source.records)
-    return records, notes + dropped + few + thinned, lost
-
-
-def too_few_to_deal(splits, shares, records):
-    """A line for a split that was asked for and got no picture."""
-    dealt = ("val", "dev") if records[0].split else shares
-    lost = [s for s in shares if shares[s] and s in dealt and s not in splits]
-    told = f"no picture is left for {' and '.join(lost)}: {len(splits)} are too few"
-    return [told] if lost else []
+    dealt = ("val", "dev") if source.records[0].split else asked
+    lost = [name for name in asked if asked[name] and name in dealt and name not in splits]
+    return records, notes, " and ".join(lost)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -344,22 +278,24 @@ def pack_as_told(flags):
 def write_set(flags):
     """Pack a source into OUT/{train,val,test[,dev]}.safetensors and print what was done."""
     path = flags.path
-    size = flags.size or (LARGE if flags.detect or path == "scenes" else SIDE)
+    large = path == "scenes" or flags.values["detect"]
+    size = flags.size or (LARGE if large else SIDE)
     source = open_source(flags, size)
     how = flags_of_deal(flags, source)
     flags.refuse_unread()
-    refuse_full_disk(how["out"], source.dims, len(source.records), size)
     shares = how["split"] or (TOON_SHARES if path == "toon" else SHARES)
     records, told, lost = deal(source, how, shares)
     words, left_out = tags.vocabulary(records)
-    thin = path == "toon"
-    dims, stream = tags.add_planes(words, records, source.dims, source.stream, thin)
-    told += left_out + lost
+    dims, stream = tags.add_planes(words, records, source.dims, source.stream, path == "toon")
+    told += left_out
+    if lost:
+        told.append(f"no picture is left for {lost}: {len(records)} are too few")
     print("\n".join(told), end="\n" * bool(told), flush=True)
     about = {"format": 1, "source": path, "classes": class_names(records), "size": size}
     about |= {"split_seed": how["seed"], "split_shares": shares}
-    kept = ("dev", "test", "tail", "group_by", "crop", "margin", "dedupe", "min_per_class")
-    about |= {name: how[name] for name in kept}
+    about |= {name: how[name] for name in ("dev", "test", "tail", "group_by")}
+    about |= dict(zip(("crop", "margin"), how["crop"], strict=True))
+    about |= {name: how[name] for name in ("dedupe", "min_per_class")}
     about |= {"tags": words, "notes": source.notes + told, "style": None, "parts": None}
     write_all(how["out"], records, dims, stream, about | source.more)
 
@@ -380,16 +316,6 @@ def class_names(records):
 def existing_folder(out):
     """The innermost folder above `out` that exists."""
     return next(p for p in Path(out).resolve().parents if p.is_dir())
-
-
-def refuse_full_disk(out, dims, n, size):
-    """Say before the work that the files will not fit."""
-    free = shutil.disk_usage(existing_folder(out)).free
-    need = n * sum(map(math.prod, dims.values()))
-    if need > free:
-        fits = int(0.99 * size * math.sqrt(free / need))
-        there = f"{free / 2**30:.1f} GB are free there; --size {fits} fits"
-        raise UserError(f"{out} takes {need / 2**30:.1f} GB, and {there}")
 
 
 @contextlib.contextmanager
@@ -494,6 +420,15 @@ def parse_shares(text):
     return shares
 
 
+def parse_crop(text):
+    """figure:margin=0.2 -> ("figure", 0.2)."""
+    name, keys = parse_keys(text, CROPS, "--crop")
+    margin = keys.get("margin", 0.1)
+    if not 0 <= margin <= 2:
+        raise UserError(f"--crop {text}: the margin must be between 0 and 2")
+    return name, margin
+
+
 def regex(text):
     try:
         return re.compile(text).pattern
@@ -501,56 +436,24 @@ def regex(text):
         raise UserError(f"--group-by {text} is not a regular expression: {problem}") from None
 
 
-def pattern(text):
-    layouts.parse_layout(text)
-    return text
-
-
-def is_packed(folder):
-    return (Path(folder) / "train.safetensors").exists()
-
-
 def show(flags):
-    """--show: a sheet of a packed folder, or both crops of other pictures side by side."""
-    path = flags.path
-    if path in (*DRAWN, "-"):
-        raise UserError(f"--show needs a folder or an archive, not {path}; pack it first")
-    if is_packed(path):
-        return show_packed(path, flags)
-    size, margin = flags.size or SIDE, flags.margin
-    boxes = flags.boxes
+    """--show: a sheet of a packed folder -> what was written, and what comes next."""
+    folder = Path(flags.path)
     flags.refuse_unread()
-    sheet = Path(f"{default_out(path)}_crops.png")
-    claim([sheet], fix="move it away")
-    records, fetch, _ = sources.find(path, boxes, "-")
-
-    def both(r, data):
-        return [decode(data, size, False, r.box, crop, margin)["images"] for crop in CROPS]
-
-    some = records[:: math.ceil(len(records) / 12)]
-    rows = progress(decode_records(some, fetch, both), "cropping", len(some), unit="img")
-    pictures = [row for _, row in rows if isinstance(row, list)]  # of each image one by each crop
-    if not pictures:
-        raise UserError(f"none of the images of {path} that were tried can be read")
-    from common import plots  # heavy: only when a picture is asked for
-
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    columns = zip(CROPS, zip(*pictures, strict=True), strict=True)
-    rows = [(f"--crop {crop}", np.stack(cut)) for crop, cut in columns]
-    plots.image_grid(sheet, "What --crop keeps", rows)
-    command = f"python data.py {shlex.quote(path)}"
-    return f"{sheet} written; next: {command}, with --crop figure if its row is better"
-
-
-def show_packed(folder, flags):
-    flags.refuse_unread()
-    path = Path(folder) / "sheet.png"
+    if not (folder / "train.safetensors").exists():
+        raise UserError(f"--show {folder}: there is no packed set; python data.py PATH packs one")
+    path = folder / "sheet.png"
     claim([path], fix="move it away")
     from data import open_split
-    from ingest import sheet
+    from ingest.sheet import dataset_sheet
 
-    names = [n for n in layouts.ORDER if (Path(folder) / f"{n}.safetensors").exists()]
-    sheet.dataset_sheet(path, folder, {n: open_split(folder, n) for n in names})
+    names = [n for n in layouts.ORDER if (folder / f"{n}.safetensors").exists()]
+    splits = {n: open_split(folder, n) for n in names}
+    sizes = ", ".join(f"{n} {len(split['images']):,}" for n, split in splits.items())
+    header = splits["train"]["header"]
+    title = f"{folder}: {sizes}, {len(header['classes'])} classes, {header['size']} px"
+    print("\n".join([title, *header.get("notes", [])]))
+    dataset_sheet(path, title, splits["train"])
     return f"{path} written; next: {to_learn(folder)}"
 
 
@@ -575,14 +478,13 @@ def parse_flags(words=None):
     share, side = between(0, 0.99), between(8, 4096, int)
     kinds = f"folder, zip, tar, csv, tsv, jsonl, - for a list of files, or {', '.join(DRAWN)}"
     add("path", help=kinds)
-    add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
     add("--out", help="folder for the packed splits (default: datasets/ and the name of PATH)")
-    add("--show", action="store_true", help="draw a sheet of a packed folder or of both crops")
-    add("--layout", type=pattern, help="split/-/class; -: no labels (default: found)")
+    add("--show", action="store_true", help="draw a sheet of a packed folder")
+    add("--detect", action="store_true", help="PATH has boxes: COCO, Pascal VOC, YOLO or a csv")
+    add("--layout", type=layouts.parse_layout, help="split/-/class; -: no labels (default: found)")
     add("--size", type=side, help=f"side in pixels (default: {SIDE}; pages {LARGE})")
-    add("--crop", choices=CROPS, default="centre", help="by figure: its box, alpha or colours")
-    add("--margin", type=between(0, 2), default=0.1, help="around the figure, share of its side")
-    add("--boxes", metavar="FILE", help="lines of: path x1 y1 x2 y2 in pixels, for --crop figure")
+    centre = {"type": parse_crop, "default": parse_crop("centre")}
+    add("--crop", help="centre (default), or figure:margin=0.1 by box, alpha or colours", **centre)
     add("--split", type=parse_shares, help=f"shares of train,val,test (default: {SHARES})")
     add("--dev", type=share, default=0.0, help="share of train held apart for choices, such as 0.1")
     add("--test", type=share, default=0.0, help="share of a given val that becomes test")

@@ -6,16 +6,10 @@ from pathlib import Path
 
 from common.fields import shown
 from common.io import UserError
-from ingest import pack, sources
-from ingest.decode import decode, reason, whole
+from ingest import files, sources
+from ingest.decode import decode, decode_records, reason, whole
 
-
-def is_picture(path):
-    """A file that is no archive and no list is taken for a picture, whatever its name."""
-    try:
-        return path.is_file() and (sources.is_image(path.name) or not sources.reader_of(path))
-    except UserError:
-        return True
+DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
 
 
 def pictures(paths, size, crop, margin, problems):
@@ -43,12 +37,8 @@ def each_picture(paths, work, problems, at_once=16):
     count = 0
     for path in paths:
         try:
-            if path != "-" and is_picture(Path(path)):
-                records = [sources.Record(path, str(Path(path).resolve()))]
-                fetch = sources.fetch_files
-            else:
-                records, fetch, _ = sources.find(path, layout="-")
-            for record, row in pack.decode_records(records, fetch, work, at_once):
+            records, fetch = found_at(path)
+            for record, row in decode_records(records, fetch, work, at_once):
                 if isinstance(row, Exception):
                     why = f"{record.key} is not a picture that can be read: {reason(row)}"
                     problems.append((record.key, why))
@@ -62,6 +52,21 @@ def each_picture(paths, work, problems, at_once=16):
         raise UserError(problems[0][1] + more if problems else "no picture was given")
 
 
+def found_at(path):
+    """-> records and fetch of a path on the command line."""
+    if path == "-" or not is_picture(Path(path)):
+        return sources.find(path, layout=())[:2]
+    return [sources.Record(path, str(Path(path).resolve()))], files.fetch_files
+
+
+def is_picture(path):
+    """A file that is no archive and no list is taken for a picture, whatever its name."""
+    try:
+        return path.is_file() and (files.is_image(path.name) or not sources.reader_of(path))
+    except UserError:
+        return True
+
+
 def tell_problems(problems, trained_on, as_json=False):
     """Say on stderr what could not be read, and whether the network has seen a demo set alone."""
     for key, problem in problems:
@@ -70,9 +75,6 @@ def tell_problems(problems, trained_on, as_json=False):
             print(json.dumps({"picture": key, "error": problem}, ensure_ascii=False))
     if note := demo_note(trained_on):
         print(f"note: {note}", file=sys.stderr)
-
-
-DEMO_SETS = ("toon", "scenes", "hybrid")  # drawn by this project's own program
 
 
 def demo_note(trained_on):

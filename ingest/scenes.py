@@ -1,7 +1,6 @@
 """Pages with drawn figures on them: what detect.py learns from, for anybody to make.
 
     python data.py scenes --out datasets/scenes
-    python -m ingest.scenes --out sheet.png        # a sheet of pages, with the boxes of faces
 
 A page has one to four panels, each with a backdrop; figures of ingest/toon.py stand on it, large
 and small, in front of each other, cut by the border; speech bubbles hide some. A tenth of the pages
@@ -11,12 +10,10 @@ who is on a page of val was never seen in train.
 """
 
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.command import Parser, between, cli, progress
 from ingest import toon
 from ingest.boxes import padded
 
@@ -168,29 +165,3 @@ def outlined(page, boxes, colour=(230, 60, 20)):
     for box in np.asarray(boxes)[:, :4] * (w, h, w, h):
         pen.rectangle(tuple(box), outline=colour, width=width)
     return np.asarray(picture)
-
-
-def main():
-    parser = Parser(prog="ingest.scenes", description=__doc__.splitlines()[0])
-    add, few = parser.add_argument, between(1, 20, int)
-    add("--out", default="sheet.png", help="the picture file that is written (default: sheet.png)")
-    add("--size", type=between(64, 1024, int), default=256, help="side of a page (default: 256)")
-    add("--columns", type=few, default=4, help="default: 4")
-    add("--rows", type=few, default=3, help="default: 3")
-    add("--plain", action="store_true", help="without the boxes")
-    args = parser.parse_args()
-    toon.refuse_sheet(args.out)
-    items = [i for i in plan() if i["split"] == "val"][: args.rows * args.columns]
-    pages = (draw(item, args.size) for item in progress(items, "drawing"))
-    pictures = (p["image"] if args.plain else outlined(p["image"], seen(p["boxes"])) for p in pages)
-    toon.write_sheet(Path(args.out), pictures, args.rows, args.columns, args.size)
-    print(f"{args.out} written; next: python data.py scenes packs the whole set")
-
-
-def seen(boxes):
-    """Those that do not fill up."""
-    return boxes[boxes[:, 0] >= 0]
-
-
-if __name__ == "__main__":
-    cli(main)

@@ -9,74 +9,72 @@
 
 `fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of
 threads may call it. `notes` are lines for the user: what the path was taken for, and what was left
-out. Nothing is extracted to disk and no picture is opened here. Each reader, from_...(path) ->
-(records, fetch, *notes), knows one kind of source; READERS is the table of them. Where only folders
-tell split and class, ingest/layouts.py reads them.
+out. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; READERS is
+the table of them. Where only folders tell split and class, ingest/layouts.py reads them. No picture
+is opened here.
 """
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shlex
 import sys
-import tarfile
 import unicodedata
 import zipfile
-import zlib
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from common.io import UserError, parse_table, regular
-from ingest import layouts, tags
+from common.io import UserError, parse_table, reading, regular
+from ingest import files, layouts, tags
+from ingest.files import fetch_files, is_image, walk
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, escapes and what breaks a line
-MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
 UNKNOWN = (None, None, None, (), None)
 Record = namedtuple("Record", "key place label split group tags box", defaults=UNKNOWN)
 
 
-def find(path, boxes_file=None, layout=None):
-    """A path or the word - -> (records, fetch, notes), every key once, with the boxes of a file.
+def find(path, layout=None):
+    """A path or the word - -> (records, fetch, notes), every key once.
 
-    layout: a pattern for sources that only folders tell of; "-": all pictures, no labels.
+    layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     """
     reader, name = reader_of(path)
-    more = {"layout": layouts.parse_layout(layout)} if layout and not name else {}
-    records, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
-    if not records:
-        raise UserError(nothing_in("standard input" if str(path) == "-" else path))
+    more = {} if name else {"layout": layout}
+    found, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
+    if not found:
+        raise UserError(nothing_in(path))
     if name:
-        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in records]))
-    refuse_odd(path, [r.key for r in records])
-    first = {}
-    for r in records:
-        first.setdefault(r.key, r)
-    if len(first) < len(records):
-        notes.append(f"{len(records) - len(first)} names came twice; the first of each is kept")
-    records = list(first.values())
-    notes += alike_but_for_case({r.label for r in records} - {None})
-    if boxes_file:
-        records = with_boxes(records, boxes_file)
-    return records, fetch, notes
+        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+    records = {}
+    for r in found:
+        records.setdefault(r.key, r)
+    refuse_odd(path, records)
+    if len(records) < len(found):
+        notes.append(f"{len(found) - len(records)} names came twice; the first of each is kept")
+    return list(records.values()), fetch, notes
 
 
 def reader_of(path):
     """-> the function that reads this path, and its name, None where only folders tell of pictures."""
     if str(path) == "-":
         return from_list, None
+    known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
+    return choose(path, READERS, known)
+
+
+def choose(path, readers, known):
+    """-> the first of the readers (does it fit, reader, name) that fits, and its name."""
     if not str(path) or not Path(path).exists():
         fix = "give a folder, an archive or a list of images, or the word toon"
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
-    for fits, reader, name in READERS:
+    for fits, reader, name in readers:
         if fits(regular(Path(path))):
             return reader, name
-    known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
     raise UserError(f"{path} is no {known}")
 
 
@@ -88,33 +86,13 @@ def refuse_odd(path, names):
             raise UserError(f"{path} holds the name {name[:80]!r}, which {odd}")
 
 
-def alike_but_for_case(names):
-    """A line for classes such as Miku and miku."""
-    alike = defaultdict(list)
-    for name in sorted(names):
-        alike[name.casefold()].append(name)
-    same = [" and ".join(some) for some in alike.values() if len(some) > 1]
-    told = f"classes that differ only in case are kept apart: {', '.join(same[:3])}"
-    return [told] if same else []
-
-
-def with_boxes(records, boxes_file):
-    boxes = read_boxes(boxes_file)
-    if not any(r.key in boxes for r in records):
-        named = f"it has {next(iter(boxes), None)!r}, the images are named like {records[0].key!r}"
-        raise UserError(f"--boxes {boxes_file} names none of the images; {named}")
-    return [r._replace(box=boxes.get(r.key, r.box)) for r in records]
-
-
 def nothing_in(path):
     """The error for a source without pictures; they may lie in an archive there."""
-    inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(ARCHIVES)]
+    inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(files.ARCHIVES)]
     if inside:
-        more = f" and {len(inside) - 1} more archives" if len(inside) > 1 else ""
         command = f"python data.py {shlex.quote(str(inside[0]))}"
-        there = f"but {inside[0].name} lies there{more}; give the archive: {command}"
-        return f"no image found in {path}, {there}"
-    looked = " ".join(sorted(SUFFIXES))
+        return f"no image found in {path}, but {inside[0].name} lies there: {command}"
+    looked = " ".join(sorted(files.SUFFIXES))
     return f"no image found in {path}; looked for {looked} in it and its subfolders"
 
 
@@ -123,41 +101,30 @@ def nfc(text):
     return unicodedata.normalize("NFC", text)
 
 
-def is_image(name):
-    """By its suffix; __MACOSX/._x.png and .thumbnails/x.png are not one."""
-    parts = name.split("/")
-    hidden = any(part.startswith((".", "__")) and part not in (".", "..") for part in parts)
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not hidden
-
-
-# ---- folders -------------------------------------------------------------------------------------
+# ---- what folders tell ---------------------------------------------------------------------------
 
 
 def by_path(found, layout=None, captions=None):
     """[(place, name)] -> records whose folders say split and class, and a note: read as what.
 
-    Numbers before names are no names: AnimeFace Character (moeimouto) counts its classes,
-    thumb/000_hatsune_miku/face_1_2_3.png. kohya's scripts count repeats, 10_miku/1.png, with a
-    caption beside each picture. captions {name: tags}.
+    Where every class has a number before its name, 10_miku or 000_hatsune_miku, the number is left
+    out: kohya's scripts count repeats, AnimeFace Character (moeimouto) its classes. captions
+    {name: tags}.
     """
     keys = [nfc(name.removeprefix("./")) for _, name in found]
     dirs = [key.split("/")[:-1] for key in keys]
-    captions = captions or {}
-    kohya = 2 * len(captions) > len(keys)
-    numbered = [d if kohya or d[-2:-1] == ["thumb"] else [] for d in dirs]
-    names = [after_number(d[-1]) if d else None for d in numbered]
-    other = None
-    if layout is None and layouts.few(names.count(None), len(dirs)):
-        what = "kohya's folders" if kohya else "AnimeFace Character"
-        rows = [name and (None, name) for name in names]
-    else:
-        if layout is None:
-            layout, other = layouts.detect(dirs)
-        what, rows = "/".join(layout) or "pictures only", layouts.read(dirs, layout)
+    pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
+    rows = layouts.read(dirs, pattern)
+    what = "/".join(pattern) or "pictures only"
+    plain = layouts.without_numbers(rows)
+    if layout is None and plain != rows:
+        rows = plain
+        what += ", the numbers before names left out"
     records = []
     for key, (place, name), row in zip(keys, found, rows, strict=True):
         if row:
-            records.append(Record(key, place, row[1], row[0], tags=captions.get(name, ())))
+            split, label = row
+            records.append(Record(key, place, label, split, tags=(captions or {}).get(name, ())))
     if found and not records:
         problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
         fix = "a split is named train, val, dev or test, or much like it"
@@ -165,43 +132,21 @@ def by_path(found, layout=None, captions=None):
     return records, [layouts.told(what, rows, keys, other)]
 
 
-def after_number(folder):
-    """000_hatsune_miku -> hatsune_miku; None where it does not begin with a number."""
-    found = re.fullmatch(r"\d+_(.+)", folder)
-    return found and found[1]
-
-
-def read_whole(path):
-    if os.path.getsize(regular(path)) > MOST_BYTES:
-        raise ValueError(f"the file has more than {MOST_BYTES >> 20} MB")
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def fetch_files(records, root=""):
-    """For records whose place is the path of a file, relative to root or absolute."""
-    return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
-
-
-def walk(folder, prefix="", above=()):
-    """Names of the images below a folder, sorted. Links that lead back are not followed."""
-    here = os.path.realpath(folder)
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
-        if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
-            continue
-        if entry.is_dir():
-            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
-        elif is_image(prefix + entry.name) and entry.is_file():
-            yield prefix + entry.name
-
-
 def from_folder(root, layout=None):
     """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
     names = list(walk(root))
-    numbered = [n for n in names if after_number(Path(n).parent.name)]
-    captions = tags.read_captions(root, numbered) if layout is None else {}
+    captions = {}
+    if layout is None:
+        numbered = [n for n in names if layouts.NUMBERED.fullmatch(Path(n).parent.name)]
+        captions = tags.read_captions(root, numbered)
     records, notes = by_path([(name, name) for name in names], layout, captions)
     return records, partial(fetch_files, root=root), *notes
+
+
+def from_archive(path, layout=None, opened=None):
+    found, fetch = opened(path)
+    records, notes = by_path(found, layout)
+    return records, fetch, *notes
 
 
 def from_list(lines, layout=None):
@@ -216,65 +161,109 @@ def from_list(lines, layout=None):
 
 # ---- tables --------------------------------------------------------------------------------------
 
-LIST = ("path", "label", "split", "tags")  # columns of a table whose first line does not name them
-CALLED = dict.fromkeys(("dir", "file", "filename", "file_name", "image"), "path")
+COLUMNS = ("path", "label", "split", "tags")  # of a table whose first line does not name them
+BOX = ("x1", "y1", "x2", "y2")
+CALLED = dict.fromkeys(("dir", "file", "filename", "file_name", "image", "picture"), "path")
 CALLED |= dict.fromkeys(("class", "class_id", "character"), "label")
+CALLED |= dict(zip(("xmin", "ymin", "xmax", "ymax"), BOX, strict=True))
+CALLED |= dict(zip(("left", "top", "right", "bottom"), BOX, strict=True))
 
 
-def table_rows(path, quoting=csv.QUOTE_MINIMAL):
-    """Yield (line number, [cells]) of a csv or tsv file, empty lines left out."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def header_of(row):
+    """The columns that a first line names, or None. The first column of a table of boxes is a path."""
+    words = [cell.strip().lower() for cell in row]
+    words = [CALLED.get(word, word) for word in words]
+    if "path" in words:
+        return words
+    return ["path", *words[1:]] if "x1" in words else None
+
+
+def table_rows(path, columns=COLUMNS):
+    """Yield (where, {column: cell}) of a csv, or of a file with tabs between its cells.
+
+    Its first line may name the columns. `where` is for messages. Tabs go without quotes.
+    """
+    tabs = path.suffix.lower() != ".csv"
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     with open(regular(path), newline="", encoding="utf-8-sig") as f:
-        rows = csv.reader(f, delimiter=delimiter, quoting=quoting)
+        rows = csv.reader(f, **style)
         try:
-            yield from ((rows.line_num, row) for row in rows if row)
+            for row in filter(None, rows):
+                if rows.line_num == 1 and header_of(row):
+                    columns = header_of(row)
+                    continue
+                where = f"{path}, line {rows.line_num}"
+                cells = dict(zip(columns, map(str.strip, row), strict=False))
+                if len(row) > len(columns) or ("path" in columns and not cells.get("path")):
+                    found = f"{','.join(row)[:80]!r}"
+                    raise UserError(f"{where} is not {','.join(columns)} but {found}")
+                yield where, cells
         except (UnicodeDecodeError, csv.Error) as problem:
             after = f"after line {rows.line_num}: {problem}"
             raise UserError(f"{path} is not a table in UTF-8 {after}") from None
 
 
-def read_table(path, columns=LIST, root="", names=None, split=None):
-    """Records of a csv or tsv, whose first line may name its columns. Paths lie below `root`.
+def box_of(cells, where):
+    """The box in the cells of a row, four numbers; None where they are empty or not there."""
+    found = [cells.get(name, "") for name in BOX]
+    if not any(found):
+        return None
+    try:
+        return tuple(map(float, found))
+    except ValueError:
+        raise UserError(f"{where}: {','.join(found)} is no box {','.join(BOX)}") from None
+
+
+def read_table(path, columns=COLUMNS, root="", names=None, split=None):
+    """Records of a table. Paths lie below `root`.
 
     names {label in the file: class}; split: of all rows, if there is no such column.
     """
     records = []
-    for number, row in table_rows(path):
-        words = [CALLED.get(word, word) for word in (cell.strip().lower() for cell in row)]
-        if number == 1 and "path" in words:
-            columns = words
-            continue
-        cells = dict(zip(columns, map(str.strip, row), strict=False))
-        if len(row) > len(columns) or not cells.get("path"):
-            found = ",".join(row)[:80]
-            raise UserError(f"{path}, line {number} is not {','.join(columns)} but {found!r}")
+    for where, cells in table_rows(path, columns):
         if is_image(cells.get("label", "")) and not is_image(cells["path"]):
             # an older release of DAF:re has them the other way round
             cells["path"], cells["label"] = cells["label"], cells["path"]
         given = cells.get("split", "")
         if given and not layouts.split_of(given):
-            problem = f"split {given!r} is none of train, val, test, dev"
-            raise UserError(f"{path}, line {number}: {problem}")
-        records.append(record_of(cells, root, names or {}, layouts.split_of(given) or split))
+            raise UserError(f"{where}: split {given!r} is none of train, val, test, dev")
+        box = box_of(cells, where)
+        if box and not (box[0] < box[2] and box[1] < box[3]):
+            raise UserError(f"{where}: of a box x1 < x2 and y1 < y2, not {box}")
+        label = (names or {}).get(cells.get("label"), cells.get("label"))
+        records.append(record_of(cells | {"label": label, "box": box}, root, split))
     return records
 
 
-def record_of(cells, root, names, split):
-    """{column: cell} -> a record. An empty label is no label."""
-    place, label = cells["path"], cells.get("label", "")
-    label = sys.intern(nfc(names.get(label, label))) or None
-    words = tuple(sys.intern(nfc(word)) for word in tags.words_of(cells.get("tags", "")))
-    return Record(nfc(place), root + place, label, split, cells.get("group") or None, words)
+def record_of(cells, root="", split=None):
+    """{column: cell} -> a record. An empty label is no label; tags are a text or a list."""
+    label, words = cells.get("label"), cells.get("tags") or ()
+    label = None if label in (None, "") else sys.intern(nfc(str(label)))
+    words = tags.words_of(words) if isinstance(words, str) else words
+    words = tuple(sys.intern(nfc(str(word))) for word in words)
+    place, split = cells["path"], layouts.split_of(cells.get("split") or "") or split
+    return Record(
+        nfc(place), root + place, label, split, cells.get("group") or None, words, cells.get("box")
+    )
+
+
+def read_names(path, columns):
+    """{id: name} of a table with these two columns; nothing where there is no such file."""
+    rows = table_rows(path, columns) if path.exists() else ()
+    return {cells["id"]: cells.get("name") for _, cells in rows}
 
 
 def from_table(path):
-    """csv or tsv of path,label[,split][,tags][,group]; paths relative to its folder."""
+    """csv or tsv of path,label[,split][,tags][,group][,x1,y1,x2,y2]; paths relative to its folder."""
     records = read_table(path)
     without = sum(r.split is None for r in records)
     if 0 < without < len(records):
         fix = "give it to all or none"
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; {fix}")
     return records, partial(fetch_files, root=path.parent)
+
+
+# ---- published data sets -------------------------------------------------------------------------
 
 
 def from_dafre(root):
@@ -285,21 +274,15 @@ def from_dafre(root):
     folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
     if folder is None:
         raise UserError(f"{root} has DAF:re's labels alone; unpack faces/ or fullMin256/ there")
-    labels, records = root / "labels", []
-    names = read_names(labels / "classid_classname.csv", 0, 1)
+    names = read_names(root / "labels/classid_classname.csv", ("id", "name"))
+    records, notes = [], []
     for split in ("train", "val", "test"):
-        table = labels / f"{split}.csv"
+        table = root / f"labels/{split}.csv"
         if table.exists():
             records += read_table(table, ("label", "path"), f"{folder}/", names, split)
-    records, notes = with_tags(root, records) if metadata_files(root) else (records, [])
+    if metadata_files(root):
+        records, notes = with_tags(root, records)
     return records, partial(fetch_files, root=root), *notes
-
-
-def read_names(path, key, name):
-    """{cell `key`: cell `name`} of a table's rows; nothing where there is no such file."""
-    quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-    rows = table_rows(path, quoting) if path.exists() else ()
-    return {row[key]: sys.intern(nfc(row[name])) for _, row in rows if len(row) > max(key, name)}
 
 
 def with_tags(root, records):
@@ -312,67 +295,52 @@ def with_tags(root, records):
     # whoever wrote no categories has the characters among the tags
     people = {plain(r.label) for r in records if r.label}
     of = {r.key: tuple(t for t in r.tags if plain(t) not in people) for r in posts}
-    notes.append(f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags")
-    return [r._replace(tags=of.get(r.key, ())) for r in records], notes if posts else notes[:-1]
+    if posts:
+        notes.append(f"{sum(map(bool, of.values()))} of {len(records)} pictures have tags")
+    return [r._replace(tags=of.get(r.key, ())) for r in records], notes
 
 
 def from_acrd(root):
     """ACRD (Wang 2019, Danbooru2018AnimeCharacterRecognitionDataset): faces.tsv of path, id of the
-    character, box; tagIds.tsv of name, id; {train,val,test}Split.tsv of ids of Danbooru.
+    character, head; tagIds.tsv of name, id; {train,val,test}Split.tsv of ids of Danbooru.
 
     The faces lie anywhere below, each named by its id of Danbooru. Those in no list, where there
     are lists, are left out as in the paper's baseline: a detector was not sure of them.
     """
     if not (root / "faces.tsv").exists():
         raise UserError(f"{root} has tagIds.tsv alone; put faces.tsv and the pictures there")
-    names = read_names(root / "tagIds.tsv", 1, 0)
-    split_of = {}
+    names = read_names(root / "tagIds.tsv", ("name", "id"))
+    lists = {}
     for split in ("train", "val", "test"):
-        split_of |= dict.fromkeys(read_names(root / f"{split}Split.tsv", 0, 0), split)
+        lists |= dict.fromkeys(read_names(root / f"{split}Split.tsv", ("id",)), split)
     have = {Path(name).stem: name for name in walk(root)}
     records, absent, unsure = [], 0, 0
-    for r in read_table(root / "faces.tsv", ("path", "label", "box"), names=names):
+    for r in read_table(root / "faces.tsv", ("path", "label", "head"), names=names):
         number = Path(r.place.replace("\\", "/")).stem
         place = have.get(number)
         absent += place is None
-        unsure += bool(split_of) and number not in split_of
-        if place and (number in split_of or not split_of):
-            records.append(r._replace(key=nfc(place), place=place, split=split_of.get(number)))
-    told = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
-    told += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
-    return records, partial(fetch_files, root=root), *told
+        unsure += bool(lists) and number not in lists
+        if place and (number in lists or not lists):
+            records.append(r._replace(key=nfc(place), place=place, split=lists.get(number)))
+    notes = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
+    notes += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
+    return records, partial(fetch_files, root=root), *notes
 
 
 def from_icartoonface(root):
     """iCartoonFace (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, and boxes of faces."""
-    boxes = read_boxes(root / "icartoonface_rectrain_det.txt")
     folder = root / "icartoonface_rectrain"
     if not folder.is_dir():
         fix = "unpack icartoonface_rectrain/ there"
         raise UserError(f"{root} has iCartoonFace's boxes alone; {fix}")
-    records = [Record(n, n, n.split("/")[0], box=box) for n, box in boxes.items()]
-    return records, partial(fetch_files, root=folder)
-
-
-def read_boxes(path):
-    """Lines of path x1 y1 x2 y2 in pixels -> {path: (x1, y1, x2, y2)}."""
-    try:
-        lines = regular(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path} can't be read as text in UTF-8: {problem}") from None
-    line_of_five, boxes = re.compile(r"(.+?)" + 4 * r"[\t, ]+(-?\d+(?:\.\d+)?)" + r"\s*"), {}
-    for n, line in enumerate(filter(str.strip, lines), 1):
-        told = line_of_five.fullmatch(line)
-        name, *box = told.groups() if told else ("", 0, 0, 0, 0)
-        x1, y1, x2, y2 = map(float, box)
-        if not (x1 < x2 and y1 < y2):
-            wanted = "path x1 y1 x2 y2 with x1 < x2 and y1 < y2"
-            raise UserError(f"{path}, line {n} is not {wanted} but {line[:80]!r}")
-        boxes[nfc(name)] = (x1, y1, x2, y2)
-    return boxes
+    records = read_table(root / "icartoonface_rectrain_det.txt", ("path", *BOX))
+    named = [r._replace(label=r.key.split("/")[0]) for r in records]
+    return named, partial(fetch_files, root=folder)
 
 
 # ---- parquet -------------------------------------------------------------------------------------
+
+IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column of pictures
 
 
 def parquet_files(path):
@@ -388,195 +356,59 @@ def split_of_file(path):
     return layouts.split_of(re.split(r"[-.]", path.name)[0])
 
 
-COLUMNS = {  # of a parquet file: the first of these that it has
-    "image": ("image", "img", "picture", "jpg", "png", "webp"),
-    "label": ("label", "character", "class", "name"),
-    "tags": ("tags",),
-}
-# what pyarrow raises for a broken file, and our code for one of another kind
-BROKEN_PARQUET = (ValueError, OSError, LookupError, AttributeError, TypeError)
-
-
 def from_parquet(path):
     """Parquet as Hugging Face writes it: image of {bytes, path}, label, tags; files name their split."""
     try:
-        from pyarrow import parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path} holds parquet files; pip install pyarrow reads them") from None
-    tables, records = {}, []
+    records = []
     for file in parquet_files(path):
-        try:
-            tables[file] = parquet.ParquetFile(file)
-            records += parquet_records(file, tables[file])
-        except BROKEN_PARQUET as problem:
-            told = str(problem)[:100]
-            raise UserError(f"{file} is no whole parquet file of pictures: {told}") from None
-    return records, partial(fetch_rows, tables=tables)
-
-
-def fetch_rows(records, tables):
-    """For records whose place is (file, row group, row). One row group at a time is held."""
-    held, images = None, []
-    for r in records:
-        file, part, row = r.place
-        if held != (file, part):
-            column = columns_of(tables[file])["image"]
-            rows = tables[file].read_row_group(part, columns=[column]).to_pylist()
-            held, images = (file, part), [cells[column] for cells in rows]
-        yield r, partial(image_bytes, images[row])
-
-
-def columns_of(table):
-    """{meaning: name of the column}, of those that a parquet file has."""
-    have, found = table.schema_arrow.names, {}
-    for meaning, names in COLUMNS.items():
-        named = [name for name in names if name in have]
-        found |= {meaning: named[0]} if named else {}
-    if "image" not in found:
-        raise ValueError(f"no column image, but {', '.join(have)}")
-    return found
+        with reading(file, "parquet file of pictures", "take another copy"):
+            records += parquet_records(file, ParquetFile(file))
+    return records, partial(fetch_rows, opened=ParquetFile)
 
 
 def parquet_records(file, table):
     """A record for each row of a file; nothing of its pictures is read."""
-    columns, records = columns_of(table), []
-    label, words = columns.get("label"), columns.get("tags")
-    asked = [name for name in (label, words) if name]
-    about = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    names = about.get("info", {}).get("features", {}).get(label, {}).get("names")
-    for part in range(table.num_row_groups):
-        rows = [{}] * table.metadata.row_group(part).num_rows
-        rows = table.read_row_group(part, columns=asked).to_pylist() if asked else rows
-        for row, cells in enumerate(rows):
-            name, tagged = cells.get(label), cells.get(words) or ()
-            name = names[name] if names and isinstance(name, int) and name >= 0 else name
-            name = None if name in (None, "", -1) else nfc(str(name))
-            tagged = tags.words_of(tagged) if isinstance(tagged, str) else tuple(map(str, tagged))
-            key = f"{file.stem}/{len(records):07d}"
-            record = Record(key, (file, part, row), name, split_of_file(file), tags=tagged)
-            records.append(record)
+    schema, records = table.schema_arrow, []
+    image = next((name for name in IMAGES if name in schema.names), None)
+    if image is None:
+        raise ValueError(f"no column image, but {', '.join(schema.names)}")
+    columns = {CALLED.get(name, name): name for name in schema.names if name != image}
+    asked = [columns[name] for name in ("label", "tags") if name in columns]
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    names = (features.get(columns.get("label")) or {}).get("names") or ()
+    rows = [{}] * table.metadata.num_rows
+    for number, cells in enumerate(table.read(asked).to_pylist() if asked else rows):
+        label = cells.get(columns.get("label"))
+        if label in range(len(names)):
+            label = names[label]
+        cells = {"path": f"{file.stem}/{number:07d}", "tags": cells.get("tags")}
+        record = record_of(cells | {"label": None if label == -1 else label})
+        records.append(record._replace(place=(file, image, number), split=split_of_file(file)))
     return records
+
+
+def fetch_rows(records, opened):
+    """For records whose place is (file, column, row): each file is read through, little at a time."""
+    wanted = {r.place: r for r in records}
+    for file, image in dict.fromkeys(r.place[:2] for r in records):
+        number = 0
+        for batch in opened(file).iter_batches(64, columns=[image]):
+            for cell in batch.column(0).to_pylist():
+                if (file, image, number) in wanted:
+                    yield wanted[file, image, number], partial(image_bytes, cell)
+                number += 1
 
 
 def image_bytes(cell):
     data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if not isinstance(data, bytes) or len(data) > MOST_BYTES:
-        raise ValueError(f"the row holds no picture of up to {MOST_BYTES >> 20} MB")
+    if not isinstance(data, bytes):
+        raise ValueError("the row holds no picture")
+    files.refuse_large(len(data))
     return data
-
-
-# ---- archives ------------------------------------------------------------------------------------
-
-
-def refuse_escape(archive, name):
-    """../x, /x and C:\\x lead out of an archive, and who packs that is not to be trusted."""
-    if ".." in re.split(r"[/\\]", name) or re.match(r"/|\\|[A-Za-z]:", name):
-        raise UserError(f"{archive} holds the name {name!r}, which leads out of it; pack it anew")
-
-
-def from_zip(path, layout=None):
-    """A zip: its members are read in place, by name."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as problem:
-        raise UserError(f"{path} is not a whole zip archive: {problem}") from None
-    for name in archive.namelist():
-        refuse_escape(path, name)
-    images = [info for info in archive.infolist() if is_image(info.filename)]
-    images.sort(key=lambda info: info.filename)
-
-    def fetch(records):
-        return ((r, partial(read_member, archive, r.place)) for r in records)
-
-    records, notes = by_path([(info, zip_name(info)) for info in images], layout)
-    return records, fetch, *notes
-
-
-def zip_name(info):
-    """Names without the UTF-8 flag are mostly UTF-8 (macOS) or Japanese, not cp437."""
-    name = info.filename
-    if not info.flag_bits & 0x800 and not name.isascii():
-        for code in ("utf-8", "cp932"):
-            try:
-                name = info.filename.encode("cp437").decode(code)
-                break
-            except UnicodeError:
-                continue
-    return name.replace("\\", "/")  # some tools on Windows write those between folders
-
-
-def read_member(archive, info):
-    if info.file_size > MOST_BYTES:
-        raise ValueError(f"unpacks to more than {MOST_BYTES >> 20} MB")
-    return archive.read(info)
-
-
-def from_tar(path, layout=None):
-    """A tar is read through from its beginning for every split, and never extracted."""
-
-    def fetch(records):
-        wanted = {r.place: r for r in records}
-        for name, data in tar_images(path, wanted):
-            if data is not None:
-                yield wanted.pop(name), partial(bytes, data)
-
-    records, notes = by_path([(name, name) for name, _ in tar_images(path)], layout)
-    return records, fetch, *notes
-
-
-# ---- tar: its headers say how much follows, and nothing is read before that is checked
-
-MOST_HEADER = 2**20  # bytes of a long name, or of a set of PAX fields
-LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-ANNOUNCED = (*LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-# What tarfile raises for a broken header, besides its own errors.
-BROKEN_TAR = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
-
-
-def refuse_sparse(*_):
-    raise tarfile.ReadError("it holds a sparse file; pack it without --sparse")
-
-
-class Member(tarfile.TarInfo):
-    """A header of a tar. Long headers and sparse files are refused before they are read."""
-
-    @classmethod
-    def frombuf(cls, buf, encoding, errors):
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in ANNOUNCED and not 0 <= member.size <= MOST_HEADER:
-            raise tarfile.ReadError(f"it has a header of {member.size} bytes")
-        if member.type == tarfile.GNUTYPE_SPARSE:
-            refuse_sparse()
-        return member
-
-    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse_sparse
-
-
-def is_tar(path):
-    try:
-        with tarfile.open(path, "r|*", tarinfo=Member):
-            return True
-    except BROKEN_TAR:
-        return False
-
-
-def tar_images(path, wanted=()):
-    """Yield (name, bytes, or None if it is not wanted) of the pictures of a tar, in its order."""
-    most = 2**30 + 1000 * os.path.getsize(path)  # pictures hardly shrink when they are packed
-    try:
-        with tarfile.open(path, "r|*", tarinfo=Member) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # it would remember every member
-                refuse_escape(path, member.name)
-                if member.offset_data + member.size > most:
-                    raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
-                if member.isfile() and is_image(member.name):
-                    # one too large can't be read, and is named
-                    size = member.size if member.size <= MOST_BYTES else 0
-                    asked = member.name in wanted
-                    yield member.name, tar.extractfile(member).read(size) if asked else None
-    except BROKEN_TAR as problem:
-        raise UserError(f"{path} is not a whole tar archive: {problem}") from None
 
 
 # ---- Danbooru's metadata -------------------------------------------------------------------------
@@ -606,18 +438,20 @@ def from_danbooru(path):
     return records, partial(fetch_files, root=root), *notes
 
 
-def texts_of(file):
-    """Yield (line number, JSON text) of each post in a file; an array of posts is one text a post."""
+def posts_of(file):
+    """Yield (line, post) of a file, an array of posts or one a line; None for what is no post."""
     with open(file, "rb") as f:
         if f.read(1) == b"[":
-            try:
-                posts = json.loads(file.read_bytes())
-                yield from enumerate(map(json.dumps, posts), 1)
+            with contextlib.suppress(ValueError, RecursionError):  # lines that begin with a bracket
+                yield from enumerate(json.loads(file.read_bytes()), 1)
                 return
-            except (ValueError, RecursionError):
-                pass  # lines that begin with a bracket
         f.seek(0)
-        yield from ((number, line) for number, line in enumerate(f, 1) if line.strip())
+        for number, line in enumerate(f, 1):
+            post = None
+            with contextlib.suppress(ValueError):
+                post = parse_table(line)
+            if line.strip():
+                yield number, post
 
 
 def read_posts(path, have):
@@ -625,14 +459,13 @@ def read_posts(path, have):
     count, absent = 0, 0
     broken, records = [], []
     for file in metadata_files(path):
-        for number, text in texts_of(file):
+        for number, post in posts_of(file):
             count += 1
             try:
-                post = parse_table(text)
                 found = picture_of(post, have)
                 records += [post_record(post, found)] if found else []
                 absent += not found
-            except (ValueError, AttributeError, TypeError, RecursionError):
+            except (AttributeError, TypeError):
                 broken.append(f"{file.name}, line {number}")
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
@@ -642,30 +475,27 @@ def read_posts(path, have):
 
 
 def picture_of(post, have):
-    keys = [k for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
-    return next((have[str(post[k])] for k in keys if str(post[k]) in have), None)
+    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+    return next((have[key] for key in keys if key in have), None)
 
 
 def post_record(post, place):
     """Tags are a string, a list of words or {name, category} (4: character), or {kind: list}."""
-    words = post.get("tags")
+    words, people = post.get("tags"), post.get("tag_string_character") or ""
     if isinstance(words, dict):
-        characters = words.get("character") or ()
-        lists = [some for some in words.values() if isinstance(some, list)]
-        words = [word for some in lists for word in some]
+        people = words.get("character") or ()
+        words = sum((some for some in words.values() if isinstance(some, list)), [])
     elif isinstance(words, list):
         named = [t for t in words if isinstance(t, dict) and t.get("name")]
-        characters = [t["name"] for t in named if str(t.get("category")) == "4"]
+        people = [t["name"] for t in named if str(t.get("category")) == "4"]
         words = [t["name"] for t in named] + [t for t in words if not isinstance(t, dict)]
     else:
-        characters = (post.get("tag_string_character") or "").split()
-        words = post.get("tag_string") or post.get("tag_string_general") or words or ""
-        words = words.split()
-    characters, words = ([sys.intern(nfc(str(t))) for t in some] for some in (characters, words))
-    label = characters[0] if len(characters) == 1 else None
+        words = (post.get("tag_string") or post.get("tag_string_general") or words or "").split()
+        people = people.split()
     group = post.get("parent_id") or post.get("id")
-    kept = tuple(word for word in words if word not in characters)
-    return Record(nfc(place), place, label, None, group and str(group), kept)
+    record = record_of({"path": place, "tags": [t for t in words if t not in people]})
+    label = nfc(str(people[0])) if len(people) == 1 else None
+    return record._replace(label=label, group=group and str(group))
 
 
 # ---- the readers ---------------------------------------------------------------------------------
@@ -689,6 +519,6 @@ READERS = (
     (parquet_files, from_parquet, "parquet"),
     (Path.is_dir, from_folder, None),
     (is_table, from_table, "a table"),
-    (zipfile.is_zipfile, from_zip, None),
-    (is_tar, from_tar, None),
+    (zipfile.is_zipfile, partial(from_archive, opened=files.open_zip), None),
+    (files.is_tar, partial(from_archive, opened=files.open_tar), None),
 )

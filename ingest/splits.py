@@ -8,11 +8,19 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 from common.io import UserError
 from ingest import duplicates
 from ingest.layouts import ORDER
+
+
+def rows_of(splits, split):
+    return [i for i, s in enumerate(splits) if s == split]
+
+
+# ---- groups and copies ---------------------------------------------------------------------------
 
 
 def join_groups(records, pattern, pairs):
@@ -32,6 +40,60 @@ def join_groups(records, pattern, pairs):
     named = [(first.setdefault(name, i), i) for i, name in enumerate(names)]
     roots = duplicates.join(len(records), named + pairs)
     return [r._replace(group=names[root]) for r, root in zip(records, roots, strict=True)]
+
+
+def copies_to_drop(records, pairs, within):
+    """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
+
+    Those of other splits than the first: what train holds is no test. within: all but one.
+    """
+    order, groups, drop = (*ORDER, None), defaultdict(list), set()
+    roots = duplicates.join(len(records), pairs)
+    for i in set(chain.from_iterable(pairs)):
+        groups[roots[i]].append((order.index(records[i].split), i))
+    for group in groups.values():
+        first = min(group)
+        drop |= {i for rank, i in group if rank != first[0] or (within and i != first[1])}
+    return drop
+
+
+def without_copies(records, pattern, pairs, dedupe, keep_copies):
+    """-> the records with their groups, copies dropped as the flags say, and notes."""
+    gone = set() if keep_copies else copies_to_drop(records, pairs, dedupe == "drop")
+    count = Counter(records[i].split for i in gone)
+    places = ", ".join(f"{count[s]} from {s}" for s in ORDER if count[s])
+    fix = "--keep-copies keeps them, as published"
+    notes = []
+    if dedupe == "drop":
+        notes = [f"{len(gone)} copies dropped{': ' * bool(places)}{places}"]
+        fix = "--keep-copies, without --dedupe, keeps them as published"
+    elif gone:
+        notes = [f"copies across the given splits dropped: {places}; {fix}"]
+    grouped = join_groups(records, pattern, [] if dedupe == "drop" else pairs)
+    left = [r for i, r in enumerate(grouped) if i not in gone]
+    refuse_gone(records, left, "images of {} are copies of others", fix)
+    return left, notes + crossing(left, keep_copies)
+
+
+def crossing(records, keep_copies):
+    """A line where the source's own splits tear a group apart: it stays torn."""
+    splits = defaultdict(set)
+    for r in records:
+        splits[r.group].add(r.split)
+    torn = sum(len(s) > 1 for s in splits.values())
+    why = "; a score then counts pictures that were learned from" if keep_copies else ""
+    told = f"{torn} groups cross the splits that the source gives, and stay as published{why}"
+    return [told] if torn else []
+
+
+def refuse_gone(before, after, why, fix):
+    """Stop where nothing is left of a split that the source gives."""
+    for split in (s for s in ORDER if s not in {r.split for r in after}):
+        if n := sum(r.split == split for r in before):
+            raise UserError(f"all {n} {why.format(split)}, and nothing would be left of it; {fix}")
+
+
+# ---- the deal ------------------------------------------------------------------------------------
 
 
 def deal(rows, shares, seed):
@@ -79,10 +141,6 @@ def assign_splits(given, rows, shares, dev, seed):
     return splits
 
 
-def rows_of(splits, split):
-    return [i for i, s in enumerate(splits) if s == split]
-
-
 def hold_out_test(splits, groups, share):
     """A source that gives no test: this share of its val becomes one, whole groups by their hash."""
     if "test" in splits:
@@ -92,45 +150,7 @@ def hold_out_test(splits, groups, share):
     return ["test" if s == "val" and x else s for s, x in zip(splits, low, strict=True)]
 
 
-def copies_to_drop(records, pairs, within):
-    """Of near-duplicates the first in the order of ORDER stays -> indices of those to drop.
-
-    Those of other splits than the first: what train holds is no test. within: all but one.
-    """
-    order, groups, drop = (*ORDER, None), defaultdict(list), []
-    roots = duplicates.join(len(records), pairs)
-    for i in {i for pair in pairs for i in pair}:
-        groups[roots[i]].append((order.index(records[i].split), i))
-    for group in groups.values():
-        first = min(group)
-        drop += [i for rank, i in group if (within and i != first[1]) or rank != first[0]]
-    return sorted(drop)
-
-
-def without_copies(records, pattern, pairs, dedupe, keep_copies):
-    """-> the records with their groups, copies dropped as the flags say, and notes."""
-    within = dedupe == "drop"
-    gone = set() if keep_copies else set(copies_to_drop(records, pairs, within))
-    count = Counter(records[i].split for i in gone)
-    places = ", ".join(f"{count[s]} from {s}" for s in ORDER if count[s])
-    fix = "--keep-copies keeps them, as published"
-    notes = []
-    if within:
-        notes = [f"{len(gone)} copies dropped{': ' * bool(places)}{places}"]
-        fix = "--keep-copies, without --dedupe, keeps them as published"
-    elif gone:
-        notes = [f"copies across the given splits dropped: {places}; {fix}"]
-    grouped = join_groups(records, pattern, [] if within else pairs)
-    left = [r for i, r in enumerate(grouped) if i not in gone]
-    refuse_gone(records, left, "images of {} are copies of others", fix)
-    return left, notes + crossing(left, keep_copies)
-
-
-def refuse_gone(before, after, why, fix):
-    """Stop where nothing is left of a split that the source gives."""
-    for split in (s for s in ORDER if s not in {r.split for r in after}):
-        if n := sum(r.split == split for r in before):
-            raise UserError(f"all {n} {why.format(split)}, and nothing would be left of it; {fix}")
+# ---- classes -------------------------------------------------------------------------------------
 
 
 def large_enough(records, least):
@@ -154,26 +174,14 @@ def long_tailed(records, tail, least=5):
     The largest class stays whole. Of the others the first in the order of their digests stay, the
     same on every machine. Other splits stay whole: they ask for each character as often as before.
     """
-    train = [r for r in records if r.split == "train" and r.label is not None]
-    count = Counter(r.label for r in train)
-    ranked = sorted(count, key=lambda label: (-count[label], label))
-    most, room = count[ranked[0]] if ranked else 0, {}
-    for rank, label in enumerate(ranked, 1):
-        room[label] = max(least, round(most * rank**-tail))
+    of = defaultdict(list)
+    for r in sorted(records, key=lambda r: hashlib.blake2b(r.key.encode()).digest()):
+        if r.split == "train" and r.label is not None:
+            of[r.label].append(r.key)
+    ranked = sorted(of, key=lambda label: (-len(of[label]), label))
     gone = set()
-    for r in sorted(train, key=lambda r: hashlib.blake2b(r.key.encode()).digest()):
-        room[r.label] -= 1
-        gone |= {r.key} if room[r.label] < 0 else set()
+    for rank, label in enumerate(ranked, 1):
+        room = max(least, round(len(of[ranked[0]]) * rank**-tail))
+        gone.update(of[label][room:])
     note = f"{len(gone)} training images left out: class sizes follow rank^-{tail:g}"
     return [r for r in records if r.key not in gone], [note] if gone else []
-
-
-def crossing(records, keep_copies):
-    """A line where the source's own splits tear a group apart: it stays torn."""
-    splits = defaultdict(set)
-    for r in records:
-        splits[r.group].add(r.split)
-    torn = sum(len(s) > 1 for s in splits.values())
-    why = "; a score then counts pictures that were learned from" if keep_copies else ""
-    told = f"{torn} groups cross the splits that the source gives, and stay as published{why}"
-    return [told] if torn else []

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 import zlib
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def is_emoticon(tag):
 def vocabulary(records):
     """Records -> (words of train, the most frequent first, lines of what was left out)."""
     lists = [r.tags for r in records if r.split == "train" and r.tags]
-    count = Counter(tag for tags in lists for tag in set(tags))
+    count = Counter(chain.from_iterable(map(set, lists)))
     gone = {
         "no names": [t for t in count if not is_name(t)],
         "emoticons": [t for t in count if is_emoticon(t)],

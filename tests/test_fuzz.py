@@ -108,9 +108,7 @@ MORE = [
             "--size",
             32,
             "--crop",
-            "figure",
-            "--boxes",
-            "boxes.txt",
+            "figure:margin=0.3",
         ],
     ),
     (
@@ -131,7 +129,7 @@ MORE = [
 ]
 # What each of them reads
 INPUTS = {
-    "data.py": ["pictures/class0/illust0_0.png", "list.csv", "boxes.txt", "pictures"],
+    "data.py": ["pictures/class0/illust0_0.png", "list.csv", "pictures"],
     "maps.py": ["datasets/tiny/train.safetensors", "runs/nano/model.safetensors"],
     "pretrain.py": [
         "datasets/tiny/train.safetensors",
@@ -285,7 +283,6 @@ IS_PATH = {
     "maps",
     "images",
     "reference",
-    "boxes",
     "portraits",
     "figure",
     "work",
@@ -360,7 +357,6 @@ QUICK = {
     "group_by": ["^[^_]+"],
     "min_per_class": [2, 99],
     "tail": [1],
-    "boxes": ["boxes.txt"],
     "parts": [2],
     "run": ["runs/nano"],
     "init": ["runs/nano"],
@@ -438,8 +434,8 @@ UNUSED = [
         PICTURE,
         "--arm vilt|--epochs 3|--data datasets/tiny|--out new|--seed 1",
     ),
-    (PACK, "", "--margin .2|--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5"),
-    (PACK, "--crop centre", "--boxes boxes.txt|--margin .2"),
+    (PACK, "", "--tail 6|--split nan,0,0|--split inf,0,0|--split .5,nan,.5|--drawings 9"),
+    (PACK, "", "--crop centre:margin=.2|--crop figure:margin=9|--crop figure:box=1"),
     (
         ["data.py"],
         "--show datasets/tiny",
@@ -454,7 +450,7 @@ UNUSED = [
     (
         ["data.py"],
         "toon --out datasets/new",
-        "--crop figure|--boxes boxes.txt|--margin .1|--dedupe",
+        "--crop figure|--dedupe|--group-by x|--layout class|--detect",
     ),
     (MAPS, "--map saliency", "--attention cls|--parts 4|--run runs/nano"),
     (MAPS, "--map attn --run runs/nano", "--parts 4"),
@@ -583,7 +579,6 @@ def make_files(base):
     draw_folder(base / "pictures", each=8)
     names = [p.relative_to(base) for p in sorted((base / "pictures").rglob("*.png"))]
     (base / "list.csv").write_text("".join(f"{p},{p.parent.name}\n" for p in names))
-    (base / "boxes.txt").write_text("".join(f"{Path(*p.parts[1:])} 4 4 30 30\n" for p in names))
     os.symlink("loop", base / "loop")
     model_file = base / "runs/nano/model.safetensors"
     for name, like, how in (

@@ -75,12 +75,11 @@ IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
 SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
 PACKING = (
     ("data.py nowhere --out new", "nowhere does not exist"),
-    ("data.py --show nowhere", "nowhere does not exist"),
+    ("data.py --show nowhere", "--show nowhere"),
     ("data.py empty --out new", "no image found"),
     ("data.py text.txt --out new", "is no folder"),
     ("data.py nothing.zip --out new", "no image found"),
     ("data.py archives --out new", "but my_faces.zip lies there"),
-    ("data.py archives --out new", "give the archive: python data.py archives/my_faces.zip"),
     ("data.py broken --out new", "more than 5 %"),
     ("data.py unreadable --out new", "none of 2 images for"),
     ("data.py images --out packed", "rm -r packed"),
@@ -96,13 +95,14 @@ PACKING = (
     (f"{IMAGES} --split 2,-1,0", "--split 2,-1,0"),
     (f"{IMAGES} --group-by (", "--group-by ("),
     (f"{IMAGES} --group-by zz", "--group-by zz matches none"),
-    (f"{IMAGES} --margin -1", "--margin -1"),
-    (f"{IMAGES} --margin .2", "--margin has no effect"),
-    (f"{IMAGES} --boxes boxes.txt", "--boxes has no effect"),
-    (f"{IMAGES} --boxes boxes.txt --crop figure", "--boxes boxes.txt names none"),
+    (f"{IMAGES} --crop figure:margin=-1", "--crop figure:margin=-1"),
+    (f"{IMAGES} --crop centre:margin=1", "no key 'margin'"),
+    (f"{IMAGES} --crop figure:margin=nan", "must be a number"),
     (f"{IMAGES} --crop nose", "--crop"),
     (f"{IMAGES} --dedupe maybe", "--dedupe"),
     (f"{IMAGES} --keep-copies", "--keep-copies has no effect"),
+    (f"{SPLITS} --dedupe --keep-copies", "--keep-copies has no effect"),
+    (f"{SPLITS} --dedupe off --keep-copies", "--keep-copies has no effect"),
     (f"{IMAGES} --tail 6", "--tail 6"),
     (f"{IMAGES} --drawings 9", "--drawings has no effect"),
     (f"{IMAGES} --seed 99999999999999999999", "--seed 99999999999999999999"),
@@ -124,8 +124,6 @@ PACKING = (
     ("data.py --show toon", "--show"),
     ("data.py --show -", "--show"),
     (f"{TOON} --crop centre", "--crop has no effect"),
-    (f"{TOON} --margin .1", "--margin has no effect"),
-    (f"{TOON} --boxes boxes.txt", "--boxes has no effect"),
     (f"{TOON} --group-by ^a", "--group-by has no effect"),
     (f"{TOON} --dedupe", "--dedupe has no effect"),
     (f"{TOON} --keep-copies", "--keep-copies has no effect"),
@@ -166,7 +164,6 @@ def sources(small, tmp_path_factory):
     with zipfile.ZipFile(base / "nothing.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
     (base / "text.txt").write_text("hello")
-    (base / "boxes.txt").write_text("other.png 1 2 3 4\n")
     (base / "list.csv").write_text("images/class0/illust0_0.png,x\n")
     (base / "bytes.csv").write_bytes(b"a.png,\xff\xfe\n")
     return base

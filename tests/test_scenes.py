@@ -1,5 +1,7 @@
 """Pages with boxes: those that are drawn, and those that others publish."""
 
+import contextlib
+import io
 import json
 import unicodedata
 
@@ -9,12 +11,13 @@ from conftest import call, refused
 from PIL import Image
 
 import data
-from ingest import boxes, scenes, splits, toon
+from common.io import UserError
+from ingest import boxes, scenes, toon
 
 
 @pytest.fixture(scope="module")
 def pages():
-    items = [item for item in scenes.plan() if item["split"] == "val"][:40]
+    items = [item for item in scenes.plan() if item["split"] == "val"][:24]
     return items, [scenes.draw(item, 96) for item in items]
 
 
@@ -22,10 +25,9 @@ def test_a_page_is_drawn_the_same_twice_and_characters_stay_in_their_split(pages
     items, drawn = pages
     again = scenes.draw(items[3], 96)
     assert all(np.array_equal(again[k], drawn[3][k]) for k in ("image", "boxes", "heads"))
-    who = {
-        s: {p["name"] for i in scenes.plan() if i["split"] == s for p in i["people"]}
-        for s in scenes.COUNTS
-    }
+    who = {split: set() for split in scenes.COUNTS}
+    for item in scenes.plan():
+        who[item["split"]] |= {person["name"] for person in item["people"]}
     assert sum(map(len, who.values())) == len(set.union(*who.values())) == len(toon.cast())
 
 
@@ -42,9 +44,7 @@ def test_boxes_are_of_faces_inside_the_page_and_of_heads_around_them(pages):
 
 
 def test_a_box_holds_the_face_that_was_painted(monkeypatch):
-    """Draw it in front of nothing, alone: what changes on the page is the figure, and the box lies
-    within.
-    """
+    """Draw it in front of nothing, alone: what changes on the page is the figure."""
     monkeypatch.setattr(scenes, "panels", lambda rng, size: [(0, 0, size, size)])
     monkeypatch.setattr(scenes, "backdrop", lambda rng, w, h: np.full((h, w, 3), 255, np.uint8))
     monkeypatch.setattr(scenes, "bubble", lambda *_: None)
@@ -80,16 +80,12 @@ def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
     said = call("data.py", "scenes", "--out", "pages", "--size", 64, cwd=tmp_path, check=0).stdout
     assert "detect.py weights/toon --data pages" in said
     split = data.open_split(tmp_path / "pages", "train")
-    assert split["images"].shape == (4, 64, 64, 3) and split["boxes"].shape == split[
-        "heads"
-    ].shape == (4, 6, 4)
-    assert split["boxes"].dtype == np.float32 and (split["labels"] == -1).all()
-    assert "detect" in refused(call("data.py", "scenes", "--detect", "--out", "x", cwd=tmp_path))
+    assert split["images"].shape == (4, 64, 64, 3) and (split["labels"] == -1).all()
+    assert split["boxes"].shape == split["heads"].shape == (4, 6, 4)
 
 
 # ---- what others publish -------------------------------------------------------------------------
 
-IMAGES = '{"images": [{"file_name": %s, "id": %s}%s], "annotations": []}'  # of a COCO file
 PICTURES = {"a.png": (80, 40), "train/b.png": (30, 60), "empty.png": (20, 20)}
 TRUE = {
     "a.png": [(10, 5, 30, 25), (50, 10, 80, 40)],
@@ -107,38 +103,47 @@ def write_pictures(folder, named=PICTURES):
 def as_coco(root, extra=()):
     write_pictures(root)
     ids = {name: i for i, name in enumerate(PICTURES)}
-    rows = [
-        {"image_id": ids[n], "category_id": 1, "bbox": [a, b, c - a, d - b]}
-        for n, own in TRUE.items()
-        for a, b, c, d in own
-    ]
-    found = {
-        "images": [{"id": i, "file_name": n} for n, i in ids.items()],
-        "annotations": rows + list(extra),
-        "categories": [{"id": 1, "name": "face"}, {"id": 2, "name": "body"}],
-    }
+    rows = [{"id": i, "file_name": name} for name, i in ids.items()]
+    found = {"images": rows, "annotations": [], "categories": [{"id": 1, "name": "face"}]}
+    found["categories"].append({"id": 2, "name": "body"})
+    for name, own in TRUE.items():
+        for a, b, c, d in own:
+            box = {"image_id": ids[name], "category_id": 1, "bbox": [a, b, c - a, d - b]}
+            found["annotations"].append(box | {"id": len(found["annotations"])})
+    found["annotations"] += extra
     (root / "boxes.json").write_text(json.dumps(found))
     return root / "boxes.json"
 
 
-def as_csv(root):
+def as_csv(root, header="picture,x1,y1,x2,y2,kind"):
     write_pictures(root)
-    lines = [f"{n},{','.join(map(str, box))},face" for n, own in TRUE.items() for box in own]
-    (root / "boxes.csv").write_text("\n".join(["picture,x1,y1,x2,y2,kind", *lines]))
+    lines = []
+    for name, own in TRUE.items():
+        lines += [f"{name},{','.join(map(str, box))},face" for box in own or [("", "", "", "")]]
+    (root / "boxes.csv").write_text("\n".join([header, *lines] if header else lines))
     return root / "boxes.csv"
+
+
+def as_plain_csv(root):
+    return as_csv(root, "")
+
+
+def as_xmin_csv(root):
+    return as_csv(root, "ID,XMin,YMin,XMax,YMax,Class")
 
 
 def as_voc(root):
     (root / "Annotations").mkdir(parents=True)
+    (root / "about.xml").write_text("no annotation")
     write_pictures(root / "JPEGImages")
+    box = "<xmin>%s</xmin><ymin>%s</ymin><xmax>%s</xmax><ymax>%s</ymax>"
     for name, own in TRUE.items():
-        box = "<xmin>%s</xmin><ymin>%s</ymin><xmax>%s</xmax><ymax>%s</ymax>"
-        text = "".join(
-            f"<object><name>face</name><bndbox>{box % (a + 1, b + 1, c, d)}</bndbox></object>"
-            for a, b, c, d in own
-        )
-        text = f"<annotation><filename>{name.split('/')[-1]}</filename>{text}</annotation>"
-        (root / "Annotations" / f"{name.split('/')[-1][:-4]}.xml").write_text(text)
+        name = name.split("/")[-1]
+        text = f"<filename>{name}</filename>"
+        for a, b, c, d in own:  # it counts from 1, and the last pixel is inside
+            corners = box % (a + 1, b + 1, c, d)
+            text += f"<object><name>face</name><bndbox>{corners}</bndbox></object>"
+        (root / "Annotations" / f"{name[:-4]}.xml").write_text(f"<annotation>{text}</annotation>")
     return root
 
 
@@ -147,81 +152,99 @@ def as_yolo(root):
     write_pictures(root / "images")
     for name, own in TRUE.items():
         w, h = PICTURES[name]
-        lines = [
-            f"0 {(a + c) / 2 / w} {(b + d) / 2 / h} {(c - a) / w} {(d - b) / h}"
-            for a, b, c, d in own
-        ]
+        lines = []
+        for a, b, c, d in own:
+            lines.append(f"0 {(a + c) / 2 / w} {(b + d) / 2 / h} {(c - a) / w} {(d - b) / h}")
         if lines:
             (root / "labels" / f"{name[:-4]}.txt").write_text("\n".join(lines))
     return root
 
 
-@pytest.mark.parametrize("write", [as_coco, as_csv, as_voc, as_yolo])
+@pytest.mark.parametrize("write", [as_coco, as_csv, as_plain_csv, as_xmin_csv, as_voc, as_yolo])
 def test_every_layout_gives_the_same_boxes(write, tmp_path):
     records, fetch, notes, shares = boxes.find(write(tmp_path / "set"))
-    found = {}
-    for record, load in fetch(records):
-        row = boxes.decode(load(), 40, record.box, 2, shares, clipped := [])
-        assert clipped == [0] and row["images"].shape == (40, 40, 3)
-        found[record.key.split("/")[-1]] = row["boxes"], row["images"], record.split
-    for name, own in TRUE.items():
-        if name == "empty.png" and write is as_csv:  # a table can't name a picture without a box
-            continue
-        told, image, split = found[name.split("/")[-1]]
-        side, n = max(PICTURES[name]), len(own)
-        assert (
-            np.allclose(told[:n], np.reshape(own, (-1, 4)) / side, atol=1e-5)
-            and (told[n:] == -1).all()
-        )
-        shown = (
-            np.abs(image.astype(int) - (200, 60, 60)).max(2) < 10
-        )  # the picture; the rest is filled up
-        assert shown.sum() == np.prod([round(40 * x / side) for x in PICTURES[name]])
-        assert split == ("train" if "/" in name else None)
+    assert "3 pictures, 3 boxes" in notes[0] and len(notes) == 1
+    found = {r.key.split("/")[-1]: (r, load()) for r, load in fetch(records)}
+    for name in TRUE:
+        record, content = found[name.split("/")[-1]]
+        row = boxes.decode(content, 40, record.box, 2, shares)
+        side, own = max(PICTURES[name]), np.reshape(TRUE[name], (-1, 4))
+        assert np.allclose(row["boxes"][: len(own)], own / side, atol=1e-5)
+        assert (row["boxes"][len(own) :] == -1).all() and row["boxes"].shape == (2, 4)
+        shown = np.abs(row["images"].astype(int) - (200, 60, 60)).max(2) < 10
+        width, height = (round(40 * x / side) for x in PICTURES[name])
+        assert row["images"].shape == (40, 40, 3) and shown.sum() == width * height
+        assert shown[:height, :width].all()  # the rest is filled up
+        assert record.split == ("train" if "/" in name else None)
+
+
+def test_coco_is_read_as_pycocotools_reads_it(tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    path = as_coco(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = coco.COCO(str(path))
+    for record in boxes.find(path)[0]:
+        (image,) = (i for i in judge.dataset["images"] if i["file_name"] == record.key)
+        theirs = [a["bbox"] for a in judge.loadAnns(judge.getAnnIds(image["id"]))]
+        assert record.box == [(x, y, x + w, y + h) for x, y, w, h in theirs]
 
 
 def test_boxes_that_are_wrong_are_cut_off_or_left_out_and_said(tmp_path):
-    extra = [
-        {"image_id": 0, "category_id": 2, "bbox": [70, 30, 30, 30]},
-        {"image_id": 0, "bbox": [5, 5, -3, 4]},
-        {"image_id": 1, "category_id": 1, "bbox": [1, 1, 0, 9]},
-    ]
+    """One reaches out of its picture, three are empty or inverted, one is another picture's."""
+    extra = [{"image_id": 0, "category_id": 2, "bbox": [70, 30, 30, 30]}]
+    extra += [{"image_id": 0, "bbox": [5, 5, -3, 4]}, {"image_id": 1, "bbox": [1, 1, 0, 9]}]
+    extra += [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 1e7, 9]}]
     path = as_coco(tmp_path / "set", extra)
-    result = call(
-        "data.py", path, "--detect", "--out", "packed", "--split", ".4,.3,.3", cwd=tmp_path, check=0
-    )
-    assert "2 classes are taken as one: face, body" in result.stdout
-    assert "2 boxes are empty or inverted, and left out, the first: a.png 5,5,2,9" in result.stdout
-    assert "1 boxes reached out of their pictures" in result.stdout
-    found = [
-        data.open_split(tmp_path / "packed", p.stem)
-        for p in (tmp_path / "packed").glob("*.safetensors")
-    ]
+    records, fetch, notes, _ = boxes.find(path)
+    assert "2 classes are taken as one: face, body" in notes
+    assert "3 boxes are empty or inverted, and left out, the first: a.png" in notes[-1]
+    assert [len(r.box) for r in records] == [3, 1, 0]
+    content = next(fetch(records))[1]()
+    row = boxes.decode(content, 40, records[0].box, 3, False)["boxes"]
+    assert np.allclose(row[2], (70 / 80, 30 / 80, 1, 40 / 80))
+    row = boxes.decode(content, 40, [(-9, -9, 20, 40)], 1, False)["boxes"]
+    assert np.allclose(row, (0, 0, 20 / 80, 40 / 80))
+    assert boxes.usable((0, 0, 999_999, 9)) and not boxes.usable((0, 0, 1e6, 9))
+    with pytest.raises(ValueError, match="outside of the picture"):
+        boxes.decode(content, 40, [(81, 1, 99, 9)], 1, False)
+    words = (path, "--detect", "--out", "packed", "--split", ".4,.3,.3")
+    call("data.py", *words, cwd=tmp_path, check=0)
+    found = [data.open_split(tmp_path / "packed", p.stem) for p in (tmp_path / "packed").iterdir()]
     own = np.concatenate([split["boxes"].reshape(-1, 4) for split in found])
-    assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1
+    assert (own[:, 0] >= 0).sum() == 4 and own.max() <= 1 and found[0]["header"]["size"] == 256
+
+
+def test_boxes_fit_a_large_jpeg_that_is_decoded_smaller(tmp_path):
+    image = Image.new("RGB", (640, 320), "blue")
+    image.paste("red", (320, 80, 480, 240))
+    image.save(tmp_path / "a.jpg", quality=95)
+    row = boxes.decode((tmp_path / "a.jpg").read_bytes(), 40, [(320, 80, 480, 240)], 1, False)
+    x1, y1, x2, y2 = (40 * row["boxes"][0]).round().astype(int)
+    assert (x1, y1, x2, y2) == (20, 5, 30, 15)
+    red = row["images"][..., 0] > 128
+    assert red[y1:y2, x1:x2].mean() > 0.95 and red[:20].sum() - red[y1:y2, x1:x2].sum() < 10
+
+
+def test_a_picture_of_one_line_is_a_line(tmp_path):
+    Image.new("RGB", (400, 1), "red").save(tmp_path / "line.png")
+    row = boxes.decode((tmp_path / "line.png").read_bytes(), 40, [(0, 0, 200, 1)], 1, False)
+    assert (row["images"][0] == (255, 0, 0)).all() and (row["images"][1:] == 128).all()
+    assert np.allclose(row["boxes"], (0, 0, 0.5, 1 / 400))
 
 
 def test_pictures_of_one_name_in_two_folders_keep_their_own_boxes(tmp_path):
     write_pictures(tmp_path / "yolo/images", {"train/a.png": (40, 40), "val/a.png": (40, 40)})
-    for at, text in (
-        ("train/a", "0 .5 .5 .5 .5"),
-        ("val/a", "0 .25 .25 .5 .5"),
-        ("val/gone", "0 .5 .5 .1 .1"),
-    ):
+    lines = {"train/a": "0 .5 .5 .5 .5", "val/a": "0 .25 .25 .5 .5", "val/gone": "0 .5 .5 .1 .1"}
+    for at, text in lines.items():
         (tmp_path / f"yolo/labels/{at}.txt").parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"yolo/labels/{at}.txt").write_text(text)
     records, _, notes, _ = boxes.find(tmp_path / "yolo")
-    assert {r.split: r.box for r in records} == {
-        "train": [(0.25, 0.25, 0.75, 0.75)],
-        "val": [(0, 0, 0.5, 0.5)],
-    }
+    found = {r.split: r.box for r in records}
+    assert found == {"train": [(0.25, 0.25, 0.75, 0.75)], "val": [(0, 0, 0.5, 0.5)]}
     assert "1 pictures are not there, the first: labels/val/gone.txt" in notes
-    write_pictures(
-        tmp_path / "csv", {"x/a.png": (40, 40), "y/a.png": (40, 40), "y/b.png": (40, 40)}
-    )
-    (tmp_path / "csv/t.csv").write_text(
-        "a.png,1,2,3,4\nz/a.png,1,2,3,4\ny/a.png,5,6,7,8\nb.png,1,1,9,9\n"
-    )
+    write_pictures(tmp_path / "csv", dict.fromkeys(("x/a.png", "y/a.png", "y/b.png"), (40, 40)))
+    rows = "a.png,1,2,3,4\nz/a.png,1,2,3,4\ny/a.png,5,6,7,8\nb.png,1,1,9,9\n"
+    (tmp_path / "csv/t.csv").write_text(rows)
     records, _, notes, _ = boxes.find(tmp_path / "csv/t.csv")
     assert {r.key: r.box for r in records} == {"y/a.png": [(5, 6, 7, 8)], "y/b.png": [(1, 1, 9, 9)]}
     assert "2 pictures are not there, the first: a.png" in notes  # two have that name
@@ -231,65 +254,70 @@ def test_a_picture_is_found_by_its_name_where_that_is_one_pictures_alone():
     accent = "caf\u00e9.png"
     there = ["x/a.png", "y/a.png", "y/b.png", unicodedata.normalize("NFD", accent)]
     told = ["./x/a.png", "a.png", "b.png", accent, "p/c.png"]
-    assert list(boxes.find_places(told, there).values()) == [
-        "x/a.png",
-        None,
-        "y/b.png",
-        there[3],
-        None,
-    ]
-    assert boxes.find_places(["p/b.png", "q/b.png"], there) == {"p/b.png": None, "q/b.png": None}
+    found = {"./x/a.png": "x/a.png", "b.png": "y/b.png", accent: there[3]}
+    assert boxes.find_places(told, there) == found
 
 
-def test_pictures_without_a_split_beside_given_ones_are_train():
-    rows, shares = [(None, str(i)) for i in range(40)], dict(train=0.5, val=0.25, test=0.25)
-    dealt = splits.assign_splits(["val"] * 10 + [None] * 30, rows, shares, 0, 0)
-    assert dealt == ["val"] * 10 + ["train"] * 30
-    assert {"train", "val", "test"} == set(splits.assign_splits([None] * 40, rows, shares, 0, 0))
-
-
-@pytest.mark.parametrize(
-    "name, text, said",
-    [
-        ("x.json", "[1, 2]", "is no COCO file"),
-        ("x.json", '{"images": []}', "is no COCO file"),
-        ("x.json", "[" * 99999, "is no COCO file"),
-        ("x.json", IMAGES % (7, 1, ""), "is no COCO file"),
-        (
-            "x.json",
-            IMAGES % ('"a.png"', 1, ', {"id": 1, "file_name": "b.png"}'),
-            "two images have one id",
-        ),
-        (
-            "x.json",
-            IMAGES % ('"a.png"', 1, ', {"id": 2, "file_name": "./a.png"}'),
-            "names a.png twice",
-        ),
-        ("x.json", IMAGES % ('"a.png"', "[1]", ""), "is no COCO file"),
-        ("x.csv", "a.png,1,2,3,nose", "line 1 is not pict"),
-        (
-            "x.json",
-            '{"images": [{"id": 1, "file_name": "no.png"}], "annotations": []}',
-            "none of the 1 pictures",
-        ),
-        ("x.csv", "a.png,1,2,3,4\na.png,1,2,x,4", "line 2 is not picture,x1,y1,x2,y2"),
-        (
-            "Annotations/a.xml",
-            "<annotation><object/></annotation>",
-            "is not an annotation of Pascal VOC",
-        ),
-        ("labels/a.txt", "0 .5 .5 here .1", "line 1 is not class x y width height"),
-        ("x.txt", "", "no boxes that we know"),
-        ("labels/a.txt", "0 .1 .1 .9 .1 .5 .9", "line 1 is not class"),
-        ("labels/a.txt", "0 9 9 4 4", "line 1 is not cl"),
-        ("labels/a.txt", "\xff\xfe0", "line 1 is not class"),
-        ("labels/b.txt", "0 .5 .5 .1 .1", "no picture in images/"),
-    ],
+IMAGES = '{"images": [{"file_name": %s, "id": %s}%s], "annotations": []}'
+OBJECT = "<annotation><filename>a.png</filename>%s</annotation>"
+WRONG = (  # a file, its text, a word of the refusal
+    ("x.json", "[1, 2]", "not a whole COCO file"),
+    ("x.json", '{"images": []}', "'annotations'"),
+    ("x.json", "[" * 99999, "COCO file"),
+    ("x.json", IMAGES % (7, 1, ""), "COCO file"),
+    ("x.json", IMAGES % ('"a.png"', "[1]", ""), "COCO file"),
+    ("x.json", IMAGES % ('"a.png"', 1, ', {"id": 1, "file_name": "b.png"}'), "two images have one"),
+    ("x.json", IMAGES % ('"a.png"', 1, ', {"id": 2, "file_name": "./a.png"}'), "a.png twice"),
+    ("x.json", IMAGES % ('"no.png"', 1, ""), "none of the 1 pictures"),
+    ("x.json", IMAGES % ('"a.png"', 1, ""), "has no box"),
+    ("x.json", IMAGES % ('"a\\nb.png"', 1, ""), "rename it"),
+    ("x.csv", "a.png,1,2,3,nose", "line 1: 1,2,3,nose is no box"),
+    ("x.csv", "a.png,1,2,3,4\na.png,1,2,,4", "line 2: 1,2,,4 is no box"),
+    ("Annotations/a.xml", OBJECT % "<object/>", "a.xml is not a whole annotation"),
+    ("Annotations/a.xml", "<annotation>", "annotation of Pascal VOC"),
+    ("labels/a.txt", "0 .5 .5 here .1", "a.txt is not a whole file of boxes, line 1"),
+    ("labels/a.txt", "0 .5 .5 .1 .1 .9\n0 .1 .1 .9 .1 .5 .9", "boxes, line 2"),
+    ("labels/a.txt", "0 9 9 4 4", "boxes, line 1"),
+    ("labels/a.txt", "\xff\xfe0", "boxes, line 1"),
+    ("labels/b.txt", "0 .5 .5 .1 .1", "has no box"),
+    ("x.txt", "", "is no set of boxes"),
+    ("other/x.txt", "", "is no set of boxes"),
 )
-def test_what_is_no_set_of_boxes_is_named(name, text, said, tmp_path):
+
+
+@pytest.mark.parametrize("row", range(len(WRONG)))
+def test_what_is_no_set_of_boxes_is_named(tmp_path, row):
+    name, text, word = WRONG[row]
     write_pictures(tmp_path, {"a.png": (9, 9)})
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text, "latin-1")
     path = tmp_path if "/" in name else tmp_path / name
-    assert said in refused(call("data.py", path, "--detect", "--out", "packed", cwd=tmp_path))
+    assert word in refused(call("data.py", path, "--detect", "--out", "packed", cwd=tmp_path))
     assert not (tmp_path / "packed").exists()
+
+
+CORNERS = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+NAMED = "".join(f"<object><name>{n}</name>{CORNERS}</object>" for n in ("face", "body"))
+CLASSES = {  # a file, two boxes of one picture, their classes
+    "t.csv": ("a.png,1,1,2,2,face\na.png,1,1,2,2,body", "face, body"),
+    "labels/a.txt": ("7 .5 .5 .1 .1\n0 .5 .5 .1 .1 .9", "7, 0"),
+    "Annotations/a.xml": (OBJECT % NAMED, "face, body"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_several_classes_are_taken_as_one_and_named(tmp_path, name):
+    text, classes = CLASSES[name]
+    write_pictures(tmp_path, {"a.png": (9, 9)})
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    records, _, notes, _ = boxes.find(tmp_path if "/" in name else tmp_path / name)
+    assert len(records[0].box) == 2 and notes[1:] == [f"2 classes are taken as one: {classes}"]
+
+
+def test_two_annotations_of_one_picture_are_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "Annotations").mkdir(exist_ok=True)
+        (tmp_path / f"Annotations/{name}.xml").write_text(OBJECT % "")
+    with pytest.raises(UserError, match="another file's picture"):
+        boxes.find(tmp_path)
