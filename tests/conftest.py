@@ -41,7 +41,9 @@ def call(script, *words, cwd, check=None):
     from common.command import cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out, errors, code, argv, here = io.StringIO(), io.StringIO(), 0, sys.argv, os.getcwd()
+    out, errors = io.StringIO(), io.StringIO()
+    code, argv = 0, sys.argv
+    here = os.getcwd()
     name = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
     sys.argv = [name, *map(str, words)]
     packing = script == "data.py"  # its other half has no main

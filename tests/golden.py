@@ -30,7 +30,6 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
-SIDE = 48  # of packed pictures
 
 # ---- the cases -----------------------------------------------------------------------------------
 # A flag that comes twice has its last value.
@@ -135,9 +134,9 @@ def write_split(folder, name, source, tensors, **more):
     save_file(tensors, folder / f"{name}.safetensors", {"animask": json.dumps(about)})
 
 
-def write_packed(folder, counts=(("train", 96), ("val", 48), ("dev", 24))):
+def write_packed(folder, side=48, counts=(("train", 96), ("val", 48), ("dev", 24))):
     for seed, (name, n) in enumerate(counts):
-        images, labels, fg, parts = make_pictures(n, SIDE, seed=seed)
+        images, labels, fg, parts = make_pictures(n, side, seed=seed)
         tensors = {"images": images, "fg": fg, "parts": parts, "labels": labels.astype(np.int64)}
         more = {"classes": [f"class{c}" for c in range(4)]}
         more |= {"groups": [f"{name}{i // 2}" for i in range(n)]}
@@ -164,7 +163,8 @@ def write_frames(folder, side=32, counts=(("train", 36), ("dev", 18), ("val", 18
 def write_pictures(work):
     """Loose PNG files with alpha, a folder per class; list.csv of their tags, boxes.json (COCO)."""
     images, labels, fg, _ = make_pictures(64, 40, seed=9)
-    lines, records, boxes = ["path,label,tags"], [], []
+    lines = ["path,label,tags"]
+    records, boxes = [], []
     for i, label in enumerate(labels):
         name = f"images/class{label}/i{i // 8}_{i}.png"
         (work / name).parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,8 @@ def assert_as_good(x, plain, truth, what):
     the fp32 arithmetic before it. A lone number has no typical error and gets 3 units in the last
     place. The interpreter cuts bf16 off instead of rounding, so there only the second bound counts.
     """
-    info, mine, theirs = torch.finfo(x.dtype), x.double() - truth, typical(plain.double() - truth)
+    mine, theirs = x.double() - truth, typical(plain.double() - truth)
+    info = torch.finfo(x.dtype)
     alone = 3 * 2**-23 * truth.abs().max().item() if x.ndim == 0 else 0.0
     if not (kernels.INTERPRET and x.dtype == torch.bfloat16):
         assert typical(mine) <= max(2 * theirs, alone), what
@@ -297,7 +298,8 @@ def test_offsets_pass_two_to_the_31():
 @needs_kernel
 def test_every_number_is_written_and_none_beside(monkeypatch):
     """Outputs are cut from larger arrays of NaN. P = 588 in 1024 lanes: there is a tail."""
-    arrays, real, guard = [], torch.empty, 512
+    real, guard = torch.empty, 512
+    arrays = []
 
     def poisoned(*shape, dtype=torch.float32, device=None):
         shape = real(*shape, device="meta").shape

@@ -49,8 +49,8 @@ def test_sincos_positions_follow_the_formula():
     for row, column, k in [(0, 0, 0), (2, 3, 1), (4, 1, 7)]:
         omega = 10000 ** (-k / (D / 4))
         found = positions[1 + row * side + column, [k, D // 4 + k, D // 2 + k, 3 * D // 4 + k]]
-        angles = column * omega, row * omega
-        expected = [f(angle) for angle in angles for f in (math.sin, math.cos)]
+        x, y = column * omega, row * omega
+        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -98,7 +98,8 @@ def test_branches_start_small():
 
 @pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
 def test_masked_pixels_never_reach_the_network(kind):
-    net, view, (keep, mask) = small_mae(kind), some_view(), some_ids()
+    net, view = small_mae(kind), some_view()
+    keep, mask = some_ids()
     other = M.put_patches(view, mask, torch.randint(0, 256, (3, 11, 192), dtype=torch.uint8))
     assert not torch.equal(view, other)
     first, second = (net(masked_patch_gather(x, keep, 8), keep, mask) for x in (view, other))
@@ -107,7 +108,8 @@ def test_masked_pixels_never_reach_the_network(kind):
 
 @pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
 def test_the_order_of_the_patches_does_not_matter(kind):
-    net, view, (keep, mask) = small_mae(kind), some_view(), some_ids()
+    net, view = small_mae(kind), some_view()
+    keep, mask = some_ids()
     plain = net(masked_patch_gather(view, keep, 8), keep, mask)[0]
     turned = net(masked_patch_gather(view, keep.flip(1), 8), keep.flip(1), mask.flip(1))[0]
     torch.testing.assert_close(turned.flip(1), plain, rtol=1e-4, atol=1e-4)
@@ -141,7 +143,8 @@ def test_the_decoder_without_unshuffling_is_the_papers():
 
 def test_simmim_puts_its_mask_token_where_a_patch_was():
     """A network that embeds all patches, of which the hidden ones are replaced: SimMIM's own way."""
-    net, view, (keep, mask) = small_mae(M.SimMIM), some_view(), some_ids()
+    net, view = small_mae(M.SimMIM), some_view()
+    keep, mask = some_ids()
     vit = net.encoder
     patches, every = vit.all_patches(view)
     x = vit.patch_embed["proj"](patches)
