@@ -141,27 +141,16 @@ def test_a_hugging_face_vit_is_ours(tmp_path, kind):
 
 
 def test_an_encoder_alone_goes_to_hugging_face_and_back(tmp_path):
+    """At another image size."""
     save_encoder(small_mae().encoder, tmp_path / "model.safetensors", {})
-    folder, use = export(tmp_path, "hf", image_size=48)
+    folder, _ = export(tmp_path, "hf", image_size=48)
     load, view = transformers.ViTModel.from_pretrained, some_view(S=48)
     theirs, info = load(folder, add_pooling_layer=False, output_loading_info=True)
-    assert "ViTModel" in use and not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"] and not info["unexpected_keys"]
     back, size = C.load_encoder(folder)
+    assert size == 48
     with torch.no_grad():
         close(theirs(pixels(view)).last_hidden_state, back.features(view))
-        here = C.load_encoder(tmp_path, 48)[0].features(view)
-        assert size == 48 and torch.equal(here, back.features(view))
-
-
-def test_the_table_knows_every_name():
-    """Each parameter of ours has a Hugging Face name of its own, which leads back to it."""
-    ours = []
-    for name in C.public_weights(small_mae()):
-        parts = formats.QKV if "attn.qkv" in name else ["attn.qkv"]
-        ours += [name.replace("attn.qkv", part) for part in parts]
-    theirs = [formats.renamed(name, formats.HF) for name in ours]
-    assert len(set(theirs)) == len(ours) and not set(theirs) & set(ours)
-    assert [formats.renamed(name, formats.FROM_HF) for name in theirs] == ours
 
 
 # ---- MAE, DINO, DINOv2, timm: the same names, in their own wrappings -----------------------------
@@ -285,19 +274,11 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
 
 def test_export_replaces_nothing(tmp_path):
     C.save_model(small_mae(), tmp_path / "run" / "model.safetensors", {})
-    mine = tmp_path / "README.md"
-    mine.write_text("mine")
-
-    def run(*words):
-        return call("export.py", tmp_path / "run", *words, cwd=tmp_path)
-
-    for to, out in (("timm", mine), ("hf", mine / "hf"), ("timm", tmp_path)):
-        assert str(out)[: len(str(tmp_path))] in refused(run("--to", to, "--out", out))
-    assert mine.read_text() == "mine"
-    assert run("--to", "timm").returncode == 0
-    before = (tmp_path / "run" / "timm.safetensors").read_bytes()
-    assert "is there already" in refused(run("--to", "timm", "--image-size", 64))
-    assert (tmp_path / "run" / "timm.safetensors").read_bytes() == before
+    (tmp_path / "mine").write_text("mine")
+    for words in (["--out", tmp_path / "mine"], ["--out", tmp_path / "run"]):
+        line = refused(call("export.py", tmp_path / "run", "--to", "timm", *words, cwd=tmp_path))
+        assert "is there already" in line
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 # ---- a start for pre-training --------------------------------------------------------------------
@@ -326,10 +307,10 @@ def test_init_goes_on_with_a_decoder_that_fits(tmp_path):
     assert not new.decoder.stats_head.weight.any()  # ours alone, in no public file
 
 
-@pytest.mark.parametrize("key", ["decoder_dim", "decoder_depth", "depth", "heads", "dim"])
-def test_init_of_another_shape_names_both_and_changes_nothing(tmp_path, key):
+@pytest.mark.parametrize("key", ["decoder_depth", "heads", "dim"])
+def test_init_of_another_shape_names_the_flags_that_fit_and_changes_nothing(tmp_path, key):
     C.save_model(small_mae(), tmp_path / "model.safetensors", {})
-    new = small_mae(**{key: {"heads": 4, "dim": 128, "decoder_dim": 32}.get(key, 3)})
+    new = small_mae(**{key: {"heads": 4, "dim": 128}.get(key, 3)})
     before = {k: w.clone() for k, w in new.state_dict().items()}
     with pytest.raises(UserError, match=f"{key}.*{key}.*--model") as refusal:
         C.init_from(new, tmp_path)
@@ -345,21 +326,9 @@ def test_half_a_decoder_is_refused(tmp_path):
     torch.save({"model": weights}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="decoder_norm.bias"):
         C.init_from(small_mae(heads=1), tmp_path / "x.pth")
-    for to in ("mae", "timm", "hf"):
-        with pytest.raises(UserError, match="decoder_norm.bias"):
-            export(tmp_path / "x.pth", to)
+    with pytest.raises(UserError, match="decoder_norm.bias"):
+        export(tmp_path / "x.pth", "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-
-
-def test_loading_leaves_the_seed_and_the_training_alone(tmp_path):
-    C.save_model(small_mae(), tmp_path / "model.safetensors", {})
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    encoder, _ = C.load_encoder(tmp_path)
-    assert torch.equal(torch.rand(2), expected)
-    assert all(w.requires_grad for w in encoder.parameters()) and not encoder.training
-    encoder.train().features(some_view()).sum().backward()
 
 
 def test_a_teacher_has_the_pooler_of_its_run(tmp_path):
@@ -419,16 +388,11 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
     spoiled |= {"zip": b"PK\x03\x04 no", "cut": whole[: len(whole) // 2], "json": b"12345678{not"}
     for name, content in spoiled.items():
         (tmp_path / name).write_bytes(content)
+    torch.save({"model": {"a": torch.zeros(3)}}, tmp_path / "foreign")
+    for name in (*spoiled, "foreign", "nothing.pth"):
         with pytest.raises(UserError, match=name) as refusal:
             C.load_encoder(tmp_path / name)
         assert "\n" not in str(refusal.value)
-    for other in (torch.zeros(3), {"model": {"a": torch.zeros(3)}}, [1]):
-        torch.save(other, tmp_path / "other.pth")
-        with pytest.raises(UserError, match="cls_token"):
-            C.load_encoder(tmp_path / "other.pth")
-    for path in (tmp_path, tmp_path / "nothing.pth"):
-        with pytest.raises(UserError, match="no encoder at"):
-            C.load_encoder(path)
 
 
 @pytest.mark.parametrize(
@@ -436,12 +400,9 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path):
     [
         ({"norm.bias": None}, TWO_HEADS, "norm.bias"),
         ({"reg": torch.zeros(2)}, TWO_HEADS, "reg"),
-        ({"blocks.1.norm1.bias": torch.zeros(3)}, TWO_HEADS, "norm1.bias"),
         ({"blocks.99999999.norm1.bias": torch.zeros(64)}, TWO_HEADS, "blocks.2"),
         ({"pos_embed": torch.zeros(1, 19, 64)}, TWO_HEADS, "pos_embed"),
-        ({"pos_embed": torch.zeros(17, 64)}, TWO_HEADS, "pos_embed"),
         ({"patch_embed.proj.weight": torch.zeros(64, 1, 8, 8)}, TWO_HEADS, "patch_embed"),
-        ({}, {"hidden_size": 32}, "config.json"),
         ({}, {"hidden_act": "quick_gelu"}, "quick_gelu"),
         ({}, {"num_attention_heads": 5}, "5 heads"),
     ],
@@ -451,13 +412,4 @@ def test_a_match_in_part_is_refused_by_name(tmp_path, changes, config, word):
     torch.save({k: w for k, w in weights.items() if w is not None}, tmp_path / "x.pth")
     write_config(tmp_path, **config)
     with pytest.raises(UserError, match=word):
-        C.load_encoder(tmp_path / "x.pth")
-
-
-def test_a_size_that_does_not_fit_is_refused(tmp_path):
-    torch.save(public(small_mae().encoder), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="no multiple"):
-        C.load_encoder(tmp_path / "x.pth", image_size=36)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json"):
         C.load_encoder(tmp_path / "x.pth")

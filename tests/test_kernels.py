@@ -81,10 +81,10 @@ def assert_as_good(x, plain, truth, what):
     place. The interpreter cuts bf16 off instead of rounding, so there only the second bound counts.
     """
     mine, theirs = x.double() - truth, typical(plain.double() - truth)
-    info = torch.finfo(x.dtype)
     alone = 3 * 2**-23 * truth.abs().max().item() if x.ndim == 0 else 0.0
     if not (kernels.INTERPRET and x.dtype == torch.bfloat16):
         assert typical(mine) <= max(2 * theirs, alone), what
+    info = torch.finfo(x.dtype)
     one_rounding = (info.eps * truth.abs()).clamp(min=info.tiny * info.eps)  # fp16's subnormal ones
     before = 10 * theirs if x.dtype == torch.float32 else 1e-6 * typical(truth)
     assert (mine.abs() <= one_rounding + max(before, alone)).all(), what
@@ -213,15 +213,6 @@ def test_another_error_in_the_reference_trains(monkeypatch, edited):
     torch.testing.assert_close(found, weight[..., None] * slope / (48 * weight.sum()))
 
 
-@needs_reference
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_gradcheck(norm_pix):
-    view, _, ids = case(3, B=2, side=2)
-    weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
-    pred = randn(*ids.shape, 27, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: 3 * loss(y, view, ids, 3, weight, norm_pix) - 1, pred)
-
-
 def test_the_gradient_is_fp32_until_it_is_rounded():
     """In fp16 the factor 2 / (P sum(w)) alone would be 0."""
     view, _, ids = case(4)
@@ -323,11 +314,9 @@ def test_every_number_is_written_and_none_beside(monkeypatch):
 @pytest.mark.parametrize(
     "change, word",
     [
-        (dict(view=torch.zeros(3, 16, 16, 3)), "uint8"),
         (dict(view=torch.zeros(3, 16, 20, 3, dtype=torch.uint8)), "uint8"),
         (dict(patch=5), "divide"),
         (dict(ids=torch.zeros(2, 8, dtype=torch.int64)), "B = 3"),
-        (dict(ids=torch.zeros(3, 8)), "int64"),
         (dict(ids=torch.full((3, 8), 16)), "16 patches"),
         (dict(ids=torch.full((3, 8), -1)), "16 patches"),
         (dict(pred=torch.zeros(3, 8, 47)), "pred"),
@@ -357,21 +346,6 @@ def test_opcheck():
         torch.library.opcheck(L.loss_op, arguments)
     torch.library.opcheck(G.gather_op, (view, keep.flip(1), 4, torch.bfloat16))
     torch.library.opcheck(L.detail_op, (view, ids, 4))
-
-
-@pytest.mark.slow
-def test_one_graph_under_compile():
-    view, keep, ids = case(4)
-    pred = randn(*ids.shape, 48).requires_grad_()
-
-    def step(y):
-        weight = L.detail_weight(detail(view, ids, 4), 0.1)
-        return loss(y, view, ids, 4, weight) * 3 + gather(view, keep, 4).mean()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")  # needs no compiler
-    ours, theirs = step(pred), compiled(pred)
-    torch.testing.assert_close(theirs, ours)
-    torch.testing.assert_close(torch.autograd.grad(theirs, pred), torch.autograd.grad(ours, pred))
 
 
 def test_triton_is_chosen_where_it_runs_and_never_replaced_silently(monkeypatch):

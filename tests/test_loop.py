@@ -157,6 +157,21 @@ def test_a_run_is_never_overwritten_and_never_goes_on_with_a_loss_that_is_not_fi
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """torch.save fails half-way with an error of its own."""
+    run, _ = steps(flags_of("--out", str(tmp_path / "run")), 10)
+    before = run.path.read_bytes()
+
+    def half(state, file):
+        file.write(before[:100])
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(UserError, match="could not write"):
+        run.save()
+    assert run.path.read_bytes() == before and not list(run.out.glob(".*tmp"))
+
+
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

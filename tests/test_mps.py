@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchgen
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -181,25 +180,3 @@ def test_an_operator_that_mps_lacks_is_seen(name):
         torch.ones(3).double()
     assert any(name in missing for missing in log.missing), log.missing
     assert torch.float64 in log.dtypes
-
-
-class NoDoubles(TorchDispatchMode):
-    """Metal has no float64: a tensor of it there is an error."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        assert not [x for x in tensors if (x.device.type, x.dtype) == ("mps", torch.float64)], func
-        return out
-
-
-def test_what_is_unusual_is_found_without_float64(monkeypatch):
-    """With tensors that have a device and a shape, and no values: torch can pretend to be on a Mac."""
-    with FakeTensorMode(), NoDoubles():
-        tokens = torch.empty(6, 16, 32, device="mps")
-        monkeypatch.setattr(guidance, "patch_tokens", lambda *_: [(torch.arange(6), tokens)])
-        encoder = SimpleNamespace(cls_token=tokens)
-        ((_, found),) = guidance.attention(encoder, range(6), torch.arange(6), "outlier", None)
-        assert (found.device.type, found.shape, found.dtype) == ("mps", (6, 16), torch.float32)
-        with pytest.raises(AssertionError):
-            tokens.double()
