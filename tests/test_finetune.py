@@ -87,7 +87,9 @@ def test_ifa_mixes_the_cls_token_of_every_block():
 def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
     net = classifier.Classifier(ViT(32, 8, 32, 2, 2), 3)
     optimizer = classifier.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5)
-    rate = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    rate = {}
+    for group in optimizer.param_groups:
+        rate |= {id(p): group["peak"] for p in group["params"]}
     expected = {"head.weight": 1e-2, "encoder.norm.weight": 1e-3, "encoder.cls_token": 1.25e-4}
     expected |= {"encoder.blocks.1.mlp.fc1.weight": 5e-4, "encoder.blocks.0.attn.qkv.bias": 2.5e-4}
     named = dict(net.named_parameters())

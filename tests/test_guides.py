@@ -126,7 +126,8 @@ def test_what_is_unusual_for_its_place_is_found():
 
 def test_a_hot_patch_follows_crop_and_flip():
     """A bright cell in the image and the same in the map: after 40 crops they are at one place."""
-    n, S, side = 40, 64, 8
+    n, side = 40, 8
+    S = 8 * side
     boxes, flip = data.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
     images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
     for i in range(n):  # a cell in the middle of what is shown

@@ -87,7 +87,9 @@ def test_biases_norms_and_tokens_are_not_decayed(stage):
     else:
         net = Classifier(ViT(32, 8, 32, 2, 2), 3, "arcface")
         groups = make_optimizer(net, 1e-3, 1e-2, 0.05, 0.9).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    decay = {}
+    for group in groups:
+        decay |= {id(p): group["weight_decay"] for p in group["params"]}
     for name, p in net.named_parameters():
         plain = name.endswith((".bias", "_token")) or "norm" in name
         assert decay[id(p)] == (0 if plain else 0.05), name

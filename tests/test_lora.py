@@ -56,7 +56,8 @@ def save_adapted(folder):
 
 
 def test_it_starts_as_nothing_and_trains_alone():
-    plain, vit, view = small_vit(), small_vit(), some_view()
+    plain, vit = small_vit(), small_vit()
+    view = some_view()
     add_lora(vit, 16)
     assert torch.equal(vit.features(view), plain.features(view))
     bound = 1 / math.sqrt(64)  # kaiming uniform with a = sqrt 5: sqrt(6 / ((1 + 5) * 64))

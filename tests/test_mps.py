@@ -63,7 +63,8 @@ class OperatorLog(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.missing, self.seen, self.dtypes = set(), set(), set()
+        self.missing, self.seen = set(), set()
+        self.dtypes = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").removesuffix(".default")
