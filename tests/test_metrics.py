@@ -23,8 +23,11 @@ import recognize
 from common import evaluate, metrics, stats
 from common.train import seeded
 from experiments import stress
+from kernels.loss import visible_stats
 from mask import gumbel_noise
 from model import MAE, ViT
+
+EXACT = contextlib.nullcontext
 
 
 @pytest.fixture(scope="module")
@@ -240,33 +243,69 @@ def test_thumbnails_are_means_of_cells():
     torch.testing.assert_close(evaluate.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
 
 
+def pictures(n, seed):
+    """A split of noise of 32 px; a third of it is of class 1."""
+    images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
+    labels = (torch.arange(n) % 3 == 1).long()
+    return split_of(labels, images=images, header={"classes": ["a", "b"]})
+
+
 @pytest.fixture
 def held():
-    """Five pictures of 32 px as a split."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    return split_of(torch.arange(5) % 2, images=images)
+    return pictures(5, seed=0)
 
 
-def test_the_masked_error_is_the_formula_under_the_fixed_mask(held):
+@pytest.fixture
+def model():
+    """Its weights are larger than at the start of a run."""
     torch.manual_seed(0)
-    model, norm = MAE(32, 8, 32, 1, 2, 32, 1), {"norm_pix": False, "floor": 0.15}
-    found = evaluate.masked_mse(model, held, norm, contextlib.nullcontext)
+    model = MAE(32, 8, 32, 1, 2, 32, 1)
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(0.1 * torch.randn_like(w))
+    return model
+
+
+def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
+    """And the predicted statistics are those of the head, added to those of visible patches."""
+    found = evaluate.masked_mse(model, held, {"norm_pix": False, "floor": 0.15}, EXACT)
     order = gumbel_noise(5, 16, seeded(0)).argsort(1)
     keep, hide = order[:, :4].contiguous(), order[:, 4:].contiguous()
-    patches, _ = model.encoder.all_patches(torch.from_numpy(held["images"]))  # (5, 16, P)
+    view = torch.from_numpy(held["images"])
+    patches, _ = model.encoder.all_patches(view)  # (5, 16, P)
 
     def at(ids):
         return patches.gather(1, ids[..., None].expand(-1, -1, 192))
 
-    pred = model(at(keep), keep, hide)[0]
+    pred, stats, _ = model(at(keep), keep, hide)
     assert found == pytest.approx((pred - at(hide)).square().mean().item(), rel=1e-5)
+    expected = stats + visible_stats(view, keep, hide, 8)
+    torch.testing.assert_close(evaluate.predict(model, view, keep, hide, EXACT)[1], expected)
 
 
-def test_a_picture_of_a_reconstruction_pastes_the_prediction_over_what_was_hidden(held):
-    torch.manual_seed(0)
-    model, norm = MAE(32, 8, 32, 1, 2, 32, 1), {"norm_pix": True, "floor": 0.15}
+def test_a_row_of_the_log_is_knn_on_extremes_and_ridge_on_means(model):
+    """Of all patch tokens of all pictures, beside the same on thumbnails."""
+    sets, norm = (pictures(60, seed=1), pictures(30, seed=2)), {"norm_pix": True, "floor": 0.15}
+    row = evaluate.evaluate(model, sets, norm, EXACT, 0)
     with torch.no_grad():
-        lines = dict(evaluate.reconstruct(model, held, norm, contextlib.nullcontext))
+        views = [torch.from_numpy(split["images"]) for split in sets]
+        tokens = [model.encoder.features(view)[:, 1:] for view in views]
+    labels, truth = (split["labels"] for split in sets)
+    extremes = [torch.cat([x.max(1).values, x.min(1).values], 1) for x in tokens]
+    votes = evaluate.knn_votes(extremes[0], labels, extremes[1], 2)
+    z, z_held = (x.numpy() for x in evaluate.standardise(*(x.mean(1) for x in tokens)))
+    scores = Ridge(alpha=1.0).fit(z, np.eye(2)[labels]).predict(z_held)
+    assert row["knn"] == pytest.approx(100 * evaluate.topk(votes, truth, 1))
+    right = scores.argmax(1) == truth.numpy()
+    assert row["linear"] == pytest.approx(100 * right.mean()) and 40 < row["linear"] < 90
+    assert row["mean_rank"] == evaluate.effective_rank(tokens[0].mean(1))
+    assert {"epoch", "val_mse", "knn_thumbnail", "linear_thumbnail"} <= set(row)
+    truth[0] = -1  # a picture without a label
+    assert set(evaluate.evaluate(model, sets, norm, EXACT, 1)) == {"epoch", "val_mse"}
+
+
+def test_a_picture_of_a_reconstruction_pastes_the_prediction_over_what_was_hidden(model, held):
+    lines = dict(evaluate.reconstruct(model, held, {"norm_pix": True, "floor": 0.15}, EXACT))
     original, hidden = lines["original"], (lines["seen"] == 128).all(3, keepdim=True)
     assert torch.equal(original, torch.from_numpy(held["images"]))
     assert hidden.float().mean() == pytest.approx(0.75, abs=0.01)
@@ -282,7 +321,7 @@ def test_attention_by_part_is_its_share_over_the_share_of_the_area(held):
     encoder = ViT(32, 8, 32, 1, 1)
 
     def look():
-        return evaluate.attention_by_part(encoder, held, "cls", contextlib.nullcontext)
+        return evaluate.attention_by_part(encoder, held, "cls", EXACT)
 
     torch.nn.init.zeros_(encoder.blocks[0].attn.qkv.weight)
     assert look() == {"background": 1.0, "figure": 1.0}
