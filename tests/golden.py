@@ -14,11 +14,9 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -197,31 +195,14 @@ def environment():
     return os.environ | one
 
 
-def start(root, work, line):
-    script, *words = line.split()
-    command = [sys.executable, str(Path(root) / script), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=work, env=environment(), **pipes)
-
-
 def run(root, work, lines):
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 600}
     for line in lines:
-        process = start(root, work, line)
-        text, _ = process.communicate(timeout=600)
-        if process.returncode:
-            raise SystemExit(f"{line} failed:\n{text}")
-
-
-def run_resumed(root, work):
-    """runs/whole, and runs/resume, which SIGTERM stops and --resume ends: the same weights."""
-    line = f"{PRETRAIN} --mask attn_high:start=.3 --epochs 8 --out runs/"
-    run(root, work, [f"{line}whole"])
-    process, log = start(root, work, f"{line}resume"), work / "runs" / "resume" / "log.jsonl"
-    while process.poll() is None and (not log.exists() or '"loss"' not in log.read_text()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    run(root, work, ["pretrain.py --resume runs/resume"])
+        script, *words = line.split()
+        command = [sys.executable, str(Path(root) / script), *words]
+        done = subprocess.run(command, cwd=work, env=environment(), **how)
+        if done.returncode:
+            raise SystemExit(f"{line} failed:\n{done.stdout}")
 
 
 def run_all(root, work):
@@ -230,8 +211,7 @@ def run_all(root, work):
     with ThreadPoolExecutor(int(os.environ.get("JOBS", 2))) as pool:
         for cases in (FIRST, SECOND, THIRD):
             list(pool.map(lambda lines: run(root, work, lines), cases.values()))
-    run_resumed(root, work)
-    return {name: outcome(work, name) for name in (*CASES, "resume", "whole")}
+    return {name: outcome(work, name) for name in CASES}
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -257,8 +237,6 @@ def files_of(work, name):
     found = []
     for folder in ("runs", "maps", "datasets"):
         found += sorted((work / folder / name).glob("*"))
-    if name == "resume":  # rows around the stop depend on the moment of the signal
-        found = [path for path in found if path.suffix != ".jsonl"]
     return [path for path in found if path.name not in later]
 
 

@@ -272,15 +272,6 @@ def test_export_as_mae_holds_everything_that_is_public(tmp_path, kind):
     assert torch.equal(encoder.features(view), net.encoder.features(view))
 
 
-def test_export_replaces_nothing(tmp_path):
-    C.save_model(small_mae(), tmp_path / "run" / "model.safetensors", {})
-    (tmp_path / "mine").write_text("mine")
-    for words in (["--out", tmp_path / "mine"], ["--out", tmp_path / "run"]):
-        line = refused(call("export.py", tmp_path / "run", "--to", "timm", *words, cwd=tmp_path))
-        assert "is there already" in line
-    assert (tmp_path / "mine").read_text() == "mine"
-
-
 # ---- a start for pre-training --------------------------------------------------------------------
 
 
@@ -296,17 +287,6 @@ def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
     assert torch.equal(new.encoder.features(view), larger.features(view))
 
 
-def test_init_goes_on_with_a_decoder_that_fits(tmp_path):
-    mae, new = small_mae(), small_mae()
-    with torch.no_grad():
-        for w in new.parameters():
-            w.zero_()
-    C.save_model(mae, tmp_path / "model.safetensors", {})
-    assert "encoder and decoder" in C.init_from(new, tmp_path)
-    assert equal(C.public_weights(new), C.public_weights(mae))
-    assert not new.decoder.stats_head.weight.any()  # ours alone, in no public file
-
-
 @pytest.mark.parametrize("key", ["decoder_depth", "heads", "dim"])
 def test_init_of_another_shape_names_the_flags_that_fit_and_changes_nothing(tmp_path, key):
     C.save_model(small_mae(), tmp_path / "model.safetensors", {})
@@ -318,44 +298,6 @@ def test_init_of_another_shape_names_the_flags_that_fit_and_changes_nothing(tmp_
     words = str(refusal.value).split("--model ")[1]
     named = parse_keys(words, {"nano": M.SIZES["nano"] | {"decoder_depth": 1}}, "--model")[1]
     assert named[key] == small_mae().config[key]
-
-
-def test_half_a_decoder_is_refused(tmp_path):
-    weights = C.public_weights(small_mae(heads=1))
-    del weights["decoder_norm.bias"]
-    torch.save({"model": weights}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="decoder_norm.bias"):
-        C.init_from(small_mae(heads=1), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="decoder_norm.bias"):
-        export(tmp_path / "x.pth", "hf")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
-
-
-def test_a_teacher_has_the_pooler_of_its_run(tmp_path):
-    mae = small_mae()
-    mae.encoder.pooler = M.Pooler(64, 2)
-    C.save_model(mae, tmp_path / "model.safetensors", {"run": {"seed": 3}})
-    C.save_beside(mae, tmp_path)
-    teacher, _ = C.load_teacher(tmp_path)
-    maps = [vit.patch_attention(some_view(), "pooler") for vit in (teacher, mae.encoder)]
-    assert torch.equal(*maps) and C.flags_of(tmp_path) == {"seed": 3}
-    assert C.load_encoder(tmp_path)[0].pooler is None
-
-
-def test_resized_positions_keep_what_is_smooth():
-    """A ramp stays a ramp, the CLS row stays itself, the same grid is not touched."""
-    ramp = torch.linspace(0, 1, 8)
-    grid = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"), 2)
-    pos = torch.cat([torch.full((1, 1, 2), 7.0), grid.view(1, 64, 2)], 1)
-    assert C.resize_positions(pos, 8) is pos
-    out = C.resize_positions(pos, 16)
-    assert torch.equal(out[:, 0], pos[:, 0]) and out.shape == (1, 257, 2)
-    inner = out[0, 1:].view(16, 16, 2)[4:-4, 4:-4]
-    for axis in (0, 1):  # two steps here are one of the ramp, 1/7
-        step = inner.diff(dim=axis).movedim(axis, 0)
-        step = step[1:] + step[:-1]
-        slope = torch.tensor([1 - axis, axis]) / 7
-        close(step, slope.expand_as(step))
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, draw_folder, refused
+from conftest import call
 
 import data
 import finetune_lora
@@ -255,13 +255,6 @@ def test_more_of_each_picture_is_shown_as_training_goes_on(encoder, small, tmp_p
     assert seen == pytest.approx([0.2 + 0.8 * i / len(seen) for i in range(len(seen))])
 
 
-def test_what_is_there_is_left_alone(encoder, small, lora, tmp_path):
-    before = (lora / "state.pt").read_bytes()
-    for words in ([encoder, "--data", small, "--out", lora], ["--resume", lora, "--lr", 0.1]):
-        refused(tune(*words, cwd=tmp_path, check=2))
-    assert (lora / "state.pt").read_bytes() == before
-
-
 # ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 
@@ -287,14 +280,3 @@ def test_what_is_chosen_on_is_dev_or_a_tenth_of_train_and_never_what_is_reported
     for images in (fit, dev, report):
         names = [classes[c] for c in images.split["labels"][images.rows]]
         assert names == [some[c] for c in images.labels[images.rows]]
-
-
-def test_a_set_that_can_not_teach_is_refused(tmp_path):
-    draw_folder(tmp_path / "pics" / "train", 3, 12)
-    draw_folder(tmp_path / "pics" / "val", 3, 4, seed=1)
-    for extra in list((tmp_path / "pics" / "train" / "class2").iterdir())[1:]:
-        extra.unlink()
-    words = [tmp_path / "pics", "--out", tmp_path / "one", "--size", 32, "--dedupe", "off"]
-    call("data.py", *words, cwd=tmp_path, check=0)
-    with pytest.raises(features.UserError, match="class2"):
-        features.open_rows(tmp_path / "one", "val", 0)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import model as M
 from common.checkpoints import load_encoder
@@ -218,12 +218,18 @@ def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, word):
 
 
 def test_adapter_files_that_are_none(tmp_path):
-    with pytest.raises(UserError, match="has no adapter"):
-        loaded(tmp_path)
     save_adapted(tmp_path)
-    alone = {"base_model.model.vit.layer.0.lora_A.weight": torch.zeros(4, 64)}
-    save_file(alone, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="lora_B"):
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    name = "base_model.model.blocks.0.mlp.fc1.lora_A.weight"
+    turned = whole | {name: whole[name].view(8, 32)}  # as many numbers, in another shape
+    alone = {k: w for k, w in whole.items() if k != name}
+    for tensors, word in ((turned, "does not fit"), (alone, "lora_A")):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=word):
+            loaded(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="has no adapter"):
         loaded(tmp_path)
 
 
