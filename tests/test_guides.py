@@ -213,6 +213,8 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
         optimizer.step()
         optimizer.zero_grad()
     assert guide.loss(ids, error) < first - 0.1 and not score.requires_grad
+    same = guide.predictor(torch.zeros(1, 16, 192))[0]
+    assert len(set(same.tolist())) == 16  # it knows the place of a patch
     assert guide_of("detail").loss(ids, error) == 0
     assert set(guide.networks()) == {"predictor"}
 

@@ -213,6 +213,15 @@ def test_another_error_in_the_reference_trains(monkeypatch, edited):
     torch.testing.assert_close(found, weight[..., None] * slope / (48 * weight.sum()))
 
 
+@needs_reference
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_gradient_is_that_of_finite_differences(norm_pix):
+    view, _, ids = case(3, B=2, side=2)
+    weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
+    pred = randn(*ids.shape, 27, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: 3 * loss(y, view, ids, 3, weight, norm_pix) - 1, pred)
+
+
 def test_the_gradient_is_fp32_until_it_is_rounded():
     """In fp16 the factor 2 / (P sum(w)) alone would be 0."""
     view, _, ids = case(4)

@@ -103,12 +103,6 @@ def test_shares_of_the_parameters_are_those_in_the_docs():
         assert float(share) == round(100 * trained / whole, 2)
 
 
-@pytest.mark.parametrize("r", [0, 65])
-def test_bad_ranks_are_refused(r):
-    with pytest.raises(UserError, match="rank"):
-        add_lora(small_vit(), r)
-
-
 # ---- adapter files, and the `peft` library -------------------------------------------------------
 
 
