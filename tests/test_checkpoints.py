@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import common.checkpoints as C
 import model as M
 from common import formats
-from common.command import parse_keys
 from common.io import UserError
 from common.lora import save_encoder
 from export import export
@@ -227,10 +226,6 @@ def test_a_width_that_no_public_network_has_needs_a_config(tmp_path):
         C.load_encoder(tmp_path / "x.pth")
     write_config(tmp_path, num_attention_heads=16)
     assert C.load_encoder(tmp_path / "x.pth")[0].blocks[0].attn.heads == 16
-    for wrong in (0, 7, "16", 2.0):
-        write_config(tmp_path, num_attention_heads=wrong)
-        with pytest.raises(UserError, match="heads"):
-            C.load_encoder(tmp_path / "x.pth")
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -285,19 +280,6 @@ def test_init_takes_the_encoder_and_leaves_the_decoder(tmp_path):
     assert equal(new.decoder.state_dict(), before)
     larger, view = C.load_encoder(tmp_path / "dino.pth", 48)[0], some_view(S=48)
     assert torch.equal(new.encoder.features(view), larger.features(view))
-
-
-@pytest.mark.parametrize("key", ["decoder_depth", "heads", "dim"])
-def test_init_of_another_shape_names_the_flags_that_fit_and_changes_nothing(tmp_path, key):
-    C.save_model(small_mae(), tmp_path / "model.safetensors", {})
-    new = small_mae(**{key: {"heads": 4, "dim": 128}.get(key, 3)})
-    before = {k: w.clone() for k, w in new.state_dict().items()}
-    with pytest.raises(UserError, match=f"{key}.*{key}.*--model") as refusal:
-        C.init_from(new, tmp_path)
-    assert equal(new.state_dict(), before)
-    words = str(refusal.value).split("--model ")[1]
-    named = parse_keys(words, {"nano": M.SIZES["nano"] | {"decoder_depth": 1}}, "--model")[1]
-    assert named[key] == small_mae().config[key]
 
 
 # ---- bad input -----------------------------------------------------------------------------------

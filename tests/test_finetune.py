@@ -242,19 +242,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkey
     assert metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
 
 
-def test_more_of_each_picture_is_shown_as_training_goes_on(encoder, small, tmp_path, monkeypatch):
-    seen, plain = [], finetune_lora.drop_patches
-
-    def noted(view, encoder, keep, generator):
-        seen.append(keep)
-        return plain(view, encoder, keep, generator)
-
-    monkeypatch.setattr(finetune_lora, "drop_patches", noted)
-    words = ["--data", small, "--out", tmp_path / "run", *QUICK, "--keep", ".2:1"]
-    tune(encoder, *words, cwd=tmp_path)
-    assert seen == pytest.approx([0.2 + 0.8 * i / len(seen) for i in range(len(seen))])
-
-
 # ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 

@@ -73,13 +73,14 @@ def test_the_first_map_is_made_by_a_teacher_that_learned(total):
         ({"contrast": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
         ({"contrast": "pooler"}, "run", [], "outlier"),
         ({"contrast": "cls"}, "run", [], "rollout"),
+        ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
         ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
     ],
 )
 def test_a_teacher_is_read_by_what_was_trained(
     tmp_path, monkeypatch, flags, teacher, files, source
 ):
-    """A plain run's own file is no foreign checkpoint, and a pooler may have been removed."""
+    """By runs of any age. A plain run's own file is no foreign checkpoint; a pooler may be removed."""
     monkeypatch.chdir(tmp_path)
     for name in ["run/e.safetensors", "dino.pth", *files]:
         Path(name).parent.mkdir(exist_ok=True)

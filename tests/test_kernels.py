@@ -255,16 +255,6 @@ def test_predicted_statistics_learn_the_true_ones():
 # ---- edges ---------------------------------------------------------------------------------------
 
 
-def test_an_empty_batch_has_loss_zero():
-    view = torch.zeros(0, 8, 8, 3, dtype=torch.uint8, device=DEVICE)
-    ids = torch.zeros(0, 3, dtype=torch.int64, device=DEVICE)
-    pred = torch.zeros(0, 3, 48, device=DEVICE, requires_grad=True)
-    value = loss(pred, view, ids, 4)
-    value.backward()
-    assert value == 0 and pred.grad.shape == pred.shape
-    assert gather(view, ids, 4).shape == (0, 3, 48) and detail(view, ids, 4).shape == (0, 3)
-
-
 def test_what_is_not_contiguous_gives_the_same():
     """ids.argsort(1)[:, :K] has rows that lie apart."""
     view, keep, _ = case(8)

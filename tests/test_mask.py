@@ -108,14 +108,6 @@ def test_beta_infinite_is_top_k(name):
         assert torch.equal(found, top(-score if lowest else score, 48))
 
 
-def test_high_hides_attention_and_low_spares_it():
-    patches, share = patches_of(200, 64), {}
-    for name in ("random", "attn_high", "attn_low"):
-        found = hidden(name, patches, noise_of(200, 64), 48)
-        share[name] = (patches["attn"] * found).sum(1).mean().item()
-    assert share["attn_low"] < 0.70 < share["random"] < 0.80 < share["attn_high"]
-
-
 def test_guidance_rises_on_a_straight_line():
     assert [masking.ramp(t, 0.2, 0.4) for t in (0.1, 0.2, 0.4, 0.6, 1)] == pytest.approx(
         [0, 0, 0.5, 1, 1]
