@@ -196,6 +196,8 @@ def test_an_interval_over_seeds_is_students():
     assert (found["low"], found["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
     assert found["p"] == pytest.approx(0.0742, abs=1e-4)
     assert stats.t_interval([1.0, 2.0]) is None and stats.t_interval([2.0, 2.0, 2.0]) is None
+    assert stats.mean_std([1, 2, 3]) == {"mean": 2, "std": 1, "n": 3}
+    assert stats.plus_minus(stats.mean_std([1.0])) == "1.0"  # one run has no deviation
     right = np.arange(11) % 3 == 0
     assert (stats.from_bits(stats.to_bits(right), 11) == right).all()
 
