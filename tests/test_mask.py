@@ -128,6 +128,8 @@ def test_a_hint_shows_a_share_of_what_would_be_hidden_first():
         high = hidden("attn_high", patches, noise, M)
         found = hidden("attn_hint", patches, noise, M, hint=hint)
         assert ((high & ~found).sum(1) == shown).all()
+    most, five = (masking.attn_hint(patches, noise, 1.0, 95, hint=h) for h in (0.2, 5 / 95))
+    assert torch.equal(most, five)  # chance, and not the place, decides which ones
     before = hidden("attn_hint", patches, noise, 75, 0.05)
     assert torch.equal(before, hidden("random", {}, noise, 75))
 
@@ -152,7 +154,7 @@ def figures(N, sizes):
 @pytest.mark.parametrize("M", [50, 75, 90])
 @pytest.mark.parametrize("name, side", [("fg_heavy", 1), ("bg_heavy", 0)])
 def test_quotas_hold_for_empty_tiny_and_full_figures(name, side, M):
-    sizes = [0, 1, 2, 10, 30, 50, 70, 90, 98, 99, 100]
+    sizes = 40 * [0, 1, 2, 10, 30, 50, 70, 90, 98, 99, 100]
     fg = figures(100, sizes)
     found = hidden(name, {"fg": fg}, noise_of(len(sizes), 100), M)
     for size, row, mask in zip(sizes, fg, found, strict=True):
@@ -235,6 +237,19 @@ def test_blocks_and_green_noise_are_smoother_than_random():
         alike[name] = neighbours_alike(hidden(name, {}, noise, 72), 12)
     assert alike["random"] == pytest.approx(0.5, abs=0.02)
     assert alike["block"] > 0.8 > alike["green"] > 0.65
+
+
+@pytest.mark.parametrize("size, b", [(0.5, 5), (0.4, 4), (0.01, 2), (2.0, 10)])
+def test_a_block_has_the_highest_rank_of_its_square(size, b):
+    noise = noise_of(3, 100)
+    rank = noise.argsort(1).argsort(1).float().view(3, 10, 10)
+    found = masking.block({}, noise, 0.5, 75, size=size) - 1e-3 * noise
+    for y in range(10):
+        for x in range(10):
+            rows = slice(max(0, y - (b - 1) // 2), y + b // 2 + 1)
+            columns = slice(max(0, x - (b - 1) // 2), x + b // 2 + 1)
+            highest = rank[:, rows, columns].amax((1, 2))
+            torch.testing.assert_close(found[:, 10 * y + x], highest, rtol=0, atol=1e-3)
 
 
 def test_green_noise_is_a_difference_of_gaussian_blurs():
