@@ -88,6 +88,11 @@ def test_a_teacher_is_read_by_what_was_trained(
     assert guidance.default_source(flags, teacher) == source
 
 
+def test_a_teacher_without_a_pooler_is_not_read_by_one():
+    with pytest.raises(UserError, match="--attention pooler"):
+        guidance.Teacher(ViT(32, 8, 32, 1, 1), "pooler", {0})
+
+
 # ---- its attention -------------------------------------------------------------------------------
 
 
@@ -189,6 +194,10 @@ def test_the_control_gets_the_score_of_the_next_image(batch):
             assert torch.equal(other, score.roll(2, 0))
         if need == "detail":
             assert torch.equal(score, patch_detail(view, every, 8))
+    guide = guide_of("parts")
+    guide.maps, guide.parts = maps // 64, 4
+    shares = guidance.crop_parts(guide.maps, rows, boxes, flip, 4, 4)
+    assert torch.equal(guide.scores(*batch)["parts"], shares)
     assert guide_of("random").scores(*batch) == {}
     assert torch.equal(guide_of("attn_high").scores(*batch)["attn"], torch.ones(6, 16))
 
@@ -263,6 +272,10 @@ def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, m
     maps, _, note = guidance.open_maps("fg", path.parent, "packed", train)
     assert maps.shape == (12, 2, 2) and note == f"{path.parent} coarse"
     assert guidance.open_maps("parts", "auto", "packed", train)[1] == 4
+    own = Path("own/parts.safetensors")
+    header |= {"parts": 2}  # of the foreground
+    data.write_maps(own, "parts", [np.zeros((12, 2, 2), np.uint8)], (12, 2, 2), "U8", header)
+    assert guidance.open_maps("parts", own, "packed", train)[1] == 3
     train.pop("fg")
     assert guidance.open_maps("fg", "auto", "packed", train)[2] == f"{path} coarse"
     with pytest.raises(UserError, match="--map saliency"):
