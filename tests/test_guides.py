@@ -88,6 +88,19 @@ def test_a_teacher_is_read_by_what_was_trained(
     assert guidance.default_source(flags, teacher) == source
 
 
+def test_a_teacher_that_was_given_does_not_learn():
+    """It is no part of a run's state, either."""
+    guide, encoder = guide_of("attn_high"), ViT(32, 8, 32, 1, 1)
+    guide.teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
+    before = [w.clone() for w in guide.teacher.encoder.parameters()]
+    guide.update_teacher(encoder, 5, 100)
+    assert all(map(torch.equal, before, guide.teacher.encoder.parameters()))
+    assert guide.networks() == {}
+    guide.teacher.learns = True
+    guide.update_teacher(encoder, 5, 100)
+    assert not all(map(torch.equal, before, guide.teacher.encoder.parameters()))
+
+
 def test_a_teacher_without_a_pooler_is_not_read_by_one():
     with pytest.raises(UserError, match="--attention pooler"):
         guidance.Teacher(ViT(32, 8, 32, 1, 1), "pooler", {0})
