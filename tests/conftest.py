@@ -1,4 +1,4 @@
-"""What the tests share: the repository on the path, a way to run a stage as a user does, a small data set."""
+"""What the tests share: the repository on the path, a way to run a stage as a user does, small data."""
 
 import contextlib
 import importlib
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 SHARED = ROOT.parent / "shared" / "data"
+WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests are two processes; those that they start take it from here
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# ---- running a stage -----------------------------------------------------------------------------
 
 
 def stage(*words, cwd, check=None, **more):
@@ -34,22 +34,20 @@ def stage(*words, cwd, check=None, **more):
 
 
 def call(script, *words, cwd, check=None):
-    """The same in this process, without the seconds that a start takes -> returncode, stdout,
-    stderr.
+    """The same in this process, without the seconds of a start -> returncode, stdout, stderr.
 
     script: a stage, or a module as after `python -m`, such as experiments.run.
     """
     from common.command import cli
 
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    out, errors, code, argv, here = io.StringIO(), io.StringIO(), 0, sys.argv, os.getcwd()
-    sys.argv = [
-        script if script.endswith(".py") else f"{script.replace('.', '/')}.py",
-        *map(str, words),
-    ]
-    module = importlib.import_module(
-        "ingest.pack" if script == "data.py" else script.removesuffix(".py")
-    )
+    out, errors = io.StringIO(), io.StringIO()
+    code, argv = 0, sys.argv
+    here = os.getcwd()
+    name = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
+    sys.argv = [name, *map(str, words)]
+    packing = script == "data.py"  # its other half has no main
+    module = importlib.import_module("ingest.pack" if packing else script.removesuffix(".py"))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             os.chdir(cwd)
@@ -79,6 +77,18 @@ def refused(done):
     return lines[0]
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Figures take most of the time of a short run."""
+    from common import plots
+
+    for name in ("image_grid", "curves", "training", "confusion", "neighbours"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
 def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
     """A folder per class of small noisy PNGs with a class colour."""
     rng = np.random.default_rng(seed)
@@ -87,10 +97,9 @@ def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
         folder.mkdir(parents=True, exist_ok=True)
         colour = rng.integers(0, 256, 3)
         for i in range(each):
-            pixels = np.clip(colour + rng.normal(0, 40, (size[1], size[0], 3)), 0, 255).astype(
-                np.uint8
-            )
-            Image.fromarray(pixels).save(folder / f"illust{i // 2}_{i % 2}.png")
+            pixels = np.clip(colour + rng.normal(0, 40, (size[1], size[0], 3)), 0, 255)
+            picture = Image.fromarray(pixels.astype(np.uint8))
+            picture.save(folder / f"illust{i // 2}_{i % 2}.png")
     return Path(root)
 
 
@@ -103,51 +112,34 @@ def small(tmp_path_factory):
     return base / "packed"
 
 
-@pytest.fixture(scope="package")
-def run(tmp_path_factory):
+def save_random(folder, depth=2):
     """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
     from common.checkpoints import save_model
     from model import MAE
 
-    folder = tmp_path_factory.mktemp("runs") / "nano"
     torch.manual_seed(0)
-    save_model(MAE(32, 8, 32, 2, 2, 32, 1), folder / "model.safetensors", {"step": 0})
+    save_model(MAE(32, 8, 32, depth, 2, 32, 1), folder / "model.safetensors", {"step": 0})
     return folder
 
 
 @pytest.fixture(scope="package")
+def run(tmp_path_factory):
+    return save_random(tmp_path_factory.mktemp("runs") / "nano")
+
+
+@pytest.fixture(scope="package")
 def tagged(tmp_path_factory):
-    """A folder with pictures, a packed set of three colours whose tags name two of them, and an
-    untrained encoder.
-    """
+    """A folder with pictures, `packed` (three colours, whose tags name two of them), `encoder`."""
     base = tmp_path_factory.mktemp("tagged")
     draw_folder(base / "images", classes=3, each=16)
     rng, rows = np.random.default_rng(0), ["path,label,tags"]
     for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
         some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
-        rows.append(
-            f"{path.relative_to(base)},{path.parent.name},{' '.join(some) if i % 9 else ''}"
-        )
+        words = " ".join(some) if i % 9 else ""
+        rows.append(f"{path.relative_to(base)},{path.parent.name},{words}")
     (base / "list.csv").write_text("\n".join(rows))
-    call(
-        "data.py",
-        "list.csv",
-        "--out",
-        "packed",
-        "--size",
-        32,
-        "--split",
-        ".6,.2,.2",
-        cwd=base,
-        check=0,
-    )
-    from common.checkpoints import save_model
-    from model import MAE
-
-    torch.manual_seed(0)
-    model = MAE(32, 8, 32, 4, 2, 32, 1)
-    (base / "encoder").mkdir()
-    save_model(model, base / "encoder" / "model.safetensors", {})
+    run_line("data.py list.csv --out packed --size 32 --split .6,.2,.2", cwd=base, check=0)
+    save_random(base / "encoder", depth=4)
     return base
 
 

@@ -2,19 +2,19 @@
 
 import json
 import math
+import shutil
 import signal
-import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, draw_folder
+from conftest import call
 
 import data
 import finetune_lora
-from common import classifier, plots, stats, train
-from common.command import LOCKS
-from common.io import UserError
+from common import classifier, evaluate, features, stats, train
 from common.lora import save_encoder
 from common.train import read_log, seeded
 from model import ViT
@@ -22,7 +22,12 @@ from model import ViT
 QUICK = ["--device", "cpu", "--dtype", "fp32", "--epochs", 2, "--batch-size", 16]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(autouse=True)
+def quiet(no_pictures):
+    """Figures take most of the time of a run of seconds."""
+
+
+@pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """A very small encoder that never learned anything, as a run folder."""
     torch.manual_seed(0)
@@ -31,26 +36,126 @@ def encoder(tmp_path_factory):
     return out
 
 
-def main(*words, pictures=False):
-    """finetune_lora.py in this process: a subprocess would spend seconds on imports, and so do the
-    pictures.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["finetune_lora.py", *map(str, words)])
-        if not pictures:
-            patch.setattr(plots, "training", lambda *_: None)
-            patch.setattr(plots, "confusion", lambda *_: None)
-        try:
-            with LOCKS:
-                finetune_lora.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+def tune(*words, cwd, check=0):
+    return call("finetune_lora.py", *words, cwd=cwd, check=check)
 
 
-def metrics_of(out):
-    return json.loads((out / "metrics.json").read_text())
+def metrics_of(out, name="metrics.json"):
+    return json.loads((out / name).read_text())
+
+
+# ---- heads ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", classifier.MARGINS)
+def test_margin_heads_are_their_formula(kind):
+    torch.manual_seed(0)
+    m, s = 0.5, 16.0
+    head = classifier.MarginHead(6, 5, kind, m, s).double().eval()
+    head.t.fill_(0.3)
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(5, (40,))
+    x[0] = -head.weight[y[0]].detach()  # theta = pi: theta + m would come round again
+    found = head(x, y).detach()
+    plain = F.cosine_similarity(x[:, None], head.weight.detach()[None], dim=2).clamp(-1, 1)
+    for i in range(40):
+        theta = math.acos(plain[i, y[i]])
+        bent = math.cos(theta + m) if theta + m <= math.pi else math.cos(theta) - m * math.sin(m)
+        target = math.cos(theta) - m if kind == "cosface" else bent
+        for j, cosine in enumerate(plain[i].tolist()):
+            hard = kind == "curricularface" and cosine > target
+            expected = target if j == y[i] else cosine * (0.3 + cosine) if hard else cosine
+            assert found[i, j].item() == pytest.approx(s * expected, abs=1e-4)
+    torch.testing.assert_close(head(x).detach(), s * plain)  # no margin where there are no labels
+    assert head.t == pytest.approx(0.3)
+    head.train()(x, y)
+    mean = plain.gather(1, y[:, None]).mean().item()
+    moved = 0.99 * 0.3 + 0.01 * mean if kind == "curricularface" else 0.3
+    assert head.t.item() == pytest.approx(moved)
+
+
+def test_ifa_mixes_the_cls_token_of_every_block():
+    torch.manual_seed(0)
+    vit = ViT(32, 8, 32, 2, 2).eval()
+    net = classifier.Classifier(vit, 3, "ifa").eval()
+    view = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    pooled = net.pooled(*vit.all_patches(view))
+    torch.testing.assert_close(vit.norm(pooled[:, :, -1]), vit.features(view)[:, 0])
+    mixed = (pooled @ net.neck.mix.weight[0] + net.neck.mix.bias).relu()
+    torch.testing.assert_close(net(pooled), net.head(F.layer_norm(mixed, (32,))))
+
+
+def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
+    net = classifier.Classifier(ViT(32, 8, 32, 2, 2), 3)
+    optimizer = classifier.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5)
+    rate = {}
+    for group in optimizer.param_groups:
+        rate |= {id(p): group["peak"] for p in group["params"]}
+    expected = {"head.weight": 1e-2, "encoder.norm.weight": 1e-3, "encoder.cls_token": 1.25e-4}
+    expected |= {"encoder.blocks.1.mlp.fc1.weight": 5e-4, "encoder.blocks.0.attn.qkv.bias": 2.5e-4}
+    named = dict(net.named_parameters())
+    assert {name: rate[id(named[name])] for name in expected} == expected
+    firsts = {0: "norm", 1: "norm", 2: "blocks.1", 4: "blocks.0", 6: "cls_token"}
+    for epoch, first in firsts.items():
+        finetune_lora.unfreeze(net, set(named), epoch, 2)
+        on = [name for name, p in net.named_parameters() if p.requires_grad]
+        assert on[0].startswith(f"encoder.{first}") and "head.weight" in on
+
+
+# ---- what it learns from -------------------------------------------------------------------------
+
+
+def test_balanced_sampling_draws_every_class_equally_often():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([900, 90, 10]))
+    rows = torch.arange(1000)
+    plain = finetune_lora.epoch_rows(rows, labels, False, 0, 0)
+    assert sorted(plain.tolist()) == rows.tolist()
+    epochs = [finetune_lora.epoch_rows(rows, labels, True, 0, e) for e in range(20)]
+    drawn = torch.bincount(labels[torch.cat(epochs)])
+    expected, std = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
+    assert ((drawn - expected).abs() < 4 * std).all()
+    assert torch.equal(epochs[3], finetune_lora.epoch_rows(rows, labels, True, 0, 3))
+
+
+def test_augmentation_keeps_its_word():
+    draws = torch.Generator().manual_seed(0)
+    view = torch.randint(0, 128, (8, 32, 32, 3), dtype=torch.uint8, generator=draws)
+    cut = finetune_lora.cutout(view, 0.25, seeded(1)) == finetune_lora.GRAY
+    assert (cut.all(3).flatten(1).sum(1) == 256).all()  # a quarter of 32 x 32
+    assert cut.all(3).any(2).sum(1).tolist() == [16] * 8  # as a square
+    encoder = ViT(32, 8, 32, 1, 1)
+    patches, ids = finetune_lora.drop_patches(view, encoder, 0.3, seeded(0))
+    every, _ = encoder.all_patches(view)
+    assert ids.shape == (8, 5) and len({tuple(row.tolist()) for row in ids.sort(1).values}) == 8
+    assert torch.equal(patches, every.gather(1, ids[..., None].expand(-1, -1, 192)))
+
+
+def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
+    """Two fits: one is always right on dev and wrong on the reported pictures, and the other way round."""
+    always = {1.0: 0, 2.0: 1}  # penalty: the class that its fit names
+
+    def ridge(x, labels, C, penalty):
+        return torch.zeros(x.shape[1], C).double(), torch.eye(C).double()[always[penalty]]
+
+    monkeypatch.setattr(evaluate, "ridge", ridge)
+    monkeypatch.setattr(finetune_lora, "PENALTIES", tuple(always))
+    task = SimpleNamespace(classes="ab")
+    for name, label in (("train", 0), ("dev", 0), ("report", 1)):
+        split = {"images": np.zeros((4, 16, 16, 3), np.uint8)}
+        rows, labels = torch.arange(4), torch.full((4,), label)
+        setattr(task, name, SimpleNamespace(split=split, rows=rows, labels=labels))
+    assert finetune_lora.thumbnail_top1(task) == 0
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(encoder, small, tmp_path_factory):
+    """One finished LoRA run, with its pictures."""
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    words = [encoder, "--data", small, "--method", "lora", "--keep", 0.5, "--out", out, *QUICK]
+    tune(*words, cwd=out.parent)
+    return out
 
 
 def top1_of(out, packed):
@@ -62,294 +167,103 @@ def top1_of(out, packed):
     return 100 * (net(pooled).argmax(1) == held["labels"]).float().mean().item()
 
 
-@pytest.fixture(scope="package")
-def lora(encoder, small, tmp_path_factory):
-    """One finished LoRA run."""
-    out = tmp_path_factory.mktemp("runs") / "lora"
-    words = [encoder, "--data", small, "--method", "lora", "--keep", 0.5, "--out", out, *QUICK]
-    main(*words, pictures=True)
-    return out
-
-
-# ---- heads ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", classifier.MARGINS)
-def test_margin_heads_are_their_formula(kind):
-    torch.manual_seed(0)
-    head, m, s = classifier.MarginHead(6, 5, kind, 0.5, 16.0).double(), 0.5, 16.0
-    head.t.fill_(0.3)
-    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(5, (40,))
-    x[0] = -head.weight[y[0]].detach()  # theta = pi: theta + m would come round again
-    found = head.eval()(x, y).detach()
-    for i in range(40):
-        for j in range(5):
-            cosine = float(F.cosine_similarity(x[i], head.weight[j].detach(), dim=0))
-            theta = math.acos(
-                max(-1, min(1, float(F.cosine_similarity(x[i], head.weight[y[i]].detach(), dim=0))))
-            )
-            with_margin = (
-                math.cos(theta + m) if theta + m <= math.pi else math.cos(theta) - m * math.sin(m)
-            )
-            with_margin = math.cos(theta) - m if kind == "cosface" else with_margin
-            hard = kind == "curricularface" and cosine > with_margin
-            expected = with_margin if j == y[i] else cosine * (0.3 + cosine) if hard else cosine
-            assert found[i, j].item() == pytest.approx(s * expected, abs=1e-4)
-    plain = s * F.normalize(x) @ F.normalize(head.weight).T
-    torch.testing.assert_close(head(x), plain)  # no margin where there are no labels
-
-
-def test_curricular_face_remembers_the_true_cosine_only_while_it_trains():
-    torch.manual_seed(0)
-    head, x, y = (
-        classifier.MarginHead(6, 5, "curricularface", 0.5, 16.0),
-        torch.randn(8, 6),
-        torch.randint(5, (8,)),
-    )
-    head.eval()(x, y)
-    assert head.t == 0
-    head.train()(x, y)
-    cosine = (F.normalize(x) * F.normalize(head.weight[y])).sum(1)
-    assert head.t.item() == pytest.approx(0.01 * cosine.mean().item(), abs=1e-6)
-
-
-def test_ifa_mixes_the_cls_token_of_every_block():
-    torch.manual_seed(0)
-    vit = ViT(32, 8, 32, 2, 2).eval()
-    net, view = (
-        classifier.Classifier(vit, 3, "ifa").eval(),
-        torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8),
-    )
-    pooled = net.pooled(*vit.all_patches(view))
-    torch.testing.assert_close(vit.norm(pooled[:, :, -1]), vit.features(view)[:, 0])
-    expected = net.head(
-        F.layer_norm((pooled @ net.neck.mix.weight[0] + net.neck.mix.bias).relu(), (32,))
-    )
-    torch.testing.assert_close(net(pooled), expected)
-
-
-def test_learning_rates_fall_from_block_to_block_and_unfreezing_goes_down_from_the_top():
-    net = classifier.Classifier(ViT(32, 8, 32, 2, 2), 3)
-    rate = {
-        id(p): group["peak"]
-        for group in classifier.make_optimizer(net, 1e-3, 1e-2, 0.05, 0.5).param_groups
-        for p in group["params"]
-    }
-    named = {name: rate[id(p)] for name, p in net.named_parameters()}
-    assert named["head.weight"] == 1e-2 and named["encoder.norm.weight"] == 1e-3
-    assert (
-        named["encoder.blocks.1.mlp.fc1.weight"] == 5e-4
-        and named["encoder.blocks.0.attn.qkv.bias"] == 2.5e-4
-    )
-    assert named["encoder.patch_embed.proj.weight"] == named["encoder.cls_token"] == 1.25e-4
-    trained = {name for name, _ in net.named_parameters()}
-    for epoch, first in (
-        (0, "encoder.norm"),
-        (2, "encoder.blocks.1"),
-        (4, "encoder.blocks.0"),
-        (6, "encoder.cls_token"),
-    ):
-        finetune_lora.unfreeze(net, trained, epoch, 2)
-        on = [name for name, p in net.named_parameters() if p.requires_grad]
-        assert on[0].startswith(first) and "head.weight" in on
-
-
-# ---- what it learns from -------------------------------------------------------------------------
-
-
-def test_balanced_sampling_draws_every_class_equally_often():
-    labels = torch.cat([torch.full((900,), 0), torch.full((90,), 1), torch.full((10,), 2)])
-    rows = torch.arange(1000)
-    plain = finetune_lora.epoch_rows(rows, labels, False, 0, 0)
-    assert sorted(plain.tolist()) == rows.tolist()
-    epochs = [finetune_lora.epoch_rows(rows, labels, True, 0, e) for e in range(20)]
-    drawn = torch.bincount(labels[torch.cat(epochs)])
-    expected, std = 20 * 1000 / 3, math.sqrt(20 * 1000 * 2 / 9)
-    assert ((drawn - expected).abs() < 4 * std).all()
-    assert torch.equal(epochs[3], finetune_lora.epoch_rows(rows, labels, True, 0, 3))
-
-
-def test_more_of_each_picture_is_shown_as_training_goes_on(encoder, small, tmp_path, monkeypatch):
-    assert [finetune_lora.shares(text) for text in (".5", ".25:.75")] == [(0.5, 0.5), (0.25, 0.75)]
-    seen, real = [], finetune_lora.drop_patches
-    monkeypatch.setattr(
-        finetune_lora,
-        "drop_patches",
-        lambda view, encoder, keep, generator: (
-            seen.append(keep),
-            real(view, encoder, keep, generator),
-        )[1],
-    )
-    words = [encoder, "--data", small, "--method", "full", "--out", tmp_path / "run", *QUICK]
-    main(*words, "--keep", ".2:1")
-    assert seen[0] == 0.2 and seen == sorted(seen) and 0.2 < seen[-1] < 1
-
-
-def test_augmentation_keeps_its_word():
-    view = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
-    draws = torch.rand(len(view), 3, generator=seeded(1))
-    assert (data.jitter_colour(view, draws, 1e-9).int() - view.int()).abs().max() <= 1
-    assert not torch.equal(data.jitter_colour(view, draws, 0.4), view)
-    gray = (
-        (finetune_lora.cutout(view, 0.25, seeded(1)) == finetune_lora.GRAY).all(3).flatten(1).sum(1)
-    )
-    assert (gray >= 256).all() and (gray <= 258).all()  # a quarter of 32 x 32
-
-
-# ---- runs ----------------------------------------------------------------------------------------
-
-
 def test_a_run_writes_what_its_docstring_says(lora, small):
-    assert {p.name for p in lora.iterdir()} == {
-        "state.pt",
-        "head.safetensors",
-        "adapter_model.safetensors",
-        "adapter_config.json",
+    weights = {"state.pt", "head.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+    assert {p.name for p in lora.iterdir() if p.suffix != ".png"} == weights | {
         "metrics.json",
         "log.jsonl",
-        "curves.png",
-        "confusion.png",
     }
     row = metrics_of(lora)
-    wanted = """top1 top5 macro_f1 by_size confusion parameters_trained share_trained_percent step_ms
-                peak_memory_mb machine commit command"""
-    assert set(wanted.split()) <= set(row)
-    # the files alone give the same answers as the run did
     assert top1_of(lora, small) == pytest.approx(row["top1"], abs=1e-4)
-
-
-def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tmp_path):
-    words, run = [encoder, "--data", small, "--method", "linear", *QUICK], tmp_path / "run"
-    main(*words, "--out", run)
-    first = metrics_of(run)
-    kept = {p.name: p.read_bytes() for p in run.iterdir() if p.name != "log.jsonl"}
-    main("--resume", run, "--split", "test")
-    second = json.loads((run / "metrics-test.json").read_text())
-    assert (first["evaluated_on"], second["evaluated_on"]) == ("val", "test")
-    seen = [sum(map(sum, row["confusion"])) for row in (first, second)]
-    assert seen == [len(data.open_split(small, name)["labels"]) for name in ("val", "test")]
-    changed = {name for name in kept if kept[name] != (run / name).read_bytes()}
-    assert changed <= {"state.pt", "curves.png"}  # nobody enrolled is lost
-
-
-def test_the_result_stands_beside_its_control_and_has_an_interval(lora, small):
-    row = metrics_of(lora)
     low, high = row["top1_interval"]
     assert 0 <= low <= row["top1"] <= high <= 100 and 0 < row["thumbnails_top1"] <= 100
     right = stats.from_bits(row["right"], len(data.open_split(small, "val")["labels"]))
     assert 100 * right.mean() == pytest.approx(row["top1"], abs=1e-4)
 
 
+def test_the_saved_network_is_that_of_the_best_epoch_on_dev(lora):
+    state = torch.load(lora / "state.pt", weights_only=True)
+    scores = [row["dev_macro_f1"] for row in read_log(lora / "log.jsonl") if "dev_top1" in row]
+    assert state["best"]["epoch"] == scores.index(max(scores)) + 1
+    assert metrics_of(lora)["best_epoch"] == state["best"]["epoch"]
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_the_files_of_every_method_give_the_same_answers(encoder, small, tmp_path, method):
+    """linear keeps features of pictures in memory; full moves the encoder, so it is saved, too."""
+    out = tmp_path / "x"
+    tune(encoder, "--data", small, "--method", method, "--out", out, *QUICK, cwd=tmp_path)
+    row = metrics_of(out)
+    assert top1_of(out, small) == pytest.approx(row["top1"], abs=1e-4)
+    assert (out / "model.safetensors").exists() == (method == "full")
+    assert (row["share_trained_percent"] == 100) == (method == "full")
+
+
+def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tmp_path):
+    run = tmp_path / "run"
+    tune(encoder, "--data", small, "--method", "linear", *QUICK, "--out", run, cwd=tmp_path)
+    kept = {p.name: p.read_bytes() for p in run.iterdir() if p.name != "log.jsonl"}
+    tune("--resume", run, "--split", "test", cwd=tmp_path)
+    for name, split in (("metrics.json", "val"), ("metrics-test.json", "test")):
+        row, labels = metrics_of(run, name), data.open_split(small, split)["labels"]
+        assert row["evaluated_on"] == split and np.sum(row["confusion"]) == len(labels)
+    changed = {name for name in kept if kept[name] != (run / name).read_bytes()}
+    assert changed <= {"state.pt"}  # nobody enrolled is lost
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        "--method linear --lr .1",
-        "--method linear --keep .5",
-        "--method lora --unfreeze-every 1",
-        "--head ifa --pool cls",
+        "--method lora --balanced --keep 0.5",
+        "--method full --head curricularface --unfreeze-every 1 --logit-adjust 1 --keep .2:1",
     ],
 )
-def test_nothing_given_is_ignored(encoder, small, tmp_path, words):
-    with pytest.raises(UserError, match="has no effect"):
-        main(encoder, "--data", small, "--out", tmp_path / "x", *words.split())
+def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkeypatch, words):
+    """Stopped within an epoch of 4 steps, and at the end of one."""
+    words = [encoder, "--data", small, *QUICK, "--epochs", 3, *words.split()]
+    tune(*words, "--out", tmp_path / "whole", cwd=tmp_path)
+    out, update = tmp_path / "stopped", train.Run.update
+    for step in (2, 8):
 
+        def update_and_stop(run, *numbers, step=step):
+            update(run, *numbers)
+            if run.step == step:
+                run.stop.append(signal.SIGTERM)
 
-def test_cached_features_are_those_of_the_files(encoder, small, tmp_path):
-    main(encoder, "--data", small, "--method", "linear", "--out", tmp_path / "x", *QUICK)
-    assert top1_of(tmp_path / "x", small) == pytest.approx(metrics_of(tmp_path / "x")["top1"])
-
-
-def stop_at(patch, step):
-    """A run gets a SIGTERM in this step."""
-    update = train.Run.update
-
-    def update_and_stop(run, *words):
-        update(run, *words)
-        if run.step == step:
-            run.stop.append(signal.SIGTERM)
-
-    patch.setattr(train.Run, "update", update_and_stop)
-
-
-@pytest.mark.parametrize(
-    "method, more",
-    [
-        ("lora", ["--balanced", "--keep", 0.5]),
-        ("full", ["--head", "curricularface", "--unfreeze-every", 1, "--logit-adjust", 1]),
-    ],
-)
-def test_a_stopped_run_resumes_to_the_same_bits(
-    encoder, small, tmp_path, monkeypatch, method, more
-):
-    words = [encoder, "--data", small, "--method", method, *QUICK, "--epochs", 3, *more]
-    main(*words, "--out", tmp_path / "whole")
-    out = tmp_path / "stopped"
-    for step in (2, 8):  # within an epoch of 4 steps, and at the end of one
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            stop_at(patch, step)
-            main(*(["--resume", out] if (out / "state.pt").exists() else [*words, "--out", out]))
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "update", update_and_stop)
+            begun = (out / "state.pt").exists()
+            tune(*(["--resume", out] if begun else [*words, "--out", out]), cwd=tmp_path, check=143)
         assert not (out / "metrics.json").exists()
-    main("--resume", out)
+    tune("--resume", out, cwd=tmp_path)
     a, b = (torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "whole", out))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert all(
-        torch.equal(a["best"]["weights"][k], b["best"]["weights"][k]) for k in a["best"]["weights"]
-    )
-    rows = [
-        [r["loss"] for r in read_log(p / "log.jsonl") if "loss" in r][-1]
-        for p in (tmp_path / "whole", out)
-    ]
-    assert rows[0] == rows[1] and metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
+    for one, two in ((a["model"], b["model"]), (a["best"]["weights"], b["best"]["weights"])):
+        assert one and all(torch.equal(one[k], two[k]) for k in one)
+    assert metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
 
 
-def test_full_moves_the_encoder_and_the_control_starts_anew(encoder, small, tmp_path):
-    words = [encoder, "--data", small, "--method", "full", "--from-scratch", *QUICK]
-    main(*words, "--out", tmp_path / "run")
-    net, header = finetune_lora.load_classifier(tmp_path / "run")
-    assert (tmp_path / "run" / "model.safetensors").exists() and header["method"] == "full"
-    assert metrics_of(tmp_path / "run")["share_trained_percent"] == 100
+# ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--head arcface:r=3", "no key 'r'"),
-        ("--method lora:r=0", "r=0"),
-        ("--method pca", "pca is unknown"),
-        ("--keep .2:.5:1", "invalid shares value"),
-        ("--keep .5:2", "between 0.01 and 1"),
-        ("--hold-out 2", "--hold-out 2"),
-        ("--batch-size 1", "--batch-size 1"),
-    ],
-)
-def test_bad_flags_are_refused(encoder, small, tmp_path, words, says):
-    with pytest.raises(UserError, match=says):
-        main(encoder, "--data", small, "--out", tmp_path / "x", *words.split())
-    assert not (tmp_path / "x").exists()
-
-
-def test_what_is_there_is_left_alone(encoder, small, lora, tmp_path):
-    before = (lora / "state.pt").read_bytes()
-    with pytest.raises(UserError, match="is there already"):
-        main(encoder, "--data", small, "--out", lora, *QUICK)
-    with pytest.raises(UserError, match="--lr has no effect beside --resume"):
-        main("--resume", lora, "--lr", 0.1)
-    with pytest.raises(UserError, match="give an ENCODER"):
-        main("--data", small)
-    assert (lora / "state.pt").read_bytes() == before
-
-
-def test_sets_that_can_not_teach_are_refused(encoder, tmp_path):
-    draw_folder(tmp_path / "flat", 1, 20)
-    words = [tmp_path / "flat" / "class0", "--out", tmp_path / "unlabelled", "--size", 32]
-    call("data.py", *words, cwd=tmp_path, check=0)
-    with pytest.raises(UserError, match="without a label"):
-        main(encoder, "--data", tmp_path / "unlabelled", "--out", tmp_path / "x")
-    draw_folder(tmp_path / "pics" / "train", 3, 12)
-    draw_folder(tmp_path / "pics" / "val", 3, 4, seed=1)
-    for extra in list((tmp_path / "pics" / "train" / "class2").iterdir())[1:]:
-        extra.unlink()
-    words = [tmp_path / "pics", "--out", tmp_path / "one", "--size", 32, "--dedupe", "off"]
-    call("data.py", *words, cwd=tmp_path, check=0)
-    with pytest.raises(UserError, match="class2.*--min-per-class"):
-        main(encoder, "--data", tmp_path / "one", "--out", tmp_path / "x")
+@pytest.mark.parametrize("with_dev", [False, True])
+def test_what_is_chosen_on_is_dev_or_a_tenth_of_train_and_never_what_is_reported(
+    small, tmp_path, with_dev
+):
+    folder = tmp_path / "packed"
+    shutil.copytree(small, folder)
+    if with_dev:
+        shutil.copy(small / "test.safetensors", folder / "dev.safetensors")
+    (fit, dev, report), classes = features.open_rows(folder, "val", 0)
+    assert report.name == "val" and len(report.rows) == len(data.open_split(small, "val")["labels"])
+    assert fit.name == "train" and dev.name == ("dev" if with_dev else "train")
+    every = sorted(fit.rows.tolist() + ([] if with_dev else dev.rows.tolist()))
+    assert every == list(range(len(fit.labels)))
+    groups = data.groups_of(fit.split)
+    if not with_dev:
+        assert 0.05 < len(dev.rows) / len(every) < 0.2
+        assert not set(groups[fit.rows].tolist()) & set(groups[dev.rows].tolist())
+    (fit, dev, report), some = features.open_rows(folder, "val", 1)
+    assert len(some) == 2 and set(fit.labels[fit.rows].tolist()) == {0, 1}
+    for images in (fit, dev, report):
+        names = [classes[c] for c in images.split["labels"][images.rows]]
+        assert names == [some[c] for c in images.labels[images.rows]]

@@ -1,142 +1,152 @@
-"""common/guidance.py: maps follow their images, the truth or a file is chosen, every strategy trains."""
+"""common/guidance.py: maps follow their images, the teacher follows the encoder, the right map is chosen."""
 
-import json
+import contextlib
 import math
-import os
 import re
-import signal
-import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, refused, stage
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
+from conftest import ROOT
 
 import data
 import mask as masking
-import pretrain
-from common import evaluate, guidance
-from common.command import LOCKS
-from common.formats import is_decoder
-from common.train import read_log
-from model import ViT
+from common import guidance
+from common.io import UserError
+from kernels.loss import patch_detail
+from model import Pooler, ViT
 
-QUICK = ["--device", "cpu", "--model", "nano:image_size=32", "--batch-size", 16, "--epochs", 2]
-SIMMIM = [*QUICK[:3], "nano:image_size=32,simmim=1", *QUICK[4:]]
+EXACT = contextlib.nullcontext
+
+
+def noise_images(n, S=32):
+    return np.random.default_rng(0).integers(0, 256, (n, S, S, 3), np.uint8)
+
+
+# ---- the teacher ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "epochs, start, expected",
-    [
-        (12, 0.1, {2, 3, 6}),
-        (3, 0.1, {1, 2}),
-        (400, 0.1, {40, 100, 200}),
-        (8, 0.4, {4}),
-        (8, 0, {0, 2, 4}),
-        (8, 1, {8}),
-    ],
+    [(12, 0.1, {2, 3, 6}), (400, 0.1, {40, 100, 200}), (8, 0.4, {4}), (8, 0, {0, 2, 4})],
 )
 def test_a_teacher_makes_new_maps_while_it_learns_fast(epochs, start, expected):
-    assert guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", epochs, start).epochs == expected
+    teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", epochs, start)
+    assert teacher.epochs == expected and teacher.learns
 
 
-@pytest.mark.parametrize("total", [30, 290, 2000, 100_000])
-def test_the_first_map_is_made_by_a_teacher_that_learned(total):
-    """Whatever the length of a run: at its first map, the random weights have 2 % of the teacher."""
-    first = int(masking.START * total)
-    momenta = [guidance.ema_momentum(step, total) for step in range(first)]
-    assert math.prod(momenta) < 0.02
-    assert math.prod(momenta[: first // 4]) > 0.02  # an average, not a copy
-
-
-def test_the_teacher_follows_the_encoder():
-    """A constant encoder: the teacher has a known share of its first weights, the rest is new."""
+def test_the_teacher_is_the_moving_average_of_the_encoder():
+    """In float64 and by hand; momentum rises to 1 by half a cosine, from a half-life of 1.5 %."""
     encoder = ViT(32, 8, 32, 1, 1)
     teacher = guidance.average_of(encoder, "cls", 10, 0.1)
-    first = [w.detach().clone() for w in teacher.encoder.parameters()]
-    with torch.no_grad():
-        for w in encoder.parameters():
-            w += 1
+    mean = [w.detach().double() for w in teacher.encoder.parameters()]
     for step in range(12):
+        with torch.no_grad():
+            for w in encoder.parameters():
+                w.add_(torch.randn_like(w))
         teacher.update(encoder, step, 100)
-    left = guidance.initial_share(12, 100)
-    assert 0 < left < 0.01
-    for total in (168, 2000, 8000):  # a run of any length: before the first map that guides
-        assert guidance.initial_share(round(masking.START * total), total) < 0.02
-    for old, new in zip(first, teacher.encoder.parameters(), strict=True):
-        torch.testing.assert_close(new, old + (1 - left))
+        new = (1 - 0.5 ** (1 / 1.5)) * (math.cos(math.pi * step / 100) + 1) / 2
+        assert guidance.ema_momentum(step, 100) == pytest.approx(1 - new)
+        mean = [(1 - new) * m + new * w for m, w in zip(mean, encoder.parameters(), strict=True)]
+    for expected, found in zip(mean, teacher.encoder.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        assert not found.requires_grad
 
 
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """A packed set with true foreground masks: an ellipse of a class's colour before noise, 32 px."""
-    base, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
-    y, x = np.mgrid[:32, :32]
-    for c in range(3):
-        (base / "pictures" / f"c{c}").mkdir(parents=True)
-        for i in range(30):
-            cy, cx, r = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(4, 12)
-            figure = ((y - cy) ** 2 + (x - cx) ** 2 < r**2)[..., None]
-            colour = np.eye(3)[c] * 200 + rng.normal(0, 20, (32, 32, 3))
-            rgba = np.concatenate(
-                [np.where(figure, colour, rng.normal(128, 60, (32, 32, 3))), 255 * figure], 2
-            )
-            Image.fromarray(rgba.clip(0, 255).astype(np.uint8)).save(
-                base / "pictures" / f"c{c}" / f"{i}.png"
-            )
-    words = [
-        "data.py",
-        base / "pictures",
-        "--out",
-        base / "packed",
-        "--size",
-        32,
-        "--dedupe",
-        "off",
-    ]
-    stage(*words, cwd=base, check=0)
-    return base / "packed"
+@pytest.mark.parametrize("total", [30, 2000, 100_000])
+def test_the_first_map_is_made_by_a_teacher_that_learned(total):
+    """Whatever the length of a run: at its first map, random weights are 2 % of the teacher."""
+    first = round(masking.START * total)
+    assert guidance.initial_share(first, total) < 0.02
+    assert guidance.initial_share(first // 4, total) > 0.02  # an average, not a copy
+    assert guidance.initial_share(0, total) == 1
 
 
-def write_parts(folder, path, parts=3):
-    """Part maps as maps.py writes them: random parts on a grid of 4."""
-    train = data.open_split(folder, "train")
-    n = len(train["images"])
-    labels = np.random.default_rng(0).integers(0, parts + 1, (n, 4, 4), dtype=np.uint8)
-    header = {
-        "map": "parts",
-        "data_digest": data.fingerprint(train),
-        "grid": 4,
-        "parts": parts,
-        "by": "a test",
-    }
-    data.write_maps(path, "parts", [labels], labels.shape, "U8", header)
-    return labels
+@pytest.mark.parametrize(
+    "flags, teacher, files, source",
+    [
+        ({}, "dino.pth", [], "cls"),
+        ({"contrast": "none"}, "run", [], "outlier"),
+        ({"contrast": "pooler"}, "self", [], "pooler"),
+        ({"contrast": "pooler"}, "run", ["run/pooler.safetensors"], "pooler"),
+        ({"contrast": "pooler"}, "run", [], "outlier"),
+        ({"contrast": "cls"}, "run", [], "rollout"),
+        ({"contrast": 1, "contrast_by": "cls"}, "run", [], "rollout"),
+        ({"contrast": 0}, "run/model.safetensors", ["run/model.safetensors"], "outlier"),
+    ],
+)
+def test_a_teacher_is_read_by_what_was_trained(
+    tmp_path, monkeypatch, flags, teacher, files, source
+):
+    """By runs of any age. A plain run's own file is no foreign checkpoint; a pooler may be removed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ["run/e.safetensors", "dino.pth", *files]:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("")
+    assert guidance.default_source(flags, teacher) == source
 
 
-def run(monkeypatch, *words):
-    """pretrain.py in this process, a smaller network, no pictures: they would take most of the time."""
-    small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
-    monkeypatch.setitem(pretrain.SIZES, "nano", small)
-    monkeypatch.setattr(pretrain, "draw_run", lambda *_: None)
-    monkeypatch.setattr(pretrain, "draw_masks", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", [str(w) for w in ["pretrain.py", *words]])
-    pretrain.main()
-    LOCKS.close()
+def test_a_teacher_that_was_given_does_not_learn():
+    """It is no part of a run's state, either."""
+    guide, encoder = guide_of("attn_high"), ViT(32, 8, 32, 1, 1)
+    guide.teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
+    before = [w.clone() for w in guide.teacher.encoder.parameters()]
+    guide.update_teacher(encoder, 5, 100)
+    assert all(map(torch.equal, before, guide.teacher.encoder.parameters()))
+    assert guide.networks() == {}
+    guide.teacher.learns = True
+    guide.update_teacher(encoder, 5, 100)
+    assert not all(map(torch.equal, before, guide.teacher.encoder.parameters()))
+
+
+def test_a_teacher_without_a_pooler_is_not_read_by_one():
+    with pytest.raises(UserError, match="--attention pooler"):
+        guidance.Teacher(ViT(32, 8, 32, 1, 1), "pooler", {0})
+
+
+# ---- its attention -------------------------------------------------------------------------------
+
+
+def test_the_teachers_maps_are_its_attention(tmp_path):
+    """Means over the heads, in the order of the images, as a file that the guide reads."""
+    torch.manual_seed(0)
+    encoder, images = ViT(32, 8, 32, 2, 2), noise_images(70)
+    encoder.pooler = Pooler(32, 2)
+    _, view = next(data.whole_views(images, torch.arange(70), 32, torch.device("cpu")))
+    for source in ("cls", "rollout", "pooler"):
+        teacher = guidance.Teacher(encoder, source, {0})
+        teacher.write_maps(images, tmp_path / f"{source}.safetensors", EXACT)
+        guide = guidance.Guide("attn_high", {}, encoder, tmp_path, EXACT)
+        guide.open_attention(f"{source}.safetensors")
+        expected = encoder.patch_attention(view, source).mean(1)
+        found = torch.from_numpy(np.array(guide.maps))[: len(view)].flatten(1)
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-4)
+        assert guide.maps.shape == (70, 4, 4) and guide.state_dict()["maps"].startswith(source)
+
+
+def test_what_is_unusual_for_its_place_is_found():
+    """Pictures alike but for one patch each: that patch has the highest score."""
+    torch.manual_seed(0)
+    encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
+    images[:, :, 16:] = 200  # what is in all of them is usual
+    odd = np.random.default_rng(0).integers(0, 16, 24)
+    for i, k in enumerate(odd):
+        images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
+    ((_, score),) = guidance.attention(encoder, images, torch.arange(24), "outlier", EXACT)
+    assert torch.equal(score.argmax(1), torch.from_numpy(odd))
+    tokens = encoder.features(torch.from_numpy(images))[:, 1:]
+    torch.testing.assert_close(score, (tokens - tokens.mean(0)).norm(dim=2), rtol=1e-3, atol=1e-4)
 
 
 # ---- maps follow their images --------------------------------------------------------------------
 
 
 def test_a_hot_patch_follows_crop_and_flip():
-    """One bright cell in the image and the same in the map: after 40 crops they are still at one
-    place.
-    """
-    n, S, side = 40, 64, 8
+    """A bright cell in the image and the same in the map: after 40 crops they are at one place."""
+    n, side = 40, 8
+    S = 8 * side
     boxes, flip = data.draw_boxes(n, torch.Generator().manual_seed(0), 0.3)
     images, maps = np.zeros((n, S, S, 3), np.uint8), np.zeros((n, side, side), np.float16)
     for i in range(n):  # a cell in the middle of what is shown
@@ -146,15 +156,14 @@ def test_a_hot_patch_follows_crop_and_flip():
     view = data.view_images(torch.from_numpy(images), boxes, flip, S)
     seen = torch.nn.functional.avg_pool2d(view.permute(0, 3, 1, 2).float(), 8)[:, 0].flatten(1)
     known = guidance.crop_map(maps, torch.arange(n), boxes, flip, side)
-    assert (
-        known.argmax(1) == seen.argmax(1)
-    ).float().mean() > 0.8  # a cell on an edge may be rounded to its neighbour
+    # a cell on an edge may be rounded to its neighbour
+    assert (known.argmax(1) == seen.argmax(1)).float().mean() > 0.8
     assert torch.nn.functional.cosine_similarity(known, seen).min() > 0.75
     unflipped = guidance.crop_map(maps, torch.arange(n), boxes, ~flip, side)
     assert (unflipped.argmax(1) == seen.argmax(1)).float().mean() < 0.5
 
 
-def test_parts_are_shares_and_figure_is_one_of_them():
+def test_parts_are_shares_and_the_background_is_one_of_them():
     labels = np.random.default_rng(0).integers(0, 5, (6, 32, 32), dtype=np.uint8)
     boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.3)
     rows = torch.tensor([4, 0, 5, 1, 3, 2])
@@ -165,272 +174,145 @@ def test_parts_are_shares_and_figure_is_one_of_them():
     torch.testing.assert_close(1 - shares[..., 0], figure)
 
 
-def test_what_was_hidden_of_figure_and_ground():
+# ---- what a strategy gets ------------------------------------------------------------------------
+
+
+def guide_of(strategy, views=2, **params):
+    torch.manual_seed(0)
+    return guidance.Guide(strategy, params, ViT(32, 8, 32, 1, 1), "out", EXACT, views)
+
+
+@pytest.fixture
+def batch():
+    """Rows, boxes, flips and views of a batch: two views of each of three images."""
+    rows, images = torch.arange(3).repeat_interleave(2), torch.from_numpy(noise_images(3))
+    boxes, flip = data.draw_boxes(6, torch.Generator().manual_seed(0), 0.5)
+    return rows, boxes, flip, data.view_images(images[rows], boxes, flip, 32)
+
+
+def test_the_control_gets_the_score_of_the_next_image(batch):
+    """Of its map under the same crop; of its view where there is no map."""
+    rows, boxes, flip, view = batch
+    maps = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    every = torch.arange(16).repeat(6, 1)
+    for strategy, need in (("fg_heavy", "fg"), ("detail", "detail"), ("learned", "difficulty")):
+        plain, control = guide_of(strategy), guide_of(strategy, shuffle=1)
+        plain.maps = control.maps = maps
+        score, other = (guide.scores(*batch)[need] for guide in (plain, control))
+        assert not torch.equal(score, other)
+        if need == "fg":
+            torch.testing.assert_close(score, guidance.crop_map(maps, rows, boxes, flip, 4))
+            torch.testing.assert_close(other, guidance.crop_map(maps, rows.roll(2), boxes, flip, 4))
+        else:
+            assert torch.equal(other, score.roll(2, 0))
+        if need == "detail":
+            assert torch.equal(score, patch_detail(view, every, 8))
+    guide = guide_of("parts")
+    guide.maps, guide.parts = maps // 64, 4
+    shares = guidance.crop_parts(guide.maps, rows, boxes, flip, 4, 4)
+    assert torch.equal(guide.scores(*batch)["parts"], shares)
+    assert guide_of("random").scores(*batch) == {}
+    assert torch.equal(guide_of("attn_high").scores(*batch)["attn"], torch.ones(6, 16))
+
+
+def test_the_predictor_learns_the_order_of_the_losses(batch):
+    """Log loss of every pair of hidden patches, written once more; it falls in 30 steps."""
+    guide = guide_of("learned")
+    error = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
+    ids = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :12]
+    score = guide.scores(*batch)["difficulty"].gather(1, ids)
+    first = guide.loss(ids, error)
+    total = 0.0
+    for s, e in zip(score.tolist(), error.tolist(), strict=True):
+        for i in range(12):
+            for j in range(12):
+                p = 1 / (1 + math.exp(s[j] - s[i]))
+                total -= math.log(p if e[i] > e[j] else 1 - p)
+    assert first.item() == pytest.approx(total / (6 * 12 * 12), rel=1e-4)
+    optimizer = torch.optim.AdamW(guide.predictor.parameters(), 1e-3)
+    for _ in range(30):
+        guide.scores(*batch)
+        guide.loss(ids, error).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert guide.loss(ids, error) < first - 0.1 and not score.requires_grad
+    same = guide.predictor(torch.zeros(1, 16, 192))[0]
+    assert len(set(same.tolist())) == 16  # it knows the place of a patch
+    assert guide_of("detail").loss(ids, error) == 0
+    assert set(guide.networks()) == {"predictor"}
+
+
+def test_what_was_hidden_of_foreground_and_background():
     fg = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0]])
-    assert guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]])) == pytest.approx(
-        {"fg_hidden": 1 / 3, "bg_hidden": 3 / 5}
-    )
-    assert guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]])) == {
-        "fg_hidden": 0.0,
-        "bg_hidden": 0.5,
-    }
+    found = guidance.region_shares(fg, torch.tensor([[0, 2], [1, 2]]))
+    assert found == pytest.approx({"fg_hidden": 1 / 3, "bg_hidden": 3 / 5})
+    empty = guidance.region_shares(torch.zeros(1, 4), torch.tensor([[0, 1]]))
+    assert empty == {"fg_hidden": 0.0, "bg_hidden": 0.5}
 
 
-def test_attention_by_part_is_1_where_attention_is_even(figures):
-    split = dict(data.open_split(figures, "val"))
-    split["parts"] = np.uint8(split["fg"] > 127)
-    split["header"] = split["header"] | {"parts": ["ground", "figure", "nowhere"]}
-    torch.manual_seed(0)
-    encoder = ViT(32, 8, 32, 1, 1)
-    with torch.no_grad():
-        encoder.blocks[-1].attn.qkv.weight.zero_()
-    found = evaluate.attention_by_part(
-        encoder, split, "cls", lambda: torch.autocast("cpu", enabled=False)
-    )
-    assert found == {"ground": 1.0, "figure": 1.0}
-    with torch.no_grad():  # now it looks at what is bright: the ratio must leave 1
-        torch.nn.init.normal_(encoder.blocks[-1].attn.qkv.weight, std=0.5)
-    found = evaluate.attention_by_part(
-        encoder, split, "cls", lambda: torch.autocast("cpu", enabled=False)
-    )
-    assert abs(found["figure"] - 1) > 0.01
-
-
-def test_what_is_unusual_for_its_place_is_found():
-    """Pictures alike but for one patch each: that patch has the highest score, whatever the
-    encoder's place codes.
-    """
-    torch.manual_seed(0)
-    encoder, images = ViT(32, 8, 32, 2, 1), np.full((24, 32, 32, 3), 90, np.uint8)
-    images[:, :, 16:] = 200  # what stands in all of them is usual
-    odd = np.random.default_rng(0).integers(0, 16, 24)
-    for i, k in enumerate(odd):
-        images[i, k // 4 * 8 : k // 4 * 8 + 8, k % 4 * 8 : k % 4 * 8 + 8] = (255, 0, 40)
-
-    def exact():
-        return torch.autocast("cpu", enabled=False)
-
-    ((_, score),) = guidance.attention(encoder, images, torch.arange(24), "outlier", exact)
-    assert torch.equal(score.argmax(1), torch.from_numpy(odd))
-
-
-# ---- every strategy, as a user runs it -----------------------------------------------------------
-
-
-ALL = [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)]
-OFTEN = (
-    "attn_high",
-    "fg_heavy",
-    "parts",
-    "detail",
-    "learned",
-    "squares",
-    "attn_low:shuffle=1",
-    "learned:shuffle=1",
-)
-
-
-@pytest.mark.parametrize(
-    "mask", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.slow) for m in ALL]
-)
-def test_every_strategy_trains(figures, tmp_path, monkeypatch, mask):
-    monkeypatch.chdir(tmp_path)
-    write_parts(figures, tmp_path / "maps" / figures.name / "parts.safetensors")
-    run(monkeypatch, "--data", figures, "--mask", mask, *QUICK, "--out", "out")
-    rows = read_log("out/log.jsonl")
-    last = [r for r in rows if "loss" in r][-1]
-    assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
-    if masking.NEEDS.get(mask.split(":")[0]) == "fg" and "shuffle" not in mask:
-        first, other = (
-            ("fg_hidden", "bg_hidden") if mask == "fg_heavy" else ("bg_hidden", "fg_hidden")
-        )
-        assert last[first] > last[other]
-    assert ("mask_entropy" in last) == mask.startswith("learned")
-
-
-def test_simmim_has_its_own_ratio_and_no_decoder(figures, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, *SIMMIM, "--out", "sim")
-    rows = read_log("sim/log.jsonl")
-    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
-    header = json.loads(header_of("sim/model.safetensors"))
-    assert header["run"]["ratio"] == "0.6" and "decoder_depth" not in header["config"]
-    words = ["--mask", "attn_high", "--teacher", "sim", *QUICK, "--out", "pupil"]
-    run(monkeypatch, "--data", figures, *words)
-    assert "attention (outlier) of sim" in capsys.readouterr().out
-
-
-def header_of(path):
-    with safe_open(path, "pt") as f:
-        return f.metadata()["animask"]
-
-
-def test_a_shuffled_guide_takes_the_next_images_map(figures, tmp_path, monkeypatch):
-    """The same crops, and in the place of each image's map that of its neighbour in the batch."""
-    seen, plain = [], guidance.crop_map
-
-    def noted(maps, rows, *rest):
-        seen.append(rows)
-        return plain(maps, rows, *rest)
-
-    monkeypatch.setattr(guidance, "crop_map", noted)
-    monkeypatch.chdir(tmp_path)
-    words = ["--data", figures, "--contrast", "none", *QUICK, "--epochs", 1]
-    for mask in ("fg_heavy", "fg_heavy:shuffle=1"):
-        run(monkeypatch, *words, "--mask", mask, "--out", mask[-1])
-    half = len(seen) // 2
-    assert half and all(
-        torch.equal(a.roll(1), b) for a, b in zip(seen[:half], seen[half:], strict=True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("mask", "part"),
-    [("learned:start=0,ramp_for=0", "predictor"), ("attn_high:start=0", "teacher")],
-)
-def test_a_guided_run_resumes_to_the_same_bits(figures, tmp_path, monkeypatch, mask, part):
-    """The predictor, or the teacher with its maps, is a part of the state."""
-    monkeypatch.chdir(tmp_path)
-    words = ["--data", figures, "--mask", mask, *QUICK]
-    run(monkeypatch, *words, "--out", "whole")
-
-    plain = guidance.Guide.update_teacher
-
-    def stop_at_5(self, encoder, step, total):
-        plain(self, encoder, step, total)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(guidance.Guide, "update_teacher", stop_at_5)
-        with pytest.raises(SystemExit):
-            run(monkeypatch, *words, "--out", "parts")
-    LOCKS.close()
-    run(monkeypatch, "--resume", "parts")
-    a, b = (torch.load(f"{out}/state.pt", weights_only=True) for out in ("whole", "parts"))
-    for key in ("model", part):
-        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
-    assert a["guide"] == b["guide"]
-
-
-def as_dino(run_folder, path):
-    """A run's encoder in the format of DINO's full checkpoints: a student, and a teacher with
-    prefixes and a head.
-    """
-    weights = {
-        k: w for k, w in load_file(f"{run_folder}/model.safetensors").items() if not is_decoder(k)
-    }
-    teacher = {"module.backbone." + k: w for k, w in weights.items()} | {
-        "module.head.mlp.0.weight": torch.zeros(4, 4)
-    }
-    student = {k: torch.zeros_like(w) for k, w in teacher.items()}
-    torch.save({"student": student, "teacher": teacher, "epoch": 7}, path)
-
-
-def test_a_foreign_teacher_in_two_steps(figures, tmp_path, monkeypatch, capsys):
-    """--init dino.pth adapts it to these images, --teacher lets what came of it guide."""
-    monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
-    as_dino("first", "dino.pth")
-    Path("config.json").write_text('{"num_attention_heads": 1}')
-    run(monkeypatch, "--data", figures, *QUICK, "--init", "dino.pth", "--out", "adapted")
-    assert "dino.pth: encoder, the decoder starts anew" in capsys.readouterr().out
-    for teacher, source in (("dino.pth", "cls"), ("adapted", "pooler")):
-        words = ["--mask", "attn_high:beta=2", "--teacher", teacher, "--out", f"by-{teacher}"]
-        run(monkeypatch, "--data", figures, *QUICK, *words)
-        assert f"attention ({source}) of {teacher}" in capsys.readouterr().out
-        assert Path(f"by-{teacher}/attn-00000000.safetensors").exists()
-
-
-def test_a_run_goes_on_from_another_with_its_decoder_or_as_simmim(
-    figures, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, *QUICK, "--out", "first")
-    run(monkeypatch, "--data", figures, *SIMMIM, "--init", "first", "--out", "simmim")
-    run(monkeypatch, "--data", figures, *QUICK, "--init", "simmim", "--out", "back")
-    assert capsys.readouterr().out.count("the decoder starts anew") == 2
-    run(monkeypatch, "--data", figures, *QUICK, "--init", "first", "--seed", 1, "--out", "adapted")
-    assert "first: encoder and decoder" in capsys.readouterr().out
-    rows = [
-        [r for r in read_log(f"{out}/log.jsonl") if "val_mse" in r] for out in ("first", "adapted")
+def test_the_log_says_how_the_masks_of_a_batch_are():
+    ids = torch.arange(12).expand(6, -1)
+    numbers = guide_of("fg_heavy").statistics({"fg": torch.ones(6, 16)}, ids, 3, 10)
+    assert numbers == {"mask_diversity": 0, "fg_hidden": 0.75, "bg_hidden": 0}
+    score = torch.rand(6, 16)
+    numbers = guide_of("learned", beta=2.0).statistics({"difficulty": score}, ids, 3, 10)
+    assert numbers["mask_entropy"] == pytest.approx(masking.entropy(score, 2.0).item(), abs=1e-4)
+    guide = guide_of("attn_high")
+    guide.teacher = guidance.average_of(ViT(32, 8, 32, 1, 1), "cls", 4, 0.1)
+    numbers = guide.statistics({}, ids, 3, 10)
+    assert numbers["teacher_initial"] == pytest.approx(guidance.initial_share(3, 10), abs=1e-4)
+    assert set(guide.networks()) == {"teacher"}
+    parts = torch.nn.functional.one_hot(torch.arange(16) % 3, 3).expand(6, -1, -1)
+    pictures = guide_of("parts").pictures({"parts": parts})["parts"]
+    assert pictures.shape == (3, 4, 4) and pictures[0].flatten().tolist() == [
+        i % 3 for i in range(16)
     ]
-    assert rows[1][0]["val_mse"] == pytest.approx(
-        rows[0][-1]["val_mse"], rel=0.02
-    )  # it goes on where that one ended
-
-
-def test_the_readmes_exercise_works_as_it_stands(figures, tmp_path, monkeypatch):
-    """Its code and its entry are put into mask.py, and the mask trains."""
-    text = (ROOT / "README.md").read_text()
-    code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
-    assert len(code.strip().splitlines()) <= 10
-    entry = re.search(r"add the entry `(.*?)`", text).group(1)
-    source = (ROOT / "mask.py").read_text()
-    source = source.replace("STRATEGIES = {", f"{code}\n\nSTRATEGIES = {{\n    {entry},")
-    changed = {}
-    exec(source, changed)
-    for table in ("STRATEGIES", "PARAMS"):
-        monkeypatch.setattr(masking, table, changed[table])
-    monkeypatch.chdir(tmp_path)
-    run(monkeypatch, "--data", figures, "--mask", "middle:beta=3", *QUICK, "--out", "out")
-    assert json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])["val_mse"] > 0
-    noise = masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0))
-    priority = changed["middle"]({}, noise, 0.5, 32)
-    often = torch.zeros(64).scatter_add_(
-        0, masking.sample(priority, 32)[1].flatten(), torch.ones(500 * 32)
-    )
-    assert often.view(8, 8)[3:5, 3:5].min() > 2 * often.view(8, 8)[0].max()
 
 
 # ---- which maps ----------------------------------------------------------------------------------
 
 
-def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(
-    figures, tmp_path, monkeypatch
-):
+def test_the_truth_goes_before_an_estimate_and_both_can_be_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = data.open_split(figures, "train")
-    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith(
-        "the true foreground masks"
-    )
-    n = len(train["images"])
-    header = {
-        "map": "saliency",
-        "quality": "coarse",
-        "data_digest": data.fingerprint(train),
-        "grid": 2,
-    }
-    path = Path("maps") / figures.name / "saliency.safetensors"
-    data.write_maps(path, "saliency", [np.full((n, 2, 2), 255, np.uint8)], (n, 2, 2), "U8", header)
-    assert guidance.open_maps("fg", "auto", figures, train)[2].startswith(
-        "the true foreground masks"
-    )
-    maps, _, what = guidance.open_maps("fg", path.parent, figures, train)
-    assert maps.shape == (n, 2, 2) and what == f"{path.parent} coarse"
-    assert guidance.open_maps("fg", "truth", figures, train)[0].shape == (n, 32, 32)
+    golden.write_packed(Path("packed"), 32, (("train", 12),))
+    train = data.open_split("packed", "train")
+    path = Path("maps/packed/saliency.safetensors")
+    header = {"quality": "coarse", "data_digest": data.fingerprint(train)}
+    data.write_maps(path, "saliency", [np.full((12, 2, 2), 9, np.uint8)], (12, 2, 2), "U8", header)
+    for where in ("auto", "truth"):
+        maps, _, note = guidance.open_maps("fg", where, "packed", train)
+        assert maps.shape == (12, 32, 32) and "true foreground masks" in note
+    maps, _, note = guidance.open_maps("fg", path.parent, "packed", train)
+    assert maps.shape == (12, 2, 2) and note == f"{path.parent} coarse"
+    assert guidance.open_maps("parts", "auto", "packed", train)[1] == 4
+    own = Path("own/parts.safetensors")
+    header |= {"parts": 2}  # of the foreground
+    data.write_maps(own, "parts", [np.zeros((12, 2, 2), np.uint8)], (12, 2, 2), "U8", header)
+    assert guidance.open_maps("parts", own, "packed", train)[1] == 3
     train.pop("fg")
-    assert guidance.open_maps("fg", "auto", figures, train)[2] == f"{path} coarse"
+    assert guidance.open_maps("fg", "auto", "packed", train)[2] == f"{path} coarse"
+    with pytest.raises(UserError, match="--map saliency"):
+        guidance.open_maps("fg", "truth", "packed", train)
+    train["header"]["size"] = 33  # another data set
+    with pytest.raises(UserError, match="another data set"):
+        guidance.open_maps("fg", "auto", "packed", train)
 
 
-def test_missing_or_foreign_maps_name_the_command(figures, small, tmp_path):
-    def refusal(*words):
-        done = call("pretrain.py", *words, *QUICK, "--out", tmp_path / "out", cwd=tmp_path)
-        assert not (tmp_path / "out").exists()
-        return refused(done)
+# ---- the README's exercise -----------------------------------------------------------------------
 
-    assert f"python maps.py --data {small} --map saliency" in refusal(
-        "--data", small, "--mask", "fg_heavy"
-    )
-    assert f"python maps.py --data {figures} --map parts" in refusal(
-        "--data", figures, "--mask", "parts"
-    )
-    line = refusal("--data", small, "--mask", "bg_heavy", "--maps", "truth")
-    assert "has no foreground masks" in line and "maps.py" in line
-    write_parts(figures, tmp_path / "other" / "parts.safetensors")
-    assert "another data set" in refusal(
-        "--data", small, "--mask", "parts", "--maps", tmp_path / "other"
-    )
-    assert "no key 'shuffle'" in refusal("--data", small, "--mask", "random:shuffle=1")
-    line = refusal("--data", small, "--init", "nowhere")
-    assert "nowhere" in line
+
+def test_the_readmes_exercise_works_as_it_stands():
+    """Its code and its entry are put into mask.py, and the mask hides the middle."""
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"```python\n(def middle.*?)```", text, re.S).group(1)
+    entry = re.search(r"add the entry `(.*?)`", text).group(1)
+    source = (ROOT / "mask.py").read_text()
+    source = source.replace("STRATEGIES = {", f"{code}\n\nSTRATEGIES = {{\n    {entry},")
+    changed = {}
+    exec(source, changed)
+    assert "beta" in changed["PARAMS"]["middle"] and len(code.strip().splitlines()) <= 10
+    noise = masking.gumbel_noise(500, 64, torch.Generator().manual_seed(0))
+    priority = changed["STRATEGIES"]["middle"]({}, noise, 0.5, 32)
+    _, ids = masking.sample(priority, 32)
+    often = torch.bincount(ids.flatten(), minlength=64).view(8, 8)
+    assert often[3:5, 3:5].min() > 2 * often[0].max()

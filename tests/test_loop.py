@@ -1,10 +1,20 @@
-"""What surrounds every loop: flags that know whether they were read, and a run that goes on after a kill."""
+"""What surrounds every loop: flags that know whether they were read, the schedule, a run after a kill."""
+
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from common import train
+from common.classifier import Classifier, make_optimizer
 from common.command import LOCKS, Flags, Parser, UserError, parse_keys
+from common.io import save_text
+from model import MAE, Pooler, ViT
 
 CPU = torch.device("cpu")
 CHOICES = {"lora": {"r": 8, "alpha": 1.5, "on": "qkv"}, "linear": {}}
@@ -26,20 +36,16 @@ def flags_of(*words):
 def test_a_flag_that_nobody_read_is_refused():
     flags = flags_of("--lr", "0.5", "--batch-size", "2")
     assert flags.lr == 0.5
-    with pytest.raises(UserError, match="--batch-size has no effect"):
+    with pytest.raises(UserError, match="--batch-size"):
         flags.refuse_unread()
     assert flags.batch_size == 2
     flags.refuse_unread()
 
 
-def test_defaults_fill_only_what_was_not_given():
-    flags = flags_of("--lr", "0.5")
+def test_defaults_fill_only_what_was_not_given_and_a_run_has_the_name_of_the_rest():
+    flags = flags_of("--lr", "0.5", "--out", "x")
     flags.fill(lr=1.0, batch_size=16)
-    assert (flags.lr, flags.batch_size) == (0.5, 16)
-
-
-def test_a_run_is_named_by_the_flags_that_were_given():
-    assert flags_of("--lr", "0.5", "--out", "x").name("toon") == "toon-lr-0.5"
+    assert (flags.lr, flags.batch_size, flags.name("toon")) == (0.5, 16, "toon-lr-0.5")
 
 
 def test_a_resumed_run_takes_its_saved_flags():
@@ -47,25 +53,54 @@ def test_a_resumed_run_takes_its_saved_flags():
     flags.take_saved({"lr": 0.7, "out": "run"})
     flags.fill(lr=1.0, batch_size=16)
     assert (flags.lr, flags.resume, flags.batch_size) == (0.7, "run", 16)
-    with pytest.raises(UserError, match="--lr has no effect beside --resume"):
+    with pytest.raises(UserError, match="--lr"):
         flags_of("--resume", "run", "--lr", "1").take_saved({"lr": 0.7})
 
 
 def test_keys_of_a_name():
-    assert parse_keys("lora:r=4,on=q", CHOICES, "--x") == (
-        "lora",
-        {"r": 4, "alpha": 1.5, "on": "q"},
-    )
-    assert parse_keys("linear", CHOICES, "--x") == ("linear", {})
-    assert CHOICES["lora"]["r"] == 8
+    keys = {"r": 4, "alpha": 1.5, "on": "q"}
+    assert parse_keys("lora:r=4,on=q", CHOICES, "--x") == ("lora", keys)
+    assert CHOICES["lora"]["r"] == 8, "the defaults have changed"
+    for text in ("pca", "lora:q=1", "lora:r=a", "lora:r=1.5", "lora:alpha=nan"):
+        with pytest.raises(UserError, match="--x"):
+            parse_keys(text, CHOICES, "--x")
 
 
-@pytest.mark.parametrize(
-    "text", ["pca", "lora:q=1", "lora:r=a", "lora:r=1.5", "lora:alpha=nan", "linear:r=1"]
-)
-def test_keys_that_are_unknown_or_no_numbers(text):
-    with pytest.raises(UserError, match="--x"):
-        parse_keys(text, CHOICES, "--x")
+# ---- optimizer and schedule ----------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_on_a_line_and_falls_by_half_a_cosine_to_0():
+    rates = [train.lr_at(step, 100, 7.3, 2.0) for step in range(101)]
+    assert rates[:7] == pytest.approx([2 * (step + 1) / 7.3 for step in range(7)])
+    assert max(rates) == 2 and rates[100] == pytest.approx(0, abs=1e-12)
+    cosine = [1 + math.cos(math.pi * (step - 7.3) / 92.7) for step in range(8, 101)]
+    assert rates[8:] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_biases_norms_and_tokens_are_not_decayed(stage):
+    """Written by the names of the parameters: only matrices are decayed."""
+    if stage == "pretrain":
+        net = MAE(32, 8, 32, 2, 2, 32, 1)
+        net.encoder.pooler = Pooler(32, 2)
+        groups = train.make_optimizer(net, 1e-3, 0.05).param_groups
+    else:
+        net = Classifier(ViT(32, 8, 32, 2, 2), 3, "arcface")
+        groups = make_optimizer(net, 1e-3, 1e-2, 0.05, 0.9).param_groups
+    decay = {}
+    for group in groups:
+        decay |= {id(p): group["weight_decay"] for p in group["params"]}
+    for name, p in net.named_parameters():
+        plain = name.endswith((".bias", "_token")) or "norm" in name
+        assert decay[id(p)] == (0 if plain else 0.05), name
+    assert len(decay) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize("gain, dtype", [(1.1, torch.float32), (3.0, torch.bfloat16)])
+def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
+    monkeypatch.setattr(train, "bf16_gain", lambda: gain)
+    assert train.pick_dtype("auto", CPU)[0] == dtype
+    assert train.pick_dtype("bf16", CPU)[0] == torch.bfloat16
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -74,7 +109,7 @@ def test_keys_that_are_unknown_or_no_numbers(text):
 def steps(flags, until):
     """Train a small network to step `until` as a stage would, and stop there as a kill would."""
     torch.manual_seed(0)
-    net = torch.nn.Linear(3, 1)
+    net = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     run = train.Run(flags, {"model": net, "optimizer": optimizer}, 40, 10, CPU)
     while run.step < until:
@@ -96,21 +131,82 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     killed, _ = steps(flags_of("--out", out), 23)
     killed.log(note="after the last checkpoint")
     LOCKS.close()  # as the end of its process would
-    again = flags_of("--resume", out, "--out", out)
-    run, net = steps(again, 40)
+    run, net = steps(flags_of("--resume", out, "--out", out), 40)
     assert net.weight.equal(expected.weight) and net.bias.equal(expected.bias)
     rows = [train.read_log(folder / "log.jsonl") for folder in (whole.out, run.out)]
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+    assert [r["step"] for r in rows[1]] == [10, 20, 30, 40]
 
 
-def test_what_is_there_is_left_alone(tmp_path):
-    (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(UserError, match="metrics.json is there already"):
-        steps(flags_of("--out", str(tmp_path)), 1)
-
-
-def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
+def test_a_run_is_never_overwritten_and_never_goes_on_with_a_loss_that_is_not_finite(tmp_path):
     run, _ = steps(flags_of("--out", str(tmp_path / "run")), 12)
     run.update(torch.tensor(float("nan")), torch.tensor(1.0))
-    with pytest.raises(UserError, match="not finite at step 13"):
+    with pytest.raises(UserError, match="step 13"):
         run.log_step()
+    with pytest.raises(UserError, match="temperature"):
+        run.losses = run.norms = [torch.tensor(1.0)]
+        run.log_step(temperature=float("nan"))
+    LOCKS.close()
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        steps(flags_of("--out", str(tmp_path / "run")), 1)
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """torch.save fails half-way with an error of its own."""
+    run, _ = steps(flags_of("--out", str(tmp_path / "run")), 10)
+    before = run.path.read_bytes()
+
+    def half(state, file):
+        file.write(before[:100])
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(UserError, match="could not write"):
+        run.save()
+    assert run.path.read_bytes() == before and not list(run.out.glob(".*tmp"))
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    running = tmp_path / f".state.pt.{os.getppid()}.tmp"
+    for file in (tmp_path / f".state.pt.{gone.pid}.tmp", running):
+        file.write_text("half")
+    save_text("whole", tmp_path / "state.pt")
+    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", running.name}
+
+
+def test_the_cost_of_a_step_is_read_off_the_log(tmp_path):
+    rows = [{"images_per_s": s, "memory_mb": m, "loss": 1} for s, m in ((50, 7), (100, 9), (80, 8))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(str, rows)).replace("'", '"') + '\n{"cut')
+    found = train.cost_of_steps(tmp_path / "log.jsonl", 16)
+    assert found == {"step_ms": 200, "peak_memory_mb": 9}
+    assert train.cost_of_steps(tmp_path / "none.jsonl", 16) == {}
+
+
+def test_tensorboard_and_wandb_get_the_numbers_of_the_log(tmp_path, monkeypatch):
+    """TensorBoard's file is read back; of wandb, what is sent to it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sent, begun = {}, []
+
+    def init(**about):
+        begun.append(about)
+        return SimpleNamespace(log=lambda numbers, step: sent.update({step: numbers}))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__="there"))
+    flags = flags_of("--out", str(tmp_path / "run"))
+    flags.values["log"] = train.trackers("tensorboard,wandb")
+    run, _ = steps(flags, 20)
+    losses = {row["step"]: row["loss"] for row in train.read_log(run.log_path)}
+    events = accumulator.EventAccumulator(str(run.out)).Reload()
+    written = {event.step: event.value for event in events.Scalars("loss")}
+    assert len(losses) == 2 and written == pytest.approx(losses, rel=1e-6)
+    assert {step: numbers["loss"] for step, numbers in sent.items()} == losses
+    assert begun[0]["config"]["lr"] == 0.1 and begun[0]["name"] == "run"
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train.commit() == "no git"

@@ -1,24 +1,33 @@
-"""Metrics, classifiers and statistics against scikit-learn, scikit-image, scipy, and against formulas by hand."""
+"""Scores and intervals against scikit-learn, scikit-image, and formulas that are written a second time."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import (
     average_precision_score,
     confusion_matrix,
     f1_score,
+    roc_curve,
     top_k_accuracy_score,
 )
 from sklearn.neighbors import KNeighborsClassifier
 
 import demo
-import probe
-from common import evaluate, metrics, plots
+import recognize
+from common import evaluate, metrics, stats
+from common.train import seeded
 from experiments import stress
+from kernels.loss import visible_stats
+from mask import gumbel_noise
+from model import MAE, ViT
+
+EXACT = contextlib.nullcontext
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +49,20 @@ def test_the_strength_of_the_probe_is_the_best_on_the_rows_to_choose_on(blobs):
     z, z_held = evaluate.standardise(x, held)
     fits = [LogisticRegression(C=c, tol=1e-7, max_iter=5000) for c in metrics.STRENGTHS]
     right = [fit.fit(z, labels).score(z_held, truth) for fit in fits]
-    assert metrics.STRENGTHS[right.index(max(right))] == C
-    found = scores(held)
-    theirs = fits[metrics.STRENGTHS.index(C)].predict_log_proba(z_held)
+    best = right.index(max(right))
+    assert metrics.STRENGTHS[best] == C and best > 0
+    found, theirs = scores(held), fits[best].predict_log_proba(z_held)
     assert found[:, :5].numpy() == pytest.approx(theirs, abs=1e-2)
     assert found[:, 5].isneginf().all()  # no row has this class
 
 
-def test_ridge_is_sklearns(blobs):
-    z, labels = evaluate.standardise(blobs[0])[0], blobs[1]
-    theirs = Ridge(alpha=10.0).fit(z.numpy(), np.eye(5)[labels.numpy()])
-    W, b = evaluate.ridge(z, labels, 5, 10.0)
+def test_ridge_is_sklearns_on_features_of_mean_0_and_variance_1(blobs):
+    z, other = evaluate.standardise(blobs[0], blobs[2])
+    assert z.mean(0).abs().max() < 1e-6 and (z.std(0) - 1).abs().max() < 1e-5
+    expected = (blobs[2] - blobs[0].mean(0)) / blobs[0].std(0)  # held rows by the numbers of train
+    torch.testing.assert_close(other.float(), expected, rtol=1e-4, atol=1e-4)
+    theirs = Ridge(alpha=10.0).fit(z.numpy(), np.eye(5)[blobs[1].numpy()])
+    W, b = evaluate.ridge(z, blobs[1], 5, 10.0)
     np.testing.assert_allclose(W.T.numpy(), theirs.coef_, atol=1e-9)
     np.testing.assert_allclose(b.numpy(), theirs.intercept_, atol=1e-9)
 
@@ -59,67 +71,173 @@ def test_knn_counts_as_sklearn_does(blobs):
     x, labels, held, _ = blobs
     theirs = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
     theirs.fit(x.numpy(), labels.numpy())
-    found = evaluate.knn_votes(x, labels, held, 5).argmax(1)
-    assert found.tolist() == theirs.predict(held.numpy()).tolist()
+    votes = evaluate.knn_votes(x, labels, held, 5)
+    assert votes.argmax(1).tolist() == theirs.predict(held.numpy()).tolist()
+    shares = votes / votes.sum(1, keepdim=True)
+    np.testing.assert_allclose(shares.numpy(), theirs.predict_proba(held.numpy()), atol=1e-4)
 
 
 def test_classification_is_sklearns(blobs):
-    scores, truth = torch.randn(200, 5, generator=torch.Generator().manual_seed(1)), blobs[1][:200]
-    found = scores.argmax(1)
-    table = metrics.classification(scores, truth, torch.ones(5))["confusion"]
-    assert metrics.macro_f1(found, truth) == pytest.approx(f1_score(truth, found, average="macro"))
-    assert (np.array(table) == confusion_matrix(truth, found)).all()
-    assert evaluate.topk(scores, truth, 3) == pytest.approx(
-        top_k_accuracy_score(truth, scores, k=3)
-    )
+    """Eight classes are known, five occur."""
+    truth, known = blobs[1][:200], range(8)
+    scores = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+    found, row = scores.argmax(1), metrics.classification(scores, truth, torch.ones(8))
+    table = confusion_matrix(truth, found, labels=known)
+    assert (np.array(row["confusion"]) == table).all()
+    assert row["macro_f1"] == pytest.approx(f1_score(truth, found, average="macro"))
+    assert row["per_class"][:5] == pytest.approx(np.diag(table)[:5] / table.sum(1)[:5])
+    assert row["per_class"][5:] == [None] * 3
+    for k, value in ((1, row["top1"]), (5, row["top5"]), (3, evaluate.topk(scores, truth, 3))):
+        assert value == pytest.approx(top_k_accuracy_score(truth, scores, k=k, labels=known))
+    assert evaluate.topk(torch.ones(4, 6), torch.tensor([0, 1, 0, 5]), 2) == 0.75  # of equals
 
 
 def test_retrieval_is_the_mean_of_sklearns_average_precision(blobs):
     x, labels = blobs[0][:120], blobs[1][:120]
     groups = torch.arange(120) // 2
-    unit = torch.nn.functional.normalize(x, dim=1)
-    similarity, precision, first, fifth = (unit @ unit.T).numpy(), [], [], []
+    unit = F.normalize(x, dim=1)
+    similarity = (unit @ unit.T).numpy()
+    precision, firsts = [], []
     for i in range(120):
         others = (groups != groups[i]).numpy()
         right = (labels == labels[i]).numpy()[others]
         precision.append(average_precision_score(right, similarity[i][others]))
         order = right[np.argsort(-similarity[i][others])]
-        first, fifth = first + [order[0]], fifth + [order[:5].any()]
+        firsts.append((order[0], order[:5].any()))
     found = metrics.retrieval(x, labels, groups)
-    assert found["map"] == pytest.approx(np.mean(precision), abs=1e-6)
-    assert (found["recall1"], found["recall5"]) == pytest.approx((np.mean(first), np.mean(fifth)))
+    first, fifth = np.mean(firsts, 0)
+    expected = {"map": np.mean(precision), "recall1": first, "recall5": fifth}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
-# ---- by hand -------------------------------------------------------------------------------------
+def test_verification_leaves_out_pairs_of_one_illustration(blobs):
+    x, labels = blobs[0][:40], blobs[1][:40]
+    groups = torch.arange(40) // 2
+    same, other = metrics.pair_cosines(x, labels, groups)
+    cosine = F.cosine_similarity(x[:, None], x[None], dim=2)
+    ours = (groups[:, None] != groups) & torch.ones(40, 40).triu(1).bool()
+    alike = labels[:, None] == labels
+    torch.testing.assert_close(same.sort().values, cosine[ours & alike].sort().values)
+    torch.testing.assert_close(other.sort().values, cosine[ours & ~alike].sort().values)
+    false, true, _ = roc_curve(*metrics.truth_and_scores(same, other), drop_intermediate=False)
+    at = np.linspace(0, len(false) - 1, 10**6)  # a walk along the curve
+    false, true = (np.interp(at, np.arange(len(x)), x) for x in (false, true))
+    expected = false[np.abs(false - (1 - true)).argmin()]
+    assert metrics.equal_error_rate(same, other) == pytest.approx(expected, abs=1e-4)
+
+
+def test_few_shot_is_the_nearest_centroid(blobs):
+    """Written once more: cosines to the centroid of unit vectors, the bank's mean removed."""
+    x, labels, held, truth = blobs
+    examples, questions = metrics.draw_episodes(labels, truth, 3, 4, seeded(0), 20, 40)
+    assert examples.shape == (20, 3, 4) and questions.shape == (20, 3, 40)
+    bank, asked = F.normalize(x - x.mean(0), dim=1), F.normalize(held - x.mean(0), dim=1)
+    found = metrics.few_shot(x, held, examples, questions)
+    for rows, queries, accuracy in zip(examples, questions, found, strict=True):
+        classes = labels[rows[:, 0]]
+        assert (labels[rows] == classes[:, None]).all() and len(set(classes.tolist())) == 3
+        centroids, right = F.normalize(bank[rows].mean(1), dim=1), []
+        for way, of_class in enumerate(queries):
+            of_class = of_class[of_class >= 0]  # -1 fills up
+            assert len(of_class) == (truth == classes[way]).sum() < 40
+            right += ((asked[of_class] @ centroids.T).argmax(1) == way).tolist()
+        assert accuracy.item() == pytest.approx(np.mean(right))
+    assert metrics.draw_episodes(labels, truth, 6, 1, seeded(0)) is None
 
 
 def test_head_mid_and_tail():
-    table = torch.tensor([[8, 2, 0], [1, 3, 0], [2, 0, 0]])
-    counts = torch.tensor([500, 50, 5])
+    table, counts = torch.tensor([[8, 2, 0], [1, 3, 0], [2, 0, 0]]), torch.tensor([101, 20, 19])
     assert metrics.by_frequency(table, counts) == {"head": 0.8, "mid": 0.75, "tail": 0.0}
-    assert metrics.by_frequency(table, torch.tensor([500, 500, 500]))["tail"] is None
+    assert metrics.by_frequency(table, torch.tensor([100, 100, 100]))["head"] is None
 
 
-def test_few_shot_of_far_classes_is_perfect_and_of_noise_is_chance():
-    labels, draws = torch.arange(200) % 10, torch.Generator().manual_seed(0)
-    far = torch.eye(10)[labels] + 0.01 * torch.randn(200, 10, generator=draws)
-    episodes = metrics.draw_episodes(labels[:100], labels[100:], 5, 1, draws, 200)
-    examples, questions = episodes
-    assert (
-        examples.shape == (200, 5, 1) and questions.shape == (200, 5, 15) and (questions < 0).any()
-    )  # 10 a class
-    assert metrics.few_shot(far[:100], far[100:], *episodes).mean() == 1
-    noise = torch.randn(200, 30, generator=draws)
-    assert abs(metrics.few_shot(noise[:100], noise[100:], *episodes).mean() - 0.2) < 0.03
-    for e, q in zip(*episodes, strict=True):
-        assert (labels[:100][e[:, 0]][:, None] == labels[100:][q])[q >= 0].all()
-    assert metrics.draw_episodes(labels[:100], labels[100:], 11, 1, draws) is None
-
-
-def test_first_crossing_is_interpolated():
-    assert metrics.first_crossing([0, 10, 20], [50, 60, 80], 70) == 15
-    assert metrics.first_crossing([0, 10], [50, 60], 40) == 0
+def test_a_threshold_is_crossed_on_a_straight_line():
+    assert metrics.threshold_of([50, 40, 70]) == 68
+    assert metrics.first_crossing([0, 10, 30], [50, 60, 80], 70) == 20
+    assert metrics.first_crossing([5, 10], [50, 60], 40) == 5
     assert metrics.first_crossing([0, 10], [50, 60], 61) is None
+
+
+def test_unknown_characters_are_counted_where_5_percent_of_the_known_fail():
+    """A threshold that 10 % fail would call more pictures unknown than the report says."""
+    known, unknown = torch.linspace(0, 1, 101), torch.tensor([0.02, 0.04, 0.07, 0.5])
+    right = torch.ones(101, dtype=torch.bool)
+    found = recognize.open_set(known, right, ~right, unknown)
+    assert found["strangers_unknown_at_5"] == 50
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+
+
+def test_the_bootstrap_resamples_illustrations_not_images():
+    """Eight images of one illustration are one piece of evidence, not eight."""
+    rng = np.random.default_rng(3)
+    of_group = rng.normal(0, 1, 40)
+    groups = np.repeat(np.arange(40), 8)
+    found = stats.bootstrap(of_group[groups][None], groups)
+    width = found["high"] - found["low"]
+    assert width == pytest.approx(2 * 1.96 * of_group.std() / 40**0.5, rel=0.1)
+    assert found["mean"] == pytest.approx(of_group.mean())
+    alone = stats.bootstrap(of_group[groups][None], np.arange(320))
+    assert alone["high"] - alone["low"] < 0.5 * width
+
+
+def test_the_bootstrap_weighs_illustrations_by_their_images_and_resamples_seeds():
+    """The mean is that of images; p is small where every seed and illustration agrees."""
+    groups, values = np.array([0, 0, 0, 1]), np.array([[1.0, 1, 1, 5]])
+    found = stats.bootstrap(values, groups)
+    assert (found["mean"], found["low"], found["high"]) == (2, 1, 5) and found["p"] == 1e-3
+    seeds = stats.bootstrap(np.array([[-1.0] * 4, [3.0] * 4]), groups)
+    assert (seeds["low"], seeds["high"]) == (-1, 3) and seeds["p"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_interval_over_seeds_is_students():
+    found = stats.t_interval([1.0, 2.0, 3.0])
+    half = 4.302653 * 1 / 3**0.5  # the table's t of two degrees of freedom
+    assert (found["low"], found["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
+    assert found["p"] == pytest.approx(0.0742, abs=1e-4)
+    assert stats.t_interval([1.0, 2.0]) is None and stats.t_interval([2.0, 2.0, 2.0]) is None
+    assert stats.mean_std([1, 2, 3]) == {"mean": 2, "std": 1, "n": 3}
+    assert stats.plus_minus(stats.mean_std([1.0])) == "1.0"  # one run has no deviation
+    right = np.arange(11) % 3 == 0
+    assert (stats.from_bits(stats.to_bits(right), 11) == right).all()
+
+
+# ---- evaluations while a model trains ------------------------------------------------------------
+
+
+def split_of(labels, **more):
+    return {"images": labels, "labels": labels, "header": {}, **more}
+
+
+def looked_at(train, held):
+    """Features that `recognition` asks for: of the larger split those of train."""
+    return lambda split, rows: ((train if len(split["labels"]) == 300 else held)[rows],) * 2
+
+
+def test_a_direction_under_noise_is_found_by_the_linear_classifier_alone():
+    g, labels = torch.Generator().manual_seed(0), (torch.arange(300) % 3, torch.arange(90) % 3)
+    both = [
+        torch.cat([5 * torch.randn(len(y), 20, generator=g), torch.eye(3)[y]], 1) for y in labels
+    ]
+    found = evaluate.recognition(looked_at(*both), *map(split_of, labels))
+    assert found["linear"] == 100 and found["knn"] < 70
+
+
+def test_classifiers_learn_nothing_from_the_pictures_that_they_are_judged_on():
+    """Two classes change places in the held split: who learned from it would not be wrong."""
+    labels = torch.arange(300) % 2
+    features = torch.eye(2)[labels]
+    found = evaluate.recognition(
+        looked_at(features, features[:90]), split_of(labels), split_of(1 - labels[:90])
+    )
+    assert found["knn"] == found["linear"] == 0
+    assert found["mean_rank"] == 1  # both classes lie on one line
+
+
+def test_effective_rank_counts_directions():
+    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]]) + 5
+    assert evaluate.effective_rank(cross) == 2
 
 
 def test_thumbnails_are_means_of_cells():
@@ -128,7 +246,94 @@ def test_thumbnails_are_means_of_cells():
     torch.testing.assert_close(evaluate.thumbnails(images, 4), cells.permute(0, 3, 1, 2).flatten(1))
 
 
-# ---- scikit-image --------------------------------------------------------------------------------
+def pictures(n, seed):
+    """A split of noise of 32 px; a third of it is of class 1."""
+    images = np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
+    labels = (torch.arange(n) % 3 == 1).long()
+    return split_of(labels, images=images, header={"classes": ["a", "b"]})
+
+
+@pytest.fixture
+def held():
+    return pictures(5, seed=0)
+
+
+@pytest.fixture
+def model():
+    """Its weights are larger than at the start of a run."""
+    torch.manual_seed(0)
+    model = MAE(32, 8, 32, 1, 2, 32, 1)
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(0.1 * torch.randn_like(w))
+    return model
+
+
+def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):
+    """And the predicted statistics are those of the head, added to those of visible patches."""
+    found = evaluate.masked_mse(model, held, {"norm_pix": False, "floor": 0.15}, EXACT)
+    order = gumbel_noise(5, 16, seeded(0)).argsort(1)
+    keep, hide = order[:, :4].contiguous(), order[:, 4:].contiguous()
+    view = torch.from_numpy(held["images"])
+    patches, _ = model.encoder.all_patches(view)  # (5, 16, P)
+
+    def at(ids):
+        return patches.gather(1, ids[..., None].expand(-1, -1, 192))
+
+    pred, stats, _ = model(at(keep), keep, hide)
+    assert found == pytest.approx((pred - at(hide)).square().mean().item(), rel=1e-5)
+    expected = stats + visible_stats(view, keep, hide, 8)
+    torch.testing.assert_close(evaluate.predict(model, view, keep, hide, EXACT)[1], expected)
+
+
+def test_a_row_of_the_log_is_knn_on_extremes_and_ridge_on_means(model):
+    """Of all patch tokens of all pictures, beside the same on thumbnails."""
+    sets, norm = (pictures(60, seed=1), pictures(30, seed=2)), {"norm_pix": True, "floor": 0.15}
+    row = evaluate.evaluate(model, sets, norm, EXACT, 0)
+    with torch.no_grad():
+        views = [torch.from_numpy(split["images"]) for split in sets]
+        tokens = [model.encoder.features(view)[:, 1:] for view in views]
+    labels, truth = (split["labels"] for split in sets)
+    extremes = [torch.cat([x.max(1).values, x.min(1).values], 1) for x in tokens]
+    votes = evaluate.knn_votes(extremes[0], labels, extremes[1], 2)
+    z, z_held = (x.numpy() for x in evaluate.standardise(*(x.mean(1) for x in tokens)))
+    scores = Ridge(alpha=1.0).fit(z, np.eye(2)[labels]).predict(z_held)
+    assert row["knn"] == pytest.approx(100 * evaluate.topk(votes, truth, 1))
+    right = scores.argmax(1) == truth.numpy()
+    assert row["linear"] == pytest.approx(100 * right.mean()) and 40 < row["linear"] < 90
+    assert row["mean_rank"] == evaluate.effective_rank(tokens[0].mean(1))
+    assert {"epoch", "val_mse", "knn_thumbnail", "linear_thumbnail"} <= set(row)
+    truth[0] = -1  # a picture without a label
+    assert set(evaluate.evaluate(model, sets, norm, EXACT, 1)) == {"epoch", "val_mse"}
+
+
+def test_a_picture_of_a_reconstruction_pastes_the_prediction_over_what_was_hidden(model, held):
+    lines = dict(evaluate.reconstruct(model, held, {"norm_pix": True, "floor": 0.15}, EXACT))
+    original, hidden = lines["original"], (lines["seen"] == 128).all(3, keepdim=True)
+    assert torch.equal(original, torch.from_numpy(held["images"]))
+    assert hidden.float().mean() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(lines["pasted"], torch.where(hidden, lines["predicted"], original))
+
+
+def test_attention_by_part_is_its_share_over_the_share_of_the_area(held):
+    """1 where attention is even; 2 and 0 where all of it is on the half that is the figure."""
+    half = np.zeros((5, 32, 32), np.uint8)
+    half[:, :16] = 1
+    held |= {"parts": half, "header": {"parts": ["background", "figure", "nowhere"]}}
+    torch.manual_seed(0)
+    encoder = ViT(32, 8, 32, 1, 1)
+
+    def look():
+        return evaluate.attention_by_part(encoder, held, "cls", EXACT)
+
+    torch.nn.init.zeros_(encoder.blocks[0].attn.qkv.weight)
+    assert look() == {"background": 1.0, "figure": 1.0}
+    torch.nn.init.normal_(encoder.blocks[0].attn.qkv.weight, std=0.5)
+    held["images"] = held["images"][1:3]  # here a random encoder attends to the upper half alone
+    assert look() == pytest.approx({"figure": 2, "background": 0}, abs=0.05)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def test_psnr_and_ssim_are_skimages():
@@ -138,73 +343,11 @@ def test_psnr_and_ssim_are_skimages():
     everywhere = torch.ones(3, 40, 40, dtype=torch.bool)
     pair = torch.tensor(a), torch.tensor(b)
     ours, similar = demo.psnr(*pair, everywhere), stress.ssim_map(*pair)
+    how = dict(channel_axis=2, gaussian_weights=True, use_sample_covariance=False)
     for i in range(3):
         assert ours[i].item() == pytest.approx(peak_signal_noise_ratio(a[i], b[i]), abs=1e-9)
-        how = dict(
-            channel_axis=2,
-            gaussian_weights=True,
-            use_sample_covariance=False,
-            data_range=255,
-            full=True,
-        )
-        _, theirs = structural_similarity(a[i].astype(float), b[i].astype(float), **how)
+        _, theirs = structural_similarity(a[i] * 1.0, b[i] * 1.0, full=True, data_range=255, **how)
         assert np.abs(similar[i].numpy() - theirs.mean(2)).max() < 1e-9  # at the border, too
-
-
-def test_of_equal_scores_the_first_is_the_answer():
-    scores, labels = torch.ones(4, 6), torch.tensor([0, 1, 0, 5])
-    assert evaluate.topk(scores, labels, 1) == (scores.argmax(1) == labels).double().mean() == 0.5
-    assert evaluate.topk(scores, labels, 2) == 0.75
-
-
-def test_psnr_looks_only_where_it_is_asked():
-    a, where = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(1, 8, 8, dtype=torch.bool)
-    b = a.clone()
-    b[0, :4], where[0, 4:] = 255, True
-    b[0, 4:] = 51
-    assert demo.psnr(a, b, where).item() == pytest.approx(10 * math.log10(25))
-    assert demo.psnr(a, b, torch.zeros_like(where)).isnan().all()
-
-
-# ---- pictures of numbers -------------------------------------------------------------------------
-
-
-def test_an_axis_of_percentages_ends_at_100():
-    for values, expected in (([90, 100], 100), ([40, 60], 61), ([0, 1], 1.05)):
-        _, axis = plots.plt.subplots()
-        axis.plot(values)
-        plots.percent(axis)
-        low, high = axis.get_ylim()
-        assert high == pytest.approx(expected) and low >= 0
-        axis.barh([0, 1], [150, 20])
-        plots.percent(axis, "x", low=10)
-        assert axis.get_xlim() == (10, 100)
-        plots.plt.close()
-
-
-def test_every_picture_of_percentages_ends_at_100(monkeypatch, tmp_path):
-    """All is right everywhere: matplotlib's margins would go to 105 %."""
-    seen = []
-    monkeypatch.setattr(
-        plots, "save", lambda figure, path: (seen.append(figure), plots.plt.close(figure))
-    )
-    log = [
-        {
-            "epoch": e,
-            "seconds": e,
-            "knn": 100.0,
-            "knn_thumbnail": 9.0,
-            "linear": 100.0,
-            "linear_thumbnail": 9.0,
-            "loss": 1.0,
-            "val_mse": 1.0,
-        }
-        for e in (0, 1)
-    ]
-    plots.curves("x.png", log, "val", "")
-    probe.curves({"a": {0: {"log": log}, 1: {"log": log}}}, "x.png", 99.0, 9.0)
-    axes = [axis for figure in seen for axis in figure.axes]
-    shown = [
-        a for a in axes if any(w in a.get_ylabel() for w in ("Top-1", "rate, %", "precision, %"))
-    ]
-    assert len(seen) == 2 and len(shown) >= 2 and all(a.get_ylim()[1] <= 100 for a in shown)
+    everywhere[:, :20] = False
+    expected = 10 * math.log10(255**2 / np.mean((a[0, 20:] - b[0, 20:].astype(float)) ** 2))
+    assert demo.psnr(*pair, everywhere)[0].item() == pytest.approx(expected)

@@ -1,35 +1,30 @@
+"""model.py: the formulas of the papers written once more, and what must not leak."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import common.checkpoints as C
 import model as M
-from common.io import UserError
-from kernels.gather import MEAN, STD, masked_patch_gather
+from kernels.gather import masked_patch_gather
+
+TINY = dict(image_size=32, patch_size=8, dim=64, depth=3, heads=4, decoder_dim=32, decoder_depth=2)
 
 
-def small_mae(**changes):
+def small_mae(kind=M.MAE, **changes):
+    """Weights are larger than at the start of a run, and biases are not 0: a mistake shows."""
     torch.manual_seed(0)
-    return M.MAE(
-        **{
-            "image_size": 32,
-            "patch_size": 8,
-            "dim": 64,
-            "depth": 3,
-            "heads": 4,
-            "decoder_dim": 32,
-            "decoder_depth": 2,
-        }
-        | changes
-    )
+    net = kind(**TINY | changes).eval()
+    with torch.no_grad():
+        for w in net.parameters():
+            w.add_(0.1 * torch.randn_like(w))
+    return net
 
 
 def some_view(B=3, S=32):
-    return torch.randint(
-        0, 256, (B, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    draws = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=draws)
 
 
 def some_ids(B=3, N=16, K=5):
@@ -37,168 +32,162 @@ def some_ids(B=3, N=16, K=5):
     return order[:, :K].contiguous(), order[:, K:].contiguous()
 
 
+def at(x, ids):
+    """Rows ids (B, M) of x (B, N, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+# ---- the transformer -----------------------------------------------------------------------------
+
+
 def test_sincos_positions_follow_the_formula():
-    positions, D, side = M.sincos_positions(32, 5)[0], 32, 5
-    assert positions[0].abs().sum() == 0
+    side, D = 5, 32
+    positions = M.sincos_positions(D, side)[0]
+    assert positions.shape == (26, 32) and not positions[0].any()
     for row, column, k in [(0, 0, 0), (2, 3, 1), (4, 1, 7)]:
         omega = 10000 ** (-k / (D / 4))
-        here = positions[1 + row * side + column]
-        expected = [
-            math.sin(column * omega),
-            math.cos(column * omega),
-            math.sin(row * omega),
-            math.cos(row * omega),
-        ]
-        found = here[[k, D // 4 + k, D // 2 + k, 3 * D // 4 + k]]
+        found = positions[1 + row * side + column, [k, D // 4 + k, D // 2 + k, 3 * D // 4 + k]]
+        x, y = column * omega, row * omega
+        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_attention_is_exact():
+def test_attention_is_torchs():
     q, k, v = torch.randn(3, 2, 4, 37, 16, dtype=torch.float64)
+    bias = torch.zeros(37, dtype=torch.float64)
+    bias[5:] = float("-inf")  # only five keys are seen
     torch.testing.assert_close(M.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    few = F.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5])
+    torch.testing.assert_close(M.attention(q, k, v, bias), few)
 
 
-def test_masked_pixels_never_reach_the_encoder():
-    mae, view, (keep, mask) = small_mae(), some_view(), some_ids()
+def test_the_encoder_is_torchs_pre_norm_transformer():
+    """torch.nn.TransformerEncoderLayer with our weights, block after block."""
+    vit, view = small_mae().encoder, some_view()
+    x = vit.embed(*vit.all_patches(view))
+    for block in vit.blocks:
+        layer = torch.nn.TransformerEncoderLayer(
+            64, 4, 256, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True
+        )
+        names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj."}
+        names |= {"linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1."}
+        names |= {"norm2.": "norm2."}
+        ours, theirs = block.state_dict(), {}
+        for stem, own in names.items():
+            theirs |= {stem + end: ours[own + end] for end in ("weight", "bias")}
+        layer.load_state_dict(theirs)
+        x = layer.train()(x)
+    torch.testing.assert_close(vit.features(view), vit.norm(x), rtol=1e-4, atol=1e-4)
+
+
+# ---- what must not leak --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [M.MAE, M.SimMIM])
+def test_masked_pixels_never_reach_the_network(kind):
+    net, view = small_mae(kind), some_view()
+    keep, mask = some_ids()
     other = M.put_patches(view, mask, torch.randint(0, 256, (3, 11, 192), dtype=torch.uint8))
     assert not torch.equal(view, other)
-    a, b = (mae.encoder(masked_patch_gather(x, keep, 8), keep) for x in (view, other))
-    assert torch.equal(a, b)
+    first, second = (net(masked_patch_gather(x, keep, 8), keep, mask) for x in (view, other))
+    assert torch.equal(first[0], second[0])
 
 
-def test_decoder_without_unshuffling_is_the_papers():
-    """Put every token back into image order, as the paper does, run the same blocks, pick the
-    masked ones.
-    """
+def test_the_statistics_head_and_the_pooler_give_no_gradient_to_the_rest():
+    mae, (keep, mask) = small_mae(), some_ids()
+    mae.encoder.pooler = M.Pooler(64, 4)
+    _, stats, tokens = mae(torch.randn(3, 5, 192), keep, mask)
+    (stats.sum() + mae.encoder.summary(tokens).square().sum()).backward()
+    reached = {name.rsplit(".", 1)[0] for name, p in mae.named_parameters() if p.grad is not None}
+    assert reached == {"decoder.stats_head", "encoder.pooler", "encoder.pooler.kv"}
+
+
+# ---- decoders ------------------------------------------------------------------------------------
+
+
+def test_the_decoder_without_unshuffling_is_the_papers():
+    """Every token back in image order, the same blocks, then the masked ones are picked."""
     mae, (keep, mask) = small_mae().double(), some_ids()
     latent, d = torch.randn(3, 6, 64, dtype=torch.float64), mae.decoder
     x = d.decoder_embed(latent)
     full = torch.cat([x[:, 1:], d.mask_token.expand(3, 11, -1)], 1)
-    back = torch.cat([keep, mask], 1).argsort(1)
-    full = full.gather(1, back[..., None].expand(-1, -1, 32))
+    full = at(full, torch.cat([keep, mask], 1).argsort(1))
     full = torch.cat([x[:, :1], full], 1) + d.decoder_pos_embed
     for block in d.decoder_blocks:
         full = block(full)
-    paper = d.decoder_pred(d.decoder_norm(full))[:, 1:].gather(
-        1, mask[..., None].expand(-1, -1, 192)
-    )
+    paper = at(d.decoder_pred(d.decoder_norm(full))[:, 1:], mask)
     torch.testing.assert_close(d(latent, keep, mask)[0], paper)
 
 
-def test_picture_head_gives_no_gradient_to_the_rest():
-    mae, (keep, mask) = small_mae(), some_ids()
-    mae(torch.randn(3, 5, 192), keep, mask)[1].sum().backward()
-    with_grad = [n for n, p in mae.named_parameters() if p.grad is not None]
-    assert with_grad == ["decoder.stats_head.weight", "decoder.stats_head.bias"]
-
-
-def test_patch_attention_is_the_last_blocks_row():
-    vit, view = small_mae().encoder.eval(), some_view()
-    x = vit.embed(*vit.all_patches(view))
-    for block in vit.blocks[:-1]:
+def test_simmim_puts_its_mask_token_where_a_patch_was():
+    """A network that embeds all patches, of which the hidden ones are replaced: SimMIM's own way."""
+    net, view = small_mae(M.SimMIM), some_view()
+    keep, mask = some_ids()
+    vit = net.encoder
+    patches, every = vit.all_patches(view)
+    x = vit.patch_embed["proj"](patches)
+    hidden = torch.zeros(3, 16, 1).scatter(1, mask[..., None], 1.0)
+    x = x * (1 - hidden) + net.decoder.mask_token * hidden + vit.pos_embed[:, 1:]
+    x = torch.cat([vit.cls_token.expand(3, -1, -1), x], 1)
+    for block in vit.blocks:
         x = block(x)
-    q, k, _ = (
-        vit.blocks[-1]
-        .attn.qkv(vit.blocks[-1].norm1(x))
-        .view(3, 17, 3, 4, 16)
-        .permute(2, 0, 3, 1, 4)
-    )
-    whole = (q @ k.transpose(-2, -1) / 4).softmax(-1)  # sqrt(16)
-    found = vit.patch_attention(view)
-    torch.testing.assert_close(found, whole[:, :, 0, 1:])
-    assert found.shape == (3, 4, 16) and (found.sum(-1) < 1).all()
+    expected = at(net.decoder.decoder_pred(vit.norm(x))[:, 1:], mask)
+    found, _, tokens = net(masked_patch_gather(view, keep, 8), keep, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert tokens is None
 
 
-def test_public_names_shapes_and_convolution(tmp_path):
-    """The names of the public MAE checkpoints; the exported patch embedding is theirs: a
-    convolution over (c, p, q).
-    """
-    mae, view = small_mae(), some_view()
-    public = C.public_weights(mae)
-    block = [
-        "norm1.weight",
-        "norm1.bias",
-        "attn.qkv.weight",
-        "attn.qkv.bias",
-        "attn.proj.weight",
-        "attn.proj.bias",
-        "norm2.weight",
-        "norm2.bias",
-        "mlp.fc1.weight",
-        "mlp.fc1.bias",
-        "mlp.fc2.weight",
-        "mlp.fc2.bias",
-    ]
-    names = {
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "patch_embed.proj.bias",
-        "norm.weight",
-        "norm.bias",
-        "decoder_embed.weight",
-        "decoder_embed.bias",
-        "mask_token",
-        "decoder_pos_embed",
-        "decoder_norm.weight",
-        "decoder_norm.bias",
-        "decoder_pred.weight",
-        "decoder_pred.bias",
-    }
-    names |= {f"blocks.{i}.{n}" for i in range(3) for n in block} | {
-        f"decoder_blocks.{i}.{n}" for i in range(2) for n in block
-    }
-    assert set(public) == names
-    assert public["pos_embed"].shape == (1, 17, 64) and public["patch_embed.proj.weight"].shape == (
-        64,
-        3,
-        8,
-        8,
-    )
-    image = (view.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(
-        STD
-    )[:, None, None]
-    theirs = F.conv2d(
-        image, public["patch_embed.proj.weight"], public["patch_embed.proj.bias"], stride=8
-    )
-    patches, _ = mae.encoder.all_patches(view)
-    ours = mae.encoder.patch_embed["proj"](patches)
-    torch.testing.assert_close(ours, theirs.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+# ---- attention that guides -----------------------------------------------------------------------
 
 
-def test_saved_encoder_gives_the_same_features(tmp_path):
-    mae, view = small_mae().eval(), some_view()
-    C.save_model(mae, tmp_path / "model.safetensors", {"step": 3})
-    encoder, image_size = C.load_encoder(tmp_path)
-    assert image_size == 32
-    assert torch.equal(encoder.features(view), mae.encoder.features(view))
+def test_attention_maps_are_the_formulas():
+    """cls: the CLS row of the last block. rollout: the product over blocks of (A + I) / 2."""
+    vit, view = small_mae().encoder, some_view()
+    x, path = vit.embed(*vit.all_patches(view)), torch.eye(17)
+    for block in vit.blocks:
+        qkv = block.attn.qkv(block.norm1(x)).view(3, 17, 3, 4, 16)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        A = (q @ k.transpose(-2, -1) / 4).softmax(-1)  # sqrt(16)
+        path = (A.mean(1) + torch.eye(17)) / 2 @ path
+        x = block(x)
+    torch.testing.assert_close(vit.patch_attention(view), A[:, :, 0, 1:])
+    torch.testing.assert_close(vit.patch_attention(view, "rollout")[:, 0], path[:, 0, 1:])
 
 
-def test_a_file_that_does_not_fit_is_refused_with_both_sides(tmp_path):
-    mae = small_mae()
-    C.save_model(mae, tmp_path / "model.safetensors", {})
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.safetensors").write_text("not a model")
-    for name in ("cut", "text", "absent"):
-        with pytest.raises(UserError, match=name):
-            C.load_encoder(tmp_path / f"{name}.safetensors")
-    weights = dict(mae.encoder.state_dict())
-    weights["other"] = weights.pop("norm.bias")
-    weights["norm.weight"] = torch.zeros(5)
-    with pytest.raises(
-        UserError, match="Missing key.*norm.bias.*Unexpected key.*other.*mismatch for norm.weight"
-    ):
-        C.load_exactly(mae.encoder, weights, "file")
+def test_the_pooler_is_attention_with_one_query_a_head():
+    torch.manual_seed(0)
+    pooler, tokens = M.Pooler(64, 4), torch.randn(3, 17, 64)
+    k, v = pooler.kv(tokens[:, 1:]).chunk(2, 2)
+    k, v = (x.view(3, 16, 4, 16).transpose(1, 2) for x in (k, v))
+    query = pooler.query_token[:, None].expand(3, 4, 1, 16)
+    expected = F.scaled_dot_product_attention(query, k, v).flatten(1)
+    torch.testing.assert_close(pooler(tokens), expected)
+    assert torch.equal(pooler(torch.cat([torch.randn(3, 1, 64), tokens[:, 1:]], 1)), pooler(tokens))
+    attention, _ = pooler.keys_and_values(tokens)
+    torch.testing.assert_close(attention.sum(2), torch.ones(3, 4))
 
 
-def test_pixels_survive_the_round_trip():
+# ---- pixels and files ----------------------------------------------------------------------------
+
+
+def test_pixels_survive_the_round_trip_with_and_without_statistics():
     view, (_, mask) = some_view(), some_ids()
-    pixels = M.to_pixels(masked_patch_gather(view, mask, 8))
-    assert torch.equal(M.put_patches(view, mask, pixels), view)
+    x = masked_patch_gather(view, mask, 8)
+    mean, std = x.mean(2, keepdim=True), x.std(2, keepdim=True)
+    for pixels in (M.to_pixels(x), M.to_pixels((x - mean) / std, torch.cat([mean, std.log()], 2))):
+        assert torch.equal(M.put_patches(view, mask, pixels), view)
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).repeat(3, 11, 64)
+    painted = (M.put_patches(view, mask, red) == red[0, 0, :3]).all(3).float().mean((1, 2))
+    assert torch.equal(painted, torch.full((3,), 11 / 16))
 
 
-@pytest.mark.parametrize("change", [{"patch_size": 7}, {"dim": 66}, {"decoder_dim": 40}])
-def test_sizes_that_do_not_fit_are_refused(change):
-    with pytest.raises(UserError):
-        small_mae(**change)
+def test_sizes_are_those_of_the_literature():
+    """ViT-S has 22 and ViT-B 86 million parameters; the names are also in saved flags."""
+    millions = {}
+    with torch.device("meta"):
+        for name, size in M.SIZES.items():
+            shape = {k: v for k, v in size.items() if k != "decoder_dim"}
+            vit = M.ViT(**shape)
+            millions[name] = round(sum(w.numel() for w in vit.parameters()) / 1e6, 1)
+            assert M.shape_of(vit) == shape
+    assert millions == {"nano": 1.8, "tiny": 6.4, "small": 21.6, "base": 85.6}

@@ -1,132 +1,122 @@
 """pretrain.py as a user runs it, on a small packed set, and what its loop promises."""
 
-import json
-import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import golden
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, refused, stage
+from conftest import ROOT, call, draw_folder, stage
+from safetensors.torch import load_file
 
 import data
 import mask as masking
 import pretrain
-from common import train as train_module
-from common.io import save_text
-from common.train import commit, lr_at, read_log
+from common import train
+from common.formats import is_decoder
+from common.train import read_log
 
-MODEL = "nano:image_size=32"
-QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 4]
+CPU = ["--device", "cpu", "--dtype", "fp32"]
+QUICK = ["--device", "cpu", "--batch-size", 16, "--epochs", 2]
 NANO = dict(pretrain.SIZES["nano"])
+WHOLE = ["--model", "nano:image_size=32", *QUICK, "--epochs", 4, "--mask", "attn_high:start=.3"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_network():
-    """A network of 32 numbers, and no pictures: they would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
-        patch.setitem(pretrain.SIZES, "nano", small)
-        patch.setattr(pretrain, "draw_run", lambda *_: None)
-        patch.setattr(pretrain, "draw_masks", lambda *_: None)
-        yield
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch, no_pictures):
+    """A network of 32 numbers for what runs in this process."""
+    small = dict(dim=32, depth=2, heads=1, image_size=32, patch_size=8, decoder_dim=32)
+    monkeypatch.setitem(pretrain.SIZES, "nano", small)
 
 
-def train(small, out, *more, check=None):
-    words = ["--data", small, "--out", out, *QUICK]
-    return call("pretrain.py", *words, *more, cwd=out.parent, check=check)
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """A packed set with true foreground masks and parts."""
+    folder = tmp_path_factory.mktemp("figures") / "packed"
+    golden.write_packed(folder, 32, (("train", 48), ("val", 24)))
+    return folder
 
 
-def resume(out, check=None):
-    return call("pretrain.py", "--resume", out, cwd=out.parent, check=check)
+def train_in(out, packed, *words, check=0):
+    words = ["--data", packed, "--out", out, *QUICK, *words]
+    return call("pretrain.py", *words, cwd=out.parent, check=check)
 
 
-def weights(out):
-    return torch.load(out / "state.pt", weights_only=True)["model"]
+def state(out):
+    return torch.load(out / "state.pt", weights_only=True)
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# ---- a run from end to end -----------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     """An attn_high run in a process of its own, with the nano that a user has; what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    words = ["--data", small, "--out", out, "--model", MODEL, *QUICK]
-    return out, stage(
-        "pretrain.py", *words, "--mask", "attn_high:start=.3", cwd=out.parent, check=0
-    )
+    return out, stage("pretrain.py", "--data", small, "--out", out, *WHOLE, cwd=out.parent, check=0)
 
 
 def test_a_run_writes_what_its_docstring_says(finished):
     out, done = finished
-    assert {p.name for p in out.iterdir()} == {
-        "attn-00000010.safetensors",
-        "state.pt",
-        "model.safetensors",
-        "pooler.safetensors",
-        "stats_head.safetensors",
-        "log.jsonl",
-        "curves.png",
-        "recon.png",
-        "masks.png",
-    }
-    rows = read_log(out / "log.jsonl")
-    steps = [r for r in rows if "loss" in r]
-    assert {"step", "epoch", "lr", "grad_norm", "images_per_s", "memory_mb"} <= set(steps[0])
-    held = [r for r in rows if "val_mse" in r]
+    weights = {"model.safetensors", "pooler.safetensors", "stats_head.safetensors"}
+    pictures = {"curves.png", "recon.png", "masks.png"}
+    run = {"attn-00000010.safetensors", "state.pt", "log.jsonl"}
+    assert {p.name for p in out.iterdir()} == weights | pictures | run
+    held = [r for r in read_log(out / "log.jsonl") if "val_mse" in r]
     assert held[-1]["val_mse"] < held[0]["val_mse"] and held[-1]["step"] == 20
-    assert held[0]["knn_thumbnail"] > 0
+    assert held[0]["knn_thumbnail"] > 0 and "attention (pooler) of self" in done.stdout
     assert done.stdout.splitlines()[-1] == f"next: python probe.py {out}"
 
 
-def test_the_state_holds_all_parts(finished):
-    state = torch.load(finished[0] / "state.pt", weights_only=True)
-    parts = {"model", "teacher", "agreement", "optimizer", "guide"}
-    assert state.keys() == parts | {"config", "step", "seconds"}
-    assert state["guide"] == {"maps": "attn-00000010.safetensors"}
+def test_the_learning_rate_of_a_run_ends_near_0_and_its_teacher_learned(finished):
+    out, _ = finished
+    rates = [r["lr"] for r in read_log(out / "log.jsonl") if "lr" in r]
+    assert 0 < rates[-1] < 0.02 * max(rates)
+    torch.manual_seed(0)
+    size = NANO | {"image_size": 32, "decoder_depth": 1}
+    begin, end = pretrain.MAE(**size).encoder.state_dict(), state(out)
+    for name, w in end["teacher"].items():
+        if name.endswith("fc1.weight"):
+            moved = (end["model"][f"encoder.{name}"] - begin[name]).norm()
+            assert 0.2 * moved < (w - begin[name]).norm() < moved
 
 
-def test_same_seed_same_weights_and_another_seed_others(small, tmp_path):
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        train(small, tmp_path / name, "--mask", "attn_high:start=.3", "--seed", seed, check=0)
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "again"))
-    assert not same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+# ---- kill and resume -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_resumes_to_the_same_bits(small, finished, tmp_path, how):
-    """Killed three times at moments that nobody chose: the weights are those of the whole run."""
-    out = tmp_path / "killed"
-    first = ["--data", small, "--out", out, "--model", MODEL, *QUICK]
-    first += ["--mask", "attn_high:start=.3"]
-    code = None
-    for attempt in range(6):
-        words = ["--resume", out] if (out / "state.pt").exists() else first
-        process = start(tmp_path, *words)
-        if attempt < 3:
-            before = max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
-            wait_for_a_step(process, out, before)
-            process.send_signal(how)
-        text, errors = process.communicate(timeout=120)
-        code = process.returncode
-        assert "Traceback" not in errors
-        if code == 0:
-            break
-        if how != signal.SIGKILL:
-            assert code == 128 + how and f"--resume {out}" in text
-    assert code == 0 and same(weights(finished[0]), weights(out))
-    evaluated = [
-        [r["step"] for r in read_log(run / "log.jsonl") if "val_mse" in r]
-        for run in (out, finished[0])
-    ]
-    assert evaluated[0] == evaluated[1]
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("--mask learned:start=0,ramp_for=0", ("predictor",)),
+        ("--mask attn_high:start=0 --contrast cls:weight=.5", ("teacher", "agreement")),
+    ],
+)
+def test_a_stopped_run_ends_with_the_same_bits(small, tmp_path, monkeypatch, words, parts):
+    """Stopped in the middle of an epoch: teacher, maps, predictor and projector are saved, too."""
+    train_in(tmp_path / "whole", small, *words.split())
+    plain = train.Run.update
+
+    def stop_at_7(run, *numbers):
+        plain(run, *numbers)
+        if run.step == 7:
+            run.stop.append(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "update", stop_at_7)
+        train_in(tmp_path / "run", small, *words.split(), check=143)
+    assert state(tmp_path / "run")["step"] == 7
+    call("pretrain.py", "--resume", tmp_path / "run", cwd=tmp_path, check=0)
+    one, two = (state(tmp_path / name) for name in ("whole", "run"))
+    for part in ("model", *parts):
+        assert same(one[part], two[part]), part
+    assert one["guide"] == two["guide"]
 
 
 def start(cwd, *words):
@@ -144,7 +134,30 @@ def wait_for_a_step(process, out, more_than):
         time.sleep(0.02)
 
 
-def recipe(monkeypatch, small, out, *words):
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_resumes_to_the_same_bits(small, finished, tmp_path, how):
+    """Killed three times at moments that nobody chose."""
+    out, words = tmp_path / "killed", ["--data", small, "--out", tmp_path / "killed", *WHOLE]
+    for _ in range(3):
+        process = start(tmp_path, *words)
+        before = max([row["step"] for row in read_log(out / "log.jsonl")], default=0)
+        wait_for_a_step(process, out, before)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=120)
+        assert "Traceback" not in errors and process.returncode in (0, 128 + how, -how)
+        words = ["--resume", out]
+    stage("pretrain.py", *words, cwd=tmp_path, check=0)
+    assert same(state(finished[0])["model"], state(out)["model"])
+    logs = [read_log(folder / "log.jsonl") for folder in (out, finished[0])]
+    evaluated = [[row["step"] for row in log if "val_mse" in row] for log in logs]
+    assert evaluated[0] == evaluated[1]
+
+
+# ---- what every mask shares ----------------------------------------------------------------------
+
+
+def recipe(monkeypatch, small, *words):
     """The flags of a run after every default is filled in; it stops before its first step."""
 
     class Stop(Exception):
@@ -153,54 +166,45 @@ def recipe(monkeypatch, small, out, *words):
     def stop(flags, *_):
         raise Stop(flags.values)
 
-    monkeypatch.setattr(train_module, "Run", stop)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(small), "--out", out, *words])
+    monkeypatch.setattr(train, "Run", stop)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(small), "--out", "x", *words])
     with pytest.raises(Stop) as stopped:
         pretrain.main()
     return stopped.value.args[0]
 
 
-@pytest.mark.parametrize("words", [(), ("--contrast", "none"), ("--contrast", "cls")], ids=str)
-def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch, words):
+def test_a_mask_changes_nothing_but_the_mask(small, monkeypatch):
     """Views, epochs, batch and second loss are one recipe."""
     masks = [name for name in masking.STRATEGIES if masking.NEEDS.get(name) not in ("fg", "parts")]
-    found = {m: recipe(monkeypatch, small, "x", "--mask", m, *words) for m in masks}
+    found = {m: recipe(monkeypatch, small, "--mask", m) for m in masks}
     assert {flags.pop("mask") for flags in found.values()} == set(masks)
-    for mask, flags in found.items():
-        assert flags == found["random"], mask
+    assert all(flags == found["random"] for flags in found.values())
 
 
-def test_simmim_is_a_model_with_its_own_defaults(small, monkeypatch, tmp_path):
-    flags = recipe(monkeypatch, small, "x", "--model", "nano:simmim=1")
-    assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
-    line = refused(train(small, tmp_path / "x", "--model", "nano:simmim=1", "--contrast", "pooler"))
-    assert "--contrast pooler" in line
-
-
-@pytest.mark.parametrize("contrast", ["none", "pooler"])
-def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast):
-    flags = recipe(monkeypatch, small, "x", "--contrast", contrast)
-    V, images = 1 + (contrast != "none"), len(data.open_split(small, "train")["images"])
-    default = pretrain.DEFAULTS["cpu"]
+@pytest.mark.parametrize("contrast, V", [("none", 1), ("pooler", 2)])
+def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast, V):
+    flags = recipe(monkeypatch, small, "--contrast", contrast)
+    images, default = len(data.open_split(small, "train")["images"]), pretrain.DEFAULTS["cpu"]
     assert abs(flags["epochs"] * images * V - default["views"]) <= images * V
     assert flags["batch_size"] * V == default["batch"]
+    flags = recipe(monkeypatch, small, "--model", "nano:simmim=1")
+    assert (flags["mask"], flags["ratio"], flags["contrast"]) == ("squares", "0.6", "none")
 
 
 def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):
     """The views of every step, under random and under attn_high: only the masks differ."""
     seen = {}
     for name in ("random", "attn_high:start=0"):
-        seen[name] = {"view": [], "keep": []}
+        views, kept = [], []
         with monkeypatch.context() as patch:
-            record(patch, data, "view_images", seen[name]["view"])
-            record(patch, masking, "sample", seen[name]["keep"])
-            train(small, tmp_path / name.replace(":", "-"), "--mask", name, check=0)
-    a, b = seen.values()
-    views = [[v for v in x["view"] if v.shape[0] == 32] for x in (a, b)]
-    assert len(views[0]) == len(views[1]) == 20
-    assert all(torch.equal(x, y) for x, y in zip(*views, strict=True))
-    kept = zip(a["keep"][1:], b["keep"][1:], strict=False)
-    assert any(not torch.equal(x[0], y[0]) for x, y in kept)
+            record(patch, data, "view_images", views)
+            record(patch, masking, "sample", kept)
+            train_in(tmp_path / name[:4], small, "--mask", name, "--epochs", 1)
+        seen[name] = [x for x in views if len(x) == 32], [ids for ids, _ in kept if len(ids) == 32]
+    (views, kept), (other_views, others) = seen.values()
+    assert len(views) == len(kept) == 5
+    assert all(torch.equal(x, y) for x, y in zip(views, other_views, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(kept, others, strict=True))
 
 
 def record(patch, module, name, results):
@@ -213,6 +217,78 @@ def record(patch, module, name, results):
     patch.setattr(module, name, noted)
 
 
+def test_a_ratio_rises_or_is_drawn_for_each_step():
+    drawn = {pretrain.ratio_at("0.5-0.9", 0, (1, 0, step, 0)) for step in range(50)}
+    assert len(drawn) == 50 and 0.5 < min(drawn) < 0.55 and 0.85 < max(drawn) < 0.9
+    of_processes = {pretrain.ratio_at("0.5-0.9", t, (1, 0, 7, t)) for t in (0, 1)}
+    assert len(of_processes) == 1
+    assert [pretrain.ratio_at("0.5:0.9", t, ()) for t in (0, 0.5, 1)] == [0.5, 0.7, 0.9]
+    assert pretrain.ratio_at("0.75", 0.3, ()) == 0.75
+
+
+# ---- other ways to run it ------------------------------------------------------------------------
+
+OFTEN = ("fg_heavy", "detail", "learned:shuffle=1", "random:throw=0.2")
+NAMES = [*masking.STRATEGIES, *(f"{name}:shuffle=1" for name in masking.NEEDS)]
+RARELY = [pytest.param(m, marks=pytest.mark.slow) for m in NAMES if m not in OFTEN]
+
+
+@pytest.mark.parametrize("mask", [*OFTEN, *RARELY])
+def test_every_strategy_trains(figures, tmp_path, mask):
+    train_in(tmp_path / "out", figures, "--mask", mask, "--ratio", "0.5-0.7")
+    rows = read_log(tmp_path / "out" / "log.jsonl")
+    last = [r for r in rows if "loss" in r][-1]
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
+    assert ("mask_entropy" in last) == mask.startswith("learned")
+    if mask in ("fg_heavy", "bg_heavy"):
+        first = last["fg_hidden"] > last["bg_hidden"]
+        assert first == (mask == "fg_heavy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["--dtype bf16", "--contrast pooler:dcl=0", "--compile"])
+def test_other_ways_to_compute_it(small, tmp_path, words):
+    train_in(tmp_path / "out", small, *words.split(), "--epochs", 1)
+    row = [r for r in read_log(tmp_path / "out" / "log.jsonl") if "agreement" in r][-1]
+    assert 0 < row["agreement"] < 6
+
+
+def test_a_pooler_leaves_the_encoder_as_it_is(small, tmp_path):
+    """Whatever its loss weighs: random masks have no guide, so the weights are the same bits."""
+    for weight in (0, 3):
+        words = ["--contrast", f"pooler:weight={weight}", "--epochs", 1]
+        train_in(tmp_path / str(weight), small, *words)
+    one, two = (state(tmp_path / name)["model"] for name in "03")
+    assert {k for k in one if not torch.equal(one[k], two[k])} == {
+        "encoder.pooler.kv.weight",
+        "encoder.pooler.query_token",
+    }
+
+
+def test_a_run_teaches_another_and_a_public_checkpoint_does_in_two_steps(figures, tmp_path):
+    """--init dino.pth adapts it to these images; --teacher lets what came of it guide."""
+    train_in(tmp_path / "first", figures, "--epochs", 1)
+    weights = load_file(tmp_path / "first" / "model.safetensors")
+    dino = {f"module.backbone.{k}": w for k, w in weights.items() if not is_decoder(k)}
+    student = {k: torch.zeros_like(w) for k, w in dino.items()}
+    torch.save({"student": student, "teacher": dino, "epoch": 7}, tmp_path / "dino.pth")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 1}')
+    done = train_in(tmp_path / "adapted", figures, "--init", tmp_path / "dino.pth", "--epochs", 1)
+    assert "the decoder starts anew" in done.stdout
+    for name, source in (("dino.pth", "cls"), ("adapted", "pooler")):
+        words = ["--mask", "attn_low:beta=2", "--teacher", tmp_path / name, "--epochs", 1]
+        done = train_in(tmp_path / f"by-{name}", figures, *words)
+        assert f"attention ({source}) of {tmp_path / name}" in done.stdout
+        assert Path(tmp_path / f"by-{name}" / "attn-00000000.safetensors").exists()
+    words = ["--init", tmp_path / "first", "--model", "nano:simmim=1", "--epochs", 1]
+    assert "starts anew" in train_in(tmp_path / "simmim", figures, *words).stdout
+    done = train_in(tmp_path / "on", figures, "--init", tmp_path / "first", "--epochs", 1)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("first", "on")]
+    ends = [[row["val_mse"] for row in log if "val_mse" in row] for log in logs]
+    assert "encoder and decoder" in done.stdout
+    assert ends[1][0] == pytest.approx(ends[0][-1], rel=0.02)  # it goes on where that one ended
+
+
 def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
     draw_folder(tmp_path / "pictures", classes=1, each=40)
     words = ["--data", tmp_path / "pictures" / "class0", *QUICK]
@@ -220,182 +296,3 @@ def test_images_are_packed_first_and_unlabelled_ones_train_too(tmp_path):
     assert (tmp_path / "datasets" / "class0" / "train.safetensors").exists()
     assert "kNN" not in done.stdout and "no Top-1" in done.stdout
     assert len(list((tmp_path / "runs").glob("class0-*/model.safetensors"))) == 1
-
-
-def test_a_finished_run_teaches_another(small, finished, tmp_path):
-    words = ["--mask", "attn_low", "--teacher", finished[0], "--ratio", ".5:.8"]
-    done = train(small, tmp_path / "pupil", *words, check=0)
-    assert f"attention (pooler) of {finished[0]}" in done.stdout
-
-
-def test_a_ratio_is_drawn_for_each_step_and_patches_are_thrown(small, tmp_path):
-    ratios = {pretrain.ratio_at("0.5-0.9", 0, (1, 0, step, 0)) for step in range(50)}
-    assert len(ratios) == 50 and 0.5 < min(ratios) < 0.55 and 0.85 < max(ratios) < 0.9
-    assert pretrain.ratio_at("0.5-0.9", 0, (1, 0, 7, 0)) == pretrain.ratio_at(
-        "0.5-0.9", 1, (1, 0, 7, 3)
-    )
-    assert [pretrain.ratio_at("0.5:0.9", t, ()) for t in (0, 0.5, 1)] == [0.5, 0.7, 0.9]
-    assert pretrain.ratio_at("0.75", 0.3, ()) == 0.75
-    words = ["--mask", "random:throw=0.2", "--ratio", "0.5-0.7"]
-    train(small, tmp_path / "thrown", *words, check=0)
-    for throw in ("0.5", "-0.1"):
-        done = train(small, tmp_path / "none", "--mask", f"random:throw={throw}", "--ratio", "0.5")
-        assert done.returncode == 2 and "thrown" in done.stderr
-
-
-def test_the_learning_rate_never_passes_its_peak():
-    rates = [lr_at(step, 100, 7.3, 1.0) for step in range(100)]
-    assert max(rates) == 1 and rates[6] < 1
-    assert rates == sorted(rates[:8]) + sorted(rates[8:], reverse=True)
-
-
-def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    running = tmp_path / f".state.pt.{os.getppid()}.tmp"
-    for file in (tmp_path / f".state.pt.{gone.pid}.tmp", running):
-        file.write_text("half")
-    save_text("whole", tmp_path / "state.pt")
-    assert {p.name for p in tmp_path.iterdir()} == {"state.pt", running.name}
-
-
-def test_a_machine_without_git_has_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert commit() == "no git"
-
-
-# ---- bad input -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "words, says",
-    [
-        (["--ratio", "1"], "--ratio 1"),
-        (["--ratio", ".99"], "16 patches"),
-        (["--ratio", "half"], "--ratio half"),
-        (["--model", "nano:patch_size=7"], "7"),
-        (["--model", "nano:patch_size=0"], "0"),
-        (["--model", "huge"], "--model huge"),
-        (["--mask", "atn_high"], "--mask atn_high"),
-        (["--mask", "attn_high:gamma=1"], "'gamma'"),
-        (["--batch-size", 1], "--batch-size 1"),
-        (["--contrast", 1], "pooler, cls, none"),
-        (["--device", "mps"], "--device mps"),
-        (["--mask", "attn_high", "--teacher", "nowhere"], "nowhere"),
-        (["--log", "carrierpigeon"], "carrierpigeon"),
-        (["--data", "nowhere"], "nowhere does not exist"),
-        (["--split", "dev"], "has no split dev"),
-        (["--seed", 2**70], f"--seed {2**70}"),
-        # a flag without an effect
-        (["--teacher", "self"], "--teacher has no effect"),
-        (["--attention", "cls"], "--attention has no effect"),
-        (["--maps", "auto"], "--maps has no effect"),
-        (["--mask", "attn_high", "--maps", "auto"], "--maps has no effect"),
-        (["--mask", "attn_low", "--teacher", "maps", "--attention", "cls"], "attn"),
-    ],
-)
-def test_bad_flags_are_one_line_and_write_nothing(small, tmp_path, words, says):
-    assert says in refused(train(small, tmp_path / "out", *words))
-    assert not (tmp_path / "out").exists()
-
-
-def test_files_that_are_not_ours(small, finished, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for content in (b"", b"hello", (finished[0] / "state.pt").read_bytes()[:-1000]):
-        (out / "state.pt").write_bytes(content)
-        assert "not a whole checkpoint" in refused(resume(out))
-        assert (out / "state.pt").read_bytes() == content
-    shutil.copy(finished[0] / "model.safetensors", tmp_path / "cut.safetensors")
-    os.truncate(tmp_path / "cut.safetensors", 5000)
-    for teacher in (tmp_path / "cut.safetensors", small / "train.safetensors"):
-        words = ["--mask", "attn_high", "--teacher", teacher]
-        assert teacher.name in refused(train(small, tmp_path / "new", *words))
-
-
-def test_a_checkpoint_with_code_in_it_is_refused_unrun(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "hacked"),)
-
-    (tmp_path / "out").mkdir()
-    torch.save({"config": Hostile()}, tmp_path / "out" / "state.pt")
-    refused(resume(tmp_path / "out"))
-    assert not (tmp_path / "hacked").exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: s.pop("step"),
-        lambda s: s.pop("optimizer"),
-        lambda s: s.pop("teacher"),
-        lambda s: s["model"].popitem(),
-        lambda s: s["guide"].update(maps="gone.safetensors"),
-    ],
-)
-def test_a_state_that_was_changed_is_refused(finished, tmp_path, change):
-    out = tmp_path / "out"
-    shutil.copytree(finished[0], out)
-    state = torch.load(out / "state.pt", weights_only=True)
-    change(state)
-    torch.save(state, out / "state.pt")
-    before = (out / "state.pt").read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pretrain.SIZES, "nano", NANO)
-        refused(resume(out))
-    assert (out / "state.pt").read_bytes() == before
-
-
-def test_a_folder_with_a_run_is_left_alone(small, finished):
-    before = (finished[0] / "state.pt").read_bytes()
-    assert "is there already" in refused(train(small, finished[0], "--mask", "random"))
-    assert (finished[0] / "state.pt").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_full_disk_keeps_the_old_checkpoint(small, tmp_path):
-    """A limit on the size of files makes the next save fail half-way, as a full disk does."""
-    out = tmp_path / "out"
-    process = start(tmp_path, "--data", small, "--out", out, "--model", MODEL, *QUICK)
-    wait_for_a_step(process, out, 0)
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    before = (out / "state.pt").read_bytes()
-
-    def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    done = stage("pretrain.py", "--resume", out, cwd=tmp_path, preexec_fn=small_files)
-    assert "could not write" in refused(done)
-    assert (out / "state.pt").read_bytes() == before and not list(out.glob(".*tmp"))
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(small, tmp_path, monkeypatch):
-    plain, calls = pretrain.reconstruction_loss, []
-
-    def broken(*args, **kw):
-        calls.append(1)
-        loss, error = plain(*args, **kw)
-        return loss * (float("nan") if len(calls) == 13 else 1), error
-
-    monkeypatch.setattr(pretrain, "reconstruction_loss", broken)
-    assert "not finite at step 13" in refused(train(small, tmp_path / "out"))
-    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
-    assert state["step"] < 13 and all(w.isfinite().all() for w in state["model"].values())
-
-
-def test_log_rows_are_json(finished):
-    for line in (finished[0] / "log.jsonl").read_text().splitlines():
-        assert json.loads(line)["seconds"] >= 0
-
-
-@pytest.mark.parametrize(
-    ("gain", "dtype"), [(0.5, torch.float32), (1.1, torch.float32), (3.0, torch.bfloat16)]
-)
-def test_a_cpu_gets_bf16_where_bf16_is_fast(monkeypatch, gain, dtype):
-    monkeypatch.setattr(train_module, "bf16_gain", lambda: gain)
-    chosen, reason = train_module.pick_dtype("auto", torch.device("cpu"))
-    assert chosen == dtype and ("not faster" in reason) == (dtype == torch.float32)
-    assert train_module.pick_dtype("bf16", torch.device("cpu"))[0] == torch.bfloat16
