@@ -1,0 +1,170 @@
+"""The poison test: choices are made on dev, so val and test may hold anything.
+
+Each stage runs twice, the second time on a set whose val and test are noise. Whatever it writes
+is the same to the bit, but for the scores that it reports and the pictures. A split's fingerprint
+changes with its pixels, and no stage here stores that of val. To add a stage, add a row to CASES.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+
+from common import plots
+from common.checkpoints import save_model
+from common.io import read_safetensors, save_safetensors
+from common.train import read_log
+from model import MAE
+
+KEPT = 4  # every fourth picture of a poisoned split stays as it is
+CLOCK = {"seconds", "images_per_s", "memory_mb", "peak_memory_mb", "step_ms"}  # of any two runs
+FAST = "--device cpu --dtype fp32"
+
+
+# ---- the helper and the comparison ---------------------------------------------------------------
+
+
+def poison(folder, names=("val", "test")):
+    """Spoil splits of a packed set: pixels become noise, all else is shuffled between pictures.
+
+    So labels, tags, boxes and masks stay valid, and belong to another picture. Every fourth
+    picture keeps what it has: a network that never learned from the split answers it as before.
+    """
+    rng = np.random.default_rng(13)
+    for name in names:
+        path = folder / f"{name}.safetensors"
+        arrays, header = read_safetensors(path)
+        rows = np.delete(np.arange(len(arrays["images"])), np.s_[::KEPT])
+        shuffled = rng.permutation(rows)
+        for plane, array in arrays.items():
+            array[rows] = array[shuffled]
+            if plane == "images":
+                array[rows] = torch.randint(256, array[rows].shape, dtype=torch.uint8)
+        save_safetensors(arrays, path, header | {"pixels": "poisoned"})  # part of the fingerprint
+
+
+def leaves(value, name):
+    """{name of a value inside of dicts and lists: the value}."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    else:
+        return {name: value}
+    found = {}
+    for key, part in parts:
+        found |= leaves(part, f"{name}/{key}")
+    return found
+
+
+def contents(path):
+    """All values in a file of ours, as one tree."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.suffix == ".pt":
+        return torch.load(path, weights_only=True)
+    return read_log(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+
+
+def written(folder):
+    """{"file/key/key": value} of everything that a stage wrote, but the pictures.
+
+    A text named `right` says which pictures of the reported split are right. Of its bits only
+    those of the pictures count that the poison left alone.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix in (".safetensors", ".pt", ".json", ".jsonl"):
+            found |= leaves(contents(path), str(path.relative_to(folder)))
+    for name in found:
+        if "/right" in name:
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(found[name]), np.uint8))
+            found[name] = torch.from_numpy(bits[::KEPT])
+    return found
+
+
+def same(one, two):
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def differences(clean, poisoned):
+    """Names of values that differ between two results of `written`, or that one of them lacks."""
+    assert clean, "the stage wrote nothing"
+    shared = clean.keys() & poisoned.keys()
+    changed = {name for name in shared if not same(clean[name], poisoned[name])}
+    return changed | (clean.keys() ^ poisoned.keys())
+
+
+# ---- the set and the encoder ---------------------------------------------------------------------
+
+
+def write_set(folder, counts):
+    """A packed set of four classes of 32 px, whose colours overlap: no classifier is perfect."""
+    rng = np.random.default_rng(7)
+    colours = rng.normal(128, 40, (4, 1, 1, 3))
+    for name, n in counts.items():
+        labels = np.arange(n) % 4
+        pixels = colours[labels] + rng.normal(0, 30, (n, 1, 1, 3))
+        pixels = pixels + rng.normal(0, 30, (n, 32, 32, 3))
+        images = np.clip(pixels, 0, 255).astype(np.uint8)
+        header = {"classes": list("abcd"), "size": 32, "split": name, "source": "drawn"}
+        header |= {"keys": [f"{name}{i}" for i in range(n)], "crop": "centre", "margin": 0}
+        arrays = {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)}
+        save_safetensors(arrays, folder / f"{name}.safetensors", header)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Two folders with the same encoder and the sets `set` and `nodev`: clean, and poisoned."""
+    base = tmp_path_factory.mktemp("poison")
+    counts = {"train": 64, "val": 80, "test": 40}
+    write_set(base / "clean" / "nodev", counts)
+    write_set(base / "clean" / "set", counts | {"dev": 24})
+    torch.manual_seed(0)
+    model = MAE(32, 8, 32, 2, 2, 32, 1)
+    save_model(model, base / "clean" / "encoder" / "model.safetensors", {"step": 0})
+    shutil.copytree(base / "clean", base / "poisoned")
+    for name in ("set", "nodev"):
+        poison(base / "poisoned" / name)
+    return base / "clean", base / "poisoned"
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take most of the time, and show what is reported."""
+    for name in ("image_grid", "curves", "training", "confusion"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+SIZE = "nano:image_size=32,dim=32,depth=2,heads=2"
+PRETRAIN = f"pretrain.py --data set --out run --model {SIZE} --mask attn_high {FAST}"
+TUNE = f"finetune_lora.py encoder --out run --epochs 6 --batch-size 16 {FAST}"
+OF_LOG = {"val_mse", "knn", "linear", "knn_thumbnail", "linear_thumbnail"}
+SCORES = {"top1", "top5", "macro_f1", "confusion"}
+OF_PROBE = SCORES | {"headline", "head", "mid", "tail", "per_class"}
+OF_PROBE |= {"map", "recall1", "recall5", "mean", "half"}
+OF_TUNE = SCORES | {"by_size", "top1_interval", "thumbnails_top1"}
+CASES = {  # the command, its folder of results, keys of what it reports
+    "pretrain": (f"{PRETRAIN} --epochs 3 --eval-every 1 --batch-size 16", "run", OF_LOG),
+    "probe": (f"probe.py encoder --data set --headline {FAST}", "encoder", OF_PROBE),
+    "lora": (f"{TUNE} --data set", "run", OF_TUNE),
+    "lora without dev": (f"{TUNE} --data nodev", "run", OF_TUNE),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_but_the_scores_depends_on_what_is_reported(places, case):
+    command, out, reported = CASES[case]
+    for place in places:
+        call(*command.split(), cwd=place, check=0)
+    found = differences(*(written(place / out) for place in places))
+    for place in places:
+        shutil.rmtree(place / "run", ignore_errors=True)
+    others = {name for name in found if not (CLOCK | reported) & set(name.split("/"))}
+    assert not others, "these were chosen on what is reported, or learned from it"
+    assert {name for name in found if reported & set(name.split("/"))}, "no poison arrived"
