@@ -11,6 +11,7 @@ from conftest import WORDS, draw_folder, run_line
 from golden import write_frames
 
 import model
+from common import plots
 from ingest import pack, scenes
 
 CPU = "--device cpu --dtype fp32"
@@ -23,7 +24,7 @@ COMMANDS = (  # of home, in their order
     f"data.py list.csv --out datasets/other {PACKED} --seed 1",
     f"pretrain.py --data datasets/packed --model {NANO} --out runs/a {QUICK}",
     f"finetune_lora.py runs/a --method lora --epochs 12 --keep 1 --batch-size 16 {CPU}",
-    "recognize.py runs/a-lora --list",
+    f"recognize.py runs/a-lora images/class0/illust0_0.png {CPU}",
     f"tags.py runs/a --data datasets/packed {QUICK}",
     f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",
     f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK}",
@@ -58,6 +59,8 @@ def pristine():
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | SIZE)
         patch.setattr(scenes, "COUNTS", {"train": 16, "dev": 4, "val": 4})
         patch.setattr(pack, "render", render_here)
+        for name in ("image_grid", "curves", "training", "confusion"):  # pictures take a third
+            patch.setattr(plots, name, lambda *_, **__: None)
         pack.pack("scenes", base / "datasets/scenes", size=64)
         write_frames(base / "datasets/frames")
         for line in COMMANDS:
