@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 from common import metrics
-from experiments import report
+from common.stats import from_bits
+from experiments import report, stats
 
 RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/PLAN.json"))
@@ -92,20 +93,55 @@ def test_no_table_says_an_interval_of_under_three_seeds():
             assert not re.search(r"; n = [12][,)]", line), (path, line)
 
 
-def test_pairs_are_paired_by_seed_and_illustration(tmp_path):
-    """Seeds in another order, a seed that one arm lacks, and images of one illustration."""
-    bits = {("a", 0): "f0", ("a", 1): "ff", ("a", 2): "f8", ("b", 2): "0f", ("b", 0): "f8"}
-    rows = [
-        {"arm": a, "seed": s, "metrics": {}, "right": {"top1": x}} for (a, s), x in bits.items()
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = dict.fromkeys(report.NEEDED, "x") | {"arms": {"a": "b", "b": "b"}, "seeds": [0, 1, 2]}
-    (tmp_path / "PLAN.json").write_text(json.dumps(plan))
-    (tmp_path / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
-    found = report.measure(
-        {"what": "top1", "arm": "a", "against": "b"}, report.open_folder(tmp_path)
-    )
+BITS = {("a", 0): "f0", ("a", 1): "ff", ("a", 2): "f8", ("b", 2): "0f", ("b", 0): "f8"}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measure(bits {(arm, seed): hexadecimal}) -> the test of a against b over four illustrations."""
+
+    def measure(bits):
+        rows = []
+        for (arm, seed), text in bits.items():
+            row = {"arm": arm, "seed": seed, "metrics": {}, "right": {"top1": text}}
+            rows.append(json.dumps(row) + "\n")
+        plan = dict.fromkeys(report.NEEDED, "x") | {"arms": {"a": "b", "b": "b"}}
+        plan |= {"seeds": sorted({seed for _, seed in bits})}
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        (tmp_path / "PLAN.json").write_text(json.dumps(plan))
+        (tmp_path / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
+        study = report.open_folder(tmp_path)
+        return report.measure({"what": "top1", "arm": "a", "against": "b"}, study)
+
+    return measure
+
+
+def test_pairs_are_paired_by_seed_though_rows_are_in_another_order(measured):
+    found = measured(BITS)
     assert found["per_seed"] == [-12.5, 12.5] and found["p"] is None and found["n"] == 2
+
+
+def test_images_of_one_illustration_count_once(measured):
+    """Three seeds: intervals, p and bootstrap over illustrations, not over images."""
+    bits = BITS | {("b", 1): "fc"}
+    found = measured(bits)
+    each = [
+        100.0 * from_bits(bits["a", s], 8) - 100.0 * from_bits(bits["b", s], 8) for s in range(3)
+    ]
+    by_illustration = stats.paired(np.array(each), [0, 0, 1, 1, 2, 2, 3, 3], 0.0, 1.0)
+    by_image = stats.paired(np.array(each), np.arange(8), 0.0, 1.0)
+    for name in ("low", "high", "p", "bootstrap"):
+        assert found[name] == by_illustration[name]
+    assert found["bootstrap"] != by_image["bootstrap"]
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("baselines/*/trials.json")), ids=str)
+def test_every_published_baseline_has_the_rate_that_is_the_best_on_dev(file):
+    found = json.loads(file.read_text())
+    assert len(found["trials"]) >= 6
+    for arm, scores in found["trials"].items():
+        best = max(scores, key=scores.get)
+        assert found["rates"][arm] == float(best), (arm, scores)
 
 
 # ---- numbers in prose, pictures ------------------------------------------------------------------
