@@ -67,8 +67,8 @@ def test_every_strategy_is_shown(at, strategy):
 
 def test_sliders_change_what_is_hidden(at):
     assert "seen: 8 of 16" in mask_page(at, ratio=0.5)
-    once, again, other = mask_page(at), mask_page(at), mask_page(at, seed=1)
-    assert once == again != other
+    once = mask_page(at)
+    assert once == mask_page(at) != mask_page(at, seed=1)
     assert mask_page(at, "attn_high:beta=3") != mask_page(at, "attn_low:beta=3")
     assert mask_page(at, "attn_high", t=0) == mask_page(at).replace("random", "attn_high")
 
@@ -291,17 +291,6 @@ def test_requests_of_other_sites_are_refused(address):
     assert upload(address, b"x", Origin=elsewhere)[0] == 403
     assert upload(address, b"x", Origin=address)[0] == 200
     assert join(address, "tags", [None], Origin=elsewhere)[0] == 403
-
-
-@pytest.mark.slow
-def test_functions_have_names_and_only_the_queue_calls_them(address):
-    known = json.loads(ask(address, "/gradio_api/info")[1])["named_endpoints"]
-    tabs = {"/mask", "/recognise", "/tags", "/drawn", "/pages"}
-    assert set(known) == tabs | {"/drawing", "/picture"}
-    for path in ("run/drawing", "api/drawing/", "call/drawing", "process_recording"):
-        assert ask(address, f"/gradio_api/{path}", b'{"data": ["akika", 0]}')[0] == 404
-    said = join(address, "drawing", [WHO, 3, None], "program")[1]
-    assert '"success":true' in said and WHO in said
 
 
 @pytest.mark.slow

@@ -319,7 +319,7 @@ def complaints(case, base):
 
 def judge(cases, base):
     """All cases, one after the other; those that fail are printed together."""
-    failed = [text for case in cases if (text := complaints(case, base))]
+    failed = list(filter(None, [complaints(case, base) for case in cases]))
     assert not failed, f"{len(failed)} of {len(cases)} calls:\n\n" + "\n\n".join(failed)
 
 

@@ -20,7 +20,7 @@ import data
 import pretrain
 import recognize
 from common.io import UserError, locked, read_safetensors
-from common.train import load_state, read_log
+from common.train import Run, load_state, read_log
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
 QUICK = f"--batch-size 8 --epochs 6 {CPU} --out new/run"
@@ -229,6 +229,49 @@ def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, moment):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "set"]
     assert {path.stem for path in (tmp_path / "set").iterdir()} == {"train", "val", "test"}
     assert len(data.open_split(tmp_path / "set", "val")["labels"]) > 0
+
+
+# ---- a run that is stopped -----------------------------------------------------------------------
+
+RUNS = {  # the call that made a run of home, and the step in which it is stopped
+    "tags": (f"tags.py runs/a --data datasets/packed {QUICK} --epochs 2", 5),
+    "seg": (f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}", 1),
+    "seg, stage 3": (
+        f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",
+        3,
+    ),
+    "det": (
+        f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK} --epochs 2",
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(base, name, monkeypatch):
+    """It goes on where it was, is refused where it would begin again, and is judged on test."""
+    (line, step), count, update = RUNS[name], [], Run.update
+
+    def update_and_stop(run, *numbers):
+        update(run, *numbers)
+        count.append(run.step)
+        if len(count) == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "update", update_and_stop)
+    line = f"{line} --out new/run"
+    assert run_line(line, base).returncode == 128 + signal.SIGTERM and len(count) == step
+    assert "is there already" in refused(run_line(line, base))
+    run_line(f"{line.split()[0]} --resume new/run", base, check=0)
+    assert count == list(range(1, len(count) + 1))
+    whole = base / f"runs/a-{name.split(',')[0]}"
+    for path in whole.glob("*.safetensors"):
+        expected, found = (read_safetensors(x)[0] for x in (path, base / "new/run" / path.name))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in found)
+    other = "dev" if name == "det" else "test"
+    run_line(f"{line.split()[0]} --resume new/run --split {other}", base, check=0)
+    assert (base / f"new/run/metrics-{other}.json").exists() and len(count) == count[-1]
 
 
 # ---- kills at any moment -------------------------------------------------------------------------

@@ -168,17 +168,6 @@ def test_maps_of_another_split_are_not_those_of_train(at):
         data.open_map("of-val", "saliency", train)
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_hot_cell_follows_crop_and_flip(flip):
-    """What the figure is in the image is the figure in the view, wherever the crop moved it."""
-    hot, box = torch.zeros(1, 32, 32, dtype=torch.uint8), torch.tensor([[0.25, 0.5, 0.5, 0.5]])
-    hot[0, 8:12, 20:24] = 255
-    view = data.view_maps(hot, box, torch.tensor([flip]), 8)[0]
-    rows, columns = torch.where(view > 0.7 * view.max())  # the crop begins at row 8, column 16
-    assert set(rows.tolist()) == {0, 1}
-    assert set(columns.tolist()) == ({4, 5} if flip else {2, 3})
-
-
 @pytest.mark.parametrize(
     ("words", "flags"),
     [
@@ -200,16 +189,6 @@ def test_an_estimate_of_exact_masks_says_so(at):
     assert "true has exact foreground masks" in text and text.splitlines()[-1].endswith("maps/true")
     train = data.open_split("true", "train")
     assert guidance.open_maps("fg", "auto", "true", train)[2].startswith("the true")
-
-
-def test_maps_and_their_sheet_are_replaced_by_nothing(at):
-    words = "maps.py --data datasets/packed --map saliency --device cpu --out once"
-    for name in ("saliency.safetensors", "sheet-saliency.png"):
-        (at / "once").mkdir(exist_ok=True)
-        (at / "once" / name).write_text("mine")
-        assert f"{name} is there already" in refused(run_line(words, at))
-        assert (at / "once" / name).read_text() == "mine"
-        (at / "once" / name).unlink()
 
 
 def test_what_open_map_refuses(at):

@@ -336,14 +336,6 @@ def test_pictures_are_cut_as_those_it_learned_from(base, monkeypatch):
     assert cuts == [("centre", 0.1), ("figure", 0.3)]
 
 
-def test_a_recogniser_of_the_demo_set_alone_says_so(base):
-    assert "demo set" not in said(base, FACE).stderr
-    tensors, header = read_safetensors(base / "runs/a-lora/head.safetensors")
-    header |= {"data": "datasets/toon"}
-    save_safetensors(tensors, base / "runs/a-lora/head.safetensors", header)
-    assert said(base, f"{FACE} {FACE} --json").stderr.count("demo set") == 1
-
-
 def test_an_unreadable_picture_is_one_line_and_the_others_go_on(base):
     (base / "text.png").write_text("no picture")
     found = said(base, f"text.png no.png {FACE}")

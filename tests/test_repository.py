@@ -290,7 +290,8 @@ def test_no_cycle():
 
 def test_what_a_student_reads_for_pretrain_is_short():
     """pretrain.py and all that it imports at the top, one after the other."""
-    known, found, left = module_files(), {}, ["pretrain"]
+    known, found = module_files(), {}
+    left = ["pretrain"]
     while left:
         name = left.pop()
         text = known[name].read_text()

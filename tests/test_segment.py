@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ from sklearn.metrics import jaccard_score
 
 import data
 import segment
-from common.io import read_safetensors
 from common.train import seeded
 from ingest import hybrid
 from model import ViT
@@ -303,31 +301,6 @@ def test_three_stages_leave_their_files_and_numbers(base):
     masks = segment.proxies_of(task, net)
     assert masks.shape == (36, 32, 32) and not masks[task.train.plain].any()
     assert masks[task.train.mixed].any((1, 2)).all()
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_run_that_was_stopped_ends_with_the_same_bits(base, monkeypatch, step):
-    """Stopped in stage 1 and in stage 3 (its first step is the third of all)."""
-    update, count = segment.train.Run.update, []
-
-    def stopping(self, *words):
-        count.append(1)
-        if len(count) == step:
-            signal.raise_signal(signal.SIGTERM)
-        return update(self, *words)
-
-    monkeypatch.setattr(segment.train.Run, "update", stopping)
-    line, out = f"{TRAIN} --out runs/cut{step}", base / f"runs/cut{step}"
-    assert run_line(line, base).returncode == 128 + 15 and not (out / "metrics.json").exists()
-    assert "is there already" in refused(run_line(line, base))
-    run_line(f"segment.py --resume runs/cut{step}", base, check=0)
-    assert len(count) == 3
-    for name in ("patches", "model"):
-        folders = base / "runs/a-seg", out
-        a, b = (read_safetensors(folder / f"{name}.safetensors")[0] for folder in folders)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-    run_line(f"segment.py --resume runs/cut{step} --split test", base, check=0)
-    assert (out / "metrics-test.json").exists() and len(count) == 3
 
 
 def test_pictures_get_masks_overlays_and_shares(base):

@@ -124,7 +124,8 @@ def test_images_never_make_an_interval_narrower_or_a_p_smaller():
 
 def test_an_interval_covers_what_other_images_would_have_said():
     """200 experiments of 5 seeds on 40 images that truly tie: seeds alone are misled by images."""
-    rng, missed, alone = np.random.default_rng(2), 0, 0
+    rng = np.random.default_rng(2)
+    missed = alone = 0
     for _ in range(200):
         d = rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 1, 40) + rng.normal(0, 0.2, (5, 40))
         errors = stats.errors_of(d, np.arange(40))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import refused, run_line
+from conftest import run_line
 
 import mask as masking
 import model
@@ -105,15 +105,6 @@ def test_one_command_writes_what_its_docstring_says(base):
     assert some["top1"] == expected and "Top-1 under cutout 0.3" in text
     right = stats.from_bits(some["right"]["cutout 0.3"], some["images"])
     assert 100 * right.mean() == pytest.approx(some["top1"]["cutout 0.3"])
-
-
-def test_nothing_that_is_there_is_replaced(base):
-    words = f"{STRESS} --only cutout"
-    run_line(words, base, check=0)
-    assert "stress-cutout.json is there already" in refused(run_line(words, base))
-    run_line(f"{words} --split test", base, check=0)
-    found = json.loads((base / "run/toon-test/stress-cutout.json").read_text())
-    assert found["split"] == "test"
 
 
 def test_the_mid_terms_table_is_one_flag(base):

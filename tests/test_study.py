@@ -174,7 +174,7 @@ def test_pilots_give_the_threshold_and_are_never_reported(home, small):
     opened = report.open_folder(folder_of(home, "h1"))
     end = pilot[0]["curve"]["linear"]
     assert opened.thresholds == {"random": round(end[0] + 0.9 * (end[-1] - end[0]), 2)}
-    assert all(seed < 3 for seeds in opened.rows.values() for seed in seeds)
+    assert {max(seeds) for seeds in opened.rows.values()} == {2}
     assert "**H1: undecided**" in table_of(home, "h1")  # an arm of its claim is missing
 
 

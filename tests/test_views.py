@@ -15,7 +15,8 @@ from model import ViT
 
 def test_dinos_loss_is_the_cross_entropy_of_different_crops():
     torch.manual_seed(0)
-    said, taught, centre = torch.randn(3, 4, 5), torch.randn(2, 4, 5), torch.randn(5)
+    said, taught = torch.randn(3, 4, 5), torch.randn(2, 4, 5)
+    centre = torch.randn(5)
     total = []
     for t, v in ((0, 1), (0, 2), (1, 0), (1, 2)):
         p = ((taught[t] - centre) / views.SHARPER).softmax(1)
