@@ -42,7 +42,7 @@ STRESS = f"experiments.stress runs/a --only cutout --images 8 {CPU}"
 WORK = (  # calls that work, from which every bad one is made
     "data.py images --out datasets/new --size 32",
     "data.py list.csv --out datasets/new --size 32",
-    "data.py images --out datasets/new --size 32 --crop figure --boxes boxes.txt",
+    "data.py images --out datasets/new --size 32 --crop figure",
     f"{MAPS} --map saliency --out maps/new",
     ATTENTION,
     PRE,
@@ -165,8 +165,6 @@ def write_more(base):
     for name in ("notes.txt", "study/table.md", "odd/na\nme", "odd/名前 'q\" %s", "locked"):
         (base / name).write_text("a,b\n1,what nobody wants to lose\n")
     (base / "locked").chmod(0)
-    names = [path.relative_to(base / "images") for path in (base / "images").rglob("*.png")]
-    (base / "boxes.txt").write_text("".join(f"{name} 4 4 30 30\n" for name in names))
     os.symlink("loop", base / "loop")
     for name, how in (("half", "half"), ("evil.pt", "pickle"), ("model.safetensors", "foreign")):
         shutil.copy(base / "runs/a/model.safetensors", base / "broken" / name)

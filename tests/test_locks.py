@@ -250,7 +250,8 @@ RUNS = {  # the call that made a run of home, and the step in which it is stoppe
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_ends_with_the_same_bits(base, name, monkeypatch):
     """It goes on where it was, is refused where it would begin again, and is judged on test."""
-    (line, step), count, update = RUNS[name], [], Run.update
+    line, step = RUNS[name]
+    count, update = [], Run.update
 
     def update_and_stop(run, *numbers):
         update(run, *numbers)
