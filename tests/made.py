@@ -18,6 +18,7 @@ CPU = "--device cpu --dtype fp32"
 QUICK = f"--batch-size 8 --epochs 2 {CPU}"
 NANO = "nano:image_size=32,patch_size=8,decoder_dim=32"
 SIZE = {"dim": 32, "depth": 4, "heads": 2}
+FOLDER = tempfile.TemporaryDirectory(prefix="animask-home-")  # gone when the process ends
 PACKED = "--size 32 --split .6,.2,.2 --dev .15"
 COMMANDS = (  # of home, in their order
     f"data.py list.csv --out datasets/packed {PACKED}",
@@ -52,7 +53,7 @@ def write_list(base):
 @functools.cache
 def pristine():
     """The folder itself, of this process; nothing may write into it."""
-    base = Path(tempfile.mkdtemp(prefix="animask-home-"))
+    base = Path(FOLDER.name)
     draw_folder(base / "images", classes=3, each=24)
     write_list(base)
     with pytest.MonkeyPatch.context() as patch:

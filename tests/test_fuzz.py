@@ -240,7 +240,7 @@ def inputs_of(line, base):
     """The files that a line names, or that are in folders that it names; few of the pictures."""
     for word in shlex.split(line):
         path = base / word
-        files = [path] if path.is_file() else [x for x in path.rglob("*") if x.is_file()]
+        files = [path] if path.is_file() else [x for x in sorted(path.rglob("*")) if x.is_file()]
         pictures = [x for x in files if x.suffix == ".png"]
         yield from set(files) - set(pictures[2:])
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,109 +126,105 @@ def world():
     torch.manual_seed(0)
     centre, labels = torch.randn(5, 16), torch.arange(5).repeat(40)
     faces, known = (centre[labels] + 0.3 * torch.randn(200, 16) for _ in range(2))
+    logits = F.normalize(known) @ F.normalize(centre).T
     unknown = centre[0] + 2 * torch.randn(1000, 16)
-    return labels, faces, known, unknown, F.normalize(known) @ F.normalize(centre).T
+    gallery = recognize.make_gallery(faces, labels, 5)
+    found = SimpleNamespace(labels=labels, faces=faces, known=known, unknown=unknown)
+    found.gallery, found.held_out = gallery, (logits, known, labels)
+    found.unit = recognize.compared(known, gallery)
+    found.score = recognize.best_similarity(found.unit, gallery)
+    return found
 
 
-def accepted(gallery, faces):
+def accepted(threshold, faces, gallery):
     """The share of faces that are similar enough to somebody."""
     score = recognize.best_similarity(recognize.compared(faces, gallery), gallery)
-    return (score >= gallery["threshold"]).float().mean().item()
+    return (score >= threshold).float().mean().item()
 
 
 def test_whitening_is_the_inverse_of_the_covariance_within_characters(world):
-    labels, faces, *_ = world
-    mean, matrix = recognize.whitening(faces, labels)
-    rows = recognize.evenly_of_each(labels, recognize.WHITENED)
+    mean, matrix = recognize.whitening(world.faces, world.labels)
+    rows = recognize.evenly_of_each(world.labels, recognize.WHITENED)
     assert [len(some) for some in rows] == [recognize.WHITENED] * 5
-    inside = [faces[some] - faces[some].mean(0) for some in rows]
+    groups = [world.faces[some] for some in rows]
+    inside = [group - group.mean(0) for group in groups]
     within = sum(x.T @ x for x in inside).double() / (5 * recognize.WHITENED - 5)
     within += recognize.SHRINK * within.diagonal().mean() * torch.eye(16)
     torch.testing.assert_close((matrix @ matrix.T).double() @ within, torch.eye(16).double())
-    means = torch.stack([faces[some].mean(0) for some in rows])
-    torch.testing.assert_close(mean, means.mean(0))
+    torch.testing.assert_close(mean, torch.stack([group.mean(0) for group in groups]).mean(0))
 
 
 def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_character(world):
-    labels, faces, known, *_ = world
-    gallery = recognize.make_gallery(faces, labels, 5)
-    unit = recognize.compared(known, gallery)
-    cosine = unit @ gallery["unit"].T
-    of_each = [cosine[:, labels == c].sort(1, descending=True)[0][:, :3].mean(1) for c in range(5)]
-    expected = torch.stack(of_each).amax(0)
-    torch.testing.assert_close(recognize.best_similarity(unit, gallery), expected)
-    sums = torch.stack([gallery["unit"][labels == c].sum(0) for c in range(5)])
-    torch.testing.assert_close(gallery["means"], F.normalize(sums))
+    unit, best = world.gallery["unit"], []
+    for c in range(5):
+        cosine = (world.unit @ unit[world.labels == c].T).sort(1, descending=True)[0]
+        best.append(cosine[:, :3].mean(1))
+    torch.testing.assert_close(world.score, torch.stack(best).amax(0))
+    sums = torch.stack([unit[world.labels == c].sum(0) for c in range(5)])
+    torch.testing.assert_close(world.gallery["means"], F.normalize(sums))
 
 
 def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(world):
-    labels, faces, known, unknown, logits = world
-    found = recognize.calibrate(faces, labels, (logits, known, labels), unknown)
-    gallery = recognize.make_gallery(faces, labels, 5) | found
-    rejected = 1 - accepted(gallery, known)
-    assert accepted(gallery, unknown) == pytest.approx(rejected, abs=0.01) and rejected < 0.091
-    who, _, margin, sure = recognize.decide(logits, known, gallery)
+    found = recognize.calibrate(world.faces, world.labels, world.held_out, world.unknown)
+    rejected = (world.score < found["threshold"]).float().mean().item()
+    wrong = accepted(found["threshold"], world.unknown, world.gallery)
+    assert wrong == pytest.approx(rejected, abs=0.01) and rejected < 0.091
+    gallery, logits = world.gallery | found, world.held_out[0]
+    who, _, margin, sure = recognize.decide(logits, world.known, gallery)
     assert (margin >= 0).float().mean() == pytest.approx(1 - rejected)
-    assert (who == labels).float().mean() > 0.99 and sure.mean() > 0.8
-    _, _, _, unsure = recognize.decide(logits.repeat(5, 1), unknown, gallery)
+    assert (who == world.labels).float().mean() > 0.99 and sure.mean() > 0.8
+    _, _, _, unsure = recognize.decide(logits.repeat(5, 1), world.unknown, gallery)
     assert unsure.mean() < 0.5
     low, high = torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65])
     assert 0.4 < recognize.balance(low, high) < 0.61  # one of four is on the wrong side, either way
 
 
 def test_no_more_known_faces_are_rejected_than_promised_however_alike_unknown_ones_are(world):
-    labels, faces, known, _, logits = world
-    found = recognize.calibrate(faces, labels, (logits, known, labels), known[:50])
-    gallery = recognize.make_gallery(faces, labels, 5) | found
-    share = int(recognize.MOST_REJECTED * 200) / 200
-    assert 1 - accepted(gallery, known) == pytest.approx(share, abs=1e-6)
+    twins = world.known[:50]
+    found = recognize.calibrate(world.faces, world.labels, world.held_out, twins)
+    rejected = (world.score < found["threshold"]).float().mean().item()
+    assert rejected == pytest.approx(int(recognize.MOST_REJECTED * 200) / 200, abs=1e-6)
 
 
 def test_known_faces_stand_for_unknown_ones_while_their_characters_are_left_out(world):
-    labels, faces, known, _, logits = world
-    found = recognize.as_unknown(faces, labels, known, labels)
+    labels, known = world.labels, world.known
+    found = recognize.as_unknown(world.faces, labels, known, labels)
     for c in range(5):  # five folds of five characters: one is left out
         stay = labels != c
-        gallery = recognize.make_gallery(faces[stay], labels[stay], 5)
-        unit = recognize.compared(known[labels == c], gallery)
-        expected = recognize.best_similarity(unit, gallery)
-        torch.testing.assert_close(found[labels == c], expected)
-    row = recognize.calibrate(faces, labels, (logits, known, labels))
-    gallery = recognize.make_gallery(faces, labels, 5)
-    score = recognize.best_similarity(recognize.compared(known, gallery), gallery)
-    assert row["threshold"] == pytest.approx(recognize.balance(score, found), abs=1e-6)
+        gallery = recognize.make_gallery(world.faces[stay], labels[stay], 5)
+        unit = recognize.compared(known[~stay], gallery)
+        torch.testing.assert_close(found[~stay], recognize.best_similarity(unit, gallery))
+    row = recognize.calibrate(world.faces, labels, world.held_out)
+    assert row["threshold"] == pytest.approx(recognize.balance(world.score, found), abs=1e-6)
 
 
 def test_five_percent_of_other_faces_pass_for_an_enrolled_character(world):
-    labels, faces, known, *_ = world
-    gallery = recognize.make_gallery(faces, labels, 5)
-    threshold = recognize.enrolled_threshold(gallery, known, labels)
-    unit, passed = recognize.compared(known, gallery), []
+    threshold = recognize.enrolled_threshold(world.gallery, world.known, world.labels)
+    passed = []
     for c in range(5):
-        shots = gallery["unit"][labels == c][data.evenly_spaced(40, recognize.SHOTS)]
-        cosine = unit @ F.normalize(shots.sum(0), dim=0)
-        passed.append((cosine >= threshold)[labels != c])
+        faces = world.gallery["unit"][world.labels == c]
+        shots = faces[data.evenly_spaced(40, recognize.SHOTS)]
+        cosine = world.unit @ F.normalize(shots.sum(0), dim=0)
+        passed.append((cosine >= threshold)[world.labels != c])
     assert torch.cat(passed).float().mean().item() == pytest.approx(0.05, abs=0.002)
 
 
 def test_an_enrolled_character_wins_where_its_mean_is_nearer_than_all_others(world):
-    labels, faces, known, _, logits = world
-    of_four = labels < 4
-    row = recognize.calibrate(
-        faces[of_four], labels[of_four], (logits[of_four, :4], known[of_four], labels[of_four])
-    )
-    gallery = recognize.make_gallery(faces, labels, 4) | row  # the fifth is enrolled
-    unit = recognize.compared(known, gallery)
+    old, logits = world.labels < 4, world.held_out[0][:, :4]
+    held_out = logits[old], world.known[old], world.labels[old]
+    row = recognize.calibrate(world.faces[old], world.labels[old], held_out)
+    gallery = recognize.make_gallery(world.faces, world.labels, 4) | row  # the fifth is enrolled
+    unit = recognize.compared(world.known, gallery)
     to_mean = unit @ gallery["means"].T
     new = to_mean[:, 4] + recognize.HANDICAP > to_mean[:, :4].amax(1)
     assert 40 <= new.sum() < 200
-    who, similarity, margin, sure = recognize.decide(logits[:, :4], known, gallery)
+    who, similarity, margin, sure = recognize.decide(logits, world.known, gallery)
     assert torch.equal(who == 4, new) and torch.equal(sure.isnan(), new)
     torch.testing.assert_close(similarity[new], to_mean[new, 4])
     torch.testing.assert_close(margin[new], to_mean[new, 4] - row["enrolled_threshold"])
     score = recognize.best_similarity(unit, gallery)[~new]
     torch.testing.assert_close(margin[~new], score - row["threshold"])
-    p = (logits[~new, :4] / row["temperature"]).softmax(1).amax(1)
+    p = (logits[~new] / row["temperature"]).softmax(1).amax(1)
     a, b = row["platt"]
     torch.testing.assert_close(sure[~new], p * (a * margin[~new] + b).sigmoid())
 

@@ -357,6 +357,7 @@ def test_the_bootstrap_is_what_its_formula_says():
     assert bootstrap(-d, groups, draws=50)["p"] == found["p"]
     assert bootstrap(np.ones((3, 8)), groups, draws=50)["p"] == 2 / 50
     assert bootstrap(np.zeros((3, 8)), groups, draws=50)["p"] == 1.0
+    assert bootstrap(np.ones((3, 8)), groups)["p"] == 2 / 2000
 
 
 def test_the_bootstrap_covers_the_truth():
