@@ -2,6 +2,8 @@
 
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from made import CPU, QUICK, home
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
 import tags
+from common.features import open_rows
 from common.train import read_log, seeded
 from model import ViT
 
@@ -160,7 +163,7 @@ def test_the_two_losses_are_those_of_the_docstring():
         if arm == "l2l":
             batch["targets"] = torch.from_numpy(tags.many_hot(ids, V)).float()
         patches, places = net.encoder.all_patches(view)
-        batch = tags.SimpleNamespace(patches=patches, ids=places, **batch)
+        batch = SimpleNamespace(patches=patches, ids=places, **batch)
         characters, found = net(patches, places, words, hidden)
         character_loss, tag_loss = tags.losses(net, batch, labels)
         log_p = characters.log_softmax(1)
@@ -230,6 +233,19 @@ def test_pictures_get_a_name_and_tags(base):
     some = torch.tensor([0.3, 0.5, 0.9])
     assert list(tags.named(some, header).items()) == [("c", 0.9), ("a", 0.3)]
     assert [*tags.named(some, header, 0.4)] == ["c", "b"]
+
+
+def test_accuracies_with_tags_are_of_pictures_whose_tags_are_known(base, monkeypatch):
+    """By a network that is right where it is told the tags, and always wrong where it is not."""
+    (*_, images), _ = open_rows(base / "datasets/packed", "val", 0)
+    net, _ = tags.load_tagger(base / "runs/a-tags")
+    right = torch.nn.functional.one_hot(images.labels[images.rows], 3).float()
+    told = lambda net, view, ids, ask: (right if ids is not None else -right, None)  # noqa: E731
+    monkeypatch.setattr(tags, "answers", told)
+    cpu = torch.device("cpu")
+    task = SimpleNamespace(net=net, arm="mfdn", side=32, device=cpu, autocast=nullcontext)
+    expected = {"with_top1": 100, "with_top5": 100, "without_top1": 0, "without_top5": 100}
+    assert tags.accuracies(task, images) == expected
 
 
 # ---- how tags are judged -------------------------------------------------------------------------
