@@ -342,7 +342,7 @@ def says(page, where, words, seconds=20):
 @pytest.mark.slow
 def test_the_page_in_a_browser(page, tmp_path):
     tabs = {"Recognise": "similarity", "Tags": "tags.py", "Drawn": "segment.py"}
-    tabs |= {"Pages": "detect.py", "Mask": "pretrain.py --mask"}
+    tabs |= {"Pages": "--detect runs/a-det", "Mask": "pretrain.py --mask"}
     for name, words in tabs.items():
         page.get_by_role("tab", name=name).first.click()
         says(page, f"#{name.lower()}", words)
