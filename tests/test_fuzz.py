@@ -68,7 +68,7 @@ WORK = (  # calls that work, from which every bad one is made
     "export.py runs/a-lora --to merged --out exports/merged.safetensors",
     "export.py runs/a-tags --to half --out exports/half",
     "ingest.toon --rows 1 --columns 1 --size 32 --out new.png",
-    "experiments.run mine --arms block --data datasets/packed --dry",
+    "experiments.run mine --arms block --data datasets/packed --threads 1 --dry",
     "experiments.report study/mine-packed",
     STRESS,
 )

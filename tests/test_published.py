@@ -3,11 +3,12 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 from common import metrics
 from common.stats import from_bits
@@ -77,6 +78,15 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
             number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text)
             same = float(b[name]) == near(float(text)) if number else b[name] == text
             assert same, (a["arm"], name, text, b[name])
+
+
+def test_the_command_writes_a_published_table_again(tmp_path):
+    old = RESULTS / "baselines/faces20-tail"
+    folder = shutil.copytree(old, tmp_path / old.name, ignore=shutil.ignore_patterns("table.*"))
+    call("experiments.report", folder, "--figure", cwd=tmp_path, check=0)
+    again = (folder / "table.md").read_text()
+    assert again.startswith((old / "table.md").read_text()) and "figure.png" in again
+    assert (folder / "figure.png").exists()
 
 
 def test_the_tables_of_the_study_follow_from_the_rows(judged, monkeypatch):

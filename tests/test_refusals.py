@@ -18,7 +18,8 @@ NAME = f"recognize.py runs/a-lora {CPU}"
 TAGS = f"tags.py runs/a --data datasets/packed --out new {QUICK}"
 SEGMENT = f"segment.py runs/a --data datasets/frames --out new {CPU}"
 DETECT = f"detect.py runs/a --data datasets/scenes --out new --view 48 {CPU}"
-RUN = "experiments.run mine --data datasets/packed"
+PLAN = "experiments.run --threads 1"
+RUN = f"{PLAN} mine --data datasets/packed"
 IMAGES, TOON = "data.py images --out new", "data.py toon --out new"
 SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
 THREE = "images/class0/illust0_0.png images/class0/illust1_0.png images/class0/illust2_0.png"
@@ -123,11 +124,11 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{RUN} --arms 'fg_heavy --maps truth'", "no true maps"),
     (f"{RUN} --set recipe", "NAME=VALUE"),
     (f"{RUN} --set split=test2", "test2"),
-    ("experiments.run mine --data nowhere", "nowhere"),
-    ("experiments.run adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
-    ("experiments.run detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
-    ("experiments.run tags --data datasets/frames --set encoder=runs/a", "tags"),
-    ("experiments.run hybrid --data datasets/packed --set encoder=runs/a", "drawn"),
+    (f"{PLAN} mine --data nowhere", "nowhere"),
+    (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
+    (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
+    (f"{PLAN} tags --data datasets/frames --set encoder=runs/a", "tags"),
+    (f"{PLAN} hybrid --data datasets/packed --set encoder=runs/a", "drawn"),
     ("experiments.report images", "PLAN.json"),
     ("experiments.stress runs/a --only cutot", "cutot is unknown"),
     ("experiments.map_quality runs/a --data datasets/packed", "no true fg and parts"),

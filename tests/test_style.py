@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 44), (assigns_many, 65)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 43), (assigns_many, 65)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -112,7 +112,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3868, 2700),
     "experiments": (2386, 1900),
     "benchmarks": (1007, 900),
-    "tests": (14126, 8500),
+    "tests": (14140, 8500),
 }
 
 
