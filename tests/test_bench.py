@@ -1,9 +1,6 @@
 """What the benchmarks count, judge and write; how fast something is is no matter of tests."""
 
 import os
-import subprocess
-import sys
-import types
 from dataclasses import replace
 
 import pytest
@@ -17,7 +14,7 @@ from benchmarks.tables import read_csv, save_csv
 from common.checkpoints import save_model
 from common.io import UserError
 from export import export
-from model import MAE, Block
+from model import MAE
 
 CPU = torch.device("cpu")
 TINY = step.Case(**step.TINY, dtype="fp32", decoder="32x1", device="cpu")
@@ -28,18 +25,17 @@ def test_flops_are_those_of_the_formula():
     updates, 4 U T D for q k^T and A v. Backward is twice forward, but for what needs no gradient of
     its input: pixels, the head's features.
     """
-    S, p, D, depth, W, blocks, K = 48, 16, 32, 3, 64, 2, 5
+    S, p = 48, 16
+    D, depth = 32, 3
+    W, blocks = 64, 2
+    K = 5
     N, P = (S // p) ** 2, 3 * p * p
 
     def block(T, D, U):
         return (6 * T + 18 * U) * D**2 + 4 * U * T * D
 
-    decoder = (
-        2 * (K + 1) * D * W
-        + (blocks - 1) * block(N + 1, W, N + 1)
-        + block(N + 1, W, N - K)
-        + 2 * (N - K) * W * P
-    )
+    decoder = 2 * (K + 1) * D * W + (blocks - 1) * block(N + 1, W, N + 1)
+    decoder += block(N + 1, W, N - K) + 2 * (N - K) * W * P
     once = 2 * K * P * D + 2 * (N - K) * W * 2  # patch embedding, head for pictures
     expected = 3 * (depth * block(K + 1, D, K + 1) + decoder) + 2 * once
     with torch.device("meta"):
@@ -49,12 +45,16 @@ def test_flops_are_those_of_the_formula():
     assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes
 
 
-def test_bytes_of_the_kernels_are_those_of_their_docstrings():
-    n, P = 10, 768  # bf16: two bytes a number; 8 bytes for a patch's place, 4 for its weight
-    count = lambda *one: kernels.bytes_to_move(one, n, P, 2)  # noqa: E731
-    assert count("gather", "forward") == n * (P + 8 + 2 * P)
-    assert count("detail", "forward") == n * (P + 8 + 4)
-    assert count("loss", "both") == n * (P + 8 + 4 * P + 4)
+@pytest.mark.parametrize(
+    ("kernel", "way", "count"),
+    [
+        ("gather", "forward", 768 + 8 + 2 * 768),  # bf16: two bytes a number; 8 a patch's place
+        ("detail", "forward", 768 + 8 + 4),
+        ("loss", "both", 768 + 8 + 4 * 768 + 4),  # and 4 for its weight
+    ],
+)
+def test_bytes_of_the_kernels_are_those_of_their_docstrings(kernel, way, count):
+    assert kernels.bytes_to_move((kernel, way), 10, 768, 2) == 10 * count
 
 
 def test_percentiles_are_of_all_turns_and_ratios_within_each():
@@ -62,9 +62,6 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     found = bench.compared(times, "base")
     assert found["ours"]["times_as_long_as_base"] == 0.5 and found["base"]["p50_ms"] == 11.0
     assert (found["ours"]["p20_ms"], found["ours"]["p80_ms"]) == (1.0, 10.0)
-
-
-def test_a_summary_compares_within_turns():
     slow = replace(TINY, candidate="timm", compile=True)
     lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
     assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
@@ -81,8 +78,8 @@ def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
     wrong = lambda *args, **_: 1.001 * kernels.obvious_loss(*args)  # noqa: E731
     monkeypatch.setattr(kernels, "reconstruction_loss", wrong)
     done = call("benchmarks.kernels", "--device", "cpu", "--out", tmp_path, cwd=tmp_path)
-    assert done.returncode == 2 and "reference loss forward" in done.stderr
-    assert "no speed is reported" in done.stderr and not list(tmp_path.glob("*.csv"))
+    assert done.returncode == 2 and "no speed is reported" in done.stderr
+    assert not list(tmp_path.glob("*.csv"))
 
 
 @pytest.fixture
@@ -98,25 +95,6 @@ def weights(tmp_path):
 def losses(case, folder):
     one_step = step.make_step(case, folder, CPU)
     return [one_step(i).item() for i in range(3)]
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """A timm whose block is ours, with timm's arguments and names."""
-
-    class Their(Block):
-        def __init__(self, dim, num_heads, qkv_bias, norm_layer):
-            super().__init__(dim, num_heads)
-            assert qkv_bias and norm_layer(dim).eps == 1e-6
-
-    fake = types.SimpleNamespace(Block=Their, set_fused_attn=bool)
-    for name in ("timm", "timm.layers", "timm.models", "timm.models.vision_transformer"):
-        monkeypatch.setitem(sys.modules, name, fake)
-
-
-def test_blocks_of_timm_give_our_losses(weights, timm):
-    found = losses(replace(TINY, candidate="timm"), weights)
-    assert step.agree(found, losses(TINY, weights), "fp32") == ""
 
 
 @pytest.mark.slow
@@ -143,6 +121,7 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_one_line():
     assert bench.alone(abs, -3) == 3
     with pytest.raises(UserError, match="status 7"):
@@ -168,27 +147,11 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
         assert calls == expected and len(lines) == 1 and "8 images/s" in lines[0]
         calls.clear()
     monkeypatch.setattr(step, "agree", lambda *_: "step 1: another loss")
-    with pytest.raises(UserError, match="step 1: another loss; no speed is reported"):
+    with pytest.raises(UserError, match="no speed is reported"):
         step.compare(table, [[replace(TINY, batch=8)]], 2, (1, 1))
-
-
-def test_a_benchmark_refuses_what_it_would_not_use(tmp_path):
-    for name, other, flag in (("data", "--pack=4", "--images"), ("step", "--small", "--batch")):
-        done = call(f"benchmarks.{name}", other, flag, 999, cwd=tmp_path)
-        assert done.returncode == 2 and f"{flag} has no effect with --" in done.stderr
 
 
 def test_the_loader_and_a_model_are_measured(tmp_path):
     done = call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT)
     assert not done.returncode and read_csv(tmp_path / "bench_data.csv")[0]["images"] == "2048"
     assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
-
-
-def test_the_command_for_a_gpu_skips_what_is_done_and_lists_what_to_send(tmp_path):
-    command = ["bash", "benchmarks/gpu.sh", "--small", tmp_path]
-    steps = ["machine", "gate-fp32", "gate-bf16", "kernels", "step", "data", "pack"]
-    for name in [*steps, "latency", "pretrain"]:
-        (tmp_path / f"{name}.log").write_text("done")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("skipped") == 9
-    assert f"{tmp_path}/kernels.log" in done.stdout.split("Send these files:")[1]

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,116 +12,58 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call, draw_folder, refused
+from conftest import ROOT, draw_folder, refused, run_line
+from made import CPU, NANO, files_of, home
 from PIL import Image
 
 import data
 import pretrain
 import recognize
-from common.checkpoints import save_model
 from common.io import UserError, locked, read_safetensors
-from common.train import load_state, read_log
-from ingest import hybrid, pack, scenes
-from model import MAE
+from common.train import Run, load_state, read_log
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no locks on Windows")
-CPU = ["--device", "cpu", "--dtype", "fp32"]
-TUNE = ["--data", "packed", "--batch-size", 8, *CPU]
-SMALL = ["--model", "nano:image_size=32,decoder_dim=32"]
-
-# {name: (a call of each stage that writes, its lock)}; what it writes is under new/
-STAGES = {
-    "data": (["data.py", "images", "--out", "new/set", "--size", 16], "new/.set.lock"),
-    "show": (["data.py", "--show", "new/packed"], "new/packed/.sheet.png.lock"),
+QUICK = f"--batch-size 8 --epochs 6 {CPU} --out new/run"
+STAGES = {  # {name: (a call of each stage that writes, its lock)}
+    "data": ("data.py images --out new/set --size 16", "new/.set.lock"),
+    "show": ("data.py --show datasets/packed", "datasets/packed/.sheet.png.lock"),
     "maps": (
-        ["maps.py", "--data", "packed", "--map", "saliency", "--out", "new/maps"],
+        "maps.py --data datasets/packed --map saliency --out new/maps",
         "new/maps/.saliency.safetensors.lock",
     ),
-    "pretrain": (
-        ["pretrain.py", *TUNE, *SMALL, "--epochs", 6, "--out", "new/run"],
-        "new/run/.lock",
-    ),
+    "pretrain": (f"pretrain.py --data datasets/packed --model {NANO} {QUICK}", "new/run/.lock"),
     "probe": (
-        ["probe.py", "new/encoder", "--data", "packed", "--headline", *CPU],
-        "new/encoder/packed-val/.probe-headline.json.lock",
+        f"probe.py runs/a --data datasets/packed --headline {CPU}",
+        "runs/a/.probe-headline.json.lock",
     ),
-    "finetune": (
-        ["finetune_lora.py", "encoder", *TUNE, "--epochs", 6, "--out", "new/run"],
-        "new/run/.lock",
-    ),
-    "tags": (["tags.py", "encoder", *TUNE, "--epochs", 6, "--out", "new/run"], "new/run/.lock"),
+    "finetune": (f"finetune_lora.py runs/a --data datasets/packed {QUICK}", "new/run/.lock"),
+    "tags": (f"tags.py runs/a --data datasets/packed {QUICK}", "new/run/.lock"),
     "segment": (
-        ["segment.py", "encoder", "--data", "frames", "--pixel-steps", 4, *CPU, "--out", "new/run"],
+        f"segment.py runs/a --data datasets/frames --pixel-steps 4 {QUICK}",
         "new/run/.lock",
     ),
-    "detect": (
-        ["detect.py", "wide", "--data", "scenes", "--view", 48, "--batch-size", 8, "--epochs", 2]
-        + [*CPU, "--out", "new/run"],
-        "new/run/.lock",
-    ),
-    "export": (
-        ["export.py", "encoder", "--to", "hf", "--out", "new/hf"],
-        "new/.hf.lock",
-    ),
+    "detect": (f"detect.py runs/a --data datasets/scenes --view 48 {QUICK}", "new/run/.lock"),
+    "export": ("export.py runs/a --to hf --out new/hf", "new/.hf.lock"),
     "verify": (
-        ["recognize.py", "new/lora", "--verify", "--data", "packed", "--split", "test", *CPU],
-        "new/lora/packed-test/.recognize.json.lock",
+        f"recognize.py runs/a-lora --verify --split test {CPU}",
+        "runs/a-lora/packed-test/.recognize.json.lock",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def home(tagged, tmp_path_factory):
-    """A folder with what the calls of STAGES read."""
-    root = tmp_path_factory.mktemp("home") / "home"
-    shutil.copytree(tagged, root)
-    torch.manual_seed(0)
-    (root / "wide").mkdir()
-    save_model(MAE(64, 8, 192, 2, 3, 32, 1), root / "wide/model.safetensors", {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "COUNTS", {"train": 16, "dev": 4, "val": 4})
-        few = {"train": (12, 4, 0), "dev": (2, 1, 1), "val": (3, 2, 2), "test": (1, 1, 1)}
-        patch.setattr(hybrid, "COUNTS", few)
-        pack.pack("hybrid", root / "frames", size=32)
-        patch.setattr(pack, "render", drawn_here)
-        pack.pack("scenes", root / "scenes", size=64)
-    words = ("--method", "linear", "--epochs", 1, "--out", "lora")
-    call("finetune_lora.py", "encoder", *TUNE, *words, cwd=root, check=0)
-    call("recognize.py", "lora", "--list", cwd=root, check=0)
-    return root
-
-
-def drawn_here(records, draw, size, dims, *_):
-    """pack.render without processes."""
-    for record in records:
-        row = draw(record.place, size)
-        yield record, {p: (row | {"images": row["image"]})[p] for p in dims}
+ENROL = f"recognize.py runs/a-lora {CPU} images/class0/illust0_0.png images/class0/illust1_0.png"
+ENROL += " images/class0/illust2_0.png --enrol"
 
 
 @pytest.fixture
-def fresh(home):
-    """The same folder, where new/ holds copies of what is written into."""
-    renew(home)
-    return home
+def base(tmp_path):
+    return home(tmp_path)
 
 
-def renew(home):
-    shutil.rmtree(home / "new", ignore_errors=True)
-    for name in ("packed", "encoder", "lora"):
-        shutil.copytree(home / name, home / "new" / name)
-
-
-def files_of(folder):
-    """{path: bytes} of all files."""
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def started(words, cwd):
+def started(line, cwd):
     """A stage in a process of its own."""
-    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    stage, *words = shlex.split(line)
+    command = [sys.executable, str(ROOT / stage), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, **pipes)
 
 
 def ended(process):
@@ -130,15 +72,16 @@ def ended(process):
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def in_a_fork(function):
-    """Run a function in a copy of this process -> how the copy ended: 0, or the signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1]
+def python(code, cwd, *words):
+    """Some code in a process of its own -> the finished process."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    shell = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=shell, capture_output=True, text=True, timeout=100)
+
+
+def temporary(base):
+    """Files that nobody should find once all is done."""
+    return [path for path in base.rglob("*") if path.name.endswith((".lock", ".tmp"))]
 
 
 # ---- the lock ------------------------------------------------------------------------------------
@@ -152,13 +95,10 @@ def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    code = "import os, sys; from common.io import locked\n"
+    code += "with locked(sys.argv[1]): os.kill(os.getpid(), 9)"
     path = tmp_path / ".lock"
-
-    def hold():
-        with locked(path):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_a_fork(hold) == signal.SIGKILL and path.exists()
+    assert python(code, tmp_path, path).returncode == -signal.SIGKILL and path.exists()
     with locked(path):
         assert path.exists()
     assert not path.exists()
@@ -185,100 +125,61 @@ def test_who_waits_for_a_lock_that_is_removed_gets_a_new_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_second_process_is_one_line_and_writes_nothing(fresh, name):
-    words, lock = STAGES[name]
-    with locked(fresh / lock):
-        before = files_of(fresh)
-        line = refused(call(*words, cwd=fresh))
-        assert "is being written by another process" in line
-        assert files_of(fresh) == before
+def test_a_second_process_is_one_line_and_writes_nothing(base, name):
+    line, lock = STAGES[name]
+    with locked(base / lock):
+        before = files_of(base)
+        assert "is being written by another process" in refused(run_line(line, base))
+        assert files_of(base) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
-def test_of_two_processes_on_one_folder_one_wins(fresh, name):
-    both = [ended(p) for p in [started(STAGES[name][0], fresh) for _ in range(2)]]
+def test_of_two_processes_on_one_folder_one_wins(base, name):
+    both = [ended(p) for p in [started(STAGES[name][0], base) for _ in range(2)]]
     assert sorted(done.returncode for done in both) == [0, 2], [done.stderr for done in both]
     (loser,) = [done for done in both if done.returncode]
-    lines = loser.stderr.splitlines()
-    assert sum("error: " in line for line in lines) == 1 and "Traceback" not in str(lines)
-    check_whole(fresh / "new")
-    steps = [row["step"] for row in read_log(fresh / "new/run/log.jsonl")]
-    assert steps == sorted(steps)
-    assert not [p for p in fresh.rglob("*") if p.name.endswith((".lock", ".tmp"))]
+    assert loser.stderr.count("error: ") == 1 and "Traceback" not in loser.stderr
+    check_whole(base)
+    steps = [row["step"] for row in read_log(base / "new/run/log.jsonl")]
+    assert steps == sorted(steps) and not temporary(base)
 
 
-# ---- what a shell left behind --------------------------------------------------------------------
-
-
-def test_a_left_over_variable_of_torchrun_is_ignored(monkeypatch, tmp_path):
+def test_a_left_over_variable_of_torchrun_is_ignored(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "many")
     assert pretrain.start_processes(torch.device("cpu")) == (0, 1, torch.device("cpu"))
-    assert "nowhere" in refused(call("probe.py", "nowhere", cwd=tmp_path))
-
-
-def test_a_left_over_backend_of_matplotlib_is_ignored():
-    code = "from common import plots; print(plots.plt.get_backend())"
-    shell = os.environ | {"MPLBACKEND": "nonsense"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=shell, capture_output=True)
-    assert done.stdout.lower().split() == [b"agg"], done.stderr
 
 
 # ---- galleries -----------------------------------------------------------------------------------
 
 
-def test_an_enrolment_meanwhile_is_not_lost(fresh, monkeypatch):
+def test_an_enrolment_meanwhile_is_not_lost(base, monkeypatch):
     """While one enrolment looks at its pictures, another is finished, as on the page."""
-    pictures, predictions = sorted((fresh / "images/class0").iterdir())[:6:2], recognize.predictions
+    predictions = recognize.predictions
 
     def slow(*words):
         monkeypatch.setattr(recognize, "predictions", predictions)
-        call("recognize.py", "new/lora", "--enrol", "second", *pictures, *CPU, cwd=fresh, check=0)
+        run_line(f"{ENROL} second", base, check=0)
         return predictions(*words)
 
     monkeypatch.setattr(recognize, "predictions", slow)
-    call("recognize.py", "new/lora", "--enrol", "first", *pictures, *CPU, cwd=fresh, check=0)
-    assert recognize.load_gallery(fresh / "new/lora")["names"][-2:] == ["second", "first"]
+    run_line(f"{ENROL} first", base, check=0)
+    monkeypatch.chdir(base)
+    assert recognize.load_gallery("runs/a-lora")["names"][-2:] == ["second", "first"]
 
 
 @pytest.mark.slow
-def test_of_enrolments_at_the_same_time_none_is_lost(fresh):
-    pictures, names = sorted((fresh / "images/class0").iterdir())[:6:2], ["a", "b", "c", "d"]
-    calls = [["recognize.py", "new/lora", "--enrol", n, *pictures, *CPU] for n in names]
-    assert [ended(p).returncode for p in [started(words, fresh) for words in calls]] == [0] * 4
-    assert sorted(recognize.load_gallery(fresh / "new/lora")["names"][-4:]) == names
+def test_of_enrolments_at_the_same_time_none_is_lost(base, monkeypatch):
+    all_four = [started(f"{ENROL} {name}", base) for name in "abcd"]
+    assert [ended(process).returncode for process in all_four] == [0] * 4
+    monkeypatch.chdir(base)
+    assert sorted(recognize.load_gallery("runs/a-lora")["names"][-4:]) == [*"abcd"]
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_while_a_gallery_is_written_leaves_it_whole(fresh, moment):
-    known = recognize.load_gallery(fresh / "new/lora")
-    faces, replace = torch.randn(3, known["embeddings"].shape[1]), os.replace
-
-    def kill(*paths):
-        if moment == "after":
-            replace(*paths)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def enrol():
-        os.replace = kill
-        recognize.add_faces(fresh / "new/lora", "new", ["a", "b", "c"], faces)
-
-    assert in_a_fork(enrol) == signal.SIGKILL
-    names = recognize.load_gallery(fresh / "new/lora")["names"]
-    assert names == known["names"] + ["new"] * (moment == "after")
-    recognize.add_faces(fresh / "new/lora", "other", ["d", "e", "f"], -faces)
-    assert recognize.load_gallery(fresh / "new/lora")["names"] == [*names, "other"]
-    assert not list((fresh / "new/lora").glob(".*"))
-
-
-# ---- packing -------------------------------------------------------------------------------------
-
-
-KILLED = """
+KILL = """
 import os, signal, sys
-from ingest import pack
-source, out, moment, moves, count = *sys.argv[1:3], int(sys.argv[3]), {}, []
+moment, moves, count = int(sys.argv[1]), {"replace": os.replace, "rename": os.rename}, []
 
 def move(name, paths):
     count.append(name)
@@ -289,27 +190,89 @@ def move(name, paths):
     if now:
         os.kill(os.getpid(), signal.SIGKILL)
 
-moves |= {"replace": os.replace, "rename": os.rename}
 os.replace, os.rename = lambda *paths: move("replace", paths), lambda *paths: move("rename", paths)
-pack.pack(source, out, size=16, seed=1)
 """
+ADD = """
+import recognize, torch
+faces = torch.randn(3, recognize.load_gallery("runs/a-lora")["embeddings"].shape[1])
+recognize.add_faces("runs/a-lora", "new", ["a", "b", "c"], faces)
+"""
+PACK = "from ingest import pack; pack.pack('images', 'set', size=16, seed=1)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(2))
+def test_a_kill_while_a_gallery_is_written_leaves_it_whole(base, moment, monkeypatch):
+    """Before and after its file is renamed."""
+    monkeypatch.chdir(base)
+    known = recognize.load_gallery("runs/a-lora")["names"]
+    assert python(KILL + ADD, base, moment).returncode == -signal.SIGKILL
+    names = recognize.load_gallery("runs/a-lora")["names"]
+    assert names == known + ["new"] * moment
+    run_line(f"{ENROL} other", base, check=0)
+    assert recognize.load_gallery("runs/a-lora")["names"] == [*names, "other"]
+    assert not temporary(base)
+
+
+# ---- packing -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("moment", range(8))
 def test_a_kill_while_packing_leaves_a_whole_set_or_none(tmp_path, moment):
     """Before or after each of the renames: of test, val and train, and of their folder."""
-    images, out = draw_folder(tmp_path / "images"), tmp_path / "set"
-    call("data.py", images, "--out", "old", "--size", 16, cwd=tmp_path, check=0)
-    old = files_of(tmp_path / "old")
-    command = [sys.executable, "-c", KILLED, str(images), str(out), str(moment)]
-    done = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True)
+    draw_folder(tmp_path / "images")
+    done = python(KILL + PACK, tmp_path, moment)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert files_of(tmp_path / "old") == old and out.exists() == (moment == 7)
+    assert (tmp_path / "set").exists() == (moment == 7)
     if moment < 7:
-        call("data.py", images, "--out", out, "--size", 16, "--seed", 1, cwd=tmp_path, check=0)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "old", "set"]
-    assert {p.stem for p in out.iterdir()} == {"train", "val", "test"}
-    assert len(data.open_split(out, "val")["labels"]) > 0
+        run_line("data.py images --out set --size 16 --seed 1", tmp_path, check=0)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "set"]
+    assert {path.stem for path in (tmp_path / "set").iterdir()} == {"train", "val", "test"}
+    assert len(data.open_split(tmp_path / "set", "val")["labels"]) > 0
+
+
+# ---- a run that is stopped -----------------------------------------------------------------------
+
+RUNS = {  # the call that made a run of home, and the step in which it is stopped
+    "tags": (f"tags.py runs/a --data datasets/packed {QUICK} --epochs 2", 5),
+    "seg": (f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}", 1),
+    "seg, stage 3": (
+        f"segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 {CPU}",
+        3,
+    ),
+    "det": (
+        f"detect.py runs/a --data datasets/scenes --method lora --view 48 {QUICK} --epochs 2",
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_stopped_ends_with_the_same_bits(base, name, monkeypatch):
+    """It goes on where it was, is refused where it would begin again, and is judged on test."""
+    line, step = RUNS[name]
+    count, update = [], Run.update
+
+    def update_and_stop(run, *numbers):
+        update(run, *numbers)
+        count.append(run.step)
+        if len(count) == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "update", update_and_stop)
+    line = f"{line} --out new/run"
+    assert run_line(line, base).returncode == 128 + signal.SIGTERM and len(count) == step
+    assert "is there already" in refused(run_line(line, base))
+    run_line(f"{line.split()[0]} --resume new/run", base, check=0)
+    assert count == list(range(1, len(count) + 1))
+    whole = base / f"runs/a-{name.split(',')[0]}"
+    for path in whole.glob("*.safetensors"):
+        expected, found = (read_safetensors(x)[0] for x in (path, base / "new/run" / path.name))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in found)
+    other = "dev" if name == "det" else "test"
+    run_line(f"{line.split()[0]} --resume new/run --split {other}", base, check=0)
+    assert (base / f"new/run/metrics-{other}.json").exists() and len(count) == count[-1]
 
 
 # ---- kills at any moment -------------------------------------------------------------------------
@@ -330,27 +293,24 @@ def check_whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
-def test_four_kills_of_each_stage_lose_nothing(fresh, name):
+def test_four_kills_of_each_stage_lose_nothing(tmp_path, name):
     """44 in all, at seeded moments of the seconds that the call takes."""
-    words, rng = STAGES[name][0], random.Random(name)
+    line, rng = STAGES[name][0], random.Random(name)
     start_time = time.perf_counter()
-    assert ended(started(words, fresh)).returncode == 0
+    assert ended(started(line, home(tmp_path / "first"))).returncode == 0
     seconds = time.perf_counter() - start_time
-    others = [p for p in files_of(fresh) if fresh / "new" not in p.parents]
-    before = {p: p.read_bytes() for p in others}
-    for _ in range(4):
-        renew(fresh)
-        process = started(words, fresh)
+    for turn in range(4):
+        base = home(tmp_path / str(turn))
+        before = files_of(base)
+        process = started(line, base)
         time.sleep(rng.uniform(0.3, 1) * seconds)
         process.kill()
         ended(process)
-        check_whole(fresh / "new")
-        begun = (fresh / "new/run/state.pt").exists()
-        again = [words[0], "--resume", "new/run"] if begun else words
-        done = ended(started(again, fresh))
-        if done.returncode:
-            assert "is there already" in refused(done)
-        else:
-            assert not [p for p in fresh.rglob("*") if p.name.endswith((".lock", ".tmp"))]
-        check_whole(fresh / "new")
-        assert {p: p.read_bytes() for p in others} == before
+        check_whole(base)
+        begun = (base / "new/run/state.pt").exists()
+        again = f"{line.split()[0]} --resume new/run" if begun else line
+        done = ended(started(again, base))
+        assert not done.returncode or "is there already" in refused(done)
+        assert done.returncode or not temporary(base)
+        check_whole(base)
+        assert before.items() <= files_of(base).items()

@@ -11,7 +11,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import run_line
+from made import pristine
 
 from common import plots
 from common.checkpoints import save_model
@@ -20,7 +21,8 @@ from common.train import read_log
 from model import MAE
 
 KEPT = 4  # every fourth picture of a poisoned split stays as it is
-CLOCK = {"seconds", "images_per_s", "memory_mb", "peak_memory_mb", "step_ms"}  # of any two runs
+CLOCK = {"seconds", "images_per_s", "memory_mb", "peak_memory_mb", "step_ms"}
+CLOCK |= {"pixel_seconds"}  # what differs between any two runs
 FAST = "--device cpu --dtype fp32"
 
 
@@ -118,7 +120,7 @@ def write_set(folder, counts):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Two folders with the same encoder and the sets `set` and `nodev`: clean, and poisoned."""
+    """Two folders with the same encoder and sets, clean and poisoned: `set`, `nodev`, of home."""
     base = tmp_path_factory.mktemp("poison")
     counts = {"train": 64, "val": 80, "test": 40}
     write_set(base / "clean" / "nodev", counts)
@@ -126,9 +128,12 @@ def places(tmp_path_factory):
     torch.manual_seed(0)
     model = MAE(32, 8, 32, 2, 2, 32, 1)
     save_model(model, base / "clean" / "encoder" / "model.safetensors", {"step": 0})
+    for name in ("packed", "frames", "scenes"):
+        shutil.copytree(pristine() / "datasets" / name, base / "clean" / name)
     shutil.copytree(base / "clean", base / "poisoned")
-    for name in ("set", "nodev"):
+    for name in ("set", "nodev", "packed", "frames"):
         poison(base / "poisoned" / name)
+    poison(base / "poisoned" / "scenes", ["val"])
     return base / "clean", base / "poisoned"
 
 
@@ -149,19 +154,35 @@ SCORES = {"top1", "top5", "macro_f1", "confusion"}
 OF_PROBE = SCORES | {"headline", "head", "mid", "tail", "per_class"}
 OF_PROBE |= {"map", "recall1", "recall5", "mean", "half"}
 OF_TUNE = SCORES | {"by_size", "top1_interval", "thumbnails_top1"}
-CASES = {  # the command, its folder of results, keys of what it reports
+OF_TAGS = {"half", "end", "map", "micro_f1", "macro_f1", "error", "error_top", "ap"}
+OF_BOXES = {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "precision"}
+OF_BOXES |= {"ar", "ar_small", "ar_medium", "ar_large"}
+OF_UNKNOWN = {"verification", "open_set", "calibration_error"}
+TAGS = f"tags.py encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
+SEGMENT = f"segment.py encoder --data frames --out run --epochs 2 --pixel-steps 4 {FAST}"
+DETECT = f"detect.py encoder --data scenes --out run --epochs 12 --batch-size 8 --view 48 {FAST}"
+HEAD = f"{TUNE} --data set --method linear && recognize.py run --verify {FAST}"
+SLOW = ("detect",)
+CASES = {  # the commands, their folder of results, keys of what they report
     "pretrain": (f"{PRETRAIN} --epochs 3 --eval-every 1 --batch-size 16", "run", OF_LOG),
     "probe": (f"probe.py encoder --data set --headline {FAST}", "encoder", OF_PROBE),
     "lora": (f"{TUNE} --data set", "run", OF_TUNE),
     "lora without dev": (f"{TUNE} --data nodev", "run", OF_TUNE),
+    "recognize": (HEAD, "run", OF_TUNE | OF_UNKNOWN),
+    "tags": (TAGS, "run", OF_TAGS),
+    "segment": (SEGMENT, "run", {"val", "val_known"}),
+    "detect": (DETECT, "run", OF_BOXES),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_nothing_but_the_scores_depends_on_what_is_reported(places, case):
-    command, out, reported = CASES[case]
+    commands, out, reported = CASES[case]
     for place in places:
-        call(*command.split(), cwd=place, check=0)
+        for command in commands.split(" && "):
+            run_line(command, place, check=0)
     found = differences(*(written(place / out) for place in places))
     for place in places:
         shutil.rmtree(place / "run", ignore_errors=True)

@@ -3,14 +3,16 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 from common import metrics
-from experiments import report
+from common.stats import from_bits
+from experiments import report, stats
 
 RESULTS = ROOT / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/PLAN.json"))
@@ -31,7 +33,9 @@ def judged():
 
 
 def test_there_are_thirty_tests_and_ten_verdicts():
-    found = [h for folder in STUDIES for h in json.loads((folder / "verdicts.json").read_text())]
+    found = []
+    for folder in STUDIES:
+        found += json.loads((folder / "verdicts.json").read_text())
     assert len(found) == 10 and sum(len(h["parts"]) for h in found) == 30
     words = [h["verdict"] for h in found]
     assert words.count("refuted") == 2 and words.count("undecided") == 8
@@ -76,6 +80,15 @@ def test_every_published_table_follows_from_its_rows(folder, judged, tmp_path):
             assert same, (a["arm"], name, text, b[name])
 
 
+def test_the_command_writes_a_published_table_again(tmp_path):
+    old = RESULTS / "baselines/faces20-tail"
+    folder = shutil.copytree(old, tmp_path / old.name, ignore=shutil.ignore_patterns("table.*"))
+    call("experiments.report", folder, "--figure", cwd=tmp_path, check=0)
+    again = (folder / "table.md").read_text()
+    assert again.startswith((old / "table.md").read_text()) and "figure.png" in again
+    assert (folder / "figure.png").exists()
+
+
 def test_the_tables_of_the_study_follow_from_the_rows(judged, monkeypatch):
     written = []
     monkeypatch.setattr(report, "save_text", lambda text, path: written.append(text))
@@ -92,20 +105,55 @@ def test_no_table_says_an_interval_of_under_three_seeds():
             assert not re.search(r"; n = [12][,)]", line), (path, line)
 
 
-def test_pairs_are_paired_by_seed_and_illustration(tmp_path):
-    """Seeds in another order, a seed that one arm lacks, and images of one illustration."""
-    bits = {("a", 0): "f0", ("a", 1): "ff", ("a", 2): "f8", ("b", 2): "0f", ("b", 0): "f8"}
-    rows = [
-        {"arm": a, "seed": s, "metrics": {}, "right": {"top1": x}} for (a, s), x in bits.items()
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = dict.fromkeys(report.NEEDED, "x") | {"arms": {"a": "b", "b": "b"}, "seeds": [0, 1, 2]}
-    (tmp_path / "PLAN.json").write_text(json.dumps(plan))
-    (tmp_path / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
-    found = report.measure(
-        {"what": "top1", "arm": "a", "against": "b"}, report.open_folder(tmp_path)
-    )
+BITS = {("a", 0): "f0", ("a", 1): "ff", ("a", 2): "f8", ("b", 2): "0f", ("b", 0): "f8"}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measure(bits {(arm, seed): hexadecimal}) -> the test of a against b over four illustrations."""
+
+    def measure(bits):
+        rows = []
+        for (arm, seed), text in bits.items():
+            row = {"arm": arm, "seed": seed, "metrics": {}, "right": {"top1": text}}
+            rows.append(json.dumps(row) + "\n")
+        plan = dict.fromkeys(report.NEEDED, "x") | {"arms": {"a": "b", "b": "b"}}
+        plan |= {"seeds": sorted({seed for _, seed in bits})}
+        (tmp_path / "rows.jsonl").write_text("".join(rows))
+        (tmp_path / "PLAN.json").write_text(json.dumps(plan))
+        (tmp_path / "images.json").write_text(json.dumps({"groups": [0, 0, 1, 1, 2, 2, 3, 3]}))
+        study = report.open_folder(tmp_path)
+        return report.measure({"what": "top1", "arm": "a", "against": "b"}, study)
+
+    return measure
+
+
+def test_pairs_are_paired_by_seed_though_rows_are_in_another_order(measured):
+    found = measured(BITS)
     assert found["per_seed"] == [-12.5, 12.5] and found["p"] is None and found["n"] == 2
+
+
+def test_images_of_one_illustration_count_once(measured):
+    """Three seeds: intervals, p and bootstrap over illustrations, not over images."""
+    bits = BITS | {("b", 1): "fc"}
+    found = measured(bits)
+    each = [
+        100.0 * from_bits(bits["a", s], 8) - 100.0 * from_bits(bits["b", s], 8) for s in range(3)
+    ]
+    by_illustration = stats.paired(np.array(each), [0, 0, 1, 1, 2, 2, 3, 3], 0.0, 1.0)
+    by_image = stats.paired(np.array(each), np.arange(8), 0.0, 1.0)
+    for name in ("low", "high", "p", "bootstrap"):
+        assert found[name] == by_illustration[name]
+    assert found["bootstrap"] != by_image["bootstrap"]
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("baselines/*/trials.json")), ids=str)
+def test_every_published_baseline_has_the_rate_that_is_the_best_on_dev(file):
+    found = json.loads(file.read_text())
+    assert len(found["trials"]) >= 6
+    for arm, scores in found["trials"].items():
+        best = max(scores, key=scores.get)
+        assert found["rates"][arm] == float(best), (arm, scores)
 
 
 # ---- numbers in prose, pictures ------------------------------------------------------------------

@@ -90,7 +90,7 @@ def dense(kind):
     return sum(kind(node) for node in nodes)
 
 
-@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 28), (assigns_many, 59)])
+@pytest.mark.parametrize("kind, today", [(has_walrus, 0), (is_nested, 18), (assigns_many, 52)])
 def test_dense_lines_only_become_fewer(kind, today):
     assert dense(kind) == today, f"{kind.__doc__} write the new number here if it is smaller"
 
@@ -112,7 +112,7 @@ ROOMS = {  # lines today, and the lines that are wanted
     "ingest": (3679, 2700),
     "experiments": (2648, 1900),
     "benchmarks": (1007, 900),
-    "tests": (13958, 8500),
+    "tests": (12409, 8500),
 }
 
 

@@ -1,0 +1,181 @@
+"""export.py: the same answers from onnxruntime as from torch, a reader without torch, and the card beside it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, refused, run_line
+from made import CPU, QUICK, home
+from PIL import ExifTags, Image
+
+import data
+import export
+import tags
+from common.checkpoints import load_encoder, save_model
+from common.train import seeded
+from model import MAE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return home(tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def at(base, monkeypatch):
+    monkeypatch.chdir(base)
+    return base
+
+
+def model_of(path):
+    """-> a function from pictures to a dict of outputs, and what the file says of itself."""
+    model = onnxruntime.InferenceSession(str(path))
+    names = [output.name for output in model.get_outputs()]
+    about = json.loads(model.get_modelmeta().custom_metadata_map["animask"])
+    return lambda x: dict(zip(names, model.run(names, {"images": x.numpy()}), strict=True)), about
+
+
+def pictures(B, S):
+    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=seeded(0))
+
+
+def near(found, expected):
+    assert found.shape == tuple(expected.shape)
+    assert np.allclose(found, expected.detach().numpy(), atol=1e-4, equal_nan=True)
+
+
+# ---- ONNX ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_encoder(at):
+    words = "export.py runs/a --to onnx --out encoder.onnx --image-size 16"
+    assert "InferenceSession" in run_line(words, at, check=0).stdout
+    net, _ = load_encoder("runs/a", 16)
+    ask, about = model_of(at / "encoder.onnx")
+    assert about == {"is": "encoder", "side": 16}
+    for B in (1, 5):
+        near(ask(pictures(B, 16))["tokens"], net.features(pictures(B, 16)))
+    assert "is there already" in refused(run_line(words, at))
+
+
+def turn_and_clear(path, turned, clear):
+    """A picture as a camera stores one that it held upright, and with its lower half transparent."""
+    img, exif = Image.open(path), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    img.save(turned, exif=exif, quality=95)
+    img.putalpha(Image.linear_gradient("L").resize(img.size))
+    img.save(clear)
+
+
+@pytest.mark.slow
+def test_a_recogniser_and_its_reader_without_torch(at):
+    run_line(f"recognize.py runs/a-lora {CPU} --enrol somebody images/class0", at, check=0)
+    run_line("export.py runs/a-lora --to onnx", at, check=0)
+    ask, about = model_of(at / "runs/a-lora/model.onnx")
+    assert about["names"] == ["class0", "class1", "class2", "somebody"] and about["learned"] == 3
+    faces = [f"images/class{c}/illust9_0.png" for c in (0, 0, 1, 2)] + ["turned.jpg", "clear.png"]
+    turn_and_clear(at / faces[2], *faces[-2:])
+    said = run_line(f"recognize.py runs/a-lora {CPU} --json {' '.join(faces)}", at, check=0).stdout
+    rows = {row["picture"]: row for row in map(json.loads, said.splitlines())}
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    (at / "who.py").write_text("import sys; sys.modules['torch'] = None\n" + code)
+    command = [sys.executable, "who.py", "runs/a-lora/model.onnx", *dict.fromkeys(faces)]
+    done = subprocess.run(command, cwd=at, text=True, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        picture, name, similarity = re.fullmatch(
+            r"(.*): (\S+), similarity (-?[\d.]+)", line
+        ).groups()
+        row = rows[picture]
+        assert name == (row["name"] or "unknown")
+        assert abs(float(similarity) - row["similarity"]) < 3e-4
+    split = data.open_split("datasets/packed", "val")
+    found = ask(torch.from_numpy(np.array(split["images"][:7])))
+    assert found["who"].shape == (7,) and found["embedding"].shape == (7, 32)
+    assert (np.isnan(found["confidence"]) == (found["who"] >= 3)).all()  # none of an enrolled one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["mfdn", "bce", "l2l"])
+def test_a_tagger(arm, at):
+    run = f"runs/a-{arm}"
+    run_line(f"tags.py runs/a --data datasets/packed --arm {arm} --out {run} {QUICK}", at, check=0)
+    run_line(f"export.py {run} --to onnx", at, check=0)
+    ask, about = model_of(at / run / "model.onnx")
+    net, header = tags.load_tagger(run)
+    assert about["tags"] == header["words"] and len(about["thresholds"]) == len(header["words"])
+    for B in (1, 4):
+        characters, probabilities = tags.answers(net, pictures(B, 32))
+        found = ask(pictures(B, 32))
+        near(found["tags"], probabilities)
+        assert ("characters" in found) == (characters is not None)
+        if characters is not None:
+            near(found["characters"], characters.softmax(1))
+
+
+def test_what_can_not_be_written_says_why(at, monkeypatch):
+    words = f"tags.py runs/a --data datasets/packed --arm vilt --out runs/a-vilt {QUICK}"
+    run_line(words, at, check=0)
+    assert "--arm vilt" in refused(run_line("export.py runs/a-vilt --to onnx", at))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert export.PIP in refused(run_line("export.py runs/a --to onnx --out x.onnx", at))
+    assert not (at / "x.onnx").exists()
+
+
+# ---- the card ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "card", "library"),
+    [
+        ("hf", "hf", "hf/README.md", "transformers"),
+        ("mae", "mae.safetensors", "mae.md", "pytorch"),
+        ("timm", "timm.safetensors", "timm.md", "timm"),
+    ],
+)
+def test_a_hub_reads_the_card(at, to, out, card, library):
+    cards = pytest.importorskip("huggingface_hub")
+    said = run_line(f"export.py runs/a --to {to} --out {out}", at, check=0).stdout
+    found = cards.ModelCard.load(at / card)
+    assert found.data.library_name == library and found.data.license == "other"
+    assert said.split("load it  ")[1].strip() in found.text and "Nothing was measured" in found.text
+
+
+@pytest.mark.parametrize(("pictures", "licence"), [("toon", "mit"), ("mine", "other")])
+def test_a_card_tells_flags_figures_and_whose_pictures_they_were(tmp_path, pictures, licence):
+    flags = {"data": f"datasets/{pictures}", "mask": "attn_high", "ratio": "0.75", "seed": 3}
+    save_model(MAE(32, 8, 32, 2, 2, 32, 1), tmp_path / "run/model.safetensors", {"run": flags})
+    probe = {"headline": 0.414, "split": "val", "data": flags["data"], "command": "probe.py X"}
+    (tmp_path / "run/probe.json").write_text(json.dumps(probe))
+    (tmp_path / "run/metrics.json").write_text("{}")  # another program's
+    run_line("export.py run --to mae", tmp_path, check=0)
+    text = (tmp_path / "run/mae.md").read_text()
+    assert f"license: {licence}" in text and "| mask | `attn_high` |" in text
+    assert f"headline 0.414, val of datasets/{pictures}: `probe.py X`" in text
+
+
+def test_a_card_that_somebody_wrote_stays(at):
+    (at / "own.md").write_text("mine")
+    words = "export.py runs/a --to mae --out own.safetensors"
+    assert "own.md" in refused(run_line(words, at))
+    assert (at / "own.md").read_text() == "mine" and not (at / "own.safetensors").exists()
+    (at / "own.md").unlink()
+    run_line(words, at, check=0)
+    assert "Limits" in (at / "own.md").read_text()
+
+
+def test_a_folder_is_written_whole_or_not_at_all(at, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(export, "save_json", full_disk)  # behind the weights
+    with pytest.raises(OSError, match="no room"):
+        export.export("runs/a", "hf", tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
