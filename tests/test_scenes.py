@@ -71,7 +71,7 @@ def test_what_a_bubble_covers_is_nobody_s():
 
 
 def test_a_packed_set_of_pages_has_boxes(monkeypatch, tmp_path):
-    from test_fuzz import render_here
+    from made import render_here
 
     from ingest import pack
 
