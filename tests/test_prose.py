@@ -1,6 +1,7 @@
 """Plain English: few words, short sentences, the field's terms, and zeros before decimal points."""
 
 import ast
+import itertools
 import re
 import tokenize
 
@@ -110,6 +111,34 @@ def comments_of(path):
     calls = [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.keyword)]
     helps = [x.value.value for x in calls if x.arg == "help" and isinstance(x.value, ast.Constant)]
     return "\n\n".join([*found, *helps])
+
+
+def text_of(node):
+    """A string or an f-string as text, with a word in the place of each value."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.FormattedValue):
+        return "Value"
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def messages_of(path):
+    """The texts of errors and of what is printed, one paragraph each."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    spoken = [
+        node for node in calls if ast.unparse(node.func).endswith(("Error", "print", "error"))
+    ]
+    parts = itertools.chain.from_iterable(map(ast.walk, spoken))
+    return [text_of(part) for part in parts if isinstance(part, (ast.JoinedStr, ast.Constant))]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_messages_are_plain(path):
+    for text in messages_of(path):
+        assert all(len(words_of(sentence)) <= LONGEST for sentence in sentences_of(text)), text
+        assert not re.findall(r"(?<![\w.)/:\]\"'=,<>+-])[-+]?\.\d+ ", text), text
+        words = " ".join(re.sub(r"\{[^}]*\}", "", text).lower().split())
+        assert not {w: better for w, better in BANNED.items() if re.search(rf"\b{w}\b", words)}
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
