@@ -139,7 +139,7 @@ def stop_together(run):
 
 
 def parse_model(flags, device):
-    """--model and --contrast: the network, its arguments, and the settings of the second loss."""
+    """--model and --contrast: the network, its arguments, and the settings of the contrastive loss."""
     defaults = DEFAULTS[device.type]
     flags.fill(model=defaults["model"], blr=defaults["blr"])
     more = {"decoder_depth": defaults["decoder_depth"], "simmim": 0}
@@ -170,7 +170,7 @@ def set_length(flags, images, V, device, world):
     flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
     flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
     b = min(flags.batch_size, images) // world
-    if b < V:  # a second loss compares an image with others
+    if b < V:  # the contrastive loss compares an image with others
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; give more")
     flags.values["batch_size"] = b * world
     return b, images // (b * world)

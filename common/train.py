@@ -298,7 +298,7 @@ class Run:
             step = self.step - len(losses) + 1 + finite.int().argmin().item()
             raise UserError(f"the loss is not finite at step {step}; {fix}")
         broken = [k for k, x in more.items() if isinstance(x, float) and not math.isfinite(x)]
-        if broken:  # the second loss has weights of its own
+        if broken:  # the contrastive loss has weights of its own
             raise UserError(f"{broken[0]} is not finite at step {self.step}; {fix}")
         self.losses, self.norms = [], []
         seconds = time.perf_counter() - self.since

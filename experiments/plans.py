@@ -37,7 +37,7 @@ STRESS = (
 FINETUNE = "finetune_lora.py {0} --method full --data {data} --split {split} --seed {seed}"
 PILOT = PRE.replace("{arm}", "random").replace("{seed}", "1000")
 TEACHER = "--contrast pooler --flat-weight 0.1"  # the teacher's attention has a reason to look
-PLAIN = "--contrast none --flat-weight 1"  # H1 to H3: no second loss, and plain weights
+PLAIN = "--contrast none --flat-weight 1"  # H1 to H3: no contrastive loss, and plain weights
 SMALL = "--model nano:decoder_depth=1 --batch-size 64 --blr 8e-3 --epochs 15"
 OF_MASKS = {
     "seeds": range(5),
