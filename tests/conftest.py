@@ -133,19 +133,18 @@ def run(tmp_path_factory):
     return save_random(tmp_path_factory.mktemp("runs") / "nano")
 
 
-@pytest.fixture(scope="package")
-def tagged(tmp_path_factory):
-    """A folder with pictures, `packed` (three colours, whose tags name two of them), `encoder`."""
-    base = tmp_path_factory.mktemp("tagged")
-    draw_folder(base / "images", classes=3, each=16)
-    rng, rows = np.random.default_rng(0), ["path,label,tags"]
-    for i, path in enumerate(sorted((base / "images").rglob("*.png"))):
-        some = [WORDS[int(path.parent.name[-1])]] + [w for w in WORDS[3:] if rng.random() < 0.5]
-        words = " ".join(some) if i % 9 else ""
-        rows.append(f"{path.relative_to(base)},{path.parent.name},{words}")
-    (base / "list.csv").write_text("\n".join(rows))
-    run_line("data.py list.csv --out packed --size 32 --split .6,.2,.2", cwd=base, check=0)
-    save_random(base / "encoder", depth=4)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A home with a run of every stage (made.py), shared by the tests of a file."""
+    from made import home
+
+    return home(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def at(base, monkeypatch):
+    """The same, as the current folder."""
+    monkeypatch.chdir(base)
     return base
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from made import CPU, home
+from made import CPU
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,14 +29,9 @@ WHO = "akika"
 ANSWERS = [tab for tab in demo.TABS if tab != "Mask"]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    return home(tmp_path_factory.mktemp("site"))
-
-
 @pytest.fixture
-def at(site, monkeypatch):
-    monkeypatch.chdir(site)
+def run(at):
+    """A run in the current folder, as the page names it."""
     return "runs/a"
 
 
@@ -59,43 +54,43 @@ def own(path, size=(50, 40)):
 
 
 @pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "learned"])
-def test_every_strategy_is_shown(at, strategy):
-    text = mask_page(at, strategy)
+def test_every_strategy_is_shown(run, strategy):
+    text = mask_page(run, strategy)
     assert "seen: 4 of 16 patches" in text and text.count("<img") == 6
     assert f"--mask {strategy}" in text
 
 
-def test_sliders_change_what_is_hidden(at):
-    assert "seen: 8 of 16" in mask_page(at, ratio=0.5)
-    once = mask_page(at)
-    assert once == mask_page(at) != mask_page(at, seed=1)
-    assert mask_page(at, "attn_high:beta=3") != mask_page(at, "attn_low:beta=3")
-    assert mask_page(at, "attn_high", t=0) == mask_page(at).replace("random", "attn_high")
+def test_sliders_change_what_is_hidden(run):
+    assert "seen: 8 of 16" in mask_page(run, ratio=0.5)
+    once = mask_page(run)
+    assert once == mask_page(run) != mask_page(run, seed=1)
+    assert mask_page(run, "attn_high:beta=3") != mask_page(run, "attn_low:beta=3")
+    assert mask_page(run, "attn_high", t=0) == mask_page(run).replace("random", "attn_high")
 
 
 @pytest.mark.parametrize("bad", ["nothing", "attn_high:x=1", "attn_high:shuffle=1", None])
-def test_a_bad_strategy_is_a_sentence(at, bad):
-    assert "<img" not in mask_page(at, bad) and "<p>" in mask_page(at, bad)
-    assert "<img" not in mask_page(at, ratio=1.5)
+def test_a_bad_strategy_is_a_sentence(run, bad):
+    assert "<img" not in mask_page(run, bad) and "<p>" in mask_page(run, bad)
+    assert "<img" not in mask_page(run, ratio=1.5)
 
 
-def test_a_picture_of_ones_own_has_no_known_parts(at, tmp_path):
+def test_a_picture_of_ones_own_has_no_known_parts(run, tmp_path):
     picture = own(tmp_path / "mine.png")
-    assert mask_page(at, "fg_heavy", picture=picture).count("<img") == 5
-    assert "not known" in mask_page(at, "parts", picture=picture)
+    assert mask_page(run, "fg_heavy", picture=picture).count("<img") == 5
+    assert "not known" in mask_page(run, "parts", picture=picture)
 
 
-def test_who_it_is_with_what_tags_and_what_is_drawn(at, tmp_path):
-    said = demo.answer("Recognise", at, drawing())
+def test_who_it_is_with_what_tags_and_what_is_drawn(run, tmp_path):
+    said = demo.answer("Recognise", run, drawing())
     assert re.search("<h2>class|Nearest: class", said)
     assert "similarity" in said and "recognize.py" in said
-    assert re.search(r"<h2>class\d, \d+%</h2>", demo.answer("Tags", at, drawing()))
-    text = demo.answer("Drawn or photographed", at, own(tmp_path / "mine.png", (64, 64)))
+    assert re.search(r"<h2>class\d, \d+%</h2>", demo.answer("Tags", run, drawing()))
+    text = demo.answer("Drawn or photographed", run, own(tmp_path / "mine.png", (64, 64)))
     assert text.count("<img") == 2 and "% drawn" in text
 
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
-def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshold):
+def test_a_picture_unlike_all_characters_is_said_to_be(run, monkeypatch, threshold):
     gallery = demo.recognize.open_gallery("runs/a-lora")
     gallery |= {"threshold": threshold, "enrolled_threshold": threshold}
     monkeypatch.setattr(demo.recognize, "open_gallery", lambda run: gallery)
@@ -104,7 +99,7 @@ def test_a_picture_unlike_all_characters_is_said_to_be(at, monkeypatch, threshol
         assert (words in said) == (threshold > 1)
 
 
-def test_faces_of_a_page_are_shown_and_named(at, monkeypatch):
+def test_faces_of_a_page_are_shown_and_named(run, monkeypatch):
     faces = torch.tensor([[0.5, 0.25, 0.75, 0.5], [0.1, 0.1, 0.3, 0.3]])
     monkeypatch.setattr(detect, "detect", lambda net, view: [(faces, torch.tensor([0.9, 0.8]))])
     text = demo.pages_page("runs/a-det", drawing())
@@ -152,17 +147,17 @@ def test_there_are_so_many_drawings_and_no_more(number):
     assert picture is before and "no drawing" in said
 
 
-def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(at):
+def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(run):
     before = sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
     for tab in ANSWERS:
-        demo.answer(tab, at, drawing())
+        demo.answer(tab, run, drawing())
         text = demo.answer(tab, "runs/none", drawing())
         assert "python " in text and "minutes" in text
     assert "pretrain.py" in mask_page("runs/none")
     assert before == sorted((str(p), p.stat().st_mtime_ns) for p in Path("runs").rglob("*"))
 
 
-def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(at, tmp_path, monkeypatch):
+def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(run, tmp_path, monkeypatch):
     asked = []
 
     def work(run, picture):
@@ -170,11 +165,11 @@ def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(at, tmp_
         return len(asked)
 
     monkeypatch.setitem(demo.TABS, "Tags", (work, *demo.TABS["Tags"][1:]))
-    assert [demo.answer("Tags", at, drawing()) for _ in range(2)] == [1, 1]
+    assert [demo.answer("Tags", run, drawing()) for _ in range(2)] == [1, 1]
     os.utime("runs/a-lora/gallery.safetensors", (1, 1))  # as if somebody were enrolled
-    assert demo.answer("Tags", at, drawing()) == 2
+    assert demo.answer("Tags", run, drawing()) == 2
     mine = own(tmp_path / "mine.png")
-    assert [demo.answer("Tags", at, mine) for _ in range(2)] == [3, 4]
+    assert [demo.answer("Tags", run, mine) for _ in range(2)] == [3, 4]
 
 
 class NoFloat64(TorchDispatchMode):
@@ -188,16 +183,16 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("strategy", ["attn_high", "parts", "detail"])
-def test_no_float64_where_a_mac_would_compute(at, tmp_path, strategy, monkeypatch):
+def test_no_float64_where_a_mac_would_compute(run, tmp_path, strategy, monkeypatch):
     monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
     visitors = own(tmp_path / "mine.png")
     with NoFloat64(), torch.inference_mode():
         for picture, words in ((drawing(), strategy), (visitors, "random")):
-            assert "<img" in demo.mask_page(at, picture, words, 0.75, 1.0, 0)
+            assert "<img" in demo.mask_page(run, picture, words, 0.75, 1.0, 0)
         assert "<h2>" in demo.tags_page("runs/a-tags", drawing())
 
 
-def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(at, tmp_path, monkeypatch):
+def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_path, monkeypatch):
     assert demo.choose_run(None) == demo.choose_run("runs/a") == "runs/a"
     for made in ("runs/a-lora", "runs/a-tags/", "runs/a-det"):
         assert demo.choose_run(made) == "runs/a"
@@ -239,11 +234,11 @@ def test_only_the_page_itself_is_answered(host, origin, status):
 
 
 @pytest.fixture(scope="module")
-def address(site):
+def address(base):
     """demo.py, started as a user would -> its address."""
     pytest.importorskip("gradio", reason="pip install -r requirements-demo.txt")
     words = [sys.executable, ROOT / "demo.py", *CPU.split()]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=site)
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=base)
     try:
         yield re.search(r"http://\S+?:\d+", server.stdout.readline()).group()
     finally:
@@ -295,8 +290,8 @@ def test_requests_of_other_sites_are_refused(address):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["file=", "file/", "proxy=file://"])
-def test_no_file_of_this_machine_is_served(address, site, way):
-    for path in (site / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
+def test_no_file_of_this_machine_is_served(address, base, way):
+    for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
         assert ask(address, f"/gradio_api/{way}{path}")[0] in (400, 403, 404)
     assert '"success":false' in join(address, "picture", file_at(ROOT / "demo.py"), "thief")[1]
 

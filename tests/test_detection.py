@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused, run_line
-from made import CPU, QUICK, home
+from made import CPU, QUICK
 from PIL import Image
 
 import data
@@ -161,11 +161,6 @@ def test_what_is_cut_out_is_the_face_and_room_around_it():
 
 
 # ---- runs ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return home(tmp_path_factory.mktemp("detect"))
 
 
 def test_a_run_writes_what_it_says(base):

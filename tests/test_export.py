@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, refused, run_line
-from made import CPU, QUICK, home
+from made import CPU, QUICK
 from PIL import ExifTags, Image
 
 import data
@@ -19,17 +19,6 @@ import tags
 from common.checkpoints import load_encoder, save_model
 from common.train import seeded
 from model import MAE
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return home(tmp_path_factory.mktemp("export"))
-
-
-@pytest.fixture
-def at(base, monkeypatch):
-    monkeypatch.chdir(base)
-    return base
 
 
 def model_of(path):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import ROOT, call, refused, run_line
 from golden import write_packed
-from made import home
 from safetensors import safe_open
 from sklearn.metrics import jaccard_score
 
@@ -26,21 +25,14 @@ ATTN, PARTS = "--map attn --run runs/a", "--map parts --run runs/a --parts 3"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(base):
     """A home with a set that has true masks, and all maps of datasets/packed."""
-    base = home(tmp_path_factory.mktemp("maps"))
     write_packed(base / "true", 32, (("train", 40), ("val", 8)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.plots.image_grid", lambda *_: None)  # sheets take most of the time
         for words in (f"{ATTN} --attention cls", PARTS):
             made(base, words)
         yield base
-
-
-@pytest.fixture
-def at(base, monkeypatch):
-    monkeypatch.chdir(base)
-    return base
 
 
 def made(base, words, folder="datasets/packed"):

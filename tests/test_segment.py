@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_folder, refused, run_line
-from made import CPU, home
+from made import CPU
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
@@ -278,11 +278,6 @@ def test_masks_are_judged_as_by_scikit_learn():
 
 
 # ---- the stage -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return home(tmp_path_factory.mktemp("segment"))
 
 
 def test_three_stages_leave_their_files_and_numbers(base):

@@ -6,7 +6,6 @@ python -m pytest -m slow tests/test_spoiled.py        # all cases; without -m sl
 import copy
 import json
 import random
-import shutil
 import traceback
 import zipfile
 from itertools import product
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_random
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -109,10 +109,10 @@ def save_run(base):
 
 
 @pytest.fixture(scope="module")
-def home(tagged, tmp_path_factory):
+def home(tmp_path_factory):
     """A folder with a valid file of each kind. A case spoils one and puts it back."""
-    base = tmp_path_factory.mktemp("spoiled") / "home"
-    shutil.copytree(tagged, base)
+    base = tmp_path_factory.mktemp("spoiled")
+    save_random(base / "encoder", depth=4)
     for save in (save_recogniser, save_applications, save_run):
         save(base)
     return base

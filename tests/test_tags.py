@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, refused, run_line
-from made import CPU, QUICK, home
+from made import CPU, QUICK
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
 import tags
@@ -19,11 +19,6 @@ from model import ViT
 
 V, L = 10, 8
 TRAIN = f"tags.py runs/a --data datasets/packed {QUICK}"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return home(tmp_path_factory.mktemp("tags"))
 
 
 def net_of(arm="mfdn", classes=3):
