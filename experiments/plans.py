@@ -24,6 +24,7 @@ In commands, {0} is the folder of the arm's first command, {seed} and {data} are
 from itertools import product
 
 METRICS = "metrics.json"
+METRICS_TEST = "metrics-test.json"  # of a stage that reports --split test
 PLANS = {}
 
 # ---- masks: an arm is a mask, and flags of pretrain.py behind it ---------------------------------
@@ -346,10 +347,10 @@ PLANS["shape"] |= {"question": "Which pictures, patches, batches and depths tran
 # include its evaluation on dev.
 SECONDS = {"mae": 16, "agree": 44, "lora": 24, "full": 21, "vit": 21, "resnet10": 20}
 MINUTES = (3, 6, 12, 24)
-IMAGES = 7269
+IMAGES = 7269  # of train
+CHARACTERS = 20
 SHARED_BY = 10  # so many recognisers share an encoder, in the part with few labels
 MOST_EPOCHS = 200
-LABELS = {"5 labels": 5 * 20, "20 labels": 20 * 20, "363 labels": IMAGES}  # of each character
 ON_TEST = f"{ON} --split {{split}} --epochs"
 PLAIN_MAE = "pretrain.py --data {data} --seed {seed} --model nano --mask random --eval-every 1000"
 PRE_TRAINED = {"mae": f"{PLAIN_MAE} --contrast none", "agree": PLAIN_MAE}
@@ -361,74 +362,69 @@ FROM_SCRATCH = {
 WIDE_LR, WIDE_LORA = rates("--lr", 3e-4, 1e-3, 3e-3, 1e-2), rates("--lr", 1e-3, 3e-3, 1e-2, 3e-2)
 
 
-def epochs_in(name, minutes, images=IMAGES):
+def epochs_for(name, minutes, images=IMAGES):
+    """How many epochs of so many images fill these minutes."""
     return max(1, round(60 * minutes / SECONDS[name] * IMAGES / images))
 
 
-def recognisers(minutes, encoder_minutes, label, data="{data}", images=IMAGES):
-    """{"NAME, LABEL": commands}: what can be made in so many minutes, pre-trained and from scratch.
+def recognisers(label, minutes, encoders, before, data="{data}", images=IMAGES):
+    """{"NAME, LABEL": commands}: what so many minutes make, pre-trained and from scratch.
 
-    encoder_minutes: how much of them is pre-training's. The encoder is {mae24} or alike.
+    encoders {name: what it is called in `made`}; before: pre-training's minutes among them.
     """
     arms = {}
-    for (encoder, share), (method, flags) in product(encoder_minutes.items(), FINE_TUNED.items()):
-        epochs = min(MOST_EPOCHS, epochs_in(method, minutes - share, images))
-        command = f"finetune_lora.py {{{encoder}}} {ON_TEST} {epochs} {flags}"
-        arms[f"{encoder.rstrip('0123456789')}-{method}, {label}"] = command
+    for (name, encoder), (method, flags) in product(encoders.items(), FINE_TUNED.items()):
+        epochs = min(MOST_EPOCHS, epochs_for(method, minutes - before, images))
+        arms[f"{name}-{method}, {label}"] = (
+            f"finetune_lora.py {{{encoder}}} {ON_TEST} {epochs} {flags}"
+        )
     for name, command in FROM_SCRATCH.items():
-        epochs = min(MOST_EPOCHS, epochs_in(name, minutes, images))
+        epochs = min(MOST_EPOCHS, epochs_for(name, minutes, images))
         arms[f"{name}, {label}"] = f"{command} {ON_TEST} {epochs}"
     return {arm: [command.replace("{data}", data)] for arm, command in arms.items()}
 
 
-BOUGHT = {"few5": ["-m experiments.subset {data} --pictures 5 --draw {seed}"]}
-BOUGHT["few20"] = [BOUGHT["few5"][0].replace("5", "20")]
-BOUGHT_ARMS = {}
+BOUGHT, BOUGHT_BY, TUNED_AS = {}, {}, {}
 for total in MINUTES:  # half of them are pre-training's
+    encoders = {name: f"{name}{total}" for name in PRE_TRAINED}
     for name, command in PRE_TRAINED.items():
-        BOUGHT[f"{name}{total}"] = [f"{command} --epochs {epochs_in(name, total / 2)}"]
-    halves = {f"{name}{total}": total / 2 for name in PRE_TRAINED}
-    BOUGHT_ARMS |= recognisers(total, halves, f"{total} min")
-AMORTISED = {f"{name}24": 12 / SHARED_BY for name in PRE_TRAINED}
-for label, images in LABELS.items():
-    source = "{data}" if images == IMAGES else f"{{few{images // 20}}}"
-    BOUGHT_ARMS |= recognisers(6, AMORTISED, label, source, images)
-
-
-def tuned_as(name):
-    """The rates of 6 minutes hold for all minutes, those of 20 labels for few labels."""
-    arm, _, label = name.partition(", ")
-    if not label:
-        return arm.rstrip("0123456789") + "6"
-    return f"{arm}, 20 labels" if label in ("5 labels", "20 labels") else f"{arm}, 6 min"
+        BOUGHT[encoders[name]] = [f"{command} --epochs {epochs_for(name, total / 2)}"]
+        TUNED_AS[encoders[name]] = f"{name}6"
+    BOUGHT_BY |= recognisers(f"{total} min", total, encoders, total / 2)
+of_each = MINUTES[-1] / 2 / SHARED_BY  # a recogniser's part of the longest pre-training
+for labels in (5, 20):  # of each character
+    BOUGHT[f"few{labels}"] = [f"-m experiments.subset {{data}} --pictures {labels} --draw {{seed}}"]
+    few = f"{{few{labels}}}", labels * CHARACTERS
+    BOUGHT_BY |= recognisers(f"{labels} labels", 6, encoders, of_each, *few)
+BOUGHT_BY |= recognisers("363 labels", 6, encoders, of_each)
+for arm in BOUGHT_BY:  # rates are chosen with all labels at 6 minutes, with few at 20 labels
+    name, _, label = arm.partition(", ")
+    TUNED_AS[arm] = f"{name}, {'20 labels' if label in ('5 labels', '20 labels') else '6 min'}"
 
 
 PLANS["minutes"] = OF_RECOGNITION | {
     "question": "What does pre-training buy, if its minutes count, and if ten recognisers share it?",
     "seeds": range(4000, 4003),
     "made": BOUGHT,
-    "arms": BOUGHT_ARMS,
-    "against": {arm: f"resnet10, {arm.partition(', ')[2]}" for arm in BOUGHT_ARMS},
-    "tuned_as": {name: tuned_as(name) for name in (*BOUGHT, *BOUGHT_ARMS) if "few" not in name},
-    "trials": dict.fromkeys(["mae6", "agree6"], BLR),
+    "arms": BOUGHT_BY,
+    "against": {arm: f"resnet10, {arm.partition(', ')[2]}" for arm in BOUGHT_BY},
+    "tuned_as": TUNED_AS,
+    "trials": {arm: WIDE_LORA if "-lora" in arm else WIDE_LR for arm in TUNED_AS.values()}
+    | {"mae6": BLR, "agree6": BLR},
     "trial_share": 1.0,
     "set": {"split": "test"},
-    "right": {"top1": (0, "metrics-test.json", "right")},
+    "right": {"top1": (0, METRICS_TEST, "right")},
     "columns": {
-        "top1": ("Top-1, %", 0, "metrics-test.json", "top1", 1),
-        "macro_f1": ("macro-F1", 0, "metrics-test.json", "macro_f1", 1),
-        "epochs": ("epochs", 0, "metrics-test.json", "config/epochs", 1),
+        "top1": ("Top-1, %", 0, METRICS_TEST, "top1", 1),
+        "macro_f1": ("macro-F1", 0, METRICS_TEST, "macro_f1", 1),
+        "epochs": ("epochs", 0, METRICS_TEST, "config/epochs", 1),
         "minutes": ("minutes",),
     },
 }
-for name in ("6 min", "20 labels"):
-    PLANS["minutes"]["trials"] |= {
-        arm: WIDE_LORA if "-lora" in arm else WIDE_LR for arm in BOUGHT_ARMS if name in arm
-    }
 
 # ---- who is unknown? Four characters that no part of a recogniser has seen ------------------------
 
-KNOWN = "--data {known} --seed {seed} --split test --keep 0.25 --epochs 8"
+KNOWN = "--data {known} --seed {seed} --split {split} --keep 0.25 --epochs 8"
 KNOWN_BY = {"own": "{own}", "toon": "weights/toon"}  # encoders
 STRANGERS = "recognize.py {0} --verify --data {data} --split {split}"
 OF_STRANGERS = {
@@ -458,7 +454,7 @@ PLANS["strangers"] = OF_RECOGNITION | {
     }
     | {
         "calibration_error": ("calibration error", 1, "recognize.json", "calibration_error", 1),
-        "top1": ("Top-1 of known ones, %", 0, "metrics-test.json", "top1", 1),
+        "top1": ("Top-1 of known ones, %", 0, METRICS_TEST, "top1", 1),
     },
 }
 

@@ -9,6 +9,7 @@ Writes: FOLDER/table.md, table.csv, and figure.png with --figure
 """
 
 import csv
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,14 +283,19 @@ def csv_row(arm, tests, study):
     return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
 
 
-def draw(path, study):
+def title_of(study):
+    return f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
+
+
+def draw_dots(path, study):
     """A dot for each seed, one panel for each of the first two columns."""
     from common import plots  # matplotlib takes a second to load
 
     columns = list(study.plan["columns"].items())[:2]
     size = (4.8 * len(columns), 1.4 + 0.28 * len(study.rows))
-    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
-    with plots.panels(path, title, 1, len(columns), size, sharey=True, squeeze=False) as axes:
+    with plots.panels(
+        path, title_of(study), 1, len(columns), size, sharey=True, squeeze=False
+    ) as axes:
         for axis, (column, heading) in zip(axes[0], columns, strict=True):
             for i, seeds in enumerate(study.rows.values()):
                 values = values_of(seeds, column)
@@ -312,22 +318,23 @@ def lines_of(study):
     return found
 
 
-def draw_lines(path, study, found):
+def draw_lines(path, study, lines):
     """A panel for each unit: a line through the means of each name, and a dot for each seed."""
     from common import plots
 
     heading = next(iter(study.plan["columns"].values()))
-    title = f"{study.plan['plan']} on {study.plan['data']}: a dot is a seed"
-    size = (5.2 * len(found), 4.2)
-    with plots.panels(path, title, 1, len(found), size, sharey=True, squeeze=False) as axes:
-        for axis, (unit, lines) in zip(axes[0], found.items(), strict=True):
-            for colour, (name, points) in zip(plots.COLOURS, lines.items(), strict=False):
+    size = (5.2 * len(lines), 4.2)
+    with plots.panels(
+        path, title_of(study), 1, len(lines), size, sharey=True, squeeze=False
+    ) as axes:
+        for axis, (unit, names) in zip(axes[0], lines.items(), strict=True):
+            for colour, (name, points) in zip(plots.COLOURS, names.items(), strict=False):
                 xs = sorted(points)
                 axis.plot(xs, [np.mean(points[x]) for x in xs], color=colour, label=name)
                 for x in xs:
                     axis.plot([x] * len(points[x]), points[x], "o", ms=4, alpha=0.6, color=colour)
             axis.set_xscale("log")
-            ticks = sorted(set().union(*lines.values()))
+            ticks = sorted(set().union(*names.values()))
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
             axis.set(xlabel=unit)
@@ -349,10 +356,8 @@ def write(study, figure=False):
         text += hypothesis_table(hypothesis)
     if figure:
         lines = lines_of(study)
-        if lines:
-            draw_lines(folder / "figure.png", study, lines)
-        else:
-            draw(folder / "figure.png", study)
+        figure_of = partial(draw_lines, lines=lines) if lines else draw_dots
+        figure_of(folder / "figure.png", study)
         text += ["", "![One dot is one seed](figure.png)"]
     save_text("\n".join(text) + "\n", folder / "table.md")
     rows = [csv_row(arm, tests, study) for arm in study.rows]

@@ -18,10 +18,10 @@ import numpy as np
 import data
 from common.command import Parser, at_least, claim, cli
 from common.io import UserError, read_safetensors, save_safetensors
+from ingest.layouts import ORDER
 from ingest.pack import written_aside
 
 THINNED = ("train", "dev")
-SPLITS = (*THINNED, "val", "test")
 PER_IMAGE = ("keys", "groups")  # lists of the header
 
 
@@ -83,7 +83,7 @@ def main():
         raise UserError(f"--characters {args.characters}: {args.data} has {len(names)}")
     classes = characters_of(names, args.characters or len(names), args.draw)
     with written_aside(args.out) as folder:
-        for name in SPLITS:
+        for name in ORDER:
             path = args.data / f"{name}.safetensors"
             if not path.exists():
                 continue

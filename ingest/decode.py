@@ -176,7 +176,7 @@ def whole(data):
         return np.array(on_paper(img))
 
 
-# ---- many pictures
+# ---- many pictures -------------------------------------------------------------------------------
 
 
 def decode_records(records, fetch, work, at_once=16):

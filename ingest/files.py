@@ -110,7 +110,8 @@ def open_tar(path):
     return [(name, name) for name, _ in tar_images(path)], fetch
 
 
-# ---- tar: its headers say how much follows, and nothing is read before that is checked
+# ---- tars ----------------------------------------------------------------------------------------
+# Their headers say how much follows, and nothing is read before that is checked.
 
 MOST_HEADER = 2**20  # bytes of a long name, or of a set of PAX fields
 # What tarfile raises for a broken header, besides its own errors.

@@ -1,9 +1,13 @@
 """experiments.subset: a smaller set is a part of the larger, and nobody who left is in it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from conftest import call, refused
+from PIL import Image
 
 import data
+from experiments import report
 from experiments.plans import PLANS
 
 
@@ -58,3 +62,18 @@ def test_rates_of_the_plan_are_chosen_for_every_arm():
         name = plan["tuned_as"][arm]
         assert len(plan["trials"][name]) == 4
         assert arm.partition(", ")[0] == name.partition(", ")[0]
+
+
+def test_arms_named_by_a_number_become_lines_and_others_dots(tmp_path):
+    rows = {seed: {"metrics": {"top1": 80.0 + seed}} for seed in range(2)}
+    arms = ["vit, 6 min", "vit, 12 min", "resnet10, 6 min", "vit, 5 labels"]
+    plan = {"plan": "p", "data": "d", "columns": {"top1": "Top-1, %"}}
+    study = SimpleNamespace(plan=plan, rows=dict.fromkeys(arms, rows))
+    lines = report.lines_of(study)
+    both = [80.0, 81.0]
+    assert lines["min"] == {"vit": {6.0: both, 12.0: both}, "resnet10": {6.0: both}}
+    assert lines["labels"] == {"vit": {5.0: both}}
+    report.draw_lines(tmp_path / "lines.png", study, lines)
+    assert Image.open(tmp_path / "lines.png").size == (1560, 630)
+    study.rows["random"] = rows
+    assert report.lines_of(study) == {}
