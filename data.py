@@ -181,25 +181,27 @@ def open_map(path, name, split):
 # ---- the loader ----------------------------------------------------------------------------------
 
 
-def resident(split, device):
-    """All images on a GPU if they fit in a quarter of its free memory, else the memory map."""
-    if device.type != "cuda" or split["images"].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
-        return split["images"]
-    images = torch.empty(split["images"].shape, dtype=torch.uint8, device=device)
+def resident(images, device):
+    """A memory map u8 (n, ...), on a GPU if it fits in a quarter of the free memory, else as it is."""
+    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return images
+    there = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for i in range(0, len(images), 4096):
-        images[i : i + 4096] = torch.from_numpy(np.array(split["images"][i : i + 4096]))
-    return images
+        there[i : i + 4096] = torch.from_numpy(np.array(images[i : i + 4096]))
+    return there
 
 
 def send(x, device):
-    """A CPU tensor on the device. The copy to a GPU does not wait: the memory is pinned."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on the device. The copy from CPU to GPU does not wait: the memory is pinned."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def take(images, index, device):
     """Rows `index` (i64, CPU) of a memory map or a tensor -> u8 (B, S, S, 3) on the device."""
     if isinstance(images, torch.Tensor):
-        return images[send(index, device)]
+        return send(images[send(index, images.device)], device)
     return send(torch.from_numpy(images[index.numpy()]), device)
 
 
@@ -280,11 +282,17 @@ def view_matrices(boxes, flip, n_in, n_out):
 def view_images(images, boxes, flip, side):
     """images u8 (B, S, S, 3) -> views u8 (B, s, s, 3) of side s, on the same device."""
     B, S = images.shape[:2]
-    Wy, Wx = view_matrices(boxes.to(images.device), flip.to(images.device), S, side)
+    Wy, Wx = view_matrices(send(boxes, images.device), send(flip, images.device), S, side)
     rows = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
     view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
     view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # colours together: kernels/
     return view.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def brightness(x):
+    """Colours (..., 3) -> their brightness (...), by LUMA."""
+    red, green, blue = x.unbind(-1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def jitter_colour(images, draws, level):
@@ -294,10 +302,10 @@ def jitter_colour(images, draws, level):
     """
     if level == 0:
         return images
-    factors = (1 - level + 2 * level * draws).to(images.device)
+    factors = send(1 - level + 2 * level * draws, images.device)
     light, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()
-    gray = (x * x.new_tensor(LUMA)).sum(3, keepdim=True)
+    gray = brightness(x)[..., None]
     x = gray + saturation * (x - gray)
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((mean + contrast * (x - mean)) * light).round().clamp(0, 255).to(torch.uint8)
@@ -324,7 +332,7 @@ def swap_backgrounds(view, fg, draws, share, views):
 
 def view_maps(maps, boxes, flip, side):
     """maps (B, G, G) of whole images -> fp32 (B, s, s), cropped and flipped as the images."""
-    Wy, Wx = view_matrices(boxes.to(maps.device), flip.to(maps.device), maps.shape[-1], side)
+    Wy, Wx = view_matrices(send(boxes, maps.device), send(flip, maps.device), maps.shape[-1], side)
     return Wy @ maps.float() @ Wx
 
 

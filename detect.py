@@ -422,12 +422,12 @@ def step_loss(task, net, rows, pages, late, generator):
     corner = torch.randint(room, (2,), generator=generator).tolist()
     with task.autocast():
         logits, found = net(view, corner)
-    return loss_of(logits, found, boxes.to(task.device), side, net.patch)
+    return loss_of(logits, found, data.send(boxes, task.device), side, net.patch)
 
 
 def learn(task, net, optimizer, run, lr):
     """Train from the run's step to its last one; lr: the peak learning rate."""
-    images = data.resident(task.train, task.device)
+    images = data.resident(task.train["images"], task.device)
     epochs = run.total // run.per_epoch
     first_late = round((1 - LATE) * epochs)
     for epoch in range(run.step // run.per_epoch, epochs):

@@ -200,7 +200,7 @@ def cutout(view, share, generator):
     at = torch.arange(S)
     rows, columns = (at >= start) & (at < start + side)  # (B, S) each
     square = rows[:, :, None] & columns[:, None]
-    return view.masked_fill(square[..., None].to(view.device), GRAY)
+    return view.masked_fill(data.send(square[..., None], view.device), GRAY)
 
 
 def augmented(images, S, generator):
@@ -216,7 +216,8 @@ def drop_patches(view, encoder, keep, generator):
     K = max(1, round(keep * N))
     if K == N:
         return encoder.all_patches(view)
-    ids, _ = masking.sample(torch.rand(len(view), N, generator=generator).to(view.device), K)
+    noise = torch.rand(len(view), N, generator=generator)
+    ids, _ = masking.sample(data.send(noise, view.device), K)
     return masked_patch_gather(view, ids, encoder.patch_size), ids
 
 
@@ -348,7 +349,7 @@ def finetune(flags, task):
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
         f"parameters trained ({task.share:.2%}), step {run.step} of {total}"
     )
-    images = data.resident(task.train.split, device)
+    images = data.resident(task.train.split["images"], device)
     if task.method == "linear":
         images = pooled_of(task, task.train, torch.arange(len(images)))
 
@@ -363,7 +364,7 @@ def finetune(flags, task):
                 batch = pooled_views(task, batch, run.step / total, generator)  # (B, D)
 
             # forward, loss: cross-entropy with smoothed targets
-            y = labels[rows].to(device)  # (B,)
+            y = data.send(labels[rows], device)  # (B,)
             logits = net(batch, y)  # (B, C)
             target = F.one_hot(y, C) * (1 - SMOOTHING) + SMOOTHING / C  # (B, C)
             loss = -(target * (logits + adjust).log_softmax(1)).sum(1).mean()

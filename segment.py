@@ -126,7 +126,7 @@ def cut_masks(B, S, share, generator):
 
 def cut_together(view, drawn, share, generator):
     """Frames (B, S, S, 3) and masks (B, S, S); `share` of them show a part of another frame."""
-    cut = cut_masks(len(view), view.shape[1], share, generator).to(view.device)
+    cut = data.send(cut_masks(len(view), view.shape[1], share, generator), view.device)
     return torch.where(cut[..., None], view.flip(0), view), torch.where(cut, drawn.flip(0), drawn)
 
 
@@ -143,7 +143,7 @@ def patch_loss(task, net, rows, images, generator):
     """Cross-entropy of the patches seen; the target of a patch is the share of it that is drawn."""
     kind, N, patch = task.train.kind[rows].float(), net.encoder.side**2, net.encoder.patch_size
     view, drawn = crops(task, images, kind[:, None, None], generator)
-    noise = torch.rand(len(rows), N, generator=generator).to(view.device)
+    noise = data.send(torch.rand(len(rows), N, generator=generator), view.device)
     ids, _ = masking.sample(noise, max(1, round(KEEP * N)))
     logits = net(masked_patch_gather(view, ids, patch), ids)
     share = F.avg_pool2d(drawn[:, None], patch).flatten(1).gather(1, ids)
@@ -159,7 +159,7 @@ def set_centroids(task, net):
     for rows, view in views(task, task.train, task.train.plain):
         with task.autocast():
             tokens = net.encoder.features(view)[:, 1:].float().mean(1)
-        one_hot = F.one_hot(task.train.kind[rows], 2).float().to(task.device)
+        one_hot = data.send(F.one_hot(task.train.kind[rows], 2).float(), task.device)
         total += one_hot.T @ tokens
         count += one_hot.sum(0)[:, None]
     net.centroids.copy_(total / count)
@@ -206,7 +206,7 @@ def guided_filter(values, view, radius):
     def mean(x):
         return F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
 
-    guide = (view.float() * view.new_tensor(data.LUMA, dtype=torch.float32)).sum(3) / 255
+    guide = data.brightness(view.float()) / 255
     m_guide, m_values = mean(guide), mean(values)
     a = (mean(guide * values) - m_guide * m_values) / (mean(guide**2) - m_guide**2 + EPS)
     return mean(a) * guide + mean(m_values - a * m_guide)
@@ -376,8 +376,8 @@ def judge_masks(pairs):
     both, either = torch.zeros(2), torch.zeros(2)
     for found, true in pairs:
         for kind, (a, b) in enumerate([(~found, ~true), (found, true)]):
-            both[kind] += (a & b).sum()
-            either[kind] += (a | b).sum()
+            both[kind] += (a & b).sum().cpu()
+            either[kind] += (a | b).sum().cpu()
     iou = 100 * both / either.clamp(min=1)
     row = {"iou_drawn": iou[1], "iou_photographed": iou[0], "miou": iou.mean()}
     return {k: round(x.item(), 2) for k, x in row.items()}
@@ -464,7 +464,7 @@ def views(task, frames, rows):
 
 def fit(task, run, part):
     """Train the network of a stage from the run's step to the last step of the stage."""
-    images = data.resident(task.train.split, task.device)
+    images = data.resident(task.train.split["images"], task.device)
     done = run.step - part.first  # steps of this stage
     B = min(run.batch_size, len(part.rows))
     per_epoch = len(part.rows) // B

@@ -429,7 +429,7 @@ def make_batch(task, rows, images, share, generator):
         batch.targets = torch.from_numpy(many_hot(ids, V)).float()
     for name, value in vars(batch).items():
         if value is not None:
-            setattr(batch, name, value.to(task.device))
+            setattr(batch, name, data.send(value, task.device))
     return batch
 
 
@@ -441,7 +441,7 @@ def augment(task, images, generator):
     noise = torch.rand(B, N, generator=generator)
     view = data.view_images(images, boxes, flip, task.side)
     view = data.jitter_colour(view, colour, JITTER)
-    ids, _ = masking.sample(noise.to(view.device), max(1, round(KEEP * N)))
+    ids, _ = masking.sample(data.send(noise, view.device), max(1, round(KEEP * N)))
     return masked_patch_gather(view, ids, task.net.encoder.patch_size), ids
 
 
@@ -487,7 +487,7 @@ def open_run(flags, task):
 def fit(task, run, optimizer, seed):
     """Train the network from the run's step to its last one."""
     net, labels, device = task.net, task.train.labels, task.device
-    images = data.resident(task.train.split, device)
+    images = data.resident(task.train.split["images"], device)
     pairs = []  # the two losses of each step since the last row of the log
     for epoch in range(run.step // run.per_epoch, run.total // run.per_epoch):
         order = task.train.rows[data.epoch_order(len(task.train.rows), seed, epoch)]
@@ -498,7 +498,9 @@ def fit(task, run, optimizer, seed):
             batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))
             # forward, loss, backward
             with task.autocast():
-                character_loss, tag_loss = losses(net.train(), batch, labels[rows].to(device))
+                character_loss, tag_loss = losses(
+                    net.train(), batch, data.send(labels[rows], device)
+                )
             loss = character_loss + task.weight * tag_loss
             loss.backward()
             # update

@@ -44,14 +44,15 @@ class Agreement(nn.Module):
         norm = nn.BatchNorm1d(HIDDEN, track_running_stats=False)
         last = nn.Linear(HIDDEN, OUT)
         self.projector = nn.Sequential(first, norm, nn.ReLU(), last)
-        self.groups, self.settings = data.groups_of(train), settings
+        self.settings = settings
+        self.register_buffer("groups", data.groups_of(train), persistent=False)
         for layer in (first, last):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, summary, rows):
         """summary (2B, D), views 2i and 2i+1 of one image; rows (2B,) of the images -> the loss."""
         h = F.normalize(self.projector(summary.float()), dim=1)  # (2B, OUT)
-        groups = self.groups[rows].to(h.device)
+        groups = self.groups[data.send(rows, h.device)]
         loss, found = agreement_loss(h, groups, self.settings["temperature"], self.settings["dcl"])
         self.last = {"agreement": loss.detach(), "found": found}
         return loss

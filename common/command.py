@@ -17,7 +17,9 @@ from tqdm import tqdm
 from common.fields import shown
 from common.io import UserError, lock_beside, locked, one_line
 
-NO_MEMORY = "OutOfMemory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
+NO_MEMORY = (
+    "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
+)
 QUIET = 10  # seconds between two lines where output is piped
 LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 

@@ -30,6 +30,7 @@ LOG_EVERY = 10  # steps
 SAVE_EVERY = 120  # seconds: the most that a killed run loses
 RESULTS = (".pt", ".jsonl", ".safetensors", ".json", ".png")  # a new run overwrites none of these
 STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
+NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 ANEW = "remove the folder of the run, or choose another --out"
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -41,6 +42,8 @@ def pick_device(name):
     mps = int(torch.backends.mps.is_available())
     counts = {"cuda": torch.cuda.device_count(), "mps": mps, "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
+    if there == ["cpu"] and name == "auto" and Path("/proc/driver/nvidia/version").exists():
+        print(f"warning  {NO_CUDA}: torch {torch.__version__}")
     with contextlib.suppress(RuntimeError):  # torch's, at a word that names no device
         device = torch.device(there[0] if name == "auto" else name)
         if (device.index or 0) < counts.get(device.type, 0):

@@ -5,6 +5,7 @@ a GPU. With TRITON_INTERPRET=1, the interpreter of Triton runs the kernels on a 
 """
 
 import os
+import shutil
 
 import torch
 
@@ -22,6 +23,7 @@ except ImportError:  # on macOS: a kernel is then a plain function that nobody c
 
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILE = 2**16 if INTERPRET else 2**11  # numbers of a program; the interpreter is slow per program
+COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # of launchers
 LARGEST = 104  # px of a patch: from 105 on, a sum of squared bytes needs more than 32 bits
 
 IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you change there trains
@@ -55,6 +57,8 @@ def why_not_triton(device):
         return "Triton needs a GPU (on a CPU, TRITON_INTERPRET=1 runs its interpreter, for tests)"
     if device.type not in ("cpu", "cuda"):
         return f"Triton does not run on {device.type}"
+    if device.type == "cuda" and not COMPILER:
+        return "Triton needs a C compiler (install gcc)"
     return None
 
 

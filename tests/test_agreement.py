@@ -89,14 +89,14 @@ def test_views_of_one_image_are_neighbours():
 
 def test_backgrounds_are_another_images():
     """The left half is figure. The right half of swapped views becomes that of another image."""
-    fg = np.zeros((4, 32, 32), np.uint8)
+    fg = torch.zeros(8, 32, 32, dtype=torch.uint8)
     fg[:, :, :16] = 255
     shades = torch.arange(8, dtype=torch.uint8) * 20  # two views of four images
     view = shades[:, None, None, None].repeat(1, 32, 32, 3)
-    rows, (boxes, flip) = torch.arange(4).repeat_interleave(2), data.full_boxes(8)
+    where = *data.full_boxes(8), 32
     draws = torch.full((8, 4), 0.5)  # colours times 1
     draws[:, 3] = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1])
-    mixed = pretrain.augment(view, fg, rows, boxes, flip, draws)
+    mixed = pretrain.make_views(view, fg, *where, draws)
     assert torch.equal(mixed[:, :, :15], view[:, :, :15])
     right = mixed[:, 0, -1, 0].tolist()
     swapped = [i for i in range(8) if right[i] != 20 * i]
@@ -104,4 +104,4 @@ def test_backgrounds_are_another_images():
     others = [x // 40 for x in right]  # the image that it comes from
     assert all(others[i] != i // 2 for i in swapped)
     assert others[0] != others[1] and others[6] != others[7]
-    assert torch.equal(pretrain.augment(view, None, rows, boxes, flip, draws), view)
+    assert torch.equal(pretrain.make_views(view, None, *where, draws), view)
