@@ -194,7 +194,7 @@ def resident(images, device):
 def send(x, device):
     """A tensor on the device. The copy from CPU to GPU does not wait: the memory is pinned."""
     if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 

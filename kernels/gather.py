@@ -23,6 +23,7 @@ STD = (0.229, 0.224, 0.225)
 # (byte / 255 - mean) / std = byte * SCALE + SHIFT
 SCALE = tuple(1 / (255 * s) for s in STD)
 SHIFT = tuple(-m / s for m, s in zip(MEAN, STD, strict=True))
+RED, GREEN, BLUE = map(constexpr or tuple, zip(SCALE, SHIFT, strict=True))  # for a kernel
 
 
 def check_patches(view, ids, patch):
@@ -95,12 +96,10 @@ def load_bytes(view, ids, count, K, n, j, inside, S: constexpr, p: constexpr):
 
 
 @jit
-def normalise(x, j, SCALE: constexpr = SCALE, SHIFT: constexpr = SHIFT):
+def normalise(x, j):
     """byte * SCALE[c] + SHIFT[c], c = j % 3. Selected: a table would be a load for each number."""
-    scale, shift = tl.full(j.shape, SCALE[0], tl.float32), tl.full(j.shape, SHIFT[0], tl.float32)
-    for c in tl.static_range(1, 3):
-        scale = tl.where(j % 3 == c, SCALE[c], scale)
-        shift = tl.where(j % 3 == c, SHIFT[c], shift)
+    scale = tl.where(j % 3 == 0, RED[0], tl.where(j % 3 == 1, GREEN[0], BLUE[0]))
+    shift = tl.where(j % 3 == 0, RED[1], tl.where(j % 3 == 1, GREEN[1], BLUE[1]))
     return x.to(tl.float32) * scale[None, :] + shift[None, :]
 
 
