@@ -88,7 +88,7 @@ def parse_flags():
     add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
     add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
-    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: half, at most 10")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 10, or 2 to 20 of them")
     add("--split", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -173,7 +173,7 @@ def set_length(flags, images, V, device, world):
     defaults = DEFAULTS[device.type]
     epochs = max(1, round(defaults["views"] / (V * images)))
     flags.fill(epochs=epochs, batch_size=defaults["batch"] // V)
-    flags.fill(eval_every=min(10, (flags.epochs + 1) // 2))
+    flags.fill(eval_every=min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2))
     b = min(flags.batch_size, images) // world
     if b < V:  # the contrastive loss compares an image with others
         raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; give more")
@@ -325,8 +325,12 @@ def main():
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     flags.fill(compile=device.type == "cuda" and not re.search("[:-]", flags.ratio))
-    compiled = torch.compile if flags.compile else lambda function: function
-    views, net = compiled(make_views), share_gradients(compiled(model))
+    views, net = make_views, model
+    if (
+        flags.compile
+    ):  # a step has 1,400 kernels, and the host takes longer to start them than a GPU
+        views, net = torch.compile(views), torch.compile(net, mode="reduce-overhead")
+    net = share_gradients(net)
     agreement = share_gradients(parts.get("agreement"))
     guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets
