@@ -192,6 +192,23 @@ def build_network(network, size, flags):
     return model
 
 
+def open_figures(split, V, device):
+    """The foreground masks u8 (n, S, S), where two views get other backgrounds; else None."""
+    return data.resident(split["fg"], device) if V == 2 and "fg" in split else None
+
+
+def compiled(model, flags, device):
+    """`make_views` and the network as the loop calls them.
+
+    A step has 1,400 kernels. A fast GPU waits for the host that starts them, one by one. The
+    compiled network replays them as two graphs; a ratio that changes would need others each time.
+    """
+    flags.fill(compile=device.type == "cuda" and not re.search("[:-]", flags.ratio))
+    if not flags.compile:
+        return make_views, model
+    return torch.compile(make_views), torch.compile(model, mode="reduce-overhead")
+
+
 def make_mask(flags, encoder, train_set, autocast, views):
     """--mask: the strategy, the guide whose scores it reads, and the share that is thrown."""
     keys = {name: dict(defaults) for name, defaults in masking.PARAMS.items()}
@@ -312,9 +329,7 @@ def main():
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
     train_set, held_set = open_data(flags, S, rank)
-    images, figures = data.resident(train_set["images"], device), None
-    if V == 2 and "fg" in train_set:
-        figures = data.resident(train_set["fg"], device)
+    images, figures = data.resident(train_set["images"], device), open_figures(train_set, V, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
     model = build_network(network, size, flags).to(device)
@@ -324,12 +339,7 @@ def main():
     if V == 2:
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
-    flags.fill(compile=device.type == "cuda" and not re.search("[:-]", flags.ratio))
-    views, net = make_views, model
-    if (
-        flags.compile
-    ):  # a step has 1,400 kernels, and the host takes longer to start them than a GPU
-        views, net = torch.compile(views), torch.compile(net, mode="reduce-overhead")
+    views, net = compiled(model, flags, device)
     net = share_gradients(net)
     agreement = share_gradients(parts.get("agreement"))
     guide.predictor = share_gradients(guide.predictor)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from common.command import Parser, at_least, claim, cli
+from common.command import Parser, at_least, cli, refuse_overwrite
 from common.io import UserError, read_safetensors, save_safetensors
 from ingest.layouts import ORDER
 from ingest.pack import written_aside
@@ -74,7 +74,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    claim([args.out])
+    refuse_overwrite([args.out])  # experiments.run holds the lock beside it
     train = data.open_split(args.data, "train")
     if not data.has_labels(train):
         raise UserError(f"{args.data} has no labels, or one character; choose another set")

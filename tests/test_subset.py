@@ -7,14 +7,16 @@ from conftest import call, refused
 from PIL import Image
 
 import data
+from common.io import lock_beside, locked
 from experiments import report
 from experiments.plans import PLANS
 
 
 def subset(small, tmp_path, name, *flags):
-    """-> {split: a split of the new set}."""
+    """-> {split: a split of the new set}; as in a plan, experiments.run holds the lock beside it."""
     words = ["experiments.subset", small, "--out", tmp_path / name, *flags]
-    call(*words, cwd=tmp_path, check=0)
+    with locked(lock_beside(tmp_path / name)):
+        call(*words, cwd=tmp_path, check=0)
     found = sorted(path.stem for path in (tmp_path / name).glob("*.safetensors"))
     return {split: data.open_split(tmp_path / name, split) for split in found}
 
