@@ -183,7 +183,9 @@ def open_map(path, name, split):
 
 def resident(images, device):
     """A memory map u8 (n, ...), on a GPU if it fits in a quarter of the free memory, else as it is."""
-    if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+    if images is None or device.type != "cuda":
+        return images
+    if images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return images
     there = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for i in range(0, len(images), 4096):
@@ -289,12 +291,6 @@ def view_images(images, boxes, flip, side):
     return view.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def brightness(x):
-    """Colours (..., 3) -> their brightness (...), by LUMA."""
-    red, green, blue = x.unbind(-1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-
-
 def jitter_colour(images, draws, level):
     """images u8 (B, S, S, 3) with brightness, contrast and saturation times 1 +- level.
 
@@ -305,7 +301,8 @@ def jitter_colour(images, draws, level):
     factors = send(1 - level + 2 * level * draws, images.device)
     light, contrast, saturation = factors.T[..., None, None, None]  # (B, 1, 1, 1) each
     x = images.float()
-    gray = brightness(x)[..., None]
+    red, green, blue = x.split(1, dim=3)
+    gray = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue  # (B, S, S, 1)
     x = gray + saturation * (x - gray)
     mean = x.mean((1, 2, 3), keepdim=True)
     return ((mean + contrast * (x - mean)) * light).round().clamp(0, 255).to(torch.uint8)

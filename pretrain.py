@@ -93,11 +93,7 @@ def parse_flags():
     add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile views and network (default: on CUDA, where the ratio is fixed)",
-    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     flags = Flags(parser)
     if flags.resume:
@@ -192,21 +188,16 @@ def build_network(network, size, flags):
     return model
 
 
-def open_figures(split, V, device):
-    """The foreground masks u8 (n, S, S), where two views get other backgrounds; else None."""
-    return data.resident(split["fg"], device) if V == 2 and "fg" in split else None
-
-
 def compiled(model, flags, device):
     """`make_views` and the network as the loop calls them.
 
-    A step has 1,400 kernels. A fast GPU waits for the host that starts them, one by one. The
-    compiled network replays them as two graphs; a ratio that changes would need others each time.
+    A fast GPU waits for the host that starts 1,400 kernels a step. The compiled network replays
+    them as two graphs. A ratio that changes would need others each time.
     """
     flags.fill(compile=device.type == "cuda" and not re.search("[:-]", flags.ratio))
     if not flags.compile:
-        return make_views, model
-    return torch.compile(make_views), torch.compile(model, mode="reduce-overhead")
+        return make_views, share_gradients(model)
+    return torch.compile(make_views), share_gradients(torch.compile(model, mode="reduce-overhead"))
 
 
 def make_mask(flags, encoder, train_set, autocast, views):
@@ -272,8 +263,7 @@ def ratio_at(text, t, stream):
 def make_views(images, fg, boxes, flip, side, draws):
     """images u8 (n, S, S, 3) -> views u8 (n, s, s, 3) of side s.
 
-    With draws (n, 4) they get other colours and, where the figures fg u8 (n, S, S) are known, the
-    backgrounds of other images. Compiled, this is a few passes over the pixels instead of 40.
+    With draws (n, 4): other colours, and backgrounds where the figures fg u8 (n, S, S) are known.
     """
     view = data.view_images(images, boxes, flip, side)
     if fg is not None:
@@ -329,7 +319,8 @@ def main():
     V = 2 if settings else 1
     S, p = size["image_size"], size["patch_size"]
     train_set, held_set = open_data(flags, S, rank)
-    images, figures = data.resident(train_set["images"], device), open_figures(train_set, V, device)
+    images = data.resident(train_set["images"], device)
+    figures = data.resident(train_set.get("fg") if V == 2 else None, device)
     b, per_epoch = set_length(flags, len(images), V, device, world)
     total, peak_lr = flags.epochs * per_epoch, flags.blr * V * flags.batch_size / 256
     model = build_network(network, size, flags).to(device)
@@ -340,7 +331,6 @@ def main():
         parts["agreement"] = Agreement(size["dim"], train_set, settings)
     optimizer = train.make_optimizer(nn.ModuleDict(parts).to(device), peak_lr, WEIGHT_DECAY)
     views, net = compiled(model, flags, device)
-    net = share_gradients(net)
     agreement = share_gradients(parts.get("agreement"))
     guide.predictor = share_gradients(guide.predictor)
     norm = {"norm_pix": not flags.no_norm_pix, "floor": FLOOR}  # of the targets

@@ -206,7 +206,7 @@ def guided_filter(values, view, radius):
     def mean(x):
         return F.avg_pool2d(x[:, None], 2 * radius + 1, 1, radius, count_include_pad=False)[:, 0]
 
-    guide = data.brightness(view.float()) / 255
+    guide = (view.float() * view.new_tensor(data.LUMA, dtype=torch.float32)).sum(3) / 255
     m_guide, m_values = mean(guide), mean(values)
     a = (mean(guide * values) - m_guide * m_values) / (mean(guide**2) - m_guide**2 + EPS)
     return mean(a) * guide + mean(m_values - a * m_guide)
