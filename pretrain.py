@@ -9,7 +9,7 @@ Writes: runs/NAME/ state.pt and attn-*.safetensors (what a resumed run needs), m
         pooler.safetensors, stats_head.safetensors, log.jsonl, pictures
 
 Random numbers are drawn on the CPU from (seed, epoch, step, process). So two masks with one seed see
-the same images with the same crops. A resumed run ends with the same bits, on the same machine.
+the same images with the same crops. On a CPU, a resumed run ends with the same bits.
 
     V views of an image, neighbours in a batch   b images of a process   B images of all processes
     S image side   p patch side   N patches of a view   K visible   M hidden   D encoder width

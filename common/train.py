@@ -83,7 +83,11 @@ def pick_dtype(name, device):
 
 
 def autocast_of(device, dtype):
-    """-> autocast(), a context in which matrix products run in dtype; fp32 changes nothing."""
+    """-> autocast(), a context in which matrix products run in dtype; fp32 changes nothing.
+
+    With bf16 on CUDA, products that stay in fp32 are rounded to TF32, which is less than bf16 does.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
     return functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
 
