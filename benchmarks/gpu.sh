@@ -3,17 +3,18 @@
 #
 #     bash benchmarks/gpu.sh [--small] [FOLDER]           (FOLDER: runs/gpu)
 #
-# It runs the gate of the kernels, four benchmarks, and one pre-training on the demo set. Each step
-# writes FOLDER/STEP.log. A step whose log is there is skipped, so run it again after a stop: it
-# goes on. At the end it lists the files to send. --small tries all of it on tiny inputs, on any
-# machine; where there is no GPU, the interpreter of Triton runs the kernels of the gate.
+# It runs the tests on a GPU, the gate of the kernels, benchmarks, one pre-training on the demo set,
+# and LoRA on it, in at most 30 minutes. Each step writes FOLDER/STEP.log. A step whose log is there
+# is skipped, so run it again after a stop: it goes on. A step that takes too long is stopped, and
+# keeps the rows that it has. At the end FOLDER/summary.md holds what to send. --small tries all of
+# it on tiny inputs, on any machine; without a GPU, the interpreter of Triton runs the gate.
 set -uo pipefail
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
 
 small=()
 if [ "${1:-}" = --small ]; then
-    small=(--small --turns 1)
+    small=(--small)
     shift
 fi
 folder=${1:-runs/gpu}
@@ -23,15 +24,15 @@ esac
 mkdir -p "$folder" || exit 2
 failed=()
 
-# step NAME COMMAND...: the log gets its name when the command has succeeded.
+# step NAME SECONDS COMMAND...: the log gets its name when the command has succeeded.
 step() {
-    local log="$folder/$1.log"
+    local log="$folder/$1.log" command=("${@:3}")
     if [ -e "$log" ]; then
         echo "== $1: $log is there, skipped"
         return
     fi
-    echo "== $1: ${*:2}"
-    if { echo "\$ ${*:2}"; "${@:2}"; } 2>&1 | tee "$log.part"; then
+    echo "== $1: ${command[*]}"
+    if { echo "\$ ${command[*]}"; timeout -s INT "$2" "${command[@]}"; } 2>&1 | tee "$log.part"; then
         mv "$log.part" "$log"
     else
         failed+=("$1")
@@ -49,18 +50,7 @@ facts() {
     return 0
 }
 
-# The run goes on where it was stopped. On the demo set a GPU's epoch takes seconds, so evaluations
-# are rare. A tiny run: a CPU's network with one block, one epoch, no guidance.
-pretrain() {
-    local run="$folder/run" tiny=(--model nano:depth=1 --epochs 1 --mask random)
-    if [ -e "$run/state.pt" ]; then
-        python pretrain.py --resume "$run"
-    elif [ ${#small[@]} -gt 0 ]; then
-        python pretrain.py "${tiny[@]}" --out "$run"
-    else
-        python pretrain.py --mask attn_high --ratio 0.75 --eval-every 100 --out "$run"
-    fi
-}
+export -f facts # `timeout` starts it
 
 gpu=$(python -c 'import torch; print(int(torch.cuda.is_available()))') || exit 2
 if [ "$gpu" = 0 ] && [ ${#small[@]} -eq 0 ]; then
@@ -69,23 +59,44 @@ if [ "$gpu" = 0 ] && [ ${#small[@]} -eq 0 ]; then
 fi
 interpret=$((1 - gpu)) # without a GPU
 
-step machine facts
+# Training goes on where it was stopped. A tiny run: a CPU's network with one block, no guidance.
+train=(--mask attn_high --ratio 0.75)
+lora=(--method lora)
+many=10000
+if [ ${#small[@]} -gt 0 ]; then
+    train=(--model nano:depth=1,image_size=32 --epochs 1 --mask random)
+    lora+=(--epochs 1)
+    many=20
+fi
+pretrain=(python pretrain.py "${train[@]}" --out "$folder/run")
+if [ -e "$folder/run/state.pt" ]; then
+    pretrain=(python pretrain.py --resume "$folder/run")
+fi
+
+step machine 60 bash -c facts
 for dtype in fp32 bf16; do # a speed is never reported where the kernels are wrong
-    step "gate-$dtype" env TRITON_INTERPRET=$interpret python -m benchmarks.kernels --gate --dtype $dtype || {
+    step "gate-$dtype" 300 env TRITON_INTERPRET=$interpret python -m benchmarks.kernels --gate --dtype $dtype || {
         echo "error: the gate is red, so nothing is timed. Send $folder/machine.log and $folder/gate-$dtype.log.part" >&2
         exit 2
     }
 done
-step kernels python -m benchmarks.kernels "${small[@]}" --out "$folder"
-step step python -m benchmarks.step "${small[@]}" --out "$folder"
-step data python -m benchmarks.data --device auto "${small[@]}" --out "$folder"
-step pack python -m benchmarks.data --pack "$([ ${#small[@]} -gt 0 ] && echo 20 || echo 10000)" --out "$folder"
-step latency python -m benchmarks.latency "${small[@]}" --out "$folder"
-step pretrain pretrain
+step pretrain 600 "${pretrain[@]}"
+step lora 240 python finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora"
+step kernels 240 python -m benchmarks.kernels "${small[@]}" --turns 2 --out "$folder"
+step step 420 python -m benchmarks.step "${small[@]}" --turns 2 --out "$folder"
+step data 60 python -m benchmarks.data --device auto "${small[@]}" --turns 2 --out "$folder"
+step pack 60 python -m benchmarks.data --pack $many --out "$folder"
+step latency 60 python -m benchmarks.latency "${small[@]}" --turns 2 --out "$folder"
+if [ ${#small[@]} -eq 0 ]; then
+    step tests 300 python -m pytest -q -n 0 tests/test_gpu.py tests/test_kernels.py
+fi
 
-echo
-echo "Send these files:"
-ls "$folder"/*.log "$folder"/*.log.part "$folder"/*.csv "$folder"/run/log.jsonl "$folder"/run/*.png 2> /dev/null
+{
+    head -n 2 "$folder/machine.log"
+    tail -qn 4 "$folder/pretrain.log" "$folder/lora.log" 2> /dev/null
+    python -W ignore -m benchmarks.tables "$folder"
+} > "$folder/summary.md"
+echo "Send $folder/summary.md; the logs beside it say more"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "error: these steps failed, and run again with the same command: ${failed[*]}" >&2
     exit 1

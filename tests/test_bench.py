@@ -10,7 +10,7 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
-from benchmarks.tables import read_csv, save_csv
+from benchmarks.tables import markdown, read_csv, save_csv
 from common.checkpoints import save_model
 from common.io import UserError
 from export import export
@@ -65,6 +65,11 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     slow = replace(TINY, candidate="timm", compile=True)
     lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
     assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
+
+
+def test_a_table_says_once_what_all_rows_share():
+    rows = [{"a": "1", "b": "x", "c": "5"}, {"a": "2", "b": "x", "c": "6"}]
+    assert markdown(rows)[:3] == ["b x", "", "| a | c |"] and markdown(rows)[-2] == "| 2 | 6 |"
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
