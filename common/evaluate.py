@@ -183,7 +183,9 @@ def evaluate(model, splits, norm, autocast, epoch):
         if epoch == 0:
             control = recognition(small_thumbnails, train, held)
             row |= {f"{key}_thumbnail": value for key, value in control.items()}
-            text += f" untrained; thumbnails {control['knn']:.1f} %, {control['linear']:.1f} %"
+            text += (
+                f" before training; thumbnails {control['knn']:.1f} %, {control['linear']:.1f} %"
+            )
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     tqdm.write(text)
