@@ -29,7 +29,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, is_image, walk
+from ingest.files import fetch_files, has_suffix, hidden_part, is_image, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
@@ -111,6 +111,8 @@ def by_path(found, layout=None, captions=None):
     out: kohya's scripts count repeats, AnimeFace Character (moeimouto) its classes. captions
     {name: tags}.
     """
+    hidden = list(filter(None, (hidden_part(name) for _, name in found)))
+    found = [(place, name) for place, name in found if not hidden_part(name)]
     keys = [nfc(name.removeprefix("./")) for _, name in found]
     dirs = [key.split("/")[:-1] for key in keys]
     pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
@@ -129,12 +131,17 @@ def by_path(found, layout=None, captions=None):
         problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
         fix = "a split is named train, val, dev or test, or much like it"
         raise UserError(f"{problem}; {fix}")
-    return records, [layouts.told(what, rows, keys, other)]
+    line = layouts.told(what, rows, keys, other)
+    if hidden:
+        line += (
+            f"; {len(hidden)} hidden pictures or of tools set aside ({layouts.first(set(hidden))})"
+        )
+    return records, [line]
 
 
 def from_folder(root, layout=None):
     """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = list(walk(root))
+    names = list(walk(root, wanted=has_suffix))
     captions = {}
     if layout is None:
         numbered = [n for n in names if layouts.NUMBERED.fullmatch(Path(n).parent.name)]
@@ -155,7 +162,7 @@ def from_list(lines, layout=None):
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    records, notes = by_path([(p, name) for p, name in named if is_image(name)], layout)
+    records, notes = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
     return records, fetch_files, *notes
 
 

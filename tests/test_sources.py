@@ -197,7 +197,8 @@ NAMES = ["train/初音ミク/1.png", "train/Éclair/2.png", "test/初音ミク/3
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
 def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
     root = lay(tmp_path / "set", [unicodedata.normalize("NFD", n) for n in NAMES])
-    lay(root, {"train/readme.txt": "hello", "__MACOSX/train/._1.png": b"", ".thumbs/1.png": b""})
+    hidden = ("__MACOSX/train/._1.png", ".thumbs/1.png", "@eaDir/1.png/THUMB.jpg")
+    lay(root, {"train/readme.txt": "hello"} | dict.fromkeys(hidden, b""))
     path = root
     if kind != "folder":
         form = {"tar.gz": "gztar"}.get(kind, kind)
@@ -207,6 +208,8 @@ def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
         "train/Éclair/2.png": "train/Éclair",
         "test/初音ミク/3.png": "test/初音ミク",
     }
+    assert "3 hidden pictures or of tools set aside (.thumbs, @eaDir, " in sources.find(path)[2][0]
+    assert files.is_image("__miku_drawn_by_w__1.png")  # Danbooru's name of a picture
 
 
 def test_joined_emoji_are_part_of_a_name(tmp_path):
