@@ -15,6 +15,7 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
 import contextlib
 import json
 import logging
+import signal
 import tempfile
 import warnings
 from functools import partial
@@ -113,7 +114,7 @@ def save_merged(source, out, image_size):
     encoder, _ = checkpoints.load_encoder(base, image_size or header.get("image_size"))
     for name, (A, B, scale) in read_adapter(source, encoder).items():
         encoder.get_submodule(name).weight += scale * (B @ A)
-    save_encoder(encoder, out, {"merged": str(source)})
+    save_encoder(encoder, out, {"merged": str(source), "origin": flags_of_run(source)})
     return f"common.checkpoints.load_encoder({str(out)!r})"
 
 
@@ -196,6 +197,19 @@ def graph_of(source, image_size=None):
     return Graph(net, answer, header["image_size"], header["packed_size"]).eval(), notes
 
 
+@contextlib.contextmanager
+def stopped_at_the_end():
+    """Ctrl-C takes effect when the block ends: torch would turn it into an error of its own."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 @torch.no_grad()
 def save_onnx(source, out, image_size=None):
     """Write a run or a checkpoint as ONNX, if onnxruntime's answers are torch's."""
@@ -210,7 +224,7 @@ def save_onnx(source, out, image_size=None):
     options = {"input_names": ["images"], "output_names": list(expected)}
     options["dynamic_shapes"] = {"images": {0: torch.export.Dim("B")}}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), stopped_at_the_end():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(graph, (graph.example,), verbose=False, **options)
     program.model.metadata_props["animask"] = json.dumps(notes, ensure_ascii=False)
@@ -232,6 +246,7 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
     "onnx": (save_onnx, "model.onnx", "onnx"),
     "half": (save_half, "half", "pytorch"),
 }
+MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
 OURS = ("datasets/toon", "datasets/scenes")  # pictures that the project's own program drew
 RESULTS = ("probe.json", "metrics.json", "recognize.json")
 NUMBERS = ("headline", "top1", "macro_f1", "ap", "ap50", "map", "roc_auc", "eer")  # of these files
@@ -270,8 +285,13 @@ def flags_of_run(source):
     """The flags of a run of any stage, {} of other files."""
     if (source / "head.safetensors").exists():
         header = read_head(source)[1]
-        return {"data": header["data"], "method": header["method"]} | header["config"]
-    return checkpoints.flags_of(source / "detector.safetensors") or checkpoints.flags_of(source)
+        flags = {"data": header["data"], "method": header["method"]} | header["config"]
+        before = checkpoints.flags_of(header["base"]) if header.get("base") else {}
+        return flags | {
+            f"{name} of its encoder": before[name] for name in MADE_BY if name in before
+        }
+    found = checkpoints.flags_of(source / "detector.safetensors") or checkpoints.flags_of(source)
+    return found or checkpoints.about_model(source).get("origin", {})
 
 
 def measured(folder):

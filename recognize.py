@@ -330,6 +330,8 @@ def faces(args, size, problems):
         boxes, _ = detect.faces_of(net, picture, header["page"], header["threshold"])
         if not len(boxes):
             print(f"{fields.shown(key)}: no face was found", file=sys.stderr)
+            if args.json:
+                print(json.dumps({"picture": key, "faces": []}, ensure_ascii=False), flush=True)
         for box in boxes.tolist():
             where = ",".join(str(round(x)) for x in box)
             yield f"{key}[{where}]", detect.cut_out(picture, box, detect.MARGIN, size)
@@ -551,11 +553,23 @@ def measure(asked, own, learned):
     return row
 
 
+def shared_names(known, folder, name):
+    """A line: how many names of a packed split are known, letter by letter; examples where none is."""
+    names = data.open_split(folder, name)["header"]["classes"]
+    shared = len(set(names) & set(known))
+    line = f"{shared} of {len(names)} names of {folder} are names of the gallery"
+    if names and not shared:
+        line += f": there {names[0]}, here {known[0]}; names have to be spelled alike"
+    return line
+
+
 def verify(args, net, header, gallery, autocast):
     """Write recognize.json. Where nobody is known, the known ones are the run's own val."""
     folder = Path(data.open_or_pack(args.data or header["data"]))
     home = results_folder(args.run, folder, args.split, header["data"])
     claim([home / "recognize.json"], fix="choose another --data or --split")
+    if args.data:
+        print(f"note: {shared_names(gallery['names'], folder, args.split)}", file=sys.stderr)
     asked = own = faces_of(net, gallery, folder, args.split, autocast)
     if (asked.true < 0).all() and Path(header["data"]).exists():
         own = faces_of(net, gallery, header["data"], "val", autocast)

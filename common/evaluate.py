@@ -181,9 +181,9 @@ def evaluate(model, splits, norm, autocast, epoch):
         row |= recognition(features, train, held)
         text += f", Top-1 kNN {row['knn']:.1f} %, linear {row['linear']:.1f} %"
         if epoch == 0:
-            control = recognition(small_thumbnails, train, held)
-            row |= {f"{key}_thumbnail": value for key, value in control.items()}
-            text += f" untrained; thumbnails {control['knn']:.1f} %, {control['linear']:.1f} %"
+            small = recognition(small_thumbnails, train, held)
+            row |= {f"{key}_thumbnail": value for key, value in small.items()}
+            text += f" before training; thumbnails {small['knn']:.1f} %, {small['linear']:.1f} %"
     elif epoch == 0:
         text += "; no Top-1: that needs two classes or more, and labels on all images"
     tqdm.write(text)

@@ -208,8 +208,9 @@ def report(records, pairs, most=3):
     if not groups:
         return []
     labels = zip(roots, records, strict=True)
-    mixed = len({root for root, r in labels if r.label != records[root].label})
-    several = f"; {mixed} hold several classes" if mixed else ""
+    mixed = list(dict.fromkeys(root for root, r in labels if r.label != records[root].label))
+    named = ", ".join(records[root].key for root in mixed[:most])
+    several = f"; {len(mixed)} hold several classes ({named})" if mixed else ""
     count = f"{len(groups)} groups of {sum(n for _, n in groups)} images{several}"
     first = ", ".join(f"{n} x {records[root].key}" for root, n in groups[:most])
     return [f"near-duplicates: {count}; {first}"]

@@ -18,11 +18,26 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
 
 
+# folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
+TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+
+
+def has_suffix(name):
+    """Is it a picture by its suffix, wherever it lies?"""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def hidden_part(name):
+    """The first part of a name that is hidden or a tool's, or None: .thumbnails of .thumbnails/x.png."""
+    for part in name.split("/"):
+        if part in TOOLS or (part.startswith(".") and part not in (".", "..")):
+            return part
+    return None
+
+
 def is_image(name):
     """By its suffix; __MACOSX/._x.png and .thumbnails/x.png are not one."""
-    parts = name.split("/")
-    hidden = any(part.startswith((".", "__")) and part not in (".", "..") for part in parts)
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not hidden
+    return has_suffix(name) and hidden_part(name) is None
 
 
 def refuse_large(size):
@@ -33,15 +48,18 @@ def refuse_large(size):
 # ---- folders -------------------------------------------------------------------------------------
 
 
-def walk(folder, prefix="", above=()):
-    """Names of the images below a folder, sorted. Links that lead back are not followed."""
+def walk(folder, prefix="", above=(), wanted=is_image):
+    """Names of the images below a folder, sorted. Links that lead back are not followed.
+
+    wanted: `has_suffix` finds those of tools and hidden ones, too.
+    """
     here = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name) if here not in above else ():
         if entry.is_symlink() and not os.path.exists(entry.path):  # to nowhere, or to itself
             continue
         if entry.is_dir():
-            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here))
-        elif is_image(prefix + entry.name) and entry.is_file():
+            yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, here), wanted)
+        elif wanted(prefix + entry.name) and entry.is_file():
             yield prefix + entry.name
 
 
@@ -71,7 +89,7 @@ def open_zip(path):
         archive = zipfile.ZipFile(path)
     for name in archive.namelist():
         refuse_escape(path, name)
-    images = [info for info in archive.infolist() if is_image(info.filename)]
+    images = [info for info in archive.infolist() if has_suffix(info.filename)]
     images.sort(key=lambda info: info.filename)
 
     def fetch(records):
@@ -155,7 +173,7 @@ def tar_images(path, wanted=()):
                 refuse_escape(path, member.name)
                 if member.offset_data + member.size > most:
                     raise tarfile.ReadError(f"{member.name[:80]!r} says {member.size} bytes")
-                if member.isfile() and is_image(member.name):
+                if member.isfile() and has_suffix(member.name):
                     # one too large can't be read, and is named
                     size = member.size if member.size <= MOST_BYTES else 0
                     asked = member.name in wanted

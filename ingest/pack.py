@@ -390,11 +390,11 @@ def write_all(out, records, dims, stream, about):
             skipped = write_split(folder / path.name, rows, dims, own, labels, header)
             lost += skipped
             check_skipped(out, lost, len(records))
-            first = f"the first: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
+            first = "; ".join(f"{key} ({why})" for key, why in skipped[:3])
             if len(skipped) == len(own):
-                raise UserError(f"none of {len(own)} images for {path} can be read; {first}")
+                raise UserError(f"none of {len(own)} images for {path} can be read: {first}")
             n, size = len(own) - len(skipped), about["size"]
-            why = f"; skipped {len(skipped)}, {first}" if skipped else ""
+            why = f"; skipped {len(skipped)}: {first}" if skipped else ""
             told.append(f"{path}: {n} images of {size} px, {len(classes)} classes{why}")
     print("\n".join(fields.shown(line) for line in told))
 

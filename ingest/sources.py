@@ -29,7 +29,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, is_image, walk
+from ingest.files import fetch_files, has_suffix, hidden_part, is_image, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
@@ -111,6 +111,8 @@ def by_path(found, layout=None, captions=None):
     out: kohya's scripts count repeats, AnimeFace Character (moeimouto) its classes. captions
     {name: tags}.
     """
+    hidden = list(filter(None, (hidden_part(name) for _, name in found)))
+    found = [(place, name) for place, name in found if not hidden_part(name)]
     keys = [nfc(name.removeprefix("./")) for _, name in found]
     dirs = [key.split("/")[:-1] for key in keys]
     pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
@@ -129,12 +131,17 @@ def by_path(found, layout=None, captions=None):
         problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
         fix = "a split is named train, val, dev or test, or much like it"
         raise UserError(f"{problem}; {fix}")
-    return records, [layouts.told(what, rows, keys, other)]
+    line = layouts.told(what, rows, keys, other)
+    if hidden:
+        line += (
+            f"; {len(hidden)} hidden pictures or of tools set aside ({layouts.first(set(hidden))})"
+        )
+    return records, [line]
 
 
 def from_folder(root, layout=None):
     """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = list(walk(root))
+    names = list(walk(root, wanted=has_suffix))
     captions = {}
     if layout is None:
         numbered = [n for n in names if layouts.NUMBERED.fullmatch(Path(n).parent.name)]
@@ -155,7 +162,7 @@ def from_list(lines, layout=None):
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    records, notes = by_path([(p, name) for p, name in named if is_image(name)], layout)
+    records, notes = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
     return records, fetch_files, *notes
 
 
@@ -413,6 +420,13 @@ def image_bytes(cell):
 
 # ---- Danbooru's metadata -------------------------------------------------------------------------
 
+NAMING = {
+    "artist": "1",
+    "copyright": "3",
+    "character": "4",
+    "meta": "5",
+}  # kinds, and their numbers
+
 
 def metadata_files(path):
     """The file itself, or metadata.json[l] or metadata/ in a folder."""
@@ -427,7 +441,7 @@ def from_danbooru(path):
     """Danbooru-style metadata; the pictures lie anywhere beside it, named by id or md5.
 
     The class is the character tag where there is exactly one; a picture and its parent are one
-    group; all other tags are tags. A dump's metadata covers more than anybody has downloaded: lines
+    group; general tags are its tags. A dump's metadata covers more than anybody has downloaded: lines
     without a picture are only counted.
     """
     root, have = path if path.is_dir() else path.parent, {}
@@ -441,7 +455,7 @@ def from_danbooru(path):
 def posts_of(file):
     """Yield (line, post) of a file, an array of posts or one a line; None for what is no post."""
     with open(file, "rb") as f:
-        if f.read(1) == b"[":
+        if f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
             with contextlib.suppress(ValueError, RecursionError):  # lines that begin with a bracket
                 yield from enumerate(json.loads(file.read_bytes()), 1)
                 return
@@ -479,21 +493,33 @@ def picture_of(post, have):
     return next((have[key] for key in keys if key in have), None)
 
 
-def post_record(post, place):
-    """Tags are a string, a list of words or {name, category} (4: character), or {kind: list}."""
-    words, people = post.get("tags"), post.get("tag_string_character") or ""
+def tags_of_post(post):
+    """-> the words of a post and its characters, without artist, copyright and meta tags.
+
+    Tags are a string, a list of words or {name, category} (4: character), or {kind: list}.
+    """
+    lists = {kind: (post.get(f"tag_string_{kind}") or "").split() for kind in NAMING}
+    words = post.get("tags")
     if isinstance(words, dict):
-        people = words.get("character") or ()
-        words = sum((some for some in words.values() if isinstance(some, list)), [])
+        lists |= {kind: some for kind, some in words.items() if isinstance(some, list)}
+        words = sum(lists.values(), [])
     elif isinstance(words, list):
         named = [t for t in words if isinstance(t, dict) and t.get("name")]
-        people = [t["name"] for t in named if str(t.get("category")) == "4"]
+        for kind, number in NAMING.items():
+            found = [t["name"] for t in named if str(t.get("category")) in (kind, number)]
+            lists[kind] = found or lists[kind]
         words = [t["name"] for t in named] + [t for t in words if not isinstance(t, dict)]
     else:
-        words = (post.get("tag_string") or post.get("tag_string_general") or words or "").split()
-        people = people.split()
+        strings = post.get("tag_string") or post.get("tag_string_general")
+        words = strings.split() if strings else tags.words_of(words or "")
+    left_out = set().union(*(lists[kind] for kind in NAMING))
+    return [t for t in words if t not in left_out], lists["character"]
+
+
+def post_record(post, place):
+    words, people = tags_of_post(post)
     group = post.get("parent_id") or post.get("id")
-    record = record_of({"path": place, "tags": [t for t in words if t not in people]})
+    record = record_of({"path": place, "tags": words})
     label = nfc(str(people[0])) if len(people) == 1 else None
     return record._replace(label=label, group=group and str(group))
 

@@ -25,9 +25,9 @@ WITHOUT = 0.1  # of the demo set: share of pictures that get none
 
 
 def words_of(text):
-    """ "solo, brown hair" -> both: at commas where there are commas, else at spaces."""
+    """ "solo, brown hair" -> solo, brown_hair: at commas where there are commas, else at spaces."""
     parts = text.split(",") if "," in text else text.split()
-    return tuple(word for word in map(str.strip, parts) if word)
+    return tuple("_".join(part.split()) for part in parts if part.strip())
 
 
 def read_captions(root, names):

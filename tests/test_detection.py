@@ -235,3 +235,4 @@ def test_a_page_s_faces_are_named_one_by_one(base, monkeypatch):
     done = run_line(f"{use} page.png torn.png", base, check=0)
     assert done.stdout == "" and "page.png: no face was found" in done.stderr
     assert "skipped: torn.png is not a picture" in done.stderr
+    assert lines_of(f"{use} page.png --json", base) == [{"picture": "page.png", "faces": []}]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -109,6 +110,18 @@ def test_a_tagger(arm, at):
             near(found["characters"], characters.softmax(1))
 
 
+def test_ctrl_c_in_the_export_to_onnx_is_one_word(at, monkeypatch):
+    def wrap(*_, **__):  # as torch does
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise AttributeError from stop
+
+    monkeypatch.setattr("torch.onnx.export", wrap)
+    done = run_line("export.py runs/a --to onnx --out stopped.onnx", at, check=130)
+    assert done.stderr == "stopped\n" and not (at / "stopped.onnx").exists()
+
+
 def test_what_can_not_be_written_says_why(at, monkeypatch):
     words = f"tags.py runs/a --data datasets/packed --arm vilt --out runs/a-vilt {QUICK}"
     run_line(words, at, check=0)
@@ -148,6 +161,13 @@ def test_a_card_tells_flags_figures_and_whose_pictures_they_were(tmp_path, pictu
     text = (tmp_path / "run/mae.md").read_text()
     assert f"license: {licence}" in text and "| mask | `attn_high` |" in text
     assert f"headline 0.414, val of datasets/{pictures}: `probe.py X`" in text
+
+
+def test_cards_of_a_merged_encoder_and_of_its_copy_say_how_it_was_trained(at):
+    run_line("export.py runs/a-lora --to merged --out merged.st", at, check=0)
+    run_line("export.py merged.st --to timm --out copy.st", at, check=0)
+    for card in ("merged.md", "copy.md"):
+        assert "| mask of its encoder | `random` |" in (at / card).read_text()
 
 
 def test_a_card_that_somebody_wrote_stays(at):

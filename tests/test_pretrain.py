@@ -285,7 +285,7 @@ def test_a_run_teaches_another_and_a_public_checkpoint_does_in_two_steps(figures
     done = train_in(tmp_path / "on", figures, "--init", tmp_path / "first", "--epochs", 1)
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("first", "on")]
     ends = [[row["val_mse"] for row in log if "val_mse" in row] for log in logs]
-    assert "encoder and decoder" in done.stdout
+    assert "encoder and decoder" in done.stdout and "before training" in done.stdout
     assert ends[1][0] == pytest.approx(ends[0][-1], rel=0.02)  # it goes on where that one ended
 
 

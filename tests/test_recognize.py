@@ -414,6 +414,8 @@ def test_unknown_characters_of_another_set_are_measured_against_the_own_pictures
     pack_with(base, "others", ["x", "y"], seed=7)
     words, file = "--data datasets/others --split train", "others-train/recognize.json"
     text, row = verified(base, words, file)
+    line = recognize.shared_names(["X"], "datasets/others", "train")
+    assert line.startswith("0 of 2 names of datasets/others are") and ": there x, here X;" in line
     assert row["open_set"]["known"] > 10 and row["open_set"]["strangers"] > 20
     assert "pictures of unknown characters" in text and 0 <= row["calibration_error"] <= 100
 

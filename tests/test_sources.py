@@ -197,7 +197,8 @@ NAMES = ["train/初音ミク/1.png", "train/Éclair/2.png", "test/初音ミク/3
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tar.gz"])
 def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
     root = lay(tmp_path / "set", [unicodedata.normalize("NFD", n) for n in NAMES])
-    lay(root, {"train/readme.txt": "hello", "__MACOSX/train/._1.png": b"", ".thumbs/1.png": b""})
+    hidden = ("__MACOSX/train/._1.png", ".thumbs/1.png", "@eaDir/1.png/THUMB.jpg")
+    lay(root, {"train/readme.txt": "hello"} | dict.fromkeys(hidden, b""))
     path = root
     if kind != "folder":
         form = {"tar.gz": "gztar"}.get(kind, kind)
@@ -207,6 +208,8 @@ def test_folders_and_archives_of_any_script_tell_the_same(tmp_path, kind):
         "train/Éclair/2.png": "train/Éclair",
         "test/初音ミク/3.png": "test/初音ミク",
     }
+    assert "3 hidden pictures or of tools set aside (.thumbs, @eaDir, " in sources.find(path)[2][0]
+    assert files.is_image("__miku_drawn_by_w__1.png")  # Danbooru's name of a picture
 
 
 def test_joined_emoji_are_part_of_a_name(tmp_path):
@@ -254,11 +257,11 @@ def test_links_are_followed_but_never_round_in_circles(tmp_path):
 
 FACE = "personai_icartoonface_rectrain_0000"
 POSTS = """\
-{"id": "263159", "tags": [{"id": "1", "name": "miku", "category": "4"}, {"name": "smile"}]}
+{"id": "263159", "tags": [{"name": "miku", "category": "4"}, {"name": "smile"}, {"name": "w", "category": "1"}]}
 {"id": 7, "md5": "ab12", "tag_string": "rin smile hat", "tag_string_character": "rin", "parent_id": 263159}
-{"id": 8, "tag_string_character": "len rin", "tag_string_general": "smile"}
-{"id": 10, "tags": {"general": ["hat"], "character": ["luka"]}}
-{"id": 11, "tags": [{"category": 4}]}
+{"id": 8, "tag_string_character": "len rin", "tag_string": "len rin smile w", "tag_string_artist": "w"}
+{"id": 10, "tags": {"general": ["hat"], "character": ["luka"], "meta": ["highres"]}}
+{"id": 11, "tags": "solo, brown hair"}
 {"id": 999, "tag_string": "not_downloaded"}
 """
 # as published: the folder is the last digits of Danbooru's id, then comes the head's box
@@ -284,7 +287,7 @@ DANBOORU = ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12
 DANBOORU = dict.fromkeys([*DANBOORU, "8.png", "10.png", "11.png"])
 PEOPLE = {"512px/0159/263159.jpg": "-/miku", "images/ab/ab12.jpg": "-/rin", "10.png": "-/luka"}
 PEOPLE |= {"8.png": "-/-", "11.png": "-/-"}
-ARRAY = '[{"id": 263159, "tag_string_character": "miku"}, {"id": 7}, {"id": 5}]'
+ARRAY = '\ufeff\n[{"id": 263159, "tag_string_character": "miku"}, {"id": 7}, {"id": 5}]'
 IMAGES = dict.fromkeys(["a/1.png", "a/2.png", "b 3.png"])
 LISTED = {"a/1.png": "train/ミク", "a/2.png": "val/-", "b 3.png": "test/x"}
 CSV = "a/1.png,ミク,train\na/2.png,,valid\n\nb 3.png,x,test,hat\n"
@@ -334,11 +337,12 @@ def tags_of(path):
 def test_tags_come_from_tables_posts_and_captions_without_the_characters(tmp_path):
     rows = "path,tags\na/1.png,smile 1girl\na/2.png,\nb 3.png,\"brown hair, 'hat'\"\n"
     lay(tmp_path / "list", IMAGES | {"list.csv": rows})
-    words = {"1.png": ("smile", "1girl"), "2.png": (), "b 3.png": ("brown hair", "'hat'")}
+    words = {"1.png": ("smile", "1girl"), "2.png": (), "b 3.png": ("brown_hair", "'hat'")}
     assert tags_of(tmp_path / "list/list.csv") == words
     lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS})
     words = {"263159.jpg": ("smile",), "ab12.jpg": ("smile", "hat")}
-    words |= {"8.png": ("smile",), "10.png": ("hat",), "11.png": ()}
+    words |= {"8.png": ("smile",), "10.png": ("hat",)}
+    words["11.png"] = ("solo", "brown_hair")
     assert tags_of(tmp_path / "posts") == words
     groups = {r.key: r.group for r in sources.find(tmp_path / "posts")[0]}
     assert groups["images/ab/ab12.jpg"] == groups["512px/0159/263159.jpg"] == "263159"
@@ -346,7 +350,7 @@ def test_tags_come_from_tables_posts_and_captions_without_the_characters(tmp_pat
     lay(tmp_path / "kohya", [f"{name}.png" for name in names])
     texts = {f"{names[0]}.txt": "solo, brown hair,\nsmile", f"{names[1]}.txt": "1girl"}
     lay(tmp_path / "kohya", texts)
-    words = {"1.png": ("solo", "brown hair", "smile"), "2.png": ("1girl",), "3.png": ()}
+    words = {"1.png": ("solo", "brown_hair", "smile"), "2.png": ("1girl",), "3.png": ()}
     assert tags_of(tmp_path / "kohya") == words
     assert not any(r.tags for r in sources.find(tmp_path / "kohya", layout=())[0])
 
@@ -416,7 +420,7 @@ def test_parquet_needs_pyarrow_and_is_read_a_little_at_a_time(tmp_path, monkeypa
     numbers, names = "test/0 test/1 test/0 test/-", "train/miku train/rin train/miku train/-"
     assert list(found.values()) == f"{numbers} {names}".split()
     records, fetch, _ = sources.find(tmp_path)
-    assert {r.tags for r in records} == {("solo", "brown hair")}
+    assert {r.tags for r in records} == {("solo", "brown_hair")}
     assert [load() for _, load in fetch(records[1:3])] == [png(1), png(2)]
     lay(tmp_path, {"data/val-00000-of-00001.parquet": ""})
     with pytest.raises(UserError, match="parquet file of pictures"):
