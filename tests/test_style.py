@@ -106,13 +106,13 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2478, 2500),
-    "applications": (3914, 3900),
+    "applications": (3948, 3900),
     "kernels": (524, 520),
     "common": (2954, 2400),
-    "ingest": (3680, 2700),
+    "ingest": (3725, 2700),
     "experiments": (2649, 1900),
     "benchmarks": (1023, 900),
-    "tests": (12501, 8500),
+    "tests": (12529, 8500),
 }
 
 
