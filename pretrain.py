@@ -189,12 +189,12 @@ def build_network(network, size, flags):
 
 
 def compiled(model, flags, device):
-    """`make_views` and the network as the loop calls them.
+    """`make_views` and the network as the loop calls them: compiled, or as they are.
 
-    A fast GPU waits for the host that starts 1,400 kernels a step. The compiled network replays
-    them as two graphs. A ratio that changes would need others each time.
+    Two graphs replay 1,400 kernels. The host would need longer to start them than a fast GPU works.
     """
-    flags.fill(compile=device.type == "cuda" and not re.search("[:-]", flags.ratio))
+    can = device.type == "cuda" and kernels.why_not_triton(device) is None  # which compiles, too
+    flags.fill(compile=can and not re.search("[:-]", flags.ratio))  # one ratio, one graph
     if not flags.compile:
         return make_views, share_gradients(model)
     return torch.compile(make_views), share_gradients(torch.compile(model, mode="reduce-overhead"))
