@@ -65,7 +65,7 @@ def loss_by_formula(pred, view, ids, p, weight, norm_pix, dtype):
 
 
 def worst(x, truth):
-    return (x.cpu().double() - truth.cpu()).abs().max().item()
+    return (x.cpu().double() - torch.as_tensor(truth).cpu()).abs().max().item()
 
 
 def typical(x):
