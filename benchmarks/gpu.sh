@@ -7,7 +7,7 @@
 # and LoRA on it, in at most 30 minutes. Each step writes FOLDER/STEP.log. A step whose log is there
 # is skipped, so run it again after a stop: it goes on. A step that takes too long is stopped, and
 # keeps the rows that it has. At the end FOLDER/summary.md holds what to send. --small tries all of
-# it on tiny inputs, on any machine; without a GPU, the interpreter of Triton runs the gate.
+# it on tiny inputs, on any Linux; without a GPU, the interpreter of Triton runs the gate.
 set -uo pipefail
 trap 'echo "stopped; the same command goes on" >&2; exit 130' INT TERM
 cd "$(dirname "$0")/.."
@@ -32,7 +32,7 @@ step() {
         return
     fi
     echo "== $1: ${command[*]}"
-    if { echo "\$ ${command[*]}"; timeout -s INT "$2" "${command[@]}"; } 2>&1 | tee "$log.part"; then
+    if { echo "\$ ${command[*]}"; timeout --foreground -s INT "$2" "${command[@]}"; } 2>&1 | tee "$log.part"; then
         mv "$log.part" "$log"
     else
         failed+=("$1")
@@ -73,22 +73,22 @@ if [ -e "$folder/run/state.pt" ]; then
     pretrain=(python pretrain.py --resume "$folder/run")
 fi
 
-step machine 60 bash -c facts
+step machine 30 bash -c facts
 for dtype in fp32 bf16; do # a speed is never reported where the kernels are wrong
-    step "gate-$dtype" 300 env TRITON_INTERPRET=$interpret python -m benchmarks.kernels --gate --dtype $dtype || {
+    step "gate-$dtype" 120 env TRITON_INTERPRET=$interpret python -m benchmarks.kernels --gate --dtype $dtype || {
         echo "error: the gate is red, so nothing is timed. Send $folder/machine.log and $folder/gate-$dtype.log.part" >&2
         exit 2
     }
 done
-step pretrain 600 "${pretrain[@]}"
-step lora 240 python finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora"
-step kernels 240 python -m benchmarks.kernels "${small[@]}" --turns 2 --out "$folder"
-step step 420 python -m benchmarks.step "${small[@]}" --turns 2 --out "$folder"
+step pretrain 420 "${pretrain[@]}"
+step lora 180 python finetune_lora.py "$folder/run" "${lora[@]}" --out "$folder/lora"
+step kernels 180 python -m benchmarks.kernels "${small[@]}" --turns 2 --out "$folder"
+step step 360 python -m benchmarks.step "${small[@]}" --turns 2 --out "$folder"
 step data 60 python -m benchmarks.data --device auto "${small[@]}" --turns 2 --out "$folder"
 step pack 60 python -m benchmarks.data --pack $many --out "$folder"
 step latency 60 python -m benchmarks.latency "${small[@]}" --turns 2 --out "$folder"
 if [ ${#small[@]} -eq 0 ]; then
-    step tests 300 python -m pytest -q -n 0 tests/test_gpu.py tests/test_kernels.py
+    step tests 180 python -m pytest -q -n 0 tests/test_gpu.py tests/test_kernels.py
 fi
 
 {

@@ -133,9 +133,8 @@ def by_path(found, layout=None, captions=None):
         raise UserError(f"{problem}; {fix}")
     line = layouts.told(what, rows, keys, other)
     if hidden:
-        line += (
-            f"; {len(hidden)} hidden pictures or of tools set aside ({layouts.first(set(hidden))})"
-        )
+        some = layouts.first(set(hidden))
+        line += f"; {len(hidden)} hidden pictures or of tools set aside ({some})"
     return records, [line]
 
 
@@ -420,12 +419,8 @@ def image_bytes(cell):
 
 # ---- Danbooru's metadata -------------------------------------------------------------------------
 
-NAMING = {
-    "artist": "1",
-    "copyright": "3",
-    "character": "4",
-    "meta": "5",
-}  # kinds, and their numbers
+# Kinds of tags that are not general ones, and their numbers.
+NAMING = {"artist": "1", "copyright": "3", "character": "4", "meta": "5"}
 
 
 def metadata_files(path):
