@@ -497,10 +497,9 @@ def fit(task, run, optimizer, seed):
             share = curriculum(run.step, run.total) if task.share is None else task.share
             batch = make_batch(task, rows, some, share, train.seeded(seed, epoch, run.step))
             # forward, loss, backward
+            y = data.send(labels[rows], device)  # (B,)
             with task.autocast():
-                character_loss, tag_loss = losses(
-                    net.train(), batch, data.send(labels[rows], device)
-                )
+                character_loss, tag_loss = losses(net.train(), batch, y)
             loss = character_loss + task.weight * tag_loss
             loss.backward()
             # update

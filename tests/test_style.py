@@ -106,7 +106,7 @@ def test_the_formatter_lays_out_all_code():
 LESSON = ("data", "mask", "model", "pretrain", "probe", "finetune_lora")
 ROOMS = {  # lines today, and the lines that are wanted
     "lesson": (2478, 2500),
-    "applications": (3948, 3900),
+    "applications": (3947, 3900),
     "kernels": (524, 520),
     "common": (2954, 2400),
     "ingest": (3720, 2700),
