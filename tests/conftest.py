@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+# Our code lies at most one folder deep; an environment in the repository, of any name, lies deeper.
+CODE = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SHARED = ROOT.parent / "shared" / "data"
 WORDS = ("red", "green", "blue", "hat", "smile")  # of the pictures of `tagged`
 sys.path.insert(0, str(ROOT))
