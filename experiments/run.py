@@ -5,8 +5,8 @@
     python -m experiments.run tags --data datasets/toon --set encoder=runs/first
 
 Reads:  plans.py, datasets/NAME
-Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, images.json, table.md, table.csv, figure.png; the
-        runs' folders under --work
+Writes: OUT/PLAN-NAME/ PLAN.json, rows.jsonl, trials.jsonl, images.json, table.md, table.csv,
+        figure.png; the runs' folders under --work
 
 A command runs once. Its folder is named by a hash of its words and of the data, so that arms share
 what they have in common. The same command of yours goes on after any kill: what has a row is not
@@ -154,8 +154,19 @@ def best_flags(name, args):
     trials = args.plan.get("trials", {}).get(name, [""])
     if len(trials) == 1:
         return trials[0]
-    scores = {flags: score_on_dev(name, flags, args) for flags in trials}
+    scores = {flags: score_of(name, flags, args) for flags in trials}
     return max(scores, key=scores.get)
+
+
+def score_of(name, flags, args):
+    """The score of a trial on dev, from trials.jsonl where it is there; -1: it diverged."""
+    path = args.folder / "trials.jsonl"
+    for row in read_log(path):
+        if (row["name"], row["flags"]) == (name, flags) and not (args.retry and row["score"] < 0):
+            return row["score"]
+    score = score_on_dev(name, flags, args)
+    add_row(path, {"name": name, "flags": flags, "seed": TRIAL_SEED, "score": score})
+    return score
 
 
 def score_on_dev(name, flags, args):
@@ -172,7 +183,7 @@ def score_on_dev(name, flags, args):
         if file.endswith(".jsonl"):
             return max(row[key] for row in read_log(out / file) if key in row)
         return value_at(out / file, key)
-    return float("-inf")
+    return -1.0
 
 
 # ---- one run: an arm with a seed -----------------------------------------------------------------
@@ -232,9 +243,8 @@ def row_of(arm, seed, args):
     return row | {"seconds": round(sum(done["seconds"] for done in made), 1)}
 
 
-def add_row(folder, row):
+def add_row(path, row):
     """Append a row, whole, behind whatever a killed process left."""
-    path = folder / "rows.jsonl"
     with locked(lock_beside(path), wait=True), open(path, "ab+") as file:
         end = file.tell()
         file.seek(max(0, end - 1))
@@ -339,7 +349,7 @@ def run_all(jobs, args, folder):
     def one(job):
         try:
             row = row_of(*job, args)
-            add_row(folder, row)
+            add_row(folder / "rows.jsonl", row)
             print(f"{job[0]}, seed {job[1]}: {row.get('failed', row['metrics'])}", flush=True)
         except Exception as problem:  # whatever it is, the other runs go on
             reason = problem if isinstance(problem, UserError) else repr(problem)
@@ -386,7 +396,7 @@ def main():
     args.plan, arms, seeds, jobs = chosen(args)
     args.data = Path(data.open_or_pack(args.data))
     check(args, arms)
-    folder = args.out / f"{args.name}-{args.data.name}"
+    args.folder = folder = args.out / f"{args.name}-{args.data.name}"
     rows = [row for row in report.read_rows(folder) if not (args.retry and "failed" in row)]
     done = {(row["arm"], row["seed"]) for row in rows}
     left = [job for job in jobs if job not in done]

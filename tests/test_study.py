@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, call, refused
 
+from common.train import read_log
 from experiments import plans, report, run
 
 STAGE = """
@@ -156,10 +158,10 @@ def test_two_arms_with_one_command_share_it(home, small, monkeypatch):
 
 
 def test_a_half_written_line_costs_its_row_alone(tmp_path):
-    run.add_row(tmp_path, {"arm": "a", "seed": 0})
+    run.add_row(tmp_path / "rows.jsonl", {"arm": "a", "seed": 0})
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"arm": "b", "se')
-    run.add_row(tmp_path, {"arm": "c", "seed": 0})
+    run.add_row(tmp_path / "rows.jsonl", {"arm": "c", "seed": 0})
     assert [row["arm"] for row in report.read_rows(tmp_path)] == ["a", "c"]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
 
@@ -193,6 +195,19 @@ def test_trials_are_judged_on_dev_and_equally_many(home, small, monkeypatch):
     rows = rows_of(home, "adapt")
     assert {(r["arm"], r["flags"]) for r in rows} == {("lora", "--lr 2"), ("full", "--lr 3")}
     assert "`full`" in table_of(home, "adapt")
+
+
+def test_a_trial_has_a_row_and_is_not_made_again(home, small, monkeypatch):
+    """Where only the plan's folder is left, its choices stand."""
+    adapt(monkeypatch, lora=(1, 2, 3))
+    study(small, "adapt --arms lora --seeds 1")
+    trials = read_log(folder_of(home, "adapt") / "trials.jsonl")
+    assert [row["flags"] for row in trials] == ["--lr 1", "--lr 2", "--lr 3"]
+    assert max(trials, key=lambda row: row["score"])["flags"] == "--lr 2"
+    shutil.rmtree(home / "runs/work")
+    before = len(calls(home))
+    study(small, "adapt --arms lora --seeds 2")
+    assert not [line for line in calls(home)[before:] if " 500 None" in line]
 
 
 def test_a_trial_that_diverges_is_the_worst(home, small, monkeypatch):
