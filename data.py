@@ -37,7 +37,7 @@ import torch
 from common.fields import check_arrays, check_range
 from common.io import UserError, open_tensors
 
-APART = 0.1  # share of train that choices are made on, where there is no split dev
+APART = 0.1  # share of train that is held out for choices, if there is no split dev
 LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness (ITU-R BT.601)
 CHUNK = 64  # whole images at a time; on a CPU, 256 were four times slower (results/TRIED.md)
 
@@ -92,7 +92,7 @@ def open_or_pack(path, image_size=128):
     path = Path(path)
     if (path / "train.safetensors").exists():
         return path
-    from ingest.pack import default_out, pack  # only now: archives and decoders are behind it
+    from ingest.pack import default_out, pack  # imported here: it loads archives and decoders
 
     if path.name in ("toon", "hybrid", "scenes") and not any(path.glob("*")):
         print(f"drawing {path} (once)")
@@ -108,7 +108,7 @@ def open_or_pack(path, image_size=128):
 
 
 def fingerprint(split):
-    """A hash of the header, a digest of the pixels in it. Where the images lay does not count."""
+    """A hash of the header, which holds a digest of the pixels. The source does not count."""
     about = {k: v for k, v in split["header"].items() if k not in ("source", "notes")}
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=6).hexdigest()
 
@@ -124,9 +124,9 @@ def groups_of(split):
 
 
 def hold_apart(groups, labels, share, seed=0):
-    """Which rows choices are made on, (n,) bool: at most `share` of them, in whole groups.
+    """The rows that are held out for choices, (n,) bool: at most `share` of all, in whole groups.
 
-    groups (n,) and labels (n,) of any kind. Two images of each class stay.
+    groups (n,) and labels (n,) of any kind. Two images of each class stay in the rest.
     """
     group_of = np.unique(np.asarray(groups), return_inverse=True)[1]
     label_of = np.unique(np.asarray(labels), return_inverse=True)[1]
@@ -146,7 +146,7 @@ def hold_apart(groups, labels, share, seed=0):
 
 
 def write_maps(path, name, chunks, shape, dtype, header=None):
-    """Write chunks (b, G, G) of maps of the whole shape (n, G, G) to a file, as they come."""
+    """Write maps to a file, chunk (b, G, G) by chunk. Together they have the shape (n, G, G)."""
     from ingest.rows import write_rows
 
     rows = ({name: chunk} for chunk in chunks)
@@ -182,7 +182,7 @@ def open_map(path, name, split):
 
 
 def resident(images, device):
-    """A memory map u8 (n, ...), on a GPU if it fits in a quarter of the free memory, else as it is."""
+    """images u8 (n, ...): copied to the GPU if a quarter of its free memory holds them."""
     if images is None or device.type != "cuda":
         return images
     if images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
@@ -228,7 +228,7 @@ def batches(images, order, batch_size, device, start=0, times=1):
 def prefetch(items, depth=3):
     """Iterate over items, while a thread makes the next `depth` of them.
 
-    Without parallel operations of torch: a second team of OpenMP threads slows the loop by half.
+    The thread must not run parallel operations of torch: more OpenMP threads slow the loop by half.
     """
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
@@ -287,7 +287,7 @@ def view_images(images, boxes, flip, side):
     Wy, Wx = view_matrices(send(boxes, images.device), send(flip, images.device), S, side)
     rows = (Wy @ images.flatten(2).float()).view(B, side, S, 3)
     view = rows.transpose(2, 3).reshape(B, side * 3, S) @ Wx  # (B, s * 3, s)
-    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # colours together: kernels/
+    view = view.view(B, side, 3, side).transpose(2, 3).contiguous()  # colours last, as in kernels/
     return view.round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -313,8 +313,8 @@ def swap_backgrounds(view, fg, draws, share, views):
 
     fg (B, s, s, 1) is 1 on the figure; draws (B,) in [0, 1] choose the views. Where the other view
     has its figure, its mean background colour is taken (BG_Random; Ryali et al. 2021,
-    arXiv:2103.12719). The `views` views of an image, neighbours, get those of different images
-    where a batch has three images or more.
+    arXiv:2103.12719). The `views` views of an image are neighbours in the batch. If the batch has
+    at least three images, these views get backgrounds of different images.
     """
     if share == 0:
         return view

@@ -1,15 +1,15 @@
-"""Stage 4: teach an encoder characters: a head alone (linear), low-rank adapters (lora), or all of it (full).
+"""Stage 4: fine-tune an encoder to recognise characters: a head (linear), LoRA (lora), or all weights (full).
 
     python finetune_lora.py runs/NAME --method lora:r=8
-    python finetune_lora.py --resume runs/NAME-lora                  goes on with a run
-    python finetune_lora.py --resume runs/NAME-lora --split test     judges it on another split
+    python finetune_lora.py --resume runs/NAME-lora                  continues a run
+    python finetune_lora.py --resume runs/NAME-lora --split test     measures it on another split
 
 Reads:  an encoder (runs/NAME, or a checkpoint file that common/formats.py knows), datasets/NAME
 Writes: runs/NAME-METHOD/ state.pt, log.jsonl, metrics.json (of another split: metrics-SPLIT.json),
         curves.png, confusion.png, head.safetensors; for lora adapter_model.safetensors and
         adapter_config.json, for full model.safetensors
 
-The best epoch is chosen on dev, or on a held-out tenth of train. --split is reported.
+The best epoch is chosen on dev, or on a held-out tenth of train. Results are those of --split.
 
     B batch   N patches   K of them shown   S side of a view   D width   C characters
 """
@@ -51,10 +51,10 @@ CLIP = 1.0  # largest norm of the gradient
 MIN_CROP = 0.5  # smallest share of an image in a crop
 COLOUR = 0.2  # brightness, contrast and saturation are multiplied by 1 +- this
 CUTOUT, GRAY = 0.1, 128  # share of a view under a square of this gray
-SMOOTHING = 0.1  # share of the target that all classes have alike
+SMOOTHING = 0.1  # share of the target that is divided equally among all classes
 PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)  # of the ridge regression on thumbnails
 NECK_MANY = 20  # pictures of each character give the neck its statistics at the end
-NECK_FEW = 256  # of these do so after an epoch
+NECK_FEW = 256  # at most so many of these pictures do so after an epoch
 
 
 def shares(text):
@@ -75,8 +75,8 @@ def read_flags():
     add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=0.5,scale=32")
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
     add("--from-scratch", action="store_true", help="random weights in the encoder: the control")
-    add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="a block more")
-    add("--hold-out", type=at_least(0), default=0, metavar="N", help="characters that are left out")
+    add("--unfreeze-every", type=at_least(0), default=0, metavar="EPOCHS", help="one more block")
+    add("--hold-out", type=at_least(0), default=0, metavar="N", help="held-out characters")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (the encoder's)")
     add("--epochs", type=at_least(1), help="passes over the data (default: of the method)")
     add("--batch-size", type=at_least(2), metavar="B", help="images of a step")
@@ -84,9 +84,9 @@ def read_flags():
     add("--head-lr", type=between(1e-9, 1), metavar="LR", help="peak learning rate of the head")
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
-    add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
-    add("--split", default="val", choices=["val", "dev", "test"], help="what is reported")
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
+    add("--keep", type=shares, metavar="SHARE", help="share of patches shown; 0.25:0.75 rises")
+    add("--split", default="val", choices=["val", "dev", "test"], help="split of the results")
+    add("--seed", type=at_least(0), default=0, help="for weights, order and augmentation")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
@@ -179,7 +179,7 @@ def load_classifier(folder):
     base = folder if (folder / "model.safetensors").exists() else Path(header["base"])
     encoder, _ = load_encoder(base, header["image_size"])
     if fingerprint(encoder) != header["fingerprint"]:
-        raise UserError(f"{base} is not the encoder that {folder} was trained on; put that back")
+        raise UserError(f"{base} is not the encoder that {folder} was trained on; restore it")
     if header["method"] == "lora":
         load_lora(encoder, folder)
     config = (header["config"][k] for k in ("head", "pool", "margin", "scale"))
@@ -289,7 +289,7 @@ def epoch_rows(rows, labels, balanced, seed, epoch):
 
 
 def unfreeze(net, trained, epoch, every):
-    """Progressive unfreezing (Howard and Ruder 2018): the head first, then a block more each `every`."""
+    """Progressive unfreezing (Howard and Ruder 2018): the head first, one more block every `every` epochs."""
     depth = len(net.encoder.blocks)
     for name, p in net.named_parameters():
         if name in trained:
@@ -311,8 +311,8 @@ def pooled_of(task, images, rows):
 def predict(task, images, most=None):
     """-> logits (n, C) and labels (n,) of whole pictures: the rows of task.dev or report.
 
-    Before, the neck gets the mean and variance of whole training pictures, NECK_MANY of each class:
-    in training it averaged over pictures that were cropped and in part hidden.
+    The neck first gets mean and variance of whole training pictures, NECK_MANY of each class. In
+    training it averaged over pictures that were cropped and in part hidden.
     """
     if task.head != "ifa":  # its neck has no statistics
         rows, labels = task.train.rows, task.train.labels[task.train.rows]
@@ -401,7 +401,7 @@ def finetune(flags, task):
 
 
 def results(flags, task, run, best_epoch):
-    """-> the row of metrics.json, scores in percent, of pictures that decided nothing."""
+    """-> the row of metrics.json, in percent, measured on pictures that were used for no choice."""
     logits, truth = predict(task, task.report)
     right = logits.argmax(1) == truth
     found = metrics.classification(logits, truth, task.sizes)

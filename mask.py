@@ -34,7 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-START = 0.1  # share of the run before guidance starts: the attention of a young teacher is noise
+START = 0.1  # share of the run before guidance starts: until then the teacher's attention is noise
 RAMP = 0.1  # share of the run over which guidance rises to its full strength
 BETA = 0.5  # strength of attention; at 1 the encoder sees too little of what matters
 
@@ -229,7 +229,7 @@ for guided_strategy in NEEDS:
 
 
 def log_attention(patches):
-    """(B, N): the logarithm, because attention is a probability that spreads over decades."""
+    """(B, N): the logarithm, because attention is a probability with many orders of magnitude."""
     return patches["attn"].clamp(min=1e-6).log()
 
 
@@ -312,7 +312,7 @@ def sample(priority, K, T=0):
     return order[:, T : T + K].contiguous(), order[:, T + K :].contiguous()
 
 
-# ---- what a mask is like -------------------------------------------------------------------------
+# ---- statistics of masks -------------------------------------------------------------------------
 
 
 def diversity(ids_mask, N):

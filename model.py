@@ -130,8 +130,8 @@ def init_weights(module):
 def shrink_branches(blocks):
     """Scale what a branch adds to the residual stream by 1/sqrt(2 depth) (GPT-2; Radford 2019).
 
-    MAE warms up for 40 epochs instead. Runs of minutes learn faster with it (results/TRIED.md, "the
-    demo recipe").
+    MAE warms up for 40 epochs instead. Short runs learn faster with this scaling (results/TRIED.md,
+    "the demo recipe").
     """
     with torch.no_grad():
         for block in blocks:
@@ -201,7 +201,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def summary(self, tokens):
-        """tokens (B, 1+K, D) -> (B, D), what two views of an image are compared by."""
+        """tokens (B, 1+K, D) -> (B, D), by which the contrastive loss compares two views."""
         return tokens[:, 0] if self.pooler is None else self.pooler(tokens)
 
     def all_patches(self, view):
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
 
     def __init__(self, side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads=None):
         super().__init__()
-        heads = decoder_heads or decoder_dim // 32  # 32 wide, as in MAE
+        heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32:
             raise UserError(
                 f"decoder width {decoder_dim} with {heads} heads; choose a width that 32 divides"

@@ -53,12 +53,12 @@ WEIGHT_DECAY = 0.05  # of AdamW, as in MAE
 CLIP = 1.0  # largest norm of the gradient: a run of minutes has no time to recover from a jump
 ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: they give the rest no gradient
 WARMUP = 0.1  # share of the run in which the learning rate rises
-RATIO_STREAM = 1 << 20  # of the draws of a ratio; the processes have the numbers below
-WAIT = datetime.timedelta(hours=6)  # of other processes, while the first one packs or evaluates
+RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
+WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
 # Where two views are compared, colours and backgrounds must not tell whose view it is.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
-# In views, for any mask and data. On a CPU many small steps learn more (results/TRIED.md).
+# In views, for all masks and data. On a CPU, many small steps learn more (results/TRIED.md).
 GPU = {"model": "small", "decoder_depth": 2, "blr": 6e-4, "views": 4_000_000, "batch": 512}
 CPU = {"model": "nano", "decoder_depth": 1, "blr": 8e-3, "views": 64_000, "batch": 32}
 DEFAULTS = {"cpu": CPU, "cuda": GPU, "mps": GPU}
@@ -80,19 +80,19 @@ def parse_flags():
     add("--ratio", metavar="R", help="share of hidden patches; 0.5:0.9 rises, 0.5-0.9 is drawn")
     add("--teacher", default="self", metavar="self|maps|PATH", help="whose attention guides")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
-    add("--maps", default="auto", metavar="auto|truth|DIR", help="foreground and parts that guide")
+    add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
     add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
     add("--flat-weight", type=between(0, 1), default=0.1, metavar="W", help="of flat patches")
     add("--no-norm-pix", action="store_true", help="predict raw pixels, not normalised patches")
-    add("--epochs", type=at_least(1), help="default: what gives a number of views, per device")
+    add("--epochs", type=at_least(1), help="default: by the number of views of the device")
     add("--batch-size", type=at_least(1), metavar="B", help="images of a step, of all processes")
     add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
-    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 10, or 2 to 20 of them")
-    add("--split", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
-    add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
+    add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 2 to 20 times a run")
+    add("--split", default="val", choices=["val", "dev", "test"], help="split for evaluation")
+    add("--seed", type=at_least(0), default=0, help="for weights, order, crops and masks")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="for matrix products")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     flags = Flags(parser)
@@ -121,7 +121,7 @@ def start_processes(device):
 
 
 def share_gradients(network):
-    """The network as the loop calls it: its gradients become means of all processes."""
+    """The network for the loop; with several processes, their gradients are averaged."""
     if network is not None and distributed.is_initialized():
         return DistributedDataParallel(network, broadcast_buffers=False)  # buffers are constants
     return network
@@ -150,7 +150,7 @@ def parse_model(flags, device):
     flags.fill(**RECIPES["simmim" if simmim else "mae"])
     contrast, settings = parse_keys(flags.contrast, SETTINGS, "--contrast")
     if simmim and contrast != "none":
-        raise UserError(f"--contrast {contrast}: SimMIM reads mask tokens and has none")
+        raise UserError(f"--contrast {contrast}: SimMIM has no contrastive loss; choose none")
     return SimMIM if simmim else MAE, size, settings
 
 
@@ -172,7 +172,7 @@ def set_length(flags, images, V, device, world):
     flags.fill(eval_every=min(max(10, flags.epochs // 20), (flags.epochs + 1) // 2))
     b = min(flags.batch_size, images) // world
     if b < V:  # the contrastive loss compares an image with others
-        raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; give more")
+        raise UserError(f"--batch-size {flags.batch_size}: {b} a process are too few; raise it")
     flags.values["batch_size"] = b * world
     return b, images // (b * world)
 
@@ -189,11 +189,11 @@ def build_network(network, size, flags):
 
 
 def compiled(model, flags, device):
-    """`make_views` and the network as the loop calls them: compiled, or as they are.
+    """`make_views` and the network for the loop: compiled, or unchanged.
 
-    Two graphs replay 1,400 kernels. The host would need longer to start them than a fast GPU works.
+    Two CUDA graphs start 1,400 kernels. One by one, a host starts them slower than a GPU runs them.
     """
-    can = device.type == "cuda" and kernels.why_not_triton(device) is None  # which compiles, too
+    can = device.type == "cuda" and kernels.why_not_triton(device) is None  # torch.compile needs it
     flags.fill(compile=can and not re.search("[:-]", flags.ratio))  # one ratio, one graph
     if not flags.compile:
         return make_views, share_gradients(model)

@@ -1,4 +1,4 @@
-"""Stage 3: what did the encoder learn? Simple classifiers on frozen features, each beside its controls.
+"""Stage 3: what did the encoder learn? Classifiers on frozen features, compared with controls.
 
     python probe.py runs/NAME                     # on the data that the run was trained on
     python probe.py runs/A-s0 runs/A-s1 runs/B-s0 runs/B-s1    # is B better than A?
@@ -9,9 +9,9 @@ Writes: runs/NAME/ probe.json (by --headline probe-headline.json), attention.png
         of another data set or split the same in runs/NAME/DATA-SPLIT/; of several runs
         compare/compare.json and curves.png
 
-The headline is declared before any number is seen: Top-1 of logistic regression on the largest and
-smallest values of the patch tokens. The same command gives the same digits: features are fp16,
-classifiers run on the CPU, and all random numbers have fixed seeds.
+The headline was chosen before any result: Top-1 of a linear probe (logistic regression) on the
+largest and smallest values of the patch tokens. The same command gives the same digits, because
+features are fp16, classifiers run on the CPU, and all random numbers have fixed seeds.
 """
 
 import json
@@ -32,7 +32,7 @@ from common.train import commit, machine, read_log, seeded
 from model import shape_of
 
 FEW_SHOT = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
-PAIRED = 2000  # images at most whose pairs are verified: their number grows with the square
+PAIRED = 2000  # most images for verification: the number of their pairs grows with the square
 INTERVAL = "{low:+.2f} to {high:+.2f}"
 HEADS = {"logistic": "logistic regression", "knn": "kNN"}
 COLUMNS = {  # of the printed table: where a number is in a row of probe.json, and its heading
@@ -108,7 +108,7 @@ def open_labels(task):
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
         raise UserError(
-            f"{task.folder}: {task.held} has classes that train has not ({', '.join(lost[:4])}); "
+            f"{task.folder}: {task.held} has classes that train lacks ({', '.join(lost[:4])}); "
             "pack it again: python data.py IMAGES --min-per-class 10"
         )
     task.episodes = {}
@@ -217,7 +217,7 @@ def table(rows):
 
 
 def threshold_of(runs):
-    """-> (kNN Top-1 in percent to be reached, how it was fixed); (None, why) where no log tells.
+    """-> (the threshold, kNN Top-1 in percent, and its source); (None, why) if no log has kNN.
 
     The reference is the first run with random masks, else the first run.
     """
@@ -474,7 +474,7 @@ def curves(configs, path, threshold, thumbnail):
 
 def main():
     flags = parse_args()
-    for run in flags.runs:  # every mistake before hours of work
+    for run in flags.runs:  # a mistake shows here, before hours of work
         load_encoder(run)
     task = open_task(flags)
     images = len(task.labels[task.held])
