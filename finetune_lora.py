@@ -70,7 +70,7 @@ def read_flags():
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
-    add("--resume", metavar="RUN", help="go on with this run, by its flags")
+    add("--resume", metavar="RUN", help="continue this run with its saved flags")
     add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=0.9")
     add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=0.5,scale=32")
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
@@ -345,7 +345,7 @@ def finetune(flags, task):
     run = train.Run(flags, parts, total, per_epoch, device)
     print(
         f"data     {flags.data}: {C} characters of {task.sizes.min()} to {task.sizes.max()} pictures, "
-        f"{len(task.dev.rows)} pictures to choose by\n"
+        f"{len(task.dev.rows)} pictures for choices\n"
         f"run      {task.out}: {flags.method} of {flags.encoder}, {flags.head} head, {task.count:,} "
         f"parameters trained ({task.share:.2%}), step {run.step} of {total}"
     )
@@ -479,7 +479,7 @@ def main():
     flags = read_flags()
     done = Path(flags.out) / f"metrics{split_suffix(flags.split)}.json"
     if flags.resume and done.exists():
-        print(f"run      {flags.out} is finished: {done}; --split test judges it on another split")
+        print(f"run      {flags.out} is finished: {done}; --split test measures it on test")
         return
     device = train.pick_device(flags.device)
     dtype, reason = train.pick_dtype(flags.dtype, device)

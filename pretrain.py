@@ -55,7 +55,7 @@ ALONE = ("encoder.pooler", "decoder.stats_head")  # not clipped: they give the r
 WARMUP = 0.1  # share of the run in which the learning rate rises
 RATIO_STREAM = 1 << 20  # seeds the draws of a ratio; smaller numbers are those of processes
 WAIT = datetime.timedelta(hours=6)  # the other processes wait while the first packs or evaluates
-# Where two views are compared, colours and backgrounds must not tell whose view it is.
+# The contrastive loss must not recognise two views by their colours or their background.
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 SWAP = 0.7  # share of views with the background of another image, where the data have foreground
 # In views, for all masks and data. On a CPU, many small steps learn more (results/TRIED.md).
@@ -73,12 +73,12 @@ def parse_flags():
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--out", metavar="DIR", help="folder of the run (default: runs/ and the flags given)")
-    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
+    add("--resume", metavar="RUN", help="continue this run with its saved flags")
     add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
     add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
     add("--ratio", metavar="R", help="share of hidden patches; 0.5:0.9 rises, 0.5-0.9 is drawn")
-    add("--teacher", default="self", metavar="self|maps|PATH", help="whose attention guides")
+    add("--teacher", default="self", metavar="self|maps|PATH", help="its attention guides")
     add("--attention", choices=guidance.SOURCES, help="default: what was trained, else outlier")
     add("--maps", default="auto", metavar="auto|truth|DIR", help="maps of foreground and parts")
     add("--contrast", metavar="NAME[:key=value,...]", help="pooler, cls, or none for plain MAE")
@@ -104,7 +104,7 @@ def parse_flags():
     return flags
 
 
-# ---- several processes, each with a GPU and views of its own --------------------------------------
+# ---- several processes, each with a GPU and with other views --------------------------------------
 
 
 def start_processes(device):

@@ -56,7 +56,7 @@ def parse_args():
     add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
     add("--pool", default=features.HEADLINE, choices=features.POOLS, help="of the patch tokens")
     add("--headline", action="store_true", help="headline and kNN alone: no controls, no pictures")
-    add("--out", metavar="DIR", help="folder of a comparison (default: compare/ beside the run)")
+    add("--out", metavar="DIR", help="folder of a comparison (default: compare/ next to the run)")
     add("--device", default="auto", help="of the encoder: auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the encoder")
     return Flags(parser)
@@ -93,7 +93,7 @@ def open_task(flags):
 
 
 def comparison_folder(flags, task):
-    """compare/ beside the first run; compare-DATA-SPLIT/ for other data or another split."""
+    """compare/ next to the first run; compare-DATA-SPLIT/ for other data or another split."""
     first = features.home_of(flags.runs[0])
     own = task.home[flags.runs[0]]
     name = "compare" if own == first else f"compare-{own.name}"
@@ -330,7 +330,7 @@ def probe(run, task, threshold):
         report |= numbers | {"efficiency": efficiency(log, threshold[0])}
         print(efficiency_line(report["efficiency"], threshold[1]))
     else:
-        print(f"{run}: no numbers, they need two classes and a label on every picture")
+        print(f"{run}: no numbers: accuracy needs two classes, and a label on every picture")
     write(task.home[run] / task.result, report)
     return report | {"right": right, "log": log, "path": str(run)}
 
