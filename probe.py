@@ -108,7 +108,7 @@ def open_labels(task):
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
         raise UserError(
-            f"{task.folder}: {task.held} has classes that train lacks ({', '.join(lost[:4])}); "
+            f"{task.folder}: {task.held} has classes that train has not ({', '.join(lost[:4])}); "
             "pack it again: python data.py IMAGES --min-per-class 10"
         )
     task.episodes = {}
