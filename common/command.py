@@ -5,7 +5,6 @@ Imports no torch: `data.py` packs without it.
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from common.io import UserError, lock_beside, locked, one_line
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 )
-QUIET = 10  # seconds between two lines where output is piped
+QUIET = 10  # seconds between two states of a bar where output is piped
 LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 
 
@@ -240,16 +239,8 @@ def refuse_file(folder):
 # ---- while it works ------------------------------------------------------------------------------
 
 
-class Lines(io.StringIO):
-    """A file for tqdm where output is piped: each state of a bar is a line."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-
 def progress(items=None, name=None, total=None, **options):
-    """tqdm's bar; where output is piped, a line every ten seconds."""
+    """tqdm's bar; where output is piped, it is written every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, **options)
