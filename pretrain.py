@@ -332,7 +332,7 @@ def main():
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"machine  {train.machine(device)}\n"
-        f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)[0]}\n"
+        f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)}\n"
         f"data     {flags.data}: {len(images)} train, {len(held_set['images'])} {flags.split} images\n"
         f"model    {flags.model}: {count:.1f} M parameters, {N} patches\n"
         f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "
