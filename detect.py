@@ -31,9 +31,9 @@ from torch import nn
 import data
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, claim, cli, command, progress
+from common.command import Flags, Parser, at_least, between, cli, command, progress, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
@@ -514,25 +514,18 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            write_pictures(Path(out), key, picture, boxes, crop)
+            save_pngs(out, key, shown_of(picture, boxes, crop))
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
-def write_pictures(out, key, picture, boxes, crop):
-    """PNG files named by the picture's folder and name: the picture with outlines, or its faces."""
+def shown_of(picture, boxes, crop):
+    """{ending of a file's name: u8 (H, W, 3)}: the picture with outlines, or its faces."""
     from ingest.scenes import outlined
 
-    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
     if crop:
-        shown = {f"{name}_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
-    else:
-        size = [picture.shape[1], picture.shape[0]] * 2
-        shown = {name: outlined(picture, boxes.numpy() / size)}
-    for stem, pixels in shown.items():
-        path = out / f"{stem}.png"
-        claim([path], out / ".lock")
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
+        return {f"_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
+    size = [picture.shape[1], picture.shape[0]] * 2
+    return {"": outlined(picture, boxes.numpy() / size)}
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -36,9 +36,9 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, claim, cli, command, parse_keys, progress
+from common.command import Flags, Parser, at_least, cli, command, parse_keys, progress, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
@@ -617,18 +617,9 @@ def use(flags, device, autocast):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)
         table.writerow([key, f"{found.mean():.4f}"])
         if out:
-            write_masks(Path(out), key, picture, found > 0.5)
+            mask = np.uint8(255 * (found > 0.5))  # white is drawn
+            save_pngs(out, key, {"-mask": mask, "-overlay": overlay(picture, found > 0.5)})
     tell_problems(problems, (header.get("run") or {}).get("data"))
-
-
-def write_masks(out, key, picture, mask):
-    """NAME-mask.png, where white is drawn, and NAME-overlay.png."""
-    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay(picture, mask))):
-        path = out / f"{name}-{what}.png"
-        claim([path], out / ".lock")
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
 
 
 # ---- the command ---------------------------------------------------------------------------------

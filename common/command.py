@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, lock_beside, locked, one_line
+from common.io import UserError, atomic, lock_beside, locked, one_line
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
@@ -234,6 +234,19 @@ def refuse_file(folder):
     for path in (Path(folder), *Path(folder).parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
+
+
+def save_pngs(out, key, pictures):
+    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key."""
+    from PIL import Image
+
+    words = Path(key).with_suffix("").parts[-2:]
+    name = "-".join(part for part in words if part.strip("./"))
+    for ending, pixels in pictures.items():
+        path = Path(out) / f"{name}{ending}.png"
+        claim([path], path.parent / ".lock")
+        with atomic(path) as temporary:
+            Image.fromarray(pixels).save(temporary, "PNG")
 
 
 # ---- while it works ------------------------------------------------------------------------------
