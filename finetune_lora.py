@@ -451,8 +451,7 @@ def draw_curves(path, rows, best, title):
         plots.plot_rows(left, rows, "epoch", "loss", color=plots.BLUE)
         left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
         plots.plot_rows(right, rows, "epoch", "dev_top1", color=plots.BLUE, label="Top-1")
-        f1 = {"color": plots.ORANGE, "label": "macro-F1"}
-        plots.plot_rows(right, rows, "epoch", "dev_macro_f1", **f1)
+        plots.plot_rows(right, rows, "epoch", "dev_macro_f1", color=plots.ORANGE, label="macro-F1")
         right.axvline(best, color=plots.INK, ls=":", label=f"kept: epoch {best}")
         right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
         right.legend(loc="lower left")

@@ -463,7 +463,7 @@ def curves(configs, path, threshold, thumbnail):
     """kNN by epoch and by second in the logs of the runs: a line each, a colour a configuration."""
     from common import plots
 
-    limits = [(thumbnail, ":", "4x4 thumbnails"), (threshold, "--", f"threshold {threshold:.1f} %")]
+    limits = {f"threshold {threshold:.1f} %": (threshold, "--"), "4x4 thumbnails": (thumbnail, ":")}
     labels = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
     with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, labels.items(), strict=True):
@@ -473,9 +473,10 @@ def curves(configs, path, threshold, thumbnail):
                     rows = report["log"]
                     plots.plot_rows(axis, rows, key, "knn", "o-", ms=4, color=colour, label=text)
                     text = None  # one entry of the legend for all seeds
-            plots.controls(axis, limits)
             axis.set(xlabel=label)
-        plots.percent(axes[0])  # both share it
+            for text, (value, style) in limits.items():
+                if value is not None:
+                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=text)
         axes[0].set(ylabel="kNN Top-1 during the run, %")
         axes[0].legend(loc="lower right")
 

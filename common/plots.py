@@ -64,19 +64,6 @@ def plot_rows(axis, rows, x, y, *style, **options):
         axis.plot([r[x] for r in rows], [r[y] for r in rows], *style, **options)
 
 
-def controls(axis, lines):
-    """Horizontal lines to compare with: [(value, style, label)]. A value of None draws none."""
-    for value, style, label in lines:
-        if value is not None:
-            axis.axhline(value, color=INK, ls=style, lw=1, label=label)
-
-
-def percent(axis, along="y", low=None):
-    """An axis of percentages ends at 0 and 100, or begins at low. Call it when all is drawn."""
-    bottom, top = getattr(axis, f"get_{along}lim")()
-    getattr(axis, f"set_{along}lim")(max(bottom, 0) if low is None else low, min(top, 100))
-
-
 # ---- rows of pictures ----------------------------------------------------------------------------
 
 
@@ -143,5 +130,5 @@ def recognition(axis, held):
         control = held[0][f"{key}_thumbnail"]
         axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
-    percent(axis, low=0)
+    axis.set_ylim(bottom=0)
     axis.legend()
