@@ -547,7 +547,7 @@ def parse_flags():
     add = parser.add_argument_group("pictures").add_argument
     add("--crop", action="store_true", help="write each face as a picture of its own")
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
-    add = parser.add_argument_group("both").add_argument
+    add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
     train.add_flags(add)
     parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags

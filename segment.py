@@ -642,7 +642,7 @@ def parse_flags():
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")
     add = parser.add_argument_group("pictures").add_argument
     add("--mixed", action="store_true", help="all hold both kinds: each gets its own threshold")
-    add = parser.add_argument_group("both").add_argument
+    add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-seg); for pictures a folder")
     train.add_flags(add)
     parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags

@@ -1,4 +1,4 @@
-"""What stands around every training loop: device and dtype, optimizer, log, checkpoint.
+"""What stands around every training loop: flags, device and dtype, optimizer, log, checkpoint.
 
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
