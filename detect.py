@@ -31,9 +31,9 @@ from torch import nn
 import data
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly, resize_positions
-from common.command import Flags, Parser, at_least, between, claim, cli, command, progress
+from common.command import Flags, Parser, at_least, between, cli, command, progress, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix, untrained_like
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from finetune_lora import add_lora, merge_lora
 from kernels.gather import masked_patch_gather
 from model import shape_of
@@ -514,25 +514,18 @@ def use(flags, device, autocast):
             row["faces"].append({"box": [round(x) for x in box], "score": round(score, 3)})
         print(json.dumps(row, ensure_ascii=False))
         if out:
-            write_pictures(Path(out), key, picture, boxes, crop)
+            save_pngs(out, key, shown_of(picture, boxes, crop))
     tell_problems(problems, (header.get("run") or {}).get("data"))
 
 
-def write_pictures(out, key, picture, boxes, crop):
-    """PNG files named by the picture's folder and name: the picture with outlines, or its faces."""
+def shown_of(picture, boxes, crop):
+    """{ending of a file's name: u8 (H, W, 3)}: the picture with outlines, or its faces."""
     from ingest.scenes import outlined
 
-    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
     if crop:
-        shown = {f"{name}_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
-    else:
-        size = [picture.shape[1], picture.shape[0]] * 2
-        shown = {name: outlined(picture, boxes.numpy() / size)}
-    for stem, pixels in shown.items():
-        path = out / f"{stem}.png"
-        claim([path], out / ".lock")
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
+        return {f"_{i}": cut_out(picture, b, MARGIN) for i, b in enumerate(boxes.tolist())}
+    size = [picture.shape[1], picture.shape[0]] * 2
+    return {"": outlined(picture, boxes.numpy() / size)}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -551,39 +544,26 @@ def parse_flags():
     add("--epochs", type=at_least(1), default=16, help="passes over the pages")
     add("--batch-size", type=at_least(1), default=16, metavar="B", help="crops of a step")
     add("--lr", type=between(0, 1), help="peak learning rate (default: by --method)")
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add("--split", default="val", choices=["val", "test", "dev"], help="split that is reported")
-    add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     add = parser.add_argument_group("pictures").add_argument
     add("--crop", action="store_true", help="write each face as a picture of its own")
     add("--threshold", type=between(0, 1), metavar="SCORE", help="default: the best one on dev")
-    add = parser.add_argument_group("both").add_argument
+    add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-det); for pictures a folder")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    train.add_flags(add)
     parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags
     return Flags(parser)
 
 
 def main():
     flags = parse_flags()
-    if bool(flags.encoder) == bool(flags.resume):
-        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
-    if flags.resume:
-        state = train.load_state(Path(flags.resume) / "state.pt")
-        flags.take_saved(state["config"], free=("device", "log", "split"))
-        flags.values["out"] = flags.resume
-    device = train.pick_device(flags.device)
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
-    autocast = train.autocast_of(device, dtype)
+    train.take_up(flags, "split")
+    device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
     if not find_spec("pycocotools"):  # found out now, not after the training
         raise UserError("pycocotools is missing: pip install -r requirements-detect.txt")
     flags.fill(out=f"runs/{name_of(flags.encoder)}-det" + f"-s{flags.seed}" * (flags.seed > 0))
-    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
+    print(machine)
     load_encoder(flags.encoder)  # before a data set is made
     flags.values["data"] = str(data.open_or_pack(flags.data))
     fit(flags, device, autocast)

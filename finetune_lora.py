@@ -70,7 +70,6 @@ def read_flags():
     add("encoder", nargs="?", metavar="ENCODER", help="runs/NAME, or a checkpoint of MAE, timm, HF")
     add("--data", metavar="DIR", help="labelled set (default: the encoder's, else datasets/toon)")
     add("--out", metavar="RUN", help="run folder (default: runs/ENCODER-METHOD)")
-    add("--resume", metavar="RUN", help="go on with this run, by its flags")
     add("--method", default="lora", help="linear, lora:r=8,alpha=16 or full:layer_decay=0.9")
     add("--head", default="linear", help="linear, mlp, ifa, cosface, arcface:margin=0.5,scale=32")
     add("--pool", default="mean", choices=classifier.POOLS, help="mean patch token, or CLS token")
@@ -85,18 +84,10 @@ def read_flags():
     add("--balanced", action="store_true", help="draw every character equally often")
     add("--logit-adjust", type=between(0, 10), default=0.0, metavar="TAU", help="for a long tail")
     add("--keep", type=shares, metavar="SHARE", help="of the patches shown; 0.25:0.75 rises")
-    add("--split", default="val", choices=["val", "dev", "test"], help="what is reported")
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    train.add_flags(add)
     flags = Flags(parser)
-    if bool(flags.encoder) == bool(flags.resume):
-        raise UserError("give an ENCODER, such as runs/NAME, or --resume RUN")
+    train.take_up(flags, "split")
     if flags.resume:
-        saved = train.load_state(Path(flags.resume) / "state.pt")["config"]
-        flags.take_saved(saved, ("device", "log", *flags.given & {"split"}))
-        flags.values["out"] = flags.resume
         return flags
     method, _ = parse_keys(flags.method, METHODS, "--method")
     flags.fill(**RECIPE[method])
@@ -452,6 +443,38 @@ def write_network(flags, task, run):
     save_safetensors(head, task.out / "head.safetensors", header)
 
 
+def draw_curves(path, rows, best, title):
+    """Rows of log.jsonl -> the loss; Top-1 and macro-F1 on dev, by epoch."""
+    from common import plots  # matplotlib takes half a second to load
+
+    with plots.panels(path, title, 1, 2, (8.4, 3.2)) as (left, right):
+        plots.plot_rows(left, rows, "epoch", "loss", color=plots.BLUE)
+        left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
+        plots.plot_rows(right, rows, "epoch", "dev_top1", color=plots.BLUE, label="Top-1")
+        plots.plot_rows(right, rows, "epoch", "dev_macro_f1", color=plots.ORANGE, label="macro-F1")
+        right.axvline(best, color=plots.INK, ls=":", label=f"kept: epoch {best}")
+        right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
+        right.legend(loc="lower left")
+
+
+def draw_confusion(path, table, names, title):
+    """Counts (C, C), rows the true class, columns the predicted one: in percent of each row."""
+    from matplotlib.colors import PowerNorm
+
+    from common import plots
+
+    table = torch.tensor(table).double()
+    percents = 100 * table / table.sum(1, keepdim=True).clamp(min=1)
+    with plots.panels(path, title, 1, 1, (7.2, 6.4)) as axis:
+        # the square root of the share: mistakes are a few percent each
+        image = axis.imshow(percents.numpy(), norm=PowerNorm(0.5, 0, 100))
+        axis.figure.colorbar(image, label="% of the true class")
+        axis.set(xlabel="predicted class", ylabel="true class")
+        if len(names) <= 50:
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            axis.set_yticks(range(len(names)), names, fontsize=6)
+
+
 @torch.no_grad()
 def write_results(flags, task, run, best_epoch):
     """All files but state.pt. A network that is there already stays as it is."""
@@ -461,11 +484,9 @@ def write_results(flags, task, run, best_epoch):
         write_network(flags, task, run)
     save_json(row, out / f"metrics{suffix}.json")  # the last file: where it is, the run is finished
     with drawing("curves.png or confusion.png"):
-        from common import plots  # matplotlib takes half a second to load
-
         title = f"{out.name}: Top-1 {row['top1']:.1f} % on {flags.split}"
-        plots.training(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
-        plots.confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
+        draw_curves(out / "curves.png", train.read_log(out / "log.jsonl"), best_epoch, title)
+        draw_confusion(out / f"confusion{suffix}.png", row["confusion"], task.classes, title)
     low, high = row["top1_interval"]
     print(
         f"{flags.split:<9}Top-1 {row['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f}; 8x8 "
@@ -481,11 +502,9 @@ def main():
     if flags.resume and done.exists():
         print(f"run      {flags.out} is finished: {done}; --split test measures it on test")
         return
-    device = train.pick_device(flags.device)
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
-    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
-    task = open_task(flags, device, train.autocast_of(device, dtype))
+    device, autocast, machine = train.open_machine(flags)
+    print(machine)
+    task = open_task(flags, device, autocast)
     write_results(flags, task, *finetune(flags, task))
 
 

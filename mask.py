@@ -296,10 +296,9 @@ def kept(N, ratio, throw=0.0):
     K = int(N * (1 - ratio) + 1e-9)
     M = N - K - round(throw * N)
     if K < 1 or M < 1 or throw < 0:
-        raise ValueError(
-            f"ratio {ratio:g} of {N} patches, {throw:g} of them thrown, leaves {K} visible and {M} "
-            "hidden; both must be at least 1, so choose a ratio such as 0.75"
-        )
+        left = f"leaves {K} visible and {M} hidden of {N} patches"
+        thrown = f", with {throw:g} of them thrown," if throw else ""
+        raise ValueError(f"{ratio:g}{thrown} {left}; at least 1 of each is needed, as with 0.75")
     return K
 
 
@@ -325,9 +324,3 @@ def diversity(ids_mask, N):
     count = torch.bincount(ids_mask.flatten(), minlength=N)
     often = count / B  # the share of the images in which a patch is hidden
     return (often * (1 - often)).mean() * B / max(B - 1, 1) / (M / N * (1 - M / N))
-
-
-def entropy(score, beta):
-    """Entropy of softmax(beta z) over log N, z the standard score: 1 is random, 0 deterministic."""
-    odds = (beta * standard_score(score)).log_softmax(1)
-    return -(odds.exp() * odds).sum(1).mean() / math.log(score.shape[1])

@@ -247,14 +247,11 @@ class ViT(nn.Module):
 def check_sizes(image_size, patch_size, dim, heads):
     """A UserError where patches do not divide the view, or heads do not divide the width."""
     if image_size < 1 or patch_size < 1 or image_size % patch_size:
-        raise UserError(
-            f"image size {image_size} is not a multiple of patch size {patch_size}; "
-            "choose a patch size that divides it, such as 8 or 16"
-        )
+        fix = "choose a patch size that divides it, such as 8 or 16"
+        raise UserError(f"image size {image_size} is no multiple of patch size {patch_size}; {fix}")
     if dim % heads or dim % 4:
-        raise UserError(
-            f"width {dim} with {heads} heads; choose a multiple of {math.lcm(heads, 4)}"
-        )
+        fix = f"choose a multiple of {math.lcm(heads, 4)}"
+        raise UserError(f"width {dim} with {heads} heads; {fix}")
 
 
 def shape_of(encoder):
@@ -278,9 +275,8 @@ class Decoder(nn.Module):
         super().__init__()
         heads = decoder_heads or decoder_dim // 32  # heads of width 32, as in MAE
         if heads < 1 or decoder_dim % heads or decoder_dim % 32:
-            raise UserError(
-                f"decoder width {decoder_dim} with {heads} heads; choose a width that 32 divides"
-            )
+            fix = "choose a width that 32 divides"
+            raise UserError(f"decoder width {decoder_dim} with {heads} heads; {fix}")
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, side))
@@ -329,18 +325,11 @@ class MAE(nn.Module):
         decoder_heads=None,
     ):
         super().__init__()
-        self.config = dict(
-            image_size=image_size,
-            patch_size=patch_size,
-            dim=dim,
-            depth=depth,
-            heads=heads,
-            decoder_dim=decoder_dim,
-            decoder_depth=decoder_depth,
-        )
+        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
+        self.config = shape_of(self.encoder)
+        self.config |= {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}
         if decoder_heads and decoder_heads != decoder_dim // 32:
             self.config["decoder_heads"] = decoder_heads
-        self.encoder = ViT(image_size, patch_size, dim, depth, heads)
         self.decoder = Decoder(
             self.encoder.side, patch_size, dim, decoder_dim, decoder_depth, decoder_heads
         )
@@ -379,10 +368,8 @@ class SimMIM(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, heads, **_):
         super().__init__()
-        self.config = dict(
-            image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads
-        )
         self.encoder = ViT(image_size, patch_size, dim, depth, heads)
+        self.config = shape_of(self.encoder)
         self.decoder = LinearDecoder(patch_size, dim)
 
     def forward(self, patches, ids_keep, ids_mask):

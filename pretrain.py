@@ -73,7 +73,6 @@ def parse_flags():
     add = parser.add_argument
     add("--data", default="datasets/toon", metavar="DIR", help="packed set, or images to pack")
     add("--out", metavar="DIR", help="folder of the run (default: runs/ and the flags given)")
-    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
     add("--model", metavar="NAME[:key=value,...]", help=f"{', '.join(SIZES)}; simmim=1: SimMIM")
     add("--init", metavar="PATH", help="start from a run, or from a checkpoint of MAE or DINO")
     add("--mask", metavar="NAME[:key=value,...]", help=", ".join(masking.STRATEGIES))
@@ -89,16 +88,10 @@ def parse_flags():
     add("--blr", type=between(1e-9, 10), metavar="LR", help="lr = blr * views of a step / 256")
     add("--min-crop", type=between(0.01, 1), default=0.4, metavar="AREA", help="smallest crop")
     add("--eval-every", type=at_least(1), metavar="EPOCHS", help="default: 10, or 2 to 20 of them")
-    add("--split", default="val", choices=["val", "dev", "test"], help="split of the evaluations")
-    add("--seed", type=at_least(0), default=0, help="of weights, order, crops and masks")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
+    train.add_flags(add)
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     flags = Flags(parser)
-    if flags.resume:
-        flags.take_saved(train.load_state(Path(flags.resume) / "state.pt")["config"])
-        flags.values["out"] = flags.resume
+    train.take_up(flags)
     flags.fill(out=f"runs/{flags.name(Path(flags.data).name)}")
     flags.read |= {"out", "log"}  # Run reads them
     return flags
@@ -339,7 +332,7 @@ def main():
     count = sum(w.numel() for w in model.parameters()) / 1e6
     print(
         f"machine  {train.machine(device)}\n"
-        f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)[0]}\n"
+        f"         {flags.dtype}: {reason}; kernels in {kernels.choose_impl('auto', device)}\n"
         f"data     {flags.data}: {len(images)} train, {len(held_set['images'])} {flags.split} images\n"
         f"model    {flags.model}: {count:.1f} M parameters, {N} patches\n"
         f"recipe   {V * flags.batch_size * total:,} views, {V} of each image; crops from "

@@ -107,10 +107,9 @@ def open_labels(task):
     bank, queries = task.labels["train"], task.labels[task.held]
     task.counts = torch.bincount(bank[fit], minlength=len(task.names))
     if lost := [str(task.names[c]) for c in queries.unique() if task.counts[c] == 0]:
-        raise UserError(
-            f"{task.folder}: {task.held} has classes that train has not ({', '.join(lost[:4])}); "
-            "pack it again: python data.py IMAGES --min-per-class 10"
-        )
+        fix = "pack it again: python data.py IMAGES --min-per-class 10"
+        lost = f"{task.held} has classes that train has not ({', '.join(lost[:4])})"
+        raise UserError(f"{task.folder}: {lost}; {fix}")
     task.episodes = {}
     for ways, shots in FEW_SHOT:
         drawn = metrics.draw_episodes(bank, queries, ways, shots, seeded(0, ways, shots))
@@ -287,19 +286,28 @@ def draw_attention(path, encoder, size, task, rows):
 
 
 def draw_neighbours(path, found, task, rows):
-    """A line for each picture: it, and its 8 nearest of train by cosine."""
+    """A line for each picture: it, and its 8 nearest of train, their cosine under them.
+
+    A neighbour of the picture's class has a green frame, another a dashed one.
+    """
     from common import plots
 
     images, bank = task.split["images"], task.train["images"]
     queries = F.normalize(found[task.held][rows].float(), dim=1)
     cosine = queries @ F.normalize(found["train"].float(), dim=1).T
     cosine, nearest = cosine.topk(8, dim=1)
-    lines = [
-        (images[i], bank[near]) for i, near in zip(rows.tolist(), nearest.numpy(), strict=True)
-    ]
     same = task.split["labels"][rows][:, None] == task.train["labels"][nearest]
     title = f"{task.held} pictures and their nearest in train: {path.parent.name}"
-    plots.neighbours(path, title, lines, cosine, same if task.labelled else None)
+    n, size = len(rows), (10.2, 1.32 * len(rows) + 0.6)
+    with plots.panels(path, title, n, 9, size, squeeze=False) as axes:
+        found = zip(rows.tolist(), nearest.numpy(), strict=True)
+        plots.show_rows(axes, [("", [images[i], *bank[near]]) for i, near in found])
+        for i, j in np.ndindex(n, 8):
+            axis = axes[i, j + 1]
+            axis.set_xlabel(f"{cosine[i, j]:.2f}", fontsize=8, labelpad=2)
+            if task.labelled:
+                colour, style = (plots.GREEN, "-") if same[i, j] else (plots.ORANGE, "--")
+                axis.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=3)
 
 
 # ---- one run -------------------------------------------------------------------------------------
@@ -455,7 +463,7 @@ def curves(configs, path, threshold, thumbnail):
     """kNN by epoch and by second in the logs of the runs: a line each, a colour a configuration."""
     from common import plots
 
-    limits = [(thumbnail, ":", "4x4 thumbnails"), (threshold, "--", f"threshold {threshold:.1f} %")]
+    limits = {f"threshold {threshold:.1f} %": (threshold, "--"), "4x4 thumbnails": (thumbnail, ":")}
     labels = {"epoch": "epochs", "seconds": "seconds of the run, teacher included"}
     with plots.panels(path, "Learning curves", 1, 2, (9.6, 3.9), sharey=True) as axes:
         for axis, (key, label) in zip(axes, labels.items(), strict=True):
@@ -465,9 +473,10 @@ def curves(configs, path, threshold, thumbnail):
                     rows = report["log"]
                     plots.plot_rows(axis, rows, key, "knn", "o-", ms=4, color=colour, label=text)
                     text = None  # one entry of the legend for all seeds
-            plots.controls(axis, limits)
             axis.set(xlabel=label)
-        plots.percent(axes[0])  # both share it
+            for text, (value, style) in limits.items():
+                if value is not None:
+                    axis.axhline(value, color=plots.INK, ls=style, lw=1, label=text)
         axes[0].set(ylabel="kNN Top-1 during the run, %")
         axes[0].legend(loc="lower right")
 
@@ -487,11 +496,10 @@ def main():
     if len(reports) > 1 and task.labelled:
         compare(reports, task, threshold)
     run, folder = (shlex.quote(str(path)) for path in (flags.runs[0], task.folder))
-    print(
-        f"next: python finetune_lora.py {run} --method lora --data {folder}"
-        if task.labelled
-        else f"next: python probe.py {run} --data DIR, a set with labels; python data.py FOLDER makes one"
-    )
+    step = f"finetune_lora.py {run} --method lora --data {folder}"
+    if not task.labelled:
+        step = f"probe.py {run} --data DIR, a set with labels; python data.py FOLDER makes one"
+    print(f"next: python {step}")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ import data
 import mask as masking
 from common import fields, train
 from common.checkpoints import blank_encoder, load_encoder, load_exactly
-from common.command import Flags, Parser, at_least, claim, cli, command, parse_keys, progress
+from common.command import Flags, Parser, at_least, cli, command, parse_keys, progress, save_pngs
 from common.features import hold_out, name_of, open_splits, split_suffix
-from common.io import UserError, atomic, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors
 from kernels.gather import masked_patch_gather
 from model import shape_of
 
@@ -617,18 +617,9 @@ def use(flags, device, autocast):
         found = mask_of(net, picture, header["image_size"], autocast, mixed)
         table.writerow([key, f"{found.mean():.4f}"])
         if out:
-            write_masks(Path(out), key, picture, found > 0.5)
+            mask = np.uint8(255 * (found > 0.5))  # white is drawn
+            save_pngs(out, key, {"-mask": mask, "-overlay": overlay(picture, found > 0.5)})
     tell_problems(problems, (header.get("run") or {}).get("data"))
-
-
-def write_masks(out, key, picture, mask):
-    """NAME-mask.png, where white is drawn, and NAME-overlay.png."""
-    name = "-".join(part for part in Path(key).with_suffix("").parts[-2:] if part.strip("./"))
-    for what, pixels in (("mask", np.uint8(255 * mask)), ("overlay", overlay(picture, mask))):
-        path = out / f"{name}-{what}.png"
-        claim([path], out / ".lock")
-        with atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, "PNG")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -649,36 +640,23 @@ def parse_flags():
     add("--network", default="unet", help="of stage 3: unet, segformer; unet:hint=0: colours alone")
     add("--pixel-steps", type=at_least(1), default=800, metavar="N", help="of stage 3")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="frames of a step")
-    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
-    add("--split", default="val", choices=["val", "test", "dev"], help="split that is reported")
-    add("--resume", metavar="RUN", help="go on with this run, with the flags that it had")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
     add = parser.add_argument_group("pictures").add_argument
     add("--mixed", action="store_true", help="all hold both kinds: each gets its own threshold")
-    add = parser.add_argument_group("both").add_argument
+    add = parser.add_argument_group("run and machine").add_argument
     add("--out", metavar="DIR", help="run folder (default: runs/NAME-seg); for pictures a folder")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
+    train.add_flags(add)
     parser.parse_args = parser.parse_intermixed_args  # pictures may stand behind flags
     return Flags(parser)
 
 
 def main():
     flags = parse_flags()
-    if bool(flags.encoder) == bool(flags.resume):
-        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
-    if flags.resume:
-        state = train.load_state(Path(flags.resume) / "state.pt")
-        flags.take_saved(state["config"], free=("device", "log", "split"))
-        flags.values["out"] = flags.resume
-    device = train.pick_device(flags.device)
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
-    autocast = train.autocast_of(device, dtype)
+    train.take_up(flags, "split")
+    device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
     flags.fill(out=f"runs/{name_of(flags.encoder)}-seg" + f"-s{flags.seed}" * (flags.seed > 0))
-    print(f"machine  {train.machine(device)}\n         {flags.dtype}: {reason}")
+    print(machine)
     load_encoder(flags.encoder)  # before a data set is made
     flags.values["data"] = str(data.open_or_pack(flags.data))
     run_stages(flags, device, autocast)

@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -735,29 +734,18 @@ def read_flags():
     add = parser.add_argument_group("what to learn").add_argument
     add("--data", metavar="DIR", help="set with labels and tags (default: the encoder's, or toon)")
     add("--out", metavar="DIR", help="run folder (default: named by the encoder and the flags)")
-    add("--resume", metavar="RUN", help="go on with this run, with its flags")
     arms = "\n".join(f"{arm}: {text}" for arm, text in ARMS.items())
     add("--arm", default="mfdn", help=f"{arms}\nkeys: mfdn, fixed, l2l:weight=0.3; fixed:share=0.5")
-    add("--split", default="val", choices=["val", "test"], help="the split that is reported")
     add("--epochs", type=at_least(2), default=30, help="passes over the data")
     add("--batch-size", type=at_least(1), default=32, metavar="B", help="images for one step")
     add("--lr", type=between(0, 1), help="of the encoder (default: 5e-4); arm bce: its head (3e-2)")
     add("--min-crop", type=between(0.01, 1), default=0.5, metavar="AREA", help="smallest crop")
-    add("--seed", type=at_least(0), default=0, help="of weights, order, views and hidden tags")
     add = parser.add_argument_group("what is printed of pictures").add_argument
     add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own)")
     add("--json", action="store_true", help="print a JSON object a picture")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
-    add("--log", type=train.trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+    train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = Flags(parser)
-    if bool(flags.encoder) == bool(flags.resume):
-        parser.error("give an ENCODER, or --resume RUN, which knows its encoder")
-    if flags.resume:
-        saved = train.load_state(Path(flags.resume) / "state.pt")["config"]
-        flags.take_saved(saved, ("device", "log", *flags.given & {"split"}))
-        flags.values["out"] = flags.resume
+    train.take_up(flags, "split")
     return flags
 
 
@@ -775,15 +763,12 @@ def fill_defaults(flags):
 
 def main():
     flags = read_flags()
-    device = train.pick_device(flags.device)
-    dtype, reason = train.pick_dtype(flags.dtype, device)
-    autocast = train.autocast_of(device, dtype)
+    device, autocast, machine = train.open_machine(flags)
     if flags.pictures:
         return use(flags, device, autocast)
     if is_tagger(flags.encoder):
         raise UserError(f"{flags.encoder} is a run of tags.py: give pictures, or another encoder")
-    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
-    print(f"machine  {train.machine(device)}, {flags.dtype}: {reason}")
+    print(machine)
     if not flags.resume:
         fill_defaults(flags)
     task = open_task(flags, device, autocast)

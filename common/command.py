@@ -5,7 +5,6 @@ Imports no torch: `data.py` packs without it.
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import shlex
@@ -15,12 +14,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.fields import shown
-from common.io import UserError, lock_beside, locked, one_line
+from common.io import UserError, atomic, lock_beside, locked, one_line
 
 NO_MEMORY = (
     "OutOfMemory|out of memory|MemoryError|can't allocate memory|alloc_cpu|calculation overflowed"
 )
-QUIET = 10  # seconds between two lines where output is piped
+QUIET = 10  # seconds between two states of a bar where output is piped
 LOCKS, HELD = contextlib.ExitStack(), set()  # of what this command writes; `cli` lets go of them
 
 
@@ -237,19 +236,24 @@ def refuse_file(folder):
             raise UserError(f"{path} is a file, and {folder} has to be a folder; give another")
 
 
+def save_pngs(out, key, pictures):
+    """Write OUT/NAME{ending}.png of {ending: u8 (H, W, 3)}; NAME: folder and name of the picture key."""
+    from PIL import Image
+
+    words = Path(key).with_suffix("").parts[-2:]
+    name = "-".join(part for part in words if part.strip("./"))
+    for ending, pixels in pictures.items():
+        path = Path(out) / f"{name}{ending}.png"
+        claim([path], path.parent / ".lock")
+        with atomic(path) as temporary:
+            Image.fromarray(pixels).save(temporary, "PNG")
+
+
 # ---- while it works ------------------------------------------------------------------------------
 
 
-class Lines(io.StringIO):
-    """A file for tqdm where output is piped: each state of a bar is a line."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-
 def progress(items=None, name=None, total=None, **options):
-    """tqdm's bar; where output is piped, a line every ten seconds."""
+    """tqdm's bar; where output is piped, it is written every ten seconds."""
     if not sys.stderr.isatty():
-        options |= {"file": Lines(), "mininterval": QUIET, "delay": QUIET, "ascii": True}
+        options |= {"mininterval": QUIET, "delay": QUIET, "ascii": True}
     return tqdm(items, name, total, **options)

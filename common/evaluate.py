@@ -87,19 +87,14 @@ def predict(model, view, ids_keep, ids_mask, autocast, floor=FLOOR):
     return pred.float(), stats.float() + visible_stats(view, ids_keep, ids_mask, p, floor)
 
 
-def hide_at_random(noise, device):
-    """noise (B, N) -> ids_keep, ids_mask: EVAL_RATIO of the patches, the same for every run."""
-    return masking.sample(noise.to(device), masking.kept(noise.shape[1], EVAL_RATIO))
-
-
 def masked_views(model, split, most):
     """Yield (view u8 (b, S, S, 3), ids_keep, ids_mask) of `most` images under the fixed mask."""
-    rows = data.evenly_spaced(len(split["images"]), most)
-    noise = masking.gumbel_noise(len(rows), model.encoder.side**2, seeded(0)).split(data.CHUNK)
+    rows, N = data.evenly_spaced(len(split["images"]), most), model.encoder.side**2
+    noise = masking.gumbel_noise(len(rows), N, seeded(0)).split(data.CHUNK)
     side, device = model.config["image_size"], model.encoder.cls_token.device
     views = data.whole_views(split["images"], rows, side, device)
     for (_, view), chunk in zip(views, noise, strict=True):
-        yield view, *hide_at_random(chunk, device)
+        yield view, *masking.sample(chunk.to(device), masking.kept(N, EVAL_RATIO))
 
 
 @torch.no_grad()

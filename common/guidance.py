@@ -46,7 +46,6 @@ class Guide:
         """params: of the strategy, without "shuffle" afterwards; views: of each image of a batch."""
         self.need = masking.NEEDS.get(strategy)
         self.shuffle = params.pop("shuffle", 0) > 0  # the control, see `scores`
-        self.beta = params.get("beta", 1.0)
         self.side, self.patch = encoder.side, encoder.patch_size
         self.out, self.autocast, self.views = Path(out), autocast, views
         self.maps, self.parts, self.file = None, 0, None
@@ -117,8 +116,6 @@ class Guide:
             numbers["teacher_initial"] = initial_share(step, total)
         if self.need == "fg":
             numbers |= region_shares(patches["fg"], ids_mask)
-        if self.need == "difficulty":
-            numbers["mask_entropy"] = masking.entropy(patches["difficulty"], self.beta).item()
         return {name: round(x, 4) for name, x in numbers.items()}
 
     def pictures(self, patches):

@@ -1,4 +1,4 @@
-"""How every picture of the project looks, and the pictures that training draws: PNG, 150 dots per inch.
+"""How every picture of the project looks, and those of pre-training: PNG, 150 dots per inch.
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart. Maps are drawn in viridis.
 """
@@ -12,10 +12,8 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # first: the shell's may be a name that matplotlib refuses
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib import font_manager
-from matplotlib.colors import PowerNorm
 
 from common.io import atomic
 
@@ -66,19 +64,6 @@ def plot_rows(axis, rows, x, y, *style, **options):
         axis.plot([r[x] for r in rows], [r[y] for r in rows], *style, **options)
 
 
-def controls(axis, lines):
-    """Horizontal lines to compare with: [(value, style, label)]. A value of None draws none."""
-    for value, style, label in lines:
-        if value is not None:
-            axis.axhline(value, color=INK, ls=style, lw=1, label=label)
-
-
-def percent(axis, along="y", low=None):
-    """An axis of percentages ends at 0 and 100, or begins at low. Call it when all is drawn."""
-    bottom, top = getattr(axis, f"get_{along}lim")()
-    getattr(axis, f"set_{along}lim")(max(bottom, 0) if low is None else low, min(top, 100))
-
-
 # ---- rows of pictures ----------------------------------------------------------------------------
 
 
@@ -107,24 +92,7 @@ def image_grid(path, title, rows, columns=()):
             axis.set_title(name, fontsize=9)
 
 
-def neighbours(path, title, lines, cosine, same):
-    """lines [(query, its nearest)]: pictures u8 (S, S, 3); cosine (Q, K) stands under each neighbour.
-
-    same (Q, K) bool, or None without labels: a neighbour of the query's class has a green frame,
-    another a dashed one.
-    """
-    Q, K = cosine.shape
-    with panels(path, title, Q, 1 + K, (10.2, 1.32 * Q + 0.6), squeeze=False) as axes:
-        show_rows(axes, [("", [query, *nearest]) for query, nearest in lines])
-        for i, j in np.ndindex(Q, K):
-            axis = axes[i, j + 1]
-            axis.set_xlabel(f"{cosine[i, j]:.2f}", fontsize=8, labelpad=2)
-            if same is not None:
-                colour, style = (GREEN, "-") if same[i, j] else (ORANGE, "--")
-                axis.spines[:].set(visible=True, color=colour, linestyle=style, linewidth=3)
-
-
-# ---- training ------------------------------------------------------------------------------------
+# ---- pre-training --------------------------------------------------------------------------------
 
 
 def curves(path, rows, split, title):
@@ -162,31 +130,5 @@ def recognition(axis, held):
         control = held[0][f"{key}_thumbnail"]
         axis.axhline(control, color=colour, ls=":", label=f"4x4 thumbnails, {name}")
     axis.set(title="Recognition", xlabel="epoch", ylabel="Top-1, %")
-    percent(axis, low=0)
+    axis.set_ylim(bottom=0)
     axis.legend()
-
-
-def training(path, rows, best, title):
-    """Rows of log.jsonl of finetune_lora.py -> loss; Top-1 and macro-F1 on dev, by epoch."""
-    with panels(path, title, 1, 2, (8.4, 3.2)) as (left, right):
-        plot_rows(left, rows, "epoch", "loss", color=BLUE)
-        left.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy")
-        plot_rows(right, rows, "epoch", "dev_top1", color=BLUE, label="Top-1")
-        plot_rows(right, rows, "epoch", "dev_macro_f1", color=ORANGE, label="macro-F1")
-        right.axvline(best, color=INK, ls=":", label=f"kept: epoch {best}")
-        right.set(title="Dev", xlabel="epoch", ylabel="%", ylim=(0, 100))
-        right.legend(loc="lower left")
-
-
-def confusion(path, table, names, title):
-    """Counts (C, C), rows the true class, columns the predicted one: in percent of each row."""
-    table = np.asarray(table, float)
-    percents = 100 * table / np.maximum(table.sum(1, keepdims=True), 1)
-    with panels(path, title, 1, 1, (7.2, 6.4)) as axis:
-        # the square root of the share: mistakes are a few percent each
-        image = axis.imshow(percents, norm=PowerNorm(0.5, 0, 100))
-        axis.figure.colorbar(image, label="% of the true class")
-        axis.set(xlabel="predicted class", ylabel="true class")
-        if len(names) <= 50:
-            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-            axis.set_yticks(range(len(names)), names, fontsize=6)

@@ -1,4 +1,4 @@
-"""What stands around every training loop: device and dtype, optimizer, log, checkpoint.
+"""What stands around every training loop: flags, device and dtype, optimizer, log, checkpoint.
 
 Plain functions, no trainer: a stage's loop stays in the stage, where it can be read.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.command import claim, launched, progress, refuse_overwrite
+from common.command import at_least, claim, launched, progress, refuse_overwrite
 from common.fields import check_fields, number, whole
 from common.io import UserError, atomic, parse_table, read_torch, save_text
 
@@ -33,7 +33,48 @@ STATE = {"config": {}, "step?": whole(0), "seconds?": number(0, 1e9)}
 NO_CUDA = "an NVIDIA driver is here that torch can't use; update it, or install a torch for it"
 ANEW = "remove the folder of the run, or choose another --out"
 
+# ---- flags of all stages that train --------------------------------------------------------------
+
+
+def add_flags(add):
+    """add: the method add_argument of a parser, or of a group of it."""
+    add("--split", default="val", choices=["val", "dev", "test"], help="split that is reported")
+    add("--seed", type=at_least(0), default=0, help="of all random numbers")
+    add("--resume", metavar="RUN", help="go on with this run, under its saved flags")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of matrix products")
+    add("--log", type=trackers, default=(), metavar="NAMES", help="tensorboard,wandb")
+
+
+def trackers(text):
+    """An argparse type: "tensorboard,wandb" -> the names, if their packages are there."""
+    names = text.split(",")
+    for name in names:
+        if name not in ("tensorboard", "wandb") or not find_spec(name):
+            raise UserError(f"--log {text} must be tensorboard or wandb, and installed")
+    return names
+
+
+def take_up(flags, *free):
+    """--resume RUN goes on in that folder, under its saved flags; `free` ones may be given anew."""
+    if "encoder" in flags.values and bool(flags.encoder) == bool(flags.resume):
+        raise UserError("give an ENCODER, such as weights/toon, or --resume RUN, which has its own")
+    if flags.resume:
+        saved = load_state(Path(flags.resume) / "state.pt")["config"]
+        flags.take_saved(saved, ("device", "log", *flags.given & {*free}))
+        flags.values["out"] = flags.resume
+
+
 # ---- the machine ---------------------------------------------------------------------------------
+
+
+def open_machine(flags):
+    """--device and --dtype -> the device, autocast, and lines that say what is used, and why."""
+    device = pick_device(flags.device)
+    dtype, reason = pick_dtype(flags.dtype, device)
+    flags.values["dtype"] = "fp32" if dtype == torch.float32 else "bf16"
+    lines = f"machine  {machine(device)}\n         {flags.dtype}: {reason}"
+    return device, autocast_of(device, dtype), lines
 
 
 def pick_device(name):
@@ -167,15 +208,6 @@ def cost_of_steps(log, batch_size):
     speed = torch.tensor([row["images_per_s"] for row in steps]).median().item()
     memory = max(row["memory_mb"] for row in steps)
     return {"step_ms": round(1000 * batch_size / speed, 2), "peak_memory_mb": memory}
-
-
-def trackers(text):
-    """An argparse type: "tensorboard,wandb" -> the names, if their packages are there."""
-    names = text.split(",")
-    for name in names:
-        if name not in ("tensorboard", "wandb") or not find_spec(name):
-            raise UserError(f"--log {text} must be tensorboard or wandb, and installed")
-    return names
 
 
 def open_tracker(name, out, config):

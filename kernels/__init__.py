@@ -30,7 +30,7 @@ IMPL = "auto"  # "torch": a GPU runs the references, too, so that what you chang
 
 
 def choose_impl(impl, device):
-    """impl "auto", "torch" or "triton" -> ("torch" or "triton", the reason in words).
+    """impl "auto", "torch" or "triton" -> "torch" or "triton".
 
     A ValueError where the implementation does not exist or can't run on this device.
     """
@@ -41,12 +41,9 @@ def choose_impl(impl, device):
     problem = why_not_triton(device)
     if wanted == "triton" and problem:
         raise ValueError(f"impl triton: {problem}; choose torch")
-    if wanted != "auto":
-        return wanted, "as IMPL says"
-    if device.type == "cuda" and not problem:
-        return "triton", "the fused kernels serve a GPU"
-    why = f": {problem}" if device.type == "cuda" else ""
-    return "torch", f"the PyTorch reference serves {device.type}{why}"
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" and not problem else "torch"
+    return wanted
 
 
 def why_not_triton(device):

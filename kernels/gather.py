@@ -32,9 +32,7 @@ def check_patches(view, ids, patch):
     if view.dtype != torch.uint8 or view.ndim != 4 or view.shape[1:] != (S, S, 3):
         raise ValueError(f"view must be uint8 (B, S, S, 3), not {view.dtype} {tuple(view.shape)}")
     if S % patch or patch > LARGEST:
-        raise ValueError(
-            f"patches of {patch} px: they must divide {S} px, and be at most {LARGEST} px"
-        )
+        raise ValueError(f"a patch of {patch} px must divide {S} px, and have at most {LARGEST} px")
     if ids.ndim != 2 or ids.shape[0] != view.shape[0] or ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64 (B, K), B = {len(view)}, not {tuple(ids.shape)}")
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
@@ -143,5 +141,5 @@ def masked_patch_gather(view, ids, patch, dtype=torch.float32, impl="auto"):
     do not fit. Not differentiable.
     """
     check_patches(view, ids, patch)
-    chosen, _ = choose_impl(impl, view.device)
+    chosen = choose_impl(impl, view.device)
     return (gather_op if chosen == "triton" else gather_reference)(view, ids, patch, dtype)

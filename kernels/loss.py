@@ -214,7 +214,7 @@ loss_op.register_autograd(backward, setup_context=remember_gradient)
 def patch_detail(view, ids, patch, impl="auto"):
     """view u8 (B, S, S, 3), ids (B, M) -> detail (B, M) in [0, 1]."""
     check_patches(view, ids, patch)
-    chosen, _ = choose_impl(impl, view.device)
+    chosen = choose_impl(impl, view.device)
     return (detail_op if chosen == "triton" else detail_reference)(view, ids, patch)
 
 
@@ -253,7 +253,7 @@ def reconstruction_loss(
     return_error  -> (L, e (B, M)); the errors give no gradient
     """
     weight = check_loss(pred, view, ids_mask, patch, weight)
-    chosen, _ = choose_impl(impl, pred.device)
+    chosen = choose_impl(impl, pred.device)
     if chosen == "triton" and error_of is None:
         settings = patch, norm_pix, floor, torch.is_grad_enabled() and pred.requires_grad
         loss, _, error = loss_op(pred, view, ids_mask, weight, *settings)

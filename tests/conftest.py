@@ -85,13 +85,15 @@ def refused(done):
     return lines[0]
 
 
+FIGURES = ("common.plots.image_grid", "common.plots.curves", "probe.draw_neighbours")
+FIGURES += ("finetune_lora.draw_curves", "finetune_lora.draw_confusion")
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Figures take most of the time of a short run."""
-    from common import plots
-
-    for name in ("image_grid", "curves", "training", "confusion", "neighbours"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    for name in FIGURES:
+        monkeypatch.setattr(name, lambda *_, **__: None)
 
 
 # ---- data ----------------------------------------------------------------------------------------

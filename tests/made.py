@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS, draw_folder, run_line
+from conftest import FIGURES, WORDS, draw_folder, run_line
 from golden import write_frames
 
 import model
-from common import plots
 from ingest import pack, scenes
 
 CPU = "--device cpu --dtype fp32"
@@ -60,8 +59,8 @@ def pristine():
         patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | SIZE)
         patch.setattr(scenes, "COUNTS", {"train": 16, "dev": 4, "val": 4})
         patch.setattr(pack, "render", render_here)
-        for name in ("image_grid", "curves", "training", "confusion"):  # pictures take a third
-            patch.setattr(plots, name, lambda *_, **__: None)
+        for name in FIGURES:  # they take a third
+            patch.setattr(name, lambda *_, **__: None)
         pack.pack("scenes", base / "datasets/scenes", size=64)
         write_frames(base / "datasets/frames")
         for line in COMMANDS:

@@ -348,18 +348,18 @@ def test_opcheck():
 
 
 def test_triton_is_chosen_where_it_runs_and_never_replaced_silently(monkeypatch):
-    assert [kernels.choose_impl("auto", d)[0] for d in ("cpu", "mps")] == ["torch", "torch"]
+    assert [kernels.choose_impl("auto", d) for d in ("cpu", "mps")] == ["torch", "torch"]
     for impl, device, word in (("triton", "mps", "mps"), ("numpy", "cpu", "numpy")):
         with pytest.raises(ValueError, match=word):
             kernels.choose_impl(impl, device)
     if kernels.triton:
-        assert kernels.choose_impl("auto", "cuda")[0] == "triton"
+        assert kernels.choose_impl("auto", "cuda") == "triton"
     monkeypatch.setattr(kernels, "INTERPRET", False)
     view, keep, _ = case(4)
     with pytest.raises(ValueError, match="needs a GPU"):
         G.masked_patch_gather(view.cpu(), keep.cpu(), 4, impl="triton")
     monkeypatch.setattr(kernels, "IMPL", "torch")
-    assert kernels.choose_impl("auto", "cuda")[0] == "torch"
+    assert kernels.choose_impl("auto", "cuda") == "torch"
     monkeypatch.setattr(kernels, "triton", None)
     with pytest.raises(ValueError, match="not installed"):
         kernels.choose_impl("triton", "cuda")

@@ -109,7 +109,7 @@ view, ids = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8), torch.tensor
 pred = masked_patch_gather(view, ids, 4).requires_grad_()
 reconstruction_loss(pred, view, ids, 4, patch_detail(view, ids, 4)).backward()
 assert pred.grad.abs().sum() > 0
-print(kernels.choose_impl("auto", "cpu")[0], kernels.why_not_triton(torch.device("cuda")))
+print(kernels.choose_impl("auto", "cpu"), kernels.why_not_triton(torch.device("cuda")))
 """
 
 

@@ -124,7 +124,7 @@ def masks_and_attention(teacher, predictor, view, boxes, flip, noise):
     }
     for strategy in masking.STRATEGIES.values():
         ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9, 12), 4)
-    masking.diversity(ids_mask, 16), masking.entropy(guess, 1.0)
+    masking.diversity(ids_mask, 16)
     guidance.region_shares(patches["fg"], ids_mask)
     return ids_keep, ids_mask, guess
 

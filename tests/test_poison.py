@@ -11,10 +11,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_line
+from conftest import FIGURES, run_line
 from made import pristine
 
-from common import plots
 from common.checkpoints import save_model
 from common.io import read_safetensors, save_safetensors
 from common.train import read_log
@@ -140,8 +139,8 @@ def places(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of the time, and show what is reported."""
-    for name in ("image_grid", "curves", "training", "confusion"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
+    for name in FIGURES:
+        monkeypatch.setattr(name, lambda *_, **__: None)
 
 
 # ---- the stages ----------------------------------------------------------------------------------

@@ -239,7 +239,6 @@ def test_every_strategy_trains(figures, tmp_path, mask):
     rows = read_log(tmp_path / "out" / "log.jsonl")
     last = [r for r in rows if "loss" in r][-1]
     assert rows[-1]["val_mse"] < rows[0]["val_mse"] and last["mask_diversity"] > 0
-    assert ("mask_entropy" in last) == mask.startswith("learned")
     if mask in ("fg_heavy", "bg_heavy"):
         first = last["fg_hidden"] > last["bg_hidden"]
         assert first == (mask == "fg_heavy")

@@ -379,9 +379,9 @@ def test_what_is_no_name_is_neither_packed_nor_enrolled(name):
 
 
 def test_a_name_is_text_in_a_figure_and_a_figure_that_fails_is_a_line(tmp_path, capsys):
-    from common import plots
+    from finetune_lora import draw_confusion
 
-    plots.confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["$_$", "$\\frac$"], "$^$")
+    draw_confusion(tmp_path / "c.png", [[1, 0], [0, 1]], ["$_$", "$\\frac$"], "$^$")
     assert (tmp_path / "c.png").stat().st_size
     with command.drawing("c.png"):
         raise RuntimeError("no\nfigure")
