@@ -1,24 +1,21 @@
-"""What the benchmarks share: clocks, turns, percentiles, peak speeds, the table of rows.
+"""What the benchmarks share: clocks, turns, percentiles, the roofline, and the table of rows.
 
 Machines are noisy. So what is compared takes turns in one run, and a comparison is the median of
 the ratios within the turns.
 """
 
-import csv
 import itertools
 import multiprocessing
-import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.tables import rows_there, save_csv
 from common.command import Parser, at_least, claim
-from common.io import UserError, atomic, lock_beside, reading
+from common.io import UserError, lock_beside
 from common.train import commit, machine
 from kernels import triton
 
@@ -89,14 +86,25 @@ def compared(times, base):
 
 def alone(function, *args, **options):
     """The result of a call in a process of its own, which then ends and frees all memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *args, **options).result()
-        except BrokenProcessPool:
-            raise UserError("the process was killed, perhaps because memory is full") from None
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send_result, args=(theirs, function, args, options))
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"a process ended with status {process.exitcode}, see above") from None
+    finally:
+        process.join()  # its memory is free before the next one begins
 
 
-# ---- what the machine can do ---------------------------------------------------------------------
+def send_result(pipe, function, args, options):
+    pipe.send(function(*args, **options))
+
+
+# ---- the roofline --------------------------------------------------------------------------------
 
 
 def copy_speed(device):
@@ -117,6 +125,11 @@ def product_speed(device, dtype):
     return 2 * side**3 / statistics.median(ms) * 1000
 
 
+def least_seconds(operations, moved, operations_per_s, bytes_per_s):
+    """The roofline: nothing is faster than its operations, or than its bytes (Williams 2009)."""
+    return max(operations / operations_per_s, moved / bytes_per_s)
+
+
 # ---- the table of rows ---------------------------------------------------------------------------
 
 
@@ -129,7 +142,9 @@ class Table:
     def __init__(self, path, keys, device, **versions):
         claim([], lock_beside(path))
         self.path, self.keys = path, (*keys, "machine", "commit")
-        self.rows = read_table(path) if os.path.lexists(path) else []
+        self.rows = rows_there(path, ("machine", "commit"))
+        if path.exists() and not self.rows:
+            raise UserError(f"{path} is there already, and no such table; give another --out")
         self.where = {"machine": machine(device), **versions, "commit": commit()}
 
     def find(self, **keys):
@@ -144,17 +159,4 @@ class Table:
         self.rows = [r for r in self.rows if r is not old]
         self.rows.append({k: str(value) for k, value in (row | self.where).items()})
         columns = dict.fromkeys(itertools.chain.from_iterable(self.rows))
-        with atomic(self.path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-
-def read_table(path):
-    """-> the rows of a CSV of ours; what is no such table is refused."""
-    fix = "give another --out"
-    with reading(path, "table of measurements", fix), open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or any(row.get("commit") is None for row in rows):
-        raise UserError(f"{path} is there already, and no table of measurements; {fix}")
-    return rows
+        save_csv(self.path, [{k: r.get(k, "") for k in columns} for r in self.rows])

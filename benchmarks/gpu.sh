@@ -94,7 +94,7 @@ fi
 {
     head -n 2 "$folder/machine.log"
     tail -qn 4 "$folder/pretrain.log" "$folder/lora.log" 2> /dev/null
-    tail -n +1 "$folder"/*.csv
+    python -W ignore -m benchmarks.tables "$folder"
 } > "$folder/summary.md"
 echo "Send $folder/summary.md; the logs beside it say more"
 if [ ${#failed[@]} -gt 0 ]; then

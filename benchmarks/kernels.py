@@ -7,13 +7,14 @@ bench_kernels_cpu.csv. The gate comes first: every contender against float64 on 
 against the reference on the inputs that are timed. A wrong number ends the run before any speed.
 
 Bytes are the least that any implementation moves. Their share is of a plain copy in the same run.
-Forward is that of training, in which our kernel writes the gradient already.
+Forward is that of training: there our kernel writes the gradient already, which backward scales.
 Times of small inputs on a GPU contain the launch by Python.
 """
 
 import functools
 
 import torch
+import torch._functorch.config as functorch
 
 import benchmarks as bench
 from common.command import cli
@@ -35,6 +36,7 @@ PASSES = {
     ("gather", "forward"): (1, 1, 0),
     ("detail", "forward"): (1, 0, 1),
     ("loss", "forward"): (1, 1, 1),  # reads the prediction and a weight
+    ("loss", "backward"): (0, 2, 0),  # reads as much as the prediction, writes the gradient
     ("loss", "both"): (1, 2, 1),
 }
 KEYS = ("batch", "size", "patch", "ratio", "operation", "pass", "impl", "dtype")
@@ -100,7 +102,7 @@ def inputs(case, dtype, device):
 
 
 def call_of(functions, given, operation, which):
-    """-> what is timed, without arguments."""
+    """-> what is timed, without arguments. Backward alone gets a graph that stays."""
     gather, detail, loss = functions
     view, keep, mask, pred, weight, patch = given
     if operation == "gather":
@@ -110,10 +112,11 @@ def call_of(functions, given, operation, which):
     forward = functools.partial(loss, pred, view, mask, patch, weight)
     if which == "forward":
         return forward
+    graph = forward() if which == "backward" else None
 
     def gradient():
         pred.grad = None
-        forward().backward()
+        (forward() if graph is None else graph).backward(retain_graph=graph is not None)
         return pred.grad
 
     return gradient
@@ -194,6 +197,7 @@ def main():
     device = pick_device(args.device)
     gpu = device.type == "cuda"
     dtype = bench.DTYPES[args.dtype or ("bf16" if gpu else "fp32")]
+    functorch.donated_buffer = False  # else a compiled graph runs backward only once
     gate(device, dtype)
     if args.gate:
         return

@@ -1,17 +1,19 @@
-"""How fast a training step is, beside transformers' ViTMAE: python -m benchmarks.step
+"""How fast a training step is, beside transformers' ViTMAE and timm: python -m benchmarks.step
 
 Writes runs/bench/bench_step_cpu.csv (or _cuda), a row for each candidate, its settings and a turn.
 Turn 0 tries all settings of a candidate. In the turns that follow, the best settings of each
 candidate are timed one after another. A candidate is a process that ends before the next begins.
 
-A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. Both start with the same
-weights, and get the same images and noise. The gate: the losses of the first steps are those of our
-eager fp32 step with the PyTorch references. Where they differ, there is no speed.
+A step is: bytes of the views, forward, the loss of MAE, backward, AdamW. timm has no MAE, so its
+candidate is our step with timm's blocks. All start with the same weights, and get the same images
+and noise. The gate: the losses of the first steps are those of our eager fp32 step with the PyTorch
+references. Where they differ, there is no speed.
 
-MFU (model FLOPs utilisation, Chowdhery et al. 2022) is the speed of the operations of our MAE as a
-share of the speed of a plain matrix product, which is timed right after the step.
+The roofline is the time that a plain matrix product would take for the operations of our MAE, or a
+plain copy for the bytes, whichever is longer; both are timed right after the step.
 """
 
+import functools
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import benchmarks as bench
 import kernels
@@ -101,6 +104,13 @@ def step_flops(model, K):
     return counter.get_total_flops()
 
 
+def step_bytes(weights, pixels):
+    """The least bytes of a step: each fp32 weight is read forward and backward, its gradient is
+    written, and AdamW reads weight, gradient and two moments and writes three; each pixel is read.
+    """
+    return 4 * (2 + 1 + 4 + 3) * weights + pixels
+
+
 def agree(losses, reference, dtype):
     """-> "" if the losses are those of the reference, else a line with both."""
     same = len(losses) == len(reference) > 0
@@ -109,7 +119,32 @@ def agree(losses, reference, dtype):
     return f"losses of {losses}, of the reference {reference}"
 
 
-# ---- two networks --------------------------------------------------------------------------------
+# ---- three networks ------------------------------------------------------------------------------
+
+
+class TimmBlock(nn.Module):
+    """A block of timm with the weights of ours, in its place."""
+
+    def __init__(self, ours):
+        from timm.models.vision_transformer import Block
+
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=ours.norm1.eps)
+        width = ours.norm1.normalized_shape[0]
+        self.block = Block(width, ours.attn.heads, qkv_bias=True, norm_layer=norm)
+        self.block.load_state_dict(ours.state_dict())
+
+    def forward(self, x, start=0):
+        return self.block(x)[:, start:]
+
+
+def with_blocks_of_timm(net, attention):
+    from timm.layers import set_fused_attn
+
+    set_fused_attn(attention == "fused")
+    for part, name in ((net.encoder, "blocks"), (net.decoder, "decoder_blocks")):
+        setattr(part, name, nn.ModuleList(TimmBlock(block) for block in getattr(part, name)))
+    return net
 
 
 def make_network(case, folder):
@@ -125,7 +160,7 @@ def make_network(case, folder):
         return net, their_loss
     net = case.network()
     init_from(net, folder / "model.safetensors")
-    return net, our_loss
+    return with_blocks_of_timm(net, case.attention) if case.candidate == "timm" else net, our_loss
 
 
 def our_loss(case, net, view, noise, autocast):
@@ -180,7 +215,7 @@ def make_step(case, folder, device):
 
 
 def measured(case, folder, warmup, steps, impl="auto"):
-    """-> losses of the warm-up, seconds of a step, memory, and the speed of a matrix product."""
+    """-> losses of the warm-up, then seconds of a step, memory, and both peaks of the roofline."""
     train.keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in convolutions, too
     kernels.IMPL = impl
@@ -197,6 +232,7 @@ def measured(case, folder, warmup, steps, impl="auto"):
     found = {"losses": losses, "seconds": seconds, "peak_mb": train.peak_memory_mb(device)}
     if steps:
         found["operations_per_s"] = bench.product_speed(device, bench.DTYPES[case.dtype])
+        found["bytes_per_s"] = bench.copy_speed(device)
     return found
 
 
@@ -204,17 +240,21 @@ def measured(case, folder, warmup, steps, impl="auto"):
 
 
 def row_of(case, found):
-    """The columns of a row that were measured."""
+    """The columns of a row that were measured, and the share of the roofline."""
     with torch.device("meta"):
         model = case.network()
     operations = step_flops(model, masking.kept(model.encoder.side**2, case.ratio))
-    speed = case.batch / found["seconds"]
+    weights = sum(w.numel() for w in model.parameters())
+    moved = step_bytes(weights, 3 * case.batch * case.image_size**2)
+    peaks = found["operations_per_s"], found["bytes_per_s"]
+    least = bench.least_seconds(case.batch * operations, moved, *peaks)
     return {
-        "images_per_s": round(speed, 2),
+        "images_per_s": round(case.batch / found["seconds"], 2),
         "peak_mb": round(found["peak_mb"]),
         "gflop_per_image": round(operations / 1e9, 2),
-        "mfu_percent": round(100 * speed * operations / found["operations_per_s"], 1),
-        "product_tflop_per_s": round(found["operations_per_s"] / 1e12, 3),
+        "roofline_percent": round(100 * least / found["seconds"], 1),
+        "product_tflop_per_s": round(peaks[0] / 1e12, 3),
+        "copy_gb_per_s": round(peaks[1] / 1e9, 1),
     }
 
 
@@ -290,18 +330,16 @@ def main():
     if args.small:
         refuse_idle(args.given & {"model", "batch", "dtype"}, "with --small")
         dtypes, decoders, sizes, counts = ["fp32"], ["32x1"], TINY, COUNTS["small"]
-    candidates, versions = ["AniMask"], {"triton": bench.TRITON}
-    if find_spec("transformers"):
-        candidates.append("transformers")
-        versions["transformers"] = version("transformers")
-    else:
-        print("note: transformers is left out, because it is missing (pip install transformers)")
+    there = [name for name in ("transformers", "timm") if find_spec(name)]
+    versions = {name: version(name) for name in there} | {"triton": bench.TRITON}
     table = bench.Table(args.out / f"bench_step_{device.type}.csv", KEYS, device, **versions)
+    for name in {"transformers", "timm"} - set(there):
+        print(f"note: {name} is left out, because it is missing (pip install {name})")
     lines = []
     for dtype in dtypes:
         for decoder in decoders:
             case = Case(**sizes, dtype=dtype, decoder=decoder, device=device.type)
-            settings = [case.settings(name, args.small) for name in candidates]
+            settings = [case.settings(name, args.small) for name in ("AniMask", *there)]
             lines += compare(table, settings, args.turns, counts)
     print(*lines, f"wrote    {table.path}", sep="\n")
 

@@ -10,6 +10,7 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
+from benchmarks.tables import markdown, read_csv, save_csv
 from common.checkpoints import save_model
 from common.io import UserError
 from export import export
@@ -40,9 +41,8 @@ def test_flops_are_those_of_the_formula():
     with torch.device("meta"):
         model = MAE(S, p, D, depth, 2, W, blocks)
     assert step.step_flops(model, K) == expected
-    found = {"seconds": 0.5, "peak_mb": 9.0, "operations_per_s": 1e9}
-    row = step.row_of(TINY, found)  # 4 images in half a second
-    assert row["mfu_percent"] == pytest.approx(800 * row["gflop_per_image"], rel=0.2)
+    assert step.step_bytes(1000, 7) == 40_007  # ten fp32 numbers a weight, and pixels
+    assert bench.least_seconds(100, 10, 50, 10) == 2  # 2 s of operations, 1 s of bytes
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,11 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     slow = replace(TINY, candidate="timm", compile=True)
     lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
     assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
+
+
+def test_a_table_says_once_what_all_rows_share():
+    rows = [{"a": "1", "b": "x", "c": "5"}, {"a": "2", "b": "x", "c": "6"}]
+    assert markdown(rows)[:3] == ["b x", "", "| a | c |"] and markdown(rows)[-2] == "| 2 | 6 |"
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
@@ -109,15 +114,14 @@ def test_transformers_gives_our_losses_and_another_loss_is_red(weights, monkeypa
 
 def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("case,machine,commit\nold,another,c\n")
+    save_csv(path, [{"case": "old", "machine": "another", "commit": "c"}])
     table = bench.Table(path, ("case",), CPU)
     assert table.find(case="old") is None  # of another machine
     table.add({"case": "a", "ms": 1.5})
-    rows = bench.read_table(path)
-    assert [r["case"] for r in rows] == ["old", "a"] and rows[0]["ms"] == ""
+    assert [r["case"] for r in read_csv(path)] == ["old", "a"] and read_csv(path)[0]["ms"] == ""
     assert bench.Table(path, ("case",), CPU).find(case="a")["ms"] == "1.5"
     path.write_text("mine")
-    with pytest.raises(UserError, match="no table of measurements"):
+    with pytest.raises(UserError, match="no such table"):
         bench.Table(path, ("case",), CPU)
     assert path.read_text() == "mine"
 
@@ -125,7 +129,7 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_dies_is_one_line():
     assert bench.alone(abs, -3) == 3
-    with pytest.raises(UserError, match="was killed"):
+    with pytest.raises(UserError, match="status 7"):
         bench.alone(os._exit, 7)
 
 
@@ -137,7 +141,8 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
         calls.append(case.candidate)
         if case.candidate == "transformers":
             return {"note": "OutOfMemoryError: full"}
-        return {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0, "operations_per_s": 1e9}
+        found = {"losses": [1.0], "seconds": 0.5, "peak_mb": 9.0}
+        return found | {"operations_per_s": 1e9, "bytes_per_s": 1e9}
 
     monkeypatch.setattr(bench, "alone", answer)
     table = bench.Table(tmp_path / "t.csv", step.KEYS, CPU)
@@ -153,7 +158,5 @@ def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
 
 def test_the_loader_and_a_model_are_measured(tmp_path):
     done = call("benchmarks.data", "--small", "--turns", 1, "--out", tmp_path, cwd=ROOT)
-    assert (
-        not done.returncode and bench.read_table(tmp_path / "bench_data.csv")[0]["images"] == "2048"
-    )
+    assert not done.returncode and read_csv(tmp_path / "bench_data.csv")[0]["images"] == "2048"
     assert latency.torch_answer(ROOT / "weights/toon", CPU)[1:] == (96, "encoder")
