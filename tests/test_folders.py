@@ -182,10 +182,7 @@ def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(base, mo
     assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
     assert len(found) == len(row["tags"]) + 3
     found = asked_as_by_others(base / "runs/a-lora/wd", base / "x.png")
-    row = json.loads(run_line(f"{SORT} x.png --json --threshold -1", base, check=0).stdout)
-    known = (
-        row["similarity"] >= json.loads(run_line(f"{SORT} x.png --json", base).stdout)["threshold"]
-    )
-    wanted = row["confidence"] if known else 0.0
+    row = json.loads(run_line(f"{SORT} x.png --json", base, check=0).stdout)
+    wanted = row["confidence"] if row["known"] else 0.0
     assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
     assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", base))
