@@ -9,20 +9,26 @@ Writes: beside ENCODER, or to --out, with a card: FILE.md, or README.md in the f
         hf      hf/, a folder for transformers
         merged  merged.safetensors, an encoder with its adapter in it
         onnx    model.onnx, which runs without torch: an encoder, a recogniser or a tagger
+        wd      wd/, a tagger or a recogniser for programs that load WD taggers
         half    half/, what stages read of a run of any stage, numbers in 16 bits
 """
 
 import contextlib
+import csv
+import io
 import json
 import logging
 import signal
 import tempfile
+import textwrap
 import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import data
@@ -31,7 +37,15 @@ from common import checkpoints
 from common.classifier import read_head
 from common.command import Parser, at_least, cli
 from common.formats import EPS, HF, QKV, encoder_of, read_checkpoint, renamed
-from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
+from common.io import (
+    UserError,
+    lock_beside,
+    locked,
+    read_safetensors,
+    save_json,
+    save_safetensors,
+    save_text,
+)
 from common.lora import ADAPTER, fingerprint, read_adapter, read_files, save_encoder
 from finetune_lora import load_classifier
 from kernels.gather import MEAN, STD
@@ -40,6 +54,7 @@ from recognize import decide, open_gallery
 
 TENSORS = ("model", "pooler", "stats_head", "adapter_model", "head", "gallery", "detector")
 HF_SHAPE = {"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+HF_RATIO = 0.75  # of transformers' ViTMAE where its configuration says nothing
 KEEPS_SIZE = "--image-size {}: {} keeps the size that it learned at"
 PIP = "pip install -r requirements-onnx.txt"
 
@@ -101,7 +116,14 @@ def save_hf(source, folder, image_size):
     save_safetensors(theirs, folder / "model.safetensors")
     save_json(config, folder / "config.json", 2)
     save_json(pixels, folder / "preprocessor_config.json", 2)
-    return f"transformers.{network}.from_pretrained({str(folder)!r})"
+    use = f"transformers.{network}.from_pretrained({str(folder)!r})"
+    if not depth:
+        return use
+    patches = (size // facts["patch_size"]) ** 2
+    return f"""{use}
+# it hides {HF_RATIO:.0%} of the patches, in random order; features of all patches in their order:
+net = transformers.ViTMAEModel.from_pretrained({str(folder)!r}, mask_ratio=0.0)
+tokens = net(pixels, noise=torch.arange({patches}.0)[None]).last_hidden_state  # one picture"""
 
 
 @torch.no_grad()
@@ -211,15 +233,14 @@ def stopped_at_the_end():
 
 
 @torch.no_grad()
-def save_onnx(source, out, image_size=None):
-    """Write a run or a checkpoint as ONNX, if onnxruntime's answers are torch's."""
+def write_onnx(graph, notes, out):
+    """Write a graph as ONNX, if onnxruntime's answers are torch's."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if not find_spec(name):
-            raise UserError(f"--to onnx needs {name}: {PIP}")
+            raise UserError(f"an ONNX file needs {name}: {PIP}")
     import onnxruntime
 
-    graph, notes = graph_of(source, image_size)
-    images = torch.randint(256, (3, *graph.example.shape[1:]), dtype=torch.uint8)
+    images = torch.randint(256, (3, *graph.example.shape[1:])).to(graph.example.dtype)
     expected = graph(images)  # before the export: kernels keep constants of their first call
     options = {"input_names": ["images"], "output_names": list(expected)}
     options["dynamic_shapes"] = {"images": {0: torch.export.Dim("B")}}
@@ -233,7 +254,79 @@ def save_onnx(source, out, image_size=None):
     for x, y in zip(found, expected.values(), strict=True):
         if not torch.allclose(torch.from_numpy(x), y, atol=1e-4, equal_nan=True):
             raise UserError(f"onnxruntime's answers are not torch's; try newer ones: {PIP}")
+
+
+def save_onnx(source, out, image_size=None):
+    """Write a run or a checkpoint as ONNX."""
+    write_onnx(*graph_of(source, image_size), out)
     return f"onnxruntime.InferenceSession({str(out)!r})"
+
+
+# ---- the contract of WD taggers: model.onnx and selected_tags.csv --------------------------------
+
+WD_SIDE = 448  # of their pictures; some programs know no other
+GENERAL, CHARACTER, RATING = 0, 4, 9  # categories of tags, by Danbooru's numbers
+RATINGS = ("general", "sensitive", "questionable", "explicit")
+
+
+class WDGraph(nn.Module):
+    """pictures float32 (B, 448, 448, 3), 0 to 255, BGR -> {"output": probabilities (B, rows)}.
+
+    graph: a `Graph` of a tagger or a recogniser of so many names. order: the tags' rows, as places.
+    """
+
+    def __init__(self, graph, order, names):
+        super().__init__()
+        self.inner, self.order, self.names = graph, order, names
+        self.register_buffer("resize", pillow_matrix(WD_SIDE, graph.example.shape[1]))
+        self.example = torch.zeros(2, WD_SIDE, WD_SIDE, 3)
+
+    def forward(self, images):
+        x = images.flip(3).permute(0, 3, 1, 2)  # (B, RGB, H, W)
+        for _ in range(2):  # along W, then along H; Pillow rounds after each
+            x = (x @ self.resize).round().clamp(0, 255).mT
+        found = self.inner(x.permute(0, 2, 3, 1).to(torch.uint8))
+        if "who" in found:
+            return {"output": name_alone(found, self.names)}
+        tags = found["tags"][:, self.order]
+        characters = [found["characters"]] if "characters" in found else []
+        return {"output": torch.cat([tags, *characters], 1)}
+
+
+def pillow_matrix(n_in, n_out):
+    """(n_in, n_out): a line of a picture times this is Pillow's resized line, BICUBIC."""
+    lines = Image.fromarray(np.eye(n_in, dtype=np.float32))
+    resized = lines.resize((n_out, n_in), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized))
+
+
+def name_alone(found, characters):
+    """-> (B, characters): the confidence at the name; 1 of an enrolled one, 0 of unknown pictures."""
+    known = found["similarity"] >= found["threshold"]
+    sure = torch.where(known, found["confidence"].nan_to_num(1.0), 0.0)
+    return sure[:, None] * nn.functional.one_hot(found["who"], characters)
+
+
+def save_wd(source, folder, image_size=None):
+    """Write model.onnx and selected_tags.csv, its rows in the order of the probabilities."""
+    graph, notes = graph_of(source, image_size)
+    if notes["is"] == "encoder":
+        raise UserError(
+            f"{source} names nothing; --to wd takes a run of tags.py or finetune_lora.py"
+        )
+    tags, names = notes.get("tags", []), notes["names"]
+    order = sorted(range(len(tags)), key=lambda i: tags[i] not in RATINGS)  # ratings first
+    rows = [(tags[i], RATING if tags[i] in RATINGS else GENERAL) for i in order]
+    if notes["is"] == "recogniser" or "characters" in graph(graph.example):
+        rows += [(name, CHARACTER) for name in names]
+    folder.mkdir()
+    write_onnx(WDGraph(graph, order, len(names)).eval(), notes, folder / "model.onnx")
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(("tag_id", "name", "category", "count"))
+    table.writerows((i, name, category, 0) for i, (name, category) in enumerate(rows))
+    save_text(text.getvalue(), folder / "selected_tags.csv")
+    return f"give {folder}/model.onnx and selected_tags.csv to a program that loads WD taggers"
 
 
 # ---- the card and the command --------------------------------------------------------------------
@@ -244,6 +337,7 @@ FORMATS = {  # --to: what writes it, the name of the file or folder, the library
     "hf": (save_hf, "hf", "transformers"),
     "merged": (save_merged, "merged.safetensors", "pytorch"),
     "onnx": (save_onnx, "model.onnx", "onnx"),
+    "wd": (save_wd, "wd", "onnx"),
     "half": (save_half, "half", "pytorch"),
 }
 MADE_BY = ("data", "mask", "epochs", "seed", "command")  # flags of the encoder under an adapter
@@ -268,7 +362,7 @@ tags: [masked-autoencoder, vision-transformer, anime]
 
 Written by export.py of AniMask. This loads it:
 
-    {use}
+{textwrap.indent(use, "    ")}
 
 | flag of its training | value |
 |---|---|
@@ -311,7 +405,7 @@ def export(source, to, out=None, image_size=None):
     source = Path(source)
     write, name, library = FORMATS[to]
     out = Path(out or checkpoints.model_file(source).parent / name)
-    card = out / "README.md" if to in ("hf", "half") else out.with_suffix(".md")
+    card = out / "README.md" if to in ("hf", "wd", "half") else out.with_suffix(".md")
     with locked(lock_beside(out)):
         for path in (out, card):
             if path.exists() or path.is_symlink():
@@ -332,7 +426,7 @@ def main():
     add = parser.add_argument
     add("encoder", type=Path, metavar="ENCODER", help="runs/NAME, or a checkpoint file")
     add("--to", required=True, choices=list(FORMATS), help="the format")
-    add("--out", metavar="FILE", help="where to (default: beside ENCODER); hf, half: a folder")
+    add("--out", metavar="FILE", help="where to (default: beside ENCODER); hf, wd, half: a folder")
     add("--image-size", type=at_least(1), metavar="PX", help="side of a view (default: as it is)")
     args = parser.parse_args()
     out, use = export(args.encoder, args.to, args.out, args.image_size)

@@ -2,6 +2,7 @@
 
     python recognize.py runs/NAME IMAGE...                 files, folders, archives; - reads a list
     python recognize.py runs/NAME PAGE --detect runs/DET   each face that a run of detect.py finds
+    python recognize.py runs/NAME FOLDER --sort OUT        copies them into OUT/WHO and OUT/unknown
     python recognize.py runs/NAME --enrol WHO IMAGE...     three to five pictures, no training
     python recognize.py runs/NAME --list                   who is known; --forget WHO removes one
     python recognize.py runs/NAME --verify                 measures verification and unknown faces
@@ -9,6 +10,7 @@
 Reads:  runs/NAME/ head.safetensors and what finetune_lora.py wrote beside it
 Writes: runs/NAME/ gallery.safetensors (built where it is missing; --enrol and --forget change it),
         recognize.json (--verify; of other data or splits in runs/NAME/DATA-SPLIT/)
+        OUT/ copies of the pictures and sorted.csv (--sort)
 
 The head names the characters that it learned. The gallery holds the embeddings of known faces, each
 a mean over a picture and its mirror image. A face that is similar to none of them is unknown.
@@ -17,9 +19,13 @@ a mean over a picture and its mirror image. A face that is similar to none of th
 """
 
 import contextlib
+import csv
+import io
 import itertools
 import json
+import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,11 +39,21 @@ from common import fields, metrics
 from common.classifier import pooled_of, predict, read_head
 from common.command import Parser, between, claim, cli, command, refuse_idle
 from common.features import open_rows, results_folder
-from common.io import UserError, lock_beside, locked, read_safetensors, save_json, save_safetensors
+from common.io import (
+    UserError,
+    atomic,
+    lock_beside,
+    locked,
+    read_safetensors,
+    reading,
+    save_json,
+    save_safetensors,
+    save_text,
+)
 from common.train import autocast_of, commit, machine, pick_device, pick_dtype
 from finetune_lora import load_classifier
 from ingest import sources
-from ingest.pictures import pictures, tell_problems, whole_pictures
+from ingest.pictures import files_below, pictures, tell_problems, whole_pictures
 
 GALLERY = "gallery.safetensors"
 FACES = 500  # training pictures of a character in a gallery, at most
@@ -52,6 +68,7 @@ HANDICAP = 0.1  # so much further do new faces lie from a mean of few faces (res
 PAIRS_OF = 4000  # images that --verify takes at most; it compares all pairs
 FALSE_RATES = 0.001, 0.01, 0.1  # of false positives and false alarms that --verify reports
 FLAGS = {  # that each task reads
+    "sort": "sort threshold detect device dtype",
     "name": "threshold json detect device dtype",
     "enrol": "enrol device dtype",
     "forget": "forget",
@@ -69,6 +86,7 @@ def parse_args():
     add("--threshold", type=between(-1, 1), metavar="COSINE", help="a face below it is unknown")
     add("--json", action="store_true", help="print a JSON object a picture (--verify: one)")
     add("--detect", metavar="RUN", help="runs/NAME of detect.py: name each face, left to right")
+    add("--sort", type=Path, metavar="OUT", help="copy pictures into OUT/WHO and OUT/unknown")
     add("--enrol", metavar="WHO", help="add a character, or pictures of an enrolled one")
     add("--forget", metavar="WHO", help="take an enrolled character out of the gallery")
     add("--list", action="store_true", help="say who is known, and by how many pictures")
@@ -79,9 +97,9 @@ def parse_args():
     add("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the matrix products")
     args = parser.parse_intermixed_args()  # pictures may stand before and after flags
     args.task = next((name for name in FLAGS if name in args.given), "name")
-    if args.task in ("name", "enrol"):
+    if args.task in ("name", "sort", "enrol"):
         if not args.images:
-            raise UserError("give pictures, folders, archives or -, to name or to --enrol")
+            raise UserError("give pictures, folders, archives or -, to name, --sort or --enrol")
     elif args.images:
         raise UserError(f"--{args.task} takes no pictures, such as {args.images[0]}")
     refuse_idle(args.given - set(FLAGS[args.task].split()), f"when the task is to {args.task}")
@@ -376,17 +394,123 @@ def in_words(row):
     return line
 
 
+def all_answers(args, net, header, gallery, autocast, problems):
+    """Yield the row of `answers` of each picture, or with --detect of each face."""
+    for some in predictions(args, net, header, autocast, problems):
+        yield from answers(*some, gallery)
+
+
 def recognise(args, net, header, gallery, autocast):
     """Print who is in each picture. What can't be read is named on stderr."""
     problems, known = [], []
-    for keys, logits, embeddings in predictions(args, net, header, autocast, problems):
-        for row in answers(keys, logits, embeddings, gallery):
-            print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
-            known.append(row["known"])
+    for row in all_answers(args, net, header, gallery, autocast, problems):
+        print(json.dumps(row, ensure_ascii=False) if args.json else in_words(row), flush=True)
+        known.append(row["known"])
     tell_problems(problems, header["data"], args.json)
     if not all(known) and not args.json:
         words = f"{shlex.quote(args.run)} --enrol WHO PICTURES makes somebody new known"
         print(f"next: python recognize.py {words}", file=sys.stderr)
+
+
+# ---- sorting: OUT/WHO/PICTURE, copies -------------------------------------------------------------
+
+SORTED, UNKNOWN = "sorted.csv", "unknown"  # a file and a folder of OUT
+COLUMNS = ("picture", "name", "similarity", "confidence", "copy")
+SAVED_AFTER = 100  # pictures
+FORBIDDEN = re.compile(r'[<>:"/\\|?*]|[. ]+$')  # in names of files, on some system
+DEVICES = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?$", re.IGNORECASE)  # on Windows
+
+
+def sort(args, net, header, gallery, autocast):
+    """Copy each picture into the folder of who is in it. What sorted.csv lists is done."""
+    out, table = args.sort, args.sort / SORTED
+    wanted = files_to_sort(args.images, out)
+    claim([], lock=out / ".lock")
+    rows = open_sorted(table)
+    done = {row["picture"] for row in rows}
+    args.images, problems = [file for file in wanted if file not in done], []
+    print(f"sort     {len(wanted)} pictures, {len(wanted) - len(args.images)} of them done")
+    folders = folders_of(gallery["names"])
+
+    def file_of(row):
+        return row["picture"].rpartition("[")[0] if args.detect else row["picture"]
+
+    found = all_answers(args, net, header, gallery, autocast, problems) if args.images else ()
+    try:
+        for count, (file, faces) in enumerate(itertools.groupby(found, file_of), 1):
+            rows += copies_of(file, faces, wanted[file], folders, out)
+            if count % SAVED_AFTER == 0:
+                save_table(rows, table)
+    finally:  # Ctrl-C, too
+        rows += [dict.fromkeys(COLUMNS, "") | {"picture": key} for key, _ in problems]
+        save_table(rows, table)
+    tell_problems(problems, header["data"])
+    copies = sum(row["copy"] != "" for row in rows)
+    print(f"wrote    {out}/: {copies} copies, listed in {table}")
+
+
+def files_to_sort(paths, out):
+    """-> {file: its name below OUT/WHO}; the folders in a given folder stay."""
+    wanted, taken = {}, {}
+    for path in paths:
+        if out.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"--sort {out} lies in {path}, which is sorted; choose another folder")
+        for key, file in files_below(path).items():
+            name = key if Path(path).is_dir() else file.name
+            if taken.setdefault(name, file) != file:
+                raise UserError(
+                    f"{taken[name]} and {file} have one name; sort one folder at a time"
+                )
+            wanted[str(file)] = name
+    return wanted
+
+
+def open_sorted(table):
+    """-> the rows of sorted.csv. A folder with other things in it is not ours."""
+    if table.exists():
+        with reading(table, "a table that --sort wrote", "choose another --sort"):
+            lines = table.read_text("utf-8").splitlines()
+            return [dict(zip(COLUMNS, row, strict=True)) for row in csv.reader(lines[1:])]
+    if any(path.name != ".lock" for path in table.parent.iterdir()):
+        raise UserError(f"{table.parent} has files, and no {SORTED}; choose a new folder")
+    return []
+
+
+def folders_of(names):
+    """-> {character: folder}: names of files on every system, no two alike, none `unknown`."""
+    folders, taken = {}, {UNKNOWN}
+    for name in names:
+        folder = FORBIDDEN.sub("_", name)
+        while folder.casefold() in taken or DEVICES.match(folder):
+            folder += "_"
+        taken.add(folder.casefold())
+        folders[name] = folder
+    return folders
+
+
+def copies_of(file, faces, name, folders, out):
+    """Copy a picture to everybody on it -> rows of sorted.csv, the most similar face of each."""
+    best = {}
+    for face in sorted(faces, key=lambda face: face["similarity"]):
+        best[face["name"] or ""] = face
+    rows = []
+    for who, face in best.items():
+        copy = Path(folders.get(who, UNKNOWN), name)
+        (out / copy).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(out / copy) as temporary:
+            shutil.copy2(file, temporary)
+        numbers = face["similarity"], face["confidence"]
+        rows.append(dict(zip(COLUMNS, (file, who, *numbers, copy), strict=True)))
+    return rows
+
+
+def save_table(rows, path):
+    """Write sorted.csv, atomically."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS)
+    table.writeheader()
+    table.writerows(rows)
+    save_text(text.getvalue(), path)
 
 
 def enrol(args, net, header, autocast):
@@ -624,7 +748,7 @@ def main():
         gallery["threshold"] = args.threshold
     if args.task == "enrol":
         return enrol(args, net, header, autocast)
-    work = verify if args.task == "verify" else recognise
+    work = {"verify": verify, "sort": sort, "name": recognise}[args.task]
     work(args, net, header, gallery, autocast)
 
 

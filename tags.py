@@ -2,12 +2,13 @@
 
     python tags.py runs/NAME --data datasets/toon      # learn from pictures and their tags
     python tags.py runs/NAME-tags PICTURE...           # who it is, and tags with probabilities
+    python tags.py runs/NAME-tags FOLDER --captions    # PICTURE.txt beside each picture of a folder
     python tags.py --resume runs/NAME-tags             # go on with a run, with its flags
 
 Reads:  an encoder (runs/NAME of pretrain.py, or a checkpoint file that common/formats.py knows) and
         datasets/NAME with tags; to name pictures runs/NAME-tags and the pictures
 Writes: runs/NAME-tags/ state.pt (all that a resumed run needs), model.safetensors, metrics.json,
-        log.jsonl; answers go to standard output
+        log.jsonl; answers go to standard output, and with --captions beside the pictures
 
     picture -> lower half of a pre-trained ViT --+
                                                  +-> upper half -> CLS token -> the character
@@ -25,7 +26,10 @@ picture comes without tags, so the share of hidden tags rises to 1 at half of th
 import itertools
 import json
 import math
+import re
 import shlex
+from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +43,8 @@ from common import checkpoints, classifier, fields, train
 from common.command import Flags, Parser, at_least, between, cli, command, parse_keys
 from common.features import name_of, open_rows, split_suffix
 from common.fields import CUT, ENCODER, EPSILON, NAMES, SIDE, one_of, shown, whole
-from common.io import UserError, read_safetensors, save_json, save_safetensors
+from common.io import UserError, read_safetensors, save_json, save_safetensors, save_text
+from ingest.pictures import files_below, pictures, tell_problems
 from kernels.gather import masked_patch_gather
 from model import MLP, Attention, Block, attention, init_weights, shape_of, shrink_branches
 
@@ -77,6 +82,7 @@ AP_TAGS = 1000  # the most frequent tags, whose average precision is computed: h
 FEWEST = 8  # pictures of dev that a tag needs for a threshold of its own
 BINS = 10_000  # of scores, for the threshold of rare tags
 NAMED = 15  # tags of a picture that are printed at most
+LIKELY = 0.5  # confidence of a character from which a caption names it
 
 REMEDY = "python tags.py ENCODER --data DIR makes it"
 NETWORK = {
@@ -329,14 +335,14 @@ def answers(net, view, ids=None, ask_tags=True):
     return characters, (net.reach[:, None] * tags.softmax(2)).sum(1).clamp(max=1)  # of (B, R, V)
 
 
-def named(probabilities, header, threshold=None):
+def named(probabilities, header, threshold=None, most=NAMED):
     """(V,) -> {tag: probability} over its own threshold, or over this one, the highest first."""
     thresholds = torch.tensor(header["thresholds"])
     if threshold is not None:
         thresholds.fill_(threshold)
     over = (probabilities >= thresholds).nonzero()[:, 0]
     order = probabilities[over].argsort(descending=True, stable=True)
-    best = over[order].tolist()[:NAMED]
+    best = over[order].tolist()[:most]
     return {header["words"][i]: round(probabilities[i].item(), 4) for i in best}
 
 
@@ -677,26 +683,32 @@ def metrics_row(flags, task, run):
 
 
 def use(flags, device, autocast):
-    """Print who each picture shows, and its tags."""
-    from ingest.pictures import pictures, tell_problems
-
+    """Print who each picture shows, and its tags, or write captions."""
     net, header = load_tagger(flags.encoder)
-    threshold = flags.threshold if net.arm in NAMES_TAGS else None
-    as_json = flags.json
-    flags.refuse_unread()
     if net.arm == "tags":
         raise UserError(f"{flags.encoder} sees no picture; give a run with another --arm")
+    threshold = flags.threshold if net.arm in NAMES_TAGS else None
     net.to(device)
+    answer = partial(answer_rows, net, header, threshold=threshold, autocast=autocast)
+    if flags.captions:
+        return write_captions(flags, answer, header)
+    as_json = flags.json
+    flags.refuse_unread()
     problems = []
-    cut = (header["packed_size"], header["crop"], header["margin"])
-    items = pictures(flags.pictures, *cut, problems)
-    while some := list(itertools.islice(items, data.CHUNK)):
-        for row in answer_rows(net, header, some, threshold, autocast):
-            print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
+    for row in each_answer(answer, flags.pictures, header, problems):
+        print(json.dumps(row, ensure_ascii=False) if as_json else line_of(row), flush=True)
     tell_problems(problems, header.get("data"), as_json)
 
 
-def answer_rows(net, header, some, threshold, autocast):
+def each_answer(answer, paths, header, problems, **options):
+    """Yield a row of `answer_rows` for each picture of the paths, in order."""
+    cut = (header["packed_size"], header["crop"], header["margin"])
+    items = pictures(paths, *cut, problems)
+    while some := list(itertools.islice(items, data.CHUNK)):
+        yield from answer(some, **options)
+
+
+def answer_rows(net, header, some, threshold, autocast, most=NAMED):
     """(key, picture u8 (s, s, 3)) of some pictures -> a row of each: its name, confidence, tags."""
     keys, images = zip(*some, strict=True)
     images = torch.from_numpy(np.stack(images)).to(net.reach.device)
@@ -710,7 +722,7 @@ def answer_rows(net, header, some, threshold, autocast):
             sure, who = logits[i].cpu().softmax(0).max(0)
             row |= {"name": header["classes"][who], "confidence": round(sure.item(), 4)}
         if tags is not None:
-            row["tags"] = named(tags[i].cpu(), header, threshold)
+            row["tags"] = named(tags[i].cpu(), header, threshold, most)
         rows.append(row)
     return rows
 
@@ -719,6 +731,71 @@ def line_of(row):
     """An answer as a line of text."""
     who = f"{row['name']} {row['confidence']:.0%}; " if "name" in row else ""
     return f"{shown(row['picture'])}: {who}{in_words(row.get('tags', {}))}".removesuffix("; ")
+
+
+# ---- captions: PICTURE.txt, as kohya's scripts read them ------------------------------------------
+
+
+def write_captions(flags, answer, header):
+    """Write a caption beside each picture: words of --prepend, the character, its tags."""
+    without = {plain(word) for word in words_of(flags.without)}
+    first, escape, append = words_of(flags.prepend), flags.escape, flags.append
+    flags.refuse_unread()
+    targets = {path: caption_files(path, append) for path in flags.pictures}
+    problems, pictures_seen, written = [], 0, 0
+    for path, files in targets.items():
+        for row in each_answer(answer, [path], header, problems, most=len(header["words"])):
+            words = [word for word in caption_words(row) if plain(word) not in without]
+            if escape:
+                words = [re.sub(r"([()])", r"\\\1", word) for word in words]
+            written += add_caption(files[row["picture"]], [*first, *words])
+            pictures_seen += 1
+    tell_problems(problems, header.get("data"))
+    print(f"wrote {written} captions beside {pictures_seen} pictures")
+
+
+def words_of(text):
+    """ "solo, long hair" -> its words."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def plain(word):
+    """What two spellings of a tag have in common: "Long_Hair" and "long hair"; \\( and (."""
+    return re.sub(r"\\([()])", r"\1", word).replace("_", " ").casefold()
+
+
+def readable(tag):
+    """A tag with spaces for underscores. A kaomoji, such as >_< or o_o, has no two letters in a row."""
+    return tag.replace("_", " ") if re.search(r"[^\W\d_]{2}", tag) else tag
+
+
+def caption_words(row):
+    """A row of `answer_rows` -> the words: the character where it is likely, tags by probability."""
+    names = [row["name"]] if row.get("confidence", 0) >= LIKELY else []
+    return [readable(tag) for tag in [*names, *row.get("tags", {})]]
+
+
+def caption_files(path, append):
+    """-> {key: caption file} of the pictures at a path. Captions that are there are refused."""
+    found = {key: file.with_suffix(".txt") for key, file in files_below(path).items()}
+    twice = [file for file, n in Counter(found.values()).items() if n > 1]
+    if twice:
+        raise UserError(f"{twice[0]} would be the caption of two pictures; rename one of them")
+    there = sorted(file for file in found.values() if file.exists())
+    if there and not append:
+        fix = "--append keeps what they say and adds new tags"
+        raise UserError(f"{len(there)} captions are there already, such as {there[0]}; {fix}")
+    return found
+
+
+def add_caption(file, words):
+    """Write words behind a caption that lacks them; what is there stays -> was there anything to write?"""
+    old = file.read_text("utf-8-sig").strip().rstrip(",") if file.exists() else ""
+    seen = {plain(word) for word in words_of(old.replace("\n", ","))}
+    new = [word for word in dict.fromkeys(words) if plain(word) not in seen]
+    if new:
+        save_text(", ".join(filter(None, [old, *new])), file)
+    return bool(new)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -743,6 +820,11 @@ def read_flags():
     add = parser.add_argument_group("what is printed of pictures").add_argument
     add("--threshold", type=between(0, 1), metavar="P", help="of every tag (default: its own)")
     add("--json", action="store_true", help="print a JSON object a picture")
+    add("--captions", action="store_true", help="write PICTURE.txt beside each picture")
+    add("--append", action="store_true", help="to captions that are there, what they lack")
+    add("--without", default="", metavar="TAGS", help="leave these out, 'solo, long hair'")
+    add("--prepend", default="", metavar="WORDS", help="put these first in each caption")
+    add("--escape", action="store_true", help="brackets in captions as \\( and \\)")
     train.add_flags(parser.add_argument_group("run and machine").add_argument)
     flags = Flags(parser)
     train.take_up(flags, "split")

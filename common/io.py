@@ -169,7 +169,7 @@ def save_safetensors(tensors, path, header=None):
 def save_text(text, path):
     """Write text, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8")
 
 
 def save_json(row, path, indent=1):

@@ -67,6 +67,16 @@ def is_picture(path):
         return True
 
 
+def files_below(path):
+    """-> {key: the file} of the pictures at a path, a picture or a folder; keys as above."""
+    folder = Path(path)
+    if folder.is_dir():
+        return {sources.nfc(name): folder / name for name in files.walk(folder)}
+    if str(path) == "-" or not is_picture(folder):
+        raise UserError(f"{path} is no picture and no folder; unpack it, files go beside pictures")
+    return {str(path): folder}
+
+
 def tell_problems(problems, trained_on, as_json=False):
     """Say on stderr what could not be read, and whether the network has seen a demo set alone."""
     for key, problem in problems:

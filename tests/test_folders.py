@@ -1,0 +1,188 @@
+"""What is done with a folder of somebody's own: captions beside pictures, sorting, and files for other programs."""
+
+import csv
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+from conftest import refused, run_line
+from made import CPU, files_of, home
+from PIL import Image
+
+import export
+import recognize
+import tags
+
+FOLDER = "images/class0"
+SORT = f"recognize.py runs/a-lora {CPU}"
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A home of its own, which is the current folder."""
+    monkeypatch.chdir(home(tmp_path))
+    return tmp_path / "home"
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+
+def captions(base, *words, check=None):
+    line = f"tags.py runs/a-tags {FOLDER} {CPU} --captions {' '.join(words)}"
+    return run_line(line, base, check=check)
+
+
+def test_captions_are_written_once_and_what_is_there_stays(base):
+    first = base / FOLDER / "illust0_0.txt"
+    first.write_text("a sentence.\nSolo, Blue_Hair,\n")
+    before = files_of(base / FOLDER)
+    assert "--append" in refused(captions(base))
+    assert files_of(base / FOLDER) == before
+    captions(base, "--append --threshold 0 --prepend my_style", check=0)
+    pictures = sorted((base / FOLDER).glob("*.png"))
+    texts = [path.with_suffix(".txt").read_text() for path in pictures]
+    assert texts[0].startswith("a sentence.\nSolo, Blue_Hair, my_style, ")
+    assert all(text.startswith("my_style, ") for text in texts[1:])
+    after = files_of(base / FOLDER)
+    assert "wrote 0 captions" in captions(base, "--append --threshold 0", check=0).stdout
+    assert files_of(base / FOLDER) == after
+
+
+def test_a_caption_says_what_json_says(base):
+    captions(base, "--threshold 0 --without blue,Class0", check=0)
+    line = f"tags.py runs/a-tags {FOLDER} {CPU} --threshold 0 --json"
+    for row in map(json.loads, run_line(line, base, check=0).stdout.splitlines()):
+        names = [row["name"]] if row["confidence"] >= tags.LIKELY else []
+        wanted = [word for word in [*names, *row["tags"]] if word not in ("blue", "class0")]
+        text = (base / FOLDER / row["picture"]).with_suffix(".txt").read_text()
+        assert text.split(", ") == [word.replace("_", " ") for word in wanted]
+
+
+@pytest.mark.parametrize(
+    "tag, words",
+    [
+        ("long_hair", "long hair"),
+        (">_<", ">_<"),
+        ("o_o", "o_o"),
+        ("(o)_(o)", "(o)_(o)"),
+        ("saber_(fate)", "saber (fate)"),
+        ("青い_目", "青い 目"),
+        ("d_va", "d va"),
+    ],
+)
+def test_underscores_become_spaces_but_for_kaomoji(tag, words):
+    assert tags.readable(tag) == words
+
+
+def test_two_spellings_of_a_tag_are_one(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("Long_Hair, saber \\(fate\\)")
+    assert not tags.add_caption(file, ["long hair", "saber (fate)"])
+    assert tags.add_caption(file, ["smile", "smile"])
+    assert file.read_text() == "Long_Hair, saber \\(fate\\), smile"
+
+
+def test_captions_go_beside_files(base):
+    (base / FOLDER / "illust0_0.webp").write_bytes((base / FOLDER / "illust0_0.png").read_bytes())
+    assert "two pictures" in refused(captions(base))
+    line = f"tags.py runs/a-tags list.csv {CPU} --captions"
+    assert "unpack it" in refused(run_line(line, base))
+
+
+# ---- sorting -------------------------------------------------------------------------------------
+
+
+def table(base):
+    with open(base / "out/sorted.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_pictures_are_copied_to_who_is_in_them_and_a_stopped_sort_goes_on(base):
+    before = files_of(base / "images")
+    line = f"{SORT} images --sort out"
+    run_line(line, base, check=0)
+    rows = table(base)
+    asked = run_line(f"{SORT} images --json", base, check=0).stdout.splitlines()
+    names = {row["picture"]: row["name"] or "" for row in map(json.loads, asked)}
+    assert {r["picture"].removeprefix("images/"): r["name"] for r in rows} == names
+    for row in rows:
+        copy = base / "out" / row["copy"]
+        assert copy.parts[len(base.parts) + 1] == (row["name"] or "unknown")
+        assert copy.read_bytes() == (base / row["picture"]).read_bytes()
+    assert files_of(base / "images") == before
+    lines = (base / "out/sorted.csv").read_text().splitlines(keepends=True)
+    (base / "out/sorted.csv").write_text("".join(lines[:41]))
+    gone = base / "out" / rows[0]["copy"]
+    gone.unlink()
+    assert "40 of them done" in run_line(line, base, check=0).stdout
+    assert table(base) == rows and not gone.exists()
+
+
+def test_what_can_not_be_sorted_is_one_line(base):
+    (base / "mine").mkdir()
+    (base / "mine/x").write_text("mine")
+    (base / "b").mkdir()
+    (base / "b/illust0_0.png").write_bytes((base / FOLDER / "illust0_0.png").read_bytes())
+    for words, said in (
+        ("images --sort images/out", "choose another folder"),
+        (f"{FOLDER} b --sort out", "one name"),
+        ("images --sort mine", "new folder"),
+        ("list.csv --sort out", "unpack it"),
+    ):
+        assert said in refused(run_line(f"{SORT} {words}", base)), words
+    assert [path.name for path in (base / "mine").iterdir() if path.suffix != ".lock"] == ["x"]
+
+
+def test_every_character_has_a_folder_that_every_system_allows():
+    names = ["re:zero", "re?zero", "Miku", "miku", "unknown", "CON", "a/b", "dot.", "初音ミク"]
+    folders = recognize.folders_of(names)
+    assert folders["初音ミク"] == "初音ミク" and folders["Miku"] == "Miku"
+    assert len({folder.casefold() for folder in folders.values()}) == len(names)
+    for folder in folders.values():
+        assert not set('<>:"/\\|?*') & set(folder) and folder[-1] not in ". "
+        assert folder.casefold() not in ("con", "unknown")
+
+
+# ---- the contract of WD taggers ------------------------------------------------------------------
+
+
+def asked_as_by_others(folder, path):
+    """Probabilities by name, computed as programs do that know WD taggers alone."""
+    model = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    entry = model.get_inputs()[0]
+    side = entry.shape[1]
+    picture = Image.open(path).convert("RGB")
+    square = Image.new("RGB", [max(picture.size)] * 2, (255, 255, 255))
+    square.paste(picture, [(square.width - length) // 2 for length in picture.size])
+    pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    [found] = model.run([model.get_outputs()[0].name], {entry.name: pixels[None, :, :, ::-1]})
+    with open(folder / "selected_tags.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert entry.type == "tensor(float)" and found.shape == (1, len(rows))
+    assert [row["category"] for row in rows] == sorted(
+        (r["category"] for r in rows), key="904".find
+    )
+    return {(row["name"], row["category"]): p for row, p in zip(rows, found[0], strict=True)}
+
+
+@pytest.mark.slow
+def test_a_tagger_and_a_recogniser_answer_by_the_contract_of_wd_taggers(base, monkeypatch):
+    """Sides of 96 and 32 px: Pillow resizes to a fourth or less in other steps."""
+    monkeypatch.setattr(export, "WD_SIDE", 96)
+    picture = Image.open(base / FOLDER / "illust0_0.png").convert("RGB")
+    picture.resize((96, 96), Image.Resampling.BICUBIC).save(base / "x.png")
+    for run in ("a-tags", "a-lora"):
+        run_line(f"export.py runs/{run} --to wd", base, check=0)
+    found = asked_as_by_others(base / "runs/a-tags/wd", base / "x.png")
+    line = f"tags.py runs/a-tags x.png {CPU} --threshold 0 --json"
+    row = json.loads(run_line(line, base, check=0).stdout)
+    for tag, p in row["tags"].items():
+        assert found[tag, "0"] == pytest.approx(p, abs=1e-4)
+    assert found[row["name"], "4"] == pytest.approx(row["confidence"], abs=1e-4)
+    assert len(found) == len(row["tags"]) + 3
+    found = asked_as_by_others(base / "runs/a-lora/wd", base / "x.png")
+    row = json.loads(run_line(f"{SORT} x.png --json", base, check=0).stdout)
+    wanted = row["confidence"] if row["known"] else 0.0
+    assert max(found.values()) == pytest.approx(wanted, abs=1e-4)
+    assert "names nothing" in refused(run_line("export.py runs/a --to wd --out wd", base))
