@@ -265,7 +265,8 @@ def save_onnx(source, out, image_size=None):
 # ---- the contract of WD taggers: model.onnx and selected_tags.csv --------------------------------
 
 WD_SIDE = 448  # of their pictures; some programs know no other
-GENERAL, CHARACTER, RATING = 0, 4, 9  # categories of tags, by Danbooru's numbers
+GENERAL, CHARACTER = 0, 4  # categories of tags, by Danbooru's numbers
+RATING = 9
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 
 
@@ -277,7 +278,8 @@ class WDGraph(nn.Module):
 
     def __init__(self, graph, order, names):
         super().__init__()
-        self.inner, self.order, self.names = graph, order, names
+        self.inner = graph
+        self.order, self.names = order, names
         self.register_buffer("resize", pillow_matrix(WD_SIDE, graph.example.shape[1]))
         self.example = torch.zeros(2, WD_SIDE, WD_SIDE, 3)
 

@@ -739,19 +739,18 @@ def line_of(row):
 def write_captions(flags, answer, header):
     """Write a caption beside each picture: words of --prepend, the character, its tags."""
     without = {plain(word) for word in words_of(flags.without)}
-    first, escape, append = words_of(flags.prepend), flags.escape, flags.append
+    first, escape = words_of(flags.prepend), flags.escape
+    targets = {path: caption_files(path, flags.append) for path in flags.pictures}
     flags.refuse_unread()
-    targets = {path: caption_files(path, append) for path in flags.pictures}
-    problems, pictures_seen, written = [], 0, 0
+    problems, done = [], []
     for path, files in targets.items():
         for row in each_answer(answer, [path], header, problems, most=len(header["words"])):
             words = [word for word in caption_words(row) if plain(word) not in without]
             if escape:
                 words = [re.sub(r"([()])", r"\\\1", word) for word in words]
-            written += add_caption(files[row["picture"]], [*first, *words])
-            pictures_seen += 1
+            done.append(add_caption(files[row["picture"]], [*first, *words]))
     tell_problems(problems, header.get("data"))
-    print(f"wrote {written} captions beside {pictures_seen} pictures")
+    print(f"wrote {sum(done)} captions beside {len(done)} pictures")
 
 
 def words_of(text):
