@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, some_view
 from safetensors.torch import load_file, save_file
 
 import model as M
@@ -24,11 +24,6 @@ ATTN = ["attn.qkv", "attn.proj"]
 def small_vit(seed=0, **changes):
     torch.manual_seed(seed)
     return M.ViT(**SHAPE | changes).eval()
-
-
-def some_view(S=32):
-    draws = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (2, S, S, 3), dtype=torch.uint8, generator=draws)
 
 
 def close(found, expected, atol=1e-5):
@@ -235,6 +230,6 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
     assert size == 48 and not lora_layers(encoder)
-    close(encoder.features(some_view(48)), base.features(some_view(48)))
+    close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")
