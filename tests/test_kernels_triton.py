@@ -46,8 +46,6 @@ def resources(tmp_path_factory):
 @pytest.mark.slow
 def test_no_kernel_spills(resources):
     """65,536 registers serve 1024 threads: with 64 each, half of what a multiprocessor holds."""
-    greedy = resources.pop(("greedy", 90, 0, 0, "fp32"))
-    assert greedy["spills"] > 0, "a spill would not be seen"
     assert {name[0] for name in resources} == {"gather", "detail", "loss"}
     for name, needed in resources.items():
         assert needed["spills"] == 0 and needed["registers"] <= 64, name
@@ -59,8 +57,6 @@ def test_bytes_are_loaded_sixteen_at_a_time(resources):
     for name, needed in resources.items():
         kernel, _, S, p, dtype = name
         wide, narrowest = needed["loads"].count(16), needed["loads"][0]
-        if kernel == "greedy":
-            continue
         if S % 16 == 0 and p % 16 == 0:  # the loss also loads 16 predictions, 2 or 4 bytes each
             predictions = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype] if kernel == "loss" else 0
             assert wide == 1 + predictions and narrowest >= 4, name

@@ -205,8 +205,3 @@ def test_tensorboard_and_wandb_get_the_numbers_of_the_log(tmp_path, monkeypatch)
     assert len(losses) == 2 and written == pytest.approx(losses, rel=1e-6)
     assert {step: numbers["loss"] for step, numbers in sent.items()} == losses
     assert begun[0]["config"]["lr"] == 0.1 and begun[0]["name"] == "run"
-
-
-def test_a_machine_without_git_has_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert train.commit() == "no git"

@@ -63,8 +63,8 @@ def report_of(folder, name="probe.json"):
 def test_one_command_writes_what_its_docstring_says(runs):
     """Numbers of all features, each beside its controls; two pictures."""
     base, done = runs
-    assert (base / "random-s0" / "attention.png").exists()
-    assert (base / "random-s0" / "neighbours.png").exists()
+    pictures = {path.name for path in (base / "random-s0").glob("*.png")}
+    assert pictures >= {"attention.png", "neighbours.png"}
     report = report_of(base / "random-s0")
     rows = report["rows"]
     controls = ["untrained extremes", "thumb4", "thumb8", "thumb16", "chance"]

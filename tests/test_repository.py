@@ -118,13 +118,6 @@ def test_what_is_explained_or_to_be_changed_is_where_the_docs_say(page, pattern,
             assert known, f"{file} has no {name}"
 
 
-def test_the_licence_is_there_and_the_readme_names_it():
-    assert "MIT License" in (ROOT / "LICENSE").read_text() and "](LICENSE)" in README
-    cite = (ROOT / "CITATION.cff").read_text()
-    title = re.search(r'^title: "(.*)"$', cite, re.M).group(1)
-    assert "cff-version: 1.2.0" in cite and title in " ".join(README.split())
-
-
 @pytest.mark.parametrize("script", STAGES)
 def test_every_stage_says_what_it_reads_and_writes(script):
     text = ast.get_docstring(ast.parse((ROOT / script).read_text()))
@@ -208,9 +201,8 @@ def test_the_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
     cost = {row["mask"]: abs(float(row["over_random_percent"])) for row in rows}
     cost["squares"] = cost["simmim"]  # measured under the name of the network that it trains
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", PAGES["docs/masks.md"], re.M))
-    assert set(table) == set(masking.STRATEGIES)
     assert {name: abs(float(x)) for name, x in table.items()} == {
-        name: cost[name] for name in table
+        name: cost[name] for name in masking.STRATEGIES
     }
 
 
