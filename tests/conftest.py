@@ -158,7 +158,7 @@ def small(tmp_path_factory):
     """A packed data set of 3 classes, 32 px: the path of its folder."""
     base = tmp_path_factory.mktemp("small")
     draw_folder(base / "images", each=40)
-    stage("data.py", base / "images", "--out", base / "packed", "--size", 32, cwd=base, check=0)
+    run_line("data.py images --out packed --size 32", base, check=0)
     return base / "packed"
 
 

@@ -146,11 +146,6 @@ def test_files_hold_what_the_docstring_says(at, name, grid, dtype):
         assert np.abs(found[5:7] - again.numpy()).max() <= 1
 
 
-def test_same_command_same_bytes(at):
-    made(at, f"{PARTS} --out again")
-    assert (at / "again/parts.safetensors").read_bytes() == (at / file_of("parts")).read_bytes()
-
-
 def test_maps_of_another_split_are_not_those_of_train(at):
     text = made(at, "--map saliency --split val --out of-val")
     assert "maps of val guide no training" in text
