@@ -1,5 +1,6 @@
 """finetune_lora.py: heads against plain formulas, what its loop promises, and runs on a small packed set."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, equal, state_of, stopped
+from conftest import call, equal, some_view, state_of, stopped
 
 import data
 import finetune_lora
@@ -127,6 +128,13 @@ def test_augmentation_keeps_its_word():
     every, _ = encoder.all_patches(view)
     assert ids.shape == (8, 5) and len({tuple(row.tolist()) for row in ids.sort(1).values}) == 8
     assert torch.equal(patches, every.gather(1, ids[..., None].expand(-1, -1, 192)))
+
+
+def test_the_share_of_patches_that_are_seen_moves_on_a_line():
+    net = SimpleNamespace(encoder=ViT(32, 8, 32, 1, 1), pooled=lambda _, ids: ids.shape[1])
+    task = SimpleNamespace(S=32, keep=(0.25, 1), net=net, autocast=contextlib.nullcontext)
+    seen = [finetune_lora.pooled_views(task, some_view(), t, seeded(0)) for t in (0, 0.5, 1)]
+    assert seen == [4, 10, 16]
 
 
 def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
