@@ -171,7 +171,8 @@ def test_the_default_length_is_a_number_of_views(small, monkeypatch, contrast, V
 
 def test_two_strategies_see_the_same_images_and_crops(small, tmp_path, monkeypatch):
     """The views of every step, under random and under attn_high: only the masks differ."""
-    view_images, sample, views, kept = data.view_images, masking.sample, [], []
+    view_images, sample = data.view_images, masking.sample
+    views, kept = [], []
     monkeypatch.setattr(data, "view_images", lambda *args: noted(views, view_images(*args)))
     monkeypatch.setattr(masking, "sample", lambda *args: noted(kept, sample(*args)))
     for name in ("random", "attn_high:start=0"):
