@@ -64,8 +64,9 @@ def test_the_encoder_is_torchs_pre_norm_transformer():
         names |= {"mlp.fc1": "linear1", "mlp.fc2": "linear2"}
         theirs = {}
         for name, w in block.state_dict().items():
-            stem = next((stem for stem in names if name.startswith(stem)), "norm")
-            theirs[name.replace(stem, names.get(stem, stem))] = w
+            for ours, torchs in names.items():
+                name = name.replace(ours, torchs)
+            theirs[name] = w
         layer.load_state_dict(theirs)
         x = layer.train()(x)
     torch.testing.assert_close(vit.features(view), vit.norm(x), rtol=1e-4, atol=1e-4)

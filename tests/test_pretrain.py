@@ -67,10 +67,13 @@ def test_a_run_writes_what_its_docstring_says(finished):
     assert done.stdout.splitlines()[-1] == f"next: python probe.py {out}"
 
 
-def test_the_learning_rate_of_a_run_ends_near_0_and_its_teacher_learned(finished):
+def test_the_learning_rate_of_a_run_is_its_schedule_and_its_teacher_learned(finished):
     out, _ = finished
-    rates = [r["lr"] for r in read_log(out / "log.jsonl") if "lr" in r]
-    assert 0 < rates[-1] < 0.02 * max(rates)
+    rows = [row for row in read_log(out / "log.jsonl") if "lr" in row]
+    config = state_of(out)["config"]
+    peak = config["blr"] * 2 * config["batch_size"] / 256  # two views of each image
+    expected = [train.lr_at(row["step"] - 1, 20, pretrain.WARMUP * 20, peak) for row in rows]
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
     torch.manual_seed(0)
     size = NANO | {"image_size": 32, "decoder_depth": 1}
     begin, end = pretrain.MAE(**size).encoder.state_dict(), state_of(out)
