@@ -23,6 +23,11 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+from common import plots, train  # noqa: E402
+from common.checkpoints import save_model  # noqa: E402
+from common.command import cli  # noqa: E402
+from model import MAE  # noqa: E402
+
 
 def pytest_collection_modifyitems(items):
     """The longest test begins first, so that two processes end at about the same time."""
@@ -46,8 +51,6 @@ def call(script, *words, cwd, check=None):
 
     script: a stage, or a module as after `python -m`, such as experiments.run.
     """
-    from common.command import cli
-
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, errors = io.StringIO(), io.StringIO()
     code, argv = 0, sys.argv
@@ -96,7 +99,48 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(name, lambda *_, **__: None)
 
 
+@contextlib.contextmanager
+def stopped(step, number=signal.SIGTERM):
+    """Every run gets this signal in this step."""
+    plain = train.Run.update
+
+    def update(run, *numbers):
+        plain(run, *numbers)
+        if run.step == step:
+            signal.raise_signal(number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "update", update)
+        yield
+
+
+def state_of(out):
+    """state.pt of a run."""
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def equal(one, two):
+    """Whether two dicts of tensors are the same bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
 # ---- data ----------------------------------------------------------------------------------------
+
+
+def some_view(B=3, S=32):
+    """Noise, u8 (B, S, S, 3)."""
+    draws = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=draws)
+
+
+def shaken(network):
+    """Every parameter moved: biases and norms begin at 0 and 1, which would hide a mistake."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, w in network.named_parameters():
+            if "pos_embed" not in name and "position" not in name:
+                w.add_(torch.randn(w.shape, generator=draws) * 0.1)
+    return network.eval()
 
 
 def draw_folder(root, classes=3, each=12, size=(48, 40), seed=0):
@@ -118,15 +162,12 @@ def small(tmp_path_factory):
     """A packed data set of 3 classes, 32 px: the path of its folder."""
     base = tmp_path_factory.mktemp("small")
     draw_folder(base / "images", each=40)
-    stage("data.py", base / "images", "--out", base / "packed", "--size", 32, cwd=base, check=0)
+    run_line("data.py images --out packed --size 32", base, check=0)
     return base / "packed"
 
 
 def save_random(folder, depth=2):
     """An untrained nano of 32 px and 16 patches, in the file that pretrain.py would write."""
-    from common.checkpoints import save_model
-    from model import MAE
-
     torch.manual_seed(0)
     save_model(MAE(32, 8, 32, depth, 2, 32, 1), folder / "model.safetensors", {"step": 0})
     return folder

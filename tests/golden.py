@@ -38,6 +38,7 @@ PRETRAIN += " --model nano:image_size=32"
 TUNE = f"finetune_lora.py runs/random --data packed --batch-size 16 --epochs 2 {CPU}"
 PACK = "data.py {} --size 32 --split .6,.2,.2 --dev 0.1 --dedupe off"
 SHORT = f"runs/random --batch-size 8 --epochs 2 {CPU}"
+SEGMENT = "segment.py runs/random --data frames"
 MAPS = "maps.py --data packed --device cpu"
 
 PRETRAINED = {  # case: flags of pretrain.py
@@ -85,7 +86,7 @@ SECOND |= {
 THIRD = {
     "recognize": [f"recognize.py runs/lora --verify --data packed {CPU}"],
     "strangers": [f"recognize.py runs/scratch --verify --data packed {CPU}"],
-    "segment": [f"segment.py runs/random --data frames --out runs/segment --epochs 2 {CPU}"],
+    "segment": [f"{SEGMENT} --out runs/segment --epochs 2 --pixel-steps 40 {CPU}"],
     "export": ["export.py runs/random --to mae --out runs/export/mae.safetensors"],
     "detect": [
         PACK.format("boxes.json --detect --out datasets/detect"),

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,21 +58,8 @@ def test_the_projector_is_a_normed_network_on_the_groups_of_the_data():
     assert agreement(summary, rows).item() == pytest.approx(expected, rel=1e-4)
     found = agreement.statistics()
     assert found["agreement"] == pytest.approx(expected, rel=1e-4) and 0 <= found["found"] <= 1
-
-
-def test_the_projector_learns_to_find_the_other_view():
-    """Two noisy copies of each of 16 vectors, in 60 steps."""
-    torch.manual_seed(0)
-    agreement = Agreement(32, {"header": {}, "labels": torch.zeros(16)}, SETTINGS["pooler"])
-    things, rows = (x.repeat_interleave(2, 0) for x in (torch.randn(16, 32), torch.arange(16)))
-    optimizer, seen = torch.optim.AdamW(agreement.parameters(), 1e-3), []
-    for _ in range(60):
-        agreement(things + 2 * torch.randn(32, 32), rows).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(agreement.statistics())
-    first, last = (np.mean([s["found"] for s in part]) for part in (seen[:10], seen[-10:]))
-    assert last > first + 0.1 and seen[-1]["agreement"] < seen[0]["agreement"]
+    agreement(summary, rows).backward()
+    assert all(w.grad.any() for w in agreement.parameters())
 
 
 # ---- the two views -------------------------------------------------------------------------------

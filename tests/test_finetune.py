@@ -1,5 +1,6 @@
 """finetune_lora.py: heads against plain formulas, what its loop promises, and runs on a small packed set."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call
+from conftest import call, equal, some_view, state_of, stopped
 
 import data
 import finetune_lora
@@ -129,6 +130,13 @@ def test_augmentation_keeps_its_word():
     assert torch.equal(patches, every.gather(1, ids[..., None].expand(-1, -1, 192)))
 
 
+def test_the_share_of_patches_that_are_seen_moves_on_a_line():
+    net = SimpleNamespace(encoder=ViT(32, 8, 32, 1, 1), pooled=lambda _, ids: ids.shape[1])
+    task = SimpleNamespace(S=32, keep=(0.25, 1), net=net, autocast=contextlib.nullcontext)
+    seen = [finetune_lora.pooled_views(task, some_view(), t, seeded(0)) for t in (0, 0.5, 1)]
+    assert seen == [4, 10, 16]
+
+
 def test_the_control_chooses_its_penalty_on_dev(monkeypatch):
     """Two fits: one is always right on dev and wrong on the reported pictures, and the other way round."""
     always = {1.0: 0, 2.0: 1}  # penalty: the class that its fit names
@@ -168,11 +176,9 @@ def top1_of(out, packed):
 
 
 def test_a_run_writes_what_its_docstring_says(lora, small):
-    weights = {"state.pt", "head.safetensors", "adapter_model.safetensors", "adapter_config.json"}
-    assert {p.name for p in lora.iterdir() if p.suffix != ".png"} == weights | {
-        "metrics.json",
-        "log.jsonl",
-    }
+    files = {"state.pt", "head.safetensors", "adapter_model.safetensors", "adapter_config.json"}
+    files |= {"metrics.json", "log.jsonl"}
+    assert {p.name for p in lora.iterdir() if p.suffix != ".png"} == files
     row = metrics_of(lora)
     assert top1_of(lora, small) == pytest.approx(row["top1"], abs=1e-4)
     low, high = row["top1_interval"]
@@ -182,10 +188,9 @@ def test_a_run_writes_what_its_docstring_says(lora, small):
 
 
 def test_the_saved_network_is_that_of_the_best_epoch_on_dev(lora):
-    state = torch.load(lora / "state.pt", weights_only=True)
     scores = [row["dev_macro_f1"] for row in read_log(lora / "log.jsonl") if "dev_top1" in row]
-    assert state["best"]["epoch"] == scores.index(max(scores)) + 1
-    assert metrics_of(lora)["best_epoch"] == state["best"]["epoch"]
+    best = scores.index(max(scores)) + 1
+    assert state_of(lora)["best"]["epoch"] == metrics_of(lora)["best_epoch"] == best
 
 
 @pytest.mark.parametrize("method", ["linear", "full"])
@@ -218,37 +223,26 @@ def test_a_finished_run_is_judged_on_another_split_when_asked(encoder, small, tm
         "--method full --head curricularface --unfreeze-every 1 --logit-adjust 1 --keep .2:1",
     ],
 )
-def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, monkeypatch, words):
+def test_a_stopped_run_resumes_to_the_same_bits(encoder, small, tmp_path, words):
     """Stopped within an epoch of 4 steps, and at the end of one."""
     words = [encoder, "--data", small, *QUICK, "--epochs", 3, *words.split()]
-    tune(*words, "--out", tmp_path / "whole", cwd=tmp_path)
-    out, update = tmp_path / "stopped", train.Run.update
-    for step in (2, 8):
-
-        def update_and_stop(run, *numbers, step=step):
-            update(run, *numbers)
-            if run.step == step:
-                run.stop.append(signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train.Run, "update", update_and_stop)
-            begun = (out / "state.pt").exists()
-            tune(*(["--resume", out] if begun else [*words, "--out", out]), cwd=tmp_path, check=143)
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    tune(*words, "--out", whole, cwd=tmp_path)
+    for step, more in ((2, [*words, "--out", out]), (8, ["--resume", out])):
+        with stopped(step):
+            tune(*more, cwd=tmp_path, check=128 + signal.SIGTERM)
         assert not (out / "metrics.json").exists()
     tune("--resume", out, cwd=tmp_path)
-    a, b = (torch.load(p / "state.pt", weights_only=True) for p in (tmp_path / "whole", out))
-    for one, two in ((a["model"], b["model"]), (a["best"]["weights"], b["best"]["weights"])):
-        assert one and all(torch.equal(one[k], two[k]) for k in one)
-    assert metrics_of(out)["top1"] == metrics_of(tmp_path / "whole")["top1"]
+    a, b = state_of(whole), state_of(out)
+    assert equal(a["model"], b["model"]) and equal(a["best"]["weights"], b["best"]["weights"])
+    assert metrics_of(out)["top1"] == metrics_of(whole)["top1"]
 
 
 # ---- splits: what is learned, chosen on, and reported ---------------------------------------------
 
 
 @pytest.mark.parametrize("with_dev", [False, True])
-def test_what_is_chosen_on_is_dev_or_a_tenth_of_train_and_never_what_is_reported(
-    small, tmp_path, with_dev
-):
+def test_what_is_chosen_on_is_dev_or_a_tenth_of_train(small, tmp_path, with_dev):
     folder = tmp_path / "packed"
     shutil.copytree(small, folder)
     if with_dev:

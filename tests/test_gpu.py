@@ -11,36 +11,31 @@ from made import NANO
 from common import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-TRAIN = (
-    f"pretrain.py --data datasets/packed --model {NANO} --batch-size 16 --device cuda --epochs 2"
-)
+TRAIN = f"pretrain.py --data datasets/packed --model {NANO} --batch-size 16 --epochs 2"
+TUNE = "finetune_lora.py runs/a --epochs 2"
+SEGMENT = "segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2"
+DETECT = "detect.py runs/a --data datasets/scenes --method lora --view 48 --batch-size 8 --epochs 2"
 STAGES = {
     "attn_high": f"{TRAIN} --mask attn_high:start=0 --out runs/attn",
     "fg_heavy": f"{TRAIN} --mask fg_heavy --out runs/fg",
     "learned": f"{TRAIN} --mask learned --out runs/learned",
     "simmim": f"{TRAIN.replace(NANO, NANO + ',simmim=1')} --out runs/simmim",
-    "maps": "maps.py --data datasets/packed --map attn --run runs/a --out maps/gpu --device cuda",
-    "probe": "probe.py runs/a --device cuda",
-    "linear": "finetune_lora.py runs/a --method linear --epochs 2 --out runs/linear --device cuda",
-    "lora": "finetune_lora.py runs/a --method lora --epochs 2 --out runs/lora --device cuda",
-    "full": "finetune_lora.py runs/a --method full --epochs 2 --out runs/full --device cuda",
-    "recognize": "recognize.py runs/a-lora images/class0/illust0_0.png --device cuda",
-    "verify": "recognize.py runs/a-lora --verify --device cuda",
-    "tags": "tags.py runs/a --data datasets/packed --epochs 2 --out runs/tags --device cuda",
-    "segment": "segment.py runs/a --data datasets/frames --pixel-steps 1 --epochs 2 --out runs/cut "
-    "--device cuda",
-    "detect": "detect.py runs/a --data datasets/scenes --method lora --view 48 --batch-size 8 "
-    "--epochs 2 --out runs/faces --device cuda",
+    "maps": "maps.py --data datasets/packed --map attn --run runs/a --out maps/gpu",
+    "probe": "probe.py runs/a",
+    "linear": f"{TUNE} --method linear --out runs/linear",
+    "lora": f"{TUNE} --method lora --out runs/lora",
+    "full": f"{TUNE} --method full --out runs/full",
+    "recognize": "recognize.py runs/a-lora images/class0/illust0_0.png",
+    "verify": "recognize.py runs/a-lora --verify",
+    "tags": "tags.py runs/a --data datasets/packed --epochs 2 --out runs/tags",
+    "segment": f"{SEGMENT} --out runs/cut",
+    "detect": f"{DETECT} --out runs/faces",
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_runs_on_the_gpu(name, at):
-    if name == "fg_heavy":
-        run_line(
-            "maps.py --data datasets/packed --map saliency --device cuda --out maps/packed", at
-        )
-    run_line(STAGES[name], at, check=0)
+    run_line(f"{STAGES[name]} --device cuda", at, check=0)
 
 
 @pytest.mark.parametrize("name", ["attn_high", "lora", "full"])
@@ -54,7 +49,8 @@ def test_a_step_waits_for_nothing(name, at, monkeypatch):
         torch.cuda.set_sync_debug_mode("default" if run.logs_now else "error")
 
     monkeypatch.setattr(train.Run, "update", noted)
-    done = run_line(STAGES[name].replace("--out runs/", "--out runs/waits-"), at)
+    words = STAGES[name].replace("--out runs/", "--out runs/waits-")
+    done = run_line(f"{words} --device cuda", at)
     torch.cuda.set_sync_debug_mode("default")
     assert done.returncode == 0, done.stderr
 
@@ -62,6 +58,6 @@ def test_a_step_waits_for_nothing(name, at, monkeypatch):
 def test_a_compiled_run_ends_near_a_plain_one(at):
     losses = {}
     for flag in ("--compile", "--no-compile"):
-        run_line(f"{TRAIN} --mask random {flag} --out runs/run{flag}", at, check=0)
+        run_line(f"{TRAIN} --device cuda {flag} --out runs/run{flag}", at, check=0)
         losses[flag] = train.read_log(at / f"runs/run{flag}/log.jsonl")[-1]["val_mse"]
     assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=0.02)

@@ -1,6 +1,7 @@
 """common/guidance.py: maps follow their images, the teacher follows the encoder, the right map is chosen."""
 
 import contextlib
+import copy
 import math
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, equal
 
 import data
 import mask as masking
@@ -92,18 +93,12 @@ def test_a_teacher_that_was_given_does_not_learn():
     """It is no part of a run's state, either."""
     guide, encoder = guide_of("attn_high"), ViT(32, 8, 32, 1, 1)
     guide.teacher = guidance.Teacher(ViT(32, 8, 32, 1, 1), "cls", {0})
-    before = [w.clone() for w in guide.teacher.encoder.parameters()]
-    guide.update_teacher(encoder, 5, 100)
-    assert all(map(torch.equal, before, guide.teacher.encoder.parameters()))
-    assert guide.networks() == {}
-    guide.teacher.learns = True
-    guide.update_teacher(encoder, 5, 100)
-    assert not all(map(torch.equal, before, guide.teacher.encoder.parameters()))
-
-
-def test_a_teacher_without_a_pooler_is_not_read_by_one():
-    with pytest.raises(UserError, match="--attention pooler"):
-        guidance.Teacher(ViT(32, 8, 32, 1, 1), "pooler", {0})
+    before = copy.deepcopy(guide.teacher.encoder.state_dict())
+    for learns in (False, True):
+        guide.teacher.learns = learns
+        guide.update_teacher(encoder, 5, 100)
+        assert equal(before, guide.teacher.encoder.state_dict()) == (not learns)
+        assert bool(guide.networks()) == learns
 
 
 # ---- its attention -------------------------------------------------------------------------------
@@ -216,7 +211,7 @@ def test_the_control_gets_the_score_of_the_next_image(batch):
 
 
 def test_the_predictor_learns_the_order_of_the_losses(batch):
-    """Log loss of every pair of hidden patches, written once more; it falls in 30 steps."""
+    """Log loss of every pair of hidden patches, written once more; its gradient reaches it all."""
     guide = guide_of("learned")
     error = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     ids = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :12]
@@ -229,17 +224,13 @@ def test_the_predictor_learns_the_order_of_the_losses(batch):
                 p = 1 / (1 + math.exp(s[j] - s[i]))
                 total -= math.log(p if e[i] > e[j] else 1 - p)
     assert first.item() == pytest.approx(total / (6 * 12 * 12), rel=1e-4)
-    optimizer = torch.optim.AdamW(guide.predictor.parameters(), 1e-3)
-    for _ in range(30):
-        guide.scores(*batch)
-        guide.loss(ids, error).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert guide.loss(ids, error) < first - 0.1 and not score.requires_grad
-    same = guide.predictor(torch.zeros(1, 16, 192))[0]
-    assert len(set(same.tolist())) == 16  # it knows the place of a patch
-    assert guide_of("detail").loss(ids, error) == 0
-    assert set(guide.networks()) == {"predictor"}
+    first.backward()
+    assert all(
+        w.grad.any() for w in guide.predictor.parameters() if w is not guide.predictor.score.bias
+    )
+    assert not score.requires_grad
+    assert guide.predictor(torch.zeros(1, 16, 192)).unique().numel() == 16  # places differ
+    assert guide_of("detail").loss(ids, error) == 0 and set(guide.networks()) == {"predictor"}
 
 
 def test_what_was_hidden_of_foreground_and_background():
@@ -261,9 +252,7 @@ def test_the_log_says_how_the_masks_of_a_batch_are():
     assert set(guide.networks()) == {"teacher"}
     parts = torch.nn.functional.one_hot(torch.arange(16) % 3, 3).expand(6, -1, -1)
     pictures = guide_of("parts").pictures({"parts": parts})["parts"]
-    assert pictures.shape == (3, 4, 4) and pictures[0].flatten().tolist() == [
-        i % 3 for i in range(16)
-    ]
+    assert pictures.shape == (3, 4, 4) and torch.equal(pictures[0].flatten(), torch.arange(16) % 3)
 
 
 # ---- which maps ----------------------------------------------------------------------------------

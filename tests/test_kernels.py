@@ -176,50 +176,24 @@ def test_what_is_made_of_the_loss_reaches_the_gradient(dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("p, ratio", [(4, 0.75), (14, 0.5)])
-def test_the_kernels_gradient_is_the_references(p, ratio, dtype):
+def test_the_kernel_refuses_a_second_derivative():
     """If you changed the reference's error, change `diff` and `gradient` in loss_kernel, too."""
-    view, _, ids = case(p, ratio=ratio)
-    pred, weight = randn(*ids.shape, p * p * 3, dtype=dtype), torch.rand(ids.shape).to(DEVICE)
-    found = []
-    for impl in ("torch", "triton"):
-        leaf = pred.clone().requires_grad_()
-        value = L.reconstruction_loss(leaf, view, ids, p, weight, impl=impl)
-        (3 * value + 1).backward()
-        found.append((value.detach(), leaf.grad.float()))
-    (value, gradient), (fused, fused_gradient) = found
-    close = {torch.bfloat16: 2**-6, torch.float16: 1e-3}.get(dtype, 1e-5)
-    atol = close * gradient.abs().max().item() / 16
-    torch.testing.assert_close(fused, value, rtol=1e-5, atol=0)
-    torch.testing.assert_close(fused_gradient, gradient, rtol=close, atol=atol)
+    view, _, ids = case(4)
+    pred = randn(*ids.shape, 48).requires_grad_()
     with pytest.raises(NotImplementedError, match="second derivative"):
-        again = pred.clone().requires_grad_()
-        torch.autograd.grad(loss(again, view, ids, p), again, create_graph=True)
+        torch.autograd.grad(loss(pred, view, ids, 4), pred, create_graph=True)
 
 
 @needs_reference
-@pytest.mark.parametrize("edited", [False, True])
-def test_another_error_in_the_reference_trains(monkeypatch, edited):
-    """SimMIM's absolute error, as an argument or in place of `squared_error`: the slope is its sign."""
+def test_simmims_absolute_error_trains():
+    """The slope is the sign of the error."""
     view, _, ids = case(4)
     weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
     pred = randn(*ids.shape, 48, dtype=torch.float64).requires_grad_()
-    how = {} if edited else {"error_of": L.absolute_error}
-    if edited:
-        monkeypatch.setattr(L, "squared_error", L.absolute_error)
-    (found,) = torch.autograd.grad(loss(pred, view, ids, 4, weight, **how), pred)
+    value = loss(pred, view, ids, 4, weight, error_of=L.absolute_error)
+    (found,) = torch.autograd.grad(value, pred)
     slope = (pred.detach() - L.targets(view, ids, 4)[0].double()).sign()
     torch.testing.assert_close(found, weight[..., None] * slope / (48 * weight.sum()))
-
-
-@needs_reference
-@pytest.mark.parametrize("norm_pix", [True, False])
-def test_the_gradient_is_that_of_finite_differences(norm_pix):
-    view, _, ids = case(3, B=2, side=2)
-    weight = torch.rand(ids.shape, dtype=torch.float64) + 0.1
-    pred = randn(*ids.shape, 27, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda y: 3 * loss(y, view, ids, 3, weight, norm_pix) - 1, pred)
 
 
 def test_the_gradient_is_fp32_until_it_is_rounded():

@@ -7,7 +7,7 @@ import re
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, some_view
 from safetensors.torch import load_file, save_file
 
 import model as M
@@ -24,11 +24,6 @@ ATTN = ["attn.qkv", "attn.proj"]
 def small_vit(seed=0, **changes):
     torch.manual_seed(seed)
     return M.ViT(**SHAPE | changes).eval()
-
-
-def some_view(S=32):
-    draws = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (2, S, S, 3), dtype=torch.uint8, generator=draws)
 
 
 def close(found, expected, atol=1e-5):
@@ -182,48 +177,35 @@ def change_config(folder, **changes):
 
 
 @pytest.mark.parametrize(
-    "change, word",
+    "change, encoder, word",
     [
-        ({"init_lora_weights": "unheard_of"}, "unheard_of"),
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"alpha_pattern": {"fc9": 2}}, "fc9"),
+        ({"init_lora_weights": "unheard_of"}, {}, "unheard_of"),
+        ({"peft_type": "IA3"}, {}, "IA3"),
+        ({"use_dora": True}, {}, "use_dora"),
+        ({"bias": "all"}, {}, "bias"),
+        ({"modules_to_save": ["norm"]}, {}, "modules_to_save"),
+        ({"alpha_pattern": {"fc9": 2}}, {}, "fc9"),
+        ({}, {"dim": 128}, r"\(64, 4\)"),
+        ({}, {"depth": 1}, "1 blocks"),
+        ({}, {"seed": 7}, "fingerprint"),
     ],
 )
-def test_adapters_of_another_kind_are_refused_by_name(tmp_path, change, word):
+def test_an_adapter_of_another_kind_or_encoder_is_refused(tmp_path, change, encoder, word):
     save_adapted(tmp_path)
     change_config(tmp_path, **change)
-    with pytest.raises(UserError, match=word):
-        loaded(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "other, word",
-    [({"dim": 128}, r"\(64, 4\)"), ({"depth": 1}, "1 blocks"), ({"seed": 7}, "fingerprint")],
-)
-def test_an_adapter_of_another_encoder_is_refused(tmp_path, other, word):
-    save_adapted(tmp_path)
-    vit = small_vit(**other)
+    vit = small_vit(**encoder)
     with pytest.raises(UserError, match=word):
         load_lora(vit, tmp_path)
     assert not lora_layers(vit) and all(w.requires_grad for w in vit.parameters())
 
 
-def test_adapter_files_that_are_none(tmp_path):
+def test_half_an_adapter_is_refused(tmp_path):
     save_adapted(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    whole = load_file(path)
-    name = "base_model.model.blocks.0.mlp.fc1.lora_A.weight"
-    turned = whole | {name: whole[name].view(8, 32)}  # as many numbers, in another shape
-    alone = {k: w for k, w in whole.items() if k != name}
-    for tensors, word in ((turned, "does not fit"), (alone, "lora_A")):
-        save_file(tensors, path)
-        with pytest.raises(UserError, match=word):
-            loaded(tmp_path)
-    path.unlink()
-    with pytest.raises(UserError, match="has no adapter"):
+    weights = load_file(path)
+    del weights["base_model.model.blocks.0.mlp.fc1.lora_A.weight"]
+    save_file(weights, path)
+    with pytest.raises(UserError, match="lora_A"):
         loaded(tmp_path)
 
 
@@ -235,6 +217,6 @@ def test_merged_export_is_an_encoder_of_ours(tmp_path):
     out, _ = export(tmp_path / "run", "merged")
     encoder, size = load_encoder(out)
     assert size == 48 and not lora_layers(encoder)
-    close(encoder.features(some_view(48)), base.features(some_view(48)))
+    close(encoder.features(some_view(S=48)), base.features(some_view(S=48)))
     with pytest.raises(UserError, match="--to merged"):
         export(tmp_path / "run", "timm")

@@ -1,4 +1,4 @@
-"""Scores and intervals against scikit-learn, scikit-image, and formulas that are written a second time."""
+"""Scores against scikit-learn, scikit-image, and formulas that are written a second time."""
 
 import contextlib
 import math
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shaken
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import (
@@ -20,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import demo
 import recognize
-from common import evaluate, metrics, stats
+from common import evaluate, metrics
 from common.train import seeded
 from experiments import stress
 from kernels.loss import visible_stats
@@ -166,43 +167,6 @@ def test_unknown_characters_are_counted_where_5_percent_of_the_known_fail():
     assert found["strangers_unknown_at_5"] == 50
 
 
-# ---- intervals -----------------------------------------------------------------------------------
-
-
-def test_the_bootstrap_resamples_illustrations_not_images():
-    """Eight images of one illustration are one piece of evidence, not eight."""
-    rng = np.random.default_rng(3)
-    of_group = rng.normal(0, 1, 40)
-    groups = np.repeat(np.arange(40), 8)
-    found = stats.bootstrap(of_group[groups][None], groups)
-    width = found["high"] - found["low"]
-    assert width == pytest.approx(2 * 1.96 * of_group.std() / 40**0.5, rel=0.1)
-    assert found["mean"] == pytest.approx(of_group.mean())
-    alone = stats.bootstrap(of_group[groups][None], np.arange(320))
-    assert alone["high"] - alone["low"] < 0.5 * width
-
-
-def test_the_bootstrap_weighs_illustrations_by_their_images_and_resamples_seeds():
-    """The mean is that of images; p is small where every seed and illustration agrees."""
-    groups, values = np.array([0, 0, 0, 1]), np.array([[1.0, 1, 1, 5]])
-    found = stats.bootstrap(values, groups)
-    assert (found["mean"], found["low"], found["high"]) == (2, 1, 5) and found["p"] == 1e-3
-    seeds = stats.bootstrap(np.array([[-1.0] * 4, [3.0] * 4]), groups)
-    assert (seeds["low"], seeds["high"]) == (-1, 3) and seeds["p"] == pytest.approx(0.5, abs=0.05)
-
-
-def test_an_interval_over_seeds_is_students():
-    found = stats.t_interval([1.0, 2.0, 3.0])
-    half = 4.302653 * 1 / 3**0.5  # the table's t of two degrees of freedom
-    assert (found["low"], found["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
-    assert found["p"] == pytest.approx(0.0742, abs=1e-4)
-    assert stats.t_interval([1.0, 2.0]) is None and stats.t_interval([2.0, 2.0, 2.0]) is None
-    assert stats.mean_std([1, 2, 3]) == {"mean": 2, "std": 1, "n": 3}
-    assert stats.plus_minus(stats.mean_std([1.0])) == "1.0"  # one run has no deviation
-    right = np.arange(11) % 3 == 0
-    assert (stats.from_bits(stats.to_bits(right), 11) == right).all()
-
-
 # ---- evaluations while a model trains ------------------------------------------------------------
 
 
@@ -217,10 +181,9 @@ def looked_at(train, held):
 
 def test_a_direction_under_noise_is_found_by_the_linear_classifier_alone():
     g, labels = torch.Generator().manual_seed(0), (torch.arange(300) % 3, torch.arange(90) % 3)
-    both = [
-        torch.cat([5 * torch.randn(len(y), 20, generator=g), torch.eye(3)[y]], 1) for y in labels
-    ]
-    found = evaluate.recognition(looked_at(*both), *map(split_of, labels))
+    noise = [5 * torch.randn(len(y), 20, generator=g) for y in labels]
+    features = [torch.cat([x, torch.eye(3)[y]], 1) for x, y in zip(noise, labels, strict=True)]
+    found = evaluate.recognition(looked_at(*features), *map(split_of, labels))
     assert found["linear"] == 100 and found["knn"] < 70
 
 
@@ -228,9 +191,8 @@ def test_classifiers_learn_nothing_from_the_pictures_that_they_are_judged_on():
     """Two classes change places in the held split: who learned from it would not be wrong."""
     labels = torch.arange(300) % 2
     features = torch.eye(2)[labels]
-    found = evaluate.recognition(
-        looked_at(features, features[:90]), split_of(labels), split_of(1 - labels[:90])
-    )
+    sets = split_of(labels), split_of(1 - labels[:90])
+    found = evaluate.recognition(looked_at(features, features[:90]), *sets)
     assert found["knn"] == found["linear"] == 0
     assert found["mean_rank"] == 1  # both classes lie on one line
 
@@ -260,13 +222,8 @@ def held():
 
 @pytest.fixture
 def model():
-    """Its weights are larger than at the start of a run."""
     torch.manual_seed(0)
-    model = MAE(32, 8, 32, 1, 2, 32, 1)
-    with torch.no_grad():
-        for w in model.parameters():
-            w.add_(0.1 * torch.randn_like(w))
-    return model
+    return shaken(MAE(32, 8, 32, 1, 2, 32, 1))
 
 
 def test_the_masked_error_is_the_formula_under_the_fixed_mask(model, held):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shaken, some_view
 
 import model as M
 from kernels.gather import masked_patch_gather
@@ -13,18 +14,8 @@ TINY = dict(image_size=32, patch_size=8, dim=64, depth=3, heads=4, decoder_dim=3
 
 
 def small_mae(kind=M.MAE, **changes):
-    """Weights are larger than at the start of a run, and biases are not 0: a mistake shows."""
     torch.manual_seed(0)
-    net = kind(**TINY | changes).eval()
-    with torch.no_grad():
-        for w in net.parameters():
-            w.add_(0.1 * torch.randn_like(w))
-    return net
-
-
-def some_view(B=3, S=32):
-    draws = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (B, S, S, 3), dtype=torch.uint8, generator=draws)
+    return shaken(kind(**TINY | changes))
 
 
 def some_ids(B=3, N=16, K=5):
@@ -69,12 +60,13 @@ def test_the_encoder_is_torchs_pre_norm_transformer():
         layer = torch.nn.TransformerEncoderLayer(
             64, 4, 256, 0.0, F.gelu, 1e-6, batch_first=True, norm_first=True
         )
-        names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj."}
-        names |= {"linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1."}
-        names |= {"norm2.": "norm2."}
-        ours, theirs = block.state_dict(), {}
-        for stem, own in names.items():
-            theirs |= {stem + end: ours[own + end] for end in ("weight", "bias")}
+        names = {"attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj"}
+        names |= {"mlp.fc1": "linear1", "mlp.fc2": "linear2"}
+        theirs = {}
+        for name, w in block.state_dict().items():
+            for ours, torchs in names.items():
+                name = name.replace(ours, torchs)
+            theirs[name] = w
         layer.load_state_dict(theirs)
         x = layer.train()(x)
     torch.testing.assert_close(vit.features(view), vit.norm(x), rtol=1e-4, atol=1e-4)

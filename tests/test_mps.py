@@ -14,25 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchgen
+from conftest import call
+from golden import write_packed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
-import mask as masking
 import model as M
+import pretrain
 import tags
-from common import guidance
-from common.agreement import SETTINGS, Agreement
-from common.train import make_optimizer, seeded
-from kernels.gather import masked_patch_gather
-from kernels.loss import (
-    absolute_error,
-    detail_weight,
-    patch_detail,
-    reconstruction_loss,
-    stats_loss,
-)
 
 KEYS = torch._C.DispatchKey
 COMPOSED = [KEYS.CompositeImplicitAutograd, KEYS.CompositeExplicitAutograd]
@@ -109,54 +99,17 @@ def test_what_mps_lacks_is_seen():
     assert log.missing == {"poisson"} and torch.float64 in log.dtypes
 
 
-def masks_and_attention(teacher, predictor, view, boxes, flip, noise):
-    """Every score and every strategy -> ids_keep, ids_mask and the predicted difficulty."""
-    labels, rows = torch.randint(0, 5, (4, 8, 8), dtype=torch.uint8).numpy(), torch.arange(4)
-    tokens, every = teacher.all_patches(view)
-    guess = predictor(tokens)
-    sources = ("cls", "rollout", "pooler")
-    patches = {
-        "fg": guidance.crop_map(labels, rows, boxes, flip, 4),
-        "parts": guidance.crop_parts(labels, rows, boxes, flip, 4, 5),
-        "attn": sum(teacher.patch_attention(view, source).mean(1) for source in sources),
-        "detail": patch_detail(view, every, 8),
-        "difficulty": guess.detach(),
-    }
-    for strategy in masking.STRATEGIES.values():
-        ids_keep, ids_mask = masking.sample(strategy(patches, noise, 0.9, 12), 4)
-    masking.diversity(ids_mask, 16)
-    guidance.region_shares(patches["fg"], ids_mask)
-    return ids_keep, ids_mask, guess
-
-
-def test_a_training_step_has_an_mps_kernel_for_everything(log):
-    """The body of pretrain.py's loop on one batch: what is done on the device."""
-    model = M.MAE(32, 8, 64, 2, 2, 32, 1)
-    teacher, optimizer = M.MAE(**model.config).encoder, make_optimizer(model, 1e-3, 0.05)
-    model.encoder.pooler, teacher.pooler = M.Pooler(64, 2), M.Pooler(64, 2)
-    agreement = Agreement(64, {"header": {}, "labels": torch.zeros(2)}, SETTINGS["pooler"])
-    images, draws = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8), seeded(0)
-    boxes, flip = data.draw_boxes(4, draws, 0.4)
-    noise, predictor = masking.gumbel_noise(4, 16, draws), guidance.LossPredictor(4, 8)
-    follow = guidance.Teacher(teacher, "pooler", set(), learns=True)
-    colours, swaps = torch.rand(4, 3, generator=draws), torch.rand(4, generator=draws)
+@pytest.mark.parametrize("mask", ["attn_high:start=0", "parts", "learned"])
+def test_a_step_of_pretraining_has_an_mps_kernel_for_everything(log, mask, tmp_path, monkeypatch):
+    """Two steps of pretrain.py as a user runs it, without the evaluations, which the CPU computes."""
+    monkeypatch.setitem(M.SIZES, "nano", M.SIZES["nano"] | {"dim": 64, "depth": 2, "heads": 2})
+    for name in ("log_evaluation", "draw_masks", "finish"):
+        monkeypatch.setattr(pretrain, name, lambda *_: None)
+    write_packed(tmp_path / "packed", 32, (("train", 16), ("val", 4)))
+    words = ["--data", "packed", "--out", "run", "--mask", mask, "--ratio", "0.6-0.8"]
+    words += ["--model", "nano:image_size=32", "--epochs", 1, "--batch-size", 8]
     with log:
-        view = data.view_images(images, boxes, flip, 32)
-        view = data.swap_backgrounds(view, torch.ones(4, 32, 32, 1), swaps, 0.7, 2)
-        view = data.jitter_colour(view, colours, 0.3)
-        found = masks_and_attention(teacher, predictor, view, boxes, flip, noise)
-        ids_keep, ids_mask, guess = found
-        weight = detail_weight(patch_detail(view, ids_mask, 8), 0.1)
-        pred, stats, tokens = model(masked_patch_gather(view, ids_keep, 8), ids_keep, ids_mask)
-        loss, error = reconstruction_loss(pred, view, ids_mask, 8, weight, return_error=True)
-        loss = loss + reconstruction_loss(pred, view, ids_mask, 8, weight, error_of=absolute_error)
-        loss = loss + stats_loss(stats, view, ids_keep, ids_mask, 8)
-        loss = loss + guidance.ranking_loss(guess.gather(1, ids_mask), error)
-        (loss + agreement(model.encoder.summary(tokens), torch.arange(4) // 2)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        follow.update(model.encoder, 5, 10)
+        call("pretrain.py", *words, "--device", "cpu", "--dtype", "fp32", cwd=tmp_path, check=0)
     check(log)
 
 

@@ -1,18 +1,14 @@
 """The repository holds its own promises: what the README and the docstrings say is so."""
 
 import ast
-import contextlib
 import csv
 import functools
-import io
 import json
 import re
-import runpy
 import subprocess
-import sys
 
 import pytest
-from conftest import CODE, ROOT
+from conftest import CODE, ROOT, call
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -33,17 +29,9 @@ FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 
 @functools.cache
 def flags_of(script):
-    """-> the flags in the --help of `pretrain.py` or `-m experiments.run`, run in this process."""
-    out, name = io.StringIO(), script.removeprefix("-m ")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, "--help"])
-        with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
-            if name == script:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            else:
-                runpy.run_module(name, run_name="__main__", alter_sys=False)
-    assert not end.value.code
-    return set(re.findall(FLAG, out.getvalue()))
+    """-> the flags in the --help of `pretrain.py` or `-m experiments.run`."""
+    done = call(script.removeprefix("-m "), "--help", cwd=ROOT, check=0)
+    return set(re.findall(FLAG, done.stdout))
 
 
 def commands():
@@ -60,7 +48,6 @@ def test_the_readme_begins_with_two_commands():
     assert "python pretrain.py --mask attn_high --ratio 0.75" in first and "pytest" in second
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("script", sorted(commands()))
 def test_every_flag_of_a_command_in_the_docs_is_in_help(script):
     for rest in commands()[script]:
@@ -116,13 +103,6 @@ def test_what_is_explained_or_to_be_changed_is_where_the_docs_say(page, pattern,
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
             known = re.search(rf"^\s*(?:def|class) {name}\b|^{name} = ", code, re.M)
             assert known, f"{file} has no {name}"
-
-
-def test_the_licence_is_there_and_the_readme_names_it():
-    assert "MIT License" in (ROOT / "LICENSE").read_text() and "](LICENSE)" in README
-    cite = (ROOT / "CITATION.cff").read_text()
-    title = re.search(r'^title: "(.*)"$', cite, re.M).group(1)
-    assert "cff-version: 1.2.0" in cite and title in " ".join(README.split())
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -208,9 +188,8 @@ def test_the_table_of_masks_is_whole_and_its_costs_are_the_measured_ones():
     cost = {row["mask"]: abs(float(row["over_random_percent"])) for row in rows}
     cost["squares"] = cost["simmim"]  # measured under the name of the network that it trains
     table = dict(re.findall(r"^\| `(\w+)` \|.*\| (\S+) % \|$", PAGES["docs/masks.md"], re.M))
-    assert set(table) == set(masking.STRATEGIES)
     assert {name: abs(float(x)) for name, x in table.items()} == {
-        name: cost[name] for name in table
+        name: cost[name] for name in masking.STRATEGIES
     }
 
 
