@@ -1,6 +1,5 @@
 """What the benchmarks count, judge and write; how fast something is is no matter of tests."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -10,10 +9,8 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
-from benchmarks.tables import markdown, read_csv, save_csv
-from common.checkpoints import save_model
+from benchmarks.tables import read_csv, save_csv
 from common.io import UserError
-from export import export
 from model import MAE
 
 CPU = torch.device("cpu")
@@ -67,11 +64,6 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
 
 
-def test_a_table_says_once_what_all_rows_share():
-    rows = [{"a": "1", "b": "x", "c": "5"}, {"a": "2", "b": "x", "c": "6"}]
-    assert markdown(rows)[:3] == ["b x", "", "| a | c |"] and markdown(rows)[-2] == "| 2 | 6 |"
-
-
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
     assert step.agree([1.0, 0.9], [1.00001, 0.90001], "fp32") == ""
     assert "step 2" in step.agree([1.0, 0.9], [1.0, 0.9003], "fp32")
@@ -87,31 +79,6 @@ def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.csv"))
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """The folder with the weights that all candidates start with."""
-    torch.manual_seed(0)
-    notes = {"step": 0, "run": {}, "norm_pix": True}
-    save_model(TINY.network(), tmp_path / "model.safetensors", notes)
-    export(tmp_path / "model.safetensors", "hf", tmp_path / "hf")
-    return tmp_path
-
-
-def losses(case, folder):
-    one_step = step.make_step(case, folder, CPU)
-    return [one_step(i).item() for i in range(3)]
-
-
-@pytest.mark.slow
-def test_transformers_gives_our_losses_and_another_loss_is_red(weights, monkeypatch):
-    pytest.importorskip("transformers")
-    ours = losses(TINY, weights)
-    for case in TINY.settings("transformers", small=True):
-        assert step.agree(losses(case, weights), ours, "fp32") == ""
-    monkeypatch.setattr(step, "FLOOR", 0.5)
-    assert "step 1" in step.agree(losses(TINY, weights), ours, "fp32")
-
-
 def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     path = tmp_path / "t.csv"
     save_csv(path, [{"case": "old", "machine": "another", "commit": "c"}])
@@ -124,13 +91,6 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     with pytest.raises(UserError, match="no such table"):
         bench.Table(path, ("case",), CPU)
     assert path.read_text() == "mine"
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_is_one_line():
-    assert bench.alone(abs, -3) == 3
-    with pytest.raises(UserError, match="status 7"):
-        bench.alone(os._exit, 7)
 
 
 def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):
