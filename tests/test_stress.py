@@ -42,25 +42,14 @@ def test_every_corruption_spoils_and_repeats_itself(images, name):
     assert name not in ("cutout", "blur", "jpeg") or strength == sorted(strength)
 
 
-def test_cutout_has_the_area_that_was_asked(images):
+def test_cutout_has_the_area_that_was_asked_and_turning_back_is_the_picture(images):
     changed = (stress.cutout(images, 0.25, seeded(0)) != images).any(3).float().mean((1, 2))
     assert ((changed - 0.25).abs() < 0.02).all()
-    where = torch.zeros(4, 32, 32, dtype=torch.bool)
-    where[:, :5, :7] = True
-    assert (stress.moved(where, seeded(1)).sum((1, 2)) == 35).all()
-
-
-def test_turning_there_and_back_or_not_at_all(images):
     quarter = stress.rotation(images, 90, None)
     assert any(torch.equal(quarter, images.rot90(k, (1, 2))) for k in (1, -1))
-    assert torch.equal(stress.rotation(images, 0, None), images)
     assert torch.equal(stress.scale(images, 1.0, None), images)
     around = stress.hue(stress.hue(images, 120, None), 240, None)
     assert apart(around, images) < 12  # but for clipping
-    gray = stress.channels_last(stress.luminance(images))
-    assert apart(stress.hue(gray, 60, None), gray) < 0.6
-    flat = torch.full((1, 8, 8, 3), 90, dtype=torch.uint8)
-    assert (stress.line_art(flat, 1, None) == 255).all()
 
 
 # ---- the command ---------------------------------------------------------------------------------
