@@ -1,15 +1,12 @@
 """The page: what each tab says of a picture, bad files, names with markup; and clicked through in a real browser."""
 
 import io
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -231,56 +228,51 @@ def address(base):
         server.wait()
 
 
-def ask(address, path, body=None, headers=None):
-    """-> the status, the text that the page answers."""
-    request = urllib.request.Request(address + path, body, headers or {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as problem:
-        return problem.code, problem.read().decode()
+@pytest.fixture(scope="module")
+def client(address):
+    """Asks the page as a script of its own would."""
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
 
 
-def upload(address, file, **headers):
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n'
-    kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    return ask(address, "/gradio_api/upload", body + file + b"\r\n--x--\r\n", kind | headers)
+def upload(client, file, **headers):
+    url = "/gradio_api/upload"
+    return client.post(url, files={"files": ("mine.png", file)}, headers=headers)
 
 
-def show(address, path):
+def show(client, path):
     """Ask the page to show a file of this machine -> what it answers."""
-    calls = json.loads(ask(address, "/config")[1])["dependencies"]
+    calls = client.get("/config").json()["dependencies"]
     number = next(call["id"] for call in calls if call["api_name"] == "picture")
     data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, None]
-    body = json.dumps({"data": data, "fn_index": number, "session_hash": "me"}).encode()
-    headers = {"Content-Type": "application/json", "Origin": address}
-    assert ask(address, "/gradio_api/queue/join", body, headers)[0] == 200
-    return ask(address, "/gradio_api/queue/data?session_hash=me")[1]
+    body = {"data": data, "fn_index": number, "session_hash": "me"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    return client.get("/gradio_api/queue/data?session_hash=me").text
 
 
 @pytest.mark.slow
-def test_requests_of_other_sites_are_refused(address):
-    assert ask(address, "/")[0] == 200
-    assert ask(address, "/", headers={"Host": "evil.example:7860"})[0] == 403
-    assert upload(address, b"x", Origin="http://evil.example")[0] == 403
-    assert upload(address, b"x", Origin=address)[0] == 200
+def test_requests_of_other_sites_are_refused(client):
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 403
+    assert upload(client, b"x", Origin="http://evil.example").status_code == 403
+    assert upload(client, b"x", Origin=str(client.base_url)).status_code == 200
 
 
 @pytest.mark.slow
-def test_no_file_of_this_machine_is_served(address, base):
+def test_no_file_of_this_machine_is_served(client, base):
     for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
-        assert ask(address, f"/gradio_api/file={path}")[0] in (403, 404)
-    assert '"success":false' in show(address, ROOT / "demo.py")
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    assert '"success":false' in show(client, ROOT / "demo.py")
 
 
 @pytest.mark.slow
-def test_a_picture_that_is_too_large_is_a_sentence(address):
+def test_a_picture_that_is_too_large_is_a_sentence(client):
     for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
         file = io.BytesIO()
         Image.new("1", (side, side)).save(file, "PNG")
-        path = json.loads(upload(address, file.getvalue(), Origin=address)[1])[0]
-        assert words in show(address, path)
-    assert upload(address, bytes(demo.MOST_MB * 2**20 + 1))[0] == 413
+        assert words in show(client, upload(client, file.getvalue()).json()[0])
+    assert upload(client, bytes(demo.MOST_MB * 2**20 + 1)).status_code == 413
 
 
 # ---- in a browser --------------------------------------------------------------------------------

@@ -173,26 +173,7 @@ def move(name, paths):
 
 os.replace, os.rename = lambda *paths: move("replace", paths), lambda *paths: move("rename", paths)
 """
-ADD = """
-import recognize, torch
-faces = torch.randn(3, recognize.load_gallery("runs/a-lora")["embeddings"].shape[1])
-recognize.add_faces("runs/a-lora", "new", ["a", "b", "c"], faces)
-"""
 PACK = "from ingest import pack; pack.pack('images', 'set', size=16, seed=1)"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", range(2))
-def test_a_kill_while_a_gallery_is_written_leaves_it_whole(base, moment, monkeypatch):
-    """Before and after its file is renamed."""
-    monkeypatch.chdir(base)
-    known = recognize.load_gallery("runs/a-lora")["names"]
-    assert python(KILL + ADD, base, moment).returncode == -signal.SIGKILL
-    names = recognize.load_gallery("runs/a-lora")["names"]
-    assert names == known + ["new"] * moment
-    run_line(f"{ENROL} other", base, check=0)
-    assert recognize.load_gallery("runs/a-lora")["names"] == [*names, "other"]
-    assert not temporary(base)
 
 
 # ---- packing -------------------------------------------------------------------------------------

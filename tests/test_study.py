@@ -285,15 +285,6 @@ def test_a_plan_that_is_killed_goes_on_with_the_run_that_was_stopped(home, small
     assert calls(home).count("random 2000 None new") == 1
 
 
-@pytest.mark.slow
-def test_two_processes_lose_no_row_and_make_no_run_twice(home, small):
-    both = [start(home, small) for _ in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
-    assert len(calls(home)) == len(set(calls(home))) == 4
-    made = {(r["arm"], r["seed"]) for r in rows_of(home)}
-    assert made == set(product(("random", "block"), (2000, 2001)))
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_run_that_fails_loses_no_other_row_and_is_made_again(home, small, monkeypatch, broken):
     """The stage says why, or the fault is in our code."""
