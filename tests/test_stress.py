@@ -8,11 +8,9 @@ import torch
 from conftest import run_line
 
 import mask as masking
-import model
 from common import stats
 from common.train import seeded
 from experiments import stress
-from ingest import pack, toon
 
 
 @pytest.fixture(scope="module")
@@ -54,29 +52,17 @@ def test_cutout_has_the_area_that_was_asked_and_turning_back_is_the_picture(imag
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A demo set of six characters (12 in val), with true parts and styles, and a run on it."""
-    base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toon, "plan", lambda **kw: plan(**kw | {"n": 120}, characters=6))
-        pack.pack("toon", base / "toon", size=32)
-        size = {"dim": 32, "depth": 2, "heads": 2}
-        patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | size)
-        words = "--data toon --out run --model nano:image_size=32 --batch-size 16 --epochs 1"
-        run_line(f"pretrain.py {words} --device cpu", base, check=0)
-        patch.setattr(stress, "RESOLUTIONS", (32, 64))
-        patch.setattr(stress, "RATIOS", (0.5, 0.75))
-        yield base
-
-
-STRESS = "experiments.stress run --images 16 --device cpu"
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Fewer sizes and ratios."""
+    monkeypatch.setattr(stress, "RESOLUTIONS", (32, 64))
+    monkeypatch.setattr(stress, "RATIOS", (0.5, 0.75))
 
 
 def report_of(base, words, file):
     """What a call prints, and the file that it writes."""
-    text = run_line(f"{STRESS} {words}", base, check=0).stdout
-    return text, json.loads((base / "run" / file).read_text())
+    line = f"experiments.stress runs/a --images 16 --device cpu {words}"
+    return run_line(line, base, check=0).stdout, json.loads((base / "runs/a" / file).read_text())
 
 
 def test_one_command_writes_what_its_docstring_says(base):
@@ -96,7 +82,7 @@ def test_one_command_writes_what_its_docstring_says(base):
 
 
 def test_the_mid_terms_table_is_one_flag(base):
-    done = run_line("experiments.stress run --images 8 --midterm --device cpu", base, check=0)
+    done = run_line("experiments.stress runs/a --images 8 --midterm --device cpu", base, check=0)
     rows = [line.split() for line in done.stdout.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["50%", "75%"]
     assert all(set(row) & {"good", "moderate", "poor"} for row in rows)
@@ -109,7 +95,7 @@ def test_the_mid_terms_table_is_one_flag(base):
 
 def test_pixels_are_made_without_the_answer(base):
     """What stands in the hidden patches must not change what is predicted for them."""
-    mae = stress.load_mae(base / "run", torch.device("cpu"))
+    mae = stress.load_mae(base / "runs/a", torch.device("cpu"))
     assert mae[1]["norm_pix"]
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
     noise, exact = masking.gumbel_noise(2, 16, seeded(1)), contextlib.nullcontext
