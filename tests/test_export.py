@@ -137,7 +137,7 @@ def test_ctrl_c_in_the_export_to_onnx_is_one_word(at, monkeypatch):
     ("to", "out", "card", "library"),
     [
         ("hf", "hf", "hf/README.md", "transformers"),
-        ("mae", "mae.safetensors", "mae.md", "pytorch"),
+        ("mae", "new/folder/mae.safetensors", "new/folder/mae.md", "pytorch"),
         ("timm", "timm.safetensors", "timm.md", "timm"),
     ],
 )
