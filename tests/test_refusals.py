@@ -1,6 +1,5 @@
 """Bad input of every stage: one line with the value, exit status 2, and nothing is written."""
 
-import re
 import shlex
 import shutil
 import sys
@@ -88,6 +87,8 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{RUN} --set recipe", "NAME=VALUE"),
     (f"{RUN} --set split=test2", "test2"),
     (f"{RUN} --set 'recipe=--device cuda'", "cuda"),
+    (f"{RUN} --arms block:size=nonsense", "size"),
+    (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
     (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
     (f"{PLAN} tags --data datasets/frames --set encoder=runs/a", "tags"),
     ("experiments.report images", "PLAN.json"),
@@ -114,15 +115,11 @@ REFUSED = (  # the command, and a telling word of its message
     (f"{IMAGES} --layout a/b", "--layout a/b must be folder levels"),
     (f"{IMAGES} --layout class/class", "--layout class/class must be"),
 )
-REPEATED = (  # the command, and what it refuses one by one: each value is in the message
-    (
-        PRE,
-        "--mask middle, --model huge, --ratio 1.5, --ratio .99999, --init runs/a, --init nowhere",
-    ),
-    (
-        PRE,
-        "--device tpu, --flat-weight nan, --batch-size 1, --seed -1, --log mlflow, --data nowhere",
-    ),
+REPEATED = (  # the command, and what it refuses one by one: each is repeated in the message
+    (PRE, "--mask middle, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
+    (PRE, "--device tpu, --flat-weight nan, --batch-size 1, --seed -1, --log mlflow"),
+    (f"{PRE} --init", "nowhere"),
+    (f"{PRE} --data", "nowhere"),
     ("pretrain.py --resume", "nowhere"),
     (TUNE, "--method adapters, --head sphere, --batch-size 1, --hold-out 2"),
     ("finetune_lora.py", "nowhere"),
@@ -132,12 +129,11 @@ REPEATED = (  # the command, and what it refuses one by one: each value is in th
     (f"{MAPS} --map attn --run", "runs/none"),
     (NAME, "text.txt"),
     (TAGS, "--epochs 1"),
-    (SEGMENT, "--patches nowhere"),
+    (f"{SEGMENT} --patches", "nowhere"),
     ("segment.py runs/a-seg", "nowhere.png"),
     ("export.py runs/a --to mae --out new.st --image-size", "1000000"),
-    (f"{RUN} --arms", "nonsense, block:size=nonsense"),
+    (f"{RUN} --arms", "nonsense"),
     (f"{PLAN} mine --data", "nowhere"),
-    (f"{PLAN} adapt --data datasets/packed --set", "encoder=runs/none"),
     ("experiments.stress runs/a --only", "cutot"),
     ("data.py --show", "nowhere"),
     (IMAGES, "--size 0, --split .5,.1, --split nan,0,0, --split inf,0,0, --split 2,-1,0"),
@@ -193,8 +189,6 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     ("data.py hybrid --out new", "--tail 1"),
     ("data.py list.csv --out new", "--layout class"),
 )
-
-
 LIBRARIES = (  # the command, and a library that it needs
     (f"{SEGMENT} --network segformer", "transformers"),
     ("experiments.convnets resnet10 --data datasets/packed --out new", "transformers"),
@@ -208,7 +202,7 @@ def all_rows():
     yield from REFUSED
     for command, words in REPEATED:
         for word in words.split(", "):
-            yield f"{command} {word}", re.split("[ =]", word)[-1]
+            yield f"{command} {word}", word
     for command, flags in IDLE:
         for flag in flags.split(", "):
             yield f"{command} {flag}", f"{flag.split()[0]} has no effect"
