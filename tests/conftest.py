@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests are two processes, and so are theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-from common import plots, train  # noqa: E402
+from common import train  # noqa: E402
 from common.checkpoints import save_model  # noqa: E402
 from common.command import cli  # noqa: E402
 from model import MAE  # noqa: E402

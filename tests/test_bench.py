@@ -1,6 +1,5 @@
 """What the benchmarks count, judge and write; how fast something is is no matter of tests."""
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -10,10 +9,8 @@ from conftest import ROOT, call
 import benchmarks as bench
 import benchmarks.data
 from benchmarks import kernels, latency, step
-from benchmarks.tables import markdown, read_csv, save_csv
-from common.checkpoints import save_model
+from benchmarks.tables import read_csv, save_csv
 from common.io import UserError
-from export import export
 from model import MAE
 
 CPU = torch.device("cpu")
@@ -65,11 +62,6 @@ def test_percentiles_are_of_all_turns_and_ratios_within_each():
     slow = replace(TINY, candidate="timm", compile=True)
     lines = step.summary({TINY: [10.0, 100.0, 30.0], slow: [5.0, 50.0, 15.0]})
     assert "30 images/s (10 to 100), 1.00 times" in lines[0] and "0.50 times" in lines[1]
-
-
-def test_a_table_says_once_what_all_rows_share():
-    rows = [{"a": "1", "b": "x", "c": "5"}, {"a": "2", "b": "x", "c": "6"}]
-    assert markdown(rows)[:3] == ["b x", "", "| a | c |"] and markdown(rows)[-2] == "| 2 | 6 |"
 
 
 def test_the_gate_lets_through_what_agrees_and_nothing_else():
@@ -124,13 +116,6 @@ def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     with pytest.raises(UserError, match="no such table"):
         bench.Table(path, ("case",), CPU)
     assert path.read_text() == "mine"
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_is_one_line():
-    assert bench.alone(abs, -3) == 3
-    with pytest.raises(UserError, match="status 7"):
-        bench.alone(os._exit, 7)
 
 
 def test_a_step_is_resumed_where_it_was_stopped(monkeypatch, tmp_path):

@@ -1,15 +1,12 @@
 """The page: what each tab says of a picture, bad files, names with markup; and clicked through in a real browser."""
 
 import io
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +51,17 @@ def own(path, size=(50, 40)):
 
 
 @pytest.mark.parametrize("strategy", [s for s in masking.STRATEGIES if s != "learned"])
-def test_every_strategy_is_shown(run, strategy):
+def test_every_strategy_is_shown_and_of_ones_own_picture_what_is_known(run, strategy, tmp_path):
     text = mask_page(run, strategy)
     assert "seen: 4 of 16 patches" in text and text.count("<img") == 6
     assert f"--mask {strategy}" in text
+    text = mask_page(run, strategy, picture=own(tmp_path / "mine.png"))
+    assert ("not known" in text) == (strategy == "parts")
+
+
+@pytest.mark.parametrize("bad", ["nothing", "attn_high:x=1", "attn_high:shuffle=1", None])
+def test_a_bad_strategy_is_a_sentence(run, bad):
+    assert "<img" not in mask_page(run, bad) and "<p>" in mask_page(run, bad)
 
 
 def test_sliders_change_what_is_hidden(run):
@@ -66,18 +70,6 @@ def test_sliders_change_what_is_hidden(run):
     assert once == mask_page(run) != mask_page(run, seed=1)
     assert mask_page(run, "attn_high:beta=3") != mask_page(run, "attn_low:beta=3")
     assert mask_page(run, "attn_high", t=0) == mask_page(run).replace("random", "attn_high")
-
-
-@pytest.mark.parametrize("bad", ["nothing", "attn_high:x=1", "attn_high:shuffle=1", None])
-def test_a_bad_strategy_is_a_sentence(run, bad):
-    assert "<img" not in mask_page(run, bad) and "<p>" in mask_page(run, bad)
-    assert "<img" not in mask_page(run, ratio=1.5)
-
-
-def test_a_picture_of_ones_own_has_no_known_parts(run, tmp_path):
-    picture = own(tmp_path / "mine.png")
-    assert mask_page(run, "fg_heavy", picture=picture).count("<img") == 5
-    assert "not known" in mask_page(run, "parts", picture=picture)
 
 
 def test_who_it_is_with_what_tags_and_what_is_drawn(run, tmp_path):
@@ -91,12 +83,10 @@ def test_who_it_is_with_what_tags_and_what_is_drawn(run, tmp_path):
 
 @pytest.mark.parametrize("threshold", [1.1, -1.1])
 def test_a_picture_unlike_all_characters_is_said_to_be(run, monkeypatch, threshold):
-    gallery = demo.recognize.open_gallery("runs/a-lora")
-    gallery |= {"threshold": threshold, "enrolled_threshold": threshold}
+    gallery = demo.recognize.open_gallery("runs/a-lora") | {"threshold": threshold}
     monkeypatch.setattr(demo.recognize, "open_gallery", lambda run: gallery)
     said = demo.recognise_page("runs/a-lora", drawing())
-    for words in ("Unlike all known characters (similarity", "<h2>unknown</h2>"):
-        assert (words in said) == (threshold > 1)
+    assert ("<h2>unknown</h2>" in said) == (threshold > 1)
 
 
 def test_faces_of_a_page_are_shown_and_named(run, monkeypatch):
@@ -127,24 +117,22 @@ def test_markup_in_a_name_stays_text(tmp_path):
     assert "<b>" not in demo.bars({"<b>me": 0.5}) + demo.element("p", "<b>me")
 
 
-@pytest.mark.parametrize("bad", ["text", "half", "empty", "pixel", None])
+@pytest.mark.parametrize("bad", [b"GIF89a no", b"", "half", None])
 def test_a_bad_file_is_a_sentence_and_the_picture_stays(tmp_path, bad):
     path, before = tmp_path / "<i>bad.png", drawing(1)
     good = own(tmp_path / "good.png").bytes
-    if bad == "pixel":
-        Image.new("RGB", (1, 1)).save(path)
-    elif bad:
-        path.write_bytes({"text": b"GIF89a no", "half": good[: len(good) // 2], "empty": b""}[bad])
-    picture, _, said = demo.chosen(before, demo.dropped, path if bad else None)
+    if bad is not None:
+        path.write_bytes(good[: len(good) // 2] if bad == "half" else bad)
+    picture, _, said = demo.chosen(before, demo.dropped, path if path.exists() else None)
     assert picture is before and "<i>" not in said
-    assert ("&lt;i&gt;bad.png" if bad else "drop") in said
+    assert ("&lt;i&gt;bad.png" if path.exists() else "drop") in said
 
 
-@pytest.mark.parametrize("number", [-1, demo.DRAWINGS, 10**12])
-def test_there_are_so_many_drawings_and_no_more(number):
+def test_there_are_so_many_drawings_and_no_more():
     before = drawing(1)
-    picture, _, said = demo.chosen(before, demo.drawing, WHO, number)
-    assert picture is before and "no drawing" in said
+    for number in (-1, demo.DRAWINGS):
+        picture, _, said = demo.chosen(before, demo.drawing, WHO, number)
+        assert picture is before and "no drawing" in said
 
 
 def test_what_is_missing_says_how_it_is_made_and_nothing_is_written(run):
@@ -173,7 +161,7 @@ def test_an_answer_about_a_drawing_is_computed_once_until_a_run_changes(run, tmp
 
 
 class NoFloat64(TorchDispatchMode):
-    """Metal has no float64: operators away from numpy may not make or read it."""
+    """Metal has no float64: no operator may make or read it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
@@ -182,13 +170,11 @@ class NoFloat64(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("strategy", ["attn_high", "parts", "detail"])
-def test_no_float64_where_a_mac_would_compute(run, tmp_path, strategy, monkeypatch):
+def test_no_float64_where_a_mac_would_compute(run, monkeypatch):
     monkeypatch.setattr(demo, "psnr", lambda a, b, where: torch.zeros(1))  # on the CPU
-    visitors = own(tmp_path / "mine.png")
     with NoFloat64(), torch.inference_mode():
-        for picture, words in ((drawing(), strategy), (visitors, "random")):
-            assert "<img" in demo.mask_page(run, picture, words, 0.75, 1.0, 0)
+        for strategy in ("attn_high", "parts", "detail"):
+            assert "<img" in demo.mask_page(run, drawing(), strategy, 0.75, 1.0, 0)
         assert "<h2>" in demo.tags_page("runs/a-tags", drawing())
 
 
@@ -212,16 +198,12 @@ def test_the_newest_run_is_chosen_and_the_encoder_under_a_recogniser(run, tmp_pa
     [
         ("127.0.0.1:7860", None, None),
         ("localhost:7860", "http://localhost:7860", None),
-        ("[::1]:7860", None, None),
         ("192.168.1.7:7860", None, None),
         ("studio:7860", None, None),
         ("studio.evil.example:7860", None, 403),
         ("127.0.0.1.evil.example", None, 403),
-        ("evil.1.example:1", None, 403),
-        ("[evil.example]", None, 403),
         (None, None, 403),
         ("localhost:7860", "http://localhost:8000", 403),
-        ("localhost:7860", "http://evil.example", 403),
         ("localhost:7860", "null", 403),
     ],
 )
@@ -246,64 +228,51 @@ def address(base):
         server.wait()
 
 
-def ask(address, path, body=None, headers=None):
-    """-> the status, the text that the page answers."""
-    request = urllib.request.Request(address + path, body, headers or {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as problem:
-        return problem.code, problem.read().decode()
+@pytest.fixture(scope="module")
+def client(address):
+    """Asks the page as a script of its own would."""
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
 
 
-def upload(address, file, **headers):
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n'
-    kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    return ask(address, "/gradio_api/upload", body + file + b"\r\n--x--\r\n", kind | headers)
+def upload(client, file, **headers):
+    url = "/gradio_api/upload"
+    return client.post(url, files={"files": ("mine.png", file)}, headers=headers)
 
 
-def join(address, name, data, visitor="visitor", **headers):
-    """Put a call into the queue, by its name -> status, what is answered."""
-    calls = json.loads(ask(address, "/config")[1])["dependencies"]
-    number = next(call["id"] for call in calls if call["api_name"] == name)
-    body = json.dumps({"data": data, "fn_index": number, "session_hash": visitor}).encode()
-    headers = {"Content-Type": "application/json", "Origin": address} | headers
-    status, _ = ask(address, "/gradio_api/queue/join", body, headers)
-    if status != 200:
-        return status, ""
-    return status, ask(address, f"/gradio_api/queue/data?session_hash={visitor}")[1]
-
-
-def file_at(path):
-    return [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, None]
+def show(client, path):
+    """Ask the page to show a file of this machine -> what it answers."""
+    calls = client.get("/config").json()["dependencies"]
+    number = next(call["id"] for call in calls if call["api_name"] == "picture")
+    data = [{"path": str(path), "meta": {"_type": "gradio.FileData"}}, None]
+    body = {"data": data, "fn_index": number, "session_hash": "me"}
+    assert client.post("/gradio_api/queue/join", json=body).status_code == 200
+    return client.get("/gradio_api/queue/data?session_hash=me").text
 
 
 @pytest.mark.slow
-def test_requests_of_other_sites_are_refused(address):
-    elsewhere = "http://evil.example"
-    assert ask(address, "/")[0] == 200
-    assert ask(address, "/", headers={"Host": "evil.example:7860"})[0] == 403
-    assert upload(address, b"x", Origin=elsewhere)[0] == 403
-    assert upload(address, b"x", Origin=address)[0] == 200
-    assert join(address, "tags", [None], Origin=elsewhere)[0] == 403
+def test_requests_of_other_sites_are_refused(client):
+    assert client.get("/").status_code == 200
+    assert client.get("/", headers={"Host": "evil.example:7860"}).status_code == 403
+    assert upload(client, b"x", Origin="http://evil.example").status_code == 403
+    assert upload(client, b"x", Origin=str(client.base_url)).status_code == 200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["file=", "file/", "proxy=file://"])
-def test_no_file_of_this_machine_is_served(address, base, way):
+def test_no_file_of_this_machine_is_served(client, base):
     for path in (base / "runs/a/model.safetensors", ROOT / "demo.py", "/etc/passwd"):
-        assert ask(address, f"/gradio_api/{way}{path}")[0] in (400, 403, 404)
-    assert '"success":false' in join(address, "picture", file_at(ROOT / "demo.py"), "thief")[1]
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
+    assert '"success":false' in show(client, ROOT / "demo.py")
 
 
 @pytest.mark.slow
-def test_a_picture_that_is_too_large_is_a_sentence(address):
+def test_a_picture_that_is_too_large_is_a_sentence(client):
     for side, words in ((4990, "mine.png"), (5100, "exceeds limit")):
         file = io.BytesIO()
         Image.new("1", (side, side)).save(file, "PNG")
-        path = json.loads(upload(address, file.getvalue(), Origin=address)[1])[0]
-        assert words in join(address, "picture", file_at(path))[1]
-    assert upload(address, bytes(demo.MOST_MB * 2**20 + 1))[0] == 413
+        assert words in show(client, upload(client, file.getvalue()).json()[0])
+    assert upload(client, bytes(demo.MOST_MB * 2**20 + 1)).status_code == 413
 
 
 # ---- in a browser --------------------------------------------------------------------------------

@@ -11,13 +11,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FIGURES, run_line
+from conftest import run_line
 from made import pristine
 
-from common.checkpoints import save_model
 from common.io import read_safetensors, save_safetensors
 from common.train import read_log
-from model import MAE
 
 KEPT = 4  # every fourth picture of a poisoned split stays as it is
 CLOCK = {"seconds", "images_per_s", "memory_mb", "peak_memory_mb", "step_ms"}
@@ -99,54 +97,26 @@ def differences(clean, poisoned):
     return changed | (clean.keys() ^ poisoned.keys())
 
 
-# ---- the set and the encoder ---------------------------------------------------------------------
-
-
-def write_set(folder, counts):
-    """A packed set of four classes of 32 px, whose colours overlap: no classifier is perfect."""
-    rng = np.random.default_rng(7)
-    colours = rng.normal(128, 40, (4, 1, 1, 3))
-    for name, n in counts.items():
-        labels = np.arange(n) % 4
-        pixels = colours[labels] + rng.normal(0, 30, (n, 1, 1, 3))
-        pixels = pixels + rng.normal(0, 30, (n, 32, 32, 3))
-        images = np.clip(pixels, 0, 255).astype(np.uint8)
-        header = {"classes": list("abcd"), "size": 32, "split": name, "source": "drawn"}
-        header |= {"keys": [f"{name}{i}" for i in range(n)], "crop": "centre", "margin": 0}
-        arrays = {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)}
-        save_safetensors(arrays, folder / f"{name}.safetensors", header)
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Two folders with the same encoder and sets, clean and poisoned: `set`, `nodev`, of home."""
+    """Two folders with the same encoder and sets of a home, clean and poisoned."""
     base = tmp_path_factory.mktemp("poison")
-    counts = {"train": 64, "val": 80, "test": 40}
-    write_set(base / "clean" / "nodev", counts)
-    write_set(base / "clean" / "set", counts | {"dev": 24})
-    torch.manual_seed(0)
-    model = MAE(32, 8, 32, 2, 2, 32, 1)
-    save_model(model, base / "clean" / "encoder" / "model.safetensors", {"step": 0})
     for name in ("packed", "frames", "scenes"):
         shutil.copytree(pristine() / "datasets" / name, base / "clean" / name)
+    shutil.copytree(base / "clean/packed", base / "clean/nodev")
+    (base / "clean/nodev/dev.safetensors").unlink()
+    shutil.copytree(pristine() / "runs/a", base / "clean/encoder")
     shutil.copytree(base / "clean", base / "poisoned")
-    for name in ("set", "nodev", "packed", "frames"):
+    for name in ("packed", "nodev", "frames"):
         poison(base / "poisoned" / name)
-    poison(base / "poisoned" / "scenes", ["val"])
+    poison(base / "poisoned/scenes", ["val"])
     return base / "clean", base / "poisoned"
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take most of the time, and show what is reported."""
-    for name in FIGURES:
-        monkeypatch.setattr(name, lambda *_, **__: None)
 
 
 # ---- the stages ----------------------------------------------------------------------------------
 
 SIZE = "nano:image_size=32,dim=32,depth=2,heads=2"
-PRETRAIN = f"pretrain.py --data set --out run --model {SIZE} --mask attn_high {FAST}"
+PRETRAIN = f"pretrain.py --data packed --out run --model {SIZE} --mask attn_high {FAST}"
 TUNE = f"finetune_lora.py encoder --out run --epochs 6 --batch-size 16 {FAST}"
 OF_LOG = {"val_mse", "knn", "linear", "knn_thumbnail", "linear_thumbnail"}
 SCORES = {"top1", "top5", "macro_f1", "confusion"}
@@ -160,12 +130,12 @@ OF_UNKNOWN = {"verification", "open_set", "calibration_error"}
 TAGS = f"tags.py encoder --data packed --out run --epochs 4 --batch-size 8 {FAST}"
 SEGMENT = f"segment.py encoder --data frames --out run --epochs 2 --pixel-steps 4 {FAST}"
 DETECT = f"detect.py encoder --data scenes --out run --epochs 12 --batch-size 8 --view 48 {FAST}"
-HEAD = f"{TUNE} --data set --method linear && recognize.py run --verify {FAST}"
+HEAD = f"{TUNE} --data packed --method linear && recognize.py run --verify {FAST}"
 SLOW = ("detect",)
 CASES = {  # the commands, their folder of results, keys of what they report
     "pretrain": (f"{PRETRAIN} --epochs 3 --eval-every 1 --batch-size 16", "run", OF_LOG),
-    "probe": (f"probe.py encoder --data set --headline {FAST}", "encoder", OF_PROBE),
-    "lora": (f"{TUNE} --data set", "run", OF_TUNE),
+    "probe": (f"probe.py encoder --data packed --headline {FAST}", "encoder", OF_PROBE),
+    "lora": (f"{TUNE} --data packed", "run", OF_TUNE),
     "lora without dev": (f"{TUNE} --data nodev", "run", OF_TUNE),
     "recognize": (HEAD, "run", OF_TUNE | OF_UNKNOWN),
     "tags": (TAGS, "run", OF_TAGS),
@@ -177,7 +147,7 @@ CASES = {  # the commands, their folder of results, keys of what they report
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
 )
-def test_nothing_but_the_scores_depends_on_what_is_reported(places, case):
+def test_nothing_but_the_scores_depends_on_what_is_reported(places, case, no_pictures):
     commands, out, reported = CASES[case]
     for place in places:
         for command in commands.split(" && "):

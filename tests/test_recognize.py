@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call, draw_folder, refused, run_line
 from made import CPU, home
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 import data
 import finetune_lora
@@ -19,11 +19,9 @@ import ingest.pictures
 import recognize
 from common import metrics
 from common.classifier import pooled_of
-from common.io import read_safetensors, save_safetensors
-from common.lora import save_encoder
+from common.io import read_safetensors
 from common.train import autocast_of, seeded
 from ingest.decode import decode
-from model import ViT
 
 NAME = f"recognize.py runs/a-lora {CPU}"
 FACE = "images/class1/illust3_0.png"
@@ -49,40 +47,34 @@ def said(base, words):
 # ---- rates ---------------------------------------------------------------------------------------
 
 
-def test_rates_are_read_off_the_roc_curve():
-    draws = seeded(0)
-    same = ((torch.randn(300, generator=draws) + 1) * 4).round() / 4  # many ties
-    other = (torch.randn(2000, generator=draws) * 4).round() / 4
+def margins(known=400, unknown=300):
+    """Random margins of known and unknown characters, with ties; which names of known ones are true."""
+    draws = seeded(1)
+    same = ((torch.randn(known, generator=draws) + 1) * 4).round() / 4
+    other = (torch.randn(unknown, generator=draws) * 4).round() / 4
+    return same, torch.rand(known, generator=draws) < 0.8, other
+
+
+def test_rates_of_pairs_are_read_off_the_roc_curve():
+    same, _, other = margins(300, 2000)
     row = recognize.verification(same, other)
     for most in (0.001, 0.01, 0.1):
         cuts = [cut for cut in other if (other >= cut).double().mean() <= most]
         accepted = [100 * (same >= cut).double().mean() for cut in cuts]
         assert row[f"tpr_at_fpr_{100 * most:g}"] >= max(accepted, default=0) - 1e-3
-    false, true, _ = roc_curve(*metrics.truth_and_scores(same, other))
-    error = metrics.equal_error_rate(same, other)
-    assert np.interp(error, false, true) == pytest.approx(1 - error, abs=1e-9)
+    pairs = metrics.truth_and_scores(same, other)
+    assert row["roc_auc"] == pytest.approx(100 * roc_auc_score(*pairs), abs=1e-3)
     assert (row["positive_pairs"], row["negative_pairs"]) == (300, 2000)
 
 
-def test_detection_rate_is_what_its_words_say():
-    draws = seeded(0)
-    known, unknown = torch.randn(200, generator=draws) + 1, torch.randn(100, generator=draws)
-    right = torch.rand(200, generator=draws) < 0.8
-    for far in (0.01, 0.1, 0.5):
-        cuts = [x for x in torch.cat([known, unknown]) if (unknown >= x).float().mean() <= far]
-        best = max(((known >= cut) & right).float().mean().item() for cut in cuts)
-        assert recognize.detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
-
-
 def test_unknown_characters_are_counted_by_their_margins():
-    draws = seeded(1)
-    known, unknown = torch.randn(400, generator=draws) + 1, torch.randn(300, generator=draws)
-    right, enrolled = torch.rand(2, 400, generator=draws) < 0.7
+    known, right, unknown = margins()
+    enrolled = torch.arange(400) % 3 == 0
     row = recognize.open_set(known, right, enrolled, unknown)
     named = right & (known >= 0)
     at_5 = np.quantile(known.numpy(), 0.05)  # the field's operating point: 5 % of the known fail
     expected = {
-        "known_rejected": (known < 0),
+        "known_rejected": known < 0,
         "known_named_rightly": named,
         "enrolled_named_rightly": named[enrolled],
         "strangers_unknown": unknown < 0,
@@ -90,12 +82,19 @@ def test_unknown_characters_are_counted_by_their_margins():
     }
     for name, share in expected.items():
         assert row[name] == pytest.approx(100 * share.double().mean().item(), abs=1e-3), name
-    truth = [1] * 400 + [0] * 300
-    auc = roc_auc_score(truth, torch.cat([known, unknown]))
+    auc = roc_auc_score(*metrics.truth_and_scores(known, unknown))
     assert row["auroc_unknown"] == pytest.approx(100 * auc, abs=1e-3)
-    assert (row["known"], row["strangers"], row["enrolled"]) == (400, 300, int(enrolled.sum()))
-    nobody = recognize.open_set(known, right, torch.zeros(400, dtype=torch.bool), unknown[:0])
+    assert (row["known"], row["strangers"], row["enrolled"]) == (400, 300, 134)
+    nobody = recognize.open_set(known, right, enrolled & False, unknown[:0])
     assert not nobody.keys() & {"enrolled_named_rightly", "strangers_unknown", "auroc_unknown"}
+
+
+def test_detection_rate_is_what_its_words_say():
+    known, right, unknown = margins()
+    for far in (0.01, 0.1, 0.5):
+        cuts = [cut for cut in unknown if (unknown > cut).double().mean() <= far]
+        best = max(((known > cut) & right).double().mean().item() for cut in cuts)
+        assert recognize.detection_rate(known, right, unknown, far) == pytest.approx(best, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +129,11 @@ def world():
     unknown = centre[0] + 2 * torch.randn(1000, 16)
     gallery = recognize.make_gallery(faces, labels, 5)
     found = SimpleNamespace(labels=labels, faces=faces, known=known, unknown=unknown)
-    found.gallery, found.held_out = gallery, (logits, known, labels)
+    found.gallery, found.logits = gallery, logits
+    found.held_out = logits, known, labels
     found.unit = recognize.compared(known, gallery)
     found.score = recognize.best_similarity(found.unit, gallery)
     return found
-
-
-def accepted(threshold, faces, gallery):
-    """The share of faces that are similar enough to somebody."""
-    score = recognize.best_similarity(recognize.compared(faces, gallery), gallery)
-    return (score >= threshold).float().mean().item()
 
 
 def test_whitening_is_the_inverse_of_the_covariance_within_characters(world):
@@ -167,14 +161,12 @@ def test_similarity_is_the_mean_cosine_with_the_three_nearest_faces_of_a_charact
 def test_the_threshold_rejects_as_many_known_faces_as_it_accepts_unknown_ones(world):
     found = recognize.calibrate(world.faces, world.labels, world.held_out, world.unknown)
     rejected = (world.score < found["threshold"]).float().mean().item()
-    wrong = accepted(found["threshold"], world.unknown, world.gallery)
-    assert wrong == pytest.approx(rejected, abs=0.01) and rejected < 0.091
-    gallery, logits = world.gallery | found, world.held_out[0]
-    who, _, margin, sure = recognize.decide(logits, world.known, gallery)
-    assert (margin >= 0).float().mean() == pytest.approx(1 - rejected)
+    unit = recognize.compared(world.unknown, world.gallery)
+    similar = recognize.best_similarity(unit, world.gallery) >= found["threshold"]
+    assert similar.float().mean().item() == pytest.approx(rejected, abs=0.01)
+    assert rejected < 0.091
+    who, _, _, sure = recognize.decide(world.logits, world.known, world.gallery | found)
     assert (who == world.labels).float().mean() > 0.99 and sure.mean() > 0.8
-    _, _, _, unsure = recognize.decide(logits.repeat(5, 1), world.unknown, gallery)
-    assert unsure.mean() < 0.5
     low, high = torch.tensor([0.3, 0.6, 0.7, 0.9]), torch.tensor([0.1, 0.2, 0.4, 0.65])
     assert 0.4 < recognize.balance(low, high) < 0.61  # one of four is on the wrong side, either way
 
@@ -242,57 +234,33 @@ def test_confidences_are_fitted_to_what_was_drawn():
 
 
 def test_a_missing_gallery_is_built_of_the_training_pictures(base, monkeypatch):
-    first = read_safetensors(base / GALLERY)
+    first, about = read_safetensors(base / GALLERY)
     (base / GALLERY).unlink()
-    told = said(base, FACE)
-    assert "faces of 3 characters" in told.stderr and "class1" in told.stdout
+    assert "faces of 3 characters" in said(base, FACE).stderr
     tensors, header = read_safetensors(base / GALLERY)
-    assert header == first[1]
-    assert all(torch.equal(tensors[name], first[0][name]) for name in tensors)
+    assert header == about and all(torch.equal(tensors[name], first[name]) for name in tensors)
     net, _ = finetune_lora.load_classifier("runs/a-lora")
-    train, known = (
-        data.open_split("datasets/packed", "train"),
-        recognize.load_gallery("runs/a-lora"),
-    )
-    rows = torch.tensor([train["header"]["keys"].index(key) for key in known["keys"]])
+    train = data.open_split("datasets/packed", "train")
+    rows = torch.tensor([train["header"]["keys"].index(key) for key in header["keys"]])
     autocast = autocast_of(torch.device("cpu"), torch.float32)
-    pooled = pooled_of(net, train, rows, autocast, mirrored=True)
-    torch.testing.assert_close(net.neck(pooled), known["embeddings"], atol=1e-4, rtol=1e-4)
+    expected = net.neck(pooled_of(net, train, rows, autocast, mirrored=True))
+    torch.testing.assert_close(tensors["embeddings"], expected, atol=1e-4, rtol=1e-4)
     (base / GALLERY).unlink()
     monkeypatch.setattr(recognize, "FACES", 3)
     assert recognize.open_gallery("runs/a-lora")["labels"].bincount().tolist() == [3, 3, 3]
 
 
-def test_a_gallery_is_of_this_run_and_its_data_or_refused(base):
-    tensors, header = read_safetensors(base / "runs/a-lora/head.safetensors")
+def test_characters_that_are_left_out_stand_for_unknown_ones(base, monkeypatch):
+    calibrate, unknown = recognize.calibrate, []
 
-    def with_head(**changes):
-        save_safetensors(tensors, base / "runs/a-lora/head.safetensors", header | changes)
-        return refused(run_line(f"{NAME} {FACE}", base))
+    def noted(*words):
+        unknown.append(words[3])
+        return calibrate(*words)
 
-    about = read_safetensors(base / GALLERY)[1]
-    nobody = torch.zeros(0, 32), torch.zeros(0).long(), about | {"keys": []}
-    recognize.save_gallery(base / GALLERY, *nobody)
-    assert "keys" in with_head()
-    (base / GALLERY).unlink()
-    assert "does not exist" in with_head(data="gone") and not (base / GALLERY).exists()
-    torch.manual_seed(1)  # another encoder in the place of that which it was trained on
-    save_encoder(ViT(32, 8, 32, 4, 2), base / "other/model.safetensors", {})
-    assert "not the encoder" in with_head(base="other")
-
-
-def test_who_is_enrolled_stays_when_a_run_is_judged_again(base):
-    said(base, "--enrol new images/class0")
-    before = (base / GALLERY).read_bytes()
-    run_line("finetune_lora.py --resume runs/a-lora --split test", base, check=0)
-    assert (base / "runs/a-lora/metrics-test.json").exists()
-    assert (base / GALLERY).read_bytes() == before
-
-
-def test_characters_that_are_left_out_stand_for_unknown_ones(base):
+    monkeypatch.setattr(recognize, "calibrate", noted)
     words = f"--data datasets/packed --method linear --hold-out 1 --epochs 2 {CPU} --out runs/new"
     run_line(f"finetune_lora.py runs/a {words}", base, check=0)
-    assert len(recognize.open_gallery("runs/new")["names"]) == 2
+    assert len(recognize.open_gallery("runs/new")["names"]) == 2 and len(unknown[0]) > 0
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -301,20 +269,19 @@ def test_characters_that_are_left_out_stand_for_unknown_ones(base):
 def test_it_names_files_folders_and_archives_and_tells_the_nearest_faces(base, monkeypatch):
     (row,) = rows_of(base, FACE)
     assert row["name"] == "class1" and row["known"] and 0.5 < row["confidence"] <= 1
-    assert len(row["nearest"]) == 3 and row["nearest"][0]["name"] == "class1"
+    assert [face["name"] for face in row["nearest"]] == ["class1"] * 3
     assert row["similarity"] > row["threshold"]
-    folder = rows_of(base, "images")
-    right = [r["best_guess"] == r["picture"].split("/")[0] for r in folder]
-    assert len(right) == 72 and np.mean(right) > 0.9
+    guesses = [(r["picture"].split("/")[0], r["best_guess"]) for r in rows_of(base, "images")]
+    assert len(guesses) == 72 and np.mean([true == guess for true, guess in guesses]) > 0.9
     shutil.make_archive(base / "faces", "zip", base / "images")
-    assert [r["best_guess"] for r in rows_of(base, "faces.zip")] == [
-        r["best_guess"] for r in folder
-    ]
-    assert said(base, FACE).stdout.split(": ")[1].startswith("class1, confidence")
+    assert [r["best_guess"] for r in rows_of(base, "faces.zip")] == [x for _, x in guesses]
     monkeypatch.setattr(sys, "stdin", iter([f"{FACE}\n", "images/class0/illust0_0.png\n"]))
     assert [r["name"] for r in rows_of(base, "- --threshold 1")] == [None] * 2
-    text = said(base, f"{FACE} --threshold 1").stdout
-    assert "unknown (unlike all known characters: similarity" in text and "threshold 1.00)" in text
+    (base / "text.png").write_text("no picture")
+    found = said(base, f"text.png no.png {FACE}")  # the others go on
+    assert "text.png" in found.stderr and "no.png" in found.stderr
+    assert found.stdout.split(": ")[1].startswith("class1, confidence")
+    assert "unknown (unlike all known" in said(base, f"{FACE} --threshold 1").stdout
 
 
 def test_pictures_are_cut_as_those_it_learned_from(base, monkeypatch):
@@ -333,11 +300,14 @@ def test_pictures_are_cut_as_those_it_learned_from(base, monkeypatch):
     assert cuts == [("centre", 0.1), ("figure", 0.3)]
 
 
-def test_an_unreadable_picture_is_one_line_and_the_others_go_on(base):
-    (base / "text.png").write_text("no picture")
-    found = said(base, f"text.png no.png {FACE}")
-    assert len(found.stdout.splitlines()) == 1 and len(found.stderr.splitlines()) == 2
-    assert "text.png" in found.stderr and "no.png" in found.stderr
+def test_a_run_of_half_the_size_says_the_same(base):
+    run_line("export.py runs/a-lora --to half --out half", base, check=0)
+    for path in base.glob("half/*.safetensors"):
+        assert torch.float32 not in {x.dtype for x in read_safetensors(path)[0].values()}
+    lines = run_line(f"recognize.py half {CPU} images --json", base, check=0).stdout.splitlines()
+    for whole, half in zip(rows_of(base, "images"), map(json.loads, lines), strict=True):
+        assert whole["best_guess"] == half["best_guess"]
+        assert whole["similarity"] == pytest.approx(half["similarity"], abs=5e-3)
 
 
 # ---- enrolment -----------------------------------------------------------------------------------
@@ -345,7 +315,6 @@ def test_an_unreadable_picture_is_one_line_and_the_others_go_on(base):
 
 def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_forgotten(base):
     before = recognize.load_gallery("runs/a-lora")
-    weights = (base / "runs/a-lora/head.safetensors").read_bytes()
     draw_folder(base / "new", 1, 8, seed=5)
     pictures = [str(path) for path in sorted((base / "new/class0").iterdir())]
 
@@ -357,78 +326,63 @@ def test_a_new_character_is_known_from_few_pictures_without_training_and_can_be_
     assert np.mean([r["name"] == "Zoë" for r in rows]) >= 0.75
     assert rows[0]["nearest"][0]["name"] == "Zoë"
     assert rows[0]["confidence"] is None  # a similarity is no probability
+    assert ": Zoë, enrolled, similarity" in said(base, f"{pictures[4]} --threshold -1").stdout
     known = rows_of(base, "images/class1 --threshold -1")
     assert np.mean([r["name"] == "class1" for r in known]) > 0.9
     assert "enrolled with 5 pictures" in enrol("Zoe\u0308", pictures[5])  # the same name
     listed = run_line("recognize.py runs/a-lora --list", base, check=0).stdout
     assert "Zoë: enrolled, 5 pictures" in listed and "class0: learned in training" in listed
     enrol("Ann", *pictures[:3])
-    run_line("recognize.py runs/a-lora --forget Zoë", base, check=0)
-    assert recognize.load_gallery("runs/a-lora")["names"][-1] == "Ann"
-    run_line("recognize.py runs/a-lora --forget Ann", base, check=0)
-    after = recognize.load_gallery("runs/a-lora")
-    assert after["names"] == before["names"] and after["keys"] == before["keys"]
-    assert torch.equal(after["unit"], before["unit"])
-    assert (base / "runs/a-lora/head.safetensors").read_bytes() == weights
+    for name, last in (("Zoë", "Ann"), ("Ann", "class2")):
+        run_line(f"recognize.py runs/a-lora --forget {name}", base, check=0)
+        after = recognize.load_gallery("runs/a-lora")
+        assert after["names"][-1] == last
+    assert after["keys"] == before["keys"] and torch.equal(after["unit"], before["unit"])
 
 
 # ---- verification --------------------------------------------------------------------------------
 
 
-def pack_with(base, name, classes, seed):
-    """datasets/NAME of new classes beside those of images/, by the names of the folders."""
-    draw_folder(base / "drawn", len(classes), 20, seed=seed)
+def verified(base, words, folder):
+    """What is printed, and recognize.json."""
+    text = said(base, f"--verify {words}").stdout
+    return text, json.loads((base / "runs/a-lora" / folder / "recognize.json").read_text())
+
+
+def pack_with(base, name, classes):
+    """datasets/NAME of new classes beside those of NAME/, by the names of the folders."""
+    draw_folder(base / "drawn", len(classes), 20, seed=5)
     for i, new in enumerate(classes):
         shutil.move(base / f"drawn/class{i}", base / name / new)
     run_line(f"data.py {name} --out datasets/{name} --size 32", base, check=0)
+    return f"--data datasets/{name} --split train", f"{name}-train"
 
 
-def verified(base, words, file):
-    text = said(base, f"--verify {words}").stdout
-    return text, json.loads((base / "runs/a-lora" / file).read_text())
-
-
-def test_verification_and_unknown_characters(base):
-    text, row = verified(base, "", "recognize.json")
+def test_pairs_of_the_own_set_are_told_apart(base):
+    text, row = verified(base, "", "")
     assert "ROC-AUC" in text and "no unknown characters in this set" in text and "{" not in text
-    assert {"machine", "commit", "command"} <= set(row) and row["open_set"]["strangers"] == 0
-    pairs = row["verification"]
-    assert pairs["roc_auc"] > 80 and 0 <= pairs["eer"] < 30
-    assert pairs["tpr_at_fpr_10"] >= pairs["tpr_at_fpr_0.1"]
+    assert {"machine", "commit", "command"} <= row.keys() and row["open_set"]["strangers"] == 0
+    assert row["verification"]["roc_auc"] > 80
+
+
+def test_unknown_characters_are_measured_and_counted_apart_once_enrolled(base):
     shutil.copytree(base / "images", base / "more")
-    pack_with(base, "more", ["somebody"], seed=5)
-    words, file = "--data datasets/more --split train", "more-train/recognize.json"
-    text, row = verified(base, words, file)
+    place = pack_with(base, "more", ["somebody"])
+    text, row = verified(base, *place)
     found = row["open_set"]
     assert found["known"] > 30 and found["strangers"] > 5 and 0 <= found["auroc_unknown"] <= 100
     assert f"{found['strangers_unknown']:.1f} % called unknown" in text
-    assert "is there already" in refused(run_line(f"{NAME} --verify {words} --threshold .1", base))
-    (base / "runs/a-lora" / file).unlink()
+    assert "is there already" in refused(run_line(f"{NAME} --verify {place[0]}", base))
+    (base / "runs/a-lora" / place[1] / "recognize.json").unlink()
     said(base, "--enrol somebody more/somebody")
-    found = verified(base, words, file)[1]["open_set"]  # known now, and counted apart
+    found = verified(base, *place)[1]["open_set"]
     assert found["strangers"] == 0 and "strangers_unknown" not in found
     assert found["enrolled"] > 5 and found["enrolled_named_rightly"] > 60
 
 
 def test_unknown_characters_of_another_set_are_measured_against_the_own_pictures(base):
-    pack_with(base, "others", ["x", "y"], seed=7)
-    words, file = "--data datasets/others --split train", "others-train/recognize.json"
-    text, row = verified(base, words, file)
+    _, row = verified(base, *pack_with(base, "others", ["x", "y"]))
     line = recognize.shared_names(["X"], "datasets/others", "train")
     assert line.startswith("0 of 2 names of datasets/others are") and ": there x, here X;" in line
     assert row["open_set"]["known"] > 10 and row["open_set"]["strangers"] > 20
-    assert "pictures of unknown characters" in text and 0 <= row["calibration_error"] <= 100
-
-
-def test_a_run_of_half_the_size_says_the_same(base):
-    run_line("export.py runs/a-lora --to half --out half", base, check=0)
-    tensors = [read_safetensors(path)[0] for path in base.glob("half/*.safetensors")]
-    assert len(tensors) == 3
-    for arrays in tensors:
-        assert torch.float32 not in {x.dtype for x in arrays.values()}
-    first = rows_of(base, "images")
-    done = run_line(f"recognize.py half {CPU} images --json", base, check=0)
-    second = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [x["best_guess"] for x in first] == [x["best_guess"] for x in second]
-    apart = [abs(x["similarity"] - y["similarity"]) for x, y in zip(first, second, strict=True)]
-    assert max(apart) < 5e-3
+    assert 0 <= row["calibration_error"] <= 100

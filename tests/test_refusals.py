@@ -2,10 +2,11 @@
 
 import shlex
 import shutil
+import sys
 import zipfile
 
 import pytest
-from conftest import call, draw_folder, refused
+from conftest import call, draw_folder, refused, save_random
 from made import CPU, QUICK, files_of, home
 
 from common.io import read_safetensors, save_safetensors
@@ -25,60 +26,31 @@ SPLITS, SHOW = "data.py splits --out new", "data.py --show images"
 THREE = "images/class0/illust0_0.png images/class0/illust1_0.png images/class0/illust2_0.png"
 
 REFUSED = (  # the command, and a telling word of its message
-    (f"{PRE} --mask middle", "--mask middle is unknown"),
     (f"{PRE} --mask attn_high:betta=1", "no key 'betta'"),
     (f"{PRE} --mask attn_high:beta=wide", "'wide' must be a number"),
-    (f"{PRE} --ratio 1.5", "--ratio 1.5"),
-    (f"{PRE} --ratio .99999", "--ratio .99999"),
     (f"{PRE} --contrast 1", "pooler, cls, none"),
     (f"{PRE} --model nano:simmim=1 --contrast pooler", "SimMIM"),
-    (f"{PRE} --model huge", "--model huge is unknown"),
     (f"{PRE} --model nano:image_size=30", "30"),
     (f"{PRE} --model nano:heads=5", "heads"),
-    (f"{PRE} --teacher nowhere --mask attn_high", "nowhere"),
-    (f"{PRE} --init runs/a", "--init runs/a"),
-    (f"{PRE} --device tpu", "--device tpu"),
-    (f"{PRE} --flat-weight nan", "--flat-weight nan"),
+    (f"{PRE} --mask attn_high --teacher nowhere", "nowhere"),
     (f"{PRE} --data datasets/other --mask fg_heavy", "--map saliency"),
     (f"{PRE} --mask parts", "--map parts"),
     (f"{PRE} --mask bg_heavy --maps truth", "foreground masks"),
     (f"{PRE} --mask random:throw=.5 --ratio .5", "thrown"),
     (f"{PRE} --mask random:shuffle=1", "'shuffle'"),
     (f"{PRE} --mask attn_high --contrast none --attention pooler", "--attention pooler"),
-    (f"{PRE} --batch-size 1", "--batch-size 1"),
-    (f"{PRE} --init nowhere", "nowhere"),
-    (f"{PRE} --seed -1", "--seed -1"),
     (f"{PRE} --data=", "--data gives no"),
-    (f"{PRE} --log mlflow", "mlflow"),
-    (f"{PRE} --data nowhere", "nowhere"),
-    (f"{PRE} --out runs/a", "is there already"),
-    (f"{PRE} --out runs/a-lora", "runs/a-lora"),
-    ("pretrain.py --resume nowhere", "nowhere"),
     ("pretrain.py --resume images", "state.pt"),
-    (f"{TUNE} --method adapters", "--method adapters is unknown"),
-    (f"{TUNE} --method linear:r=8", "no key 'r'"),
     (f"{TUNE} --method lora:r=0", "rank"),
-    (f"{TUNE} --head arcface:margin=x", "'x' must be a number"),
-    (f"{TUNE} --head sphere", "--head sphere is unknown"),
     (f"{TUNE} --keep .2:.5:1", "--keep"),
     (f"{TUNE} --keep .5:2", "between 0.01 and 1"),
-    (f"{TUNE} --batch-size 1", "--batch-size 1"),
-    (f"{TUNE} --hold-out 2", "--hold-out 2"),
     (f"{TUNE} --data plain --split dev", "dev"),
-    ("finetune_lora.py nowhere", "nowhere"),
     ("finetune_lora.py --data datasets/packed", "ENCODER"),
     (f"{PROBE} --data plain --split dev", "dev"),
-    (f"{PROBE} --threshold 101", "--threshold 101"),
-    (f"{PROBE} --pool grid", "--pool"),
-    ("probe.py nowhere", "nowhere"),
     (f"{MAPS} --map attn", "--run RUN"),
-    (f"{MAPS} --map parts --run runs/a --parts 0", "--parts 0"),
-    (f"{MAPS} --map attn --run runs/none", "runs/none"),
     (f"{MAPS} --map saliency --out text.txt/maps", "is a file"),
-    (f"{MAPS} --map saliency --out maps/packed", "is there already"),
     (NAME, "give pictures"),
     (f"{NAME} {THREE} --threshold 2", "--threshold"),
-    (f"{NAME} text.txt", "text.txt"),
     (f"{NAME} --verify images", "takes no pictures"),
     (f"{NAME} --enrol class0 {THREE}", "known already"),
     (f"{NAME} --enrol new images/class0/illust0_0.png", "too few"),
@@ -88,52 +60,41 @@ REFUSED = (  # the command, and a telling word of its message
     ("recognize.py runs/a-lora --forget nobody", "not enrolled"),
     ("recognize.py runs/a-lora --forget class1", "learned in training"),
     ("recognize.py runs/none images", "finetune_lora.py"),
+    ("recognize.py nobody images", "keys"),
+    ("recognize.py without-data images", "does not exist"),
+    ("recognize.py other-encoder images", "not the encoder"),
     (f"{TAGS} --data datasets/frames", "has no tags"),
     (f"{TAGS} --data other-words", "val has other tags than train"),
     (f"{TAGS} --data bytes", "not int32"),
     (f"{TAGS} --data untagged", "val has no tags"),
-    (f"{TAGS} --out runs/a-tags", "is there already"),
-    (f"{SEGMENT} --out runs/a-seg", "is there already"),
-    (f"{DETECT} --out runs/a-det", "is there already"),
-    (f"{TAGS} --arm mfdn:share=.3", "no key 'share'"),
-    (f"{TAGS} --epochs 1", "--epochs 1"),
     ("tags.py runs/a-tags --data datasets/packed", "is a run of tags.py"),
     ("tags.py runs/a images", "tags.py ENCODER"),
     ("tags.py runs/a-tags text.png", "not a picture"),
     ("tags.py runs/a --resume runs/a-tags", "--resume RUN"),
     (f"{SEGMENT} --data nowhere", "does not exist"),
     (f"{SEGMENT} --data datasets/packed", "no frames labelled 'photographed'"),
-    (f"{SEGMENT} --network unet:depth=3", "no key 'depth'"),
-    (f"{SEGMENT} --patches nowhere", "nowhere/patches.safetensors"),
     ("segment.py runs/a images", "segment.py ENCODER --data DIR makes it"),
-    ("segment.py runs/a-seg nowhere.png", "nowhere.png"),
     (f"{DETECT} --data datasets/packed", "has no boxes"),
     (f"{DETECT} --view 40", "multiple of 16"),
     ("detect.py runs/a images", "detector.safetensors does not exist"),
-    ("detect.py runs/none images", "does not exist"),
+    ("detect.py runs/none images", "runs/none"),
     ("detect.py odd.safetensors images", "detect.py ENCODER makes it"),
     ("detect.py runs/a-det images --crop", "--out DIR says where"),
-    ("detect.py runs/a-det text.png", "not a picture"),
     ("export.py runs/a-lora --to onnx --image-size 64 --out new.onnx", "keeps the size"),
-    ("export.py runs/a --to hf --out runs/a-lora", "is there already"),
-    ("export.py runs/a --to mae --image-size 1000000 --out new.st", "1000000"),
     ("export.py images --to half", "is no run"),
     ("demo.py runs/none", "no run"),
-    (f"{RUN} --arms nonsense", "nonsense"),
-    (f"{RUN} --arms block:size=nonsense", "size"),
     (f"{RUN} --arms 'fg_heavy --maps truth'", "no true maps"),
     (f"{RUN} --set recipe", "NAME=VALUE"),
     (f"{RUN} --set split=test2", "test2"),
-    (f"{PLAN} mine --data nowhere", "nowhere"),
+    (f"{RUN} --set 'recipe=--device cuda'", "cuda"),
+    (f"{RUN} --arms block:size=nonsense", "size"),
     (f"{PLAN} adapt --data datasets/packed --set encoder=runs/none", "runs/none"),
     (f"{PLAN} detection --data datasets/packed --set encoder=runs/a", "data.py scenes"),
     (f"{PLAN} tags --data datasets/frames --set encoder=runs/a", "tags"),
-    (f"{PLAN} hybrid --data datasets/packed --set encoder=runs/a", "drawn"),
     ("experiments.report images", "PLAN.json"),
-    ("experiments.stress runs/a --only cutot", "cutot is unknown"),
     ("experiments.map_quality runs/a --data datasets/packed", "no true fg and parts"),
+    ("experiments.subset datasets/packed --out new --characters 9", "has 3"),
     ("data.py nowhere --out new", "nowhere does not exist"),
-    ("data.py --show nowhere", "nowhere"),
     ("data.py empty --out new", "no image found"),
     ("data.py text.txt --out new", "is no folder"),
     ("data.py nothing.zip --out new", "no image found"),
@@ -143,30 +104,52 @@ REFUSED = (  # the command, and a telling word of its message
     ("data.py notrain --out new", "brings test and val, but no train"),
     ("data.py bytes.csv --out new", "not a table in UTF-8"),
     ("data.py images --out datasets/packed", "rm -r datasets/packed"),
-    ("data.py images --out text.txt", "text.txt is a file"),
     ("data.py images --out text.txt/set", "text.txt is a file"),
     ("data.py -", "give --out"),
     ("data.py --show toon", "--show"),
-    ("data.py --show -", "--show"),
-    (f"{IMAGES} --size 0", "--size 0"),
-    (f"{IMAGES} --split .5,.1", "--split .5,.1"),
-    (f"{IMAGES} --split nan,0,0", "--split nan,0,0"),
-    (f"{IMAGES} --split inf,0,0", "--split inf,0,0"),
-    (f"{IMAGES} --split 2,-1,0", "--split 2,-1,0"),
-    (f"{IMAGES} --group-by (", "--group-by ("),
     (f"{IMAGES} --group-by zz", "--group-by zz matches none"),
-    (f"{IMAGES} --crop nose", "--crop"),
-    (f"{IMAGES} --crop figure:margin=-1", "--crop figure:margin=-1"),
     (f"{IMAGES} --crop figure:margin=nan", "must be a number"),
-    (f"{IMAGES} --crop centre:margin=1", "no key 'margin'"),
     (f"{SPLITS} --dedupe --keep-copies", "--keep-copies has no effect"),
-    (f"{IMAGES} --dedupe maybe", "--dedupe"),
-    (f"{IMAGES} --tail 6", "--tail 6"),
-    (f"{IMAGES} --seed 99999999999999999999", "--seed 99999999999999999999"),
     (f"{IMAGES} --min-per-class 25", "--min-per-class 25 leaves nothing"),
     (f"{IMAGES} --layout split", "--layout split fits none of the 72 pictures"),
     (f"{IMAGES} --layout a/b", "--layout a/b must be folder levels"),
     (f"{IMAGES} --layout class/class", "--layout class/class must be"),
+)
+REPEATED = (  # the command, and what it refuses one by one: each is repeated in the message
+    (PRE, "--mask middle, --model huge, --ratio 1.5, --ratio .99999, --init runs/a"),
+    (PRE, "--device tpu, --flat-weight nan, --batch-size 1, --seed -1, --log mlflow"),
+    (f"{PRE} --init", "nowhere"),
+    (f"{PRE} --data", "nowhere"),
+    ("pretrain.py --resume", "nowhere"),
+    (TUNE, "--method adapters, --head sphere, --batch-size 1, --hold-out 2"),
+    ("finetune_lora.py", "nowhere"),
+    ("probe.py", "nowhere"),
+    (PROBE, "--threshold 101"),
+    (f"{MAPS} --map parts --run runs/a", "--parts 0"),
+    (f"{MAPS} --map attn --run", "runs/none"),
+    (NAME, "text.txt"),
+    (TAGS, "--epochs 1"),
+    (f"{SEGMENT} --patches", "nowhere"),
+    ("segment.py runs/a-seg", "nowhere.png"),
+    ("export.py runs/a --to mae --out new.st --image-size", "1000000"),
+    (f"{RUN} --arms", "nonsense"),
+    (f"{PLAN} mine --data", "nowhere"),
+    ("experiments.stress runs/a --only", "cutot"),
+    ("data.py --show", "nowhere"),
+    (IMAGES, "--size 0, --split .5,.1, --split nan,0,0, --split inf,0,0, --split 2,-1,0"),
+    (IMAGES, "--group-by (, --crop nose, --crop figure:margin=-1, --tail 6"),
+    (IMAGES, "--seed 99999999999999999999"),
+)
+TAKEN = (  # what would be written, and is there
+    f"{PRE} --out runs/a",
+    f"{PRE} --out runs/a-lora",
+    f"{MAPS} --map saliency --out maps/packed",
+    f"{TAGS} --out runs/a-tags",
+    f"{SEGMENT} --out runs/a-seg",
+    f"{DETECT} --out runs/a-det",
+    "export.py runs/a --to hf --out runs/a-lora",
+    "experiments.subset datasets/packed --out images",
+    "experiments.views dino --data datasets/packed --image-size 32 --out runs/a",
 )
 IDLE = (  # the command, and flags that it would not read: each has no effect
     (f"{PRE} --mask random", "--teacher runs/a, --attention cls, --maps truth, --maps maps/packed"),
@@ -206,18 +189,30 @@ IDLE = (  # the command, and flags that it would not read: each has no effect
     ("data.py hybrid --out new", "--tail 1"),
     ("data.py list.csv --out new", "--layout class"),
 )
+LIBRARIES = (  # the command, and a library that it needs
+    (f"{SEGMENT} --network segformer", "transformers"),
+    ("experiments.convnets resnet10 --data datasets/packed --out new", "transformers"),
+    (f"{PLAN} baselines --data datasets/packed --arms resnet10", "transformers"),
+    ("export.py runs/a --to onnx --out new.onnx", "onnxscript"),
+)
 
 
-def of_idle():
-    """IDLE as rows of REFUSED."""
+def all_rows():
+    """The tables, as rows of REFUSED."""
+    yield from REFUSED
+    for command, words in REPEATED:
+        for word in words.split(", "):
+            yield f"{command} {word}", word
     for command, flags in IDLE:
         for flag in flags.split(", "):
             yield f"{command} {flag}", f"{flag.split()[0]} has no effect"
+    for command in TAKEN:
+        yield command, "is there already"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A home, and something of every kind that data.py refuses."""
+    """A home, and something of every kind that a stage refuses."""
     base = home(tmp_path_factory.mktemp("refusals"))
     for i, split in enumerate(("train", "val", "test", "dev")):
         draw_folder(base / "splits" / split, classes=2, each=4, seed=i)
@@ -241,6 +236,7 @@ def base(tmp_path_factory):
     shutil.copytree(base / "datasets/packed", base / "plain")
     (base / "plain/dev.safetensors").unlink()
     spoil_tags(base)
+    spoil_galleries(base)
     return base
 
 
@@ -256,12 +252,34 @@ def spoil_tags(base):
         save_safetensors(tensors | {"tags": tags}, base / "untagged" / path.name, header)
 
 
-@pytest.mark.parametrize(("command", "word"), [*REFUSED, *of_idle()])
+def spoil_galleries(base):
+    """Runs of recognize.py that are wrong in one way each."""
+    save_random(base / "random")
+    weights, header = read_safetensors(base / "runs/a-lora/head.safetensors")
+    changed = {"without-data": {"data": "gone"}, "other-encoder": {"base": "random"}, "nobody": {}}
+    for name, change in changed.items():
+        shutil.copytree(base / "runs/a-lora", base / name)
+        save_safetensors(weights, base / name / "head.safetensors", header | change)
+    faces, about = read_safetensors(base / "nobody/gallery.safetensors")
+    none = {plane: array[:0] for plane, array in faces.items()}
+    save_safetensors(none, base / "nobody/gallery.safetensors", about | {"keys": []})
+    (base / "without-data/gallery.safetensors").unlink()
+
+
+@pytest.mark.parametrize(("command", "word"), [*all_rows()])
 def test_bad_input_is_one_line(base, command, word):
     before = files_of(base)
     line = refused(call(*shlex.split(command), cwd=base))
     assert word in line, line
     assert files_of(base) == before, "something was written"
+
+
+@pytest.mark.parametrize(("command", "library"), LIBRARIES)
+def test_a_missing_library_is_named(base, command, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    line = refused(call(*shlex.split(command), cwd=base))
+    assert library in line and "pip install" in line
+    assert not list(base.glob("new*"))
 
 
 @pytest.mark.parametrize(
