@@ -9,12 +9,16 @@ Writes: runs/NAME/stress.json, or stress-cutout.json; of other data than the run
         split than val, in runs/NAME/DATANAME-SPLIT/
 """
 
+import io
 import math
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import mask as masking
@@ -25,7 +29,8 @@ from common.evaluate import masked_mse, predict
 from common.io import UserError, save_json
 from common.train import commit, load_state, machine, seeded
 from demo import psnr
-from finetune_lora import cutout
+from finetune_lora import GRAY, cutout
+from ingest.decode import open_picture
 from kernels.loss import FLOOR
 from model import MAE, put_patches, to_pixels
 
@@ -34,6 +39,7 @@ RESOLUTIONS = (64, 96, 128, 192, 224, 320, 448)
 GOOD, MODERATE = 18, 10  # dB, of the mid-term report
 
 # ---- corruptions: images u8 (B, S, S, 3), a level, a CPU generator -> u8 (B, S, S, 3) -------------
+# Lengths are in pixels of a 128 px picture, and grow with the picture.
 
 
 def channels_last(x):
@@ -47,13 +53,50 @@ def luminance(images):
     return (images.float() @ torch.tensor(data.LUMA, device=images.device))[:, None]
 
 
-def rotation(images, level, generator):
-    """Turned around the centre; the border is repeated where nothing is known."""
+def paint(images, where):
+    """where (B, S, S) bool becomes gray."""
+    return torch.where(where[..., None].to(images.device), images.new_tensor(GRAY), images)
+
+
+def moved(where, generator):
+    """The control of a hidden part: the same shapes (B, S, S) at random places, wrapped around."""
+    shifts = torch.randint(where.shape[1], (len(where), 2), generator=generator).tolist()
+    return torch.stack([w.roll(shift, (0, 1)) for w, shift in zip(where, shifts, strict=True)])
+
+
+def rotation(images, level, generator, factor=1.0):
+    """Turned around the centre and enlarged; the border is repeated where nothing is known."""
     a = math.radians(level)
-    matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]])
+    matrix = torch.tensor([[math.cos(a), -math.sin(a), 0], [math.sin(a), math.cos(a), 0]]) / factor
     x = images.permute(0, 3, 1, 2).float()
     at = F.affine_grid(matrix.to(x).expand(len(x), 2, 3), x.shape, align_corners=False)
     return channels_last(F.grid_sample(x, at, "bilinear", "border", align_corners=False))
+
+
+def scale(images, level, generator):
+    return rotation(images, 0.0, generator, level)
+
+
+def blur(images, level, generator):
+    """Gaussian of this standard deviation."""
+    sigma = level * images.shape[1] / 128
+    reach = min(math.ceil(3 * sigma), images.shape[1] - 1)
+    steps = torch.arange(-reach, reach + 1, device=images.device).float()
+    line = torch.exp(-(steps**2) / (2 * sigma**2))
+    line = line / line.sum()
+    x = images.permute(0, 3, 1, 2).float()
+    y = F.pad(x, (reach,) * 4, "reflect").flatten(0, 1)[:, None]
+    y = F.conv2d(F.conv2d(y, line.view(1, 1, 1, -1)), line.view(1, 1, -1, 1))
+    return channels_last(y.view_as(x))
+
+
+def jpeg(images, level, generator):
+    result = []
+    for picture in images.cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=int(level))
+        result.append(np.array(open_picture(file)))
+    return torch.from_numpy(np.stack(result)).to(images.device)
 
 
 def hue(images, level, generator):
@@ -73,6 +116,9 @@ def line_art(images, level, generator):
 SWEEPS = {  # name: (function, levels, what a level is, the level of --only)
     "cutout": (cutout, (0.1, 0.2, 0.3, 0.4, 0.5), "share of the area", 0.3),
     "rotation": (rotation, (10, 20, 45, 90, 180), "degrees", 20),
+    "scale": (scale, (0.5, 0.75, 1.25, 1.5, 2.0), "factor", 0.75),
+    "blur": (blur, (0.5, 1, 2, 4), "std, px of 128", 1),
+    "jpeg": (jpeg, (75, 50, 25, 10, 5), "quality", 25),
     "hue": (hue, (15, 30, 60, 120, 180), "degrees", 60),
     "grayscale": (lambda x, *_: channels_last(luminance(x)), (1,), "", 1),
     "line art": (line_art, (1,), "", 1),
@@ -121,11 +167,31 @@ def corrupted(name, level):
     return lambda images: function(images, level, generator)
 
 
+def hide_part(images, rows, task, part, generator=None):
+    """A part is painted gray; with a generator its shape elsewhere is, as control."""
+    where = torch.from_numpy(task.split["parts"][rows.numpy()] == part)
+    return paint(images, moved(where, generator) if generator else where)
+
+
 def robustness(task):
     """Top-1 under every level of every corruption: {name: {level: percent}}."""
     found = {}
     for name, (_, levels, *_) in progress(SWEEPS.items(), "robustness", leave=False):
         found[name] = {str(x): percent(right_of(task, corrupted(name, x))) for x in levels}
+    return found
+
+
+def without_parts(task):
+    """{part: {"area": share of the picture, "hidden", "control": Top-1 without it}}."""
+    found, parts = {}, torch.from_numpy(task.split["parts"][task.rows.numpy()])
+    for k, name in list(enumerate(task.split["header"]["parts"]))[1:]:  # 0 is the background
+        hidden = right_of(task, partial(hide_part, task=task, part=k))
+        control = partial(hide_part, task=task, part=k, generator=seeded(0, k))
+        found[name] = {
+            "area": (parts == k).float().mean().item(),
+            "hidden": percent(hidden),
+            "control": percent(right_of(task, control)),
+        }
     return found
 
 
@@ -151,7 +217,8 @@ def stress_probe(task):
     clean, most_frequent = right_of(task), torch.bincount(task.train["labels"]).argmax()
     row = {"clean": percent(clean), "pool": task.args.pool}
     row["chance"] = percent(task.split["labels"][task.rows] == most_frequent)
-    return row | {"robustness": robustness(task), "resolution": by_resolution(task, clean)}
+    row |= {"robustness": robustness(task), "resolution": by_resolution(task, clean)}
+    return row | ({"parts": without_parts(task)} if "parts" in task.split else {})
 
 
 def stress_some(task):
@@ -235,26 +302,33 @@ def reconstruct(mae, view, ratio, noise, autocast):
     return put_patches(view, ids_mask, pixels), where
 
 
-def pixel_scores(view, pasted, where):
-    """(B,) each: PSNR and SSIM of hidden pixels, PSNR of the flat guess."""
-    return {
-        "psnr": psnr(pasted, view, where),
-        "ssim": (ssim_map(pasted, view) * where).sum((1, 2)) / where.sum((1, 2)),
-        "psnr_flat": psnr(flat_guess(view, where), view, where),
-    }
+def pixel_scores(view, pasted, where, foreground):
+    """(B,) each: PSNR and SSIM on hidden pixels, all, figure, ground; PSNR of the flat guess."""
+    similarity, regions = ssim_map(pasted, view), {"": where}
+    if foreground is not None:
+        regions |= {"_figure": where & foreground, "_ground": where & ~foreground}
+    scores = {"psnr_flat": psnr(flat_guess(view, where), view, where)}
+    for name, here in regions.items():
+        scores[f"psnr{name}"] = psnr(pasted, view, here)
+        scores[f"ssim{name}"] = (similarity * here).sum((1, 2)) / here.sum((1, 2))
+    return scores
 
 
 def reconstruction(mae, task):
-    """[{"ratio", "psnr", "ssim", "psnr_flat"}]: means over images, dB, [0, 1]. Random masks."""
-    model, total = mae[0], {ratio: {} for ratio in RATIOS}
+    """[{"ratio", "psnr", "ssim", "psnr_figure", ...}]: means over images, dB, [0, 1]. Random masks."""
+    split, model, total = task.split, mae[0], {ratio: {} for ratio in RATIOS}
     S, N = model.config["image_size"], model.encoder.side**2
-    views = data.whole_views(task.split["images"], task.rows, S, task.device)
+    views = data.whole_views(split["images"], task.rows, S, task.device)
     for rows, view in progress(views, "pixels", leave=False):
         noise = torch.cat([masking.gumbel_noise(1, N, seeded(0, i)) for i in rows.tolist()])
+        foreground = None
+        if "fg" in split:
+            fg = torch.from_numpy(split["fg"][rows.numpy()])
+            foreground = data.view_maps(fg, *data.full_boxes(len(rows)), S) > 127.5
         for ratio, scores in total.items():
             made = reconstruct(mae, view, ratio, noise.to(task.device), task.autocast)
             pasted, where = (x.cpu() for x in made)
-            for name, x in pixel_scores(view.cpu(), pasted, where).items():
+            for name, x in pixel_scores(view.cpu(), pasted, where, foreground).items():
                 scores.setdefault(name, []).append(x)
     rows = []
     for ratio, scores in total.items():
@@ -264,8 +338,9 @@ def reconstruction(mae, task):
 
 
 def mean(x):
-    """Of the images that have one: a flat picture may be hit exactly."""
-    return x[x.isfinite()].mean().item()
+    """Of the images that have such pixels; None if none has."""
+    x = x[x.isfinite()]
+    return x.mean().item() if len(x) else None
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -290,6 +365,9 @@ def lines_of_probe(report):
     for name, levels in report["robustness"].items():
         cells = "  ".join(f"{level} {x:.1f}" for level, x in levels.items())
         lines.append(f"{name:10} {SWEEPS[name][2]:18} {cells}")
+    for name, x in report.get("parts", {}).items():
+        shares = f"{x['hidden']:5.1f}, the same shape elsewhere {x['control']:5.1f}"
+        lines.append(f"without {name:12} {shares} ({100 * x['area']:.1f} % of the picture)")
     for x in report["resolution"]:
         same = f"trained size {x['top1_trained_size']:5.1f} on the same {x['images']} images"
         lines.append(f"{x['side']:4} px {x['top1']:5.1f}, {same}, {x['images_per_s']:.0f} images/s")
