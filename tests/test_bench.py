@@ -79,31 +79,6 @@ def test_a_wrong_kernel_ends_the_run_before_any_speed(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.csv"))
 
 
-@pytest.fixture
-def weights(tmp_path):
-    """The folder with the weights that all candidates start with."""
-    torch.manual_seed(0)
-    notes = {"step": 0, "run": {}, "norm_pix": True}
-    save_model(TINY.network(), tmp_path / "model.safetensors", notes)
-    export(tmp_path / "model.safetensors", "hf", tmp_path / "hf")
-    return tmp_path
-
-
-def losses(case, folder):
-    one_step = step.make_step(case, folder, CPU)
-    return [one_step(i).item() for i in range(3)]
-
-
-@pytest.mark.slow
-def test_transformers_gives_our_losses_and_another_loss_is_red(weights, monkeypatch):
-    pytest.importorskip("transformers")
-    ours = losses(TINY, weights)
-    for case in TINY.settings("transformers", small=True):
-        assert step.agree(losses(case, weights), ours, "fp32") == ""
-    monkeypatch.setattr(step, "FLOOR", 0.5)
-    assert "reference" in step.agree(losses(TINY, weights), ours, "fp32")
-
-
 def test_a_row_is_saved_at_once_and_not_measured_again(tmp_path):
     path = tmp_path / "t.csv"
     save_csv(path, [{"case": "old", "machine": "another", "commit": "c"}])

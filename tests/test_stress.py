@@ -8,9 +8,11 @@ import torch
 from conftest import run_line
 
 import mask as masking
+import model
 from common import stats
 from common.train import seeded
 from experiments import stress
+from ingest import pack, toon
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +42,53 @@ def test_every_corruption_spoils_and_repeats_itself(images, name):
     assert name not in ("cutout", "blur", "jpeg") or strength == sorted(strength)
 
 
-def test_cutout_has_the_area_that_was_asked_and_turning_back_is_the_picture(images):
+def test_cutout_has_the_area_that_was_asked(images):
     changed = (stress.cutout(images, 0.25, seeded(0)) != images).any(3).float().mean((1, 2))
     assert ((changed - 0.25).abs() < 0.02).all()
+    where = torch.zeros(4, 32, 32, dtype=torch.bool)
+    where[:, :5, :7] = True
+    assert (stress.moved(where, seeded(1)).sum((1, 2)) == 35).all()
+
+
+def test_turning_there_and_back_or_not_at_all(images):
     quarter = stress.rotation(images, 90, None)
     assert any(torch.equal(quarter, images.rot90(k, (1, 2))) for k in (1, -1))
+    assert torch.equal(stress.rotation(images, 0, None), images)
     assert torch.equal(stress.scale(images, 1.0, None), images)
     around = stress.hue(stress.hue(images, 120, None), 240, None)
     assert apart(around, images) < 12  # but for clipping
+    gray = stress.channels_last(stress.luminance(images))
+    assert apart(stress.hue(gray, 60, None), gray) < 0.6
+    flat = torch.full((1, 8, 8, 3), 90, dtype=torch.uint8)
+    assert (stress.line_art(flat, 1, None) == 255).all()
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch):
-    """Fewer sizes and ratios."""
-    monkeypatch.setattr(stress, "RESOLUTIONS", (32, 64))
-    monkeypatch.setattr(stress, "RATIOS", (0.5, 0.75))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A demo set of six characters (12 in val), with true parts and styles, and a run on it."""
+    base, plan = tmp_path_factory.mktemp("drawn"), toon.plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toon, "plan", lambda **kw: plan(**kw | {"n": 120}, characters=6))
+        pack.pack("toon", base / "toon", size=32)
+        size = {"dim": 32, "depth": 2, "heads": 2}
+        patch.setitem(model.SIZES, "nano", model.SIZES["nano"] | size)
+        words = "--data toon --out run --model nano:image_size=32 --batch-size 16 --epochs 1"
+        run_line(f"pretrain.py {words} --device cpu", base, check=0)
+        patch.setattr(stress, "RESOLUTIONS", (32, 64))
+        patch.setattr(stress, "RATIOS", (0.5, 0.75))
+        yield base
+
+
+STRESS = "experiments.stress run --images 16 --device cpu"
 
 
 def report_of(base, words, file):
     """What a call prints, and the file that it writes."""
-    line = f"experiments.stress runs/a --images 16 --device cpu {words}"
-    return run_line(line, base, check=0).stdout, json.loads((base / "runs/a" / file).read_text())
+    text = run_line(f"{STRESS} {words}", base, check=0).stdout
+    return text, json.loads((base / "run" / file).read_text())
 
 
 def test_one_command_writes_what_its_docstring_says(base):
@@ -83,7 +108,7 @@ def test_one_command_writes_what_its_docstring_says(base):
 
 
 def test_the_mid_terms_table_is_one_flag(base):
-    done = run_line("experiments.stress runs/a --images 8 --midterm --device cpu", base, check=0)
+    done = run_line("experiments.stress run --images 8 --midterm --device cpu", base, check=0)
     rows = [line.split() for line in done.stdout.splitlines()[1:3]]
     assert [row[0] for row in rows] == ["50%", "75%"]
     assert all(set(row) & {"good", "moderate", "poor"} for row in rows)
@@ -96,7 +121,7 @@ def test_the_mid_terms_table_is_one_flag(base):
 
 def test_pixels_are_made_without_the_answer(base):
     """What stands in the hidden patches must not change what is predicted for them."""
-    mae = stress.load_mae(base / "runs/a", torch.device("cpu"))
+    mae = stress.load_mae(base / "run", torch.device("cpu"))
     assert mae[1]["norm_pix"]
     view = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=seeded(0))
     noise, exact = masking.gumbel_noise(2, 16, seeded(1)), contextlib.nullcontext
