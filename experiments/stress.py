@@ -142,14 +142,14 @@ def fit_probe(task):
 def right_of(task, spoil=None, rows=None, encoder=None, size=None):
     """(n,) bool: which images, corrupted or as they are, the clean probe classifies correctly.
 
-    spoil: images u8 (B, S, S, 3) -> what the encoder sees of them.
+    spoil: (images u8 (B, S, S, 3), rows (B)) -> what the encoder sees of them.
     """
     encoder, size, found = encoder or task.encoder, size or task.size, []
     rows = task.rows if rows is None else rows
     memory = min(1, (task.size / size) ** 4)  # attention's grows with the fourth power of the side
     for some in rows.split(max(1, math.floor(data.CHUNK * memory))):
         images = data.take(task.split["images"], some, task.device)
-        images = spoil(images) if spoil else images
+        images = spoil(images, some) if spoil else images
         view = data.view_images(images, *data.full_boxes(len(some)), size)
         with task.autocast():
             found.append(features.pooled(encoder, view)[task.args.pool].half().cpu())
@@ -164,7 +164,7 @@ def corrupted(name, level):
     """-> spoil, at this level of a sweep; each level draws its own random numbers."""
     function, levels, *_ = SWEEPS[name]
     generator = seeded(0, levels.index(level))
-    return lambda images: function(images, level, generator)
+    return lambda images, rows: function(images, level, generator)
 
 
 def hide_part(images, rows, task, part, generator=None):
