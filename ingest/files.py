@@ -7,6 +7,7 @@ fetch(records) yields (record, load) for records with such a place, where load()
 import os
 import re
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from functools import partial
@@ -16,10 +17,13 @@ from common.io import UserError, reading, regular
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MOST_BYTES = 2**26  # a picture file larger than this is refused: 16 are held at a time
-
-
 # folders of macOS, Synology, QNAP and Windows, with thumbnails or what was deleted
 TOOLS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+
+
+def nfc(text):
+    """One spelling per name: macOS writes the same letters decomposed."""
+    return unicodedata.normalize("NFC", text)
 
 
 def has_suffix(name):

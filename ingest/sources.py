@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import sys
-import unicodedata
 import zipfile
 from collections import namedtuple
 from functools import partial
@@ -29,7 +28,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, has_suffix, hidden_part, is_image, walk
+from ingest.files import fetch_files, has_suffix, hidden_part, is_image, nfc, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
@@ -54,8 +53,8 @@ def find(path, layout=None):
     for r in found:
         records.setdefault(r.key, r)
     refuse_odd(path, records)
-    if len(records) < len(found):
-        notes.append(f"{len(found) - len(records)} names came twice; the first of each is kept")
+    if twice := len(found) - len(records):
+        notes.append(f"{twice} names came twice; the first of each is kept")
     return list(records.values()), fetch, notes
 
 
@@ -88,71 +87,54 @@ def refuse_odd(path, names):
 
 def nothing_in(path):
     """The error for a source without pictures; they may lie in an archive there."""
-    inside = [p for p in sorted(Path(path).glob("*")) if p.name.lower().endswith(files.ARCHIVES)]
-    if inside:
-        command = f"python data.py {shlex.quote(str(inside[0]))}"
-        return f"no image found in {path}, but {inside[0].name} lies there: {command}"
+    for file in sorted(Path(path).glob("*")):
+        if file.name.lower().endswith(files.ARCHIVES):
+            command = f"python data.py {shlex.quote(str(file))}"
+            return f"no image found in {path}, but {file.name} lies there: {command}"
     looked = " ".join(sorted(files.SUFFIXES))
     return f"no image found in {path}; looked for {looked} in it and its subfolders"
-
-
-def nfc(text):
-    """One spelling per name: macOS writes the same letters decomposed."""
-    return unicodedata.normalize("NFC", text)
 
 
 # ---- what folders tell ---------------------------------------------------------------------------
 
 
-def by_path(found, layout=None, captions=None):
-    """[(place, name)] -> records whose folders say split and class, and a note: read as what.
-
-    Where every class has a number before its name, 10_miku or 000_hatsune_miku, the number is left
-    out: kohya's scripts count repeats, AnimeFace Character (moeimouto) its classes. captions
-    {name: tags}.
-    """
-    hidden = list(filter(None, (hidden_part(name) for _, name in found)))
-    found = [(place, name) for place, name in found if not hidden_part(name)]
-    keys = [nfc(name.removeprefix("./")) for _, name in found]
-    dirs = [key.split("/")[:-1] for key in keys]
-    pattern, other = layouts.detect(dirs) if layout is None else (layout, None)
-    rows = layouts.read(dirs, pattern)
-    what = "/".join(pattern) or "pictures only"
-    plain = layouts.without_numbers(rows)
-    if layout is None and plain != rows:
-        rows = plain
-        what += ", the numbers before names left out"
+def by_path(found, layout=None):
+    """[(place, name)] -> records whose folders say split and class, and a line: read as what."""
+    named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
+    aside = [key for _, key in named if hidden_part(key)]
+    named = [(place, key) for place, key in named if not hidden_part(key)]
+    rows, what, other = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     records = []
-    for key, (place, name), row in zip(keys, found, rows, strict=True):
-        if row:
+    for (place, key), row in zip(named, rows, strict=True):
+        if row is None:
+            aside.append(key)
+        else:
             split, label = row
-            records.append(Record(key, place, label, split, tags=(captions or {}).get(name, ())))
-    if found and not records:
-        problem = f"--layout {what} fits none of the {len(keys)} pictures, which lie like {keys[0]}"
+            records.append(Record(key, place, label, split))
+    if named and not records:
+        problem = (
+            f"--layout {what} fits none of the {len(rows)} pictures, which lie like {named[0][1]}"
+        )
         fix = "a split is named train, val, dev or test, or much like it"
         raise UserError(f"{problem}; {fix}")
-    line = layouts.told(what, rows, keys, other)
-    if hidden:
-        some = layouts.first(set(hidden))
-        line += f"; {len(hidden)} hidden pictures or of tools set aside ({some})"
-    return records, [line]
+    return records, layouts.told(what, [row for row in rows if row], aside, other)
 
 
 def from_folder(root, layout=None):
-    """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels."""
-    names = list(walk(root, wanted=has_suffix))
-    captions = {}
+    """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels.
+
+    Below a numbered folder, as of kohya's scripts, x.txt beside x.png holds the picture's tags.
+    """
+    records, note = by_path([(name, name) for name in walk(root, wanted=has_suffix)], layout)
     if layout is None:
-        numbered = [n for n in names if layouts.NUMBERED.fullmatch(Path(n).parent.name)]
-        captions = tags.read_captions(root, numbered)
-    records, notes = by_path([(name, name) for name in names], layout, captions)
-    return records, partial(fetch_files, root=root), *notes
+        records = [tags.with_caption(r, root) for r in records]
+    return records, partial(fetch_files, root=root), note
 
 
 def from_archive(path, layout=None, opened=None):
     found, fetch = opened(path)
-    records, notes = by_path(found, layout)
-    return records, fetch, *notes
+    records, note = by_path(found, layout)
+    return records, fetch, note
 
 
 def from_list(lines, layout=None):
@@ -161,8 +143,8 @@ def from_list(lines, layout=None):
     if paths and all(map(os.path.isabs, paths)):
         top = os.path.commonpath([os.path.dirname(p) for p in paths])
     named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    records, notes = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
-    return records, fetch_files, *notes
+    records, note = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
+    return records, fetch_files, note
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -221,7 +203,7 @@ def box_of(cells, where):
 
 
 def read_table(path, columns=COLUMNS, root="", names=None, split=None):
-    """Records of a table. Paths lie below `root`.
+    """Records of a table, whose pictures lie below `root`.
 
     names {label in the file: class}; split: of all rows, if there is no such column.
     """
@@ -236,20 +218,24 @@ def read_table(path, columns=COLUMNS, root="", names=None, split=None):
         box = box_of(cells, where)
         if box and not (box[0] < box[2] and box[1] < box[3]):
             raise UserError(f"{where}: of a box x1 < x2 and y1 < y2, not {box}")
-        label = (names or {}).get(cells.get("label"), cells.get("label"))
-        records.append(record_of(cells | {"label": label, "box": box}, root, split))
+        label = cells.get("label")
+        cells |= {"label": (names or {}).get(label, label), "box": box}
+        cells |= {"split": layouts.split_of(given) or split}
+        records.append(record_of(cells, root + cells["path"]))
     return records
 
 
-def record_of(cells, root="", split=None):
+def record_of(cells, place):
     """{column: cell} -> a record. An empty label is no label; tags are a text or a list."""
-    label, words = cells.get("label"), cells.get("tags") or ()
-    label = None if label in (None, "") else sys.intern(nfc(str(label)))
-    words = tags.words_of(words) if isinstance(words, str) else words
-    words = tuple(sys.intern(nfc(str(word))) for word in words)
-    place, split = cells["path"], layouts.split_of(cells.get("split") or "") or split
+    label, words, group = cells.get("label"), cells.get("tags") or (), cells.get("group")
     return Record(
-        nfc(place), root + place, label, split, cells.get("group") or None, words, cells.get("box")
+        nfc(cells["path"]),
+        place,
+        label=None if label in (None, "") else tags.word(label),
+        split=cells.get("split"),
+        group=str(group) if group else None,
+        tags=tags.words_of(words) if isinstance(words, str) else tuple(map(tags.word, words)),
+        box=cells.get("box"),
     )
 
 
@@ -277,9 +263,7 @@ def from_dafre(root):
 
     Pictures are named by their id of Danbooru, whose metadata, if they lie there, give the tags.
     """
-    folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), None)
-    if folder is None:
-        raise UserError(f"{root} has DAF:re's labels alone; unpack faces/ or fullMin256/ there")
+    folder = "fullMin256" if (root / "fullMin256").exists() else "faces"
     names = read_names(root / "labels/classid_classname.csv", ("id", "name"))
     records, notes = [], []
     for split in ("train", "val", "test"):
@@ -313,8 +297,6 @@ def from_acrd(root):
     The faces lie anywhere below, each named by its id of Danbooru. Those in no list, where there
     are lists, are left out as in the paper's baseline: a detector was not sure of them.
     """
-    if not (root / "faces.tsv").exists():
-        raise UserError(f"{root} has tagIds.tsv alone; put faces.tsv and the pictures there")
     names = read_names(root / "tagIds.tsv", ("name", "id"))
     lists = {}
     for split in ("train", "val", "test"):
@@ -323,10 +305,11 @@ def from_acrd(root):
     records, absent, unsure = [], 0, 0
     for r in read_table(root / "faces.tsv", ("path", "label", "head"), names=names):
         number = Path(r.place.replace("\\", "/")).stem
-        place = have.get(number)
-        absent += place is None
-        unsure += bool(lists) and number not in lists
-        if place and (number in lists or not lists):
+        listed = number in lists or not lists
+        absent += number not in have
+        unsure += not listed
+        if number in have and listed:
+            place = have[number]
             records.append(r._replace(key=nfc(place), place=place, split=lists.get(number)))
     notes = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
     notes += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
@@ -335,13 +318,9 @@ def from_acrd(root):
 
 def from_icartoonface(root):
     """iCartoonFace (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, and boxes of faces."""
-    folder = root / "icartoonface_rectrain"
-    if not folder.is_dir():
-        fix = "unpack icartoonface_rectrain/ there"
-        raise UserError(f"{root} has iCartoonFace's boxes alone; {fix}")
     records = read_table(root / "icartoonface_rectrain_det.txt", ("path", *BOX))
     named = [r._replace(label=r.key.split("/")[0]) for r in records]
-    return named, partial(fetch_files, root=folder)
+    return named, partial(fetch_files, root=root / "icartoonface_rectrain")
 
 
 # ---- parquet -------------------------------------------------------------------------------------
@@ -376,37 +355,41 @@ def from_parquet(path):
 
 
 def parquet_records(file, table):
-    """A record for each row of a file; nothing of its pictures is read."""
+    """A record for each row of a file; nothing of its pictures is read.
+
+    Labels may be numbers of classes, whose names Hugging Face writes into the file; -1 is none.
+    """
     schema, records = table.schema_arrow, []
     image = next((name for name in IMAGES if name in schema.names), None)
     if image is None:
         raise ValueError(f"no column image, but {', '.join(schema.names)}")
     columns = {CALLED.get(name, name): name for name in schema.names if name != image}
-    asked = [columns[name] for name in ("label", "tags") if name in columns]
+    columns = {known: columns[known] for known in ("label", "tags") if known in columns}
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     names = (features.get(columns.get("label")) or {}).get("names") or ()
-    rows = [{}] * table.metadata.num_rows
-    for number, cells in enumerate(table.read(asked).to_pylist() if asked else rows):
-        label = cells.get(columns.get("label"))
-        if label in range(len(names)):
-            label = names[label]
-        cells = {"path": f"{file.stem}/{number:07d}", "tags": cells.get("tags")}
-        record = record_of(cells | {"label": None if label == -1 else label})
-        records.append(record._replace(place=(file, image, number), split=split_of_file(file)))
+    classes = dict(enumerate(names)) | {-1: None}
+    for number, row in enumerate(rows_of(table, [*columns.values()])):
+        cells = {known: row[name] for known, name in columns.items()}
+        cells["label"] = classes.get(cells.get("label"), cells.get("label"))
+        cells |= {"path": f"{file.stem}/{number:07d}", "split": split_of_file(file)}
+        records.append(record_of(cells, (file, image, number)))
     return records
 
 
+def rows_of(table, columns):
+    """Yield {column: cell} of each row, a few rows at a time."""
+    for batch in table.iter_batches(64, columns=columns):
+        yield from batch.to_pylist()
+
+
 def fetch_rows(records, opened):
-    """For records whose place is (file, column, row): each file is read through, little at a time."""
+    """For records whose place is (file, column, row): each file is read through."""
     wanted = {r.place: r for r in records}
     for file, image in dict.fromkeys(r.place[:2] for r in records):
-        number = 0
-        for batch in opened(file).iter_batches(64, columns=[image]):
-            for cell in batch.column(0).to_pylist():
-                if (file, image, number) in wanted:
-                    yield wanted[file, image, number], partial(image_bytes, cell)
-                number += 1
+        for number, cells in enumerate(rows_of(opened(file), [image])):
+            if record := wanted.get((file, image, number)):
+                yield record, partial(image_bytes, cells[image])
 
 
 def image_bytes(cell):
@@ -465,27 +448,23 @@ def posts_of(file):
 
 def read_posts(path, have):
     """The metadata at path -> (records of posts whose picture is in have, notes)."""
-    count, absent = 0, 0
+    count = absent = 0
     broken, records = [], []
     for file in metadata_files(path):
         for number, post in posts_of(file):
             count += 1
             try:
-                found = picture_of(post, have)
-                records += [post_record(post, found)] if found else []
-                absent += not found
+                record = record_of_post(post, have)
             except (AttributeError, TypeError):
                 broken.append(f"{file.name}, line {number}")
+                continue
+            absent += record is None
+            records += [record] if record else []
     lost = f"{len(broken)} of {count} lines are no JSON objects, the first: {(broken or [''])[0]}"
     if len(broken) > MOST_BROKEN * count:
         raise UserError(f"{path} is no metadata of pictures: {lost}; correct or remove them")
     notes = [f"{absent} lines of the metadata have no picture here"] if absent else []
     return records, notes + [lost] * bool(broken)
-
-
-def picture_of(post, have):
-    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
-    return next((have[key] for key in keys if key in have), None)
 
 
 def tags_of_post(post):
@@ -511,12 +490,16 @@ def tags_of_post(post):
     return [t for t in words if t not in left_out], lists["character"]
 
 
-def post_record(post, place):
+def record_of_post(post, have):
+    """None where its picture is not in have."""
+    keys = [str(post[k]) for k in ("file_name", "path", "id", "md5") if post.get(k) is not None]
+    place = next((have[key] for key in keys if key in have), None)
+    if place is None:
+        return None
     words, people = tags_of_post(post)
-    group = post.get("parent_id") or post.get("id")
-    record = record_of({"path": place, "tags": words})
-    label = nfc(str(people[0])) if len(people) == 1 else None
-    return record._replace(label=label, group=group and str(group))
+    cells = {"path": place, "tags": words, "group": post.get("parent_id") or post.get("id")}
+    cells["label"] = people[0] if len(people) == 1 else None
+    return record_of(cells, place)
 
 
 # ---- the readers ---------------------------------------------------------------------------------
