@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 import zlib
 from functools import partial
+from pathlib import Path
 
 from common.io import UserError, reading, regular
 
@@ -76,6 +77,13 @@ def read_whole(path):
 def fetch_files(records, root=""):
     """For records whose place is the path of a file, relative to root or absolute."""
     return ((r, partial(read_whole, os.path.join(root, r.place))) for r in records)
+
+
+def files_below(root):
+    """-> fetch for records whose place is the path of a file below a folder."""
+    if not Path(root).is_dir():
+        raise UserError(f"{root} is not there: unpack the pictures of the data set into it")
+    return partial(fetch_files, root=root)
 
 
 # ---- archives ------------------------------------------------------------------------------------

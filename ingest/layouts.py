@@ -9,7 +9,7 @@ nothing):
 
 One rule decides what a level means. The first level of folders named like splits is the split. Of
 the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
-`told` says so in one line, and names another reading if there is one.
+`told` says so in one line; --layout overrules it.
 """
 
 import re
@@ -25,7 +25,6 @@ WORDS |= dict.fromkeys(("dev", "development"), "dev") | dict.fromkeys(("test", "
 THING = r"(?:data|dataset|set|split|images?|imgs?|pictures?|pics?|faces?|crops?)"
 SPLIT = re.compile(rf"(?:{THING}[ _.-])?({'|'.join(WORDS)})(?:[ _.-]?{THING})?[ _.-]?\d*")
 NUMBERED = re.compile(r"\d+_(\D.*)")  # 10_miku of kohya's scripts, 000_hatsune_miku of moeimouto
-FEW = 3  # pictures, or 5 % of them, may lie astray before another reading is named
 
 
 @cache
@@ -50,57 +49,41 @@ def are_numbered(names):
     return all(map(NUMBERED.fullmatch, names))
 
 
-def few(k, n):
-    return k <= max(FEW, 0.05 * n)
-
-
 # ---- finding the pattern -------------------------------------------------------------------------
 
 
 def understand(dirs, layout=None):
-    """Folders of each picture, [["train", "miku"], ...] -> how they are read: (rows, what, other).
+    """Folders of each picture, [["train", "miku"], ...] -> rows as of `read`; read as what.
 
-    rows: see `read`; what: the pattern in words; other: a second pattern that somebody may have
-    meant, or None. Where every class has a number before its name, it is left out: kohya's
-    scripts count repeats, AnimeFace Character (moeimouto) its classes.
+    Where every class has a number before its name, it is left out: kohya's scripts count repeats,
+    AnimeFace Character (moeimouto) its classes.
     """
-    pattern, other = detect(dirs) if layout is None else (layout, None)
+    pattern = detect(dirs) if layout is None else layout
     rows = read(dirs, pattern)
     what = "/".join(pattern) or "pictures only"
     labels = {row[1] for row in rows if row} - {None}
     if layout is None and labels and are_numbered(labels):
         what += ", the numbers before names left out"
-        rows = [row and (row[0], without_number(row[1])) for row in rows]
-    return rows, what, other
+        rows = [row and (row[0], row[1] and NUMBERED.fullmatch(row[1])[1]) for row in rows]
+    return rows, what
 
 
 def detect(dirs):
-    """Folders of each picture, [["train", "miku"], ...] -> the pattern; and another, or None.
-
-    The other is one that somebody may have meant.
-    """
-    split, all_are_splits = split_level(dirs)
-    label, second = [*class_levels(labelled(dirs, split), split), None, None][:2]
-    chosen = pattern_of(split, label)
-    others = []
-    if not all_are_splits:
-        others.append(pattern_of(None, split if label is None else min(split, label)))
-    if second is not None:
-        others.append(pattern_of(split, second))
-    if not few(read(dirs, chosen).count(None), len(dirs)):
-        others.append(pattern_of(split))
-    if label is None and any(len(d) > len(chosen) for d in dirs):
-        others.append(pattern_of(split, len(chosen)))
-    return chosen, others[0] if others else None
+    """-> the pattern of the folders."""
+    split = split_level(dirs)
+    dirs = labelled(dirs, split)
+    roles = {class_level(dirs, split): "class", split: "split"}
+    levels = max((k for k in roles if k is not None), default=-1) + 1
+    return tuple(roles.get(k, "-") for k in range(levels))
 
 
 def split_level(dirs):
-    """-> the first level with splits, or None; and whether all of its folders are splits."""
+    """-> the first level with splits, or None."""
     for k in shared_levels(dirs):
         found = {split_of(d[k]) for d in dirs if len(d) > k}
         if None not in found or "train" in found or {"val", "test"} <= found:
-            return k, None not in found
-    return None, True
+            return k
+    return None
 
 
 def shared_levels(dirs):
@@ -123,26 +106,19 @@ def labelled(dirs, at):
     return [d for d in inside if split_of(d[at]) in deep] or inside
 
 
-def class_levels(dirs, at):
-    """-> the levels that may be the class, the likeliest first: numbered ones, then many names.
+def class_level(dirs, at):
+    """-> the level that is the class, or None: one of numbered names, or else of the most names.
 
     A level whose folders stand alone in the folder above is a wrapper, where they have no numbers.
     """
     levels = [k for k in shared_levels(dirs) if k != at]
     order = {}
     for k in levels:
-        deep = [tuple(d[: k + 1]) for d in dirs if len(d) > k]
+        deep = {tuple(d[: k + 1]) for d in dirs if len(d) > k}
         names = {d[-1] for d in deep}
-        if are_numbered(names) or len(set(deep)) > len({d[:-1] for d in deep}):
-            order[k] = (not are_numbered(names), -len(names))
-    return sorted(order, key=order.get) or levels[-1:]
-
-
-def pattern_of(split=None, label=None):
-    """The numbers of two levels -> ("split", "-", "class")."""
-    roles = {split: "split", label: "class"}
-    levels = max((k for k in roles if k is not None), default=-1) + 1
-    return tuple(roles.get(k, "-") for k in range(levels))
+        if are_numbered(names) or len(deep) > len({d[:-1] for d in deep}):
+            order[k] = (are_numbered(names), len(names))
+    return max(order, key=order.get) if order else max(levels, default=None)
 
 
 # ---- reading by it -------------------------------------------------------------------------------
@@ -166,30 +142,21 @@ def read(dirs, pattern):
     return rows
 
 
-def without_number(label):
-    return label and NUMBERED.fullmatch(label)[1]
-
-
-def told(what, rows, aside=(), other=None):
+def told(what, rows, aside=()):
     """ "read as split/class: train, test; 38 classes (A, B, C, ...); 2 pictures set aside (x.png)".
 
-    rows: (split, label) of each picture; aside: names of those that have none; other: see `detect`.
+    rows: (split, label) of each picture; aside: names of those that have none.
     """
     splits = {split for split, _ in rows}
     labels = {label for _, label in rows} - {None}
     parts = [", ".join(s for s in ORDER if s in splits)] if any(splits) else []
-    parts += (
-        [f"{len(labels)} class{'es' * (len(labels) != 1)} ({first(labels)})"]
-        if labels
-        else ["no labels"]
-    )
+    count = f"{len(labels)} class{'es' * (len(labels) != 1)} ({first(labels)})"
+    parts.append(count if labels else "no labels")
     without = sum(label is None for _, label in rows)
     if labels and without:
         parts.append(f"{without} pictures without a label")
     if aside:
         parts.append(f"{len(aside)} pictures set aside ({first(aside, 2)})")
-    if other is not None:
-        parts.append(f"--layout {'/'.join(other) or '-'} reads these folders another way")
     return f"read as {what}: {'; '.join(parts)}"
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, has_suffix, hidden_part, is_image, nfc, walk
+from ingest.files import fetch_files, files_below, has_suffix, hidden_part, is_image, nfc, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
@@ -103,7 +103,7 @@ def by_path(found, layout=None):
     named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
     aside = [key for _, key in named if hidden_part(key)]
     named = [(place, key) for place, key in named if not hidden_part(key)]
-    rows, what, other = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
+    rows, what = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     records = []
     for (place, key), row in zip(named, rows, strict=True):
         if row is None:
@@ -117,7 +117,7 @@ def by_path(found, layout=None):
         )
         fix = "a split is named train, val, dev or test, or much like it"
         raise UserError(f"{problem}; {fix}")
-    return records, layouts.told(what, [row for row in rows if row], aside, other)
+    return records, layouts.told(what, [row for row in rows if row], aside)
 
 
 def from_folder(root, layout=None):
@@ -128,7 +128,7 @@ def from_folder(root, layout=None):
     records, note = by_path([(name, name) for name in walk(root, wanted=has_suffix)], layout)
     if layout is None:
         records = [tags.with_caption(r, root) for r in records]
-    return records, partial(fetch_files, root=root), note
+    return records, files_below(root), note
 
 
 def from_archive(path, layout=None, opened=None):
@@ -202,8 +202,8 @@ def box_of(cells, where):
         raise UserError(f"{where}: {','.join(found)} is no box {','.join(BOX)}") from None
 
 
-def read_table(path, columns=COLUMNS, root="", names=None, split=None):
-    """Records of a table, whose pictures lie below `root`.
+def read_table(path, columns=COLUMNS, names=None, split=None):
+    """Records of a table.
 
     names {label in the file: class}; split: of all rows, if there is no such column.
     """
@@ -221,7 +221,7 @@ def read_table(path, columns=COLUMNS, root="", names=None, split=None):
         label = cells.get("label")
         cells |= {"label": (names or {}).get(label, label), "box": box}
         cells |= {"split": layouts.split_of(given) or split}
-        records.append(record_of(cells, root + cells["path"]))
+        records.append(record_of(cells, cells["path"]))
     return records
 
 
@@ -252,7 +252,7 @@ def from_table(path):
     if 0 < without < len(records):
         fix = "give it to all or none"
         raise UserError(f"{path}: {without} of {len(records)} rows have no split; {fix}")
-    return records, partial(fetch_files, root=path.parent)
+    return records, files_below(path.parent)
 
 
 # ---- published data sets -------------------------------------------------------------------------
@@ -263,16 +263,16 @@ def from_dafre(root):
 
     Pictures are named by their id of Danbooru, whose metadata, if they lie there, give the tags.
     """
-    folder = "fullMin256" if (root / "fullMin256").exists() else "faces"
     names = read_names(root / "labels/classid_classname.csv", ("id", "name"))
     records, notes = [], []
     for split in ("train", "val", "test"):
         table = root / f"labels/{split}.csv"
         if table.exists():
-            records += read_table(table, ("label", "path"), f"{folder}/", names, split)
+            records += read_table(table, ("label", "path"), names, split)
     if metadata_files(root):
         records, notes = with_tags(root, records)
-    return records, partial(fetch_files, root=root), *notes
+    large = root / "fullMin256"
+    return records, files_below(large if large.is_dir() else root / "faces"), *notes
 
 
 def with_tags(root, records):
@@ -313,14 +313,14 @@ def from_acrd(root):
             records.append(r._replace(key=nfc(place), place=place, split=lists.get(number)))
     notes = [f"{absent} lines of faces.tsv have no picture here"] if absent else []
     notes += [f"{unsure} faces are in none of the lists, and left out"] if unsure else []
-    return records, partial(fetch_files, root=root), *notes
+    return records, files_below(root), *notes
 
 
 def from_icartoonface(root):
     """iCartoonFace (Zheng et al. 2020): icartoonface_rectrain/IDENTITY/x.jpg, and boxes of faces."""
     records = read_table(root / "icartoonface_rectrain_det.txt", ("path", *BOX))
     named = [r._replace(label=r.key.split("/")[0]) for r in records]
-    return named, partial(fetch_files, root=root / "icartoonface_rectrain")
+    return named, files_below(root / "icartoonface_rectrain")
 
 
 # ---- parquet -------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def from_danbooru(path):
         for alias in (Path(name).stem, name):
             have.setdefault(alias, name)  # of 512px/ and original/ the first
     records, notes = read_posts(path, have)
-    return records, partial(fetch_files, root=root), *notes
+    return records, files_below(root), *notes
 
 
 def posts_of(file):
