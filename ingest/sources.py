@@ -10,17 +10,15 @@
 `fetch(records)` yields (record, load) in the order given, and load() -> bytes, so that a pool of
 threads may call it. `notes` are lines for the user: what the path was taken for, and what was left
 out. Each reader, from_...(path) -> (records, fetch, *notes), knows one kind of source; READERS is
-the table of them. Where only folders tell split and class, ingest/layouts.py reads them. No picture
-is opened here.
+the table of them. Where only folders tell split and class, ingest/files.py finds the pictures and
+ingest/layouts.py reads their folders. No picture is opened here.
 """
 
 import contextlib
 import csv
 import json
-import os
 import re
 import shlex
-import sys
 import zipfile
 from collections import namedtuple
 from functools import partial
@@ -28,7 +26,7 @@ from pathlib import Path
 
 from common.io import UserError, parse_table, reading, regular
 from ingest import files, layouts, tags
-from ingest.files import fetch_files, files_below, has_suffix, hidden_part, is_image, nfc, walk
+from ingest.files import files_below, is_hidden, is_image, nfc, open_folder, open_list, walk
 
 MOST_BROKEN = 0.05  # of the lines of a metadata file: where more are no JSON, it is something else
 MOST_NAME = 1000  # characters of a picture's name
@@ -43,12 +41,16 @@ def find(path, layout=None):
     layout: a pattern for sources that only folders tell of; (): all pictures, no labels.
     """
     reader, name = reader_of(path)
-    more = {} if name else {"layout": layout}
-    found, fetch, *notes = reader(sys.stdin if str(path) == "-" else Path(path), **more)
+    if name:
+        found, fetch, *notes = reader(Path(path))
+        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+    else:
+        pictures, fetch = reader(Path(path))
+        found, *notes = by_path(pictures, layout)
     if not found:
         raise UserError(nothing_in(path))
-    if name:
-        notes.insert(0, layouts.told(name, [(r.split, r.label) for r in found]))
+    if reader is open_folder and layout is None:
+        found = [tags.with_caption(r, path) for r in found]
     records = {}
     for r in found:
         records.setdefault(r.key, r)
@@ -60,15 +62,13 @@ def find(path, layout=None):
 
 def reader_of(path):
     """-> the function that reads this path, and its name, None where only folders tell of pictures."""
-    if str(path) == "-":
-        return from_list, None
     known = "folder, whole archive (zip, tar, tar.gz) or list (csv, tsv, jsonl)"
     return choose(path, READERS, known)
 
 
 def choose(path, readers, known):
     """-> the first of the readers (does it fit, reader, name) that fits, and its name."""
-    if not str(path) or not Path(path).exists():
+    if str(path) != "-" and not (str(path) and Path(path).exists()):
         fix = "give a folder, an archive or a list of images, or the word toon"
         raise UserError(f"{path or 'an empty PATH'} does not exist; {fix}")
     for fits, reader, name in readers:
@@ -101,8 +101,8 @@ def nothing_in(path):
 def by_path(found, layout=None):
     """[(place, name)] -> records whose folders say split and class, and a line: read as what."""
     named = [(place, nfc(name.removeprefix("./"))) for place, name in found]
-    aside = [key for _, key in named if hidden_part(key)]
-    named = [(place, key) for place, key in named if not hidden_part(key)]
+    aside = [key for _, key in named if is_hidden(key)]
+    named = [(place, key) for place, key in named if not is_hidden(key)]
     rows, what = layouts.understand([key.split("/")[:-1] for _, key in named], layout)
     records = []
     for (place, key), row in zip(named, rows, strict=True):
@@ -118,33 +118,6 @@ def by_path(found, layout=None):
         fix = "a split is named train, val, dev or test, or much like it"
         raise UserError(f"{problem}; {fix}")
     return records, layouts.told(what, [row for row in rows if row], aside)
-
-
-def from_folder(root, layout=None):
-    """[wrapper/][train|val|test/][class/]picture.png; or pictures only, without labels.
-
-    Below a numbered folder, as of kohya's scripts, x.txt beside x.png holds the picture's tags.
-    """
-    records, note = by_path([(name, name) for name in walk(root, wanted=has_suffix)], layout)
-    if layout is None:
-        records = [tags.with_caption(r, root) for r in records]
-    return records, files_below(root), note
-
-
-def from_archive(path, layout=None, opened=None):
-    found, fetch = opened(path)
-    records, note = by_path(found, layout)
-    return records, fetch, note
-
-
-def from_list(lines, layout=None):
-    """One path a line; split and class are said by the folders below those that all have in common."""
-    paths, top = [os.path.normpath(line.rstrip("\r\n")) for line in lines if line.strip()], "."
-    if paths and all(map(os.path.isabs, paths)):
-        top = os.path.commonpath([os.path.dirname(p) for p in paths])
-    named = sorted((p, Path(os.path.relpath(p, top)).as_posix()) for p in paths)
-    records, note = by_path([(p, name) for p, name in named if has_suffix(name)], layout)
-    return records, fetch_files, note
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -329,16 +302,14 @@ IMAGES = ("image", "img", "picture", "jpg", "png", "webp")  # names of a column 
 
 
 def parquet_files(path):
-    """The file itself, or those with names of splits in a folder, or in data/ there."""
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" else []
-    inside = [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
-    return sorted(p for p in inside if split_of_file(p))
+    """{file: split} of a file, or of those with names of splits in a folder or in data/ there.
 
-
-def split_of_file(path):
-    """train-00000-of-00002.parquet -> train."""
-    return layouts.split_of(re.split(r"[-.]", path.name)[0])
+    train-00000-of-00002.parquet is of train.
+    """
+    files = [path] if path.is_file() else [*path.glob("*.parquet"), *path.glob("data/*.parquet")]
+    files = [file for file in sorted(files) if file.suffix.lower() == ".parquet"]
+    splits = {file: layouts.split_of(re.split(r"[-.]", file.name)[0]) for file in files}
+    return {file: split for file, split in splits.items() if split or path.is_file()}
 
 
 def from_parquet(path):
@@ -348,13 +319,13 @@ def from_parquet(path):
     except ImportError:
         raise UserError(f"{path} holds parquet files; pip install pyarrow reads them") from None
     records = []
-    for file in parquet_files(path):
+    for file, split in parquet_files(path).items():
         with reading(file, "parquet file of pictures", "take another copy"):
-            records += parquet_records(file, ParquetFile(file))
+            records += parquet_records(file, split, ParquetFile(file))
     return records, partial(fetch_rows, opened=ParquetFile)
 
 
-def parquet_records(file, table):
+def parquet_records(file, split, table):
     """A record for each row of a file; nothing of its pictures is read.
 
     Labels may be numbers of classes, whose names Hugging Face writes into the file; -1 is none.
@@ -372,7 +343,7 @@ def parquet_records(file, table):
     for number, row in enumerate(rows_of(table, [*columns.values()])):
         cells = {known: row[name] for known, name in columns.items()}
         cells["label"] = classes.get(cells.get("label"), cells.get("label"))
-        cells |= {"path": f"{file.stem}/{number:07d}", "split": split_of_file(file)}
+        cells |= {"path": f"{file.stem}/{number:07d}", "split": split}
         records.append(record_of(cells, (file, image, number)))
     return records
 
@@ -509,20 +480,17 @@ def holds(name):
     return lambda path: (path / name).exists()
 
 
-def is_table(path):
-    return path.suffix.lower() in (".csv", ".tsv")
-
-
-# Does it fit, the reader, what the path is taken for (None: only folders tell split and class).
-# Published data sets, by the files that only they have, come first.
+# Does it fit, the reader, what the path is taken for (None: only folders tell split and class, and
+# the reader is one of ingest/files.py). Published data sets, by files that only they have, come first.
 READERS = (
+    (lambda path: str(path) == "-", open_list, None),
     (holds("labels/train.csv"), from_dafre, "DAF:re"),
     (holds("icartoonface_rectrain_det.txt"), from_icartoonface, "iCartoonFace"),
     (holds("tagIds.tsv"), from_acrd, "ACRD"),
     (metadata_files, from_danbooru, "Danbooru metadata"),
     (parquet_files, from_parquet, "parquet"),
-    (Path.is_dir, from_folder, None),
-    (is_table, from_table, "a table"),
-    (zipfile.is_zipfile, partial(from_archive, opened=files.open_zip), None),
-    (files.is_tar, partial(from_archive, opened=files.open_tar), None),
+    (Path.is_dir, open_folder, None),
+    (lambda path: path.suffix.lower() in (".csv", ".tsv"), from_table, "a table"),
+    (zipfile.is_zipfile, files.open_zip, None),
+    (files.is_tar, files.open_tar, None),
 )
