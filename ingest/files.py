@@ -86,6 +86,7 @@ def files_below(root):
 
 
 def open_folder(root):
+    """All pictures below a folder, hidden ones, too."""
     return [(name, name) for name in walk(root, wanted=has_suffix)], files_below(root)
 
 

@@ -112,11 +112,8 @@ def by_path(found, layout=None):
             split, label = row
             records.append(Record(key, place, label, split))
     if named and not records:
-        problem = (
-            f"--layout {what} fits none of the {len(rows)} pictures, which lie like {named[0][1]}"
-        )
-        fix = "a split is named train, val, dev or test, or much like it"
-        raise UserError(f"{problem}; {fix}")
+        problem = f"--layout {what} fits none of the {len(rows)} pictures, such as {named[0][1]}"
+        raise UserError(f"{problem}; a split is named train, val, dev or test, or much like it")
     return records, layouts.told(what, [row for row in rows if row], aside)
 
 

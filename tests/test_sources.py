@@ -496,19 +496,17 @@ REFUSED = [  # files, a word of the refusal
     ({"list.zip": changed(zip_of("a.png"), -10, b"\xff\xff\xff\x7f")}, "not a whole zip"),
     ({"list.tar": member("a.png", png()) + header("b.png", 4096) + bytes(512)}, "not a whole tar"),
 ]
+GOOD, END = member("fine.png", png()), bytes(1024)
 for lie, word in LIES:
-    REFUSED.append(({"list.tar": member("a.png", png()) + lie + bytes(1024)}, word))
-    REFUSED.append(({"list.tar": lie + bytes(1024)}, "whole"))
+    REFUSED += [({"list.tar": GOOD + lie + END}, word), ({"list.tar": lie + END}, "whole")]
 for name in OUTSIDE:
+    tar = gzip.compress(GOOD + member(name, png()) + END)
+    REFUSED.append(({"list.tar.gz": tar}, "leads out of it"))
     REFUSED.append(({"list.zip": zip_of("fine.png", name)}, "leads out of it"))
-    tar = member("fine.png", png()) + member(name, png()) + bytes(1024)
-    REFUSED.append(({"list.tar.gz": gzip.compress(tar)}, "leads out of it"))
 for name in ODD:
-    REFUSED.append(({"list.zip": zip_of(name)}, "rename it"))
-    REFUSED.append(
-        ({"list.tar": pax(path=name) + member("a.png", png()) + bytes(1024)}, "rename it")
-    )
-    REFUSED.append(({"list.csv": f'"{name}",miku\n'}, "rename it"))
+    tar = pax(path=name) + GOOD + END
+    kinds = {"list.zip": zip_of(name), "list.tar": tar, "list.csv": f'"{name}",miku\n'}
+    REFUSED += [({file: content}, "rename it") for file, content in kinds.items()]
 
 
 @pytest.mark.parametrize("row", range(len(REFUSED)))
@@ -639,12 +637,7 @@ def test_pictures_that_are_decoded_at_the_same_time_share_the_memory(tmp_path, m
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 OTHER_FORMATS = {
     "a program": EPS + b"(made) (w) file closefile showpage\n",
-    "wmf": b"\xd7\xcd\xc6\x9a"
-    + bytes(6)
-    + b"\x09\x00" * 3
-    + bytes(6)
-    + b"\x01\x00\t\x00"
-    + bytes(40),
+    "wmf": bytes.fromhex("d7cdc69a" + 6 * "00" + 3 * "0900" + 6 * "00" + "01000900" + 40 * "00"),
     "pdf": b"%PDF-1.4\n1 0 obj <</Type /Catalog>> endobj\ntrailer <</Root 1 0 R>>\n%%EOF\n",
 }
 
@@ -693,33 +686,34 @@ def test_tags_are_lists_of_ids_with_their_vocabulary(tmp_path):
     assert np.array_equal(split["tags"], np.stack([0 * hat, hat], 1))
 
 
+def planes(records):
+    """The words of records, the shape of the plane "tags", and its rows of some."""
+    words, _ = tags.vocabulary(records)
+    dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
+    return words, dims["tags"], lambda some: [row["tags"] for _, row in stream(some)]
+
+
 def test_the_vocabulary_counts_pictures_as_scikit_learn_does():
     from sklearn.preprocessing import MultiLabelBinarizer
 
     rng = np.random.default_rng(0)
     records = tagged(*(tuple(rng.choice([*"abcdefgh"], 4)) for _ in range(30)))
-    words, _ = tags.vocabulary(records)
+    words, shape, rows_of = planes(records)
     judge = MultiLabelBinarizer()
     table = judge.fit_transform([r.tags for r in records])
     order = sorted(zip(-table.sum(0), judge.classes_, strict=True))
-    assert words == [word for _, word in order]
-    dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
-    rows = [row["tags"] for _, row in stream(records)]
-    assert dims == {"tags": (table.sum(1).max(),)} and {row.shape for row in rows} == {dims["tags"]}
-    for row, truth in zip(rows, table, strict=True):
+    assert words == [word for _, word in order] and shape == (table.sum(1).max(),)
+    for row, record in zip(rows_of(records), records, strict=True):
         found = row[row != tags.NONE]
-        assert [words[i] for i in found] == [
-            w for w in words if truth[list(judge.classes_).index(w)]
-        ]
-        assert (row[len(found) :] == tags.NONE).all()
+        assert row.shape == shape and (row[len(found) :] == tags.NONE).all()
+        assert [words[i] for i in found] == [w for w in words if w in record.tags]
 
 
 def test_a_picture_of_many_tags_keeps_the_most_frequent_ones():
     records = tagged(*(tuple(f"tag{j}" for j in range(i + 1)) for i in range(400)))
-    words, _ = tags.vocabulary(records)
-    dims, stream = tags.add_planes(words, records, {}, lambda some: ((r, {}) for r in some))
-    assert words[:2] == ["tag0", "tag1"] and dims == {"tags": (tags.MOST,)}
-    assert [row["tags"].tolist() for _, row in stream(records[399:])] == [list(range(tags.MOST))]
+    words, shape, rows_of = planes(records)
+    assert words[:2] == ["tag0", "tag1"] and shape == (tags.MOST,)
+    assert [row.tolist() for row in rows_of(records[399:])] == [list(range(tags.MOST))]
 
 
 def test_words_that_say_nothing_are_left_out():
