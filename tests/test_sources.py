@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import ROOT, call, draw_folder, stage
+from conftest import ROOT, call, draw_folder
 from PIL import EpsImagePlugin, Image
 
 import data
@@ -46,11 +46,11 @@ def lay(root, names):
 
 
 def told(path, **more):
-    """{key: "split/label"} of a source, after the bytes of every picture were found to be one."""
+    """{key: "split/label tag tag"} of a source, after every picture's bytes were found to be one."""
     records, fetch, _ = sources.find(path, **more)
     loaded = [(r, Image.open(io.BytesIO(load())).size) for r, load in fetch(records)]
     assert [r for r, _ in loaded] == records and {size for _, size in loaded} == {(24, 24)}
-    return {r.key: f"{r.split or '-'}/{r.label or '-'}" for r in records}
+    return {r.key: " ".join([f"{r.split or '-'}/{r.label or '-'}", *r.tags]) for r in records}
 
 
 # ---- what folders mean ---------------------------------------------------------------------------
@@ -210,21 +210,18 @@ def test_old_zip_names_are_read_as_utf8_or_japanese():
         assert files.zip_name(info) == name
 
 
-def test_where_a_list_of_whole_paths_lies_says_nothing(tmp_path, monkeypatch):
-    root = lay(tmp_path / "dev" / ".cache", ["miku/1.png", "miku/2.png", "rin/3.png"])
-    lines = [f"{root}/miku/1.png\n", f"{root}/rin/3.png\n", f"{root}/miku/2.png\n", "\n"]
-    monkeypatch.setattr("sys.stdin", lines)
-    assert sources.find("-")[2] == ["read as class: 2 classes (miku, rin)"]
-    assert list(told("-")) == ["miku/1.png", "miku/2.png", "rin/3.png"]
-
-
-def test_a_list_on_standard_input(tmp_path):
-    root = draw_folder(tmp_path / "images", classes=2, each=10)
-    names = [str(p.relative_to(tmp_path)) for p in sorted(root.rglob("*.png"), reverse=True)]
-    text = "\n".join([*names, "x.txt", ""])
-    stage("data.py", "-", "--out", "out", "--size", 16, cwd=tmp_path, check=0, input=text)
-    header = data.open_split(tmp_path / "out", "train")["header"]
-    assert header["classes"] == ["class0", "class1"] and len(header["keys"]) == 14
+def test_a_list_on_standard_input_is_read_below_the_folders_that_all_have(tmp_path, monkeypatch):
+    root = draw_folder(tmp_path / "dev" / ".cache", classes=2, each=10)
+    names = sorted(root.rglob("*.png"), reverse=True)
+    monkeypatch.setattr("sys.stdin", [f"{name}\n" for name in names] + ["\n", f"{root}/x.txt\n"])
+    done = call("data.py", "-", "--out", "out", "--size", 16, cwd=tmp_path, check=0)
+    assert done.stdout.startswith("read as class: 2 classes (class0, class1)\n")
+    keys = data.open_split(tmp_path / "out", "train")["header"]["keys"]
+    assert len(keys) == 14 and keys[0].startswith("class0/illust")
+    monkeypatch.chdir(tmp_path)
+    names = ["miku/train/1.png", "rin/test/2.png", "./rin/train/3.png"]
+    monkeypatch.setattr("sys.stdin", lay(tmp_path, names) and names)
+    assert [*told("-")] == ["miku/train/1.png", "rin/test/2.png", "rin/train/3.png"]
 
 
 def test_links_are_followed_but_never_round_in_circles(tmp_path):
@@ -255,11 +252,19 @@ FACES = (
     "0001\\1001.jpg\t1\t1,2,20,21,0.31\n0002\\1002.jpg\t1\t1,2,20,21,0.99\n"
 )
 PHOTOS = ("0159/263159.jpg", "0933/194933.jpg", "0001/1001.jpg")
-DAFRE = {f"faces/{name}": None for name in PHOTOS}
-DAFRE |= {"labels/classid_classname.csv": '0,hatsune_miku\n1,"初音, ミク"\n'}
-DAFRE_SAYS = ("train/hatsune_miku", "val/初音, ミク", "test/hatsune_miku")
-DAFRE_SAYS = dict(zip(PHOTOS, DAFRE_SAYS, strict=True))
+DAFRE = dict.fromkeys(f"faces/{name}" for name in PHOTOS)
+DAFRE |= {"labels/classid_classname.csv": '0,miku\n1,"初音, ミク"\n'}
+DAFRE_SAYS = dict(zip(PHOTOS, ("train/miku", "val/初音, ミク", "test/miku"), strict=True))
 LABELS = {"train": "0,0159/263159.jpg", "val": "1,0933/194933.jpg", "test": "0,0001/1001.jpg"}
+LABELS = {f"labels/{split}.csv": row for split, row in LABELS.items()}
+TURNED = {name: ",".join(reversed(row.split(","))) for name, row in LABELS.items()}
+TITLED = {name: f"class_id,dir\n{row}" for name, row in LABELS.items()}
+OF_DAFRE = """\
+{"id": 194933, "tag_string": "初音,_ミク hat"}
+{"id": 263159, "tags": "miku blue"}
+{"id": 9}
+"""
+OF_DAFRE_SAYS = DAFRE_SAYS | {PHOTOS[0]: "train/miku blue", PHOTOS[1]: "val/初音, ミク hat"}
 # its archive of faces has folders without leading zeros, another way than faces.tsv
 ACRD = dict.fromkeys(f"faceimgs/{n}.jpg" for n in ("159/263159", "933/194933", "1/1001"))
 ACRD_SAYS = dict(zip(ACRD, ("-/miku", '-/"quoted', '-/"quoted'), strict=True))
@@ -268,100 +273,85 @@ ACRD |= {"tagIds.tsv": 'miku\t0\n"quoted\t1', "faces.tsv": FACES}
 LISTS = {"trainSplit.tsv": "263159\n1002\n", "testSplit.tsv": "194933\n"}
 CARTOONS = {f"icartoonface_rectrain/{FACE}{k}/x.jpg": None for k in (0, 1)}
 BOXES = f"{FACE}0/x.jpg\t2\t3\t20\t21\n{FACE}1/x.jpg\t1\t1\t2\t2"
+CARTOONS_SAY = {f"{FACE}{k}/x.jpg": f"-/{FACE}{k}" for k in (0, 1)}
 DANBOORU = ["512px/0159/263159.jpg", "original/0159/263159.jpg", "images/ab/ab12.jpg"]
 DANBOORU = dict.fromkeys([*DANBOORU, "8.png", "10.png", "11.png"])
-PEOPLE = {"512px/0159/263159.jpg": "-/miku", "images/ab/ab12.jpg": "-/rin", "10.png": "-/luka"}
-PEOPLE |= {"8.png": "-/-", "11.png": "-/-"}
+DANBOORU_SAYS = {
+    "512px/0159/263159.jpg": "-/miku smile",
+    "images/ab/ab12.jpg": "-/rin smile hat",
+    "10.png": "-/luka hat",
+    "8.png": "-/- smile",
+    "11.png": "-/- solo brown_hair",
+}
 ARRAY = '\ufeff\n[{"id": 263159, "tag_string_character": "miku"}, {"id": 7}, {"id": 5}]'
 IMAGES = dict.fromkeys(["a/1.png", "a/2.png", "b 3.png"])
 LISTED = {"a/1.png": "train/ミク", "a/2.png": "val/-", "b 3.png": "test/x"}
 CSV = "a/1.png,ミク,train\na/2.png,,valid\n\nb 3.png,x,test,hat\n"
 TSV = "Label\tfilename\tsplit\nミク\ta/1.png\ttrain\n\ta/2.png\tval\nx\tb 3.png\ttest"
+TAGS = "path,tags\na/1.png,smile 1girl\na/2.png,\nb 3.png,\"brown hair, 'hat'\"\n"
+TAGS_SAY = {"a/1.png": "-/- smile 1girl", "a/2.png": "-/-", "b 3.png": "-/- brown_hair 'hat'"}
+KOHYA = dict.fromkeys(["img/10_miku/1.png", "img/10_miku/2.png", "img/3_rin hat/3.png"])
+CAPTIONS = {"img/10_miku/1.txt": "solo, brown hair,\nsmile", "img/10_miku/2.txt": "1girl"}
+KOHYA_SAYS = zip(KOHYA, ("-/miku solo brown_hair smile", "-/miku 1girl", "-/rin hat"), strict=True)
 ABSENT = "lines of faces.tsv have no picture here"
 UNSURE = "1 faces are in none of the lists, and left out"
 UNKNOWN = "lines of the metadata have no picture here"
 BROKEN = "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"
-DAFRE_NOW = DAFRE | {f"labels/{s}.csv": f"class_id,dir\n{row}" for s, row in LABELS.items()}
-TURNED = {split: ",".join(row.split(",")[::-1]) for split, row in LABELS.items()}
-DAFRE_OLD = DAFRE | {f"labels/{s}.csv": row for s, row in TURNED.items()}
-CARTOONS |= {"icartoonface_rectrain_det.txt": BOXES}
-CARTOONS_SAY = {f"{FACE}{k}/x.jpg": f"-/{FACE}{k}" for k in (0, 1)}
-DUMP = DANBOORU | {"metadata.jsonl": POSTS + 14 * '{"id": 1}\n' + "{broken\n"}
-ARRAYED = {"7.png": None, "263159.png": None, "list.json": ARRAY}
-ARRAY_SAYS = {"263159.png": "-/miku", "7.png": "-/-"}
-TWICE = IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"}
-TWICE_SAYS = {"a/1.png": "-/x", "b 3.png": "-/y"}
-SOURCES = {  # name: files, {key: split/label}, what the notes after the first one say
-    "DAF:re": (DAFRE_NOW, DAFRE_SAYS, []),
-    "an older DAF:re": (DAFRE_OLD, DAFRE_SAYS, []),
-    "iCartoonFace": (CARTOONS, CARTOONS_SAY, []),
+SOURCES = {  # name: files, {key: split/label and tags}, what the notes after the first one say
+    "DAF:re": (DAFRE | TITLED, DAFRE_SAYS, []),
+    "an older DAF:re": (DAFRE | TURNED, DAFRE_SAYS, []),
+    "DAF:re with tags": (
+        DAFRE | LABELS | {"metadata.jsonl": OF_DAFRE},
+        OF_DAFRE_SAYS,
+        [f"1 {UNKNOWN}", "2 of 3 pictures have tags"],
+    ),
+    "iCartoonFace": (CARTOONS | {"icartoonface_rectrain_det.txt": BOXES}, CARTOONS_SAY, []),
     "ACRD": (ACRD, ACRD_SAYS, [f"1 {ABSENT}"]),
     "ACRD with lists": (ACRD | LISTS, ACRD_LISTED, [f"1 {ABSENT}", UNSURE]),
-    "Danbooru": (DUMP, PEOPLE, [f"15 {UNKNOWN}", BROKEN]),
-    "an array of posts": (ARRAYED, ARRAY_SAYS, [f"1 {UNKNOWN}"]),
-    "csv": (IMAGES | {"list.csv": CSV}, LISTED, []),
+    "Danbooru": (
+        DANBOORU | {"metadata.jsonl": POSTS + 14 * '{"id": 1}\n' + "{broken\n"},
+        DANBOORU_SAYS,
+        [f"15 {UNKNOWN}", BROKEN],
+    ),
+    "an array of posts": (
+        {"7.png": None, "263159.png": None, "list.json": ARRAY},
+        {"263159.png": "-/miku", "7.png": "-/-"},
+        [f"1 {UNKNOWN}"],
+    ),
+    "csv": (IMAGES | {"list.csv": CSV}, LISTED | {"b 3.png": "test/x hat"}, []),
     "tsv": (IMAGES | {"list.tsv": TSV}, LISTED, []),
-    "a name twice": (TWICE, TWICE_SAYS, ["1 names came twice; the first of each is kept"]),
+    "tags in a csv": (IMAGES | {"list.csv": TAGS}, TAGS_SAY, []),
+    "captions of kohya": (KOHYA | CAPTIONS, dict(KOHYA_SAYS), []),
+    "a name twice": (
+        IMAGES | {"list.csv": "a/1.png,x\nb 3.png,y\na/1.png,y\n"},
+        {"a/1.png": "-/x", "b 3.png": "-/y"},
+        ["1 names came twice; the first of each is kept"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_published_data_sets_and_tables_keep_their_names_and_splits(tmp_path, name):
+def test_published_data_sets_and_tables_keep_their_names_splits_and_tags(tmp_path, name):
     contents, says, notes = SOURCES[name]
     lay(tmp_path, contents)
     path = next(tmp_path.glob("list.*"), tmp_path)
     assert told(path) == says
     first, *more = sources.find(path)[2]
-    assert first.startswith(f"read as {sources.reader_of(path)[1]}: ") and more == notes
+    assert first.startswith(f"read as {sources.reader_of(path)[1] or NUMBERED}: ") and more == notes
 
 
-def tags_of(path):
-    return {r.key.split("/")[-1]: r.tags for r in sources.find(path)[0]}
+def test_a_layout_of_pictures_only_reads_no_captions(tmp_path):
+    records = sources.find(lay(tmp_path, KOHYA | CAPTIONS), layout=())[0]
+    assert len(records) == 3 and not any(r.tags for r in records)
 
 
-def test_tags_come_from_tables_posts_and_captions_without_the_characters(tmp_path):
-    rows = "path,tags\na/1.png,smile 1girl\na/2.png,\nb 3.png,\"brown hair, 'hat'\"\n"
-    lay(tmp_path / "list", IMAGES | {"list.csv": rows})
-    words = {"1.png": ("smile", "1girl"), "2.png": (), "b 3.png": ("brown_hair", "'hat'")}
-    assert tags_of(tmp_path / "list/list.csv") == words
-    lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS})
-    words = {"263159.jpg": ("smile",), "ab12.jpg": ("smile", "hat")}
-    words |= {"8.png": ("smile",), "10.png": ("hat",)}
-    words["11.png"] = ("solo", "brown_hair")
-    assert tags_of(tmp_path / "posts") == words
-    groups = {r.key: r.group for r in sources.find(tmp_path / "posts")[0]}
-    assert groups["images/ab/ab12.jpg"] == groups["512px/0159/263159.jpg"] == "263159"
-    names = ["img/10_miku/1", "img/10_miku/2", "img/3_rin hat/3"]
-    lay(tmp_path / "kohya", [f"{name}.png" for name in names])
-    texts = {f"{names[0]}.txt": "solo, brown hair,\nsmile", f"{names[1]}.txt": "1girl"}
-    lay(tmp_path / "kohya", texts)
-    words = {"1.png": ("solo", "brown_hair", "smile"), "2.png": ("1girl",), "3.png": ()}
-    assert tags_of(tmp_path / "kohya") == words
-    assert not any(r.tags for r in sources.find(tmp_path / "kohya", layout=())[0])
-
-
-def test_dafre_takes_its_tags_from_metadata_beside_it(tmp_path):
-    names = "0,Miku\n1,smile\n"
-    contents = {
-        "labels/train.csv": "0,0159/263159.jpg\n1,0007/7.jpg",
-        "faces/0159/263159.jpg": None,
-    }
-    lay(tmp_path, contents | {"faces/0007/7.jpg": None, "labels/classid_classname.csv": names})
-    assert set(tags_of(tmp_path).values()) == {()}
-    posts = '{"id": 7, "tags": "smile hat"}\n{"id": 263159, "tags": "miku blue"}\n{"id": 9}\n'
-    lay(tmp_path, {"metadata.jsonl": posts})
-    assert tags_of(tmp_path) == {"263159.jpg": ("blue",), "7.jpg": ("hat",)}
-    notes = sources.find(tmp_path)[2]
-    assert notes[1:] == [
-        "1 lines of the metadata have no picture here",
-        "2 of 2 pictures have tags",
-    ]
-
-
-def test_a_table_gives_groups_and_boxes(tmp_path):
+def test_tables_give_groups_and_boxes_and_so_do_posts(tmp_path):
     rows = "path,group,x1,y1,x2,y2\na.png,7,1,2,20,21.5\nb.png,,,,,\n"
-    records = sources.find(lay(tmp_path, {"list.csv": rows}) / "list.csv")[0]
+    records = sources.find(lay(tmp_path / "list", {"list.csv": rows}) / "list.csv")[0]
     assert [(r.group, r.box) for r in records] == [("7", (1, 2, 20, 21.5)), (None, None)]
+    lay(tmp_path / "posts", DANBOORU | {"metadata.jsonl": POSTS})
+    groups = [r.group for r in sources.find(tmp_path / "posts")[0]]
+    assert groups == ["263159", "263159", "8", "10", "11"]
 
 
 class Table:
@@ -392,11 +382,10 @@ def test_parquet_needs_pyarrow_and_is_read_a_little_at_a_time(tmp_path, monkeypa
     with pytest.raises(UserError, match="pip install pyarrow"):
         sources.find(tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=Table))
-    found = told(tmp_path)
-    numbers, names = "test/0 test/1 test/0 test/-", "train/miku train/rin train/miku train/-"
-    assert list(found.values()) == f"{numbers} {names}".split()
+    numbers, names = ["0", "1", "0", "-"], ["miku", "rin", "miku", "-"]
+    labels = [f"test/{x}" for x in numbers] + [f"train/{x}" for x in names]
+    assert list(told(tmp_path).values()) == [f"{label} solo brown_hair" for label in labels]
     records, fetch, _ = sources.find(tmp_path)
-    assert {r.tags for r in records} == {("solo", "brown_hair")}
     assert [load() for _, load in fetch(records[1:3])] == [png(1), png(2)]
     lay(tmp_path, {"data/val-00000-of-00001.parquet": ""})
     with pytest.raises(UserError, match="parquet file of pictures"):
