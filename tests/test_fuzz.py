@@ -90,23 +90,11 @@ LOST = (  # two calls, of which the second must not write over what the first ha
 HOW = ("gone", "empty", "half", "random", "pickle", "foreign", "text", "folder")
 HOPELESS = ("nan", "inf", "-inf", "1e400", "1" + "0" * 30, "", " ", "½", "1e", "notes.txt", "--")
 NUMBERS = (*HOPELESS, "-1", "0")
-WORDS = (
-    "",
-    " ",
-    "nan",
-    "-1",
-    "ж\n名",
-    "../../x",
-    "x" * 300,
-    "{0}%s%",
-    "'",
-    "(",
-    "a:b=c,d=nan",
-    ",,",
-)
+WORDS = "nan -1 ../../x {0}%s% ' ( a:b=c,d=nan ,,"
 THERE = "notes.txt list.csv images datasets/packed runs/a runs/a-lora maps/packed study/table.md"
 PATHS = "absent absent/deep/er notes.txt/under loop locked broken broken/half broken/evil.pt"
-TEXTS = (*WORDS, *THERE.split(), *PATHS.split(), "odd/na\nme", "odd/名前 'q\" %s", "/dev/null/x")
+ODD = ("", " ", "ж\n名", "x" * 300, "odd/na\nme", "odd/名前 'q\" %s", "/dev/null/x")
+TEXTS = (*ODD, *WORDS.split(), *THERE.split(), *PATHS.split())
 LONG = {"compile", "help", "to"}  # flags that start long work, or none
 
 
