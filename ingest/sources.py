@@ -241,8 +241,8 @@ def from_dafre(root):
             records += read_table(table, ("label", "path"), names, split)
     if metadata_files(root):
         records, notes = with_tags(root, records)
-    large = root / "fullMin256"
-    return records, files_below(large if large.is_dir() else root / "faces"), *notes
+    folder = next((d for d in ("faces", "fullMin256") if (root / d).is_dir()), "faces")
+    return records, files_below(root / folder), *notes
 
 
 def with_tags(root, records):

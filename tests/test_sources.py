@@ -252,8 +252,10 @@ FACES = (
     "0001\\1001.jpg\t1\t1,2,20,21,0.31\n0002\\1002.jpg\t1\t1,2,20,21,0.99\n"
 )
 PHOTOS = ("0159/263159.jpg", "0933/194933.jpg", "0001/1001.jpg")
-DAFRE = dict.fromkeys(f"faces/{name}" for name in PHOTOS)
-DAFRE |= {"labels/classid_classname.csv": '0,miku\n1,"初音, ミク"\n'}
+CLASSES = {"labels/classid_classname.csv": '0,miku\n1,"初音, ミク"\n'}
+DAFRE = CLASSES | dict.fromkeys(f"faces/{name}" for name in PHOTOS)
+WHOLE = CLASSES | dict.fromkeys(f"fullMin256/{name}" for name in PHOTOS)
+BLANK = {f"fullMin256/{name}": b"" for name in PHOTOS}
 DAFRE_SAYS = dict(zip(PHOTOS, ("train/miku", "val/初音, ミク", "test/miku"), strict=True))
 LABELS = {"train": "0,0159/263159.jpg", "val": "1,0933/194933.jpg", "test": "0,0001/1001.jpg"}
 LABELS = {f"labels/{split}.csv": row for split, row in LABELS.items()}
@@ -299,7 +301,8 @@ UNKNOWN = "lines of the metadata have no picture here"
 BROKEN = "1 of 21 lines are no JSON objects, the first: metadata.jsonl, line 21"
 SOURCES = {  # name: files, {key: split/label and tags}, what the notes after the first one say
     "DAF:re": (DAFRE | TITLED, DAFRE_SAYS, []),
-    "an older DAF:re": (DAFRE | TURNED, DAFRE_SAYS, []),
+    "DAF:re, faces first": (DAFRE | LABELS | BLANK, DAFRE_SAYS, []),
+    "an older DAF:re": (WHOLE | TURNED, DAFRE_SAYS, []),
     "DAF:re with tags": (
         DAFRE | LABELS | {"metadata.jsonl": OF_DAFRE},
         OF_DAFRE_SAYS,
