@@ -9,7 +9,7 @@ nothing):
 
 One rule decides what a level means. The first level of folders named like splits is the split. Of
 the other levels, the one with the most names is the class. Pictures that do not fit are set aside.
-`told` says so in one line; --layout overrules it.
+`told` says so in one line, and --layout overrules it.
 """
 
 import re

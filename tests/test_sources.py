@@ -86,6 +86,7 @@ LAYOUTS = (  # pictures, read as, split/class of the records, pictures set aside
     (["x.png", *SPLITS], "split/class", ALL, 1),
     (["x.png", *many("s/a", "s/b")], "-/class", "-/a -/b", 1),
     (["train/x.png", *SPLITS], "split/class", ALL, 1),
+    (["train/x.png", *many(*ALL.split(), each=6)], "split/class", ALL, 1),
     (many("Val", "Dev", "Rin"), "class", "-/Val -/Dev -/Rin", 0),
     (many("a/a_faces", "b/b_faces"), "class", "-/a -/b", 0),
     ([*many("a", "b", each=8), "a/more/1.png", "b/else/2.png"], "class", "-/a -/b", 0),
@@ -127,6 +128,7 @@ def test_folders_are_read_by_one_rule_and_the_line_says_how(tmp_path, row):
     assert line.startswith(f"read as {what}: ")
     assert (f"{len(labels)} class" if labels else "no labels") in line
     assert (f"; {aside} pictures set aside (" in line) == (aside > 0)
+    assert ("; --layout reads" in line) == (20 * aside > len(names))
     assert ("without a label" in line) == (bool(labels) and None in {r.label for r in records})
     assert len(sources.find(tmp_path, layout=())[0]) == len(names)
 
