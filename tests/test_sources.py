@@ -366,7 +366,7 @@ class Table:
         if not os.path.getsize(path):
             raise ValueError("Parquet file size is 0 bytes")
         about = {"info": {"features": {"label": {"names": ["miku", "rin"]}}}}
-        named = {b"huggingface": json.dumps(about if "train" in path.name else {}).encode()}
+        named = {b"huggingface": json.dumps(about).encode()} if "train" in path.name else None
         names = ["file_name", "image", "label", "tags"]
         self.schema_arrow = types.SimpleNamespace(names=names, metadata=named)
         self.rows = [{"label": label, "tags": "solo, brown hair"} for label in (0, 1, 0, -1)]
