@@ -201,7 +201,8 @@ def read_table(path, columns=COLUMNS, names=None, split=None):
 
 def record_of(cells, place):
     """{column: cell} -> a record. An empty label is no label; tags are a text or a list."""
-    label, words, group = cells.get("label"), cells.get("tags") or (), cells.get("group")
+    label, group = cells.get("label"), cells.get("group")
+    words = cells.get("tags") or ()
     return Record(
         nfc(cells["path"]),
         place,
